@@ -1,0 +1,234 @@
+"""Files on disk: which ones a user means, and their bytes as UTF-8, however they were stored.
+
+A file is read as a stream of pieces, so a compressed file is never held whole unless it is one document.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import glob
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+from octavo.errors import DataError, UsageError
+
+COMPRESSIONS: dict[str, Callable[..., object]] = {".gz": gzip.open, ".xz": lzma.open}
+
+CHUNK_BYTES = 2**20
+SAMPLE_BYTES = 4096
+# One document may be as large as a shelf of books, but a small compressed file must not fill the memory.
+MAX_DOCUMENT_BYTES = 2**30
+
+# The longest mark first: UTF-32 little-endian begins with the mark of UTF-16 little-endian.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_BINARY = (
+    (b"%PDF-", "a PDF"),
+    (b"PK\x03\x04", "a zip archive or an office document"),
+    (b"\x1f\x8b", "gzip data whose name does not end in .gz"),
+    (b"\xfd7zXZ\x00", "xz data whose name does not end in .xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"PAR1", "parquet data whose name does not end in .parquet"),
+    (b"\x89PNG", "an image"),
+    (b"\xff\xd8\xff", "an image"),
+)
+_AS_TEXT = "Convert it to a text file in UTF-8, take it out of the data, or skip such files with --skip-bad."
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a file between two separators."""
+
+    line: int  # 1-based line of its first byte
+    offset: int  # bytes before it in the file, after decompression
+    data: bytes  # UTF-8, not yet checked
+
+
+def suffix(path: Path) -> str:
+    """The suffix that names the format: `.jsonl` for `a.JSONL.gz`."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return inner.suffix.lower()
+
+
+def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
+    """The files that `paths` mean, each once, in the order given.
+
+    A file is taken whatever its suffix, a glob gives its matches in sorted order, and a folder gives every
+    file below it whose suffix is in `suffixes`, sorted; hidden files and folders are passed over there.
+    Raises UsageError for a path that means nothing.
+    """
+    found: dict[Path, None] = {}
+    for given in paths:
+        name = os.path.expanduser(given)
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches:
+            _nothing_there(name)
+        files = [file for match in matches for file in _below(Path(match), suffixes)]
+        if not files:
+            kinds = ", ".join(suffixes)
+            raise UsageError(
+                f"{given}: no file here that octavo reads.", hint=f"In a folder it reads {kinds}."
+            )
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _below(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files: list[Path] = []
+    for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if suffix(file) in suffixes)
+
+
+def _unreadable_folder(error: OSError) -> NoReturn:
+    raise UsageError(
+        f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions."
+    ) from error
+
+
+def _nothing_there(name: str) -> NoReturn:
+    if glob.has_magic(name):
+        raise UsageError(f"{name}: matches no file.", hint="`**` matches folders at any depth.")
+    missing = Path(name)
+    while not missing.parent.exists():
+        missing = missing.parent
+    neighbours = os.listdir(missing.parent) if missing.parent.is_dir() else []
+    nearest = difflib.get_close_matches(missing.name, sorted(neighbours), n=1)
+    hint = f"Did you mean {missing.parent / nearest[0]}?" if nearest else "Check the path."
+    raise UsageError(f"{missing}: no such file or folder.", hint=hint)
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed as they are read. Raises DataError for damage in the compressed data."""
+    opener = COMPRESSIONS.get(path.suffix.lower(), open)
+    try:
+        with cast(BinaryIO, opener(path, "rb")) as stream:
+            yield stream
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        hint = "The file was cut short or damaged: fetch or compress it again."
+        raise DataError(f"cannot be decompressed: {error}", source=str(path), hint=hint) from error
+    except OSError as error:
+        hint = "Check that it is a file and that you may read it."
+        raise DataError(f"cannot be read: {error.strerror}", source=str(path), hint=hint) from error
+
+
+def read_whole(stream: BinaryIO, source: str) -> bytes:
+    """All that is left in `stream`. Raises DataError beyond MAX_DOCUMENT_BYTES."""
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        _too_large(source, 0)
+    return data
+
+
+def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
+    """The file cut at each `separator`, which is removed; without one, the whole file as one piece.
+
+    A byte-order mark is removed and UTF-16 and UTF-32 become UTF-8. An empty file has no pieces.
+    Raises DataError for a binary file and for a piece of more than MAX_DOCUMENT_BYTES.
+    """
+    source = str(path)
+    with open_bytes(path) as stream:
+        head = stream.read(CHUNK_BYTES)
+        encoding, mark = _encoding(head, source)
+        if encoding != "utf-8":
+            # A character may straddle any chunk here; such files are short notes, so they are read whole.
+            data = head[mark:] + read_whole(stream, source)
+            stream, head, mark = io.BytesIO(_as_utf8(data, encoding, mark, source)), b"", 0
+            head = stream.read(CHUNK_BYTES)
+        if separator and b"\r\n" in head and separator != b"\n":
+            separator = separator.replace(b"\n", b"\r\n")
+        yield from _cut(stream, head[mark:], separator, offset=mark, source=source)
+
+
+def _cut(
+    stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int, source: str
+) -> Iterator[Piece]:
+    line = 1
+    while True:
+        if separator:
+            *parts, held = held.split(separator)
+            lines_each = separator.count(b"\n")
+            for part in parts:
+                yield Piece(line, offset, part)
+                line += part.count(b"\n") + lines_each
+                offset += len(part) + len(separator)
+        if len(held) > MAX_DOCUMENT_BYTES:
+            _too_large(source, line)
+        # Reading as much again as is held keeps a file without separators linear: the held bytes double.
+        more = stream.read(max(CHUNK_BYTES, len(held)))
+        if not more:
+            break
+        held += more
+    if held:
+        yield Piece(line, offset, held)
+
+
+def decode(piece: Piece, source: str) -> str:
+    """The piece as text. Raises DataError with the line and the byte offset of what is not UTF-8 text."""
+    try:
+        text = piece.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = piece.line + piece.data.count(b"\n", 0, error.start)
+        at, byte = piece.offset + error.start, piece.data[error.start]
+        hint = "Save the file as UTF-8, or skip such documents with --skip-bad."
+        raise DataError(
+            f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint
+        ) from error
+    if "\0" in text:
+        nul = piece.data.index(b"\0")
+        line = piece.line + piece.data.count(b"\n", 0, nul)
+        at = piece.offset + nul
+        raise DataError(f"byte {at} is NUL: this is not text.", source=source, line=line, hint=_AS_TEXT)
+    return text
+
+
+def _encoding(head: bytes, source: str) -> tuple[str, int]:
+    """The encoding that the first bytes of a file show, and the length of its byte-order mark."""
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding, len(mark)
+    for magic, what in _BINARY:
+        if head.startswith(magic):
+            raise DataError(f"is {what}, not text.", source=source, hint=_AS_TEXT)
+    sample = head[:SAMPLE_BYTES]
+    if b"\0" not in sample:
+        return "utf-8", 0
+    # Western text in UTF-16 without a mark has a NUL in nearly every second place and nowhere else.
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if even == 0 and odd > 0.3 * len(sample[1::2]):
+        return "utf-16-le", 0
+    if odd == 0 and even > 0.3 * len(sample[::2]):
+        return "utf-16-be", 0
+    raise DataError("is binary: it holds NUL bytes.", source=source, hint=_AS_TEXT)
+
+
+def _as_utf8(data: bytes, encoding: str, mark: int, source: str) -> bytes:
+    try:
+        return data.decode(encoding).encode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
+        message = f"byte {mark + error.start} is not {encoding.upper()}."
+        raise DataError(message, source=source, line=line, hint="Save the file as UTF-8.") from error
+
+
+def _too_large(source: str, line: int) -> NoReturn:
+    message = f"one document or line of more than {MAX_DOCUMENT_BYTES:,} bytes."
+    raise DataError(message, source=source, line=line, hint="Split it, for example with --split-on lines.")

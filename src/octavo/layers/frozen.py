@@ -1,0 +1,191 @@
+"""Layers whose weights are frozen: stored under a scheme, read for each use, trained only through what is added.
+
+A `FrozenMatrix` may hold several matrices that read the same input, stacked on their rows (q, k and v of a
+block), so that one product serves them all while each name keeps its own rows, bias, low-rank pair and entry
+in a checkpoint. `FrozenLinear` multiplies with a matrix, `FrozenEmbedding` gathers its rows; a tied head is a
+`FrozenLinear` on the embedding's matrix.
+
+Legend: K inputs, N rows in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from octavo.ops.linear import LowRank, frozen_linear
+from octavo.ops.quantize import Parts, Plain, Scheme, Shape, stored_bytes
+
+
+class FrozenMatrix(nn.Module):
+    """Stacked (rows, K) matrices under one scheme. Empty until `allocate`; filled by `put`, name by name."""
+
+    def __init__(self, in_features: int, outputs: Mapping[str, int]) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.outputs = dict(outputs)
+        self.starts = _starts(self.outputs)
+        self.scheme: Scheme = Plain()
+        self.dtype = torch.float32
+        self.parts: Parts = {}
+
+    @property
+    def shape(self) -> Shape:
+        return sum(self.outputs.values()), self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        shapes = [(rows, self.in_features) for rows in self.outputs.values()]
+        return sum(stored_bytes(self.scheme, shape, dtype=self.dtype) for shape in shapes)
+
+    def allocate(self, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes room for the parts under `scheme`; `dtype` is the type that products are computed in."""
+        self.scheme, self.dtype = scheme, dtype
+        sizes: dict[str, list[int]] = {}
+        for rows in self.outputs.values():
+            for part, (shape, _) in scheme.layout((rows, self.in_features), dtype).items():
+                sizes.setdefault(part, []).append(shape[0])
+        layout = scheme.layout(self.shape, dtype)
+        self._offsets = {part: dict(zip(self.outputs, _sums(counts), strict=True)) for part, counts in sizes.items()}
+        for part, (shape, kind) in layout.items():
+            total = (sum(sizes[part]), *shape[1:]) if part != "code" else shape
+            self.parts[part] = torch.empty(total, dtype=kind, device=device)
+
+    def put(self, name: str, parts: Parts) -> None:
+        """Copies one name's parts into their place. A code table is shared by all names of a matrix."""
+        for part, place in self.of(name).items():
+            assert place.shape == parts[part].shape, (name, part, place.shape, parts[part].shape)
+            place.copy_(parts[part])
+
+    def of(self, name: str) -> Parts:
+        """The parts of one name: views, nothing is copied."""
+        layout = self.scheme.layout((self.outputs[name], self.in_features), self.dtype)
+        return {
+            part: self.parts[part] if part == "code" else self._view(part, name, shape[0])
+            for part, (shape, _) in layout.items()
+        }
+
+    def _view(self, part: str, name: str, length: int) -> Tensor:
+        return self.parts[part].narrow(0, self._offsets[part][name], length)
+
+    def unpack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(matrix (N, K) in `dtype`, row scale (N,) or None): what `frozen_linear` multiplies with."""
+        shapes = [(rows, self.in_features) for rows in self.outputs.values()]
+        if len(shapes) == 1 or all(self.scheme.joins(shape) for shape in shapes):
+            return self.scheme.unpack(self.parts, self.shape, dtype)
+        pieces = [
+            self.scheme.unpack(self.of(name), shape, dtype)
+            for name, shape in zip(self.outputs, shapes, strict=True)
+        ]
+        assert all(scale is None for _, scale in pieces)  # schemes with a row scale always join
+        return torch.cat([matrix for matrix, _ in pieces]), None
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (any shape) in the compute type, (*ids.shape, K); the table itself is not dequantised."""
+        return self.scheme.rows(self.parts, self.shape, ids, self.dtype)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # Parts are no buffers, since .to(dtype) must never touch codes and scales; .to(device) must move them.
+        for part, tensor in self.parts.items():
+            moved = fn(tensor)
+            self.parts[part] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.outputs}, in_features={self.in_features}, scheme={self.scheme.name}"
+
+
+class LowRankPair(nn.Module):
+    """A and B of one name: adds scaling * (x A^T) B^T to that name's rows. A is (r, K), B is (rows, r)."""
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+        self.scaling = scaling
+
+
+class FrozenLinear(nn.Module):
+    """y = x W^T + b + low-rank pairs, with W frozen. `bias` names the outputs that have one, in one run."""
+
+    def __init__(self, matrix: FrozenMatrix, *, bias: Collection[str] = ()) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.bias_names = [name for name in matrix.outputs if name in bias]
+        self.bias: nn.Parameter | None = None
+        self.bias_start = 0
+        if self.bias_names:
+            sizes = [matrix.outputs[name] for name in self.bias_names]
+            self.bias_start = matrix.starts[self.bias_names[0]]
+            end = matrix.starts[self.bias_names[-1]] + sizes[-1]
+            assert end - self.bias_start == sum(sizes), "outputs with a bias must stand in one run"
+            self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
+        self.pairs = nn.ModuleDict()
+        self.dropout = 0.0
+
+    def bias_of(self, name: str) -> Tensor:
+        """The bias of one name, a view (rows,)."""
+        assert self.bias is not None
+        return self.bias.detach().narrow(
+            0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""
+        pairs = []
+        for name, pair in self.pairs.items():
+            assert isinstance(pair, LowRankPair)
+            start = self.matrix.starts[name]
+            pairs.append(LowRank(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
+        dropping = bool(pairs) and self.training and self.dropout > 0
+        return frozen_linear(
+            x,
+            self.matrix.unpack,
+            bias=self.bias,
+            bias_start=self.bias_start,
+            pairs=pairs,
+            dropped=F.dropout(x, self.dropout) if dropping else None,
+        )
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything here takes a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+
+class FrozenEmbedding(nn.Module):
+    """Rows of a frozen table, plus a low-rank pair: row i + scaling * B A[:, i]. A is (r, V), B is (K, r)."""
+
+    def __init__(self, matrix: FrozenMatrix) -> None:
+        super().__init__()
+        assert len(matrix.outputs) == 1
+        self.matrix = matrix
+        self.pairs = nn.ModuleDict()
+        self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, K) in the compute type."""
+        x = self.matrix.rows(ids)
+        for pair in self.pairs.values():
+            assert isinstance(pair, LowRankPair)
+            inner = F.embedding(ids, pair.a.T).to(x.dtype)
+            x = x + (inner @ pair.b.T.to(x.dtype)) * pair.scaling
+        return x
+
+
+def _sums(counts: list[int]) -> list[int]:
+    """Where each run starts when runs of these lengths stand end to end."""
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def _starts(outputs: Mapping[str, int]) -> dict[str, int]:
+    return dict(zip(outputs, _sums(list(outputs.values())), strict=True))
+
+
+def parameter_count(matrix: FrozenMatrix) -> int:
+    """Weights that the matrix stands for, whatever they are stored in."""
+    return prod(matrix.shape)

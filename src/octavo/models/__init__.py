@@ -1,0 +1,120 @@
+"""The families, and the map between the names of a checkpoint and the modules here.
+
+This is the only place where a family is chosen. To add one: a file with Config, Model and WEIGHTS, and a line
+for each of its architectures in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import ModelError
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.models import gptj, llama
+
+FAMILIES: dict[str, ModuleType] = {
+    "GPTJForCausalLM": gptj,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": llama,
+    "Qwen2ForCausalLM": llama,
+}
+
+Model = gptj.Model | llama.Model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one named module of a checkpoint lives: `layer`, and if it is a frozen layer, `key` among its rows."""
+
+    name: str  # in the checkpoint, e.g. model.layers.3.self_attn.q_proj
+    layer: nn.Module
+    key: str  # the last part of the name, q_proj
+
+    @property
+    def matrix(self) -> FrozenMatrix | None:
+        """The matrix that holds the name's rows, or None for a norm."""
+        return self.layer.matrix if isinstance(self.layer, FrozenLinear | FrozenEmbedding) else None
+
+    @property
+    def rows_key(self) -> str:
+        """The key of the rows in the matrix: the embedding's for a tied head."""
+        assert self.matrix is not None
+        return self.key if self.key in self.matrix.outputs else next(iter(self.matrix.outputs))
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.layer, FrozenLinear)
+
+    @property
+    def is_head(self) -> bool:
+        return self.name == "lm_head"
+
+    def parameter(self, kind: str) -> Tensor | None:
+        """The full-precision "weight" or "bias" of this name, a view; None if it has none (or a frozen one)."""
+        if isinstance(self.layer, FrozenLinear):
+            if kind == "bias" and self.rows_key in self.layer.bias_names:
+                return self.layer.bias_of(self.rows_key)
+            return None
+        if isinstance(self.layer, FrozenEmbedding):
+            return None
+        parameter = getattr(self.layer, kind, None)
+        return parameter.detach() if isinstance(parameter, nn.Parameter) else None
+
+
+def family(config: Mapping[str, Any]) -> ModuleType:
+    """The family's module for a config.json; ModelError lists what octavo knows."""
+    for architecture in config.get("architectures") or []:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    names = ", ".join(config.get("architectures") or ["none named"])
+    raise ModelError(
+        f"octavo does not know this model's architecture: {names}.",
+        hint=f"It knows {', '.join(sorted(FAMILIES))}.",
+    )
+
+
+def build(config: Mapping[str, Any]) -> Model:
+    """The model of a config.json, without weights (its parameters are on the meta device)."""
+    module = family(config)
+    try:
+        parsed = module.Config.from_dict(config)
+    except KeyError as error:
+        raise ModelError(f"The model's config.json lacks {error}.", hint="Is the file complete?") from error
+    with torch.device("meta"):
+        model: Model = module.Model(parsed)
+    return model.eval()
+
+
+def places(model: Model) -> dict[str, Place]:
+    """Every named module of the model's checkpoint format, in the order of the layers."""
+    weights: dict[str, str] = _module_of(model).WEIGHTS
+    found = {}
+    for name, path in _expanded(weights, len(model.blocks)):
+        found[name] = Place(name, model.get_submodule(path), name.rpartition(".")[2])
+    return found
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the block that a checkpoint name belongs to, or None."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _module_of(model: Model) -> ModuleType:
+    return gptj if isinstance(model, gptj.Model) else llama
+
+
+def _expanded(weights: Mapping[str, str], layers: int) -> list[tuple[str, str]]:
+    """The table with {i} written out, blocks in order, what comes before and after them kept in place."""
+    items = list(weights.items())
+    inner = [item for item in items if "{i}" in item[0]]
+    first = items.index(inner[0])
+    blocks = [(name.format(i=i), path.format(i=i)) for i in range(layers) for name, path in inner]
+    return [*items[:first], *blocks, *items[first + len(inner) :]]

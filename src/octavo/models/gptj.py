@@ -1,0 +1,181 @@
+"""GPT-J: one norm, and attention and MLP side by side.
+
+    y = x + out_proj(attention(rotary(q), rotary(k), v)) + fc_out(gelu(fc))      q, k, v, fc = in_proj(norm(x))
+
+q, k, v and fc_in read the same input, so they are one matrix of stacked rows. Source: Mesh Transformer JAX
+(github.com/kingoflolz/mesh-transformer-jax); rotary positions (arXiv 2104.09864) on the first `rotary` numbers
+of each head, in pairs (2i, 2i+1).
+
+Legend: B rows of a batch, T positions, d the width, H heads, D the size of a head, F the width of the MLP,
+V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from octavo.errors import ModelError
+from octavo.layers.cache import KeyValueCache
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.ops.attention import (
+    cache_mask,
+    causal_attention,
+    document_mask,
+    rotary_table,
+    rotate_interleaved,
+)
+
+# The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
+WEIGHTS = {
+    "transformer.wte": "embed",
+    "transformer.h.{i}.ln_1": "blocks.{i}.norm",
+    "transformer.h.{i}.attn.q_proj": "blocks.{i}.in_proj",
+    "transformer.h.{i}.attn.k_proj": "blocks.{i}.in_proj",
+    "transformer.h.{i}.attn.v_proj": "blocks.{i}.in_proj",
+    "transformer.h.{i}.mlp.fc_in": "blocks.{i}.in_proj",
+    "transformer.h.{i}.attn.out_proj": "blocks.{i}.out_proj",
+    "transformer.h.{i}.mlp.fc_out": "blocks.{i}.fc_out",
+    "transformer.ln_f": "norm",
+    "lm_head": "head",
+}
+
+ROTARY_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, under the names of the legend."""
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    rotary: int
+    norm_eps: float
+    tied: bool
+    context: int  # positions that the model was made for
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
+        act = source.get("activation_function", "gelu_new")
+        if act != "gelu_new":
+            raise ModelError(f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new.")
+        width, heads = int(source["n_embd"]), int(source["n_head"])
+        return cls(
+            vocabulary=int(source["vocab_size"]),
+            width=width,
+            mlp_width=int(source.get("n_inner") or 4 * width),
+            layers=int(source["n_layer"]),
+            heads=heads,
+            rotary=int(source.get("rotary_dim") or width // heads),
+            norm_eps=float(source.get("layer_norm_epsilon", 1e-5)),
+            tied=bool(source.get("tie_word_embeddings", False)),
+            context=int(source.get("n_positions", 2048)),
+        )
+
+
+class Norm(nn.Module):
+    """LayerNorm with its weight and bias kept in float32, taken in the type of x."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        c, d = config, config.width
+        self.index = index
+        self.head_size = c.head_size
+        self.norm = Norm(d, c.norm_eps)
+        stacked = {"q_proj": d, "k_proj": d, "v_proj": d, "fc_in": c.mlp_width}
+        self.sizes = list(stacked.values())
+        self.in_proj = FrozenLinear(FrozenMatrix(d, stacked), bias=["fc_in"])
+        self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
+        self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        q, k, v, fc = self.in_proj(self.norm(x)).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
+        q, k = rotate_interleaved(q, rotary), rotate_interleaved(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
+        attended = self.out_proj(causal_attention(q, k, v, mask=mask).flatten(2))
+        return x + attended + self.fc_out(F.gelu(fc, approximate="tanh"))
+
+
+class Model(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"wte": config.vocabulary}))
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
+        self.norm = Norm(config.width, config.norm_eps)
+        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        self.head = FrozenLinear(table, bias=[next(iter(table.outputs))])
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        through: Callable[..., Tensor] = nn.Module.__call__,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, d), ready for the head.
+
+        `positions` (B, T) count within each document, from the cache's end if left out; `document` (B, T)
+        numbers the documents packed in a row; `through(block, *inputs)` runs each block.
+        """
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        exponents = torch.arange(0, self.config.rotary, 2, device=ids.device).float() / self.config.rotary
+        rotary = rotary_table(positions, ROTARY_BASE**-exponents)
+        mask = document_mask(document) if cache is None else cache_mask(start, ids.shape[1], ids.device)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = through(block, x, rotary, mask, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, ids: Tensor, **context: Any) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
+        logits: Tensor = self.head(self.hidden(ids, **context))
+        return logits
+
+    def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of up to `room` positions."""
+        c, table = self.config, self.embed.matrix
+        return KeyValueCache(
+            c.layers, batch=batch, room=room, heads=c.heads, head_size=c.head_size,
+            dtype=table.dtype, device=table.parts["weight"].device,
+        )  # fmt: skip

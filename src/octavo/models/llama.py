@@ -1,0 +1,225 @@
+"""The Llama family: Llama, Mistral, Qwen2, SmolLM2 and others of the same block.
+
+    h = x + out(attention(rotary(q), rotary(k), v))      q, k, v = qkv(rms(x)), fewer heads for k and v (GQA)
+    y = h + down(silu(gate) * up)                        gate, up = gate_up(rms(h))
+
+Sources: Llama 2 (arXiv 2307.09288), GQA (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467).
+
+Legend: B rows of a batch, T positions, d the width, H query heads, G key/value heads, D the size of a head,
+F the width of the MLP, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from octavo.errors import ModelError
+from octavo.layers.cache import KeyValueCache
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.ops.attention import cache_mask, causal_attention, document_mask, rotary_table, rotate_half
+
+# The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
+WEIGHTS = {
+    "model.embed_tokens": "embed",
+    "model.layers.{i}.input_layernorm": "blocks.{i}.norm_1",
+    "model.layers.{i}.self_attn.q_proj": "blocks.{i}.qkv",
+    "model.layers.{i}.self_attn.k_proj": "blocks.{i}.qkv",
+    "model.layers.{i}.self_attn.v_proj": "blocks.{i}.qkv",
+    "model.layers.{i}.self_attn.o_proj": "blocks.{i}.out",
+    "model.layers.{i}.post_attention_layernorm": "blocks.{i}.norm_2",
+    "model.layers.{i}.mlp.gate_proj": "blocks.{i}.gate_up",
+    "model.layers.{i}.mlp.up_proj": "blocks.{i}.gate_up",
+    "model.layers.{i}.mlp.down_proj": "blocks.{i}.down",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+
+DEFAULT_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, under the names of the legend."""
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    context: int  # positions that the model was made for
+    frequencies: tuple[float, ...]  # of the rotary pairs, D/2 of them
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
+        if (act := source.get("hidden_act", "silu")) != "silu":
+            raise ModelError(f"The model's config asks for the activation {act!r}; a Llama block has silu.")
+        qwen = source.get("model_type") == "qwen2"
+        bias = bool(source.get("attention_bias", False))
+        heads = int(source["num_attention_heads"])
+        head_size = int(source.get("head_dim") or int(source["hidden_size"]) // heads)
+        context = int(source.get("max_position_embeddings", 2048))
+        window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
+        return cls(
+            vocabulary=int(source["vocab_size"]),
+            width=int(source["hidden_size"]),
+            mlp_width=int(source["intermediate_size"]),
+            layers=int(source["num_hidden_layers"]),
+            heads=heads,
+            key_value_heads=int(source.get("num_key_value_heads") or heads),
+            head_size=head_size,
+            norm_eps=float(source.get("rms_norm_eps", 1e-6)),
+            tied=bool(source.get("tie_word_embeddings", False)),
+            qkv_bias=qwen or bias,
+            out_bias=bias and not qwen,
+            mlp_bias=bool(source.get("mlp_bias", False)),
+            # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
+            context=min(context, int(window)) if window else context,
+            frequencies=tuple(rotary_frequencies(source, head_size).tolist()),
+        )
+
+
+class Norm(nn.Module):
+    """x / rms(x) * weight, taken in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.float()
+        scaled = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * scaled.to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the gated MLP, each behind its norm and added to its input."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        super().__init__()
+        c, d = config, config.width
+        self.index = index
+        self.head_size = c.head_size
+        queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
+        qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
+        self.norm_1 = Norm(d, c.norm_eps)
+        self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=qkv if c.qkv_bias else ())
+        self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
+        self.norm_2 = Norm(d, c.norm_eps)
+        self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=gate_up if c.mlp_bias else ())
+        self.down = FrozenLinear(
+            FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ()
+        )
+        self.sizes = [queries, keys, keys]
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
+        )
+        q, k = rotate_half(q, rotary), rotate_half(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
+        x = x + self.out(causal_attention(q, k, v, mask=mask).flatten(2))
+        gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Model(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"embed_tokens": config.vocabulary}))
+        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
+        self.norm = Norm(config.width, config.norm_eps)
+        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        self.head = FrozenLinear(table)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        document: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        through: Callable[..., Tensor] = nn.Module.__call__,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, d), ready for the head.
+
+        `positions` (B, T) count within each document, from the cache's end if left out; `document` (B, T)
+        numbers the documents packed in a row; `through(block, *inputs)` runs each block.
+        """
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        frequencies = torch.tensor(self.config.frequencies, device=ids.device)
+        rotary = rotary_table(positions, frequencies)
+        mask = document_mask(document) if cache is None else cache_mask(start, ids.shape[1], ids.device)
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = through(block, x, rotary, mask, cache)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, ids: Tensor, **context: Any) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
+        logits: Tensor = self.head(self.hidden(ids, **context))
+        return logits
+
+    def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of up to `room` positions."""
+        c, table = self.config, self.embed.matrix
+        device = table.parts["weight"].device
+        return KeyValueCache(
+            c.layers, batch=batch, room=room, heads=c.key_value_heads, head_size=c.head_size,
+            dtype=table.dtype, device=device,
+        )  # fmt: skip
+
+
+def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
+    """(D/2,) angles a position turns each pair by: theta^(-2i/D), stretched as the config's rope type says."""
+    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or source.get("rope_theta") or DEFAULT_ROPE_THETA)
+    base = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return base
+    if kind == "linear":
+        return base / float(rope["factor"])
+    if kind == "llama3":
+        return _llama3_frequencies(base, rope)
+    raise ModelError(
+        f"The model's config asks for rotary positions of type {kind!r}.",
+        hint="octavo knows default, linear and llama3. Use a model with one of these.",
+    )
+
+
+def _llama3_frequencies(base: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Llama 3.1's stretch: long waves by the whole factor, short ones not at all, a ramp between."""
+    original = float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    turns = original * base / (2 * math.pi)  # of each pair over the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * keep + base / float(rope["factor"]) * (1 - keep)

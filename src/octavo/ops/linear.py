@@ -1,0 +1,150 @@
+"""A product with a frozen matrix, plus low-rank pairs: y = x W^T + b + sum over pairs of s (x A^T) B^T.
+
+W is read from its quantised parts for each use and never kept: forward unpacks it once, backward once more.
+Gradients go to x, to the bias if it is trained, and to A and B of each pair; never to W.
+
+Legend: x is (..., K); W is (N, K); a pair owns some rows of W (an adapter of one name in a group of stacked
+matrices): A is (r, K), B is (rows, r). M is the number of rows of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Unpack = Callable[[torch.dtype], tuple[Tensor, Tensor | None]]
+
+
+class LowRank(NamedTuple):
+    """A low-rank pair on rows [start, stop) of a matrix (LoRA, arXiv 2106.09685)."""
+
+    start: int
+    stop: int
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+def frozen_linear(
+    x: Tensor,
+    unpack: Unpack,
+    *,
+    bias: Tensor | None = None,
+    bias_start: int = 0,
+    pairs: Sequence[LowRank] = (),
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias + low-rank terms, (..., N) in x's type.
+
+    `unpack(dtype)` gives (matrix (N, K), row scale (N,) or None) with W = scale[:, None] * matrix. `bias` is
+    added to the rows from `bias_start` on. `dropped` is what the pairs read instead of x (x after dropout).
+    """
+    spans = [(pair.start, pair.stop, pair.scaling) for pair in pairs]
+    factors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+    y: Tensor = _FrozenLinear.apply(x, dropped, unpack, bias, bias_start, spans, *factors)
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        unpack: Unpack,
+        bias: Tensor | None,
+        bias_start: int,
+        spans: list[tuple[int, int, float]],
+        *factors: Tensor,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (M, K)
+        y = _product(rows, unpack)
+        if bias is not None:
+            y[:, bias_start : bias_start + bias.numel()] += bias
+        source = rows if dropped is None else dropped.reshape(rows.shape)
+        inner = None
+        if spans:
+            a, bs = _cast(factors, x.dtype)
+            inner = source @ a.T  # (M, sum of r)
+            column = 0
+            for (start, stop, scaling), b in zip(spans, bs, strict=True):
+                y[:, start:stop].addmm_(inner[:, column : column + b.shape[1]], b.T, alpha=scaling)
+                column += b.shape[1]
+        ctx.unpack, ctx.spans, ctx.has_dropped = unpack, spans, dropped is not None
+        ctx.bias = None if bias is None else (bias_start, bias_start + bias.numel(), bias.dtype)
+        ctx.save_for_backward(*((source, inner, *factors) if spans else ()))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dy = grad.reshape(-1, grad.shape[-1])
+        needs_x, needs_dropped = ctx.needs_input_grad[:2]
+        dx = _product_backward(dy, ctx.unpack) if needs_x else None
+        dbias = None
+        if ctx.bias is not None and ctx.needs_input_grad[3]:
+            start, stop, dtype = ctx.bias
+            dbias = dy[:, start:stop].sum(dim=0, dtype=torch.float32).to(dtype)
+        dsource, dfactors = None, []
+        if ctx.spans:
+            source, inner, *factors = ctx.saved_tensors
+            wanted = needs_dropped if ctx.has_dropped else needs_x
+            dsource, dfactors = _pairs_backward(dy, source, inner, factors, spans=ctx.spans, to_source=wanted)
+        ddropped = None
+        if ctx.has_dropped and dsource is not None:
+            ddropped = dsource.view(*grad.shape[:-1], -1)
+        elif dsource is not None and dx is not None:
+            dx += dsource
+        if dx is not None:
+            dx = dx.view(*grad.shape[:-1], -1)
+        return dx, ddropped, None, dbias, None, None, *dfactors
+
+
+def _product(rows: Tensor, unpack: Unpack) -> Tensor:
+    """(M, K) -> (M, N). The row scale is applied to the result: the codes are exact in any float type."""
+    matrix, scale = unpack(rows.dtype)
+    y = rows @ matrix.T
+    return y if scale is None else y.mul_(scale)
+
+
+def _product_backward(dy: Tensor, unpack: Unpack) -> Tensor:
+    """(M, N) -> (M, K). The row scale lies on the axis that is summed, so it goes into dy first."""
+    matrix, scale = unpack(dy.dtype)
+    return (dy if scale is None else (dy * scale).to(dy.dtype)) @ matrix
+
+
+def _cast(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """(all A stacked (sum of r, K), each B (rows, r)) in the compute type: one thin product serves all pairs."""
+    return torch.cat([a.to(dtype) for a in factors[::2]]), [b.to(dtype) for b in factors[1::2]]
+
+
+def _pairs_backward(
+    dy: Tensor,
+    source: Tensor,
+    inner: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    spans: list[tuple[int, int, float]],
+    to_source: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of (source (M, K), [A, B, A, B, ..]) of the low-rank terms."""
+    a, bs = _cast(factors, dy.dtype)
+    dinner = torch.empty_like(inner)
+    dbs: list[Tensor] = []
+    column = 0
+    for (start, stop, scaling), b in zip(spans, bs, strict=True):
+        columns = slice(column, column + b.shape[1])
+        dinner[:, columns] = (dy[:, start:stop] @ b).mul_(scaling)
+        dbs.append((dy[:, start:stop].T @ inner[:, columns]).mul_(scaling))
+        column += b.shape[1]
+    da = dinner.T @ source
+    dfactors: list[Tensor] = []
+    for part, db, pair_a, pair_b in zip(
+        da.split([b.shape[1] for b in bs]), dbs, factors[::2], factors[1::2], strict=True
+    ):
+        dfactors += [part.to(pair_a.dtype), db.to(pair_b.dtype)]
+    return (dinner @ a if to_source else None), dfactors

@@ -1,0 +1,269 @@
+"""Weight schemes: how a frozen matrix is stored, and how it is read back.
+
+| scheme   | stored per weight | scales                                   | bits per weight       |
+|----------|-------------------|------------------------------------------|-----------------------|
+| none     | the number itself | none                                     | 32 or 16              |
+| int8     | int8              | one float32 absmax an output row         | 8 + 32/K              |
+| dynamic8 | uint8 code        | one float32 absmax a block of 4096       | 8 + 32/4096           |
+| nf4      | 4-bit code        | one float32 absmax a block of 64         | 4 + 32/64             |
+
+Legend: a weight is (N, K), N output rows of K inputs. `parts` are the tensors that hold it: "weight" (the
+codes), "absmax" (the scales) and, for dynamic8, "code" (the value of each of the 256 codes). A scheme is
+stateless. To add one: a class with the members of `Scheme`, and a row in `SCHEMES`.
+
+Reading back is `unpack`: a matrix in the compute type and, where the scheme has one scale a row, that scale on
+its own, so that W = scale[:, None] * matrix. The codes of int8 are exact in bfloat16 while their products with
+a scale are not, so a product that applies the scale to its result is both faster and more accurate.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.errors import UsageError
+
+Parts = dict[str, Tensor]
+Shape = tuple[int, int]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+INT8_LEVELS = 127  # symmetric: -127 .. 127, so that negating a row negates its codes
+DYNAMIC8_BLOCK = 4096  # hivemind/gpt-j-6B-8bit; one row of GPT-J's embedding is exactly one block
+NF4_BLOCK = 64  # bitsandbytes' default for 4 bits
+
+# The 16 values of NF4: quantiles of a standard normal, scaled to [-1, 1], with an exact zero
+# (QLoRA, arXiv 2305.14314, appendix E).
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class Scheme(Protocol):
+    """The members of a scheme."""
+
+    @property
+    def name(self) -> str: ...
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        """Shape and type of each part of an (N, K) matrix; `dtype` is what unquantised numbers are kept in."""
+        ...
+
+    def quantise(self, weight: Tensor) -> Parts:
+        """Parts of a floating-point (N, K) matrix."""
+        ...
+
+    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(matrix (N, K) in `dtype`, row scale (N,) float32 or None)."""
+        ...
+
+    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` (any shape) of the matrix, (*ids.shape, K); touches no other row."""
+        ...
+
+    def joins(self, shape: Shape) -> bool:
+        """Whether parts of matrices like this one, put end to end, are the parts of the stacked matrix."""
+        ...
+
+
+class Plain:
+    """No quantisation: the number itself, in the type that it was loaded in."""
+
+    name = "none"
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        return {"weight": (shape, dtype)}
+
+    def quantise(self, weight: Tensor) -> Parts:
+        return {"weight": weight}
+
+    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return parts["weight"].to(dtype), None
+
+    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return parts["weight"][ids].to(dtype)
+
+    def joins(self, shape: Shape) -> bool:
+        return True
+
+
+class Int8:
+    """Symmetric 8 bits, one scale an output row: W[n, k] = code[n, k] * absmax[n] / 127.
+
+    |W - dequantised| <= absmax / 254 everywhere, since a code is the nearest of evenly spaced levels.
+    """
+
+    name = "int8"
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        return {"weight": (shape, torch.int8), "absmax": (shape[:1], torch.float32)}
+
+    def quantise(self, weight: Tensor) -> Parts:
+        values = weight.float()
+        absmax = values.abs().amax(dim=1)
+        step = (absmax / INT8_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (values / step[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS)
+        return {"weight": codes.to(torch.int8), "absmax": absmax}
+
+    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return parts["weight"].to(dtype), parts["absmax"] / INT8_LEVELS
+
+    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        scale = parts["absmax"][ids] / INT8_LEVELS
+        return (parts["weight"][ids] * scale[..., None]).to(dtype)
+
+    def joins(self, shape: Shape) -> bool:
+        return True
+
+
+class Dynamic8:
+    """The format of hivemind/gpt-j-6B-8bit: W flattened in rows, blocks of 4096, value = code[byte] * absmax.
+
+    The code is that of "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561); a file's own
+    code is what counts when reading. The last block may be short. bitsandbytes owns this format, so its own
+    `quantize_blockwise` writes the bytes: on a CPU it looks codes up in 65,536 even bins, so that about one in
+    500 is the neighbour of the nearest code, and only calling it gives the same bytes everywhere.
+    """
+
+    name = "dynamic8"
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        blocks = -(-prod(shape) // DYNAMIC8_BLOCK)
+        return {
+            "weight": (shape, torch.uint8),
+            "absmax": ((blocks,), torch.float32),
+            "code": ((256,), torch.float32),
+        }
+
+    def quantise(self, weight: Tensor) -> Parts:
+        from bitsandbytes.functional import quantize_blockwise
+
+        code = dynamic_code().to(weight.device)
+        codes, state = quantize_blockwise(weight.contiguous(), code=code, blocksize=DYNAMIC8_BLOCK)
+        return {"weight": codes.view(weight.shape), "absmax": state.absmax, "code": code}
+
+    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        values = parts["code"][parts["weight"].reshape(-1).int()]
+        return _times_blocks(values, parts["absmax"], DYNAMIC8_BLOCK).view(shape).to(dtype), None
+
+    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        absmax = parts["absmax"][_flat_index(shape, ids) // DYNAMIC8_BLOCK]
+        return (parts["code"][parts["weight"][ids].int()] * absmax).to(dtype)
+
+    def joins(self, shape: Shape) -> bool:
+        return prod(shape) % DYNAMIC8_BLOCK == 0
+
+
+class Nf4:
+    """4-bit NormalFloat in bitsandbytes' layout: W flattened in rows, blocks of 64, two codes a byte.
+
+    The first of a pair sits in the high half of its byte. No second quantisation of the scales.
+    """
+
+    name = "nf4"
+
+    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
+        n = prod(shape)
+        return {"weight": ((-(-n // 2),), torch.uint8), "absmax": ((-(-n // NF4_BLOCK),), torch.float32)}
+
+    def quantise(self, weight: Tensor) -> Parts:
+        code = _nf4_code(weight.device)
+        scaled, absmax = _scaled_blocks(weight, NF4_BLOCK)
+        codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+        if codes.numel() % 2:
+            codes = torch.cat([codes, codes.new_full((1,), NF4_CODE.index(0.0))])
+        return {"weight": (codes[::2] << 4) | codes[1::2], "absmax": absmax}
+
+    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        pairs = _nf4_pairs(parts["weight"].device)[parts["weight"].int()]  # (n / 2, 2)
+        values = pairs.view(-1)[: prod(shape)]
+        return _times_blocks(values, parts["absmax"], NF4_BLOCK).view(shape).to(dtype), None
+
+    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        index = _flat_index(shape, ids)
+        byte = parts["weight"][index // 2]
+        codes = torch.where(index % 2 == 0, byte >> 4, byte & 0xF)
+        return (_nf4_code(byte.device)[codes.int()] * parts["absmax"][index // NF4_BLOCK]).to(dtype)
+
+    def joins(self, shape: Shape) -> bool:
+        return prod(shape) % NF4_BLOCK == 0
+
+
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Plain(), Int8(), Dynamic8(), Nf4())}
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme of that name; UsageError lists what there is."""
+    if name not in SCHEMES:
+        raise UsageError(f"There is no weight scheme {name!r}.", hint=f"Choose one of: {', '.join(SCHEMES)}.")
+    return SCHEMES[name]
+
+
+def dequantise(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The (N, K) matrix that `parts` stand for."""
+    matrix, scale = scheme.unpack(parts, shape, dtype)
+    return matrix if scale is None else (matrix * scale[:, None]).to(dtype)
+
+
+def stored_bytes(scheme: Scheme, shape: Shape, *, dtype: torch.dtype) -> int:
+    """Bytes that a matrix of this shape takes, scales included."""
+    return sum(prod(size) * kind.itemsize for size, kind in scheme.layout(shape, dtype).values())
+
+
+@cache
+def dynamic_code() -> Tensor:
+    """The 256 values of the signed dynamic code, ascending, float32 on the CPU.
+
+    Seven decades 10^-6 .. 10^0, each with twice as many linear steps as the one below it (1, 2, .. 64), both
+    signs; then 0 and 1.
+    """
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        steps = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += [*steps.tolist(), *(-steps).tolist()]
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def _nf4_code(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """(256, 2): the two values of each byte, so that a byte is looked up once."""
+    code = _nf4_code(device)
+    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
+
+
+def _scaled_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(numbers over their block's absmax, flat; absmax of each block). The last block may be short."""
+    flat = weight.float().reshape(-1)
+    full = flat.numel() // block * block
+    blocks = flat[:full].view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    if full < flat.numel():
+        absmax = torch.cat([absmax, flat[full:].abs().amax().view(1)])
+    tiny = torch.finfo(torch.float32).tiny  # a block of zeros divides by this and stays zero
+    return _times_blocks(flat, 1.0 / absmax.clamp_min(tiny), block), absmax
+
+
+def _times_blocks(flat: Tensor, factor: Tensor, block: int) -> Tensor:
+    """flat (n,) times the factor of its block, (n,). The last block may be short."""
+    full = flat.numel() // block * block
+    if full == flat.numel():
+        return (flat.view(-1, block) * factor[:, None]).view(-1)
+    return torch.cat([(flat[:full].view(-1, block) * factor[:-1, None]).view(-1), flat[full:] * factor[-1]])
+
+
+def _flat_index(shape: Shape, ids: Tensor) -> Tensor:
+    """(*ids.shape, K): where the numbers of rows `ids` lie in the flattened matrix."""
+    columns = torch.arange(shape[1], device=ids.device)
+    return ids.long()[..., None] * shape[1] + columns

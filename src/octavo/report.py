@@ -1,0 +1,269 @@
+"""What a run tells: lines, bars and tables for people on stderr, and one JSON line an event in metrics.jsonl.
+
+Nothing here writes to stdout: that belongs to `--json` and to generated text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from octavo.errors import UsageError
+
+# Without a terminal a bar would fill a log file: a plain line this often instead.
+PLAIN_SECONDS = 10.0
+
+
+class Report:
+    """The one place a run speaks through; a context manager that closes the metrics file.
+
+    `console=False` is silent; `metrics` is the JSON lines file, begun anew unless `append`. On append a last
+    line that a killed process left half written is removed. Raises UsageError if the file cannot be written.
+    """
+
+    def __init__(self, *, console: bool = True, metrics: Path | None = None, append: bool = False) -> None:
+        # No markup: what is said holds file names and text of the user's, where "[b]" is just that.
+        self._console = Console(stderr=True, markup=False, highlight=False, emoji=False, quiet=not console)
+        self._path = metrics
+        self._file = _open_lines(metrics, append=append) if metrics else None
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the metrics file; events after this are no longer recorded."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def say(self, text: str) -> None:
+        """One sentence for people; recorded as the event "say"."""
+        self._console.print(Text(_printable(text)), soft_wrap=True)
+        self.event("say", text=text)
+
+    def warn(self, text: str) -> None:
+        """One sentence about something that is probably not as wished; recorded as the event "warn"."""
+        line = Text.assemble(("warning: ", "bold yellow"), _printable(text))
+        self._console.print(line, soft_wrap=True)
+        self.event("warn", text=text)
+
+    def event(self, name: str, /, **fields: object) -> None:
+        """Record one JSON line: "event", "time" (UTC, ISO 8601), then `fields`; nothing is shown.
+
+        JSON has no number for them, so NaN and the infinities become the strings "nan", "inf" and "-inf",
+        which Python's float() reads. The line is handed to the system before this returns.
+        """
+        assert not fields.keys() & {"event", "time"}, "the two names are the report's own"
+        if not self._file:
+            return
+        record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+        self._file.write(_line(record))
+        self._file.flush()
+
+    @contextmanager
+    def progress(self, total: int, label: str, *, done: int = 0) -> Iterator[Progress]:
+        """A bar over `total` steps, `done` of them behind us; without a terminal a line now and then."""
+        if self._console.quiet or not self._console.is_terminal:
+            plain = Progress(total, label, done=done, console=self._console)
+            yield plain
+            plain.finish()
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[shown]}", markup=False),
+        )
+        with Bar(*columns, console=self._console, expand=True) as bar:
+            yield Progress(total, label, done=done, console=self._console, bar=bar)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Show a table; a column of nothing but numbers stands to the right. Nothing is recorded."""
+        table = Table(title=_printable(title), title_justify="left", title_style="bold")
+        for place, column in enumerate(columns):
+            numbers = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
+            table.add_column(_printable(column), justify="right" if numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(_shown(cell) for cell in row))
+        self._console.print(table)
+
+    def resume_from(self, step: int) -> None:
+        """Forget what was recorded of steps after `step`, which are going to be taken again.
+
+        The file is written aside and renamed, so that a crash leaves either the old or the new one. Lines
+        that cannot be read are dropped too, with a warning.
+        """
+        if not self._path:
+            return
+        self.close()
+        events, unreadable = read_events(self._path)
+        kept = [event for event in events if not _is_after(event, step)]
+        aside = self._path.with_name(f"{self._path.name}.aside")
+        with aside.open("wb") as file:
+            file.writelines(_line(event) for event in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self._path)
+        self._file = _open_lines(self._path, append=True)
+        if unreadable:
+            self.warn(f"{self._path}: dropped {unreadable} lines that could not be read")
+
+
+class Progress:
+    """How far a piece of work is. `advance` after each step; anything shown with it stays until replaced."""
+
+    def __init__(
+        self, total: int, label: str, *, done: int, console: Console, bar: Bar | None = None
+    ) -> None:
+        self._total, self._label = total, _printable(label)
+        self._done = self._done_at_start = done
+        self._console, self._bar = console, bar
+        self._started = self._told = monotonic()
+        self._told_done = -1
+        self._fields: dict[str, object] = {}
+        if bar:
+            self._task = bar.add_task(self._label, total=total, completed=done, shown=self._text())
+
+    def advance(self, n: int = 1, /, **shown: object) -> None:
+        """`n` more steps are done. `shown` are named values, like loss=2.31, tokens_per_second=840."""
+        self._done += n
+        self._fields.update(shown)
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, shown=self._text())
+        elif monotonic() - self._told >= PLAIN_SECONDS:
+            self.finish()
+
+    def finish(self) -> None:
+        """Say where the work stands as a plain line, unless that was just said."""
+        if self._bar or self._told_done == self._done:
+            return
+        self._told, self._told_done = monotonic(), self._done
+        self._console.print(Text(f"{self._label}: {self._text()}"), soft_wrap=True)
+
+    def seconds_left(self) -> float | None:
+        """At the pace so far; None before the first step."""
+        taken = self._done - self._done_at_start
+        if taken <= 0:
+            return None
+        return (monotonic() - self._started) / taken * max(0, self._total - self._done)
+
+    def _text(self) -> str:
+        left = self.seconds_left()
+        values = [
+            f"{_shown(value)} {name.removesuffix('_per_second')}/s"
+            if name.endswith("_per_second")
+            else f"{name.replace('_', ' ')} {_shown(value)}"
+            for name, value in self._fields.items()
+        ]
+        clock = [] if left is None else [f"{duration(left)} left"]
+        return "  ".join([f"{self._done:,}/{self._total:,}", *values, *clock])
+
+
+def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a metrics file in order, and the number of lines that are no JSON object."""
+    events, unreadable = [], 0
+    for line in path.read_bytes().splitlines():
+        event = _parse(line)
+        if event is None:
+            unreadable += 1
+        else:
+            events.append(event)
+    return events, unreadable
+
+
+def duration(seconds: float) -> str:
+    """`seconds` in the two largest units: "42 s", "3 min 05 s", "2 h 07 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _shown(value: object) -> str:
+    """A value for people: whole numbers with commas, others to four digits, text made printable."""
+    if isinstance(value, float) and math.isfinite(value):
+        whole_digits = len(str(int(abs(value))))
+        if value == 0 or abs(value) >= 0.1:
+            return f"{value:,.{max(0, 4 - whole_digits)}f}"
+        return f"{value:.3g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters, which could move the cursor or recolour the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _open_lines(path: Path, *, append: bool) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if append and path.exists():
+            _repair_last_line(path)
+        return path.open("ab" if append else "wb")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}", hint="choose a folder you may write to with --out"
+        ) from error
+
+
+def _repair_last_line(path: Path) -> None:
+    """Cut off a torn last line; give a whole one the line end that it lacks."""
+    content = path.read_bytes()
+    whole, newline, last = content.rpartition(b"\n")
+    if not last:
+        return
+    if _parse(last) is not None:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    else:
+        os.truncate(path, len(whole) + len(newline))
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(_jsonable(record), allow_nan=False).encode() + b"\n"
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _is_after(event: Mapping[str, Any], step: int) -> bool:
+    recorded = event.get("step")
+    return isinstance(recorded, int | float) and recorded > step

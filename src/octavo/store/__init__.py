@@ -1,0 +1,1 @@
+"""Files to modules and back: checkpoints, adapters, training checkpoints, exports. No pickle is ever written."""

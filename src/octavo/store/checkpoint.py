@@ -1,0 +1,281 @@
+"""Checkpoints of a training run that survive kill -9, a full disk and a flipped bit.
+
+    folder/
+      step-00000040/   <name>.safetensors for each group of tensors, state.json, manifest.json
+      latest           the name of the newest one, for people and scripts
+      .lock            held by the one process that trains here
+      .tmp-*           being written; swept at the next start if its process died
+      .old-*           being replaced by a checkpoint of the same step
+
+A checkpoint is written aside, forced to disk, read back against its manifest and renamed into place, so a
+folder called step-* is complete the moment it exists. Loading believes the manifest alone (sizes and SHA-256
+of every file): never the name, and never `latest`, which a crash can leave one save behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo._version import __version__
+from octavo.errors import CheckpointError
+from octavo.store.files import atomic_write, durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
+from octavo.store.files import lock as lock
+
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
+FORMAT = 1
+
+_FINISHED = re.compile(r"step-(\d+)")
+_REPLACED = re.compile(r"\.old-(\d+)-(\d+)")
+_LEFTOVER = re.compile(r"\.(?:tmp-\d+-|old-(?P<step>\d+)-|latest\.)(?P<pid>\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `tensors` by file stem and name, on the CPU; `state` as it was saved."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    keep: int = 2,
+    protect: Collection[int] = (),
+) -> Path:
+    """Write the checkpoint of `step` into `folder` and return its path; it is durable on return.
+
+    Each entry of `tensors` becomes one safetensors file; any dtype, shape and sharing of memory will do.
+    `state` must be JSON: numbers of any size, strings, lists, dicts with string keys; tuples come back as
+    lists. Of this and the earlier steps the newest `keep` stay, and every step in `protect`.
+
+    Raises CheckpointError if it cannot be written; the earlier checkpoints are then untouched.
+    """
+    assert keep >= 1, "a save must not delete itself"
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".tmp-{step:08d}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        _write(temporary, step, tensors, state)
+        problems = verify(temporary)
+        if problems:
+            raise CheckpointError(
+                f"{temporary}: reading the checkpoint back gave something else: {problems[0]}",
+                hint="The disk or the memory is failing. The earlier checkpoints are untouched.",
+            )
+        _publish(temporary, target)
+        atomic_write(folder / LATEST, f"{target.name}\n".encode())
+        _delete_earlier(folder, step, keep=keep, protect=protect)
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors reports a full disk in its own class, with the system's words in the message.
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise CheckpointError(
+            f"{target}: the checkpoint cannot be written: {'the disk is full' if full else error}",
+            hint="Make room or mend the folder's rights, then --resume: earlier checkpoints are untouched.",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The valid checkpoint of the highest step in `folder`, or None if there is no checkpoint at all.
+
+    `warn` gets one line for each damaged one that was passed over. Raises CheckpointError if all are damaged.
+    """
+    candidates = _candidates(folder)
+    for path in candidates:
+        problems = verify(path)
+        if not problems:
+            return _load(path)
+        warn(f"{path}: the checkpoint is damaged ({problems[0]}); looking for an earlier one.")
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: none of its {len(candidates)} checkpoints is whole.",
+            hint="Start again without --resume, with another --out.",
+        )
+    return None
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with the checkpoint folder `path`; empty if every byte is as it was saved."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files, step = manifest["files"], manifest["step"]
+        expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in files.items()}
+    except OSError as error:
+        return [f"{MANIFEST} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} is not what octavo writes"]
+    problems = [] if step == _step(path) else [f"{MANIFEST} is that of step {step}"]
+    problems += [] if STATE in expected else [f"{MANIFEST} does not list {STATE}"]
+    for name, (size_bytes, digest) in expected.items():
+        problems += _file_problems(path, name, size_bytes=size_bytes, digest=digest)
+    return problems
+
+
+def check_identity(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, force: bool, warn: Callable[[str], None]
+) -> None:
+    """Refuse to go on from a checkpoint of another run: model, rank, data, whatever the mappings name.
+
+    Raises CheckpointError naming every key that differs, with both values; with `force` it only warns.
+    """
+    # A round trip through JSON, as `saved` has made: tuples are lists by now.
+    now = json.loads(json_bytes(dict(current)))
+    differing = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
+    if not differing:
+        return
+    lines = [f"  {key}: {saved.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in differing]
+    message = "\n".join(["The checkpoint belongs to another run:", *lines])
+    if not force:
+        raise CheckpointError(
+            message,
+            hint="Give the same settings as before, or --force to go on nevertheless, or another --out.",
+        )
+    warn(message)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Clear up after processes that died during a save, and return what was removed. Call it under `lock`.
+
+    A checkpoint that was being replaced is put back if its successor never arrived.
+    """
+    removed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or _is_alive(int(match["pid"])):
+            continue
+        if match["step"] and not (target := folder / f"step-{match['step']}").exists():
+            path.rename(target)
+            continue
+        _remove(path)
+        removed.append(path)
+    return removed
+
+
+def _write(
+    path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
+) -> None:
+    path.mkdir()
+    durable_write(path / STATE, json_bytes(dict(state)))
+    # safetensors creates its files readable by the owner alone; Python's mode is the one the umask asks for.
+    mode = (path / STATE).stat().st_mode & 0o777
+    for stem, group in tensors.items():
+        file = path / f"{stem}.safetensors"
+        # safetensors refuses views of one buffer, which the trained parameters here are: copy them out.
+        save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()}, file)
+        file.chmod(mode)
+        fsync_file(file)
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "versions": {
+            "octavo": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        "files": {
+            file.name: {"size_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            for file in sorted(path.iterdir())
+        },
+    }
+    durable_write(path / MANIFEST, json_bytes(manifest))
+    fsync_folder(path)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    replaced = target.with_name(f".old-{target.name.removeprefix('step-')}-{os.getpid()}")
+    _remove(replaced)
+    if target.exists():
+        # A folder cannot be renamed onto a full one; between the two renames the old one still counts.
+        target.rename(replaced)
+    temporary.rename(target)
+    fsync_folder(target.parent)
+    _remove(replaced)
+
+
+def _delete_earlier(folder: Path, step: int, *, keep: int, protect: Collection[int]) -> None:
+    finished = [path for path in _candidates(folder) if _FINISHED.fullmatch(path.name)]
+    # Steps beyond this one are the remains of a run that went further: not this save's to judge.
+    mine = [path for path in finished if _step(path) <= step]
+    for path in mine[keep:]:
+        if _step(path) not in protect:
+            # Renamed first: a kill during the removal must not leave half a checkpoint under a good name.
+            doomed = folder / f".tmp-{_step(path):08d}-{os.getpid()}"
+            path.rename(doomed)
+            _remove(doomed)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """All in `folder` that may be a checkpoint, the newest first; a replaced one after its successor."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [p for p in paths if _FINISHED.fullmatch(p.name) or _REPLACED.fullmatch(p.name)]
+    return sorted(found, key=lambda p: (_step(p), p.name.startswith("step-")), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = re.search(r"-(\d+)", path.name)
+    assert match, path
+    return int(match[1])
+
+
+def _file_problems(folder: Path, name: str, *, size_bytes: int, digest: str) -> list[str]:
+    if Path(name).name != name:
+        return [f"{MANIFEST} names a file outside the checkpoint"]
+    try:
+        found_bytes = (folder / name).stat().st_size
+        if found_bytes != size_bytes:
+            return [f"{name} has {found_bytes:,} bytes instead of {size_bytes:,}"]
+        return [] if sha256_of(folder / name) == digest else [f"{name} has changed since it was saved"]
+    except OSError as error:
+        return [f"{name} cannot be read: {error.strerror}"]
+
+
+def _load(path: Path) -> Checkpoint:
+    """Read the verified checkpoint at `path`: only the files that its manifest vouches for."""
+    names = sorted(json.loads((path / MANIFEST).read_bytes())["files"])
+    tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    return Checkpoint(
+        step=_step(path), path=path, tensors=tensors, state=json.loads((path / STATE).read_bytes())
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        # This process is not saving while it sweeps: the number was another's, as happens in containers.
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,101 @@
+"""Writing files so that a crash leaves the old content or the new, and holding a folder for one process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import CheckpointError
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: written beside it, forced to disk, renamed.
+
+    Raises OSError; the old file is then as it was, and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        durable_write(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def write_json_atomically(path: Path, data: Any) -> None:
+    """Replace the file at `path` by `data` as JSON, as `atomic_write` does."""
+    atomic_write(path, json_bytes(data))
+
+
+def json_bytes(data: Any) -> bytes:
+    """`data` as indented UTF-8 JSON with a line end. Tuples become lists; keys of dicts must be strings."""
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def durable_write(path: Path, data: bytes) -> None:
+    """Write `data` to `path` and force it to disk; only for a path that nobody reads yet."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_file(path: Path) -> None:
+    """Force the content of `path` to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: Path) -> None:
+    """Force the names in the folder `path` to disk: a rename is not durable before this."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of the file at `path`, in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go of it however the process ends.
+
+    Raises CheckpointError naming the process that holds it already.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be opened: {error.strerror}", hint="Choose an --out that you can write to."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read(20).strip()
+            raise CheckpointError(
+                f"{folder}: another process (pid {holder or 'unknown'}) is training here.",
+                hint="Wait for it to end, stop it, or choose another --out.",
+            ) from error
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+        finally:
+            # The file stays: removing it would let a waiting process lock a name that is gone.
+            fcntl.flock(file, fcntl.LOCK_UN)

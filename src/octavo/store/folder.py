@@ -1,0 +1,180 @@
+"""Writes a source as a folder under a scheme: `octavo quantize`. Streams: one tensor and one open shard in memory.
+
+The folder is written beside its place, under a temporary name, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from octavo._version import __version__
+from octavo.errors import UsageError
+from octavo.models import build, places
+from octavo.ops.quantize import Scheme, dequantise
+from octavo.store.files import fsync_folder, sha256_of
+from octavo.store.sources import SAFETENSORS_INDEX, Source
+from octavo.store.weights import entries, full_weight, matrix_parts, quantise_checked, stored_scheme
+
+SHARD_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class WrittenLayer:
+    """One frozen weight as written. `error` is |W - W'| / |W|, 0 where nothing was quantised."""
+
+    name: str
+    shape: tuple[int, int]
+    stored_bytes: int
+    error: float
+
+
+class _Shards:
+    """Collects tensors and writes a safetensors file whenever `SHARD_BYTES` are together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open: dict[str, Tensor] = {}
+        self.open_bytes = 0
+        self.total_bytes = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> int:
+        size = tensor.numel() * tensor.itemsize
+        if self.open and self.open_bytes + size > SHARD_BYTES:
+            self.flush()
+        self.open[name] = tensor.contiguous()
+        self.open_bytes += size
+        self.total_bytes += size
+        return size
+
+    def flush(self) -> None:
+        if self.open:
+            save_file(self.open, self._path(len(self.files)), metadata={"format": "pt"})
+            self.files.append(list(self.open))
+            self.open, self.open_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Gives the files their final names, with an index if there are several."""
+        self.flush()
+        count = len(self.files)
+        weight_map = {}
+        for i, names in enumerate(self.files):
+            final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            self._path(i).rename(self.folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            _write_json(self.folder / SAFETENSORS_INDEX, index)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"part-{index}.safetensors"
+
+
+def write_folder(
+    source: Source,
+    out: Path,
+    scheme: Scheme,
+    *,
+    on_layer: Callable[[WrittenLayer], None] | None = None,
+    replace: bool = False,
+) -> int:
+    """Writes `source` into the folder `out` under `scheme`; returns the bytes of its tensors.
+
+    `on_layer` is told of each frozen weight. UsageError if `out` holds something and `replace` is not set.
+    """
+    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        shards = _Shards(temporary)
+        _write_tensors(source, scheme, shards, on_layer)
+        shards.finish()
+        source.tokenizer().save_pretrained(temporary)
+        _write_json(temporary / "config.json", _config(source, scheme))
+        _finish(temporary, out, scheme)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return shards.total_bytes
+
+
+def _write_tensors(
+    source: Source, scheme: Scheme, shards: _Shards, on_layer: Callable[[WrittenLayer], None] | None
+) -> None:
+    model = build(source.config)
+    stored = stored_scheme(source)
+    for name, item in entries(source, model).items():
+        if not item.is_matrix:
+            shards.add(name, source.tensor(name))
+            continue
+        assert item.place.matrix is not None
+        weight = full_weight(source, name, item.place, stored)
+        if stored is scheme:
+            parts, error = matrix_parts(source, name, item.place, stored), 0.0
+        else:
+            parts = quantise_checked(name, weight, scheme)
+            error = _relative_error(weight, dequantise(scheme, parts, (weight.shape[0], weight.shape[1])))
+        module = name.removesuffix(".weight")
+        size = sum(
+            shards.add(name if part == "weight" else f"{module}.{part}", tensor.clone())
+            for part, tensor in parts.items()
+        )
+        if on_layer:
+            on_layer(WrittenLayer(name, (weight.shape[0], weight.shape[1]), size, error))
+
+
+def _relative_error(weight: Tensor, back: Tensor) -> float:
+    norm = torch.linalg.vector_norm(weight.float())
+    return float(torch.linalg.vector_norm(weight.float() - back) / norm) if norm else 0.0
+
+
+def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
+    config = {key: value for key, value in source.config.items() if key != "octavo"}
+    if scheme.name != "none":
+        config["octavo"] = {"scheme": scheme.name, "version": __version__}
+    elif stored_scheme(source).name != "none":
+        config["dtype"] = "float32"
+    return config
+
+
+def _finish(temporary: Path, out: Path, scheme: Scheme) -> None:
+    """Lists every file with its size and hash, makes all of it durable, and moves it into place."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = {}
+    for path in sorted(temporary.iterdir()):
+        path.chmod(0o666 & ~umask)  # safetensors writes 0600
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    _write_json(
+        temporary / "manifest.json", {"octavo": __version__, "scheme": scheme.name, "files": files}
+    )
+    fsync_folder(temporary)
+    if out.exists():
+        shutil.rmtree(out)
+    temporary.rename(out)
+    fsync_folder(out.parent)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def weight_names(source: Source) -> list[str]:
+    """The names of the frozen weights, for a progress bar."""
+    model = build(source.config)
+    places(model)
+    return [name for name, item in entries(source, model).items() if item.is_matrix]
