@@ -58,12 +58,12 @@ class Report:
 
     def say(self, text: str) -> None:
         """One sentence for people; recorded as the event "say"."""
-        self._console.print(Text(_printable(text)), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
         self.event("say", text=text)
 
     def warn(self, text: str) -> None:
         """One sentence about something that is probably not as wished; recorded as the event "warn"."""
-        line = Text.assemble(("warning: ", "bold yellow"), _printable(text))
+        line = Text.assemble(("warning: ", "bold yellow"), printable(text))
         self._console.print(line, soft_wrap=True)
         self.event("warn", text=text)
 
@@ -98,12 +98,12 @@ class Report:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Show a table; a column of nothing but numbers stands to the right. Nothing is recorded."""
-        table = Table(title=_printable(title), title_justify="left", title_style="bold")
+        table = Table(title=printable(title), title_justify="left", title_style="bold")
         for place, column in enumerate(columns):
             numbers = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
-            table.add_column(_printable(column), justify="right" if numbers else "left", overflow="fold")
+            table.add_column(printable(column), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(_shown(cell) for cell in row))
+            table.add_row(*(shown(cell) for cell in row))
         self._console.print(table)
 
     def resume_from(self, step: int) -> None:
@@ -134,7 +134,7 @@ class Progress:
     def __init__(
         self, total: int, label: str, *, done: int, console: Console, bar: Bar | None = None
     ) -> None:
-        self._total, self._label = total, _printable(label)
+        self._total, self._label = total, printable(label)
         self._done = self._done_at_start = done
         self._console, self._bar = console, bar
         self._started = self._told = monotonic()
@@ -169,9 +169,9 @@ class Progress:
     def _text(self) -> str:
         left = self.seconds_left()
         values = [
-            f"{_shown(value)} {name.removesuffix('_per_second')}/s"
+            f"{shown(value)} {name.removesuffix('_per_second')}/s"
             if name.endswith("_per_second")
-            else f"{name.replace('_', ' ')} {_shown(value)}"
+            else f"{name.replace('_', ' ')} {shown(value)}"
             for name, value in self._fields.items()
         ]
         clock = [] if left is None else [f"{duration(left)} left"]
@@ -200,7 +200,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value for people: whole numbers with commas, others to four digits, text made printable."""
     if isinstance(value, float) and math.isfinite(value):
         whole_digits = len(str(int(abs(value))))
@@ -209,10 +209,10 @@ def _shown(value: object) -> str:
         return f"{value:.3g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return _printable(str(value))
+    return printable(str(value))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` without control characters, which could move the cursor or recolour the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 

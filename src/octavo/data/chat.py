@@ -1,7 +1,7 @@
 """Conversations to token ids through the tokenizer's own chat template: the assistant's turns are trained.
 
-The template is rendered twice, once with a placeholder for each content. The placeholders show which stretches
-of the rendered text are the users' and which are the template's, whatever either of them says.
+The template is rendered twice, once with a placeholder for each content. The placeholders show which
+stretches of the rendered text are the users' and which are the template's, whatever either of them says.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChatCode:
 
 @dataclass(frozen=True)
 class _Span:
-    """Characters [start, end) of the rendered text; `name` is a message's role or a control token's string."""
+    """Characters [start, end) of the rendered text; `name` is a message's role or a control token."""
 
     name: str
     start: int
@@ -76,10 +76,14 @@ def _layout(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str
     rendered = _render(document, messages, tokenizer)
     skeleton = _render(document, stand_ins, tokenizer)
     # A template may leave a message out, such as a system prompt, or move it.
-    order = sorted((n for n in range(len(messages)) if names[n] in skeleton), key=lambda n: skeleton.index(names[n]))
+    order = sorted(
+        (n for n in range(len(messages)) if names[n] in skeleton), key=lambda n: skeleton.index(names[n])
+    )
     lost = [n for n, message in enumerate(messages) if message.role == "assistant" and n not in order]
     if lost:
-        raise _refusal(document, f"the chat template leaves out turn {lost[0] + 1}, which is the assistant's.")
+        raise _refusal(
+            document, f"the chat template leaves out turn {lost[0] + 1}, which is the assistant's."
+        )
     own_text = re.split("|".join(names), skeleton)
     spans = _match(rendered, own_text, [messages[n] for n in order])
     if spans is None:
@@ -135,7 +139,9 @@ def _encode(
     everywhere = [match.span() for match in coder.controls.finditer(rendered)]
     if everywhere == [(control.start, control.end) for control in controls]:
         code = coder.control.encode(rendered, add_special_tokens=False)
-        return np.array(code.ids, dtype=np.int32), np.array([start for start, _ in code.offsets], dtype=np.int64)
+        return np.array(code.ids, dtype=np.int32), np.array(
+            [start for start, _ in code.offsets], dtype=np.int64
+        )
     # A content holds a control token's string. Cut at the template's control tokens, as the tokenizer does
     # itself before anything else, and take what is between as plain text.
     ids: list[int] = []
@@ -146,7 +152,7 @@ def _encode(
         ids += code.ids
         starts += [at + start for start, _ in code.offsets]
         if control.name:
-            ids.append(coder.control.token_to_id(control.name))
+            ids.append(coder.control_ids[control.name])
             starts.append(control.start)
         at = control.end
     return np.array(ids, dtype=np.int32), np.array(starts, dtype=np.int64)

@@ -100,7 +100,8 @@ def _document(entry: Entry, source: str) -> Document:
     return from_fields(entry.value, source=source, line=entry.line)
 
 
-def _skip(error: DataError, n_bytes: int) -> Skipped:
+def skip(error: DataError, n_bytes: int) -> Skipped:
+    """What is counted in the place of what `error` says cannot be used."""
     where = f"{error.source}:{error.line}: " if error.line else f"{error.source}: "
     return Skipped(error.source, error.line, error.message.removeprefix(where), n_bytes)
 

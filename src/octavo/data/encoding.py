@@ -1,7 +1,7 @@
 """Text to token ids, with a user's text kept apart from a model's control tokens.
 
-A tokenizer turns `<|im_end|>` into a control token wherever it stands, also in a text about chat templates. So
-two copies of it are kept: one that takes such strings as plain text, one that takes them as control tokens.
+A tokenizer turns `<|im_end|>` into a control token wherever it stands, also in a text about chat templates.
+So two copies of it are kept: one takes such strings as plain text, the other as control tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _WORD_END = re.compile(r"\S(?=\s\S)")
 
 @dataclass(frozen=True, eq=False)
 class Coder:
-    """Two private copies of one tokenizer; neither adds tokens, cuts or pads. Never changed, so threads share it."""
+    """Two private copies of one tokenizer; neither cuts or pads. Never changed, so threads may share it."""
 
     plain: Tokenizer  # the strings of control tokens are text
     control: Tokenizer  # the strings of control tokens are control tokens
     controls: re.Pattern[str]  # finds the strings of control tokens
+    control_ids: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def _copies(backend: Tokenizer) -> Coder:
         copy.no_padding()
     plain.encode_special_tokens = True
     control.encode_special_tokens = False
-    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    added = backend.get_added_tokens_decoder().items()
+    control_ids = {token.content: number for number, token in added if token.special}
     # The longest first, as the tokenizer matches; with none, a pattern that matches nothing.
-    names = sorted(special, key=lambda name: (-len(name), name))
-    return Coder(plain, control, re.compile("|".join(map(re.escape, names)) or r"(?!)"))
+    names = sorted(control_ids, key=lambda name: (-len(name), name))
+    return Coder(plain, control, re.compile("|".join(map(re.escape, names)) or r"(?!)"), control_ids)
 
 
 def plain_codes(texts: Iterable[str], coder: Coder) -> Iterator[Code]:
@@ -87,7 +89,7 @@ def plain_codes(texts: Iterable[str], coder: Coder) -> Iterator[Code]:
         encodings = coder.plain.encode_batch([block for block, _ in group], add_special_tokens=False)
         for encoding, (_, is_last) in zip(encodings, group, strict=True):
             if not parts:
-                first = encoding.token_to_chars(0)[1] if encoding.ids else 0
+                _, first = (encoding.token_to_chars(0) if encoding.ids else None) or (0, 0)
             parts.append(np.array(encoding.ids, dtype=np.int32))
             if is_last:
                 yield Code(np.concatenate(parts), first)
@@ -112,11 +114,11 @@ def _groups(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def block_ends(text: str) -> Iterator[int]:
-    """Where to cut a text so that each block but the last has 1 to 2 times BLOCK_CHARACTERS; the end is the last.
+    """Where to cut a text into blocks of 1 to 2 times BLOCK_CHARACTERS, the last one aside; then its end.
 
     The cut is behind a line break, else before a space, that stands alone between two visible characters.
-    Byte-level tokenizers (GPT-2, GPT-J, Llama 3, Qwen, SmolLM2) split there before they merge anything, so the
-    ids are those of the whole text. Where a text has no such place, or a tokenizer does not split there
+    Byte-level tokenizers (GPT-2, GPT-J, Llama 3, Qwen, SmolLM2) split there before they merge anything, so
+    the ids are those of the whole text. Where a text has no such place, or a tokenizer does not split there
     (SentencePiece style), a block may begin with one token more or less than the whole text would have.
     """
     start = 0

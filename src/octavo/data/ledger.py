@@ -3,18 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+
+COUNTS = ("tokens", "trained", "masked", "cut", "padded", "documents", "dropped", "skipped")
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Tokens, unless the name says otherwise."""
+class FileLedger:
+    """The counts of one file: tokens, but for the last three."""
 
-    tokens: int = 0  # all tokens of the documents, and the padding
+    source: str
+    tokens: int = 0  # all tokens of its documents, and the padding booked on it
     trained: int = 0  # learned as targets
     masked: int = 0  # seen, not learned: prompts, the users' turns, and the first token of each document
     cut: int = 0  # neither seen nor learned
-    padded: int = 0  # empty places of rows, booked on the file of the row's last document
+    padded: int = 0  # empty places of the rows whose last document is of this file
     documents: int = 0  # documents that were read
     dropped: int = 0  # those of them that were cut whole: too short, copies, too few different tokens
-    skipped: int = 0  # records and files that could not be read, and are in no other number
+    skipped: int = 0  # records that could not be read, or the file itself; they are in no other count
+
+    def plus(self, **counts: int) -> FileLedger:
+        """A copy with some counts grown."""
+        return replace(self, **{name: getattr(self, name) + count for name, count in counts.items()})
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The counts of all files together, and of each."""
+
+    tokens: int
+    trained: int
+    masked: int
+    cut: int
+    padded: int
+    documents: int
+    dropped: int
+    skipped: int
+    rows: int
+    files: tuple[FileLedger, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain numbers, lists and dicts, for JSON."""
+        return {**asdict(self), "files": [asdict(file) for file in self.files]}
+
+    def check(self) -> None:
+        """Assert that every token is accounted for, in each file and in all."""
+        both: list[FileLedger | Ledger] = [*self.files, self]
+        for counted in both:
+            parts = counted.trained + counted.masked + counted.cut + counted.padded
+            assert counted.tokens == parts, f"{counted}: {counted.tokens} tokens, but {parts} accounted for"
+        for name in COUNTS:
+            assert getattr(self, name) == sum(getattr(file, name) for file in self.files), name
+
+
+def total(files: Iterable[FileLedger], *, rows: int) -> Ledger:
+    """The ledger of these files."""
+    files = tuple(files)
+    sums = {name: sum(getattr(file, name) for file in files) for name in COUNTS}
+    return Ledger(**sums, rows=rows, files=files)

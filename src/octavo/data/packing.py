@@ -54,17 +54,17 @@ def pack(
     """Rows of `seq_len` places, and the ledger.
 
     A document of n tokens takes n - 1 places, since its first token is never a target and its last never an
-    input. A longer one than a row is split so that the last target of a piece is the first input of the next,
-    and every token but the first is a target exactly once; with `truncate` its rest is cut instead. Pieces are
-    put, the longest first, into the fullest row that still has room (best-fit decreasing). Rows come in the
-    order of their first documents, and the same input gives the same rows.
+    input. A longer one than a row is split so that the last target of a piece is the first input of the
+    next, and every token but the first is a target exactly once; with `truncate` its rest is cut instead.
+    Pieces are put, the longest first, into the fullest row that still has room (best-fit decreasing). Rows
+    come in the order of their first documents, and the same input gives the same rows.
 
     Cut whole are documents of fewer than two tokens, and on request copies of earlier documents and documents
     of fewer than `min_unique_tokens` different tokens. `pad_id` may be any token.
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
-    kept = [len(one.ids) >= 2 and len(np.unique(one.ids)) >= min_unique_tokens for one in tokens]
+    kept = [len(one.ids) >= 2 and _enough(one.ids, min_unique_tokens) for one in tokens]
     if deduplicate:
         _drop_copies(tokens, kept)
     pieces = [
@@ -74,8 +74,13 @@ def pack(
         for piece in _pieces(index, len(one.ids) - 1, seq_len, truncate=truncate)
     ]
     groups = _best_fit(pieces, seq_len)
-    rows = _fill(groups, tokens, seq_len=seq_len, pad_id=pad_id)
-    return rows, _ledger(tokens, groups, seq_len=seq_len, skipped=skipped)
+    ledger = _ledger(tokens, groups, seq_len=seq_len, skipped=skipped)
+    ledger.check()
+    return _fill(groups, tokens, seq_len=seq_len, pad_id=pad_id), ledger
+
+
+def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
+    return min_unique_tokens <= 1 or len(np.unique(ids)) >= min_unique_tokens
 
 
 def _drop_copies(tokens: Sequence[Tokens], kept: list[bool]) -> None:
@@ -93,7 +98,7 @@ def _pieces(index: int, places: int, seq_len: int, *, truncate: bool) -> list[_P
 
 
 def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
-    """Groups of pieces that share a row, each at most `seq_len` places, in the order of their first pieces."""
+    """Groups of pieces that share a row of `seq_len` places, in the order of their first pieces."""
     groups: list[list[int]] = []
     # Rows by their free places, and those free places as the bits of one number: shifting it by a piece's
     # length leaves the rows with room, and its lowest bit is the fullest of them.
@@ -118,7 +123,9 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
     return [[pieces[number] for number in group] for group in sorted(map(sorted, groups))]
 
 
-def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
+def _fill(
+    groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int
+) -> list[Row]:
     shape = (len(groups), seq_len)
     ids = np.full(shape, pad_id, dtype=np.int32)
     labels = np.full(shape, IGNORED, dtype=np.int32)
@@ -159,16 +166,19 @@ def _ledger(
             learned = tokens[piece.tokens].trained[piece.start + 1 : piece.start + piece.length + 1]
             trained[piece.tokens] += int(np.count_nonzero(learned))
         last = tokens[group[-1].tokens].source
-        files[last] = files[last].plus(padded=seq_len - sum(piece.length for piece in group))
+        padded = seq_len - sum(piece.length for piece in group)
+        files[last] = files[last].plus(tokens=padded, padded=padded)
     for index, one in enumerate(tokens):
         # The first token of a document that is in a row is an input there, and predicted by nothing.
         first = 1 if targets[index] else 0
-        masked = targets[index] - trained[index] + first
-        cut = len(one.ids) - targets[index] - first
-        dropped = 0 if targets[index] else 1
         files[one.source] = files[one.source].plus(
-            documents=1, trained=trained[index], masked=masked, cut=cut, dropped=dropped
+            tokens=len(one.ids),
+            trained=trained[index],
+            masked=targets[index] - trained[index] + first,
+            cut=len(one.ids) - targets[index] - first,
+            documents=1,
+            dropped=1 - first,
         )
     for bad in skipped:
         files[bad.source] = files[bad.source].plus(skipped=1)
-    return total(files.values(), rows=len(groups), tokens=sum(len(one.ids) for one in tokens))
+    return total(files.values(), rows=len(groups))

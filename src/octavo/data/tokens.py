@@ -26,7 +26,7 @@ _NOTHING: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 class Tokens:
     """One document as token ids. The last id is the end token, and no other one is its end.
 
-    `trained[i]` says whether `ids[i]` is a target to learn; the first token never is, since nothing predicts it.
+    `trained[i]` says whether `ids[i]` is a target to learn; the first never is, since nothing predicts it.
     """
 
     source: str
@@ -49,7 +49,7 @@ def encode_all(
     progress: Callable[[int], None] | None = None,
     skipped: list[Skipped] | None = None,
 ) -> list[Tokens]:
-    """All documents in order, encoded many at a time. `end_id` is the end token, usually tokenizer.eos_token_id.
+    """All documents in order, encoded many at a time. `end_id` is the end token: tokenizer.eos_token_id.
 
     Strings of control tokens in a text stay text, and no token is added but the end. A text that ends in the
     end token's string already gets no second one. Prompt and completion are encoded apart, as generation will
@@ -59,7 +59,9 @@ def encode_all(
     coder = coder_of(tokenizer)
     end = coder.control.id_to_token(end_id)
     if end is None:
-        raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
+        raise UsageError(
+            f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer."
+        )
     codes = plain_codes((text for document in documents for text in _texts(document, end)), coder)
     encoded: list[Tokens] = []
     for document in documents:
@@ -102,7 +104,7 @@ def _tokens(
 
 
 def _texts(document: Document, end: str) -> tuple[str, ...]:
-    """What to encode as plain text: nothing of a conversation, else the text to learn, behind its prompt if any."""
+    """What to encode as plain text, the text to learn last; of a conversation nothing."""
     if document.messages:
         return ()
     if document.completion is not None:

@@ -1,0 +1,131 @@
+"""Low-rank pairs on a frozen model, and everything trained laid out in flat buffers.
+
+`attach_` puts a pair on each named linear (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732), `flatten_` moves all
+trained numbers into one buffer for each weight-decay group, so that the optimizer is one kernel on one tensor,
+`merge_` adds the pairs into the weights.
+
+Legend: r the rank, K inputs and N outputs of a linear, V and d the shape of an embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import AdapterError
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """How pairs are made. The term is alpha / r times B A x, or alpha / sqrt(r) with `rslora`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise AdapterError(f"The LoRA rank is {self.rank}; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"The LoRA dropout is {self.dropout}; it must be at least 0 and under 1.")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, generator: torch.Generator) -> None:
+    """Puts a new pair on the rows `key` of `layer`, so that the model's output does not change yet.
+
+    Linear: A (r, K) is drawn from U(-1/sqrt(K), 1/sqrt(K)), B (N, r) is zero. Embedding: A (r, V) is zero,
+    B (d, r) standard normal. Both as PEFT does. float32, whatever the compute type.
+    """
+    matrix = layer.matrix
+    rows, columns, device = matrix.outputs[key], matrix.in_features, matrix.parts["weight"].device
+    if isinstance(layer, FrozenEmbedding):
+        a = torch.zeros(spec.rank, rows)
+        b = torch.randn(columns, spec.rank, generator=generator)
+    else:
+        bound = 1 / math.sqrt(columns)
+        a = torch.empty(spec.rank, columns).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(rows, spec.rank)
+    put_(layer, key, LowRankPair(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
+
+
+def put_(layer: FrozenLinear | FrozenEmbedding, key: str, pair: LowRankPair, *, dropout: float) -> None:
+    """Puts a given pair on the rows `key` of `layer`. Pairs of one layer keep the order of its rows."""
+    pairs = {**dict(layer.pairs.items()), key: pair}
+    layer.pairs = nn.ModuleDict({name: pairs[name] for name in layer.matrix.outputs if name in pairs})
+    layer.dropout = dropout
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Trained numbers that share a weight decay: `values` (n,) float32 with `values.grad` of the same layout.
+
+    `parameters` are views into `values`, and their gradients into its gradient, in the order of `names`.
+    """
+
+    values: nn.Parameter
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    decays: bool
+
+
+def flatten_(named: Mapping[str, nn.Parameter]) -> list[FlatGroup]:
+    """Moves the trained parameters into flat buffers, one for those that decay and one for norms and biases.
+
+    Autograd adds into the gradients that it finds, so they must be zeroed in place and never set to None.
+    """
+    groups = []
+    for decays in (True, False):
+        chosen = {name: p for name, p in named.items() if (p.ndim > 1) is decays}
+        if not chosen:
+            continue
+        values = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in chosen.values()]))
+        values.grad = torch.zeros_like(values)
+        start = 0
+        for p in chosen.values():
+            stop = start + p.numel()
+            p.data = values.detach()[start:stop].view(p.shape)
+            p.grad = values.grad[start:stop].view(p.shape)
+            start = stop
+        groups.append(FlatGroup(values, tuple(chosen), tuple(chosen.values()), decays))
+    return groups
+
+
+def gradients_in_place(groups: Sequence[FlatGroup]) -> bool:
+    """Whether every parameter's gradient still is the view that `flatten_` made."""
+    return all(
+        p.grad is not None and g.values.grad is not None
+        and p.grad.untyped_storage().data_ptr() == g.values.grad.untyped_storage().data_ptr()
+        for g in groups
+        for p in g.parameters
+    )  # fmt: skip
+
+
+def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor) -> Tensor:
+    """weight (N, K) of the rows `key`, plus what its pair adds to it, in float32."""
+    if key not in layer.pairs:
+        return weight.float()
+    pair = layer.pairs[key]
+    assert isinstance(pair, LowRankPair)
+    product = pair.b.detach() @ pair.a.detach()
+    return weight.float() + pair.scaling * (product.T if isinstance(layer, FrozenEmbedding) else product)
+
+
+def pairs_of(layers: Iterable[nn.Module]) -> list[LowRankPair]:
+    """All pairs on the given layers."""
+    return [
+        pair
+        for layer in layers
+        if isinstance(layer, FrozenLinear | FrozenEmbedding)
+        for pair in layer.pairs.values()
+        if isinstance(pair, LowRankPair)
+    ]
