@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _INSTEAD = "Correct the record, skip it with --skip-bad, or give it as `prompt` and `completion`."
 
 
+_Ids = npt.NDArray[np.int32]
+_Places = npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class ChatCode:
     """A conversation as ids, up to and including the end of the assistant's last turn."""
@@ -46,26 +50,44 @@ def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, coder: C
     """The ids that apply_chat_template gives, except that a control token's string in a content stays text.
 
     What stands behind the assistant's last turn teaches nothing and is left out. A token that begins in the
-    template's text and ends in a content counts as the template's.
+    template's text and ends in a content counts as the content's: " yes" in "Answer: yes".
     Raises UsageError for a tokenizer without a template, DataError for a conversation that it cannot render.
     """
     last = max(number for number, message in enumerate(document.messages) if message.role == "assistant")
     document = replace(document, messages=document.messages[: last + 1])
     rendered, contents = _layout(document, tokenizer)
     controls = _template_controls(rendered, contents, coder)
-    ids, starts = _encode(rendered, controls, coder)
+    ids, starts, ends = _encode(rendered, controls, coder)
     trained = np.zeros(len(ids), dtype=np.bool_)
     n_bytes, length = 0, 0
     for content, end in _turns(contents, controls):
-        first, length = (int(np.searchsorted(starts, at)) for at in (content.start, end))
+        first = int(np.searchsorted(ends, content.start, side="right"))
+        length = int(np.searchsorted(starts, end))
         trained[first:length] = True
-        if first < length:
-            n_bytes += len(rendered[starts[first] : content.end].encode())
+        n_bytes += len(rendered[content.start : content.end].encode())
     return ChatCode(ids[:length], trained[:length], n_bytes)
 
 
-def _layout(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str, list[_Span]]:
-    """The rendered conversation and where each content stands in it, in the order of the text."""
+def encode_turns(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, coder: Coder
+) -> list[int]:
+    """The ids of a conversation up to where the assistant's next turn begins, to be gone on with.
+
+    As in training, a control token's string in a content stays text. Raises as `encode_chat` does.
+    """
+    document = Document("the conversation", 1, messages=tuple(messages))
+    rendered, contents = _layout(document, tokenizer, asks_for_more=True)
+    ids, _, _ = _encode(rendered, _template_controls(rendered, contents, coder), coder)
+    return [int(number) for number in ids]
+
+
+def _layout(
+    document: Document, tokenizer: PreTrainedTokenizerFast, *, asks_for_more: bool = False
+) -> tuple[str, list[_Span]]:
+    """The rendered conversation and where each content stands in it, in the order of the text.
+
+    With `asks_for_more` the template adds what begins the assistant's next turn.
+    """
     messages = document.messages
     for message in messages:
         # A role becomes part of the template's own text, so it must not be able to hold a control token.
@@ -73,8 +95,8 @@ def _layout(document: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[str
             raise _refusal(document, f"the role {message.role!r} is not a word.")
     names = [f"octavo{number:08d}content" for number in range(len(messages))]
     stand_ins = [Message(message.role, name) for message, name in zip(messages, names, strict=True)]
-    rendered = _render(document, messages, tokenizer)
-    skeleton = _render(document, stand_ins, tokenizer)
+    rendered = _render(document, messages, tokenizer, asks_for_more=asks_for_more)
+    skeleton = _render(document, stand_ins, tokenizer, asks_for_more=asks_for_more)
     # A template may leave a message out, such as a system prompt, or move it.
     order = sorted(
         (n for n in range(len(messages)) if names[n] in skeleton), key=lambda n: skeleton.index(names[n])
@@ -111,7 +133,13 @@ def _match(rendered: str, own_text: Sequence[str], messages: Sequence[Message]) 
     return spans if at == len(rendered) else None
 
 
-def _render(document: Document, messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> str:
+def _render(
+    document: Document,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    asks_for_more: bool,
+) -> str:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -119,7 +147,7 @@ def _render(document: Document, messages: Sequence[Message], tokenizer: PreTrain
         raise UsageError(f"{document.where}: the model's tokenizer has no chat template.", hint=hint)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks_for_more))
     except (TemplateError, TypeError, ValueError) as error:
         raise _refusal(document, f"the chat template refuses the conversation: {error}") from error
 
@@ -132,30 +160,27 @@ def _template_controls(rendered: str, contents: Sequence[_Span], coder: Coder) -
     return [_Span(match[0], *match.span()) for match in found]
 
 
-def _encode(
-    rendered: str, controls: Sequence[_Span], coder: Coder
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """The ids of the rendered text, and the character that each begins at."""
+def _encode(rendered: str, controls: Sequence[_Span], coder: Coder) -> tuple[_Ids, _Places, _Places]:
+    """The ids of the rendered text, and the characters that each begins at and ends before."""
     everywhere = [match.span() for match in coder.controls.finditer(rendered)]
     if everywhere == [(control.start, control.end) for control in controls]:
         code = coder.control.encode(rendered, add_special_tokens=False)
-        return np.array(code.ids, dtype=np.int32), np.array(
-            [start for start, _ in code.offsets], dtype=np.int64
-        )
-    # A content holds a control token's string. Cut at the template's control tokens, as the tokenizer does
-    # itself before anything else, and take what is between as plain text.
-    ids: list[int] = []
-    starts: list[int] = []
-    at = 0
-    for control in [*controls, _Span("", len(rendered), len(rendered))]:
-        code = coder.plain.encode(rendered[at : control.start], add_special_tokens=False)
-        ids += code.ids
-        starts += [at + start for start, _ in code.offsets]
-        if control.name:
-            ids.append(coder.control_ids[control.name])
-            starts.append(control.start)
-        at = control.end
-    return np.array(ids, dtype=np.int32), np.array(starts, dtype=np.int64)
+        ids, places = code.ids, code.offsets
+    else:
+        # A content holds a control token's string. Cut at the template's control tokens, as the tokenizer
+        # does itself before anything else, and take what is between as plain text.
+        ids, places = [], []
+        at = 0
+        for control in [*controls, _Span("", len(rendered), len(rendered))]:
+            code = coder.plain.encode(rendered[at : control.start], add_special_tokens=False)
+            ids += code.ids
+            places += [(at + start, at + end) for start, end in code.offsets]
+            if control.name:
+                ids.append(coder.control_ids[control.name])
+                places.append((control.start, control.end))
+            at = control.end
+    starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return np.array(ids, dtype=np.int32), starts, ends
 
 
 def _turns(contents: Sequence[_Span], controls: Sequence[_Span]) -> list[tuple[_Span, int]]:

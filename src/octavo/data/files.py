@@ -211,12 +211,15 @@ def _encoding(head: bytes, source: str) -> tuple[str, int]:
     sample = head[:SAMPLE_BYTES]
     if b"\0" not in sample:
         return "utf-8", 0
-    # Western text in UTF-16 without a mark has a NUL in nearly every second place and nowhere else.
-    even, odd = sample[::2].count(0), sample[1::2].count(0)
-    if even == 0 and odd > 0.3 * len(sample[1::2]):
-        return "utf-16-le", 0
-    if odd == 0 and even > 0.3 * len(sample[::2]):
-        return "utf-16-be", 0
+    for encoding, low, high in (
+        ("utf-16-le", sample[::2], sample[1::2]),
+        ("utf-16-be", sample[1::2], sample[::2]),
+    ):
+        # Western text in UTF-16 without a mark has a NUL in nearly every second place and nowhere else.
+        if len(low) == len(high) and 0 not in low and high.count(0) > 0.3 * len(high):
+            text = sample.decode(encoding, errors="ignore")
+            if all(character.isprintable() or character.isspace() for character in text):
+                return encoding, 0
     raise DataError("is binary: it holds NUL bytes.", source=source, hint=_AS_TEXT)
 
 

@@ -50,7 +50,9 @@ class FrozenMatrix(nn.Module):
             for part, (shape, _) in scheme.layout((rows, self.in_features), dtype).items():
                 sizes.setdefault(part, []).append(shape[0])
         layout = scheme.layout(self.shape, dtype)
-        self._offsets = {part: dict(zip(self.outputs, _sums(counts), strict=True)) for part, counts in sizes.items()}
+        self._offsets = {
+            part: dict(zip(self.outputs, _sums(counts), strict=True)) for part, counts in sizes.items()
+        }
         for part, (shape, kind) in layout.items():
             total = (sum(sizes[part]), *shape[1:]) if part != "code" else shape
             self.parts[part] = torch.empty(total, dtype=kind, device=device)

@@ -71,7 +71,9 @@ class Config:
         """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
         act = source.get("activation_function", "gelu_new")
         if act != "gelu_new":
-            raise ModelError(f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new.")
+            raise ModelError(
+                f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new."
+            )
         width, heads = int(source["n_embd"]), int(source["n_head"])
         return cls(
             vocabulary=int(source["vocab_size"]),
@@ -115,7 +117,11 @@ class Block(nn.Module):
         self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         q, k, v, fc = self.in_proj(self.norm(x)).split(self.sizes, dim=-1)
@@ -136,7 +142,9 @@ class Model(nn.Module):
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"wte": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
         self.norm = Norm(config.width, config.norm_eps)
-        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        table = (
+            self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        )
         self.head = FrozenLinear(table, bias=[next(iter(table.outputs))])
 
     def hidden(

@@ -94,7 +94,7 @@ class Config:
 
 
 class Norm(nn.Module):
-    """x / rms(x) * weight, taken in float32."""
+    """x / rms(x) * weight; the mean square is taken in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -102,9 +102,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
-        scaled = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * scaled.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class Block(nn.Module):
@@ -129,11 +127,16 @@ class Block(nn.Module):
         self.sizes = [queries, keys, keys]
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KeyValueCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         q, k, v = (
-            part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
+            part.unflatten(-1, (-1, self.head_size))
+            for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
         )
         q, k = rotate_half(q, rotary), rotate_half(k, rotary)
         if cache is not None:
@@ -152,7 +155,9 @@ class Model(nn.Module):
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"embed_tokens": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
         self.norm = Norm(config.width, config.norm_eps)
-        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        table = (
+            self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
+        )
         self.head = FrozenLinear(table)
 
     def hidden(

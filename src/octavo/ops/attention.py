@@ -20,19 +20,17 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 def rotate_interleaved(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates the first R numbers of each head in pairs (2i, 2i+1), GPT-J's form. x is (B, T, H, D)."""
     cos, sin = table
-    size = 2 * cos.shape[-1]
-    even, odd = x[..., 0:size:2].float(), x[..., 1:size:2].float()
+    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
-    return rotated if size == x.shape[-1] else torch.cat((rotated, x[..., size:]), dim=-1)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def rotate_half(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the first R numbers of each head in pairs (i, i + R/2), Llama's form. x is (B, T, H, D)."""
+    """Rotates each head in pairs (i, i + D/2), Llama's form. x is (B, T, H, D)."""
     cos, sin = table
-    half = cos.shape[-1]
-    low, high = x[..., :half].float(), x[..., half : 2 * half].float()
-    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
-    return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
 def document_mask(document: Tensor | None) -> Tensor | None:

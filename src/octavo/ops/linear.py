@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -69,7 +70,7 @@ class _FrozenLinear(torch.autograd.Function):
         inner = None
         if spans:
             a, bs = _cast(factors, x.dtype)
-            inner = source @ a.T  # (M, sum of r)
+            inner = F.linear(source, a)  # (M, sum of r)
             column = 0
             for (start, stop, scaling), b in zip(spans, bs, strict=True):
                 y[:, start:stop].addmm_(inner[:, column : column + b.shape[1]], b.T, alpha=scaling)
@@ -107,7 +108,7 @@ class _FrozenLinear(torch.autograd.Function):
 def _product(rows: Tensor, unpack: Unpack) -> Tensor:
     """(M, K) -> (M, N). The row scale is applied to the result: the codes are exact in any float type."""
     matrix, scale = unpack(rows.dtype)
-    y = rows @ matrix.T
+    y = F.linear(rows, matrix)  # faster than rows @ matrix.T: on a CPU the library is told the layout
     return y if scale is None else y.mul_(scale)
 
 

@@ -1,18 +1,19 @@
 """Adapters: which numbers of a model are trained, and PEFT's own file format for them, in and out.
 
-A folder holds adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two files
-that it ignores: octavo.json (what the adapter was trained on) and README.md (the model card).
+A folder holds adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two
+files that it ignores: octavo.json (what the adapter was trained on) and README.md (the model card).
 
-Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. In the file, everything
-stands under base_model.model.NAME: lora_A.weight (r, K) and lora_B.weight (N, r) of a linear, lora_embedding_A
-(r, V) and lora_embedding_B (d, r) of an embedding, base_layer.bias of a linear with a trained bias, and weight
-and bias of a trained norm (PEFT's modules_to_save).
+Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. In the file, all
+stands under base_model.model.NAME: lora_A.weight (r, K) and lora_B.weight (N, r) of a linear,
+lora_embedding_A (r, V) and lora_embedding_B (d, r) of an embedding, base_layer.bias of a linear with a
+trained bias, and weight and bias of a trained norm (PEFT's modules_to_save).
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,11 +37,18 @@ PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# Options of PEFT's that make its output another function than W x + s B A x. Source: peft 0.21, LoraConfig.
+UNKNOWN_OPTIONS = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
+# Ways to start that take something away from the frozen weights, so that the pairs fit no plain base model.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What is trained: pairs on `targets` (all-linear: every linear of the blocks), and norms and biases or not."""
+    """What is trained: pairs on `targets` (all-linear: every linear of the blocks), and norms and biases."""
 
     spec: LoraSpec
     targets: tuple[str, ...] = (ALL_LINEAR,)
@@ -72,7 +80,8 @@ def select(model: Model, targets: Sequence[str]) -> list[Place]:
             near = get_close_matches(target, known, n=1)
             raise AdapterError(
                 f"The model has no layer {target!r} to put LoRA on.",
-                hint=(f"Did you mean {near[0]}? " if near else "") + f"There are: {ALL_LINEAR}, {', '.join(known)}.",
+                hint=(f"Did you mean {near[0]}? " if near else "")
+                + f"There are: {ALL_LINEAR}, {', '.join(known)}.",
             )
         chosen.update({p.name: p for p in found})
     return [place for place in table if place.name in chosen]
@@ -98,9 +107,9 @@ def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[Place]) -> N
     for place in chosen:
         layer = _layer(place)
         layer.pairs.requires_grad_(True)
-        if plan.biases and isinstance(layer, FrozenLinear) and layer.bias is not None:
-            module = place.name.rpartition(".")[0]
-            lacking = [key for key in layer.bias_names if not _targeted(module, key, place, names)]
+        if plan.biases and isinstance(layer, FrozenLinear) and place.parameter("bias") is not None:
+            assert layer.bias is not None
+            lacking = [key for key in layer.bias_names if not _targeted(key, place, names)]
             if lacking:
                 raise AdapterError(
                     f"The bias of {place.key} is stored with those of {', '.join(lacking)}.",
@@ -143,8 +152,10 @@ def state(model: Model, *, full: bool = True) -> dict[str, Tensor]:
         if not full:
             continue
         if isinstance(place.layer, FrozenLinear):
-            if place.layer.bias is not None and place.layer.bias.requires_grad and pair is not None:
-                tensors[name + ".base_layer.bias"] = place.layer.bias_of(place.rows_key)
+            bias = place.parameter("bias")
+            whole = place.layer.bias  # of all names that share the matrix
+            if bias is not None and whole is not None and whole.requires_grad and pair is not None:
+                tensors[name + ".base_layer.bias"] = bias
         elif not isinstance(place.layer, FrozenEmbedding):
             for kind, parameter in place.layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
@@ -159,21 +170,34 @@ def save(
     temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = state(model)
-    save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    (temporary / TENSORS).chmod(0o666 & ~umask)  # safetensors writes 0600
-    (temporary / CONFIG).write_bytes(json_bytes(_peft_config(model, plan, base)))
-    (temporary / "octavo.json").write_bytes(json_bytes(dict(origin)))
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    for path in temporary.iterdir():
-        fsync_file(path)
-    fsync_folder(temporary)
+    try:
+        save_file(state(model), temporary / TENSORS, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        (temporary / TENSORS).chmod(0o666 & ~umask)  # safetensors writes 0600
+        (temporary / CONFIG).write_bytes(json_bytes(_peft_config(model, plan, base)))
+        (temporary / "octavo.json").write_bytes(json_bytes(dict(origin)))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for path in temporary.iterdir():
+            fsync_file(path)
+        fsync_folder(temporary)
+        _exchange(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; what stood there goes only once the new one stands."""
     old = folder.parent / f".old-{folder.name}-{os.getpid()}"
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    temporary.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -189,26 +213,31 @@ def read(folder: Path) -> Adapter:
     except (ModelError, SafetensorError, OSError) as error:
         raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
     _refuse_unknown(folder, config)
-    spec = LoraSpec(
-        int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0),
-        bool(config.get("use_rslora", False)),
-    )  # fmt: skip
+    spec = _spec(folder, config)
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, kind = _parse(folder, key)
+        if ".base_layer." in key and (kind == "weight" or config.get("bias", "none") == "none"):
+            continue  # PEFT saves a targeted embedding's or head's frozen layer along with its pair
         if kind in ("lora_A", "lora_embedding_A"):
             other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in tensors:
                 raise AdapterError(f"The adapter in {folder} lacks {other}.")
-            pairs[name] = (tensor, tensors[other], _scaling(config, name, spec))
+            own = _own_spec(config, name, spec)
+            if own.rank != tensor.shape[0]:
+                raise AdapterError(
+                    f"The adapter in {folder} has rank {tensor.shape[0]} on {name}, "
+                    f"but its {CONFIG} says {own.rank}."
+                )
+            pairs[name] = (tensor, tensors[other], own.scaling)
         elif kind not in ("lora_B", "lora_embedding_B"):
             full[f"{name}.{kind}"] = tensor
     return Adapter(spec, pairs, full, origin)
 
 
 def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
-    """Puts an adapter on `model`; every tensor finds its place or nothing is said to fit. Returns its plan."""
+    """Puts an adapter on `model` and returns its plan; AdapterError if a tensor finds no place."""
     table = places(model)
     lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
     lost += [key for key in adapter.full if not _fits_full(table, key)]
@@ -236,7 +265,9 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
         target = table[name].parameter(kind)
         assert target is not None
         if target.shape != tensor.shape:
-            raise AdapterError(f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}.")
+            raise AdapterError(
+                f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}."
+            )
         target.copy_(tensor)
     plan = _plan_of(adapter, table)
     mark_trained_(model, plan, [table[name] for name in adapter.pairs])
@@ -256,7 +287,9 @@ def _peft_config(model: Model, plan: AdapterPlan, base: str) -> dict[str, Any]:
     # A last name stands for all layers of that name; if some of them have no pair, whole names are needed.
     complete = {place.key for place in table.values() if place.key in keys and _pair(place) is None}
     norms = [
-        p.name for p in table.values() if p.matrix is None and any(q.requires_grad for q in p.layer.parameters())
+        p.name
+        for p in table.values()
+        if p.matrix is None and any(q.requires_grad for q in p.layer.parameters())
     ]
     return {
         "peft_type": "LORA",
@@ -267,6 +300,7 @@ def _peft_config(model: Model, plan: AdapterPlan, base: str) -> dict[str, Any]:
         "lora_alpha": plan.spec.alpha,
         "lora_dropout": plan.spec.dropout,
         "use_rslora": plan.spec.rslora,
+        **_patterns(plan.spec, paired),
         "target_modules": sorted({p.name if p.key in complete else p.key for p in paired}),
         "modules_to_save": norms or None,
         "bias": "lora_only" if plan.biases else "none",
@@ -275,9 +309,27 @@ def _peft_config(model: Model, plan: AdapterPlan, base: str) -> dict[str, Any]:
     }
 
 
+def _patterns(spec: LoraSpec, paired: Sequence[Place]) -> dict[str, dict[str, float]]:
+    """PEFT's rank_pattern and alpha_pattern: the pairs that differ from `spec`, as one of PEFT's may."""
+    ranks: dict[str, float] = {}
+    alphas: dict[str, float] = {}
+    for place in paired:
+        pair = _pair(place)
+        assert pair is not None
+        rank = pair.a.shape[0]
+        alpha = pair.scaling * (math.sqrt(rank) if spec.rslora else rank)
+        if rank != spec.rank:
+            ranks[place.name] = rank
+        if not math.isclose(alpha, spec.alpha):
+            alphas[place.name] = alpha
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
 def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    unknown = [key for key in ("use_dora", "lora_bias", "use_qalora", "use_bdlora") if config.get(key)]
+    unknown = [key for key in UNKNOWN_OPTIONS if config.get(key)]
+    if str(config.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
+        unknown.append(f"init_lora_weights={config['init_lora_weights']}")
     if kind != "LORA" or unknown:
         what = f"of the type {kind}" if kind != "LORA" else f"made with {', '.join(unknown)}"
         raise AdapterError(f"The adapter in {folder} is {what}.", hint="octavo reads plain LoRA and rsLoRA.")
@@ -296,18 +348,30 @@ def _parse(folder: Path, key: str) -> tuple[str, str]:
     return module, kind
 
 
-def _scaling(config: Mapping[str, Any], name: str, spec: LoraSpec) -> float:
-    """The scaling of one pair; PEFT can give a module a rank or alpha of its own."""
+def _spec(folder: Path, config: Mapping[str, Any]) -> LoraSpec:
+    try:
+        return LoraSpec(
+            int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0),
+            bool(config.get("use_rslora", False)),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"The {CONFIG} in {folder} has no usable rank, alpha or dropout ({error})."
+        ) from error
+
+
+def _own_spec(config: Mapping[str, Any], name: str, spec: LoraSpec) -> LoraSpec:
+    """The spec of one pair; PEFT can give a module a rank or alpha of its own."""
     rank, alpha = (
         next((value for key, value in (config.get(table) or {}).items() if _matches(key, name)), default)
         for table, default in (("rank_pattern", spec.rank), ("alpha_pattern", spec.alpha))
     )
-    return LoraSpec(int(rank), float(alpha), spec.dropout, spec.rslora).scaling
+    return LoraSpec(int(rank), float(alpha), spec.dropout, spec.rslora)
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for keys of its patterns, for those that are plain names: the name, or its end after a dot."""
-    return name == pattern or name.endswith("." + pattern)
+    """PEFT's rule for the keys of its patterns: an expression for the name, or for its end after a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _fits_full(table: Mapping[str, Place], key: str) -> bool:
@@ -315,7 +379,7 @@ def _fits_full(table: Mapping[str, Place], key: str) -> bool:
     return name in table and table[name].parameter(kind) is not None
 
 
-def _targeted(module: str, key: str, place: Place, names: Iterable[str]) -> bool:
+def _targeted(key: str, place: Place, names: Iterable[str]) -> bool:
     """Whether the name that shares `place`'s bias under `key` is a target too."""
     if place.is_head:
         return True
@@ -334,8 +398,3 @@ def _pair(place: Place) -> LowRankPair | None:
 def _layer(place: Place) -> FrozenLinear | FrozenEmbedding:
     assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
     return place.layer
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a folder, for those that only want to show it."""
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))

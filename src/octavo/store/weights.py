@@ -1,9 +1,9 @@
 """Weights of a source into a model, or into a folder: one tensor at a time, quantised as it passes.
 
 A folder that octavo writes under a scheme is a Hugging Face folder whose config.json has one more entry,
-"octavo": {"scheme": ..}, and whose frozen tensors stand under the names of hivemind/gpt-j-6B-8bit: NAME.weight
-holds the codes, NAME.absmax the scales, NAME.code the code table of dynamic8. Under the scheme `none` it is a
-plain Hugging Face folder.
+"octavo": {"scheme": ..}, and whose frozen tensors stand under the names of hivemind/gpt-j-6B-8bit:
+NAME.weight holds the codes, NAME.absmax the scales, NAME.code the code table of dynamic8. Under the scheme
+`none` it is a plain Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from octavo.ops.quantize import Parts, Scheme, dequantise, scheme_named
 from octavo.store.sources import Source
 
 SCALE_KINDS = ("absmax", "code")
+PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights under no scheme
 # Buffers that older checkpoints carry and that are computed here.
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
 
@@ -55,8 +56,9 @@ def load(
 ) -> Model:
     """The model of `source`, frozen under `scheme`, computing in `dtype` on `device`, in eval mode.
 
-    What is stored under the same scheme is taken bit for bit; anything else is quantised as it passes. Memory:
-    the quantised model and one tensor. ModelError names what is missing, unknown, misshapen or not finite.
+    What is stored under the same scheme is taken bit for bit; anything else is quantised as it passes.
+    Memory: the quantised model, and 1.25 times the largest tensor in float32. ModelError names what is
+    missing, unknown, misshapen or not finite.
     """
     model = build(source.config)
     model.to_empty(device=device)
@@ -103,14 +105,15 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
             f"has {_some(sorted(unknown))} too many"
         ] * bool(unknown)
         raise ModelError(
-            f"The checkpoint {source.files[0].parent} does not fit its config.json: it {' and '.join(parts)}.",
+            f"The checkpoint {source.files[0].parent} does not fit its config.json: "
+            f"it {' and '.join(parts)}.",
             hint="Is the download complete, and is config.json the one that belongs to it?",
         )
     return {name: found[name] for name in wanted}
 
 
 def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Parts:
-    """The stored parts of one frozen weight, shapes checked."""
+    """The stored parts of one frozen weight; shapes and types are as they must be, all numbers finite."""
     assert place.matrix is not None
     shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
     module = name.removesuffix(".weight")
@@ -124,8 +127,13 @@ def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Par
             tensor = tensor.reshape(-1)
         if tuple(tensor.shape) != tuple(size):
             raise _misshapen(key, tensor, size)
-        if stored.name != "none" and tensor.dtype != dtype:
-            raise ModelError(f"{key} is {tensor.dtype}, but the scheme {stored.name} stores {dtype}.")
+        if tensor.dtype != dtype and not (stored.name == "none" and tensor.dtype in PLAIN_TYPES):
+            raise ModelError(
+                f"{key} is {tensor.dtype}, but the scheme {stored.name} stores {dtype}.",
+                hint="Is config.json the one that belongs to the weights?",
+            )
+        if tensor.is_floating_point():
+            _check_finite(key, tensor)
         parts[part] = tensor
     return parts
 
@@ -137,14 +145,6 @@ def full_weight(source: Source, name: str, place: Place, stored: Scheme) -> Tens
         return parts["weight"]
     assert place.matrix is not None
     return dequantise(stored, parts, (place.matrix.outputs[place.rows_key], place.matrix.in_features))
-
-
-def quantise_checked(name: str, weight: Tensor, scheme: Scheme) -> Parts:
-    """`scheme.quantise`, with a clear error where the weight holds numbers that are not finite."""
-    parts = scheme.quantise(weight)
-    if not bool(parts["absmax" if "absmax" in parts else "weight"].isfinite().all()):
-        raise ModelError(f"{name} holds numbers that are not finite.", hint="The checkpoint is damaged.")
-    return parts
 
 
 def _put_matrix(
@@ -162,7 +162,10 @@ def _put_matrix(
         parts = matrix_parts(source, name, place, stored)
     else:
         weight = full_weight(source, name, place, stored).to(device)
-        parts = quantise_checked(name, weight.to(dtype) if scheme.name == "none" else weight, scheme)
+        if scheme.name == "none" and dtype != weight.dtype:
+            weight = weight.to(dtype)
+            _check_finite(f"{name} as {dtype}", weight, hint="Choose another compute type.")
+        parts = scheme.quantise(weight)
     place.matrix.put(place.rows_key, parts)
 
 
@@ -171,9 +174,14 @@ def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
     assert target is not None
     if tensor.shape != target.shape:
         raise _misshapen(name, tensor, tuple(target.shape))
-    if not bool(tensor.isfinite().all()):
-        raise ModelError(f"{name} holds numbers that are not finite.", hint="The checkpoint is damaged.")
+    _check_finite(name, tensor)
     target.copy_(tensor)
+
+
+def _check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is damaged.") -> None:
+    # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
+    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise ModelError(f"{name} holds numbers that are not finite.", hint=hint)
 
 
 def _has(place: Place, kind: str) -> bool:
@@ -192,7 +200,7 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def items_of(model: Model) -> Iterator[tuple[str, Item]]:
-    """(tensor name, item) of everything a checkpoint of the model holds, in order; a tied head has no weight."""
+    """(tensor name, item) of all that a checkpoint holds, in order; a tied head has no weight of its own."""
     tied = model.config.tied
     for place in places(model).values():
         for kind in ("weight", "bias"):

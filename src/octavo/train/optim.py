@@ -78,7 +78,11 @@ class Adam:
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients together, a float32 scalar; not finite if any of them is not."""
-        norms = [torch.linalg.vector_norm(group.values.grad) for group in self.groups if group.values.grad is not None]
+        norms = [
+            torch.linalg.vector_norm(group.values.grad)
+            for group in self.groups
+            if group.values.grad is not None
+        ]
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
@@ -105,7 +109,9 @@ class Adam:
         """Takes up a state from `state`. CheckpointError if it is not of the same buffers."""
         for index, group in enumerate(self.groups):
             own = {
-                key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")
+                key.partition(".")[2]: tensor
+                for key, tensor in tensors.items()
+                if key.startswith(f"{index}.")
             }
             moments = [tensor for key, tensor in own.items() if tensor.numel() == group.values.numel()]
             if own and len(moments) < 2:

@@ -1,0 +1,193 @@
+"""The command `octavo`. One short function a command; torch and transformers are imported inside it.
+
+Exit codes: 0 done, 1 failed, 2 the request itself was wrong. With `--json` one JSON document goes to stdout and
+nothing else; everything for people goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from octavo._version import __version__
+from octavo.config import (
+    ChatOptions,
+    Config,
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    LoraOptions,
+    ModelOptions,
+    PromptOptions,
+    QuantizeOptions,
+    RunOptions,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+)
+from octavo.errors import OctavoError, UsageError
+from octavo.flags import command
+
+FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, RunOptions)
+EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
+GENERATE = (ModelOptions, GenerateOptions, PromptOptions)
+CHAT = (ModelOptions, GenerateOptions, ChatOptions)
+QUANTIZE = (ModelOptions, QuantizeOptions)
+DATA = (ModelOptions, DataOptions, TextOptions)
+
+app = typer.Typer(
+    name="octavo",
+    help="Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+@command(app, FINETUNE)
+def finetune(config: Config, as_json: bool) -> None:
+    """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
+    from octavo.finetune import finetune as run
+
+    _answer(run(config, console=True), as_json)
+
+
+@command(app, EVALUATE, positional="data")
+def evaluate(config: Config, as_json: bool) -> None:
+    """Measure perplexity and bits per byte on text: the base, quantised, and tuned."""
+    from octavo.report import Report
+    from octavo.run import evaluate as run
+
+    with Report() as report:
+        _answer(run(config, report), as_json)
+
+
+@command(app, GENERATE, positional="prompt")
+def generate(config: Config, as_json: bool) -> None:
+    """Continue a text."""
+    if config[PromptOptions].prompt is None:
+        if sys.stdin.isatty():
+            raise UsageError("There is no prompt.", hint="Give one with --prompt, or on standard input.")
+        config = config.replace(prompt=sys.stdin.read())
+    from octavo.report import Report
+    from octavo.run import finished, open_speaker, prompt_ids, sampling_of
+
+    with Report(console=not as_json) as report:
+        speaker = open_speaker(config, report)
+    pieces = []
+    ids = prompt_ids(config[PromptOptions], speaker.tokenizer)
+    for piece in speaker.stream(ids, sampling_of(config[GenerateOptions])):
+        pieces.append(piece)
+        if not as_json:
+            _write(piece.text)
+    if as_json:
+        whole = finished(pieces)
+        _answer(
+            {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason}, True
+        )
+    else:
+        _write("\n")
+
+
+@command(app, CHAT)
+def chat(config: Config, as_json: bool) -> None:
+    """Talk with a model. /reset begins anew, /quit or the end of input leaves."""
+    from octavo.report import Report
+    from octavo.talk import talk
+
+    if as_json:
+        raise UsageError("A conversation has no JSON document.", hint="Use `octavo generate --chat --json`.")
+    with Report() as report:
+        talk(config, report, read=_ask, write=_write)
+
+
+@command(app, QUANTIZE)
+def quantize(config: Config, as_json: bool) -> None:
+    """Write a model under a scheme, as a folder that loads without the original."""
+    from octavo.report import Report
+    from octavo.run import quantize as run
+
+    with Report() as report:
+        _answer(run(config, report), as_json)
+
+
+@command(app, DATA, positional="data")
+def data(config: Config, as_json: bool) -> None:
+    """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
+    from octavo.report import Report
+    from octavo.run import show_data
+
+    with Report() as report:
+        _answer(show_data(config, report), as_json)
+
+
+@command(app, FINETUNE)
+def demo(config: Config, as_json: bool) -> None:
+    """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
+    from octavo.demo import demo as run
+
+    _answer(run(config), as_json)
+
+
+def main() -> None:
+    """The entry point: errors of octavo's become a message and an exit code."""
+    # transformers and its tokenizers warn at every fork and every load of things that are as intended.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(standalone_mode=False)
+    except OctavoError as error:
+        _fail(error.message, error.hint, error.exit_code)
+    except typer.Abort:
+        _fail("Stopped.", "", 1)
+    except KeyboardInterrupt:
+        _fail("Stopped.", "", 1)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        if hasattr(error, "show"):
+            error.show()  # click's own errors about flags: usage and message, on stderr
+        sys.exit(code)
+
+
+def _answer(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, ensure_ascii=False))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ask() -> str | None:
+    """One line of the user's, or None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _fail(message: str, hint: str, code: int) -> None:
+    sys.stderr.write(f"octavo: {message}\n" + (f"{hint}\n" if hint else ""))
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

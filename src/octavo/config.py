@@ -1,0 +1,273 @@
+"""What can be asked for: small sections of options, each with its one line of help.
+
+A command takes some sections. Every option is a flag (`--seq-len`) and a key of a YAML file (`seq_len`) under the
+same name; a flag wins over the file, the file over the default. cli.py makes its flags from these fields, so an
+option is written down once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from octavo.errors import UsageError
+
+
+def _split_commas(value: object) -> object:
+    """a,b and a list of them are the same list."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return [part.strip() for item in value for part in item.split(",") if part.strip()]
+    return value
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class Section(BaseModel):
+    """A group of options. Unknown keys are refused, and nothing is changed once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelOptions(Section):
+    """The base model and what it runs on."""
+
+    model: str = Field("smollm2", description="A folder, a .gguf file, a hub id, or smollm2.")
+    scheme: Literal["auto", "none", "int8", "dynamic8", "nf4"] = Field(
+        "auto", description="How frozen weights are stored; auto: as the folder has them, else int8."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type that products are computed in; auto: the best that the hardware has."
+    )
+
+
+class TextOptions(Section):
+    """How text files become rows of tokens."""
+
+    seq_len: int = Field(512, ge=2, description="Tokens in a row; longer documents go over several rows.")
+    split_on: str | None = Field(None, description="Plain text: 'lines', or a separator between documents.")
+    truncate: bool = Field(False, description="Cut documents at --seq-len instead of splitting them.")
+    skip_bad: bool = Field(False, description="Count what cannot be read and go on, instead of stopping.")
+    ftfy: bool = Field(False, description="Repair wrongly decoded text (needs octavo[clean]).")
+    deduplicate: bool = Field(False, description="Leave out exact copies of documents.")
+    min_unique_tokens: int = Field(0, ge=0, description="Leave out documents with fewer different tokens.")
+
+
+class TrainingData(Section):
+    """What to learn from, and what to measure on."""
+
+    data: Paths = Field([], description="Text to learn from: file, folder or glob; may be repeated.")
+    test_data: Paths = Field([], description="Text held out to measure on; may be repeated.")
+    test_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Without --test-data: this share of the documents is held out."
+    )
+
+
+class LoraOptions(Section):
+    """The adapter."""
+
+    rank: int = Field(16, ge=1, description="LoRA rank.")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha: the term is alpha / rank times B A x.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank).")
+    targets: Names = Field(
+        ["all-linear"], description="Layers with LoRA: all-linear, or names like q_proj,v_proj,lm_head."
+    )
+    train_norms: bool = Field(False, description="Train the norms too.")
+    train_biases: bool = Field(False, description="Train the biases of the targets too.")
+
+
+class TrainOptions(Section):
+    """The training itself."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the data, unless --steps is given.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps.")
+    batch: int = Field(4, ge=1, description="Rows in a micro-batch.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate over time.")
+    warmup: float = Field(0.05, ge=0, description="Warm-up: a share of the steps, or a number of steps from 1 on.")
+    lr_floor: float = Field(0.1, ge=0, le=1, description="Last learning rate over the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8- or 32-bit state.")
+    checkpointing: bool = Field(True, description="Compute blocks again in backward: less memory, more time.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of adapters, data order and dropout.")
+
+
+class RunOptions(Section):
+    """The run folder and what happens along the way."""
+
+    out: Path = Field(Path("runs/finetune"), description="The run folder.")
+    resume: bool = Field(False, description="Go on from the newest valid checkpoint in --out.")
+    force: bool = Field(False, description="Resume even if the settings or the data differ.")
+    checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep.")
+    eval_every: int = Field(0, ge=0, description="Steps between held-out losses; 0: five times a run.")
+    eval_rows: int = Field(0, ge=0, description="Held-out rows to measure on; 0: all.")
+    keep: Literal["best", "last"] = Field("best", description="Which adapter stays: best held-out loss, or last.")
+    sample_every: int = Field(0, ge=0, description="Steps between samples; 0: only before and after.")
+    sample_prompt: Texts = Field([], description="Prompt to continue before and after; may be repeated.")
+    sample_tokens: int = Field(80, ge=1, description="New tokens in a sample.")
+    stop_after: int | None = Field(None, ge=1, description="Stop this call after so many steps, ready to resume.")
+
+
+class EvaluateOptions(Section):
+    """What to measure."""
+
+    data: Paths = Field([], description="Text to measure on: file, folder or glob; may be repeated.")
+    adapter: Path | None = Field(None, description="An adapter's folder: adds the row 'tuned'.")
+    batch: int = Field(4, ge=1, description="Rows in a batch.")
+    rows: int = Field(0, ge=0, description="Rows to measure on; 0: all.")
+    base: bool = Field(True, description="Measure the unquantised base too.")
+
+
+class GenerateOptions(Section):
+    """How text is continued."""
+
+    adapter: Path | None = Field(None, description="An adapter's folder.")
+    max_new_tokens: int = Field(200, ge=1, description="New tokens at most.")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy.")
+    top_k: int = Field(0, ge=0, description="Draw from the k likeliest tokens; 0: all.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens that reach this probability.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Over 1: tokens that occurred become less likely.")
+    stop: Texts = Field([], description="End before this string; may be repeated.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the draws.")
+
+
+class PromptOptions(Section):
+    """What to continue."""
+
+    prompt: str | None = Field(None, description="The text to continue; without it, standard input.")
+    chat: bool = Field(False, description="Put the prompt into the model's chat template as a user's message.")
+
+
+class ChatOptions(Section):
+    """A conversation."""
+
+    system: str | None = Field(None, description="The system message.")
+
+
+class QuantizeOptions(Section):
+    """Where to write."""
+
+    out: Path | None = Field(None, description="The new folder.")
+
+
+class DataOptions(Section):
+    """What to look at."""
+
+    data: Paths = Field([], description="Text files: file, folder or glob; may be repeated.")
+    samples: int = Field(2, ge=0, description="Decoded samples to show.")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class Config:
+    """The sections of one command, read and checked. `config[TrainOptions].lr` is a value."""
+
+    def __init__(self, sections: Mapping[type[Section], Section]) -> None:
+        self._sections = dict(sections)
+
+    def __getitem__(self, kind: type[SectionT]) -> SectionT:
+        section = self._sections[kind]
+        assert isinstance(section, kind)
+        return section
+
+    @property
+    def kinds(self) -> tuple[type[Section], ...]:
+        """The sections that there are."""
+        return tuple(self._sections)
+
+    @classmethod
+    def read(
+        cls, kinds: tuple[type[Section], ...], flags: Mapping[str, Any], file: Path | None = None
+    ) -> Self:
+        """Sections `kinds` from flags (those given, by field name) over a YAML file over the defaults.
+
+        UsageError names the key, what is wrong with it, and for an unknown key the nearest one.
+        """
+        given = {**(_read_file(file, kinds) if file else {}), **flags}
+        problems: list[str] = []
+        sections = {}
+        for kind in kinds:
+            own = {key: given[key] for key in kind.model_fields if key in given}
+            try:
+                sections[kind] = kind.model_validate(own)
+            except ValidationError as error:
+                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in error.errors()]
+        if problems:
+            raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
+        return cls(sections)
+
+    def to_yaml(self) -> str:
+        """All values, section by section, as a file that `--config` reads."""
+        blocks = []
+        for section in self._sections.values():
+            title = f"# {(type(section).__doc__ or '').strip()}"
+            values = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+            blocks.append(f"{title}\n{values}")
+        return "\n".join(blocks)
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with some values changed; they are checked."""
+        flags = {key: value for section in self._sections.values() for key, value in section.model_dump().items()}
+        return Config.read(self.kinds, {**flags, **values})
+
+
+def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every option of some sections, in order."""
+    for kind in kinds:
+        yield from kind.model_fields.items()
+
+
+def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration {path} cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"The configuration {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"The configuration {path} must hold lines of `key: value`.")
+    known = [name for name, _ in fields(kinds)]
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"{path}: there is no option {key!r} here.",
+                hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
+            )
+        values[name] = value
+    return values
+
+
+def _problem(key: object, message: str, value: object) -> str:
+    hint = ""
+    if isinstance(value, bool) and "string" in message:
+        hint = f" (YAML reads an unquoted word like yes, no, on or off as {value}: put it in quotes)"
+    elif isinstance(value, int | float) and "string" in message:
+        hint = f" (YAML reads it as the number {value}: put it in quotes)"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {value!r}{hint}."

@@ -1,0 +1,110 @@
+"""Makes a command's flags from the sections of its configuration, so that each option is written down once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from octavo.config import Config, RunOptions, Section, fields
+
+Command = Callable[[Config, bool], None]
+
+
+def command(
+    app: typer.Typer, kinds: tuple[type[Section], ...], *, positional: str | None = None
+) -> Callable[[Command], Command]:
+    """Registers a command on `app` whose flags are the fields of `kinds`; `positional` names the one that stands bare.
+
+    The function gets the checked Config and whether `--json` was given.
+    """
+
+    def register(function: Command) -> Command:
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("as_json")
+            bare = given.pop("bare", None)
+            flags = {name: value for name, value in given.items() if value not in (None, [])}
+            if bare and positional:
+                flags[positional] = [*bare, *flags.get(positional, [])] if isinstance(bare, list) else bare
+            config = Config.read(kinds, flags, file or _saved_config(kinds, flags))
+            if print_config:
+                typer.echo(config.to_yaml(), nl=False)
+                return
+            function(config, as_json)
+
+        run.__signature__ = _signature(kinds, positional)  # type: ignore[attr-defined]
+        run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
+        app.command(name=function.__name__, help=function.__doc__)(run)
+        return function
+
+    return register
+
+
+def _signature(kinds: tuple[type[Section], ...], positional: str | None) -> inspect.Signature:
+    """The parameters that typer reads: one flag a field, unset unless given, then the common ones."""
+    parameters = []
+    if positional is not None:
+        field = dict(fields(kinds))[positional]
+        kind = str if field.annotation == (str | None) else list[str]
+        argument = typer.Argument(help=field.description, show_default=False, metavar=positional.upper())
+        parameters.append(_parameter("bare", Annotated[kind | None, argument]))
+    for name, field in fields(kinds):
+        option = typer.Option(
+            f"--{_flag(name)}" + (f"/--no-{_flag(name)}" if field.annotation is bool else ""),
+            help=_help(field),
+            show_default=False,
+        )
+        parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
+    config = typer.Option("--config", help="A YAML file with these options.", show_default=False)
+    show = typer.Option("--print-config", help="Print all values as a YAML file and stop.")
+    as_json = typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+    parameters += [
+        _parameter("config", Annotated[Path | None, config]),
+        _parameter("print_config", Annotated[bool, show], default=False),
+        _parameter("as_json", Annotated[bool, as_json], default=False),
+    ]
+    return inspect.Signature(parameters)
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _flag_type(field: FieldInfo) -> Any:
+    """The type that the command line reads; choices and bounds are checked with the rest, by the Config."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    plain = field.annotation if field.annotation in (bool, int, float, str, Path) else None
+    if plain is None and get_origin(field.annotation) is list:
+        return list[str]
+    if plain is None:
+        plain = next((kind for kind in kinds if kind in (int, float, str, Path)), str)
+    return plain
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.default
+    shown = ", ".join(default) if isinstance(default, list) else default
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+    notes = ([f"one of {', '.join(choices)}"] if choices else []) + (
+        [f"default: {shown}"] if shown not in (None, "", PydanticUndefined) and default is not False else []
+    )
+    return f"{field.description} [{'; '.join(notes)}]" if notes else str(field.description)
+
+
+def _saved_config(kinds: tuple[type[Section], ...], flags: dict[str, Any]) -> Path | None:
+    """A resumed run goes on with its own settings unless a file is named."""
+    if RunOptions in kinds and flags.get("resume") and "out" in flags:
+        saved = Path(flags["out"]) / "config.yaml"
+        return saved if saved.is_file() else None
+    return None

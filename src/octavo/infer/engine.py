@@ -1,0 +1,159 @@
+"""Runs a prompt and its continuation over a key/value cache, one token at a time, as a stream of text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octavo.errors import UsageError
+from octavo.infer.sample import Sampling, choose
+from octavo.models import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one new token adds. `text` may be empty while a character or a stop string is incomplete."""
+
+    token_id: int
+    text: str
+    finish_reason: str | None = None  # with the last piece: "stop" (end token, stop string) or "length"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A finished continuation. `token_ids` are all that were generated, the end token included."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    ends: Collection[int] = (),
+) -> Iterator[Piece]:
+    """The continuation of the token ids `prompt`, piece by piece.
+
+    Ends at the tokenizer's end token or one of `ends`, before a stop string, after `max_new_tokens`, or where the model's context is full.
+    Rows of the vocabulary past the tokenizer's length are never chosen. UsageError if the prompt does not fit.
+    """
+    room = model.config.context
+    if not prompt:
+        raise UsageError("The prompt is empty.", hint="Give at least one character to go on from.")
+    if len(prompt) >= room:
+        raise UsageError(
+            f"The prompt has {len(prompt):,} tokens; the model's context holds {room:,}.",
+            hint="Shorten the prompt.",
+        )
+    limit = min(sampling.max_new_tokens, room - len(prompt))
+    ends = {int(tokenizer.eos_token_id), *ends}
+    text = _TextStream(tokenizer, sampling.stop)
+    for count, token in enumerate(_tokens(model, list(prompt), sampling, limit=limit, words=len(tokenizer)), 1):
+        if token in ends:
+            yield Piece(token, text.finish(), "stop")
+            return
+        added, stopped = text.push(token)
+        if stopped:
+            yield Piece(token, added, "stop")
+            return
+        if count == limit:
+            yield Piece(token, added + text.finish(), "length")
+            return
+        yield Piece(token, added)
+
+
+def complete(
+    model: Model,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    ends: Collection[int] = (),
+) -> Continuation:
+    """The whole continuation at once."""
+    pieces = list(generate(model, tokenizer, prompt, sampling, ends=ends))
+    reason = pieces[-1].finish_reason
+    assert reason is not None
+    return Continuation("".join(p.text for p in pieces), tuple(p.token_id for p in pieces), reason)
+
+
+def _tokens(model: Model, ids: list[int], sampling: Sampling, *, limit: int, words: int) -> Iterator[int]:
+    """Up to `limit` new ids. The prompt runs once, then each new token alone, over the cache."""
+    device = model.embed.matrix.parts["weight"].device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    was_training = model.training
+    model.eval()
+    try:
+        cache = model.new_cache(batch=1, room=len(ids) + limit)
+        new = ids[:]
+        for _ in range(limit):
+            with torch.no_grad():
+                hidden = model.hidden(torch.tensor([new], device=device), cache=cache)
+                logits: Tensor = model.head(hidden[0, -1:])[0, :words]
+            token = choose(logits, torch.tensor(ids, device=device), sampling, generator=generator)
+            ids.append(token)
+            new = [token]
+            yield token
+    finally:
+        model.train(was_training)
+
+
+class _TextStream:
+    """Token ids to text that can be shown at once: whole characters only, and nothing of a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ids: list[int] = []
+        self.shown_ids = 0  # the ids before this one are decoded and settled
+        self.held = ""  # text that may turn out to be the start of a stop string
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """(text that is certain now, whether a stop string was completed)."""
+        self.ids.append(token)
+        self.held += self._new_text()
+        found = [at for at in (self.held.find(word) for word in self.stop) if at >= 0]
+        if found:
+            text, self.held = self.held[: min(found)], ""
+            return text, True
+        keep = max((_overlap(self.held, word) for word in self.stop), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text, False
+
+    def finish(self) -> str:
+        """What was held back."""
+        text = self.held + self._new_text(final=True)
+        self.held = ""
+        return text
+
+    def _new_text(self, *, final: bool = False) -> str:
+        """Decodes the unsettled ids behind the last settled one, since a token's text can depend on what is before."""
+        context = max(0, self.shown_ids - 1)
+        before = self._decode(self.ids[context : self.shown_ids])
+        after = self._decode(self.ids[context:])
+        if after.endswith(REPLACEMENT) and not final and len(self.ids) - self.shown_ids < 8:
+            return ""
+        self.shown_ids = len(self.ids)
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _overlap(text: str, word: str) -> int:
+    """The length of the longest end of `text` that is a proper start of `word`."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

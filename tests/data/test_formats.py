@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from octavo.data.formats import Entry, entries
+from octavo.errors import DataError, UsageError
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def values(path: Path, split_on: str | None = None) -> list[object]:
+    return [entry.value for entry in entries(path, split_on)]
+
+
+def error_of(entry: Entry) -> str:
+    assert isinstance(entry.value, DataError)
+    return str(entry.value)
+
+
+def test_a_text_file_is_one_document_with_its_line_ends_made_plain(tmp_path: Path) -> None:
+    assert values(write(tmp_path / "a.md", "one\r\n two\rthree\n")) == ["one\n two\nthree\n"]
+
+
+def test_lines_become_documents_and_blank_lines_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\r\n\r\n  \ntwo\u2028still two\nthree")
+    assert [(entry.line, entry.value) for entry in entries(path, "lines")] == [
+        (1, "one"),
+        (4, "two\u2028still two"),
+        (5, "three"),
+    ]
+
+
+def test_a_separator_is_removed_with_the_line_breaks_around_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\nmore\n<|endoftext|>\n\ntwo<|endoftext|>three\n<|endoftext|>\n")
+    assert [(entry.line, entry.value) for entry in entries(path, "<|endoftext|>")] == [
+        (1, "one\nmore"),
+        (5, "two"),
+        (5, "three"),
+    ]
+
+
+def test_a_bad_document_does_not_hide_the_ones_behind_it(tmp_path: Path) -> None:
+    first, bad, last = entries(write(tmp_path / "a.txt", b"one\ntw\xffo\nthree\n"), "lines")
+    assert (first.value, last.value) == ("one", "three")
+    assert "a.txt:2: byte 6" in error_of(bad)
+    assert bad.n_bytes == 4
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=8))
+def test_json_lines_give_any_text_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    write(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts))
+    assert values(path) == [{"text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut off', "not valid JSON: Unterminated string starting at, at character 10"),
+        ('["text"]', "the record is a list, not an object"),
+        ("[" * 100_000, "JSON that cannot be read"),
+        ('{"text": ' + "1" * 5000 + "}", "JSON that cannot be read"),
+        (b'{"text": "\xff"}', "byte 24 "),
+    ],
+)
+def test_a_bad_json_line_is_named_and_passed(tmp_path: Path, line: str | bytes, message: str) -> None:
+    raw = line.encode() if isinstance(line, str) else line
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + raw + b'\n{"text": "b"}')
+    first, bad, last = entries(path)
+    assert (first.value, last.value) == ({"text": "a"}, {"text": "b"})
+    assert f"a.jsonl:2: {message}" in error_of(bad)
+
+
+def test_a_json_list_gives_numbered_records(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[{"text": "a"}, 7]')
+    first, second = entries(path)
+    assert (first.line, first.value, second.line) == (1, {"text": "a"}, 2)
+    assert "a.json:2: the record is a int" in error_of(second)
+
+
+def test_json_lines_named_json_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.json:2: more than one.*\n.*name it \.jsonl"):
+        values(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
+
+
+@given(st.lists(st.tuples(st.text("ab,\"'\n ü;", min_size=1), st.text('x\n",')), min_size=1, max_size=6))
+def test_csv_gives_any_field_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
+) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([("prompt", "completion"), *rows])
+    path = write(tmp_path_factory.getbasetemp() / "any.csv", table.getvalue())
+    assert values(path) == [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+
+
+def test_csv_rows_know_the_line_they_start_at_and_bad_ones_are_passed(tmp_path: Path) -> None:
+    table = b'text,extra\n"two\nlines",1\nonly one\n"a"b,2\nla\xffst,3\ngood,4\n\n"open,5\n'
+    found = list(entries(write(tmp_path / "a.csv", table)))
+    assert [entry.line for entry in found] == [2, 4, 5, 6, 7, 9]
+    assert found[0].value == {"text": "two\nlines", "extra": "1"}
+    assert found[4].value == {"text": "good", "extra": "4"}
+    for entry, message in zip(
+        found[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True
+    ):
+        assert f"a.csv:{message}" in error_of(entry)
+    assert "a.csv:9: not valid CSV: unexpected end" in error_of(found[5])
+
+
+def test_csv_takes_long_fields_and_windows_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "\ufefftext , n\r\n" + "x" * 200_000 + ",1\r\n")
+    assert values(path) == [{"text": "x" * 200_000, "n": "1"}]
+
+
+def test_a_csv_file_that_cannot_be_read_at_all_raises(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="binary"):
+        values(write(tmp_path / "a.csv", b"text\n\0\0\0\x01"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz"])
+def test_parquet_gives_rows_with_nested_fields(tmp_path: Path, name: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": None, "messages": [{"role": "user", "content": "a"}]},
+        {"text": "b\n", "messages": None},
+    ]
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    data = table.getvalue()
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    assert values(path) == rows
+    with pytest.raises(DataError, match="not valid parquet"):
+        values(write(tmp_path / "broken.parquet", data[:-20]))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match=r"pip install 'octavo\[parquet\]'"):
+        values(write(tmp_path / "a.parquet", b""))

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from octavo.data.documents import Skipped
+from octavo.data.ledger import FileLedger, total
+from octavo.data.packing import IGNORED, Row, pack
+from octavo.data.tokens import Tokens
+from octavo.errors import UsageError
+
+PAD = 3
+
+
+def numbered(lengths: list[int], masks: list[bool] | None = None) -> list[Tokens]:
+    """Documents whose ids are all different, so that each token can be followed into its row."""
+    documents, first = [], 100
+    for line, length in enumerate(lengths):
+        trained = np.ones(length, dtype=np.bool_)
+        if masks:
+            trained = np.resize(np.array(masks), length)
+        if length:
+            trained[0] = False
+        ids = np.arange(first, first + length, dtype=np.int32)
+        documents.append(Tokens(f"file{line % 3}", line, ids, trained, length))
+        first += length
+    return documents
+
+
+def segments(row: Row) -> list[tuple[list[int], list[int], list[int]]]:
+    """(ids, labels, positions) of each piece."""
+    pieces = []
+    for number in range(int(row.document.max()) + 1):
+        here = row.document == number
+        pieces.append((row.ids[here].tolist(), row.labels[here].tolist(), row.positions[here].tolist()))
+    return pieces
+
+
+DOCUMENTS = st.builds(
+    numbered,
+    st.lists(st.integers(0, 40), min_size=1, max_size=25),
+    st.none() | st.lists(st.booleans(), min_size=1, max_size=7),
+)
+
+
+@given(documents=DOCUMENTS, seq_len=st.integers(1, 16))
+def test_every_token_but_a_first_is_a_target_exactly_once(documents: list[Tokens], seq_len: int) -> None:
+    rows, ledger = pack(documents, seq_len=seq_len, pad_id=PAD)
+    labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORED)
+    expected = [number for one in documents if len(one.ids) > 1 for number in one.ids[one.trained].tolist()]
+    assert labels == expected
+    assert ledger.trained == len(expected)
+    # Inputs are every token but a document's last, each once.
+    inputs = sorted(number for row in rows for ids, _, _ in segments(row) for number in ids)
+    assert inputs == [number for one in documents for number in one.ids[:-1].tolist()]
+
+
+@given(documents=DOCUMENTS, seq_len=st.integers(1, 16), truncate=st.booleans())
+def test_a_piece_is_one_stretch_of_one_document_and_padding_is_inert(
+    documents: list[Tokens], seq_len: int, truncate: bool
+) -> None:
+    rows, _ = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate)
+    following = {
+        int(a): (int(b) if learned else IGNORED)
+        for one in documents
+        for a, b, learned in zip(one.ids[:-1], one.ids[1:], one.trained[1:], strict=True)
+    }
+    for row in rows:
+        assert {len(array) for array in (row.ids, row.labels, row.positions, row.document)} == {seq_len}
+        assert all(array.dtype == np.int32 for array in (row.ids, row.labels, row.positions, row.document))
+        for ids, labels, positions in segments(row):
+            assert ids == list(range(ids[0], ids[0] + len(ids)))
+            assert labels == [following[number] for number in ids]
+            assert positions == list(range(len(ids)))
+        padding = row.document == -1
+        assert not np.any(np.diff(padding.astype(int)) < 0), "padding stands at the end"
+        assert set(row.ids[padding].tolist()) <= {PAD}
+        assert set(row.labels[padding].tolist()) <= {IGNORED}
+        assert set(row.positions[padding].tolist()) <= {0}
+        assert np.all(np.diff(row.document[~padding]) >= 0)
+
+
+@given(
+    documents=DOCUMENTS,
+    seq_len=st.integers(1, 16),
+    truncate=st.booleans(),
+    min_unique=st.integers(0, 20),
+    bad=st.lists(st.sampled_from(["file0", "file9"]), max_size=3),
+)
+def test_the_ledger_counts_what_is_in_the_rows(
+    documents: list[Tokens], seq_len: int, truncate: bool, min_unique: int, bad: list[str]
+) -> None:
+    skipped = [Skipped(source, 1, "bad", 1) for source in bad]
+    rows, ledger = pack(
+        documents,
+        seq_len=seq_len,
+        pad_id=PAD,
+        truncate=truncate,
+        min_unique_tokens=min_unique,
+        skipped=skipped,
+    )
+    ledger.check()
+    padded = sum(int(np.count_nonzero(row.document == -1)) for row in rows)
+    trained = sum(int(np.count_nonzero(row.labels != IGNORED)) for row in rows)
+    assert (ledger.padded, ledger.trained, ledger.rows) == (padded, trained, len(rows))
+    assert ledger.tokens == sum(len(one.ids) for one in documents) + padded
+    assert (ledger.documents, ledger.skipped) == (len(documents), len(bad))
+    seen = {number for row in rows for ids, _, _ in segments(row) for number in ids}
+    for file in ledger.files:
+        own = [one for one in documents if one.source == file.source]
+        whole = [one for one in own if not (len(one.ids) and int(one.ids[0]) in seen)]
+        assert file.tokens - file.padded == sum(len(one.ids) for one in own)
+        assert (file.documents, file.dropped) == (len(own), len(whole))
+        if not truncate:
+            assert file.cut == sum(len(one.ids) for one in whole)
+        assert file.skipped == bad.count(file.source)
+
+
+def test_a_long_document_is_split_with_the_last_target_as_next_input() -> None:
+    (document,) = numbered([8])
+    rows, ledger = pack([document], seq_len=3, pad_id=PAD)
+    assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [103, 104, 105], [106, PAD, PAD]]
+    assert [row.labels.tolist() for row in rows] == [
+        [101, 102, 103],
+        [104, 105, 106],
+        [107, IGNORED, IGNORED],
+    ]
+    assert [row.positions.tolist() for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
+    assert rows[2].document.tolist() == [0, -1, -1]
+    assert (ledger.tokens, ledger.trained, ledger.masked, ledger.cut, ledger.padded) == (10, 7, 1, 0, 2)
+
+
+def test_truncation_cuts_and_counts_the_rest() -> None:
+    rows, ledger = pack(numbered([8, 3]), seq_len=3, pad_id=PAD, truncate=True)
+    assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [108, 109, PAD]]
+    assert (ledger.trained, ledger.masked, ledger.cut, ledger.padded, ledger.dropped) == (5, 2, 4, 1, 0)
+    # What is cut was trained or masked before: a masked rest is cut too.
+    _, masked = pack(numbered([8], [True, False]), seq_len=3, pad_id=PAD, truncate=True)
+    assert (masked.trained, masked.masked, masked.cut) == (1, 3, 4)
+
+
+def test_the_fullest_row_with_room_is_filled_first() -> None:
+    # Places: 7, 5, 4, 3, 2 of 8. The 3 fits beside the 5 exactly, where the first row with room would be 4's.
+    rows, ledger = pack(numbered([8, 6, 5, 4, 3]), seq_len=8, pad_id=PAD)
+    assert [[len(ids) for ids, _, _ in segments(row)] for row in rows] == [[7], [5, 3], [4, 2]]
+    assert [row.sources for row in rows] == [("file0:0",), ("file1:1", "file0:3"), ("file2:2", "file1:4")]
+    assert {file.source: file.padded for file in ledger.files} == {"file0": 1, "file1": 2, "file2": 0}
+
+
+@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=40))
+def test_packing_wastes_little_and_is_repeatable(lengths: list[int]) -> None:
+    first, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)
+    again, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)
+    assert [row.ids.tolist() for row in first] == [row.ids.tolist() for row in again]
+    # Best fit never opens a row while another has room: no two rows could be joined.
+    used = sorted(int(np.count_nonzero(row.document >= 0)) for row in first)
+    assert len(used) < 2 or used[0] + used[1] > 16
+
+
+def test_copies_are_cut_and_counted() -> None:
+    one, other = numbered([5, 4])
+    masked = Tokens("file1", 9, one.ids, np.array([False] * 4 + [True]), 1)
+    copy = Tokens("file2", 7, one.ids.copy(), one.trained.copy(), 5)
+    rows, ledger = pack([one, other, copy, masked], seq_len=8, pad_id=PAD, deduplicate=True)
+    assert {source for row in rows for source in row.sources} == {"file0:0", "file1:1", "file1:9"}
+    assert (ledger.cut, ledger.dropped) == (5, 1)
+    assert pack([one, copy], seq_len=8, pad_id=PAD)[1].cut == 0
+
+
+def test_documents_of_few_different_tokens_are_cut() -> None:
+    dull = Tokens("file0", 1, np.array([5, 5, 5, 6], dtype=np.int32), np.array([False, True, True, True]), 4)
+    assert pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=2)[1].cut == 0
+    rows, ledger = pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=3)
+    assert (rows, ledger.cut, ledger.tokens, ledger.dropped) == ([], 4, 4, 1)
+
+
+def test_the_ledger_is_plain_json_and_notices_a_lost_token() -> None:
+    _, ledger = pack(numbered([5, 4]), seq_len=4, pad_id=PAD)
+    again = json.loads(json.dumps(ledger.to_dict()))
+    assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (10, 2, "file1")
+    with pytest.raises(AssertionError, match="accounted for"):
+        total([FileLedger("f", tokens=3, trained=1, masked=1)], rows=1).check()
+
+
+def test_a_row_without_places_is_refused() -> None:
+    with pytest.raises(UsageError, match="seq-len"):
+        pack([], seq_len=0, pad_id=PAD)
+
+
+def test_packing_three_million_tokens_takes_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(2, 400, size=15_000).tolist()
+    documents = numbered(lengths)
+    started = time.perf_counter()
+    rows, _ = pack(documents, seq_len=512, pad_id=PAD)
+    assert time.perf_counter() - started < 5
+    assert len(rows) * 512 < 1.01 * sum(length - 1 for length in lengths)

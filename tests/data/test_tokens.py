@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from octavo.data.documents import Document, Message, Skipped
+from octavo.data.tokens import Tokens, encode, encode_all
+from octavo.errors import DataError, UsageError
+
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+        st.just("<|im_end|>"),
+        st.just("gentle "),
+    ),
+    max_size=6,
+).map("".join)
+
+
+def text_of(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.decode(tokens.ids.tolist(), skip_special_tokens=False))
+
+
+@given(text=ANY_TEXT)
+def test_a_text_comes_back_with_one_end_token(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    end_id = tokenizer.eos_token_id
+    tokens = encode(Document("f", 1, text=text), tokenizer, end_id=end_id)
+    assert tokens.ids[-1] == end_id
+    assert np.count_nonzero(tokens.ids == end_id) == 1
+    bare = text
+    while bare.rstrip().endswith("<|im_end|>"):
+        bare = bare.rstrip().removesuffix("<|im_end|>")
+    assert text_of(tokens, tokenizer) == bare + "<|im_end|>"
+    assert tokens.trained.tolist() == [False] + [True] * (len(tokens.ids) - 1)
+
+
+@given(prompt=ANY_TEXT, completion=ANY_TEXT)
+def test_only_the_completion_and_the_end_are_trained(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
+) -> None:
+    end_id = tokenizer.eos_token_id
+    document = Document("f", 1, prompt=prompt, completion=completion + "!")
+    tokens = encode(document, tokenizer, end_id=end_id)
+    masked = tokenizer.decode(tokens.ids[~tokens.trained].tolist())
+    trained = tokenizer.decode(tokens.ids[tokens.trained].tolist())
+    if prompt:
+        assert (masked, trained) == (prompt, completion + "!<|im_end|>")
+        assert tokens.n_bytes == len((completion + "!").encode())
+    assert text_of(tokens, tokenizer) == prompt + completion + "!<|im_end|>"
+    assert tokens.trained[-1]
+
+
+def test_bytes_are_those_of_the_predicted_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "gentle “rain”"
+    tokens = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
+    first = tokenizer.decode(tokens.ids[:1].tolist())
+    assert tokens.n_bytes == len(text.encode()) - len(first.encode()) > 0
+
+
+def test_a_text_of_the_end_token_alone_has_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = encode(Document("f", 1, text="<|im_end|>\n"), tokenizer, end_id=tokenizer.eos_token_id)
+    assert (tokens.ids.tolist(), tokens.trained.tolist(), tokens.n_bytes) == (
+        [tokenizer.eos_token_id],
+        [False],
+        0,
+    )
+
+
+def test_many_documents_come_out_in_order_and_as_one_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [
+        Document("f", 1, text="one"),
+        Document("f", 2, messages=(Message("user", "two"), Message("assistant", "three"))),
+        Document("f", 3, prompt="four", completion="five"),
+        Document("g", 1, text="six"),
+    ]
+    end_id = tokenizer.eos_token_id
+    done: list[int] = []
+    together = encode_all(documents, tokenizer, end_id=end_id, progress=done.append)
+    assert sum(done) == 4
+    for document, tokens in zip(documents, together, strict=True):
+        alone = encode(document, tokenizer, end_id=end_id)
+        assert (tokens.source, tokens.line) == (document.source, document.line)
+        assert tokens.ids.tolist() == alone.ids.tolist()
+        assert tokens.ids.dtype == np.int32
+
+
+def test_a_refused_conversation_is_counted_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    bad = Document("f", 1, messages=(Message("not a role", "ü"), Message("assistant", "b")))
+    good = Document("f", 2, text="good")
+    end_id = tokenizer.eos_token_id
+    with pytest.raises(DataError, match=r"f:1: the role 'not a role'"):
+        encode_all([bad, good], tokenizer, end_id=end_id)
+    skipped: list[Skipped] = []
+    (tokens,) = encode_all([bad, good], tokenizer, end_id=end_id, skipped=skipped)
+    assert tokens.line == 2
+    assert skipped == [Skipped("f", 1, "the role 'not a role' is not a word.", 3)]
+
+
+def test_an_end_token_that_is_not_there_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="50256"):
+        encode(Document("f", 1, text="a"), tokenizer, end_id=50256)

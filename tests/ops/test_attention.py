@@ -1,0 +1,177 @@
+"""Rotary positions and attention: against complex numbers and the plain formula, and who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo.ops.attention import (
+    cache_mask,
+    causal_attention,
+    document_mask,
+    rotary_table,
+    rotate_half,
+    rotate_interleaved,
+)
+
+CPU = torch.device("cpu")
+HEADS, SIZE = 4, 8  # H, D
+FREQUENCIES = 10000.0 ** -(torch.arange(0, SIZE, 2) / SIZE)
+
+Table = tuple[Tensor, Tensor]
+Rotate = Callable[[Tensor, Table], Tensor]
+both_forms = pytest.mark.parametrize("rotate", [rotate_interleaved, rotate_half])
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def turned(pairs: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Complex pairs (B, T, H, R/2), each turned by position times frequency."""
+    angles = positions.double()[..., None] * frequencies.double()
+    return pairs * torch.polar(torch.ones_like(angles), angles)[:, :, None]
+
+
+def test_interleaved_rotation_is_a_complex_product_on_neighbours() -> None:
+    x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
+    expected = turned(torch.view_as_complex(x.unflatten(-1, (-1, 2))), positions, FREQUENCIES)
+    ours = rotate_interleaved(x, rotary_table(positions, FREQUENCIES))
+    torch.testing.assert_close(ours, torch.view_as_real(expected).flatten(-2), rtol=1e-6, atol=1e-6)
+
+
+def test_half_rotation_is_a_complex_product_across_the_halves() -> None:
+    x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
+    expected = turned(torch.complex(*x.chunk(2, dim=-1)), positions, FREQUENCIES)
+    ours = rotate_half(x, rotary_table(positions, FREQUENCIES))
+    torch.testing.assert_close(ours, torch.cat((expected.real, expected.imag), dim=-1), rtol=1e-6, atol=1e-6)
+
+
+def test_partial_rotation_leaves_the_rest_of_a_head() -> None:
+    x, positions = random(1, 3, HEADS, SIZE), torch.tensor([[5, 6, 7]])
+    table = rotary_table(positions, FREQUENCIES[:2])
+    ours = rotate_interleaved(x, table)
+    assert torch.equal(ours[..., 4:], x[..., 4:])
+    assert torch.equal(ours[..., :4], rotate_interleaved(x[..., :4], table))
+
+
+@both_forms
+@settings(max_examples=25, deadline=None)
+@given(q_at=st.integers(0, 500), k_at=st.integers(0, 500), shift=st.integers(0, 500))
+def test_a_score_depends_on_the_distance_alone(rotate: Rotate, q_at: int, k_at: int, shift: int) -> None:
+    q, k = random(1, 1, 1, SIZE), random(1, 1, 1, SIZE, seed=1)
+
+    def score(by: int) -> Tensor:
+        at_q, at_k = (rotary_table(torch.tensor([[p + by]]), FREQUENCIES) for p in (q_at, k_at))
+        return (rotate(q, at_q) * rotate(k, at_k)).sum()
+
+    torch.testing.assert_close(score(shift), score(0), rtol=0, atol=1e-3)  # float32 angles near 1000
+
+
+@both_forms
+def test_a_short_type_stays_as_it_is(rotate: Rotate) -> None:
+    table = rotary_table(torch.arange(3)[None], FREQUENCIES)
+    assert rotate(random(1, 3, HEADS, SIZE).bfloat16(), table).dtype == torch.bfloat16
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, written out; seen is (T, S)."""
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+def three(length: int, *, groups: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        random(2, length, HEADS, SIZE),
+        random(2, length, groups, SIZE, seed=1),
+        random(2, length, groups, SIZE, seed=2),
+    )
+
+
+def test_attention_is_the_formula() -> None:
+    q, k, v = three(7)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()
+    torch.testing.assert_close(causal_attention(q, k, v), explicit(q, k, v, seen))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads_are_repeated_heads(groups: int) -> None:
+    q, k, v = three(6, groups=groups)
+    share = HEADS // groups
+    many = [torch.cat([x[:, :, h // share, None] for h in range(HEADS)], dim=2) for x in (k, v)]
+    assert torch.equal(causal_attention(q, k, v), causal_attention(q, *many))
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(2, 12), data=st.data())
+def test_no_position_sees_a_later_one(length: int, data: st.DataObject) -> None:
+    q, k, v = three(length)
+    at = data.draw(st.integers(1, length - 1))
+    before = causal_attention(q, k, v)
+    k[:, at:] += 3
+    v[:, at:] -= 5
+    after = causal_attention(q, k, v)
+    assert torch.equal(after[:, :at], before[:, :at])
+    assert not torch.equal(after[:, at:], before[:, at:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), padding=st.integers(0, 3), data=st.data())
+def test_documents_of_a_row_do_not_see_each_other(
+    lengths: list[int], padding: int, data: st.DataObject
+) -> None:
+    numbers = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * padding
+    document = torch.tensor([numbers, numbers])
+    mask = document_mask(document)
+    assert mask is not None
+    q, k, v = three(len(numbers))
+    before = causal_attention(q, k, v, mask=mask)
+    assert before.isfinite().all()  # padding looks at padding: no row of the softmax is empty
+    chosen = document[0] == data.draw(st.integers(0, len(lengths) - 1))
+    for x in (q, k, v):
+        x[:, chosen] += 3
+    after = causal_attention(q, k, v, mask=mask)
+    assert torch.equal(after[:, ~chosen], before[:, ~chosen])
+    assert not torch.equal(after[:, chosen], before[:, chosen])
+
+
+def test_a_packed_document_is_what_it_is_alone() -> None:
+    q, k, v = three(9)
+    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 4 + [1] * 5]))
+    packed = causal_attention(q, k, v, mask=mask)
+    for part in (slice(0, 4), slice(4, 9)):
+        alone = causal_attention(q[:, part], k[:, part], v[:, part])
+        torch.testing.assert_close(packed[:, part], alone)
+
+
+def test_rows_of_one_document_need_no_mask() -> None:
+    assert document_mask(None) is None
+    assert document_mask(torch.tensor([[0, 0, 0], [7, 7, 7]])) is None
+    assert document_mask(torch.tensor([[0, 0, 0], [7, 7, -1]])) is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_attention_over_a_cache_in_pieces_is_attention_at_once(pieces: list[int]) -> None:
+    q, k, v = three(sum(pieces), groups=2)
+    start, outputs = 0, []
+    for length in pieces:
+        end = start + length
+        mask = cache_mask(start, length, CPU)
+        outputs.append(causal_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask))
+        start = end
+    torch.testing.assert_close(torch.cat(outputs, dim=1), causal_attention(q, k, v))
+
+
+def test_first_pieces_and_single_positions_need_no_cache_mask() -> None:
+    assert cache_mask(0, 5, CPU) is None
+    assert cache_mask(5, 1, CPU) is None
+    mask = cache_mask(2, 2, CPU)
+    assert mask is not None
+    assert mask[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]

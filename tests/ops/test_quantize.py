@@ -1,0 +1,170 @@
+"""The schemes: equal to bitsandbytes where it owns the format, within their bound where octavo does."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo.errors import UsageError
+from octavo.ops.quantize import (
+    DYNAMIC8_BLOCK,
+    NF4_BLOCK,
+    NF4_CODE,
+    SCHEMES,
+    Shape,
+    dequantise,
+    dynamic_code,
+    scheme_named,
+    stored_bytes,
+)
+
+# One number, odd and even counts, whole blocks, a row over a block's end, a short last block.
+SHAPES: list[Shape] = [(1, 1), (3, 5), (7, 64), (64, 64), (5, 4096), (33, 127), (3, 5000)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_scheme = pytest.mark.parametrize("name", list(SCHEMES))
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
+
+
+def weight_of(shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@every_shape
+@every_type
+def test_dynamic8_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) -> None:
+    weight = weight_of(shape, dtype=dtype)
+    codes, state = bnb.quantize_blockwise(weight, code=bnb.create_dynamic_map(), blocksize=DYNAMIC8_BLOCK)
+    parts = SCHEMES["dynamic8"].quantise(weight)
+    assert torch.equal(parts["weight"], codes.view(shape))
+    assert torch.equal(parts["absmax"], state.absmax)
+    ours = dequantise(SCHEMES["dynamic8"], parts, shape, dtype=dtype)
+    assert torch.equal(ours, bnb.dequantize_blockwise(codes, state).view(shape))
+
+
+def test_dynamic_code_is_bitsandbytes_map() -> None:
+    assert torch.equal(dynamic_code(), bnb.create_dynamic_map())
+
+
+@every_shape
+@every_type
+def test_nf4_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) -> None:
+    weight = weight_of(shape, dtype=dtype)
+    codes, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    parts = SCHEMES["nf4"].quantise(weight)
+    assert torch.equal(parts["weight"], codes.view(-1))
+    assert torch.equal(parts["absmax"], state.absmax.view(-1))
+    ours = dequantise(SCHEMES["nf4"], parts, shape, dtype=dtype)
+    assert torch.equal(ours, bnb.dequantize_4bit(codes, state))
+
+
+def test_nf4_breaks_ties_between_codes_as_bitsandbytes() -> None:
+    code = torch.tensor(NF4_CODE)
+    middles = (code[:-1] + code[1:]) / 2
+    near = [torch.nextafter(middles, torch.tensor(to)) for to in (-2.0, 2.0)]
+    weight = torch.zeros(1, NF4_BLOCK)
+    weight[0, :46] = torch.cat([torch.ones(1), middles, *near])
+    codes, _ = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    assert torch.equal(SCHEMES["nf4"].quantise(weight)["weight"], codes.view(-1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 90), st.floats(-30, 4), st.integers(0, 2**31))
+def test_int8_is_within_half_a_step_everywhere(rows: int, columns: int, magnitude: float, seed: int) -> None:
+    weight = weight_of((rows, columns), seed=seed) * 10.0**magnitude
+    parts = SCHEMES["int8"].quantise(weight)
+    error = (dequantise(SCHEMES["int8"], parts, (rows, columns)) - weight).abs()
+    bound = weight.abs().amax(dim=1, keepdim=True) / 254
+    assert bool((error <= bound * (1 + 1e-5)).all())
+
+
+def test_int8_negates_with_its_row() -> None:
+    weight = weight_of((4, 33))
+    codes = SCHEMES["int8"].quantise(weight)["weight"]
+    assert torch.equal(SCHEMES["int8"].quantise(-weight)["weight"], -codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_int8_codes_are_exact_in_short_types(dtype: torch.dtype) -> None:
+    weight = torch.arange(-127.0, 128.0)[None]
+    parts = SCHEMES["int8"].quantise(weight)
+    matrix, scale = SCHEMES["int8"].unpack(parts, (1, 255), dtype)
+    assert scale is not None
+    assert matrix.dtype == dtype
+    assert torch.equal(matrix.double() * scale.double()[:, None], weight.double())
+
+
+@every_scheme
+def test_zeros_stay_zeros(name: str) -> None:
+    weight = weight_of((4, 4096))
+    weight[1] = 0
+    restored = dequantise(SCHEMES[name], SCHEMES[name].quantise(weight), (4, 4096))
+    assert torch.equal(restored[1], torch.zeros(4096))
+    assert restored[0].isfinite().all()
+
+
+# dynamic8 is left out: bitsandbytes passes over a NaN, so its caller looks at the weight.
+@pytest.mark.parametrize("name", ["none", "int8", "nf4"])
+def test_a_nan_reaches_the_scales(name: str) -> None:
+    weight = weight_of((4, 64))
+    weight[2, 9] = float("nan")
+    parts = SCHEMES[name].quantise(weight)
+    assert not parts.get("absmax", parts["weight"]).isfinite().all()
+
+
+@every_scheme
+@every_shape
+@every_type
+def test_rows_are_rows_of_the_dequantised_matrix(name: str, shape: Shape, dtype: torch.dtype) -> None:
+    scheme = SCHEMES[name]
+    parts = scheme.quantise(weight_of(shape))
+    ids = torch.randint(shape[0], (2, 3), generator=torch.Generator().manual_seed(1))
+    rows = scheme.rows(parts, shape, ids, dtype)
+    assert rows.dtype == dtype
+    assert torch.equal(rows, dequantise(scheme, parts, shape, dtype=dtype)[ids])
+
+
+@every_scheme
+@every_shape
+@every_type
+def test_layout_and_bytes_are_those_of_the_parts(name: str, shape: Shape, dtype: torch.dtype) -> None:
+    scheme = SCHEMES[name]
+    parts = scheme.quantise(weight_of(shape, dtype=dtype))
+    layout = scheme.layout(shape, dtype)
+    assert {part: (tuple(t.shape), t.dtype) for part, t in parts.items()} == layout
+    assert sum(t.nbytes for t in parts.values()) == stored_bytes(scheme, shape, dtype=dtype)
+
+
+@every_scheme
+@settings(max_examples=25, deadline=None)
+@given(
+    upper=st.integers(1, 8),
+    lower=st.integers(1, 8),
+    columns=st.sampled_from([3, 16, 31, 64, 96, 512, 2048, 4096, 4100]),
+)
+def test_parts_put_end_to_end_are_the_stacked_matrix_where_it_joins(
+    name: str, upper: int, lower: int, columns: int
+) -> None:
+    scheme, first, second = SCHEMES[name], weight_of((upper, columns)), weight_of((lower, columns), seed=1)
+    assume(scheme.joins((upper, columns)) and scheme.joins((lower, columns)))
+    stacked = scheme.quantise(torch.cat([first, second]))
+    for part, whole in stacked.items():
+        halves = [scheme.quantise(half)[part] for half in (first, second)]
+        assert torch.equal(whole, halves[0] if part == "code" else torch.cat(halves)), part
+
+
+def test_joins_exactly_where_blocks_end_with_the_matrix() -> None:
+    assert all(SCHEMES[name].joins((3, 5)) for name in ("none", "int8"))
+    assert SCHEMES["dynamic8"].joins((2, 2048))
+    assert not SCHEMES["dynamic8"].joins((2, 2049))
+    assert SCHEMES["nf4"].joins((2, 32))
+    assert not SCHEMES["nf4"].joins((2, 33))
+
+
+def test_an_unknown_scheme_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match="int8, dynamic8, nf4"):
+        scheme_named("int7")

@@ -1,0 +1,226 @@
+"""Checkpoints come back as they were, or the one before does."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octavo.errors import CheckpointError
+from octavo.store import checkpoint, files
+
+
+def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What a run may hold: overlapping views of one flat buffer, rare types, no dimensions, no elements."""
+    flat = torch.arange(12, dtype=torch.float32) + step
+    adapter = {"a": flat[:8].view(2, 4), "b": flat[4:], "b.T": flat.view(3, 4).t()}
+    rare = {
+        "bf16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "codes": torch.arange(256, dtype=torch.uint8),
+        "count": torch.tensor(step, dtype=torch.int64),
+        "none": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+    }
+    return {"adapter": adapter, "optimizer": rare}
+
+
+def save(folder: Path, step: int, **options: Any) -> Path:
+    return checkpoint.save(folder, step, tensors=tensors_of(step), state={"step": step}, **options)
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    """The newest checkpoint, which is asked for without a warning and must be right in itself."""
+    found = checkpoint.newest(folder, warn=pytest.fail)
+    assert found is not None
+    assert found.state == {"step": found.step}
+    assert int(found.tensors["optimizer"]["count"]) == found.step
+    return found
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
+    generator = random.Random(5)
+    state = {"random": generator.getstate(), "huge": 2**200, "nested": {"é": [1.5, None, True, 1e-300]}}
+    path = checkpoint.save(tmp_path, 40, tensors=tensors_of(40), state=state)
+    assert path == tmp_path / "step-00000040"
+    assert (tmp_path / "latest").read_text() == "step-00000040\n"
+    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert found is not None
+    assert (found.step, found.path) == (40, path)
+    for stem, group in tensors_of(40).items():
+        assert found.tensors[stem].keys() == group.keys()
+        for name, tensor in group.items():
+            assert found.tensors[stem][name].dtype == tensor.dtype
+            assert torch.equal(found.tensors[stem][name], tensor), name
+    version, internal, gauss = found.state.pop("random")
+    again = random.Random()
+    again.setstate((version, tuple(internal), gauss))
+    assert [again.random() for _ in range(9)] == [generator.random() for _ in range(9)]
+    assert found.state == {"huge": 2**200, "nested": state["nested"]}
+
+
+def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path, warn=pytest.fail) is None
+    assert checkpoint.newest(tmp_path / "none", warn=pytest.fail) is None
+    assert checkpoint.sweep(tmp_path / "none") == []
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_seen_and_the_one_before_is_taken(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    save(folder, 10)
+    path = save(folder, 20)
+    file = path / data.draw(st.sampled_from(["adapter.safetensors", "optimizer.safetensors", "state.json"]))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    said: list[str] = []
+    found = checkpoint.newest(folder, warn=said.append)
+    assert found is not None
+    assert found.step == 10
+    assert len(said) == 1
+    assert "step-00000020" in said[0]
+    assert file.name in said[0]
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "shorter": lambda path: os.truncate(path / "adapter.safetensors", 100),
+    "empty": lambda path: os.truncate(path / "state.json", 0),
+    "file gone": lambda path: (path / "optimizer.safetensors").unlink(),
+    "manifest gone": lambda path: (path / "manifest.json").unlink(),
+    "manifest cut": lambda path: os.truncate(path / "manifest.json", 50),
+    "manifest a list": lambda path: (path / "manifest.json").write_text("[]"),
+    "manifest of nothing": lambda path: (path / "manifest.json").write_text('{"step": 20, "files": {}}'),
+    "manifest bytes": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"),
+    "another's manifest": lambda path: shutil.copy(path.parent / "step-00000010/manifest.json", path),
+    "another's files": lambda path: shutil.copytree(path.parent / "step-00000010", path, dirs_exist_ok=True),
+    "outside": lambda path: list_in_manifest(path, path.parent / "latest"),
+}
+
+
+def list_in_manifest(path: Path, other: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    entry = {"size_bytes": other.stat().st_size, "sha256": files.sha256_of(other)}
+    manifest["files"][f"../{other.name}"] = entry
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_one_warning(kind: str, tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    path = save(tmp_path, 20)
+    assert checkpoint.verify(path) == []
+    DAMAGE[kind](path)
+    assert checkpoint.verify(path)
+    said: list[str] = []
+    found = checkpoint.newest(tmp_path, warn=said.append)
+    assert found is not None
+    assert (found.step, len(said)) == (10, 1)
+
+
+def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    (save(tmp_path, 10) / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="none of its 1 checkpoints"):
+        checkpoint.newest(tmp_path, warn=lambda _: None)
+
+
+@pytest.mark.parametrize("pointer", [b"step-00000010\n", b"step-99999999\n", b"\xff\x00garbage", b"", None])
+def test_a_stale_or_broken_pointer_misleads_nobody(pointer: bytes | None, tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    (tmp_path / "latest").unlink() if pointer is None else (tmp_path / "latest").write_bytes(pointer)
+    assert newest(tmp_path).step == 20
+    save(tmp_path, 30)
+    assert (tmp_path / "latest").read_text() == "step-00000030\n"
+
+
+def test_the_newest_stay_and_protected_steps_too(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep=2, protect={2})
+    assert steps(tmp_path) == [2, 5, 6]
+    save(tmp_path, 6, keep=1)
+    assert steps(tmp_path) == [6]
+    assert newest(tmp_path).step == 6
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 3, tensors={"old": {"x": torch.zeros(3)}}, state={"step": -1})
+    save(tmp_path, 3)
+    assert newest(tmp_path).tensors.keys() == {"adapter", "optimizer"}
+    assert steps(tmp_path) == [3]
+
+
+def test_a_write_that_reads_back_differently_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    honest = files.sha256_of
+    digests = iter(["0" * 64])
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: next(digests, None) or honest(path))
+    with pytest.raises(CheckpointError, match="reading the checkpoint back"):
+        save(tmp_path, 2, keep=1)
+    assert newest(tmp_path).step == 1
+
+
+def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        dead = process.pid
+    alive = os.getppid()
+    save(tmp_path, 5)
+    for name in (f".tmp-00000001-{dead}", f".tmp-00000002-{alive}", f".old-00000005-{dead}", ".tmp-notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".latest.{dead}").write_text("step")
+    removed = {path.name for path in checkpoint.sweep(tmp_path)}
+    assert removed == {f".tmp-00000001-{dead}", f".old-00000005-{dead}", f".latest.{dead}"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"step-00000005", "latest", f".tmp-00000002-{alive}", ".tmp-notes"}
+
+
+IDENTITY = {"model": "abc", "rank": 8, "targets": ["q_proj", "v_proj"], "data": "d1"}
+
+
+def test_another_run_is_refused_naming_each_difference(tmp_path: Path) -> None:
+    checkpoint.check_identity(
+        IDENTITY, {**IDENTITY, "targets": ("q_proj", "v_proj")}, force=False, warn=pytest.fail
+    )
+    other = {**IDENTITY, "rank": 16, "seed": 1}
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check_identity(IDENTITY, other, force=False, warn=pytest.fail)
+    message = str(caught.value)
+    assert "rank: 8 in the checkpoint, 16 now" in message
+    assert "seed: None in the checkpoint, 1 now" in message
+    assert "--force" in message
+    assert "targets" not in message
+    said: list[str] = []
+    checkpoint.check_identity(IDENTITY, other, force=True, warn=said.append)
+    assert len(said) == 1
+    assert "rank" in said[0]

@@ -1,0 +1,291 @@
+"""The plan of the house, checked: who imports whom, how long things get, what `import octavo` costs.
+
+All imports count: at the top, inside a function, under TYPE_CHECKING. The plan is in ARCHITECTURE.md; when
+the code shows that the plan is wrong, both change together with the tables here.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "src" / "octavo"
+
+FLOORS = {
+    8: ("octavo", "__main__"),
+    7: ("cli", "server", "web"),
+    6: ("config", "run"),
+    5: ("train", "infer", "evaluate", "page"),
+    4: ("store",),
+    3: ("models",),
+    2: ("layers",),
+    1: ("ops", "kernels", "data"),
+    0: ("errors", "hardware", "report", "_version"),
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+
+# Arrows that stay on their floor. Every other one is a fault, train <-> infer above all.
+SIDEWAYS = {
+    ("hardware", "errors"),
+    ("report", "errors"),
+    ("ops", "kernels"),
+    ("run", "config"),
+    ("cli", "server"),
+    ("server", "web"),
+    ("__main__", "octavo"),
+}
+
+# Who alone may import a room, and what alone a room may import. Narrower than the floors say.
+ONLY_IMPORTED_BY = {"config": {"cli", "run"}, "kernels": {"ops"}}
+ONLY_IMPORTS = {"cli": {"run", "config", "errors", "report", "server", "_version"}}
+
+# A family's file reads like its paper. It names frozen matrices, and not how they are stored or adapted.
+UNKNOWN_TO = {"models": ("octavo.data", "octavo.layers.lora", "octavo.ops.quantize")}
+
+LONGEST_FUNCTION = 65
+LONGEST_FILE = 400
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """Module `source` imports module `target` in one line of its file; lazy: inside a function."""
+
+    source: str
+    target: str
+    line: int
+    lazy: bool
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} -> {self.target}"
+
+
+def modules(package: Path) -> dict[str, Path]:
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join((package.name, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def arrows(package: Path) -> list[Arrow]:
+    """Every import of one of the package's own modules by another."""
+    known = modules(package)
+    found = []
+    for source, path in known.items():
+        for node, lazy in _walk(ast.parse(path.read_text("utf-8")), lazy=False):
+            for name in _imported_names(node, source, is_package=path.name == "__init__.py"):
+                target = _deepest(name, known)
+                if target and target != source:
+                    found.append(Arrow(source, target, getattr(node, "lineno", 0), lazy))
+    return found
+
+
+def _walk(node: ast.AST, *, lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        yield child, lazy
+        yield from _walk(child, lazy=lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def _imported_names(node: ast.AST, source: str, *, is_package: bool) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        around = source.split(".")
+        kept = len(around) - node.level + is_package
+        prefix = [*(around[:kept] if node.level else []), *([node.module] if node.module else [])]
+        return [".".join([*prefix, alias.name]) for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        return [
+            arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+        ]
+    return []
+
+
+def _deepest(name: str, known: dict[str, Path]) -> str:
+    """The module that `name` is or is taken from; "" when it is not the package's own."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def fault(arrow: Arrow) -> str:
+    """What is wrong with an arrow, or ""."""
+    source, target = room(arrow.source), room(arrow.target)
+    for name in (source, target):
+        if name not in FLOOR_OF:
+            return f"{arrow}: {name} stands on no floor: give it one in FLOORS"
+    if any(
+        arrow.target == name or arrow.target.startswith(f"{name}.") for name in UNKNOWN_TO.get(source, ())
+    ):
+        return f"{arrow}: {source} knows nothing of {arrow.target}"
+    if source == target:
+        return ""
+    if FLOOR_OF[source] < FLOOR_OF[target]:
+        return f"{arrow}: runs up, from floor {FLOOR_OF[source]} to floor {FLOOR_OF[target]}"
+    if FLOOR_OF[source] == FLOOR_OF[target] and (source, target) not in SIDEWAYS:
+        return f"{arrow}: runs sideways on floor {FLOOR_OF[source]}"
+    if source not in ONLY_IMPORTED_BY.get(target, {source}):
+        return f"{arrow}: {target} is only for {sorted(ONLY_IMPORTED_BY[target])}"
+    if target not in ONLY_IMPORTS.get(source, {target}):
+        return f"{arrow}: {source} imports only {sorted(ONLY_IMPORTS[source])}"
+    if target == "kernels" and not arrow.lazy:
+        return f"{arrow}: kernels can be deleted, so they are imported inside a function"
+    return ""
+
+
+def faults(package: Path) -> list[str]:
+    return [found for arrow in arrows(package) if (found := fault(arrow))]
+
+
+def circle(package: Path) -> str:
+    """One circle of imports as "a -> b -> a", or ""."""
+    graph: dict[str, set[str]] = {}
+    for arrow in arrows(package):
+        graph.setdefault(arrow.source, set()).add(arrow.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return " -> ".join(reversed(error.args[1]))
+    return ""
+
+
+def too_long(package: Path) -> list[str]:
+    found = []
+    for module, path in modules(package).items():
+        text = path.read_text("utf-8")
+        if (lines := len(text.splitlines())) > LONGEST_FILE:
+            found.append(f"{module}: {lines} lines, at most {LONGEST_FILE}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    found.append(f"{module}.{node.name}: {lines} lines, at most {LONGEST_FUNCTION}")
+    return found
+
+
+def test_every_import_runs_down() -> None:
+    assert arrows(PACKAGE)
+    assert faults(PACKAGE) == []
+
+
+def test_every_file_stands_on_a_floor() -> None:
+    assert {room(module) for module in modules(PACKAGE)} <= FLOOR_OF.keys()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle(PACKAGE) == ""
+
+
+def test_functions_and_files_stay_readable() -> None:
+    assert too_long(PACKAGE) == []
+
+
+LIGHT = [
+    name for name in ("octavo", "octavo.cli", "octavo.hardware", "octavo.page") if name in modules(PACKAGE)
+]
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_loads_neither_torch_nor_transformers(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers', 'numpy'}} & sys.modules.keys()))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == []
+
+
+def house(folder: Path, files: dict[str, str]) -> Path:
+    """A package named octavo that holds `files`, path -> text, and an empty file for every other room."""
+    package = folder / "octavo"
+    package.mkdir()
+    for name, text in files.items():
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).parent.joinpath("__init__.py").touch()
+        (package / name).write_text(text)
+    for name in FLOOR_OF.keys() - {"octavo"}:
+        if not (package / name).is_dir():
+            (package / f"{name}.py").touch()
+    return package
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "told"),
+    [
+        ("ops/loss.py", "import octavo.layers", "octavo.ops.loss:1 -> octavo.layers: runs up"),
+        ("ops.py", "\nfrom octavo.layers import x", "octavo.ops:2 -> octavo.layers: runs up"),
+        ("errors.py", "from octavo import report", "octavo.errors:1 -> octavo.report: runs sideways"),
+        ("errors.py", "from octavo import __version__", "octavo.errors:1 -> octavo: runs up"),
+        ("train/loop.py", "from ..infer import x", "octavo.train.loop:1 -> octavo.infer: runs sideways"),
+        ("train/__init__.py", "from .. import infer", "octavo.train:1 -> octavo.infer: runs sideways"),
+        ("infer.py", "def f():\n    import octavo.train", "octavo.infer:2 -> octavo.train: runs sideways"),
+        (
+            "store.py",
+            "if TYPE_CHECKING:\n    from octavo import run",
+            "octavo.store:2 -> octavo.run: runs up",
+        ),
+        ("data.py", "import_module('octavo.models')", "octavo.data:1 -> octavo.models: runs up"),
+        ("web.py", "import octavo.config", "config is only for ['cli', 'run']"),
+        ("cli.py", "import octavo.train", "cli imports only"),
+        ("layers.py", "def f():\n    import octavo.kernels", "kernels is only for ['ops']"),
+        ("ops.py", "from octavo.kernels import linear", "imported inside a function"),
+        ("models.py", "import octavo.data", "models knows nothing of octavo.data"),
+        ("helpers.py", "import octavo.errors", "helpers stands on no floor"),
+    ],
+)
+def test_a_forbidden_arrow_is_named(tmp_path: Path, file: str, text: str, told: str) -> None:
+    found = faults(house(tmp_path, {file: text}))
+    assert len(found) == 1
+    assert told in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.py", "import octavo.train, octavo.infer, octavo.config, octavo.errors, torch"),
+        ("ops.py", "def f():\n    from octavo.kernels import linear"),
+        ("train/loop.py", "from octavo.train.optim import x\nfrom .optim import y\nfrom octavo.ops import z"),
+        ("__init__.py", "def f():\n    from octavo.run import finetune"),
+        ("models.py", "from octavo.layers.cache import Cache"),
+    ],
+)
+def test_an_arrow_of_the_plan_is_not_a_fault(tmp_path: Path, file: str, text: str) -> None:
+    package = house(tmp_path, {file: text, "train/optim.py": "", "layers/cache.py": ""})
+    assert arrows(package)
+    assert faults(package) == []
+
+
+def test_a_circle_is_named_even_when_half_of_it_is_lazy(tmp_path: Path) -> None:
+    package = house(
+        tmp_path,
+        {
+            "train/a.py": "from octavo.train import b",
+            "train/b.py": "def f():\n    from octavo.train.a import x",
+        },
+    )
+    assert circle(package) in {
+        "octavo.train.a -> octavo.train.b -> octavo.train.a",
+        "octavo.train.b -> octavo.train.a -> octavo.train.b",
+    }
+
+
+def test_a_function_and_a_file_one_line_too_long_are_named(tmp_path: Path) -> None:
+    def function(lines: int) -> str:
+        return "def f():\n" + "    pass\n" * (lines - 1)
+
+    fits = {"ops.py": function(LONGEST_FUNCTION), "data.py": "\n" * LONGEST_FILE}
+    assert too_long(house(tmp_path, fits)) == []
+    (tmp_path / "octavo" / "ops.py").write_text(function(LONGEST_FUNCTION + 1))
+    (tmp_path / "octavo" / "data.py").write_text("\n" * (LONGEST_FILE + 1))
+    assert too_long(tmp_path / "octavo") == [
+        f"octavo.data: {LONGEST_FILE + 1} lines, at most {LONGEST_FILE}",
+        f"octavo.ops.f: {LONGEST_FUNCTION + 1} lines, at most {LONGEST_FUNCTION}",
+    ]
