@@ -223,9 +223,7 @@ def test_every_point_lies_inside_the_frame(points: list[tuple[int, float]]) -> N
 
 def test_a_larger_value_stands_higher_and_a_later_step_further_right() -> None:
     series = [chart.Series("s", [(1.0, 2.0), (2.0, 3.0)], "train", chart.marks)]
-    (x1, y1), (x2, y2) = re.findall(
-        r'cx="([^"]+)" cy="([^"]+)"', chart.draw("t", series, width=300, height=200)
-    )
+    (x1, y1), (x2, y2) = re.findall(r'cx="([^"]+)" cy="([^"]+)"', chart.draw("t", series, width=300, height=200))
     assert float(x1) < float(x2)
     assert float(y1) > float(y2)
 

@@ -127,9 +127,7 @@ def test_without_append_a_file_begins_anew_and_with_it_goes_on(tmp_path: Path) -
 
 
 @given(cut=st.integers(0, 200))
-def test_a_line_torn_anywhere_is_repaired_on_append(
-    tmp_path_factory: pytest.TempPathFactory, cut: int
-) -> None:
+def test_a_line_torn_anywhere_is_repaired_on_append(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("r") / "m.jsonl"
     with Report(console=False, metrics=path) as report:
         report.event("step", step=1, text="ä")

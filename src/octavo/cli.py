@@ -48,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 @command(app, FINETUNE)
 def finetune(config: Config, as_json: bool) -> None:
     """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
@@ -87,7 +88,8 @@ def generate(config: Config, as_json: bool) -> None:
     if as_json:
         whole = finished(pieces)
         _answer(
-            {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason}, True
+            {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason},
+            True,
         )
     else:
         _write("\n")
@@ -119,24 +121,27 @@ def quantize(config: Config, as_json: bool) -> None:
 def data(config: Config, as_json: bool) -> None:
     """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
     from octavo.report import Report
-    from octavo.run import show_data
+    from octavo.run import open_model
+    from octavo.texts import show_data
 
     with Report() as report:
-        _answer(show_data(config, report), as_json)
+        tokenizer = open_model(config[ModelOptions], report).tokenizer()
+        _answer(show_data(config, tokenizer, report), as_json)
 
 
 @command(app, FINETUNE)
 def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
-    from octavo.demo import demo as run
+    from octavo.finetune.demo import demo as run
 
     _answer(run(config), as_json)
 
 
 def main() -> None:
     """The entry point: errors of octavo's become a message and an exit code."""
-    # transformers and its tokenizers warn at every fork and every load of things that are as intended.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # OpenMP's threads by default wait for each other in busy loops: where another program wants a core, every
+    # product then takes several times as long. This must be set before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=False)
     except OctavoError as error:

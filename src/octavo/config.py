@@ -198,9 +198,7 @@ class Config:
         return tuple(self._sections)
 
     @classmethod
-    def read(
-        cls, kinds: tuple[type[Section], ...], flags: Mapping[str, Any], file: Path | None = None
-    ) -> Self:
+    def read(cls, kinds: tuple[type[Section], ...], flags: Mapping[str, Any], file: Path | None = None) -> Self:
         """Sections `kinds` from flags (those given, by field name) over a YAML file over the defaults.
 
         UsageError names the key, what is wrong with it, and for an unknown key the nearest one.

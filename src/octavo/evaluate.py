@@ -14,8 +14,7 @@ import torch
 from octavo.data.loader import batches
 from octavo.data.packing import Row
 from octavo.models import Model
-from octavo.train.loop import batch_loss
-from octavo.train.memory import keep_all
+from octavo.objective import batch_loss
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def score(
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
-            nats += float(batch_loss(model, batch, through=keep_all))
+            nats += float(batch_loss(model, batch))
             tokens += batch.trained_tokens
             if progress:
                 progress(len(batch.ids))

@@ -83,13 +83,13 @@ def _flag(name: str) -> str:
 
 def _flag_type(field: FieldInfo) -> Any:
     """The type that the command line reads; choices and bounds are checked with the rest, by the Config."""
-    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    plain = field.annotation if field.annotation in (bool, int, float, str, Path) else None
-    if plain is None and get_origin(field.annotation) is list:
+    annotation: Any = field.annotation
+    plain = (bool, int, float, str, Path)
+    if get_origin(annotation) is list:
         return list[str]
-    if plain is None:
-        plain = next((kind for kind in kinds if kind in (int, float, str, Path)), str)
-    return plain
+    if annotation in plain:
+        return annotation
+    return next((kind for kind in get_args(annotation) if kind in plain), str)
 
 
 def _help(field: FieldInfo) -> str:

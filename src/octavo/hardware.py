@@ -77,9 +77,7 @@ _VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "nvl", "mi
 def peak(name: str) -> Peak | None:
     """The row of CARDS for the name that the driver gives ("NVIDIA A100-SXM4-80GB"); None if not known."""
     words = _words(name)
-    fitting = [
-        key for key in CARDS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)
-    ]
+    fitting = [key for key in CARDS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)]
     return CARDS[max(fitting, key=lambda key: len(_words(key)))] if fitting else None
 
 

@@ -131,9 +131,7 @@ class Report:
 class Progress:
     """How far a piece of work is. `advance` after each step; anything shown with it stays until replaced."""
 
-    def __init__(
-        self, total: int, label: str, *, done: int, console: Console, bar: Bar | None = None
-    ) -> None:
+    def __init__(self, total: int, label: str, *, done: int, console: Console, bar: Bar | None = None) -> None:
         self._total, self._label = total, printable(label)
         self._done = self._done_at_start = done
         self._console, self._bar = console, bar

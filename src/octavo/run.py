@@ -1,4 +1,4 @@
-"""The commands, composed from the rooms: each a short line of steps. Only here do data, store, train and infer meet.
+"""The commands, composed from the rooms, each a short line of steps. finetune/ holds the longest of them.
 
 Functions take a `Config` and a `Report` and return what `--json` prints.
 """
@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from octavo.config import (
     Config,
-    DataOptions,
     EvaluateOptions,
     GenerateOptions,
     ModelOptions,
@@ -25,10 +21,8 @@ from octavo.config import (
     QuantizeOptions,
     TextOptions,
 )
-from octavo.data import documents, packing, tokens
 from octavo.data.bytes import target_bytes
-from octavo.data.documents import Document, ReadOptions, Skipped
-from octavo.data.ledger import Ledger
+from octavo.data.documents import Message
 from octavo.data.packing import Row
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.errors import UsageError
@@ -44,27 +38,15 @@ from octavo.store.folder import WrittenLayer, weight_names, write_folder
 from octavo.store.opening import open_source
 from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import load, stored_scheme
+from octavo.texts import read_documents, to_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LEDGER_COLUMNS = ("tokens", "trained", "masked", "cut", "padded")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text files as rows of tokens, with the account of every token."""
-
-    rows: list[Row]
-    ledger: Ledger
-    documents: list[Document]
-
 
 def open_model(options: ModelOptions, report: Report) -> Source:
     """The source of the base model, not yet loaded."""
-    return open_source(
-        options.model, revision=options.revision, allow_pickle=options.allow_pickle, say=report.say
-    )
+    return open_source(options.model, revision=options.revision, allow_pickle=options.allow_pickle, say=report.say)
 
 
 def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
@@ -77,11 +59,8 @@ def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
 
 def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Report) -> Model:
     """The model, with a bar while its weights come in."""
-    bar: Any = None
     with report.progress(len(source.names()), f"Loading weights ({scheme.name})") as bar:
-        return load(
-            source, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance()
-        )
+        return load(source, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
 
 
 def with_adapter_(model: Model, folder: Path, source: Source, report: Report) -> None:
@@ -91,57 +70,6 @@ def with_adapter_(model: Model, folder: Path, source: Source, report: Report) ->
     trained_on = (read.origin.get("base") or {}).get("sha256")
     if trained_on and trained_on != fingerprint(source):
         report.warn(f"The adapter {folder} was trained on other base weights than these.")
-
-
-def read_documents(paths: Sequence[str], options: TextOptions) -> tuple[list[Document], list[Skipped]]:
-    """The documents of the files that a user names."""
-    if not paths:
-        raise UsageError("No text files are named.", hint="Give files, folders or globs with --data.")
-    return documents.read(
-        paths, ReadOptions(split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy)
-    )
-
-
-def to_text(
-    read: Sequence[Document],
-    skipped: Sequence[Skipped],
-    options: TextOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    report: Report,
-) -> Text:
-    """Documents to rows, and the ledger; a bar while tokens are counted."""
-    lost = list(skipped)
-    with report.progress(len(read), "Encoding documents") as bar:
-        encoded = tokens.encode_all(
-            read,
-            tokenizer,
-            end_id=int(tokenizer.eos_token_id),
-            progress=bar.advance,
-            skipped=lost if options.skip_bad else None,
-        )
-    rows, ledger = packing.pack(
-        encoded,
-        seq_len=options.seq_len,
-        pad_id=_pad_id(tokenizer),
-        truncate=options.truncate,
-        deduplicate=options.deduplicate,
-        min_unique_tokens=options.min_unique_tokens,
-        skipped=lost,
-    )
-    ledger.check()
-    for bad in lost:
-        report.warn(f"Skipped {bad.source}:{bad.line}: {bad.reason}")
-    return Text(rows, ledger, list(read))
-
-
-def show_ledger(ledger: Ledger, title: str, report: Report) -> None:
-    """One line a file, and the sum."""
-    rows: list[list[object]] = [
-        [file.source, *(getattr(file, name) for name in LEDGER_COLUMNS)] for file in ledger.files
-    ]
-    if len(rows) > 1:
-        rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS)])
-    report.table(f"{title}: {ledger.rows:,} rows", ["file", *LEDGER_COLUMNS], rows)
 
 
 def check_context(model_context: int, seq_len: int) -> None:
@@ -164,9 +92,7 @@ def score_rows(
 ) -> Score:
     """The score of some rows, with a bar."""
     with report.progress(len(rows), label) as bar:
-        return score(
-            model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance
-        )
+        return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
 
 
 def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
@@ -201,17 +127,13 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     report.say(hardware.reason)
     source = open_model(asked, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
-    text = to_text(
-        *read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report
-    )
+    text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
     rows = text.rows[: options.rows or None]
     table: list[dict[str, Any]] = []
 
     def measure(name: str, model: Model, under: Scheme, folder: Path | None) -> None:
         check_context(model.config.context, config[TextOptions].seq_len)
-        result = score_rows(
-            model, rows, tokenizer, batch=options.batch, label=f"Measuring {name}", report=report
-        )
+        result = score_rows(model, rows, tokenizer, batch=options.batch, label=f"Measuring {name}", report=report)
         table.append(score_row(name, under, folder, result))
 
     if options.base and (scheme.name != "none" or options.adapter is None):
@@ -276,7 +198,7 @@ def prompt_ids(options: PromptOptions, tokenizer: PreTrainedTokenizerFast) -> li
     """The token ids of a prompt: as text goes into training, or as a user's message of the chat template."""
     assert options.prompt is not None
     if options.chat:
-        return encode_conversation([documents.Message("user", options.prompt)], tokenizer)
+        return encode_conversation([Message("user", options.prompt)], tokenizer)
     return encode_prompt(options.prompt, tokenizer)
 
 
@@ -311,45 +233,5 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
         "out": str(out),
         "scheme": scheme.name,
         "bytes": total,
-        "layers": [
-            {"name": x.name, "shape": list(x.shape), "bytes": x.stored_bytes, "error": x.error} for x in layers
-        ],
+        "layers": [{"name": x.name, "shape": list(x.shape), "bytes": x.stored_bytes, "error": x.error} for x in layers],
     }
-
-
-def show_data(config: Config, report: Report) -> dict[str, Any]:
-    """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
-    options, asked = config[DataOptions], config[ModelOptions]
-    tokenizer = open_model(asked, report).tokenizer()
-    text = to_text(
-        *read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report
-    )
-    show_ledger(text.ledger, "Tokens", report)
-    lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
-    if lengths:
-        filled = sum(lengths) / (len(lengths) * config[TextOptions].seq_len)
-        report.say(f"{text.ledger.documents:,} documents in {len(lengths):,} rows, {filled:.1%} filled.")
-    for row in text.rows[: options.samples]:
-        report.say(f"\n{row.sources[0]} ([[..]] is read, not learned):\n{marked(row, tokenizer)}")
-    return text.ledger.to_dict()
-
-
-def marked(row: Row, tokenizer: PreTrainedTokenizerFast, most_tokens: int = 200) -> str:
-    """The text of a row, what is read but not learned in [[..]]."""
-    shown: list[str] = []
-    for number in range(int(row.document.max()) + 1):
-        places = np.flatnonzero(row.document == number)[:most_tokens]
-        targets = row.labels[places]
-        ids = [*row.ids[places].tolist(), int(targets[-1])]
-        learned = [False, *(targets != packing.IGNORED).tolist()]
-        if not learned[-1]:
-            ids, learned = ids[:-1], learned[:-1]
-        for learns, run in groupby(zip(learned, ids, strict=True), key=itemgetter(0)):
-            text = tokenizer.decode([token for _, token in run])
-            shown.append(text if learns else f"[[{text}]]")
-    return "".join(shown)
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Any id does: padding is masked by its labels and its document number, never by its id."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from octavo.config import ChatOptions, Config, GenerateOptions
-
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation
 from octavo.errors import UsageError
@@ -13,9 +12,7 @@ from octavo.report import Report
 from octavo.run import open_speaker, sampling_of
 
 
-def talk(
-    config: Config, report: Report, *, read: Callable[[], str | None], write: Callable[[str], None]
-) -> None:
+def talk(config: Config, report: Report, *, read: Callable[[], str | None], write: Callable[[str], None]) -> None:
     """Reads a line, streams the answer, and so on until `read` gives None or /quit.
 
     /reset forgets the conversation but for the system message. A conversation that outgrows the model's context

@@ -10,6 +10,8 @@ LINES = [
     "The quality of mercy is not strained, it droppeth as the gentle rain from heaven.",
     "user and assistant and system, hello world, how are you today? I am well.",
     "### Instruction: ### Response: one two three 12345, naïve café — “quotes”.",
+    # Runs of white space become tokens, as in every large vocabulary.
+    "a \n  b\n\n\n\tc  d   e \t\t f\n \ng " * 5,
 ]
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"

@@ -71,9 +71,7 @@ def test_the_suffix_is_the_one_before_the_compression() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
-def test_encodings_and_compressions_give_the_same_text(
-    tmp_path: Path, encoding: str, compression: str
-) -> None:
+def test_encodings_and_compressions_give_the_same_text(tmp_path: Path, encoding: str, compression: str) -> None:
     text = "Grüße, 世界!\nA second line of plain letters.\n"
     raw = text.encode(encoding)
     data = {"": raw, ".gz": gzip.compress(raw), ".xz": lzma.compress(raw)}[compression]

@@ -99,9 +99,7 @@ def test_json_lines_named_json_are_explained(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.text("ab,\"'\n ü;", min_size=1), st.text('x\n",')), min_size=1, max_size=6))
-def test_csv_gives_any_field_back(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]
-) -> None:
+def test_csv_gives_any_field_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("prompt", "completion"), *rows])
@@ -115,9 +113,7 @@ def test_csv_rows_know_the_line_they_start_at_and_bad_ones_are_passed(tmp_path: 
     assert [entry.line for entry in found] == [2, 4, 5, 6, 7, 9]
     assert found[0].value == {"text": "two\nlines", "extra": "1"}
     assert found[4].value == {"text": "good", "extra": "4"}
-    for entry, message in zip(
-        found[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True
-    ):
+    for entry, message in zip(found[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True):
         assert f"a.csv:{message}" in error_of(entry)
     assert "a.csv:9: not valid CSV: unexpected end" in error_of(found[5])
 
@@ -147,9 +143,7 @@ def test_parquet_gives_rows_with_nested_fields(tmp_path: Path, name: str) -> Non
         values(write(tmp_path / "broken.parquet", data[:-20]))
 
 
-def test_parquet_without_pyarrow_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pip install 'octavo\[parquet\]'"):
         values(write(tmp_path / "a.parquet", b""))

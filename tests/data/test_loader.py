@@ -64,9 +64,7 @@ def test_each_epoch_gives_each_row_once(n_rows: int, batch_size: int, epochs: in
         assert sorted(number for batch in own for number in numbers(batch)) == list(range(n_rows))
 
 
-@given(
-    n_rows=st.integers(1, 12), batch_size=st.integers(1, 5), taken=st.integers(0, 30), shuffle=st.booleans()
-)
+@given(n_rows=st.integers(1, 12), batch_size=st.integers(1, 5), taken=st.integers(0, 30), shuffle=st.booleans())
 def test_a_resumed_run_meets_the_batches_of_an_uninterrupted_one(
     n_rows: int, batch_size: int, taken: int, shuffle: bool
 ) -> None:

@@ -152,6 +152,11 @@ def test_the_fullest_row_with_room_is_filled_first() -> None:
     assert {file.source: file.padded for file in ledger.files} == {"file0": 1, "file1": 2, "file2": 0}
 
 
+def test_rows_come_in_the_order_of_their_first_documents() -> None:
+    rows, _ = pack(numbered([3, 8, 4, 9, 6]), seq_len=8, pad_id=PAD)
+    assert [row.sources[0] for row in rows] == ["file0:0", "file1:1", "file2:2", "file0:3"]
+
+
 @given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=40))
 def test_packing_wastes_little_and_is_repeatable(lengths: list[int]) -> None:
     first, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)

@@ -40,7 +40,7 @@ def turned(pairs: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
 def test_interleaved_rotation_is_a_complex_product_on_neighbours() -> None:
     x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
-    expected = turned(torch.view_as_complex(x.unflatten(-1, (-1, 2))), positions, FREQUENCIES)
+    expected = turned(torch.view_as_complex(x.view(2, 5, HEADS, -1, 2)), positions, FREQUENCIES)
     ours = rotate_interleaved(x, rotary_table(positions, FREQUENCIES))
     torch.testing.assert_close(ours, torch.view_as_real(expected).flatten(-2), rtol=1e-6, atol=1e-6)
 
@@ -123,9 +123,7 @@ def test_no_position_sees_a_later_one(length: int, data: st.DataObject) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), padding=st.integers(0, 3), data=st.data())
-def test_documents_of_a_row_do_not_see_each_other(
-    lengths: list[int], padding: int, data: st.DataObject
-) -> None:
+def test_documents_of_a_row_do_not_see_each_other(lengths: list[int], padding: int, data: st.DataObject) -> None:
     numbers = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * padding
     document = torch.tensor([numbers, numbers])
     mask = document_mask(document)

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.linear import LowRank, Unpack, frozen_linear
 from octavo.ops.quantize import SCHEMES
 
 ROWS, OUT, IN = 5, 11, 6  # M, N, K
-SPANS = [(0, 4, 2, 0.5), (4, 7, 3, 2.0), (9, 11, 1, -1.5)]  # start, stop, rank, scaling: rows 7 and 8 have none
+SPANS = [
+    (0, 4, 2, 0.5),
+    (4, 7, 3, 2.0),
+    (9, 11, 1, -1.5),
+]  # start, stop, rank, scaling: rows 7 and 8 have none
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,16 @@ def test_output_and_gradients_are_those_of_the_composition(scaled: bool, droppin
     ours, theirs = fused(case, case.bias), composed(case)
     torch.testing.assert_close(ours, theirs)
     for mine, other in zip(
-        torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream), strict=True
+        torch.autograd.grad(ours, leaves, upstream),
+        torch.autograd.grad(theirs, leaves, upstream),
+        strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)  # the bias is summed in float32
 
 
 def test_gradcheck_with_all_inputs_at_once() -> None:
     case = case_of(scaled=True, dropping=True)
+    assert case.dropped is not None
 
     def product(x: Tensor, dropped: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
         return frozen_linear(
@@ -118,7 +125,7 @@ def test_no_rows_at_all_go_forward_and_backward() -> None:
     case = case_of()
     x = torch.empty(0, IN, dtype=torch.float64, requires_grad=True)
     y = frozen_linear(x, case.unpack, bias=case.bias, bias_start=BIAS_START, pairs=case.pairs())
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert x.grad is not None
     assert x.grad.shape == (0, IN)
     assert all(f.grad is not None and not f.grad.any() for f in case.factors)
@@ -129,7 +136,7 @@ def test_a_frozen_bias_takes_no_gradient_and_is_added_all_the_same() -> None:
     frozen = case.bias.detach()
     y = fused(case, frozen)
     torch.testing.assert_close(y, composed(case))
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert frozen.grad is None
 
 
@@ -149,7 +156,7 @@ def test_w_takes_no_gradient() -> None:
     case = case_of()
     weight = case.matrix.clone().requires_grad_()
     y = frozen_linear(case.x, lambda dtype: (weight.to(dtype), None), pairs=case.pairs())
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert weight.grad is None
 
 
@@ -186,7 +193,7 @@ def test_nothing_is_kept_for_backward_without_pairs() -> None:
     assert shapes == []
     assert not any(isinstance(value, Tensor) for value in vars(y.grad_fn).values())
     assert [matrix() for matrix in made] == [None]  # forward let its W go
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert [matrix() for matrix in made] == [None, None]  # and backward unpacked it once more
 
 
@@ -207,7 +214,7 @@ def test_a_short_type_goes_through_and_float32_factors_get_float32_gradients() -
     y = frozen_linear(x, case.unpack, bias=bias, bias_start=BIAS_START, pairs=case.pairs(factors))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), composed(case), rtol=0.05, atol=0.1)
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert {f.grad.dtype for f in (*factors, bias) if f.grad is not None} == {torch.float32}
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16

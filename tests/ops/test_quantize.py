@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -140,21 +140,19 @@ def test_layout_and_bytes_are_those_of_the_parts(name: str, shape: Shape, dtype:
 
 
 @every_scheme
-@settings(max_examples=25, deadline=None)
-@given(
-    upper=st.integers(1, 8),
-    lower=st.integers(1, 8),
-    columns=st.sampled_from([3, 16, 31, 64, 96, 512, 2048, 4096, 4100]),
-)
+@pytest.mark.parametrize("columns", [3, 32, 64, 96, 2048, 4096])
+@pytest.mark.parametrize(("upper", "lower"), [(1, 1), (2, 5), (4, 2), (6, 3)])
 def test_parts_put_end_to_end_are_the_stacked_matrix_where_it_joins(
-    name: str, upper: int, lower: int, columns: int
+    name: str, columns: int, upper: int, lower: int
 ) -> None:
-    scheme, first, second = SCHEMES[name], weight_of((upper, columns)), weight_of((lower, columns), seed=1)
-    assume(scheme.joins((upper, columns)) and scheme.joins((lower, columns)))
+    scheme, shapes = SCHEMES[name], [(upper, columns), (lower, columns)]
+    first, second = (weight_of(shape, seed=seed) for seed, shape in enumerate(shapes))
     stacked = scheme.quantise(torch.cat([first, second]))
-    for part, whole in stacked.items():
-        halves = [scheme.quantise(half)[part] for half in (first, second)]
-        assert torch.equal(whole, halves[0] if part == "code" else torch.cat(halves)), part
+    joined = {part: torch.cat([scheme.quantise(w)[part] for w in (first, second)]) for part in stacked}
+    if "code" in stacked:
+        joined["code"] = scheme.quantise(first)["code"]
+    equal = all(torch.equal(whole, joined[part]) for part, whole in stacked.items())
+    assert equal or not all(scheme.joins(shape) for shape in shapes)
 
 
 def test_joins_exactly_where_blocks_end_with_the_matrix() -> None:

@@ -92,9 +92,7 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_seen_and_the_one_before_is_taken(
-    tmp_path: Path, data: st.DataObject
-) -> None:
+def test_a_flipped_bit_anywhere_is_seen_and_the_one_before_is_taken(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "run"
     shutil.rmtree(folder, ignore_errors=True)
     save(folder, 10)
@@ -179,9 +177,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert steps(tmp_path) == [3]
 
 
-def test_a_write_that_reads_back_differently_is_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_reads_back_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     honest = files.sha256_of
     digests = iter(["0" * 64])
@@ -209,9 +205,7 @@ IDENTITY = {"model": "abc", "rank": 8, "targets": ["q_proj", "v_proj"], "data": 
 
 
 def test_another_run_is_refused_naming_each_difference(tmp_path: Path) -> None:
-    checkpoint.check_identity(
-        IDENTITY, {**IDENTITY, "targets": ("q_proj", "v_proj")}, force=False, warn=pytest.fail
-    )
+    checkpoint.check_identity(IDENTITY, {**IDENTITY, "targets": ("q_proj", "v_proj")}, force=False, warn=pytest.fail)
     other = {**IDENTITY, "rank": 16, "seed": 1}
     with pytest.raises(CheckpointError) as caught:
         checkpoint.check_identity(IDENTITY, other, force=False, warn=pytest.fail)

@@ -95,13 +95,9 @@ def test_smollm2_splits_digits_one_by_one_and_specials_not_at_all(smollm2: Any) 
 
 
 def test_smollm2_ids_are_those_of_gpt2s_rule_between_single_digits(smollm2: Any, source: GgufSource) -> None:
-    merges = [
-        tuple(merge.split(" ")) for merge in read_header(source.files[0]).metadata["tokenizer.ggml.merges"]
-    ]
+    merges = [tuple(merge.split(" ")) for merge in read_header(source.files[0]).metadata["tokenizer.ggml.merges"]]
     reference = GPT2Tokenizer(vocab=smollm2.get_vocab(), merges=merges)
-    text = TEXT.replace("<|im_end|>", "") + (Path(__file__).parents[2] / "LICENSE").read_text(
-        encoding="utf-8"
-    )
+    text = TEXT.replace("<|im_end|>", "") + (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     pieces = [""]
     for letter in text:
         # llama.cpp cuts out every \p{N} first, then applies GPT-2's rule to what lies between.

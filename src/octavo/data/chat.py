@@ -68,9 +68,7 @@ def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, coder: C
     return ChatCode(ids[:length], trained[:length], n_bytes)
 
 
-def encode_turns(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, coder: Coder
-) -> list[int]:
+def encode_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, coder: Coder) -> list[int]:
     """The ids of a conversation up to where the assistant's next turn begins, to be gone on with.
 
     As in training, a control token's string in a content stays text. Raises as `encode_chat` does.
@@ -98,14 +96,10 @@ def _layout(
     rendered = _render(document, messages, tokenizer, asks_for_more=asks_for_more)
     skeleton = _render(document, stand_ins, tokenizer, asks_for_more=asks_for_more)
     # A template may leave a message out, such as a system prompt, or move it.
-    order = sorted(
-        (n for n in range(len(messages)) if names[n] in skeleton), key=lambda n: skeleton.index(names[n])
-    )
+    order = sorted((n for n in range(len(messages)) if names[n] in skeleton), key=lambda n: skeleton.index(names[n]))
     lost = [n for n, message in enumerate(messages) if message.role == "assistant" and n not in order]
     if lost:
-        raise _refusal(
-            document, f"the chat template leaves out turn {lost[0] + 1}, which is the assistant's."
-        )
+        raise _refusal(document, f"the chat template leaves out turn {lost[0] + 1}, which is the assistant's.")
     own_text = re.split("|".join(names), skeleton)
     spans = _match(rendered, own_text, [messages[n] for n in order])
     if spans is None:

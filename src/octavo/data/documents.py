@@ -59,9 +59,7 @@ def read(paths: Sequence[str], options: ReadOptions | None = None) -> tuple[list
         _read_file(path, options, repair, documents, skipped)
     if not documents:
         reasons = "; ".join(f"{bad.source}: {bad.reason}" for bad in skipped[:3])
-        raise DataError(
-            f"no document could be read. {reasons}", hint="Run without --skip-bad to see the first error."
-        )
+        raise DataError(f"no document could be read. {reasons}", hint="Run without --skip-bad to see the first error.")
     return documents, skipped
 
 
@@ -126,9 +124,7 @@ def _repair(document: Document) -> Document:
     )
 
 
-def split(
-    documents: Sequence[Document], *, fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
+def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """A training and a test side; about `fraction` of the documents are test.
 
     The side of a document depends on its content and the seed alone: it stays when files are added, moved or
@@ -137,9 +133,7 @@ def split(
     Raises UsageError for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise UsageError(
-            f"the test fraction is {fraction}.", hint="Give a number from 0 up to, not including, 1."
-        )
+        raise UsageError(f"the test fraction is {fraction}.", hint="Give a number from 0 up to, not including, 1.")
     if fraction == 0 or len(documents) < 2:
         return list(documents), []
     places = [_place(document, seed) for document in documents]

@@ -21,8 +21,8 @@ from octavo.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A tokenizer holds about a hundred bytes for each token of a call until it returns, so a book is cut up; small
-# blocks also stay in the processor's cache and take half the time of large ones.
+# A tokenizer holds about a hundred bytes for each token of a call until it returns, so a book is cut up;
+# blocks of this size also take half the time of blocks of a megabyte.
 BLOCK_CHARACTERS = 2**17
 BATCH_CHARACTERS = 2**22
 BATCH_TEXTS = 4096
@@ -65,6 +65,17 @@ def coder_of(tokenizer: PreTrainedTokenizerFast) -> Coder:
         known = (size, _copies(backend))
         _CODERS[tokenizer] = known
     return known[1]
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The begin token that the model's texts start with ([id]), or [] for a model that has none.
+
+    A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none. The
+    tokenizer itself tells: it puts it before an empty text.
+    """
+    added = tokenizer("", add_special_tokens=True)["input_ids"]
+    begin = tokenizer.bos_token_id
+    return [int(begin)] if begin is not None and added and added[0] == begin else []
 
 
 def _copies(backend: Tokenizer) -> Coder:

@@ -80,9 +80,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
         files = [file for match in matches for file in _below(Path(match), suffixes)]
         if not files:
             kinds = ", ".join(suffixes)
-            raise UsageError(
-                f"{given}: no file here that octavo reads.", hint=f"In a folder it reads {kinds}."
-            )
+            raise UsageError(f"{given}: no file here that octavo reads.", hint=f"In a folder it reads {kinds}.")
         found |= dict.fromkeys(files)
     return list(found)
 
@@ -98,9 +96,7 @@ def _below(path: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def _unreadable_folder(error: OSError) -> NoReturn:
-    raise UsageError(
-        f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions."
-    ) from error
+    raise UsageError(f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions.") from error
 
 
 def _nothing_there(name: str) -> NoReturn:
@@ -158,9 +154,7 @@ def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
         yield from _cut(stream, head[mark:], separator, offset=mark, source=source)
 
 
-def _cut(
-    stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int, source: str
-) -> Iterator[Piece]:
+def _cut(stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int, source: str) -> Iterator[Piece]:
     line = 1
     while True:
         if separator:
@@ -189,9 +183,7 @@ def decode(piece: Piece, source: str) -> str:
         line = piece.line + piece.data.count(b"\n", 0, error.start)
         at, byte = piece.offset + error.start, piece.data[error.start]
         hint = "Save the file as UTF-8, or skip such documents with --skip-bad."
-        raise DataError(
-            f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint
-        ) from error
+        raise DataError(f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint) from error
     if "\0" in text:
         nul = piece.data.index(b"\0")
         line = piece.line + piece.data.count(b"\n", 0, nul)

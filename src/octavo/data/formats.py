@@ -124,11 +124,7 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
     number = 0
     with open_bytes(path) as stream:
         # A compressed stream cannot jump to the table's footer, which is at the end.
-        data = (
-            stream
-            if suffix(path) == path.suffix.lower()
-            else pyarrow.BufferReader(read_whole(stream, source))
-        )
+        data = stream if suffix(path) == path.suffix.lower() else pyarrow.BufferReader(read_whole(stream, source))
         try:
             for batch in parquet.ParquetFile(data).iter_batches(batch_size=256):
                 for record in batch.to_pylist():
@@ -183,9 +179,7 @@ def _fields(value: object, source: str, line: int) -> Mapping[str, object] | Dat
     if isinstance(value, dict):
         return value
     hint = 'A record looks like {"text": "..."}.'
-    return DataError(
-        f"the record is a {type(value).__name__}, not an object.", source=source, line=line, hint=hint
-    )
+    return DataError(f"the record is a {type(value).__name__}, not an object.", source=source, line=line, hint=hint)
 
 
 def _row(header: list[str], row: list[str], source: str, line: int) -> Mapping[str, object] | DataError:

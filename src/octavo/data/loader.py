@@ -80,17 +80,13 @@ def batches(
     batch size under 1 or a start that these rows do not have, which other data or another batch size gave.
     """
     if not rows:
-        raise DataError(
-            "there is nothing to train on: the data gave no rows.", hint="`octavo data` shows why."
-        )
+        raise DataError("there is nothing to train on: the data gave no rows.", hint="`octavo data` shows why.")
     if batch_size < 1:
         raise UsageError(f"a batch of {batch_size} rows.", hint="--batch must be at least 1.")
     per_epoch = batches_per_epoch(len(rows), batch_size)
     start = start or Position()
     if start.epoch < 0 or not 0 <= start.index <= per_epoch:
-        message = (
-            f"batch {start.index} of epoch {start.epoch} does not exist: an epoch has {per_epoch} batches."
-        )
+        message = f"batch {start.index} of epoch {start.epoch} does not exist: an epoch has {per_epoch} batches."
         raise UsageError(message, hint="Resume with the data and the batch size that the run began with.")
     taken = start.epoch * per_epoch + start.index
     end = None if epochs is None else math.ceil(epochs * per_epoch)

@@ -123,9 +123,7 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
     return [[pieces[number] for number in group] for group in sorted(map(sorted, groups))]
 
 
-def _fill(
-    groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int
-) -> list[Row]:
+def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
     shape = (len(groups), seq_len)
     ids = np.full(shape, pad_id, dtype=np.int32)
     labels = np.full(shape, IGNORED, dtype=np.int32)

@@ -6,22 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.data.chat import encode_turns
-from octavo.data.encoding import coder_of
+from octavo.data.encoding import begin_ids, coder_of
 from octavo.data.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The begin token that the model's texts start with ([id]), or [] for a model that has none.
-
-    A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none. The
-    tokenizer itself tells: it puts it before an empty text.
-    """
-    added = tokenizer("", add_special_tokens=True)["input_ids"]
-    begin = tokenizer.bos_token_id
-    return [int(begin)] if begin is not None and added and added[0] == begin else []
 
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -118,9 +118,7 @@ def _conversation(record: _Record, name: str, role_key: str, content_key: str) -
         if not isinstance(turn, Mapping):
             raise record.error(f"`{name}[{number}]` must be an object, not {_kind(turn)}.")
         at = f"{name}[{number}]."
-        inner = _Record(
-            {at + key: turn.get(key) for key in (role_key, content_key)}, record.source, record.line
-        )
+        inner = _Record({at + key: turn.get(key) for key in (role_key, content_key)}, record.source, record.line)
         role = _filled(inner, at + role_key)
         messages.append(Message(_SPEAKERS.get(role, role), _string(inner, at + content_key)))
     if not any(message.role == "assistant" and message.content for message in messages):
@@ -144,9 +142,7 @@ def _string(record: _Record, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise record.error(
-            f"field `{name}` holds half a character (a lone surrogate) at {error.start}."
-        ) from error
+        raise record.error(f"field `{name}` holds half a character (a lone surrogate) at {error.start}.") from error
     return value
 
 

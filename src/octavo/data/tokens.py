@@ -11,15 +11,12 @@ import numpy.typing as npt
 
 from octavo.data.chat import encode_chat
 from octavo.data.documents import Skipped, skip
-from octavo.data.encoding import Code, Coder, coder_of, plain_codes
+from octavo.data.encoding import Code, Coder, begin_ids, coder_of, plain_codes
 from octavo.data.records import Document
 from octavo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-_NOTHING: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,22 @@ def encode_all(
 ) -> list[Tokens]:
     """All documents in order, encoded many at a time. `end_id` is the end token: tokenizer.eos_token_id.
 
-    Strings of control tokens in a text stay text, and no token is added but the end. A text that ends in the
-    end token's string already gets no second one. Prompt and completion are encoded apart, as generation will
-    meet them. `progress` is called with 1 for each document done. A conversation that the template refuses
-    raises DataError, or is added to `skipped` where that is given.
+    Strings of control tokens in a text stay text. The model's begin token comes first where it has one
+    (`begin_ids`); a chat template writes its own. A text that ends in the end token's string already gets no
+    second one. Prompt and completion are encoded apart, as generation will meet them. `progress` is called with
+    1 for each document done. A conversation that the template refuses raises DataError, or is added to `skipped`
+    where that is given.
     """
     coder = coder_of(tokenizer)
     end = coder.control.id_to_token(end_id)
     if end is None:
-        raise UsageError(
-            f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer."
-        )
+        raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
     codes = plain_codes((text for document in documents for text in _texts(document, end)), coder)
+    begin = np.array(begin_ids(tokenizer), dtype=np.int32)
     encoded: list[Tokens] = []
     for document in documents:
         try:
-            encoded.append(_tokens(document, tokenizer, coder, codes, end_id=end_id, end=end))
+            encoded.append(_tokens(document, tokenizer, coder, codes, begin=begin, end_id=end_id, end=end))
         except DataError as error:
             if skipped is None:
                 raise
@@ -83,6 +80,7 @@ def _tokens(
     coder: Coder,
     codes: Iterator[Code],
     *,
+    begin: npt.NDArray[np.int32],
     end_id: int,
     end: str,
 ) -> Tokens:
@@ -92,7 +90,9 @@ def _tokens(
         if not len(ids) or ids[-1] != end_id:
             ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
     else:
-        prompt = _NOTHING if document.completion is None else next(codes).ids
+        prompt = begin
+        if document.completion is not None:
+            prompt = np.concatenate([begin, next(codes).ids])
         learned = next(codes)
         ids = np.concatenate([prompt, learned.ids, np.array([end_id], dtype=np.int32)])
         trained = np.arange(len(ids)) >= len(prompt)

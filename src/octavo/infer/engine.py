@@ -47,8 +47,9 @@ def generate(
 ) -> Iterator[Piece]:
     """The continuation of the token ids `prompt`, piece by piece.
 
-    Ends at the tokenizer's end token or one of `ends`, before a stop string, after `max_new_tokens`, or where the model's context is full.
-    Rows of the vocabulary past the tokenizer's length are never chosen. UsageError if the prompt does not fit.
+    Ends at the tokenizer's end token or one of `ends`, before a stop string, after `max_new_tokens`, or where
+    the model's context is full. Rows of the vocabulary past the tokenizer's length are never chosen. UsageError
+    if the prompt does not fit.
     """
     room = model.config.context
     if not prompt:

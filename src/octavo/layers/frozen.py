@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.ops.linear import LowRank, frozen_linear
@@ -50,9 +50,7 @@ class FrozenMatrix(nn.Module):
             for part, (shape, _) in scheme.layout((rows, self.in_features), dtype).items():
                 sizes.setdefault(part, []).append(shape[0])
         layout = scheme.layout(self.shape, dtype)
-        self._offsets = {
-            part: dict(zip(self.outputs, _sums(counts), strict=True)) for part, counts in sizes.items()
-        }
+        self._offsets = {part: dict(zip(self.outputs, _sums(counts), strict=True)) for part, counts in sizes.items()}
         for part, (shape, kind) in layout.items():
             total = (sum(sizes[part]), *shape[1:]) if part != "code" else shape
             self.parts[part] = torch.empty(total, dtype=kind, device=device)
@@ -80,8 +78,7 @@ class FrozenMatrix(nn.Module):
         if len(shapes) == 1 or all(self.scheme.joins(shape) for shape in shapes):
             return self.scheme.unpack(self.parts, self.shape, dtype)
         pieces = [
-            self.scheme.unpack(self.of(name), shape, dtype)
-            for name, shape in zip(self.outputs, shapes, strict=True)
+            self.scheme.unpack(self.of(name), shape, dtype) for name, shape in zip(self.outputs, shapes, strict=True)
         ]
         assert all(scale is None for _, scale in pieces)  # schemes with a row scale always join
         return torch.cat([matrix for matrix, _ in pieces]), None
@@ -95,7 +92,7 @@ class FrozenMatrix(nn.Module):
         for part, tensor in self.parts.items():
             moved = fn(tensor)
             self.parts[part] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{self.outputs}, in_features={self.in_features}, scheme={self.scheme.name}"
@@ -132,9 +129,7 @@ class FrozenLinear(nn.Module):
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
         assert self.bias is not None
-        return self.bias.detach().narrow(
-            0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name]
-        )
+        return self.bias.detach().narrow(0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""

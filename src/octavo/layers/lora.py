@@ -40,9 +40,7 @@ class LoraSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def attach_(
-    layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, generator: torch.Generator
-) -> None:
+def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, generator: torch.Generator) -> None:
     """Puts a new pair on the rows `key` of `layer`, so that the model's output does not change yet.
 
     Linear: A (r, K) is drawn from U(-1/sqrt(K), 1/sqrt(K)), B (N, r) is zero. Embedding: A (r, V) is zero,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
@@ -71,9 +71,7 @@ class Config:
         """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
         act = source.get("activation_function", "gelu_new")
         if act != "gelu_new":
-            raise ModelError(
-                f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new."
-            )
+            raise ModelError(f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new.")
         width, heads = int(source["n_embd"]), int(source["n_head"])
         return cls(
             vocabulary=int(source["vocab_size"]),
@@ -130,7 +128,8 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.index, k, v)
         attended = self.out_proj(causal_attention(q, k, v, mask=mask).flatten(2))
-        return x + attended + self.fc_out(F.gelu(fc, approximate="tanh"))
+        y: Tensor = x + attended + self.fc_out(F.gelu(fc, approximate="tanh"))
+        return y
 
 
 class Model(nn.Module):
@@ -142,9 +141,7 @@ class Model(nn.Module):
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"wte": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
         self.norm = Norm(config.width, config.norm_eps)
-        table = (
-            self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
-        )
+        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
         self.head = FrozenLinear(table, bias=[next(iter(table.outputs))])
 
     def hidden(
@@ -164,8 +161,8 @@ class Model(nn.Module):
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        exponents = torch.arange(0, self.config.rotary, 2, device=ids.device).float() / self.config.rotary
-        rotary = rotary_table(positions, ROTARY_BASE**-exponents)
+        exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
+        rotary = rotary_table(positions, 1.0 / ROTARY_BASE**exponents)
         mask = document_mask(document) if cache is None else cache_mask(start, ids.shape[1], ids.device)
         x = self.embed(ids)
         for block in self.blocks:

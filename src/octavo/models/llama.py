@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
@@ -121,9 +121,7 @@ class Block(nn.Module):
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
         self.norm_2 = Norm(d, c.norm_eps)
         self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=gate_up if c.mlp_bias else ())
-        self.down = FrozenLinear(
-            FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ()
-        )
+        self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
         self.sizes = [queries, keys, keys]
 
     def forward(
@@ -135,15 +133,15 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         q, k, v = (
-            part.unflatten(-1, (-1, self.head_size))
-            for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
+            part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
         )
         q, k = rotate_half(q, rotary), rotate_half(k, rotary)
         if cache is not None:
             k, v = cache.extend(self.index, k, v)
         x = x + self.out(causal_attention(q, k, v, mask=mask).flatten(2))
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        y: Tensor = x + self.down(F.silu(gate) * up)
+        return y
 
 
 class Model(nn.Module):
@@ -155,9 +153,7 @@ class Model(nn.Module):
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"embed_tokens": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
         self.norm = Norm(config.width, config.norm_eps)
-        table = (
-            self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
-        )
+        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
         self.head = FrozenLinear(table)
 
     def hidden(

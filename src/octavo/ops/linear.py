@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,7 +46,9 @@ def frozen_linear(
     """
     spans = [(pair.start, pair.stop, pair.scaling) for pair in pairs]
     factors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
-    y: Tensor = _FrozenLinear.apply(x, dropped, unpack, bias, bias_start, spans, *factors)
+    y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
+        x, dropped, unpack, bias, bias_start, spans, *factors
+    )
     return y
 
 
@@ -90,18 +92,19 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.bias is not None and ctx.needs_input_grad[3]:
             start, stop, dtype = ctx.bias
             dbias = dy[:, start:stop].sum(dim=0, dtype=torch.float32).to(dtype)
-        dsource, dfactors = None, []
+        dsource: Tensor | None = None
+        dfactors: list[Tensor] = []
         if ctx.spans:
             source, inner, *factors = ctx.saved_tensors
             wanted = needs_dropped if ctx.has_dropped else needs_x
             dsource, dfactors = _pairs_backward(dy, source, inner, factors, spans=ctx.spans, to_source=wanted)
         ddropped = None
         if ctx.has_dropped and dsource is not None:
-            ddropped = dsource.view(*grad.shape[:-1], -1)
+            ddropped = dsource.view(*grad.shape[:-1], dsource.shape[-1])
         elif dsource is not None and dx is not None:
             dx += dsource
         if dx is not None:
-            dx = dx.view(*grad.shape[:-1], -1)
+            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
         return dx, ddropped, None, dbias, None, None, *dfactors
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +44,7 @@ def frozen_cross_entropy_sum(hidden: Tensor, labels: Tensor, head: Head, *, voca
     head instead of three, and nothing kept but that gradient (M, d). Without grad mode only the sum is taken.
     """
     kept = labels != IGNORE
-    total: Tensor = _FrozenCrossEntropy.apply(hidden[kept], labels[kept], head, vocabulary)
+    total: Tensor = _FrozenCrossEntropy.apply(hidden[kept], labels[kept], head, vocabulary)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -53,7 +53,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, vocabulary: int) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = []
+        gradients: list[Tensor] = []
         for rows, targets in _chunks(hidden, labels, vocabulary):
             if wants_gradient:
                 with torch.enable_grad():

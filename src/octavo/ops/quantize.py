@@ -112,7 +112,10 @@ class Int8:
         return {"weight": codes.to(torch.int8), "absmax": absmax}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        return parts["weight"].to(dtype), parts["absmax"] / INT8_LEVELS
+        codes, scale = parts["weight"].to(dtype), parts["absmax"] / INT8_LEVELS
+        if dtype == torch.float16:  # sums of whole codes would pass 65504; a power of two costs no digit
+            return codes.mul_(2.0**-7), scale * 2**7
+        return codes, scale
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
         scale = parts["absmax"][ids] / INT8_LEVELS

@@ -167,9 +167,7 @@ def _samples(events: Sequence[Event]) -> str:
         ends = {which: _last_where(samples, which) for which in ("base", "tuned")}
         cards = [_sample(title, ends[which]) for which, title in (("base", "Before"), ("tuned", "After"))]
         between = [
-            _sample(f"Step {shown(one.get('step', '?'))}", one)
-            for one in samples
-            if one.get("which") == "training"
+            _sample(f"Step {shown(one.get('step', '?'))}", one) for one in samples if one.get("which") == "training"
         ]
         more = f"<details><summary>While training</summary>{''.join(between)}</details>" if between else ""
         blocks.append(f'<div class="pair">{"".join(cards)}</div>{more}')
@@ -228,9 +226,7 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{_text(title)}</h2>\n{body}\n</section>" if body else ""
 
 
-def _table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int, total: bool = False
-) -> str:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int, total: bool = False) -> str:
     rows = list(rows)
 
     def cells_of(tag: str, cells: Sequence[object]) -> str:
@@ -258,11 +254,7 @@ def _number(value: object) -> float | None:
 
 
 def _points(events: Iterable[Event], name: str, key: str) -> Points:
-    pairs = (
-        (_number(event.get("step")), _number(event.get(key)))
-        for event in events
-        if event.get("event") == name
-    )
+    pairs = ((_number(event.get("step")), _number(event.get(key))) for event in events if event.get("event") == name)
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 

@@ -49,9 +49,7 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> st
         if x_low <= tick <= x_high:
             x = place((tick, y_low))[0]
             parts.append(f'<path class="grid" d="M{x} {bottom}v5"/>')
-            parts.append(
-                f'<text x="{x}" y="{bottom + 19}" text-anchor="middle">{_tick(tick, x_ticks)}</text>'
-            )
+            parts.append(f'<text x="{x}" y="{bottom + 19}" text-anchor="middle">{_tick(tick, x_ticks)}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>')
     for one in series:
         parts.append(one.draw([place(point) for point in _thin(one.points)], f"var(--{one.colour})"))

@@ -37,6 +37,8 @@ PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
+HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
 # Options of PEFT's that make its output another function than W x + s B A x. Source: peft 0.21, LoraConfig.
 UNKNOWN_OPTIONS = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
@@ -80,8 +82,7 @@ def select(model: Model, targets: Sequence[str]) -> list[Place]:
             near = get_close_matches(target, known, n=1)
             raise AdapterError(
                 f"The model has no layer {target!r} to put LoRA on.",
-                hint=(f"Did you mean {near[0]}? " if near else "")
-                + f"There are: {ALL_LINEAR}, {', '.join(known)}.",
+                hint=(f"Did you mean {near[0]}? " if near else "") + f"There are: {ALL_LINEAR}, {', '.join(known)}.",
             )
         chosen.update({p.name: p for p in found})
     return [place for place in table if place.name in chosen]
@@ -163,9 +164,7 @@ def state(model: Model, *, full: bool = True) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
-def save(
-    folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str
-) -> None:
+def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
     """Writes the adapter of `model` into `folder`, beside it first and then renamed over what was there."""
     temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -220,18 +219,14 @@ def read(folder: Path) -> Adapter:
         name, kind = _parse(folder, key)
         if ".base_layer." in key and (kind == "weight" or config.get("bias", "none") == "none"):
             continue  # PEFT saves a targeted embedding's or head's frozen layer along with its pair
+        if kind in HALVES and (other := key.replace(kind, HALVES[kind])) not in tensors:
+            raise AdapterError(f"The adapter in {folder} lacks {other}.")
         if kind in ("lora_A", "lora_embedding_A"):
-            other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-            if other not in tensors:
-                raise AdapterError(f"The adapter in {folder} lacks {other}.")
             own = _own_spec(config, name, spec)
             if own.rank != tensor.shape[0]:
-                raise AdapterError(
-                    f"The adapter in {folder} has rank {tensor.shape[0]} on {name}, "
-                    f"but its {CONFIG} says {own.rank}."
-                )
+                raise AdapterError(f"{folder}: {name} has rank {tensor.shape[0]}, {CONFIG} says {own.rank}.")
             pairs[name] = (tensor, tensors[other], own.scaling)
-        elif kind not in ("lora_B", "lora_embedding_B"):
+        elif kind not in HALVES:
             full[f"{name}.{kind}"] = tensor
     return Adapter(spec, pairs, full, origin)
 
@@ -265,9 +260,7 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
         target = table[name].parameter(kind)
         assert target is not None
         if target.shape != tensor.shape:
-            raise AdapterError(
-                f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}."
-            )
+            raise AdapterError(f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}.")
         target.copy_(tensor)
     plan = _plan_of(adapter, table)
     mark_trained_(model, plan, [table[name] for name in adapter.pairs])
@@ -286,11 +279,7 @@ def _peft_config(model: Model, plan: AdapterPlan, base: str) -> dict[str, Any]:
     keys = {place.key for place in paired}
     # A last name stands for all layers of that name; if some of them have no pair, whole names are needed.
     complete = {place.key for place in table.values() if place.key in keys and _pair(place) is None}
-    norms = [
-        p.name
-        for p in table.values()
-        if p.matrix is None and any(q.requires_grad for q in p.layer.parameters())
-    ]
+    norms = [p.name for p in table.values() if p.matrix is None and any(q.requires_grad for q in p.layer.parameters())]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -355,9 +344,7 @@ def _spec(folder: Path, config: Mapping[str, Any]) -> LoraSpec:
             bool(config.get("use_rslora", False)),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(
-            f"The {CONFIG} in {folder} has no usable rank, alpha or dropout ({error})."
-        ) from error
+        raise AdapterError(f"The {CONFIG} in {folder} has no usable rank, alpha or dropout ({error}).") from error
 
 
 def _own_spec(config: Mapping[str, Any], name: str, spec: LoraSpec) -> LoraSpec:

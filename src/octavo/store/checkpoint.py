@@ -173,9 +173,7 @@ def sweep(folder: Path) -> list[Path]:
     return removed
 
 
-def _write(
-    path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]
-) -> None:
+def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
     path.mkdir()
     durable_write(path / STATE, json_bytes(dict(state)))
     # safetensors creates its files readable by the owner alone; Python's mode is the one the umask asks for.
@@ -196,8 +194,7 @@ def _write(
             "safetensors": safetensors.__version__,
         },
         "files": {
-            file.name: {"size_bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            for file in sorted(path.iterdir())
+            file.name: {"size_bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(path.iterdir())
         },
     }
     durable_write(path / MANIFEST, json_bytes(manifest))
@@ -256,9 +253,7 @@ def _load(path: Path) -> Checkpoint:
     """Read the verified checkpoint at `path`: only the files that its manifest vouches for."""
     names = sorted(json.loads((path / MANIFEST).read_bytes())["files"])
     tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
-    return Checkpoint(
-        step=_step(path), path=path, tensors=tensors, state=json.loads((path / STATE).read_bytes())
-    )
+    return Checkpoint(step=_step(path), path=path, tensors=tensors, state=json.loads((path / STATE).read_bytes()))
 
 
 def _is_alive(pid: int) -> bool:

@@ -65,14 +65,10 @@ class GgufSource:
             file.seek(place.offset)
             raw = file.read(place.size_bytes)
         if len(raw) != place.size_bytes:
-            raise ModelError(
-                f"{self._header.path}: the file changed while it was read ({name} is cut short)."
-            )
+            raise ModelError(f"{self._header.path}: the file changed while it was read ({name} is cut short).")
         rows = np.frombuffer(raw, dtype=np.uint8).reshape(*place.shape[:-1], -1)
         # The copy makes the result own writable memory: unquantised types come back as a view of `raw`.
-        values = torch.from_numpy(np.array(dequantize(rows, place.kind), dtype=np.float32)).reshape(
-            place.shape
-        )
+        values = torch.from_numpy(np.array(dequantize(rows, place.kind), dtype=np.float32)).reshape(place.shape)
         heads = self._permuted_heads(name)
         return _unpermute(values, heads) if heads else values
 
@@ -121,9 +117,7 @@ def _unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _gguf_name(name: str) -> str:
     module, _, suffix = name.rpartition(".")
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    return (
-        f"blk.{block[1]}.{BLOCK_MODULES[block[2]]}.{suffix}" if block else f"{TOP_MODULES[module]}.{suffix}"
-    )
+    return f"blk.{block[1]}.{BLOCK_MODULES[block[2]]}.{suffix}" if block else f"{TOP_MODULES[module]}.{suffix}"
 
 
 def _config(header: Header) -> dict[str, Any]:
@@ -153,9 +147,7 @@ def _config(header: Header) -> dict[str, Any]:
         raise ModelError(f"{header.path}: the tensor token_embd.weight is missing.", hint=_ELSEWHERE)
     layers = size("block_count")
     if layers > len(header.tensors):
-        raise ModelError(
-            f"{header.path}: {layers:,} layers, but only {len(header.tensors)} tensors.", hint=_ELSEWHERE
-        )
+        raise ModelError(f"{header.path}: {layers:,} layers, but only {len(header.tensors)} tensors.", hint=_ELSEWHERE)
     return {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -173,10 +165,7 @@ def _config(header: Header) -> dict[str, Any]:
         **_options(header, architecture),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "dtype": "float32",
-        **{
-            f"{role}_token_id": number
-            for role, number in special_ids(header.metadata, str(header.path)).items()
-        },
+        **{f"{role}_token_id": number for role, number in special_ids(header.metadata, str(header.path)).items()},
     }
 
 
@@ -215,9 +204,7 @@ def _size(header: Header, key: str, *, default: int | None = None) -> int:
     if isinstance(value, list) and value and len(set(value)) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(
-            f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE
-        )
+        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE)
     return value
 
 
@@ -225,9 +212,7 @@ def _decimal(header: Header, key: str, *, default: float | None = None) -> float
     """A positive float of the metadata, as people write it: GGUF's float32 0.0000099999997 is 1e-05 again."""
     value = header.metadata.get(key, default)
     if not isinstance(value, float) or not 0 < value < float("inf"):
-        raise ModelError(
-            f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE
-        )
+        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE)
     return float(str(np.float32(value)))
 
 

@@ -79,9 +79,7 @@ def read_header(path: Path) -> Header:
         if isinstance(error, ModelError):
             raise
         # mmap refuses an empty file with a ValueError.
-        raise ModelError(
-            f"{path}: cannot be read: {error}", hint="Check the path, or fetch the file again."
-        ) from error
+        raise ModelError(f"{path}: cannot be read: {error}", hint="Check the path, or fetch the file again.") from error
 
 
 class _Cursor:
@@ -138,11 +136,7 @@ class _Cursor:
             raise self.broken("an array of arrays, which no known model has")
         if count > MAX_ARRAY_ITEMS:
             raise self.broken(f"an array of {count:,} items")
-        return (
-            [self.string() for _ in range(count)]
-            if kind == GGUFValueType.STRING
-            else self.numbers(kind, count)
-        )
+        return [self.string() for _ in range(count)] if kind == GGUFValueType.STRING else self.numbers(kind, count)
 
     def numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
         dtype = np.dtype(_NUMBERS[kind])
@@ -177,9 +171,7 @@ def _parse(cursor: _Cursor, size_bytes: int) -> Header:
         if name in tensors:
             raise cursor.broken(f"the tensor {name!r} comes twice")
         kind = _checked_kind(cursor, name, kind_number)
-        tensors[name] = _place(
-            cursor, name, kind=kind, shape=shape, offset=data_start + offset, end=size_bytes
-        )
+        tensors[name] = _place(cursor, name, kind=kind, shape=shape, offset=data_start + offset, end=size_bytes)
     return Header(path=cursor.path, metadata=metadata, tensors=tensors)
 
 
@@ -211,12 +203,8 @@ def _place(
 ) -> TensorPlace:
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     if min(shape) < 1 or shape[-1] % block_elements:
-        raise cursor.broken(
-            f"the tensor {name!r} of shape {shape} does not fit blocks of {block_elements} values"
-        )
+        raise cursor.broken(f"the tensor {name!r} of shape {shape} does not fit blocks of {block_elements} values")
     size_bytes = math.prod(shape) // block_elements * block_bytes
     if offset + size_bytes > end:
-        raise cursor.broken(
-            f"the tensor {name!r} would end at byte {offset + size_bytes:,}, the file ends at {end:,}"
-        )
+        raise cursor.broken(f"the tensor {name!r} would end at byte {offset + size_bytes:,}, the file ends at {end:,}")
     return TensorPlace(kind=kind, shape=shape, offset=offset, size_bytes=size_bytes)

@@ -120,16 +120,12 @@ def special_ids(metadata: Mapping[str, Any], where: str) -> dict[str, int | None
     for role, key in named.items():
         number = metadata.get(f"tokenizer.ggml.{key}")
         if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
-            raise ModelError(
-                f"{where}: tokenizer.ggml.{key} is {number!r}, outside its {len(tokens):,} tokens."
-            )
+            raise ModelError(f"{where}: tokenizer.ggml.{key} is {number!r}, outside its {len(tokens):,} tokens.")
         ids[role] = number
     if ids["eos"] is None:
         raise ModelError(f"{where}: the file does not say which token ends a text.", hint=_ELSEWHERE)
     if ids["pad"] in (None, ids["eos"]):
-        control = {
-            token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL
-        }
+        control = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL}
         others = [control[token] for token in PAD_TOKENS if control.get(token, ids["eos"]) != ids["eos"]]
         ids["pad"] = others[0] if others else ids["eos"]
     return ids
@@ -156,9 +152,7 @@ def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], where: s
         # Byte-level BPE writes a space inside a token as another letter, so the one space here separates.
         left, _, right = merge.partition(" ")
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise ModelError(
-                f"{where}: broken tokenizer: the merge {merge!r} does not join two tokens to a third."
-            )
+            raise ModelError(f"{where}: broken tokenizer: the merge {merge!r} does not join two tokens to a third.")
         merges.append((left, right))
     return merges
 
@@ -168,9 +162,7 @@ def _vocabulary(metadata: Mapping[str, Any], where: str) -> tuple[list[str], lis
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
     kinds = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise ModelError(
-            f"{where}: broken tokenizer: tokenizer.ggml.token_type does not have a value for each token."
-        )
+        raise ModelError(f"{where}: broken tokenizer: tokenizer.ggml.token_type does not have a value for each token.")
     # Rows that pad the embedding to a round number are listed as unused tokens: not part of the tokenizer.
     used = len(tokens)
     while used and kinds[used - 1] == UNUSED:

@@ -181,9 +181,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     except BROKEN_PICKLE as error:
         raise _broken(path, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ModelError(
-            f"{path} does not hold a table of tensors.", hint="Is it a model's pytorch_model.bin?"
-        )
+        raise ModelError(f"{path} does not hold a table of tensors.", hint="Is it a model's pytorch_model.bin?")
     return tensors
 
 

@@ -101,12 +101,9 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
     ]
     missing = [name for name in wanted if name not in found]
     if missing or unknown:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [
-            f"has {_some(sorted(unknown))} too many"
-        ] * bool(unknown)
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(sorted(unknown))} too many"] * bool(unknown)
         raise ModelError(
-            f"The checkpoint {source.files[0].parent} does not fit its config.json: "
-            f"it {' and '.join(parts)}.",
+            f"The checkpoint {source.files[0].parent} does not fit its config.json: it {' and '.join(parts)}.",
             hint="Is the download complete, and is config.json the one that belongs to it?",
         )
     return {name: found[name] for name in wanted}
@@ -160,6 +157,10 @@ def _put_matrix(
     assert place.matrix is not None
     if stored is scheme and scheme.name != "none":
         parts = matrix_parts(source, name, place, stored)
+        # Names of one matrix share the code table that stands in it from the first of them on.
+        shared = "code" in parts and place.rows_key != next(iter(place.matrix.outputs))
+        if shared and not torch.equal(place.matrix.parts["code"], parts["code"].to(device)):
+            raise ModelError(f"{name} has another code table than the layers beside it.")
     else:
         weight = full_weight(source, name, place, stored).to(device)
         if scheme.name == "none" and dtype != weight.dtype:

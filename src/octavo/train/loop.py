@@ -13,14 +13,13 @@ from itertools import islice
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
 from octavo.layers.lora import gradients_in_place
 from octavo.models import Model
-from octavo.ops.loss import cross_entropy_sum, frozen_cross_entropy_sum
-from octavo.train.memory import Through
+from octavo.objective import Through, batch_loss
 from octavo.train.optim import Adam, LossScaler, Schedule
 
 
@@ -76,18 +75,6 @@ def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Itera
             first = False
     finally:
         trainer.model.eval()
-
-
-def batch_loss(model: Model, batch: Batch, *, through: Through) -> Tensor:
-    """Sum of the cross-entropy over the batch's trained tokens, in nats, a float32 scalar."""
-    device = model.embed.matrix.parts["weight"].device
-    ids, labels, positions, document = (
-        tensor.to(device, non_blocking=True)
-        for tensor in (batch.ids, batch.labels, batch.positions, batch.document)
-    )
-    hidden = model.hidden(ids, positions=positions, document=document, through=through)
-    loss = cross_entropy_sum if model.head.trained else frozen_cross_entropy_sum
-    return loss(hidden.flatten(0, 1), labels.flatten(), model.head, vocabulary=model.config.vocabulary)
 
 
 def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool) -> Step:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Through = Callable[..., Tensor]
+from octavo.objective import Through
 
 
 def keep_all(block: nn.Module, *inputs: Any) -> Tensor:

@@ -78,12 +78,9 @@ class Adam:
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients together, a float32 scalar; not finite if any of them is not."""
-        norms = [
-            torch.linalg.vector_norm(group.values.grad)
-            for group in self.groups
-            if group.values.grad is not None
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        norms = [torch.linalg.vector_norm(group.values.grad) for group in self.groups if group.values.grad is not None]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return total
 
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
         """Clips by the given norm, then one update."""
@@ -108,11 +105,7 @@ class Adam:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up a state from `state`. CheckpointError if it is not of the same buffers."""
         for index, group in enumerate(self.groups):
-            own = {
-                key.partition(".")[2]: tensor
-                for key, tensor in tensors.items()
-                if key.startswith(f"{index}.")
-            }
+            own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
             moments = [tensor for key, tensor in own.items() if tensor.numel() == group.values.numel()]
             if own and len(moments) < 2:
                 raise CheckpointError(
@@ -167,9 +160,7 @@ def _make(settings: OptimizerSettings, arguments: list[dict[str, object]]) -> to
     if settings.kind == "adamw":
         return torch.optim.AdamW(arguments, lr=0.0, betas=betas, eps=settings.eps)
     if settings.kind != "adamw8bit":
-        raise UsageError(
-            f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}."
-        )
+        raise UsageError(f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}.")
     # It announces at import which optional packages it did not find.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.optim import AdamW8bit

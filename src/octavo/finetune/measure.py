@@ -1,0 +1,128 @@
+"""What a run measures and shows: the table before and after, held-out losses, samples, the adapter read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo._version import __version__
+from octavo.config import ModelOptions, RunOptions, TrainOptions
+from octavo.data.prompt import encode_prompt
+from octavo.errors import AdapterError
+from octavo.evaluate import Score
+from octavo.finetune.card import model_card
+from octavo.finetune.state import Run, versions
+from octavo.infer.engine import complete
+from octavo.infer.sample import Sampling
+from octavo.models import Model
+from octavo.ops.quantize import Scheme, scheme_named
+from octavo.run import end_ids, full_precision, load_model, score_row, score_rows
+from octavo.store import adapter
+
+PROBE_TOKENS = 64  # on which the saved adapter is compared with the one in memory
+FIRST_WORDS = 12  # of the held-out text make the prompt of a run that names none
+
+
+def measure_base(run: Run, *, compare_full: bool) -> None:
+    """The held-out table and samples before training; while its pairs are new the model is the base."""
+    report, hardware = run.report, run.hardware
+    report.event("hardware", device=str(hardware.device), name=hardware.name, dtype=str(hardware.dtype))
+    report.event("versions", **versions())
+    quantised = run.scheme.name != "none"
+    if run.test_rows and compare_full and quantised:
+        plain = scheme_named("none")
+        model = load_model(run.source, plain, full_precision(hardware), report)
+        run.found.base_rows.append(table_row(run, "base", plain, _score(run, model, "Measuring the base")))
+    if run.test_rows:
+        name, label = ("quantised", "Measuring the quantised base") if quantised else ("base", "Measuring the base")
+        run.found.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
+    sample(run, which="base", step=0)
+
+
+def measure_tuned(run: Run) -> list[dict[str, Any]]:
+    """The whole perplexity table, the tuned model last."""
+    if not run.test_rows:
+        return []
+    tuned = table_row(run, "tuned", run.scheme, _score(run, run.model, "Measuring the tuned model"))
+    return [*run.found.base_rows, tuned]
+
+
+def hold_out(run: Run) -> None:
+    """A held-out loss; the adapter goes to its folder if it is the best so far."""
+    if not run.test_rows:
+        return
+    found = run.found
+    result = _score(run, run.model, f"Held-out loss after step {found.done}")
+    run.report.event("heldout", step=found.done, loss=result.loss, perplexity=result.perplexity)
+    if run.config[RunOptions].keep == "best" and (found.best is None or result.loss < found.best["loss"]):
+        found.best = {"step": found.done, "loss": result.loss}
+        save_adapter(run)
+
+
+def save_adapter(run: Run) -> None:
+    """Writes the adapter's folder, and remembers what the model says with it."""
+    base, step = run.config[ModelOptions].model, run.found.done
+    origin = {
+        "version": __version__,
+        "base": {"name": base, "sha256": run.base_sha256, "scheme": run.scheme.name},
+        "step": step,
+    }
+    card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
+    adapter.save(run.adapter_folder, run.model, run.plan, base=base, origin=origin, card=card)
+    run.found.probe = _probe(run)
+
+
+def read_back(run: Run) -> None:
+    """Puts the saved adapter on the model in place of the trained one; AdapterError unless the logits agree."""
+    adapter.apply_(run.model, adapter.read(run.adapter_folder))
+    expected = run.found.probe
+    assert expected is not None
+    difference = float((_probe(run) - expected).abs().max())
+    if not difference <= 1e-4 * float(expected.abs().max()):
+        raise AdapterError(
+            f"The adapter in {run.adapter_folder} gives other logits than the trained model "
+            f"(difference {difference:.3g}).",
+            hint="The newest checkpoint is whole: go on from it with --resume.",
+        )
+
+
+def sample(run: Run, *, which: str, step: int) -> None:
+    """Continues each prompt and records it."""
+    options = run.config[RunOptions]
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
+    for prompt in options.sample_prompt or _first_words(run):
+        ids = encode_prompt(prompt, run.tokenizer)
+        text = complete(run.model, run.tokenizer, ids, sampling, ends=end_ids(run.source)).text
+        run.report.event("sample", step=step, prompt=prompt, text=text, which=which)
+        run.report.say(f"\nThe {which} model continues {prompt!r}:\n{text}\n")
+
+
+def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, Any]:
+    """A row of the perplexity table."""
+    folder: Path | None = run.adapter_folder if name == "tuned" else None
+    return score_row(name, scheme, folder, result)
+
+
+def _score(run: Run, model: Model, label: str) -> Score:
+    batch = run.config[TrainOptions].batch
+    return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)
+
+
+def _probe(run: Run) -> Tensor:
+    """(T, V) logits on the first tokens of the training text."""
+    ids = torch.from_numpy(run.train.rows[0].ids[:PROBE_TOKENS].astype("int64"))[None]
+    was_training = run.model.training
+    run.model.eval()
+    with torch.no_grad():
+        logits: Tensor = run.model(ids.to(run.hardware.device))[0]
+    run.model.train(was_training)
+    return logits.float().cpu()
+
+
+def _first_words(run: Run) -> list[str]:
+    first = (run.test or run.train).documents[0]
+    text = first.prompt or " ".join(first.text.split()[:FIRST_WORDS])
+    return [text] if text else []

@@ -1,0 +1,114 @@
+"""From a configuration to a run that is ready to train: text read and packed, model loaded, adapter attached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from octavo.config import (
+    Config,
+    LoraOptions,
+    ModelOptions,
+    RunOptions,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+)
+from octavo.data import documents
+from octavo.data.loader import batches_per_epoch
+from octavo.errors import UsageError
+from octavo.finetune.state import Found, Run, fingerprint_of
+from octavo.hardware import Hardware, pick
+from octavo.layers.lora import LoraSpec, flatten_
+from octavo.models import Model
+from octavo.report import Report
+from octavo.run import check_context, chosen_scheme, load_model, open_model
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.store.files import write_json_atomically
+from octavo.texts import Text, read_documents, show_ledger, to_text
+from octavo.train.loop import Trainer
+from octavo.train.memory import policy
+from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def prepare(config: Config, report: Report) -> Run:
+    """A run at its beginning. The text is read first: what is wrong with it shows before anything long."""
+    asked = config[ModelOptions]
+    hardware = pick(asked.device, asked.dtype)
+    report.say(hardware.reason)
+    source = open_model(asked, report)
+    tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
+    text, held_out = _read(config, tokenizer, report)
+    base_sha256 = fingerprint_of(source, report)
+    model = load_model(source, scheme, hardware, report)
+    check_context(model.config.context, config[TextOptions].seq_len)
+    plan = _plan(config[LoraOptions])
+    adapter.create_(model, plan, seed=config[TrainOptions].seed)
+    trainer = _trainer(config[TrainOptions], model, hardware, rows=len(text.rows))
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    report.say(f"Training {count:,} numbers in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps.")
+    return Run(
+        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer,
+        base_sha256, Found(),
+    )  # fmt: skip
+
+
+def _plan(options: LoraOptions) -> AdapterPlan:
+    spec = LoraSpec(options.rank, options.alpha, options.dropout, options.rslora)
+    return AdapterPlan(spec, tuple(options.targets), norms=options.train_norms, biases=options.train_biases)
+
+
+def _trainer(options: TrainOptions, model: Model, hardware: Hardware, *, rows: int) -> Trainer:
+    parameters = adapter.trained(model)
+    total = total_steps(options, rows)
+    warmup = round(options.warmup if options.warmup >= 1 else options.warmup * total)
+    settings = OptimizerSettings(options.optimizer, options.weight_decay, clip=options.clip)
+    return Trainer(
+        model=model,
+        parameters=parameters,
+        optimizer=Adam(flatten_(parameters), settings),
+        schedule=Schedule(options.lr, total, warmup=warmup, kind=options.schedule, floor=options.lr_floor),
+        scaler=LossScaler(hardware.dtype),
+        through=policy(checkpointing=options.checkpointing),
+        seed=options.seed,
+        accumulate=options.accumulate,
+    )
+
+
+def total_steps(options: TrainOptions, rows: int) -> int:
+    """Optimizer steps of a run: as asked, or as many as the epochs take."""
+    if options.steps is not None:
+        return options.steps
+    return math.ceil(math.ceil(batches_per_epoch(rows, options.batch) * options.epochs) / options.accumulate)
+
+
+def _read(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
+    """The training text and the held-out one, their ledgers shown and saved."""
+    data, options = config[TrainingData], config[TextOptions]
+    learned, skipped = read_documents(data.data, options)
+    held: Sequence[documents.Document] = ()
+    held_skipped: Sequence[documents.Skipped] = ()
+    if data.test_data:
+        held, held_skipped = read_documents(data.test_data, options)
+    elif data.test_fraction > 0 and len(learned) > 1:
+        seed = config[TrainOptions].seed
+        learned, held = documents.split(learned, fraction=data.test_fraction, seed=seed)
+    text = to_text(learned, skipped, options, tokenizer, report)
+    if text.ledger.trained == 0:
+        raise UsageError("The data hold no token to learn.", hint="Look at them with `octavo data`.")
+    show_ledger(text.ledger, "Training text", report)
+    ledgers = {"train": text.ledger.to_dict()}
+    held_out = to_text(held, held_skipped, options, tokenizer, report) if held else None
+    if held_out is not None:
+        show_ledger(held_out.ledger, "Held-out text", report)
+        ledgers["test"] = held_out.ledger.to_dict()
+    if held_out is None or held_out.ledger.trained == 0:
+        held_out = None
+        report.warn("Nothing is held out to show whether the tuned model is better: give --test-data.")
+    write_json_atomically(config[RunOptions].out / "ledger.json", ledgers)
+    return text, held_out

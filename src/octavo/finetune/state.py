@@ -1,0 +1,171 @@
+"""What a run works with and what it has found, and how both go into a checkpoint and come back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from octavo._version import __version__
+from octavo.config import Config, LoraOptions, RunOptions, TextOptions, TrainOptions
+from octavo.data.loader import Position
+from octavo.data.packing import Row
+from octavo.errors import CheckpointError
+from octavo.hardware import Hardware
+from octavo.models import Model
+from octavo.ops.quantize import Scheme
+from octavo.report import Report
+from octavo.store import checkpoint
+from octavo.store.adapter import AdapterPlan
+from octavo.store.sources import Source, fingerprint
+from octavo.texts import Text
+from octavo.train.loop import Step, Trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass
+class Found:
+    """What a run has found so far; all of it is in its checkpoints."""
+
+    done: int = 0  # optimizer steps
+    position: Position = field(default_factory=Position)  # where the data go on
+    base_rows: list[dict[str, Any]] = field(default_factory=list)  # the perplexity table before training
+    best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
+    probe: Tensor | None = None  # (T, V) logits of the model whose adapter is in the folder
+    last: Step | None = None  # of this call
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with."""
+
+    config: Config
+    report: Report
+    hardware: Hardware
+    source: Source
+    scheme: Scheme
+    tokenizer: PreTrainedTokenizerFast
+    train: Text
+    test: Text | None
+    model: Model
+    plan: AdapterPlan
+    trainer: Trainer
+    base_sha256: str
+    found: Found
+
+    @property
+    def folder(self) -> Path:
+        return self.config[RunOptions].out
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter_folder(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def total(self) -> int:
+        return self.trainer.schedule.total
+
+    @property
+    def test_rows(self) -> list[Row]:
+        return self.test.rows[: self.config[RunOptions].eval_rows or None] if self.test else []
+
+
+def save_checkpoint(run: Run) -> None:
+    """Everything that the run needs to go on from here."""
+    found, parameters = run.found, run.trainer.parameters
+    tensors: dict[str, dict[str, Tensor]] = {
+        "adapter": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
+        "optimizer": run.trainer.optimizer.state(),
+    }
+    if found.probe is not None:
+        tensors["probe"] = {"logits": found.probe}
+    state = {
+        "identity": _identity(run),
+        "position": {"epoch": found.position.epoch, "index": found.position.index},
+        "scaler": run.trainer.scaler.state(),
+        "base_rows": found.base_rows,
+        "best": found.best,
+        "config": run.config.to_yaml(),
+        "versions": versions(),
+    }
+    keep = run.config[RunOptions].keep_checkpoints
+    checkpoint.save(run.checkpoints, found.done, tensors=tensors, state=state, keep=keep)
+
+
+def resume(run: Run) -> bool:
+    """Takes up the newest valid checkpoint; False, with a warning, if there is none.
+
+    CheckpointError if it belongs to another model, data or settings, unless forced.
+    """
+    saved = checkpoint.newest(run.checkpoints, warn=run.report.warn)
+    if saved is None:
+        run.report.warn(f"{run.folder} holds no checkpoint: starting from the beginning.")
+        run.report.resume_from(-1)
+        return False
+    force = run.config[RunOptions].force
+    checkpoint.check_identity(saved.state["identity"], _identity(run), force=force, warn=run.report.warn)
+    for name, parameter in run.trainer.parameters.items():
+        stored = saved.tensors["adapter"].get(name)
+        if stored is None or stored.shape != parameter.shape:
+            raise CheckpointError(f"The checkpoint {saved.path} lacks {name} in this shape.")
+        parameter.data.copy_(stored)
+    run.trainer.optimizer.load_state(saved.tensors["optimizer"])
+    run.trainer.scaler.load_state(saved.state["scaler"])
+    found = run.found
+    found.done, found.position = saved.step, Position(**saved.state["position"])
+    found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
+    found.probe = saved.tensors.get("probe", {}).get("logits")
+    run.report.resume_from(saved.step)
+    run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
+    return True
+
+
+def versions() -> dict[str, str]:
+    """Of octavo and of what its numbers depend on."""
+    import bitsandbytes
+    import transformers
+
+    return {
+        "octavo": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bitsandbytes": bitsandbytes.__version__,
+    }
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be the same for a run to go on. Steps, epochs and learning rate may change."""
+    training, lora = run.config[TrainOptions], run.config[LoraOptions]
+    digest = hashlib.sha256()
+    for row in run.train.rows:
+        digest.update(row.ids.tobytes() + row.labels.tobytes() + row.document.tobytes())
+    return {
+        "model": run.base_sha256,
+        "scheme": run.scheme.name,
+        "dtype": str(run.hardware.dtype),
+        "data": digest.hexdigest(),
+        "seq_len": run.config[TextOptions].seq_len,
+        "batch": training.batch,
+        "accumulate": training.accumulate,
+        "seed": training.seed,
+        "optimizer": training.optimizer,
+        **{name: getattr(lora, name) for name in LoraOptions.model_fields},
+    }
+
+
+def fingerprint_of(source: Source, report: Report) -> str:
+    """The identity of the base weights; reading them through takes a while for a folder without a manifest."""
+    with report.progress(len(source.files), "Hashing the base weights") as bar:
+        sha256 = fingerprint(source)
+        bar.advance(len(source.files))
+    return sha256

@@ -1,0 +1,236 @@
+"""Frozen layers: a group is its members, parts go in and come out whole, and only the pairs feel dropout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix, LowRankPair
+from octavo.layers.lora import put_
+from octavo.ops.quantize import SCHEMES, dequantise
+
+CPU = torch.device("cpu")
+GROUP = {"q_proj": 6, "k_proj": 3, "v_proj": 5}
+every_scheme = pytest.mark.parametrize("name", list(SCHEMES))
+# Columns with which blocks end within a name's rows, at their end (nf4), and at their end (dynamic8, nf4).
+every_width = pytest.mark.parametrize("columns", [7, 64, 4096])
+
+
+def weights_of(outputs: Mapping[str, int], columns: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(rows, columns, generator=generator) for name, rows in outputs.items()}
+
+
+def matrix_of(weights: Mapping[str, Tensor], scheme: str = "none", dtype: torch.dtype = torch.float32) -> FrozenMatrix:
+    columns = next(iter(weights.values())).shape[1]
+    matrix = FrozenMatrix(columns, {name: len(weight) for name, weight in weights.items()})
+    matrix.allocate(SCHEMES[scheme], dtype, CPU)
+    for name, weight in weights.items():
+        matrix.put(name, SCHEMES[scheme].quantise(weight.to(dtype) if scheme == "none" else weight))
+    return matrix
+
+
+def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> LowRankPair:
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
+    return LowRankPair(a, b, scaling)
+
+
+@every_scheme
+@every_width
+def test_a_group_is_its_members_stacked(name: str, columns: int) -> None:
+    weights = weights_of(GROUP, columns)
+    group = FrozenLinear(matrix_of(weights, name))
+    members = [FrozenLinear(matrix_of({key: weight}, name)) for key, weight in weights.items()]
+    unpacked, scale = group.matrix.unpack(torch.float32)
+    restored = unpacked if scale is None else unpacked * scale[:, None]
+    scheme = SCHEMES[name]
+    expected = [dequantise(scheme, scheme.quantise(w), (len(w), columns)) for w in weights.values()]
+    assert torch.equal(restored, torch.cat(expected))
+    x = torch.randn(3, columns)
+    together = torch.cat([member(x) for member in members], dim=-1)
+    torch.testing.assert_close(group(x), together, rtol=1e-5, atol=1e-3 if columns > 64 else 1e-5)
+
+
+@every_scheme
+@every_width
+def test_parts_come_out_as_they_went_in(name: str, columns: int) -> None:
+    weights = weights_of(GROUP, columns)
+    matrix = matrix_of(weights, name)
+    for key, weight in weights.items():
+        parts = SCHEMES[name].quantise(weight)
+        out = matrix.of(key)
+        assert out.keys() == parts.keys()
+        assert all(torch.equal(out[part], parts[part]) for part in parts)
+
+
+@every_scheme
+def test_putting_one_name_leaves_the_others(name: str) -> None:
+    weights = weights_of(GROUP, 7)
+    matrix = matrix_of(weights, name)
+    before = {key: {part: t.clone() for part, t in matrix.of(key).items()} for key in ("q_proj", "v_proj")}
+    matrix.put("k_proj", SCHEMES[name].quantise(torch.full((3, 7), 9.0)))
+    for key, parts in before.items():
+        assert all(torch.equal(matrix.of(key)[part], old) for part, old in parts.items())
+
+
+@every_scheme
+def test_bytes_are_those_of_the_parts_that_stand_for_it(name: str) -> None:
+    matrix = matrix_of(weights_of({"only": 5}, 7), name)
+    assert matrix.stored_bytes == sum(part.nbytes for part in matrix.parts.values())
+
+
+@every_scheme
+def test_moving_to_another_type_leaves_the_parts_alone(name: str) -> None:
+    matrix = matrix_of(weights_of({"only": 5}, 70), name)
+    before = {part: tensor.clone() for part, tensor in matrix.parts.items()}
+    layer = FrozenLinear(matrix, bias=["only"]).to(torch.bfloat16)
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+    for part, tensor in matrix.parts.items():
+        assert tensor.dtype == before[part].dtype
+        assert torch.equal(tensor, before[part])
+
+
+def test_moving_to_another_device_moves_the_parts() -> None:
+    layer = FrozenLinear(matrix_of(weights_of({"only": 5}, 70), "int8")).to("meta")
+    assert {part.device.type for part in layer.matrix.parts.values()} == {"meta"}
+    assert {part.dtype for part in layer.matrix.parts.values()} == {torch.int8, torch.float32}
+
+
+@pytest.mark.parametrize("biased", [["q_proj"], ["k_proj", "v_proj"], list(GROUP)], ids=str)
+def test_a_bias_lies_on_the_rows_of_its_names(biased: list[str]) -> None:
+    weights = weights_of(GROUP, 7)
+    layer = FrozenLinear(matrix_of(weights), bias=biased)
+    expected = {key: torch.randn(rows) if key in biased else torch.zeros(rows) for key, rows in GROUP.items()}
+    for key in biased:
+        layer.bias_of(key).copy_(expected[key])
+    x = torch.randn(4, 7)
+    reference = x @ torch.cat(list(weights.values())).T + torch.cat(list(expected.values()))
+    torch.testing.assert_close(layer(x), reference)
+
+
+def test_biases_with_a_gap_between_them_are_no_layer() -> None:
+    with pytest.raises(AssertionError, match="one run"):
+        FrozenLinear(FrozenMatrix(7, GROUP), bias=["q_proj", "v_proj"])
+
+
+def test_each_name_has_its_own_pair() -> None:
+    weights = weights_of(GROUP, 7)
+    layer = FrozenLinear(matrix_of(weights))
+    x = torch.randn(4, 7)
+    base = layer(x).split(list(GROUP.values()), dim=-1)
+    for key in ("v_proj", "q_proj"):  # in another order than the rows
+        put_(layer, key, pair_of(GROUP[key], 7), dropout=0.0)
+    tuned = layer(x).split(list(GROUP.values()), dim=-1)
+    for key, before, after in zip(GROUP, base, tuned, strict=True):
+        pair = pair_of(GROUP[key], 7)
+        added = 0.5 * (x @ pair.a.T) @ pair.b.T if key != "k_proj" else torch.zeros_like(before)
+        torch.testing.assert_close(after, before + added)
+
+
+def test_a_layer_is_trained_through_pairs_or_bias_alone() -> None:
+    still, biased, paired = (FrozenLinear(matrix_of(weights_of(GROUP, 7)), bias=GROUP) for _ in range(3))
+    assert biased.bias is not None
+    biased.bias.requires_grad_()
+    put_(paired, "q_proj", pair_of(6, 7), dropout=0.0)
+    assert [layer.trained for layer in (still, biased, paired)] == [False, True, True]
+    assert {name for name, _ in paired.named_parameters()} == {"bias", "pairs.q_proj.a", "pairs.q_proj.b"}
+
+
+def test_dropout_acts_in_train_mode_and_on_pairs_alone() -> None:
+    layer = FrozenLinear(matrix_of(weights_of({"only": 5}, 40)))
+    x = torch.randn(3, 40)
+    base = layer(x)
+    pair = pair_of(5, 40)
+    put_(layer, "only", pair, dropout=0.5)
+    tuned = layer.eval()(x)
+    torch.testing.assert_close(tuned, base + 0.5 * x @ pair.a.T @ pair.b.T)
+    layer.train()
+    torch.manual_seed(0)
+    first = layer(x)
+    assert not torch.equal(first, tuned)
+    assert not torch.equal(first, layer(x))  # another mask
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(first, base + 0.5 * dropped @ pair.a.T @ pair.b.T)
+    with torch.no_grad():
+        pair.b.zero_()
+    assert torch.equal(layer(x), base)  # the frozen product reads x itself
+
+
+def test_gradients_go_back_through_the_dropped_input() -> None:
+    layer = FrozenLinear(matrix_of(weights_of({"only": 5}, 40))).train()
+    pair = pair_of(5, 40)
+    put_(layer, "only", pair, dropout=0.5)
+    x = torch.randn(3, 40, requires_grad=True)
+    torch.manual_seed(0)
+    ours = torch.autograd.grad(layer(x).square().sum(), [x, pair.a, pair.b])
+    torch.manual_seed(0)
+    dropped = nn.functional.dropout(x, 0.5)
+    weight = layer.matrix.parts["weight"]
+    composed = x @ weight.T + 0.5 * dropped @ pair.a.T @ pair.b.T
+    theirs = torch.autograd.grad(composed.square().sum(), [x, pair.a, pair.b])
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_names_of_one_matrix_share_the_mask_of_their_input() -> None:
+    weight = torch.randn(5, 40)
+    layer = FrozenLinear(matrix_of({"one": weight, "two": weight})).train()
+    for key in ("one", "two"):
+        put_(layer, key, pair_of(5, 40), dropout=0.5)
+    one, two = layer(torch.randn(3, 40)).chunk(2, dim=-1)
+    torch.testing.assert_close(one, two)
+
+
+@every_scheme
+def test_an_embedding_gathers_rows_in_the_compute_type(name: str) -> None:
+    table = torch.randn(9, 70)
+    embedding = FrozenEmbedding(matrix_of({"wte": table}, name, torch.bfloat16))
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    rows = embedding(ids)
+    matrix, scale = embedding.matrix.unpack(torch.bfloat16)
+    whole = matrix if scale is None else (matrix * scale[:, None]).bfloat16()
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, whole[ids])
+
+
+def test_an_embeddings_pair_is_a_low_rank_change_of_its_table() -> None:
+    table = torch.randn(9, 6)
+    embedding = FrozenEmbedding(matrix_of({"wte": table}))
+    pair = pair_of(6, 9)  # A (r, V), B (d, r)
+    put_(embedding, "wte", pair, dropout=0.9)  # as in PEFT, an embedding takes none
+    ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
+    ours = embedding.train()(ids)
+    changed = table + 0.5 * (pair.b @ pair.a).T
+    torch.testing.assert_close(ours, changed[ids])
+    mine = torch.autograd.grad(ours.square().sum(), [pair.a, pair.b])
+    theirs = torch.autograd.grad(changed[ids].square().sum(), [pair.a, pair.b])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not mine[0][:, [2, 4, 5, 6, 7]].any()  # tokens that do not occur
+
+
+def test_a_tied_head_is_the_embeddings_own_table() -> None:
+    table = matrix_of(weights_of({"wte": 9}, 6))
+    model = nn.ModuleDict({"embed": FrozenEmbedding(table), "head": FrozenLinear(table)})
+    x = torch.randn(2, 6)
+    table.put("wte", {"weight": torch.full((9, 6), 2.0)})
+    torch.testing.assert_close(model["head"](x), 2 * x.sum(dim=-1, keepdim=True).expand(2, 9))
+    assert torch.equal(model["embed"](torch.tensor([[4]])), torch.full((1, 1, 6), 2.0))
+    twin = copy.deepcopy(model)
+    assert twin["head"].matrix is twin["embed"].matrix
+    assert twin["head"].matrix is not table
+
+
+def test_pairs_on_a_tied_head_leave_the_embedding_alone() -> None:
+    table = matrix_of(weights_of({"wte": 9}, 6))
+    embedding, head = FrozenEmbedding(table), FrozenLinear(table)
+    before = embedding(torch.arange(9)[None])
+    put_(head, "wte", pair_of(9, 6), dropout=0.0)
+    assert torch.equal(embedding(torch.arange(9)[None]), before)

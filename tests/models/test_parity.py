@@ -1,0 +1,252 @@
+"""Every family against transformers and PEFT, on tiny random models: logits, gradients, packing, cache.
+
+Where octavo would not give the same numbers it refuses the config; that is tested here too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from octavo.errors import ModelError
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
+from octavo.layers.lora import put_
+from octavo.models import Model, Place, build, places
+from octavo.ops.loss import IGNORE, cross_entropy_sum
+
+VOCABULARY, LENGTH = 97, 40
+TOLERANCE = 1e-5  # of logits, absolute; of a gradient, the difference's norm over its own
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
+
+def like_llama(heads: int, groups: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 2048,
+    }
+    return shape | changes
+
+
+def like_gptj(heads: int, rotary: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": heads,
+        "rotary_dim": rotary,
+        "n_positions": 2048,
+    }
+    return shape | changes
+
+
+CASES = {
+    "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
+    "llama, one key head, three layers": LlamaConfig(**like_llama(4, 1, num_hidden_layers=3)),
+    "llama, all biases, llama3 rope": LlamaConfig(
+        **like_llama(4, 4, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE)
+    ),
+    "llama, wide heads, linear rope": LlamaConfig(**like_llama(3, 3, head_dim=24, rope_parameters=LINEAR_ROPE)),
+    "llama, other eps and base": LlamaConfig(
+        **like_llama(4, 2, rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ),
+    "mistral, row as long as its window": MistralConfig(**like_llama(4, 2, head_dim=16, sliding_window=LENGTH)),
+    "mistral, no window": MistralConfig(**like_llama(4, 4, sliding_window=None)),
+    "qwen2, grouped heads": Qwen2Config(**like_llama(4, 2)),
+    "qwen2, one key head, tied": Qwen2Config(**like_llama(2, 1, tie_word_embeddings=True)),
+    "gptj, partial rotary": GPTJConfig(**like_gptj(4, 4)),
+    "gptj, whole rotary, own width": GPTJConfig(**like_gptj(2, 24, n_inner=100, n_layer=3)),
+    "gptj, tied, other eps": GPTJConfig(**like_gptj(3, 6, tie_word_embeddings=True, layer_norm_epsilon=1e-2)),
+}
+
+
+class Twins(NamedTuple):
+    theirs: Any
+    ours: Model
+
+
+@pytest.fixture(scope="module", params=CASES)
+def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Twins:
+    return Twins(*twins_of(CASES[request.param]))
+
+
+def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_logits_are_transformers(twins: Twins) -> None:
+    ids = some_ids()
+    expected = twins.theirs(ids).logits
+    assert expected.std() > 0.5  # wide enough for a difference to show
+    torch.testing.assert_close(twins.ours(ids), expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_logits_far_from_the_start_are_transformers(twins: Twins) -> None:
+    # Angles are near 2000 there, so that a frequency that is off by one unit in the last place shows.
+    ids, positions = some_ids(rows=1), torch.arange(2000, 2000 + LENGTH)[None]
+    expected = twins.theirs(ids, position_ids=positions).logits
+    torch.testing.assert_close(twins.ours(ids, positions=positions), expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_packed_documents_are_what_transformers_makes_of_each_alone(twins: Twins) -> None:
+    lengths, padding = [9, 1, 14, 6], 3
+    ids = some_ids(rows=1, length=sum(lengths) + padding)
+    document = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * padding])
+    positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])[None]
+    packed = twins.ours(ids, positions=positions, document=document)
+    for number in range(len(lengths)):
+        alone = twins.theirs(ids[document == number][None]).logits
+        torch.testing.assert_close(packed[document == number][None], alone, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_cache_filled_in_pieces_gives_the_same_logits(twins: Twins) -> None:
+    ids, model = some_ids(), twins.ours
+    cache = model.new_cache(batch=2, room=LENGTH + 5)
+    pieces = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
+    logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+    assert cache.length == LENGTH
+    torch.testing.assert_close(logits, twins.theirs(ids).logits, rtol=0, atol=TOLERANCE)
+
+
+def tuned(twins: Twins) -> Twins:
+    """Copies of both with the same random pairs on everything that may have one, all of it trained.
+
+    A tied table stays without: PEFT warns of pairs on one.
+    """
+    table = places(twins.ours)
+    named = {p.key for p in table.values() if p.matrix is not None}
+    if twins.ours.config.tied:
+        named -= {"lm_head", "wte", "embed_tokens"}
+    torch.manual_seed(2)
+    spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(named), init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(twins.theirs), spec).eval()
+    ours = copy.deepcopy(twins.ours)
+    for place in places(ours).values():
+        module = theirs.base_model.model.get_submodule(place.name)
+        if place.key in named:
+            assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
+            a, b = (factor.detach().clone() for factor in factors(module))
+            put_(place.layer, place.rows_key, LowRankPair(a, b, 4 / 3), dropout=0.0)
+        elif place.matrix is None:
+            module.requires_grad_()
+            place.layer.requires_grad_()
+        if (bias := biases(place, module)) is not None:
+            for one in bias:
+                one.requires_grad_()
+    return Twins(theirs, ours)
+
+
+def factors(module: Any) -> tuple[Tensor, Tensor]:
+    """PEFT's A and B on one module."""
+    if "default" in module.lora_embedding_A:
+        return module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def biases(place: Place, module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """(octavo's bias of all the layer's rows, transformers' of this name's), of a linear that has one."""
+    if not isinstance(place.layer, FrozenLinear) or place.rows_key not in place.layer.bias_names:
+        return None
+    assert place.layer.bias is not None
+    return place.layer.bias, getattr(module, "base_layer", module).bias
+
+
+def gradients(place: Place, module: Any) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+    """(what, octavo's gradient, transformers' and PEFT's) of all that is trained under one name."""
+    layer = place.layer
+    if place.matrix is None:
+        for kind, parameter in layer.named_parameters():
+            yield kind, parameter.grad, getattr(module, kind).grad
+        return
+    assert isinstance(layer, FrozenLinear | FrozenEmbedding)
+    if place.rows_key in layer.pairs:
+        pair = layer.pairs[place.rows_key]
+        assert isinstance(pair, LowRankPair)
+        a, b = factors(module)
+        yield "a", pair.a.grad, a.grad
+        yield "b", pair.b.grad, b.grad
+    if (both := biases(place, module)) is not None:
+        assert isinstance(layer, FrozenLinear)
+        assert both[0].grad is not None
+        start = layer.matrix.starts[place.rows_key] - layer.bias_start
+        yield "bias", both[0].grad[start : start + len(both[1])], both[1].grad
+
+
+def test_gradients_are_those_of_transformers_and_peft(twins: Twins) -> None:
+    theirs, ours = tuned(twins)
+    ids, labels = some_ids(), some_ids().roll(-1, dims=1)
+    labels[:, ::5] = IGNORE
+    expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.autograd.backward(expected)
+    hidden = ours.hidden(ids).flatten(0, 1)
+    loss = cross_entropy_sum(hidden, labels.flatten(), ours.head, vocabulary=VOCABULARY)
+    torch.autograd.backward(loss)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    compared = 0
+    for place in places(ours).values():
+        for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(place.name)):
+            assert mine is not None, (place.name, kind)
+            assert other is not None, (place.name, kind)
+            assert other.norm() > 0, (place.name, kind)
+            assert (mine - other).norm() <= TOLERANCE * other.norm(), (place.name, kind)
+            compared += 1
+    assert compared == sum(parameter.requires_grad for parameter in theirs.parameters())
+
+
+REFUSED = {
+    "rope": LlamaConfig(**like_llama(4, 2, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})),
+    "llama's activation": LlamaConfig(**like_llama(4, 2, hidden_act="gelu")),
+    "gptj's activation": GPTJConfig(**like_gptj(4, 4, activation_function="relu")),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_not_be_the_same_is_refused(what: str) -> None:
+    config = REFUSED[what].to_dict()
+    architecture = "GPTJForCausalLM" if config["model_type"] == "gptj" else "LlamaForCausalLM"
+    with pytest.raises(ModelError, match="The model's config asks for"):
+        build(config | {"architectures": [architecture]})
+
+
+def test_an_unknown_architecture_names_the_known() -> None:
+    with pytest.raises(ModelError, match=r"OPTForCausalLM(.|\n)*GPTJForCausalLM, LlamaForCausalLM"):
+        build({"architectures": ["OPTForCausalLM"]})
+
+
+def test_a_config_that_lacks_a_size_says_which() -> None:
+    config = GPTJConfig(**like_gptj(4, 4)).to_dict() | {"architectures": ["GPTJForCausalLM"]}
+    del config["n_head"]
+    with pytest.raises(ModelError, match=r"config\.json lacks 'n_head'"):
+        build(config)
+
+
+def test_a_window_bounds_the_context() -> None:
+    config = CASES["mistral, row as long as its window"].to_dict()
+    assert build(config | {"architectures": ["MistralForCausalLM"]}).config.context == LENGTH
+    qwen = Qwen2Config(**like_llama(4, 2)).to_dict() | {"sliding_window": 8, "use_sliding_window": False}
+    assert build(qwen | {"architectures": ["Qwen2ForCausalLM"]}).config.context == 2048

@@ -1,0 +1,79 @@
+"""Model folders for the tests of the store: tiny random ones with a tokenizer, and the real SmolLM2."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from octavo.store.builtin import open_smollm2
+from octavo.store.sources import FolderSource
+
+# K = 64 keeps whole NF4 blocks; of the weights, some fill dynamic8's blocks of 4096 and some do not.
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "gptj": GPTJConfig(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=0,
+        eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each of CONFIGS, as transformers writes it, float32. Not to be changed."""
+    parent = tmp_path_factory.mktemp("models")
+    return {name: write_model(parent / name, config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture
+def own_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A llama that a test may damage."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
+    """The real small model, converted into OCTAVO_CACHE, or for this run only."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "OCTAVO_CACHE" not in os.environ:
+            patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return open_smollm2()
+
+
+def write_model(folder: Path, config: Any) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and one merge."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("h", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0], bos_token=tokens[0])

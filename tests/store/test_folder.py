@@ -1,0 +1,234 @@
+"""`octavo quantize`: a written folder is the model, whole or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from octavo.errors import ModelError, UsageError
+from octavo.models import Model, places
+from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
+from octavo.store import folder as folder_module
+from octavo.store.folder import WrittenLayer, weight_names, write_folder
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+
+FAMILIES = ["llama", "llama-tied", "gptj"]
+IDS = torch.arange(1, 41).view(2, 20)
+# Relative error of a layer of normally distributed weights, K = 64: int8 rounds evenly to absmax / 127 (its
+# root mean square is absmax / 127 / sqrt(12), and absmax of 64 numbers is about 2.4 deviations), dynamic8
+# rounds to 64 values in the upper decade, and 16 quantiles leave about 9 % (QLoRA, arXiv 2305.14314).
+ERRORS = {"none": (0.0, 0.0), "int8": (0.004, 0.01), "dynamic8": (0.008, 0.03), "nf4": (0.08, 0.10)}
+
+
+def loaded(folder: Path, scheme: str) -> Model:
+    return load(FolderSource(folder), scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def write(source: Path, out: Path, scheme: str) -> list[WrittenLayer]:
+    layers: list[WrittenLayer] = []
+    write_folder(FolderSource(source), out, scheme_named(scheme), on_layer=layers.append)
+    return layers
+
+
+def assert_same_model(found: Model, wanted: Model) -> None:
+    """Bit for bit: all parts of all matrices, all norms and biases."""
+    for a, b in zip(places(found).values(), places(wanted).values(), strict=True):
+        assert (a.matrix is None) == (b.matrix is None)
+        if a.matrix is not None and b.matrix is not None:
+            assert a.matrix.parts.keys() == b.matrix.parts.keys()
+            assert all(torch.equal(a.matrix.parts[part], b.matrix.parts[part]) for part in b.matrix.parts)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_written_folder_loads_alone_as_the_original_loads_directly(
+    family: str, scheme: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = loaded(folders[family], scheme)
+    original = Path(shutil.copytree(folders[family], tmp_path / "original"))
+    write(original, tmp_path / "out", scheme)
+    shutil.rmtree(original)
+    assert_same_model(loaded(tmp_path / "out", scheme), wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_folder_is_transformers_own(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders[family], tmp_path / "out", "none")
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(folders[family])(IDS).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits
+    assert torch.equal(found, wanted)
+    assert "octavo" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_error_and_size_of_every_layer_are_told(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    source = FolderSource(folders["llama"])
+    layers: list[WrittenLayer] = []
+    total = write_folder(source, tmp_path / "out", scheme_named(scheme), on_layer=layers.append)
+    assert [layer.name for layer in layers] == weight_names(source)
+    low, high = ERRORS[scheme]
+    for layer in layers:
+        assert low <= layer.error <= high, layer
+        assert layer.shape == tuple(load_file(folders["llama"] / "model.safetensors")[layer.name].shape)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert total == sum(tensor.numel() * tensor.itemsize for tensor in written.values())
+    others = [t for name, t in written.items() if name.endswith(("norm.weight", ".bias"))]
+    assert sum(layer.stored_bytes for layer in layers) == total - sum(t.numel() * t.itemsize for t in others)
+
+
+def test_the_told_error_is_that_of_the_weights_that_are_read_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    layers = {layer.name: layer for layer in write(folders["gptj"], tmp_path / "out", "nf4")}
+    model = loaded(tmp_path / "out", "nf4")
+    for name, weight in load_file(folders["gptj"] / "model.safetensors").items():
+        if name in layers:
+            place = places(model)[name.removesuffix(".weight")]
+            assert place.matrix is not None
+            rows, columns = weight.shape
+            back = dequantise(scheme_named("nf4"), place.matrix.of(place.rows_key), (rows, columns))
+            error = float((back - weight).norm() / weight.norm())
+            assert layers[name].error == pytest.approx(error, rel=1e-5)
+
+
+def test_a_quantised_folder_becomes_another_or_a_plain_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders["llama"], tmp_path / "dynamic8", "dynamic8")
+    write(tmp_path / "dynamic8", tmp_path / "none", "none")
+    write(tmp_path / "dynamic8", tmp_path / "int8", "int8")
+    write(tmp_path / "none", tmp_path / "again", "int8")
+    assert_same_model(loaded(tmp_path / "int8", "int8"), loaded(tmp_path / "again", "int8"))
+    # The plain folder holds what dynamic8 stands for, and transformers computes the same with it.
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "none")(IDS).logits
+        ours = loaded(tmp_path / "dynamic8", "dynamic8")(IDS)
+    assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_copying_under_the_same_scheme_changes_no_byte(folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders["gptj"], tmp_path / "first", "nf4")
+    layers = write(tmp_path / "first", tmp_path / "second", "nf4")
+    assert {layer.error for layer in layers} == {0.0}
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("scheme", ["none", "dynamic8"])
+def test_shards_are_small_and_load_here_and_in_transformers(
+    scheme: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 60_000  # under the embedding's 76,800 bytes in float32: one tensor may be larger than a shard
+    monkeypatch.setattr(folder_module, "SHARD_BYTES", limit)
+    out = tmp_path / "out"
+    total = write_folder(FolderSource(folders["llama"]), out, scheme_named(scheme))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    sizes = {}
+    for file in files:
+        tensors = load_file(out / file)
+        assert all(index["weight_map"][name] == file for name in tensors)
+        sizes[file] = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        assert sizes[file] <= limit or len(tensors) == 1
+    assert index["metadata"]["total_size"] == total == sum(sizes.values())
+    assert len(files) <= 2 * total / limit + 2
+    assert_same_model(loaded(out, scheme), loaded(folders["llama"], scheme))
+    if scheme == "none":
+        with torch.no_grad():
+            wanted = AutoModelForCausalLM.from_pretrained(folders["llama"])(IDS).logits
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, wanted)
+
+
+def test_the_tokenizer_comes_along(folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders["llama"], tmp_path / "out", "int8")
+    text = "he said: “naïve” 12345\n\t<|endoftext|>x"
+    wanted = AutoTokenizer.from_pretrained(folders["llama"])
+    for found in (
+        FolderSource(tmp_path / "out").tokenizer(),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    ):
+        assert found(text)["input_ids"] == wanted(text)["input_ids"]
+        assert found.eos_token_id == wanted.eos_token_id
+
+
+def test_the_manifest_names_every_file_with_its_size_and_hash(folders: dict[str, Path], tmp_path: Path) -> None:
+    write(folders["llama"], tmp_path / "out", "int8")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["scheme"] == "int8"
+    found = {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in (tmp_path / "out").iterdir()
+        if path.name != "manifest.json"
+    }
+    assert manifest["files"] == found
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.keys()
+
+
+def test_files_have_the_modes_that_the_umask_gives(folders: dict[str, Path], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(folders["llama"], tmp_path / "out", "int8")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_folder_that_holds_something_is_refused_and_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write(folders["llama"], out, "int8")  # an empty folder is no loss
+    (out / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(UsageError, match="already holds"):
+        write(folders["llama"], out, "nf4")
+    assert sorted(path.name for path in out.iterdir()) == before
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="already holds"):
+        write(folders["llama"], file, "nf4")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_write_leaves_what_was_there(
+    existing: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "SHARD_BYTES", 20_000)  # some shards are on disk by then
+    out = tmp_path / "out"
+    if existing:
+        write(folders["llama"], out, "int8")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def interrupt(layer: WrittenLayer) -> None:
+        if layer.name == "lm_head.weight":
+            raise KeyboardInterrupt
+
+    source = FolderSource(folders["llama"])
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(source, out, scheme_named("nf4"), on_layer=interrupt, replace=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == ([out] if existing else [])
+    write_folder(source, out, scheme_named("nf4"), replace=True)
+    assert loaded(out, "nf4")
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_the_work(own_folder: Path, tmp_path: Path) -> None:
+    (own_folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        write_folder(
+            FolderSource(own_folder),
+            tmp_path / "out",
+            scheme_named("int8"),
+            on_layer=lambda layer: pytest.fail(f"{layer.name} was written"),
+        )
+    assert not (tmp_path / "out").exists()

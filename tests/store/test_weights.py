@@ -1,0 +1,326 @@
+"""Loading: every number in its place under every scheme, damage named, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo.errors import ModelError, UsageError
+from octavo.models import Model, build, places
+from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
+from octavo.store.folder import write_folder
+from octavo.store.sources import FolderSource
+from octavo.store.weights import entries, items_of, load, stored_scheme
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "llama-tied", "gptj"]
+WEIGHTS = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def loaded(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+    return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=CPU)
+
+
+def change(folder: Path, tensors: dict[str, Tensor | None]) -> None:
+    """Replaces or adds tensors of the folder's file, or (None) leaves them out."""
+    table = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    table |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file({n: t for n, t in table.items() if tensors.get(n, t) is not None}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_stands_in_its_place(family: str, scheme: str, folders: dict[str, Path]) -> None:
+    stored = load_file(folders[family] / WEIGHTS)
+    model = loaded(folders[family], scheme)
+    seen = set()
+    for place in places(model).values():
+        for kind in ("weight", "bias"):
+            name = f"{place.name}.{kind}"
+            if name not in stored:
+                continue
+            seen.add(name)
+            if place.matrix is not None and kind == "weight":
+                wanted = scheme_named(scheme).quantise(stored[name])
+                parts = place.matrix.of(place.rows_key)
+                assert parts.keys() == wanted.keys()
+                assert all(torch.equal(parts[part], wanted[part]) for part in wanted), name
+            else:
+                parameter = place.parameter(kind)
+                assert parameter is not None
+                assert torch.equal(parameter, stored[name]), name
+    assert seen == stored.keys()
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_16_bits_loads(
+    family: str, dtype: torch.dtype, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[family], tmp_path / "half"))
+    change(folder, {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()})
+    name = next(name for name in load_file(folder / WEIGHTS) if "q_proj.weight" in name)
+    stored = load_file(folder / WEIGHTS)[name]
+    for scheme in SCHEMES:
+        place = places(loaded(folder, scheme))[name.removesuffix(".weight")]
+        assert place.matrix is not None
+        wanted = scheme_named(scheme).quantise(stored.float())
+        parts = place.matrix.of(place.rows_key)
+        assert all(torch.equal(parts[part], wanted[part]) for part in wanted)
+
+
+def test_the_compute_type_is_that_of_plain_weights_only(folders: dict[str, Path]) -> None:
+    for scheme, kinds in (("none", {torch.bfloat16}), ("int8", {torch.int8, torch.float32})):
+        model = loaded(folders["llama"], scheme, torch.bfloat16)
+        found = {t.dtype for p in places(model).values() if p.matrix for t in p.matrix.parts.values()}
+        assert found == kinds
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # norms and biases
+
+
+def test_progress_counts_every_tensor_once(folders: dict[str, Path]) -> None:
+    heard: list[tuple[int, int]] = []
+    source = FolderSource(folders["gptj"])
+    load(
+        source,
+        scheme_named("int8"),
+        dtype=torch.float32,
+        device=CPU,
+        progress=lambda a, b: heard.append((a, b)),
+    )
+    total = len(source.names())
+    assert heard == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_items_of_a_model_are_the_entries_of_its_checkpoint(family: str, folders: dict[str, Path]) -> None:
+    source = FolderSource(folders[family])
+    model = build(source.config)
+    assert [name for name, _ in items_of(model)] == list(entries(source, model))
+
+
+def test_what_is_missing_and_what_is_too_much_is_named(own_folder: Path) -> None:
+    change(own_folder, {UP: None, "model.layers.7.mlp.up_proj.weight": torch.ones(1), "surprise": torch.ones(1)})
+    with pytest.raises(ModelError) as caught:
+        loaded(own_folder)
+    assert f"lacks {UP} and has " in caught.value.message
+    assert "model.layers.7.mlp.up_proj.weight" in caught.value.message
+    assert "surprise" in caught.value.message
+
+
+def test_a_bias_that_the_config_does_not_know_is_too_much(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["llama-tied"], tmp_path / "biased"))
+    name = "model.layers.0.self_attn.q_proj.bias"
+    change(folder, {name: torch.zeros(64)})
+    with pytest.raises(ModelError, match=name):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias", "lm_head.weight"])
+def test_a_misshapen_tensor_is_named_with_both_shapes(name: str, own_folder: Path) -> None:
+    right = load_file(own_folder / WEIGHTS)[name]
+    wrong = torch.zeros(right.shape[0] + 1, *right.shape[1:])
+    change(own_folder, {name: wrong})
+    with pytest.raises(ModelError, match=name) as caught:
+        loaded(own_folder, "int8")
+    assert str(tuple(right.shape)) in caught.value.message
+    assert str(tuple(wrong.shape)) in caught.value.message
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_named(name: str, bad: float, scheme: str, own_folder: Path) -> None:
+    tensor = load_file(own_folder / WEIGHTS)[name].clone()
+    tensor.view(-1)[17] = bad
+    change(own_folder, {name: tensor})
+    with pytest.raises(ModelError, match=name):
+        loaded(own_folder, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "dynamic8", "nf4"])
+def test_a_scale_that_is_not_finite_is_named(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named(scheme))
+    name = UP.replace("weight", "absmax")
+    scales = load_file(tmp_path / "q" / WEIGHTS)[name].clone()
+    scales[-1] = float("nan")
+    change(tmp_path / "q", {name: scales})
+    with pytest.raises(ModelError, match=name):
+        loaded(tmp_path / "q", scheme)
+
+
+def test_a_weight_too_large_for_the_compute_type_is_named(own_folder: Path) -> None:
+    tensor = load_file(own_folder / WEIGHTS)[UP].clone()
+    tensor[0, 0] = 1e6
+    change(own_folder, {UP: tensor})
+    assert loaded(own_folder, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match=f"{UP} as torch.float16"):
+        loaded(own_folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_codes_are_not_taken_for_numbers(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named(scheme))
+    shutil.copy(folders["llama"] / "config.json", tmp_path / "q")  # which names no scheme
+    with pytest.raises(ModelError, match=r"scheme none|shape"):
+        loaded(tmp_path / "q", "none")
+
+
+@pytest.mark.parametrize("part", ["absmax", "code"])
+def test_a_missing_part_is_named(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named("dynamic8"))
+    change(tmp_path / "q", {UP.replace("weight", part): None})
+    with pytest.raises(ModelError, match=UP.replace("weight", part)):
+        loaded(tmp_path / "q", "dynamic8")
+
+
+def test_two_code_tables_in_one_matrix_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named("dynamic8"))
+    name = UP.replace("weight", "code")
+    change(tmp_path / "q", {name: load_file(tmp_path / "q" / WEIGHTS)[name] * 0.5})
+    assert loaded(tmp_path / "q", "int8")  # each is read by its own table
+    with pytest.raises(ModelError, match=UP):
+        loaded(tmp_path / "q", "dynamic8")
+
+
+def test_a_folder_of_codes_without_octavos_config_is_taken_for_the_hivemind_format(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    write_folder(FolderSource(folders["gptj"]), tmp_path / "q", scheme_named("dynamic8"))
+    shutil.copy(folders["gptj"] / "config.json", tmp_path / "q")
+    assert stored_scheme(FolderSource(tmp_path / "q")).name == "dynamic8"
+    found = places(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
+    assert found.matrix is not None
+    original = load_file(folders["gptj"] / WEIGHTS)["transformer.h.1.mlp.fc_in.weight"]
+    back = dequantise(scheme_named("dynamic8"), found.matrix.of("fc_in"), (256, 64))
+    assert torch.linalg.vector_norm(back - original) < 0.03 * torch.linalg.vector_norm(original)
+
+
+def test_an_unknown_scheme_in_the_config_lists_the_known_ones(own_folder: Path) -> None:
+    config = json.loads((own_folder / "config.json").read_text()) | {"octavo": {"scheme": "int3"}}
+    (own_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="int3") as caught:
+        loaded(own_folder)
+    assert "nf4" in caught.value.hint
+
+
+def test_buffers_of_old_checkpoints_and_a_tied_heads_copy_are_passed_over(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    extras = {
+        "gptj": {
+            "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+            "transformer.h.0.attn.masked_bias": torch.ones(()),
+        },
+        "llama-tied": {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+            "lm_head.weight": torch.ones(300, 64),
+        },
+    }
+    for family, tensors in extras.items():
+        folder = Path(shutil.copytree(folders[family], tmp_path / family))
+        change(folder, {**tensors})
+        ids = torch.arange(10)[None]
+        assert torch.equal(loaded(folder)(ids), loaded(folders[family])(ids))
+
+
+# Llama's shapes, 265 million weights: 1.06 GB in float32; the largest tensor is 32000 x 2048.
+LARGE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
+    "intermediate_size": 5632, "num_hidden_layers": 3, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+WRITE = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from octavo.models import build
+from octavo.store.weights import items_of
+
+folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
+(folder / "config.json").write_text(json.dumps(config))
+noise = torch.randn(2048 * 1024)
+table = {}
+for i, (name, item) in enumerate(items_of(build(config))):
+    if item.is_matrix:
+        matrix = item.place.matrix
+        rows = matrix.outputs[item.place.rows_key]
+        shape = (rows, matrix.in_features)
+    else:
+        shape = tuple(item.place.parameter(item.kind).shape)
+    count = torch.Size(shape).numel()
+    tensor = noise.repeat(-(-count // noise.numel()))[:count].view(shape)
+    table[name] = f"model-{i}.safetensors"
+    save_file({name: tensor}, folder / table[name])
+(folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+"""
+MEASURE = """
+import json, sys, threading, torch
+from pathlib import Path
+from octavo.models import build, places
+from octavo.ops.quantize import scheme_named
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+
+source = FolderSource(Path(sys.argv[1]))
+build(source.config).to_empty(device="cpu")  # torch loads 35 MB of its own at the first such call
+
+def anonymous():
+    # Memory of the process's own. Pages of the mapped file are not in it: the system takes them back at need.
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+start, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load(source, scheme_named("int8"), dtype=torch.float32, device=torch.device("cpu"))
+done.set()
+watcher.join()
+matrices = {id(p.matrix): p.matrix for p in places(model).values() if p.matrix is not None}.values()
+print(json.dumps({
+    "peak": peak - start,
+    "kept": anonymous() - start,
+    "stored": sum(m.stored_bytes for m in matrices),
+    "float32": sum(4 * rows * m.in_features for m in matrices for rows in m.outputs.values()),
+    "largest": max(4 * rows * m.in_features for m in matrices for rows in m.outputs.values()),
+}))
+"""
+
+
+def test_loading_takes_the_quantised_model_and_one_tensor(tmp_path: Path) -> None:
+    def run(program: str, *arguments: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+        # The C library gives memory back to the system at once, so that what is counted is what is in use.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+    try:
+        run(WRITE, str(tmp_path), json.dumps(LARGE))
+        found = json.loads(run(MEASURE, str(tmp_path)))
+    finally:
+        shutil.rmtree(tmp_path)
+    assert found["float32"] > 1e9
+    # The quantiser holds one tensor's numbers over their scale (float32) and its codes (a quarter of that).
+    # 16 MB: what the libraries keep for themselves.
+    assert found["kept"] <= found["stored"] + 16e6
+    assert found["peak"] <= found["stored"] + 1.25 * found["largest"] + 16e6
+    # The measurement itself: a peak that misses the temporaries would be no evidence.
+    assert found["peak"] >= found["stored"] + 0.5 * found["largest"]
