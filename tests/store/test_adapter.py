@@ -307,8 +307,17 @@ def test_a_saved_folder_says_where_it_comes_from(folders: dict[str, Path], tmp_p
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["target_modules"] == ["q_proj"]
+    assert (config["modules_to_save"], config["bias"]) == (None, "none")
     assert read(tmp_path / "adapter").origin == {"base": "hash"}
     assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n"
+
+
+def test_what_is_trained_whole_is_named_for_peft(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = AdapterPlan(SPEC, norms=True, biases=True)
+    write(tmp_path / "adapter", tuned(folders["gptj"], plan), plan)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["transformer.h.0.ln_1", "transformer.h.1.ln_1", "transformer.ln_f"]
+    assert config["bias"] == "lora_only"
 
 
 def test_a_new_save_replaces_the_old_one_whole(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -70,10 +70,10 @@ def _train(run: Run) -> None:
             found.done, found.position, found.last = step.number, step.following, step
             bar.advance(loss=step.loss, tokens_per_second=round(step.tokens_per_second))
             _record(run, step)
-            _between(run, step)
+            improved = _between(run, step)
             stopping = bool(signals) or step.number >= stop_at
-            due = options.checkpoint_every and step.number % options.checkpoint_every == 0
-            if due or stopping:
+            due = options.checkpoint_every > 0 and step.number % options.checkpoint_every == 0
+            if due or stopping or improved:  # the adapter in its folder always is one that a checkpoint knows
                 save_checkpoint(run)
             if stopping:
                 break
@@ -100,14 +100,14 @@ def _record(run: Run, step: Step) -> None:
         run.report.warn(f"Step {step.number}: gradients overflowed float16, update left out, loss scale {scale:g}.")
 
 
-def _between(run: Run, step: Step) -> None:
-    """What is due after a step, before its checkpoint."""
+def _between(run: Run, step: Step) -> bool:
+    """What is due after a step, before its checkpoint; whether the held-out loss improved."""
     options = run.config[RunOptions]
     every = options.eval_every or math.ceil(run.total / HELD_OUT_POINTS)
-    if step.number % every == 0 or step.number == run.total:
-        hold_out(run)
+    improved = (step.number % every == 0 or step.number == run.total) and hold_out(run)
     if options.sample_every and step.number % options.sample_every == 0 and step.number < run.total:
         sample(run, which="training", step=step.number)
+    return improved
 
 
 def _finish(run: Run) -> dict[str, Any]:

@@ -50,16 +50,18 @@ def measure_tuned(run: Run) -> list[dict[str, Any]]:
     return [*run.found.base_rows, tuned]
 
 
-def hold_out(run: Run) -> None:
-    """A held-out loss; the adapter goes to its folder if it is the best so far."""
+def hold_out(run: Run) -> bool:
+    """A held-out loss; the adapter goes to its folder if it is the best so far. Whether it was."""
     if not run.test_rows:
-        return
+        return False
     found = run.found
     result = _score(run, run.model, f"Held-out loss after step {found.done}")
     run.report.event("heldout", step=found.done, loss=result.loss, perplexity=result.perplexity)
-    if run.config[RunOptions].keep == "best" and (found.best is None or result.loss < found.best["loss"]):
+    improved = run.config[RunOptions].keep == "best" and (found.best is None or result.loss < found.best["loss"])
+    if improved:
         found.best = {"step": found.done, "loss": result.loss}
         save_adapter(run)
+    return improved
 
 
 def save_adapter(run: Run) -> None:

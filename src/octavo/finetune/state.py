@@ -14,12 +14,13 @@ from octavo._version import __version__
 from octavo.config import Config, LoraOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import Position
 from octavo.data.packing import Row
-from octavo.errors import CheckpointError
+from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
 from octavo.models import Model
+from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme
 from octavo.report import Report
-from octavo.store import checkpoint
+from octavo.store import adapter, checkpoint
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import Source, fingerprint
 from octavo.texts import Text
@@ -125,6 +126,9 @@ def resume(run: Run) -> bool:
     found.done, found.position = saved.step, Position(**saved.state["position"])
     found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
     found.probe = saved.tensors.get("probe", {}).get("logits")
+    if found.best is not None and _adapter_step(run.adapter_folder) != found.best["step"]:
+        run.report.warn("The adapter in the run folder is not the best one that the checkpoint knows: it is made anew.")
+        found.best = None
     run.report.resume_from(saved.step)
     run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
     return True
@@ -132,15 +136,22 @@ def resume(run: Run) -> bool:
 
 def versions() -> dict[str, str]:
     """Of octavo and of what its numbers depend on."""
-    import bitsandbytes
     import transformers
 
     return {
         "octavo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
+        "bitsandbytes": bitsandbytes().__version__,
     }
+
+
+def _adapter_step(folder: Path) -> int | None:
+    """The step of the adapter in a folder, None if it cannot be told."""
+    try:
+        return int(adapter.read(folder).origin["step"])
+    except (AdapterError, KeyError):
+        return None
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UsageError
+from octavo.ops.foreign import bitsandbytes
 
 Parts = dict[str, Tensor]
 Shape = tuple[int, int]
@@ -145,10 +146,10 @@ class Dynamic8:
         }
 
     def quantise(self, weight: Tensor) -> Parts:
-        from bitsandbytes.functional import quantize_blockwise
-
         code = dynamic_code().to(weight.device)
-        codes, state = quantize_blockwise(weight.contiguous(), code=code, blocksize=DYNAMIC8_BLOCK)
+        codes, state = bitsandbytes().functional.quantize_blockwise(
+            weight.contiguous(), code=code, blocksize=DYNAMIC8_BLOCK
+        )
         return {"weight": codes.view(weight.shape), "absmax": state.absmax, "code": code}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -139,7 +139,7 @@ def trained(model: Model) -> dict[str, nn.Parameter]:
     return found
 
 
-def state(model: Model, *, full: bool = True) -> dict[str, Tensor]:
+def state(model: Model) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU, each with memory of its own."""
     tensors: dict[str, Tensor] = {}
     for place in places(model).values():
@@ -150,8 +150,6 @@ def state(model: Model, *, full: bool = True) -> dict[str, Tensor]:
             if isinstance(place.layer, FrozenEmbedding):
                 a, b = (".lora_embedding_A", ".lora_embedding_B")
             tensors[name + a], tensors[name + b] = pair.a, pair.b
-        if not full:
-            continue
         if isinstance(place.layer, FrozenLinear):
             bias = place.parameter("bias")
             whole = place.layer.bias  # of all names that share the matrix

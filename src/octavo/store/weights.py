@@ -86,7 +86,7 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
     present = set(source.names())
     for name in present:
         module, _, kind = name.rpartition(".")
-        if name.endswith(IGNORED) or kind in SCALE_KINDS or (tied and name == "lm_head.weight"):
+        if name.endswith(IGNORED) or kind in SCALE_KINDS:
             continue
         place = table.get(module)
         if place is None or not (_has(place, kind)):

@@ -6,7 +6,6 @@ launch a buffer. Everything here can be stopped and continued bit for bit: `stat
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, UsageError
 from octavo.layers.lora import FlatGroup
+from octavo.ops.foreign import bitsandbytes
 
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -161,9 +161,5 @@ def _make(settings: OptimizerSettings, arguments: list[dict[str, object]]) -> to
         return torch.optim.AdamW(arguments, lr=0.0, betas=betas, eps=settings.eps)
     if settings.kind != "adamw8bit":
         raise UsageError(f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}.")
-    # It announces at import which optional packages it did not find.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(arguments, lr=0.0, betas=betas, eps=settings.eps)
+    optimizer: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(arguments, lr=0.0, betas=betas, eps=settings.eps)
     return optimizer

@@ -1,0 +1,100 @@
+"""The fine-tuning loss of octavo beside a plain transformers + peft loop, on the same rows, order, rank and adapters.
+
+    python benchmarks/loss_parity.py [--steps 20] [--rows 2] [--seq-len 64]
+
+Scheme none, float32, AdamW with 32-bit state on both sides, on SmolLM2 and examples/shakespeare. Prints both losses
+of every step and the largest relative difference; exits with 1 if that is over 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from octavo.data import documents, packing, tokens
+from octavo.data.loader import Batch, batches
+from octavo.layers.lora import LoraSpec, flatten_
+from octavo.ops.quantize import scheme_named
+from octavo.store import adapter
+from octavo.store.builtin import open_smollm2
+from octavo.store.weights import load
+from octavo.train.loop import Trainer, train
+from octavo.train.memory import policy
+from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+
+PLAYS = Path(__file__).parents[1] / "examples" / "shakespeare" / "train"
+RANK, ALPHA, LEARNING_RATE, TOLERANCE = 8, 16.0, 1e-3, 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=64)
+    asked = parser.parse_args()
+    source = open_smollm2()
+    tokenizer = source.tokenizer()
+    read, _ = documents.read([str(PLAYS)])
+    encoded = tokens.encode_all(read, tokenizer, end_id=int(tokenizer.eos_token_id))
+    rows, _ = packing.pack(encoded, seq_len=asked.seq_len, pad_id=0)
+    chosen = list(islice(batches(rows, batch_size=asked.rows, seed=0), asked.steps))
+
+    model = load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
+    adapter.create_(model, adapter.AdapterPlan(LoraSpec(RANK, ALPHA)), seed=0)
+    start = adapter.state(model)
+    parameters = adapter.trained(model)
+    trainer = Trainer(
+        model,
+        parameters,
+        Adam(flatten_(parameters), OptimizerSettings("adamw")),
+        Schedule(LEARNING_RATE, asked.steps, kind="constant"),
+        LossScaler(torch.float32),
+        policy(checkpointing=True),
+        seed=0,
+    )
+    ours = [step.loss for step in train(trainer, iter(chosen))]
+    theirs = peer_losses(str(source.folder), start, chosen)
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+        sys.stdout.write(f"step {number:3d}  octavo {a:.6f}  transformers+peft {b:.6f}\n")
+    sys.stdout.write(f"largest relative difference {worst:.2e}\n")
+    sys.exit(worst > TOLERANCE)
+
+
+def peer_losses(folder: str, start: dict[str, torch.Tensor], chosen: list[Batch]) -> list[float]:
+    """The losses of the plain loop, from the same adapters."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(start[name.replace(".default", "")])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    model.train()
+    losses = []
+    for batch in chosen:
+        optimizer.zero_grad()
+        same = batch.document[:, None, :, None] == batch.document[:, None, None, :]
+        mask = torch.zeros(same.shape).masked_fill(~same.tril(), torch.finfo(torch.float32).min)
+        logits = model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+if __name__ == "__main__":
+    main()

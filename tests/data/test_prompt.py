@@ -1,0 +1,100 @@
+"""Prompts as training met such text: a begin token where the model has one, and control strings stay text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from octavo.data.documents import Document, Message
+from octavo.data.encoding import begin_ids
+from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.data.tokens import encode
+from octavo.errors import UsageError
+
+UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
+BEGIN, END = "<|im_start|>", "<|im_end|>"
+CONTROLS = ("<|endoftext|>", BEGIN, END)
+TEXT = st.text(st.sampled_from("ae \n世😀<|>_imstarendoftext"), max_size=20)
+WITH_CONTROLS = st.lists(TEXT | st.sampled_from(CONTROLS), max_size=6).map("".join)
+ROLES = st.sampled_from(["system", "user", "assistant"])
+TALK = st.lists(st.tuples(ROLES, TEXT), min_size=1, max_size=5)
+
+
+def add_around(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """Makes the tokenizer put control tokens around every text, as a Llama's puts its begin token."""
+    numbers = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (BEGIN, END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=numbers)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "begins"), [("$A", False), (f"{BEGIN} $A", True), (f"{BEGIN} $A {END}", True), (f"$A {END}", False)]
+)
+def test_the_begin_token_is_there_where_the_tokenizer_puts_it(
+    own_tokenizer: PreTrainedTokenizerFast, template: str, begins: bool
+) -> None:
+    tokenizer = add_around(own_tokenizer, template)
+    expected = [tokenizer.bos_token_id] if begins else []
+    assert begin_ids(tokenizer) == expected
+    bare = tokenizer.encode("the rain", add_special_tokens=False)
+    assert encode_prompt("the rain", tokenizer) == [*expected, *bare]
+
+
+def test_an_end_token_is_no_begin_token_though_they_be_the_same(
+    own_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    own_tokenizer.bos_token = END
+    assert begin_ids(add_around(own_tokenizer, f"$A {END}")) == []
+    assert begin_ids(add_around(own_tokenizer, f"{END} $A")) == [own_tokenizer.eos_token_id]
+
+
+def test_a_model_without_a_begin_token_has_none(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    own_tokenizer.bos_token = None
+    assert begin_ids(add_around(own_tokenizer, f"{BEGIN} $A")) == []
+
+
+@pytest.mark.parametrize("template", ["$A", f"{BEGIN} $A"])
+def test_a_prompt_begins_as_the_trained_text_did(own_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    tokenizer = add_around(own_tokenizer, template)
+    text = "The quality of mercy <|im_end|> is not strained"
+    trained = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
+    assert [*encode_prompt(text, tokenizer), tokenizer.eos_token_id] == trained.ids.tolist()
+
+
+@UNHURRIED
+@given(text=WITH_CONTROLS)
+def test_control_strings_in_a_prompt_stay_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    ids = encode_prompt(text, tokenizer)
+    assert not set(ids) & {tokenizer.convert_tokens_to_ids(name) for name in CONTROLS}
+    assert tokenizer.decode(ids) == text
+
+
+@UNHURRIED
+@given(turns=TALK)
+def test_a_conversation_is_what_the_template_gives(
+    tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
+) -> None:
+    ids = encode_conversation([Message(*turn) for turn in turns], tokenizer)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids == expected
+    assert tokenizer.decode(ids).endswith(f"{BEGIN}assistant\n")
+
+
+@UNHURRIED
+@given(content=WITH_CONTROLS)
+def test_control_strings_in_a_conversation_stay_text(tokenizer: PreTrainedTokenizerFast, content: str) -> None:
+    plain, quoted = (encode_conversation([Message("user", text)], tokenizer) for text in ("hello", content))
+    for name in CONTROLS:
+        number = tokenizer.convert_tokens_to_ids(name)
+        assert quoted.count(number) == plain.count(number)
+    assert f"user\n{content}{END}" in tokenizer.decode(quoted)
+
+
+def test_a_conversation_without_a_template_is_an_error(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    own_tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        encode_conversation([Message("user", "hello")], own_tokenizer)

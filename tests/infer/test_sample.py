@@ -1,0 +1,150 @@
+"""Each sampling rule against a slow definition of its own; greedy, seeded, and distributed as asked."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from octavo.errors import UsageError
+from octavo.infer.sample import Sampling, choose, keep_top_k, keep_top_p, penalise
+
+UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
+LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
+PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0)
+
+
+def kept(logits: Tensor) -> set[int]:
+    return {place for place, value in enumerate(logits.tolist()) if value > -math.inf}
+
+
+def shares(logits: list[float]) -> list[float]:
+    weights = [math.exp(value - max(logits)) for value in logits]
+    return [weight / sum(weights) for weight in weights]
+
+
+def draw(logits: list[float], sampling: Sampling, seen: tuple[int, ...] = (), count: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    past = torch.tensor(seen, dtype=torch.int64)
+    return [choose(torch.tensor(logits), past, sampling, generator=generator) for _ in range(count)]
+
+
+@UNHURRIED
+@given(logits=LOGITS, data=st.data(), penalty=st.floats(0.25, 4))
+def test_what_was_seen_is_penalised_once(logits: list[float], data: st.DataObject, penalty: float) -> None:
+    seen = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=20))
+    expected = [
+        value if place not in seen else value / penalty if value > 0 else value * penalty
+        for place, value in enumerate(logits)
+    ]
+    given_logits = torch.tensor(logits)
+    found = penalise(given_logits, torch.tensor(seen, dtype=torch.int64), penalty)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert given_logits.tolist() == logits
+
+
+@UNHURRIED
+@given(logits=LOGITS, k=st.integers(0, 14))
+def test_top_k_keeps_what_fewer_than_k_surpass(logits: list[float], k: int) -> None:
+    expected = {place for place, value in enumerate(logits) if k == 0 or sum(other > value for other in logits) < k}
+    found = keep_top_k(torch.tensor(logits), k)
+    assert kept(found) == expected
+    assert all(found[place] == logits[place] for place in expected)
+
+
+@UNHURRIED
+@given(logits=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12, unique=True), p=st.floats(1e-3, 1))
+def test_top_p_keeps_the_likeliest_until_they_reach_p(logits: list[float], p: float) -> None:
+    chances, reached, expected = shares(logits), 0.0, set()
+    for place in sorted(range(len(logits)), key=lambda place: -logits[place]):
+        assume(abs(reached - p) > 1e-5)  # where float32 may round to either side
+        if reached < p or p == 1.0:
+            expected.add(place)
+        reached += chances[place]
+    assert kept(keep_top_p(torch.tensor(logits), p)) == expected
+
+
+def test_top_p_keeps_the_likeliest_however_small_p() -> None:
+    assert kept(keep_top_p(torch.tensor([0.0, 3.0, 1.0]), 1e-9)) == {1}
+
+
+@UNHURRIED
+@given(logits=LOGITS, data=st.data())
+def test_temperature_0_takes_the_largest(logits: list[float], data: st.DataObject) -> None:
+    sampling = Sampling(temperature=0.0, top_k=data.draw(st.integers(0, 3)), top_p=data.draw(st.floats(0.1, 1)))
+    (token,) = draw(logits, sampling)
+    assert logits[token] == max(logits)
+
+
+def test_the_penalty_comes_before_the_greedy_choice() -> None:
+    sampling = Sampling(temperature=0.0, repetition_penalty=2.0)
+    assert draw([3.0, 2.0, 1.0], sampling) == [0]
+    assert draw([3.0, 2.0, 1.0], sampling, seen=(0, 0)) == [1]
+    assert draw([-1.0, -1.5], sampling, seen=(0,)) == [1]
+
+
+@UNHURRIED
+@given(
+    logits=st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=8, unique=True),
+    k=st.integers(1, 8),
+    seed=st.integers(0, 2**32),
+)
+def test_only_what_the_rules_keep_is_drawn(logits: list[float], k: int, seed: int) -> None:
+    sampling = Sampling(temperature=3.0, top_k=k, top_p=1.0, seed=seed)
+    best = sorted(range(len(logits)), key=lambda place: -logits[place])[:k]
+    assert set(draw(logits, sampling, count=10)) <= set(best)
+
+
+def test_the_temperature_acts_before_top_p() -> None:
+    # Halved, the two likeliest have 0.52 and 0.31 of the chance, so that both are needed to reach 0.6.
+    logits = [2.0, 1.0, 0.0]
+    assert set(draw(logits, Sampling(temperature=1.0, top_p=0.6), count=200)) == {0}
+    assert set(draw(logits, Sampling(temperature=2.0, top_p=0.6), count=200)) == {0, 1}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_their_probabilities_say(temperature: float) -> None:
+    logits, count = [1.0, 0.0, -0.5, 2.0, -1.0], 4000
+    sampling = Sampling(temperature=temperature, top_k=0, top_p=1.0, seed=1)
+    found = Counter(draw(logits, sampling, count=count))
+    expected = [share * count for share in shares([value / temperature for value in logits])]
+    squares = sum((found[place] - wanted) ** 2 / wanted for place, wanted in enumerate(expected))
+    assert squares < 18.5  # chi-square of 4 degrees of freedom: 1 in 1000
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    logits = [0.0] * 50
+    once = draw(logits, PLAIN, count=20)
+    assert draw(logits, PLAIN, count=20) == once
+    assert draw(logits, Sampling(temperature=1.0, top_p=1.0, seed=1), count=20) != once
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e30])
+def test_no_temperature_is_too_extreme(temperature: float) -> None:
+    found = set(draw([5.0, 20.0, -3.0], Sampling(temperature=temperature, top_p=1.0), count=50))
+    assert found == ({1} if temperature < 1 else {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1 (at least 0)"),
+        ({"temperature": math.nan}, "temperature nan (at least 0)"),
+        ({"top_k": -1}, "top-k -1 (at least 0)"),
+        ({"top_p": 0.0}, "top-p 0.0 (over 0, at most 1)"),
+        ({"top_p": 1.1}, "top-p 1.1 (over 0, at most 1)"),
+        ({"repetition_penalty": 0.0}, "repetition penalty 0.0 (over 0)"),
+        ({"max_new_tokens": 0}, "max-new-tokens 0 (at least 1)"),
+        ({"stop": ("a", "")}, "an empty stop string"),
+        ({"top_k": -2, "top_p": 2.0}, "top-k -2 (at least 0), top-p 2.0 (over 0, at most 1)"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling(**wrong)  # type: ignore[arg-type]
+    assert message in caught.value.message

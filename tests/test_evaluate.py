@@ -1,0 +1,136 @@
+"""Perplexity against transformers on the same windows; bits per byte; scoring leaves the model as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.data.packing import Row, pack
+from octavo.data.tokens import Tokens
+from octavo.evaluate import Score, score
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+
+VOCABULARY, SEQ_LEN = 61, 24
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+}
+LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+    return twins_of(CONFIGS[request.param])
+
+
+def texts() -> list[Tokens]:
+    """Of very unequal lengths; of some only the second half counts, as of a prompt with its completion."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        ids = generator.integers(0, VOCABULARY, length).astype(np.int32)
+        trained = np.arange(length) >= (length // 2 if number % 3 == 2 else 1)
+        made.append(Tokens(f"f{number}", 1, ids, trained, 3 * length))
+    return made
+
+
+def rows() -> list[Row]:
+    return pack(texts(), seq_len=SEQ_LEN, pad_id=0)[0]
+
+
+def scored(model: Model, batch_size: int = 3) -> Score:
+    return score(model, rows(), n_bytes=500, batch_size=batch_size)
+
+
+@torch.no_grad()
+def window_losses(theirs: Any) -> list[tuple[float, int]]:
+    """(mean loss, tokens) of each window, as transformers computes it from unshifted labels."""
+    found = []
+    for text in texts():
+        for start in range(0, len(text.ids) - 1, SEQ_LEN):
+            window = slice(start, start + SEQ_LEN + 1)
+            ids = torch.from_numpy(text.ids[window].astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(text.trained[window])[None], -100)
+            tokens = int((labels[:, 1:] != -100).sum())
+            if tokens:
+                found.append((float(theirs(ids, labels=labels).loss), tokens))
+    return found
+
+
+def test_perplexity_is_that_of_transformers_weighted_by_tokens(twins: tuple[Any, Model]) -> None:
+    theirs, ours = twins
+    windows = window_losses(theirs)
+    tokens = sum(count for _, count in windows)
+    expected = math.exp(sum(loss * count for loss, count in windows) / tokens)
+    result = scored(ours)
+    assert result.tokens == tokens
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_means_of_window_means_are_another_number(twins: tuple[Any, Model]) -> None:
+    theirs, ours = twins
+    windows = window_losses(theirs)
+    perplexity = scored(ours).perplexity
+    mean_of_means = math.exp(sum(loss for loss, _ in windows) / len(windows))
+    mean_of_perplexities = sum(math.exp(loss) for loss, _ in windows) / len(windows)
+    assert abs(mean_of_means / perplexity - 1) > 0.01
+    assert abs(mean_of_perplexities / perplexity - 1) > 0.01
+
+
+def test_the_batch_size_changes_nothing(twins: tuple[Any, Model]) -> None:
+    one, *others = (scored(twins[1], batch_size) for batch_size in (1, 2, 100))
+    for other in others:
+        assert other.tokens == one.tokens
+        assert other.nats == pytest.approx(one.nats, rel=1e-6)
+
+
+def test_bits_per_byte_are_nats_over_the_log_of_2_and_the_bytes() -> None:
+    result = Score(nats=1000 * math.log(2), tokens=400, n_bytes=1600)
+    assert result.bits_per_byte == pytest.approx(0.625)
+    assert result.loss == pytest.approx(2.5 * math.log(2))
+    assert result.perplexity == pytest.approx(2**2.5)
+    assert math.isnan(Score(1.0, 1, 0).bits_per_byte)
+
+
+@pytest.mark.parametrize(("nats", "expected"), [(5000.0, math.inf), (math.inf, math.inf)])
+def test_a_model_that_fell_apart_has_an_infinite_perplexity(nats: float, expected: float) -> None:
+    assert Score(nats, 2, 10).perplexity == expected
+
+
+def test_scoring_leaves_training_and_gradients_as_they_were(
+    twins_of: Callable[[Any], tuple[Any, Model]],
+) -> None:
+    _, model = twins_of(CONFIGS["llama"])
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.5)), seed=0)
+    parameters = adapter.trained(model)
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter)
+        parameter.grad = torch.full_like(parameter, 3.0)
+    evaluated = scored(model.eval())
+    assert not model.training
+    assert scored(model.train()) == evaluated  # dropout is off
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is not None and bool((p.grad == 3.0).all()) for p in parameters.values())
+
+
+def test_progress_is_told_of_every_row(twins: tuple[Any, Model]) -> None:
+    done: list[int] = []
+    score(twins[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
+    assert sum(done) == len(rows())
+    assert max(done) == 4

@@ -1,0 +1,386 @@
+"""The training loop: equal to a plain transformers + peft loop, resumable to the bit, and loud when it fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.data.loader import Position, batches
+from octavo.data.packing import IGNORED, Row, pack
+from octavo.data.tokens import Tokens
+from octavo.errors import TrainingError
+from octavo.layers.frozen import FrozenLinear, LowRankPair
+from octavo.layers.lora import LoraSpec, flatten_
+from octavo.models import Model, places
+from octavo.ops.quantize import scheme_named
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+from octavo.train.loop import Step, Trainer, check_gradients, train
+from octavo.train.memory import recompute
+from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+
+VOCABULARY, SEQ_LEN, RANK, ALPHA, SEED = 61, 24, 8, 16.0, 3
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "gptj": GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=None, eos_token_id=None
+    ),
+}
+Pair = tuple[Any, Model]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], Pair]) -> Pair:
+    return twins_of(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def base(twins_of: Callable[[Any], Pair]) -> Model:
+    return twins_of(CONFIGS["llama"])[1]
+
+
+def texts(count: int) -> list[Tokens]:
+    """Of very unequal lengths, each no longer than a row; of some only the end is learned."""
+    generator = np.random.default_rng(7)
+    made = []
+    for number in range(count):
+        length = int(generator.integers(3, SEQ_LEN + 2))
+        ids = (generator.integers(0, VOCABULARY) + np.arange(length) * 5) % VOCABULARY
+        trained = np.arange(length) >= (length - 2 if number % 2 else 1)
+        made.append(Tokens(f"f{number}", 1, ids.astype(np.int32), trained, length))
+    return made
+
+
+def rows(count: int) -> list[Row]:
+    """`count` rows, some of several documents."""
+    found = pack(texts(3 * count), seq_len=SEQ_LEN, pad_id=0)[0][:count]
+    assert len(found) == count
+    return found
+
+
+def trainer_of(
+    base: Model,
+    *,
+    total: int,
+    kind: str = "adamw",
+    accumulate: int = 1,
+    dropout: float = 0.0,
+    lr: float = 5e-3,
+    clip: float = 1.0,
+) -> Trainer:
+    """A run from its start, on its own copy of `base`."""
+    model = copy.deepcopy(base)
+    adapter.create_(model, AdapterPlan(LoraSpec(RANK, ALPHA, dropout)), seed=SEED)
+    parameters = adapter.trained(model)
+    settings = OptimizerSettings(kind, weight_decay=0.01, clip=clip)
+    optimizer = Adam(flatten_(parameters), settings)
+    schedule = Schedule(lr, total, warmup=2, kind="constant")
+    scaler = LossScaler(base.embed.matrix.dtype)
+    return Trainer(model, parameters, optimizer, schedule, scaler, recompute, SEED, accumulate)
+
+
+def run(trainer: Trainer, data: Sequence[Row], **reading: Any) -> list[Step]:
+    done = reading.pop("done", 0)
+    reading = {"batch_size": 1, "seed": SEED} | reading
+    return list(train(trainer, batches(data, **reading), done=done))
+
+
+def values(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
+
+
+def gradients(trainer: Trainer) -> Tensor:
+    found = [group.values.grad for group in trainer.optimizer.groups]
+    return torch.cat([gradient.clone() for gradient in found if gradient is not None])
+
+
+def timeless(steps: Sequence[Step]) -> list[Step]:
+    return [replace(step, seconds=0.0) for step in steps]
+
+
+def peft_model(theirs: Any, trainer: Trainer) -> Any:
+    """A copy of transformers' model with octavo's pairs on it through PEFT."""
+    table = [p for p in places(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
+    spec = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=sorted({place.key for place in table})
+    )
+    model = peft.get_peft_model(copy.deepcopy(theirs), spec)
+    for place in table:
+        assert isinstance(place.layer, FrozenLinear)
+        pair, module = place.layer.pairs[place.rows_key], model.base_model.model.get_submodule(place.name)
+        assert isinstance(pair, LowRankPair)
+        module.lora_A["default"].weight.data.copy_(pair.a)
+        module.lora_B["default"].weight.data.copy_(pair.b)
+    return model.train()
+
+
+def documents_of(sources: Sequence[str], count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, attention mask, unshifted labels) of whole documents, padded: what any plain loop would batch."""
+    chosen = [text for text in texts(count) if f"{text.source}:1" in sources]
+    shape = (len(chosen), SEQ_LEN + 1)
+    ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, -100)
+    for row, text in enumerate(chosen):
+        n, learned = len(text.ids), torch.from_numpy(text.trained)
+        ids[row, :n], mask[row, :n] = torch.from_numpy(text.ids).long(), 1
+        labels[row, :n][learned] = ids[row, :n][learned]
+    return ids, mask, labels
+
+
+def plain_loop(model: Any, data: Sequence[Row], *, steps: int, accumulate: int, batch: int) -> list[float]:
+    """Fine-tuning as one writes it with transformers, peft and torch. Gives each step's loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01)
+    stream = batches(data, batch_size=batch, seed=SEED)
+    losses = []
+    for number in range(1, steps + 1):
+        chosen = [documents_of(next(stream).sources, 3 * len(data)) for _ in range(accumulate)]
+        learned = [int((labels[:, 1:] != -100).sum()) for _, _, labels in chosen]
+        assert len(set(learned)) > 1 or number > 1  # micro-batches are unequal, or means would do as well
+        optimizer.zero_grad()
+        total = 0.0
+        for (ids, mask, labels), count in zip(chosen, learned, strict=True):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss * count / sum(learned)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1.0, number / 2)
+        optimizer.step()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("adamw8bit", 5e-3)])
+def test_losses_are_those_of_a_plain_transformers_and_peft_loop(twins: Pair, kind: str, tolerance: float) -> None:
+    theirs, ours = twins
+    trainer, data = trainer_of(ours, total=20, kind=kind, accumulate=2), rows(10)
+    plain = plain_loop(peft_model(theirs, trainer), data, steps=20, accumulate=2, batch=2)
+    losses = [step.loss for step in run(trainer, data, batch_size=2)]
+    assert losses == pytest.approx(plain, rel=tolerance)
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])  # something was learned
+
+
+def resumed(first: Trainer, base: Model, after: Step, **settings: Any) -> Trainer:
+    """A new process as `octavo finetune --resume` makes it: plain tensors and numbers alone go over."""
+    stored, state = values(first), first.optimizer.state()
+    scaler = first.scaler.state()
+    second = trainer_of(base, **settings)
+    for name, parameter in second.parameters.items():
+        parameter.data.copy_(stored[name])
+    second.optimizer.load_state(state)
+    second.scaler.load_state(scaler)
+    torch.manual_seed(after.number)  # whatever the generator's state, the run does not depend on it
+    return second
+
+
+# Five rows, two a step: step 3 spans the edge of the first epoch, step 5 ends with the second.
+@pytest.mark.parametrize("stop", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
+def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Model, kind: str, stop: int) -> None:
+    data = rows(5)
+    settings: dict[str, Any] = {"total": 7, "kind": kind, "accumulate": 2, "dropout": 0.3}
+    whole = trainer_of(base, **settings)
+    expected = run(whole, data)
+    first = trainer_of(base, **settings)
+    before = []
+    for step in train(first, batches(data, batch_size=1, seed=SEED)):
+        before.append(step)
+        if step.number == stop:
+            break
+    second = resumed(first, base, before[-1], **settings)
+    position = Position(before[-1].following.epoch, before[-1].following.index)
+    after = run(second, data, start=position, done=stop)
+    assert timeless([*before, *after]) == timeless(expected)
+    assert all(torch.equal(value, values(second)[name]) for name, value in values(whole).items())
+    state = second.optimizer.state()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in whole.optimizer.state().items())
+    assert (state["0.state1"].dtype == torch.uint8) if kind == "adamw8bit" else "0.exp_avg" in state
+
+
+def test_dropout_is_another_in_every_step_and_micro_batch(base: Model) -> None:
+    data = rows(1)  # the same row again and again
+    losses = [step.loss for step in run(trainer_of(base, total=3, dropout=0.5, lr=0.0), data)]
+    assert len(set(losses)) == 1  # B is zero: dropout cannot show
+    trainers = [trainer_of(base, total=3, accumulate=n, dropout=0.5, lr=0.0) for n in (1, 2)]
+    for trainer in trainers:
+        for parameter in trainer.parameters.values():
+            nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(parameter.numel()))
+    one, two = (run(trainer, data) for trainer in trainers)
+    assert len({step.loss for step in one}) == 3
+    assert one[0].loss != two[0].loss
+
+
+def test_batch_times_accumulation_alone_counts(base: Model) -> None:
+    wide, deep = (trainer_of(base, total=1, accumulate=n, lr=0.0, clip=0.0) for n in (1, 4))
+    (one,) = run(wide, rows(4), batch_size=4, shuffle=False)
+    (other,) = run(deep, rows(4), batch_size=1, shuffle=False)
+    assert one.trained_tokens == other.trained_tokens
+    assert one.tokens == other.tokens
+    assert one.loss == pytest.approx(other.loss, rel=1e-6)
+    torch.testing.assert_close(gradients(deep), gradients(wide), rtol=1e-4, atol=1e-7)
+
+
+def ignoring(row: Row) -> Row:
+    return replace(row, labels=np.full_like(row.labels, IGNORED))
+
+
+def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Model) -> None:
+    data = rows(2)
+    alone, among = (trainer_of(base, total=1, accumulate=n, clip=0.0) for n in (1, 3))
+    (expected,) = run(alone, data[:1])
+    (step,) = run(among, [ignoring(data[1]), data[0], ignoring(data[1])], shuffle=False)
+    assert (step.loss, step.trained_tokens) == (expected.loss, expected.trained_tokens)
+    assert torch.equal(gradients(among), gradients(alone))
+
+
+def test_a_step_with_nothing_to_learn_changes_nothing_and_is_no_failure(base: Model) -> None:
+    data = rows(2)
+    trainer = trainer_of(base, total=4)
+    stream = batches([ignoring(data[0]), data[1]], batch_size=1, seed=SEED, shuffle=False)
+    seen = [(step, values(trainer)) for step in train(trainer, stream)]
+    assert [step.trained_tokens > 0 for step, _ in seen] == [False, True, False, True]
+    changed = [
+        any(not torch.equal(value, after[name]) for name, value in before.items())
+        for (_, before), (_, after) in pairwise(seen)
+    ]
+    assert changed == [True, False, True]
+
+
+def test_the_check_waits_for_the_first_step_with_something_to_learn(base: Model) -> None:
+    trainer, data = trainer_of(base, total=2), rows(2)
+    cut_off(trainer.model)
+    stream = batches([ignoring(data[0]), data[1]], batch_size=1, seed=SEED, shuffle=False)
+    steps = train(trainer, stream)
+    assert next(steps).number == 1
+    with pytest.raises(TrainingError, match="No gradient reaches"):
+        next(steps)
+
+
+def cut_off(model: Model) -> None:
+    """Takes the pair of one layer out of the forward pass, while the optimizer still holds it."""
+    layer = places(model)["model.layers.1.mlp.down_proj"].layer
+    assert isinstance(layer, FrozenLinear)
+    layer.pairs = nn.ModuleDict()
+
+
+def test_a_pair_that_is_cut_off_stops_the_run_before_it_is_believed(base: Model) -> None:
+    trainer = trainer_of(base, total=3)
+    cut_off(trainer.model)
+    with pytest.raises(TrainingError) as caught:
+        run(trainer, rows(2))
+    assert caught.value.message == "No gradient reaches model.layers.1.mlp.down_proj."
+
+
+@pytest.mark.parametrize(
+    ("gradient", "message"),
+    [(None, r"No gradient reaches x\.lora_B"), (torch.inf, r"gradient of x\.lora_B is not finite")],
+)
+def test_gradients_that_lack_or_burst_are_named(gradient: float | None, message: str) -> None:
+    parameters = {f"x.lora_{half}": nn.Parameter(torch.zeros(2)) for half in "AB"}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2)
+    check_gradients(parameters)
+    parameters["x.lora_B"].grad = None if gradient is None else torch.tensor([1.0, gradient])
+    with pytest.raises(TrainingError, match=message):
+        check_gradients(parameters)
+    if gradient is not None:
+        check_gradients(parameters, finite_needed=False)
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_the_files(base: Model) -> None:
+    trainer, data = trainer_of(base, total=5), rows(3)
+    steps = train(trainer, batches(data, batch_size=1, seed=SEED, shuffle=False))
+    next(steps)
+    trainer.model.norm.weight.data[0] = torch.nan
+    before = values(trainer)
+    with pytest.raises(TrainingError, match=rf"loss is nan at step 2(.|\n)*{data[1].sources[0]}(.|\n)*--lr"):
+        next(steps)
+    assert all(torch.equal(value, before[name]) for name, value in values(trainer).items())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(base: Model) -> None:
+    trainer, data = trainer_of(base, total=5), rows(3)
+    steps = train(trainer, batches(data, batch_size=1, seed=SEED, shuffle=False))
+    next(steps)
+    parameter = next(iter(trainer.parameters.values()))
+    parameter.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(TrainingError, match=rf"gradient is not finite at step 2(.|\n)*{data[1].sources[0]}"):
+        next(steps)
+
+
+@pytest.mark.parametrize(("epochs", "micro_batches"), [(0.5, [2, 1]), (1.0, [2, 2, 1]), (1.2, [2, 2, 2])])
+def test_the_last_step_takes_what_is_left(base: Model, epochs: float, micro_batches: list[int]) -> None:
+    data = rows(5)
+    steps = run(trainer_of(base, total=9, accumulate=2), data, epochs=epochs, shuffle=False)
+    counts = iter([int((row.document >= 0).sum()) for row in [*data, *data]])
+    assert [step.tokens for step in steps] == [sum(next(counts) for _ in range(n)) for n in micro_batches]
+    taken = sum(micro_batches)
+    assert steps[-1].following == Position((taken - 1) // 5, (taken - 1) % 5 + 1)
+
+
+def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Model) -> None:
+    trainer = trainer_of(base, total=3)
+    for step in train(trainer, batches(rows(2), batch_size=1, seed=SEED)):
+        assert trainer.model.training
+        trainer.model.eval()  # as an evaluation in between does
+        if step.number == 2:
+            break
+    assert not trainer.model.training
+
+
+@pytest.fixture(scope="module")
+def half(twins_of: Callable[[Any], Pair], tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The base in float16."""
+    theirs, _ = twins_of(CONFIGS["llama"])
+    folder: Path = tmp_path_factory.mktemp("half")
+    theirs.save_pretrained(folder)
+    return load(FolderSource(folder), scheme_named("none"), dtype=torch.float16, device=torch.device("cpu"))
+
+
+def test_float16_learns_as_float32_does(base: Model, half: Model) -> None:
+    data = rows(4)
+    trainer = trainer_of(half, total=12)
+    assert trainer.scaler.active
+    expected, steps = run(trainer_of(base, total=12), data), run(trainer, data)
+    assert not any(step.skipped for step in steps)
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in expected], rel=0.02)
+    assert steps[0].gradient_norm == pytest.approx(expected[0].gradient_norm, rel=0.02)  # divided again
+
+
+def test_float16_leaves_an_update_out_when_gradients_overflow(half: Model) -> None:
+    trainer, data = trainer_of(half, total=40), rows(1)
+    trainer.scaler.scale = 2.0**24
+    before, norms = values(trainer), []
+    for step in train(trainer, batches(data, batch_size=1, seed=SEED)):
+        norms.append(step.gradient_norm)
+        if not step.skipped:
+            break
+        assert trainer.scaler.scale == 2.0 ** (24 - step.number)
+        assert all(torch.equal(value, before[name]) for name, value in values(trainer).items())
+        assert not trainer.optimizer.state()
+    assert len(norms) > 1
+    assert not step.skipped
+    assert any(not torch.equal(value, before[name]) for name, value in values(trainer).items())
