@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from octavo._version import __version__
 from octavo.config import (
+    DEMO,
     ChatOptions,
     Config,
     DataOptions,
@@ -70,10 +72,7 @@ def evaluate(config: Config, as_json: bool) -> None:
 @command(app, GENERATE, positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
     """Continue a text."""
-    if config[PromptOptions].prompt is None:
-        if sys.stdin.isatty():
-            raise UsageError("There is no prompt.", hint="Give one with --prompt, or on standard input.")
-        config = config.replace(prompt=sys.stdin.read())
+    config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
     from octavo.report import Report
     from octavo.run import finished, open_speaker, prompt_ids, sampling_of
 
@@ -129,7 +128,7 @@ def data(config: Config, as_json: bool) -> None:
         _answer(show_data(config, tokenizer, report), as_json)
 
 
-@command(app, FINETUNE)
+@command(app, FINETUNE, defaults=DEMO)
 def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
     from octavo.finetune.demo import demo as run
@@ -163,7 +162,9 @@ def main() -> None:
 
 def _answer(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(document, ensure_ascii=False))
+        from octavo.report import jsonable
+
+        typer.echo(json.dumps(jsonable(document), allow_nan=False))
 
 
 def _write(text: str) -> None:
@@ -171,12 +172,31 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _prompt(given: str | None) -> str:
+    """The prompt as given, or else standard input."""
+    if given is not None:
+        return _text(lambda: given)
+    if sys.stdin.isatty():
+        raise UsageError("There is no prompt.", hint="Give one with --prompt, or on standard input.")
+    return _text(sys.stdin.read)
+
+
 def _ask() -> str | None:
     """One line of the user's, or None at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        return _text(lambda: input("> " if sys.stdin.isatty() else ""))
     except EOFError:
         return None
+
+
+def _text(read: Callable[[], str]) -> str:
+    """What `read` gives. Bytes that are no UTF-8 make it raise, or reach us as halves of characters."""
+    try:
+        text = read()
+        text.encode()
+    except UnicodeError as error:
+        raise UsageError("The prompt is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
+    return text
 
 
 def _fail(message: str, hint: str, code: int) -> None:

@@ -32,7 +32,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        """e to the loss; infinite where that is more than a float holds."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
     def bits_per_byte(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -18,12 +18,18 @@ Command = Callable[[Config, bool], None]
 
 
 def command(
-    app: typer.Typer, kinds: tuple[type[Section], ...], *, positional: str | None = None
+    app: typer.Typer,
+    kinds: tuple[type[Section], ...],
+    *,
+    positional: str | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Command], Command]:
     """Registers a command on `app` whose flags are the fields of `kinds`; `positional` names the one that stands bare.
 
-    The function gets the checked Config and whether `--json` was given.
+    `defaults` are the command's own where they differ from the sections'. The function gets the checked Config and
+    whether `--json` was given.
     """
+    own = dict(defaults or {})
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
@@ -33,13 +39,14 @@ def command(
             flags = {name: value for name, value in given.items() if value not in (None, [])}
             if bare and positional:
                 flags[positional] = [*bare, *flags.get(positional, [])] if isinstance(bare, list) else bare
-            config = Config.read(kinds, flags, file or _saved_config(kinds, flags))
+            saved = None if file else _saved_config(kinds, {**own, **flags})
+            config = Config.read(kinds, flags, file or saved, defaults=own)
             if print_config:
                 typer.echo(config.to_yaml(), nl=False)
                 return
             function(config, as_json)
 
-        run.__signature__ = _signature(kinds, positional)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(kinds, positional, own)  # type: ignore[attr-defined]
         run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
         app.command(name=function.__name__, help=function.__doc__)(run)
         return function
@@ -47,7 +54,9 @@ def command(
     return register
 
 
-def _signature(kinds: tuple[type[Section], ...], positional: str | None) -> inspect.Signature:
+def _signature(
+    kinds: tuple[type[Section], ...], positional: str | None, defaults: Mapping[str, Any]
+) -> inspect.Signature:
     """The parameters that typer reads: one flag a field, unset unless given, then the common ones."""
     parameters = []
     if positional is not None:
@@ -58,7 +67,7 @@ def _signature(kinds: tuple[type[Section], ...], positional: str | None) -> insp
     for name, field in fields(kinds):
         option = typer.Option(
             f"--{_flag(name)}" + (f"/--no-{_flag(name)}" if field.annotation is bool else ""),
-            help=_help(field),
+            help=_help(field, defaults.get(name, field.default)),
             show_default=False,
         )
         parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
@@ -92,8 +101,7 @@ def _flag_type(field: FieldInfo) -> Any:
     return next((kind for kind in get_args(annotation) if kind in plain), str)
 
 
-def _help(field: FieldInfo) -> str:
-    default = field.default
+def _help(field: FieldInfo, default: Any) -> str:
     shown = ", ".join(default) if isinstance(default, list) else default
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
     notes = ([f"one of {', '.join(choices)}"] if choices else []) + (
@@ -102,9 +110,9 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description} [{'; '.join(notes)}]" if notes else str(field.description)
 
 
-def _saved_config(kinds: tuple[type[Section], ...], flags: dict[str, Any]) -> Path | None:
+def _saved_config(kinds: tuple[type[Section], ...], flags: Mapping[str, Any]) -> Path | None:
     """A resumed run goes on with its own settings unless a file is named."""
-    if RunOptions in kinds and flags.get("resume") and "out" in flags:
-        saved = Path(flags["out"]) / "config.yaml"
+    if RunOptions in kinds and flags.get("resume"):
+        saved = Path(flags.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
         return saved if saved.is_file() else None
     return None

@@ -241,16 +241,17 @@ def _repair_last_line(path: Path) -> None:
 
 
 def _line(record: Mapping[str, object]) -> bytes:
-    return json.dumps(_jsonable(record), allow_nan=False).encode() + b"\n"
+    return json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
 
 
-def _jsonable(value: object) -> object:
+def jsonable(value: object) -> object:
+    """`value` with what JSON lacks as strings: paths, and "nan", "inf" and "-inf", which float() reads."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -128,7 +128,9 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     source = open_model(asked, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
     text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
-    rows = text.rows[: options.rows or None]
+    rows = text.measurable(options.rows)
+    if not rows:
+        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
     table: list[dict[str, Any]] = []
 
     def measure(name: str, model: Model, under: Scheme, folder: Path | None) -> None:
@@ -136,16 +138,17 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         result = score_rows(model, rows, tokenizer, batch=options.batch, label=f"Measuring {name}", report=report)
         table.append(score_row(name, under, folder, result))
 
-    if options.base and (scheme.name != "none" or options.adapter is None):
-        plain = scheme_named("none")
+    plain, stored = scheme_named("none"), stored_scheme(source)
+    if options.base and scheme.name != "none" and stored.name == "none":
         where = full_precision(hardware) if asked.dtype == "auto" else hardware
         measure("base", load_model(source, plain, where, report), plain, None)
-    if scheme.name != "none" or options.adapter is not None:
-        model = load_model(source, scheme, hardware, report)
-        measure("quantised" if scheme.name != "none" else "base", model, scheme, None)
-        if options.adapter is not None:
-            with_adapter_(model, options.adapter, source, report)
-            measure("tuned", model, scheme, options.adapter)
+    # A base that is asked for in full precision and alone is measured so; a tuned model in its own type.
+    alone = scheme.name == "none" and options.adapter is None and asked.dtype == "auto"
+    model = load_model(source, scheme, full_precision(hardware) if alone else hardware, report)
+    measure("base" if scheme.name == stored.name == "none" else "quantised", model, scheme, None)
+    if options.adapter is not None:
+        with_adapter_(model, options.adapter, source, report)
+        measure("tuned", model, scheme, options.adapter)
     show_scores(table, report)
     return {"rows": table}
 
@@ -176,9 +179,12 @@ def open_speaker(config: Config, report: Report) -> Speaker:
 
 
 def end_ids(source: Source) -> tuple[int, ...]:
-    """The end tokens that a model's config names, besides the tokenizer's."""
-    named = source.config.get("eos_token_id")
-    return tuple(named) if isinstance(named, list) else (int(named),) if isinstance(named, int) else ()
+    """The end tokens that a model's configs name, besides the tokenizer's."""
+    found: list[int] = []
+    for config in (source.config, source.generation_config):
+        named = config.get("eos_token_id")
+        found += named if isinstance(named, list) else [named] if isinstance(named, int) else []
+    return tuple(found)
 
 
 def sampling_of(options: GenerateOptions) -> Sampling:

@@ -12,6 +12,7 @@ import numpy as np
 
 from octavo.config import Config, DataOptions, TextOptions
 from octavo.data import documents, packing, tokens
+from octavo.data.bytes import token_bytes
 from octavo.data.documents import Document, ReadOptions, Skipped
 from octavo.data.ledger import Ledger
 from octavo.data.packing import Row
@@ -31,6 +32,11 @@ class Text:
     rows: list[Row]
     ledger: Ledger
     documents: list[Document]
+
+    def measurable(self, most: int) -> list[Row]:
+        """The first `most` rows (0: all) that hold targets: the others say nothing about a model."""
+        rows = [row for row in self.rows if (row.labels != packing.IGNORED).any()]
+        return rows[: most or None]
 
 
 def read_documents(paths: Sequence[str], options: TextOptions) -> tuple[list[Document], list[Skipped]]:
@@ -68,8 +74,21 @@ def to_text(
     )
     ledger.check()
     for bad in lost:
-        report.warn(f"Skipped {bad.source}:{bad.line}: {bad.reason}")
+        report.warn(f"Skipped {bad.source}{f':{bad.line}' if bad.line else ''}: {bad.reason}")
+    _warn_of_lost_bytes(encoded, tokenizer, report)
     return Text(rows, ledger, list(read))
+
+
+def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
+    """Some vocabularies lack a few bytes, and their tokenizers drop them without a word. Here they are counted."""
+    lengths = token_bytes(tokenizer)
+    lost: dict[str, int] = {}
+    for one in encoded:
+        missing = one.n_bytes - int(lengths[one.ids[one.trained]].sum())
+        if missing > 0:
+            lost[one.source] = lost.get(one.source, 0) + missing
+    for source, count in lost.items():
+        report.warn(f"{source}: {count:,} bytes of text have no token in this model's vocabulary and are left out.")
 
 
 def show_ledger(ledger: Ledger, title: str, report: Report) -> None:

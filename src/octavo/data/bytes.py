@@ -26,7 +26,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     """
     backend = tokenizer.backend_tokenizer
     byte_level = any("ByteLevel" in repr(part) for part in (backend.pre_tokenizer, backend.decoder))
-    special = set(tokenizer.all_special_ids)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
     for token, number in tokenizer.get_vocab().items():
         if number not in special:

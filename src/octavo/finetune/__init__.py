@@ -8,6 +8,7 @@ dropout are functions of the seed, and adapter, optimizer, scaler and the best r
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from octavo.hardware import peak_memory_bytes
 from octavo.report import Report
 from octavo.run import show_scores
 from octavo.store import checkpoint
-from octavo.store.files import lock
+from octavo.store.files import atomic_write, lock, write_json_atomically
 from octavo.train.loop import Step, train
 
 HELD_OUT_POINTS = 5  # held-out losses in a run that does not say how many
@@ -40,14 +41,22 @@ def finetune(config: Config, *, console: bool = True, compare_full: bool = False
     options = config[RunOptions]
     _check_folder(options)
     metrics = options.out / "metrics.jsonl"
-    with lock(options.out), Report(console=console, metrics=metrics, append=options.resume) as report:
-        checkpoint.sweep(options.out / "checkpoints")
-        run = prepare(config, report)
-        if not (options.resume and resume(run)):
-            measure_base(run, compare_full=compare_full)
-        (options.out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        _train(run)
-        return _finish(run)
+    with lock(options.out):
+        fresh = not metrics.exists()
+        with Report(console=console, metrics=metrics, append=options.resume) as report:
+            checkpoint.sweep(options.out / "checkpoints")
+            try:
+                run = prepare(config, report)
+            except BaseException:
+                if fresh:  # nothing was begun: the same call with the fault mended must not meet a run
+                    metrics.unlink()
+                raise
+            resumed = options.resume and resume(run)
+            _write_settings(run)
+            if not resumed:
+                measure_base(run, compare_full=compare_full)
+            _train(run)
+            return _finish(run)
 
 
 def _check_folder(options: RunOptions) -> None:
@@ -57,6 +66,16 @@ def _check_folder(options: RunOptions) -> None:
             f"{options.out} already holds a run ({', '.join(held)}).",
             hint="Go on with it with --resume, or choose another folder with --out.",
         )
+
+
+def _write_settings(run: Run) -> None:
+    """config.yaml, without what holds for this call alone, and ledger.json; only once it is sure that the run goes."""
+    settings = run.config.replace(resume=False, force=False, stop_after=None)
+    atomic_write(run.folder / "config.yaml", settings.to_yaml().encode())
+    ledgers = {"train": run.train.ledger.to_dict()}
+    if run.test:
+        ledgers["test"] = run.test.ledger.to_dict()
+    write_json_atomically(run.folder / "ledger.json", ledgers)
 
 
 def _train(run: Run) -> None:
@@ -78,7 +97,7 @@ def _train(run: Run) -> None:
             if stopping:
                 break
     if found.done < run.total:
-        again = f"octavo finetune --resume --out {run.folder}"
+        again = f"octavo finetune --resume --out {shlex.quote(str(run.folder))}"
         if options.stop_after is None:
             raise TrainingError(f"Stopped after step {found.done:,}; the work is saved.", hint=f"Go on with: {again}")
         run.report.say(f"Stopped after step {found.done:,} as asked. Go on with: {again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def hold_out(run: Run) -> bool:
     found = run.found
     result = _score(run, run.model, f"Held-out loss after step {found.done}")
     run.report.event("heldout", step=found.done, loss=result.loss, perplexity=result.perplexity)
-    improved = run.config[RunOptions].keep == "best" and (found.best is None or result.loss < found.best["loss"])
+    better = math.isfinite(result.loss) and (found.best is None or result.loss < found.best["loss"])
+    improved = better and run.config[RunOptions].keep == "best"
     if improved:
         found.best = {"step": found.done, "loss": result.loss}
         save_adapter(run)

@@ -10,7 +10,6 @@ from octavo.config import (
     Config,
     LoraOptions,
     ModelOptions,
-    RunOptions,
     TextOptions,
     TrainingData,
     TrainOptions,
@@ -26,7 +25,6 @@ from octavo.report import Report
 from octavo.run import check_context, chosen_scheme, load_model, open_model
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
-from octavo.store.files import write_json_atomically
 from octavo.texts import Text, read_documents, show_ledger, to_text
 from octavo.train.loop import Trainer
 from octavo.train.memory import policy
@@ -88,7 +86,7 @@ def total_steps(options: TrainOptions, rows: int) -> int:
 
 
 def _read(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
-    """The training text and the held-out one, their ledgers shown and saved."""
+    """The training text and the held-out one, their ledgers shown."""
     data, options = config[TrainingData], config[TextOptions]
     learned, skipped = read_documents(data.data, options)
     held: Sequence[documents.Document] = ()
@@ -102,13 +100,10 @@ def _read(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) ->
     if text.ledger.trained == 0:
         raise UsageError("The data hold no token to learn.", hint="Look at them with `octavo data`.")
     show_ledger(text.ledger, "Training text", report)
-    ledgers = {"train": text.ledger.to_dict()}
     held_out = to_text(held, held_skipped, options, tokenizer, report) if held else None
     if held_out is not None:
         show_ledger(held_out.ledger, "Held-out text", report)
-        ledgers["test"] = held_out.ledger.to_dict()
     if held_out is None or held_out.ledger.trained == 0:
         held_out = None
         report.warn("Nothing is held out to show whether the tuned model is better: give --test-data.")
-    write_json_atomically(config[RunOptions].out / "ledger.json", ledgers)
     return text, held_out

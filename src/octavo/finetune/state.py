@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ class Run:
 
     @property
     def test_rows(self) -> list[Row]:
-        return self.test.rows[: self.config[RunOptions].eval_rows or None] if self.test else []
+        return self.test.measurable(self.config[RunOptions].eval_rows) if self.test else []
 
 
 def save_checkpoint(run: Run) -> None:
@@ -129,6 +130,8 @@ def resume(run: Run) -> bool:
     if found.best is not None and _adapter_step(run.adapter_folder) != found.best["step"]:
         run.report.warn("The adapter in the run folder is not the best one that the checkpoint knows: it is made anew.")
         found.best = None
+    if run.config[RunOptions].keep == "last":
+        found.best = None
     run.report.resume_from(saved.step)
     run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
     return True
@@ -157,14 +160,12 @@ def _adapter_step(folder: Path) -> int | None:
 def _identity(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on. Steps, epochs and learning rate may change."""
     training, lora = run.config[TrainOptions], run.config[LoraOptions]
-    digest = hashlib.sha256()
-    for row in run.train.rows:
-        digest.update(row.ids.tobytes() + row.labels.tobytes() + row.document.tobytes())
     return {
         "model": run.base_sha256,
         "scheme": run.scheme.name,
         "dtype": str(run.hardware.dtype),
-        "data": digest.hexdigest(),
+        "data": _digest(run.train.rows),
+        "test_data": _digest(run.test_rows),  # else the table and the best loss would compare two texts
         "seq_len": run.config[TextOptions].seq_len,
         "batch": training.batch,
         "accumulate": training.accumulate,
@@ -172,6 +173,13 @@ def _identity(run: Run) -> dict[str, Any]:
         "optimizer": training.optimizer,
         **{name: getattr(lora, name) for name in LoraOptions.model_fields},
     }
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.ids.tobytes() + row.labels.tobytes() + row.document.tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint_of(source: Source, report: Report) -> str:

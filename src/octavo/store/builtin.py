@@ -13,6 +13,7 @@ from pathlib import Path
 
 from octavo.errors import ModelError
 from octavo.ops.quantize import scheme_named
+from octavo.store.files import lock
 from octavo.store.folder import write_folder
 from octavo.store.gguf import open_gguf
 from octavo.store.sources import FolderSource
@@ -33,11 +34,18 @@ def cache_folder() -> Path:
 def open_smollm2(*, say: Callable[[str], None] | None = None) -> FolderSource:
     """The converted folder, made now if it is not there yet. ModelError if the package is not installed."""
     folder = cache_folder() / FOLDER
-    if not (folder / "manifest.json").is_file():
-        if say:
-            say(f"Converting SmolLM2-135M-Instruct once into {folder}.")
-        write_folder(open_gguf(_gguf_file()), folder, scheme_named("none"), replace=True)
+    if not _is_whole(folder):
+        found = _gguf_file()
+        with lock(folder.parent, wait=True):
+            if not _is_whole(folder):  # another process may have made it meanwhile
+                if say:
+                    say(f"Converting SmolLM2-135M-Instruct once into {folder}.")
+                write_folder(open_gguf(found), folder, scheme_named("none"), replace=True)
     return FolderSource(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
 
 
 def _gguf_file() -> Path:

@@ -68,10 +68,10 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; the system lets go of it however the process ends.
 
-    Raises CheckpointError naming the process that holds it already.
+    Raises CheckpointError naming the process that holds it already, unless told to wait for it.
     """
     path = folder / ".lock"
     try:
@@ -83,7 +83,7 @@ def lock(folder: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read(20).strip()

@@ -23,7 +23,7 @@ from octavo.errors import UsageError
 from octavo.models import build
 from octavo.ops.quantize import Scheme, dequantise
 from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
-from octavo.store.sources import SAFETENSORS_INDEX, Source
+from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
 from octavo.store.weights import entries, full_weight, matrix_parts, stored_scheme
 
 SHARD_BYTES = 2**30
@@ -105,7 +105,9 @@ def write_folder(
         _write_tensors(source, scheme, shards, on_layer)
         shards.finish()
         _write_json(temporary / "config.json", _config(source, scheme))
-        _finish(temporary, out, scheme)
+        if source.generation_config:
+            _write_json(temporary / "generation_config.json", source.generation_config)
+        _finish(temporary, out, scheme, origin=fingerprint(source))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return shards.total_bytes
@@ -150,7 +152,7 @@ def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
     return config
 
 
-def _finish(temporary: Path, out: Path, scheme: Scheme) -> None:
+def _finish(temporary: Path, out: Path, scheme: Scheme, *, origin: str) -> None:
     """Lists every file with its size and hash, makes all of it durable, and moves it into place."""
     umask = os.umask(0)
     os.umask(umask)
@@ -159,7 +161,7 @@ def _finish(temporary: Path, out: Path, scheme: Scheme) -> None:
         path.chmod(0o666 & ~umask)  # safetensors writes 0600
         fsync_file(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = {"octavo": __version__, "scheme": scheme.name, "files": files}
+    manifest = {"octavo": __version__, "scheme": scheme.name, "origin": origin, "files": files}
     durable_write(temporary / "manifest.json", json_bytes(manifest))
     fsync_folder(temporary)
     if out.exists():

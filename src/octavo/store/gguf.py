@@ -51,6 +51,11 @@ class GgufSource:
     _header: Header = field(repr=False)
     _shapes: dict[str, tuple[int, ...]] = field(repr=False)
 
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """Nothing beyond `config`: a GGUF file has no other place for it."""
+        return {}
+
     def names(self) -> list[str]:
         """Hugging Face tensor names, in the order of the forward pass; a tied head has none of its own."""
         return list(self._shapes)

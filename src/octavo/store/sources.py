@@ -10,6 +10,7 @@ import hashlib
 import json
 import pickle
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,10 +40,15 @@ BROKEN_PICKLE = (
 
 
 class Source(Protocol):
-    """An opened checkpoint. `config` is what its config.json says, `files` are those that hold weights."""
+    """An opened checkpoint. `config` is what its config.json says, `generation_config` what generation_config.json
+    says ({} without one), `files` are those that hold weights.
+    """
 
     @property
     def config(self) -> dict[str, Any]: ...
+
+    @property
+    def generation_config(self) -> dict[str, Any]: ...
 
     @property
     def files(self) -> list[Path]: ...
@@ -71,6 +77,11 @@ class FolderSource:
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_json(self.folder / "config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        path = self.folder / "generation_config.json"
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
@@ -154,21 +165,22 @@ class FolderSource:
 def fingerprint(source: Source) -> str:
     """sha256 over the hashes of the weight files: the identity of a base, whatever its folder is called.
 
-    A folder that octavo wrote carries its hashes in manifest.json; other files are read through once.
+    A folder that octavo wrote says in its manifest.json what it was made from, and has that identity: an adapter
+    belongs to the folder and to its original alike. The files of other folders are read through.
     """
-    known: dict[str, str] = {}
     manifest = source.files[0].parent / "manifest.json"
     if manifest.is_file():
         content = read_json(manifest)
-        known = {
-            name: entry["sha256"]
-            for name, entry in (content["files"] if "octavo" in content else {}).items()
-            if (manifest.parent / name).is_file() and (manifest.parent / name).stat().st_size == entry["size"]
-        }
+        if "octavo" in content and all(_has_size(manifest.parent / n, e) for n, e in content["files"].items()):
+            return str(content["origin"])
     digest = hashlib.sha256()
     for path in source.files:
-        digest.update(f"{path.name} {known.get(path.name) or sha256_of(path)}\n".encode())
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _has_size(path: Path, entry: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["size"]
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:

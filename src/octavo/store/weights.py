@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.models import Model, Place, build, places
@@ -61,7 +61,7 @@ def load(
     missing, unknown, misshapen or not finite.
     """
     model = build(source.config)
-    model.to_empty(device=device)
+    _make_room_(model, device)
     for matrix in {id(p.matrix): p.matrix for p in places(model).values()}.values():
         if matrix is not None:
             matrix.allocate(scheme, dtype, device)
@@ -75,6 +75,14 @@ def load(
         if progress:
             progress(done + 1, len(items))
     return model
+
+
+def _make_room_(model: Model, device: torch.device) -> None:
+    """Empty norms and biases on `device`. nn.Module.to_empty would do, but imports 500 modules to find out how."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 def entries(source: Source, model: Model) -> dict[str, Item]:

@@ -1,0 +1,311 @@
+"""The command line: what stands on stdout, exit codes, and that --help is quick.
+
+In this process where that says the same; through `python -m octavo` where pipes or imports are at stake.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import octavo as package
+
+Octavo = Callable[..., Any]
+
+COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "data", "demo")
+PROMISED = {
+    "finetune": "model data test-data out scheme rank alpha targets seq-len batch accumulate epochs steps lr seed "
+    "checkpoint-every resume config print-config json",
+    "evaluate": "model scheme adapter json",
+    "generate": "model scheme adapter temperature top-k top-p repetition-penalty stop seed json",
+    "chat": "model scheme adapter temperature",
+    "quantize": "model scheme out json",
+    "data": "model seq-len split-on skip-bad json",
+    "demo": "out steps json",
+}
+GREEDY = ("--temperature", 0, "--max-new-tokens", 8, "--scheme", "none", "--dtype", "float32")
+
+
+def run_module(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "octavo", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture
+def run_folder(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> Path:
+    """A run of two steps."""
+    out = tmp_path / "run"
+    done = octavo(
+        "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--out", out,
+        "--steps", 2, "--batch", 2, "--seq-len", 32, "--rank", 2, "--lr", 0.01, "--sample-tokens", 4,
+    )  # fmt: skip
+    assert (done.code, done.out) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_takes_less_than_half_a_second_of_a_core(command: str) -> None:
+    seconds = []
+    for _ in range(3):  # another program on the core can only make it look slower
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run_module(command, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0
+        assert f"octavo {command}" in done.stdout
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["demo", "--print-config"]])
+def test_help_and_configuration_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom octavo.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_promised_flag_is_there(octavo: Octavo, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = set(re.findall(r"--([a-z-]+)", octavo(command, "--help").out))
+    assert set(PROMISED[command].split()) <= flags
+
+
+def test_the_version_is_printed(octavo: Octavo) -> None:
+    assert octavo("--version").out == f"{package.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_printed_configuration_is_accepted_and_prints_the_same(octavo: Octavo, tmp_path: Path, command: str) -> None:
+    first = octavo(command, "--print-config", *(["--seed", 7] if command in ("finetune", "chat") else []))
+    assert first.code == 0
+    (file := tmp_path / "settings.yaml").write_text(first.out)
+    assert octavo(command, "--config", file, "--print-config").out == first.out
+
+
+def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_path: Path) -> None:
+    (file := tmp_path / "settings.yaml").write_text("clip: 2\ncheckpointing: true\nseed: 5\ndata: [a]\n")
+    done = octavo(
+        "finetune", "--config", file, "--clip", 0, "--no-checkpointing", "--data", "b", "--data", "c", "--print-config"
+    )
+    values = yaml.safe_load(done.out)
+    assert (values["clip"], values["checkpointing"], values["seed"]) == (0.0, False, 5)
+    assert values["data"] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "nonsense"),
+        (["finetune", "--rnak", "3"], "--rank"),
+        (["finetune", "--rank", "many"], "integer"),
+        (["finetune", "--rank", "0"], "rank"),
+        (["finetune", "--scheme", "int4"], "int8"),
+        (["finetune", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["finetune", "--model", "nowhere/at/all", "--data", "x"], "nowhere/at/all"),
+        (["generate", "two", "words"], "words"),
+        (["chat", "--json"], "generate"),
+    ],
+)
+def test_a_wrong_request_exits_with_2_and_says_what_is_wrong(
+    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = octavo(*arguments)
+    assert done.code == 2
+    assert said in done.err
+    assert done.out == ""
+    assert list(tmp_path.rglob("metrics.jsonl")) == []
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "data"])
+def test_missing_data_is_a_wrong_request(octavo: Octavo, tiny_llama: Path, tmp_path: Path, command: str) -> None:
+    out = ["--out", tmp_path / "run"] if command == "finetune" else []
+    unnamed = octavo(command, "--model", tiny_llama, *out)
+    assert (unnamed.code, unnamed.out) == (2, "")
+    assert "--data" in unnamed.err
+    absent = octavo(command, "--model", tiny_llama, "--data", tmp_path / "absent.txt", *out)
+    assert absent.code == 2
+    assert "absent.txt" in absent.err
+
+
+def test_what_fails_exits_with_1_and_says_what_to_do(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    done = octavo("generate", "the", "--model", tiny_llama, "--adapter", tmp_path)
+    assert done.code == 1
+    assert re.search(r"octavo: .*holds no adapter.*\n.*adapter/", done.err)
+    assert "Traceback" not in done.err
+
+
+def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
+    done = octavo(
+        "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--json",
+        "--out", tmp_path / "run", "--steps", 2, "--batch", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
+    )  # fmt: skip
+    assert done.code == 0
+    assert {"out", "adapter", "report", "steps", "rows", "best_step"} <= done.json.keys()
+    assert done.json["steps"] == 2
+    assert [row["name"] for row in done.json["rows"]] == ["quantised", "tuned"]
+    assert Path(done.json["adapter"], "adapter_config.json").is_file()
+
+
+def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_folder: Path) -> None:
+    done = octavo(
+        "evaluate",
+        plays / "test",
+        "--model",
+        tiny_llama,
+        "--adapter",
+        run_folder / "adapter",
+        "--seq-len",
+        32,
+        "--json",
+    )
+    assert done.code == 0
+    rows = done.json["rows"]
+    assert [row["name"] for row in rows] == ["base", "quantised", "tuned"]
+    assert all(row.keys() == {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens"} for row in rows)
+
+
+def test_json_of_generate(octavo: Octavo, tiny_llama: Path) -> None:
+    done = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
+    assert done.code == 0
+    assert done.json.keys() == {"text", "token_ids", "finish_reason"}
+    assert len(done.json["token_ids"]) == 8
+    assert done.json["finish_reason"] == "length"
+    assert done.err == ""
+
+
+def test_json_of_quantize(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    done = octavo("quantize", "--model", tiny_llama, "--scheme", "int8", "--out", tmp_path / "small", "--json")
+    assert done.code == 0
+    assert done.json["bytes"] < sum(file.stat().st_size for file in tiny_llama.glob("*.safetensors"))
+    assert all(layer.keys() == {"name", "shape", "bytes", "error"} for layer in done.json["layers"])
+
+
+def test_json_of_data(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+    done = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32, "--json")
+    assert done.code == 0
+    counts = ("trained", "masked", "cut", "padded")
+    assert done.json["tokens"] == sum(done.json[name] for name in counts) > 0
+    assert len(done.json["files"]) == 6
+
+
+def test_json_has_no_nan(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    """One character gives one target, the end token, which stands for no byte: bits per byte are undefined."""
+    (file := tmp_path / "one.txt").write_text("a")
+    done = octavo("evaluate", file, "--model", tiny_llama, "--seq-len", 32, "--json")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = json.loads(done.out, parse_constant=refuse)["rows"]
+    assert [row["bits_per_byte"] for row in rows] == ["nan", "nan"]
+
+
+def test_without_json_only_the_generated_text_is_on_stdout(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+    text = octavo("generate", "the king", "--model", tiny_llama, *GREEDY)
+    told = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
+    assert text.out == told.json["text"] + "\n"
+    data = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32)
+    assert data.out == ""
+    assert "[[" in data.err
+
+
+def test_a_prompt_may_stand_bare_behind_a_flag_or_on_standard_input(octavo: Octavo, tiny_llama: Path) -> None:
+    common = ("--model", tiny_llama, *GREEDY, "--json")
+    bare = octavo("generate", "the queen", *common)
+    flag = octavo("generate", "--prompt", "the queen", *common)
+    piped = octavo("generate", *common, stdin=b"the queen")
+    other = octavo("generate", "of york", *common)
+    assert bare.json == flag.json == piped.json != other.json
+
+
+def test_data_may_stand_bare_and_behind_a_flag(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+    one, two = plays / "train" / "play0.txt", plays / "train" / "play1.txt"
+    done = octavo("data", one, "--data", two, "--model", tiny_llama, "--json")
+    assert [file["source"] for file in done.json["files"]] == [str(one), str(two)]
+
+
+@pytest.mark.parametrize(("stdin", "said"), [(b"", "empty"), (b"\xff\xfe", "UTF-8")])
+def test_a_prompt_that_is_none_is_a_wrong_request(octavo: Octavo, tiny_llama: Path, stdin: bytes, said: str) -> None:
+    done = octavo("generate", "--model", tiny_llama, stdin=stdin)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused_too(octavo: Octavo, tiny_llama: Path) -> None:
+    """Python hands over such an argument with halves of surrogate pairs in it."""
+    done = octavo("generate", os.fsdecode(b"\xff"), "--model", tiny_llama)
+    assert done.code == 2
+    assert "UTF-8" in done.err
+
+
+def test_a_chat_prompt_goes_through_the_template(octavo: Octavo, tiny_llama: Path) -> None:
+    as_chat = octavo("generate", "the king", "--chat", "--model", tiny_llama, *GREEDY, "--json")
+    spelt_out = "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
+    as_text = octavo("generate", spelt_out, "--model", tiny_llama, *GREEDY, "--json")
+    assert as_chat.json != as_text.json, "in a prompt, a control token's string is text"
+    assert as_chat.code == as_text.code == 0
+
+
+def test_a_piped_conversation_answers_each_line_until_quit(octavo: Octavo, tiny_llama: Path) -> None:
+    once = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n")
+    both = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n\nof storm\n/quit\nthe sea\n")
+    assert once.code == both.code == 0
+    assert both.out.startswith(once.out)
+    assert both.out.count("\n") > once.out.count("\n")
+
+
+def test_reset_forgets_the_conversation(octavo: Octavo, tiny_llama: Path) -> None:
+    alone = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"of storm\n").out
+    reset = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n/reset\nof storm\n").out
+    kept = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\nof storm\n").out
+    assert reset.endswith(alone)
+    assert not kept.endswith(alone)
+
+
+def test_a_conversation_goes_on_after_a_message_that_is_too_long(octavo: Octavo, tiny_llama: Path) -> None:
+    alone = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"of storm\n")
+    done = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"q" * 500 + b"\nof storm\n")
+    assert done.code == 0
+    assert "left out" in done.err
+    assert done.out == alone.out
+
+
+def test_a_long_conversation_forgets_whole_turns_and_goes_on(octavo: Octavo, tiny_llama: Path) -> None:
+    lines = b"where is my lord the duke of york\n" * 8
+    done = octavo("chat", "--model", tiny_llama, *GREEDY, "--system", "the sea", stdin=lines)
+    assert done.code == 0
+    assert "oldest turn is forgotten" in done.err
+
+
+def test_a_reader_that_goes_away_is_no_crash(tiny_llama: Path) -> None:
+    """As `octavo generate ... | head` does, and `octavo finetune --print-config | head`."""
+    for arguments in (
+        ["finetune", "--print-config"],
+        ["generate", "the", "--model", str(tiny_llama), "--max-new-tokens", "50"],
+    ):
+        command = [sys.executable, "-m", "octavo", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.close()
+        _, told = process.communicate()
+        assert b"Traceback" not in told
+        assert b"Exception ignored" not in told
+        assert process.returncode == 1

@@ -1,0 +1,225 @@
+"""config.py: a flag over a file over a default, and messages that name the key and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from octavo import cli
+from octavo.config import (
+    DEMO,
+    Config,
+    GenerateOptions,
+    LoraOptions,
+    ModelOptions,
+    RunOptions,
+    Section,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+    fields,
+)
+from octavo.errors import UsageError
+
+KINDS: dict[str, tuple[type[Section], ...]] = {
+    "finetune": cli.FINETUNE,
+    "evaluate": cli.EVALUATE,
+    "generate": cli.GENERATE,
+    "chat": cli.CHAT,
+    "quantize": cli.QUANTIZE,
+    "data": cli.DATA,
+}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+def written(folder: Path, content: str) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        Config.read(cli.FINETUNE, {}, file)
+    return str(caught.value)
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+    file = written(tmp_path, "rank: 4\nalpha: 8\n")
+    lora = Config.read(cli.FINETUNE, {"rank": 2}, file)[LoraOptions]
+    assert (lora.rank, lora.alpha, lora.dropout) == (2, 8.0, 0.0)
+
+
+def test_a_command_may_have_defaults_of_its_own_below_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, "steps: 7\n")
+    config = Config.read(cli.FINETUNE, {"rank": 16}, file, defaults=DEMO)
+    assert (config[TrainOptions].steps, config[LoraOptions].rank) == (7, 16)
+    assert config[TextOptions].seq_len == DEMO["seq_len"] != Config.read(cli.FINETUNE, {})[TextOptions].seq_len
+
+
+@pytest.mark.parametrize("key", ["seq_lenn", "seq-lenn"])
+def test_an_unknown_key_names_the_file_and_the_nearest_option(tmp_path: Path, key: str) -> None:
+    message = refusal(written(tmp_path, f"{key}: 12\n"))
+    assert "settings.yaml" in message
+    assert key in message
+    assert "Did you mean 'seq_len'?" in message
+
+
+def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
+    assert "checkpoint_every" in refusal(written(tmp_path, "zzzzzz: 1\n"))
+
+
+def test_keys_may_be_written_as_the_flags_are(tmp_path: Path) -> None:
+    assert Config.read(cli.FINETUNE, {}, written(tmp_path, "seq-len: 64\n"))[TextOptions].seq_len == 64
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_every_way_to_write_a_small_number_is_read(tmp_path: Path, number: str) -> None:
+    assert Config.read(cli.FINETUNE, {}, written(tmp_path, f"lr: {number}\n"))[TrainOptions].lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("line", "read_as"),
+    [
+        ("split_on: no", "False"),
+        ("targets: off", "False"),
+        ("out: yes", "True"),
+        ("split_on: 12:30", "750"),
+        ("sample_prompt: [12:30]", "750"),
+        ("out: 2024", "2024"),
+        ("revision: 2024-05-01", "2024-05-01"),
+    ],
+)
+def test_what_yaml_reads_as_something_else_than_text_is_said_with_the_remedy(
+    tmp_path: Path, line: str, read_as: str
+) -> None:
+    message = refusal(written(tmp_path, f"{line}\n"))
+    assert message.startswith(f"{line.partition(':')[0]}:")
+    assert read_as in message
+    assert "put it in quotes" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("- rank\n- 4\n", "key: value"),
+        ("rank: [4\n", "not valid YAML"),
+        ("revision: 2020-13-45\n", "not valid YAML"),
+        ("rank: &a [*a\n", "not valid YAML"),
+        ("rank: !!python/object:os.system x\n", "not valid YAML"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, content: str, said: str) -> None:
+    message = refusal(written(tmp_path, content))
+    assert "settings.yaml" in message
+    assert said in message
+
+
+def test_a_file_that_is_missing_a_folder_or_no_text_is_named(tmp_path: Path) -> None:
+    (binary := tmp_path / "binary.yaml").write_bytes(b"rank: \xff\xfe")
+    for path in (tmp_path / "nothing.yaml", tmp_path, binary):
+        assert str(path) in refusal(path)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    file = written(tmp_path, "# nothing yet\n")
+    assert Config.read(cli.FINETUNE, {}, file).to_yaml() == Config.read(cli.FINETUNE, {}).to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seq_len", 1),
+        ("min_unique_tokens", -1),
+        ("test_fraction", 1),
+        ("test_fraction", -0.1),
+        ("rank", 0),
+        ("rank", 2.5),
+        ("rank", "many"),
+        ("alpha", 0),
+        ("dropout", 1),
+        ("epochs", 0),
+        ("epochs", float("inf")),
+        ("steps", 0),
+        ("batch", 0),
+        ("accumulate", 0),
+        ("lr", 0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("schedule", "cosin"),
+        ("lr_floor", 1.1),
+        ("clip", -1),
+        ("optimizer", "sgd"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("scheme", "int4"),
+        ("dtype", "float64"),
+        ("keep_checkpoints", 0),
+        ("keep", "first"),
+        ("stop_after", 0),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_its_key(key: str, value: object) -> None:
+    with pytest.raises(UsageError, match=rf"^{key}: .*not {value!r}\."):
+        Config.read(cli.FINETUNE, {key: value})
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        Config.read(cli.FINETUNE, {"rank": 0, "lr": -1.0, "scheme": "int4"})
+    assert all(f"{key}: " in caught.value.message for key in ("rank", "lr", "scheme"))
+
+
+def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path) -> None:
+    file = written(tmp_path, "data: a, b.txt\nsample_prompt: Yes, my lord\ntargets: [q_proj, 'v_proj, lm_head']\n")
+    config = Config.read(cli.FINETUNE, {}, file)
+    assert config[TrainingData].data == ["a, b.txt"]
+    assert config[RunOptions].sample_prompt == ["Yes, my lord"]
+    assert config[LoraOptions].targets == ["q_proj", "v_proj", "lm_head"]
+
+
+@given(
+    split_on=st.none() | TEXT,
+    prompts=st.lists(TEXT, max_size=3),
+    lr=st.floats(1e-300, 1e300),
+    seed=st.integers(0, 2**63 - 1),
+    steps=st.none() | st.integers(1),
+)
+def test_the_written_configuration_reads_as_the_same(
+    tmp_path_factory: pytest.TempPathFactory,
+    split_on: str | None,
+    prompts: list[str],
+    lr: float,
+    seed: int,
+    steps: int | None,
+) -> None:
+    values = {"split_on": split_on, "sample_prompt": prompts, "lr": lr, "seed": seed, "steps": steps}
+    config = Config.read(cli.FINETUNE, values)
+    again = Config.read(cli.FINETUNE, {}, written(tmp_path_factory.getbasetemp(), config.to_yaml()))
+    assert [again[kind] for kind in cli.FINETUNE] == [config[kind] for kind in cli.FINETUNE]
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_an_option_has_one_meaning_in_a_command_and_a_line_of_help(command: str) -> None:
+    names = [name for name, _ in fields(KINDS[command])]
+    assert len(names) == len(set(names))
+    assert all(field.description and field.description.endswith((".", "}")) for _, field in fields(KINDS[command]))
+
+
+def test_replace_changes_some_values_keeps_the_others_and_checks() -> None:
+    config = Config.read(cli.GENERATE, {"top_k": 5})
+    other = config.replace(temperature=0.0)
+    assert (other[GenerateOptions].temperature, other[GenerateOptions].top_k) == (0.0, 5)
+    assert config[GenerateOptions].temperature == 0.8
+    with pytest.raises(UsageError, match="temperature"):
+        config.replace(temperature=-1)
+
+
+def test_a_section_that_was_read_cannot_be_changed() -> None:
+    section = Config.read(cli.GENERATE, {})[ModelOptions]
+    with pytest.raises(ValidationError, match="frozen"):
+        section.model = "other"  # type: ignore[misc]
