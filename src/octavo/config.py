@@ -188,15 +188,15 @@ DEMO: dict[str, Any] = {
     "out": "runs/demo",
     "seq_len": 128,
     "batch": 4,
-    "steps": 60,
+    "steps": 40,
     "lr": 2e-3,
     "rank": 8,
     "alpha": 16.0,
-    "eval_rows": 96,
-    "eval_every": 30,
-    "checkpoint_every": 30,
+    "eval_rows": 48,
+    "eval_every": 20,
+    "checkpoint_every": 20,
     "sample_prompt": ["HAMLET.\nTo be, or not to be,"],
-    "sample_tokens": 60,
+    "sample_tokens": 40,
 }
 
 SectionT = TypeVar("SectionT", bound=Section)
