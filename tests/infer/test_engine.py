@@ -37,7 +37,7 @@ def byte_level() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(["ab ab abab aab 世 世世 a世 b世 界 😀 a😀"] * 3, trainer)
+    backend.train_from_iterator(["ab ab abab aab 世 世世 a界 a畍 a畎 b 界 😀 a😀"] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
@@ -188,12 +188,14 @@ def test_a_control_token_between_words_takes_no_space_away() -> None:
     assert pieces_of(script, PIECES)[0] == ["ab", "", " ab", "", "", " a"]
 
 
+A_AND_A_HALF = BYTES.encode(" a界")[0]  # the letter and a part of the character, as one token
+BUILDING = sorted({*BYTES.encode("ab 世 a界 b😀 ba"), *BYTES.convert_tokens_to_ids(["a", "b"]), A_AND_A_HALF})
 STOPS = st.lists(st.text("ab 世", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
 
 
 @UNHURRIED
 @given(
-    script=st.lists(st.sampled_from(BYTES.encode("ab ab aab 世 a世 b😀 ba")), min_size=1, max_size=25),
+    script=st.lists(st.sampled_from(BUILDING), min_size=1, max_size=25),
     stop=STOPS,
     ends=st.booleans(),
 )
@@ -220,8 +222,15 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it() -> None:
     assert pieces == ["a", "", "ba", "", "", ""]
     assert (whole.text, whole.finish_reason) == ("aba", "stop")
     assert len(whole.token_ids) == 6
+    # What is longest and could still become a stop string is held, or its first letters would be out.
+    assert pieces_of(BYTES.convert_tokens_to_ids(["a", "a", "b"]), stop=("aab",))[0] == ["", "", ""]
     # The start of a stop string that never ends is shown after all.
     assert pieces_of(script, stop=("bax",))[1].text == "abab.aba"
+
+
+def test_a_stop_string_within_what_is_held_at_the_end_does_not_leak() -> None:
+    assert BYTES.decode([A_AND_A_HALF]) == " a\N{REPLACEMENT CHARACTER}"
+    assert pieces_of([10, A_AND_A_HALF, END], stop=("a",))[1].text == BYTES.decode([10]) + " "
 
 
 def test_an_end_token_wins_over_the_limit_and_is_no_text() -> None:

@@ -90,7 +90,7 @@ def test_the_penalty_comes_before_the_greedy_choice() -> None:
 
 @UNHURRIED
 @given(
-    logits=st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=8, unique=True),
+    logits=st.lists(st.integers(-9, 9).map(float), min_size=2, max_size=8, unique=True),
     k=st.integers(1, 8),
     seed=st.integers(0, 2**32),
 )

@@ -345,9 +345,9 @@ def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Model) -> 
     trainer = trainer_of(base, total=3)
     for step in train(trainer, batches(rows(2), batch_size=1, seed=SEED)):
         assert trainer.model.training
-        trainer.model.eval()  # as an evaluation in between does
         if step.number == 2:
             break
+        trainer.model.eval()  # as an evaluation in between does
     assert not trainer.model.training
 
 

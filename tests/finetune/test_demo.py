@@ -1,0 +1,106 @@
+"""demo.py: the demo's settings are defaults like any others, and no demo overwrites an earlier one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from octavo.cli import FINETUNE
+from octavo.config import DEMO, Config
+from octavo.errors import UsageError
+from octavo.finetune.demo import demo as demo_of
+
+Octavo = Callable[..., Any]
+
+
+@pytest.fixture
+def demo(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Octavo:
+    """`octavo demo` on the tiny model and two steps, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    small = ("--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--sample-tokens", 4)
+    return lambda *more, steps=2: octavo("demo", *small, "--steps", steps, "--json", *more)
+
+
+def test_the_plays_are_there_and_one_is_held_out() -> None:
+    train, test = (list(Path(DEMO[side][0]).glob("*.txt")) for side in ("data", "test_data"))
+    assert len(train) > 1
+    assert [path.stem.lower() for path in test] == ["hamlet"]
+    assert not any("hamlet" in path.stem.lower() for path in train)
+
+
+def test_the_demo_measures_the_base_in_full_precision_quantised_and_tuned(demo: Octavo) -> None:
+    done = demo()
+    assert done.code == 0
+    assert [(row["name"], row["scheme"]) for row in done.json["rows"]] == [
+        ("base", "none"),
+        ("quantised", "int8"),
+        ("tuned", "int8"),
+    ]
+
+
+def test_every_setting_of_the_demo_is_a_default_that_flags_and_files_change(octavo: Octavo, tmp_path: Path) -> None:
+    """Also to a value that is the default of finetune, as is this rank."""
+    (file := tmp_path / "settings.yaml").write_text("lr: 0.0002\n")
+    done = octavo("demo", "--rank", 16, "--seq-len", 64, "--config", file, "--print-config")
+    values = yaml.safe_load(done.out)
+    changed = {"rank": 16, "seq_len": 64, "lr": 0.0002}
+    assert {key: values[key] for key in DEMO} == {**DEMO, **changed}
+
+
+def test_an_earlier_demo_is_not_overwritten(demo: Octavo, tmp_path: Path) -> None:
+    assert [demo().json["out"] for _ in range(2)] == ["runs/demo", "runs/demo-2"]
+    assert demo("--out", "runs/mine").json["out"] == "runs/mine"
+
+
+def test_a_demo_that_failed_before_its_start_leaves_its_folder_free(demo: Octavo) -> None:
+    assert demo("--seq-len", 999).code == 2
+    assert demo().json["out"] == "runs/demo"
+
+
+def test_a_demo_is_resumed_in_its_own_folder(demo: Octavo, octavo: Octavo) -> None:
+    assert demo("--stop-after", 1).json["steps"] == 1
+    done = octavo("demo", "--resume", "--json")
+    assert (done.json["out"], done.json["steps"]) == ("runs/demo", 2)
+
+
+def test_without_the_plays_the_demo_says_where_they_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an installation without the repository."""
+    monkeypatch.setitem(DEMO, "data", [str(tmp_path / "plays")])
+    with pytest.raises(UsageError) as caught:
+        demo_of(Config.read(FINETUNE, {}, defaults=DEMO))
+    assert str(tmp_path / "plays") in caught.value.message
+    assert "clone" in caught.value.hint
+
+
+def test_the_demo_on_its_real_model_tunes_in_a_few_steps(
+    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2 and the plays, cut to a few short rows and three steps; `make demo` is the whole."""
+    if "OCTAVO_CACHE" not in os.environ:
+        monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    done = octavo(
+        "demo",
+        "--out",
+        out,
+        "--steps",
+        3,
+        "--seq-len",
+        32,
+        "--eval-rows",
+        4,
+        "--warmup",
+        0,
+        "--sample-tokens",
+        4,
+        "--json",
+    )
+    assert done.code == 0
+    base, quantised, tuned = (row["perplexity"] for row in done.json["rows"])
+    assert quantised == pytest.approx(base, rel=0.02)
+    assert tuned < quantised
