@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -288,9 +289,16 @@ def test_a_conversation_goes_on_after_a_message_that_is_too_long(octavo: Octavo,
     assert done.out == alone.out
 
 
-def test_a_long_conversation_forgets_whole_turns_and_goes_on(octavo: Octavo, tiny_llama: Path) -> None:
-    lines = b"where is my lord the duke of york\n" * 8
-    done = octavo("chat", "--model", tiny_llama, *GREEDY, "--system", "the sea", stdin=lines)
+def test_a_long_conversation_forgets_whole_turns_and_goes_on(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    """A template may refuse a conversation in which an answer comes first."""
+    strict = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.index0 % 2 == 0 %}"
+        "{{ raise_exception('question and answer must take turns') }}{% endif %}{% endfor %}"
+    )
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "strict"))
+    template = model / "chat_template.jinja"
+    template.write_text(strict + template.read_text())
+    done = octavo("chat", "--model", model, *GREEDY, stdin=b"where is my lord the duke of york\n" * 8)
     assert done.code == 0
     assert "oldest turn is forgotten" in done.err
 

@@ -172,16 +172,16 @@ def test_quantising_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> N
 
 
 def test_auto_takes_the_folders_own_scheme_and_else_int8(tiny_llama: Path, int8_folder: Path) -> None:
-    auto = ModelOptions()
+    auto = ModelOptions.model_validate({})
     assert run.chosen_scheme(auto, FolderSource(tiny_llama)).name == "int8"
     assert run.chosen_scheme(auto, FolderSource(int8_folder)).name == "int8"
-    assert run.chosen_scheme(ModelOptions(scheme="nf4"), FolderSource(tiny_llama)).name == "nf4"
+    assert run.chosen_scheme(ModelOptions.model_validate({"scheme": "nf4"}), FolderSource(tiny_llama)).name == "nf4"
 
 
 def test_a_prompt_is_encoded_as_text_or_as_a_users_message(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    plain = run.prompt_ids(PromptOptions(prompt="the king"), tokenizer)
-    chat = run.prompt_ids(PromptOptions(prompt="the king", chat=True), tokenizer)
+    plain = run.prompt_ids(PromptOptions.model_validate({"prompt": "the king"}), tokenizer)
+    chat = run.prompt_ids(PromptOptions.model_validate({"prompt": "the king", "chat": True}), tokenizer)
     assert tokenizer.decode(plain) == "the king"
     assert tokenizer.decode(chat) == "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
 

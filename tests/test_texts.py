@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from octavo.config import Config, DataOptions, ModelOptions, TextOptions
+from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import IGNORED
 from octavo.errors import DataError, UsageError
 from octavo.report import Report
@@ -24,7 +25,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 
 def text_of(paths: list[Path], tokenizer: Any, **options: Any) -> Text:
-    chosen = TextOptions(**options)
+    chosen = TextOptions.model_validate(options)
     with Report(console=False) as report:
         return to_text(*read_documents([str(path) for path in paths], chosen), chosen, tokenizer, report)
 
@@ -40,7 +41,8 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
     plays: Path, tokenizer: Any, options: dict[str, Any]
 ) -> None:
     text = text_of([plays / "train"], tokenizer, **{"seq_len": 32, **options})
-    for counted in (text.ledger, *text.ledger.files):
+    both: list[FileLedger | Ledger] = [text.ledger, *text.ledger.files]
+    for counted in both:
         assert counted.tokens == counted.trained + counted.masked + counted.cut + counted.padded
     assert text.ledger.trained == sum(int((row.labels != IGNORED).sum()) for row in text.rows) > 0
     assert (text.ledger.cut > 0) == ("truncate" in options)
@@ -51,7 +53,7 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
 
 def test_no_paths_is_a_wrong_request() -> None:
     with pytest.raises(UsageError, match="No text files"):
-        read_documents([], TextOptions())
+        read_documents([], TextOptions.model_validate({}))
 
 
 def test_what_cannot_be_read_stops_or_is_counted(plays: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_what_was_skipped_is_said_by_file_and_by_line_where_there_is_one(
 ) -> None:
     broken = records(tmp_path, {"text": "the king"}, '{"text": \n')
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    options = TextOptions(skip_bad=True)
+    options = TextOptions.model_validate({"skip_bad": True})
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
         to_text(*read_documents([str(broken), str(binary)], options), options, tokenizer, report)
     events = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]

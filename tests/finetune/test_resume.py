@@ -284,10 +284,10 @@ def test_keeping_the_last_adapter_can_be_chosen_on_resuming(tune: Tune, halfway:
     assert json.loads((halfway / "adapter" / "octavo.json").read_text())["step"] == 8
 
 
-def test_a_stop_that_was_asked_for_holds_for_its_call_alone(octavo: Octavo, halfway: Path) -> None:
-    done = octavo("finetune", "--resume", "--out", halfway, "--json")
-    assert done.code == 0
-    assert done.json["steps"] == 8
+def test_a_stop_that_was_asked_for_holds_for_its_call_alone(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
+    tune(tmp_path / "run", **LONG, stop_after=3)
+    done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
+    assert (done.code, done.json["steps"]) == (0, 8)
 
 
 def test_a_run_without_a_name_is_resumed_without_one(

@@ -22,15 +22,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     """(V,) UTF-8 bytes that each token stands for; control tokens none.
 
     A byte-level vocabulary writes every byte as one character. A SentencePiece vocabulary writes characters as
-    they are, a space as its own sign and other bytes as <0xNN>.
+    they are, a space as its own sign and other bytes as <0xNN>. Words added to either stand there as they are.
     """
     backend = tokenizer.backend_tokenizer
     byte_level = any("ByteLevel" in repr(part) for part in (backend.pre_tokenizer, backend.decoder))
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
     for token, number in tokenizer.get_vocab().items():
-        if number not in special:
-            lengths[number] = len(token) if byte_level else _length(token)
+        lengths[number] = len(token) if byte_level else _length(token)
+    for number, added in tokenizer.added_tokens_decoder.items():
+        lengths[number] = 0 if added.special else len(added.content.encode())
     return lengths
 
 

@@ -71,9 +71,10 @@ def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The begin token that the model's texts start with ([id]), or [] for a model that has none.
 
     A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none. The
-    tokenizer itself tells: it puts it before an empty text.
+    tokenizer itself tells: it puts it before a text. Not an empty one: behind that stands an end token, which in
+    some models is the begin token too.
     """
-    added = tokenizer("", add_special_tokens=True)["input_ids"]
+    added = tokenizer("a", add_special_tokens=True)["input_ids"]
     begin = tokenizer.bos_token_id
     return [int(begin)] if begin is not None and added and added[0] == begin else []
 

@@ -60,7 +60,8 @@ def generate(
             hint="Shorten the prompt.",
         )
     limit = min(sampling.max_new_tokens, room - len(prompt))
-    ends = {int(tokenizer.eos_token_id), *ends}
+    own = tokenizer.eos_token_id
+    ends = {*ends} if own is None else {int(own), *ends}
     text = _TextStream(tokenizer, sampling.stop)
     for count, token in enumerate(_tokens(model, list(prompt), sampling, limit=limit, words=len(tokenizer)), 1):
         if token in ends:
@@ -119,35 +120,43 @@ class _TextStream:
         self.tokenizer = tokenizer
         self.stop = stop
         self.ids: list[int] = []
-        self.shown_ids = 0  # the ids before this one are decoded and settled
+        self.context = 0  # where the last settled group of ids begins
+        self.settled = 0  # the ids before this one are decoded for good
         self.held = ""  # text that may turn out to be the start of a stop string
 
     def push(self, token: int) -> tuple[str, bool]:
         """(text that is certain now, whether a stop string was completed)."""
         self.ids.append(token)
         self.held += self._new_text()
-        found = [at for at in (self.held.find(word) for word in self.stop) if at >= 0]
-        if found:
-            text, self.held = self.held[: min(found)], ""
+        at = self._stop_at()
+        if at is not None:
+            text, self.held = self.held[:at], ""
             return text, True
         keep = max((_overlap(self.held, word) for word in self.stop), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text, False
 
     def finish(self) -> str:
-        """What was held back."""
-        text = self.held + self._new_text(final=True)
-        self.held = ""
+        """What was held back, up to a stop string within it."""
+        self.held += self._new_text(final=True)
+        text, self.held = self.held[: self._stop_at()], ""
         return text
 
+    def _stop_at(self) -> int | None:
+        """Where the first stop string in the held text begins."""
+        return min((at for at in (self.held.find(word) for word in self.stop) if at >= 0), default=None)
+
     def _new_text(self, *, final: bool = False) -> str:
-        """Decodes the unsettled ids behind the last settled one, since a token's text can depend on what is before."""
-        context = max(0, self.shown_ids - 1)
-        before = self._decode(self.ids[context : self.shown_ids])
-        after = self._decode(self.ids[context:])
-        if after.endswith(REPLACEMENT) and not final and len(self.ids) - self.shown_ids < 8:
+        """Decodes the unsettled ids behind the last settled group, since a token's text can depend on what is before.
+
+        A group is settled when its text is whole. The context is a whole group and never a part of one: half a
+        character before it makes a byte-fallback decoder spell the next one out as replacement characters too.
+        """
+        before = self._decode(self.ids[self.context : self.settled])
+        after = self._decode(self.ids[self.context :])
+        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not final):
             return ""
-        self.shown_ids = len(self.ids)
+        self.context, self.settled = self.settled, len(self.ids)
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:

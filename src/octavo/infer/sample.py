@@ -69,5 +69,6 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, *, generator: torch
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
+    logits = logits - logits.max()  # so that no temperature, however small, divides them to infinity
     logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
     return int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator))

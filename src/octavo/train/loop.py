@@ -61,18 +61,20 @@ def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Itera
 
     The loss of a step is normalised by the trained tokens of all its batches together, so that batch times
     accumulation alone counts. Randomness (dropout) is a function of (seed, step, micro-batch). TrainingError
-    for a loss that is not finite, and, at the first step, for trained parameters that receive no gradient.
+    for a loss that is not finite, and, at the first step that has trained tokens, for trained parameters that
+    receive no gradient. A step without any changes nothing.
     """
     trainer.model.train()
-    first = True
+    checked = False
     try:
         for number in range(done + 1, trainer.schedule.total + 1):
             chosen = list(islice(batches, trainer.accumulate))
             if not chosen:
                 return
-            yield _step(trainer, chosen, number, check=first)
+            step = _step(trainer, chosen, number, check=not checked)
+            checked = checked or step.trained_tokens > 0
+            yield step
             trainer.model.train()  # the caller may have evaluated in between
-            first = False
     finally:
         trainer.model.eval()
 
@@ -95,13 +97,13 @@ def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool
     scaler.unscale_(optimizer.groups)
     norm = optimizer.gradient_norm()
     finite = math.isfinite(float(norm))
-    if check:
+    if check and trained_tokens:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
         assert gradients_in_place(optimizer.groups)
     if not finite and (not scaler.active or scaler.scale < 2.0**-10):
         raise _gradient_not_finite(number, chosen)
     learning_rate = trainer.schedule.at(number)
-    if finite:
+    if finite and trained_tokens:
         optimizer.step(learning_rate, gradient_norm=norm)
     scaler.update(finite=finite)
     return Step(

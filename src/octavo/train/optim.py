@@ -103,7 +103,7 @@ class Adam:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up a state from `state`. CheckpointError if it is not of the same buffers."""
+        """Takes up a copy of a state from `state`. CheckpointError if it is not of the same buffers."""
         for index, group in enumerate(self.groups):
             own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
             moments = [tensor for key, tensor in own.items() if tensor.numel() == group.values.numel()]
@@ -113,7 +113,7 @@ class Adam:
                 )
             self._optimizer.state[group.values] = {
                 key: int(tensor) if key == "step" and self.settings.kind == "adamw8bit"
-                else tensor if key == "step" else tensor.to(group.values.device)
+                else tensor.clone() if key == "step" else tensor.to(group.values.device, copy=True)
                 for key, tensor in own.items()
             }  # fmt: skip
 
