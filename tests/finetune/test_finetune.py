@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
     (file := tmp_path / "settings.yaml").write_text(config.to_yaml())
     done = octavo("finetune", "--config", file, "--json")
     assert (done.code, done.out) == (1, "")
-    assert "at step 2" in done.err
+    assert "The loss is nan at step 2" in done.err
     assert "play" in done.err.partition("at step 2")[2]
     assert "--lr" in done.err
 

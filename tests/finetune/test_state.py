@@ -35,6 +35,7 @@ def filled(run: Run, *, step: int) -> Run:
     run.found.done, run.found.position = step, Position(2, 5)
     run.found.base_rows = [{"name": "base", "perplexity": 1 / 3}]
     run.found.probe = torch.rand(4, 300, generator=generator)
+    run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
     return run
 
 
@@ -45,6 +46,7 @@ def test_what_was_found_comes_back_bit_for_bit(begin: Callable[[], Run]) -> None
     assert resume(fresh)
     assert (fresh.found.done, fresh.found.position) == (7, Position(2, 5))
     assert fresh.found.base_rows == saved.found.base_rows
+    assert fresh.trainer.scaler.state() == {"scale": 2.0**7, "good_steps": 7}
     assert torch.equal(torch.as_tensor(fresh.found.probe), torch.as_tensor(saved.found.probe))
     for name, parameter in saved.trainer.parameters.items():
         assert torch.equal(fresh.trainer.parameters[name], parameter), name
@@ -63,6 +65,15 @@ def test_the_model_computes_with_what_came_back(begin: Callable[[], Run]) -> Non
     assert not torch.equal(fresh.model(ids), before)
     buffers = {group.values.untyped_storage().data_ptr() for group in fresh.trainer.optimizer.groups}
     assert {p.untyped_storage().data_ptr() for p in fresh.trainer.parameters.values()} == buffers
+
+
+def test_the_seed_decides_the_numbers_that_pairs_begin_with(settings: Settings, tmp_path: Path) -> None:
+    with Report(console=False) as report:
+        runs = [prepare(settings(tmp_path / "run", seed=seed), report) for seed in (0, 0, 1)]
+    name = next(name for name in runs[0].trainer.parameters if name.endswith("lora_A"))
+    first, same, other = (run.trainer.parameters[name] for run in runs)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
 
 
 def test_an_empty_folder_has_nothing_to_go_on_from(begin: Callable[[], Run]) -> None:

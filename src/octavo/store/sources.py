@@ -171,7 +171,7 @@ def fingerprint(source: Source) -> str:
     manifest = source.files[0].parent / "manifest.json"
     if manifest.is_file():
         content = read_json(manifest)
-        if "octavo" in content and all(_has_size(manifest.parent / n, e) for n, e in content["files"].items()):
+        if "origin" in content and all(_has_size(manifest.parent / n, e) for n, e in content["files"].items()):
             return str(content["origin"])
     digest = hashlib.sha256()
     for path in source.files:
