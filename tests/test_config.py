@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -182,6 +182,8 @@ def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path
     assert config[LoraOptions].targets == ["q_proj", "v_proj", "lm_head"]
 
 
+@settings(deadline=None)  # a disk may be slow
+@example(split_on="\x85", prompts=["a\u2028b", "\u2029", "Größe\r\n"], lr=1e-4, seed=0, steps=None)
 @given(
     split_on=st.none() | TEXT,
     prompts=st.lists(TEXT, max_size=3),

@@ -149,9 +149,6 @@ def main() -> None:
         _fail("Stopped.", "", 1)
     except KeyboardInterrupt:
         _fail("Stopped.", "", 1)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise

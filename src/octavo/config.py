@@ -250,8 +250,11 @@ class Config:
         blocks = []
         for section in self._sections.values():
             title = f"# {(type(section).__doc__ or '').strip()}"
-            values = yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            blocks.append(f"{title}\n{values}")
+            values = section.model_dump(mode="json")
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            if yaml.safe_load(text) != values:  # Unicode's rarer line ends are written as they are and read as spaces
+                text = yaml.safe_dump(values, sort_keys=False)
+            blocks.append(f"{title}\n{text}")
         return "\n".join(blocks)
 
     def replace(self, **values: Any) -> Config:

@@ -179,7 +179,8 @@ def _stop_signal() -> Iterator[list[int]]:
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to hear Ctrl-C
+                before[number] = signal.signal(number, on_signal)
     except ValueError:  # not in the main thread: signals are somebody else's business
         before.clear()
     try:
