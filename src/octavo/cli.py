@@ -74,22 +74,12 @@ def generate(config: Config, as_json: bool) -> None:
     """Continue a text."""
     config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
     from octavo.report import Report
-    from octavo.run import finished, open_speaker, prompt_ids, sampling_of
+    from octavo.run import generate_text
 
     with Report(console=not as_json) as report:
-        speaker = open_speaker(config, report)
-    pieces = []
-    ids = prompt_ids(config[PromptOptions], speaker.tokenizer)
-    for piece in speaker.stream(ids, sampling_of(config[GenerateOptions])):
-        pieces.append(piece)
-        if not as_json:
-            _write(piece.text)
+        document = generate_text(config, report, write=_write if not as_json else lambda _: None)
     if as_json:
-        whole = finished(pieces)
-        _answer(
-            {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason},
-            True,
-        )
+        _answer(document, as_json)
     else:
         _write("\n")
 

@@ -5,7 +5,7 @@ Functions take a `Config` and a `Report` and return what `--json` prints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.errors import UsageError
 from octavo.evaluate import Score, score
 from octavo.hardware import Hardware, pick
-from octavo.infer.engine import Continuation, Piece, generate
+from octavo.infer.engine import Piece, finished, generate
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
@@ -208,11 +208,16 @@ def prompt_ids(options: PromptOptions, tokenizer: PreTrainedTokenizerFast) -> li
     return encode_prompt(options.prompt, tokenizer)
 
 
-def finished(pieces: Sequence[Piece]) -> Continuation:
-    """The continuation that some pieces make."""
-    reason = pieces[-1].finish_reason
-    assert reason is not None
-    return Continuation("".join(piece.text for piece in pieces), tuple(p.token_id for p in pieces), reason)
+def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
+    """Continues the prompt; `write` gets the text as it comes."""
+    speaker = open_speaker(config, report)
+    ids = prompt_ids(config[PromptOptions], speaker.tokenizer)
+    pieces = []
+    for piece in speaker.stream(ids, sampling_of(config[GenerateOptions])):
+        pieces.append(piece)
+        write(piece.text)
+    whole = finished(pieces)
+    return {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason}
 
 
 def quantize(config: Config, report: Report) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,24 @@ class Run:
     def test_rows(self) -> list[Row]:
         return self.test.measurable(self.config[RunOptions].eval_rows) if self.test else []
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on. Steps, epochs and learning rate may change."""
+        training, lora = self.config[TrainOptions], self.config[LoraOptions]
+        return {
+            "model": self.base_sha256,
+            "scheme": self.scheme.name,
+            "dtype": str(self.hardware.dtype),
+            "data": _digest(self.train.rows),
+            "test_data": _digest(self.test_rows),  # else the table and the best loss would compare two texts
+            "seq_len": self.config[TextOptions].seq_len,
+            "batch": training.batch,
+            "accumulate": training.accumulate,
+            "seed": training.seed,
+            "optimizer": training.optimizer,
+            **{name: getattr(lora, name) for name in LoraOptions.model_fields},
+        }
+
 
 def save_checkpoint(run: Run) -> None:
     """Everything that the run needs to go on from here."""
@@ -92,7 +111,7 @@ def save_checkpoint(run: Run) -> None:
     if found.probe is not None:
         tensors["probe"] = {"logits": found.probe}
     state = {
-        "identity": _identity(run),
+        "identity": run.identity,
         "position": {"epoch": found.position.epoch, "index": found.position.index},
         "scaler": run.trainer.scaler.state(),
         "base_rows": found.base_rows,
@@ -115,7 +134,7 @@ def resume(run: Run) -> bool:
         run.report.resume_from(-1)
         return False
     force = run.config[RunOptions].force
-    checkpoint.check_identity(saved.state["identity"], _identity(run), force=force, warn=run.report.warn)
+    checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
     for name, parameter in run.trainer.parameters.items():
         stored = saved.tensors["adapter"].get(name)
         if stored is None or stored.shape != parameter.shape:
@@ -155,24 +174,6 @@ def _adapter_step(folder: Path) -> int | None:
         return int(adapter.read(folder).origin["step"])
     except (AdapterError, KeyError):
         return None
-
-
-def _identity(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on. Steps, epochs and learning rate may change."""
-    training, lora = run.config[TrainOptions], run.config[LoraOptions]
-    return {
-        "model": run.base_sha256,
-        "scheme": run.scheme.name,
-        "dtype": str(run.hardware.dtype),
-        "data": _digest(run.train.rows),
-        "test_data": _digest(run.test_rows),  # else the table and the best loss would compare two texts
-        "seq_len": run.config[TextOptions].seq_len,
-        "batch": training.batch,
-        "accumulate": training.accumulate,
-        "seed": training.seed,
-        "optimizer": training.optimizer,
-        **{name: getattr(lora, name) for name in LoraOptions.model_fields},
-    }
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -86,7 +86,11 @@ def complete(
     ends: Collection[int] = (),
 ) -> Continuation:
     """The whole continuation at once."""
-    pieces = list(generate(model, tokenizer, prompt, sampling, ends=ends))
+    return finished(list(generate(model, tokenizer, prompt, sampling, ends=ends)))
+
+
+def finished(pieces: Sequence[Piece]) -> Continuation:
+    """The continuation that all its pieces make."""
     reason = pieces[-1].finish_reason
     assert reason is not None
     return Continuation("".join(p.text for p in pieces), tuple(p.token_id for p in pieces), reason)

@@ -11,7 +11,6 @@ Legend: K inputs, N rows in all.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -181,8 +180,3 @@ def _sums(counts: list[int]) -> list[int]:
 
 def _starts(outputs: Mapping[str, int]) -> dict[str, int]:
     return dict(zip(outputs, _sums(list(outputs.values())), strict=True))
-
-
-def parameter_count(matrix: FrozenMatrix) -> int:
-    """Weights that the matrix stands for, whatever they are stored in."""
-    return prod(matrix.shape)

@@ -2,7 +2,7 @@
 
 `attach_` puts a pair on each named linear (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732), `flatten_` moves all
 trained numbers into one buffer for each weight-decay group, so that the optimizer is one kernel on one tensor,
-`merge_` adds the pairs into the weights.
+`merged_rows` is a weight with its pair added.
 
 Legend: r the rank, K inputs and N outputs of a linear, V and d the shape of an embedding.
 """

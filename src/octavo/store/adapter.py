@@ -169,10 +169,8 @@ def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Ma
     temporary.mkdir(parents=True)
     try:
         save_file(state(model), temporary / TENSORS, metadata={"format": "pt"})
-        umask = os.umask(0)
-        os.umask(umask)
-        (temporary / TENSORS).chmod(0o666 & ~umask)  # safetensors writes 0600
         (temporary / CONFIG).write_bytes(json_bytes(_peft_config(model, plan, base)))
+        shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes 0600, whatever the umask
         (temporary / "octavo.json").write_bytes(json_bytes(dict(origin)))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in temporary.iterdir():

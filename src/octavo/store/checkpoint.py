@@ -177,12 +177,11 @@ def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tenso
     path.mkdir()
     durable_write(path / STATE, json_bytes(dict(state)))
     # safetensors creates its files readable by the owner alone; Python's mode is the one the umask asks for.
-    mode = (path / STATE).stat().st_mode & 0o777
     for stem, group in tensors.items():
         file = path / f"{stem}.safetensors"
         # safetensors refuses tensors that overlap in memory, as views of one flat buffer may: copy them out.
         save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()}, file)
-        file.chmod(mode)
+        shutil.copymode(path / STATE, file)
         fsync_file(file)
     manifest = {
         "format": FORMAT,

@@ -123,19 +123,20 @@ def _write_tensors(
             shards.add(name, source.tensor(name))
             continue
         assert item.place.matrix is not None
-        weight = full_weight(source, name, item.place, stored)
+        shape = (item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features)
         if stored is scheme:
             parts, error = matrix_parts(source, name, item.place, stored), 0.0
         else:
+            weight = full_weight(source, name, item.place, stored)
             parts = scheme.quantise(weight)
-            error = _relative_error(weight, dequantise(scheme, parts, (weight.shape[0], weight.shape[1])))
+            error = _relative_error(weight, dequantise(scheme, parts, shape))
         module = name.removesuffix(".weight")
         size = sum(
             shards.add(name if part == "weight" else f"{module}.{part}", tensor.clone())
             for part, tensor in parts.items()
         )
         if on_layer:
-            on_layer(WrittenLayer(name, (weight.shape[0], weight.shape[1]), size, error))
+            on_layer(WrittenLayer(name, shape, size, error))
 
 
 def _relative_error(weight: Tensor, back: Tensor) -> float:
@@ -154,11 +155,9 @@ def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
 
 def _finish(temporary: Path, out: Path, scheme: Scheme, *, origin: str) -> None:
     """Lists every file with its size and hash, makes all of it durable, and moves it into place."""
-    umask = os.umask(0)
-    os.umask(umask)
     files = {}
     for path in sorted(temporary.iterdir()):
-        path.chmod(0o666 & ~umask)  # safetensors writes 0600
+        shutil.copymode(temporary / "config.json", path)  # safetensors and tokenizers have modes of their own
         fsync_file(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"octavo": __version__, "scheme": scheme.name, "origin": origin, "files": files}

@@ -87,34 +87,22 @@ def _make_room_(model: Model, device: torch.device) -> None:
 
 def entries(source: Source, model: Model) -> dict[str, Item]:
     """Tensor name -> what it is, in the model's order. Everything needed is there, nothing is left over."""
-    table = places(model)
-    tied = bool(source.config.get("tie_word_embeddings", False))
-    found: dict[str, Item] = {}
-    unknown = []
+    wanted = dict(items_of(model))
     present = set(source.names())
-    for name in present:
-        module, _, kind = name.rpartition(".")
-        if name.endswith(IGNORED) or kind in SCALE_KINDS:
-            continue
-        place = table.get(module)
-        if place is None or not (_has(place, kind)):
-            unknown.append(name)
-        else:
-            found[name] = Item(place, kind)
-    wanted = [
-        f"{place.name}.{kind}"
-        for place in table.values()
-        for kind in ("weight", "bias")
-        if _has(place, kind) and not (tied and place.is_head and kind == "weight")
+    needless = {"lm_head.weight"} if model.config.tied else set()
+    missing = [name for name in wanted if name not in present]
+    unknown = [
+        name
+        for name in present - wanted.keys() - needless
+        if not name.endswith(IGNORED) and name.rpartition(".")[2] not in SCALE_KINDS
     ]
-    missing = [name for name in wanted if name not in found]
     if missing or unknown:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(sorted(unknown))} too many"] * bool(unknown)
         raise ModelError(
             f"The checkpoint {source.files[0].parent} does not fit its config.json: it {' and '.join(parts)}.",
             hint="Is the download complete, and is config.json the one that belongs to it?",
         )
-    return {name: found[name] for name in wanted}
+    return wanted
 
 
 def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Parts:
