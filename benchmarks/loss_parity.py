@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from octavo.data import documents, packing, tokens
 from octavo.data.loader import Batch, batches
 from octavo.layers.lora import LoraSpec, flatten_
+from octavo.ops.branch import Keep
 from octavo.ops.quantize import scheme_named
-from octavo.store import adapter
+from octavo.store import adapter, peft
 from octavo.store.builtin import open_smollm2
 from octavo.store.weights import load
 from octavo.train.loop import Trainer, train
-from octavo.train.memory import policy
+from octavo.train.micro import Launched
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 
 PLAYS = Path(__file__).parents[1] / "examples" / "shakespeare" / "train"
@@ -46,8 +47,9 @@ def main() -> None:
     chosen = list(islice(batches(rows, batch_size=asked.rows, seed=0), asked.steps))
 
     model = load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
-    adapter.create_(model, adapter.AdapterPlan(LoraSpec(RANK, ALPHA)), seed=0)
-    start = adapter.state(model)
+    spec = LoraSpec(RANK, ALPHA)
+    adapter.create_(model, adapter.AdapterPlan(spec), seed=0)
+    start = peft.tensors_of(adapter.collect(model, spec))
     parameters = adapter.trained(model)
     trainer = Trainer(
         model,
@@ -55,7 +57,7 @@ def main() -> None:
         Adam(flatten_(parameters), OptimizerSettings("adamw")),
         Schedule(LEARNING_RATE, asked.steps, kind="constant"),
         LossScaler(torch.float32),
-        policy(checkpointing=True),
+        Launched(model, Keep.INPUT),
         seed=0,
     )
     ours = [step.loss for step in train(trainer, iter(chosen))]

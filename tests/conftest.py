@@ -23,13 +23,24 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TRANSFORMERS_VERBOSITY="error",
-    TRITON_INTERPRET="1",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every call in bfloat16
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from octavo.models import Model
+
+
+def _has_card() -> bool:
+    import torch  # reads OMP_NUM_THREADS, so only now; Triton is imported later, by the kernels
+
+    return torch.cuda.is_available()
+
+
+if not _has_card():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on tensors of the CPU, and on no others
 
 Twins = Callable[[Any], "tuple[Any, Model]"]
 
@@ -82,6 +93,49 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
         return theirs, load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
 
     return make
+
+
+KeptBy = Callable[[Callable[[], "Tensor"]], "tuple[Tensor, int]"]
+
+
+@pytest.fixture(scope="session")
+def kept_by() -> KeptBy:
+    """What makes a tensor -> (that tensor, the bytes made on the way to it that are still held, its own apart).
+
+    Counts storages, whoever holds them: Python, autograd's nodes, or a circle of both that only the collector frees.
+    """
+    import torch
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Storages(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+        def note(self, values: Any, *, made: bool) -> None:
+            for tensor in tree_leaves(values):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    reference = StorageWeakRef(storage)
+                    self.seen.setdefault(reference.cdata, (reference, storage.nbytes() if made else 0))
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.note((args, kwargs), made=False)  # what was there before counts nothing
+            result = function(*args, **(kwargs or {}))
+            self.note(result, made=True)
+            return result
+
+    def measure(make: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        with Storages() as storages:
+            made = make()
+        held = sum(size for reference, size in storages.seen.values() if not reference.expired())
+        return made, held - made.untyped_storage().nbytes()
+
+    assert torch.is_grad_enabled()
+    return measure
 
 
 @dataclass(frozen=True)
@@ -158,6 +212,91 @@ def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (" ".join(draw.choice(WORDS) for _ in range(9)) for _ in range(10))
         (side / f"play{number}.txt").write_text("".join(f"{line}\n" for line in lines))
     return folder
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What a script around hivemind/gpt-j-6B-8bit leaves behind: its folder, and its model as it stands in memory."""
+
+    folder: Path
+    model: Any
+
+
+@pytest.fixture(scope="session")
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Seed:
+    """A GPT-J of 150,000 numbers in 8 bits with trained adapters on all its layers. Not to be changed."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPTJConfig
+
+    # A matrix of attention is exactly one block of 4096, as those of GPT-J-6B are whole blocks.
+    config = GPTJConfig(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=4, n_positions=128, bos_token_id=2,
+        eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    folder = _write_tiny(tmp_path_factory.mktemp("seed") / "tuned", config)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms and biases are trained along
+            torch.nn.init.normal_(parameter, mean=float(".ln_" in name and name.endswith("weight")), std=0.2)
+    _freeze_in_8_bits_with_adapters_(model)
+    old_buffers = {
+        f"transformer.h.{i}.attn.{name}": value
+        for i in range(2)
+        for name, value in (
+            ("bias", torch.ones(128, 128, dtype=torch.uint8).tril()[None, None]),
+            ("masked_bias", torch.tensor(-1e9)),
+        )
+    }
+    table = model.state_dict()
+    table.update(old_buffers)
+    torch.save(table, folder / "pytorch_model.bin")
+    return Seed(folder, model)
+
+
+def _freeze_in_8_bits_with_adapters_(model: Any, rank: int = 5) -> None:
+    """Puts, for every linear and embedding, codes with a scale for each 4096 of them, and two thin layers beside."""
+    import torch
+    import torch.nn.functional as F
+    from bitsandbytes import functional as bnb
+    from torch import nn
+
+    class Frozen(nn.Module):
+        def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: nn.Sequential) -> None:
+            super().__init__()
+            codes, state = bnb.quantize_blockwise(weight, code=bnb.create_dynamic_map(), blocksize=4096)
+            for name, tensor in (("weight", codes), ("absmax", state.absmax), ("code", state.code)):
+                self.register_buffer(name, tensor)
+            self.bias, self.adapter = bias, adapter
+
+        def read(self) -> Tensor:
+            state = bnb.QuantState(absmax=self.absmax, code=self.code, blocksize=4096, dtype=torch.float32)
+            table: Tensor = bnb.dequantize_blockwise(self.weight, state)
+            return table
+
+    class FrozenLinear(Frozen):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.linear(x, self.read(), self.bias) + self.adapter(x)
+            return y
+
+    class FrozenEmbedding(Frozen):
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = F.embedding(ids, self.read()) + self.adapter(ids)
+            return y
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear | nn.Embedding):
+                continue
+            rows, columns = child.weight.shape
+            linear = isinstance(child, nn.Linear)
+            down = nn.Linear(columns, rank, bias=False) if linear else nn.Embedding(rows, rank)
+            adapter = nn.Sequential(down, nn.Linear(rank, rows if linear else columns, bias=False))
+            for parameter in adapter.parameters():
+                nn.init.normal_(parameter, std=0.2)
+            kind = FrozenLinear if linear else FrozenEmbedding
+            setattr(parent, name, kind(child.weight.detach(), getattr(child, "bias", None), adapter))
 
 
 def _write_tiny(folder: Path, config: Any) -> Path:

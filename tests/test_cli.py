@@ -23,14 +23,15 @@ import octavo as package
 
 Octavo = Callable[..., Any]
 
-COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "data", "demo")
+COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo")
 PROMISED = {
     "finetune": "model data test-data out scheme rank alpha targets seq-len batch accumulate epochs steps lr seed "
     "checkpoint-every resume config print-config json",
-    "evaluate": "model scheme adapter json",
+    "evaluate": "model scheme compare adapter json",
     "generate": "model scheme adapter temperature top-k top-p repetition-penalty stop seed json",
     "chat": "model scheme adapter temperature",
     "quantize": "model scheme out json",
+    "convert": "model allow-pickle out json",
     "data": "model seq-len split-on skip-bad json",
     "demo": "out steps json",
 }
@@ -101,12 +102,12 @@ def test_a_printed_configuration_is_accepted_and_prints_the_same(octavo: Octavo,
 
 
 def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_path: Path) -> None:
-    (file := tmp_path / "settings.yaml").write_text("clip: 2\ncheckpointing: true\nseed: 5\ndata: [a]\n")
+    (file := tmp_path / "settings.yaml").write_text("clip: 2\nrecord: true\nseed: 5\ndata: [a]\n")
     done = octavo(
-        "finetune", "--config", file, "--clip", 0, "--no-checkpointing", "--data", "b", "--data", "c", "--print-config"
+        "finetune", "--config", file, "--clip", 0, "--no-record", "--data", "b", "--data", "c", "--print-config"
     )
     values = yaml.safe_load(done.out)
-    assert (values["clip"], values["checkpointing"], values["seed"]) == (0.0, False, 5)
+    assert (values["clip"], values["record"], values["seed"]) == (0.0, False, 5)
     assert values["data"] == ["b", "c"]
 
 
@@ -180,7 +181,20 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     assert done.code == 0
     rows = done.json["rows"]
     assert [row["name"] for row in rows] == ["base", "quantised", "tuned"]
-    assert all(row.keys() == {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens"} for row in rows)
+    keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes"}
+    assert all(row.keys() == keys for row in rows)
+
+
+def test_schemes_side_by_side(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+    arguments = ("evaluate", plays / "test", "--model", tiny_llama, "--seq-len", 32, "--compare", "none,nf4")
+    done = octavo(*arguments, "--compare", "int8", "--json")
+    assert done.code == 0
+    assert [row["scheme"] for row in done.json["rows"]] == ["none", "nf4", "int8"]
+    assert "MiB" in done.err
+    refused = octavo(*arguments, "--compare", "int3")
+    assert (refused.code, refused.out) == (2, "")
+    assert "'int3'" in refused.err
+    assert "dynamic8" in refused.err
 
 
 def test_json_of_generate(octavo: Octavo, tiny_llama: Path) -> None:
@@ -197,6 +211,35 @@ def test_json_of_quantize(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> N
     assert done.code == 0
     assert done.json["bytes"] < sum(file.stat().st_size for file in tiny_llama.glob("*.safetensors"))
     assert all(layer.keys() == {"name", "shape", "bytes", "error"} for layer in done.json["layers"])
+
+
+def test_json_of_convert(octavo: Octavo, seed: Any, tmp_path: Path) -> None:
+    done = octavo("convert", seed.folder, "--allow-pickle", "--out", tmp_path / "new", "--json")
+    assert done.code == 0
+    assert done.json["out"] == str(tmp_path / "new")
+    assert [row["folder"] for row in done.json["contents"]] == ["base", "adapter", "both"]
+    assert all(
+        row.keys() == {"folder", "what", "modules", "tensors", "parameters", "MiB"} for row in done.json["contents"]
+    )
+    assert {"dynamic8 codes", "low-rank pairs", "14", "28"} <= set(re.split(r"\s*[│┃]\s*", done.err))
+
+
+def test_convert_says_why_it_does_nothing(octavo: Octavo, seed: Any, tiny_gptj: Path, tmp_path: Path) -> None:
+    (kept := tmp_path / "kept").mkdir()
+    (kept / "notes.txt").write_text("mine")
+    for arguments, code, said in (
+        ((seed.folder, "--out", tmp_path / "new"), 1, "--allow-pickle"),
+        ((seed.folder, "--allow-pickle"), 2, "--out"),
+        ((seed.folder, "--allow-pickle", "--out", kept), 2, "already holds"),
+        ((tiny_gptj, "--out", tmp_path / "new"), 1, "octavo quantize"),
+        ((tmp_path / "absent", "--out", tmp_path / "new"), 2, "absent"),
+        (("--out", tmp_path / "new"), 2, "What to convert"),
+    ):
+        done = octavo("convert", *arguments)
+        assert (done.code, done.out) == (code, "")
+        assert said in done.err
+        assert "Traceback" not in done.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "notes.txt"]
 
 
 def test_json_of_data(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:

@@ -19,11 +19,14 @@ from octavo.config import (
     DEMO,
     ChatOptions,
     Config,
+    ConvertOptions,
     DataOptions,
     EvaluateOptions,
     GenerateOptions,
     LoraOptions,
+    MemoryOptions,
     ModelOptions,
+    PlanOptions,
     PromptOptions,
     QuantizeOptions,
     RunOptions,
@@ -34,11 +37,13 @@ from octavo.config import (
 from octavo.errors import OctavoError, UsageError
 from octavo.flags import command
 
-FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, RunOptions)
+FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions)
+PLAN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
 EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
 GENERATE = (ModelOptions, GenerateOptions, PromptOptions)
 CHAT = (ModelOptions, GenerateOptions, ChatOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
+CONVERT = (ConvertOptions,)
 DATA = (ModelOptions, DataOptions, TextOptions)
 
 app = typer.Typer(
@@ -59,11 +64,21 @@ def finetune(config: Config, as_json: bool) -> None:
     _answer(run(config, console=True), as_json)
 
 
+@command(app, PLAN)
+def plan(config: Config, as_json: bool) -> None:
+    """Tell what a fine-tuning run would take of a card, without reading weights."""
+    from octavo.plan import plan as run
+    from octavo.report import Report
+
+    with Report() as report:
+        _answer(run(config, report), as_json)
+
+
 @command(app, EVALUATE, positional="data")
 def evaluate(config: Config, as_json: bool) -> None:
-    """Measure perplexity and bits per byte on text: the base, quantised, and tuned."""
+    """Measure perplexity and bits per byte on text: the base, quantised, and tuned, or one scheme beside another."""
     from octavo.report import Report
-    from octavo.run import evaluate as run
+    from octavo.scores import evaluate as run
 
     with Report() as report:
         _answer(run(config, report), as_json)
@@ -106,6 +121,16 @@ def quantize(config: Config, as_json: bool) -> None:
         _answer(run(config, report), as_json)
 
 
+@command(app, CONVERT, positional="model")
+def convert(config: Config, as_json: bool) -> None:
+    """Split a model that was tuned from hivemind/gpt-j-6B-8bit into a base and a PEFT adapter."""
+    from octavo.convert import convert as run
+    from octavo.report import Report
+
+    with Report() as report:
+        _answer(run(config, report), as_json)
+
+
 @command(app, DATA, positional="data")
 def data(config: Config, as_json: bool) -> None:
     """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
@@ -114,7 +139,7 @@ def data(config: Config, as_json: bool) -> None:
     from octavo.texts import show_data
 
     with Report() as report:
-        tokenizer = open_model(config[ModelOptions], report).tokenizer()
+        tokenizer = open_model(config[ModelOptions], report, own_adapters=True).tokenizer()
         _answer(show_data(config, tokenizer, report), as_json)
 
 
@@ -131,6 +156,8 @@ def main() -> None:
     # OpenMP's threads by default wait for each other in busy loops: where another program wants a core, every
     # product then takes several times as long. This must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Memory of a card that grows at its end instead of in blocks of fixed size leaves no gaps that nothing fits.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app(standalone_mode=False)
     except OctavoError as error:

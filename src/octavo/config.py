@@ -7,6 +7,7 @@ option is written down once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from difflib import get_close_matches
@@ -33,6 +34,25 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _memory_size(value: object) -> object:
+    """auto, or a number with a unit: 11GiB, 11.5 GB, 8192MiB; a bare number is GiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|[KMGT])?\s*", str(value), re.IGNORECASE)
+    if str(value) == "auto" or (match and float(match[1]) > 0):
+        return str(value)
+    raise ValueError("must be auto or a size like 11GiB")
+
+
+def size_in_bytes(value: str) -> int | None:
+    """Bytes of a MemorySize; None for auto."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    if match is None:
+        return None
+    letter = match[2].upper() or "G"
+    decimal = value.strip().upper().endswith("B") and not match[3]  # 11GB is the maker's 10^9, 11GiB and 11G are 2^30
+    return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(letter) + 1))
+
+
+MemorySize = Annotated[str, BeforeValidator(_memory_size)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
@@ -109,8 +129,21 @@ class TrainOptions(Section):
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
     optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8- or 32-bit state.")
-    checkpointing: bool = Field(True, description="Compute blocks again in backward: less memory, more time.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of adapters, data order and dropout.")
+
+
+class MemoryOptions(Section):
+    """What a step may take, and what it runs on; auto everywhere is the fastest that fits."""
+
+    gpu_memory: MemorySize = Field("auto", description="Memory of the card to use, as 11GiB; auto: what is free.")
+    activations: Literal["auto", "all", "attention", "input"] = Field(
+        "auto", description="What layers keep for backward; the less, the more is computed again."
+    )
+    kernels: bool = Field(True, description="Use the Triton kernels on a card that runs them.")
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
+        "auto", description="Implementation of attention on a card; auto: the fastest that takes the call."
+    )
+    record: bool = Field(True, description="Record a step as CUDA graphs and replay them.")
 
 
 class RunOptions(Section):
@@ -138,6 +171,9 @@ class EvaluateOptions(Section):
     batch: int = Field(4, ge=1, description="Rows in a batch.")
     rows: int = Field(0, ge=0, description="Rows to measure on; 0: all.")
     base: bool = Field(True, description="Measure the unquantised base too.")
+    compare: Names = Field(
+        [], description="Schemes to set side by side, as none,int8,nf4: a row for each in place of the others."
+    )
 
 
 class GenerateOptions(Section):
@@ -166,10 +202,24 @@ class ChatOptions(Section):
     system: str | None = Field(None, description="The system message.")
 
 
+class PlanOptions(Section):
+    """What to plan for."""
+
+    card: str | None = Field(None, description="A card to predict the time on, as 'RTX 3060'; default: the one here.")
+
+
 class QuantizeOptions(Section):
     """Where to write."""
 
     out: Path | None = Field(None, description="The new folder.")
+
+
+class ConvertOptions(Section):
+    """What to split into a base and an adapter, and where to write."""
+
+    model: str | None = Field(None, description="A folder or hub id with frozen weights and trained adapters in one.")
+    allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
+    out: Path | None = Field(None, description="The new folder, for base/ and adapter/.")
 
 
 class DataOptions(Section):

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from octavo.data.loader import Batch
 from octavo.models import Model
-from octavo.ops.loss import cross_entropy_sum, frozen_cross_entropy_sum
+from octavo.ops.attention import Documents, find_documents
+from octavo.ops.branch import Keep
+from octavo.ops.loss import IGNORE, cross_entropy_sum
+from octavo.ops.wide import Wide
 
-Through = Callable[..., Tensor]  # (block, *inputs) -> output: how a forward pass runs its blocks
+Kept = Keep | Sequence[Keep]
 
 
-def batch_loss(model: Model, batch: Batch, *, through: Through = nn.Module.__call__) -> Tensor:
-    """Sum of the cross-entropy over the batch's trained tokens, in nats, a float32 scalar."""
-    device = model.embed.matrix.parts["weight"].device
-    ids, labels, positions, document = (
-        tensor.to(device, non_blocking=True) for tensor in (batch.ids, batch.labels, batch.positions, batch.document)
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on the model's device. `labels` (n,) belong to the positions `learned` (n,), None for all B T of them."""
+
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    labels: Tensor
+    learned: Tensor | None
+    documents: Documents | None
+
+
+def inputs_of(batch: Batch, device: torch.device) -> Inputs:
+    """What depends on the data is worked out on the CPU, where the batch is, so that a card is never waited for."""
+    labels = batch.labels.flatten()
+    learned = (labels != IGNORE).nonzero()[:, 0]
+    every = len(learned) == len(labels)
+    return Inputs(
+        sent(batch.ids, device),
+        sent(batch.positions, device),
+        sent(labels if every else labels[learned], device),
+        None if every else sent(learned, device),
+        find_documents(batch.document, device),
     )
-    hidden = model.hidden(ids, positions=positions, document=document, through=through)
-    loss = cross_entropy_sum if model.head.trained else frozen_cross_entropy_sum
-    return loss(hidden.flatten(0, 1), labels.flatten(), model.head, vocabulary=model.config.vocabulary)
+
+
+def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL) -> Tensor:
+    """Sum of the cross-entropy over the labelled tokens, in nats, a float32 scalar."""
+    hidden = model.hidden(inputs.ids, positions=inputs.positions, documents=inputs.documents, keep=keep).flatten(0, 1)
+    if inputs.learned is not None:
+        hidden = hidden[inputs.learned]
+    return cross_entropy_sum(hidden, inputs.labels, Wide((model.head.frozen(),)))
+
+
+def batch_loss(model: Model, batch: Batch, *, keep: Kept = Keep.ALL) -> Tensor:
+    """`loss_of` a batch as the loader gives it."""
+    return loss_of(model, inputs_of(batch, model.embed.matrix.parts["weight"].device), keep=keep)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; from pinned memory, since only such a copy does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

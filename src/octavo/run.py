@@ -1,4 +1,4 @@
-"""The commands, composed from the rooms, each a short line of steps. finetune/ holds the longest of them.
+"""The commands, composed from the rooms, each a short line of steps. finetune/ and scores.py hold the longest of them.
 
 Functions take a `Config` and a `Report` and return what `--json` prints.
 """
@@ -10,43 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from octavo.config import (
-    Config,
-    EvaluateOptions,
-    GenerateOptions,
-    ModelOptions,
-    PromptOptions,
-    QuantizeOptions,
-    TextOptions,
-)
-from octavo.data.bytes import target_bytes
+from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions, QuantizeOptions
 from octavo.data.documents import Message
-from octavo.data.packing import Row
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.errors import UsageError
-from octavo.evaluate import Score, score
 from octavo.hardware import Hardware, pick
 from octavo.infer.engine import Piece, finished, generate
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
-from octavo.store import adapter
+from octavo.store import adapter, peft
 from octavo.store.folder import WrittenLayer, weight_names, write_folder
 from octavo.store.opening import open_source
+from octavo.store.peft import Adapter
+from octavo.store.seed import base_of, put_own_pairs_
 from octavo.store.sources import Source, fingerprint
-from octavo.store.weights import load, stored_scheme
-from octavo.texts import read_documents, to_text
+from octavo.store.weights import load, refuse_pairs, stored_scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def open_model(options: ModelOptions, report: Report) -> Source:
-    """The source of the base model, not yet loaded."""
-    return open_source(options.model, revision=options.revision, allow_pickle=options.allow_pickle, say=report.say)
+def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> Source:
+    """The source of the base model, not yet loaded. ModelError if it carries adapters, unless `own_adapters`."""
+    allow = options.allow_pickle
+    source = open_source(options.model, revision=options.revision, allow_pickle=allow, say=report.say)
+    if not own_adapters:
+        refuse_pairs(source)
+    return source
 
 
 def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
@@ -58,18 +50,26 @@ def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
 
 
 def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Report) -> Model:
-    """The model, with a bar while its weights come in."""
-    with report.progress(len(source.names()), f"Loading weights ({scheme.name})") as bar:
-        return load(source, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
+    """The model, with a bar while its weights come in, and with the adapters on it that its source carries."""
+    base = base_of(source)
+    with report.progress(len(base.names()), f"Loading weights ({scheme.name})") as bar:
+        model = load(base, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
+    put_own_pairs_(model, source, say=report.say)
+    return model
+
+
+def read_adapter(folder: Path, source: Source, report: Report) -> Adapter:
+    """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
+    read = peft.read(folder)
+    trained_on = (read.origin.get("base") or {}).get("sha256")
+    if trained_on and trained_on != fingerprint(source):
+        report.warn(f"The adapter {folder} was trained on other base weights than these.")
+    return read
 
 
 def with_adapter_(model: Model, folder: Path, source: Source, report: Report) -> None:
     """Puts the adapter of a folder on `model`; warns if it was trained on other weights."""
-    read = adapter.read(folder)
-    adapter.apply_(model, read)
-    trained_on = (read.origin.get("base") or {}).get("sha256")
-    if trained_on and trained_on != fingerprint(source):
-        report.warn(f"The adapter {folder} was trained on other base weights than these.")
+    adapter.apply_(model, read_adapter(folder, source, report))
 
 
 def check_context(model_context: int, seq_len: int) -> None:
@@ -79,78 +79,6 @@ def check_context(model_context: int, seq_len: int) -> None:
             f"--seq-len {seq_len:,} is more than the model's context of {model_context:,} tokens.",
             hint=f"Use --seq-len {model_context} or less.",
         )
-
-
-def score_rows(
-    model: Model,
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    batch: int,
-    label: str,
-    report: Report,
-) -> Score:
-    """The score of some rows, with a bar."""
-    with report.progress(len(rows), label) as bar:
-        return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
-
-
-def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
-    """One row of the perplexity table, as `--json` and metrics.jsonl have it."""
-    return {
-        "name": name,
-        "scheme": scheme.name,
-        "adapter": str(folder) if folder else None,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-    }
-
-
-def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
-    """The perplexity table."""
-    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
-    report.table("Perplexity", columns, [[row[column] for column in columns] for row in rows])
-
-
-def full_precision(hardware: Hardware) -> Hardware:
-    """What "full precision" is measured in: float32 on a CPU, the compute type on a card."""
-    if hardware.device.type != "cpu":
-        return hardware
-    return Hardware(hardware.device, torch.float32, hardware.reason, hardware.name)
-
-
-def evaluate(config: Config, report: Report) -> dict[str, Any]:
-    """Perplexity and bits per byte of the base, the quantised base and the tuned model, in one table."""
-    options, asked = config[EvaluateOptions], config[ModelOptions]
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report)
-    tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
-    text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
-    rows = text.measurable(options.rows)
-    if not rows:
-        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
-    table: list[dict[str, Any]] = []
-
-    def measure(name: str, model: Model, under: Scheme, folder: Path | None) -> None:
-        check_context(model.config.context, config[TextOptions].seq_len)
-        result = score_rows(model, rows, tokenizer, batch=options.batch, label=f"Measuring {name}", report=report)
-        table.append(score_row(name, under, folder, result))
-
-    plain, stored = scheme_named("none"), stored_scheme(source)
-    if options.base and scheme.name != "none" and stored.name == "none":
-        where = full_precision(hardware) if asked.dtype == "auto" else hardware
-        measure("base", load_model(source, plain, where, report), plain, None)
-    # A base that is asked for in full precision and alone is measured so; a tuned model in its own type.
-    alone = scheme.name == "none" and options.adapter is None and asked.dtype == "auto"
-    model = load_model(source, scheme, full_precision(hardware) if alone else hardware, report)
-    measure("base" if scheme.name == stored.name == "none" else "quantised", model, scheme, None)
-    if options.adapter is not None:
-        with_adapter_(model, options.adapter, source, report)
-        measure("tuned", model, scheme, options.adapter)
-    show_scores(table, report)
-    return {"rows": table}
 
 
 @dataclass(frozen=True)
@@ -171,7 +99,7 @@ def open_speaker(config: Config, report: Report) -> Speaker:
     asked, options = config[ModelOptions], config[GenerateOptions]
     hardware = pick(asked.device, asked.dtype)
     report.say(hardware.reason)
-    source = open_model(asked, report)
+    source = open_model(asked, report, own_adapters=options.adapter is None)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     if options.adapter is not None:
         with_adapter_(model, options.adapter, source, report)

@@ -21,7 +21,7 @@ from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
 from octavo.report import Report, shown
-from octavo.store import adapter
+from octavo.store import adapter, peft
 from octavo.store.sources import FolderSource, fingerprint
 
 Octavo = Callable[..., Any]
@@ -165,7 +165,7 @@ def test_half_precision_trains_on_a_cpu(tune: Tune, tmp_path: Path, dtype: str) 
 
 def test_norms_and_biases_are_trained_saved_and_read_back(tune: Tune, tiny_llama: Path, tmp_path: Path) -> None:
     tune(tmp_path / "run", scheme="none", **EVERYTHING)
-    saved = adapter.read(tmp_path / "run" / "adapter")
+    saved = peft.read(tmp_path / "run" / "adapter")
     kinds = {key.rpartition(".")[2] for key in saved.full}
     assert kinds == {"weight", "bias"}
     base = FolderSource(tiny_llama)
@@ -291,14 +291,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
 def test_an_adapter_that_reads_back_as_something_else_is_an_error(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = adapter.read
+    whole = peft.read
 
-    def damaged(folder: Path) -> adapter.Adapter:
+    def damaged(folder: Path) -> peft.Adapter:
         read = whole(folder)
         pairs = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.pairs.items()}
-        return adapter.Adapter(read.spec, pairs, read.full, read.origin)
+        return peft.Adapter(read.spec, pairs, read.full, read.origin)
 
-    monkeypatch.setattr(adapter, "read", damaged)
+    monkeypatch.setattr(peft, "read", damaged)
     with pytest.raises(AdapterError, match="other logits"):
         finetune(settings(tmp_path / "run"), console=False)
 
@@ -310,7 +310,9 @@ def test_a_run_that_learns_nothing_is_stopped_at_its_first_step(
     whole = adapter.trained
 
     def with_a_dead_one(model: Model) -> dict[str, torch.nn.Parameter]:
-        return {**whole(model), "nowhere.lora_A": torch.nn.Parameter(torch.ones(2, 2))}
+        named = whole(model)
+        device = next(iter(named.values())).device  # the run is planned on the meta device first
+        return {**named, "nowhere.lora_A": torch.nn.Parameter(torch.ones(2, 2, device=device))}
 
     monkeypatch.setattr(adapter, "trained", with_a_dead_one)
     with pytest.raises(TrainingError, match="No gradient reaches nowhere"):

@@ -69,6 +69,39 @@ def test_parts_come_out_as_they_went_in(name: str, columns: int) -> None:
 
 
 @every_scheme
+@every_width
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_filling_columns_of_a_wider_matrix_writes_all_names_rounded_once(
+    name: str, columns: int, dtype: torch.dtype
+) -> None:
+    weights, scheme = weights_of(GROUP, columns), SCHEMES[name]
+    matrix = matrix_of(weights, name, dtype)
+    wide = torch.full((sum(GROUP.values()), columns + 5), 9.0, dtype=dtype)
+    matrix.fill(wide[:, 2 : columns + 2])
+    parts = [scheme.quantise(w.to(dtype) if name == "none" else w) for w in weights.values()]
+    exact = [dequantise(scheme, one, (len(w), columns)) for one, w in zip(parts, weights.values(), strict=True)]
+    assert torch.equal(wide[:, 2 : columns + 2], torch.cat(exact).to(dtype))
+    assert (wide[:, [0, 1, -3, -2, -1]] == 9).all()
+
+
+def test_a_wide_product_reads_a_layer_as_it_stands() -> None:
+    weights = weights_of(GROUP, 7)
+    layer = FrozenLinear(matrix_of(weights), bias=["k_proj", "v_proj"])
+    put_(layer, "v_proj", pair_of(5, 7), dropout=0.5)
+    frozen = layer.eval().frozen()
+    assert (frozen.rows, frozen.columns, frozen.bias_start, frozen.dropout) == (14, 7, 6, 0.0)
+    assert frozen.bias is layer.bias
+    (pair,) = frozen.pairs
+    assert (pair.start, pair.stop, pair.scaling) == (9, 14, 0.5)
+    assert pair.a is layer.pairs["v_proj"].a
+    assert pair.b is layer.pairs["v_proj"].b
+    out = torch.empty(14, 7)
+    frozen.fill(out)
+    assert torch.equal(out, torch.cat(list(weights.values())))
+    assert layer.train().frozen().dropout == 0.5
+
+
+@every_scheme
 def test_putting_one_name_leaves_the_others(name: str) -> None:
     weights = weights_of(GROUP, 7)
     matrix = matrix_of(weights, name)

@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.ops.attention import (
+    HALF,
+    INTERLEAVED,
+    Documents,
     cache_mask,
     causal_attention,
-    document_mask,
+    find_documents,
     rotary_table,
+    rotate,
+    rotate_,
     rotate_half,
     rotate_interleaved,
 )
@@ -79,6 +84,12 @@ def test_a_short_type_stays_as_it_is(rotate: Rotate) -> None:
     assert rotate(random(1, 3, HEADS, SIZE).bfloat16(), table).dtype == torch.bfloat16
 
 
+def documents_of(document: Tensor) -> Documents:
+    found = find_documents(document, CPU)
+    assert found is not None
+    return found
+
+
 def explicit(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, written out; seen is (T, S)."""
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
@@ -126,32 +137,88 @@ def test_no_position_sees_a_later_one(length: int, data: st.DataObject) -> None:
 def test_documents_of_a_row_do_not_see_each_other(lengths: list[int], padding: int, data: st.DataObject) -> None:
     numbers = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * padding
     document = torch.tensor([numbers, numbers])
-    mask = document_mask(document)
-    assert mask is not None
+    documents = documents_of(document)
     q, k, v = three(len(numbers))
-    before = causal_attention(q, k, v, mask=mask)
+    before = causal_attention(q, k, v, documents=documents)
     assert before.isfinite().all()  # padding looks at padding: no row of the softmax is empty
     chosen = document[0] == data.draw(st.integers(0, len(lengths) - 1))
     for x in (q, k, v):
         x[:, chosen] += 3
-    after = causal_attention(q, k, v, mask=mask)
+    after = causal_attention(q, k, v, documents=documents)
     assert torch.equal(after[:, ~chosen], before[:, ~chosen])
     assert not torch.equal(after[:, chosen], before[:, chosen])
 
 
 def test_a_packed_document_is_what_it_is_alone() -> None:
     q, k, v = three(9)
-    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 4 + [1] * 5]))
-    packed = causal_attention(q, k, v, mask=mask)
+    documents = documents_of(torch.tensor([[0] * 4 + [1] * 5, [0] * 4 + [1] * 5]))
+    packed = causal_attention(q, k, v, documents=documents)
     for part in (slice(0, 4), slice(4, 9)):
         alone = causal_attention(q[:, part], k[:, part], v[:, part])
         torch.testing.assert_close(packed[:, part], alone)
 
 
 def test_rows_of_one_document_need_no_mask() -> None:
-    assert document_mask(None) is None
-    assert document_mask(torch.tensor([[0, 0, 0], [7, 7, 7]])) is None
-    assert document_mask(torch.tensor([[0, 0, 0], [7, 7, -1]])) is not None
+    assert find_documents(None, CPU) is None
+    assert find_documents(torch.tensor([[0, 0, 0], [7, 7, 7]]), CPU) is None
+    assert find_documents(torch.tensor([[0, 0, 0], [7, 8, 8]]), CPU) is not None
+
+
+def test_padding_behind_one_document_needs_no_mask_and_changes_nothing_before_it() -> None:
+    assert find_documents(torch.tensor([[0, 0, 0], [7, 7, -1]]), CPU) is None
+    assert find_documents(torch.tensor([[0, 1, -1]]), CPU) is not None
+    q, k, v = three(6)
+    before = causal_attention(q, k, v)[:, :4]
+    for x in (q, k, v):
+        x[:, 4:] = 9
+    assert torch.equal(causal_attention(q, k, v)[:, :4], before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3),
+    padding=st.integers(0, 3),
+)
+def test_where_documents_start_says_the_same_as_the_mask(rows: list[list[int]], padding: int) -> None:
+    length = max(sum(row) for row in rows) + padding
+    numbers, first = [], 0
+    for row in rows:
+        found = [first + i for i, count in enumerate(row) for _ in range(count)]
+        numbers.append(found + [-1] * (length - len(found)))
+        first += len(row) if padding else 0  # numbers may or may not go on from row to row
+    document = torch.tensor(numbers)
+    documents = find_documents(document, CPU)
+    packed = any(len(row) > 1 for row in rows)
+    assert (documents is not None) == packed
+    if documents is None:
+        return
+    assert documents.offsets.dtype == torch.int32  # as the kernel for packed documents takes them
+    spans = documents.offsets.diff()
+    assert documents.longest == spans.max()
+    assert int(documents.offsets[0]) == 0
+    assert int(documents.offsets[-1]) == document.numel()
+    number = torch.arange(len(spans)).repeat_interleave(spans).view(document.shape)
+    assert torch.equal((number[:, None, :, None] == number[:, None, None, :]).tril(), documents.mask)
+
+
+@pytest.mark.parametrize(("form", "turned_numbers"), [(INTERLEAVED, 4), (INTERLEAVED, SIZE), (HALF, SIZE)])
+@pytest.mark.parametrize("table_rows", [1, 2], ids=["one row for all", "a row each"])
+def test_rotation_in_place_is_the_rotation_and_its_transpose_the_way_back(
+    form: str, turned_numbers: int, table_rows: int
+) -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])[:table_rows]
+    cos, sin = rotary_table(positions, FREQUENCIES[: turned_numbers // 2])
+    x = random(2, 5, HEADS, SIZE)
+    wide = random(10, HEADS * SIZE + 3)
+    own = wide[:, 1 : HEADS * SIZE + 1]
+    own.copy_(x.view(10, -1))
+    beside = wide[:, [0, -2, -1]].clone()
+    rotate_(own, cos, sin, SIZE, form)
+    torch.testing.assert_close(own.reshape(x.shape), rotate(x, (cos, sin), form), rtol=0, atol=0)
+    assert not torch.equal(own.reshape(x.shape), x)
+    rotate_(own, cos, -sin, SIZE, form)
+    torch.testing.assert_close(own.reshape(x.shape), x, rtol=1e-6, atol=1e-6)
+    assert torch.equal(wide[:, [0, -2, -1]], beside)
 
 
 @settings(max_examples=40, deadline=None)

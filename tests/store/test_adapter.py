@@ -1,10 +1,8 @@
-"""Adapters in PEFT's format: the same logits here and in peft, both ways; what does not fit is refused."""
+"""Adapters on a model: the same logits here and in peft, both ways; what does not fit is refused."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,8 +19,8 @@ from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
-from octavo.store import adapter as adapter_module
-from octavo.store.adapter import Adapter, AdapterPlan, apply_, create_, read, save, select, state, trained
+from octavo.store.adapter import AdapterPlan, apply_, collect, create_, save, select, trained
+from octavo.store.peft import Adapter, read, tensors_of
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
@@ -34,7 +32,9 @@ pytestmark = [
 ]
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-TOLERANCE = 1e-4  # of logits, float32
+# Of float32 logits of about 7. transformers' own differ from its float64 ones by up to 1.1e-4 here ("rslora"), ours by
+# as much, and so both from each other by up to twice that; what is wrong differs by 0.1 and more.
+TOLERANCE = 3e-4
 SPEC = LoraSpec(rank=4, alpha=12.0)
 
 PLANS: dict[str, tuple[str, AdapterPlan]] = {
@@ -179,8 +179,9 @@ def test_a_new_adapter_changes_nothing_and_its_seed_is_all_of_it(case: str, fold
     untouched = logits(models[0])
     for model, seed in zip(models, (1, 1, 2), strict=True):
         create_(model, plan, seed=seed)
-        assert torch.equal(logits(model), untouched)
-    first, same, other = (state(model) for model in models)
+        # Zeros are added, but the sums of a product with pairs may be taken in another order.
+        assert (logits(model) - untouched).abs().max() <= 1e-5
+    first, same, other = (tensors_of(collect(model, plan.spec)) for model in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
     drawn = [name for name in first if name.endswith(("lora_A.weight", "lora_embedding_B"))]
     assert drawn
@@ -219,68 +220,18 @@ def test_biases_that_share_a_matrix_are_trained_together_or_not_at_all(folders: 
         create_(model_of(folders["llama"]), AdapterPlan(SPEC, ("q_proj",), biases=True), seed=0)
 
 
-CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora"),
-    "lora bias": ({"lora_bias": True}, "lora_bias"),
-    "activated": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-    "olora": ({"init_lora_weights": "olora"}, "olora"),
-    "another type": ({"peft_type": "IA3"}, "IA3"),
-    "no rank": ({"r": None}, "no usable rank"),
-    "a rank of text": ({"r": "many"}, "no usable rank"),
-    "rank 0": ({"r": 0}, "rank is 0"),
-    "another rank": ({"r": 8}, "has rank 4,"),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_config_of_another_adapter_is_refused(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    peft_adapter(folders["llama"], tmp_path / "adapter", {"target_modules": "all-linear"})
-    changes, told = CHANGES[case]
-    path = tmp_path / "adapter" / "adapter_config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    with pytest.raises(AdapterError, match=told):
-        read(tmp_path / "adapter")
-
-
 def test_a_true_dora_adapter_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     peft_adapter(folders["llama"], tmp_path / "adapter", {"target_modules": ["q_proj"], "use_dora": True})
     with pytest.raises(AdapterError, match="use_dora"):
         read(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "broken config", "no tensors", "cut tensors", "odd name"])
-def test_a_damaged_adapter_is_an_adapter_error(damage: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    plan = AdapterPlan(SPEC, ("q_proj",))
-    write(folder, tuned(folders["llama"], plan), plan)
-    tensors = folder / "adapter_model.safetensors"
-    if damage == "no folder":
-        shutil.rmtree(folder)
-    elif damage == "no config":
-        (folder / "adapter_config.json").unlink()
-    elif damage == "broken config":
-        (folder / "adapter_config.json").write_text("{")
-    elif damage == "no tensors":
-        tensors.unlink()
-    elif damage == "cut tensors":
-        tensors.write_bytes(tensors.read_bytes()[:-1])
-    else:
-        save_file({"q_proj.lora_A.weight": torch.ones(4, 64)}, tensors)
-    with pytest.raises(AdapterError, match="adapter"):
-        read(folder)
-
-
-@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
-def test_half_a_pair_is_refused(half: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    plan = AdapterPlan(SPEC, ("q_proj",))
-    write(tmp_path / "adapter", tuned(folders["llama"], plan), plan)
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    gone = f"base_model.model.model.layers.0.self_attn.q_proj.{half}.weight"
-    save_file({name: t.clone() for name, t in load_file(path).items() if name != gone}, path)
-    with pytest.raises(AdapterError, match=gone):
-        read(tmp_path / "adapter")
+def test_norms_and_biases_that_are_trained_are_named_for_peft(folders: dict[str, Path], tmp_path: Path) -> None:
+    plan = AdapterPlan(SPEC, norms=True, biases=True)
+    write(tmp_path / "adapter", tuned(folders["gptj"], plan), plan)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["transformer.h.0.ln_1", "transformer.h.1.ln_1", "transformer.ln_f"]
+    assert config["bias"] == "lora_only"
 
 
 def test_an_adapter_of_another_model_is_refused_by_names_and_by_shapes(folders: dict[str, Path]) -> None:
@@ -299,66 +250,3 @@ def test_an_adapter_of_another_model_is_refused_by_names_and_by_shapes(folders: 
             apply_(model_of(folders["llama"]), adapter(name))
     with pytest.raises(AdapterError, match=r"model\.norm\.weight is \(63,\)"):
         apply_(model_of(folders["llama"]), adapter("", pairs={}, full={"model.norm.weight": torch.ones(63)}))
-
-
-def test_a_saved_folder_says_where_it_comes_from(folders: dict[str, Path], tmp_path: Path) -> None:
-    plan = AdapterPlan(SPEC, ("q_proj",))
-    write(tmp_path / "adapter", tuned(folders["llama"], plan), plan, "owner/name")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "owner/name"
-    assert config["target_modules"] == ["q_proj"]
-    assert (config["modules_to_save"], config["bias"]) == (None, "none")
-    assert read(tmp_path / "adapter").origin == {"base": "hash"}
-    assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n"
-
-
-def test_what_is_trained_whole_is_named_for_peft(folders: dict[str, Path], tmp_path: Path) -> None:
-    plan = AdapterPlan(SPEC, norms=True, biases=True)
-    write(tmp_path / "adapter", tuned(folders["gptj"], plan), plan)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["transformer.h.0.ln_1", "transformer.h.1.ln_1", "transformer.ln_f"]
-    assert config["bias"] == "lora_only"
-
-
-def test_a_new_save_replaces_the_old_one_whole(folders: dict[str, Path], tmp_path: Path) -> None:
-    for targets in (("all-linear",), ("q_proj",)):
-        plan = AdapterPlan(SPEC, targets)
-        write(tmp_path / "run" / "adapter", tuned(folders["llama"], plan), plan)
-        (tmp_path / "run" / "adapter" / "left-over").touch()
-    (tmp_path / "run" / "adapter" / "left-over").unlink()
-    assert {name.split(".")[-2] for name in read(tmp_path / "run" / "adapter").pairs} == {"self_attn"}
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]
-    assert len(list((tmp_path / "run" / "adapter").iterdir())) == 4
-
-
-@pytest.mark.parametrize("fails", ["tensors", "disk", "rename"])
-def test_a_save_that_fails_loses_nothing_and_leaves_nothing(
-    fails: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = AdapterPlan(SPEC, ("q_proj",))
-    out = tmp_path / "run" / "adapter"
-    write(out, tuned(folders["llama"], plan), plan)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    rename = Path.rename
-    if fails == "rename":
-        monkeypatch.setattr(Path, "rename", lambda a, b: fail() if a.name.startswith(".tmp") else rename(a, b))
-    else:
-        monkeypatch.setattr(adapter_module, {"tensors": "save_file", "disk": "fsync_file"}[fails], fail)
-    with pytest.raises(OSError, match="No space"):
-        write(out, tuned(folders["llama"], AdapterPlan(SPEC)), AdapterPlan(SPEC))
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.name for path in out.parent.iterdir()] == ["adapter"]
-
-
-def test_files_have_the_modes_that_the_umask_gives(folders: dict[str, Path], tmp_path: Path) -> None:
-    plan = AdapterPlan(SPEC, ("q_proj",))
-    before = os.umask(0o027)
-    try:
-        write(tmp_path / "adapter", tuned(folders["llama"], plan), plan)
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o640}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.errors import ModelError, UsageError
-from octavo.models import Model, places
+from octavo.models import Model, build, places
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import folder as folder_module
-from octavo.store.folder import WrittenLayer, weight_names, write_folder
+from octavo.store import weights as weights_module
+from octavo.store.folder import WrittenLayer, weight_names, write_folder, written_bytes
 from octavo.store.sources import FolderSource
-from octavo.store.weights import load
+from octavo.store.weights import items_of, load
 
 FAMILIES = ["llama", "llama-tied", "gptj"]
 IDS = torch.arange(1, 41).view(2, 20)
@@ -127,6 +133,48 @@ def test_copying_under_the_same_scheme_changes_no_byte(scheme: str, folders: dic
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("stored", ["none", "dynamic8"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_size_of_the_blocks_changes_no_byte(
+    scheme: str, stored: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folders["llama"], tmp_path / "source", stored)
+    whole = write(tmp_path / "source", tmp_path / "whole", scheme)
+    monkeypatch.setattr(weights_module, "BLOCK_NUMBERS", 1000)
+    blocks = write(tmp_path / "source", tmp_path / "blocks", scheme)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "blocks"))
+    assert first.read_bytes() == second.read_bytes()
+    assert [layer.error for layer in blocks] == pytest.approx([layer.error for layer in whole], rel=1e-5)
+
+
+def test_code_tables_that_share_memory_are_written_one_by_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As in a pickle of a model whose layers were all given the same tensor."""
+    write(folders["gptj"], tmp_path / "dynamic8", "dynamic8")
+    tensors = load_file(tmp_path / "dynamic8" / "model.safetensors")
+    code = tensors["lm_head.code"].clone()
+    pickled = Path(shutil.copytree(tmp_path / "dynamic8", tmp_path / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    shared = {name: code if name.endswith(".code") else tensor for name, tensor in tensors.items()}
+    torch.save(shared, pickled / "pytorch_model.bin")
+    write_folder(FolderSource(pickled, allow_pickle=True), tmp_path / "out", scheme_named("dynamic8"))
+    first, second = (tmp_path / name / "model.safetensors" for name in ("dynamic8", "out"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("stored", ["none", "nf4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_bytes_are_told_before_they_are_written(
+    scheme: str, stored: str, dtype: torch.dtype, own_folder: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(own_folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, own_folder / "model.safetensors")
+    write(own_folder, tmp_path / "source", stored)
+    source = FolderSource(tmp_path / "source")
+    told = written_bytes(source, scheme_named(scheme))
+    assert told == write_folder(source, tmp_path / "out", scheme_named(scheme))
+
+
 @pytest.mark.parametrize("scheme", ["none", "dynamic8"])
 def test_shards_are_small_and_load_here_and_in_transformers(
     scheme: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,6 +274,99 @@ def test_an_interrupted_write_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == ([out] if existing else [])
     write_folder(source, out, scheme_named("nf4"), replace=True)
     assert loaded(out, "nf4")
+
+
+DIE = """
+import os, signal, sys
+from pathlib import Path
+from octavo.ops.quantize import scheme_named
+from octavo.store.folder import write_folder
+from octavo.store.sources import FolderSource
+
+source, out = FolderSource(Path(sys.argv[1])), Path(sys.argv[2])
+write_folder(source, out, scheme_named("int8"), on_layer=lambda layer: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", DIE, folders["llama"], out], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-out-")
+    (living := tmp_path / ".tmp-out-1").mkdir()
+    (other := tmp_path / ".tmp-output-1").mkdir()
+    descriptor = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as a process does for as long as it lives
+        write(folders["llama"], out, "int8")
+    finally:
+        os.close(descriptor)
+    assert set(tmp_path.iterdir()) == {out, living, other}
+
+
+# 36 million numbers in float16. In float32, the embedding alone is 67 MB.
+WIDE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 16384, "hidden_size": 1024,
+    "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+from octavo.ops.quantize import scheme_named
+from octavo.store import folder, weights
+from octavo.store.sources import FolderSource
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+folder.SHARD_BYTES = 2**24
+source, out = FolderSource(Path(sys.argv[1])), Path(sys.argv[2])
+source.tokenizer()  # with all that transformers imports for it
+folder.weight_names(source)
+
+def written(block_numbers):
+    weights.BLOCK_NUMBERS = block_numbers
+    start, peaks, done = anonymous(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    folder.write_folder(source, out / str(block_numbers), scheme_named("int8"))
+    done.set()
+    watcher.join()
+    return max(peaks) - start
+
+print(json.dumps([written(weights.BLOCK_NUMBERS), written(2**40)]))
+"""
+
+
+def test_writing_takes_a_shard_and_one_quantised_tensor(own_folder: Path, tmp_path: Path) -> None:
+    (own_folder / "config.json").write_text(json.dumps(WIDE))
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()
+    tensors, largest = {}, 0
+    for name, item in items_of(build(WIDE)):
+        matrix = item.place.matrix
+        shape = (matrix.outputs[item.place.rows_key], matrix.in_features) if matrix else (WIDE["hidden_size"],)
+        count = torch.Size(shape).numel()
+        tensors[name] = noise.repeat(-(-count // noise.numel()))[:count].view(shape)
+        largest = max(largest, count)
+    save_file(tensors, own_folder / "model.safetensors")
+    # The C library gives memory back to the system at once, so that what is counted is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(own_folder), str(tmp_path / "out")]
+    ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    in_blocks, whole = json.loads(ran.stdout)
+    # A byte a number and a float32 a row; 16 MB for the libraries, 24 MB for copies of a block in float32, 4 MiB each.
+    assert in_blocks <= 2**24 + 1.01 * largest + 40e6
+    assert whole > 2 * 4 * largest, "the measurement itself sees what whole tensors would take"
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_the_work(own_folder: Path, tmp_path: Path) -> None:

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTJConfig, LlamaConfig
 
-from octavo.data.loader import Position, batches
+from octavo.data.loader import Batch, Position, batches
 from octavo.data.packing import IGNORED, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import TrainingError
 from octavo.layers.frozen import FrozenLinear, LowRankPair
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Model, places
+from octavo.ops.branch import Keep
 from octavo.ops.quantize import scheme_named
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 from octavo.train.loop import Step, Trainer, check_gradients, train
-from octavo.train.memory import recompute
+from octavo.train.micro import Launched
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 
 VOCABULARY, SEQ_LEN, RANK, ALPHA, SEED = 61, 24, 8, 16.0, 3
@@ -99,7 +100,8 @@ def trainer_of(
     optimizer = Adam(flatten_(parameters), settings)
     schedule = Schedule(lr, total, warmup=2, kind="constant")
     scaler = LossScaler(base.embed.matrix.dtype)
-    return Trainer(model, parameters, optimizer, schedule, scaler, recompute, SEED, accumulate)
+    micro_step = Launched(model, Keep.INPUT)
+    return Trainer(model, parameters, optimizer, schedule, scaler, micro_step, SEED, accumulate)
 
 
 def run(trainer: Trainer, data: Sequence[Row], **reading: Any) -> list[Step]:
@@ -349,6 +351,52 @@ def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Model) -> 
             break
         trainer.model.eval()  # as an evaluation in between does
     assert not trainer.model.training
+
+
+class Failing:
+    """A micro-step that runs out of memory at its second call, in backward, until a cheaper way is taken."""
+
+    def __init__(self, model: Model, error: RuntimeError, cheaper: int) -> None:
+        self.own, self.error, self.cheaper, self.calls = Launched(model, Keep.ALL), error, cheaper, 0
+
+    def __call__(self, batch: Batch, seed: float) -> Tensor:
+        self.calls += 1
+        loss = self.own(batch, seed)
+        if self.calls == 2:
+            raise self.error
+        return loss
+
+    def release(self) -> None:
+        return
+
+    def cheapen(self) -> bool:
+        self.cheaper -= 1
+        return self.cheaper >= 0
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=["torch", "cublas"]
+)
+def test_a_step_that_runs_out_of_memory_is_done_once_more_as_a_whole(base: Model, error: RuntimeError) -> None:
+    data, settings = rows(4), {"total": 2, "accumulate": 2, "dropout": 0.3}
+    expected, trainer = trainer_of(base, **settings), trainer_of(base, **settings)  # type: ignore[arg-type]
+    trainer.micro_step = Failing(trainer.model, error, cheaper=1)
+    assert timeless(run(trainer, data)) == timeless(run(expected, data))
+    assert all(torch.equal(value, values(trainer)[name]) for name, value in values(expected).items())
+
+
+def test_a_step_that_fits_in_no_way_stops_the_run(base: Model) -> None:
+    trainer = trainer_of(base, total=2, accumulate=2)
+    trainer.micro_step = Failing(trainer.model, torch.OutOfMemoryError("full"), cheaper=0)
+    with pytest.raises(TrainingError, match="Step 1 does not fit"):
+        run(trainer, rows(4))
+
+
+def test_another_error_is_not_taken_for_memory(base: Model) -> None:
+    trainer = trainer_of(base, total=2, accumulate=2)
+    trainer.micro_step = Failing(trainer.model, RuntimeError("shapes"), cheaper=1)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(trainer, rows(4))
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ from octavo.data.loader import batches
 from octavo.errors import TrainingError, UsageError
 from octavo.finetune.measure import hold_out, measure_base, measure_tuned, read_back, sample, save_adapter
 from octavo.finetune.prepare import prepare
+from octavo.finetune.rehearse import rehearse
 from octavo.finetune.state import Run, resume, save_checkpoint
 from octavo.hardware import peak_memory_bytes
 from octavo.report import Report
-from octavo.run import show_scores
+from octavo.scores import show_scores
 from octavo.store import checkpoint
 from octavo.store.files import atomic_write, lock, write_json_atomically
 from octavo.train.loop import Step, train
@@ -52,6 +53,7 @@ def finetune(config: Config, *, console: bool = True, compare_full: bool = False
                     metrics.unlink()
                 raise
             resumed = options.resume and resume(run)
+            rehearse(run)
             _write_settings(run)
             if not resumed:
                 measure_base(run, compare_full=compare_full)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.config import ModelOptions, RunOptions, TrainOptions
+from octavo.config import ModelOptions, RunOptions
 from octavo.data.prompt import encode_prompt
 from octavo.errors import AdapterError
 from octavo.evaluate import Score
@@ -20,8 +20,9 @@ from octavo.infer.engine import complete
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
-from octavo.run import end_ids, full_precision, load_model, score_row, score_rows
-from octavo.store import adapter
+from octavo.run import end_ids, load_model
+from octavo.scores import full_precision, score_row, score_rows
+from octavo.store import adapter, peft
 
 PROBE_TOKENS = 64  # on which the saved adapter is compared with the one in memory
 FIRST_WORDS = 12  # of the held-out text make the prompt of a run that names none
@@ -81,7 +82,7 @@ def save_adapter(run: Run) -> None:
 
 def read_back(run: Run) -> None:
     """Puts the saved adapter on the model in place of the trained one; AdapterError unless the logits agree."""
-    adapter.apply_(run.model, adapter.read(run.adapter_folder))
+    adapter.apply_(run.model, peft.read(run.adapter_folder))
     expected = run.found.probe
     assert expected is not None
     difference = float((_probe(run) - expected).abs().max())
@@ -96,6 +97,7 @@ def read_back(run: Run) -> None:
 def sample(run: Run, *, which: str, step: int) -> None:
     """Continues each prompt and records it."""
     options = run.config[RunOptions]
+    run.micro_step.release()
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
     for prompt in options.sample_prompt or _first_words(run):
         ids = encode_prompt(prompt, run.tokenizer)
@@ -111,7 +113,8 @@ def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, A
 
 
 def _score(run: Run, model: Model, label: str) -> Score:
-    batch = run.config[TrainOptions].batch
+    run.micro_step.release()  # what a recorded step holds is free for this
+    batch = run.micro_step.plan.rows
     return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)
 
 

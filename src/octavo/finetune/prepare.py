@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from octavo.config import (
     Config,
     LoraOptions,
+    MemoryOptions,
     ModelOptions,
     TextOptions,
     TrainingData,
@@ -19,15 +20,15 @@ from octavo.data.loader import batches_per_epoch
 from octavo.errors import UsageError
 from octavo.finetune.state import Found, Run, fingerprint_of
 from octavo.hardware import Hardware, pick
-from octavo.layers.lora import LoraSpec, flatten_
+from octavo.layers.lora import flatten_
 from octavo.models import Model
+from octavo.plan import Fit, adapter_plan, choose_road, fit
 from octavo.report import Report
-from octavo.run import check_context, chosen_scheme, load_model, open_model
+from octavo.run import chosen_scheme, load_model, open_model
 from octavo.store import adapter
-from octavo.store.adapter import AdapterPlan
 from octavo.texts import Text, read_documents, show_ledger, to_text
 from octavo.train.loop import Trainer
-from octavo.train.memory import policy
+from octavo.train.micro import Fitted
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 
 if TYPE_CHECKING:
@@ -40,28 +41,41 @@ def prepare(config: Config, report: Report) -> Run:
     hardware = pick(asked.device, asked.dtype)
     report.say(hardware.reason)
     source = open_model(asked, report)
+    choose_road(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
     text, held_out = _read(config, tokenizer, report)
+    fitting = fit(config, source, scheme, hardware)
     base_sha256 = fingerprint_of(source, report)
     model = load_model(source, scheme, hardware, report)
-    check_context(model.config.context, config[TextOptions].seq_len)
-    plan = _plan(config[LoraOptions])
+    plan = adapter_plan(config[LoraOptions])
     adapter.create_(model, plan, seed=config[TrainOptions].seed)
-    trainer = _trainer(config[TrainOptions], model, hardware, rows=len(text.rows))
+    micro_step = _micro_step(config, model, hardware, fitting, report)
+    trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=len(text.rows))
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     report.say(f"Training {count:,} numbers in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps.")
     return Run(
-        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer,
+        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, micro_step,
         base_sha256, Found(),
     )  # fmt: skip
 
 
-def _plan(options: LoraOptions) -> AdapterPlan:
-    spec = LoraSpec(options.rank, options.alpha, options.dropout, options.rslora)
-    return AdapterPlan(spec, tuple(options.targets), norms=options.train_norms, biases=options.train_biases)
+def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: Fit, report: Report) -> Fitted:
+    """Forward and backward by the plan, which is said, so that its surprises can be understood."""
+    plan, on_card = fitting.plan, hardware.device.type == "cuda"
+    if on_card:
+        pace = f", {plan.seconds:.3g} s a batch" if plan.seconds else ""
+        report.say(
+            f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / 2**30:.2f} of "
+            f"{fitting.budget_bytes / 2**30:.2f} GiB predicted{pace}."
+        )
+    # A replayed graph would draw the same dropout mask again and again.
+    record = on_card and config[MemoryOptions].record and config[LoraOptions].dropout == 0
+    if on_card and config[MemoryOptions].record and not record:
+        report.say("Steps are launched kernel by kernel, since dropout cannot be recorded.")
+    return Fitted(model, plan, record=record, cheaper=fitting.cheaper, warn=report.warn)
 
 
-def _trainer(options: TrainOptions, model: Model, hardware: Hardware, *, rows: int) -> Trainer:
+def _trainer(options: TrainOptions, model: Model, hardware: Hardware, micro_step: Fitted, *, rows: int) -> Trainer:
     parameters = adapter.trained(model)
     total = total_steps(options, rows)
     warmup = round(options.warmup if options.warmup >= 1 else options.warmup * total)
@@ -72,7 +86,7 @@ def _trainer(options: TrainOptions, model: Model, hardware: Hardware, *, rows: i
         optimizer=Adam(flatten_(parameters), settings),
         schedule=Schedule(options.lr, total, warmup=warmup, kind=options.schedule, floor=options.lr_floor),
         scaler=LossScaler(hardware.dtype),
-        through=policy(checkpointing=options.checkpointing),
+        micro_step=micro_step,
         seed=options.seed,
         accumulate=options.accumulate,
     )

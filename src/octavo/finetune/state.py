@@ -22,11 +22,12 @@ from octavo.models import Model
 from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme
 from octavo.report import Report
-from octavo.store import adapter, checkpoint
+from octavo.store import checkpoint, peft
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import Source, fingerprint
 from octavo.texts import Text
 from octavo.train.loop import Step, Trainer
+from octavo.train.micro import Fitted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,6 +60,7 @@ class Run:
     model: Model
     plan: AdapterPlan
     trainer: Trainer
+    micro_step: Fitted
     base_sha256: str
     found: Found
 
@@ -103,6 +105,13 @@ class Run:
 
 def save_checkpoint(run: Run) -> None:
     """Everything that the run needs to go on from here."""
+    tensors, state = state_of(run)
+    keep = run.config[RunOptions].keep_checkpoints
+    checkpoint.save(run.checkpoints, run.found.done, tensors=tensors, state=state, keep=keep)
+
+
+def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(tensors, the rest) of a checkpoint."""
     found, parameters = run.found, run.trainer.parameters
     tensors: dict[str, dict[str, Tensor]] = {
         "adapter": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
@@ -119,8 +128,7 @@ def save_checkpoint(run: Run) -> None:
         "config": run.config.to_yaml(),
         "versions": versions(),
     }
-    keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(run.checkpoints, found.done, tensors=tensors, state=state, keep=keep)
+    return tensors, state
 
 
 def resume(run: Run) -> bool:
@@ -171,7 +179,7 @@ def versions() -> dict[str, str]:
 def _adapter_step(folder: Path) -> int | None:
     """The step of the adapter in a folder, None if it cannot be told."""
     try:
-        return int(adapter.read(folder).origin["step"])
+        return int(peft.read(folder).origin["step"])
     except (AdapterError, KeyError):
         return None
 

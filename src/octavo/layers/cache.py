@@ -5,6 +5,9 @@ Legend: B rows of a batch, S positions of room, G key/value heads, D the size of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,10 @@ class KeyValueCache:
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def at(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`extend` of one layer."""
+        return partial(self.extend, layer)
 
     def advance(self, count: int) -> None:
         """Counts `count` stored positions as filled, once all blocks have stored theirs."""

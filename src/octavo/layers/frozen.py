@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.quantize import Parts, Plain, Scheme, Shape, stored_bytes
+from octavo.ops.wide import Frozen
 
 
 class FrozenMatrix(nn.Module):
@@ -82,6 +83,15 @@ class FrozenMatrix(nn.Module):
         assert all(scale is None for _, scale in pieces)  # schemes with a row scale always join
         return torch.cat([matrix for matrix, _ in pieces]), None
 
+    def fill(self, out: Tensor) -> None:
+        """Writes the matrix into `out` (N, K), which may be columns of a wider one."""
+        shapes = [(rows, self.in_features) for rows in self.outputs.values()]
+        if len(shapes) == 1 or all(self.scheme.joins(shape) for shape in shapes):
+            self.scheme.fill(self.parts, out)
+            return
+        for name, rows in self.outputs.items():
+            self.scheme.fill(self.of(name), out[self.starts[name] : self.starts[name] + rows])
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape) in the compute type, (*ids.shape, K); the table itself is not dequantised."""
         return self.scheme.rows(self.parts, self.shape, ids, self.dtype)
@@ -130,13 +140,24 @@ class FrozenLinear(nn.Module):
         assert self.bias is not None
         return self.bias.detach().narrow(0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""
+    def low_rank(self) -> tuple[LowRank, ...]:
+        """The pairs, with the rows that they are for."""
         pairs = []
         for name, pair in self.pairs.items():
             assert isinstance(pair, LowRankPair)
             start = self.matrix.starts[name]
             pairs.append(LowRank(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
+        return tuple(pairs)
+
+    def frozen(self) -> Frozen:
+        """This layer as a wide product reads it."""
+        rows, columns = self.matrix.shape
+        dropout = self.dropout if self.training else 0.0
+        return Frozen(rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""
+        pairs = self.low_rank()
         dropping = bool(pairs) and self.training and self.dropout > 0
         return frozen_linear(
             x,

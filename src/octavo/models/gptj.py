@@ -12,24 +12,20 @@ V the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.layers.cache import KeyValueCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.ops.attention import (
-    cache_mask,
-    causal_attention,
-    document_mask,
-    rotary_table,
-    rotate_interleaved,
-)
+from octavo.layers.residual import LayerNorm, levels, residual
+from octavo.ops.attention import INTERLEAVED, Documents, cache_mask, rotary_table
+from octavo.ops.branch import Keep
+from octavo.ops.mix import Attention, Context, Gelu
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -86,50 +82,26 @@ class Config:
         )
 
 
-class Norm(nn.Module):
-    """LayerNorm with its weight and bias kept in float32, taken in the type of x."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
 class Block(nn.Module):
-    """One layer."""
+    """One layer: one branch, whose mix is attention beside the activation of the MLP."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         c, d = config, config.width
         self.index = index
-        self.head_size = c.head_size
-        self.norm = Norm(d, c.norm_eps)
+        self.norm = LayerNorm(d, c.norm_eps)
         stacked = {"q_proj": d, "k_proj": d, "v_proj": d, "fc_in": c.mlp_width}
-        self.sizes = list(stacked.values())
         self.in_proj = FrozenLinear(FrozenMatrix(d, stacked), bias=["fc_in"])
+        self.pieces = (Attention(c.heads, c.heads, c.head_size, INTERLEAVED), Gelu(c.mlp_width))
         self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
         self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        q, k, v, fc = self.in_proj(self.norm(x)).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
-        q, k = rotate_interleaved(q, rotary), rotate_interleaved(k, rotary)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        attended = self.out_proj(causal_attention(q, k, v, mask=mask).flatten(2))
-        y: Tensor = x + attended + self.fc_out(F.gelu(fc, approximate="tanh"))
-        return y
+        return residual(
+            x, self.norm, self.in_proj, self.pieces, (self.out_proj, self.fc_out), context,
+            keep=keep, store=cache.at(self.index) if cache is not None else None,
+        )  # fmt: skip
 
 
 class Model(nn.Module):
@@ -140,7 +112,7 @@ class Model(nn.Module):
         self.config = config
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"wte": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
-        self.norm = Norm(config.width, config.norm_eps)
+        self.norm = LayerNorm(config.width, config.norm_eps)
         table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
         self.head = FrozenLinear(table, bias=[next(iter(table.outputs))])
 
@@ -149,24 +121,25 @@ class Model(nn.Module):
         ids: Tensor,
         *,
         positions: Tensor | None = None,
-        document: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
-        through: Callable[..., Tensor] = nn.Module.__call__,
+        keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
 
-        `positions` (B, T) count within each document, from the cache's end if left out; `document` (B, T)
-        numbers the documents packed in a row; `through(block, *inputs)` runs each block.
+        `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
+        those packed in the rows; `keep` is what each block keeps for backward.
         """
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
         rotary = rotary_table(positions, 1.0 / ROTARY_BASE**exponents)
-        mask = document_mask(document) if cache is None else cache_mask(start, ids.shape[1], ids.device)
+        mask = cache_mask(start, ids.shape[1], ids.device) if cache is not None else None
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
         x = self.embed(ids)
-        for block in self.blocks:
-            x = through(block, x, rotary, mask, cache)
+        for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
+            x = block(x, context, keep=kept, cache=cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         normed: Tensor = self.norm(x)

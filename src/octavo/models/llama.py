@@ -12,18 +12,21 @@ F the width of the MLP, V the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.layers.cache import KeyValueCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.ops.attention import cache_mask, causal_attention, document_mask, rotary_table, rotate_half
+from octavo.layers.residual import RmsNorm, levels, residual
+from octavo.ops.attention import HALF, Documents, cache_mask, rotary_table
+from octavo.ops.branch import Keep
+from octavo.ops.mix import Attention, Context, Swiglu
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -93,18 +96,6 @@ class Config:
         )
 
 
-class Norm(nn.Module):
-    """x / rms(x) * weight; the mean square is taken in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-
-
 class Block(nn.Module):
     """One layer: attention, then the gated MLP, each behind its norm and added to its input."""
 
@@ -112,36 +103,23 @@ class Block(nn.Module):
         super().__init__()
         c, d = config, config.width
         self.index = index
-        self.head_size = c.head_size
         queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
         qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
-        self.norm_1 = Norm(d, c.norm_eps)
+        self.norm_1 = RmsNorm(d, c.norm_eps)
         self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=qkv if c.qkv_bias else ())
+        self.attention = Attention(c.heads, c.key_value_heads, c.head_size, HALF)
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
-        self.norm_2 = Norm(d, c.norm_eps)
+        self.norm_2 = RmsNorm(d, c.norm_eps)
         self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=gate_up if c.mlp_bias else ())
+        self.activation = Swiglu(c.mlp_width)
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
-        self.sizes = [queries, keys, keys]
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_size)) for part in self.qkv(self.norm_1(x)).split(self.sizes, dim=-1)
-        )
-        q, k = rotate_half(q, rotary), rotate_half(k, rotary)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        x = x + self.out(causal_attention(q, k, v, mask=mask).flatten(2))
-        gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
-        y: Tensor = x + self.down(F.silu(gate) * up)
-        return y
+        store = cache.at(self.index) if cache is not None else None
+        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, keep=keep, store=store)
+        return residual(x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, keep=keep, store=store)
 
 
 class Model(nn.Module):
@@ -152,7 +130,7 @@ class Model(nn.Module):
         self.config = config
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"embed_tokens": config.vocabulary}))
         self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
-        self.norm = Norm(config.width, config.norm_eps)
+        self.norm = RmsNorm(config.width, config.norm_eps)
         table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
         self.head = FrozenLinear(table)
 
@@ -161,24 +139,24 @@ class Model(nn.Module):
         ids: Tensor,
         *,
         positions: Tensor | None = None,
-        document: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KeyValueCache | None = None,
-        through: Callable[..., Tensor] = nn.Module.__call__,
+        keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
 
-        `positions` (B, T) count within each document, from the cache's end if left out; `document` (B, T)
-        numbers the documents packed in a row; `through(block, *inputs)` runs each block.
+        `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
+        those packed in the rows; `keep` is what each block keeps for backward.
         """
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        frequencies = torch.tensor(self.config.frequencies, device=ids.device)
-        rotary = rotary_table(positions, frequencies)
-        mask = document_mask(document) if cache is None else cache_mask(start, ids.shape[1], ids.device)
+        rotary = rotary_table(positions, _frequencies(self.config.frequencies, ids.device))
+        mask = cache_mask(start, ids.shape[1], ids.device) if cache is not None else None
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
         x = self.embed(ids)
-        for block in self.blocks:
-            x = through(block, x, rotary, mask, cache)
+        for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
+            x = block(x, context, keep=kept, cache=cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         normed: Tensor = self.norm(x)
@@ -197,6 +175,12 @@ class Model(nn.Module):
             c.layers, batch=batch, room=room, heads=c.key_value_heads, head_size=c.head_size,
             dtype=table.dtype, device=device,
         )  # fmt: skip
+
+
+@cache
+def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(D/2,), sent once: a copy from the host's plain memory makes a card wait, and cannot be in a CUDA graph."""
+    return torch.tensor(values, device=device)
 
 
 def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:

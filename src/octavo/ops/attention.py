@@ -1,23 +1,38 @@
 """Rotary positions and causal attention, over packed documents or over a key/value cache.
 
 Legend: B rows of a batch, T positions, S cached positions, H query heads, G key/value heads (G divides H),
-D the size of a head.
+D the size of a head, R how many numbers of a head are rotated, M = B T.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from octavo.ops.twins import OBSERVERS, twin
+
+INTERLEAVED, HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math")
+_wanted = "auto"
+
+Table = tuple[Tensor, Tensor]
 
 
-def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, frequencies: Tensor) -> Table:
     """(cos, sin), each (B, T, 1, R/2) float32, of positions (B, T) times R/2 frequencies (RoFormer, 2104.09864)."""
     angles = positions.float()[..., None] * frequencies.float()
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
-def rotate_interleaved(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
     """Rotates the first R numbers of each head in pairs (2i, 2i+1), GPT-J's form. x is (B, T, H, D)."""
     cos, sin = table
     turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
@@ -26,23 +41,55 @@ def rotate_interleaved(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
-def rotate_half(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_half(x: Tensor, table: Table) -> Tensor:
     """Rotates each head in pairs (i, i + D/2), Llama's form. x is (B, T, H, D)."""
     cos, sin = table
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
-def document_mask(document: Tensor | None) -> Tensor | None:
-    """(B, 1, T, T), true where a position may look: itself and what precedes it in its own document.
+def rotate(x: Tensor, table: Table, form: str) -> Tensor:
+    """x (B, T, H, D) rotated in the form INTERLEAVED or HALF."""
+    return rotate_interleaved(x, table) if form == INTERLEAVED else rotate_half(x, table)
 
-    `document` (B, T) numbers the documents packed into each row, -1 on padding. None where each row holds one
-    document, which needs no mask beyond the causal one.
+
+@twin
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str) -> None:
+    """Rotates all heads of x (M, heads * D) in place. The table is of (B, T) positions, or of (1, T) for all rows."""
+    heads = x.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1]))  # (n, rows, heads, D)
+    table = cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]
+    heads.copy_(rotate(heads, table, form))
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of packed rows begin and end. `number` (B, T) counts them, -1 on padding."""
+
+    number: Tensor
+    offsets: Tensor  # (n + 1,) int32: where each document starts in the B T positions put end to end
+    longest: int
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(B, 1, T, T), true where a position may look: itself and what precedes it in its own document."""
+        return (self.number[:, None, :, None] == self.number[:, None, None, :]).tril()
+
+
+def find_documents(document: Tensor | None, device: torch.device) -> Documents | None:
+    """The documents of rows (B, T) numbered by `document`, for attention on `device`.
+
+    None where each row is one document, with nothing behind it but padding: then causal attention sees what it may
+    and no more. `document` on the CPU costs a card no wait.
     """
-    if document is None or bool((document == document[:, :1]).all()):
+    if document is None:
         return None
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same.tril()
+    change = document[:, 1:] != document[:, :-1]
+    if not bool((change & (document[:, 1:] >= 0)).any()):
+        return None
+    starts = F.pad(change, (1, 0), value=True).flatten().nonzero()[:, 0]
+    offsets = F.pad(starts, (0, 1), value=document.numel()).int()
+    longest = int(offsets.diff().max())
+    return Documents(document.to(device, non_blocking=True), offsets.to(device, non_blocking=True), longest)
 
 
 def cache_mask(start: int, length: int, device: torch.device) -> Tensor | None:
@@ -53,16 +100,117 @@ def cache_mask(start: int, length: int, device: torch.device) -> Tensor | None:
     return (torch.arange(start + length, device=device)[None, :] <= new[:, None])[None, None]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def use_attention(wanted: str) -> None:
+    """Which implementation cards use in this process: one of ATTENTIONS. auto is the fastest that takes the call."""
+    global _wanted
+    assert wanted in ATTENTIONS
+    _wanted = wanted
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None, mask: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, T, H, D), each position looking at itself and before.
 
-    q is (B, T, H, D), k and v are (B, S, G, D). Without a mask S is T and the whole row is one document, or T
-    is 1 and the position sees all of the cache. `mask` comes from `document_mask` or `cache_mask`.
+    q is (B, T, H, D), k and v are (B, S, G, D). With `documents` each position sees its own document alone. Without
+    them and without a mask S is T and the whole row is one document, or T is 1 and the position sees all of the
+    cache. `mask` comes from `cache_mask`.
     """
+    if q.is_meta:
+        rehearsed: Tensor = _Rehearsed.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return rehearsed
+    if documents is not None and _varlen_takes(q):
+        return _varlen(q, k, v, documents)
+    if documents is not None:
+        mask = documents.mask
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if groups > 1:
+    shared = groups > 1 and q.is_cuda and mask is None
+    if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     causal = mask is None and q.shape[2] > 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    with _backends(q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
     return out.transpose(1, 2)
+
+
+# cuDNN is the fastest on Hopper, head size 256 included; it refuses one query over a cache, and older cards have
+# no such kernel for it: what does not take a call passes it on to the next.
+_ORDER = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def _backends(q: Tensor) -> Any:
+    if not q.is_cuda:
+        return nullcontext()
+    if _wanted != "auto":
+        return sdpa_kernel([_ORDER[_wanted], SDPBackend.MATH] if q.shape[2] == 1 else _ORDER[_wanted])
+    return sdpa_kernel(list(_ORDER.values()), set_priority=True)
+
+
+@cache
+def _varlen_function() -> Callable[..., Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return cast(Callable[..., Tensor], varlen_attn)
+
+
+def _varlen_takes(q: Tensor) -> bool:
+    """Whether the flash kernel for packed documents runs: cards from compute capability 8.0, 2-byte types."""
+    return (
+        q.is_cuda
+        and q.dtype != torch.float32
+        and _wanted in ("auto", "flash")
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+        and _varlen_function() is not None
+    )
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    function = _varlen_function()
+    assert function is not None
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    span = documents.offsets, documents.offsets, documents.longest, documents.longest
+    out = function(*flat, *span, **_varlen_options(q.shape[2] != k.shape[2]))
+    return out.view(q.shape)
+
+
+@cache
+def _varlen_options(grouped: bool) -> dict[str, Any]:
+    """What says "causal" and "fewer key heads" to this PyTorch's function: the names changed after 2.11."""
+    import inspect
+
+    known = inspect.signature(_varlen_function() or _varlen).parameters
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if grouped and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    return options
+
+
+class _Rehearsed(torch.autograd.Function):
+    """Attention of shapes alone, with the memory that cuDNN's takes: log-sums kept, in backward dq in float32 first
+    and, where key heads are shared, dk and dv for every query head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for observe in OBSERVERS:
+            observe("attention", [q, k, v, q])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        for observe in OBSERVERS:
+            observe("attention_backward", [q, k, v, q, q, k, v, q])
+        wide = [q.new_empty(q.shape, dtype=torch.float32)]
+        if k.shape[2] != q.shape[2]:
+            wide += [q.new_empty(q.shape) for _ in range(2)]
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))

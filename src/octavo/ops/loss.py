@@ -8,76 +8,91 @@ Legend: hidden is (M, d), labels (M,), the head is (V, d).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+
+from octavo.ops.twins import RESULTS, kernels_run_on, twin
+from octavo.ops.wide import Wide
 
 IGNORE = -100  # the label of a position that is not learned, as everywhere in the field
-CHUNK_LOGITS = 16 * 2**20  # numbers in one chunk of logits: 64 MiB in float32
-
-Head = Callable[[Tensor], Tensor]
+CHUNK_BYTES = 96 * 2**20  # of one chunk's logits with all that is made of them
 
 
-def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: Head, *, vocabulary: int) -> Tensor:
+def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: Wide) -> Tensor:
     """Sum over the labelled positions of -log softmax(head(hidden))[label], a float32 scalar.
 
-    `head` maps (m, d) to logits (m, vocabulary). Positions labelled `IGNORE` cost nothing. Each chunk's logits
-    are computed again in backward, so that whatever in the head is trained receives its gradient.
+    A position labelled IGNORE costs nothing but its share of the products: leave such out where that is free.
+
+    Gradients are taken in forward, chunk by chunk while the logits exist: two products with the head instead of
+    three, and nothing kept but the gradient (M, d) and those of what the head trains. Without grad mode only the
+    sum is taken.
     """
-    kept = labels != IGNORE
-    hidden, labels = hidden[kept], labels[kept]
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, targets in _chunks(hidden, labels, vocabulary):
-        total = total + checkpoint(_chunk_loss, rows, targets, head, use_reentrant=False)
+    wants = torch.is_grad_enabled()
+    total: Tensor = _CrossEntropy.apply(hidden, labels, head, wants, *head.trained)  # type: ignore[no-untyped-call]
     return total
 
 
-def frozen_cross_entropy_sum(hidden: Tensor, labels: Tensor, head: Head, *, vocabulary: int) -> Tensor:
-    """The same number for a head in which nothing is trained.
-
-    The gradient to `hidden` is taken in forward, chunk by chunk while its logits exist: two products with the
-    head instead of three, and nothing kept but that gradient (M, d). Without grad mode only the sum is taken.
-    """
-    kept = labels != IGNORE
-    total: Tensor = _FrozenCrossEntropy.apply(hidden[kept], labels[kept], head, vocabulary)  # type: ignore[no-untyped-call]
-    return total
-
-
-class _FrozenCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, vocabulary: int) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradients: list[Tensor] = []
-        for rows, targets in _chunks(hidden, labels, vocabulary):
-            if wants_gradient:
-                with torch.enable_grad():
-                    leaf = rows.detach().requires_grad_()
-                    loss = _chunk_loss(leaf, targets, head)
-                    gradients += torch.autograd.grad(loss, leaf)
-            else:
-                loss = _chunk_loss(rows, targets, head)
-            total += loss.detach()
-        if wants_gradient:
-            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(hidden))
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Wide, wants: bool, *trained: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        to_hidden = wants and hidden.requires_grad
+        any_trained = wants and any(tensor.requires_grad for tensor in trained)
+        matrix = head.matrix(hidden)
+        gradient = torch.empty_like(hidden) if to_hidden else None
+        factors: list[Tensor | None] = [None] * len(trained)
+        size = _chunk(hidden, head)
+        for start in range(0, len(hidden), size):
+            rows, seeds = hidden[start : start + size], head.seeds()
+            wide = head.room(len(rows), hidden)
+            wide[:, : rows.shape[1]].copy_(rows)
+            head.complete_(wide, seeds)
+            logits = F.linear(wide, matrix)
+            total += cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained).sum()
+            if not (to_hidden or any_trained):
+                continue
+            dx, found = head.backward(logits, wide, seeds, to_input=to_hidden, matrix=matrix)
+            if gradient is not None:
+                assert dx is not None
+                gradient[start : start + size] = dx
+            factors = [
+                new if old is None or new is None else old + new for old, new in zip(factors, found, strict=True)
+            ]
+        ctx.gradients = [gradient, *factors]
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad).to(gradient.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradient, *factors = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
+        ctx.gradients = []
+        return gradient, None, None, None, *factors
 
 
-def _chunk_loss(rows: Tensor, targets: Tensor, head: Head) -> Tensor:
-    return F.cross_entropy(head(rows).float(), targets, reduction="sum")
+@twin
+def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """-log softmax(logits)[label] of each row, (M,) float32, 0 for the label IGNORE.
+
+    With `gradient`, logits become its gradient to them.
+    """
+    log_softmax = F.log_softmax(logits.float(), dim=1)
+    losses = F.nll_loss(log_softmax, labels, reduction="none", ignore_index=IGNORE)
+    if gradient:
+        counts = labels != IGNORE
+        slope = log_softmax.exp_().mul_(counts[:, None])
+        slope[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= counts.to(slope.dtype)
+        logits.copy_(slope)
+    return losses
 
 
-def _chunks(hidden: Tensor, labels: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return list(zip(hidden.split(size), labels.split(size), strict=True))
+RESULTS["cross_entropy_"] = lambda logits: logits.new_empty(len(logits), dtype=torch.float32)
+
+
+def _chunk(hidden: Tensor, head: Wide) -> int:
+    """Rows whose logits fit CHUNK_BYTES; the definition has a float32 copy beside them."""
+    each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
+    return max(1, CHUNK_BYTES // (each * head.parts[0].rows))

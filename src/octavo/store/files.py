@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,44 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of the file at `path`, in hexadecimal, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, to be filled and renamed to it; removed at the end if it was not.
+
+    What processes that died left beside `target` is removed first: the system let go of their locks.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
+        with suppress(OSError), _held(left) as abandoned:
+            if abandoned:
+                shutil.rmtree(left)
+    temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # where nothing is locked, of an earlier process of this number
+    temporary.mkdir()
+    try:
+        with _held(temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """A lock on `folder` itself, which needs no file in it, until the process ends at the latest. Whether it is held:
+    not if another process has it, and not on a file system that locks no folders (NFS).
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Writes a source as a folder under a scheme: `octavo quantize`.
 
-It streams: one tensor and one open shard are in memory. The folder is written beside its place, under a
-temporary name, and renamed when it is whole.
+It streams: one open shard, one quantised tensor and a few blocks of rows are in memory. The folder is written beside
+its place, under a temporary name, and renamed when it is whole.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from torch import Tensor
 from octavo._version import __version__
 from octavo.errors import UsageError
 from octavo.models import build
-from octavo.ops.quantize import Scheme, dequantise
-from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
+from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
+from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
-from octavo.store.weights import entries, full_weight, matrix_parts, stored_scheme
+from octavo.store.weights import Item, entries, full_rows, matrix_parts, parts_of_rows, row_blocks, stored_scheme
 
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**29  # held in memory until it is written
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,11 @@ class _Shards:
         size = tensor.numel() * tensor.itemsize
         if self.open and self.open_bytes + size > SHARD_BYTES:
             self.flush()
-        self.open[name] = tensor.contiguous()
+        # safetensors refuses tensors that share memory, as the code tables of several names do.
+        tensor = tensor.contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        shared = any(held.untyped_storage().data_ptr() == memory for held in self.open.values())
+        self.open[name] = tensor.clone() if shared else tensor
         self.open_bytes += size
         self.total_bytes += size
         return size
@@ -95,11 +99,7 @@ def write_folder(
     """
     if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".tmp-{out.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with new_folder(out) as temporary:
         source.tokenizer().save_pretrained(temporary)  # first: a model without one fails at once
         shards = _Shards(temporary)
         _write_tensors(source, scheme, shards, on_layer)
@@ -108,8 +108,6 @@ def write_folder(
         if source.generation_config:
             _write_json(temporary / "generation_config.json", source.generation_config)
         _finish(temporary, out, scheme, origin=fingerprint(source))
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return shards.total_bytes
 
 
@@ -122,26 +120,34 @@ def _write_tensors(
         if not item.is_matrix:
             shards.add(name, source.tensor(name))
             continue
-        assert item.place.matrix is not None
-        shape = (item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features)
-        if stored is scheme:
-            parts, error = matrix_parts(source, name, item.place, stored), 0.0
-        else:
-            weight = full_weight(source, name, item.place, stored)
-            parts = scheme.quantise(weight)
-            error = _relative_error(weight, dequantise(scheme, parts, shape))
+        shape = _shape(item)
+        parts, error = matrix_parts(source, name, item.place, stored), 0.0
+        if stored is not scheme:
+            parts, error = _requantised(parts, shape, stored, scheme)
         module = name.removesuffix(".weight")
         size = sum(
-            shards.add(name if part == "weight" else f"{module}.{part}", tensor.clone())
-            for part, tensor in parts.items()
+            shards.add(name if part == "weight" else f"{module}.{part}", tensor) for part, tensor in parts.items()
         )
         if on_layer:
             on_layer(WrittenLayer(name, shape, size, error))
 
 
-def _relative_error(weight: Tensor, back: Tensor) -> float:
-    norm = torch.linalg.vector_norm(weight.float())
-    return float(torch.linalg.vector_norm(weight.float() - back) / norm) if norm else 0.0
+def _requantised(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
+    """(parts under `scheme` of a matrix that is stored under `stored`, the relative error that this makes)."""
+    made: Parts = {}
+    wrong, whole = 0.0, 0.0
+    for rows in row_blocks(shape, stored, scheme):
+        weight = full_rows(parts, shape, rows, stored).float()
+        block = scheme.quantise(weight)
+        if not made:
+            layout = scheme.layout(shape, weight.dtype)
+            made = {part: torch.empty(size, dtype=kind) for part, (size, kind) in layout.items()}
+        for part, room in parts_of_rows(made, shape, rows, scheme).items():
+            room.copy_(block[part])
+        back = dequantise(scheme, block, (rows.stop - rows.start, shape[1]))
+        wrong += float(torch.linalg.vector_norm(weight - back)) ** 2
+        whole += float(torch.linalg.vector_norm(weight)) ** 2
+    return made, math.sqrt(wrong / whole) if whole else 0.0
 
 
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
@@ -171,6 +177,22 @@ def _finish(temporary: Path, out: Path, scheme: Scheme, *, origin: str) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _shape(item: Item) -> Shape:
+    assert item.place.matrix is not None
+    return item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features
+
+
+def written_bytes(source: Source, scheme: Scheme) -> int:
+    """The bytes of the tensors that `write_folder` would write."""
+    as_they_are = stored_scheme(source).name == scheme.name == "none"
+    return sum(
+        stored_bytes(scheme, _shape(item), dtype=torch.float32)
+        if item.is_matrix and not as_they_are
+        else source.tensor(name).nbytes
+        for name, item in entries(source, build(source.config)).items()
+    )
 
 
 def weight_names(source: Source) -> list[str]:

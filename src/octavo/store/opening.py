@@ -14,7 +14,7 @@ from pathlib import Path
 from octavo.errors import ModelError, UsageError
 from octavo.store.builtin import open_smollm2
 from octavo.store.gguf import open_gguf
-from octavo.store.sources import FolderSource, Source
+from octavo.store.sources import GPTJ_FILES, FolderSource, Source
 
 # What a hub download takes: everything the loader reads, and no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -36,9 +36,7 @@ def open_source(
             raise UsageError(f"There is no file {path}.")
         return open_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json.", hint="Give the folder of a Hugging Face model.")
-        return FolderSource(path, allow_pickle)
+        return _open_folder(path, allow_pickle=allow_pickle)
     if path.exists():
         raise UsageError(f"{path} is neither a model's folder nor a .gguf file.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -46,7 +44,19 @@ def open_source(
             f"There is no model {model!r}.",
             hint="Give a folder, a .gguf file, a hub id (owner/name), or smollm2 for the demo's model.",
         )
-    return FolderSource(_download(model, revision, allow_pickle=allow_pickle), allow_pickle)
+    return _open_folder(_download(model, revision, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+
+
+def _open_folder(folder: Path, *, allow_pickle: bool) -> FolderSource:
+    if not (folder / "config.json").is_file():
+        weights = any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
+        missing = (
+            f"Put config.json and the tokenizer's files of the model into a folder with the weights; {GPTJ_FILES}."
+        )
+        raise ModelError(
+            f"{folder} has no config.json.", hint=missing if weights else "Give the folder of a Hugging Face model."
+        )
+    return FolderSource(folder, allow_pickle)
 
 
 def _download(model: str, revision: str | None, *, allow_pickle: bool) -> Path:

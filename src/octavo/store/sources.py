@@ -32,6 +32,10 @@ WEIGHT_FILES = (
     (SAFETENSORS_INDEX, "model.safetensors", ".safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
 )
+# Where a tokenizer's vocabulary may stand. transformers makes one without any word of a folder that has none of them.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# For hints: hivemind/gpt-j-6B-8bit is weights alone, without config.json and tokenizer.
+GPTJ_FILES = "for hivemind/gpt-j-6B-8bit and what was tuned from it, they are in EleutherAI/gpt-j-6B"
 # What torch.load raises on a damaged file: its unpickler trusts that the program is whole.
 BROKEN_PICKLE = (
     pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
@@ -201,6 +205,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder. Never runs code from it."""
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        raise ModelError(
+            f"{folder} has no tokenizer (none of {', '.join(VOCABULARY_FILES)}).",
+            hint="Copy tokenizer.json and tokenizer_config.json of the model that the weights come from into it; "
+            f"{GPTJ_FILES}.",
+        )
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
             str(folder), use_fast=True, trust_remote_code=False, local_files_only=True

@@ -1,4 +1,4 @@
-"""Weights of a source into a model, or into a folder: one tensor at a time, quantised as it passes.
+"""Weights of a source into a model, or into a folder: a block of rows at a time, quantised as it passes.
 
 A folder that octavo writes under a scheme is a Hugging Face folder whose config.json has one more entry,
 "octavo": {"scheme": ..}, and whose frozen tensors stand under the names of hivemind/gpt-j-6B-8bit:
@@ -8,19 +8,26 @@ NAME.weight holds the codes, NAME.absmax the scales, NAME.code the code table of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.models import Model, Place, build, places
-from octavo.ops.quantize import Parts, Scheme, dequantise, scheme_named
+from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, scheme_named
 from octavo.store.sources import Source
 
 SCALE_KINDS = ("absmax", "code")
 PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights under no scheme
+# Numbers that are quantised at a time. A copy of them in float32, 4 MiB, stays in a core's cache and in memory that
+# is handed out again: ten times as fast as whole tensors, whose copies come from the system page by page.
+BLOCK_NUMBERS = 2**20
+# Adapters that a checkpoint carries itself, the ends of A's and B's names; store/seed.py reads them.
+PAIR_ENDS = (".adapter.0.weight", ".adapter.1.weight")
 # Buffers that older checkpoints carry and that are computed here.
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
 
@@ -57,14 +64,11 @@ def load(
     """The model of `source`, frozen under `scheme`, computing in `dtype` on `device`, in eval mode.
 
     What is stored under the same scheme is taken bit for bit; anything else is quantised as it passes.
-    Memory: the quantised model, and 1.25 times the largest tensor in float32. ModelError names what is
-    missing, unknown, misshapen or not finite.
+    Memory: the quantised model, and of the host's a few blocks of rows beside the tensor that is read (which a
+    mapped file, as of safetensors, lends without taking any). ModelError names what is missing, unknown, misshapen
+    or not finite.
     """
-    model = build(source.config)
-    _make_room_(model, device)
-    for matrix in {id(p.matrix): p.matrix for p in places(model).values()}.values():
-        if matrix is not None:
-            matrix.allocate(scheme, dtype, device)
+    model = allocated(source.config, scheme, dtype=dtype, device=device)
     stored = stored_scheme(source)
     items = entries(source, model)
     for done, (name, item) in enumerate(items.items()):
@@ -74,6 +78,16 @@ def load(
             _put_parameter(name, item, source.tensor(name))
         if progress:
             progress(done + 1, len(items))
+    return model
+
+
+def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """The model of a config.json with room for its numbers under `scheme`; on the meta device their shapes alone."""
+    model = build(config)
+    _make_room_(model, device)
+    for matrix in {id(p.matrix): p.matrix for p in places(model).values()}.values():
+        if matrix is not None:
+            matrix.allocate(scheme, dtype, device)
     return model
 
 
@@ -87,6 +101,7 @@ def _make_room_(model: Model, device: torch.device) -> None:
 
 def entries(source: Source, model: Model) -> dict[str, Item]:
     """Tensor name -> what it is, in the model's order. Everything needed is there, nothing is left over."""
+    refuse_pairs(source)
     wanted = dict(items_of(model))
     present = set(source.names())
     needless = {"lm_head.weight"} if model.config.tied else set()
@@ -103,6 +118,18 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
             hint="Is the download complete, and is config.json the one that belongs to it?",
         )
     return wanted
+
+
+def refuse_pairs(source: Source) -> None:
+    """ModelError if the source carries adapters: to read or write its weights alone would lose them."""
+    carried = [name for name in source.names() if name.endswith(PAIR_ENDS)]
+    if carried:
+        folder, allow = source.files[0].parent, " --allow-pickle" * (source.files[0].suffix == ".bin")
+        raise ModelError(
+            f"{folder} holds trained adapters beside its frozen weights ({len(carried):,} tensors like {carried[0]}).",
+            hint=f"Split it once with `octavo convert {shlex.quote(str(folder))}{allow} --out NEW_FOLDER`: NEW_FOLDER/base "
+            "is then a model like any other, and NEW_FOLDER/adapter its adapter.",
+        )
 
 
 def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Parts:
@@ -126,18 +153,38 @@ def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Par
                 hint="Is config.json the one that belongs to the weights?",
             )
         if tensor.is_floating_point():
-            _check_finite(key, tensor)
+            check_finite(key, tensor)
         parts[part] = tensor
     return parts
 
 
-def full_weight(source: Source, name: str, place: Place, stored: Scheme) -> Tensor:
-    """One frozen weight as floating-point numbers: as stored, or dequantised to float32."""
-    parts = matrix_parts(source, name, place, stored)
-    if stored.name == "none":
-        return parts["weight"]
-    assert place.matrix is not None
-    return dequantise(stored, parts, (place.matrix.outputs[place.rows_key], place.matrix.in_features))
+def row_blocks(shape: Shape, *schemes: Scheme) -> Iterator[slice]:
+    """All rows of an (N, K) matrix in runs of about BLOCK_NUMBERS numbers, such that under each scheme the parts of
+    the runs, put end to end, are the parts of the matrix.
+    """
+    rows, columns = shape
+    step = 1
+    while step < rows and not all(scheme.joins((step, columns)) for scheme in schemes):
+        step *= 2  # the blocks of the schemes are powers of two
+    step *= max(1, BLOCK_NUMBERS // (step * columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Parts:
+    """The parts of a run of `row_blocks`: views."""
+    before = scheme.layout((rows.start, shape[1]), torch.float32)
+    own = scheme.layout((rows.stop - rows.start, shape[1]), torch.float32)
+    return {
+        part: whole if part == "code" else whole.narrow(0, before[part][0][0], own[part][0][0])
+        for part, whole in parts.items()
+    }
+
+
+def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor:
+    """A run of `row_blocks` as floating-point numbers: as stored, or dequantised to float32."""
+    own = parts_of_rows(parts, shape, rows, scheme)
+    return own["weight"] if scheme.name == "none" else dequantise(scheme, own, (rows.stop - rows.start, shape[1]))
 
 
 def _put_matrix(
@@ -151,19 +198,24 @@ def _put_matrix(
     device: torch.device,
 ) -> None:
     assert place.matrix is not None
+    shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
+    parts = matrix_parts(source, name, place, stored)
     if stored is scheme and scheme.name != "none":
-        parts = matrix_parts(source, name, place, stored)
         # Names of one matrix share the code table that stands in it from the first of them on.
         shared = "code" in parts and place.rows_key != next(iter(place.matrix.outputs))
         if shared and not torch.equal(place.matrix.parts["code"], parts["code"].to(device)):
             raise ModelError(f"{name} has another code table than the layers beside it.")
-    else:
-        weight = full_weight(source, name, place, stored).to(device)
+        place.matrix.put(place.rows_key, parts)
+        return
+    target = place.matrix.of(place.rows_key)
+    for rows in row_blocks(shape, stored, scheme):
+        weight = full_rows(parts, shape, rows, stored).to(device)
         if scheme.name == "none" and dtype != weight.dtype:
             weight = weight.to(dtype)
-            _check_finite(f"{name} as {dtype}", weight, hint="Choose another compute type.")
-        parts = scheme.quantise(weight)
-    place.matrix.put(place.rows_key, parts)
+            check_finite(f"{name} as {dtype}", weight, hint="Choose another compute type.")
+        made = scheme.quantise(weight)
+        for part, room in parts_of_rows(target, shape, rows, scheme).items():
+            room.copy_(made[part])
 
 
 def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
@@ -171,11 +223,12 @@ def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
     assert target is not None
     if tensor.shape != target.shape:
         raise _misshapen(name, tensor, tuple(target.shape))
-    _check_finite(name, tensor)
+    check_finite(name, tensor)
     target.copy_(tensor)
 
 
-def _check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is damaged.") -> None:
+def check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is damaged.") -> None:
+    """ModelError unless all numbers of a tensor are finite."""
     # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise ModelError(f"{name} holds numbers that are not finite.", hint=hint)

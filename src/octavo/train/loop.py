@@ -13,13 +13,13 @@ from itertools import islice
 from time import perf_counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
 from octavo.layers.lora import gradients_in_place
 from octavo.models import Model
-from octavo.objective import Through, batch_loss
+from octavo.train.micro import MicroStep
 from octavo.train.optim import Adam, LossScaler, Schedule
 
 
@@ -51,7 +51,7 @@ class Trainer:
     optimizer: Adam
     schedule: Schedule
     scaler: LossScaler
-    through: Through
+    micro_step: MicroStep
     seed: int
     accumulate: int = 1
 
@@ -82,21 +82,17 @@ def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Itera
 def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool) -> Step:
     started = perf_counter()
     optimizer, scaler = trainer.optimizer, trainer.scaler
-    optimizer.zero_gradients()
     trained_tokens = sum(batch.trained_tokens for batch in chosen)
-    total = 0.0
-    for index, batch in enumerate(chosen):
-        torch.manual_seed(_seed(trainer.seed, number, index))
-        loss = batch_loss(trainer.model, batch, through=trainer.through) / max(1, trained_tokens)
-        value = loss.item()
+    losses = gradients(trainer, chosen, number, seed=scaler.scale / max(1, trained_tokens))
+    scaler.unscale_(optimizer.groups)
+    gradient_norm = optimizer.gradient_norm()
+    # The one place of a step where the host waits for the card: nothing is updated before it is known to be sound.
+    *values, norm = torch.stack([*losses, gradient_norm]).tolist()
+    values = [value / max(1, trained_tokens) for value in values]
+    for value, batch in zip(values, chosen, strict=True):
         if not math.isfinite(value):
             raise _not_finite(value, number, batch, scaler)
-        if loss.requires_grad and batch.trained_tokens:
-            (loss * scaler.scale).backward()
-        total += value
-    scaler.unscale_(optimizer.groups)
-    norm = optimizer.gradient_norm()
-    finite = math.isfinite(float(norm))
+    finite = math.isfinite(norm)
     if check and trained_tokens:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
         assert gradients_in_place(optimizer.groups)
@@ -104,19 +100,50 @@ def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool
         raise _gradient_not_finite(number, chosen)
     learning_rate = trainer.schedule.at(number)
     if finite and trained_tokens:
-        optimizer.step(learning_rate, gradient_norm=norm)
+        optimizer.step(learning_rate, gradient_norm=gradient_norm)
     scaler.update(finite=finite)
     return Step(
         number=number,
-        loss=total,
+        loss=math.fsum(values),
         learning_rate=learning_rate,
-        gradient_norm=float(norm),
+        gradient_norm=norm,
         trained_tokens=trained_tokens,
         tokens=sum(int((batch.document >= 0).sum()) for batch in chosen),
         seconds=perf_counter() - started,
         following=chosen[-1].following,
         skipped=not finite,
     )
+
+
+def gradients(trainer: Trainer, chosen: Sequence[Batch], number: int, *, seed: float) -> list[Tensor]:
+    """Sets the gradients of one step, seed times those of its batches together; the batches' summed losses in nats.
+
+    Where memory runs out all of it is done once more with a cheaper plan; TrainingError if there is none.
+    """
+    while True:
+        trainer.optimizer.zero_gradients()
+        losses: list[Tensor] = []
+        try:
+            for index, batch in enumerate(chosen):
+                torch.manual_seed(_seed(trainer.seed, number, index))
+                losses.append(trainer.micro_step(batch, seed))
+            return losses
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        # Only here, where the failed call's tensors are no longer held by its traceback.
+        if not trainer.micro_step.cheapen():
+            raise TrainingError(
+                f"Step {number} does not fit into the card's memory, however little is kept.",
+                hint="The last checkpoint is whole. Try a smaller --seq-len or --scheme nf4, or end other programs "
+                "on the card.",
+            )
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a card's memory ran out, in PyTorch's allocator or in a library's."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bool = True) -> None:

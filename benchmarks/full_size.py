@@ -1,0 +1,222 @@
+"""Conversion and loading at full size: seconds, and how much memory of its own the process holds at most.
+
+    python benchmarks/full_size.py write DIR --family gptj       # 12 GB: GPT-J-6B's shapes, random, float16
+    python benchmarks/full_size.py convert DIR OUT --scheme int8
+    python benchmarks/full_size.py load OUT --device cuda
+
+Each prints one JSON line. `peak_anonymous_bytes` is the most of RssAnon in /proc/PID/status, looked at every 20 ms:
+pages of the process's own. Pages of files that it has mapped are not in it (the system takes them back at need), but
+they are in `peak_resident_bytes`, the kernel's VmHWM. The folders may be deleted afterwards: the same command writes
+the same bytes again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SAMPLE_SECONDS = 0.02
+SHARD_BYTES = 2**30
+STD = 0.02  # of the weights, as transformers initialises them; biases have a tenth of it
+# What transformers adds to the defaults of GPTJConfig, which are EleutherAI/gpt-j-6B; and Llama-3-8B (arXiv
+# 2407.21783, table 3) with a vocabulary cut to a quarter.
+LLAMA: dict[str, Any] = {
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LOAD = """
+import json, sys, time
+from pathlib import Path
+import torch
+from octavo.models import build, places
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load, stored_scheme
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+source, device = FolderSource(Path(sys.argv[1])), torch.device(sys.argv[2])
+build(source.config)
+torch.ones(1, device=device)  # the driver's own memory is not the loader's
+start, began = anonymous(), time.perf_counter()
+model = load(source, stored_scheme(source), dtype=torch.bfloat16, device=device)
+if device.type == "cuda":
+    torch.cuda.synchronize()
+seconds, matrices = time.perf_counter() - began, {id(p.matrix): p.matrix for p in places(model).values() if p.matrix}
+print(json.dumps({
+    "scheme": stored_scheme(source).name,
+    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    "load_seconds": round(seconds, 2),
+    "start_anonymous_bytes": start,
+    "end_anonymous_bytes": anonymous(),
+    "stored_bytes": sum(matrix.stored_bytes for matrix in matrices.values()),
+    "device_peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    writing = commands.add_parser("write")
+    writing.add_argument("folder", type=Path)
+    writing.add_argument("--family", choices=["gptj", "llama"], default="gptj")
+    converting = commands.add_parser("convert")
+    converting.add_argument("folder", type=Path)
+    converting.add_argument("out", type=Path)
+    converting.add_argument("--scheme", default="int8")
+    loading = commands.add_parser("load")
+    loading.add_argument("folder", type=Path)
+    loading.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    if asked.command == "write":
+        told = write(asked.folder, asked.family)
+    elif asked.command == "convert":
+        options = ["--model", str(asked.folder), "--out", str(asked.out), "--scheme", asked.scheme, "--json"]
+        told = measured([sys.executable, "-m", "octavo", "quantize", *options])
+        told["layers"] = len(told["layers"])
+    else:
+        told = measured([sys.executable, "-c", LOAD, str(asked.folder), asked.device])
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    sys.stdout.write(json.dumps({"command": asked.command, "threads": threads, **told}) + "\n")
+
+
+def write(folder: Path, family: str) -> dict[str, Any]:
+    """A random model's folder in shards; at most one shard and one tensor are in memory."""
+    from safetensors.torch import save_file
+
+    began, total = time.perf_counter(), 0
+    folder.mkdir(parents=True)
+    config = model_config(family)
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    shards: list[list[str]] = []
+    for shard in in_shards(random_tensors(config.to_dict(), config.dtype)):
+        save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is made
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    status = Path("/proc/self/status").read_text()
+    return {
+        "out": str(folder),
+        "bytes": total,
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_resident_bytes": _of(status, "VmHWM"),
+    }
+
+
+def model_config(family: str) -> Any:
+    """The configuration of transformers."""
+    import torch
+    from transformers import GPTJConfig, LlamaConfig
+
+    if family == "gptj":
+        return GPTJConfig(architectures=["GPTJForCausalLM"], dtype=torch.float16)
+    return LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"], dtype=torch.bfloat16)
+
+
+def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor of a model's checkpoint, in order. Each has a seed of its own: its place."""
+    import torch
+
+    from octavo.models import build
+    from octavo.store.weights import items_of
+
+    for seed, (name, item) in enumerate(items_of(build(config))):
+        if item.is_matrix:
+            shape = (item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features)
+        else:
+            shape = tuple(item.place.parameter(item.kind).shape)
+        tensor = torch.empty(shape, dtype=dtype)
+        if item.is_matrix or item.place.matrix is not None:
+            std = STD if item.is_matrix else STD / 10
+            tensor.normal_(0, std, generator=torch.Generator().manual_seed(seed))
+        else:
+            tensor.fill_(float(item.kind == "weight"))  # norms
+        yield name, tensor
+
+
+def in_shards(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Tables of up to SHARD_BYTES."""
+    shard: dict[str, Any] = {}
+    for name, tensor in tensors:
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def tokenizer() -> Any:
+    """Bytes as tokens. The model's other rows stand for nothing, as the last 143 of the real GPT-J do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0], bos_token=tokens[0])
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Runs a program that prints one JSON object; adds its seconds and its peaks of memory."""
+    began, anonymous, resident = time.perf_counter(), 0, 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:  # what it prints fits the pipe: it prints at its end
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            anonymous, resident = max(anonymous, _of(status, "RssAnon")), max(resident, _of(status, "VmHWM"))
+            time.sleep(SAMPLE_SECONDS)
+        printed, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    told: dict[str, Any] = json.loads(printed)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        **told,
+        "seconds": round(time.perf_counter() - began, 1),
+        "user_seconds": round(after.ru_utime - before.ru_utime, 1),
+        "system_seconds": round(after.ru_stime - before.ru_stime, 1),
+        "peak_anonymous_bytes": anonymous,
+        "peak_resident_bytes": resident,
+    }
+
+
+def _of(status: str, key: str) -> int:
+    """Bytes that a line of /proc/PID/status gives; 0 if it has none (a process at its end)."""
+    found = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What every way of the benchmark starts from: the two models' shapes, their random weights, adapters and token ids.
+
+A tensor is a function of the seed and of its name in the checkpoint, so every way computes with the same numbers
+whatever order it makes them in, and a model is made on the device without a file. The numbers are drawn on the device:
+a CPU and a GPU draw others, so a comparison stays on one device. Importing this loads torch only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STD = 0.02  # of the weights, as transformers initialises them
+# B is not zero, so that A gets a gradient in the first step and the first loss sees the adapters. With inputs of unit
+# size a pair adds alpha / r * 0.01 * sqrt(16) * |A x| = 8 % of what its weight gives.
+LORA_STD = {"A": 0.02, "B": 0.01}
+RANK, ALPHA = 16, 32.0
+MODELS = ("gptj", "llama")
+LINEARS = {
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+# EleutherAI/gpt-j-6B; and Llama-3-8B (arXiv 2407.21783, table 3) with a vocabulary cut to a quarter.
+_FULL: dict[str, dict[str, Any]] = {
+    "gptj": {
+        "model_type": "gptj",
+        "vocab_size": 50400,
+        "n_positions": 2048,
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "rotary_dim": 64,
+        "n_inner": 16384,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+        "architectures": ["GPTJForCausalLM"],
+    },
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 32768,
+        "max_position_embeddings": 8192,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "architectures": ["LlamaForCausalLM"],
+    },
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "gptj": {"vocab_size": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_inner": 512,
+             "bos_token_id": 0, "eos_token_id": 0},
+    "llama": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+def shapes(model: str, *, tiny: bool = False) -> dict[str, Any]:
+    """The config of `model` (gptj or llama) as config.json has it. Tiny: the same with two narrow layers."""
+    return {**_FULL[model], **(_TINY[model] if tiny else {})}
+
+
+def weight(
+    name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, *, seed: int = 0
+) -> Tensor:
+    """The tensor called `name` in the checkpoint: norms are 1, biases 0, all else is drawn from N(0, 0.02).
+
+    The numbers are bfloat16's in every dtype, so that a float32 model and a bfloat16 one hold the same.
+    """
+    parts = name.split(".")
+    if parts[-1] == "bias":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    if any(part in ("norm", "ln_1", "ln_f", "input_layernorm", "post_attention_layernorm") for part in parts):
+        return torch.ones(shape, device=device, dtype=dtype)
+    return _normal(name, shape, STD, device, dtype, seed)
+
+
+def lora(name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
+    """A (r, K) or B (N, r) by its name in PEFT's file, as base_model.model.lm_head.lora_A.weight. Neither is zero."""
+    return _normal(name, shape, LORA_STD["A" if ".lora_A" in name else "B"], device, dtype, seed)
+
+
+def batch_ids(
+    model: str, batch: int, seq_len: int, *, seed: int, device: torch.device | str, tiny: bool = False
+) -> Tensor:
+    """Random tokens (batch, seq_len), one batch for each seed.
+
+    The loss is that of transformers with labels = ids: the mean over the (seq_len - 1) * batch tokens that follow
+    another one, without a mask and without padding.
+    """
+    rows = torch.Generator().manual_seed(_seed("ids", seed))
+    ids = torch.randint(shapes(model, tiny=tiny)["vocab_size"], (batch, seq_len), generator=rows)
+    return ids.to(device)
+
+
+def _normal(
+    name: str, shape: tuple[int, ...], std: float, device: torch.device | str, dtype: torch.dtype, seed: int
+) -> Tensor:
+    drawn = torch.empty(shape, device=device, dtype=torch.bfloat16)
+    drawn.normal_(0.0, std, generator=torch.Generator(device).manual_seed(_seed(name, seed)))
+    return drawn.to(dtype)
+
+
+def _seed(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7])

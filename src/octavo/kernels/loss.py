@@ -1,0 +1,48 @@
+"""Cross-entropy and its gradient over the logits, in place. Definition: ops/loss.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDTH = 8192  # logits that a program holds at once
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    m, v = logits.shape
+    losses = torch.empty(m, dtype=torch.float32, device=logits.device)
+    _cross_entropy[(m,)](logits, labels, losses, v, logits.stride(0), gradient, WIDTH, num_warps=16)
+    return losses
+
+
+@triton.jit
+def _cross_entropy(logits, labels, losses, V: tl.constexpr, stride, GRADIENT: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    own = logits + row * stride
+    label = tl.load(labels + row)
+    counts = label >= 0  # IGNORE is negative
+    largest = tl.full((WIDTH,), float("-inf"), tl.float32)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, V, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(largest, value)
+        # A lane that has seen no logit yet has -inf in both, and exp(-inf + inf) would be no number.
+        total = total * tl.where(largest == new, 1.0, tl.exp(largest - new)) + tl.where(
+            value == float("-inf"), 0.0, tl.exp(value - new)
+        )
+        largest = new
+    top = tl.max(largest)
+    whole = tl.sum(total * tl.exp(largest - top))
+    log_sum = top + tl.log(whole)
+    loss = log_sum - tl.load(own + tl.maximum(label, 0)).to(tl.float32)
+    tl.store(losses + row, tl.where(counts, loss, 0.0))
+    if GRADIENT:
+        for start in range(0, V, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            slope = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
+            slope = tl.where(counts, slope, 0.0)
+            tl.store(own + column, slope.to(logits.dtype.element_ty), mask=column < V)

@@ -1,0 +1,153 @@
+"""Norms and activations in one pass each over memory. Definitions: ops/pointwise.py.
+
+Legend: one program a row for norms, a piece of a row for activations; `*_stride` is a row's pitch in numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDTH = 2048  # columns of an activation that one program takes
+
+
+def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    m, d = x.shape
+    _norm[(m,)](
+        x, weight, bias if bias is not None else weight, out, d, x.stride(0), out.stride(0), eps,
+        bias is not None, triton.next_power_of_2(d), num_warps=_warps(d),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm(x, weight, bias, out, d, x_stride, out_stride, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < d
+    kind = x.dtype.element_ty
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value) / d, 0)
+    value *= tl.rsqrt(tl.sum(value * value) / d + eps)
+    value *= tl.load(weight + column, mask=inside, other=0).to(kind).to(tl.float32)
+    if CENTRED:
+        value += tl.load(bias + column, mask=inside, other=0).to(kind).to(tl.float32)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_backward_into(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor, out: Tensor, *, centred: bool
+) -> None:
+    m, d = x.shape
+    _norm_backward[(m,)](
+        x, weight, dy, residual, out, d, x.stride(0), dy.stride(0), residual.stride(0), out.stride(0), eps,
+        centred, triton.next_power_of_2(d), num_warps=_warps(d),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_backward(
+    x, weight, dy, residual, out, d, x_stride, dy_stride, residual_stride, out_stride, eps,
+    CENTRED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < d
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value) / d, 0)
+    inverse = tl.rsqrt(tl.sum(value * value) / d + eps)
+    value *= inverse
+    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
+    g *= tl.load(weight + column, mask=inside, other=0).to(x.dtype.element_ty).to(tl.float32)
+    dx = g - value * (tl.sum(g * value) / d)
+    if CENTRED:
+        dx -= tl.sum(g) / d
+    dx = (dx * inverse).to(out.dtype.element_ty).to(tl.float32)
+    dx += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
+
+
+def gelu_into(x: Tensor, out: Tensor) -> None:
+    m, f = out.shape
+    _gelu[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _gelu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < f
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    value = value * _sigmoid(_gate(value))
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-tl.maximum(x, -80.0)))  # 1e-35; beyond it exp leaves float32
+
+
+@triton.jit
+def _gate(x):
+    # gelu(x) = x (1 + tanh(z)) / 2 = x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3)
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+
+
+def gelu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
+    m, f = out.shape
+    grid = (m, triton.cdiv(f, WIDTH))
+    _gelu_backward[grid](x, dy, out, f, x.stride(0), dy.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _gelu_backward(x, dy, out, f, x_stride, dy_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < f
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
+    s = _sigmoid(_gate(value))
+    slope = s + value * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
+    tl.store(out + row * out_stride + column, (g * slope).to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu_into(x: Tensor, out: Tensor) -> None:
+    m, f = out.shape
+    _swiglu[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _swiglu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < f
+    gate = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(x + row * x_stride + f + column, mask=inside, other=0).to(tl.float32)
+    value = gate * _sigmoid(gate) * up
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
+    m, f = dy.shape
+    grid = (m, triton.cdiv(f, WIDTH))
+    _swiglu_backward[grid](x, dy, out, f, x.stride(0), dy.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _swiglu_backward(x, dy, out, f, x_stride, dy_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < f
+    gate = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(x + row * x_stride + f + column, mask=inside, other=0).to(tl.float32)
+    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
+    s = _sigmoid(gate)
+    kind = out.dtype.element_ty
+    tl.store(out + row * out_stride + column, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
+    tl.store(out + row * out_stride + f + column, (g * gate * s).to(kind), mask=inside)
+
+
+def _warps(d: int) -> int:
+    return 4 if d <= 1024 else 8 if d <= 8192 else 16

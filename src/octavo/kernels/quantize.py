@@ -1,0 +1,71 @@
+"""Quantised matrices written out in a 2-byte type, at the speed of memory. Definitions: ops/quantize.py."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.quantize import DYNAMIC8_BLOCK, INT8_LEVELS, NF4_BLOCK, NF4_CODE
+
+WIDTH = 4096  # columns that one program writes
+
+
+def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    n, k = out.shape
+    scale = absmax / INT8_LEVELS
+    _int8[(n, triton.cdiv(k, WIDTH))](codes, scale, out, k, codes.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _int8(codes, scale, out, k, codes_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < k
+    value = tl.load(codes + row * codes_stride + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def dynamic8_into(codes: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> None:
+    n, k = out.shape
+    grid = (n, triton.cdiv(k, WIDTH))
+    _dynamic8[grid](codes, absmax, code, out, k, out.stride(0), DYNAMIC8_BLOCK, WIDTH, num_warps=8)
+
+
+@triton.jit
+def _dynamic8(codes, absmax, code, out, k, out_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < k
+    flat = row * k + column
+    byte = tl.load(codes + flat, mask=inside, other=0).to(tl.int32)
+    value = tl.load(code + byte, mask=inside) * tl.load(absmax + flat // BLOCK, mask=inside)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    n, k = out.shape
+    grid = (n, triton.cdiv(k, WIDTH))
+    _nf4[grid](codes, absmax, _code(codes.device), out, k, out.stride(0), NF4_BLOCK, WIDTH, num_warps=8)
+
+
+@triton.jit
+def _nf4(codes, absmax, code, out, k, out_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < k
+    flat = row * k + column
+    byte = tl.load(codes + (flat >> 1), mask=inside, other=0).to(tl.int32)  # each byte twice, the second from cache
+    level = tl.where((flat & 1) == 0, byte >> 4, byte & 15)
+    value = tl.load(code + level, mask=inside) * tl.load(absmax + flat // BLOCK, mask=inside)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+_codes: dict[torch.device, Tensor] = {}
+
+
+def _code(device: torch.device) -> Tensor:
+    if device not in _codes:
+        _codes[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return _codes[device]

@@ -1,0 +1,159 @@
+"""A residual branch: y = x + W_out mix(W_in norm(x)), with a backward that says what it keeps.
+
+Every block of the families here is one or two of these. GPT-J's is one, whose mix is attention beside an MLP's
+activation; Llama's are attention, then the gated MLP. Autograd would keep the output of every step. Here forward
+keeps what a `Keep` names and backward computes the rest again, but never a product whose output it does not need:
+the outer one, 42 % of GPT-J's numbers, is computed once whatever is kept.
+
+    kept        bytes a token and layer of GPT-J (2-byte type)      computed again in backward
+    ALL         x, u = W_in norm(x), attention's output: 73,728     norm, activations
+    ATTENTION   x, attention's output: 16,384                       and u
+    INPUT       x: 8,192                                            and attention
+
+Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
+mix gives (M, sum of their outputs). A piece reads and writes columns of these, so that nothing is copied together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from octavo.ops.mix import Context, Held, Piece
+from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
+from octavo.ops.wide import Wide
+
+
+class Keep(IntEnum):
+    """What a branch keeps for backward; more is faster."""
+
+    INPUT = 0
+    ATTENTION = 1
+    ALL = 2
+
+
+class Norm(NamedTuple):
+    """LayerNorm with a bias, RMSNorm without."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a branch computes. `pieces` read u from left to right and fill the input of `outer` likewise."""
+
+    norm: Norm
+    inner: Wide
+    pieces: Sequence[Piece]
+    outer: Wide
+
+    def columns_of_u(self, u: Tensor) -> list[Tensor]:
+        """What each piece reads of u (M, U)."""
+        return list(u.split([piece.inputs for piece in self.pieces], dim=1))
+
+    def columns_of_mix(self, mixed: Tensor) -> list[Tensor]:
+        """What each piece writes of the mix (M, K), which may have further columns."""
+        sizes = [piece.outputs for piece in self.pieces]
+        return list(mixed[:, : sum(sizes)].split(sizes, dim=1))
+
+    def spans(self, u: Tensor, mixed: Tensor) -> list[tuple[Piece, Tensor, Tensor]]:
+        """(piece, its columns of u, its columns of the mix)."""
+        return list(zip(self.pieces, self.columns_of_u(u), self.columns_of_mix(mixed), strict=True))
+
+
+def branch(x: Tensor, this: Branch, context: Context, *, keep: Keep) -> Tensor:
+    """(B, T, d) -> (B, T, d)."""
+    kept = keep if torch.is_grad_enabled() else None
+    trained = [*this.norm.trained, *this.inner.trained, *this.outer.trained]
+    y: Tensor = _Branch.apply(x, this, context, kept, *trained)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Branch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, this: Branch, context: Context, keep: Keep | None, *trained: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        seeds = this.inner.seeds(), this.outer.seeds()
+        u = this.inner.product(_normed(rows, this, seeds[0]))
+        mixed = this.outer.room(len(rows), rows)
+        held: list[Held | None] = []
+        for piece, own, out in this.spans(u, mixed):
+            held.append(piece.forward(own, out, context, hold=keep is not None and keep > Keep.INPUT))
+        this.outer.complete_(mixed, seeds[1])
+        y = this.outer.product(mixed, onto=rows)
+        if keep is not None:
+            ctx.save_for_backward(rows)
+            ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
+            ctx.held = held if keep > Keep.INPUT else None
+            ctx.u = u if keep is Keep.ALL else None
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.seeds
+        (rows,) = ctx.saved_tensors
+        dy = grad.reshape(rows.shape)
+        u, held = ctx.u, ctx.held
+        ctx.u = ctx.held = None  # what is used up is freed at once, not when the whole graph is
+        if u is None:
+            u = this.inner.product(_normed(rows, this, inner_seeds))
+            for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True):
+                piece.prepare_(own, context)
+        du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds)
+        wide = _normed(rows, this, inner_seeds)
+        wanted = ctx.needs_input_grad
+        norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
+        dn, inner_gradients = this.inner.backward(du, wide, inner_seeds, to_input=wanted[0] or any(norm_trained))
+        norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
+        if any(norm_trained):
+            assert dn is not None
+            both = norm_parameters_backward(rows, this.norm.eps, dn, centred=this.norm.bias is not None)
+            norm_gradients = [g if want else None for g, want in zip(both, norm_trained, strict=False)]
+        dx = None
+        if wanted[0]:
+            assert dn is not None
+            dx = torch.empty_like(dy)
+            centred = this.norm.bias is not None
+            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=centred)
+            dx = dx.view(ctx.shape)
+        return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
+
+
+def _normed(rows: Tensor, this: Branch, seeds: Sequence[int]) -> Tensor:
+    """(M, d + C): the completed input of the inner product."""
+    wide = this.inner.room(len(rows), rows)
+    norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, wide[:, : rows.shape[1]])
+    this.inner.complete_(wide, seeds)
+    return wide
+
+
+def _outer_backward(
+    dy: Tensor, u: Tensor, held: list[Held | None] | None, this: Branch, context: Context, seeds: Sequence[int]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(gradient to u, written over u; gradients of what is trained in the outer product)."""
+    mixed = this.outer.room(len(u), u)
+    if held is None:
+        held = [piece.forward(own, out, context, hold=True, prepared=True) for piece, own, out in this.spans(u, mixed)]
+    else:
+        for (piece, own, out), one in zip(this.spans(u, mixed), held, strict=True):
+            piece.again(own, out, one)
+    this.outer.complete_(mixed, seeds)
+    dmixed, gradients = this.outer.backward(dy, mixed, seeds, to_input=True)
+    del mixed
+    assert dmixed is not None
+    for (piece, own, dout), one in zip(this.spans(u, dmixed), held, strict=True):
+        piece.backward_(own, dout, one, context)
+    return u, gradients

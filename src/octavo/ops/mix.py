@@ -1,0 +1,222 @@
+"""The pieces between the two products of a branch: attention, GELU, SwiGLU. Families list theirs.
+
+A piece reads its columns of u (M, inputs) and writes its columns of the mix (M, outputs). In backward the gradient
+is written over u, so that no second matrix of that size is needed.
+
+Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from octavo.ops.attention import Documents, causal_attention, rotate, rotate_
+from octavo.ops.pointwise import gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
+
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new k and v -> all of them, from a cache
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows."""
+
+    batch: int
+    length: int
+    rotary: tuple[Tensor, Tensor]
+    documents: Documents | None = None
+    mask: Tensor | None = None  # of new positions over a cache
+
+
+@dataclass
+class Held:
+    """Attention's output with the part of the graph that its backward needs."""
+
+    out: Tensor
+    edges: tuple[GradientEdge, ...]
+    u: list[Tensor]  # the columns that hold q, k and v when backward comes
+
+
+class Piece(Protocol):
+    """The members of a piece."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+        """The definition: (B, T, inputs) -> (B, T, outputs) under autograd, over a cache if one is given."""
+        ...
+
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> Held | None:
+        """Writes `out`; prepares u first unless it is. What backward needs besides u, if it is to `hold` that."""
+        ...
+
+    def prepare_(self, u: Tensor, context: Context) -> None:
+        """Does in place what `forward` did to u, to a u that was computed again."""
+        ...
+
+    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+        """Writes `out` once more."""
+        ...
+
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+        """Writes the gradient to u over u."""
+        ...
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal attention of rotated queries and keys; u is [q | k | v]. `form` is that of the rotation."""
+
+    heads: int
+    groups: int
+    head_size: int
+    form: str
+
+    @property
+    def inputs(self) -> int:
+        return (self.heads + 2 * self.groups) * self.head_size
+
+    @property
+    def outputs(self) -> int:
+        return self.heads * self.head_size
+
+    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+        q, k, v = self._heads(u)
+        q, k = rotate(q, context.rotary, self.form), rotate(k, context.rotary, self.form)
+        if store is not None:
+            k, v = store(k, v)
+        return causal_attention(q, k, v, documents=context.documents, mask=context.mask).flatten(2)
+
+    def prepare_(self, u: Tensor, context: Context) -> None:
+        turned = (self.heads + self.groups) * self.head_size
+        rotate_(u[:, :turned], *context.rotary, self.head_size, self.form)
+
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> Held | None:
+        if not prepared:
+            self.prepare_(u, context)
+        if not hold:
+            q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
+            attended = causal_attention(q, k, v, documents=context.documents)
+            out.copy_(attended.reshape(len(u), -1))
+            return None
+        held = self._attend(u, context)
+        out.copy_(held.out)
+        return held
+
+    def _attend(self, u: Tensor, context: Context) -> Held:
+        """Attention under autograd; what its graph would keep of u is looked up in u again when backward comes."""
+        place: list[Tensor] = []
+        storage = u.untyped_storage().data_ptr()
+
+        def pack(tensor: Tensor) -> Any:
+            if tensor.untyped_storage().data_ptr() != storage:
+                return tensor
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed: Any) -> Tensor:
+            return packed if isinstance(packed, Tensor) else place[0].as_strided(*packed)
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+            anchor = torch.empty(0, device=u.device, requires_grad=True)
+            leaves = [
+                _Entry.apply(part, anchor)  # type: ignore[no-untyped-call]
+                for part in self._heads(u.unflatten(0, (context.batch, context.length)))
+            ]
+            out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
+        return Held(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
+
+    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+        assert held is not None
+        out.copy_(held.out.detach())
+
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+        assert held is not None
+        held.u.append(u)
+        gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
+        for own, gradient in zip(self._heads(u.unflatten(0, (context.batch, context.length))), gradients, strict=True):
+            own.copy_(gradient)
+        cos, sin = context.rotary
+        turned = (self.heads + self.groups) * self.head_size
+        rotate_(u[:, :turned], cos, -sin, self.head_size, self.form)  # a rotation's transpose is the one back
+
+    def _heads(self, u: Tensor) -> list[Tensor]:
+        """q (B, T, H, D), k and v (B, T, G, D): views of u (B, T, inputs)."""
+        sizes = [heads * self.head_size for heads in (self.heads, self.groups, self.groups)]
+        return [part.unflatten(-1, (-1, self.head_size)) for part in u.split(sizes, dim=-1)]
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """A function of each token's numbers, which keeps nothing."""
+
+    width: int
+
+    @property
+    def outputs(self) -> int:
+        return self.width
+
+    def prepare_(self, u: Tensor, context: Context) -> None:
+        return
+
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> None:
+        self.again(u, out, None)
+
+    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+        raise NotImplementedError
+
+
+class Gelu(_Activation):
+    """GPT-J's activation, in the tanh form."""
+
+    @property
+    def inputs(self) -> int:
+        return self.width
+
+    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+        return F.gelu(u, approximate="tanh")
+
+    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+        gelu_into(u, out)
+
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+        gelu_backward_into(u, dout, u)
+
+
+class Swiglu(_Activation):
+    """silu(gate) * up; u is [gate | up]."""
+
+    @property
+    def inputs(self) -> int:
+        return 2 * self.width
+
+    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+        gate, up = u.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+        swiglu_into(u, out)
+
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+        swiglu_backward_into(u, dout, u)
+
+
+class _Entry(torch.autograd.Function):
+    """A tensor that enters a graph without being kept by it: gradients are read at its edge."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise AssertionError("gradients are read before they get here")

@@ -1,0 +1,90 @@
+"""What stands between the products of a block, forward and backward: norms and activations.
+
+Results are written into `out`, which may be columns of a wider matrix: what follows reads them there, and no
+copy is made. Backward takes its input again instead of anything that forward would have to keep.
+
+Legend: M rows, d the width of the model, F the width of the MLP. All take their numbers in float32 and write
+them in the type of `out`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.twins import twin
+
+
+@twin
+def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    """x (M, d) normalised, into out (M, d): LayerNorm (arXiv 1607.06450) with a bias, RMSNorm (1910.07467) without.
+
+    weight and bias (d,) are taken in x's type, as transformers does when a model is held in that type.
+    """
+    out.copy_(_norm(x, weight, bias, eps))
+
+
+@twin
+def norm_backward_into(
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor, out: Tensor, *, centred: bool
+) -> None:
+    """out = residual + the gradient to x of a norm whose output has the gradient dy; all (M, d).
+
+    `centred`: LayerNorm, which takes the mean off; else RMSNorm. out may be residual itself.
+    """
+    xhat, inverse = _standardised(x, eps, centred=centred)
+    g = dy.float() * weight.to(x.dtype).float()
+    dx = g - xhat * (g * xhat).mean(dim=1, keepdim=True)
+    if centred:
+        dx = dx - g.mean(dim=1, keepdim=True)
+    torch.add(residual, (dx * inverse).to(out.dtype), out=out)
+
+
+def norm_parameters_backward(x: Tensor, eps: float, dy: Tensor, *, centred: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients (d,) float32 of a norm's weight, and of its bias where it is `centred`."""
+    xhat, _ = _standardised(x, eps, centred=centred)
+    dweight = (dy.float() * xhat).sum(dim=0)
+    return dweight, dy.sum(dim=0, dtype=torch.float32) if centred else None
+
+
+@twin
+def gelu_into(x: Tensor, out: Tensor) -> None:
+    """out = gelu(x), (M, F), in the tanh form that GPT-2 and GPT-J use (arXiv 1606.08415)."""
+    out.copy_(F.gelu(x, approximate="tanh"))
+
+
+@twin
+def gelu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
+    """out = dy gelu'(x), (M, F). out may be x."""
+    out.copy_(torch.ops.aten.gelu_backward(dy, x, approximate="tanh"))
+
+
+@twin
+def swiglu_into(x: Tensor, out: Tensor) -> None:
+    """out (M, F) = silu(gate) * up, where x (M, 2F) is [gate | up] (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=1)
+    torch.mul(F.silu(gate), up, out=out)
+
+
+@twin
+def swiglu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
+    """out (M, 2F) = the gradients of [gate | up] when silu(gate) * up has the gradient dy (M, F). out may be x."""
+    gate, up = x.chunk(2, dim=1)
+    dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+    torch.cat((dgate, dup), dim=1, out=out)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if bias is None:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _standardised(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """(x in float32 with mean taken off and divided by its deviation, 1 / deviation (M, 1))."""
+    values = x.float()
+    if centred:
+        values = values - values.mean(dim=1, keepdim=True)
+    inverse = torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
+    return values * inverse, inverse

@@ -1,0 +1,197 @@
+"""Frozen matrices side by side as one product, their low-rank pairs and bias as further columns.
+
+    y = x_1 W_1^T + x_2 W_2^T + .. + low-rank terms + bias
+      = [x_1 | x_2 | .. | s x A^T | 1] [W_1 | W_2 | .. | B | bias]^T
+
+So a card sees one product instead of one for each matrix, each pair and the bias, and none of the passes over y
+that adding them one by one would take. In backward the gradient to s x A^T comes out of the same product as the
+gradient to x, and one thin product gives the gradients of every B and of the bias.
+
+The wide matrix is written from the quantised parts for each use and never kept.
+
+Legend: M rows of input; part i is a frozen linear (N, K_i); K the sum of the K_i; C the added columns (the ranks of
+all pairs, a one for the bias), rounded up so that rows start where a card reads best; a pair is A (r, K_i), B (n, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.linear import LowRank
+
+ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
+
+
+class Frozen(NamedTuple):
+    """A frozen linear as a product reads it: `fill` writes its matrix into the (N, K) columns that it is given."""
+
+    rows: int
+    columns: int
+    fill: Callable[[Tensor], None]
+    bias: Tensor | None = None
+    bias_start: int = 0
+    pairs: tuple[LowRank, ...] = ()
+    dropout: float = 0.0  # on what the pairs read, while training
+
+    @property
+    def rank(self) -> int:
+        return sum(pair.a.shape[0] for pair in self.pairs)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """The product of `parts`, all of the same N."""
+
+    parts: tuple[Frozen, ...]
+
+    @cached_property
+    def inputs(self) -> int:
+        """K."""
+        return sum(part.columns for part in self.parts)
+
+    @cached_property
+    def rank(self) -> int:
+        return sum(part.rank for part in self.parts)
+
+    @cached_property
+    def width(self) -> int:
+        """K + C."""
+        added = self.rank + any(part.bias is not None for part in self.parts)
+        return self.inputs + -(-added // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """What takes gradients, in the order in which `backward` gives them: A, B of each pair; then biases."""
+        factors = [tensor for part in self.parts for pair in part.pairs for tensor in (pair.a, pair.b)]
+        return factors + [part.bias for part in self.parts if part.bias is not None]
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """(N, K + C) in the type and on the device of `like`, written anew."""
+        wide = like.new_empty(self.parts[0].rows, self.width)
+        if self.width > self.inputs:
+            wide[:, self.inputs :].zero_()
+        start, column = 0, self.inputs
+        for part in self.parts:
+            part.fill(wide[:, start : start + part.columns])
+            start += part.columns
+            for pair in part.pairs:
+                wide[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
+                column += pair.a.shape[0]
+            if part.bias is not None:
+                wide[part.bias_start : part.bias_start + part.bias.numel(), self.inputs + self.rank] += part.bias
+        return wide
+
+    def room(self, rows: int, like: Tensor) -> Tensor:
+        """(M, K + C) for the input: the caller writes the first K columns, then calls `complete_`."""
+        return like.new_empty(rows, self.width)
+
+    def seeds(self) -> list[int]:
+        """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
+        return [int(torch.randint(2**62, ())) if part.dropout else 0 for part in self.parts]
+
+    def complete_(self, wide: Tensor, seeds: Sequence[int]) -> None:
+        """Writes the last C columns of an input whose first K are there."""
+        for part, start, column, seed in self._spans(seeds):
+            if part.rank:
+                inner = wide[:, column : column + part.rank]
+                torch.mm(_dropped(part, wide, start, seed), _scaled(part, wide).T, out=inner)
+        if self.width > self.inputs + self.rank:
+            wide[:, self.inputs + self.rank :].copy_(_one(self.width - self.inputs - self.rank, wide))
+
+    def product(self, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        """(M, N) of a completed input (M, K + C); added to `onto` (M, N) if given, which stays as it is."""
+        if onto is None:
+            return F.linear(wide, self.matrix(wide))
+        return torch.addmm(onto, wide, self.matrix(wide).T)
+
+    def backward(
+        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(gradient to the input (M, K) if asked for, gradients of `trained`), from dy (M, N)."""
+        first = 0 if to_input else self.inputs
+        if to_input or self.rank:
+            matrix = self.matrix(wide) if matrix is None else matrix
+            dwide = dy @ matrix[:, first:]  # (M, K + C), or (M, C)
+            del matrix
+        factors: list[Tensor | None] = []
+        added = None
+        if self.trained:
+            added = mm_float32(dy.T, wide[:, self.inputs :])  # (N, C): every B, and the bias
+        for part, start, column, seed in self._spans(seeds):
+            if not part.rank:
+                continue
+            assert added is not None
+            dinner = dwide[:, column - first : column - first + part.rank]
+            da = mm_float32(dinner.T, _dropped(part, wide, start, seed))  # (sum of r, K_i)
+            at = 0
+            for pair in part.pairs:
+                r = pair.a.shape[0]
+                factors.append((da[at : at + r] * pair.scaling).to(pair.a.dtype))
+                inside = column - self.inputs + at
+                factors.append(added[pair.start : pair.stop, inside : inside + r].to(pair.b.dtype))
+                at += r
+            if to_input:
+                dx = dwide[:, start : start + part.columns]
+                if part.dropout:
+                    dx += _mask(part, wide, seed).mul_(dinner @ _scaled(part, wide))
+                else:
+                    dx.addmm_(dinner, _scaled(part, wide))
+        biases: list[Tensor | None] = []
+        for part in self.parts:
+            if part.bias is not None:
+                span = slice(part.bias_start, part.bias_start + part.bias.numel())
+                biases.append(
+                    added[span, self.rank].to(part.bias.dtype)
+                    if added is not None and part.bias.requires_grad
+                    else None
+                )
+        return (dwide[:, : self.inputs] if to_input else None), factors + biases
+
+    def _spans(self, seeds: Sequence[int]) -> list[tuple[Frozen, int, int, int]]:
+        """(part, its first column, the first of its added columns, its seed)."""
+        found, start, column = [], 0, self.inputs
+        for part, seed in zip(self.parts, seeds, strict=True):
+            found.append((part, start, column, seed))
+            start, column = start + part.columns, column + part.rank
+        return found
+
+
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two short types, kept in float32."""
+    if a.is_meta:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _scaled(part: Frozen, like: Tensor) -> Tensor:
+    """(sum of r, K_i): all A of a part, times their scaling, in the compute type."""
+    return torch.cat([pair.a.detach() * pair.scaling for pair in part.pairs]).to(like.dtype)
+
+
+def _dropped(part: Frozen, wide: Tensor, start: int, seed: int) -> Tensor:
+    """(M, K_i): what the pairs of a part read."""
+    x = wide[:, start : start + part.columns]
+    return x * _mask(part, wide, seed) if part.dropout else x
+
+
+def _mask(part: Frozen, wide: Tensor, seed: int) -> Tensor:
+    """(M, K_i): zero with the probability `dropout`, else 1 / (1 - dropout)."""
+    generator = torch.Generator(wide.device).manual_seed(seed)
+    kept = 1 - part.dropout
+    return wide.new_empty(len(wide), part.columns).bernoulli_(kept, generator=generator).div_(kept)
+
+
+def _one(width: int, like: Tensor) -> Tensor:
+    """(width,): a one, then zeros."""
+    one = like.new_zeros(width)
+    one[:1].fill_(1)  # as a kernel: an item set from the host could not be in a CUDA graph
+    return one

@@ -1,0 +1,191 @@
+"""Fits a run into memory before its weights are read: the plan that `octavo finetune` takes and `octavo plan` shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from octavo.config import (
+    Config,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    PlanOptions,
+    TextOptions,
+    TrainOptions,
+    size_in_bytes,
+)
+from octavo.errors import ModelError, UsageError
+from octavo.hardware import CARDS, Hardware, Peak, free_memory_bytes, peak, pick
+from octavo.layers.lora import LoraSpec, flatten_
+from octavo.ops.attention import use_attention
+from octavo.ops.branch import Keep
+from octavo.ops.quantize import SCHEMES, Scheme
+from octavo.ops.twins import kernels_missing, use_kernels
+from octavo.report import Report
+from octavo.run import check_context, chosen_scheme, open_model
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.store.sources import Source
+from octavo.store.weights import allocated, stored_scheme
+from octavo.train.memory import Plan, Planner
+
+LEVELS = {"all": Keep.ALL, "attention": Keep.ATTENTION, "input": Keep.INPUT}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan, the bytes that it may take, and the planner to ask for another."""
+
+    plan: Plan
+    budget_bytes: int
+    planner: Planner
+
+    def cheaper(self, plan: Plan) -> Plan | None:
+        """A plan for less memory than `plan`; None if none is left."""
+        found = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94)
+        return found if found is not None and found.peak_bytes < plan.peak_bytes else None
+
+
+def adapter_plan(options: LoraOptions) -> AdapterPlan:
+    """What is trained."""
+    spec = LoraSpec(options.rank, options.alpha, options.dropout, options.rslora)
+    return AdapterPlan(spec, tuple(options.targets), norms=options.train_norms, biases=options.train_biases)
+
+
+def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None) -> Planner:
+    """The planner of a run. Wrong targets and rows longer than the model's context are refused here already."""
+    training, length = config[TrainOptions], config[TextOptions].seq_len
+    model = allocated(source.config, scheme, dtype=hardware.dtype, device=torch.device("meta"))
+    check_context(model.config.context, length)
+    adapter.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
+    flatten_(adapter.trained(model))
+    state = 8 if training.optimizer == "adamw" else 2
+    return Planner(model, length, training.batch, state, card)
+
+
+def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
+    """What a run may take: as asked, all that is free on the card, or half of the free RAM."""
+    asked = size_in_bytes(options.gpu_memory)
+    if asked is not None:
+        return asked
+    free = free_memory_bytes(hardware.device)
+    return free if hardware.device.type == "cuda" else free // 2
+
+
+def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> Fit:
+    """The fastest plan that fits; UsageError that says what would, if none does."""
+    options = config[MemoryOptions]
+    planner = planner_for(config, source, scheme, hardware, peak(hardware.name))
+    budget = budget_bytes(options, hardware)
+    if options.activations != "auto":
+        level = LEVELS[options.activations]
+        return Fit(planner.plan((level,) * len(planner.model.blocks), planner.batch), budget, planner)
+    best = planner.best(budget)
+    if best is not None:
+        return Fit(best, budget, planner)
+    if hardware.device.type == "cpu":  # a forecast of a card's memory: on a CPU it is no reason to refuse
+        return Fit(planner.least(), budget, planner)
+    raise _too_small(config, source, scheme, hardware, planner, budget)
+
+
+def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
+    """Sets what steps run on in this process, and says once what was chosen and why."""
+    use_attention(options.attention)
+    use_kernels(None if options.kernels else False)
+    if hardware.device.type != "cuda":
+        return
+    missing = kernels_missing()
+    kernels = "off, as asked" if not options.kernels else f"off ({missing})" if missing else "Triton"
+    steps = "recorded as CUDA graphs" if options.record else "launched kernel by kernel, as asked"
+    report.say(f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}.")
+    asked = size_in_bytes(options.gpu_memory)
+    if asked is not None:
+        total = torch.cuda.get_device_properties(hardware.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), hardware.device)
+
+
+def _too_small(
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, planner: Planner, budget: int
+) -> UsageError:
+    least = planner.least().peak_bytes
+    hints = []
+    for name in ("int8", "nf4"):
+        if name != scheme.name and stored_scheme(source).name == "none":
+            other = planner_for(config, source, SCHEMES[name], hardware, None).least().peak_bytes
+            if other <= budget:
+                hints.append(f"--scheme {name} takes {other / GIB:.1f} GiB")
+    length = config[TextOptions].seq_len
+    while length > 256:
+        length //= 2
+        shorter = planner_for(config.replace(seq_len=length), source, scheme, hardware, None).least().peak_bytes
+        if shorter <= budget:
+            hints.append(f"--seq-len {length} takes {shorter / GIB:.1f} GiB")
+            break
+    return UsageError(
+        f"The run needs {least / GIB:.1f} GiB at least, and {budget / GIB:.1f} GiB are there.",
+        hint=f"What fits: {'; '.join(hints)}." if hints else "Take a smaller model, or free memory of the card.",
+    )
+
+
+def plan(config: Config, report: Report) -> dict[str, Any]:
+    """`octavo plan`: what a run would take, without reading weights."""
+    asked, options = config[ModelOptions], config[MemoryOptions]
+    hardware = pick(asked.device, asked.dtype)
+    name = config[PlanOptions].card or hardware.name
+    card = peak(name)
+    if config[PlanOptions].card and card is None:
+        raise UsageError(f"octavo does not know the card {name!r}.", hint=f"It knows {', '.join(CARDS)}.")
+    if size_in_bytes(options.gpu_memory) is None and hardware.device.type != "cuda":
+        raise UsageError("There is no card here to plan for.", hint="Give its memory: --gpu-memory 11GiB.")
+    source, budget = open_model(asked, report), budget_bytes(options, hardware)
+    if hardware.device.type != "cuda":  # the plan is for a card, which multiplies 2-byte types
+        dtype = torch.bfloat16 if asked.dtype == "auto" else hardware.dtype
+        hardware = Hardware(hardware.device, dtype, hardware.reason, hardware.name)
+    own = chosen_scheme(asked, source).name
+    free = asked.scheme == "auto" and stored_scheme(source).name == "none"  # to take another scheme
+    names = [own, *(name for name in ("int8", "nf4") if free and name != own)]
+    rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
+    shown = ["scheme", "fits", "peak GiB", "least GiB", "rows a pass", "layers that keep all", "s a step", "tokens/s"]
+    title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
+    report.table(title, shown, [[row[key] for key in _COLUMNS] for row in rows])
+    first = next((row for row in rows if row["fits"]), None)
+    if first is None:
+        raise ModelError("Nothing fits.", hint="Try a smaller --seq-len or a smaller model.")
+    length = config[TextOptions].seq_len
+    report.say(f"octavo finetune --model {asked.model} --scheme {first['scheme']} --seq-len {length} --data YOUR_TEXTS")
+    return {"budget_bytes": budget, "card": name if card else None, "plans": rows}
+
+
+_COLUMNS = ("scheme", "fits", "peak_gib", "least_gib", "rows", "layers_all", "seconds", "tokens_per_second")
+
+
+def _row(
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None, budget: int
+) -> dict[str, Any]:
+    """One scheme's best plan, as `--json` has it."""
+    training = config[TrainOptions]
+    planner = planner_for(config, source, scheme, hardware, card)
+    level = config[MemoryOptions].activations
+    if level == "auto":
+        best = planner.best(budget)
+    else:
+        best = planner.plan((LEVELS[level],) * len(planner.model.blocks), training.batch)
+    taken = best or planner.least()
+    seconds = taken.seconds * training.accumulate if taken.seconds else None
+    tokens = training.batch * training.accumulate * planner.length
+    return {
+        "scheme": scheme.name,
+        "fits": taken.peak_bytes <= budget,
+        "peak_bytes": taken.peak_bytes,
+        "peak_gib": round(taken.peak_bytes / GIB, 2),
+        "least_gib": round(planner.least().peak_bytes / GIB, 2),
+        "rows": taken.rows,
+        "layers_all": taken.keep.count(Keep.ALL),
+        "layers_attention": taken.keep.count(Keep.ATTENTION),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+    }

@@ -1,0 +1,148 @@
+"""`octavo evaluate`: how well models predict a text, in one table; and the rows of it that a training run measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
+from octavo.data.bytes import target_bytes
+from octavo.data.packing import Row
+from octavo.errors import UsageError
+from octavo.evaluate import Score, score
+from octavo.hardware import Hardware, pick
+from octavo.models import Model, build
+from octavo.ops.quantize import Scheme, scheme_named
+from octavo.report import Report
+from octavo.run import check_context, chosen_scheme, load_model, open_model, read_adapter
+from octavo.store.adapter import apply_
+from octavo.store.folder import written_bytes
+from octavo.store.seed import base_of, carries_pairs
+from octavo.store.sources import Source
+from octavo.store.weights import stored_scheme
+from octavo.texts import read_documents, to_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is loaded once. `names` are its rows in the table; for "tuned", the adapter asked for is put on."""
+
+    scheme: Scheme
+    hardware: Hardware
+    names: tuple[str, ...]
+
+
+def evaluate(config: Config, report: Report) -> dict[str, Any]:
+    """Perplexity, bits per byte and size of the base, the quantised base and the tuned model, or of some schemes."""
+    options, asked = config[EvaluateOptions], config[ModelOptions]
+    schemes = _compared(options, asked)
+    hardware = pick(asked.device, asked.dtype)
+    report.say(hardware.reason)
+    source = open_model(asked, report, own_adapters=options.adapter is None)
+    tokenizer = source.tokenizer()
+    text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
+    rows = text.measurable(options.rows)
+    if not rows:
+        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
+    check_context(build(source.config).config.context, config[TextOptions].seq_len)
+    stored = stored_scheme(source)
+    if stored.name != "none" and any(scheme is not stored for scheme in schemes):
+        report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
+    found = read_adapter(options.adapter, source, report) if options.adapter else None
+    table: list[dict[str, Any]] = []
+    for candidate in _candidates(schemes, source, config, hardware):
+        model = load_model(source, candidate.scheme, candidate.hardware, report)
+        size = written_bytes(base_of(source), candidate.scheme)
+        for name in candidate.names:
+            folder = options.adapter if name == "tuned" else None
+            if folder and found:
+                apply_(model, found)
+            label = f"Measuring {name} ({candidate.scheme.name})"
+            result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
+            table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
+        del model  # before the next one comes in
+    show_scores(table, report)
+    return {"rows": table}
+
+
+def _compared(options: EvaluateOptions, asked: ModelOptions) -> list[Scheme]:
+    """The schemes of --compare, each once, in order; UsageError for one that there is not."""
+    if options.compare and asked.scheme != "auto":
+        raise UsageError("--compare says which schemes to measure, and --scheme too.", hint="Give one of them.")
+    return [scheme_named(name) for name in dict.fromkeys(options.compare)]
+
+
+def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardware: Hardware) -> list[Candidate]:
+    """What is to be loaded, in the order of the table."""
+    options, asked = config[EvaluateOptions], config[ModelOptions]
+    plain, stored = scheme_named("none"), stored_scheme(source)
+    precise = full_precision(hardware) if asked.dtype == "auto" else hardware
+    tuned = ("tuned",) if options.adapter else ()
+
+    def untuned(scheme: Scheme) -> str:
+        if carries_pairs(source):
+            return "tuned"
+        return "base" if scheme.name == stored.name == "none" else "quantised"
+
+    def type_for(scheme: Scheme) -> Hardware:
+        # A base in full precision and alone is measured so; a tuned model in its own type.
+        return precise if scheme is plain and not tuned else hardware
+
+    if schemes:
+        return [Candidate(scheme, type_for(scheme), tuned or (untuned(scheme),)) for scheme in schemes]
+    scheme = chosen_scheme(asked, source)
+    base = options.base and scheme is not plain and stored is plain
+    return [
+        *([Candidate(plain, precise, ("base",))] if base else []),
+        Candidate(scheme, type_for(scheme), (untuned(scheme), *tuned)),
+    ]
+
+
+def score_rows(
+    model: Model,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: int,
+    label: str,
+    report: Report,
+) -> Score:
+    """The score of some rows, with a bar."""
+    with report.progress(len(rows), label) as bar:
+        return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
+
+
+def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
+    """One row of the perplexity table, as `--json` and metrics.jsonl have it."""
+    return {
+        "name": name,
+        "scheme": scheme.name,
+        "adapter": str(folder) if folder else None,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+    }
+
+
+def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
+    """The perplexity table; with the size of the frozen weights where the rows have one."""
+    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
+    cells = [[row[column] for column in columns] for row in rows]
+    if all("size_bytes" in row for row in rows):
+        columns = [*columns, "MiB"]
+        cells = [[*line, row["size_bytes"] / 2**20] for line, row in zip(cells, rows, strict=True)]
+    report.table("Perplexity", columns, cells)
+
+
+def full_precision(hardware: Hardware) -> Hardware:
+    """What "full precision" is measured in: float32 on a CPU, the compute type on a card."""
+    if hardware.device.type != "cpu":
+        return hardware
+    return Hardware(hardware.device, torch.float32, hardware.reason, hardware.name)

@@ -1,0 +1,142 @@
+"""A training step rehearsed on the meta device: what memory it will take and what work it is, before weights are read.
+
+The real model, adapter, loss and backward run, on tensors that have shapes and no numbers. Every tensor that is made
+and freed goes through a model of PyTorch's allocator, so the forecast is of the memory that the card will be asked
+for, and it follows the code: there is no second description of a step that could be wrong.
+
+Source of the allocator's rules: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp, with expandable segments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.hardware import Peak
+from octavo.ops.twins import OBSERVERS
+
+# Shares of an H100's peaks that its products, attention and passes over memory reached.
+PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.74, 0.22, 0.95
+ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to the one; up to the other they come from pages of their own
+PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # by which memory grows, of small blocks and of others
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one micro-batch: peak bytes on top of what stood before, floating-point operations, bytes read and written."""
+
+    peak_bytes: int
+    product_flops: float
+    attention_flops: float
+    moved_bytes: float
+
+    def seconds(self, card: Peak) -> float:
+        """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md)."""
+        return (
+            self.product_flops / (PRODUCT_SHARE * card.half_flops_per_second)
+            + self.attention_flops / (ATTENTION_SHARE * card.half_flops_per_second)
+            + self.moved_bytes / (MEMORY_SHARE * card.bytes_per_second)
+        )
+
+
+def rehearse(step: Callable[[], Any]) -> Forecast:
+    """Runs `step`, which works on meta tensors that exist already."""
+    recorder = _Recorder()
+    OBSERVERS.append(recorder.observe)
+    try:
+        with recorder:
+            step()
+    finally:
+        OBSERVERS.remove(recorder.observe)
+    peak = sum(arena.end for arena in recorder.arenas.values())
+    return Forecast(peak, recorder.flops, recorder.attention_flops, recorder.moved)
+
+
+@dataclass
+class Arena:
+    """Memory that grows at its end and gives the smallest free block that is large enough."""
+
+    page: int
+    end: int = 0
+    free: list[tuple[int, int]] = field(default_factory=list)  # (size, start), sorted
+    taken: dict[int, int] = field(default_factory=dict)  # start -> size
+
+    def take(self, size: int) -> int:
+        """The start of a block of `size` bytes."""
+        at = bisect_left(self.free, (size, 0))
+        if at == len(self.free):
+            last = next((block for block in self.free if block[0] + block[1] == self.end), (0, self.end))
+            if last[0]:
+                self.free.remove(last)
+            grown = -(-(size - last[0]) // self.page) * self.page
+            block = (last[0] + grown, last[1])
+            self.end += grown
+        else:
+            block = self.free.pop(at)
+        if block[0] > size:
+            insort(self.free, (block[0] - size, block[1] + size))
+        self.taken[block[1]] = size
+        return block[1]
+
+    def give(self, start: int) -> None:
+        """Takes a block back and joins it with free neighbours."""
+        size = self.taken.pop(start)
+        for other in [block for block in self.free if block[1] + block[0] == start or block[1] == start + size]:
+            self.free.remove(other)
+            start, size = min(start, other[1]), size + other[0]
+        insort(self.free, (size, start))
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operation: counts its work, and takes and gives back the memory of what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.arenas = {small: Arena(page) for small, page in PAGES.items()}
+        self.flops = 0.0
+        self.attention_flops = 0.0
+        self.moved = 0.0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [x for x in args if isinstance(x, Tensor)]
+        for tensor in given:
+            self._known.add(tensor.untyped_storage())  # stood before, unless it was made here and is known
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__.partition(".")[0]
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = given[-2:]
+            self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif given and name not in ("view", "as_strided", "slice", "t", "transpose", "detach", "split", "_unsafe_view"):
+            self._move(given)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._made(tensor)
+        return result
+
+    def observe(self, name: str, tensors: list[Tensor]) -> None:
+        """Counts an operation that the mode does not see: a kernel's, or attention."""
+        if name.startswith("attention"):
+            rows, length, heads, size = tensors[0].shape
+            forward = 2.0 * rows * heads * length**2 * size  # two products over half of the square
+            self.attention_flops += forward * (2.5 if name.endswith("backward") else 1.0)
+        self._move(tensors)
+
+    def _move(self, tensors: list[Tensor]) -> None:
+        self.moved += sum(float(prod(tensor.shape)) * tensor.itemsize for tensor in tensors)
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = -(-max(1, storage.nbytes()) // ROUND) * ROUND
+        arena = self.arenas[size <= SMALL]
+        weakref.finalize(storage, arena.give, arena.take(size))

@@ -1,0 +1,251 @@
+"""A step on a card: recorded is launched, kernels are definitions, the card is the CPU, and the host never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
+
+from octavo.data.loader import Batch
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
+from octavo.models import Model
+from octavo.ops.branch import Keep
+from octavo.ops.loss import IGNORE
+from octavo.ops.quantize import scheme_named
+from octavo.ops.twins import use_kernels
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+from octavo.train.micro import Launched, MicroStep, Recorded
+
+pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
+CARD, CPU = torch.device("cuda"), torch.device("cpu")
+VOCABULARY, ROWS, LENGTH = 300, 4, 64
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of a gradient, the difference's norm over its own
+# Heads of 64, so that every implementation of attention takes them.
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        initializer_range=0.1,
+    ),
+    "gptj": GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=256, n_inner=320, n_layer=2, n_head=4, rotary_dim=32, initializer_range=0.1
+    ),
+}
+Load = Callable[[torch.dtype, torch.device, str], "Step"]
+
+
+@dataclass
+class Step:
+    """A model with pairs on all its layers, and its gradients in flat buffers as the loop has them."""
+
+    model: Model
+    groups: list[FlatGroup]
+
+    def gradients(self) -> Tensor:
+        found = [group.values.grad for group in self.groups]
+        return torch.cat([gradient.detach().cpu() for gradient in found if gradient is not None])
+
+    def taken(self, micro_step: MicroStep, batch: Batch, seed: float = 0.1) -> tuple[float, Tensor]:
+        """(loss, gradients) of a batch alone."""
+        for group in self.groups:
+            assert group.values.grad is not None
+            group.values.grad.zero_()
+        return micro_step(batch, seed).item(), self.gradients()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def load_step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """(compute type, device, scheme) -> the same random weights and pairs each time."""
+    torch.manual_seed(0)
+    folder: Path = tmp_path_factory.mktemp("gpu")
+    AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).save_pretrained(folder)
+
+    def make(dtype: torch.dtype, device: torch.device, scheme: str) -> Step:
+        model = load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=device)
+        adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        trained = adapter.trained(model)
+        for parameter in trained.values():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return Step(model.train(), flatten_(trained))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    yield
+    use_kernels(None)
+
+
+def batch_of(seed: int, *, packed: bool, rows: int = ROWS, learned: float = 0.7) -> Batch:
+    """Rows of one document with padding behind it, or of several."""
+    draw = torch.Generator().manual_seed(seed)
+    document, positions = torch.full((rows, LENGTH), -1), torch.zeros(rows, LENGTH, dtype=torch.int64)
+    for row in range(rows):
+        cuts = sorted(torch.randperm(LENGTH - 2, generator=draw)[:3].add(1).tolist())
+        starts, end = ([0, *cuts], LENGTH) if packed else ([0], cuts[-1])
+        for number, start in enumerate(starts):
+            stop = [*starts, end][number + 1]
+            document[row, start:stop] = 10 * row + number
+            positions[row, start:stop] = torch.arange(stop - start)
+    ids, labels = (torch.randint(VOCABULARY, (rows, LENGTH), generator=draw) for _ in range(2))
+    labels[(torch.rand(rows, LENGTH, generator=draw) >= learned) | (document < 0)] = IGNORE
+    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE).sum()), epoch=0, index=0)
+
+
+def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], tolerance: float) -> None:
+    assert theirs[1].any()
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    assert (ours[1] - theirs[1]).norm() < tolerance * theirs[1].norm()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the card is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+both_types = pytest.mark.parametrize("dtype", NEAR, ids=str)
+both_kinds = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+
+
+@both_types
+@pytest.mark.parametrize("keep", list(Keep))
+def test_a_recorded_step_is_the_launched_one(load_step: Load, dtype: torch.dtype, keep: Keep) -> None:
+    step = load_step(dtype, CARD, "int8")
+    launched, recorded = Launched(step.model, keep), Recorded(step.model, keep, rows=ROWS)
+    batches = [batch_of(seed, packed=packed) for packed in (True, False) for seed in range(3)]
+    # Short ones, of both kinds and in both orders, each after a full one whose numbers still lie in the graph.
+    batches += [batch_of(7, packed=True, rows=3), batch_of(8, packed=False, rows=1), batch_of(9, packed=True)]
+    batches += [batch_of(10, packed=True, rows=1), batch_of(11, packed=False), batch_of(12, packed=False, rows=3)]
+    for batch in batches:
+        assert_same(step.taken(recorded, batch), step.taken(launched, batch), NEAR[dtype])
+
+
+def test_a_graph_of_many_rows_takes_a_batch_of_few(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    launched, recorded = Launched(step.model, Keep.INPUT), Recorded(step.model, Keep.INPUT, rows=80)
+    for seed in range(3):  # the 79 rows that are missing are documents too
+        batch = batch_of(seed, packed=True, rows=1)
+        assert_same(step.taken(recorded, batch), step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+def test_a_replay_adds_to_the_gradients_and_its_loss_is_its_own(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    recorded = Recorded(step.model, Keep.ALL, rows=ROWS)
+    one, other = batch_of(0, packed=True), batch_of(1, packed=True)
+    for _ in range(2):
+        recorded(one, 1.0)
+    first, second = step.taken(recorded, one), step.taken(recorded, other)
+    losses = [recorded(batch, 0.1) for batch in (one, other)]  # on top of what `other` left
+    assert_same((losses[0].item(), step.gradients()), (first[0], first[1] + 2 * second[1]), 1e-3)
+    assert losses[1].item() == pytest.approx(second[0], rel=1e-3)  # the first is no view of the graph's
+    doubled = step.taken(recorded, one, seed=0.2)
+    assert_same(doubled, (first[0], 2 * first[1]), 1e-3)
+
+
+def test_a_batch_with_nothing_to_learn_adds_nothing(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    recorded = Recorded(step.model, Keep.INPUT, rows=ROWS)
+    for seed in range(3):
+        step.taken(recorded, batch_of(seed, packed=True))
+    loss, gradients = step.taken(recorded, batch_of(3, packed=True, learned=0.0))
+    assert loss == 0
+    assert not gradients.any()
+
+
+def test_what_is_released_is_recorded_again(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    launched, recorded = Launched(step.model, Keep.ALL), Recorded(step.model, Keep.ALL, rows=ROWS)
+    batch = batch_of(0, packed=True)
+    for _ in range(3):
+        step.taken(recorded, batch)
+    held = torch.cuda.memory_allocated()
+    recorded.release()
+    assert torch.cuda.memory_allocated() < held
+    assert_same(step.taken(recorded, batch), step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+@both_kinds
+@pytest.mark.parametrize("keep", list(Keep))
+def test_a_launched_step_never_waits_for_the_card(load_step: Load, packed: bool, keep: Keep) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    launched = Launched(step.model, keep)
+    launched(batch_of(0, packed=packed), 0.1)  # libraries start, kernels are compiled
+    batch = batch_of(1, packed=packed)
+    with no_waiting():
+        launched(batch, 0.1)
+
+
+@both_kinds
+def test_a_replay_never_waits_for_the_card(load_step: Load, packed: bool) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    recorded = Recorded(step.model, Keep.ALL, rows=ROWS)
+    for seed in range(2):
+        recorded(batch_of(seed, packed=packed), 0.1)
+    whole, short = batch_of(2, packed=packed), batch_of(3, packed=packed, rows=2)
+    with no_waiting():
+        recorded(whole, 0.1)
+        recorded(short, 0.1)
+
+
+@both_kinds
+@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
+    step = load_step(torch.bfloat16, CARD, scheme)
+    launched, batch = Launched(step.model, Keep.ATTENTION), batch_of(0, packed=packed)
+    fast = step.taken(launched, batch)
+    use_kernels(False)
+    assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+@both_kinds
+@pytest.mark.parametrize("keep", list(Keep))
+def test_a_card_gives_the_cpus_numbers(load_step: Load, packed: bool, keep: Keep) -> None:
+    batch = batch_of(0, packed=packed)
+    here, there = (load_step(torch.float32, device, "int8") for device in (CPU, CARD))
+    expected = here.taken(Launched(here.model, keep), batch)
+    assert_same(there.taken(Launched(there.model, keep), batch), expected, 1e-3)
+
+
+def test_dropout_on_a_card_is_a_function_of_the_seed(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    for module in step.model.modules():
+        if isinstance(module, FrozenLinear):
+            module.dropout = 0.3
+    batch, losses = batch_of(0, packed=True), {}
+    for seed in (1, 2):
+        for keep in Keep:
+            torch.manual_seed(seed)
+            losses[seed, keep] = step.taken(Launched(step.model, keep), batch)
+    for keep in Keep:
+        assert_same(losses[1, keep], losses[1, Keep.ALL], 0.01)
+        assert losses[1, keep][0] != losses[2, keep][0]
+
+
+def test_no_layer_is_left_out(load_step: Load) -> None:
+    step = load_step(torch.float32, CARD, "none")
+    step.taken(Launched(step.model, Keep.ALL), batch_of(0, packed=True))
+    parameters: list[nn.Parameter] = [p for group in step.groups for p in group.parameters]
+    assert all(p.is_cuda and p.grad is not None and bool(p.grad.any()) for p in parameters)

@@ -1,0 +1,217 @@
+"""A residual branch made of layers against its definition under autograd: the output and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LowRankPair
+from octavo.layers.lora import put_
+from octavo.layers.residual import LayerNorm, RmsNorm, levels, plain_residual, residual
+from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.branch import Keep
+from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
+from octavo.ops.quantize import SCHEMES
+
+BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
+HEADS, HEAD_SIZE = 4, 10
+DOCUMENT = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [3, 4, 4, 4, 4, -1, -1]])
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 0, 1]])
+
+
+@dataclass
+class Layers:
+    """What `residual` takes."""
+
+    norm: LayerNorm | RmsNorm
+    inner: FrozenLinear
+    pieces: tuple[Piece, ...]
+    outer: tuple[FrozenLinear, ...]
+
+    @property
+    def all(self) -> nn.ModuleList:
+        return nn.ModuleList([self.norm, self.inner, *self.outer])
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.all.named_parameters() if p.requires_grad}
+
+    def run(self, x: Tensor, *, keep: Keep | None, packed: bool) -> Tensor:
+        """By `residual`, or where `keep` is None by the definition."""
+        documents = find_documents(DOCUMENT, DOCUMENT.device) if packed else None
+        frequencies = torch.tensor([0.9, 0.4, 0.2, 0.1, 0.05])[: 2 if isinstance(self.norm, LayerNorm) else 5]
+        table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
+        context = Context(BATCH, LENGTH, table, documents)
+        parts = self.norm, self.inner, self.pieces, self.outer
+        return plain_residual(x, *parts, context) if keep is None else residual(x, *parts, context, keep=keep)
+
+
+def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtype, **biases: Any) -> FrozenLinear:
+    """A layer with a bias where asked for, and a pair on each name but k_proj."""
+    matrix = FrozenMatrix(columns, outputs)
+    matrix.allocate(SCHEMES[scheme], dtype, torch.device("cpu"))
+    layer = FrozenLinear(matrix, **biases)
+    for number, (name, rows) in enumerate(outputs.items()):
+        weight = torch.randn(rows, columns) / columns**0.5
+        matrix.put(name, SCHEMES[scheme].quantise(weight.to(dtype) if scheme == "none" else weight))
+        if name != "k_proj":
+            rank = 2 + number
+            a, b = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / rank
+            put_(layer, name, LowRankPair(a, b, 0.5), dropout=0.0)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return layer
+
+
+def gptj(scheme: str, dtype: torch.dtype) -> Layers:
+    stacked = {"q_proj": WIDTH, "k_proj": WIDTH, "v_proj": WIDTH, "fc_in": MLP_WIDTH}
+    return Layers(
+        LayerNorm(WIDTH, 1e-5),
+        linear(WIDTH, stacked, scheme, dtype, bias=["fc_in"]),
+        (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
+        (
+            linear(WIDTH, {"out_proj": WIDTH}, scheme, dtype),
+            linear(MLP_WIDTH, {"fc_out": WIDTH}, scheme, dtype, bias=["fc_out"]),
+        ),
+    )
+
+
+def llama_attention(scheme: str, dtype: torch.dtype) -> Layers:
+    stacked = {"q_proj": WIDTH, "k_proj": 2 * HEAD_SIZE, "v_proj": 2 * HEAD_SIZE}
+    return Layers(
+        RmsNorm(WIDTH, 1e-5),
+        linear(WIDTH, stacked, scheme, dtype, bias=list(stacked)),
+        (Attention(HEADS, 2, HEAD_SIZE, HALF),),
+        (linear(WIDTH, {"o_proj": WIDTH}, scheme, dtype),),
+    )
+
+
+def llama_mlp(scheme: str, dtype: torch.dtype) -> Layers:
+    return Layers(
+        RmsNorm(WIDTH, 1e-5),
+        linear(WIDTH, {"gate_proj": MLP_WIDTH, "up_proj": MLP_WIDTH}, scheme, dtype),
+        (Swiglu(MLP_WIDTH),),
+        (linear(MLP_WIDTH, {"down_proj": WIDTH}, scheme, dtype, bias=["down_proj"]),),
+    )
+
+
+KINDS = {"gptj": gptj, "llama's attention": llama_attention, "llama's MLP": llama_mlp}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_keep = pytest.mark.parametrize("keep", list(Keep))
+both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed, with padding"])
+
+
+def layers_of(
+    kind: str, scheme: str = "none", dtype: torch.dtype = torch.float32, *, all_trained: bool = True
+) -> Layers:
+    torch.manual_seed(0)
+    layers = KINDS[kind](scheme, dtype)
+    nn.init.normal_(layers.norm.weight, mean=1, std=0.3)
+    if isinstance(layers.norm, LayerNorm):
+        nn.init.normal_(layers.norm.bias)
+    if all_trained:
+        layers.all.requires_grad_()
+    return layers
+
+
+def x_and_dy(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x, dy = torch.randn(2, BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    return x.to(dtype).requires_grad_(), dy.to(dtype)
+
+
+def results(layers: Layers, x: Tensor, dy: Tensor, *, keep: Keep | None, packed: bool) -> dict[str, Tensor]:
+    """The output and the gradients of all that takes one, by name."""
+    leaves: dict[str, Tensor] = {**({"x": x} if x.requires_grad else {}), **layers.trained}
+    y = layers.run(x, keep=keep, packed=packed)
+    return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
+
+
+def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, other in theirs.items():
+        mine = ours[name]
+        assert mine.dtype == other.dtype, name
+        assert other.any(), name
+        assert (mine.double() - other.double()).norm() <= tolerance * other.double().norm(), name
+
+
+@every_kind
+@pytest.mark.parametrize("scheme", SCHEMES)
+@every_keep
+@both
+def test_output_and_gradients_are_those_of_the_definition(kind: str, scheme: str, keep: Keep, packed: bool) -> None:
+    layers, (x, dy) = layers_of(kind, scheme), x_and_dy()
+    names = {name.rpartition(".")[2] for name in layers.trained}
+    assert names >= {"weight", "bias", "a", "b"}  # norms and biases too
+    theirs = results(layers, x, dy, keep=None, packed=packed)
+    assert_near(results(layers, x, dy, keep=keep, packed=packed), theirs, 1e-5)
+
+
+@every_kind
+@every_keep
+@both
+def test_the_first_layers_input_needs_no_gradient(kind: str, keep: Keep, packed: bool) -> None:
+    for all_trained in (False, True):
+        layers, (x, dy) = layers_of(kind, all_trained=all_trained), x_and_dy()
+        theirs = results(layers, x.detach(), dy, keep=None, packed=packed)
+        assert ("x" in theirs, "0.weight" in theirs) == (False, all_trained)
+        assert_near(results(layers, x.detach(), dy, keep=keep, packed=packed), theirs, 1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme: str) -> None:
+    layers, (x, dy) = layers_of(kind, scheme, torch.bfloat16), x_and_dy(torch.bfloat16)
+    exact = layers_of(kind, scheme)
+    for frozen in (exact.inner, *exact.outer):  # the same weights, rounded to bfloat16 or quantised
+        if scheme == "none":
+            parts = frozen.matrix.parts
+            parts["weight"] = parts["weight"].bfloat16().float()
+    expected = results(exact, x.detach().float().requires_grad_(), dy.float(), keep=None, packed=True)
+    theirs = results(layers, x, dy, keep=None, packed=True)
+    ours = results(layers, x, dy, keep=Keep.ATTENTION, packed=True)
+    for name, true in expected.items():
+        assert ours[name].dtype == theirs[name].dtype
+        own, other = ((found[name].float() - true).norm() / true.norm() for found in (ours, theirs))
+        assert own < 1.5 * other + 2e-3, name
+        assert own < 0.03, name
+
+
+@every_kind
+def test_over_a_cache_it_is_the_definition(kind: str) -> None:
+    layers, (x, _) = layers_of(kind), x_and_dy()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((k, v))
+        return k, v
+
+    table = rotary_table(torch.arange(LENGTH)[None], torch.rand(2 if kind == "gptj" else 5))
+    context = Context(BATCH, LENGTH, table)
+    parts = layers.norm, layers.inner, layers.pieces, layers.outer
+    with torch.no_grad():
+        cached = residual(x, *parts, context, keep=Keep.ALL, store=store)
+        torch.testing.assert_close(cached, residual(x, *parts, context, keep=Keep.ALL))
+    assert len(seen) == (0 if kind == "llama's MLP" else 1)
+
+
+def test_norms_are_torchs_in_float32_and_take_their_weights_in_the_type_of_x() -> None:
+    x = torch.randn(3, WIDTH)
+    layer, rms = layers_of("gptj").norm, layers_of("llama's MLP").norm
+    for own, theirs in ((layer, nn.LayerNorm(WIDTH, 1e-5)), (rms, nn.RMSNorm(WIDTH, 1e-5))):
+        theirs.load_state_dict(own.state_dict())
+        torch.testing.assert_close(own(x), theirs(x))
+        short = own(x.bfloat16())
+        assert short.dtype == torch.bfloat16
+        assert torch.equal(short, theirs.bfloat16()(x.bfloat16()))
+        assert {p.dtype for p in own.parameters()} == {torch.float32}
+
+
+def test_one_level_is_that_of_every_block() -> None:
+    assert levels(Keep.INPUT, 3) == [Keep.INPUT] * 3
+    mixed = [Keep.INPUT, Keep.ALL, Keep.ATTENTION]
+    assert levels(mixed, 3) == mixed

@@ -1,0 +1,127 @@
+"""What blocks keep for backward must really act: little is held, inner products run again, and no gradient changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.ops.attention import find_documents
+from octavo.ops.branch import Keep
+from octavo.ops.loss import cross_entropy_sum
+from octavo.ops.wide import Wide
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+
+VOCABULARY, LENGTH, LAYERS, WIDTH, MLP_WIDTH = 61, 48, 4, 32, 64
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP_WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=MLP_WIDTH, n_layer=LAYERS, n_head=4, rotary_dim=4),
+}
+MIXED = [Keep.INPUT, Keep.ALL, Keep.ATTENTION, Keep.INPUT]
+
+KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+    _, ours = twins_of(CONFIGS[request.param])
+    adapter.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8, dropout=0.3)), seed=0)
+    for parameter in adapter.trained(ours).values():
+        nn.init.normal_(parameter, std=0.1)
+    return ours.train()
+
+
+def loss_of(model: Model, keep: Keep | Sequence[Keep], *, packed: bool = True) -> Tensor:
+    torch.manual_seed(5)  # of the dropout
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(VOCABULARY, (2, LENGTH), generator=generator) for _ in range(2))
+    document = torch.arange(LENGTH).expand(2, LENGTH) // 20 if packed else None
+    hidden = model.hidden(ids, documents=find_documents(document, ids.device), keep=keep)
+    return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), Wide((model.head.frozen(),)))
+
+
+def gradients(model: Model, keep: Keep | Sequence[Keep]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.autograd.backward(loss_of(model, keep))
+    trained = adapter.trained(model)
+    found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    assert found.keys() == trained.keys()
+    return found
+
+
+@pytest.mark.parametrize("keep", [Keep.INPUT, Keep.ATTENTION, MIXED], ids=str)
+def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Model, keep: Keep | Sequence[Keep]) -> None:
+    kept, again = gradients(model, Keep.ALL), gradients(model, keep)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+    assert all(gradient.any() for gradient in kept.values())
+
+
+def test_dropout_is_on_in_what_is_compared(model: Model) -> None:
+    quiet = copy.deepcopy(model).eval()
+    assert not torch.equal(loss_of(model, Keep.ALL), loss_of(quiet, Keep.ALL))
+
+
+@pytest.mark.parametrize(("keep", "again"), [(Keep.ALL, 0), (Keep.ATTENTION, 4), (Keep.INPUT, 4), (MIXED, 3)], ids=str)
+def test_a_blocks_inner_products_alone_run_once_more_in_backward(
+    model: Model, keep: Keep | Sequence[Keep], again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []  # K of each product; an inner one has the width of the model
+    product = Wide.product
+
+    def noted(self: Wide, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
+        ran.append(self.inputs if onto is None else 0)
+        return product(self, wide, onto=onto)
+
+    monkeypatch.setattr(Wide, "product", noted)
+    branches = 1 if hasattr(model.blocks[0], "fc_out") else 2
+    loss = loss_of(model, keep)
+    assert ran == [WIDTH, 0] * branches * LAYERS
+    ran.clear()
+    torch.autograd.backward(loss)
+    assert ran == [WIDTH] * branches * again
+
+
+def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Model, kept_by: KeptBy) -> None:
+    row = 2 * LENGTH * 4  # bytes of one number a token
+    held = {keep: kept_by(partial(loss_of, model, keep, packed=False))[1] / row for keep in Keep}
+    gptj = hasattr(model.blocks[0], "fc_out")
+    # Beside the blocks': the input of the last norm, what that norm keeps, the head's gradient, the rotary table.
+    inputs = (1 if gptj else 2) * LAYERS * WIDTH
+    assert inputs <= held[Keep.INPUT] <= inputs + 4 * WIDTH
+    # Attention's output with a log-sum for each head; on a CPU shared heads are repeated, and these copies held.
+    attention = LAYERS * (WIDTH + 4 + (0 if gptj else 2 * WIDTH))
+    assert held[Keep.ATTENTION] - held[Keep.INPUT] == attention
+    u = LAYERS * (3 * WIDTH + MLP_WIDTH if gptj else 2 * WIDTH + 2 * MLP_WIDTH)
+    assert held[Keep.ALL] - held[Keep.ATTENTION] == u
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_is_computed_again(model: Model) -> None:
+    torch.testing.assert_close(loss_of(model, Keep.INPUT), loss_of(model, Keep.ALL), rtol=0, atol=0)
+
+
+def test_without_gradients_nothing_is_held(model: Model, kept_by: KeptBy) -> None:
+    with torch.no_grad():
+        _, held = kept_by(lambda: loss_of(model, Keep.ALL))
+    assert held == 0
+
+
+def test_as_many_levels_as_blocks_are_asked_for(model: Model) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        loss_of(model, MIXED[:-1])

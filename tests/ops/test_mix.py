@@ -1,0 +1,97 @@
+"""Every piece by itself: what it writes and the gradient that it writes over u are those of its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
+
+BATCH, LENGTH = 2, 6
+ROWS = BATCH * LENGTH
+PIECES: dict[str, Any] = {
+    "attention, interleaved, part of a head": (Attention(4, 4, 6, INTERLEAVED), 2),
+    "attention, halves, shared heads": (Attention(4, 2, 6, HALF), 3),
+    "attention, halves, one key head": (Attention(3, 1, 4, HALF), 2),
+    "gelu": (Gelu(5), 1),
+    "swiglu": (Swiglu(5), 1),
+}  # -> (the piece, pairs that are rotated)
+every_piece = pytest.mark.parametrize("name", PIECES)
+both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+
+
+def context_of(pairs: int, *, packed: bool) -> Context:
+    positions, documents = torch.arange(LENGTH)[None], None
+    if packed:
+        document = torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 4, -1]])
+        positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0]])
+        documents = find_documents(document, document.device)
+        assert documents is not None
+    return Context(BATCH, LENGTH, rotary_table(positions, torch.rand(pairs)), documents)
+
+
+def case(name: str, *, packed: bool) -> tuple[Piece, Context, Tensor, Tensor, Tensor]:
+    """(piece, context, u and the out of it as columns of wider matrices, u under autograd)."""
+    torch.manual_seed(0)
+    piece, pairs = PIECES[name]
+    context = context_of(pairs, packed=packed)
+    plain = torch.randn(ROWS, piece.inputs, dtype=torch.float64, requires_grad=True)
+    u = torch.full((ROWS, piece.inputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.inputs + 2]
+    u.copy_(plain.detach())
+    out = torch.full((ROWS, piece.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.outputs + 2]
+    return piece, context, u, out, plain
+
+
+def plain_of(piece: Piece, u: Tensor, context: Context) -> Tensor:
+    return piece.plain(u.unflatten(0, (BATCH, LENGTH)), context, None).flatten(0, 1)
+
+
+def untouched_beside(own: Tensor) -> bool:
+    whole = own._base
+    assert whole is not None
+    return bool((whole[:, :2] == 9).all() and (whole[:, -3:] == 9).all())
+
+
+@every_piece
+@both
+@pytest.mark.parametrize("hold", [False, True], ids=["not held", "held"])
+@torch.no_grad()
+def test_forward_is_the_definition(name: str, packed: bool, hold: bool) -> None:
+    piece, context, u, out, plain = case(name, packed=packed)
+    held = piece.forward(u, out, context, hold=hold)
+    torch.testing.assert_close(out, plain_of(piece, plain, context))
+    assert untouched_beside(out)
+    assert untouched_beside(u)
+    assert held is None or hold
+    once = out.clone()
+    if hold:
+        out.zero_()
+        piece.again(u, out, held)
+        assert torch.equal(out, once)
+
+
+@every_piece
+@both
+@pytest.mark.parametrize("how", ["held from forward", "u made again", "all made again"])
+@torch.no_grad()
+def test_backward_writes_the_gradient_over_u(name: str, packed: bool, how: str) -> None:
+    piece, context, u, out, plain = case(name, packed=packed)
+    with torch.enable_grad():
+        y = plain_of(piece, plain, context)
+        dout = torch.randn(ROWS, piece.outputs + 3, dtype=torch.float64)[:, : piece.outputs]
+        (expected,) = torch.autograd.grad(y, plain, dout)
+    held = piece.forward(u, out, context, hold=how != "all made again")
+    if how != "held from forward":
+        u = u._base.clone()[:, 2 : piece.inputs + 2]  # type: ignore[union-attr]
+        u.copy_(plain)
+        piece.prepare_(u, context)
+    if how == "all made again":
+        held = piece.forward(u, out, context, hold=True, prepared=True)
+        torch.testing.assert_close(out, y.detach())
+    piece.backward_(u, dout, held, context)
+    torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
+    assert untouched_beside(u)

@@ -1,0 +1,148 @@
+"""Norms and activations against torch's own functions and their autograd; results in columns; out over its input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.pointwise import (
+    gelu_backward_into,
+    gelu_into,
+    norm_backward_into,
+    norm_into,
+    norm_parameters_backward,
+    swiglu_backward_into,
+    swiglu_into,
+)
+
+ROWS, WIDTH, EPS = 7, 30, 1e-2  # an eps that shows
+both_norms = pytest.mark.parametrize("centred", [True, False], ids=["LayerNorm", "RMSNorm"])
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def columns(values: Tensor) -> Tensor:
+    """The same numbers as columns of a wider matrix."""
+    wide = torch.full((len(values), values.shape[1] + 5), 9.0, dtype=values.dtype)
+    wide[:, 2 : values.shape[1] + 2] = values
+    return wide[:, 2 : values.shape[1] + 2]
+
+
+def beside(own: Tensor) -> Tensor:
+    """What stands left and right of `columns`."""
+    whole = own._base
+    assert whole is not None
+    return torch.cat([whole[:, :2], whole[:, -3:]], dim=1)
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Written out, so that no library's eps or mean is trusted."""
+    if bias is not None:
+        x = x - x.mean(dim=1, keepdim=True)
+    standard = x / (x.square().mean(dim=1, keepdim=True) + EPS).sqrt()
+    return standard * weight + (0 if bias is None else bias)
+
+
+def norm_case(centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = random(ROWS, WIDTH) + 0.5, random(WIDTH, seed=1) + 1, random(WIDTH, seed=2)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    return leaves[0], leaves[1], leaves[2] if centred else None
+
+
+@both_norms
+def test_a_norm_is_its_formula(centred: bool) -> None:
+    x, weight, bias = norm_case(centred)
+    out = columns(torch.zeros(ROWS, WIDTH, dtype=torch.float64))
+    with torch.no_grad():
+        norm_into(x, weight, bias, EPS, out)
+        torch.testing.assert_close(out, plain_norm(x, weight, bias))
+    assert (beside(out) == 9).all()
+
+
+@both_norms
+def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(centred: bool) -> None:
+    x, weight, bias = norm_case(centred)
+    dy, residual = random(ROWS, WIDTH, seed=3), random(ROWS, WIDTH, seed=4)
+    leaves = [x, weight] + ([bias] if bias is not None else [])
+    theirs = torch.autograd.grad(plain_norm(x, weight, bias), leaves, dy)
+    out = columns(torch.zeros(ROWS, WIDTH, dtype=torch.float64))
+    with torch.no_grad():
+        norm_backward_into(x, weight, EPS, columns(dy), residual, out, centred=centred)
+        torch.testing.assert_close(out, residual + theirs[0], rtol=1e-5, atol=1e-6)  # taken in float32
+        assert (beside(out) == 9).all()
+        norm_backward_into(x, weight, EPS, dy, residual, residual, centred=centred)  # over its own input
+        assert torch.equal(residual, out)
+        dweight, dbias = norm_parameters_backward(x, EPS, columns(dy), centred=centred)
+    torch.testing.assert_close(dweight, theirs[1].float(), rtol=1e-5, atol=1e-5)
+    assert (dbias is not None) == centred
+    if dbias is not None:
+        torch.testing.assert_close(dbias, theirs[2].float(), rtol=1e-5, atol=1e-5)
+    assert dweight.dtype == torch.float32
+
+
+@both_norms
+def test_a_norms_weights_are_taken_in_the_type_of_x(centred: bool) -> None:
+    x = random(ROWS, WIDTH, dtype=torch.bfloat16)
+    weight, bias = (random(WIDTH, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    out = torch.empty_like(x)
+    norm_into(x, weight, bias if centred else None, EPS, out)
+    if centred:
+        expected = F.layer_norm(x, (WIDTH,), weight.bfloat16(), bias.bfloat16(), EPS)
+    else:
+        expected = F.rms_norm(x, (WIDTH,), weight.bfloat16(), EPS)
+    assert torch.equal(out, expected)
+    dy, residual = random(ROWS, WIDTH, seed=3, dtype=torch.bfloat16), torch.zeros_like(x)
+    near, rounded = (torch.empty_like(x) for _ in range(2))
+    norm_backward_into(x, weight, EPS, dy, residual, near, centred=centred)
+    norm_backward_into(x, weight.bfloat16().float(), EPS, dy, residual, rounded, centred=centred)
+    assert torch.equal(near, rounded)
+
+
+def plain_gelu(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def plain_swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+ACTIVATIONS = {
+    "gelu": (plain_gelu, gelu_into, gelu_backward_into, 1),
+    "swiglu": (plain_swiglu, swiglu_into, swiglu_backward_into, 2),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_and_its_backward_are_those_of_the_formula(name: str) -> None:
+    plain, into, backward_into, share = ACTIVATIONS[name]
+    x, dy = (3 * random(ROWS, share * WIDTH)).requires_grad_(), random(ROWS, WIDTH, seed=1)
+    y = plain(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    own = columns(x.detach())
+    out, back = columns(torch.zeros_like(dy)), columns(torch.zeros_like(dx))
+    into(own, out)
+    torch.testing.assert_close(out, y.detach())
+    backward_into(own, columns(dy), back)
+    torch.testing.assert_close(back, dx)
+    assert torch.equal(own, x)
+    backward_into(own, dy, own)  # over its own input
+    assert torch.equal(own, back)
+    assert all((beside(made) == 9).all() for made in (own, out, back))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_far_from_zero_an_activation_is_flat_or_straight_and_never_lost(name: str) -> None:
+    _, into, backward_into, share = ACTIVATIONS[name]
+    x = torch.tensor([[-1e4], [-100.0], [100.0], [1e4]]).repeat(1, share)
+    if share == 2:
+        x[:, 1] = 1
+    out, dx = torch.empty(4, 1), torch.empty_like(x)
+    into(x, out)
+    backward_into(x, torch.ones(4, 1), dx)
+    torch.testing.assert_close(out[:, 0], x[:, 0].clamp_min(0))
+    torch.testing.assert_close(dx[:, 0], torch.tensor([0.0, 0, 1, 1]))

@@ -1,0 +1,238 @@
+"""Defects of the script that first fine-tuned hivemind/gpt-j-6B-8bit, and of its server: octavo has none of them.
+
+One test for each, named after what octavo does instead; the docstring says what the script did.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo import cli
+from octavo.config import Config, TextOptions
+from octavo.errors import UsageError
+from octavo.finetune import finetune
+from octavo.report import Report
+from octavo.run import open_speaker
+from octavo.store.sources import load_tokenizer
+from octavo.texts import read_documents, to_text
+
+Octavo = Callable[..., Any]
+Tune = Callable[..., dict[str, Any]]
+
+EVERY_LAYER = ["all-linear", "lm_head", "wte"]
+
+
+@pytest.fixture
+def tune(tiny_gptj: Path, plays: Path) -> Tune:
+    """A run of two steps on the tiny GPT-J, with some options changed."""
+
+    def run(out: Path, **options: Any) -> dict[str, Any]:
+        values = {
+            "model": str(tiny_gptj), "data": [str(plays / "train")], "test_data": [str(plays / "test")],
+            "out": str(out), "dtype": "float32", "seq_len": 32, "steps": 2, "rank": 2, "lr": 0.03, "eval_rows": 2,
+            "sample_tokens": 4, "sample_prompt": ["the king"],
+        }  # fmt: skip
+        return finetune(Config.read(cli.FINETUNE, {**values, **options}), console=False)
+
+    return run
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Watch(TorchDispatchMode):
+    """Calls `see` with the name of each operation of torch and the tensors that it made, views left out."""
+
+    def __init__(self, see: Callable[[str, list[Tensor]], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {value.untyped_storage().data_ptr() for value in _tensors((args, kwargs or {}))}
+        fresh = [value for value in _tensors(made) if value.untyped_storage().data_ptr() not in given]
+        self.see(func.overloadpacket.__name__, fresh)
+        return made
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def test_adapters_are_served_and_said_and_never_dropped(
+    octavo: Octavo, seed: Any, tune: Tune, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The server loaded the saved model without its adapters, said nothing, and answered as the untuned one."""
+    ids = torch.arange(3, 20)[None]
+    config = Config.read(cli.GENERATE, {"model": str(seed.folder), "allow_pickle": True, "dtype": "float32"})
+    with Report(console=False, metrics=tmp_path / "said.jsonl") as report, torch.no_grad():
+        served = open_speaker(config, report).model(ids)
+        wanted = seed.model(ids).logits
+    assert float((served - wanted).abs().max()) <= 1e-5
+    assert "trained adapters on 14 layers: they are on" in (tmp_path / "said.jsonl").read_text()
+    # What the run showed of its tuned model is what its adapter's folder says, and not what the base says.
+    tune(tmp_path / "run", steps=20)
+    sampled = ("--temperature", 0.7, "--top-p", 0.9, "--max-new-tokens", 4, "--dtype", "float32", "--json")
+    model = ("--model", json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["base"]["name"])
+    tuned = octavo("generate", "the king", *model, "--adapter", tmp_path / "run" / "adapter", *sampled)
+    base = octavo("generate", "the king", *model, *sampled)
+    shown = {event["which"]: event["text"] for event in events(tmp_path / "run", "sample")}
+    assert (base.json["text"], tuned.json["text"]) == (shown["base"], shown["tuned"])
+    assert shown["base"] != shown["tuned"]
+    foreign = octavo("generate", "the", "--model", tiny_llama, "--adapter", tmp_path / "run" / "adapter")
+    assert (foreign.code, foreign.out) == (1, "")
+    assert "does not belong to this model" in foreign.err
+
+
+def test_checkpointing_computes_blocks_again_in_training(tune: Tune, tmp_path: Path) -> None:
+    """Checkpointing was switched on, but the model stayed in eval mode, where it never acts: memory as without."""
+    products = {"mm": 0, "addmm": 0, "addmm_": 0, "bmm": 0}
+
+    def count(name: str, _: list[Tensor]) -> None:
+        if name in products:
+            products[name] += 1
+
+    counts, adapters = [], []
+    for kept in ("all", "input"):
+        products.update(dict.fromkeys(products, 0))
+        with Watch(count):
+            tune(tmp_path / kept, activations=kept, steps=2, test_data=[], test_fraction=0)
+        counts.append(sum(products.values()))
+        adapters.append(load_file(tmp_path / kept / "adapter" / "adapter_model.safetensors"))
+    assert counts[1] >= counts[0] + 2 * 2, "in two steps of two blocks, a product or more in each"
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_an_existing_folder_costs_no_training(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
+    """Where the output folder existed, saving failed at the end, the exception was swallowed, the weights lost."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    answer = tune(out)
+    assert Path(answer["adapter"], "adapter_model.safetensors").is_file()
+    assert (out / "notes.txt").read_text() == "mine"
+    before = files_of(out)
+    with pytest.raises(UsageError, match="already holds a run") as caught:
+        tune(out, steps=9)
+    assert "--resume" in caught.value.hint
+    assert files_of(out) == before, "refused before the first step, and nothing of the first run is touched"
+
+
+def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
+    tiny_gptj: Path, plays: Path, tune: Tune, tmp_path: Path
+) -> None:
+    """Each line was an example of its own, cut at 128 tokens, and no end token was ever learned."""
+    tokenizer, end = load_tokenizer(tiny_gptj), 2
+    long_line = tmp_path / "one-long-line.txt"
+    long_line.write_text("where is my lord the duke of york " * 80)
+    paths = [str(plays / "train"), str(long_line)]
+    with Report(console=False) as report:
+        options = TextOptions.model_validate({"seq_len": 32})
+        text = to_text(*read_documents(paths, options), options, tokenizer, report)
+    written = [path.read_text() for path in [*sorted((plays / "train").iterdir()), long_line]]
+    learned = [int(label) for row in text.rows for label in row.labels if label >= 0]
+    assert max(len(tokenizer.encode(text)) for text in written) > 2 * 128
+    # Packing lets rows of several documents change places.
+    assert sorted(learned) == sorted(id for text in written for id in [*tokenizer.encode(text)[1:], end])
+    assert learned.count(end) == len(written) == 7
+    assert any("\n" in tokenizer.decode(row.ids.tolist()[4:-4]) for row in text.rows)
+    tune(tmp_path / "run", data=paths)
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
+    assert (ledger["trained"], ledger["cut"], ledger["documents"]) == (len(learned), 0, 7)
+
+
+def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Path, tune: Tune, tmp_path: Path) -> None:
+    """Without an end token in the training text the tuned model ran on to the last token that it was allowed."""
+    (data := tmp_path / "short").mkdir()
+    for number in range(8):
+        (data / f"{number}.txt").write_text("my lord the duke of york")
+    tune(tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0, steps=60, lr=0.02, targets=EVERY_LAYER)
+    done = octavo(
+        "generate", "my lord", "--model", tiny_gptj, "--adapter", tmp_path / "run" / "adapter", "--temperature", 0,
+        "--max-new-tokens", 40, "--json",
+    )  # fmt: skip
+    assert (done.json["text"], done.json["finish_reason"]) == (" the duke of york", "stop")
+
+
+def test_the_test_files_are_what_is_measured(tune: Tune, plays: Path, tmp_path: Path) -> None:
+    """The test files were loaded and never used: nothing said whether the tuned model was better."""
+    (other := tmp_path / "other.txt").write_text("0123456789 ZYXWVU " * 9)
+    runs = {"plays": [str(plays / "test")], "other": [str(other)]}
+    rows = {name: tune(tmp_path / name, test_data=data, eval_rows=0)["rows"] for name, data in runs.items()}
+    for name in runs:
+        quantised, tuned = rows[name]
+        held_out = json.loads((tmp_path / name / "ledger.json").read_text())["test"]
+        assert quantised["tokens"] == tuned["tokens"] == held_out["trained"] > 0
+        assert tuned["perplexity"] != quantised["perplexity"]
+        assert events(tmp_path / name, "heldout")
+    assert rows["plays"][0]["perplexity"] != pytest.approx(rows["other"][0]["perplexity"], rel=0.01)
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first), "and they are measured on, not learned"
+
+
+def test_float16_gradients_neither_vanish_nor_overflow_unseen(tune: Tune, tmp_path: Path) -> None:
+    """Training in float16 went without a loss scaler: small gradients became zero, large ones not a number."""
+    small = {"alpha": 2e-4, "batch": 32, "steps": 1, "test_data": [], "test_fraction": 0}
+    norms = {}
+    for dtype in ("float32", "float16"):
+        tune(tmp_path / dtype, dtype=dtype, scheme="none", **small)
+        norms[dtype] = events(tmp_path / dtype, "step")[0]["grad_norm"]
+    assert 0 < norms["float32"] < 1e-4
+    assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
+    answer = tune(tmp_path / "large", dtype="float16", alpha=3e4, lr=1e-8, steps=8)
+    warnings = [event["text"] for event in events(tmp_path / "large", "warn")]
+    assert any("overflowed float16, update left out" in text for text in warnings)
+    assert math.isfinite(events(tmp_path / "large", "step")[-1]["grad_norm"]), "the scale fell until they fit"
+    assert math.isfinite(answer["loss"])
+
+
+@pytest.mark.parametrize("kept", ["all", "input"])
+def test_every_adapter_trains_beside_stacked_frozen_layers(tune: Tune, tmp_path: Path, kept: str) -> None:
+    """`output += adapter(x)` changed a view in place, which newer versions of PyTorch refuse in training."""
+    tune(tmp_path / "run", targets=EVERY_LAYER, activations=kept, scheme="dynamic8", dropout=0.1)
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    began_at_zero = [name for name in saved if name.endswith(("lora_B.weight", "lora_embedding_A"))]
+    assert len(began_at_zero) == 2 * 6 + 2
+    assert all(saved[name].any() for name in began_at_zero)
+
+
+def test_an_embedding_lookup_reads_its_rows_alone(seed: Any, tmp_path: Path) -> None:
+    """Each lookup dequantised the whole table, 788 MiB of GPT-J-6B's in float32, to take a few rows of it."""
+    folder = Path(shutil.copytree(seed.folder, tmp_path / "plain"))
+    table = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: t for name, t in table.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
+    config = Config.read(cli.GENERATE, {"model": str(folder), "allow_pickle": True, "dtype": "float32"})
+    with Report(console=False) as report:
+        model = open_speaker(config, report).model
+    ids = torch.tensor([[0, 299, 131]])
+    sizes: list[int] = []
+    with torch.no_grad(), Watch(lambda _, made: sizes.extend(tensor.nbytes for tensor in made)):
+        rows = model.embed(ids)
+    assert torch.equal(rows[0], seed.model.transformer.wte.read()[ids[0]])
+    # Three rows of 64 numbers; their places in the flattened table are 64-bit integers.
+    assert 0 < max(sizes) <= 3 * 64 * 8
+    assert model.embed.matrix.parts["weight"].nbytes == 300 * 64, "the table itself stays a byte a number"

@@ -1,0 +1,136 @@
+"""The loss of a batch: what is learned goes through the head and nothing else, whatever stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.data.loader import Batch
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.objective import batch_loss, inputs_of, loss_of
+from octavo.ops import loss
+from octavo.ops.branch import Keep
+from octavo.ops.loss import IGNORE
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+
+VOCABULARY, LENGTH, CPU = 61, 9, torch.device("cpu")
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+    theirs, ours = twins_of(CONFIGS[request.param])
+    adapter.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
+    return theirs, ours
+
+
+def batch_of(*, packed: bool, learned: float = 0.5) -> Batch:
+    """Two rows, the second with padding; about that share of the real positions is learned."""
+    torch.manual_seed(0)
+    document = torch.tensor([[0] * 9, [1] * 6 + [-1] * 3])
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    if packed:
+        document = torch.tensor([[0] * 4 + [1] * 5, [2] * 5 + [3, -1, -1, -1]])
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 0, 1, 2]])
+    ids = torch.randint(VOCABULARY, (2, LENGTH))
+    labels = torch.randint(VOCABULARY, (2, LENGTH))
+    labels[(torch.rand(2, LENGTH) >= learned) | (document < 0)] = IGNORE
+    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE).sum()), epoch=0, index=0)
+
+
+@torch.no_grad()
+def plain_loss(theirs: Any, batch: Batch) -> Tensor:
+    """Each document by itself through transformers."""
+    total = torch.zeros(())
+    for number in range(int(batch.document.max()) + 1):
+        own = batch.document == number
+        logits = theirs(batch.ids[own][None]).logits[0]
+        total += F.cross_entropy(logits, batch.labels[own], reduction="sum", ignore_index=IGNORE)
+    return total
+
+
+both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+
+
+@both
+@pytest.mark.parametrize("learned", [0.5, 1.0])
+def test_the_loss_is_that_of_transformers_on_each_document(
+    twins: tuple[Any, Model], packed: bool, learned: float
+) -> None:
+    batch = batch_of(packed=packed, learned=learned)
+    expected = plain_loss(twins[0], batch)
+    torch.testing.assert_close(batch_loss(twins[1], batch).detach(), expected, rtol=1e-5, atol=0)
+    assert (inputs_of(batch, CPU).documents is not None) == packed
+
+
+def test_only_what_is_learned_goes_through_the_head(twins: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    definition = loss.cross_entropy_
+
+    def noted(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+        rows.append(len(logits))
+        assert (labels >= 0).all()
+        return definition(logits, labels, gradient=gradient)
+
+    monkeypatch.setattr(loss, "cross_entropy_", noted)
+    batch = batch_of(packed=True)
+    batch_loss(twins[1], batch)
+    assert 0 < batch.trained_tokens < 2 * LENGTH
+    assert sum(rows) == batch.trained_tokens
+
+
+def test_where_all_is_learned_nothing_is_gathered() -> None:
+    batch = batch_of(packed=False)
+    whole = replace(batch, labels=batch.ids, document=torch.zeros_like(batch.ids))
+    assert inputs_of(whole, CPU).learned is None
+    assert inputs_of(batch, CPU).learned is not None
+
+
+@both
+def test_padding_and_what_it_holds_change_nothing(twins: tuple[Any, Model], packed: bool) -> None:
+    batch = batch_of(packed=packed)
+    other = replace(batch, ids=torch.where(batch.document < 0, 7, batch.ids))
+    assert not torch.equal(batch.ids, other.ids)
+    assert torch.equal(batch_loss(twins[1], batch), batch_loss(twins[1], other))
+
+
+@both
+def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
+    twins: tuple[Any, Model], packed: bool
+) -> None:
+    # As they do in a recorded step, whose shapes cannot depend on the data.
+    batch = batch_of(packed=packed)
+    inputs = inputs_of(batch, CPU)
+    every = replace(inputs, labels=batch.labels.flatten(), learned=None)
+    parameters = list(adapter.trained(twins[1]).values())
+    one, other = loss_of(twins[1], inputs), loss_of(twins[1], every, keep=Keep.INPUT)
+    torch.testing.assert_close(one, other)
+    for mine, theirs in zip(torch.autograd.grad(one, parameters), torch.autograd.grad(other, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_learned_is_no_failure(twins: tuple[Any, Model]) -> None:
+    batch = batch_of(packed=False, learned=0.0)
+    assert batch.trained_tokens == 0
+    total = batch_loss(twins[1], batch)
+    assert total.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(total, list(adapter.trained(twins[1]).values())))
