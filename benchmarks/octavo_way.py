@@ -79,7 +79,8 @@ class Way:
     def step(self, ids: Tensor) -> Tensor:
         """One step of the loop."""
         self._waiting.append(make_batch(ids))
-        return torch.tensor(next(self._steps).loss)
+        self.last = next(self._steps)
+        return torch.tensor(self.last.loss)
 
     def gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss and its gradients by PEFT's names; they are zero again afterwards."""

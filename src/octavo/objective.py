@@ -13,6 +13,7 @@ from octavo.models import Model
 from octavo.ops.attention import Documents, find_documents
 from octavo.ops.branch import Keep
 from octavo.ops.loss import IGNORE, cross_entropy_sum
+from octavo.ops.transfer import sent
 from octavo.ops.wide import Wide
 
 Kept = Keep | Sequence[Keep]
@@ -54,8 +55,3 @@ def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL) -> Tensor:
 def batch_loss(model: Model, batch: Batch, *, keep: Kept = Keep.ALL) -> Tensor:
     """`loss_of` a batch as the loader gives it."""
     return loss_of(model, inputs_of(batch, model.embed.matrix.parts["weight"].device), keep=keep)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, since only such a copy does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

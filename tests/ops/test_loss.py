@@ -191,6 +191,20 @@ def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: 
 
 
 @both
+def test_without_grad_mode_no_gradient_is_worked_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels, head = batch(kind)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked for gradients")
+
+    monkeypatch.setattr(Wide, "backward", refuse)
+    with torch.no_grad():
+        cross_entropy_sum(hidden, labels, head.wide)
+    with pytest.raises(AssertionError, match="asked for gradients"):
+        cross_entropy_sum(hidden, labels, head.wide)
+
+
+@both
 def test_a_short_type_is_summed_in_float32_and_answered_in_kind(kind: str) -> None:
     hidden, labels, head = batch(kind)
     short = hidden.detach().bfloat16().requires_grad_()

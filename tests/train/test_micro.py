@@ -16,12 +16,13 @@ from transformers import LlamaConfig
 from octavo.data.loader import Batch
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
-from octavo.objective import batch_loss
+from octavo.objective import Inputs, batch_loss, loss_of
 from octavo.ops.attention import find_documents
 from octavo.ops.branch import Keep
 from octavo.ops.loss import IGNORE
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
+from octavo.train import micro
 from octavo.train.memory import Plan
 from octavo.train.micro import Fitted, Launched, _room_for, parts_of
 
@@ -119,7 +120,14 @@ def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Model,
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Model) -> None:
+def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+
+    def noted(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+        kept.append((keep, len(inputs.ids)))
+        return loss_of(model, inputs, keep=keep)
+
+    monkeypatch.setattr(micro, "loss_of", noted)
     plans = [Plan((keep,) * 2, rows, 2**30, None) for keep, rows in ((Keep.ALL, 5), (Keep.INPUT, 2), (Keep.INPUT, 1))]
     told: list[str] = []
     following = dict(zip([plan.rows for plan in plans], [*plans[1:], None], strict=True))
@@ -130,7 +138,9 @@ def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Model) -> N
         assert step.plan == plan
         assert len(told) == number
         model.zero_grad()
+        kept.clear()
         torch.testing.assert_close(step(batch, 0.5), whole.detach())
+        assert kept == [(plan.keep, min(plan.rows, 5 - start)) for start in range(0, 5, plan.rows)]
         for mine, other in zip(gradients(model), theirs, strict=True):
             assert mine is not None
             torch.testing.assert_close(mine, 0.5 * other, rtol=1e-4, atol=1e-5)
@@ -143,16 +153,16 @@ def test_rows_of_one_document_each_need_no_room() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_room_is_one_of_few_sizes_and_twice_what_a_batch_needs(counts: list[int]) -> None:
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=8), missing=st.integers(0, 200))
+def test_room_is_one_of_few_sizes_and_twice_what_a_batch_needs(counts: list[int], missing: int) -> None:
     document = torch.stack([torch.arange(40) * count // 40 for count in counts])
     documents = find_documents(document, CPU)
-    room = _room_for(documents)
+    room = _room_for(documents, missing=missing)
     if documents is None:
         assert room == 0
         return
-    number = len(documents.offsets) - 1
-    assert number == sum(counts)
+    number = len(documents.offsets) - 1 + missing
+    assert number == sum(counts) + missing
     assert room >= 2 * number
     assert room == 64 or room < 4 * (number + 1)
     assert room & (room - 1) == 0  # doubling, so that batches are of few kinds

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.ops.transfer import sent
 from octavo.ops.twins import OBSERVERS, twin
 
 INTERLEAVED, HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
@@ -89,7 +90,7 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
     starts = F.pad(change, (1, 0), value=True).flatten().nonzero()[:, 0]
     offsets = F.pad(starts, (0, 1), value=document.numel()).int()
     longest = int(offsets.diff().max())
-    return Documents(document.to(device, non_blocking=True), offsets.to(device, non_blocking=True), longest)
+    return Documents(sent(document, device), sent(offsets, device), longest)
 
 
 def cache_mask(start: int, length: int, device: torch.device) -> Tensor | None:
@@ -125,7 +126,7 @@ def causal_attention(
         mask = documents.mask
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    shared = groups > 1 and q.is_cuda and mask is None
+    shared = groups > 1 and mask is None and _shares_keys(q)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     causal = mask is None and q.shape[2] > 1
@@ -150,6 +151,16 @@ def _backends(q: Tensor) -> Any:
     if _wanted != "auto":
         return sdpa_kernel([_ORDER[_wanted], SDPBackend.MATH] if q.shape[2] == 1 else _ORDER[_wanted])
     return sdpa_kernel(list(_ORDER.values()), set_priority=True)
+
+
+def _shares_keys(q: Tensor) -> bool:
+    """Whether the kernels for this call take fewer key heads as they are; else they are repeated."""
+    return (
+        q.is_cuda
+        and q.dtype != torch.float32
+        and _wanted in ("auto", "cudnn", "flash")
+        and torch.cuda.get_device_capability(q.device)[0] >= 8
+    )
 
 
 @cache

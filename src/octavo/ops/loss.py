@@ -83,7 +83,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
     losses = F.nll_loss(log_softmax, labels, reduction="none", ignore_index=IGNORE)
     if gradient:
         counts = labels != IGNORE
-        slope = log_softmax.exp_().mul_(counts[:, None])
+        slope = log_softmax.exp_().masked_fill_(~counts[:, None], 0.0)
         slope[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= counts.to(slope.dtype)
         logits.copy_(slope)
     return losses

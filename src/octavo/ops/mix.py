@@ -116,10 +116,10 @@ class Attention:
     def _attend(self, u: Tensor, context: Context) -> Held:
         """Attention under autograd; what its graph would keep of u is looked up in u again when backward comes."""
         place: list[Tensor] = []
-        storage = u.untyped_storage().data_ptr()
+        storage = u.untyped_storage()._cdata  # an address of data would be 0 for all on the meta device
 
         def pack(tensor: Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage:
+            if tensor.untyped_storage()._cdata != storage:
                 return tensor
             return tensor.size(), tensor.stride(), tensor.storage_offset()
 

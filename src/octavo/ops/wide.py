@@ -122,7 +122,7 @@ class Wide:
             del matrix
         factors: list[Tensor | None] = []
         added = None
-        if self.trained:
+        if self.rank or any(tensor.requires_grad for tensor in self.trained):
             added = mm_float32(dy.T, wide[:, self.inputs :])  # (N, C): every B, and the bias
         for part, start, column, seed in self._spans(seeds):
             if not part.rank:

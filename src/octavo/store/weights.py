@@ -127,8 +127,8 @@ def refuse_pairs(source: Source) -> None:
         folder, allow = source.files[0].parent, " --allow-pickle" * (source.files[0].suffix == ".bin")
         raise ModelError(
             f"{folder} holds trained adapters beside its frozen weights ({len(carried):,} tensors like {carried[0]}).",
-            hint=f"Split it once with `octavo convert {shlex.quote(str(folder))}{allow} --out NEW_FOLDER`: NEW_FOLDER/base "
-            "is then a model like any other, and NEW_FOLDER/adapter its adapter.",
+            hint=f"Split it once with `octavo convert {shlex.quote(str(folder))}{allow} --out NEW_FOLDER`: "
+            "NEW_FOLDER/base is then a model like any other, and NEW_FOLDER/adapter its adapter.",
         )
 
 

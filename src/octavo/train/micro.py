@@ -77,7 +77,7 @@ class Recorded:
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
         documents = find_documents(batch.document, torch.device("cpu"))
-        kind = _room_for(documents)
+        kind = _room_for(documents, missing=self.rows - len(batch.ids))
         if kind not in self._seen:
             self._seen.add(kind)
             return self.launched(batch, seed)
@@ -138,12 +138,15 @@ class _Graph:
         return self.loss.clone()
 
 
-def _room_for(documents: Documents | None) -> int:
-    """0 for rows of one document each; else how many documents a graph makes room for: 64, 128, 256, .."""
+def _room_for(documents: Documents | None, *, missing: int = 0) -> int:
+    """0 for rows of one document each; else how many documents a graph makes room for: 64, 128, 256, ..
+
+    Twice what the batch has, so that few graphs serve all batches; each of the `missing` rows is a document too.
+    """
     if documents is None:
         return 0
     room = 64
-    while room < 2 * len(documents.offsets):
+    while room < 2 * (len(documents.offsets) + missing):
         room *= 2
     return room
 
