@@ -157,7 +157,8 @@ def main() -> None:
     # product then takes several times as long. This must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Memory of a card that grows at its end instead of in blocks of fixed size leaves no gaps that nothing fits.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app(standalone_mode=False)
     except OctavoError as error:

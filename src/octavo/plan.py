@@ -149,7 +149,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     free = asked.scheme == "auto" and stored_scheme(source).name == "none"  # to take another scheme
     names = [own, *(name for name in ("int8", "nf4") if free and name != own)]
     rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
-    shown = ["scheme", "fits", "peak GiB", "least GiB", "rows a pass", "layers that keep all", "s a step", "tokens/s"]
+    shown = ["scheme", "fits", "peak GiB", "least GiB", "rows", "full layers", "s a step", "tokens/s"]
     title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
     report.table(title, shown, [[row[key] for key in _COLUMNS] for row in rows])
     first = next((row for row in rows if row["fits"]), None)
