@@ -2,8 +2,9 @@
 
     python benchmarks/table.py [--results benchmarks/results.csv] [--readme README.md]
 
-Prints the table, the newest row of each (way, model, batch, seq_len, cap), and puts it between the two lines
-`<!-- benchmark table -->` of the readme if it has them. Loads neither torch nor octavo.
+Prints the newest row of each (way, model, batch, seq_len, cap), and puts the few columns that people look for between
+the two lines `<!-- benchmark table -->` of the readme if it has them, fastest first within a setting. Loads neither
+torch nor octavo.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TITLES = (
     "model", "way", "batch x tokens", "cap GiB", "tokens/s", "p10-p90", "allocated GiB", "reserved GiB",
     "with loading GiB", "first loss", "gradient cosine", "note",
 )  # fmt: skip
+BRIEF = ("model", "batch x tokens", "cap, GiB", "way", "tokens/s", "reserved GiB", "first loss")
 
 Row = Mapping[str, Any]
 
@@ -39,10 +41,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     asked = parser.parse_args()
-    table = markdown(read(asked.results))
-    sys.stdout.write(table)
+    rows = read(asked.results)
+    sys.stdout.write(markdown(rows))
     if asked.readme.is_file() and asked.readme.read_text("utf-8").count(MARKER) == 2:
-        asked.readme.write_text(put(asked.readme.read_text("utf-8"), table), "utf-8")
+        asked.readme.write_text(put(asked.readme.read_text("utf-8"), brief(rows)), "utf-8")
         sys.stdout.write(f"\nwritten to {asked.readme}\n")
 
 
@@ -92,6 +94,29 @@ def markdown(rows: Sequence[Row]) -> str:
         head = [f"{card}; {said}." if said else f"{card}.", "", _row(TITLES), _row(["---"] * len(TITLES))]
         blocks.append("\n".join([*head, *map(_row, lines)]) + "\n")
     return "\n".join(blocks)
+
+
+def brief(rows: Sequence[Row]) -> str:
+    """The table for the readme: speed, memory and first loss; the rows that only compared gradients are left out."""
+    told = [row for row in newest(rows) if row["tokens_per_second"] not in ("", None) or "out of memory" in row["note"]]
+    told = [row for row in told if not row["seconds"]]  # a job's own speed is no step's
+    told.sort(key=lambda row: (*_setting(row), -float(row["tokens_per_second"] or 0)))
+    lines = []
+    for row in told:
+        speed = _whole(row["tokens_per_second"]) or "out of memory"
+        cap = f"{float(row['cap_gib']):g}" if row["cap_gib"] else ""
+        way = f"**{row['way']}**" if str(row["way"]).startswith("octavo") else str(row["way"])
+        cells = [str(row["model"]), f"{row['batch']} x {row['seq_len']}", cap, way, speed]
+        lines.append([*cells, _decimal(row["peak_reserved_gib"], 2), _decimal(row["first_loss"], 4)])
+    cards = ", ".join(dict.fromkeys(str(row["card"]) for row in told))
+    head = [f"{cards}:", "", _row(BRIEF), _row(["---"] * len(BRIEF))]
+    return "\n".join([*head, *map(_row, lines)]) + "\n"
+
+
+def _setting(row: Row) -> tuple[str, float, float, float]:
+    """By model, tokens in a batch, tokens in a row, cap: largest room first."""
+    batch, length = float(row["batch"]), float(row["seq_len"])
+    return str(row["model"]), batch * length, length, -float(row["cap_gib"] or 1e9)
 
 
 def line_of(row: Row) -> list[str]:

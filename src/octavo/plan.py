@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from octavo.config import (
     TrainOptions,
     size_in_bytes,
 )
-from octavo.errors import ModelError, UsageError
+from octavo.errors import UsageError
 from octavo.hardware import CARDS, Hardware, Peak, free_memory_bytes, peak, pick
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.attention import use_attention
@@ -30,10 +31,11 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import Source
 from octavo.store.weights import allocated, stored_scheme
-from octavo.train.memory import Plan, Planner
+from octavo.train.memory import MARGIN, Plan, Planner
 
 LEVELS = {"all": Keep.ALL, "attention": Keep.ATTENTION, "input": Keep.INPUT}
 GIB = 2**30
+SHORT = 256  # tokens: rows of fewer hardly take less memory
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Fit:
 
     def cheaper(self, plan: Plan) -> Plan | None:
         """A plan for less memory than `plan`; None if none is left."""
-        found = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94)
-        return found if found is not None and found.peak_bytes < plan.peak_bytes else None
+        found = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94) or self.planner.least()
+        return found if found.peak_bytes < plan.peak_bytes else None
 
 
 def adapter_plan(options: LoraOptions) -> AdapterPlan:
@@ -89,7 +91,7 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
         return Fit(best, budget, planner)
     if hardware.device.type == "cpu":  # a forecast of a card's memory: on a CPU it is no reason to refuse
         return Fit(planner.least(), budget, planner)
-    raise _too_small(config, source, scheme, hardware, planner, budget)
+    raise _too_small(config, source, scheme, hardware, planner.least().peak_bytes, budget)
 
 
 def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
@@ -109,24 +111,26 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
 
 
 def _too_small(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, planner: Planner, budget: int
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, needed: int, budget: int
 ) -> UsageError:
-    least = planner.least().peak_bytes
+    """The error that names what would fit: for each scheme the longest rows."""
+    names = [scheme.name]
+    if stored_scheme(source).name == "none":
+        names += [name for name in ("int8", "nf4") if name != scheme.name]
+    lengths = [config[TextOptions].seq_len]
+    while lengths[-1] > SHORT:
+        lengths.append(lengths[-1] // 2)
+    auto = " --activations auto" if config[MemoryOptions].activations != "auto" else ""
     hints = []
-    for name in ("int8", "nf4"):
-        if name != scheme.name and stored_scheme(source).name == "none":
-            other = planner_for(config, source, SCHEMES[name], hardware, None).least().peak_bytes
-            if other <= budget:
-                hints.append(f"--scheme {name} takes {other / GIB:.1f} GiB")
-    length = config[TextOptions].seq_len
-    while length > 256:
-        length //= 2
-        shorter = planner_for(config.replace(seq_len=length), source, scheme, hardware, None).least().peak_bytes
-        if shorter <= budget:
-            hints.append(f"--seq-len {length} takes {shorter / GIB:.1f} GiB")
-            break
+    for name in names:
+        for length in lengths:
+            shorter = config.replace(seq_len=length)
+            least = planner_for(shorter, source, SCHEMES[name], hardware, None).least().peak_bytes
+            if least <= MARGIN * budget:
+                hints.append(f"--scheme {name} --seq-len {length}{auto} takes {least / GIB:.1f} GiB")
+                break
     return UsageError(
-        f"The run needs {least / GIB:.1f} GiB at least, and {budget / GIB:.1f} GiB are there.",
+        f"The run needs {needed / MARGIN / GIB:.2f} GiB at least, and {budget / GIB:.2f} GiB are there.",
         hint=f"What fits: {'; '.join(hints)}." if hints else "Take a smaller model, or free memory of the card.",
     )
 
@@ -139,8 +143,10 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     card = peak(name)
     if config[PlanOptions].card and card is None:
         raise UsageError(f"octavo does not know the card {name!r}.", hint=f"It knows {', '.join(CARDS)}.")
-    if size_in_bytes(options.gpu_memory) is None and hardware.device.type != "cuda":
-        raise UsageError("There is no card here to plan for.", hint="Give its memory: --gpu-memory 11GiB.")
+    here = hardware.device.type == "cuda" and card == peak(hardware.name)
+    if size_in_bytes(options.gpu_memory) is None and not here:
+        fault = f"How much memory the {name} has is not known" if card else "There is no card here to plan for"
+        raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
     source, budget = open_model(asked, report), budget_bytes(options, hardware)
     if hardware.device.type != "cuda":  # the plan is for a card, which multiplies 2-byte types
         dtype = torch.bfloat16 if asked.dtype == "auto" else hardware.dtype
@@ -154,9 +160,11 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     report.table(title, shown, [[row[key] for key in _COLUMNS] for row in rows])
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        raise ModelError("Nothing fits.", hint="Try a smaller --seq-len or a smaller model.")
-    length = config[TextOptions].seq_len
-    report.say(f"octavo finetune --model {asked.model} --scheme {first['scheme']} --seq-len {length} --data YOUR_TEXTS")
+        raise _too_small(config, source, SCHEMES[own], hardware, rows[0]["peak_bytes"], budget)
+    report.say(
+        f"octavo finetune --model {shlex.quote(asked.model)} --scheme {first['scheme']} "
+        f"--seq-len {config[TextOptions].seq_len} --batch {config[TrainOptions].batch} --data YOUR_TEXTS"
+    )
     return {"budget_bytes": budget, "card": name if card else None, "plans": rows}
 
 
@@ -172,14 +180,15 @@ def _row(
     level = config[MemoryOptions].activations
     if level == "auto":
         best = planner.best(budget)
+        taken, fits = best or planner.least(), best is not None
     else:
-        best = planner.plan((LEVELS[level],) * len(planner.model.blocks), training.batch)
-    taken = best or planner.least()
+        taken = planner.plan((LEVELS[level],) * len(planner.model.blocks), training.batch)
+        fits = taken.peak_bytes <= budget
     seconds = taken.seconds * training.accumulate if taken.seconds else None
     tokens = training.batch * training.accumulate * planner.length
     return {
         "scheme": scheme.name,
-        "fits": taken.peak_bytes <= budget,
+        "fits": fits,
         "peak_bytes": taken.peak_bytes,
         "peak_gib": round(taken.peak_bytes / GIB, 2),
         "least_gib": round(planner.least().peak_bytes / GIB, 2),

@@ -1,17 +1,19 @@
 """Before a run: one micro-batch, one evaluation, one save. What would fail after hours fails now, and nothing is kept.
 
-All rows of a run are of one length, so the first batch is as large as any.
+All rows of a run are of one length, so any batch is as large as the others; but rows of one document and packed ones
+take different kernels, so both kinds are tried.
 """
 
 from __future__ import annotations
 
 import shutil
-from itertools import islice
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from octavo.config import TrainOptions
-from octavo.data.loader import batches
+from octavo.data.loader import Batch, batches
 from octavo.evaluate import score
 from octavo.finetune.state import Run, state_of
 from octavo.store import checkpoint
@@ -20,12 +22,13 @@ from octavo.train.loop import gradients
 
 def rehearse(run: Run) -> None:
     """Runs a step, an evaluation and a save; TrainingError if even the plan for the least memory does not fit."""
-    training = run.config[TrainOptions]
-    stream = batches(run.train.rows, batch_size=training.batch, seed=training.seed)
-    chosen = list(islice(stream, 1))
     run.model.train()
-    for _ in range(2):  # launched, then recorded
-        gradients(run.trainer, chosen, 0, seed=run.trainer.scaler.scale)
+    rehearsed = None
+    while rehearsed != run.micro_step.plan:  # a plan that gave way to another leaves that to be rehearsed
+        rehearsed = run.micro_step.plan
+        for batch in one_of_each_kind(run):
+            for _ in range(2 if run.micro_step.record else 1):  # launched, then recorded
+                gradients(run.trainer, [batch], 0, seed=run.trainer.scaler.scale)
     run.trainer.optimizer.zero_gradients()
     run.micro_step.release()
     run.model.eval()
@@ -41,3 +44,11 @@ def rehearse(run: Run) -> None:
         checkpoint.save(folder, 0, tensors=tensors, state=state, keep=1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def one_of_each_kind(run: Run) -> Iterator[Batch]:
+    """A batch of rows with one document each, and one of packed rows, as far as the data have them."""
+    size = run.config[TrainOptions].batch
+    found = {len(np.unique(row.document[row.document >= 0])) > 1: row for row in reversed(run.train.rows)}
+    for row in found.values():
+        yield from batches([row] * size, batch_size=size, seed=0, epochs=1)

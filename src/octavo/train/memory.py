@@ -86,23 +86,36 @@ class Planner:
         return self.plan(self._all(Keep.INPUT), 1)
 
     def _fullest(self, rows: int, limit: float) -> Plan | None:
-        """The most that can be kept with so many rows: everything in the last layers, whose backward comes first."""
-        layers = len(self.model.blocks)
-        lean, full = self.plan(self._all(Keep.INPUT), rows), self.plan(self._all(Keep.ALL), rows)
-        if lean.peak_bytes > limit:
-            return None
+        """The fastest with so many rows: more kept in the last layers, whose backward comes first."""
+        full = self.plan(self._all(Keep.ALL), rows)
         if full.peak_bytes <= limit:
             return full
-        each = max(1.0, (full.peak_bytes - lean.peak_bytes) / layers)
-        guess = min(layers - 1, int((limit - lean.peak_bytes) / each) + 1)
-        for count in range(guess, 0, -1):
-            rest = layers - count
-            for level in (Keep.ATTENTION, Keep.INPUT):
-                plan = self.plan((level,) * rest + (Keep.ALL,) * count, rows)
-                if plan.peak_bytes <= limit:
-                    return plan
-        middle = self.plan(self._all(Keep.ATTENTION), rows)
-        return middle if middle.peak_bytes <= limit else lean
+        lean, middle = (self.plan(self._all(level), rows) for level in (Keep.INPUT, Keep.ATTENTION))
+        if lean.peak_bytes > limit:
+            return None
+        # Attention's output first, where that saves more time for its memory than all of a layer does.
+        if middle.peak_bytes < full.peak_bytes and self._worth(lean, middle) > self._worth(lean, full):
+            if middle.peak_bytes > limit:
+                return self._between(lean, middle, limit, stride=max(1, len(lean.keep) // 8))  # a layer's is little
+            lean = middle
+        return self._between(lean, full, limit)
+
+    def _between(self, low: Plan, high: Plan, limit: float, stride: int = 1) -> Plan:
+        """The most layers of `high`, after those of `low` which fits; in steps of `stride` layers.
+
+        Counts down from a guess, so that a larger limit never finds fewer.
+        """
+        layers = len(low.keep)
+        guess = min(layers - 1, int(layers * (limit - low.peak_bytes) / (high.peak_bytes - low.peak_bytes)) + 1)
+        for count in range(guess - guess % stride, 0, -stride):
+            plan = self.plan(low.keep[count:] + high.keep[:count], low.rows)
+            if plan.peak_bytes <= limit:
+                return plan
+        return low
+
+    def _worth(self, low: Plan, high: Plan) -> float:
+        """Seconds saved for each byte more."""
+        return (self._pace(low) - self._pace(high)) / max(1, high.peak_bytes - low.peak_bytes)
 
     def _all(self, level: Keep) -> tuple[Keep, ...]:
         return (level,) * len(self.model.blocks)

@@ -80,6 +80,7 @@ class Recorded:
         kind = _room_for(documents, missing=self.rows - len(batch.ids))
         if kind not in self._seen:
             self._seen.add(kind)
+            self.release()  # a launched batch takes as much memory as the graphs hold
             return self.launched(batch, seed)
         if kind not in self._graphs:
             shape = (self.rows, batch.ids.shape[1])
@@ -89,6 +90,8 @@ class Recorded:
 
     def release(self) -> None:
         """The graphs go, with the memory of their activations; they are recorded again when they are needed."""
+        if self._graphs:
+            torch.cuda.synchronize()  # memory that a replay still works in must not be given back
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs.clear()

@@ -1,0 +1,267 @@
+"""Steps that do not fit: parts of a batch add up to it, and running out of memory changes nothing but the plan."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.data.loader import Batch
+from octavo.errors import TrainingError
+from octavo.layers.lora import LoraSpec, flatten_
+from octavo.models import Model
+from octavo.objective import Inputs, loss_of
+from octavo.ops.branch import Keep
+from octavo.ops.loss import IGNORE
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.train import micro
+from octavo.train.loop import Trainer, gradients, out_of_memory, train
+from octavo.train.memory import Plan
+from octavo.train.micro import Fitted, Launched
+from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+
+VOCABULARY, ROWS, LENGTH = 61, 4, 10
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+}
+# Each for less memory than the one before.
+PLANS = [
+    Plan((Keep.ALL,) * 2, 4, 3 * 2**30, None),
+    Plan((Keep.INPUT, Keep.ALL), 2, 2 * 2**30, None),
+    Plan((Keep.INPUT,) * 2, 1, 2**30, None),
+]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def base(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+    return twins_of(CONFIGS[request.param])[1]
+
+
+def batch_of(seed: int) -> Batch:
+    """Rows of one or two documents, one of padding in part, and one of which nothing is learned."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=generator)
+    document, positions = torch.zeros_like(ids), torch.arange(LENGTH).repeat(ROWS, 1)
+    document[1, 4:], positions[1, 4:] = 1, torch.arange(LENGTH - 4)
+    document[2, 7:] = -1
+    labels[torch.rand(ROWS, LENGTH, generator=generator) < 0.4] = IGNORE
+    labels[document < 0] = IGNORE
+    labels[3] = IGNORE
+    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE).sum()), epoch=0, index=seed)
+
+
+BATCHES = [batch_of(seed) for seed in range(3)]
+
+
+def next_plan(plan: Plan) -> Plan | None:
+    return dict(zip(PLANS, [*PLANS[1:], None], strict=True))[plan]
+
+
+def trainer_of(base: Model, plan: Plan = PLANS[0], told: list[str] | None = None) -> Trainer:
+    """A run from its start, on its own copy of `base`."""
+    model = copy.deepcopy(base)
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
+    parameters = adapter.trained(model)
+    optimizer = Adam(flatten_(parameters), OptimizerSettings("adamw"))
+    warn = (told if told is not None else []).append
+    micro_step = Fitted(model, plan, record=False, cheaper=next_plan, warn=warn)
+    schedule = Schedule(1e-2, 4, kind="constant")
+    return Trainer(model, parameters, optimizer, schedule, LossScaler(torch.float32), micro_step, 0, accumulate=3)
+
+
+def found(trainer: Trainer, seed: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(losses, gradients) of a step on all batches."""
+    losses = torch.stack(gradients(trainer, BATCHES, 1, seed=seed))
+    flat = [group.values.grad for group in trainer.optimizer.groups]
+    return losses, torch.cat([gradient.clone() for gradient in flat if gradient is not None])
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[], Exception]) -> list[int]:
+    """Has the passes of these numbers fail in forward, counted from 0 over plans; their list as they come."""
+    seen: list[int] = []
+
+    def loss(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+        seen.append(len(seen))
+        if seen[-1] in calls:
+            raise error()
+        return loss_of(model, inputs, keep=keep)
+
+    monkeypatch.setattr(micro, "loss_of", loss)
+    return seen
+
+
+def exhausted() -> Exception:
+    return torch.OutOfMemoryError("Tried to allocate 394.00 MiB.")
+
+
+@pytest.mark.parametrize("plan", [*PLANS, Plan((Keep.ATTENTION,) * 2, 3, 0, None), Plan((Keep.ALL,) * 2, 9, 0, None)])
+def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: Plan) -> None:
+    whole = trainer_of(base)
+    whole.micro_step = Launched(whole.model, Keep.ALL)
+    (losses, grads), (others, theirs) = (found(trainer) for trainer in (trainer_of(base, plan), whole))
+    assert float(theirs.abs().max()) > 0.01
+    torch.testing.assert_close(losses, others)
+    torch.testing.assert_close(grads, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_of_which_nothing_is_learned_adds_nothing(base: Model) -> None:
+    trainer = trainer_of(base, PLANS[2])
+    *_, last = micro.parts_of(BATCHES[0], 1)
+    assert last.trained_tokens == 0
+    assert float(trainer.micro_step(last, 1.0)) == 0
+    assert not any(p.grad is not None and p.grad.any() for p in trainer.parameters.values())
+
+
+# Passes of a step: one a batch under the first plan, two under the second, four under the last.
+@pytest.mark.parametrize(
+    ("calls", "plan"),
+    [
+        pytest.param({0}, 1, id="at once"),
+        pytest.param({1}, 1, id="in the second micro-batch"),
+        pytest.param({2}, 1, id="in the last micro-batch"),
+        pytest.param({0, 1}, 2, id="with the next plan too"),
+        pytest.param({2, 6}, 2, id="with the next plan too, in the middle of a micro-batch"),
+    ],
+)
+def test_running_out_of_memory_changes_nothing_but_the_plan(
+    base: Model, monkeypatch: pytest.MonkeyPatch, calls: set[int], plan: int
+) -> None:
+    """Gradients that were added before, and those of the step before, are not in those that count."""
+    expected = found(trainer_of(base, PLANS[plan]))
+    told: list[str] = []
+    trainer = trainer_of(base, told=told)
+    for group in trainer.optimizer.groups:
+        assert group.values.grad is not None
+        group.values.grad.fill_(7)
+    seen = failing(monkeypatch, calls, exhausted)
+    losses, grads = found(trainer)
+    assert torch.equal(losses, expected[0])
+    assert torch.equal(grads, expected[1])
+    assert seen[-1] + 1 == max(calls) + 1 + 3 * ROWS // PLANS[plan].rows
+    assert isinstance(trainer.micro_step, Fitted)
+    assert trainer.micro_step.plan == PLANS[plan]
+    assert len(told) == plan
+    assert all("ran out of memory" in line and f"{PLANS[n + 1].rows} rows" in line for n, line in enumerate(told))
+    assert found(trainer)[0].tolist() == losses.tolist()  # and the new plan stays
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_as_if_it_had_begun_with_less(
+    base: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(trainer: Trainer) -> list[tuple[float, float]]:
+        stream: Iterator[Batch] = (BATCHES[index % 3] for index in range(12))
+        return [(step.loss, step.gradient_norm) for step in train(trainer, stream)]
+
+    expected = steps(trainer_of(base, PLANS[1]))
+    assert len(set(expected)) == 4
+    trainer = trainer_of(base)
+    failing(monkeypatch, {1}, exhausted)
+    assert steps(trainer) == expected
+
+
+def test_a_step_that_no_plan_fits_ends_the_run_and_says_what_to_do(
+    base: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(base)
+    before = [group.values.detach().clone() for group in trainer.optimizer.groups]
+    seen = failing(monkeypatch, {0, 1, 2}, exhausted)
+    with pytest.raises(TrainingError, match=r"^Step 1 does not fit into the card's memory") as caught:
+        list(train(trainer, iter(BATCHES)))
+    assert {"--seq-len", "nf4."} & set(caught.value.hint.split())
+    assert "checkpoint is whole" in caught.value.hint
+    assert caught.value.__context__ is None  # nothing holds the failed call's tensors
+    assert len(seen) == 3
+    assert all(
+        torch.equal(group.values, values) for group, values in zip(trainer.optimizer.groups, before, strict=True)
+    )
+
+
+def test_a_step_that_knows_no_plans_ends_the_run_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(base)
+    trainer.micro_step = Launched(trainer.model, Keep.INPUT)
+    failing(monkeypatch, {0}, exhausted)
+    with pytest.raises(TrainingError, match="does not fit"):
+        found(trainer)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("device-side assert triggered"), ValueError("out of memory")])
+def test_another_error_is_not_taken_for_it(base: Model, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    trainer = trainer_of(base)
+    seen = failing(monkeypatch, {1}, lambda: error)
+    with pytest.raises(type(error)) as caught:
+        found(trainer)
+    assert caught.value is error
+    assert len(seen) == 2
+    assert isinstance(trainer.micro_step, Fitted)
+    assert trainer.micro_step.plan == PLANS[0]
+
+
+def test_memory_that_ran_out_is_known_whoever_says_it() -> None:
+    assert out_of_memory(torch.OutOfMemoryError("any words"))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+class FailsInBackward(torch.autograd.Function):
+    """A scalar, unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise exhausted()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_the_failed_call_held_is_free_before_anything_else_is_done(
+    base: Model, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Else the next plan would find the card as full as it was. The collector does not help."""
+    held: list[weakref.ref[Tensor]] = []
+    order: list[str] = []
+
+    def loss(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+        if held:
+            return loss_of(model, inputs, keep=keep)
+        large = torch.ones(1000, requires_grad=True)
+        own = loss_of(model, inputs, keep=keep) + large.exp().sum()
+        held.append(weakref.ref(large))
+        if where == "forward":
+            raise exhausted()
+        result: Tensor = FailsInBackward.apply(own)  # type: ignore[no-untyped-call]
+        return result
+
+    def cheaper(plan: Plan) -> Plan | None:
+        order.append("held" if held[0]() is not None else "free")
+        return next_plan(plan)
+
+    monkeypatch.setattr(micro, "loss_of", loss)
+    monkeypatch.setattr(Launched, "release", lambda self: order.append("released"))
+    trainer = trainer_of(base)
+    trainer.micro_step = Fitted(trainer.model, PLANS[0], record=False, cheaper=cheaper, warn=order.append)
+    gc.disable()
+    try:
+        found(trainer)
+    finally:
+        gc.enable()
+    assert order[:2] == ["released", "free"]
+    assert len(order) == 3
