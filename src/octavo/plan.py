@@ -157,7 +157,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
     shown = ["scheme", "fits", "peak GiB", "least GiB", "rows", "full layers", "s a step", "tokens/s"]
     title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
-    report.table(title, shown, [[row[key] for key in _COLUMNS] for row in rows])
+    report.table(title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows])
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
         raise _too_small(config, source, SCHEMES[own], hardware, rows[0]["peak_bytes"], budget)

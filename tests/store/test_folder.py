@@ -83,8 +83,9 @@ def test_the_error_and_size_of_every_layer_are_told(scheme: str, folders: dict[s
     layers: list[WrittenLayer] = []
     total = write_folder(source, tmp_path / "out", scheme_named(scheme), on_layer=layers.append)
     assert [layer.name for layer in layers] == weight_names(source)
-    low, high = ERRORS[scheme]
     for layer in layers:
+        table = layer.name.split(".")[-2] in ("embed_tokens", "lm_head")  # in 8 bits where all else is in 4
+        low, high = ERRORS["int8" if table and scheme == "nf4" else scheme]
         assert low <= layer.error <= high, layer
         assert layer.shape == tuple(load_file(folders["llama"] / "model.safetensors")[layer.name].shape)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -101,7 +102,7 @@ def test_the_told_error_is_that_of_the_weights_that_are_read_back(folders: dict[
             place = places(model)[name.removesuffix(".weight")]
             assert place.matrix is not None
             rows, columns = weight.shape
-            back = dequantise(scheme_named("nf4"), place.matrix.of(place.rows_key), (rows, columns))
+            back = dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), (rows, columns))
             error = float((back - weight).norm() / weight.norm())
             assert layers[name].error == pytest.approx(error, rel=1e-5)
 

@@ -56,6 +56,11 @@ class Place:
     def is_head(self) -> bool:
         return self.name == "lm_head"
 
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a vocabulary's table: the embedding or the head."""
+        return isinstance(self.layer, FrozenEmbedding) or self.is_head
+
     def parameter(self, kind: str) -> Tensor | None:
         """The full-precision "weight" or "bias" of this name, a view; None if it has none (or a frozen one)."""
         if isinstance(self.layer, FrozenLinear):

@@ -24,7 +24,16 @@ from octavo.models import build
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
 from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
-from octavo.store.weights import Item, entries, full_rows, matrix_parts, parts_of_rows, row_blocks, stored_scheme
+from octavo.store.weights import (
+    Item,
+    entries,
+    full_rows,
+    matrix_parts,
+    parts_of_rows,
+    row_blocks,
+    scheme_at,
+    stored_scheme,
+)
 
 SHARD_BYTES = 2**29  # held in memory until it is written
 
@@ -120,10 +129,10 @@ def _write_tensors(
         if not item.is_matrix:
             shards.add(name, source.tensor(name))
             continue
-        shape = _shape(item)
-        parts, error = matrix_parts(source, name, item.place, stored), 0.0
-        if stored is not scheme:
-            parts, error = _requantised(parts, shape, stored, scheme)
+        shape, own, wanted = _shape(item), scheme_at(item.place, stored), scheme_at(item.place, scheme)
+        parts, error = matrix_parts(source, name, item.place, own), 0.0
+        if own is not wanted:
+            parts, error = _requantised(parts, shape, own, wanted)
         module = name.removesuffix(".weight")
         size = sum(
             shards.add(name if part == "weight" else f"{module}.{part}", tensor) for part, tensor in parts.items()
@@ -188,7 +197,7 @@ def written_bytes(source: Source, scheme: Scheme) -> int:
     """The bytes of the tensors that `write_folder` would write."""
     as_they_are = stored_scheme(source).name == scheme.name == "none"
     return sum(
-        stored_bytes(scheme, _shape(item), dtype=torch.float32)
+        stored_bytes(scheme_at(item.place, scheme), _shape(item), dtype=torch.float32)
         if item.is_matrix and not as_they_are
         else source.tensor(name).nbytes
         for name, item in entries(source, build(source.config)).items()

@@ -53,6 +53,11 @@ def stored_scheme(source: Source) -> Scheme:
     return scheme_named("dynamic8" if coded else "none")
 
 
+def scheme_at(place: Place, scheme: Scheme) -> Scheme:
+    """The scheme of one weight of a model that is under `scheme`."""
+    return scheme_named(scheme.for_tables) if place.is_table else scheme
+
+
 def load(
     source: Source,
     scheme: Scheme,
@@ -73,7 +78,8 @@ def load(
     items = entries(source, model)
     for done, (name, item) in enumerate(items.items()):
         if item.is_matrix:
-            _put_matrix(source, name, item.place, stored=stored, scheme=scheme, dtype=dtype, device=device)
+            own, wanted = scheme_at(item.place, stored), scheme_at(item.place, scheme)
+            _put_matrix(source, name, item.place, stored=own, scheme=wanted, dtype=dtype, device=device)
         else:
             _put_parameter(name, item, source.tensor(name))
         if progress:
@@ -85,9 +91,9 @@ def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, 
     """The model of a config.json with room for its numbers under `scheme`; on the meta device their shapes alone."""
     model = build(config)
     _make_room_(model, device)
-    for matrix in {id(p.matrix): p.matrix for p in places(model).values()}.values():
-        if matrix is not None:
-            matrix.allocate(scheme, dtype, device)
+    for place in {id(place.matrix): place for place in places(model).values()}.values():
+        if place.matrix is not None:
+            place.matrix.allocate(scheme_at(place, scheme), dtype, device)
     return model
 
 
