@@ -15,22 +15,27 @@ from octavo.config import (
     Config,
     GenerateOptions,
     LoraOptions,
+    MemoryOptions,
     ModelOptions,
+    PlanOptions,
     RunOptions,
     Section,
     TextOptions,
     TrainingData,
     TrainOptions,
     fields,
+    size_in_bytes,
 )
 from octavo.errors import UsageError
 
 KINDS: dict[str, tuple[type[Section], ...]] = {
     "finetune": cli.FINETUNE,
+    "plan": cli.PLAN,
     "evaluate": cli.EVALUATE,
     "generate": cli.GENERATE,
     "chat": cli.CHAT,
     "quantize": cli.QUANTIZE,
+    "convert": cli.CONVERT,
     "data": cli.DATA,
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -161,11 +166,76 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("keep_checkpoints", 0),
         ("keep", "first"),
         ("stop_after", 0),
+        ("activations", "some"),
+        ("attention", "triton"),
+        ("kernels", "perhaps"),
+        ("record", 2),
+        ("gpu_memory", "big"),
+        ("gpu_memory", "0GiB"),
+        ("gpu_memory", -1),
+        ("gpu_memory", float("nan")),
+        ("gpu_memory", "11 B"),
+        ("gpu_memory", "1e3"),
+        ("gpu_memory", "11GiBs"),
+        ("gpu_memory", "11,5GiB"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_its_key(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^{key}: .*not {value!r}\."):
         Config.read(cli.FINETUNE, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("11GiB", 11 * 2**30),
+        ("11gib", 11 * 2**30),
+        ("11GB", 11 * 10**9),
+        ("11G", 11 * 2**30),
+        ("11", 11 * 2**30),
+        (" 11.5 GiB ", 23 * 2**29),
+        ("8192MiB", 2**33),
+        ("500MB", 5 * 10**8),
+        ("4096KiB", 2**22),
+        ("0.5TiB", 2**39),
+        ("auto", None),
+    ],
+)
+def test_a_size_is_read_with_its_unit(size: str, expected: int | None) -> None:
+    """A maker's GB is 10^9, everything else goes by 1024, and GiB is what is meant where nothing is said."""
+    read = Config.read(cli.FINETUNE, {"gpu_memory": size})[MemoryOptions].gpu_memory
+    assert read == size
+    assert size_in_bytes(read) == expected
+
+
+@pytest.mark.parametrize(("line", "expected"), [("11", 11 * 2**30), ("11.5", 23 * 2**29), ("11GB", 11 * 10**9)])
+def test_a_size_in_a_file_needs_no_quotes(tmp_path: Path, line: str, expected: int) -> None:
+    config = Config.read(cli.FINETUNE, {}, written(tmp_path, f"gpu_memory: {line}\n"))
+    assert size_in_bytes(config[MemoryOptions].gpu_memory) == expected
+    again = Config.read(cli.FINETUNE, {}, written(tmp_path, config.to_yaml()))
+    assert again[MemoryOptions] == config[MemoryOptions]
+
+
+@settings(deadline=None)
+@given(number=st.integers(1, 10**6), unit=st.sampled_from(["KiB", "MiB", "GiB", "TiB", "KB", "MB", "GB", "TB"]))
+def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
+    base = 1024 if "i" in unit else 1000
+    assert size_in_bytes(f"{number}{unit}") == number * base ** ("KMGT".index(unit[0]) + 1)
+    assert size_in_bytes(f"{number} {unit.lower()}") == number * base ** ("KMGT".index(unit[0]) + 1)
+
+
+def test_by_default_a_run_is_as_fast_as_what_is_there_allows() -> None:
+    options = Config.read(cli.FINETUNE, {})[MemoryOptions]
+    assert (options.gpu_memory, options.activations, options.attention) == ("auto", "auto", "auto")
+    assert options.kernels
+    assert options.record
+    assert Config.read(cli.PLAN, {})[PlanOptions].card is None
+
+
+def test_a_plan_takes_every_setting_of_a_run_that_memory_depends_on() -> None:
+    """So what `octavo plan` is told can be told to `octavo finetune`."""
+    assert {LoraOptions, TrainOptions, TextOptions, MemoryOptions, ModelOptions} <= set(cli.PLAN)
+    assert set(cli.PLAN) - {PlanOptions} < set(cli.FINETUNE)
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

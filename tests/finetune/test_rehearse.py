@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 import octavo.finetune as package
 from octavo.config import Config
 from octavo.data.loader import Position
+from octavo.data.packing import IGNORED, Row
 from octavo.errors import CheckpointError, TrainingError
 from octavo.finetune.prepare import prepare
 from octavo.finetune.rehearse import rehearse
@@ -24,7 +27,7 @@ from octavo.objective import loss_of
 from octavo.ops.branch import Keep
 from octavo.plan import Fit
 from octavo.report import Report
-from octavo.store import checkpoint
+from octavo.store import checkpoint, files
 from octavo.train import micro
 from octavo.train.memory import Plan
 
@@ -41,7 +44,9 @@ def events(folder: Path) -> list[dict[str, Any]]:
     """What was recorded, but for what depends on the clock and the folder."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in event.items() if key not in TIMES} for event in found]
-    return json.loads(json.dumps([e for e in kept if e["event"] != "say"]).replace(str(folder), "RUN"))
+    text = json.dumps([event for event in kept if event["event"] != "say"])
+    recorded: list[dict[str, Any]] = json.loads(text.replace(str(folder), "RUN"))
+    return recorded
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +84,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, times: float) -> list[int]:
 
 def fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a rehearsal saves; it has written a file by then."""
-    write = checkpoint.durable_write
+    write = files.durable_write
 
     def full(path: Path, content: bytes) -> None:
         write(path, content)
@@ -87,6 +92,18 @@ def fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "durable_write", full)
+
+
+def noting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that were behind a run when it rehearsed, as it does."""
+    seen: list[int] = []
+
+    def noted(run: Run) -> None:
+        seen.append(run.found.done)
+        rehearse(run)
+
+    monkeypatch.setattr(package, "rehearse", noted)
+    return seen
 
 
 def test_a_rehearsal_takes_a_step_an_evaluation_and_a_save_in_this_order(
@@ -106,11 +123,52 @@ def test_a_rehearsal_takes_a_step_an_evaluation_and_a_save_in_this_order(
     monkeypatch.setattr(module, "score", noted("score", whole[1], lambda model, rows, **_: (model.training, len(rows))))
     monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, **_: folder.name))
     rehearse(begun)
-    assert done == [("step", 1), ("score", (False, min(4, len(begun.test_rows)))), ("save", ".rehearsal")]
+    steps = [("step", 1)] * 2  # of rows with one document each, and of packed ones
+    assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".rehearsal")]
     done.clear()
     begun.micro_step.record = True  # a step is launched once, then recorded
     rehearse(begun)
-    assert [name for name, _ in done] == ["step", "step", "score", "save"]
+    assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Rows of one document, of one and padding, and packed ones; of each pair the second one is learned."""
+
+    one: tuple[Row, Row]
+    padded: tuple[Row, Row]
+    packed: tuple[Row, Row]
+
+
+@pytest.fixture
+def kinds() -> Kinds:
+    def pair(documents: list[int]) -> tuple[Row, Row]:
+        ids, document = np.arange(8, dtype=np.int32), np.array(documents, dtype=np.int32)
+        silent = np.full(8, IGNORED, dtype=np.int32)
+        loud = np.where(document < 0, IGNORED, ids)
+        return Row(ids, silent, ids, document, ("f:1",)), Row(ids, loud, ids, document, ("f:2",))
+
+    return Kinds(pair([0] * 8), pair([0] * 5 + [-1] * 3), pair([0, 0, 0, 1, 1, 1, 1, -1]))
+
+
+def test_rows_of_one_document_and_packed_ones_are_both_tried(begun: Run, kinds: Kinds) -> None:
+    """They take other kernels on a card. Those with targets, since backward goes from these."""
+    for pairs, expected in (
+        ((kinds.one, kinds.packed), [kinds.packed[1], kinds.one[1]]),
+        ((kinds.packed, kinds.padded), [kinds.packed[1], kinds.padded[1]]),
+        ((kinds.packed, kinds.padded, kinds.one), [kinds.packed[1], kinds.one[1]]),  # most is learned from the last
+        ((kinds.packed,), [kinds.packed[1]]),
+        ((kinds.padded,), [kinds.padded[1]]),
+    ):
+        begun.train.rows[:] = [row for pair in pairs for row in (pair[0], pair[1], pair[0])]
+        batches = list(module.one_of_each_kind(begun))
+        assert len(batches) == len(expected)
+        for batch in batches:
+            assert len(batch.ids) == 4
+            assert batch.trained_tokens == 4 * int((batch.labels[0] != IGNORED).sum()) > 0
+            assert all(torch.equal(batch.labels[0], row) for row in batch.labels)
+        tried = [batch.document[0].tolist() for batch in batches]
+        assert sorted(tried) == sorted(row.document.tolist() for row in expected)
 
 
 def test_it_saves_all_that_a_checkpoint_holds(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,12 +212,11 @@ def test_a_run_with_a_rehearsal_is_the_run_without_one(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Bit for bit, though dropout and samples draw random numbers."""
-    rehearsed: list[Run] = []
-    monkeypatch.setattr(package, "rehearse", lambda run: (rehearsed.append(run), rehearse(run)))
+    rehearsed = noting(monkeypatch)
     tune(tmp_path / "with", **{**SHORT, **changes})
     monkeypatch.setattr(package, "rehearse", lambda run: None)
     tune(tmp_path / "without", **{**SHORT, **changes})
-    assert len(rehearsed) == 1
+    assert rehearsed == [0]
     assert events(tmp_path / "with") == events(tmp_path / "without")
     assert results(tmp_path / "with") == results(tmp_path / "without")
     assert contents(tmp_path / "with").keys() == contents(tmp_path / "without").keys()
@@ -203,7 +260,7 @@ def test_a_plan_that_does_not_hold_gives_way_before_the_run_begins(
     monkeypatch.setattr(Fit, "cheaper", lambda self, plan: NARROW)
     seen = fails(monkeypatch, 1)
     tune(tmp_path / "run", **still)
-    assert seen[:9] == [4] + 8 * [1]  # the failed pass; the batch by rows; all of the rehearsal with the new plan
+    assert seen[:17] == [4] + 16 * [1]  # the failed pass; two batches by rows; both again, all with the new plan
     warnings = [event["text"] for event in events(tmp_path / "run") if event["event"] == "warn"]
     assert len(warnings) == 1
     assert "1 rows a pass" in warnings[0]
@@ -228,8 +285,7 @@ def test_a_run_that_no_plan_fits_ends_before_it_begins(
 
 def test_a_resumed_run_rehearses_too(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(tmp_path / "run", **SHORT, stop_after=2)
-    done: list[int] = []
-    monkeypatch.setattr(package, "rehearse", lambda run: (done.append(run.found.done), rehearse(run)))
+    done = noting(monkeypatch)
     tune(tmp_path / "run", **SHORT, resume=True)
     assert done == [2]  # with what it has found: the state that is saved is one of the middle of a run
 

@@ -14,6 +14,7 @@ import torch
 
 from octavo.config import TrainOptions
 from octavo.data.loader import Batch, batches
+from octavo.data.packing import IGNORED
 from octavo.evaluate import score
 from octavo.finetune.state import Run, state_of
 from octavo.store import checkpoint
@@ -47,8 +48,12 @@ def rehearse(run: Run) -> None:
 
 
 def one_of_each_kind(run: Run) -> Iterator[Batch]:
-    """A batch of rows with one document each, and one of packed rows, as far as the data have them."""
+    """A batch of rows with one document each, and one of packed rows, as far as the data have them.
+
+    Of each kind the row from which most is learned: one that is prompt alone would leave backward out.
+    """
     size = run.config[TrainOptions].batch
-    found = {len(np.unique(row.document[row.document >= 0])) > 1: row for row in reversed(run.train.rows)}
+    rows = sorted(run.train.rows, key=lambda row: int((row.labels != IGNORED).sum()))
+    found = {len(np.unique(row.document[row.document >= 0])) > 1: row for row in rows}
     for row in found.values():
         yield from batches([row] * size, batch_size=size, seed=0, epochs=1)
