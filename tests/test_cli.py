@@ -23,7 +23,7 @@ import octavo as package
 
 Octavo = Callable[..., Any]
 
-COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo")
+COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan")
 PROMISED = {
     "finetune": "model data test-data out scheme rank alpha targets seq-len batch accumulate epochs steps lr seed "
     "checkpoint-every resume config print-config json",
@@ -32,6 +32,7 @@ PROMISED = {
     "chat": "model scheme adapter temperature",
     "quantize": "model scheme out json",
     "convert": "model allow-pickle out json",
+    "plan": "model gpu-memory seq-len batch scheme card json",
     "data": "model seq-len split-on skip-bad json",
     "demo": "out steps json",
 }
@@ -360,3 +361,16 @@ def test_a_reader_that_goes_away_is_no_crash(tiny_llama: Path) -> None:
         assert b"Traceback" not in told
         assert b"Exception ignored" not in told
         assert process.returncode == 1
+
+
+def test_what_a_terminal_would_obey_is_shown_there_and_kept_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from octavo import cli
+
+    said = "one\x1b[2J\ttwo\r\x07\x9b1m\n"
+    cli._write(said)
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli._write(said)
+    assert capsys.readouterr().out == "one\u241b[2J\ttwo\u240d\u2407\ufffd1m\n"

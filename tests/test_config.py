@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[type[Section], ...]] = {
     "evaluate": cli.EVALUATE,
     "generate": cli.GENERATE,
     "chat": cli.CHAT,
+    "serve": cli.SERVE,
     "quantize": cli.QUANTIZE,
     "convert": cli.CONVERT,
     "data": cli.DATA,

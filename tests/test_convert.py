@@ -17,7 +17,7 @@ from octavo.config import Config
 from octavo.convert import convert
 from octavo.errors import ModelError, UsageError
 from octavo.report import Report
-from octavo.run import open_speaker
+from octavo.speak import open_speaker
 
 Octavo = Callable[..., Any]
 

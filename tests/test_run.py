@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from octavo import run
-from octavo.config import Config, ModelOptions, PromptOptions, QuantizeOptions
+from octavo import run, speak
+from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import ModelError, UsageError
 from octavo.evaluate import Score
 from octavo.hardware import Hardware
@@ -65,8 +65,8 @@ def test_auto_takes_the_folders_own_scheme_and_else_int8(tiny_llama: Path, int8_
 
 def test_a_prompt_is_encoded_as_text_or_as_a_users_message(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    plain = run.prompt_ids(PromptOptions.model_validate({"prompt": "the king"}), tokenizer)
-    chat = run.prompt_ids(PromptOptions.model_validate({"prompt": "the king", "chat": True}), tokenizer)
+    plain = speak.prompt_ids("the king", tokenizer, chat=False)
+    chat = speak.prompt_ids("the king", tokenizer, chat=True)
     assert tokenizer.decode(plain) == "the king"
     assert tokenizer.decode(chat) == "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
 

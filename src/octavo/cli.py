@@ -30,6 +30,7 @@ from octavo.config import (
     PromptOptions,
     QuantizeOptions,
     RunOptions,
+    ServeOptions,
     TextOptions,
     TrainingData,
     TrainOptions,
@@ -42,6 +43,7 @@ PLAN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, Pla
 EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
 GENERATE = (ModelOptions, GenerateOptions, PromptOptions)
 CHAT = (ModelOptions, GenerateOptions, ChatOptions)
+SERVE = (ModelOptions, ServeOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
 CONVERT = (ConvertOptions,)
 DATA = (ModelOptions, DataOptions, TextOptions)
@@ -86,10 +88,17 @@ def evaluate(config: Config, as_json: bool) -> None:
 
 @command(app, GENERATE, positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
-    """Continue a text."""
-    config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
+    """Continue a text, or every prompt of a file."""
     from octavo.report import Report
-    from octavo.run import generate_text
+
+    if config[PromptOptions].prompts is not None:
+        from octavo.speak import generate_many
+
+        with Report() as report:  # --json has nothing to add: the answers are JSON lines
+            generate_many(config, report, write=_write)
+        return
+    config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
+    from octavo.speak import generate_text
 
     with Report(console=not as_json) as report:
         document = generate_text(config, report, write=_write if not as_json else lambda _: None)
@@ -109,6 +118,16 @@ def chat(config: Config, as_json: bool) -> None:
         raise UsageError("A conversation has no JSON document.", hint="Use `octavo generate --chat --json`.")
     with Report() as report:
         talk(config, report, read=_ask, write=_write)
+
+
+@command(app, SERVE)
+def serve(config: Config, as_json: bool) -> None:
+    """Serve a model and adapters on it over HTTP, in OpenAI's API. --json: one document once it listens."""
+    from octavo.report import Report
+    from octavo.server.serve import serve as run
+
+    with Report() as report:
+        run(config, report, listening=lambda document: _answer(document, as_json))
 
 
 @command(app, QUANTIZE)
@@ -180,10 +199,16 @@ def _answer(document: dict[str, Any], as_json: bool) -> None:
         from octavo.report import jsonable
 
         typer.echo(json.dumps(jsonable(document), allow_nan=False))
+        sys.stdout.flush()  # whoever started a server waits for it
+
+
+# A model may write what a terminal obeys, as escape sequences: there it is shown as a picture of the character.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(text.translate(_PICTURES) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

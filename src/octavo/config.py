@@ -135,7 +135,9 @@ class TrainOptions(Section):
 class MemoryOptions(Section):
     """What a step may take, and what it runs on; auto everywhere is the fastest that fits."""
 
-    gpu_memory: MemorySize = Field("auto", description="Memory of the card to use, as 11GiB; auto: what is free.")
+    gpu_memory: MemorySize = Field(
+        "auto", description="Memory of the card to use, as 10GiB, beside CUDA's own 0.8 GiB; auto: what is free."
+    )
     activations: Literal["auto", "all", "attention", "input"] = Field(
         "auto", description="What layers keep for backward; the less, the more is computed again."
     )
@@ -193,6 +195,8 @@ class PromptOptions(Section):
     """What to continue."""
 
     prompt: str | None = Field(None, description="The text to continue; without it, standard input.")
+    prompts: Path | None = Field(None, description="A JSONL file of prompts to continue instead, many at once.")
+    slots: int = Field(8, ge=1, le=256, description="Prompts of --prompts at work at once.")
     chat: bool = Field(False, description="Put the prompt into the model's chat template as a user's message.")
 
 
@@ -200,6 +204,29 @@ class ChatOptions(Section):
     """A conversation."""
 
     system: str | None = Field(None, description="The system message.")
+
+
+class ServeOptions(Section):
+    """How a model is served."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; any but this machine's own needs a key.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    adapter: Texts = Field([], description="An adapter to serve, as NAME=FOLDER; may be repeated.")
+    api_key: str | None = Field(None, description="Key that clients must send; better given in OCTAVO_API_KEY.")
+    auth: bool = Field(True, description="Insist on a key where other machines can reach the server.")
+    origins: Names = Field([], description="Origins whose web pages may use the server, as https://name; or '*'.")
+    hosts: Names = Field([], description="More names that the server goes by (the Host header); '*': any.")
+    slots: int = Field(8, ge=1, le=1024, description="Requests that run at once.")
+    room: int = Field(2048, ge=2, description="Tokens of a prompt and its answer together, at most the context.")
+    queue: int = Field(64, ge=1, le=100_000, description="Requests that may wait for a slot.")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Tokens of a prompt; default: --room less one.")
+    max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
+    request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")
+    grace_seconds: float = Field(30.0, ge=0, description="Time to finish answers in when told to stop.")
+    max_body_bytes: int = Field(2**21, ge=1024, description="Bytes of a request's body.")
+    log_level: Literal["error", "warning", "info", "debug"] = Field(
+        "warning", description="What the server logs on stderr; info: every request."
+    )
 
 
 class PlanOptions(Section):
@@ -345,6 +372,7 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
 
 
 def _problem(key: object, message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
     hint = ""
     if any(kind in message for kind in ("string", "list", "path")):
         if isinstance(value, bool):

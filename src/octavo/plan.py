@@ -35,6 +35,7 @@ from octavo.train.memory import MARGIN, Plan, Planner
 
 LEVELS = {"all": Keep.ALL, "attention": Keep.ATTENTION, "input": Keep.INPUT}
 GIB = 2**30
+LIBRARIES_BYTES = 400 * 2**20  # code that CUDA's libraries load into the card once they are used
 SHORT = 256  # tokens: rows of fewer hardly take less memory
 
 
@@ -65,6 +66,7 @@ def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardwa
     check_context(model.config.context, length)
     adapter.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapter.trained(model))
+    model.train()  # with the dropout that there is
     state = 8 if training.optimizer == "adamw" else 2
     return Planner(model, length, training.batch, state, card)
 
@@ -75,7 +77,7 @@ def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
     if asked is not None:
         return asked
     free = free_memory_bytes(hardware.device)
-    return free if hardware.device.type == "cuda" else free // 2
+    return free - LIBRARIES_BYTES if hardware.device.type == "cuda" else free // 2
 
 
 def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> Fit:

@@ -1,22 +1,16 @@
-"""The commands, composed from the rooms, each a short line of steps. finetune/ and scores.py hold the longest of them.
+"""The commands, composed from the rooms, each a short line of steps. Longer ones have a file of their own.
 
 Functions take a `Config` and a `Report` and return what `--json` prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions, QuantizeOptions
-from octavo.data.documents import Message
-from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import UsageError
-from octavo.hardware import Hardware, pick
-from octavo.infer.engine import Piece, finished, generate
-from octavo.infer.sample import Sampling
+from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
@@ -27,9 +21,6 @@ from octavo.store.peft import Adapter
 from octavo.store.seed import base_of, put_own_pairs_
 from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import load, refuse_pairs, stored_scheme
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> Source:
@@ -81,31 +72,6 @@ def check_context(model_context: int, seq_len: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """A model that is ready to continue text."""
-
-    model: Model
-    tokenizer: PreTrainedTokenizerFast
-    ends: tuple[int, ...]
-
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[Piece]:
-        """Pieces of the continuation of token ids."""
-        return generate(self.model, self.tokenizer, prompt, sampling, ends=self.ends)
-
-
-def open_speaker(config: Config, report: Report) -> Speaker:
-    """The model of a configuration, its adapter on it if one is named."""
-    asked, options = config[ModelOptions], config[GenerateOptions]
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report, own_adapters=options.adapter is None)
-    model = load_model(source, chosen_scheme(asked, source), hardware, report)
-    if options.adapter is not None:
-        with_adapter_(model, options.adapter, source, report)
-    return Speaker(model, source.tokenizer(), end_ids(source))
-
-
 def end_ids(source: Source) -> tuple[int, ...]:
     """The end tokens that a model's configs name, besides the tokenizer's."""
     found: list[int] = []
@@ -113,39 +79,6 @@ def end_ids(source: Source) -> tuple[int, ...]:
         named = config.get("eos_token_id")
         found += named if isinstance(named, list) else [named] if isinstance(named, int) else []
     return tuple(found)
-
-
-def sampling_of(options: GenerateOptions) -> Sampling:
-    """The rules of a generate command."""
-    return Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        max_new_tokens=options.max_new_tokens,
-        stop=tuple(options.stop),
-        seed=options.seed,
-    )
-
-
-def prompt_ids(options: PromptOptions, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The token ids of a prompt: as text goes into training, or as a user's message of the chat template."""
-    assert options.prompt is not None
-    if options.chat:
-        return encode_conversation([Message("user", options.prompt)], tokenizer)
-    return encode_prompt(options.prompt, tokenizer)
-
-
-def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
-    """Continues the prompt; `write` gets the text as it comes."""
-    speaker = open_speaker(config, report)
-    ids = prompt_ids(config[PromptOptions], speaker.tokenizer)
-    pieces = []
-    for piece in speaker.stream(ids, sampling_of(config[GenerateOptions])):
-        pieces.append(piece)
-        write(piece.text)
-    whole = finished(pieces)
-    return {"text": whole.text, "token_ids": list(whole.token_ids), "finish_reason": whole.finish_reason}
 
 
 def quantize(config: Config, report: Report) -> dict[str, Any]:

@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from octavo.config import ChatOptions, Config, GenerateOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation
 from octavo.infer.sample import Sampling
 from octavo.report import Report
-from octavo.run import Speaker, open_speaker, sampling_of
+from octavo.speak import Speaker, answer, open_speaker, sampling_of
 
 
 def talk(config: Config, report: Report, *, read: Callable[[], str | None], write: Callable[[str], None]) -> None:
     """Reads a line, streams the answer, and so on until `read` gives None or /quit.
 
-    /reset forgets the conversation but for the system message. A conversation that outgrows the model's context
-    loses its oldest turns, and says so.
+    /reset forgets the conversation but for the system message, /system gives another one and begins anew, /save FILE
+    writes the conversation as a line of JSON that `octavo finetune --data` reads. What was read of a conversation
+    stays in the engine's cache: a turn costs its own tokens. A conversation that outgrows the model's context loses
+    its oldest turns, and says so.
     """
     speaker = open_speaker(config, report)
     sampling = sampling_of(config[GenerateOptions])
+    engine = speaker.engine(room=speaker.model.config.context)
     system = config[ChatOptions].system
     opening = [Message("system", system)] if system else []
     messages = list(opening)
-    report.say("Say something. /reset begins anew, /quit leaves.")
+    report.say("Say something. /reset begins anew, /system TEXT too, /save FILE keeps it, /quit leaves.")
     while (line := read()) is not None and line.strip() != "/quit":
-        if line.strip() == "/reset":
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/reset", "/system"):
+            if command == "/system":
+                opening = [Message("system", rest.strip())] if rest.strip() else []
             messages = list(opening)
-            continue
-        if not line.strip():
-            continue
-        messages.append(Message("user", line))
-        ids = _fitting(messages, len(opening), speaker, sampling, report)
-        if not ids:
-            continue
-        answer = ""
-        for piece in speaker.stream(ids, sampling):
-            write(piece.text)
-            answer += piece.text
-        write("\n")
-        messages.append(Message("assistant", answer))
+        elif command == "/save":
+            _save(messages, rest.strip(), report)
+        elif command:
+            messages.append(Message("user", line))
+            ids = _fitting(messages, len(opening), speaker, sampling, report)
+            if not ids:
+                continue
+            said = ""
+            for token in answer(engine, ids, sampling):
+                write(token.text)
+                said += token.text
+            write("\n")
+            messages.append(Message("assistant", said))
+
+
+def _save(messages: list[Message], name: str, report: Report) -> None:
+    """Adds the conversation to a JSONL file."""
+    if not name or not messages:
+        report.warn("Nothing is saved: say something first." if name else "Nothing is saved: give a file, /save FILE.")
+        return
+    line = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+    try:
+        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    except OSError as error:
+        report.warn(f"{name} cannot be written ({error.strerror}).")
+        return
+    report.say(f"The conversation is in {name}.")
 
 
 def _fitting(messages: list[Message], opening: int, speaker: Speaker, sampling: Sampling, report: Report) -> list[int]:

@@ -253,6 +253,15 @@ def test_a_resumed_run_that_could_not_save_loses_nothing(
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
+def test_a_plan_that_gives_way_leaves_the_next_to_be_rehearsed(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it: what went well with the first plan says nothing of the second."""
+    monkeypatch.setattr(begun.micro_step, "_cheaper", lambda plan: NARROW)
+    seen = fails(monkeypatch, 1)
+    rehearse(begun)
+    assert begun.micro_step.plan == NARROW
+    assert seen == [4] + 16 * [1]  # the pass that failed; two batches by rows; both again
+
+
 def test_a_plan_that_does_not_hold_gives_way_before_the_run_begins(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +269,7 @@ def test_a_plan_that_does_not_hold_gives_way_before_the_run_begins(
     monkeypatch.setattr(Fit, "cheaper", lambda self, plan: NARROW)
     seen = fails(monkeypatch, 1)
     tune(tmp_path / "run", **still)
-    assert seen[:17] == [4] + 16 * [1]  # the failed pass; two batches by rows; both again, all with the new plan
+    assert seen[:2] == [4, 1]
     warnings = [event["text"] for event in events(tmp_path / "run") if event["event"] == "warn"]
     assert len(warnings) == 1
     assert "1 rows a pass" in warnings[0]

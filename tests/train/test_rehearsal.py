@@ -144,7 +144,7 @@ def test_results_of_operations_are_counted_and_what_stood_before_is_not() -> Non
 
 
 def test_views_and_operations_in_place_cost_nothing() -> None:
-    before = room(1)
+    before, beside = room(1), room(1)
 
     def step() -> None:
         matrix = before.view(1024, -1)
@@ -152,7 +152,7 @@ def test_views_and_operations_in_place_cost_nothing() -> None:
         pieces += matrix.unbind()[:2]
         before.add_(1).mul_(2).zero_()
         before.copy_(before)
-        torch.add(before, before, out=before)
+        torch.add(before, before, out=beside)
         matrix[:2].fill_(1)
         del pieces
 
@@ -245,6 +245,18 @@ def test_attention_is_two_products_over_half_a_square_and_five_backward(key_head
     found = rehearse(lambda: causal_attention(q, k, v))
     assert (found.attention_flops, found.product_flops) == (forward, 0)
     assert rehearse(lambda: causal_attention(q, k, v).sum().backward()).attention_flops == 3.5 * forward
+
+
+@pytest.mark.parametrize(("key_heads", "backward"), [(8, 6), (2, 7)])
+def test_attention_takes_what_cudnns_takes(key_heads: int, backward: int) -> None:
+    """Backward makes dq in float32 first and, where heads of keys are shared, dk and dv for every query head."""
+    shapes = [(1, 20480, heads, 64) for heads in (8, key_heads, key_heads)]
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device=META, requires_grad=True) for shape in shapes)
+    assert q.nbytes == PAGE
+    logsums = PAGES[True]  # 640 KiB of them, and the loss
+    assert rehearse(lambda: causal_attention(q, k, v)).peak_bytes == PAGE + logsums
+    # The output, dq in float32 (two pages), dq; dk and dv (one each), or (a quarter each, and one each before).
+    assert rehearse(lambda: causal_attention(q, k, v).sum().backward()).peak_bytes == backward * PAGE + logsums
 
 
 def test_a_card_takes_the_sum_of_what_its_parts_take() -> None:

@@ -48,12 +48,12 @@ def finetune(config: Config, *, console: bool = True, compare_full: bool = False
             checkpoint.sweep(options.out / "checkpoints")
             try:
                 run = prepare(config, report)
+                resumed = options.resume and resume(run)
+                rehearse(run)
             except BaseException:
                 if fresh:  # nothing was begun: the same call with the fault mended must not meet a run
                     metrics.unlink()
                 raise
-            resumed = options.resume and resume(run)
-            rehearse(run)
             _write_settings(run)
             if not resumed:
                 measure_base(run, compare_full=compare_full)

@@ -52,17 +52,10 @@ def generate(
     if the prompt does not fit.
     """
     room = model.config.context
-    if not prompt:
-        raise UsageError("The prompt is empty.", hint="Give at least one character to go on from.")
-    if len(prompt) >= room:
-        raise UsageError(
-            f"The prompt has {len(prompt):,} tokens; the model's context holds {room:,}.",
-            hint="Shorten the prompt.",
-        )
+    check_prompt(prompt, room)
     limit = min(sampling.max_new_tokens, room - len(prompt))
-    own = tokenizer.eos_token_id
-    ends = {*ends} if own is None else {int(own), *ends}
-    text = _TextStream(tokenizer, sampling.stop)
+    ends = all_ends(tokenizer, ends)
+    text = TextStream(tokenizer, sampling.stop)
     for count, token in enumerate(_tokens(model, list(prompt), sampling, limit=limit, words=len(tokenizer)), 1):
         if token in ends:
             yield Piece(token, text.finish(), "stop")
@@ -75,6 +68,23 @@ def generate(
             yield Piece(token, added + text.finish(), "length")
             return
         yield Piece(token, added)
+
+
+def check_prompt(prompt: Sequence[int], room: int) -> None:
+    """UsageError unless the prompt has tokens, and leaves room for one more."""
+    if not prompt:
+        raise UsageError("The prompt is empty.", hint="Give at least one character to go on from.")
+    if len(prompt) >= room:
+        raise UsageError(
+            f"The prompt has {len(prompt):,} tokens; the model's context holds {room:,}.",
+            hint="Shorten the prompt.",
+        )
+
+
+def all_ends(tokenizer: PreTrainedTokenizerFast, ends: Collection[int]) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's own and those given."""
+    own = tokenizer.eos_token_id
+    return frozenset(ends) if own is None else frozenset({int(own), *ends})
 
 
 def complete(
@@ -117,7 +127,7 @@ def _tokens(model: Model, ids: list[int], sampling: Sampling, *, limit: int, wor
         model.train(was_training)
 
 
-class _TextStream:
+class TextStream:
     """Token ids to text that can be shown at once: whole characters only, and nothing of a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ Legend: K inputs, N rows in all.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,17 @@ class LowRankPair(nn.Module):
         self.b = nn.Parameter(b)
         self.scaling = scaling
 
+    def forward(self, x: Tensor) -> Tensor:
+        """scaling * (x A^T) B^T, (..., rows) in x's type."""
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scaling
+
+
+@dataclass
+class Routing:
+    """Which rows of the batch at hand go through which served adapter: name -> (n,) row numbers. Base rows in none."""
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
 
 class FrozenLinear(nn.Module):
     """y = x W^T + b + low-rank pairs, with W frozen. `bias` names the outputs that have one, in one run."""
@@ -134,6 +146,8 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0
+        self.served: dict[str, dict[str, LowRankPair]] = {}  # adapter -> its pairs here, beside `pairs`
+        self.routing = Routing()
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
@@ -159,7 +173,7 @@ class FrozenLinear(nn.Module):
         """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""
         pairs = self.low_rank()
         dropping = bool(pairs) and self.training and self.dropout > 0
-        return frozen_linear(
+        y = frozen_linear(
             x,
             self.matrix.unpack,
             bias=self.bias,
@@ -167,6 +181,11 @@ class FrozenLinear(nn.Module):
             pairs=pairs,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
+        for name, rows in self.routing.rows.items():
+            for key, pair in self.served.get(name, {}).items():
+                own = y.narrow(-1, self.matrix.starts[key], self.matrix.outputs[key])
+                own.index_add_(0, rows, pair(x[rows]))
+        return y
 
     @property
     def trained(self) -> bool:
@@ -183,15 +202,23 @@ class FrozenEmbedding(nn.Module):
         self.matrix = matrix
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
+        self.served: dict[str, dict[str, LowRankPair]] = {}
+        self.routing = Routing()
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, K) in the compute type."""
         x = self.matrix.rows(ids)
         for pair in self.pairs.values():
             assert isinstance(pair, LowRankPair)
-            inner = F.embedding(ids, pair.a.T).to(x.dtype)
-            x = x + (inner @ pair.b.T.to(x.dtype)) * pair.scaling
+            x = x + self._added(ids, pair, x.dtype)
+        for name, rows in self.routing.rows.items():
+            for pair in self.served.get(name, {}).values():
+                x.index_add_(0, rows, self._added(ids[rows], pair, x.dtype))
         return x
+
+    def _added(self, ids: Tensor, pair: LowRankPair, dtype: torch.dtype) -> Tensor:
+        inner = F.embedding(ids, pair.a.T).to(dtype)
+        return (inner @ pair.b.T.to(dtype)) * pair.scaling
 
 
 def _sums(counts: list[int]) -> list[int]:

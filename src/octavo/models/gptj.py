@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.layers.cache import KeyValueCache
+from octavo.layers.cache import KeyValueCache, SlotCache, SlotRows
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import LayerNorm, levels, residual
-from octavo.ops.attention import INTERLEAVED, Documents, cache_mask, rotary_table
+from octavo.ops.attention import INTERLEAVED, Documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Gelu
 
@@ -96,7 +96,9 @@ class Block(nn.Module):
         self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
         self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
 
-    def forward(self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | SlotRows | None = None
+    ) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         return residual(
             x, self.norm, self.in_proj, self.pieces, (self.out_proj, self.fc_out), context,
@@ -122,7 +124,7 @@ class Model(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | SlotRows | None = None,
         keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
@@ -130,12 +132,12 @@ class Model(nn.Module):
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward.
         """
-        start = cache.length if cache is not None else 0
         if positions is None:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+            count = ids.shape[1]
+            positions = cache.positions(count) if cache is not None else torch.arange(count, device=ids.device)[None]
         exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
         rotary = rotary_table(positions, 1.0 / ROTARY_BASE**exponents)
-        mask = cache_mask(start, ids.shape[1], ids.device) if cache is not None else None
+        mask = cache.mask(ids.shape[1]) if cache is not None else None
         context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
@@ -152,8 +154,14 @@ class Model(nn.Module):
 
     def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `room` positions."""
+        return KeyValueCache(self.config.layers, batch=batch, room=room, **self._cache_shape)
+
+    def new_slots(self, *, slots: int, room: int) -> SlotCache:
+        """An empty cache of `slots` requests of up to `room` positions each."""
+        return SlotCache(self.config.layers, slots=slots, room=room, **self._cache_shape)
+
+    @property
+    def _cache_shape(self) -> dict[str, Any]:
         c, table = self.config, self.embed.matrix
-        return KeyValueCache(
-            c.layers, batch=batch, room=room, heads=c.heads, head_size=c.head_size,
-            dtype=table.dtype, device=table.parts["weight"].device,
-        )  # fmt: skip
+        device = table.parts["weight"].device
+        return {"heads": c.heads, "head_size": c.head_size, "dtype": table.dtype, "device": device}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.layers.cache import KeyValueCache
+from octavo.layers.cache import KeyValueCache, SlotCache, SlotRows
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import RmsNorm, levels, residual
-from octavo.ops.attention import HALF, Documents, cache_mask, rotary_table
+from octavo.ops.attention import HALF, Documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Swiglu
 
@@ -115,7 +115,9 @@ class Block(nn.Module):
         self.activation = Swiglu(c.mlp_width)
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
-    def forward(self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | SlotRows | None = None
+    ) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         store = cache.at(self.index) if cache is not None else None
         x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, keep=keep, store=store)
@@ -140,7 +142,7 @@ class Model(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | SlotRows | None = None,
         keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
@@ -148,11 +150,11 @@ class Model(nn.Module):
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward.
         """
-        start = cache.length if cache is not None else 0
         if positions is None:
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+            count = ids.shape[1]
+            positions = cache.positions(count) if cache is not None else torch.arange(count, device=ids.device)[None]
         rotary = rotary_table(positions, _frequencies(self.config.frequencies, ids.device))
-        mask = cache_mask(start, ids.shape[1], ids.device) if cache is not None else None
+        mask = cache.mask(ids.shape[1]) if cache is not None else None
         context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
@@ -169,12 +171,17 @@ class Model(nn.Module):
 
     def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `room` positions."""
+        return KeyValueCache(self.config.layers, batch=batch, room=room, **self._cache_shape)
+
+    def new_slots(self, *, slots: int, room: int) -> SlotCache:
+        """An empty cache of `slots` requests of up to `room` positions each."""
+        return SlotCache(self.config.layers, slots=slots, room=room, **self._cache_shape)
+
+    @property
+    def _cache_shape(self) -> dict[str, Any]:
         c, table = self.config, self.embed.matrix
         device = table.parts["weight"].device
-        return KeyValueCache(
-            c.layers, batch=batch, room=room, heads=c.key_value_heads, head_size=c.head_size,
-            dtype=table.dtype, device=device,
-        )  # fmt: skip
+        return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": table.dtype, "device": device}
 
 
 @cache

@@ -185,7 +185,7 @@ def _dropped(part: Frozen, wide: Tensor, start: int, seed: int) -> Tensor:
 
 def _mask(part: Frozen, wide: Tensor, seed: int) -> Tensor:
     """(M, K_i): zero with the probability `dropout`, else 1 / (1 - dropout)."""
-    generator = torch.Generator(wide.device).manual_seed(seed)
+    generator = None if wide.is_meta else torch.Generator(wide.device).manual_seed(seed)
     kept = 1 - part.dropout
     return wide.new_empty(len(wide), part.columns).bernoulli_(kept, generator=generator).div_(kept)
 

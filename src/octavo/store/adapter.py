@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair, Routing
 from octavo.layers.lora import LoraSpec, attach_, put_
 from octavo.models import Model, Place, layer_of, places
 from octavo.store import peft
@@ -138,28 +138,9 @@ def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Ma
 
 def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
     """Puts an adapter on `model` and returns its plan; AdapterError if a tensor finds no place."""
-    table = places(model)
-    lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
-    lost += [key for key in adapter.full if not _fits_full(table, key)]
-    if lost:
-        raise AdapterError(
-            f"The adapter does not belong to this model: there is no place for {lost[0]}"
-            + (f" and {len(lost) - 1} more." if len(lost) > 1 else "."),
-            hint="Give the model that it was trained on.",
-        )
-    for name, (a, b, scaling) in adapter.pairs.items():
-        layer, key = _layer(table[name]), table[name].rows_key
-        rows, columns, rank = layer.matrix.outputs[key], layer.matrix.in_features, a.shape[0]
-        outer = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
-        if tuple(a.shape) != (rank, outer[0]) or tuple(b.shape) != (outer[1], rank):
-            raise AdapterError(
-                f"The adapter's pair for {name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
-                f"has {columns} inputs and {rows} outputs.",
-                hint="Give the model that it was trained on.",
-            )
-        device = layer.matrix.parts["weight"].device
-        pair = LowRankPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
-        put_(layer, key, pair, dropout=adapter.spec.dropout)
+    table = _checked(model, adapter)
+    for name in adapter.pairs:
+        put_(_layer(table[name]), table[name].rows_key, _pair_for(table[name], adapter), dropout=adapter.spec.dropout)
     for key, tensor in adapter.full.items():
         name, _, kind = key.rpartition(".")
         target = table[name].parameter(kind)
@@ -170,6 +151,68 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
     plan = _plan_of(adapter, table)
     mark_trained_(model, plan, [table[name] for name in adapter.pairs])
     return plan
+
+
+def serve_(model: Model, adapter: Adapter, name: str) -> None:
+    """Holds an adapter beside others under `name`, for the rows that the model's routing sends through it.
+
+    AdapterError if a tensor finds no place, or if it is a trained norm or bias: those all rows share.
+    """
+    table = _checked(model, adapter)
+    if adapter.full:
+        raise AdapterError(
+            f"The adapter {name} has trained norms or biases ({next(iter(adapter.full))}); only pairs can be served "
+            "beside other adapters.",
+            hint="Train without --train-norms and --train-biases, or use `octavo generate --adapter`.",
+        )
+    pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
+    remove_(model, name)
+    for place, pair in pairs.items():
+        _layer(table[place]).served.setdefault(name, {})[table[place].rows_key] = pair.requires_grad_(False)
+
+
+def remove_(model: Model, name: str) -> None:
+    """Takes a served adapter off again."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear | FrozenEmbedding):
+            module.served.pop(name, None)
+
+
+def route_(model: Model, routing: Routing) -> None:
+    """Makes all layers of the model look at one routing."""
+    for module in model.modules():
+        if isinstance(module, FrozenLinear | FrozenEmbedding):
+            module.routing = routing
+
+
+def _checked(model: Model, adapter: Adapter) -> dict[str, Place]:
+    """The model's places; AdapterError if a tensor of the adapter finds none."""
+    table = places(model)
+    lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
+    lost += [key for key in adapter.full if not _fits_full(table, key)]
+    if lost:
+        raise AdapterError(
+            f"The adapter does not belong to this model: there is no place for {lost[0]}"
+            + (f" and {len(lost) - 1} more." if len(lost) > 1 else "."),
+            hint="Give the model that it was trained on.",
+        )
+    return table
+
+
+def _pair_for(place: Place, adapter: Adapter) -> LowRankPair:
+    """The adapter's pair of one name, on the model's device; AdapterError if its shape is another layer's."""
+    a, b, scaling = adapter.pairs[place.name]
+    layer, key = _layer(place), place.rows_key
+    rows, columns, rank = layer.matrix.outputs[key], layer.matrix.in_features, a.shape[0]
+    outer = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
+    if tuple(a.shape) != (rank, outer[0]) or tuple(b.shape) != (outer[1], rank):
+        raise AdapterError(
+            f"The adapter's pair for {place.name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
+            f"has {columns} inputs and {rows} outputs.",
+            hint="Give the model that it was trained on.",
+        )
+    device = layer.matrix.parts["weight"].device
+    return LowRankPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
 
 
 def _plan_of(adapter: Adapter, table: Mapping[str, Place]) -> AdapterPlan:

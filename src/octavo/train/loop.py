@@ -141,8 +141,8 @@ def gradients(trainer: Trainer, chosen: Sequence[Batch], number: int, *, seed: f
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that a card's memory ran out, in PyTorch's allocator or in a library's."""
-    words = ("out of memory", "ALLOC_FAILED")
+    """Whether an error says that memory ran out, in PyTorch's allocators or in a library's."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

@@ -1,0 +1,387 @@
+"""Many requests at once over one model: continuous batching, with several adapters in one batch.
+
+One thread owns the model. Each of its steps takes one chunk of the oldest waiting prompt through the model, then one
+new token for every running request; requests join and leave between steps. Running requests stand in slots 0, 1, ..
+without gaps, so that their part of the cache is one view; the request whose prompt is being read stands behind them.
+The cache is taken once: requests beyond its slots wait, and beyond the queue's limit they are refused.
+
+A greedy answer is that of infer/engine.generate for the same request alone: the naive twin that tests compare with.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from octavo.errors import AdapterError, ModelError, UsageError
+from octavo.infer.engine import TextStream, all_ends, check_prompt
+from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token
+from octavo.infer.sample import choose
+from octavo.infer.slots import Slots
+from octavo.layers.frozen import Routing
+from octavo.models import Model
+from octavo.store import peft
+from octavo.store.adapter import remove_, route_, serve_
+from octavo.store.files import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SEEDS = -(2**63), 2**64 - 1  # what PyTorch's generators take
+
+
+@dataclass
+class _Run:
+    """A request at work. `ids` are prompt and answer so far; `done` of them are in the cache."""
+
+    stream: Stream
+    limit: int
+    text: TextStream
+    generator: torch.Generator
+    ids: list[int]
+    done: int = 0
+    told: list[Token] = field(default_factory=list)  # of the prompt, with their log-probabilities
+
+    @property
+    def adapter(self) -> str | None:
+        return self.stream.request.adapter
+
+
+class Engine:
+    """The engine of one model. `start` lets its thread run; without it `step` may be called by hand."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        base: str,
+        base_sha256: str = "",
+        limits: Limits | None = None,
+        ends: Collection[int] = (),
+    ) -> None:
+        limits = limits or Limits()
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.base, self.base_sha256 = base, base_sha256
+        self.limits = replace(limits, room=min(limits.room, model.config.context))
+        self.context = self.limits.room
+        self._ends = all_ends(tokenizer, ends)
+        self._words = min(len(tokenizer), model.config.vocabulary)
+        self._slots = Slots(model.new_slots(slots=self.limits.slots, room=self.limits.room))
+        self._routing = Routing()
+        route_(model, self._routing)
+        self._adapters: dict[str, ServedAdapter] = {}
+        self._running: list[_Run] = []
+        self._reading: _Run | None = None
+        self._waiting: deque[Stream] = deque()
+        self._stats = Stats(self.limits.slots, self.limits.queue, self.limits.slots * self.limits.room)
+        self._changed = threading.Condition()  # guards what other threads touch: the queue, adapters, stopping
+        self._stepping = threading.Lock()  # held while the model is at work
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    # Asked from any thread.
+
+    def submit(self, request: Request) -> Stream:
+        """Takes a request and returns at once. UsageError, AdapterError or QueueFullError if it cannot be taken."""
+        self._check(request)
+        with self._changed:
+            if request.adapter is not None and request.adapter not in self._adapters:
+                raise self._unknown(request.adapter)
+            if self._stopping:
+                raise QueueFullError("The engine is stopping.", hint="Ask another one.")
+            if len(self._waiting) >= self.limits.queue:
+                raise QueueFullError(f"{len(self._waiting)} requests are waiting already.", hint="Try again later.")
+            stream = Stream(request)
+            self._waiting.append(stream)
+            self._count(requests_total=1)
+            self._changed.notify()
+        return stream
+
+    def adapters(self) -> dict[str, ServedAdapter]:
+        with self._changed:
+            return dict(self._adapters)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serves an adapter from the next step on; AdapterError if it does not fit or its name is taken."""
+        self._check_free(name)
+        read, sha256 = peft.read(folder), sha256_of(folder / peft.TENSORS)
+        with self._stepping, self._changed:
+            self._check_free(name)  # once more: another thread may have been faster
+            serve_(self.model, read, name)
+            self._adapters[name] = ServedAdapter(name, sha256, folder, time())
+
+    def remove_adapter(self, name: str) -> None:
+        """Takes an adapter away. AdapterError if there is none, or a request is using it."""
+        with self._stepping, self._changed:
+            if name not in self._adapters:
+                raise self._unknown(name)
+            users = [run.adapter for run in self._at_work()] + [stream.request.adapter for stream in self._waiting]
+            if name in users:
+                raise AdapterError(f"{users.count(name)} requests are using the adapter {name!r}.", hint="Try later.")
+            del self._adapters[name]
+            remove_(self.model, name)
+            self._slots.forget(name)
+
+    def stats(self) -> Stats:
+        with self._changed:
+            used = sum(run.done for run in self._at_work())
+            running = len(self._at_work())
+            return replace(self._stats, running=running, waiting=len(self._waiting), cache_tokens_used=used)
+
+    def start(self) -> None:
+        """Lets the engine's own thread take steps."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._loop, name="octavo-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, grace_seconds: float) -> None:
+        """Takes no more requests, finishes those at work for so long, then cancels what is left."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(grace_seconds)
+            with self._stepping, self._changed:  # between steps a request is waiting or at work, and nowhere else
+                for stream in [*self._waiting, *(run.stream for run in self._at_work())]:
+                    stream.cancel()
+            self._thread.join()
+
+    # The engine's own thread.
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._at_work() or self._stopping):
+                    self._changed.wait()
+                if self._stopping and not (self._waiting or self._at_work()):
+                    return
+            try:
+                self.step()
+            except Exception as error:  # whatever it was, whoever waits for an answer must hear of it
+                self._fail(error)
+
+    def step(self) -> None:
+        """One chunk of a prompt, then one token for every running request."""
+        with self._stepping, torch.no_grad():
+            self._drop_cancelled()
+            self._admit()
+            if self._reading is not None:
+                self._read_chunk(self._reading)
+            if self._running:
+                self._decode()
+            self._count(steps_total=1)
+
+    def _admit(self) -> None:
+        """The oldest waiting request into the slot behind the running ones, as far as a slot began alike."""
+        slot = len(self._running)
+        with self._changed:
+            if self._reading is not None or not self._waiting or slot == self.limits.slots:
+                return
+            stream = self._waiting.popleft()
+        request = stream.request
+        limit = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
+        run = _Run(
+            stream, limit, TextStream(self.tokenizer, request.sampling.stop),
+            torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
+        )  # fmt: skip
+        self._reading = run  # at once: what fails from here on is heard of
+        reusable = () if request.prompt_logprobs else request.prompt[:-1]  # the last token is always read anew
+        run.done = self._slots.begin(slot, request.adapter, reusable)
+        self._count(prompt_tokens_total=len(run.ids), reused_tokens_total=run.done)
+
+    def _read_chunk(self, run: _Run) -> None:
+        slot = len(self._running)
+        new = run.ids[run.done : run.done + self.limits.chunk]
+        self._route([run])
+        hidden = self.model.hidden(self._tensor([new]), cache=self._slots.cache.rows(slot, 1))[0]
+        if not bool(hidden[-1].isfinite().all()):  # it has seen all others
+            self._reading = None
+            self._slots.clear(slot)
+            self._give_up(run, _not_finite())
+            return
+        if run.stream.request.prompt_logprobs:
+            self._tell_prompt(run, hidden, new)
+        run.done += len(new)
+        self._slots.wrote(slot, new)
+        if run.done == len(run.ids):
+            run.stream.prompt = tuple(run.told)
+            logits = self.model.head(hidden[None, -1:])[0]
+            self._reading = None
+            self._running.append(run)
+            self._take([run], logits)
+
+    def _decode(self) -> None:
+        """One new token for each running request: the one that was chosen last is read."""
+        runs = list(self._running)
+        self._route(runs)
+        new = [run.ids[run.done] for run in runs]
+        hidden = self.model.hidden(self._tensor([[token] for token in new]), cache=self._slots.cache.rows(0, len(runs)))
+        logits = self.model.head(hidden)[:, 0]
+        for slot, (run, token) in enumerate(zip(runs, new, strict=True)):
+            run.done += 1
+            self._slots.wrote(slot, [token])
+        self._take(runs, logits)
+
+    def _take(self, runs: list[_Run], logits: Tensor) -> None:
+        """Chooses the next token of each run from its row of logits (n, V), and tells it."""
+        logits = logits[:, : self._words].float()
+        best, greedy = (numbers.tolist() for numbers in logits.max(dim=1))
+        for row, run in enumerate(runs):
+            sampling = run.stream.request.sampling
+            try:
+                if not math.isfinite(best[row]):
+                    raise _not_finite()
+                if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+                    token = int(greedy[row])
+                else:
+                    seen = torch.tensor(run.ids, device=logits.device)
+                    token = choose(logits[row], seen, sampling, generator=run.generator)
+            except Exception as error:  # of this request alone: an extreme penalty, an adapter full of NaN
+                self._give_up(run, error)
+                continue
+            run.ids.append(token)
+            told = self._told(token, logits[row], run.stream.request.logprobs)
+            self._tell(run, told)
+        self._leave()
+
+    def _tell(self, run: _Run, told: Token) -> None:
+        """Puts the token's text and, if it is the last, the reason into the stream."""
+        count = len(run.ids) - len(run.stream.request.prompt)
+        reason: str | None = None
+        if told.token_id in self._ends:
+            text, reason = run.text.finish(), "stop"
+        else:
+            text, stopped = run.text.push(told.token_id)
+            if stopped:
+                reason = "stop"
+            elif count == run.limit:
+                text, reason = text + run.text.finish(), "length"
+        self._count(generated_tokens_total=1)
+        run.stream.put(replace(told, text=text, finish_reason=reason))
+        if reason is not None:
+            run.limit = 0  # marks it as finished
+            self._count(finished_total=1)
+
+    def _leave(self) -> None:
+        """Finished requests go; the last ones move into their slots."""
+        for slot in reversed(range(len(self._running))):
+            if self._running[slot].limit == 0:
+                self._remove(slot)
+
+    def _remove(self, slot: int) -> None:
+        """Takes a running request out of its slot, and the last running one, and the one being read, into the gap."""
+        last = len(self._running) - 1
+        if self._running[slot].stream.error:
+            self._slots.clear(slot)
+        self._running[slot] = self._running[last]
+        self._running.pop()
+        self._slots.move(last, slot)
+        if self._reading is not None:
+            self._slots.move(last + 1, last)
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            dropped = [stream for stream in self._waiting if stream.cancelled]
+            self._waiting = deque(stream for stream in self._waiting if not stream.cancelled)
+        for run in self._at_work():
+            if run.stream.cancelled:
+                dropped.append(run.stream)
+                run.limit = 0
+        if self._reading is not None and self._reading.limit == 0:
+            self._reading = None
+        self._leave()
+        for stream in dropped:
+            stream.put(Token(-1, "", "cancelled"))
+        self._count(cancelled_total=len(dropped))
+
+    def _fail(self, error: Exception) -> None:
+        """Ends every request at work with the error; the engine goes on with those that wait."""
+        for run in self._at_work():
+            if run.limit > 0:
+                self._give_up(run, error)
+        self._running, self._reading = [], None
+        self._slots.forget()
+
+    def _give_up(self, run: _Run, error: Exception) -> None:
+        """Ends one request with an error."""
+        run.limit = 0
+        run.stream.error = f"{type(error).__name__}: {error}"
+        self._count(failed_total=1)
+        run.stream.put(Token(-1, "", "error"))
+
+    def _tell_prompt(self, run: _Run, hidden: Tensor, new: list[int]) -> None:
+        """Log-probabilities of a chunk's tokens, each from the logits before it; the last logits wait for the next."""
+        top = run.stream.request.logprobs
+        if run.done == 0:
+            run.told.append(Token(new[0], self._piece(new[0])))
+        logits = self.model.head(hidden[None])[0][:, : self._words].float()
+        following = run.ids[run.done + 1 : run.done + 1 + len(new)]
+        for row, token in enumerate(following):
+            told = self._told(token, logits[row], 0 if top is None else top)
+            run.told.append(replace(told, text=self._piece(token)))
+
+    def _told(self, token: int, logits: Tensor, top: int | None) -> Token:
+        if top is None:
+            return Token(token, "")
+        scores = logits.log_softmax(dim=0)
+        values, ids = scores.topk(top)
+        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return Token(token, "", logprob=float(scores[token]), top=best)
+
+    def _piece(self, token: int) -> str:
+        text: str = self.tokenizer.decode([token])
+        return text
+
+    def _route(self, runs: list[_Run]) -> None:
+        rows: dict[str, list[int]] = {}
+        for row, run in enumerate(runs):
+            if run.adapter is not None:
+                rows.setdefault(run.adapter, []).append(row)
+        self._routing.rows = {name: self._tensor(own) for name, own in rows.items()}
+
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, device=self._slots.cache.keys.device)
+
+    def _at_work(self) -> list[_Run]:
+        reading = self._reading  # looked at once: another thread may ask
+        return [*self._running, *([reading] if reading is not None else [])]
+
+    def _check(self, request: Request) -> None:
+        """UsageError for what would fail in the midst of a step, where others are at work too."""
+        check_prompt(request.prompt, self.context)
+        if wrong := [token for token in request.prompt if not 0 <= token < self._words]:
+            raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {self._words - 1}.")
+        if not 0 <= (request.logprobs or 0) <= self._words:
+            raise UsageError(f"There are no {request.logprobs} log-probabilities.", hint=f"Ask for 0 to {self._words}.")
+        if not SEEDS[0] <= request.sampling.seed <= SEEDS[1]:
+            raise UsageError(f"The seed {request.sampling.seed} has more than 64 bits.", hint="Give a smaller one.")
+
+    def _check_free(self, name: str) -> None:
+        if name == self.base or name in self.adapters():
+            raise AdapterError(
+                f"The name {name!r} is taken.", hint="Remove that adapter first, or choose another name."
+            )
+
+    def _unknown(self, name: str) -> AdapterError:
+        there = ", ".join([self.base, *self._adapters])
+        return AdapterError(f"There is no adapter {name!r} here.", hint=f"There are: {there}.")
+
+    def _count(self, **more: int) -> None:
+        with self._changed:
+            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+
+
+def _not_finite() -> ModelError:
+    return ModelError(
+        "The model's numbers are not finite.", hint="If an adapter is on, see whether its training diverged."
+    )

@@ -1,0 +1,107 @@
+"""Everything a client can get instead of an answer, in the shape of OpenAI's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from octavo.errors import OctavoError
+from octavo.server.schemas import UNSUPPORTED
+
+# Seconds after which an overloaded server is worth asking again. Answers take seconds, so that slots free up as fast.
+RETRY_SECONDS = 2
+
+
+class RefusedError(Exception):
+    """Ends a request with a status and OpenAI's error document; `param` names the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @property
+    def document(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.document, self.status, self.headers)
+
+
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def wrong(message: str, *, param: str | None = None, code: str | None = None) -> RefusedError:
+    """400: the request itself is at fault."""
+    return RefusedError(400, message, param=param, code=code)
+
+
+def busy(message: str) -> RefusedError:
+    """429: there are too many requests just now."""
+    return RefusedError(429, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def unavailable(message: str, *, code: str) -> RefusedError:
+    """503: this server cannot answer now; it or another one can later."""
+    return RefusedError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def told(error: OctavoError) -> str:
+    """An error of octavo's as one line."""
+    return " ".join(part for part in (error.message, error.hint) if part)
+
+
+def install(app: FastAPI) -> None:
+    """Gives all of the app's errors OpenAI's shape: ours, validation's, the router's, and unforeseen ones."""
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _invalid(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail) or HTTPStatus(error.status_code).phrase
+        return RefusedError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        # What it was is logged by the server; a client learns nothing of the inside.
+        return RefusedError(500, "The server failed to answer this request.", code="internal_error").response()
+
+
+def _invalid(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
+    """The first field at fault, with all that was said about it: a field of several forms fails once for each."""
+    if any(problem["type"] == "json_invalid" for problem in problems):
+        return wrong("The body is not valid JSON.", code="invalid_json")
+    names = [_name(problem["loc"]) for problem in problems]
+    name = names[0]
+    if name in UNSUPPORTED:
+        return wrong(f"`{name}` is not supported here. {UNSUPPORTED[name]}", param=name, code="unsupported_parameter")
+    said = dict.fromkeys(str(problem["msg"]) for problem, own in zip(problems, names, strict=True) if own == name)
+    what = "; ".join(list(said)[:4])
+    return wrong(f"`{name}`: {what}." if name else f"The body: {what}.", param=name or None)
+
+
+def _name(place: Sequence[str | int]) -> str:
+    """The top field that a place in the body belongs to; "" for the body itself."""
+    parts = [part for part in place if part != "body"]
+    return str(parts[0]) if parts and isinstance(parts[0], str) else ""

@@ -1,0 +1,174 @@
+"""What clients may ask: every field with its type and bounds, and so the requests' half of the OpenAPI schema.
+
+Unknown fields are ignored, as OpenAI's clients send many. A field that would change the answer in a way that octavo
+does not do is declared with its neutral value alone; UNSUPPORTED says why. Null means the default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+MOST_CHOICES = 16
+MOST_PROMPTS = 128
+MOST_STOPS = 4
+LONGEST_STOP = 200  # characters
+MOST_LOGPROBS = 20
+MOST_MESSAGES = 256
+MOST_PARTS = 64
+LONGEST_NAME = 200
+LONGEST_TEXT = 2**22  # characters; the body's limit is the narrower one
+MOST_IDS = 2**20
+SEEDS = 2**63
+MOST_TOKENS = 2**20
+
+UNSUPPORTED = {
+    "best_of": "Ask for n answers instead.",
+    "suffix": "Text is only ever continued at its end.",
+    "logit_bias": "Leave it out.",
+    "frequency_penalty": "Use repetition_penalty.",
+    "presence_penalty": "Use repetition_penalty.",
+    "tools": "Describe tools in a message.",
+    "tool_choice": "Describe tools in a message.",
+    "functions": "Describe functions in a message.",
+    "function_call": "Describe functions in a message.",
+    "response_format": "Answers are plain text.",
+    "modalities": "Answers are plain text.",
+    "audio": "Answers are plain text.",
+    "web_search_options": "The model alone answers.",
+}  # fmt: skip
+
+Flag = Annotated[bool, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+MostTokens = Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class StreamOptions(BaseModel):
+    """How a stream ends."""
+
+    include_usage: Flag | None = None
+
+
+class Sampled(BaseModel):
+    """What both of OpenAI's ways to ask share."""
+
+    model: Name | None = Field(None, description="The base or an adapter; null: the first adapter, else the base.")
+    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=0, le=2**20)] | None = None
+    repetition_penalty: Annotated[float, Field(strict=True, ge=0.1, le=10, allow_inf_nan=False)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-SEEDS, lt=SEEDS)] | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the counts of its tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(Sampled):
+    """OpenAI's /v1/completions: text or token ids to continue."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    )
+    max_tokens: MostTokens | None = Field(None, description="New tokens at most; null: 16.")
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: Flag | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+class TextPart(BaseModel):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+
+
+class PlainText(BaseModel):
+    """The one form of answers."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Sampled):
+    """OpenAI's /v1/chat/completions: a conversation to answer, through the model's own chat template."""
+
+    messages: Messages
+    max_tokens: MostTokens | None = Field(None, description="New tokens at most; null: the server's limit.")
+    max_completion_tokens: MostTokens | None = Field(None, description="The newer name of max_tokens; it wins.")
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
+    tools: Nothing | None = None
+    functions: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: PlainText | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    web_search_options: None = None
+
+
+class ArticleRequest(BaseModel):
+    """The article's POST /prompt/: `length` counts the prompt's tokens too. Its page sends numbers as text."""
+
+    input: Text
+    length: (
+        Annotated[int, Field(strict=True, ge=1, le=MOST_TOKENS)]
+        | Annotated[str, Field(pattern=r"^[ \n]*[0-9]{1,7}[ \n]*$")]
+    ) = 100
+    temperature: (
+        Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
+        | Annotated[str, Field(pattern=r"^[ \n]*([01](\.[0-9]*)?|\.[0-9]+|2(\.0*)?)[ \n]*$")]
+    ) = 0.8
+
+
+class TokenizeText(BaseModel):
+    """A text whose ids are wanted."""
+
+    model: Name | None = None
+    prompt: Text
+    add_special_tokens: Flag = Field(True, description="With the begin token, where the model has one.")
+
+
+class TokenizeChat(BaseModel):
+    """A conversation whose ids are wanted, up to where the assistant's next turn begins."""
+
+    model: Name | None = None
+    messages: Messages

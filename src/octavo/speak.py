@@ -1,0 +1,168 @@
+"""The commands that continue text, on the engine that serves: `octavo generate`, for one prompt or a file of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
+from octavo.data.documents import Message
+from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.errors import UsageError
+from octavo.hardware import pick
+from octavo.infer.batching import Engine
+from octavo.infer.requests import Limits, Request, Stream, Token
+from octavo.infer.sample import Sampling
+from octavo.models import Model
+from octavo.report import Report
+from octavo.run import chosen_scheme, end_ids, load_model, open_model, with_adapter_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that is ready to continue text."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerFast
+    ends: tuple[int, ...]
+
+    def engine(self, *, room: int, slots: int = 1, queue: int = 1) -> Engine:
+        """An engine for `slots` requests at a time, each of up to `room` tokens with its answer."""
+        limits = Limits(slots=slots, room=room, queue=queue)
+        return Engine(self.model, self.tokenizer, base="model", limits=limits, ends=self.ends)
+
+
+def open_speaker(config: Config, report: Report) -> Speaker:
+    """The model of a configuration, its adapter on it if one is named."""
+    asked, options = config[ModelOptions], config[GenerateOptions]
+    hardware = pick(asked.device, asked.dtype)
+    report.say(hardware.reason)
+    source = open_model(asked, report, own_adapters=options.adapter is None)
+    model = load_model(source, chosen_scheme(asked, source), hardware, report)
+    if options.adapter is not None:
+        with_adapter_(model, options.adapter, source, report)
+    return Speaker(model, source.tokenizer(), end_ids(source))
+
+
+def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
+    """The tokens of one answer as they come; the engine works in this thread."""
+    stream = engine.submit(Request(tuple(prompt), sampling))
+    while True:
+        engine.step()
+        for token in stream.ready():
+            yield token
+            if token.finish_reason is not None:
+                return
+
+
+def sampling_of(options: GenerateOptions) -> Sampling:
+    """The rules of a generate command."""
+    return Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+        seed=options.seed,
+    )
+
+
+def prompt_ids(text: str, tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> list[int]:
+    """The token ids of a prompt: as text goes into training, or as a user's message of the chat template."""
+    return encode_conversation([Message("user", text)], tokenizer) if chat else encode_prompt(text, tokenizer)
+
+
+def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
+    """Continues the prompt; `write` gets the text as it comes."""
+    options, sampling = config[PromptOptions], sampling_of(config[GenerateOptions])
+    speaker = open_speaker(config, report)
+    assert options.prompt is not None
+    ids = prompt_ids(options.prompt, speaker.tokenizer, chat=options.chat)
+    tokens = []
+    for token in answer(speaker.engine(room=len(ids) + sampling.max_new_tokens), ids, sampling):
+        tokens.append(token)
+        write(token.text)
+    return _document(tokens)
+
+
+def generate_many(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
+    """Continues every prompt of a JSONL file, many at once; `write` gets a JSON line for each, in the file's order.
+
+    A line is {"prompt": ..} with max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop or seed where
+    they differ from the command's; whatever else it holds is handed on. UsageError names a line that is wrong.
+    """
+    options = config[PromptOptions]
+    assert options.prompts is not None
+    lines = _read_lines(options.prompts)
+    speaker = open_speaker(config, report)
+    requests = []
+    for number, line in enumerate(lines, 1):
+        own = _own_options(config[GenerateOptions], line, f"{options.prompts}:{number}")
+        ids = prompt_ids(str(line["prompt"]), speaker.tokenizer, chat=options.chat)
+        requests.append(Request(tuple(ids), sampling_of(own)))
+    room = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+    engine = speaker.engine(room=room, slots=min(options.slots, len(requests)), queue=len(requests))
+    streams = [engine.submit(request) for request in requests]
+    total = 0
+    with report.progress(len(streams), "Continuing") as bar:
+        for line, stream in zip(lines, streams, strict=True):
+            tokens = _until_finished(engine, stream)
+            total += len(tokens)
+            write(json.dumps({**line, **_document(tokens)}, ensure_ascii=False) + "\n")
+            bar.advance()
+    return {"prompts": len(lines), "generated_tokens": total}
+
+
+def _until_finished(engine: Engine, stream: Stream) -> list[Token]:
+    """All tokens of a stream, the engine working for all others meanwhile."""
+    tokens: list[Token] = list(stream.ready())
+    while not tokens or tokens[-1].finish_reason is None:
+        engine.step()
+        tokens += stream.ready()
+    return tokens
+
+
+def _document(tokens: Sequence[Token]) -> dict[str, Any]:
+    return {
+        "text": "".join(token.text for token in tokens),
+        "token_ids": [token.token_id for token in tokens],
+        "finish_reason": tokens[-1].finish_reason,
+    }
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The prompts {path} cannot be read ({error}).") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number} is not JSON ({error}).", hint="Write one JSON object a line.") from error
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
+            raise UsageError(f"{path}:{number} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
+        found.append(value)
+    if not found:
+        raise UsageError(f"{path} holds no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
+    return found
+
+
+def _own_options(options: GenerateOptions, line: Mapping[str, Any], where: str) -> GenerateOptions:
+    """The command's options with what a line says differently."""
+    own = {name: line[name] for name in GenerateOptions.model_fields if name in line and name != "adapter"}
+    try:
+        return GenerateOptions.model_validate({**options.model_dump(), **own})
+    except ValueError as error:
+        first = str(error).splitlines()[1:3]
+        raise UsageError(f"{where}: {' '.join(part.strip() for part in first)}") from error

@@ -1,0 +1,146 @@
+"""What the tests of the engine stand on: tiny models on disk, adapters for them, and the answers of the twin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from octavo.infer.batching import Engine
+from octavo.infer.engine import Continuation, complete
+from octavo.infer.requests import Limits, Request, Stream, Token
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.ops.quantize import scheme_named
+from octavo.store.adapter import AdapterPlan, apply_, create_, save, trained
+from octavo.store.peft import read
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+
+CONTEXT = 48
+LLAMA: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+}
+# 64 columns keep whole blocks of nf4. 6 rows of the vocabulary lie past the tokenizer, which are never chosen.
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
+    "tied": LlamaConfig(vocab_size=264, **LLAMA, tie_word_embeddings=True),
+    "gptj": GPTJConfig(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=CONTEXT),
+}
+TABLES = {"llama": ("embed_tokens", "lm_head"), "tied": ("embed_tokens",), "gptj": ("wte", "lm_head")}
+SPEC = LoraSpec(rank=4, alpha=12.0)
+
+
+@dataclass(repr=False)
+class Family:
+    """A tiny model in a folder, float32 with wide weights, with adapters of any kind and the answers of the twin."""
+
+    name: str
+    folder: Path
+    theirs: Any
+    tokenizer: PreTrainedTokenizerFast
+    _models: dict[tuple[str | None, str, torch.dtype], Model] = field(default_factory=dict)
+    _answers: dict[tuple[Request, str, torch.dtype, tuple[int, ...]], Continuation] = field(default_factory=dict)
+
+    def model(self, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+        return load(FolderSource(self.folder), scheme_named(scheme), dtype=dtype, device=torch.device("cpu"))
+
+    @cached_property
+    def plans(self) -> dict[str, AdapterPlan]:
+        return {
+            "blocks": AdapterPlan(SPEC),
+            "tables": AdapterPlan(SPEC, ("all-linear", *TABLES[self.name])),
+            "norms": AdapterPlan(SPEC, norms=True),
+        }
+
+    def adapter(self, kind: str) -> Path:
+        """The folder of an adapter that was moved away from its start."""
+        folder = self.folder.parent / f"{self.name}-{kind}"
+        if not folder.exists():
+            model, plan = self.model(), self.plans[kind]
+            create_(model, plan, seed=len(kind))
+            generator = torch.Generator().manual_seed(len(kind))
+            for parameter in trained(model).values():
+                parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+            save(folder, model, plan, base="base", origin={}, card="")
+        return folder
+
+    def engine(self, limits: Limits, model: Model | None = None, *, ends: Sequence[int] = ()) -> Engine:
+        return Engine(model or self.model(), self.tokenizer, base="base", limits=limits, ends=ends)
+
+    def alone(
+        self,
+        request: Request,
+        scheme: str = "none",
+        dtype: torch.dtype = torch.float32,
+        ends: tuple[int, ...] = (),
+    ) -> Continuation:
+        """The answer to a request with nothing beside it: by infer/engine, with its adapter put on by `apply_`."""
+        key = request, scheme, dtype, ends
+        if key not in self._answers:
+            owner = request.adapter, scheme, dtype
+            if owner not in self._models:
+                self._models[owner] = self.model(scheme, dtype)
+                if request.adapter is not None:
+                    apply_(self._models[owner], read(self.adapter(request.adapter)))
+            model = self._models[owner]
+            self._answers[key] = complete(model, self.tokenizer, request.prompt, request.sampling, ends=ends)
+        return self._answers[key]
+
+    @staticmethod
+    def answer(stream: Stream) -> Continuation:
+        """What a stream that has ended says. The mark of an error or a cancellation is no token."""
+        tokens: list[Token] = []
+        while not tokens or tokens[-1].finish_reason is None:
+            tokens.append(stream.next(timeout=0))
+        ids = tuple(token.token_id for token in tokens if token.token_id >= 0)
+        return Continuation("".join(token.text for token in tokens), ids, str(tokens[-1].finish_reason))
+
+    @staticmethod
+    def run_out(engine: Engine) -> None:
+        """Takes steps by hand until there is nothing left to do."""
+        while (stats := engine.stats()).running or stats.waiting:
+            assert stats.steps_total < 5000
+            engine.step()
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
+    folder = tmp_path_factory.mktemp("serving")
+    return {name: Family(name, folder / name, *_written(folder / name, config)) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(params=["llama", "gptj"])
+def family(request: pytest.FixtureRequest, families: dict[str, Family]) -> Family:
+    return families[request.param]
+
+
+@pytest.fixture
+def llama(families: dict[str, Family]) -> Family:
+    return families["llama"]
+
+
+def _written(folder: Path, config: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in theirs.named_parameters():
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
+    theirs.save_pretrained(folder)
+    tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("h", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return theirs, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0])

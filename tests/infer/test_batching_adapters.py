@@ -1,0 +1,188 @@
+"""Several adapters in one batch: each request's answer is that of a model that wears its adapter alone."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo.errors import AdapterError
+from octavo.infer.batching import Engine
+from octavo.infer.requests import Limits, Request
+from octavo.infer.sample import Sampling
+from octavo.models import Model
+from octavo.store.peft import TENSORS
+
+if TYPE_CHECKING:
+    from tests.infer.conftest import Family
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+LONG = Sampling(temperature=0.0, max_new_tokens=500)
+DRAWN = Sampling(temperature=1.5, top_p=0.95, max_new_tokens=9, seed=5)
+PROMPT = tuple(range(40, 61))
+ADAPTERS = (None, "blocks", "tables")
+MIXED = [
+    Request((*PROMPT[:length], 7), sampling, adapter=adapter)
+    for length, sampling in ((2, GREEDY), (17, DRAWN), (9, GREEDY))
+    for adapter in ADAPTERS
+]
+
+
+def serving(family: Family, scheme: str = "none", **limits: int) -> Engine:
+    """An engine that holds the adapters "blocks" and "tables"."""
+    engine = family.engine(Limits(**{"slots": 4, "room": 48, "chunk": 6, **limits}), family.model(scheme))
+    for name in ("blocks", "tables"):
+        engine.load_adapter(name, family.adapter(name))
+    return engine
+
+
+def on(model: Model) -> set[str]:
+    """The adapters that any layer of the model holds."""
+    return {name for module in model.modules() for name in getattr(module, "served", {})}
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "tied", "gptj"])
+def test_each_row_goes_through_its_own_adapter(families: dict[str, Family], name: str, scheme: str) -> None:
+    family = families[name]
+    engine = serving(family, scheme)
+    streams = [engine.submit(request) for request in MIXED]
+    family.run_out(engine)
+    wanted = [family.alone(request, scheme) for request in MIXED]
+    assert [family.answer(stream) for stream in streams] == wanted
+    assert len({answer.token_ids for answer in wanted}) == len(wanted)  # each adapter says something else
+
+
+def test_log_probabilities_are_those_of_the_adapter(family: Family) -> None:
+    """With a chunk for each token, and all at once beside requests of others."""
+    scores = []
+    for chunk, others in ((1, False), (48, True)):
+        engine = serving(family, chunk=chunk)
+        if others:
+            for request in MIXED[:3]:
+                engine.submit(request)
+        streams = [
+            engine.submit(Request(PROMPT, GREEDY, adapter=adapter, logprobs=0, prompt_logprobs=True))
+            for adapter in ADAPTERS
+        ]
+        family.run_out(engine)
+        told = [[*stream.prompt[1:], *stream] for stream in streams]
+        scores.append(torch.tensor([[token.logprob for token in tokens] for tokens in told]))
+    torch.testing.assert_close(scores[0], scores[1], rtol=0.0, atol=1e-4)
+    assert ((scores[0][:, :20] - scores[0][:1, :20]).abs().amax(dim=1)[1:] > 0.1).all()
+
+
+def test_adapters_come_and_go_while_requests_run(family: Family) -> None:
+    engine = family.engine(Limits(slots=4, room=48, chunk=6))
+    requests = [Request((*PROMPT[:11], 7), GREEDY), Request((*PROMPT[:11], 8), GREEDY, adapter="blocks"), *MIXED]
+    streams = [engine.submit(requests[0])]
+    for _ in range(3):
+        engine.step()
+    engine.load_adapter("blocks", family.adapter("blocks"))
+    streams.append(engine.submit(requests[1]))
+    engine.step()
+    engine.load_adapter("tables", family.adapter("tables"))
+    assert engine.adapters().keys() == {"blocks", "tables"} == on(engine.model)
+    streams += [engine.submit(request) for request in MIXED]
+    last = engine.submit(Request(PROMPT[3:], LONG))
+    streams.append(last)
+    requests.append(last.request)
+    while engine.adapters().keys() == {"blocks", "tables"}:
+        engine.step()
+        with suppress(AdapterError):  # until its last request is done
+            engine.remove_adapter("tables")
+    assert engine.stats().running
+    assert engine.adapters().keys() == {"blocks"} == on(engine.model)
+    family.run_out(engine)
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
+
+
+def test_an_adapter_in_use_stays(llama: Family) -> None:
+    engine = serving(llama, slots=1)
+    streams = [engine.submit(Request(PROMPT, GREEDY, adapter=name)) for name in ("blocks", "tables", "tables")]
+    engine.step()
+    with pytest.raises(AdapterError, match="1 requests are using the adapter 'blocks'"):
+        engine.remove_adapter("blocks")
+    with pytest.raises(AdapterError, match="2 requests are using the adapter 'tables'"):
+        engine.remove_adapter("tables")
+    llama.run_out(engine)
+    for stream in streams:
+        assert llama.answer(stream) == llama.alone(stream.request)
+    engine.remove_adapter("blocks")
+    for call in (lambda: engine.remove_adapter("blocks"), lambda: engine.submit(streams[0].request)):
+        with pytest.raises(AdapterError, match="no adapter 'blocks' here") as caught:
+            call()
+        assert caught.value.hint == "There are: base, tables."
+
+
+def test_nothing_of_one_adapter_is_reused_for_another_nor_for_its_successor(llama: Family) -> None:
+    engine = serving(llama, slots=2)
+    for count, name in enumerate(["tables", None, "blocks"], 1):
+        stream = engine.submit(Request(PROMPT, GREEDY, adapter=name))
+        llama.run_out(engine)
+        assert llama.answer(stream) == llama.alone(stream.request)
+        assert engine.stats().reused_tokens_total == 0
+        assert engine.stats().finished_total == count
+    engine.remove_adapter("blocks")
+    engine.load_adapter("blocks", llama.adapter("tables"))
+    stream = engine.submit(Request(PROMPT, GREEDY, adapter="blocks"))
+    llama.run_out(engine)
+    assert llama.answer(stream) == llama.alone(Request(PROMPT, GREEDY, adapter="tables"))
+    assert engine.stats().reused_tokens_total == 0
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Family], tmp_path: Path) -> None:
+    llama = families["llama"]
+    engine = serving(llama)
+    before = engine.adapters()
+    for name, folder, match in (
+        ("new", families["gptj"].adapter("blocks"), "does not belong to this model: there is no place for transformer"),
+        ("new", llama.adapter("norms"), r"adapter new has trained norms or biases \(model.*only pairs can be served"),
+        ("new", tmp_path, "holds no adapter"),
+        ("base", llama.adapter("blocks"), "name 'base' is taken"),
+        ("blocks", llama.adapter("tables"), "name 'blocks' is taken"),
+    ):
+        with pytest.raises(AdapterError, match=match) as caught:
+            engine.load_adapter(name, folder)
+        assert caught.value.hint
+        assert engine.adapters() == before
+        assert on(engine.model) == {"blocks", "tables"}
+    with pytest.raises(AdapterError, match="no adapter 'new' here"):
+        engine.submit(Request(PROMPT, GREEDY, adapter="new"))
+    streams = [engine.submit(request) for request in MIXED[:3]]
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(request) for request in MIXED[:3]]
+
+
+def test_an_adapter_that_is_not_finite_hurts_no_one_else(family: Family, tmp_path: Path) -> None:
+    """Its NaN must neither stop the others nor stay in a slot, where even a masked place would spoil a sum."""
+    broken = Path(shutil.copytree(family.adapter("blocks"), tmp_path / "broken"))
+    tensors = load_file(broken / TENSORS)
+    next(tensor for name, tensor in tensors.items() if "lora_A" in name).fill_(torch.nan)
+    save_file(tensors, broken / TENSORS)
+    engine = serving(family, chunk=8)
+    engine.load_adapter("broken", broken)
+    bad = [
+        Request(PROMPT, GREEDY, adapter="broken"),
+        Request(PROMPT[:3], DRAWN, adapter="broken"),
+        Request(PROMPT, GREEDY, adapter="broken", logprobs=1, prompt_logprobs=True),
+    ]
+    streams = [engine.submit(request) for request in (MIXED[0], bad[0], MIXED[1], bad[1], bad[2], *MIXED[2:])]
+    for _ in range(4):
+        engine.step()
+    streams[1].cancel()
+    family.run_out(engine)
+    for stream in streams:
+        found = family.answer(stream)
+        if stream.request.adapter == "broken":
+            assert (found.finish_reason, found.token_ids) == ("error", ())
+            assert "not finite" in stream.error
+        else:
+            assert found == family.alone(stream.request)
+    assert engine.stats().failed_total == 3
+    assert not any(store.isnan().any() for store in (engine._slots.cache.keys, engine._slots.cache.values))

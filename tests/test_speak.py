@@ -1,0 +1,88 @@
+"""`octavo generate` for a file of prompts, and what a conversation can be told: answers as each prompt gets alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import Octavo
+
+PROMPTS: list[dict[str, Any]] = [
+    {"id": 7, "prompt": "the king", "temperature": 0},
+    {"prompt": "of storm and of the sea", "seed": 3, "max_new_tokens": 5},
+    {"prompt": "the", "temperature": 0, "stop": ["e"]},
+    {"prompt": "the king of", "seed": 1, "top_k": 4},
+]
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_every_line_is_answered_as_alone_and_in_order(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path, slots: int
+) -> None:
+    file = write(tmp_path / "prompts.jsonl", PROMPTS)
+    common = ["generate", "--model", tiny_llama, "--dtype", "float32", "--max-new-tokens", 12]
+    ran = octavo(*common, "--prompts", file, "--slots", slots)
+    assert ran.code == 0
+    answers = [json.loads(line) for line in ran.out.splitlines()]
+    assert len(answers) == len(PROMPTS)
+    for asked, answer in zip(PROMPTS, answers, strict=True):
+        assert answer.items() >= asked.items()  # what a line holds is handed on
+        flags = [(f"--{key.replace('_', '-')}", value) for key, value in asked.items() if key not in ("id", "prompt")]
+        own = [part for flag, value in flags for part in (flag, value[0] if isinstance(value, list) else value)]
+        alone = json.loads(octavo(*common, "--prompt", asked["prompt"], *own, "--json").out)
+        assert {key: answer[key] for key in alone} == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": "a"}\n{"prompt": ', ":2 is not JSON"),
+        ('{"text": "a"}', ":1 has no prompt"),
+        ('{"prompt": ["a"]}', ":1 has no prompt"),
+        ('{"prompt": "a"}\n\n{"prompt": "a", "top_p": 2}', "top_p"),
+        ('{"prompt": "a", "stop": [""]}', "empty stop string"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(octavo: Octavo, tiny_llama: Path, tmp_path: Path, text: str, told: str) -> None:
+    (file := tmp_path / "prompts.jsonl").write_text(text)
+    ran = octavo("generate", "--model", tiny_llama, "--prompts", file)
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+
+
+def test_a_file_that_is_not_there(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    ran = octavo("generate", "--model", tiny_llama, "--prompts", tmp_path / "none.jsonl")
+    assert ran.code == 2
+    assert "none.jsonl" in ran.err
+
+
+def test_another_system_message_begins_anew(octavo: Octavo, tiny_llama: Path) -> None:
+    common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
+    told = octavo(*common, stdin=b"of storm\n/system the king of storm\nthe sea\n").out.splitlines()
+    asked = octavo(*common, "--system", "the king of storm", stdin=b"the sea\n").out.splitlines()
+    plain = octavo(*common, stdin=b"the sea\n").out.splitlines()
+    assert told[-len(asked) :] == asked
+    assert asked != plain
+
+
+def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    words = f"/save {file}\nthe king\n/save\n/save {file}\n/save {tmp_path / 'no' / 'such'}\n"
+    ran = octavo("chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, stdin=words.encode())
+    assert ran.code == 0
+    assert "say something first" in ran.err
+    assert "give a file" in ran.err
+    assert "cannot be written" in ran.err
+    (line,) = [json.loads(text) for text in file.read_text().splitlines()]
+    assert [message["role"] for message in line["messages"]] == ["user", "assistant"]
+    assert line["messages"][0]["content"] == "the king"
+    looked = octavo("data", "--model", tiny_llama, file)  # as `octavo finetune --data` reads it
+    assert looked.code == 0
