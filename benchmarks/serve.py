@@ -1,8 +1,8 @@
 """Many streams at once against a real server: `python benchmarks/serve.py [--streams 64] [--seconds 60]`.
 
-Starts `octavo serve` in a process of its own, asks every prompt once alone (the reference for text and speed), then keeps
-so many streams open for so long, each asking one prompt after another. Every answer must be, to the letter, the one that
-the prompt got alone. Prints one JSON line: tokens per second of both, time to the first token and between
+Starts `octavo serve` in a process of its own, asks every prompt once alone (the reference for text and speed), then
+keeps so many streams open for so long, each asking one prompt after another. Every answer must be, to the letter, the
+one that the prompt got alone. Prints one JSON line: tokens per second of both, time to the first token and between
 tokens (p50, p99), errors, wrong and lost answers, and the server's resident memory at the start and at most.
 
 Greedy answers are compared, so the compute type is float32: in shorter types a product over 64 rows may round otherwise

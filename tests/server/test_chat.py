@@ -41,7 +41,8 @@ def test_an_answer_has_the_shape_of_openais(opened: Open) -> None:
     assert setting.engine.seen[0].sampling.max_new_tokens == 3
 
 
-def test_the_conversation_goes_through_the_models_template(setting: Any) -> None:
+def test_the_conversation_goes_through_the_models_template(opened: Open) -> None:
+    setting = opened(engine={"context": 128})
     turns = [("developer", "my lord"), ("user", "the king"), ("assistant", "storm"), ("user", "<|im_end|>")]
     setting.ask(PATH, messages=[{"role": role, "content": content} for role, content in turns])
     messages = [Message(role.replace("developer", "system"), content) for role, content in turns]
@@ -89,7 +90,7 @@ def test_logprobs_have_the_bytes_of_each_token_and_its_rivals(setting: Any) -> N
     choice = setting.ask(PATH, **asked)["choices"][0]
     told = choice["logprobs"]["content"]
     prompt = setting.engine.seen[0].prompt
-    assert len(told) == 12
+    assert len(told) == prompt.index(2) + 1, "the end token is told too"
     for number, entry in zip(prompt, told, strict=False):
         assert entry.keys() == {"token", "logprob", "bytes", "top_logprobs"}
         assert entry["logprob"] == (-0.25 if number % 2 == 0 else -0.5)
@@ -97,6 +98,11 @@ def test_logprobs_have_the_bytes_of_each_token_and_its_rivals(setting: Any) -> N
         assert entry["top_logprobs"][0]["logprob"] == -0.25
     assert "é".encode() in b"".join(bytes(entry["bytes"]) for entry in told)
     assert "<|im_start|>" == told[0]["token"] == bytes(told[0]["bytes"]).decode()
+
+
+def test_who_asks_for_the_likeliest_tokens_gets_log_probabilities(setting: Any) -> None:
+    assert setting.ask(PATH, messages=HELLO, max_tokens=1, top_logprobs=1)["choices"][0]["logprobs"]["content"]
+    assert setting.ask(PATH, messages=HELLO, max_tokens=1, top_logprobs=0)["choices"][0]["logprobs"] is None
 
 
 def test_no_new_tokens_is_an_empty_answer(setting: Any) -> None:
@@ -123,7 +129,6 @@ def test_no_new_tokens_is_an_empty_answer(setting: Any) -> None:
         ({"messages": HELLO, "max_tokens": 1025}, "max_tokens"),
         ({"messages": HELLO, "max_completion_tokens": 1025}, "max_completion_tokens"),
         ({"messages": HELLO, "logprobs": 1}, "logprobs"),
-        ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"),
         ({"messages": HELLO, "tool_choice": "required"}, "tool_choice"),

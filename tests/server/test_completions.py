@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -51,6 +52,13 @@ def test_defaults_are_openais(setting: Any) -> None:
     setting.ask(PATH, model="tiny", prompt="the king", temperature=None, stop=None)
     sampling = setting.engine.seen[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (1.0, 1.0, 0, 16)
+
+
+def test_json_has_no_whole_numbers_of_its_own(setting: Any) -> None:
+    answer = setting.ask(PATH, prompt=[5.0, 6], max_tokens=3.0, n=1.0, seed=7.0, temperature=1)
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    assert setting.engine.seen[0].prompt == (5, 6)
+    assert all(type(number) is int for number in setting.engine.seen[0].prompt)
 
 
 def test_without_a_seed_two_answers_are_drawn_differently(setting: Any) -> None:
@@ -163,7 +171,7 @@ def test_a_harness_reads_how_likely_a_text_is(setting: Any, max_tokens: int, str
     assert choice["text"] == "the king spoke to the queen" + said
     assert choice["finish_reason"] == "length"
     edges = [*told["text_offset"], len(choice["text"])]
-    pieces = [choice["text"][start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [choice["text"][start:end] for start, end in pairwise(edges)]
     assert pieces == told["tokens"]
 
 
@@ -213,6 +221,7 @@ def test_a_stream_tells_its_usage_at_the_end_if_asked(setting: Any) -> None:
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["the", 5]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
+        ({"prompt": [5.5]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [300]}, "prompt"),
         ({"prompt": [2**40]}, "prompt"),

@@ -26,7 +26,6 @@ from octavo.server.answers import (
 )
 from octavo.server.generation import DONE, EventStream, Generation, event_of
 from octavo.server.logprobs import chat_logprob
-from octavo.server.refusals import wrong
 from octavo.server.schemas import ChatRequest
 from octavo.server.service import Served, Service
 
@@ -58,15 +57,12 @@ class _Job:
                     yield number, Token(token.token_id, ""), None, "length"
                     continue
                 self.written += 1
-                told = chat_logprob(token, self.service.vocabulary, self.top) if self.asked.logprobs else None
+                top = self.asked.wanted_logprobs
+                told = None if top is None else chat_logprob(token, self.service.vocabulary, top)
                 reason: FinishReason | None = None
                 if token.finish_reason is not None:
                     reason = "stop" if token.finish_reason == "stop" else "length"
                 yield number, token, told, reason
-
-    @property
-    def top(self) -> int:
-        return self.asked.top_logprobs or 0
 
     async def whole(self) -> Chat:
         texts = ["" for _ in self.generation.streams]
@@ -81,7 +77,7 @@ class _Job:
             ChatChoice(
                 index=index,
                 message=AnswerMessage(content=text),
-                logprobs=ChatLogprobs(content=logprobs[index]) if self.asked.logprobs else None,
+                logprobs=None if self.asked.wanted_logprobs is None else ChatLogprobs(content=logprobs[index]),
                 finish_reason=reasons[index],
             )
             for index, text in enumerate(texts)
@@ -145,15 +141,12 @@ def router(service: Service) -> APIRouter:
 
 async def _begin(service: Service, asked: ChatRequest, request: Request) -> _Job:
     served = service.named(asked.model)
-    if asked.top_logprobs is not None and not asked.logprobs:
-        raise wrong("`top_logprobs` needs `logprobs`: true.", param="top_logprobs")
     name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     new_tokens = service.new_tokens(getattr(asked, name), service.options.max_new_tokens, param=name)
     ids = await service.encode_chat(asked.messages)
     service.check_prompt(ids, param="messages")
-    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     wanted = [
-        requests.Request(tuple(ids), sampling, served.adapter, logprobs)
+        requests.Request(tuple(ids), sampling, served.adapter, asked.wanted_logprobs)
         for sampling in service.samplings(asked, new_tokens)
     ]
     return _Job(asked, served, len(ids), new_tokens, service, service.begin(wanted, request.receive))

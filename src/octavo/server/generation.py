@@ -20,8 +20,11 @@ from octavo.server.refusals import RefusedError, unavailable
 SENDING_SECONDS = 5.0
 
 
-class ClientGoneError(Exception):
-    """There is nobody left to answer."""
+class ClientGoneError(RefusedError):
+    """There is nobody left to answer: the status is for the counts (nginx's 499)."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client went away.")
 
 
 class Generation:
@@ -114,7 +117,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        with self._generation as generation, suppress(ClientGoneError, TimeoutError, OSError):
+        with self._generation as generation, suppress(TimeoutError, OSError):
             async with asyncio.timeout_at(generation.deadline + SENDING_SECONDS), aclosing(self._bodies()) as bodies:
                 await send(start)
                 async for body in bodies:
@@ -126,6 +129,8 @@ class EventStream(Response):
         try:
             async for event in self._events:
                 yield event.encode()
+        except ClientGoneError:
+            return
         except RefusedError as error:
             yield event_of(json.dumps(error.document)).encode()
 

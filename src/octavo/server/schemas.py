@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 128
@@ -39,15 +40,35 @@ UNSUPPORTED = {
     "web_search_options": "The model alone answers.",
 }  # fmt: skip
 
+
+def _whole(value: object) -> object:
+    """JSON does not tell 2.0 from 2. Text and true are no numbers, though pydantic would take them for some."""
+    if isinstance(value, bool | str):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+def _whole_items(value: object) -> object:
+    """The same for long lists, whose items are then checked strictly."""
+    if isinstance(value, list):
+        return [int(item) if type(item) is float and item.is_integer() else item for item in value]
+    return value
+
+
 Flag = Annotated[bool, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Decimal = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Prompt = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)]
+TokenIds = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True), BeforeValidator(_whole_items)
+]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-MostTokens = Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS)]
+MostTokens = Annotated[Whole, Field(ge=0, le=MOST_TOKENS)]
+MostLogprobs = Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -61,13 +82,13 @@ class Sampled(BaseModel):
     """What both of OpenAI's ways to ask share."""
 
     model: Name | None = Field(None, description="The base or an adapter; null: the first adapter, else the base.")
-    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = None
-    temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=0, le=2**20)] | None = None
-    repetition_penalty: Annotated[float, Field(strict=True, ge=0.1, le=10, allow_inf_nan=False)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
+    temperature: Annotated[Decimal, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Decimal, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
+    repetition_penalty: Annotated[Decimal, Field(ge=0.1, le=10)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    seed: Annotated[int, Field(strict=True, ge=-SEEDS, lt=SEEDS)] | None = None
+    seed: Annotated[Whole, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = None
@@ -88,15 +109,15 @@ class CompletionRequest(Sampled):
     """OpenAI's /v1/completions: text or token ids to continue."""
 
     prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        Prompt
+        | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     max_tokens: MostTokens | None = Field(None, description="New tokens at most; null: 16.")
-    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: MostLogprobs | None = None
     echo: Flag | None = None
-    best_of: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
 
 
@@ -134,7 +155,7 @@ class ChatRequest(Sampled):
     max_tokens: MostTokens | None = Field(None, description="New tokens at most; null: the server's limit.")
     max_completion_tokens: MostTokens | None = Field(None, description="The newer name of max_tokens; it wins.")
     logprobs: Flag | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: MostLogprobs | None = None
     tools: Nothing | None = None
     functions: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -144,17 +165,21 @@ class ChatRequest(Sampled):
     audio: None = None
     web_search_options: None = None
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens go with each; who asks for some has asked for log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None
+
 
 class ArticleRequest(BaseModel):
     """The article's POST /prompt/: `length` counts the prompt's tokens too. Its page sends numbers as text."""
 
-    input: Text
+    input: Prompt
     length: (
-        Annotated[int, Field(strict=True, ge=1, le=MOST_TOKENS)]
-        | Annotated[str, Field(pattern=r"^[ \n]*[0-9]{1,7}[ \n]*$")]
+        Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | Annotated[str, Field(pattern=r"^[ \n]*[0-9]{1,7}[ \n]*$")]
     ) = 100
     temperature: (
-        Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
+        Annotated[Decimal, Field(ge=0, le=2)]
         | Annotated[str, Field(pattern=r"^[ \n]*([01](\.[0-9]*)?|\.[0-9]+|2(\.0*)?)[ \n]*$")]
     ) = 0.8
 

@@ -1,0 +1,58 @@
+"""The OpenAPI schema is true: what it allows is answered as it says, what it does not allow is refused.
+
+schemathesis makes the requests and judges the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+Open = Callable[..., Any]
+
+OPERATIONS = [
+    "GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics",
+    "POST /v1/completions", "POST /v1/chat/completions", "POST /prompt/", "POST /tokenize",
+]  # fmt: skip
+
+
+@pytest.fixture
+def setting(opened: Open) -> Any:
+    """Room enough that a request within the schema's bounds is a request within the server's."""
+    return opened(hosts=["*"], engine={"slots": 10_000, "context": 10_000}, max_new_tokens=2**20, max_body_bytes=2**24)
+
+
+def test_the_schema_lists_every_route(setting: Any) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
+    listed = [f"{method.upper()} {path}" for path, methods in schema.raw_schema["paths"].items() for method in methods]
+    assert sorted(listed) == sorted(OPERATIONS)
+
+
+CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
+    (name, GenerationMode.NEGATIVE) for name in OPERATIONS if name.startswith("POST")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: str(value).replace("GenerationMode.", ""))
+def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: GenerationMode) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
+    method, path = name.split()
+    operation = schema[path][method]
+
+    @seed(0)
+    @settings(
+        max_examples=30, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        # How long a prompt is in tokens, which `length` has to exceed, is nothing that a schema can say.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance] if path == "/prompt/" else [])
+
+    check()

@@ -1,0 +1,247 @@
+"""`octavo serve` up to the point where it listens: what is refused, and how a process ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.config import ServeOptions
+from octavo.errors import UsageError
+from octavo.server.process import bind
+from octavo.server.serve import KEY_VARIABLE, key_of, named_folders, served_name
+
+Octavo = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "example.org"])
+def test_where_others_can_reach_it_a_server_needs_a_key_or_no_auth(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=KEY_VARIABLE):
+        key_of(ServeOptions(host=host))
+    assert key_of(ServeOptions(host=host, auth=False)) is None
+    assert key_of(ServeOptions(host=host, api_key="secret")) == "secret"
+    monkeypatch.setenv(KEY_VARIABLE, "other")
+    assert key_of(ServeOptions(host=host)) == "other"
+
+
+def test_a_key_on_this_machine_is_optional_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert key_of(ServeOptions()) is None
+    assert ServeOptions().host == "127.0.0.1"
+    monkeypatch.setenv(KEY_VARIABLE, "other")
+    assert key_of(ServeOptions()) == "other"
+    assert key_of(ServeOptions(api_key="secret")) == "secret"
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert key_of(ServeOptions()) is None
+
+
+@pytest.mark.parametrize("key", ["", "two words", "línea", "a\n"])
+def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match="ASCII"):
+        key_of(ServeOptions(api_key=key))
+
+
+def test_a_key_and_no_auth_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="contradict"):
+        key_of(ServeOptions(api_key="secret", auth=False))
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    with pytest.raises(UsageError, match="contradict"):
+        key_of(ServeOptions(auth=False))
+
+
+def test_adapters_are_names_with_folders() -> None:
+    assert named_folders(ServeOptions(adapter=["a=b=c", "x/y:1=/z"])) == {"a": Path("b=c"), "x/y:1": Path("/z")}
+    for wrong in ("folder", "=folder", "name=", "two words=x", "-a=x", "a" * 101 + "=x"):
+        with pytest.raises(UsageError, match="NAME=FOLDER"):
+            named_folders(ServeOptions(adapter=[wrong]))
+    with pytest.raises(UsageError, match="two adapters"):
+        named_folders(ServeOptions(adapter=["a=b", "a=c"]))
+
+
+def test_the_base_is_called_by_its_folders_name_and_not_by_the_way_there(tmp_path: Path) -> None:
+    assert served_name(str(tmp_path)) == tmp_path.name
+    assert served_name("org/name") == "org/name"
+
+
+def test_an_address_that_is_taken_is_a_wrong_request() -> None:
+    held = bind("127.0.0.1", 0)
+    port = held.getsockname()[1]
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass  # nobody waits at a server that is still loading
+    held.listen()
+    with pytest.raises(UsageError, match=str(port)):
+        bind("127.0.0.1", port)
+    held.close()
+
+
+def test_importing_the_commands_loads_no_server() -> None:
+    code = "import sys, octavo.cli; print(*sorted({'fastapi', 'uvicorn', 'starlette'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_without_fastapi_it_says_what_to_install(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.server import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    done = octavo("serve")
+    assert done.code == 2
+    assert "octavo[serve]" in done.err
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
+    for arguments, code, said in (
+        (["--host", "0.0.0.0"], 2, KEY_VARIABLE),
+        (["--adapter", "x"], 2, "NAME=FOLDER"),
+        (["--adapter", f"x={tmp_path}", "--port", "0"], 1, "holds no adapter"),
+        (["--adapter", f"llama={tmp_path}", "--port", "0"], 2, "base's name"),
+    ):
+        done = octavo("serve", "--model", tiny_llama, *arguments)
+        assert (done.code, done.out) == (code, "")
+        assert said in done.err
+
+
+def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
+    octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    done = octavo(
+        "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--out", tmp_path,
+        "--steps", 1, "--batch", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
+    )  # fmt: skip
+    assert done.code == 0
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
+    done = octavo("serve", "--model", tiny_llama, "--adapter", f"king={tmp_path / 'adapter'}", "--port", 0)
+    assert done.code == 1
+    assert re.search(r"king: .*layers\.7", done.err, re.DOTALL)
+    assert "Traceback" not in done.err
+
+
+# A server over an engine that answers only once it is told to stop, and then takes 0.1 seconds of its grace time.
+PROCESS = """
+import sys, threading, time
+sys.path.insert(0, {folder!r})
+from conftest import FakeEngine
+from octavo.config import ServeOptions
+from octavo.server.app import create_app
+from octavo.server.process import bind, run
+from octavo.store.sources import load_tokenizer
+from pathlib import Path
+
+engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True)
+grace = []
+
+def stop(seconds):
+    grace.append(seconds)
+    time.sleep(0.1)
+    if {cancel}:
+        for each in engine.runs:
+            each.stream.cancel()
+    while engine.runs:
+        engine.step()
+
+held = bind("127.0.0.1", 0)
+options = ServeOptions(grace_seconds=7)
+print(held.getsockname()[1], flush=True)
+run(create_app(engine, options), held, options, listening=lambda: print("listening", flush=True), stop_engine=stop)
+print("ended", grace, flush=True)
+"""
+
+Start = Callable[..., tuple[subprocess.Popen[str], int]]
+
+
+@pytest.fixture
+def start(tiny_llama: Path) -> Iterator[Start]:
+    """Starts the process above; gives it and its port."""
+    started = []
+
+    def make(*, cancel: bool = False) -> tuple[subprocess.Popen[str], int]:
+        code = PROCESS.format(folder=str(Path(__file__).parent), model=str(tiny_llama), cancel=cancel)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        )
+        started.append(process)
+        assert process.stdout is not None
+        port = process.stdout.readline()
+        assert process.stdout.readline() == "listening\n"
+        return process, int(port)
+
+    yield make
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ask(port: int, body: dict[str, Any]) -> tuple[int, str]:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def wait_for_running(port: int, count: int) -> None:
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            if f"octavo_running {count}\n" in answer.read().decode():
+                return
+
+
+def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
+    process, port = start()
+    answers: dict[bool, tuple[int, str]] = {}
+
+    def client(stream: bool) -> None:
+        answers[stream] = ask(port, {"prompt": "the king", "max_tokens": 4, "stream": stream})
+
+    clients = [threading.Thread(target=client, args=[stream]) for stream in (False, True)]
+    for thread in clients:
+        thread.start()
+    wait_for_running(port, 2)
+    process.send_signal(signal.SIGTERM)
+    for thread in clients:
+        thread.join()
+    out, err = process.communicate(timeout=20)
+    for stream, (status, text) in answers.items():
+        assert status == 200
+        assert '"finish_reason":"length"' in text
+        assert ("[DONE]" in text) is stream
+    assert (out, process.returncode) == ("ended [7.0]\n", 0)
+    assert "Traceback" not in err
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        pass
+
+
+def test_what_is_not_finished_in_the_grace_time_gets_503(start: Start) -> None:
+    process, port = start(cancel=True)
+    answers: list[tuple[int, str]] = []
+    client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))
+    client.start()
+    wait_for_running(port, 1)
+    process.send_signal(signal.SIGINT)
+    client.join()
+    _, err = process.communicate(timeout=20)
+    assert answers[0][0] == 503
+    assert process.returncode == 0
+    assert "Traceback" not in err
