@@ -23,13 +23,15 @@ import octavo as package
 
 Octavo = Callable[..., Any]
 
-COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan")
+COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan", "serve")
 PROMISED = {
     "finetune": "model data test-data out scheme rank alpha targets seq-len batch accumulate epochs steps lr seed "
     "checkpoint-every resume config print-config json",
     "evaluate": "model scheme compare adapter json",
     "generate": "model scheme adapter temperature top-k top-p repetition-penalty stop seed json",
     "chat": "model scheme adapter temperature",
+    "serve": "model scheme host port adapter api-key no-auth origins hosts slots room queue max-prompt-tokens "
+    "max-new-tokens request-seconds grace-seconds max-body-bytes json",
     "quantize": "model scheme out json",
     "convert": "model allow-pickle out json",
     "plan": "model gpu-memory seq-len batch scheme card json",

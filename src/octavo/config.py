@@ -209,7 +209,9 @@ class ChatOptions(Section):
 class ServeOptions(Section):
     """How a model is served."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on; any but this machine's own needs a key.")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on; any but this machine's own needs a key."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     adapter: Texts = Field([], description="An adapter to serve, as NAME=FOLDER; may be repeated.")
     api_key: str | None = Field(None, description="Key that clients must send; better given in OCTAVO_API_KEY.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits, Request
 from octavo.infer.sample import Sampling
 from octavo.models import Model
-from octavo.store.peft import TENSORS
+from octavo.store.adapter import apply_
+from octavo.store.peft import TENSORS, read
 
 if TYPE_CHECKING:
     from tests.infer.conftest import Family
@@ -159,23 +161,34 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Fa
     assert [llama.answer(stream) for stream in streams] == [llama.alone(request) for request in MIXED[:3]]
 
 
+def broken(source: Path, target: Path, half: str, *, column: int | None = None) -> Path:
+    """A copy of an adapter with NaN in the first tensor of a kind, or in one of its columns."""
+    folder = Path(shutil.copytree(source, target))
+    tensors = load_file(folder / TENSORS)
+    tensor = next(tensor for name, tensor in tensors.items() if half in name)
+    tensor[:, slice(None) if column is None else column] = torch.nan
+    save_file(tensors, folder / TENSORS)
+    return folder
+
+
+def finite(engine: Engine) -> bool:
+    return all(bool(store.isfinite().all()) for store in (engine._slots.cache.keys, engine._slots.cache.values))
+
+
 def test_an_adapter_that_is_not_finite_hurts_no_one_else(family: Family, tmp_path: Path) -> None:
     """Its NaN must neither stop the others nor stay in a slot, where even a masked place would spoil a sum."""
-    broken = Path(shutil.copytree(family.adapter("blocks"), tmp_path / "broken"))
-    tensors = load_file(broken / TENSORS)
-    next(tensor for name, tensor in tensors.items() if "lora_A" in name).fill_(torch.nan)
-    save_file(tensors, broken / TENSORS)
     engine = serving(family, chunk=8)
-    engine.load_adapter("broken", broken)
+    engine.load_adapter("broken", broken(family.adapter("blocks"), tmp_path / "broken", "lora_A"))
     bad = [
         Request(PROMPT, GREEDY, adapter="broken"),
         Request(PROMPT[:3], DRAWN, adapter="broken"),
         Request(PROMPT, GREEDY, adapter="broken", logprobs=1, prompt_logprobs=True),
     ]
     streams = [engine.submit(request) for request in (MIXED[0], bad[0], MIXED[1], bad[1], bad[2], *MIXED[2:])]
-    for _ in range(4):
+    while not streams[1].error:
         engine.step()
-    streams[1].cancel()
+        assert finite(engine)
+    assert engine.stats().steps_total == 2  # with the first of its three chunks
     family.run_out(engine)
     for stream in streams:
         found = family.answer(stream)
@@ -185,4 +198,37 @@ def test_an_adapter_that_is_not_finite_hurts_no_one_else(family: Family, tmp_pat
         else:
             assert found == family.alone(stream.request)
     assert engine.stats().failed_total == 3
-    assert not any(store.isnan().any() for store in (engine._slots.cache.keys, engine._slots.cache.values))
+    assert finite(engine)
+
+
+def test_what_ceases_to_be_finite_in_the_midst_of_an_answer_ends_alone(family: Family, tmp_path: Path) -> None:
+    """The adapter's row of one token is NaN, and the answer comes to that token: in each of the slots."""
+    whole = family.alone(MIXED[2]).token_ids
+    place = next(n for n, token in enumerate(whole) if n > 2 and token not in (*MIXED[2].prompt, *whole[:n]))
+    folder = broken(family.adapter("tables"), tmp_path / "broken", "lora_embedding_A", column=whole[place])
+    for slot in range(3):
+        engine = serving(family, slots=3)
+        engine.load_adapter("broken", folder)
+        requests = [MIXED[0], MIXED[6], MIXED[3], MIXED[7]]
+        requests.insert(slot, Request(MIXED[2].prompt, GREEDY, adapter="broken"))
+        streams = [engine.submit(request) for request in requests]
+        while engine.stats().running or engine.stats().waiting:
+            engine.step()
+            assert finite(engine)
+        bad = streams.pop(slot)
+        found = family.answer(bad)
+        assert (found.token_ids, found.finish_reason) == (whole[: place + 1], "error")
+        assert "not finite" in bad.error
+        assert [family.answer(stream) for stream in streams] == [family.alone(stream.request) for stream in streams]
+
+
+def test_a_model_that_wears_an_adapter_and_could_train_on_is_served_as_it_is(family: Family) -> None:
+    model = family.model()
+    apply_(model, read(family.adapter("norms")))
+    engine = family.engine(Limits(slots=2, room=48, chunk=6), model)
+    engine.load_adapter("blocks", family.adapter("blocks"))
+    streams = [engine.submit(Request((*PROMPT[:9], number), GREEDY)) for number in range(4)]
+    family.run_out(engine)
+    for stream in streams:
+        assert family.answer(stream) == family.alone(replace(stream.request, adapter="norms"))
+    assert not engine._slots.cache.keys.requires_grad  # else each step would keep all that were before it

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.errors import AdapterError
 from octavo.infer.batching import Engine
-from octavo.infer.requests import Limits, QueueFullError, Request, Stream
+from octavo.infer.requests import Limits, QueueFullError, Request, Stream, Token
 from octavo.infer.sample import Sampling
 
 if TYPE_CHECKING:
@@ -93,16 +93,35 @@ def test_stopping_finishes_what_is_at_work_and_refuses_the_rest(llama: Family, s
 
 
 def test_stopping_at_once_cancels_what_is_at_work(llama: Family, started: Started) -> None:
-    engine = started(Limits(slots=2, room=48))
-    streams = [engine.submit(Request((*PROMPT, number), LONG)) for number in range(20)]
-    streams[0].next(timeout=PATIENCE)
-    engine.stop(0.0)
-    reasons = [heard(stream)[0] for stream in streams]
-    assert set(reasons) <= {"length", "cancelled", "stop"}
-    assert reasons[-10:] == ["cancelled"] * 10
+    """Asked for in the midst of a step, it comes before the next: whoever waits for the model has the turn."""
+    engine = llama.engine(Limits(slots=3, room=48, chunk=8))
+    requests = [Request(PROMPT[:3], LONG), Request(PROMPT[:4], LONG), *[Request(PROMPT, LONG)] * 18]
+    streams = [engine.submit(request) for request in requests]
+    in_a_step, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        if not in_a_step.is_set() and streams[1].first_token is not None and engine._reading is not None:
+            in_a_step.set()
+            assert gate.wait(PATIENCE)
+
+    streams[0].notify(hold)
+    started(engine=engine)
+    assert in_a_step.wait(PATIENCE)
+    before = engine.stats()
+    assert (before.running, before.waiting) == (3, 17)
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(engine.stop, 0.0)
+        patience = perf_counter() + PATIENCE
+        while not engine._turn.locked():
+            assert perf_counter() < patience
+            wait([stopped], timeout=0.001)
+        gate.set()
+        stopped.result(PATIENCE)
+    assert [heard(stream)[0] for stream in streams] == ["cancelled"] * 20
     stats = engine.stats()
-    assert (stats.requests_total, stats.cancelled_total) == (20, reasons.count("cancelled"))
+    assert (stats.requests_total, stats.cancelled_total) == (20, 20)
     assert (stats.running, stats.waiting, stats.cache_tokens_used) == (0, 0, 0)
+    assert stats.steps_total == before.steps_total + 2  # the one it was in, and the one that drops them
 
 
 def test_an_idle_engine_stops_at_once(started: Started) -> None:
@@ -139,6 +158,31 @@ def test_a_fault_in_the_model_ends_what_is_at_work_and_the_engine_goes_on(
     stats = engine.stats()
     assert (stats.requests_total, stats.finished_total, stats.failed_total) == (4, 2, 2)
     assert stats.cache_tokens_used == 0
+    assert stats.reused_tokens_total == 3 + 20  # by the second and the last: after a step that failed nothing is
+
+
+def test_who_is_done_in_a_step_that_fails_is_told_of_no_error(
+    llama: Family, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llama.engine(LIMITS)
+    streams = [
+        engine.submit(Request(PROMPT, Sampling(temperature=0.0, max_new_tokens=4))),
+        *[engine.submit(Request((*PROMPT, number), GREEDY)) for number in (1, 2)],
+    ]
+    tell = engine._tell
+
+    def failing(run: Any, told: Token) -> None:
+        if run.stream is streams[1] and engine.stats().finished_total:
+            raise RuntimeError("out of memory")
+        tell(run, told)
+
+    monkeypatch.setattr(engine, "_tell", failing)
+    started(engine=engine)
+    assert [heard(stream)[0] for stream in streams] == ["length", "error", "error"]
+    engine.stop(PATIENCE)
+    assert [stream.ready() for stream in streams] == [[], [], []]
+    assert streams[0].error == ""
+    assert (engine.stats().finished_total, engine.stats().failed_total) == (1, 2)
 
 
 def test_a_fault_that_stays_ends_every_request(

@@ -107,6 +107,17 @@ def test_the_longest_of_several_is_taken_and_cut_where_they_part() -> None:
     assert slots.begin(1, None, [2, 3]) == 0
 
 
+def test_one_adapter_is_forgotten_or_all() -> None:
+    slots = fresh()
+    for slot, adapter in enumerate(ADAPTERS):
+        slots.begin(slot, adapter, [])
+        write(slots, slot, [1, 2, 3])
+    slots.forget("a")
+    assert [slots.begin(1, adapter, [1, 2, 3]) for adapter in ("a", "b", None)] == [0, 3, 3]
+    slots.forget()
+    assert [slots.begin(1, adapter, [1, 2, 3]) for adapter in ("a", "b", None)] == [0, 0, 0]
+
+
 def test_what_a_slot_took_over_is_its_own_to_go_on_from() -> None:
     slots = fresh()
     write(slots, 0, [1, 2, 3])

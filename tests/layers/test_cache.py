@@ -166,7 +166,7 @@ def test_slots_are_finite_from_the_start_and_once_cleared() -> None:
 def test_more_than_a_slots_room_is_refused_and_so_are_chunks_of_several_slots() -> None:
     cache = slots_of()
     cache.lengths = [0, ROOM - 1, 0, 0]
-    for first, rows, new in ((0, 1, ROOM + 1), (1, 1, 2), (0, 2, 2)):
+    for first, rows, new in ((0, 1, ROOM + 1), (1, 1, 2), (2, 2, 2)):
         with pytest.raises(AssertionError):
             cache.rows(first, rows).at(0)(*torch.zeros(2, rows, new, HEADS, SIZE))
     k, _ = cache.rows(0, 2).at(0)(*torch.ones(2, 2, 1, HEADS, SIZE))

@@ -235,7 +235,7 @@ def test_time_runs_out_even_while_tokens_keep_coming() -> None:
             await asyncio.Event().wait()
             return {}
 
-        with Generation([stream], receive, Metrics(), seconds=0.02) as work:
+        with Generation([stream], receive, metrics=Metrics(), seconds=0.02) as work:
             stream.put(Token(5, "a"))
             with pytest.raises(RefusedError, match="longer"):
                 await read_on(work)
@@ -259,11 +259,14 @@ def test_a_client_that_reads_nothing_is_cut_off(opened: Open, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("path", ASKED)
-def test_a_failing_engine_is_a_500_that_tells_nothing_of_the_inside(opened: Open, path: str) -> None:
+def test_a_failing_engine_is_a_500_that_tells_nothing_of_the_inside(
+    opened: Open, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     setting = opened(engine={"fails": True})
     answer = setting.client.post(path, json=ASKED[path])
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text
+    assert "/secret/path" in caplog.text, "the operator is told"
     if path in STREAMED:
         text = setting.client.post(path, json=STREAMED[path]).text
         assert '"server_error"' in text
@@ -290,7 +293,7 @@ def test_a_loop_that_is_gone_does_not_disturb_the_engine() -> None:
     stream = Stream(Request((1,), Sampling()))
 
     async def scene() -> None:
-        Generation([stream], asyncio.Event().wait, Metrics(), seconds=9)  # type: ignore[arg-type]
+        Generation([stream], asyncio.Event().wait, metrics=Metrics(), seconds=9)  # type: ignore[arg-type]
 
     play(scene())
     stream.put(Token(5, "a"))

@@ -30,7 +30,7 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.168.1.5", "example.org"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_where_others_can_reach_it_a_server_needs_a_key_or_no_auth(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=KEY_VARIABLE):
         key_of(ServeOptions(host=host))
@@ -160,7 +160,8 @@ def stop(seconds):
 held = bind("127.0.0.1", 0)
 options = ServeOptions(grace_seconds=7)
 print(held.getsockname()[1], flush=True)
-run(create_app(engine, options), held, options, listening=lambda: print("listening", flush=True), stop_engine=stop)
+app = create_app(engine, options)
+run(app, held, options=options, listening=lambda: print("listening", flush=True), stop_engine=stop)
 print("ended", grace, flush=True)
 """
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import time
@@ -85,7 +86,8 @@ class Engine:
         self._waiting: deque[Stream] = deque()
         self._stats = Stats(self.limits.slots, self.limits.queue, self.limits.slots * self.limits.room)
         self._changed = threading.Condition()  # guards what other threads touch: the queue, adapters, stopping
-        self._stepping = threading.Lock()  # held while the model is at work
+        self._stepping = threading.Lock()  # held while the model is at work, taken by `_alone` only
+        self._turn = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -115,14 +117,14 @@ class Engine:
         """Serves an adapter from the next step on; AdapterError if it does not fit or its name is taken."""
         self._check_free(name)
         read, sha256 = peft.read(folder), sha256_of(folder / peft.TENSORS)
-        with self._stepping, self._changed:
+        with self._alone(), self._changed:
             self._check_free(name)  # once more: another thread may have been faster
             serve_(self.model, read, name)
             self._adapters[name] = ServedAdapter(name, sha256, folder, time())
 
     def remove_adapter(self, name: str) -> None:
         """Takes an adapter away. AdapterError if there is none, or a request is using it."""
-        with self._stepping, self._changed:
+        with self._alone(), self._changed:
             if name not in self._adapters:
                 raise self._unknown(name)
             users = [run.adapter for run in self._at_work()] + [stream.request.adapter for stream in self._waiting]
@@ -151,10 +153,20 @@ class Engine:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(grace_seconds)
-            with self._stepping, self._changed:  # between steps a request is waiting or at work, and nowhere else
+            with self._alone(), self._changed:  # between steps a request is waiting or at work, and nowhere else
                 for stream in [*self._waiting, *(run.stream for run in self._at_work())]:
                     stream.cancel()
             self._thread.join()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Between two steps, or for one. Who waits has the turn: else the next step could take the lock back first."""
+        with self._turn:
+            self._stepping.acquire()
+        try:
+            yield
+        finally:
+            self._stepping.release()
 
     # The engine's own thread.
 
@@ -172,7 +184,7 @@ class Engine:
 
     def step(self) -> None:
         """One chunk of a prompt, then one token for every running request."""
-        with self._stepping, torch.no_grad():
+        with self._alone(), torch.no_grad():
             self._drop_cancelled()
             self._admit()
             if self._reading is not None:

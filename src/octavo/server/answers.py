@@ -158,9 +158,14 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": RefusalAnswer, "description": "The request is at fault, or one too many."},
     "5XX": {"model": RefusalAnswer, "description": "The server cannot answer."},
 }
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A piece of the answer as JSON; at the end [DONE]."}},
+}
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"itemSchema": _EVENT}},
         "description": "The whole answer, or with `stream` its pieces as server-sent events, then [DONE].",
     },
     **REFUSALS,

@@ -58,7 +58,7 @@ class _Job:
                     continue
                 self.written += 1
                 top = self.asked.wanted_logprobs
-                told = None if top is None else chat_logprob(token, self.service.vocabulary, top)
+                told = None if top is None else chat_logprob(token, self.service.vocabulary, top=top)
                 reason: FinishReason | None = None
                 if token.finish_reason is not None:
                     reason = "stop" if token.finish_reason == "stop" else "length"

@@ -73,7 +73,7 @@ class _Writer:
     def _logprobs(self, tokens: Sequence[Token], offsets: Sequence[int]) -> CompletionLogprobs | None:
         if self.asked.logprobs is None:
             return None
-        return completion_logprobs(tokens, offsets, self.vocabulary, self.asked.logprobs)
+        return completion_logprobs(tokens, offsets, vocabulary=self.vocabulary, top=self.asked.logprobs)
 
     def whole(self) -> CompletionChoice:
         """All pieces as one."""

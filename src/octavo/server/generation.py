@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from time import perf_counter
@@ -16,6 +17,7 @@ from octavo.infer.requests import Stream, Token
 from octavo.server.metrics import Metrics
 from octavo.server.refusals import RefusedError, unavailable
 
+LOG = logging.getLogger("octavo.server")
 # A client that reads nothing blocks the sending of its answer; this long after the answer's time it is cut off.
 SENDING_SECONDS = 5.0
 
@@ -30,7 +32,7 @@ class ClientGoneError(RefusedError):
 class Generation:
     """The streams of one HTTP request. A context: leaving it, for whatever reason, frees the slots that they hold."""
 
-    def __init__(self, streams: Sequence[Stream], receive: Receive, metrics: Metrics, *, seconds: float) -> None:
+    def __init__(self, streams: Sequence[Stream], receive: Receive, *, metrics: Metrics, seconds: float) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self.streams = streams
         self.deadline = loop.time() + seconds
@@ -96,6 +98,7 @@ def _failure(token: Token, stream: Stream) -> RefusedError:
     if token.finish_reason == "cancelled":
         return unavailable("The server is stopping.", code="stopping")
     # What failed may name files or sizes: the operator reads it in the log.
+    LOG.error("the engine failed: %s", stream.error)
     return RefusedError(500, "The engine failed while it answered this request.", code="engine_error")
 
 

@@ -49,7 +49,7 @@ def is_wildcard(host: str) -> bool:
     try:
         return ip_address(host).is_unspecified
     except ValueError:
-        return host == ""
+        return False
 
 
 def host_name(header: str) -> str:

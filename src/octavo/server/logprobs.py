@@ -57,18 +57,18 @@ class Vocabulary:
 
 
 def completion_logprobs(
-    tokens: Sequence[Token], offsets: Sequence[int], vocabulary: Vocabulary, top: int
+    tokens: Sequence[Token], offsets: Sequence[int], *, vocabulary: Vocabulary, top: int
 ) -> CompletionLogprobs:
     """The shape of /v1/completions. A token that is not among the `top` likeliest is listed with them."""
     return CompletionLogprobs(
         tokens=[vocabulary.text_of(token.token_id) for token in tokens],
         token_logprobs=[None if token.logprob is None else max(token.logprob, LEAST) for token in tokens],
-        top_logprobs=[_top_of(token, vocabulary, top) for token in tokens],
+        top_logprobs=[_top_of(token, vocabulary, top=top) for token in tokens],
         text_offset=list(offsets),
     )
 
 
-def _top_of(token: Token, vocabulary: Vocabulary, top: int) -> dict[str, float] | None:
+def _top_of(token: Token, vocabulary: Vocabulary, *, top: int) -> dict[str, float] | None:
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -77,7 +77,7 @@ def _top_of(token: Token, vocabulary: Vocabulary, top: int) -> dict[str, float] 
     return found
 
 
-def chat_logprob(token: Token, vocabulary: Vocabulary, top: int) -> ChatLogprob:
+def chat_logprob(token: Token, vocabulary: Vocabulary, *, top: int) -> ChatLogprob:
     """The shape of /v1/chat/completions, for one token."""
     assert token.logprob is not None
     likeliest = [_entry(number, logprob, vocabulary) for number, logprob in token.top[:top]]

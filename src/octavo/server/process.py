@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -40,8 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
 def run(
     app: FastAPI,
     held: socket.socket,
-    options: ServeOptions,
     *,
+    options: ServeOptions,
     listening: Callable[[], None],
     stop_engine: Callable[[float], None],
 ) -> None:
@@ -100,10 +99,10 @@ def _signals_end_quietly() -> Iterator[None]:
 
 def _log_to_stderr(level: str) -> None:
     """uvicorn's own setting would write requests to stdout, which is --json's."""
-    logger: Any = logging.getLogger("uvicorn")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(level.upper())
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("uvicorn", "octavo.server"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())

@@ -56,8 +56,7 @@ def _whole_items(value: object) -> object:
 
 
 Flag = Annotated[bool, Field(strict=True)]
-Whole = Annotated[int, BeforeValidator(_whole)]
-Decimal = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+WHOLE = BeforeValidator(_whole)  # behind the bounds: before them it would hide them from the schema
 Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
@@ -67,8 +66,8 @@ TokenIds = Annotated[
     list[TokenId], Field(min_length=1, max_length=MOST_IDS, fail_fast=True), BeforeValidator(_whole_items)
 ]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-MostTokens = Annotated[Whole, Field(ge=0, le=MOST_TOKENS)]
-MostLogprobs = Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)]
+MostTokens = Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE]
+MostLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -82,13 +81,13 @@ class Sampled(BaseModel):
     """What both of OpenAI's ways to ask share."""
 
     model: Name | None = Field(None, description="The base or an adapter; null: the first adapter, else the base.")
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
-    temperature: Annotated[Decimal, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Decimal, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=0, le=2**20)] | None = None
-    repetition_penalty: Annotated[Decimal, Field(ge=0.1, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**20), WHOLE] | None = None
+    repetition_penalty: Annotated[float, Field(strict=True, ge=0.1, le=10, allow_inf_nan=False)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    seed: Annotated[Whole, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS), WHOLE] | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = None
@@ -117,7 +116,7 @@ class CompletionRequest(Sampled):
     max_tokens: MostTokens | None = Field(None, description="New tokens at most; null: 16.")
     logprobs: MostLogprobs | None = None
     echo: Flag | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
 
 
@@ -176,10 +175,10 @@ class ArticleRequest(BaseModel):
 
     input: Prompt
     length: (
-        Annotated[Whole, Field(ge=1, le=MOST_TOKENS)] | Annotated[str, Field(pattern=r"^[ \n]*[0-9]{1,7}[ \n]*$")]
+        Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE] | Annotated[str, Field(pattern=r"^[ \n]*[0-9]{1,7}[ \n]*$")]
     ) = 100
     temperature: (
-        Annotated[Decimal, Field(ge=0, le=2)]
+        Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
         | Annotated[str, Field(pattern=r"^[ \n]*([01](\.[0-9]*)?|\.[0-9]+|2(\.0*)?)[ \n]*$")]
     ) = 0.8
 

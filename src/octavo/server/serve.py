@@ -41,7 +41,7 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
     adapters = named_folders(options)
     held = bind(options.host, options.port)
     try:
-        engine = open_engine(config, adapters, report)
+        engine = open_engine(config, report, adapters=adapters)
         app = create_app(engine, options, key=key, names=(socket.gethostname(), socket.getfqdn()))
         url = _url(options.host, held.getsockname()[1])
 
@@ -52,7 +52,7 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
             listening({"url": url, "models": models})
 
         engine.start()
-        run(app, held, options, listening=ready, stop_engine=engine.stop)
+        run(app, held, options=options, listening=ready, stop_engine=engine.stop)
     finally:
         held.close()
 
@@ -66,7 +66,7 @@ def key_of(options: ServeOptions) -> str | None:
         return None
     if key is None and not is_loopback(options.host):
         raise UsageError(
-            f"Other machines can reach a server on {options.host or 'every address'}: it needs a key.",
+            f"Other machines can reach a server on {options.host}: it needs a key.",
             hint=f"Set {KEY_VARIABLE}, or say --no-auth to let everybody in.",
         )
     if key is not None and not _KEY.fullmatch(key):
@@ -90,7 +90,7 @@ def named_folders(options: ServeOptions) -> dict[str, Path]:
     return folders
 
 
-def open_engine(config: Config, adapters: dict[str, Path], report: Report) -> Engine:
+def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) -> Engine:
     """The engine with its model and all adapters, not yet started."""
     asked, options = config[ModelOptions], config[ServeOptions]
     base = served_name(asked.model)

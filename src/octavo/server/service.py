@@ -155,7 +155,7 @@ class Service:
 
     def begin(self, requests: Sequence[Request], receive: Receive) -> Generation:
         """All of the requests at work for the client behind `receive`, or none of them: 400, 404, 429 or 503."""
-        return Generation(self._submit(requests), receive, self.metrics, seconds=self.options.request_seconds)
+        return Generation(self._submit(requests), receive, metrics=self.metrics, seconds=self.options.request_seconds)
 
     def _submit(self, requests: Sequence[Request]) -> list[Stream]:
         if self.draining:
