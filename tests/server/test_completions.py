@@ -180,6 +180,9 @@ def test_echo_without_logprobs_gives_the_prompt_back_as_it_was(setting: Any) -> 
     assert answer["choices"][0]["text"] == "the <|im_end|>  é"
     assert answer["choices"][0]["logprobs"] is None
     assert setting.engine.seen[0].prompt_logprobs is False
+    answer = setting.ask(PATH, prompt="the king", echo=True, max_tokens=4, logprobs=0)
+    assert answer["choices"][0]["text"] == "the king" * 3
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 6
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(opened: Open) -> None:

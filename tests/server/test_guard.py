@@ -38,6 +38,11 @@ def test_other_hosts_are_refused(setting: Any, host: str, path: str) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "host_not_allowed")
 
 
+def test_a_request_that_names_two_hosts_is_refused(setting: Any) -> None:
+    headers = [("Host", "localhost"), ("Host", "evil.example")]
+    assert setting.client.get("/v1/models", headers=headers).status_code == 403
+
+
 def test_hosts_can_be_named(opened: Open) -> None:
     named = opened(hosts=["My.Example"]).client
     assert named.get("/health", headers={"Host": "my.example:80"}).status_code == 200
@@ -81,6 +86,17 @@ def test_pages_of_others_change_nothing(setting: Any, path: str) -> None:
     assert setting.engine.seen == []
     for headers in ({}, {"Origin": "http://localhost:8000"}, {"Origin": "HTTP://LOCALHOST:8000"}):
         assert setting.client.post(path, json=body, headers=headers).status_code == 200
+
+
+def test_a_page_is_the_servers_own_if_it_comes_from_the_name_that_was_asked(opened: Open) -> None:
+    client = opened(hosts=["my.example"]).client
+    for host, origin, status in (
+        ("my.example", "https://my.example", 200),
+        ("my.example", "http://localhost:8000", 403),
+        ("localhost:8000", "https://my.example", 403),
+    ):
+        answer = client.post("/tokenize", json={"prompt": "the"}, headers={"Host": host, "Origin": origin})
+        assert answer.status_code == status
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "MADEUP"])

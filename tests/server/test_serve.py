@@ -149,7 +149,7 @@ engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True)
 grace = []
 
 def stop(seconds):
-    grace.append(seconds)
+    grace.append((seconds, app.state.service.draining))
     time.sleep(0.1)
     if {cancel}:
         for each in engine.runs:
@@ -228,7 +228,7 @@ def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
         assert status == 200
         assert '"finish_reason":"length"' in text
         assert ("[DONE]" in text) is stream
-    assert (out, process.returncode) == ("ended [7.0]\n", 0)
+    assert (out, process.returncode) == ("ended [(7.0, True)]\n", 0)
     assert "Traceback" not in err
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
         pass
