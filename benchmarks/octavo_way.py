@@ -15,7 +15,7 @@ from octavo.models import Model
 from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
 from octavo.store.adapter import AdapterPlan, create_, trained
-from octavo.store.weights import allocated, items_of
+from octavo.store.weights import allocated, items_of, put_rows_, row_blocks
 from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import Plan, Planner
 from octavo.train.micro import Fitted
@@ -113,14 +113,9 @@ def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.d
             assert place.matrix is not None
             shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
             values = weight(tensor, shape, device, torch.bfloat16, seed=seed)
-            own = place.matrix.of(place.rows_key)
-            if place.matrix.scheme.name == "int8":  # row by row, so any block of rows can be taken alone
-                for start in range(0, shape[0], 8192):
-                    rows = slice(start, start + 8192)
-                    for part, found in place.matrix.scheme.quantise(values[rows]).items():
-                        own[part][rows].copy_(found)
-            else:
-                place.matrix.put(place.rows_key, place.matrix.scheme.quantise(values.to(dtype)))
+            own, scheme_here = place.matrix.of(place.rows_key), place.matrix.scheme
+            for rows in row_blocks(shape, scheme_here):
+                put_rows_(own, shape, rows, scheme_here, values[rows].to(dtype))
         else:
             target = place.parameter(item.kind)
             assert target is not None

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from tests.conftest import Octavo
 
+from octavo.infer.batching import Engine
+
 PROMPTS: list[dict[str, Any]] = [
     {"id": 7, "prompt": "the king", "temperature": 0},
     {"prompt": "of storm and of the sea", "seed": 3, "max_new_tokens": 5},
@@ -86,3 +88,26 @@ def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path,
     assert line["messages"][0]["content"] == "the king"
     looked = octavo("data", "--model", tiny_llama, file)  # as `octavo finetune --data` reads it
     assert looked.code == 0
+
+
+def test_a_conversation_outgrows_its_first_cache_and_says_the_same(
+    octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo import speak, talk
+
+    common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
+    words = b"of storm\nthe sea\nthe king\n"
+    roomy = octavo(*common, stdin=words).out
+    taken: list[int] = []
+    whole = speak.Speaker.engine
+
+    def engine(self: speak.Speaker, *, room: int) -> Engine:
+        taken.append(room)
+        return whole(self, room=room)
+
+    monkeypatch.setattr(talk, "FIRST_ROOM", 8)
+    monkeypatch.setattr(speak.Speaker, "engine", engine)
+    assert octavo(*common, stdin=words).out == roomy
+    assert taken[0] == 8
+    assert taken == sorted(set(taken))
+    assert len(taken) > 1

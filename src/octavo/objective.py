@@ -54,4 +54,4 @@ def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL) -> Tensor:
 
 def batch_loss(model: Model, batch: Batch, *, keep: Kept = Keep.ALL) -> Tensor:
     """`loss_of` a batch as the loader gives it."""
-    return loss_of(model, inputs_of(batch, model.embed.matrix.parts["weight"].device), keep=keep)
+    return loss_of(model, inputs_of(batch, model.embed.matrix.device), keep=keep)

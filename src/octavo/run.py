@@ -10,7 +10,7 @@ from typing import Any
 
 from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import UsageError
-from octavo.hardware import Hardware
+from octavo.hardware import Hardware, pick
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
@@ -30,6 +30,13 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
     if not own_adapters:
         refuse_pairs(source)
     return source
+
+
+def opened(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> tuple[Hardware, Source]:
+    """(what the work runs on, which is said; the source of the base model as `open_model` gives it)."""
+    hardware = pick(options.device, options.dtype)
+    report.say(hardware.reason)
+    return hardware, open_model(options, report, own_adapters=own_adapters)
 
 
 def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:

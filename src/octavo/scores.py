@@ -14,11 +14,11 @@ from octavo.data.bytes import target_bytes
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.evaluate import Score, score
-from octavo.hardware import Hardware, pick
+from octavo.hardware import Hardware
 from octavo.models import Model, build
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
-from octavo.run import check_context, chosen_scheme, load_model, open_model, read_adapter
+from octavo.run import check_context, chosen_scheme, load_model, opened, read_adapter
 from octavo.store.adapter import apply_
 from octavo.store.folder import written_bytes
 from octavo.store.seed import base_of, carries_pairs
@@ -43,9 +43,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     """Perplexity, bits per byte and size of the base, the quantised base and the tuned model, or of some schemes."""
     options, asked = config[EvaluateOptions], config[ModelOptions]
     schemes = _compared(options, asked)
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report, own_adapters=options.adapter is None)
+    hardware, source = opened(asked, report, own_adapters=options.adapter is None)
     tokenizer = source.tokenizer()
     text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
     rows = text.measurable(options.rows)

@@ -12,13 +12,12 @@ from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.errors import UsageError
-from octavo.hardware import pick
 from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, open_model, with_adapter_
+from octavo.run import chosen_scheme, end_ids, load_model, opened, with_adapter_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,9 +40,7 @@ class Speaker:
 def open_speaker(config: Config, report: Report) -> Speaker:
     """The model of a configuration, its adapter on it if one is named."""
     asked, options = config[ModelOptions], config[GenerateOptions]
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report, own_adapters=options.adapter is None)
+    hardware, source = opened(asked, report, own_adapters=options.adapter is None)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     if options.adapter is not None:
         with_adapter_(model, options.adapter, source, report)

@@ -13,6 +13,10 @@ from octavo.infer.sample import Sampling
 from octavo.report import Report
 from octavo.speak import Speaker, answer, open_speaker, sampling_of
 
+# Tokens that a conversation's cache has room for at first; it doubles, up to the model's context. At a context of
+# 131,072 a cache for all of it would take more memory than the model.
+FIRST_ROOM = 2048
+
 
 def talk(config: Config, report: Report, *, read: Callable[[], str | None], write: Callable[[str], None]) -> None:
     """Reads a line, streams the answer, and so on until `read` gives None or /quit.
@@ -24,7 +28,7 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
     """
     speaker = open_speaker(config, report)
     sampling = sampling_of(config[GenerateOptions])
-    engine = speaker.engine(room=speaker.model.config.context)
+    engine = speaker.engine(room=FIRST_ROOM)
     system = config[ChatOptions].system
     opening = [Message("system", system)] if system else []
     messages = list(opening)
@@ -42,6 +46,8 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
             ids = _fitting(messages, len(opening), speaker, sampling, report)
             if not ids:
                 continue
+            if len(ids) + sampling.max_new_tokens > engine.context < speaker.model.config.context:
+                engine = speaker.engine(room=max(2 * engine.context, len(ids) + sampling.max_new_tokens))
             said = ""
             for token in answer(engine, ids, sampling):
                 write(token.text)

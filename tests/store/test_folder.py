@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.store.watching import WATCHING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.errors import ModelError, UsageError
@@ -314,16 +315,12 @@ WIDE: dict[str, Any] = {
     "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }  # fmt: skip
-MEASURE = """
-import json, sys, threading
-from pathlib import Path
+MEASURE = (
+    WATCHING
+    + """
 from octavo.ops.quantize import scheme_named
 from octavo.store import folder, weights
 from octavo.store.sources import FolderSource
-
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 folder.SHARD_BYTES = 2**24
 source, out = FolderSource(Path(sys.argv[1])), Path(sys.argv[2])
@@ -332,21 +329,11 @@ folder.weight_names(source)
 
 def written(block_numbers):
     weights.BLOCK_NUMBERS = block_numbers
-    start, peaks, done = anonymous(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            peaks.append(anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    folder.write_folder(source, out / str(block_numbers), scheme_named("int8"))
-    done.set()
-    watcher.join()
-    return max(peaks) - start
+    return watched(lambda: folder.write_folder(source, out / str(block_numbers), scheme_named("int8")))[1]
 
 print(json.dumps([written(weights.BLOCK_NUMBERS), written(2**40)]))
 """
+)
 
 
 def test_writing_takes_a_shard_and_one_quantised_tensor(own_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.store.watching import WATCHING
 from torch import Tensor
 
 from octavo.errors import ModelError, UsageError
@@ -293,9 +294,10 @@ for i, (name, item) in enumerate(items_of(build(config))):
     save_file({name: tensor}, folder / table[name])
 (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
 """
-MEASURE = """
-import json, sys, threading, torch
-from pathlib import Path
+MEASURE = (
+    WATCHING
+    + """
+import torch
 from octavo.models import build, places
 from octavo.ops.quantize import scheme_named
 from octavo.store import weights
@@ -304,29 +306,13 @@ from octavo.store.sources import FolderSource
 source = FolderSource(Path(sys.argv[1]))
 build(source.config).to_empty(device="cpu")  # torch loads 35 MB of its own at the first such call
 
-def anonymous():
-    # Memory of the process's own. Pages of the mapped file are not in it: the system takes them back at need.
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-
-
 def loaded(block_numbers):
     weights.BLOCK_NUMBERS = block_numbers
-    start, peaks, done = anonymous(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            peaks.append(anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model = weights.load(source, scheme_named("int8"), dtype=torch.float32, device=torch.device("cpu"))
-    done.set()
-    watcher.join()
+    start, where = anonymous(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    model, peak = watched(lambda: weights.load(source, scheme_named("int8"), **where))
     matrices = {id(p.matrix): p.matrix for p in places(model).values() if p.matrix is not None}.values()
     return {
-        "peak": max(peaks) - start,
+        "peak": peak,
         "kept": anonymous() - start,
         "stored": sum(m.stored_bytes for m in matrices),
         "float32": sum(4 * rows * m.in_features for m in matrices for rows in m.outputs.values()),
@@ -335,6 +321,7 @@ def loaded(block_numbers):
 
 print(json.dumps([loaded(weights.BLOCK_NUMBERS), loaded(2**40)]))
 """
+)
 
 
 def test_loading_takes_the_quantised_model_and_little_more(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from octavo.data import documents
 from octavo.data.loader import batches_per_epoch
 from octavo.errors import UsageError
 from octavo.finetune.state import Found, Run, fingerprint_of
-from octavo.hardware import Hardware, pick
+from octavo.hardware import Hardware
 from octavo.layers.lora import flatten_
 from octavo.models import Model
 from octavo.plan import Fit, adapter_plan, choose_road, fit
 from octavo.report import Report
-from octavo.run import chosen_scheme, load_model, open_model
+from octavo.run import chosen_scheme, load_model, opened
 from octavo.store import adapter
 from octavo.texts import Text, read_documents, show_ledger, to_text
 from octavo.train.loop import Trainer
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 def prepare(config: Config, report: Report) -> Run:
     """A run at its beginning. The text is read first: what is wrong with it shows before anything long."""
     asked = config[ModelOptions]
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report)
+    hardware, source = opened(asked, report)
     choose_road(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
     text, held_out = _read(config, tokenizer, report)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from octavo.config import TrainOptions
 from octavo.data.loader import Batch, batches
-from octavo.data.packing import IGNORED
+from octavo.data.packing import IGNORED, Row
 from octavo.evaluate import score
 from octavo.finetune.state import Run, state_of
 from octavo.store import checkpoint
@@ -53,7 +52,11 @@ def one_of_each_kind(run: Run) -> Iterator[Batch]:
     Of each kind the row from which most is learned: one that is prompt alone would leave backward out.
     """
     size = run.config[TrainOptions].batch
-    rows = sorted(run.train.rows, key=lambda row: int((row.labels != IGNORED).sum()))
-    found = {len(np.unique(row.document[row.document >= 0])) > 1: row for row in rows}
-    for row in found.values():
+    found: dict[bool, tuple[int, Row]] = {}
+    for row in run.train.rows:
+        packed = bool(row.document.max() > row.document[0])  # documents of a row count up; padding is -1
+        learned = int((row.labels != IGNORED).sum())
+        if packed not in found or learned > found[packed][0]:
+            found[packed] = learned, row
+    for _, row in found.values():
         yield from batches([row] * size, batch_size=size, seed=0, epochs=1)

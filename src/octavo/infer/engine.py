@@ -108,7 +108,7 @@ def finished(pieces: Sequence[Piece]) -> Continuation:
 
 def _tokens(model: Model, ids: list[int], sampling: Sampling, *, limit: int, words: int) -> Iterator[int]:
     """Up to `limit` new ids. The prompt runs once, then each new token alone, over the cache."""
-    device = model.embed.matrix.parts["weight"].device
+    device = model.embed.matrix.device
     generator = torch.Generator().manual_seed(sampling.seed)
     was_training = model.training
     model.eval()

@@ -54,7 +54,6 @@ class Stream:
     """The answer to one request, read token by token from one thread while the engine writes from another."""
 
     request: Request
-    submitted: float = field(default_factory=perf_counter)
     first_token: float | None = None  # perf_counter() when it came
     prompt: tuple[Token, ...] = ()  # with `prompt_logprobs`: set before the first token; the first has no logprob
     error: str = ""

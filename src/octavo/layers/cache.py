@@ -105,6 +105,7 @@ class SlotRows:
     def __init__(self, cache: SlotCache, first: int, count: int) -> None:
         self.cache, self.first, self.count = cache, first, count
         self._starts = torch.tensor(cache.lengths[first : first + count], device=cache.keys.device)
+        self._numbers = torch.arange(count, device=cache.keys.device)
 
     def positions(self, count: int) -> Tensor:
         """(rows, count)."""
@@ -129,7 +130,7 @@ class SlotRows:
             if self.count == 1:
                 store[self.first, end - count : end] = new[0]
             else:
-                store[rows][torch.arange(self.count, device=k.device), self._starts] = new[:, 0]
+                store[rows][self._numbers, self._starts] = new[:, 0]
             kept.append(store[rows, :end])
         return kept[0], kept[1]
 

@@ -39,6 +39,10 @@ class FrozenMatrix(nn.Module):
         return sum(self.outputs.values()), self.in_features
 
     @property
+    def device(self) -> torch.device:
+        return self.parts["weight"].device
+
+    @property
     def stored_bytes(self) -> int:
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]
         return sum(stored_bytes(self.scheme, shape, dtype=self.dtype) for shape in shapes)

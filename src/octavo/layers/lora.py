@@ -47,7 +47,7 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
     B (d, r) standard normal. Both as PEFT does. float32, whatever the compute type.
     """
     matrix = layer.matrix
-    rows, columns, device = matrix.outputs[key], matrix.in_features, matrix.parts["weight"].device
+    rows, columns, device = matrix.outputs[key], matrix.in_features, matrix.device
     if isinstance(layer, FrozenEmbedding):
         a = torch.zeros(spec.rank, rows)
         b = torch.randn(columns, spec.rank, generator=generator)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.layers.frozen import FrozenLinear
+from octavo.ops import pointwise
 from octavo.ops.branch import Branch, Keep, Norm, branch
 from octavo.ops.mix import Context, Piece, Store
 from octavo.ops.wide import Wide
@@ -28,7 +28,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return pointwise.norm(x, self.weight, self.bias, self.eps)
 
     def norm(self) -> Norm:
         return Norm(self.weight, self.bias, self.eps)
@@ -43,7 +43,7 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return pointwise.norm(x, self.weight, None, self.eps)
 
     def norm(self) -> Norm:
         return Norm(self.weight, None, self.eps)

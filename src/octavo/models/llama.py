@@ -180,8 +180,7 @@ class Model(nn.Module):
     @property
     def _cache_shape(self) -> dict[str, Any]:
         c, table = self.config, self.embed.matrix
-        device = table.parts["weight"].device
-        return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": table.dtype, "device": device}
+        return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": table.dtype, "device": table.device}
 
 
 @cache

@@ -115,18 +115,18 @@ class _Branch(torch.autograd.Function):
         du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds)
         wide = _normed(rows, this, inner_seeds)
         wanted = ctx.needs_input_grad
+        centred = this.norm.bias is not None
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
         dn, inner_gradients = this.inner.backward(du, wide, inner_seeds, to_input=wanted[0] or any(norm_trained))
         norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
         if any(norm_trained):
             assert dn is not None
-            both = norm_parameters_backward(rows, this.norm.eps, dn, centred=this.norm.bias is not None)
+            both = norm_parameters_backward(rows, this.norm.eps, dn, centred=centred)
             norm_gradients = [g if want else None for g, want in zip(both, norm_trained, strict=False)]
         dx = None
         if wanted[0]:
             assert dn is not None
             dx = torch.empty_like(dy)
-            centred = this.norm.bias is not None
             norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=centred)
             dx = dx.view(ctx.shape)
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients

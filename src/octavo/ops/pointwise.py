@@ -16,13 +16,20 @@ from torch import Tensor
 from octavo.ops.twins import twin
 
 
-@twin
-def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
-    """x (M, d) normalised, into out (M, d): LayerNorm (arXiv 1607.06450) with a bias, RMSNorm (1910.07467) without.
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x (.., d) normalised: LayerNorm (arXiv 1607.06450) with a bias, RMSNorm (1910.07467) without.
 
     weight and bias (d,) are taken in x's type, as transformers does when a model is held in that type.
     """
-    out.copy_(_norm(x, weight, bias, eps))
+    if bias is None:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+@twin
+def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    """`norm` of x (M, d), into out (M, d)."""
+    out.copy_(norm(x, weight, bias, eps))
 
 
 @twin
@@ -73,12 +80,6 @@ def swiglu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
     gate, up = x.chunk(2, dim=1)
     dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
     torch.cat((dgate, dup), dim=1, out=out)
-
-
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if bias is None:
-        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 def _standardised(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,10 @@ from typing import Any
 
 from octavo.config import Config, ModelOptions, ServeOptions
 from octavo.errors import AdapterError, UsageError
-from octavo.hardware import pick
 from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits
 from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, open_model, read_adapter
+from octavo.run import chosen_scheme, end_ids, load_model, opened, read_adapter
 from octavo.server.guard import is_loopback
 from octavo.store.sources import fingerprint
 
@@ -96,9 +95,7 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     base = served_name(asked.model)
     if base in adapters:
         raise UsageError(f"{base!r} is the base's name: an adapter needs another.")
-    hardware = pick(asked.device, asked.dtype)
-    report.say(hardware.reason)
-    source = open_model(asked, report, own_adapters=not adapters)
+    hardware, source = opened(asked, report, own_adapters=not adapters)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     engine = Engine(
         model, source.tokenizer(), base=base, base_sha256=fingerprint(source), ends=end_ids(source),

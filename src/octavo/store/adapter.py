@@ -211,7 +211,7 @@ def _pair_for(place: Place, adapter: Adapter) -> LowRankPair:
             f"has {columns} inputs and {rows} outputs.",
             hint="Give the model that it was trained on.",
         )
-    device = layer.matrix.parts["weight"].device
+    device = layer.matrix.device
     return LowRankPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
 
 

@@ -29,7 +29,7 @@ from octavo.store.weights import (
     entries,
     full_rows,
     matrix_parts,
-    parts_of_rows,
+    put_rows_,
     row_blocks,
     scheme_at,
     stored_scheme,
@@ -106,8 +106,8 @@ def write_folder(
 
     `on_layer` is told of each frozen weight. UsageError if `out` holds something and `replace` is not set.
     """
-    if out.exists() and not replace and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
+    if not replace:
+        check_free(out)
     with new_folder(out) as temporary:
         source.tokenizer().save_pretrained(temporary)  # first: a model without one fails at once
         shards = _Shards(temporary)
@@ -118,6 +118,12 @@ def write_folder(
             _write_json(temporary / "generation_config.json", source.generation_config)
         _finish(temporary, out, scheme, origin=fingerprint(source))
     return shards.total_bytes
+
+
+def check_free(out: Path) -> None:
+    """UsageError if there is something at `out`, an empty folder apart."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
 
 
 def _write_tensors(
@@ -143,16 +149,11 @@ def _write_tensors(
 
 def _requantised(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
     """(parts under `scheme` of a matrix that is stored under `stored`, the relative error that this makes)."""
-    made: Parts = {}
+    made = {part: torch.empty(size, dtype=kind) for part, (size, kind) in scheme.layout(shape, torch.float32).items()}
     wrong, whole = 0.0, 0.0
     for rows in row_blocks(shape, stored, scheme):
         weight = full_rows(parts, shape, rows, stored).float()
-        block = scheme.quantise(weight)
-        if not made:
-            layout = scheme.layout(shape, weight.dtype)
-            made = {part: torch.empty(size, dtype=kind) for part, (size, kind) in layout.items()}
-        for part, room in parts_of_rows(made, shape, rows, scheme).items():
-            room.copy_(block[part])
+        block = put_rows_(made, shape, rows, scheme, weight)
         back = dequantise(scheme, block, (rows.stop - rows.start, shape[1]))
         wrong += float(torch.linalg.vector_norm(weight - back)) ** 2
         whole += float(torch.linalg.vector_norm(weight)) ** 2

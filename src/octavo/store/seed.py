@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.errors import ModelError, UsageError
+from octavo.errors import ModelError
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model, Place, build, places
 from octavo.store import peft
 from octavo.store.adapter import apply_
 from octavo.store.files import fsync_folder, new_folder
-from octavo.store.folder import WrittenLayer, write_folder
+from octavo.store.folder import WrittenLayer, check_free, write_folder
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, Source, fingerprint
 from octavo.store.weights import PAIR_ENDS, check_finite, entries, stored_scheme
@@ -138,8 +138,7 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
     something; ModelError if the source carries no adapter or has no tokenizer, and what `read_pairs` refuses.
     `on_layer` is told of each frozen weight, `card` becomes the adapter's README.md. Returns the adapter.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
+    check_free(out)
     if not carries_pairs(source):
         raise ModelError(
             f"{source.files[0].parent} holds no adapters: there is nothing to convert.",

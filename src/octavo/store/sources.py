@@ -12,7 +12,7 @@ import pickle
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -179,8 +179,15 @@ def fingerprint(source: Source) -> str:
             return str(content["origin"])
     digest = hashlib.sha256()
     for path in source.files:
-        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+        found = path.stat()
+        digest.update(f"{path.name} {_sha256_of_state(path, found.st_size, found.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _sha256_of_state(path: Path, size: int, changed_ns: int) -> str:
+    """The hash of a file in the state that size and time tell: a run, or each of several adapters, asks once more."""
+    return sha256_of(path)
 
 
 def _has_size(path: Path, entry: Mapping[str, Any]) -> bool:

@@ -193,6 +193,14 @@ def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor
     return own["weight"] if scheme.name == "none" else dequantise(scheme, own, (rows.stop - rows.start, shape[1]))
 
 
+def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: Tensor) -> Parts:
+    """Quantises a run of `row_blocks` into its place among the parts of the matrix; the run's own parts."""
+    made = scheme.quantise(weight)
+    for part, room in parts_of_rows(target, shape, rows, scheme).items():
+        room.copy_(made[part])
+    return made
+
+
 def _put_matrix(
     source: Source,
     name: str,
@@ -219,9 +227,7 @@ def _put_matrix(
         if scheme.name == "none" and dtype != weight.dtype:
             weight = weight.to(dtype)
             check_finite(f"{name} as {dtype}", weight, hint="Choose another compute type.")
-        made = scheme.quantise(weight)
-        for part, room in parts_of_rows(target, shape, rows, scheme).items():
-            room.copy_(made[part])
+        put_rows_(target, shape, rows, scheme, weight)
 
 
 def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:

@@ -52,7 +52,7 @@ class Launched:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.matrix.parts["weight"].device
+        return self.model.embed.matrix.device
 
     def release(self) -> None:
         return

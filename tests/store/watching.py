@@ -1,0 +1,29 @@
+"""A program's own memory, watched while it works: for the tests of what writing and loading take."""
+
+from __future__ import annotations
+
+# The beginning of a program that measures itself. Memory of the process's own alone: pages of a mapped file are not in
+# it, since the system takes them back at need.
+WATCHING = """
+import json, sys, threading
+from pathlib import Path
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+def watched(work):
+    # (what work gives, the most bytes more than before)
+    start, peaks, done = anonymous(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            peaks.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = work()
+    done.set()
+    watcher.join()
+    return result, max(peaks) - start
+"""
