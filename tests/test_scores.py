@@ -178,7 +178,7 @@ def test_a_base_is_measured_in_full_precision_and_what_trains_in_its_own_type(
         used.append(str(hardware.dtype).removeprefix("torch."))
         return run.load_model(source, scheme, hardware, report)
 
-    monkeypatch.setattr(scores, "pick", lambda *_: Hardware(CPU.device, torch.bfloat16, "", "cpu"))
+    monkeypatch.setattr(run, "pick", lambda *_: Hardware(CPU.device, torch.bfloat16, "", "cpu"))
     monkeypatch.setattr(scores, "load_model", load_model)
     evaluate(**options, rows=1, **({"adapter": str(adapter_folder)} if tuned else {}))
     own = tuned and options.get("scheme") != "nf4"  # there the first model is the base, without the adapter

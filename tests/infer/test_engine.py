@@ -123,7 +123,7 @@ class Scripted(nn.Module):
         super().__init__()
         self.script, self.words = list(script), words
         self.config = SimpleNamespace(context=context)
-        self.embed = SimpleNamespace(matrix=SimpleNamespace(parts={"weight": torch.zeros(1)}))
+        self.embed = SimpleNamespace(matrix=SimpleNamespace(device=torch.device("cpu")))
         self.fed: list[list[int]] = []
         self.room = 0
 
