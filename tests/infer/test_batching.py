@@ -85,7 +85,7 @@ def test_whoever_is_cancelled_the_others_go_on(llama: Family, gone: tuple[int, .
     engine = llama.engine(Limits(slots=4, room=CONTEXT, chunk=8))
     requests = [Request(prompt, GREEDY) for prompt in (*PROMPTS[1:4], LONG, PROMPTS[4])]
     streams = [engine.submit(request) for request in requests]
-    for _ in range(5):
+    for _ in range(3):
         engine.step()
     before = engine.stats()
     assert (before.running, before.waiting) == (4, 1)
@@ -100,7 +100,7 @@ def test_whoever_is_cancelled_the_others_go_on(llama: Family, gone: tuple[int, .
         found, wanted = llama.answer(stream), llama.alone(request)
         if number in gone:
             assert found.finish_reason == "cancelled"
-            assert found.token_ids == wanted.token_ids[: (6, 5, 4, 0, 0)[number]]
+            assert found.token_ids == wanted.token_ids[: (4, 4, 3, 0, 0)[number]]
         else:
             assert found == wanted
     assert counted(engine.stats()) == 5

@@ -23,12 +23,11 @@ def fresh() -> Slots:
 def write(slots: Slots, slot: int, tokens: list[int]) -> None:
     """As a pass over the model does. The keys of a token say which it is, and so do its values."""
     if tokens:
-        rows = slots.cache.rows(slot, 1)
+        over = slots.cache.slot(slot).next(len(tokens))
+        numbers = torch.tensor(tokens).view(1, -1, 1, 1).float()
         for layer in range(2):
-            rows.at(layer)(
-                *(torch.tensor(tokens).view(1, -1, 1, 1) + shift for shift in (100 * layer, 100 * layer + 10))
-            )
-        rows.advance(len(tokens))
+            over.attend(layer, numbers, numbers + 100 * layer, numbers + 100 * layer + 10)
+        over.finish()
         slots.wrote(slot, tokens)
 
 

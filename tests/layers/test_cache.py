@@ -1,6 +1,8 @@
-"""The key/value caches: what goes in comes out in order, for each layer and slot alone, and never past its room."""
+"""The key/value caches: a row or slot attends to its own tokens, in order, for each layer, and never past its room."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,77 +14,69 @@ from octavo.layers.cache import KeyValueCache, SlotCache
 from octavo.ops.attention import causal_attention
 
 LAYERS, BATCH, HEADS, SIZE = 3, 2, 2, 4
+SHAPE: dict[str, Any] = {"heads": HEADS, "head_size": SIZE, "dtype": torch.float32, "device": torch.device("cpu")}
 
 
-def cache_of(room: int, dtype: torch.dtype = torch.float32) -> KeyValueCache:
-    return KeyValueCache(
-        LAYERS,
-        batch=BATCH,
-        room=room,
-        heads=HEADS,
-        head_size=SIZE,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
+def cache_of(room: int, **shape: Any) -> KeyValueCache:
+    return KeyValueCache(LAYERS, batch=BATCH, room=room, **{**SHAPE, **shape})
 
 
-def fresh(length: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(BATCH, length, HEADS, SIZE), torch.randn(BATCH, length, HEADS, SIZE)
+def fresh(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, with twice as many heads, k and v."""
+    k, v = torch.randn(2, rows, length, HEADS, SIZE)
+    return torch.randn(rows, length, 2 * HEADS, SIZE), k, v
 
 
 @settings(max_examples=25, deadline=None)
 @given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5), spare=st.integers(0, 2))
-def test_pieces_come_back_whole_for_each_layer(pieces: list[int], spare: int) -> None:
+def test_pieces_see_what_they_would_see_in_one(pieces: list[int], spare: int) -> None:
     cache = cache_of(sum(pieces) + spare)
-    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(LAYERS)]
+    whole = [fresh(BATCH, sum(pieces)) for _ in range(LAYERS)]
+    wanted = [causal_attention(*own) for own in whole]
     for length in pieces:
-        for layer in range(LAYERS):
-            seen[layer].append(fresh(length))
-            k, v = cache.extend(layer, *seen[layer][-1])
-            assert torch.equal(k, torch.cat([piece[0] for piece in seen[layer]], dim=1))
-            assert torch.equal(v, torch.cat([piece[1] for piece in seen[layer]], dim=1))
-        cache.advance(length)
+        span = slice(cache.length, cache.length + length)
+        over = cache.next(length)
+        assert over.positions.tolist() == [list(range(span.start, span.stop))]
+        for layer, own in enumerate(whole):
+            found = over.attend(layer, *(x[:, span] for x in own))
+            torch.testing.assert_close(found, wanted[layer][:, span])
+        over.finish()
     assert cache.length == sum(pieces)
+    for layer, (_, k, v) in enumerate(whole):
+        assert torch.equal(cache.keys[layer, :, : cache.length], k)
+        assert torch.equal(cache.values[layer, :, : cache.length], v)
 
 
-def test_what_is_not_advanced_over_is_written_again() -> None:
+def test_what_is_not_finished_is_written_again() -> None:
     cache = cache_of(4)
-    cache.extend(0, *fresh(3))
-    k, v = fresh(2)
-    assert torch.equal(cache.extend(0, k, v)[0], k)
+    cache.next(3).attend(0, *fresh(BATCH, 3))
+    q, k, v = fresh(BATCH, 2)
+    torch.testing.assert_close(cache.next(2).attend(0, q, k, v), causal_attention(q, k, v))
     assert cache.length == 0
 
 
 def test_more_than_its_room_is_refused() -> None:
     cache = cache_of(4)
-    cache.extend(0, *fresh(3))
-    cache.advance(3)
+    cache.next(3).finish()
     with pytest.raises(AssertionError, match="5 positions in a cache with room for 4"):
-        cache.extend(0, *fresh(2))
+        cache.next(2)
 
 
 def test_keys_are_kept_in_the_caches_type() -> None:
-    k, _ = cache_of(4, torch.bfloat16).extend(1, *fresh(2))
-    assert k.dtype == torch.bfloat16
+    cache = cache_of(4, dtype=torch.bfloat16)
+    q, k, v = (x.bfloat16() for x in fresh(BATCH, 2))
+    assert cache.next(2).attend(1, q, k, v).dtype == cache.keys.dtype == torch.bfloat16
 
 
 SLOTS, ROOM = 4, 9
 
 
 def slots_of() -> SlotCache:
-    return SlotCache(
-        LAYERS,
-        slots=SLOTS,
-        room=ROOM,
-        heads=HEADS,
-        head_size=SIZE,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    return SlotCache(LAYERS, slots=SLOTS, room=ROOM, **SHAPE)
 
 
 def steps_of(draw: st.DrawFn) -> list[tuple[str, int, int]]:
-    """Writes of several tokens into one slot, or of one into several, and copies, while there is room."""
+    """Reads of several tokens into one slot, or of one into each of the first but one, and copies, as there is room."""
     lengths, steps = [0] * SLOTS, []
     for _ in range(draw(st.integers(1, 12))):
         kind = draw(st.sampled_from(["one", "many", "copy"]))
@@ -96,10 +90,13 @@ def steps_of(draw: st.DrawFn) -> list[tuple[str, int, int]]:
             lengths[first] += count
             steps.append((kind, first, count))
         elif kind == "many":
-            count = draw(st.integers(1, SLOTS - first))
-            if max(lengths[first : first + count]) < ROOM:
-                lengths[first : first + count] = [length + 1 for length in lengths[first : first + count]]
-                steps.append((kind, first, count))
+            count = draw(st.integers(1, SLOTS))
+            idle = draw(st.integers(0, SLOTS - 1))  # one that is left out, if it is among them
+            live = [slot for slot in range(count) if slot != idle]
+            if live and all(lengths[slot] < ROOM for slot in live):
+                for slot in live:
+                    lengths[slot] += 1
+                steps.append((kind, idle, count))
     return steps
 
 
@@ -117,28 +114,43 @@ def test_each_slot_attends_to_its_own_tokens_whatever_lies_behind_them(steps: li
             cache.copy_(first, target, count)
             for own in held:
                 own[target] = own[first][0][:count], own[first][1][:count]
-            continue
-        rows, new = (1, count) if kind == "one" else (count, 1)
-        view = cache.rows(first, rows)
-        starts = [len(held[0][slot][0]) for slot in range(first, first + rows)]
-        assert view.positions(new).tolist() == [list(range(start, start + new)) for start in starts]
-        mask = view.mask(new)
-        for layer, own in enumerate(held):
-            q = torch.randn(rows, new, 2 * HEADS, SIZE)
-            k, v = torch.randn(rows, new, HEADS, SIZE), torch.randn(rows, new, HEADS, SIZE)
-            found = causal_attention(q, *view.at(layer)(k, v), mask=mask)
-            for row, slot in enumerate(range(first, first + rows)):
-                own[slot] = torch.cat((own[slot][0], k[row])), torch.cat((own[slot][1], v[row]))
-                seen = torch.ones(new, starts[row] + new, dtype=torch.bool).tril(starts[row])
-                wanted = causal_attention(q[row, None], own[slot][0][None], own[slot][1][None], mask=seen)
-                torch.testing.assert_close(found[row, None], wanted)
-        assert cache.lengths[first : first + rows] == starts  # until all layers have stored theirs
-        view.advance(new)
+        elif kind == "one":
+            read(cache, held, {first: 0}, count)
+        else:
+            read(cache, held, {slot: slot for slot in range(count) if slot != first}, 1, rows=count)
     assert cache.lengths == [len(keys) for keys, _ in held[0]]
     for layer, own in enumerate(held):
         for slot, (keys, values) in enumerate(own):
             assert torch.equal(cache.keys[layer, slot, : len(keys)], keys)
             assert torch.equal(cache.values[layer, slot, : len(keys)], values)
+
+
+def read(
+    cache: SlotCache, held: list[list[tuple[Tensor, Tensor]]], live: dict[int, int], new: int, rows: int = 0
+) -> None:
+    """`new` tokens into each slot of `live`, slot -> row of the batch: by a step of `rows`, or into one slot alone."""
+    starts = list(cache.lengths)
+    if rows:
+        lengths = torch.tensor([starts[slot] if slot in live else -1 for slot in range(rows)])
+        over = cache.step(lengths, int(lengths.max())).next(1)
+    else:
+        over = cache.slot(next(iter(live))).next(new)
+    for slot, row in live.items():
+        assert over.positions[row].tolist() == list(range(starts[slot], starts[slot] + new))
+    for layer, own in enumerate(held):
+        q, k, v = fresh(rows or 1, new)
+        found = over.attend(layer, q, k, v)
+        for slot, row in live.items():
+            own[slot] = torch.cat((own[slot][0], k[row])), torch.cat((own[slot][1], v[row]))
+            seen = torch.ones(new, starts[slot] + new, dtype=torch.bool).tril(starts[slot])
+            wanted = causal_attention(q[row, None], own[slot][0][None], own[slot][1][None], mask=seen)
+            torch.testing.assert_close(found[row, None], wanted)
+        assert not any(found[row].any() for row in range(rows) if row not in live.values())
+    assert cache.lengths == starts  # until all layers have stored theirs
+    over.finish()
+    if rows:  # a step leaves the lengths to whoever takes it
+        for slot in live:
+            cache.lengths[slot] += 1
 
 
 def test_slots_are_finite_from_the_start_and_once_cleared() -> None:
@@ -153,22 +165,21 @@ def test_slots_are_finite_from_the_start_and_once_cleared() -> None:
     assert not cache.values.any()
     nan = torch.full((1, 5, HEADS, SIZE), torch.nan)
     for slot in (1, 2):
-        view = cache.rows(slot, 1)
+        over = cache.slot(slot).next(5)
         for layer in range(LAYERS):
-            view.at(layer)(nan, nan)
-        view.advance(5)
+            over.attend(layer, nan, nan, nan)
+        over.finish()
     cache.clear_(1)
     assert cache.lengths == [0, 0, 5, 0]
     for store in (cache.keys, cache.values):
         assert store.isnan().any(dim=(0, 2, 3, 4)).tolist() == [False, False, True, False]
 
 
-def test_more_than_a_slots_room_is_refused_and_so_are_chunks_of_several_slots() -> None:
+def test_more_than_a_slots_room_is_refused_and_so_is_a_step_of_several_tokens() -> None:
     cache = slots_of()
     cache.lengths = [0, ROOM - 1, 0, 0]
-    for first, rows, new in ((0, 1, ROOM + 1), (1, 1, 2), (2, 2, 2)):
-        with pytest.raises(AssertionError):
-            cache.rows(first, rows).at(0)(*torch.zeros(2, rows, new, HEADS, SIZE))
-    k, _ = cache.rows(0, 2).at(0)(*torch.ones(2, 2, 1, HEADS, SIZE))
-    assert k.shape == (2, ROOM, HEADS, SIZE)
-    assert k.data_ptr() == cache.keys.data_ptr()  # a view: nothing is copied to be read
+    for slot, new in ((0, ROOM + 1), (1, 2)):
+        with pytest.raises(AssertionError, match=f"in a cache with room for {ROOM}"):
+            cache.slot(slot).next(new)
+    with pytest.raises(AssertionError):
+        cache.step(torch.zeros(2, dtype=torch.long), 0).next(2)

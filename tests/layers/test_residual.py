@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LowRankPair
 from octavo.layers.lora import put_
 from octavo.layers.residual import LayerNorm, RmsNorm, levels, plain_residual, residual
-from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import HALF, INTERLEAVED, causal_attention, find_documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
 from octavo.ops.quantize import SCHEMES
@@ -184,18 +184,18 @@ def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme:
 @every_kind
 def test_over_a_cache_it_is_the_definition(kind: str) -> None:
     layers, (x, _) = layers_of(kind), x_and_dy()
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor] = []
 
-    def store(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append((k, v))
-        return k, v
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append(q)
+        return causal_attention(q, k, v)
 
     table = rotary_table(torch.arange(LENGTH)[None], torch.rand(2 if kind == "gptj" else 5))
     context = Context(BATCH, LENGTH, table)
     parts = layers.norm, layers.inner, layers.pieces, layers.outer
     with torch.no_grad():
-        cached = residual(x, *parts, context, keep=Keep.ALL, store=store)
-        torch.testing.assert_close(cached, residual(x, *parts, context, keep=Keep.ALL))
+        cached = residual(x, *parts, context, keep=Keep.ALL, attend=attend)
+        torch.testing.assert_close(cached, plain_residual(x, *parts, context))
     assert len(seen) == (0 if kind == "llama's MLP" else 1)
 
 

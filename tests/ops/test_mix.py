@@ -47,7 +47,7 @@ def case(name: str, *, packed: bool) -> tuple[Piece, Context, Tensor, Tensor, Te
 
 
 def plain_of(piece: Piece, u: Tensor, context: Context) -> Tensor:
-    return piece.plain(u.unflatten(0, (BATCH, LENGTH)), context, None).flatten(0, 1)
+    return piece.plain(u.unflatten(0, (BATCH, LENGTH)), context).flatten(0, 1)
 
 
 def untouched_beside(own: Tensor) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import attention, loss, pointwise, quantize, twins  # noqa: F401  (what they mark is in TWINS)
+from octavo.ops import attention, decode, loss, pointwise, quantize, twins  # noqa: F401  (what they mark is in TWINS)
 from octavo.ops.attention import rotary_table
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
@@ -99,7 +99,61 @@ def losses(vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool =
     return make
 
 
+def few(m: int, k: int, n: int, *, bias: bool = False, rank: int = 0, onto: bool = False) -> Case:
+    """A product of m rows with 8-bit codes; with `rank` two names, and the base and two adapters."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, parts = columns(m, k, dtype), SCHEMES["int8"].quantise(torch.randn(n, k) * k**-0.5)
+        named: dict[str, object] = {}
+        if bias:
+            named = {"bias": torch.randn(n // 2), "bias_start": n // 4}
+        if rank:
+            numbers, b, names = torch.arange(m) % 3, torch.randn(3, rank, n).to(dtype), torch.zeros(n).int()
+            b[0], names[n // 3 :] = 0, 1
+            inner = torch.randn(m, 2 * rank).mul_(rank**-0.5)
+            named["thin"] = decode.Thin(inner, b, numbers, names, ((0, n // 3), (n // 3, n)))
+        if onto:
+            named["onto"] = columns(m, n, dtype)
+        return (x, parts["weight"], parts["absmax"]), named, x
+
+    return make
+
+
+def shrunk(m: int, k: int, j: int) -> Case:
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, a = columns(m, k, dtype), (torch.randn(3, j, k) * k**-0.5).to(dtype)
+        a[0] = 0
+        return (x, a, torch.arange(m) % 3), {}, x
+
+    return make
+
+
+def slots(lengths: list[int], room: int, *, heads: int, groups: int, size: int) -> Case:
+    """Slots of one layer of a cache of two; what is behind their lengths is far from anything."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        m = len(lengths)
+        cache = torch.randn(2, 2, m + 1, room, groups, size).to(dtype)
+        for slot, length in enumerate(lengths):
+            cache[:, :, slot, max(length, 0) :] = 1000
+        q, k, v = columns(m, (heads + 2 * groups) * size, dtype).split([heads * size, groups * size, groups * size], 1)
+        given = q.unflatten(1, (heads, size)), k.unflatten(1, (groups, size)), v.unflatten(1, (groups, size))
+        keys, values = cache[:, 1, :m]
+        return (*given, keys, values, torch.tensor(lengths), max(lengths)), {}, cache.flatten(0, 2).flatten(1)
+
+    return make
+
+
 CASES: dict[str, list[Case]] = {
+    "decode.int8_rows": [
+        few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
+        few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),
+    ],
+    "decode.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
+    "decode.slot_attention": [
+        slots([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
+        slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 384, heads=6, groups=1, size=16),
+    ],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
     "quantize.dynamic8_into": [codes("dynamic8"), codes("dynamic8", 2, 4500)],
     "quantize.nf4_into": [codes("nf4"), codes("nf4", 2, 4500), codes("nf4", 1, 1)],

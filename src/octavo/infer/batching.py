@@ -1,11 +1,13 @@
 """Many requests at once over one model: continuous batching, with several adapters in one batch.
 
-One thread owns the model. Each of its steps takes one chunk of the oldest waiting prompt through the model, then one
-new token for every running request; requests join and leave between steps. Running requests stand in slots 0, 1, ..
-without gaps, so that their part of the cache is one view; the request whose prompt is being read stands behind them.
-The cache is taken once: requests beyond its slots wait, and beyond the queue's limit they are refused.
+One thread owns the model. Each of its steps reads of the oldest waiting prompts what one chunk holds, then one new
+token for every running request (infer/decoding.py); requests join and leave between steps. Running requests stand in
+slots 0, 1, .. without gaps, so that their part of the cache is one view; the request whose prompt is being read
+stands behind them. The cache is taken once: requests beyond its slots wait, and beyond the queue's limit they are
+refused.
 
-A greedy answer is that of infer/engine.generate for the same request alone: the naive twin that tests compare with.
+A greedy answer is that of infer/engine.generate for the same request alone, the naive twin that tests compare with, up
+to rounding: in short types the sums of other shapes may tip a choice between two nearly equal tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ import torch
 from torch import Tensor
 
 from octavo.errors import AdapterError, ModelError, UsageError
+from octavo.infer.decoding import BASE, Chosen, Decoder, chosen
 from octavo.infer.engine import TextStream, all_ends, check_prompt
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token
 from octavo.infer.sample import choose
 from octavo.infer.slots import Slots
-from octavo.layers.frozen import Routing
+from octavo.infer.telling import tell
+from octavo.layers.served import Routing
 from octavo.models import Model
 from octavo.store import peft
 from octavo.store.adapter import remove_, route_, serve_
@@ -80,6 +84,7 @@ class Engine:
         self._slots = Slots(model.new_slots(slots=self.limits.slots, room=self.limits.room))
         self._routing = Routing()
         route_(model, self._routing)
+        self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
         self._running: list[_Run] = []
         self._reading: _Run | None = None
@@ -119,7 +124,7 @@ class Engine:
         read, sha256 = peft.read(folder), sha256_of(folder / peft.TENSORS)
         with self._alone(), self._changed:
             self._check_free(name)  # once more: another thread may have been faster
-            serve_(self.model, read, name)
+            serve_(self.model, self._routing, read, name)
             self._adapters[name] = ServedAdapter(name, sha256, folder, time())
 
     def remove_adapter(self, name: str) -> None:
@@ -131,7 +136,7 @@ class Engine:
             if name in users:
                 raise AdapterError(f"{users.count(name)} requests are using the adapter {name!r}.", hint="Try later.")
             del self._adapters[name]
-            remove_(self.model, name)
+            remove_(self.model, self._routing, name)
             self._slots.forget(name)
 
     def stats(self) -> Stats:
@@ -186,12 +191,19 @@ class Engine:
         """One chunk of a prompt, then one token for every running request."""
         with self._alone(), torch.no_grad():
             self._drop_cancelled()
-            self._admit()
-            if self._reading is not None:
-                self._read_chunk(self._reading)
+            self._read()
             if self._running:
                 self._decode()
             self._count(steps_total=1)
+
+    def _read(self) -> None:
+        """As much of the oldest waiting prompts as one chunk holds; a short one counts as a quarter of it."""
+        left = self.limits.chunk
+        while left > 0:
+            self._admit()
+            if self._reading is None:
+                return
+            left -= max(self._read_chunk(self._reading, left), self.limits.chunk // 4)
 
     def _admit(self) -> None:
         """The oldest waiting request into the slot behind the running ones, as far as a slot began alike."""
@@ -211,16 +223,18 @@ class Engine:
         run.done = self._slots.begin(slot, request.adapter, reusable)
         self._count(prompt_tokens_total=len(run.ids), reused_tokens_total=run.done)
 
-    def _read_chunk(self, run: _Run) -> None:
+    def _read_chunk(self, run: _Run, most: int) -> int:
+        """Reads up to `most` of a prompt's tokens; returns how many. After the last one the first token is chosen."""
         slot = len(self._running)
-        new = run.ids[run.done : run.done + self.limits.chunk]
-        self._route([run])
-        hidden = self.model.hidden(self._tensor([new]), cache=self._slots.cache.rows(slot, 1))[0]
-        if not bool(hidden[-1].isfinite().all()):  # it has seen all others
+        new = run.ids[run.done : run.done + most]
+        number = self._number(run)
+        self._routing.numbers = None if number == BASE else self._tensor([number])
+        hidden = self.model.hidden(self._tensor([new]), cache=self._slots.cache.slot(slot))[0]
+        if not bool(hidden[-1].isfinite().all() & self._slots.cache.keys_finite(slot, len(new))):
             self._reading = None
             self._slots.clear(slot)
             self._give_up(run, _not_finite())
-            return
+            return len(new)
         if run.stream.request.prompt_logprobs:
             self._tell_prompt(run, hidden, new)
         run.done += len(new)
@@ -230,31 +244,32 @@ class Engine:
             logits = self.model.head(hidden[None, -1:])[0]
             self._reading = None
             self._running.append(run)
-            self._take([run], logits)
+            self._take([run], chosen(logits[:, : self._words].float(), 1))
+        return len(new)
 
     def _decode(self) -> None:
         """One new token for each running request: the one that was chosen last is read."""
         runs = list(self._running)
-        self._route(runs)
         new = [run.ids[run.done] for run in runs]
-        hidden = self.model.hidden(self._tensor([[token] for token in new]), cache=self._slots.cache.rows(0, len(runs)))
-        logits = self.model.head(hidden)[:, 0]
+        found = self._decoder.step(new, [self._number(run) for run in runs])
         for slot, (run, token) in enumerate(zip(runs, new, strict=True)):
             run.done += 1
             self._slots.wrote(slot, [token])
-        self._take(runs, logits)
+        self._take(runs, found)
 
-    def _take(self, runs: list[_Run], logits: Tensor) -> None:
-        """Chooses the next token of each run from its row of logits (n, V), and tells it."""
-        logits = logits[:, : self._words].float()
-        best, greedy = (numbers.tolist() for numbers in logits.max(dim=1))
+    def _number(self, run: _Run) -> int:
+        return BASE if run.adapter is None else self._routing.served[run.adapter]
+
+    def _take(self, runs: list[_Run], found: Chosen) -> None:
+        """Chooses the next token of each run from its row of the logits, and tells it."""
+        logits = found.logits
         for row, run in enumerate(runs):
             sampling = run.stream.request.sampling
             try:
-                if not math.isfinite(best[row]):
+                if not math.isfinite(found.best[row]):
                     raise _not_finite()
                 if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-                    token = int(greedy[row])
+                    token = found.greedy[row]
                 else:
                     seen = torch.tensor(run.ids, device=logits.device)
                     token = choose(logits[row], seen, sampling, generator=run.generator)
@@ -262,8 +277,7 @@ class Engine:
                 self._give_up(run, error)
                 continue
             run.ids.append(token)
-            told = self._told(token, logits[row], run.stream.request.logprobs)
-            self._tell(run, told)
+            self._tell(run, tell(token, logits[row], run.stream.request.logprobs))
         self._leave()
 
     def _tell(self, run: _Run, told: Token) -> None:
@@ -339,27 +353,12 @@ class Engine:
         logits = self.model.head(hidden[None])[0][:, : self._words].float()
         following = run.ids[run.done + 1 : run.done + 1 + len(new)]
         for row, token in enumerate(following):
-            told = self._told(token, logits[row], 0 if top is None else top)
+            told = tell(token, logits[row], 0 if top is None else top)
             run.told.append(replace(told, text=self._piece(token)))
-
-    def _told(self, token: int, logits: Tensor, top: int | None) -> Token:
-        if top is None:
-            return Token(token, "")
-        scores = logits.log_softmax(dim=0)
-        values, ids = scores.topk(top)
-        best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        return Token(token, "", logprob=float(scores[token]), top=best)
 
     def _piece(self, token: int) -> str:
         text: str = self.tokenizer.decode([token])
         return text
-
-    def _route(self, runs: list[_Run]) -> None:
-        rows: dict[str, list[int]] = {}
-        for row, run in enumerate(runs):
-            if run.adapter is not None:
-                rows.setdefault(run.adapter, []).append(row)
-        self._routing.rows = {name: self._tensor(own) for name, own in rows.items()}
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self._slots.cache.keys.device)

@@ -1,90 +1,82 @@
 """The key/value cache of generation: room for a known number of positions, taken once.
 
-Legend: B rows of a batch, S positions of room, G key/value heads, D the size of a head.
+A cache is asked for the next T positions of its rows and gives a `Pass`: where they stand, and attention over what
+is held and what is new.
+
+Legend: L blocks, B rows of a batch, T new positions, S positions of room, H query heads, G key/value heads, D the
+size of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from octavo.ops.attention import cache_mask
+from octavo.ops.attention import cache_mask, causal_attention
+from octavo.ops.decode import slot_attention
+
+
+class Pass(Protocol):
+    """New positions on their way through the blocks."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, T)."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v (B, T, G, D) of one block; q (B, T, H, D) looks at all up to itself. Returns q's shape."""
+        ...
+
+    def finish(self) -> None:
+        """Counts the positions as held, once all blocks have stored theirs."""
+        ...
+
+
+class Cache(Protocol):
+    """What a model reads over."""
+
+    def next(self, count: int) -> Pass: ...
 
 
 class KeyValueCache:
-    """Keys and values of every block, (B, S, G, D) each. `length` positions are filled; `advance` moves it."""
+    """Rows of one length: keys and values of every block, (L, B, S, G, D) each. `length` positions are filled."""
 
-    def __init__(
-        self,
-        layers: int,
-        *,
-        batch: int,
-        room: int,
-        heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (layers, batch, room, heads, head_size)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, layers: int, *, batch: int, room: int, **shape: Any) -> None:
+        self.keys, self.values = _room(torch.empty, layers, batch, room, **shape)
         self.room = room
         self.length = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, T, G, D) after the filled positions; returns all keys and values up to them."""
-        end = self.length + k.shape[1]
-        assert end <= self.room, f"{end} positions in a cache with room for {self.room}"
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+    def next(self, count: int) -> Pass:
+        return _Behind(self.keys, self.values, self.length, count, self._filled)
 
-    def positions(self, count: int) -> Tensor:
-        """(1, count): where the next so many tokens stand."""
-        return torch.arange(self.length, self.length + count, device=self.keys.device)[None]
-
-    def mask(self, count: int) -> Tensor | None:
-        """What the next so many tokens see of the cache; None where one call needs no mask."""
-        return cache_mask(self.length, count, self.keys.device)
-
-    def at(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`extend` of one layer."""
-        return partial(self.extend, layer)
-
-    def advance(self, count: int) -> None:
-        """Counts `count` stored positions as filled, once all blocks have stored theirs."""
-        self.length += count
+    def _filled(self, length: int) -> None:
+        self.length = length
 
 
 class SlotCache:
-    """Keys and values of many requests at once: a slot of `room` positions each, (L, slots, S, G, D), taken once.
+    """Many requests at once: a slot of `room` positions for each, (L, slots, S, G, D), taken once.
 
-    `lengths` are the filled positions of each slot. Slots are read and written through `rows`.
+    `lengths` are the filled positions of each slot. A prompt is read through `slot`, single tokens of the first
+    slots through `step`.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        *,
-        slots: int,
-        room: int,
-        heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (layers, slots, room, heads, head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # masked places are multiplied by 0: no NaN there
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, layers: int, *, slots: int, room: int, **shape: Any) -> None:
+        # Masked places are multiplied by 0, so nothing there may be NaN.
+        self.keys, self.values = _room(torch.zeros, layers, slots, room, **shape)
         self.room = room
         self.lengths = [0] * slots
 
-    def rows(self, first: int, count: int) -> SlotRows:
-        """Slots [first, first + count) as the cache of a batch of so many rows."""
-        return SlotRows(self, first, count)
+    def slot(self, number: int) -> Slot:
+        """One slot as the cache of a batch of one row."""
+        return Slot(self, number)
+
+    def step(self, lengths: Tensor, longest: int) -> Step:
+        """The first slots, for one new token each: `lengths` (B,) int64 on the cache's device, -1 for an idle one."""
+        return Step(self, lengths, longest)
 
     def copy_(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of one slot into another, which then has that length."""
@@ -93,51 +85,82 @@ class SlotCache:
             self.values[:, target, :length] = self.values[:, source, :length]
         self.lengths[target] = length
 
+    def keys_finite(self, slot: int, count: int) -> Tensor:
+        """Whether the last `count` keys of a slot are finite: attention without a mask may make zeros of NaN keys."""
+        held = self.lengths[slot]
+        return self.keys[:, slot, held - count : held].isfinite().all()
+
     def clear_(self, slot: int) -> None:
         """Empties a slot and writes zeros over all of it."""
         self.keys[:, slot], self.values[:, slot] = 0, 0
         self.lengths[slot] = 0
 
 
-class SlotRows:
-    """Consecutive slots, each at a length of its own, as a batch. Several new tokens at once go into one slot alone."""
+class Slot:
+    """One slot, to read any number of tokens into."""
 
-    def __init__(self, cache: SlotCache, first: int, count: int) -> None:
-        self.cache, self.first, self.count = cache, first, count
-        self._starts = torch.tensor(cache.lengths[first : first + count], device=cache.keys.device)
-        self._numbers = torch.arange(count, device=cache.keys.device)
+    def __init__(self, cache: SlotCache, number: int) -> None:
+        self.cache, self.number = cache, number
 
-    def positions(self, count: int) -> Tensor:
-        """(rows, count)."""
-        return self._starts[:, None] + torch.arange(count, device=self._starts.device)
+    def next(self, count: int) -> Pass:
+        own = slice(self.number, self.number + 1)
+        held = self.cache.lengths[self.number]
+        return _Behind(self.cache.keys[:, own], self.cache.values[:, own], held, count, self._filled)
 
-    def mask(self, count: int) -> Tensor:
-        """(rows, 1, count, S), S the longest row: each new token sees what its own slot holds up to itself."""
-        seen = torch.arange(self._end(count), device=self._starts.device)
-        return (seen <= self.positions(count)[..., None])[:, None]
+    def _filled(self, length: int) -> None:
+        self.cache.lengths[self.number] = length
 
-    def at(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Stores k and v (rows, T, G, D) behind what the slots hold; returns all up to the longest row."""
-        return partial(self._extend, layer)
 
-    def _extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        count, end = k.shape[1], self._end(k.shape[1])
-        assert end <= self.cache.room
-        assert count == 1 or self.count == 1
-        rows = slice(self.first, self.first + self.count)
-        kept = []
-        for store, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-            if self.count == 1:
-                store[self.first, end - count : end] = new[0]
-            else:
-                store[rows][self._numbers, self._starts] = new[:, 0]
-            kept.append(store[rows, :end])
-        return kept[0], kept[1]
+class Step:
+    """One new token for each of the first slots, each at a length of its own.
 
-    def advance(self, count: int) -> None:
-        """Counts stored positions as filled, once all blocks have stored theirs."""
-        for slot in range(self.first, self.first + self.count):
-            self.cache.lengths[slot] += count
+    All that differs from step to step is in tensors, so that a step can be one CUDA graph; whoever takes the step
+    counts up the cache's own lengths.
+    """
 
-    def _end(self, count: int) -> int:
-        return max(self.cache.lengths[self.first : self.first + self.count]) + count
+    def __init__(self, cache: SlotCache, lengths: Tensor, longest: int) -> None:
+        self.cache, self.lengths, self.longest = cache, lengths, longest
+
+    def next(self, count: int) -> Pass:
+        assert count == 1
+        return self
+
+    @property
+    def positions(self) -> Tensor:
+        return self.lengths.clamp_min(0)[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = len(self.lengths)
+        held = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]
+        return slot_attention(q[:, 0], k[:, 0], v[:, 0], *held, self.lengths, self.longest)[:, None]
+
+    def finish(self) -> None:
+        return
+
+
+class _Behind:
+    """`count` new positions behind `start` held ones, the same for all rows."""
+
+    def __init__(self, keys: Tensor, values: Tensor, start: int, count: int, filled: Callable[[int], None]) -> None:
+        self.end = start + count
+        assert self.end <= keys.shape[2], f"{self.end} positions in a cache with room for {keys.shape[2]}"
+        self.keys, self.values, self.start, self.filled = keys, values, start, filled
+        self.positions = torch.arange(start, self.end, device=keys.device)[None]
+        self.mask = cache_mask(start, count, keys.device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, self.start : self.end] = k
+        values[:, self.start : self.end] = v
+        return causal_attention(q, keys[:, : self.end], values[:, : self.end], mask=self.mask)
+
+    def finish(self) -> None:
+        self.filled(self.end)
+
+
+def _room(
+    make: Callable[..., Tensor], layers: int, rows: int, room: int, *,
+    heads: int, head_size: int, dtype: torch.dtype, device: torch.device,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (layers, rows, room, heads, head_size)
+    return make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device)

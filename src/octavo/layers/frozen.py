@@ -11,12 +11,13 @@ Legend: K inputs, N rows in all.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.layers.served import Bank, Routing
+from octavo.ops.decode import FEW, int8_rows
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.quantize import Parts, Plain, Scheme, Shape, stored_bytes
 from octavo.ops.wide import Frozen
@@ -126,13 +127,6 @@ class LowRankPair(nn.Module):
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scaling
 
 
-@dataclass
-class Routing:
-    """Which rows of the batch at hand go through which served adapter: name -> (n,) row numbers. Base rows in none."""
-
-    rows: dict[str, Tensor] = field(default_factory=dict)
-
-
 class FrozenLinear(nn.Module):
     """y = x W^T + b + low-rank pairs, with W frozen. `bias` names the outputs that have one, in one run."""
 
@@ -150,7 +144,7 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0
-        self.served: dict[str, dict[str, LowRankPair]] = {}  # adapter -> its pairs here, beside `pairs`
+        self.bank: Bank | None = None  # of served adapters, beside `pairs`
         self.routing = Routing()
 
     def bias_of(self, name: str) -> Tensor:
@@ -173,9 +167,11 @@ class FrozenLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return Frozen(rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N). Names of one matrix share the dropout mask of their common input."""
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""
         pairs = self.low_rank()
+        if not torch.is_grad_enabled() and self.matrix.scheme.straight and x.numel() <= FEW * x.shape[-1]:
+            return self._few(x, onto, pairs)
         dropping = bool(pairs) and self.training and self.dropout > 0
         y = frozen_linear(
             x,
@@ -185,11 +181,29 @@ class FrozenLinear(nn.Module):
             pairs=pairs,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
-        for name, rows in self.routing.rows.items():
-            for key, pair in self.served.get(name, {}).items():
-                own = y.narrow(-1, self.matrix.starts[key], self.matrix.outputs[key])
-                own.index_add_(0, rows, pair(x[rows]))
-        return y
+        if self.bank is not None and self.routing.numbers is not None:
+            self.bank.add_(y, x, self.routing.numbers)
+        return y if onto is None else onto + y
+
+    def _few(self, x: Tensor, onto: Tensor | None, pairs: tuple[LowRank, ...]) -> Tensor:
+        """`forward` for few rows, where no gradient is wanted: the codes are multiplied as they are stored."""
+        rows, numbers = x.reshape(-1, x.shape[-1]), self.routing.numbers
+        thin = None
+        if self.bank is not None and numbers is not None:
+            thin = self.bank.thin(rows, numbers.repeat_interleave(len(rows) // len(numbers)))
+        y = int8_rows(
+            rows,
+            self.matrix.parts["weight"],
+            self.matrix.parts["absmax"],
+            bias=self.bias,
+            bias_start=self.bias_start,
+            thin=thin,
+            onto=None if onto is None else onto.reshape(len(rows), -1),
+        )
+        for pair in pairs:
+            inner = F.linear(rows, pair.a.to(x.dtype))
+            y[:, pair.start : pair.stop].addmm_(inner, pair.b.to(x.dtype).T, alpha=pair.scaling)
+        return y.view(*x.shape[:-1], -1)
 
     @property
     def trained(self) -> bool:
@@ -206,7 +220,7 @@ class FrozenEmbedding(nn.Module):
         self.matrix = matrix
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
-        self.served: dict[str, dict[str, LowRankPair]] = {}
+        self.bank: Bank | None = None
         self.routing = Routing()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -215,9 +229,8 @@ class FrozenEmbedding(nn.Module):
         for pair in self.pairs.values():
             assert isinstance(pair, LowRankPair)
             x = x + self._added(ids, pair, x.dtype)
-        for name, rows in self.routing.rows.items():
-            for pair in self.served.get(name, {}).values():
-                x.index_add_(0, rows, self._added(ids[rows], pair, x.dtype))
+        if self.bank is not None and self.routing.numbers is not None:
+            self.bank.add_rows_(x, ids, self.routing.numbers)
         return x
 
     def _added(self, ids: Tensor, pair: LowRankPair, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """A residual branch made of layers: y = x + sum of outer_i(mix_i(inner(norm(x)))), and the norms in front of it.
 
-`residual` with a cache is the definition, layer by layer; without one it is ops/branch.py, which computes the same
-with a backward of its own.
+`plain_residual` is the definition, under autograd. `residual` computes the same, with a backward of its own
+(ops/branch.py), or over a cache, where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from octavo.layers.frozen import FrozenLinear
 from octavo.ops import pointwise
 from octavo.ops.branch import Branch, Keep, Norm, branch
-from octavo.ops.mix import Context, Piece, Store
+from octavo.ops.mix import Attend, Context, Piece
 from octavo.ops.wide import Wide
 
 
@@ -28,7 +28,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise.norm(x, self.weight, self.bias, self.eps)
+        return _normed(x, self.norm())
 
     def norm(self) -> Norm:
         return Norm(self.weight, self.bias, self.eps)
@@ -43,10 +43,19 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise.norm(x, self.weight, None, self.eps)
+        return _normed(x, self.norm())
 
     def norm(self) -> Norm:
         return Norm(self.weight, None, self.eps)
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    """The definition where a gradient is wanted, else the fast path, in one pass over memory."""
+    if torch.is_grad_enabled():
+        return pointwise.norm(x, norm.weight, norm.bias, norm.eps)
+    out = torch.empty_like(x)
+    pointwise.norm_into(x.view(-1, x.shape[-1]), norm.weight, norm.bias, norm.eps, out.view(-1, x.shape[-1]))
+    return out
 
 
 def residual(
@@ -58,11 +67,11 @@ def residual(
     context: Context,
     *,
     keep: Keep,
-    store: Store | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """(B, T, d) -> (B, T, d). Each piece takes its columns of inner's output and feeds its own layer of `outer`."""
-    if store is not None:
-        return plain_residual(x, norm, inner, pieces, outer, context, store=store)
+    if attend is not None:
+        return _over_cache(x, norm, inner, pieces, outer, context, attend)
     parts = Wide((inner.frozen(),)), Wide(tuple(layer.frozen() for layer in outer))
     return branch(x, Branch(norm.norm(), parts[0], pieces, parts[1]), context, keep=keep)
 
@@ -74,13 +83,26 @@ def plain_residual(
     pieces: Sequence[Piece],
     outer: Sequence[FrozenLinear],
     context: Context,
-    *,
-    store: Store | None = None,
 ) -> Tensor:
     """The definition of `residual`, under autograd."""
     u = inner(norm(x)).split([piece.inputs for piece in pieces], dim=-1)
     for piece, own, layer in zip(pieces, u, outer, strict=True):
-        x = x + layer(piece.plain(own, context, store))
+        x = x + layer(piece.plain(own, context))
+    return x
+
+
+def _over_cache(
+    x: Tensor,
+    norm: LayerNorm | RmsNorm,
+    inner: FrozenLinear,
+    pieces: Sequence[Piece],
+    outer: Sequence[FrozenLinear],
+    context: Context,
+    attend: Attend,
+) -> Tensor:
+    u = inner(norm(x)).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
+    for piece, own, layer in zip(pieces, u, outer, strict=True):
+        x = layer(piece.over_cache(own, context, attend).view(*x.shape[:2], -1), x)
     return x
 
 

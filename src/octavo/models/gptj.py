@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.layers.cache import KeyValueCache, SlotCache, SlotRows
+from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import LayerNorm, levels, residual
 from octavo.ops.attention import INTERLEAVED, Documents, rotary_table
@@ -96,13 +97,11 @@ class Block(nn.Module):
         self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
         self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
 
-    def forward(
-        self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | SlotRows | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, *, keep: Keep, over: Pass | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         return residual(
             x, self.norm, self.in_proj, self.pieces, (self.out_proj, self.fc_out), context,
-            keep=keep, store=cache.at(self.index) if cache is not None else None,
+            keep=keep, attend=partial(over.attend, self.index) if over is not None else None,
         )  # fmt: skip
 
 
@@ -124,7 +123,7 @@ class Model(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KeyValueCache | SlotRows | None = None,
+        cache: Cache | None = None,
         keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
@@ -132,18 +131,17 @@ class Model(nn.Module):
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward.
         """
+        over = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
-            count = ids.shape[1]
-            positions = cache.positions(count) if cache is not None else torch.arange(count, device=ids.device)[None]
+            positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
         rotary = rotary_table(positions, 1.0 / ROTARY_BASE**exponents)
-        mask = cache.mask(ids.shape[1]) if cache is not None else None
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
-            x = block(x, context, keep=kept, cache=cache)
-        if cache is not None:
-            cache.advance(ids.shape[1])
+            x = block(x, context, keep=kept, over=over)
+        if over is not None:
+            over.finish()
         normed: Tensor = self.norm(x)
         return normed
 

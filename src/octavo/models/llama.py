@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.layers.cache import KeyValueCache, SlotCache, SlotRows
+from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import RmsNorm, levels, residual
 from octavo.ops.attention import HALF, Documents, rotary_table
@@ -115,13 +115,13 @@ class Block(nn.Module):
         self.activation = Swiglu(c.mlp_width)
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
-    def forward(
-        self, x: Tensor, context: Context, *, keep: Keep, cache: KeyValueCache | SlotRows | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, *, keep: Keep, over: Pass | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        store = cache.at(self.index) if cache is not None else None
-        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, keep=keep, store=store)
-        return residual(x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, keep=keep, store=store)
+        attend = partial(over.attend, self.index) if over is not None else None
+        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, keep=keep, attend=attend)
+        return residual(
+            x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, keep=keep, attend=attend
+        )
 
 
 class Model(nn.Module):
@@ -142,7 +142,7 @@ class Model(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Documents | None = None,
-        cache: KeyValueCache | SlotRows | None = None,
+        cache: Cache | None = None,
         keep: Sequence[Keep] | Keep = Keep.ALL,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
@@ -150,17 +150,16 @@ class Model(nn.Module):
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward.
         """
+        over = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
-            count = ids.shape[1]
-            positions = cache.positions(count) if cache is not None else torch.arange(count, device=ids.device)[None]
+            positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = rotary_table(positions, _frequencies(self.config.frequencies, ids.device))
-        mask = cache.mask(ids.shape[1]) if cache is not None else None
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, mask)
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
-            x = block(x, context, keep=kept, cache=cache)
-        if cache is not None:
-            cache.advance(ids.shape[1])
+            x = block(x, context, keep=kept, over=over)
+        if over is not None:
+            over.finish()
         normed: Tensor = self.norm(x)
         return normed
 

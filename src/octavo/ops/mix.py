@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_
 from octavo.ops.pointwise import gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
 
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new k and v -> all of them, from a cache
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Context:
     length: int
     rotary: tuple[Tensor, Tensor]
     documents: Documents | None = None
-    mask: Tensor | None = None  # of new positions over a cache
 
 
 @dataclass
@@ -52,8 +51,12 @@ class Piece(Protocol):
     @property
     def outputs(self) -> int: ...
 
-    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
-        """The definition: (B, T, inputs) -> (B, T, outputs) under autograd, over a cache if one is given."""
+    def plain(self, u: Tensor, context: Context) -> Tensor:
+        """The definition: (B, T, inputs) -> (B, T, outputs) under autograd."""
+        ...
+
+    def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
+        """(M, inputs) -> (M, outputs) for new positions, whose attention `attend` knows. u may be overwritten."""
         ...
 
     def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> Held | None:
@@ -90,12 +93,15 @@ class Attention:
     def outputs(self) -> int:
         return self.heads * self.head_size
 
-    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+    def plain(self, u: Tensor, context: Context) -> Tensor:
         q, k, v = self._heads(u)
         q, k = rotate(q, context.rotary, self.form), rotate(k, context.rotary, self.form)
-        if store is not None:
-            k, v = store(k, v)
-        return causal_attention(q, k, v, documents=context.documents, mask=context.mask).flatten(2)
+        return causal_attention(q, k, v, documents=context.documents).flatten(2)
+
+    def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
+        self.prepare_(u, context)
+        q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
+        return attend(q, k, v).reshape(len(u), -1)
 
     def prepare_(self, u: Tensor, context: Context) -> None:
         turned = (self.heads + self.groups) * self.head_size
@@ -171,6 +177,11 @@ class _Activation:
     def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> None:
         self.again(u, out, None)
 
+    def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
+        out = u.new_empty(len(u), self.width)
+        self.again(u, out, None)
+        return out
+
     def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
         raise NotImplementedError
 
@@ -182,7 +193,7 @@ class Gelu(_Activation):
     def inputs(self) -> int:
         return self.width
 
-    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+    def plain(self, u: Tensor, context: Context) -> Tensor:
         return F.gelu(u, approximate="tanh")
 
     def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
@@ -199,7 +210,7 @@ class Swiglu(_Activation):
     def inputs(self) -> int:
         return 2 * self.width
 
-    def plain(self, u: Tensor, context: Context, store: Store | None) -> Tensor:
+    def plain(self, u: Tensor, context: Context) -> Tensor:
         gate, up = u.chunk(2, dim=-1)
         return F.silu(gate) * up
 

@@ -60,6 +60,11 @@ class Scheme(Protocol):
         """The name of the scheme that embedding and head are under where all else is under this one."""
         ...
 
+    @property
+    def straight(self) -> bool:
+        """Whether products with few rows read the codes as they are (ops/decode.py), and nothing is written out."""
+        ...
+
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         """Shape and type of each part of an (N, K) matrix; `dtype` is what unquantised numbers are kept in."""
         ...
@@ -89,6 +94,7 @@ class Plain:
     """No quantisation: the number itself, in the type that it was loaded in."""
 
     name = for_tables = "none"
+    straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, dtype)}
@@ -116,6 +122,7 @@ class Int8:
     """
 
     name = for_tables = "int8"
+    straight = True
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, torch.int8), "absmax": (shape[:1], torch.float32)}
@@ -154,6 +161,7 @@ class Dynamic8:
     """
 
     name = for_tables = "dynamic8"
+    straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         blocks = -(-prod(shape) // DYNAMIC8_BLOCK)
@@ -193,6 +201,7 @@ class Nf4:
     """
 
     name, for_tables = "nf4", "int8"
+    straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         n = prod(shape)

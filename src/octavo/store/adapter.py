@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair, Routing
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
 from octavo.layers.lora import LoraSpec, attach_, put_
+from octavo.layers.served import Bank, Routing
 from octavo.models import Model, Place, layer_of, places
 from octavo.store import peft
 from octavo.store.peft import Adapter
@@ -153,8 +154,8 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
     return plan
 
 
-def serve_(model: Model, adapter: Adapter, name: str) -> None:
-    """Holds an adapter beside others under `name`, for the rows that the model's routing sends through it.
+def serve_(model: Model, routing: Routing, adapter: Adapter, name: str) -> None:
+    """Holds an adapter beside others under `name`, for the rows that the routing sends through its number.
 
     AdapterError if a tensor finds no place, or if it is a trained norm or bias: those all rows share.
     """
@@ -166,23 +167,48 @@ def serve_(model: Model, adapter: Adapter, name: str) -> None:
             hint="Train without --train-norms and --train-biases, or use `octavo generate --adapter`.",
         )
     pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
-    remove_(model, name)
+    remove_(model, routing, name)
+    number = routing.free_number()
     for place, pair in pairs.items():
-        _layer(table[place]).served.setdefault(name, {})[table[place].rows_key] = pair.requires_grad_(False)
+        layer = _layer(table[place])
+        if layer.bank is None:
+            layer.bank = _new_bank(layer)
+        layer.bank.put(number, table[place].rows_key, pair.a.detach(), pair.b.detach(), pair.scaling)
+    for layer in _frozen_layers(model):
+        if layer.bank is not None:
+            layer.bank.make_room(number + 1)  # rows of this adapter look into all banks, its own or not
+    routing.served[name] = number
+    routing.changes += 1
 
 
-def remove_(model: Model, name: str) -> None:
+def remove_(model: Model, routing: Routing, name: str) -> None:
     """Takes a served adapter off again."""
-    for module in model.modules():
-        if isinstance(module, FrozenLinear | FrozenEmbedding):
-            module.served.pop(name, None)
+    number = routing.served.pop(name, None)
+    if number is None:
+        return
+    routing.changes += 1
+    for layer in _frozen_layers(model):
+        if layer.bank is not None:
+            layer.bank.clear(number)
+        if not routing.served:
+            layer.bank = None
 
 
 def route_(model: Model, routing: Routing) -> None:
     """Makes all layers of the model look at one routing."""
-    for module in model.modules():
-        if isinstance(module, FrozenLinear | FrozenEmbedding):
-            module.routing = routing
+    for layer in _frozen_layers(model):
+        layer.routing = routing
+
+
+def _frozen_layers(model: Model) -> list[FrozenLinear | FrozenEmbedding]:
+    return [module for module in model.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
+
+
+def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> Bank:
+    matrix = layer.matrix
+    if isinstance(layer, FrozenEmbedding):  # a table's inputs are the ids of its rows
+        return Bank(matrix.shape[0], dict.fromkeys(matrix.outputs, matrix.in_features), matrix.dtype, matrix.device)
+    return Bank(matrix.in_features, matrix.outputs, matrix.dtype, matrix.device)
 
 
 def _checked(model: Model, adapter: Adapter) -> dict[str, Place]:

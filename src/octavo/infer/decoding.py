@@ -1,0 +1,128 @@
+"""One new token for each running request: a step over the first slots of the cache, on a card as a CUDA graph.
+
+A graph is recorded for a few numbers of rows; a step takes the next larger one and leaves its last rows idle. What
+differs from step to step is sent in one copy, and what the host wants to know comes back in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.layers.cache import SlotCache
+from octavo.layers.served import Routing
+from octavo.models import Model
+from octavo.ops.twins import kernels_run_on
+
+IDLE = -1  # the length of a slot that has no token to read
+BASE = 0  # the number of a row that goes through no adapter
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a step found: logits (n, V) float32 where the model is; of each row the largest one and its token."""
+
+    logits: Tensor
+    best: list[float]
+    greedy: list[int]
+
+
+def chosen(logits: Tensor, rows: int, summary: Tensor | None = None) -> Chosen:
+    """The first `rows` of the logits (B, V); `summary` is `_summary` of them if that was computed already."""
+    summary = _summary(logits) if summary is None else summary
+    best, greedy = summary[:, :rows].tolist()
+    return Chosen(logits[:rows], best, [int(token) for token in greedy])
+
+
+def _summary(logits: Tensor) -> Tensor:
+    """(2, B) float64, which holds any token's number: the largest logit of each row, and its token."""
+    best, greedy = logits.max(dim=1)
+    return torch.stack([best.double(), greedy.double()])
+
+
+class Decoder:
+    """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not."""
+
+    def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
+        self.model, self.cache, self.routing, self.words = model, cache, routing, words
+        self._graphs: dict[int, _Recorded] = {}
+        self._changes = routing.changes
+        self._pool: Any = None  # of the graphs' memory, which no two use at a time
+
+    @property
+    def records(self) -> bool:
+        """Whether steps are CUDA graphs: on a card where the kernels run. The definitions ask the card for numbers."""
+        return kernels_run_on(self.cache.keys)
+
+    def prepare(self) -> None:
+        """Records every graph that a step can need, so that no request waits for it."""
+        if self.records:
+            for rows in _sizes(len(self.cache.lengths)):
+                self._recorded(rows)
+
+    def step(self, tokens: Sequence[int], numbers: Sequence[int]) -> Chosen:
+        """Reads one token into each of the first slots, through the adapters of these numbers."""
+        rows = len(tokens)
+        lengths = self.cache.lengths[:rows]
+        if self.records:
+            recorded = self._recorded(next(size for size in _sizes(len(self.cache.lengths)) if size >= rows))
+            found = recorded.run([tokens, lengths, numbers])
+        else:
+            device = self.cache.keys.device
+            given = torch.tensor([list(tokens), lengths, list(numbers)], device=device)
+            found = chosen(self._logits(given, max(lengths), any(numbers)), rows)
+        for slot in range(rows):
+            self.cache.lengths[slot] += 1
+        return found
+
+    def _recorded(self, rows: int) -> _Recorded:
+        if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
+            self._graphs, self._changes = {}, self.routing.changes
+        if rows not in self._graphs:
+            self._graphs[rows] = _Recorded(self, rows)
+        return self._graphs[rows]
+
+    def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
+        """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
+        tokens, lengths, numbers = given
+        self.routing.numbers = numbers if adapters else None
+        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest))
+        logits: Tensor = self.model.head(hidden)
+        return logits[:, 0, : self.words].float()
+
+
+class _Recorded:
+    """A step of a fixed number of rows as a CUDA graph."""
+
+    def __init__(self, decoder: Decoder, rows: int) -> None:
+        device = decoder.cache.keys.device
+        self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
+        self._given = self._sent.to(device)
+        longest, adapters = decoder.cache.room - 1, bool(decoder.routing.served)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # once for real: kernels are compiled, libraries take what they need
+            _summary(decoder._logits(self._given, longest, adapters))
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=decoder._pool):
+            self._logits = decoder._logits(self._given, longest, adapters)
+            self._summary = _summary(self._logits)
+        decoder._pool = self._graph.pool()
+
+    def run(self, given: Sequence[Sequence[int]]) -> Chosen:
+        rows = len(given[0])
+        self._sent[1, rows:] = IDLE
+        self._sent[:, :rows] = torch.tensor([list(line) for line in given])
+        self._given.copy_(self._sent, non_blocking=True)
+        self._graph.replay()
+        return chosen(self._logits, rows, self._summary)  # waits for the step, so the host may write again
+
+
+def _sizes(slots: int) -> list[int]:
+    """Numbers of rows that graphs are recorded for: powers of two, and all slots."""
+    return [*(1 << n for n in range(slots.bit_length()) if 1 << n < slots), slots]

@@ -1,0 +1,254 @@
+"""One new token of a few requests: products straight from 8-bit codes, attention over slots.
+
+Definitions: ops/decode.py.
+
+A product's program takes a strip of outputs and a span of inputs; where outputs alone would leave multiprocessors
+idle, several programs share the inputs of a strip, and a second kernel adds up what they found, always in the same
+order. A slot's attention is parted into spans of positions in the same way.
+
+Legend as there. `*_stride` is a row's pitch in numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.decode import Thin
+from octavo.ops.quantize import INT8_LEVELS
+
+PROGRAMS = 256  # that keep a card busy: two for each multiprocessor of an H100
+SPAN = 128  # positions that one program of attention takes
+TILE = 32  # of which it holds so many at once
+
+
+def int8_rows(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    *,
+    bias: Tensor | None = None,
+    bias_start: int = 0,
+    thin: Thin | None = None,
+    onto: Tensor | None = None,
+) -> Tensor:
+    (m, k), n = x.shape, len(codes)
+    out = x.new_empty(m, n)
+    rows, strip, width = _tiles(m)
+    strips = triton.cdiv(n, strip)
+    parts = max(1, min(PROGRAMS // strips, k // (4 * width))) if m > 1 else 1
+    span = triton.cdiv(triton.cdiv(k, parts), width) * width
+    sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
+    after = (
+        absmax, bias if bias is not None else absmax, bias_start,
+        bias_start + (bias.numel() if bias is not None else 0),
+        *((thin.inner, thin.b, thin.numbers, thin.names) if thin is not None else (absmax,) * 4),
+        onto if onto is not None else x, thin.inner.shape[1] if thin is not None else 0, n,
+        onto.stride(0) if onto is not None else 0,
+    )  # fmt: skip
+    has = bias is not None, thin.b.shape[1] if thin is not None else 0, onto is not None
+    _int8_rows[(strips, parts)](
+        x, codes, sums, out, *after, m, k, span, x.stride(0), codes.stride(0),
+        *has, parts > 1, INT8_LEVELS, rows, strip, width, num_warps=4, num_stages=4 if m > 1 else 2,
+    )  # fmt: skip
+    if parts > 1:
+        width = 1024
+        _add_parts[(m, triton.cdiv(n, width))](sums, out, *after, m, parts, *has, INT8_LEVELS, width, num_warps=4)
+    return out
+
+
+def _tiles(m: int) -> tuple[int, int, int]:
+    """(rows, outputs, inputs) of a program's tile, for so many rows."""
+    if m == 1:
+        return 1, 16, 512
+    return (16, 32, 256) if m <= 16 else (triton.next_power_of_2(m), 64, 128)
+
+
+@triton.jit
+def _int8_rows(
+    x, codes, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
+    m, k, span, x_stride, codes_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    strip = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
+    row = tl.arange(0, ROWS)
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, k)
+    place = codes + strip[:, None].to(tl.int64) * codes_stride
+    if ROWS == 1:
+        products = tl.zeros((STRIP, WIDTH), dtype=tl.float32)
+        for start in range(first, last, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
+            products += code.to(tl.float32) * tl.load(x + column, mask=column < last, other=0).to(tl.float32)[None, :]
+        total = tl.sum(products, axis=1)[None, :]
+    else:
+        total = tl.zeros((ROWS, STRIP), dtype=tl.float32)
+        for start in range(first, last, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
+            there = (row[:, None] < m) & (column[None, :] < last)
+            own = tl.load(x + row[:, None] * x_stride + column[None, :], mask=there, other=0)
+            total = tl.dot(own, tl.trans(code.to(own.dtype)), total, input_precision="ieee")
+    at = row[:, None].to(tl.int64) * n + strip[None, :]
+    inside = (row[:, None] < m) & (strip[None, :] < n)
+    if PARTED:
+        tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
+    else:
+        total = _finished(
+            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+            onto, j, n, onto_stride, BIAS, R, ONTO, LEVELS,
+        )  # fmt: skip
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_parts(
+    sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride, m, parts,
+    BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = column < n
+    total = tl.zeros((1, WIDTH), dtype=tl.float32)
+    for part in range(parts):
+        total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
+    total = _finished(
+        total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+        onto, j, n, onto_stride, BIAS, R, ONTO, LEVELS,
+    )  # fmt: skip
+    tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finished(
+    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    total *= tl.load(absmax + column, mask=column < n, other=0) / LEVELS
+    if BIAS:
+        total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
+    if R:
+        number = tl.load(numbers + row + 0 * column, mask=inside, other=0)
+        name = tl.load(names + column, mask=column < n, other=0)
+        live = inside & (number > 0)
+        for r in range(R):
+            factor = tl.load(inner + row * j + name * R + r, mask=live, other=0)
+            total += factor * tl.load(b + (number * R + r) * n + column, mask=live, other=0).to(tl.float32)
+    if ONTO:
+        total += tl.load(onto + row * onto_stride + column, mask=inside, other=0).to(tl.float32)
+    return total
+
+
+def shrink(x: Tensor, a: Tensor, numbers: Tensor) -> Tensor:
+    (m, k), j = x.shape, a.shape[1]
+    out = x.new_empty(m, j, dtype=torch.float32)
+    block, width = 4, 1024
+    _shrink[(m, triton.cdiv(j, block))](x, a, numbers, out, j, k, x.stride(0), block, width, num_warps=8)
+    return out
+
+
+@triton.jit
+def _shrink(x, a, numbers, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(numbers + row).to(tl.int64)
+    products = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    if number > 0:  # 0 is the base
+        for start in range(0, k, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            own = tl.load(x + row * x_stride + column, mask=column < k, other=0).to(tl.float32)
+            inside = (line[:, None] < j) & (column[None, :] < k)
+            factor = tl.load(a + (number * j + line[:, None]) * k + column[None, :], mask=inside, other=0)
+            products += factor.to(tl.float32) * own[None, :]
+    tl.store(out + row * j + line, tl.sum(products, axis=1), mask=line < j)
+
+
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
+) -> Tensor:
+    (m, h, d), (room, g) = q.shape, keys.shape[1:3]
+    out = q.new_empty(m, h, d)
+    spans = triton.cdiv(room, SPAN)
+    found = q.new_empty(m, h, spans, d, dtype=torch.float32)
+    weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # the largest score, the sum of exponentials over it
+    width = triton.next_power_of_2(d)
+    _attend[(m, h, spans)](
+        q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), SPAN, TILE, width, num_warps=4,
+    )  # fmt: skip
+    _join[(m, h)](found, weights, lengths, out, d, spans, SPAN, triton.next_power_of_2(spans), width, num_warps=4)
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, keys, values, lengths, found, weights, scale, shared, d, spans,
+    q_stride, k_stride, v_stride, slot_stride, position_stride,
+    SPAN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    slot, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + slot)
+    first = span * SPAN
+    if first > length:  # an idle slot's is -1
+        return
+    group = head // shared
+    column = tl.arange(0, WIDTH)
+    wide = column < d
+    query = tl.load(q + slot * q_stride + head * d + column, mask=wide, other=0).to(tl.float32) * scale
+    new_key = tl.load(k + slot * k_stride + group * d + column, mask=wide, other=0)
+    new_value = tl.load(v + slot * v_stride + group * d + column, mask=wide, other=0)
+    place = slot * slot_stride + group * d
+    highest = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
+    mix = tl.zeros((WIDTH,), dtype=tl.float32)
+    for start in range(first, tl.minimum(first + SPAN, length + 1), TILE):
+        position = start + tl.arange(0, TILE)
+        at = place + position[:, None] * position_stride + column[None, :]
+        held = (position[:, None] < length) & wide[None, :]
+        fresh = position[:, None] == length  # what no other program can be sure to read from the cache yet
+        key = tl.where(fresh, new_key[None, :], tl.load(keys + at, mask=held, other=0)).to(tl.float32)
+        score = tl.sum(key * query[None, :], axis=1)
+        score = tl.where(position <= length, score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, axis=0))
+        share = tl.exp(score - higher)
+        value = tl.where(fresh, new_value[None, :], tl.load(values + at, mask=held, other=0)).to(tl.float32)
+        fade = tl.exp(highest - higher)
+        mix = mix * fade + tl.sum(share[:, None] * value, axis=0)
+        total = total * fade + tl.sum(share, axis=0)
+        highest = higher
+    cell = (slot * tl.num_programs(1) + head) * spans + span
+    tl.store(found + cell * d + column, mix, mask=wide)
+    pair = tl.arange(0, 1)
+    tl.store(weights + cell * 2 + pair, highest)
+    tl.store(weights + cell * 2 + 1 + pair, total)
+    if (length < first + SPAN) & (head % shared == 0):  # one program of each key head
+        there = place + length * position_stride + column
+        tl.store(keys + there, new_key, mask=wide)
+        tl.store(values + there, new_value, mask=wide)
+
+
+@triton.jit
+def _join(
+    found, weights, lengths, out, d, spans, SPAN: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + slot)
+    cell = (slot * tl.num_programs(1) + head) * spans
+    column = tl.arange(0, WIDTH)
+    wide = column < d
+    span = tl.arange(0, SPANS)
+    there = (span < spans) & (span * SPAN <= length)
+    highest = tl.load(weights + (cell + span) * 2, mask=there, other=float("-inf"))
+    share = tl.where(there, tl.exp(highest - tl.max(highest, axis=0)), 0.0)
+    total = tl.sum(share * tl.load(weights + (cell + span) * 2 + 1, mask=there, other=0), axis=0)
+    mix = tl.zeros((WIDTH,), dtype=tl.float32)
+    for one in range(tl.minimum(spans, length // SPAN + 1)):
+        own = tl.load(weights + (cell + one) * 2)
+        factor = tl.exp(own - tl.max(highest, axis=0))
+        mix += factor * tl.load(found + (cell + one) * d + column, mask=wide, other=0)
+    mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)
+    tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)

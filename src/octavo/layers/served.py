@@ -1,0 +1,98 @@
+"""Adapters served side by side: each row of a batch goes through one of them, or through none.
+
+All adapters' pairs on one layer stand in two tensors, so that one thin product serves a whole batch whatever its
+rows go through, and a step over them can be one CUDA graph.
+
+Legend: n adapters, R the largest of their ranks, J = names of the layer x R; K inputs, N outputs; B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from octavo.ops.decode import Thin, shrink
+
+Spans = dict[str, tuple[int, int]]
+
+
+@dataclass
+class Routing:
+    """What all layers of a model look at: the number of each served adapter, and which rows go through which.
+
+    `numbers` is (B,) int64 for the batch at hand, 0 for the base; None if no row goes through an adapter.
+    `changes` counts how often the tensors of the banks were exchanged.
+    """
+
+    served: dict[str, int] = field(default_factory=dict)
+    numbers: Tensor | None = None
+    changes: int = 0
+
+    def free_number(self) -> int:
+        """The lowest number that no adapter has; 0 is the base's."""
+        return min(set(range(1, len(self.served) + 2)) - set(self.served.values()))
+
+
+class Bank:
+    """The pairs of all served adapters on one layer: A (n, J, K) and B (n, R, N), with their scaling in B.
+
+    The first stands for the base and is zero.
+    """
+
+    def __init__(self, inputs: int, outputs: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
+        ends = [0]
+        for rows in outputs.values():
+            ends.append(ends[-1] + rows)
+        self.spans: Spans = {name: (ends[i], ends[i + 1]) for i, name in enumerate(outputs)}
+        self.a = torch.zeros(0, 0, inputs, dtype=dtype, device=device)
+        self.b = torch.zeros(0, 0, ends[-1], dtype=dtype, device=device)
+        self.names = torch.empty(ends[-1], dtype=torch.int32, device=device)
+        for place, (start, stop) in enumerate(self.spans.values()):
+            self.names[start:stop] = place
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[1]
+
+    def put(self, number: int, name: str, a: Tensor, b: Tensor, scaling: float) -> None:
+        """Adapter `number`'s pair on one name: a (r, K), b (rows, r). Makes room for it where there is none."""
+        r = len(a)
+        self.make_room(number + 1, r)
+        first = list(self.spans).index(name) * self.rank
+        start, stop = self.spans[name]
+        self.a[number, first : first + r] = a
+        self.b[number, :r, start:stop] = (b.float() * scaling).T
+
+    def clear(self, number: int) -> None:
+        """Takes an adapter's pairs away."""
+        if number < len(self.a):
+            self.a[number], self.b[number] = 0, 0
+
+    def add_(self, y: Tensor, x: Tensor, numbers: Tensor) -> None:
+        """Adds to y (B, T, N) what the adapters of the rows make of x (B, T, K)."""
+        inner, b = torch.bmm(x, self.a[numbers].mT), self.b[numbers]
+        for (start, stop), part in zip(self.spans.values(), inner.split(self.rank, dim=-1), strict=True):
+            y[..., start:stop] += torch.bmm(part, b[:, :, start:stop])
+
+    def add_rows_(self, y: Tensor, ids: Tensor, numbers: Tensor) -> None:
+        """The same for a table, whose K inputs are the ids (B, T) of its rows."""
+        y += torch.bmm(self.a[numbers[:, None], :, ids], self.b[numbers])
+
+    def thin(self, x: Tensor, numbers: Tensor) -> Thin:
+        """What the adapters of rows x (M, K) add, as a product of few rows takes it."""
+        return Thin(shrink(x, self.a, numbers), self.b, numbers, self.names, tuple(self.spans.values()))
+
+    def make_room(self, count: int, rank: int = 0) -> None:
+        """Room for so many adapters, up to such a rank. Those that have no pair here have zeros."""
+        count, rank = max(count, len(self.a)), max(rank, self.rank)
+        if (count, rank) == (len(self.a), self.rank):
+            return
+        names, old, held = len(self.spans), self.rank, len(self.a)
+        a = self.a.new_zeros(count, names, rank, self.a.shape[2])
+        b = self.b.new_zeros(count, rank, self.b.shape[2])
+        a[:held, :, :old] = self.a.view(held, names, old, -1) if held else 0
+        b[:held, :old] = self.b
+        self.a, self.b = a.flatten(1, 2), b
