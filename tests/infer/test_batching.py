@@ -249,6 +249,19 @@ def test_more_than_may_wait_are_refused(llama: Family) -> None:
     engine.submit(MIXED[3])
 
 
+def test_without_a_queue_free_slots_still_take_requests(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=2, room=CONTEXT, queue=0))
+    streams = [engine.submit(MIXED[n]) for n in (0, 1)]
+    for _ in range(2):
+        with pytest.raises(QueueFullError):
+            engine.submit(MIXED[2])
+        engine.step()
+    llama.run_out(engine)
+    streams.append(engine.submit(MIXED[2]))
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(MIXED[n]) for n in range(3)]
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "match"),
     [
@@ -281,7 +294,7 @@ def test_a_request_whose_token_cannot_be_drawn_fails_alone(llama: Family) -> Non
     streams = [engine.submit(request) for request in (MIXED[0], broken, MIXED[2])]
     llama.run_out(engine)
     assert llama.answer(streams[1]).finish_reason == "error"
-    assert "RuntimeError" in streams[1].error
+    assert "repetition penalty" in streams[1].error
     assert [llama.answer(streams[n]) for n in (0, 2)] == [llama.alone(MIXED[n]) for n in (0, 2)]
     assert (engine.stats().failed_total, counted(engine.stats())) == (1, 3)
 

@@ -64,7 +64,7 @@ def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family
                 try:
                     streams.append(engine.submit(request))
                 except QueueFullError:
-                    assert engine.stats().waiting == 5
+                    assert engine.stats().waiting == 5 + slots - engine.stats().running
                 except AdapterError:
                     assert request.adapter not in engine.adapters()
             elif kind == "step":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from octavo.errors import UsageError
-from octavo.infer.sample import Sampling, choose, keep_top_k, keep_top_p, penalise
+from octavo.infer.sample import CANDIDATES, Sampling, choose, choose_rows, keep_top_k, keep_top_p, penalise
 
 UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=12)
@@ -148,3 +148,54 @@ def test_rules_that_make_no_sense_are_refused(wrong: dict[str, float], message: 
     with pytest.raises(UsageError) as caught:
         Sampling(**wrong)  # type: ignore[arg-type]
     assert message in caught.value.message
+
+
+def peaked(seed: int, words: int, spread: float) -> Tensor:
+    return torch.randn(words, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+@pytest.mark.parametrize("words", [3, CANDIDATES, 5000])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0),
+        Sampling(temperature=0.0, repetition_penalty=1.7),
+        Sampling(temperature=0.8, top_p=0.95),
+        Sampling(temperature=1.3, top_p=0.9, repetition_penalty=1.2),
+        Sampling(temperature=1.0, top_p=1.0),
+        Sampling(temperature=1.0, top_p=1.0, top_k=7),
+        Sampling(temperature=2.0, top_p=0.9, top_k=40),
+        Sampling(temperature=2.0, top_p=0.9, top_k=CANDIDATES + 1),
+        Sampling(temperature=9.0, top_p=0.999),
+    ],
+    ids=str,
+)
+def test_rows_at_once_draw_what_each_draws_alone(words: int, sampling: Sampling) -> None:
+    logits = torch.stack([peaked(seed, words, spread) for seed, spread in enumerate((0.1, 1.0, 3.0, 8.0))])
+    seen = [[0, 1, 1], [], [2], [1, 2]]
+    ours, theirs = ([torch.Generator().manual_seed(row) for row in range(4)] for _ in range(2))
+    for _ in range(25):
+        found = choose_rows(logits, seen, [sampling] * 4, ours)
+        assert found == [
+            choose(row, torch.tensor(ids, dtype=torch.long), sampling, generator=generator)
+            for row, ids, generator in zip(logits, seen, theirs, strict=True)
+        ]
+
+
+def test_rows_with_rules_of_their_own_do_not_mix() -> None:
+    logits = torch.tensor([[5.0, 4.0, -9.0], [0.0, 0.0, 9.0], [1.0, 1.0, 1.0]])
+    samplings = [Sampling(temperature=0.0), Sampling(temperature=1e-30), Sampling(temperature=1.0, top_k=1, top_p=1.0)]
+    generators = [torch.Generator() for _ in samplings]
+    found = [choose_rows(logits, [[]] * 3, samplings, generators) for _ in range(40)]
+    assert {tokens[:2] for tokens in map(tuple, found)} == {(0, 2)}
+    assert {tokens[2] for tokens in found} == {0, 1, 2}  # all equal the k-th
+
+
+def test_a_row_that_is_not_finite_is_told_and_hurts_no_other() -> None:
+    logits = torch.tensor([[0.0, 1.0], [math.nan, 1.0], [math.inf, 1.0], [1.0, 0.0]])
+    for temperature in (0.0, 1e-3):
+        samplings = [Sampling(temperature=temperature, repetition_penalty=1.1)] * 4
+        found = choose_rows(logits, [[]] * 4, samplings, [torch.Generator() for _ in range(4)])
+        assert found == [1, None, None, 0]
+    extreme = Sampling(temperature=1.0, repetition_penalty=1e-45)
+    assert choose_rows(logits[:1] + 1, [[0]], [extreme], [torch.Generator()]) == [None]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from octavo.errors import AdapterError, ModelError, UsageError
+from octavo.errors import AdapterError, ModelError
 from octavo.infer.decoding import BASE, Chosen, Decoder, chosen
-from octavo.infer.engine import TextStream, all_ends, check_prompt
-from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token
-from octavo.infer.sample import choose
+from octavo.infer.engine import TextStream, all_ends
+from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
+from octavo.infer.sample import choose_rows
 from octavo.infer.slots import Slots
-from octavo.infer.telling import tell
+from octavo.infer.telling import tell, tell_prompt
 from octavo.layers.served import Routing
 from octavo.models import Model
 from octavo.store import peft
@@ -40,8 +40,6 @@ from octavo.store.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-SEEDS = -(2**63), 2**64 - 1  # what PyTorch's generators take
 
 
 @dataclass
@@ -59,6 +57,12 @@ class _Run:
     @property
     def adapter(self) -> str | None:
         return self.stream.request.adapter
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken as it is."""
+        sampling = self.stream.request.sampling
+        return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
 
 class Engine:
@@ -89,7 +93,7 @@ class Engine:
         self._running: list[_Run] = []
         self._reading: _Run | None = None
         self._waiting: deque[Stream] = deque()
-        self._stats = Stats(self.limits.slots, self.limits.queue, self.limits.slots * self.limits.room)
+        self._counts: Counter[str] = Counter()  # of Stats, those that only rise
         self._changed = threading.Condition()  # guards what other threads touch: the queue, adapters, stopping
         self._stepping = threading.Lock()  # held while the model is at work, taken by `_alone` only
         self._turn = threading.Lock()
@@ -100,17 +104,19 @@ class Engine:
 
     def submit(self, request: Request) -> Stream:
         """Takes a request and returns at once. UsageError, AdapterError or QueueFullError if it cannot be taken."""
-        self._check(request)
+        check_request(request, context=self.context, words=self._words)
         with self._changed:
-            if request.adapter is not None and request.adapter not in self._adapters:
+            adapter = None if request.adapter is None else self._adapters.get(request.adapter)
+            if request.adapter is not None and adapter is None:
                 raise self._unknown(request.adapter)
             if self._stopping:
                 raise QueueFullError("The engine is stopping.", hint="Ask another one.")
-            if len(self._waiting) >= self.limits.queue:
+            free = self.limits.slots - len(self._at_work())  # the next step takes so many out of the queue
+            if len(self._waiting) >= self.limits.queue + free:
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already.", hint="Try again later.")
-            stream = Stream(request)
+            stream = Stream(request, adapter)
             self._waiting.append(stream)
-            self._count(requests_total=1)
+            self._count("requests_total")
             self._changed.notify()
         return stream
 
@@ -143,11 +149,14 @@ class Engine:
         with self._changed:
             used = sum(run.done for run in self._at_work())
             running = len(self._at_work())
-            return replace(self._stats, running=running, waiting=len(self._waiting), cache_tokens_used=used)
+            limits = self.limits.slots, self.limits.queue, self.limits.slots * self.limits.room
+            return Stats(*limits, running, len(self._waiting), used, **self._counts)
 
     def start(self) -> None:
         """Lets the engine's own thread take steps."""
         assert self._thread is None
+        with torch.no_grad():
+            self._decoder.prepare()
         self._thread = threading.Thread(target=self._loop, name="octavo-engine", daemon=True)
         self._thread.start()
 
@@ -194,7 +203,7 @@ class Engine:
             self._read()
             if self._running:
                 self._decode()
-            self._count(steps_total=1)
+            self._count("steps_total")
 
     def _read(self) -> None:
         """As much of the oldest waiting prompts as one chunk holds; a short one counts as a quarter of it."""
@@ -221,7 +230,8 @@ class Engine:
         self._reading = run  # at once: what fails from here on is heard of
         reusable = () if request.prompt_logprobs else request.prompt[:-1]  # the last token is always read anew
         run.done = self._slots.begin(slot, request.adapter, reusable)
-        self._count(prompt_tokens_total=len(run.ids), reused_tokens_total=run.done)
+        self._count("prompt_tokens_total", len(run.ids))
+        self._count("reused_tokens_total", run.done)
 
     def _read_chunk(self, run: _Run, most: int) -> int:
         """Reads up to `most` of a prompt's tokens; returns how many. After the last one the first token is chosen."""
@@ -236,7 +246,7 @@ class Engine:
             self._give_up(run, _not_finite())
             return len(new)
         if run.stream.request.prompt_logprobs:
-            self._tell_prompt(run, hidden, new)
+            self._tell_prompt(run, hidden)
         run.done += len(new)
         self._slots.wrote(slot, new)
         if run.done == len(run.ids):
@@ -262,22 +272,28 @@ class Engine:
 
     def _take(self, runs: list[_Run], found: Chosen) -> None:
         """Chooses the next token of each run from its row of the logits, and tells it."""
-        logits = found.logits
+        tokens: dict[int, int | None] = {}
+        for row, best in enumerate(found.best):
+            if not math.isfinite(best):
+                tokens[row] = None
+            elif runs[row].greedy:
+                tokens[row] = found.greedy[row]
+        rows = [row for row in range(len(runs)) if row not in tokens]
+        if rows:
+            drawing = [runs[row] for row in rows]
+            logits = found.logits if len(rows) == len(runs) else found.logits[rows]
+            drawn = choose_rows(
+                logits, [run.ids for run in drawing], [run.stream.request.sampling for run in drawing],
+                [run.generator for run in drawing],
+            )  # fmt: skip
+            tokens.update(zip(rows, drawn, strict=True))
         for row, run in enumerate(runs):
-            sampling = run.stream.request.sampling
-            try:
-                if not math.isfinite(found.best[row]):
-                    raise _not_finite()
-                if sampling.temperature == 0 and sampling.repetition_penalty == 1:
-                    token = found.greedy[row]
-                else:
-                    seen = torch.tensor(run.ids, device=logits.device)
-                    token = choose(logits[row], seen, sampling, generator=run.generator)
-            except Exception as error:  # of this request alone: an extreme penalty, an adapter full of NaN
-                self._give_up(run, error)
+            token = tokens[row]
+            if token is None:  # of this request alone: an extreme penalty, an adapter full of NaN
+                self._give_up(run, _not_finite())
                 continue
             run.ids.append(token)
-            self._tell(run, tell(token, logits[row], run.stream.request.logprobs))
+            self._tell(run, tell(token, found.logits[row], run.stream.request.logprobs))
         self._leave()
 
     def _tell(self, run: _Run, told: Token) -> None:
@@ -292,11 +308,11 @@ class Engine:
                 reason = "stop"
             elif count == run.limit:
                 text, reason = text + run.text.finish(), "length"
-        self._count(generated_tokens_total=1)
+        self._count("generated_tokens_total")
         run.stream.put(replace(told, text=text, finish_reason=reason))
         if reason is not None:
             run.limit = 0  # marks it as finished
-            self._count(finished_total=1)
+            self._count("finished_total")
 
     def _leave(self) -> None:
         """Finished requests go; the last ones move into their slots."""
@@ -328,7 +344,7 @@ class Engine:
         self._leave()
         for stream in dropped:
             stream.put(Token(-1, "", "cancelled"))
-        self._count(cancelled_total=len(dropped))
+        self._count("cancelled_total", len(dropped))
 
     def _fail(self, error: Exception) -> None:
         """Ends every request at work with the error; the engine goes on with those that wait."""
@@ -342,23 +358,13 @@ class Engine:
         """Ends one request with an error."""
         run.limit = 0
         run.stream.error = f"{type(error).__name__}: {error}"
-        self._count(failed_total=1)
+        self._count("failed_total")
         run.stream.put(Token(-1, "", "error"))
 
-    def _tell_prompt(self, run: _Run, hidden: Tensor, new: list[int]) -> None:
-        """Log-probabilities of a chunk's tokens, each from the logits before it; the last logits wait for the next."""
-        top = run.stream.request.logprobs
-        if run.done == 0:
-            run.told.append(Token(new[0], self._piece(new[0])))
+    def _tell_prompt(self, run: _Run, hidden: Tensor) -> None:
+        """What is told of a chunk of the prompt, whose last hidden states (T, d) these are."""
         logits = self.model.head(hidden[None])[0][:, : self._words].float()
-        following = run.ids[run.done + 1 : run.done + 1 + len(new)]
-        for row, token in enumerate(following):
-            told = tell(token, logits[row], 0 if top is None else top)
-            run.told.append(replace(told, text=self._piece(token)))
-
-    def _piece(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token])
-        return text
+        run.told += tell_prompt(self.tokenizer, run.ids, run.done, logits, run.stream.request.logprobs or 0)
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self._slots.cache.keys.device)
@@ -366,16 +372,6 @@ class Engine:
     def _at_work(self) -> list[_Run]:
         reading = self._reading  # looked at once: another thread may ask
         return [*self._running, *([reading] if reading is not None else [])]
-
-    def _check(self, request: Request) -> None:
-        """UsageError for what would fail in the midst of a step, where others are at work too."""
-        check_prompt(request.prompt, self.context)
-        if wrong := [token for token in request.prompt if not 0 <= token < self._words]:
-            raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {self._words - 1}.")
-        if not 0 <= (request.logprobs or 0) <= self._words:
-            raise UsageError(f"There are no {request.logprobs} log-probabilities.", hint=f"Ask for 0 to {self._words}.")
-        if not SEEDS[0] <= request.sampling.seed <= SEEDS[1]:
-            raise UsageError(f"The seed {request.sampling.seed} has more than 64 bits.", hint="Give a smaller one.")
 
     def _check_free(self, name: str) -> None:
         if name == self.base or name in self.adapters():
@@ -387,12 +383,13 @@ class Engine:
         there = ", ".join([self.base, *self._adapters])
         return AdapterError(f"There is no adapter {name!r} here.", hint=f"There are: {there}.")
 
-    def _count(self, **more: int) -> None:
+    def _count(self, name: str, more: int = 1) -> None:
         with self._changed:
-            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+            self._counts[name] += more
 
 
 def _not_finite() -> ModelError:
     return ModelError(
-        "The model's numbers are not finite.", hint="If an adapter is on, see whether its training diverged."
+        "The model's numbers are not finite.",
+        hint="Is the repetition penalty extreme? If an adapter is on, did its training diverge?",
     )

@@ -11,8 +11,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, UsageError
+from octavo.infer.engine import check_prompt
 from octavo.infer.sample import Sampling
+
+SEEDS = -(2**63), 2**64 - 1  # what PyTorch's generators take
 
 
 class QueueFullError(OctavoError):
@@ -34,6 +37,17 @@ class Request:
     prompt_logprobs: bool = False
 
 
+def check_request(request: Request, *, context: int, words: int) -> None:
+    """UsageError for what would fail in the midst of a step, where others are at work too."""
+    check_prompt(request.prompt, context)
+    if wrong := [token for token in request.prompt if not 0 <= token < words]:
+        raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {words - 1}.")
+    if not 0 <= (request.logprobs or 0) <= words:
+        raise UsageError(f"There are no {request.logprobs} log-probabilities.", hint=f"Ask for 0 to {words}.")
+    if not SEEDS[0] <= request.sampling.seed <= SEEDS[1]:
+        raise UsageError(f"The seed {request.sampling.seed} has more than 64 bits.", hint="Give a smaller one.")
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of an answer. `text` may be empty while a character or a stop string is incomplete.
@@ -51,9 +65,13 @@ class Token:
 
 @dataclass
 class Stream:
-    """The answer to one request, read token by token from one thread while the engine writes from another."""
+    """The answer to one request, read token by token from one thread while the engine writes from another.
+
+    `adapter` is what the request's adapter was when it was taken: the name may mean another one by now.
+    """
 
     request: Request
+    adapter: ServedAdapter | None = None
     first_token: float | None = None  # perf_counter() when it came
     prompt: tuple[Token, ...] = ()  # with `prompt_logprobs`: set before the first token; the first has no logprob
     error: str = ""
@@ -110,7 +128,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is taken at once: slots, positions of each (prompt and answer), prompt tokens a step, waiting requests."""
+    """What is taken at once: slots, positions of each (prompt and answer), prompt tokens a step, and how many requests
+    may wait beyond those that free slots will take.
+    """
 
     slots: int = 8
     room: int = 2048

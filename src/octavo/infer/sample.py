@@ -1,13 +1,17 @@
-"""From logits to the next token: pure functions. Legend: logits are (V,), float32."""
+"""From logits to the next token: pure functions. Legend: logits are (V,), float32; V the vocabulary."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from octavo.errors import UsageError
+
+CANDIDATES = 512  # of the likeliest tokens, what is looked at first
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     if p >= 1.0:
         return logits
     ordered, places = logits.sort(descending=True)
-    probabilities = ordered.softmax(-1)
+    probabilities = ordered.double().softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # what the tokens ahead of each already reach
     return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, places, before >= p), -torch.inf)
 
@@ -70,5 +74,73 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, *, generator: torch
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = logits - logits.max()  # so that no temperature, however small, divides them to infinity
-    logits = keep_top_p(keep_top_k(logits / sampling.temperature, sampling.top_k), sampling.top_p)
-    return int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator))
+    return _drawn_from_all(logits / sampling.temperature, sampling, generator)
+
+
+def choose_rows(
+    logits: Tensor, seen: Sequence[Sequence[int]], samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int | None]:
+    """`choose` for each row of logits (n, V); None where a row's numbers are not finite.
+
+    The likeliest tokens of all rows are found and sent to the host at once. Nearly always they hold all that a rule
+    keeps; where they do not, the row is drawn from as a whole.
+    """
+    rows = [
+        penalise(row.float(), torch.tensor(ids, dtype=torch.long, device=row.device), sampling.repetition_penalty)
+        for row, ids, sampling in zip(logits, seen, samplings, strict=True)
+    ]
+    scaled = torch.stack(rows)
+    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], dtype=torch.float64)
+    scaled = (scaled - scaled.amax(dim=1, keepdim=True)) / temperatures.to(scaled.device, scaled.dtype)[:, None]
+    values, ids = scaled.topk(min(CANDIDATES, scaled.shape[1]), dim=1)
+    values, ids, totals = values.double().cpu(), ids.cpu(), scaled.double().exp().sum(dim=1).tolist()
+    tokens: list[int | None] = []
+    for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
+        if not math.isfinite(totals[row]):
+            tokens.append(None)
+        elif sampling.temperature == 0:
+            tokens.append(int(ids[row, 0]))
+        else:
+            reached = _reached(values[row], totals[row], sampling, complete=len(values[row]) == scaled.shape[1])
+            if reached is None:
+                tokens.append(_drawn_from_all(scaled[row], sampling, generator))
+            else:
+                tokens.append(int(ids[row, _drawn(reached, generator)]))
+    return tokens
+
+
+def _drawn_from_all(scaled: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token by all logits (V,), over their temperature already."""
+    ordered, ids = keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p).sort(descending=True, stable=True)
+    kept = ordered[ordered > -torch.inf].double()
+    return int(ids[_drawn(kept.softmax(-1).cumsum(-1).cpu(), generator)])
+
+
+def _reached(values: Tensor, total: float, sampling: Sampling, *, complete: bool) -> Tensor | None:
+    """What the kept of the likeliest logits (n,), likeliest first, reach in sum; None if there may be more to keep.
+
+    `total` is the sum of exp over all logits.
+    """
+    k = sampling.top_k
+    if 0 < k < len(values):
+        values = values[values >= values[k - 1]]
+        complete = complete or len(values) < CANDIDATES
+        total = float(values.exp().sum())
+    elif k > 0 and not complete:
+        return None
+    reached = (values.exp() / total).cumsum(0)
+    if sampling.top_p < 1:
+        before = reached - values.exp() / total
+        kept = int((before < sampling.top_p).sum())
+        if kept == len(reached) and not complete:
+            return None
+        reached = reached[: max(kept, 1)]
+    elif not complete:
+        return None
+    return reached / reached[-1]
+
+
+def _drawn(reached: Tensor, generator: torch.Generator) -> int:
+    """A place, by a number drawn evenly from 0 to 1. `reached` (n,) ends at 1."""
+    number = torch.rand((), dtype=torch.float64, generator=generator)
+    return min(int(torch.searchsorted(reached, number, right=True)), len(reached) - 1)
