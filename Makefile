@@ -17,7 +17,7 @@ test: lint types tests
 
 # On a machine with a CUDA card, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/ops/test_twins.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -134,16 +134,7 @@ def build(way: str, model_name: str, *, seed: int, device: torch.device | str, t
 def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Peer:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    dtype = torch.float32 if recipe.weights == "float32" else torch.bfloat16
-    # GPT-J has no other attention in transformers; a Llama has SDPA unless it is the reference.
-    exact = model_name == "gptj" or recipe.weights == "float32"
-    model = _empty_model(model_name, tiny=tiny, dtype=dtype, attention="eager" if exact else "sdpa")
-    make = {"int8": _int8_linear, "nf4": _nf4_linear}.get(recipe.weights, _plain_linear)
-    for name, linear in _linears(model):
-        # As transformers does it: the output head is not quantised.
-        layer = (_plain_linear if name == "lm_head" else make)(linear, _values(name, linear, device, dtype, seed))
-        model.set_submodule(name, layer)
-    _fill_rest_(model, device, dtype, seed)
+    model = frozen_model(recipe.weights, model_name, seed=seed, device=device, tiny=tiny)
     if recipe.strong and model_name == "gptj":
         _use_sdpa_(model)
     if recipe.weights in ("int8", "nf4"):
@@ -165,6 +156,21 @@ def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.dev
             adapters[known] = (parameter, 1.0)
     half = torch.bfloat16 if recipe.autocast else None
     return Peer(tuned, _optimizer("AdamW8bit", adapters, LEARNING_RATE), adapters, half, device)
+
+
+def frozen_model(weights: str, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Any:
+    """transformers' model with the weights of `shapes`, held as bf16, int8, nf4 or float32."""
+    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+    # GPT-J has no other attention in transformers; a Llama has SDPA unless it is the reference.
+    exact = model_name == "gptj" or weights == "float32"
+    model = _empty_model(model_name, tiny=tiny, dtype=dtype, attention="eager" if exact else "sdpa")
+    make = {"int8": _int8_linear, "nf4": _nf4_linear}.get(weights, _plain_linear)
+    for name, linear in _linears(model):
+        # As transformers does it: the output head is not quantised.
+        layer = (_plain_linear if name == "lm_head" else make)(linear, _values(name, linear, device, dtype, seed))
+        model.set_submodule(name, layer)
+    _fill_rest_(model, device, dtype, seed)
+    return model
 
 
 def _optimizer(kind: str, adapters: dict[str, tuple[nn.Parameter, float]], learning_rate: float) -> Any:

@@ -58,12 +58,12 @@ def check(path: Path) -> None:
         raise ValueError(f"{path} has other columns than this version writes: move it away or use another --out")
 
 
-def append(path: Path, row: Row) -> None:
+def append(path: Path, row: Row, columns: Sequence[str] = COLUMNS) -> None:
     """One more line; the file and its head are made if need be. Unknown keys are an error, missing ones empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.is_file() or path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerow({name: "" if value is None else value for name, value in row.items()})
