@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.attention import causal_attention
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.twins import twin
 
@@ -77,8 +76,10 @@ def slot_attention(
     rows = live.nonzero()[:, 0]
     keys[rows, lengths[rows]], values[rows, lengths[rows]] = k[rows], v[rows]
     seen = torch.arange(longest + 1, device=q.device) <= lengths[:, None].clamp_min(0)
-    span = slice(0, longest + 1)
-    out = causal_attention(q[:, None], keys[:, span], values[:, span], mask=seen[:, None, None])[:, 0]
+    # Query heads that share a key head stand as its queries: nothing is repeated.
+    queries = q.unflatten(1, (keys.shape[2], -1))
+    held = (store[:, : longest + 1].transpose(1, 2) for store in (keys, values))
+    out = F.scaled_dot_product_attention(queries, *held, attn_mask=seen[:, None, None]).flatten(1, 2)
     return out if len(rows) == len(q) else out * live[:, None, None]
 
 
