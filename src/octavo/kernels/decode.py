@@ -11,6 +11,8 @@ Legend as there. `*_stride` is a row's pitch in numbers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,10 +38,10 @@ def int8_rows(
 ) -> Tensor:
     (m, k), n = x.shape, len(codes)
     out = x.new_empty(m, n)
-    rows, strip, width = _tiles(m)
-    strips = triton.cdiv(n, strip)
-    parts = max(1, min(PROGRAMS // strips, k // (4 * width))) if m > 1 else 1
-    span = triton.cdiv(triton.cdiv(k, parts), width) * width
+    tile = tile_for(m)
+    strips = triton.cdiv(n, tile.strip)
+    parts = max(1, min(PROGRAMS // strips, k // (4 * tile.width)))
+    span = triton.cdiv(triton.cdiv(k, parts), tile.width) * tile.width
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
     after = (
         absmax, bias if bias is not None else absmax, bias_start,
@@ -51,7 +53,7 @@ def int8_rows(
     has = bias is not None, thin.b.shape[1] if thin is not None else 0, onto is not None
     _int8_rows[(strips, parts)](
         x, codes, sums, out, *after, m, k, span, x.stride(0), codes.stride(0),
-        *has, parts > 1, INT8_LEVELS, rows, strip, width, num_warps=4, num_stages=4 if m > 1 else 2,
+        *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         width = 1024
@@ -59,11 +61,21 @@ def int8_rows(
     return out
 
 
-def _tiles(m: int) -> tuple[int, int, int]:
-    """(rows, outputs, inputs) of a program's tile, for so many rows."""
+class Tile(NamedTuple):
+    """What a program of a product holds at once: rows, outputs (a strip) and inputs."""
+
+    rows: int
+    strip: int
+    width: int
+    warps: int
+    stages: int
+
+
+def tile_for(m: int) -> Tile:
+    """The tile for so many rows."""
     if m == 1:
-        return 1, 16, 512
-    return (16, 32, 256) if m <= 16 else (triton.next_power_of_2(m), 64, 128)
+        return Tile(1, 16, 512, 4, 2)
+    return Tile(16, 32, 256, 4, 4) if m <= 16 else Tile(triton.next_power_of_2(m), 64, 128, 4, 4)
 
 
 @triton.jit
@@ -84,7 +96,7 @@ def _int8_rows(
             column = start + tl.arange(0, WIDTH)
             code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
             own = tl.load(x + column, mask=column < last, other=0).to(tl.float32)
-            # 0x4B400000 is 12582912 as a float; a code added to its bits is added to its value. Conversions are slower.
+            # 0x4B400000 is 12582912 as a float; a code added to its bits is added to its value.
             value = (code.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
             products += value * own[None, :]
         total = tl.sum(products, axis=1)[None, :]
