@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 FLOORS = {
     8: ("octavo", "__main__"),
     7: ("cli", "flags", "talk", "server", "web"),
-    6: ("config", "texts", "run", "speak", "scores", "plan", "finetune", "convert"),
+    6: ("config", "texts", "run", "speak", "scores", "plan", "finetune", "convert", "harness"),
     5: ("train", "infer", "evaluate", "objective", "page"),
     4: ("store",),
     3: ("models",),
@@ -47,6 +47,10 @@ SIDEWAYS = {
     ("scores", "config"),
     ("scores", "texts"),
     ("scores", "run"),
+    ("scores", "speak"),
+    ("scores", "harness"),
+    ("harness", "config"),
+    ("harness", "speak"),
     ("finetune", "config"),
     ("finetune", "texts"),
     ("finetune", "run"),
@@ -64,7 +68,20 @@ SIDEWAYS = {
 
 # Who alone may import a room, and what alone a room may import. Narrower than the floors say.
 ONLY_IMPORTED_BY = {
-    "config": {"cli", "flags", "talk", "server", "texts", "run", "speak", "scores", "plan", "finetune", "convert"},
+    "config": {
+        "cli",
+        "flags",
+        "talk",
+        "server",
+        "texts",
+        "run",
+        "speak",
+        "scores",
+        "plan",
+        "finetune",
+        "convert",
+        "harness",
+    },
     "kernels": {"ops"},
 }
 _COMMANDS = {"run", "speak", "scores", "plan", "finetune", "convert", "texts"}
@@ -254,7 +271,7 @@ def house(folder: Path, files: dict[str, str]) -> Path:
         (
             "web.py",
             "import octavo.config",
-            "config is only for ['cli', 'convert', 'finetune', 'flags', 'plan', "
+            "config is only for ['cli', 'convert', 'finetune', 'flags', 'harness', 'plan', "
             "'run', 'scores', 'server', 'speak', 'talk', 'texts']",
         ),
         ("cli.py", "import octavo.train", "cli imports only"),

@@ -78,7 +78,7 @@ def plan(config: Config, as_json: bool) -> None:
 
 @command(app, EVALUATE, positional="data")
 def evaluate(config: Config, as_json: bool) -> None:
-    """Measure perplexity and bits per byte on text: the base, quantised, and tuned, or one scheme beside another."""
+    """Measure perplexity on text, or tasks: the base, quantised, and tuned, or one scheme beside another."""
     from octavo.report import Report
     from octavo.scores import evaluate as run
 

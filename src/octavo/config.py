@@ -169,8 +169,12 @@ class EvaluateOptions(Section):
     """What to measure."""
 
     data: Paths = Field([], description="Text to measure on: file, folder or glob; may be repeated.")
+    tasks: Names = Field([], description="Tasks of lm-evaluation-harness, as hellaswag,mmlu_* (needs octavo[eval]).")
+    include_path: Path | None = Field(None, description="A folder of your own tasks, in YAML; their Python code runs.")
+    limit: int | None = Field(None, ge=1, description="Documents of a task at most; default: all.")
+    fewshot: int | None = Field(None, ge=0, description="Solved examples before a task; default: as the task says.")
     adapter: Path | None = Field(None, description="An adapter's folder: adds the row 'tuned'.")
-    batch: int = Field(4, ge=1, description="Rows in a batch.")
+    batch: int = Field(4, ge=1, description="Rows in a batch; with --tasks texts and answers at once.")
     rows: int = Field(0, ge=0, description="Rows to measure on; 0: all.")
     base: bool = Field(True, description="Measure the unquantised base too.")
     compare: Names = Field(
@@ -214,18 +218,25 @@ class ServeOptions(Section):
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     adapter: Texts = Field([], description="An adapter to serve, as NAME=FOLDER; may be repeated.")
-    api_key: str | None = Field(None, description="Key that clients must send; better given in OCTAVO_API_KEY.")
+    adapters_from: Path | None = Field(
+        None, description="Clients may load adapters from below this folder, and remove adapters, while it runs."
+    )
+    max_adapters: int = Field(16, ge=1, le=1024, description="Adapters up to which clients may load more.")
+    api_key: str | None = Field(
+        None, repr=False, description="Key that clients must send; better given in OCTAVO_API_KEY."
+    )
     auth: bool = Field(True, description="Insist on a key where other machines can reach the server.")
     origins: Names = Field([], description="Origins whose web pages may use the server, as https://name; or '*'.")
     hosts: Names = Field([], description="More names that the server goes by (the Host header); '*': any.")
     slots: int = Field(8, ge=1, le=1024, description="Requests that run at once.")
     room: int = Field(2048, ge=2, description="Tokens of a prompt and its answer together, at most the context.")
-    queue: int = Field(64, ge=1, le=100_000, description="Requests that may wait for a slot.")
+    queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot.")
     max_prompt_tokens: int | None = Field(None, ge=1, description="Tokens of a prompt; default: --room less one.")
     max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
     request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")
     grace_seconds: float = Field(30.0, ge=0, description="Time to finish answers in when told to stop.")
     max_body_bytes: int = Field(2**21, ge=1024, description="Bytes of a request's body.")
+    max_connections: int = Field(512, ge=1, le=100_000, description="Connections that may be open at once.")
     log_level: Literal["error", "warning", "info", "debug"] = Field(
         "warning", description="What the server logs on stderr; info: every request."
     )

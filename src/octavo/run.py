@@ -59,8 +59,7 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
 def read_adapter(folder: Path, source: Source, report: Report) -> Adapter:
     """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
     read = peft.read(folder)
-    trained_on = (read.origin.get("base") or {}).get("sha256")
-    if trained_on and trained_on != fingerprint(source):
+    if read.trained_on not in (None, fingerprint(source)):
         report.warn(f"The adapter {folder} was trained on other base weights than these.")
     return read
 

@@ -1,4 +1,7 @@
-"""`octavo evaluate`: how well models predict a text, in one table; and the rows of it that a training run measures."""
+"""`octavo evaluate`: how well models predict a text, in one table, and do tasks, in another.
+
+Training runs measure rows of the first one too.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.evaluate import Score, score
 from octavo.hardware import Hardware
+from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.models import Model, build
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
-from octavo.run import check_context, chosen_scheme, load_model, opened, read_adapter
+from octavo.run import check_context, chosen_scheme, end_ids, load_model, opened, read_adapter
+from octavo.speak import Speaker
 from octavo.store.adapter import apply_
 from octavo.store.folder import written_bytes
 from octavo.store.seed import base_of, carries_pairs
@@ -43,18 +48,18 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     """Perplexity, bits per byte and size of the base, the quantised base and the tuned model, or of some schemes."""
     options, asked = config[EvaluateOptions], config[ModelOptions]
     schemes = _compared(options, asked)
+    if not options.data and not options.tasks:
+        raise UsageError("Nothing to measure on is named.", hint="Give text with --data, or tasks with --tasks.")
+    tasks = load_tasks(options, report)
     hardware, source = opened(asked, report, own_adapters=options.adapter is None)
     tokenizer = source.tokenizer()
-    text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
-    rows = text.measurable(options.rows)
-    if not rows:
-        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
-    check_context(build(source.config).config.context, config[TextOptions].seq_len)
+    rows = _rows(config, source, tokenizer, report) if options.data else []
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
     found = read_adapter(options.adapter, source, report) if options.adapter else None
     table: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
     for candidate in _candidates(schemes, source, config, hardware):
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
@@ -63,11 +68,33 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             if folder and found:
                 apply_(model, found)
             label = f"Measuring {name} ({candidate.scheme.name})"
-            result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
-            table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
+            if rows:
+                result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
+                table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
+            if tasks:
+                report.say(f"{label} on tasks")
+                speaker = Speaker(model, tokenizer, end_ids(source))
+                told = run_tasks(tasks, speaker, batch=options.batch, report=report)
+                answers += [{**_named(name, candidate.scheme, folder), **row} for row in told]
+                del speaker
         del model  # before the next one comes in
-    show_scores(table, report)
-    return {"rows": table}
+    if rows:
+        show_scores(table, report)
+    if tasks:
+        show_tasks(answers, report)
+    return {"rows": table, **({"tasks": answers} if tasks else {})}
+
+
+def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
+    """The rows to measure perplexity on. UsageError if there are none, or they are longer than the model's context."""
+    text = to_text(
+        *read_documents(config[EvaluateOptions].data, config[TextOptions]), config[TextOptions], tokenizer, report
+    )
+    rows = text.measurable(config[EvaluateOptions].rows)
+    if not rows:
+        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
+    check_context(build(source.config).config.context, config[TextOptions].seq_len)
+    return rows
 
 
 def _compared(options: EvaluateOptions, asked: ModelOptions) -> list[Scheme]:
@@ -117,12 +144,15 @@ def score_rows(
         return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
 
 
+def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:
+    """Which model a row is about."""
+    return {"name": name, "scheme": scheme.name, "adapter": str(folder) if folder else None}
+
+
 def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
     """One row of the perplexity table, as `--json` and metrics.jsonl have it."""
     return {
-        "name": name,
-        "scheme": scheme.name,
-        "adapter": str(folder) if folder else None,
+        **_named(name, scheme, folder),
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from octavo.errors import AdapterError
 from octavo.infer.engine import TextStream
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream, Token
 from octavo.server.app import create_app
+from octavo.store import peft
+from octavo.store.files import sha256_of
 from octavo.store.sources import load_tokenizer
 
 BASE_SHA, KING_SHA, QUEEN_SHA = "b" * 64, "c" * 64, "d" * 64
@@ -50,14 +53,19 @@ class FakeEngine:
     cancelled: int = 0
     fails: bool = False
     names: tuple[str, ...] = ("king", "queen")
+    misfits: dict[str, str | Exception] = field(default_factory=dict)  # folders that do not fit, and why
+
+    def __post_init__(self) -> None:
+        hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
+        self.held = {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
 
     def submit(self, request: Request) -> Stream:
-        if request.adapter is not None and request.adapter not in self.names:
+        if request.adapter is not None and request.adapter not in self.held:
             raise AdapterError(f"There is no adapter {request.adapter!r} here.")
         if len(self.runs) >= self.slots + self.queue_limit:
             raise QueueFullError("2 requests are waiting already.", hint="Try again later.")
         self.seen.append(request)
-        stream = Stream(request)
+        stream = Stream(request, self.held.get(request.adapter or ""))
         most = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
         ids = [request.prompt[n % len(request.prompt)] for n in range(most)]
         self.runs.append(Run(stream, ids, TextStream(self.tokenizer, request.sampling.stop)))
@@ -106,8 +114,24 @@ class FakeEngine:
         return Token(token, "", logprob=likeliest[-1][1], top=top)
 
     def adapters(self) -> dict[str, ServedAdapter]:
-        hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
-        return {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
+        return dict(self.held)
+
+    def load_adapter(self, name: str, folder: Path) -> ServedAdapter:
+        """The hash is that of a file with the tensors' name."""
+        why = self.misfits.get(folder.name)
+        if isinstance(why, Exception):
+            raise why
+        if why is not None:
+            raise AdapterError(f"The adapter in {folder} {why}.", hint="Give another one.")
+        origin = folder / "octavo.json"
+        base = json.loads(origin.read_bytes())["base"]["sha256"] if origin.is_file() else None
+        self.held[name] = ServedAdapter(name, sha256_of(folder / peft.TENSORS), folder, 2000.5, base)
+        return self.held[name]
+
+    def remove_adapter(self, name: str) -> None:
+        if users := sum(run.stream.request.adapter == name for run in self.runs):
+            raise AdapterError(f"{users} requests are using the adapter {name!r}.", hint="Try later.")
+        del self.held[name]
 
     def stats(self) -> Stats:
         running = min(len(self.runs), self.slots)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from octavo.data.prompt import encode_conversation
 from octavo.data.records import Message
+from octavo.infer.requests import Stats
 
 Open = Callable[..., Any]
 
@@ -56,7 +58,10 @@ def test_tokenize_leaves_the_begin_token_out_if_asked(setting: Any, monkeypatch:
 
 
 def test_tokenize_refuses_what_is_neither(setting: Any) -> None:
-    assert setting.refusal("/tokenize", text="the")[0] == 400
+    for body, param in (({"text": "the"}, "prompt"), ({"prompt": 5}, "prompt"), ({"messages": []}, "messages")):
+        status, error = setting.refusal("/tokenize", **body)
+        assert (status, error["param"]) == (400, param)
+        assert "Tokenize" not in error["message"], "the schema's names are not the client's"
     assert setting.refusal("/tokenize", prompt="the", model="hamlet")[0] == 404
 
 
@@ -69,6 +74,13 @@ def test_ready_is_503_once_the_server_drains_and_health_is_not(setting: Any) -> 
     assert setting.client.get("/health").status_code == 200
     status, error = setting.refusal("/v1/completions", prompt="the")
     assert (status, error["code"]) == (503, "stopping")
+
+
+def test_every_count_of_the_engine_is_told(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {field.name: 1000 + place for place, field in enumerate(fields(Stats))}
+    monkeypatch.setattr(setting.engine, "stats", lambda: Stats(**numbers), raising=False)
+    text = setting.client.get("/metrics").text
+    assert [number for number in numbers.values() if f" {number}\n" not in text] == []
 
 
 LINE = re.compile(r'[a-z_]+(\{[a-z0-9_]+="([^"\\]|\\.)*"(,[a-z0-9_]+="([^"\\]|\\.)*")*\})? -?[0-9.e+-]+')

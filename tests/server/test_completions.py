@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +108,8 @@ def test_n_answers_for_each_prompt_differ_in_their_seeds_alone(opened: Open) -> 
 def test_a_stop_string_and_an_end_token_end_with_stop(setting: Any) -> None:
     stopped = setting.ask(PATH, prompt="the king spoke", stop=" spoke")["choices"][0]
     assert (stopped["text"], stopped["finish_reason"]) == ("the king", "stop")
+    whole = setting.ask(PATH, prompt="the é king", stop=["q", "é"])["choices"][0]
+    assert (whole["text"], whole["finish_reason"]) == ("the ", "stop")
     ended = setting.ask(PATH, prompt=[*setting.ids("the king"), 2], logprobs=0)
     assert (ended["choices"][0]["text"], ended["choices"][0]["finish_reason"]) == ("the king", "stop")
     assert ended["usage"]["completion_tokens"] == 3
@@ -250,7 +254,7 @@ def test_a_stream_tells_its_usage_at_the_end_if_asked(setting: Any) -> None:
         ({"top_k": -1}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"stop": ""}, "stop"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": "a" * 201}, "stop"),
         ({"stop": 5}, "stop"),
@@ -319,6 +323,47 @@ def test_the_model_picks_the_adapter_and_the_fingerprint_is_its_hash(
     assert setting.engine.seen[0].adapter == adapter
     assert answer["system_fingerprint"] == fingerprint * 64
     assert answer["model"] == model or model is None
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions", "/prompt/"])
+def test_the_fingerprint_is_of_what_answers_and_not_of_what_the_name_meant_before(
+    opened: Open, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is exchanged under its name between the request's arrival and its taking."""
+    setting = opened()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"other")
+    submit = setting.engine.submit
+
+    def exchanged(request: Any) -> Any:
+        setting.engine.load_adapter("king", tmp_path)
+        return submit(request)
+
+    monkeypatch.setattr(setting.engine, "submit", exchanged, raising=False)
+    messages = [{"role": "user", "content": "the"}]
+    answer = setting.client.post(path, json={"model": "king", "prompt": "the", "input": "the", "messages": messages})
+    told = answer.headers.get("X-System-Fingerprint") or answer.json()["system_fingerprint"]
+    assert told == hashlib.sha256(b"other").hexdigest()
+
+
+def test_a_text_that_no_prompt_can_hold_is_refused_unread(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from octavo.server import service
+
+    def never(*_: Any) -> list[int]:
+        raise AssertionError
+
+    longest = max(map(len, setting.engine.tokenizer.get_vocab()))
+    assert setting.ask("/tokenize", prompt="a" * 63 * longest)["count"] >= 63
+    monkeypatch.setattr(service, "encode_prompt", never)
+    monkeypatch.setattr(service, "encode_conversation", never)
+    text = "a" * (63 * longest + 1)
+    for path, param, body in (
+        (PATH, "prompt", {"prompt": text}),
+        ("/v1/chat/completions", "messages", {"messages": [{"role": "user", "content": text}]}),
+        ("/prompt/", "input", {"input": text}),
+        ("/tokenize", "prompt", {"prompt": text}),
+    ):
+        status, error = setting.refusal(path, **body)
+        assert (status, error["param"], error["code"]) == (400, param, "context_length_exceeded")
 
 
 def test_without_adapters_the_base_answers(opened: Open) -> None:

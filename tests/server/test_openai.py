@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
 from openai import OpenAI
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from octavo.store.files import sha256_of
 
 KEY = "a-key-for-tests"
 HELLO: list[Any] = [{"role": "user", "content": "the king"}]
@@ -24,12 +29,16 @@ HELLO: list[Any] = [{"role": "user", "content": "the king"}]
 
 @dataclass
 class Server:
-    """A running server: its address, a client of it, and the folders of its model and adapter."""
+    """A running server: its address, a client of it, and the folders of its model, its adapter, and more adapters."""
 
     url: str
     client: OpenAI
     model: Path
     adapter: Path
+    shelf: Path
+
+    def post(self, path: str, **body: str) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +55,12 @@ def adapter(tiny_llama: Path, plays: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path, adapter: Path) -> Iterator[Server]:
+def server(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    shelf = tmp_path_factory.mktemp("shelf")
     command = [
         sys.executable, "-m", "octavo", "serve", "--model", tiny_llama, "--adapter", f"king={adapter}", "--port", 0,
-        "--scheme", "none", "--dtype", "float32", "--room", 128, "--slots", 4, "--queue", 4, "--json",
+        "--scheme", "none", "--dtype", "float32", "--room", 128, "--slots", 4, "--queue", 4,
+        "--adapters-from", shelf, "--json",
     ]  # fmt: skip
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -64,7 +75,7 @@ def server(tiny_llama: Path, adapter: Path) -> Iterator[Server]:
     told = json.loads(line)
     assert told["models"] == ["llama", "king"]
     with OpenAI(base_url=f"{told['url']}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
-        yield Server(told["url"], client, tiny_llama, adapter)
+        yield Server(told["url"], client, tiny_llama, adapter, shelf)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "")
@@ -145,8 +156,6 @@ def test_chat_whole_and_in_pieces(server: Server) -> None:
 
 
 def test_the_adapter_answers_differently_and_its_hash_is_told(server: Server) -> None:
-    from octavo.store.files import sha256_of
-
     answers = {
         name: server.client.completions.create(model=name, prompt="the king", max_tokens=12, temperature=0)
         for name in ("llama", "king")
@@ -174,3 +183,48 @@ def test_a_client_that_leaves_its_stream_frees_its_slot(server: Server) -> None:
         with server.client.completions.create(**asked, stream=True) as stream:
             next(iter(stream))
     assert server.client.completions.create(model="llama", prompt="the", max_tokens=2).usage
+
+
+def test_adapters_come_and_go_while_another_answers(server: Server) -> None:
+    """Loaded, removed, and loaded again under its name with other weights, whose hash and answers it then has."""
+    shutil.copytree(server.adapter, server.shelf / "one")
+    shutil.copytree(server.adapter, server.shelf / "two")
+    file = server.shelf / "two" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: -2 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}, file)
+    asked: dict[str, Any] = {"prompt": "the king", "max_tokens": 12, "temperature": 0}
+    alone = server.client.completions.create(model="king", **{**asked, "max_tokens": 120})
+    with server.client.completions.create(model="king", **{**asked, "max_tokens": 120}, stream=True) as stream:
+        text = next(iter(stream)).choices[0].text
+        told = {}
+        for folder in ("one", "two"):
+            loaded = server.post("/v1/load_lora_adapter", lora_name="new", lora_path=folder)
+            assert loaded.status_code == 200, loaded.text
+            assert [model.id for model in server.client.models.list()] == ["llama", "king", "new"]
+            told[folder] = server.client.completions.create(model="new", **asked)
+            removed = server.post("/v1/unload_lora_adapter", lora_name="new")
+            assert removed.status_code == 200, removed.text
+            assert [model.id for model in server.client.models.list()] == ["llama", "king"]
+            with pytest.raises(openai.NotFoundError):
+                server.client.completions.create(model="new", **asked)
+        assert text + "".join(piece.choices[0].text for piece in stream) == alone.choices[0].text
+    for folder, answer in told.items():
+        assert answer.system_fingerprint == sha256_of(server.shelf / folder / "adapter_model.safetensors")
+    assert told["one"].choices[0].text == server.client.completions.create(model="king", **asked).choices[0].text
+    assert told["two"].choices[0].text != told["one"].choices[0].text
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_of_it_stays(server: Server) -> None:
+    shutil.copytree(server.adapter, server.shelf / "odd")
+    file = server.shelf / "odd" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
+    before = server.client.completions.create(model="king", prompt="the king", max_tokens=8, temperature=0)
+    for folder, said in (("odd", "layers.7"), ("../king", "is not a folder below"), ("none", "no folder")):
+        refused = server.post("/v1/load_lora_adapter", lora_name="odd", lora_path=folder)
+        assert refused.status_code in (400, 404)
+        assert said in refused.json()["error"]["message"]
+        assert str(server.shelf) not in refused.text
+    assert [model.id for model in server.client.models.list()] == ["llama", "king"]
+    after = server.client.completions.create(model="king", prompt="the king", max_tokens=8, temperature=0)
+    assert after.choices[0].text == before.choices[0].text

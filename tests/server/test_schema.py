@@ -6,6 +6,7 @@ schemathesis makes the requests and judges the answers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +19,21 @@ Open = Callable[..., Any]
 
 OPERATIONS = [
     "GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics",
+    "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter",
     "POST /v1/completions", "POST /v1/chat/completions", "POST /prompt/", "POST /tokenize",
 ]  # fmt: skip
 
 
 @pytest.fixture
-def setting(opened: Open) -> Any:
+def setting(opened: Open, tmp_path: Path) -> Any:
     """Room enough that a request within the schema's bounds is a request within the server's."""
-    return opened(hosts=["*"], engine={"slots": 10_000, "context": 10_000}, max_new_tokens=2**20, max_body_bytes=2**24)
+    return opened(
+        hosts=["*"],
+        adapters_from=tmp_path,
+        engine={"slots": 10_000, "context": 10_000},
+        max_new_tokens=2**20,
+        max_body_bytes=2**24,
+    )
 
 
 def test_the_schema_lists_every_route(setting: Any) -> None:
@@ -34,8 +42,9 @@ def test_the_schema_lists_every_route(setting: Any) -> None:
     assert sorted(listed) == sorted(OPERATIONS)
 
 
-# What no schema can say: how many tokens the model has, and how many a prompt becomes, which `length` must exceed.
-BEYOND = ("There is no token", "`length` is")
+# What no schema can say: how many tokens the model has, how many a prompt becomes, which `length` must exceed, and
+# where the adapters are.
+BEYOND = ("There is no token", "`length` is", "`lora_path` is not")
 CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
     (name, GenerationMode.NEGATIVE) for name in OPERATIONS if name.startswith("POST")
 ]

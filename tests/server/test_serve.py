@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -103,12 +104,43 @@ def test_without_fastapi_it_says_what_to_install(octavo: Octavo, monkeypatch: py
     assert "octavo[serve]" in done.err
 
 
+def test_without_fastapi_nothing_of_it_is_needed_to_say_so(tiny_llama: Path) -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(["fastapi", "starlette", "uvicorn", "h11"]))  # as if they were not there
+from octavo.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "serve", "--model", tiny_llama], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "octavo[serve]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_server_of_this_machine_alone_looks_no_names_up(
+    octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network that takes seconds."""
+    asked = []
+
+    def look_up() -> str:
+        asked.append("fqdn")
+        return "laptop.example"
+
+    monkeypatch.setattr(socket, "getfqdn", look_up)
+    monkeypatch.setattr("octavo.server.process.run", lambda *_, **__: None)
+    for arguments in ([], ["--host", "0.0.0.0", "--no-auth"]):
+        assert octavo("serve", "--model", tiny_llama, "--port", 0, "--slots", 1, "--room", 8, *arguments).code == 0
+        assert len(asked) == (1 if arguments else 0)
+
+
 def test_what_is_wrong_is_said_before_the_model_is_loaded(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
     for arguments, code, said in (
         (["--host", "0.0.0.0"], 2, KEY_VARIABLE),
         (["--adapter", "x"], 2, "NAME=FOLDER"),
         (["--adapter", f"x={tmp_path}", "--port", "0"], 1, "holds no adapter"),
         (["--adapter", f"llama={tmp_path}", "--port", "0"], 2, "base's name"),
+        (["--adapters-from", str(tmp_path / "missing")], 2, "no folder"),
     ):
         done = octavo("serve", "--model", tiny_llama, *arguments)
         assert (done.code, done.out) == (code, "")
@@ -134,7 +166,8 @@ def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
     assert "Traceback" not in done.err
 
 
-# A server over an engine that answers only once it is told to stop, and then takes 0.1 seconds of its grace time.
+# A server over an engine that answers only once it is told to stop, and then takes 0.1 seconds of its grace time; or
+# one that writes, on and on.
 PROCESS = """
 import sys, threading, time
 sys.path.insert(0, {folder!r})
@@ -145,7 +178,7 @@ from octavo.server.process import bind, run
 from octavo.store.sources import load_tokenizer
 from pathlib import Path
 
-engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True)
+engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True, context=100_000)
 grace = []
 
 def stop(seconds):
@@ -157,10 +190,17 @@ def stop(seconds):
     while engine.runs:
         engine.step()
 
+def write():
+    while True:
+        engine.step()
+        time.sleep(0.002)
+
+if {writes}:
+    threading.Thread(target=write, daemon=True).start()
 held = bind("127.0.0.1", 0)
-options = ServeOptions(grace_seconds=7)
+options = ServeOptions(grace_seconds=7, max_new_tokens=50_000, log_level="debug")
 print(held.getsockname()[1], flush=True)
-app = create_app(engine, options)
+app = create_app(engine, options, key={key!r})
 run(app, held, options=options, listening=lambda: print("listening", flush=True), stop_engine=stop)
 print("ended", grace, flush=True)
 """
@@ -173,8 +213,12 @@ def start(tiny_llama: Path) -> Iterator[Start]:
     """Starts the process above; gives it and its port."""
     started = []
 
-    def make(*, cancel: bool = False) -> tuple[subprocess.Popen[str], int]:
-        code = PROCESS.format(folder=str(Path(__file__).parent), model=str(tiny_llama), cancel=cancel)
+    def make(
+        *, cancel: bool = False, writes: bool = False, key: str | None = None
+    ) -> tuple[subprocess.Popen[str], int]:
+        code = PROCESS.format(
+            folder=str(Path(__file__).parent), model=str(tiny_llama), cancel=cancel, writes=writes, key=key
+        )
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
         )
@@ -190,10 +234,9 @@ def start(tiny_llama: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def ask(port: int, body: dict[str, Any]) -> tuple[int, str]:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, answer.read().decode()
@@ -202,11 +245,15 @@ def ask(port: int, body: dict[str, Any]) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def wait_for_running(port: int, count: int) -> None:
-    while True:
+def wait_for_running(port: int, count: int, *, waiting: int = 0) -> str:
+    """The metrics once so many requests run and wait."""
+    deadline = monotonic() + 20
+    while monotonic() < deadline:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-            if f"octavo_running {count}\n" in answer.read().decode():
-                return
+            text: str = answer.read().decode()
+        if f"octavo_running {count}\n" in text and f"octavo_waiting {waiting}\n" in text:
+            return text
+    raise AssertionError(text)
 
 
 def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
@@ -246,3 +293,50 @@ def test_what_is_not_finished_in_the_grace_time_gets_503(start: Start) -> None:
     assert answers[0][0] == 503
     assert process.returncode == 0
     assert "Traceback" not in err
+
+
+# A client with a stream of two answers, one that waits for its stream, and one that waits for its answer.
+KILLED = """
+import json, socket, sys
+sockets = []
+for more in ({"n": 2, "stream": True}, {"stream": True}, {}):
+    body = json.dumps({"prompt": "the king", "max_tokens": 50_000, **more})
+    sockets.append(socket.create_connection(("127.0.0.1", int(sys.argv[1]))))
+    head = f"POST /v1/completions HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: {len(body)}\\r\\n"
+    sockets[-1].sendall((head + "Content-Type: application/json\\r\\n\\r\\n" + body).encode())
+    if more:
+        assert sockets[-1].recv(1)
+print("reading", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_is_killed_leaves_nothing_at_work(start: Start) -> None:
+    _, port = start(writes=True)
+    client = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "reading\n"
+        wait_for_running(port, 2, waiting=2)
+        client.send_signal(signal.SIGKILL)
+    counts = wait_for_running(port, 0)
+    assert "octavo_cancelled_total 4\n" in counts
+    assert "octavo_requests_total 4\n" in counts
+    status, _ = ask(port, {"prompt": "the king", "n": 4, "max_tokens": 2})
+    assert status == 200
+
+
+def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:
+    process, port = start(writes=True, key="very-secret")
+    for key, expected in (("very-secret", 200), ("very-secre", 401)):
+        assert ask(port, {"prompt": "the king", "max_tokens": 2}, Authorization=f"Bearer {key}")[0] == expected
+    assert ask(port, {"prompt": "the king", "n": "very-secret"}, Authorization="Bearer very-secret")[0] == 400
+    with socket.create_connection(("127.0.0.1", port)) as garbage:
+        garbage.sendall(b"the king: very-secret\r\n\r\n")
+        assert b"invalid_http" in garbage.recv(4096), "the connections are ours"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert "/v1/completions" in err, "every request is logged"
+    assert not [words for words in ("very-secre", "the king", "Traceback") if words in out + err]

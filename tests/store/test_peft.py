@@ -5,6 +5,7 @@ No model is needed here; that peft reads these folders, and octavo peft's, is in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -158,6 +159,63 @@ def test_a_damaged_adapter_is_an_adapter_error(damage: str, tmp_path: Path) -> N
         save_file({"q_proj.lora_A.weight": torch.ones(4, 8)}, tensors)
     with pytest.raises(AdapterError, match="adapter"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"rank_pattern": {"(": 3}}, "patterns of rank and alpha"),
+        ({"rank_pattern": ["q_proj"]}, "patterns of rank and alpha"),
+        ({"alpha_pattern": {"q_proj": None}}, "patterns of rank and alpha"),
+        ({"lora_alpha": float("nan")}, "no usable rank, alpha or dropout"),
+        ({"lora_alpha": [1]}, "no usable rank, alpha or dropout"),
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_an_adapter_error(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    config = put(out)
+    (out / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(AdapterError, match=match):
+        read(out)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 8, 1)])
+def test_a_pair_that_is_no_two_matrices_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    put(out)
+    tensors = load_file(out / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_A" in key)
+    save_file({**tensors, key: torch.zeros(shape)}, out / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="not two matrices"):
+        read(out)
+
+
+def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    put(out)
+    save_file({}, out / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="nothing that was trained"):
+        read(out)
+
+
+def test_what_was_read_is_told_by_its_hash_and_no_later_write_changes_it(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    put(out)
+    found = read(out)
+    file = out / "adapter_model.safetensors"
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    before = {name: (a.clone(), b.clone()) for name, (a, b, _) in found.pairs.items()}
+    file.write_bytes(bytes(file.stat().st_size))  # in place, as cp does
+    for name, (a, b, _) in found.pairs.items():
+        assert torch.equal(a, before[name][0])
+        assert torch.equal(b, before[name][1])
+
+
+@pytest.mark.parametrize("origin", [{}, {"base": None}, {"base": "x"}, {"base": {"sha256": 3}}])
+def test_a_base_that_is_not_named_is_none(origin: dict[str, Any]) -> None:
+    assert Adapter(SPEC, {}, {}, origin).trained_on is None
+    assert Adapter(SPEC, {}, {}, {"base": {"sha256": "0a"}}).trained_on == "0a"
 
 
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])

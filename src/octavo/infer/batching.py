@@ -36,7 +36,6 @@ from octavo.layers.served import Routing
 from octavo.models import Model
 from octavo.store import peft
 from octavo.store.adapter import remove_, route_, serve_
-from octavo.store.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -124,14 +123,17 @@ class Engine:
         with self._changed:
             return dict(self._adapters)
 
-    def load_adapter(self, name: str, folder: Path) -> None:
+    def load_adapter(self, name: str, folder: Path) -> ServedAdapter:
         """Serves an adapter from the next step on; AdapterError if it does not fit or its name is taken."""
         self._check_free(name)
-        read, sha256 = peft.read(folder), sha256_of(folder / peft.TENSORS)
-        with self._alone(), self._changed:
+        read = peft.read(folder)
+        with self._alone():
             self._check_free(name)  # once more: another thread may have been faster
             serve_(self.model, self._routing, read, name)
-            self._adapters[name] = ServedAdapter(name, sha256, folder, time())
+            served = ServedAdapter(name, read.sha256, folder, time(), read.trained_on)
+            with self._changed:
+                self._adapters[name] = served
+        return served
 
     def remove_adapter(self, name: str) -> None:
         """Takes an adapter away. AdapterError if there is none, or a request is using it."""

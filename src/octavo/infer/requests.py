@@ -140,12 +140,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter that the engine holds; `sha256` is that of its tensors' file."""
+    """An adapter that the engine holds. `sha256` is that of its tensors' file, `trained_on` its base's, if known."""
 
     name: str
     sha256: str
     folder: Path
     loaded_at: float
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": RefusalAnswer, "description": "The request is at fault, or one too many."},
     "5XX": {"model": RefusalAnswer, "description": "The server cannot answer."},
 }
+# The same where an answer is plain text: beside `model` FastAPI would say that refusals are too.
+_REFUSAL = {"application/json": {"schema": {"$ref": "#/components/schemas/RefusalAnswer"}}}
+TEXT_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"content": _REFUSAL, "description": answer["description"]} for status, answer in REFUSALS.items()
+}
 _EVENT = {
     "type": "object",
     "required": ["data"],

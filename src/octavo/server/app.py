@@ -9,8 +9,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from octavo._version import __version__
 from octavo.config import ServeOptions
-from octavo.server import around, article, chat, completions
-from octavo.server.guard import LOOPBACK, Guard, Rules, is_loopback, is_wildcard
+from octavo.server import adapters, around, article, chat, completions
+from octavo.server.addresses import LOOPBACK, is_loopback, is_wildcard
+from octavo.server.guard import OPEN_PATHS, Guard, Rules
 from octavo.server.refusals import install
 from octavo.server.service import Engine, Service
 
@@ -34,6 +35,8 @@ def create_app(
     install(app)
     for routes in (completions.router(service), chat.router(service), article.router(service), around.router(service)):
         app.include_router(routes)
+    if options.adapters_from is not None:
+        app.include_router(adapters.router(service, options.adapters_from))
     rules = rules_of(options, key=key, names=names)
     app.add_middleware(Guard, rules=rules, metrics=service.metrics)
     if rules.origins:
@@ -42,8 +45,8 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(rules.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-            expose_headers=["Retry-After"],
+            allow_headers=["*"],  # OpenAI's client in a page sends a dozen of its own
+            expose_headers=["Retry-After", "X-System-Fingerprint"],
         )
     if key is not None:
         _describe_key(app)
@@ -72,7 +75,7 @@ def _describe_key(app: FastAPI) -> None:
         schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in schema["paths"].items():
             for operation in methods.values():
-                operation["security"] = [] if path in ("/health", "/ready") else [{"key": []}]
+                operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
         return schema
 
     app.openapi = described  # type: ignore[method-assign]

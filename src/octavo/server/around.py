@@ -7,9 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from fastapi.responses import PlainTextResponse
 
-from octavo.server.answers import REFUSALS, ModelCard, ModelList, State, Tokens
+from octavo.server.answers import REFUSALS, TEXT_REFUSALS, ModelCard, ModelList, State, Tokens
 from octavo.server.metrics import CONTENT_TYPE
-from octavo.server.refusals import unavailable
 from octavo.server.schemas import TokenizeChat, TokenizeText
 from octavo.server.service import Served, Service
 
@@ -56,11 +55,10 @@ def router(service: Service) -> APIRouter:
     @routes.get("/ready", tags=["the server"])
     async def ready() -> State:
         """Says that the server takes requests: 503 once it is told to stop."""
-        if service.draining:
-            raise unavailable("The server is stopping.", code="stopping")
+        service.check_open()
         return State()
 
-    @routes.get("/metrics", response_class=PlainTextResponse, tags=["the server"])
+    @routes.get("/metrics", responses=TEXT_REFUSALS, response_class=PlainTextResponse, tags=["the server"])
     async def metrics() -> PlainTextResponse:
         """Counts for Prometheus."""
         text = service.metrics.text(engine.stats(), [(served.name, served.fingerprint) for served in service.names()])

@@ -23,7 +23,7 @@ def router(service: Service) -> APIRouter:
     async def prompt(asked: ArticleRequest, request: Request, response: Response) -> ArticleAnswer:
         """The text and its continuation; `length` counts the tokens of both."""
         served = service.named(None)
-        ids = await service.encode_text(asked.input)
+        ids = await service.encode_text(asked.input, param="input")
         service.check_prompt(ids, param="input")
         length = int(asked.length)
         if length <= len(ids):
@@ -42,7 +42,7 @@ def router(service: Service) -> APIRouter:
         with service.begin([wanted], request.receive) as generation:
             async for _, token in generation.tokens():
                 output += token.text
-        response.headers["X-System-Fingerprint"] = served.fingerprint  # the clients expect one field and no more
+        response.headers["X-System-Fingerprint"] = generation.fingerprint  # the clients expect one field and no more
         return ArticleAnswer(output=output)
 
     return routes

@@ -86,7 +86,7 @@ class _Job:
             id=self.id,
             created=self.created,
             model=self.served.name,
-            system_fingerprint=self.served.fingerprint,
+            system_fingerprint=self.generation.fingerprint,
             choices=choices,
             usage=self.usage,
         )
@@ -120,7 +120,7 @@ class _Job:
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.served.name,
-            "system_fingerprint": self.served.fingerprint,
+            "system_fingerprint": self.generation.fingerprint,
             "choices": choices,
             "usage": None,
         }

@@ -109,7 +109,7 @@ class _Job:
             id=self.id,
             created=self.created,
             model=self.served.name,
-            system_fingerprint=self.served.fingerprint,
+            system_fingerprint=self.generation.fingerprint,
             choices=list(choices),
             usage=usage,
         )

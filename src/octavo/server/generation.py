@@ -30,11 +30,16 @@ class ClientGoneError(RefusedError):
 
 
 class Generation:
-    """The streams of one HTTP request. A context: leaving it, for whatever reason, frees the slots that they hold."""
+    """The streams of one HTTP request. A context: leaving it, for whatever reason, frees the slots that they hold.
 
-    def __init__(self, streams: Sequence[Stream], receive: Receive, *, metrics: Metrics, seconds: float) -> None:
+    `fingerprint` is that of the weights that they come from.
+    """
+
+    def __init__(
+        self, streams: Sequence[Stream], receive: Receive, *, fingerprint: str, metrics: Metrics, seconds: float
+    ) -> None:
         loop = self._loop = asyncio.get_running_loop()
-        self.streams = streams
+        self.streams, self.fingerprint = streams, fingerprint
         self.deadline = loop.time() + seconds
         self._seconds, self._metrics = seconds, metrics
         self._started = perf_counter()

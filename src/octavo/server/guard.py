@@ -11,17 +11,16 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hmac import compare_digest
-from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from octavo.server.addresses import host_name, is_address
 from octavo.server.metrics import Metrics
 from octavo.server.refusals import RefusedError, busy
 
 OPEN_PATHS = ("/health", "/ready")  # for whoever looks after the process and holds no key
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 BODY_SECONDS = 30.0  # a body of a few megabytes takes less on any line that an answer is worth sending over
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
@@ -34,29 +33,6 @@ class Rules:
     requests: int  # that may be read or answered at once
     body_bytes: int
     any_address: bool = False  # a Host that is an address and no name is right, whichever it is
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
-def is_wildcard(host: str) -> bool:
-    """Whether `host` stands for all addresses of this machine."""
-    try:
-        return ip_address(host).is_unspecified
-    except ValueError:
-        return False
-
-
-def host_name(header: str) -> str:
-    """The name of a Host header, without its port, an IPv6 address without its brackets."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower().removesuffix(".")
 
 
 class Guard:
@@ -105,7 +81,7 @@ class Guard:
         given = _values(scope, b"host")
         header = given[0] if len(given) == 1 else ""
         name = host_name(header)
-        if not ({name, "*"} & self.rules.hosts or (self.rules.any_address and _is_address(name))):
+        if not ({name, "*"} & self.rules.hosts or (self.rules.any_address and is_address(name))):
             raise RefusedError(
                 403, f"This server does not go by the name {name!r}; --hosts names others.", code="host_not_allowed"
             )
@@ -181,10 +157,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def _values(scope: Scope, name: bytes) -> list[str]:
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
     return [value.decode("latin-1") for key, value in headers if key == name]
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ip_address(name))
-    except ValueError:
-        return False

@@ -22,6 +22,7 @@ STATS = {
     "requests_total": ("counter", "Requests that the engine took."),
     "finished_total": ("counter", "Requests that were answered in full."),
     "cancelled_total": ("counter", "Requests that were cancelled."),
+    "failed_total": ("counter", "Requests that the engine failed at."),
     "prompt_tokens_total": ("counter", "Prompt tokens."),
     "reused_tokens_total": ("counter", "Prompt tokens that were found in the cache."),
     "generated_tokens_total": ("counter", "Tokens that were generated."),

@@ -9,12 +9,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
 
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
+from octavo.server.connections import Connection
 
 # What uvicorn still waits for answers after the engine has ended them all: they have only to be sent.
 SENDING_SECONDS = 5
@@ -49,7 +51,8 @@ def run(
     `listening` is called once requests can come, `stop_engine` with the grace time once no more do.
     """
     config = uvicorn.Config(
-        app, log_config=None, log_level=options.log_level, access_log=options.log_level in ("info", "debug"),
+        app, http=partial(Connection, most=options.max_connections),  # type: ignore[arg-type]  # called like a class
+        log_config=None, log_level=options.log_level, access_log=options.log_level in ("info", "debug"),
         ws="none", server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=int(options.grace_seconds) + SENDING_SECONDS,
     )  # fmt: skip

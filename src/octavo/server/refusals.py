@@ -93,15 +93,18 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
     if any(problem["type"] == "json_invalid" for problem in problems):
         return wrong("The body is not valid JSON.", code="invalid_json")
     names = [_name(problem["loc"]) for problem in problems]
-    name = names[0]
+    # Of a body of several forms, the one that lacks a field is not the one that was meant.
+    name = next((name for name, problem in zip(names, problems, strict=True) if problem["type"] != "missing"), names[0])
     if name in UNSUPPORTED:
         return wrong(f"`{name}` is not supported here. {UNSUPPORTED[name]}", param=name, code="unsupported_parameter")
     said = dict.fromkeys(str(problem["msg"]) for problem, own in zip(problems, names, strict=True) if own == name)
     what = "; ".join(list(said)[:4])
-    return wrong(f"`{name}`: {what}." if name else f"The body: {what}.", param=name or None)
+    if not name:
+        return wrong("The body must be a JSON object, sent as `Content-Type: application/json`.")
+    return wrong(f"`{name}`: {what}.", param=name)
 
 
 def _name(place: Sequence[str | int]) -> str:
-    """The top field that a place in the body belongs to; "" for the body itself."""
-    parts = [part for part in place if part != "body"]
+    """The top field that a place in the body belongs to; "" for the body itself. Forms have names like classes."""
+    parts = [part for part in place[1:] if not (isinstance(part, str) and part[:1].isupper())]
     return str(parts[0]) if parts and isinstance(parts[0], str) else ""

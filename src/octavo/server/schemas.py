@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 128
-MOST_STOPS = 4
+MOST_STOPS = 16  # OpenAI takes 4; evaluation harnesses send up to a dozen
 LONGEST_STOP = 200  # characters
 MOST_LOGPROBS = 20
 MOST_MESSAGES = 256
@@ -23,6 +23,7 @@ LONGEST_TEXT = 2**22  # characters; the body's limit is the narrower one
 MOST_IDS = 2**20
 SEEDS = 2**63
 MOST_TOKENS = 2**20
+ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}"
 
 UNSUPPORTED = {
     "best_of": "Ask for n answers instead.",
@@ -38,6 +39,7 @@ UNSUPPORTED = {
     "modalities": "Answers are plain text.",
     "audio": "Answers are plain text.",
     "web_search_options": "The model alone answers.",
+    "load_inplace": "Unload the adapter first.",
 }  # fmt: skip
 
 
@@ -55,7 +57,15 @@ def _whole_items(value: object) -> object:
     return value
 
 
+def _flag(value: object) -> object:
+    """Python takes 0 for false."""
+    if not isinstance(value, bool):
+        raise PydanticCustomError("bool_type", "Input should be a valid boolean")
+    return value
+
+
 Flag = Annotated[bool, Field(strict=True)]
+No = Annotated[Literal[False], BeforeValidator(_flag)]
 WHOLE = BeforeValidator(_whole)  # behind the bounds: before them it would hide them from the schema
 Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]
@@ -181,6 +191,23 @@ class ArticleRequest(BaseModel):
         Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
         | Annotated[str, Field(pattern=r"^[ \n]*([01](\.[0-9]*)?|\.[0-9]+|2(\.0*)?)[ \n]*$")]
     ) = 0.8
+
+
+AdapterName = Annotated[str, Field(pattern=f"^{ADAPTER_NAME}$", max_length=100)]
+
+
+class LoadAdapter(BaseModel):
+    """An adapter to serve under a new name, as vLLM's clients ask for it."""
+
+    lora_name: AdapterName
+    lora_path: Annotated[str, Field(min_length=1, max_length=1024, description="Below the server's --adapters-from.")]
+    load_inplace: No | None = None
+
+
+class UnloadAdapter(BaseModel):
+    """An adapter to serve no more."""
+
+    lora_name: AdapterName
 
 
 class TokenizeText(BaseModel):

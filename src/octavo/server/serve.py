@@ -15,12 +15,12 @@ from octavo.errors import AdapterError, UsageError
 from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits
 from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, opened, read_adapter
-from octavo.server.guard import is_loopback
+from octavo.run import chosen_scheme, end_ids, load_model, opened
+from octavo.server.addresses import is_loopback
+from octavo.server.schemas import ADAPTER_NAME
 from octavo.store.sources import fingerprint
 
 KEY_VARIABLE = "OCTAVO_API_KEY"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 
@@ -38,10 +38,14 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
     options = config[ServeOptions]
     key = key_of(options)
     adapters = named_folders(options)
+    if options.adapters_from is not None and not options.adapters_from.is_dir():
+        raise UsageError(f"--adapters-from {options.adapters_from} is no folder.", hint="Make it, or name another.")
     held = bind(options.host, options.port)
     try:
         engine = open_engine(config, report, adapters=adapters)
-        app = create_app(engine, options, key=key, names=(socket.gethostname(), socket.getfqdn()))
+        # Asked for only where others need them: without a network their look-up takes seconds.
+        names = () if is_loopback(options.host) else (socket.gethostname(), socket.getfqdn())
+        app = create_app(engine, options, key=key, names=names)
         url = _url(options.host, held.getsockname()[1])
 
         def ready() -> None:
@@ -78,7 +82,7 @@ def named_folders(options: ServeOptions) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for given in options.adapter:
         name, equals, folder = given.partition("=")
-        if not equals or not folder or not _NAME.fullmatch(name):
+        if not equals or not folder or not re.fullmatch(ADAPTER_NAME, name):
             raise UsageError(
                 f"--adapter {given!r} is not NAME=FOLDER.",
                 hint="A name is of letters, digits and . _ : / -, as in --adapter hamlet=runs/demo/adapter.",
@@ -95,18 +99,19 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     base = served_name(asked.model)
     if base in adapters:
         raise UsageError(f"{base!r} is the base's name: an adapter needs another.")
-    hardware, source = opened(asked, report, own_adapters=not adapters)
+    hardware, source = opened(asked, report, own_adapters=not adapters and options.adapters_from is None)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     engine = Engine(
         model, source.tokenizer(), base=base, base_sha256=fingerprint(source), ends=end_ids(source),
         limits=Limits(slots=options.slots, room=options.room, queue=options.queue),
     )  # fmt: skip
     for name, folder in adapters.items():
-        read_adapter(folder, source, report)  # warns of other base weights
         try:
-            engine.load_adapter(name, folder)
+            served = engine.load_adapter(name, folder)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
+        if served.trained_on not in (None, engine.base_sha256):
+            report.warn(f"The adapter {name} was trained on other base weights than these.")
     return engine
 
 

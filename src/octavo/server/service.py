@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from secrets import randbelow
 from time import time
 from typing import TYPE_CHECKING, Protocol
@@ -42,6 +43,8 @@ class Engine(Protocol):
     def base_sha256(self) -> str: ...
     def submit(self, request: Request) -> Stream: ...
     def adapters(self) -> Mapping[str, ServedAdapter]: ...
+    def load_adapter(self, name: str, folder: Path) -> ServedAdapter: ...
+    def remove_adapter(self, name: str) -> None: ...
     def stats(self) -> Stats: ...
 
 
@@ -67,6 +70,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.engine.tokenizer)
+        self._longest_token = max(map(len, self.engine.tokenizer.get_vocab()))  # characters, or bytes in its alphabet
         # Long prompts take a tokenizer a second: that is for a thread. One alone, since tokenizers are not made to be
         # shared, and so that the encoding of many prompts leaves the other cores to the engine.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="octavo-encoder")
@@ -96,7 +100,12 @@ class Service:
             )
         return found
 
-    async def encode_text(self, text: str, *, begin: bool = True) -> list[int]:
+    def check_open(self) -> None:
+        """503 once the server is told to stop."""
+        if self.draining:
+            raise unavailable("The server is stopping.", code="stopping")
+
+    async def encode_text(self, text: str, *, begin: bool = True, param: str = "prompt") -> list[int]:
         """The ids of a text to continue; without `begin` no begin token."""
         tokenizer = self.engine.tokenizer
 
@@ -104,18 +113,30 @@ class Service:
             ids = encode_prompt(text, tokenizer)
             return ids if begin else ids[len(begin_ids(tokenizer)) :]
 
-        return await self._encoded(encode)
+        return await self._encoded(encode, characters=len(text), param=param)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The ids of a conversation through the model's own template, up to the assistant's next turn."""
         turns = [Message("system" if m.role == "developer" else m.role, m.text) for m in messages]
-        return await self._encoded(lambda: encode_conversation(turns, self.engine.tokenizer))
+        return await self._encoded(
+            lambda: encode_conversation(turns, self.engine.tokenizer),
+            characters=sum(len(turn.content) for turn in turns),
+            param="messages",
+        )
 
-    async def _encoded(self, encode: Callable[[], list[int]]) -> list[int]:
+    async def _encoded(self, encode: Callable[[], list[int]], *, characters: int, param: str) -> list[int]:
+        """400 for what cannot be encoded, or cannot fit: megabytes would take the thread that all share seconds."""
+        if characters > self.longest_prompt * self._longest_token:
+            raise wrong(
+                f"The prompt has {characters:,} characters: more than {self.longest_prompt:,} tokens, the most that "
+                "this server takes, can hold.",
+                param=param,
+                code="context_length_exceeded",
+            )
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         except (DataError, UsageError) as error:
-            raise wrong(error.message.removeprefix("the conversation:1: "), param="messages") from error
+            raise wrong(error.message.removeprefix("the conversation:1: "), param=param) from error
 
     def check_prompt(self, ids: Sequence[int], *, param: str) -> None:
         """400 for a prompt that is empty, too long, or names tokens that there are not."""
@@ -155,11 +176,18 @@ class Service:
 
     def begin(self, requests: Sequence[Request], receive: Receive) -> Generation:
         """All of the requests at work for the client behind `receive`, or none of them: 400, 404, 429 or 503."""
-        return Generation(self._submit(requests), receive, metrics=self.metrics, seconds=self.options.request_seconds)
+        streams = self._submit(requests)
+        adapter = streams[0].adapter  # not what the name meant while the prompt was encoded
+        return Generation(
+            streams,
+            receive,
+            fingerprint=self.engine.base_sha256 if adapter is None else adapter.sha256,
+            metrics=self.metrics,
+            seconds=self.options.request_seconds,
+        )
 
     def _submit(self, requests: Sequence[Request]) -> list[Stream]:
-        if self.draining:
-            raise unavailable("The server is stopping.", code="stopping")
+        self.check_open()
         stats = self.engine.stats()
         if len(requests) > (most := stats.slots + stats.queue_limit):
             raise wrong(f"{len(requests)} answers were asked for at once; this server takes {most} at most.")

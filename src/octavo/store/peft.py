@@ -11,6 +11,7 @@ trained bias, and weight and bias of a trained norm (PEFT's modules_to_save).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from octavo.errors import AdapterError, ModelError
@@ -52,6 +53,14 @@ class Adapter:
     full: dict[str, Tensor]  # NAME.weight or NAME.bias of norms, NAME.bias of linears
     origin: dict[str, Any] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()  # the names among `pairs` that are embeddings'
+    sha256: str = ""  # of the file of its tensors, where it was read from one
+
+    @property
+    def trained_on(self) -> str | None:
+        """The identity of the base weights that it was trained on, where octavo trained it."""
+        base = self.origin.get("base")
+        known = base.get("sha256") if isinstance(base, dict) else None
+        return known if isinstance(known, str) else None
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
@@ -114,7 +123,8 @@ def read(folder: Path) -> Adapter:
     try:
         config = read_json(folder / CONFIG)
         origin = read_json(folder / "octavo.json") if (folder / "octavo.json").is_file() else {}
-        tensors = load_file(folder / TENSORS)
+        data = (folder / TENSORS).read_bytes()  # not mapped: whoever overwrites the file then changes nothing here
+        tensors = load(data)
     except (ModelError, SafetensorError, OSError) as error:
         raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
     _refuse_unknown(folder, config)
@@ -129,7 +139,9 @@ def read(folder: Path) -> Adapter:
         if kind in HALVES and (other := key.replace(kind, HALVES[kind])) not in tensors:
             raise AdapterError(f"The adapter in {folder} lacks {other}.")
         if kind in ("lora_A", "lora_embedding_A"):
-            own = _own_spec(config, name, spec)
+            own = _own_spec(folder, config, name, spec)
+            if tensor.ndim != 2 or tensors[other].ndim != 2:
+                raise AdapterError(f"{folder}: the pair of {name} is not two matrices.")
             if own.rank != tensor.shape[0]:
                 raise AdapterError(f"{folder}: {name} has rank {tensor.shape[0]}, {CONFIG} says {own.rank}.")
             pairs[name] = (tensor, tensors[other], own.scaling)
@@ -137,7 +149,9 @@ def read(folder: Path) -> Adapter:
                 embeddings.add(name)
         elif kind not in HALVES:
             full[f"{name}.{kind}"] = tensor
-    return Adapter(spec, pairs, full, origin, frozenset(embeddings))
+    if not pairs and not full:
+        raise AdapterError(f"The adapter in {folder} holds nothing that was trained.")
+    return Adapter(spec, pairs, full, origin, frozenset(embeddings), hashlib.sha256(data).hexdigest())
 
 
 def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: str) -> dict[str, Any]:
@@ -206,21 +220,27 @@ def _parse(folder: Path, key: str) -> tuple[str, str]:
 
 def _spec(folder: Path, config: Mapping[str, Any]) -> LoraSpec:
     try:
-        return LoraSpec(
+        spec = LoraSpec(
             int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0),
             bool(config.get("use_rslora", False)),
         )  # fmt: skip
+        if not math.isfinite(spec.alpha):
+            raise ValueError(f"alpha is {spec.alpha}")
+        return spec
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"The {CONFIG} in {folder} has no usable rank, alpha or dropout ({error}).") from error
 
 
-def _own_spec(config: Mapping[str, Any], name: str, spec: LoraSpec) -> LoraSpec:
+def _own_spec(folder: Path, config: Mapping[str, Any], name: str, spec: LoraSpec) -> LoraSpec:
     """The spec of one pair; PEFT can give a module a rank or alpha of its own."""
-    rank, alpha = (
-        next((value for key, value in (config.get(table) or {}).items() if _matches(key, name)), default)
-        for table, default in (("rank_pattern", spec.rank), ("alpha_pattern", spec.alpha))
-    )
-    return LoraSpec(int(rank), float(alpha), spec.dropout, spec.rslora)
+    try:
+        rank, alpha = (
+            next((value for key, value in (config.get(table) or {}).items() if _matches(key, name)), default)
+            for table, default in (("rank_pattern", spec.rank), ("alpha_pattern", spec.alpha))
+        )
+        return LoraSpec(int(rank), float(alpha), spec.dropout, spec.rslora)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise AdapterError(f"The patterns of rank and alpha in {folder}'s {CONFIG} are broken ({error}).") from error
 
 
 def _matches(pattern: str, name: str) -> bool:

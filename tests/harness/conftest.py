@@ -1,0 +1,78 @@
+"""Tasks of lm-eval's on this machine, and models as lm-eval and octavo ask them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from octavo.hardware import Hardware
+from octavo.harness.model import OctavoLM
+from octavo.layers.lora import LoraSpec
+from octavo.ops.quantize import scheme_named
+from octavo.report import Report
+from octavo.run import end_ids, load_model
+from octavo.speak import Speaker
+from octavo.store import adapter
+from octavo.store.sources import FolderSource
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+Write = Callable[..., Path]
+
+
+def asked(folder: Path, *, batch: int = 3, report: Report | None = None) -> OctavoLM:
+    """A folder's model unquantised in float32, as lm-eval asks it."""
+    source, quiet = FolderSource(folder), report or Report(console=False)
+    model = load_model(source, scheme_named("none"), CPU, quiet)
+    return OctavoLM(Speaker(model, source.tokenizer(), end_ids(source)), batch=batch, report=quiet)
+
+
+@pytest.fixture
+def write_task(tmp_path: Path) -> Write:
+    """Writes a task's YAML with its documents beside it; returns the folder."""
+
+    def write(name: str, documents: list[dict[str, Any]], **config: Any) -> Path:
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        files = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
+        task = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **config}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def beginning(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer that puts a begin token before every text, as Llama's own do."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("begin") / "llama"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="<|im_start|>")
+    begin = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of the tiny Llama, strong enough to change what it says."""
+    source, folder = FolderSource(tiny_llama), tmp_path_factory.mktemp("adapter") / "adapter"
+    model = load_model(source, scheme_named("none"), CPU, Report(console=False))
+    plan = adapter.AdapterPlan(LoraSpec(2, 4.0))
+    adapter.create_(model, plan, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapter.trained(model).items():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(generator=generator)
+    adapter.save(folder, model, plan, base=str(tiny_llama), origin={}, card="")
+    return folder

@@ -1,0 +1,215 @@
+"""harness/model.py against lm-eval's own class for transformers, on the same tiny models in float32."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
+from tests.conftest import WORDS
+from tests.harness.conftest import asked
+
+from octavo.errors import UsageError
+from octavo.harness import model
+from octavo.harness.model import OctavoLM
+from octavo.report import Report
+
+CONTEXT = 128  # of the tiny models
+LONG = " ".join(random.Random(1).choice(WORDS) for _ in range(300))
+
+
+def instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=one, idx=0) for one in arguments]
+
+
+def theirs(folder: Path, **options: Any) -> Any:
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1, **options)
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_gptj"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> tuple[OctavoLM, Any]:
+    """(octavo's, lm-eval's) of one model."""
+    return asked(folder), theirs(folder)
+
+
+CHOICES = [
+    ("the king spoke", " to the queen"),
+    ("the king spoke", " of"),
+    ("the king spoke", " my"),  # differs in its last token alone: one row with the last
+    ("the king spoke ", "to"),  # the space belongs to the answer
+    ("", "the storm"),
+    ("", "<|im_end|>king"),  # begins with what it would be predicted from
+    ("<|im_start|>user\nthe king<|im_end|>\n", "the queen é\N{GRINNING FACE}"),
+    (LONG, " york"),  # longer than the context: its beginning is lost
+    ("where", f" {LONG}"[:300]),
+]
+
+
+def test_continuations_cost_what_lm_eval_says(pair: tuple[OctavoLM, Any]) -> None:
+    requests = instances("loglikelihood", CHOICES)
+    ours, expected = (one.loglikelihood(requests, disable_tqdm=True) for one in pair)
+    # float32: sums of up to some hundred logarithms, each right to 1e-6 or so
+    assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+
+
+def test_a_greedy_continuation_is_told_from_others(pair: tuple[OctavoLM, Any]) -> None:
+    def greedy(asked_for: list[tuple[str, str]]) -> list[bool]:
+        requests = instances("loglikelihood", asked_for)
+        ours, expected = ([hit for _, hit in one.loglikelihood(requests, disable_tqdm=True)] for one in pair)
+        assert ours == expected
+        return ours
+
+    words = [pair[0].tokenizer.decode([token]) for token in range(3, 300)]
+    alone = [(prompt, word) for prompt in ("the", "king of", "where is") for word in words]
+    hits = [one for one, hit in zip(alone, greedy(alone), strict=True) if hit]
+    assert hits
+    assert not all(greedy([(prompt, word + " york") for prompt, word in hits]))
+
+
+TEXTS = [("the king spoke to the queen",), (LONG,), ("é \N{GRINNING FACE}\n\n",), ("x",), ("",), (LONG[:400],)]
+
+
+def test_whole_texts_cost_what_lm_eval_says_over_several_windows_too(pair: tuple[OctavoLM, Any]) -> None:
+    requests = instances("loglikelihood_rolling", TEXTS)
+    ours, expected = (one.loglikelihood_rolling(requests, disable_tqdm=True) for one in pair)
+    assert len(pair[0].tok_encode(LONG)) > 2 * CONTEXT
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
+ASKED: list[tuple[str, dict[str, Any]]] = [
+    ("the king", {"until": ["\n"], "max_gen_toks": 12}),
+    ("the queen spoke", {"until": [" s", "o"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.7}),
+    ("my lord", {"max_new_tokens": 9}),
+    ("<|im_start|>user\nthe storm<|im_end|>\n", {"until": "k", "max_gen_toks": 24}),
+    (LONG, {"until": [], "max_gen_toks": 10}),
+    ("where is", {"until": ["<|endoftext|>"], "max_gen_toks": 100, "temperature": 0.0}),
+]
+FREE = {"max_gen_toks": 30}
+
+
+def test_answers_are_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
+    ours, expected = (one.generate_until(instances("generate_until", ASKED), disable_tqdm=True) for one in pair)
+    assert ours == expected
+    assert len({len(answer) for answer in ours}) > 1
+
+
+def test_an_answer_ends_at_a_control_token_that_its_task_names(tiny_llama: Path, tmp_path: Path) -> None:
+    """No text shows that token. The model is made to write it where it would begin an answer otherwise."""
+    plain = asked(tiny_llama)
+    prompts = ["the king", "where is", "my lord of york"]
+    with torch.no_grad():
+        likeliest = int(plain.model(torch.tensor([plain.tok_encode(prompts[0])]))[0, -1].argmax())
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][1] = 1.001 * tensors["lm_head.weight"][likeliest]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    ours, expected = asked(folder), theirs(folder)
+    bound = {"max_gen_toks": 30, "until": ["<|im_start|>"]}
+    requests = instances("generate_until", [(prompt, options) for prompt in prompts for options in (bound, FREE)])
+    answers = ours.generate_until(requests)
+    assert answers == expected.generate_until(requests, disable_tqdm=True)
+    assert any(answers[::2][n] != answers[1::2][n] for n in range(len(prompts)))
+
+
+def test_a_batch_changes_no_answer(folder: Path, pair: tuple[OctavoLM, Any]) -> None:
+    alone = asked(folder, batch=1)
+    for kind, arguments in (("loglikelihood", CHOICES), ("loglikelihood_rolling", TEXTS), ("generate_until", ASKED)):
+        one, many = (getattr(lm, kind)(instances(kind, arguments)) for lm in (alone, pair[0]))
+        if kind == "generate_until":
+            assert one == many
+        else:
+            flat = [[value[0] if isinstance(value, tuple) else value for value in values] for values in (one, many)]
+            assert flat[0] == pytest.approx(flat[1], rel=1e-5)
+
+
+def test_logits_are_taken_in_chunks(pair: tuple[OctavoLM, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = instances("loglikelihood_rolling", TEXTS)
+    whole = pair[0].loglikelihood_rolling(requests)
+    seen: list[int] = []
+    pair[0].model.head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr(model, "CHUNK_BYTES", 8 * 300 * 7)
+    assert pair[0].loglikelihood_rolling(requests) == pytest.approx(whole, rel=1e-6)
+    assert max(seen) == 7
+
+
+def test_samples_differ_from_each_other_and_come_again(pair: tuple[OctavoLM, Any]) -> None:
+    requests = instances(
+        "generate_until", [("the king", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8})] * 4
+    )
+    first, second = (pair[0].generate_until(requests) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 4
+
+
+def test_a_begin_token_stands_before_every_text_once(beginning: Path) -> None:
+    ours, expected = asked(beginning), theirs(beginning)
+    assert ours.tok_encode("the king") == expected.tok_encode("the king")
+    assert ours.tok_encode("the king")[0] == ours.prefix_token_id == expected.prefix_token_id == 1
+    assert ours.tok_encode("<|im_start|>the") == expected.tok_encode("<|im_start|>the")
+    for kind, arguments in (("loglikelihood", CHOICES[:5]), ("generate_until", ASKED[:4])):
+        requests = instances(kind, arguments)
+        found, wanted = (getattr(one, kind)(requests, disable_tqdm=True) for one in (ours, expected))
+        if kind == "generate_until":
+            assert found == wanted
+        else:
+            assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in wanted], rel=1e-5)
+
+
+def test_a_whole_text_is_scored_behind_one_begin_token(beginning: Path) -> None:
+    """lm-eval's class for transformers scores a second one, unless told add_bos_token=False; its clients do not."""
+    requests = instances("loglikelihood_rolling", TEXTS[:2])
+    found = asked(beginning).loglikelihood_rolling(requests)
+    bare = theirs(beginning)
+    bare.add_bos_token = False
+    assert found == pytest.approx(bare.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
+    assert found != pytest.approx(theirs(beginning).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-3)
+
+
+def said(tiny_llama: Path, tmp_path: Path, kind: str, arguments: Sequence[tuple[Any, ...]]) -> str:
+    """What is said while some requests are answered."""
+    with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
+        getattr(asked(tiny_llama, report=report), kind)(instances(kind, arguments))
+    return (tmp_path / "said.jsonl").read_text()
+
+
+def test_nothing_costs_nothing_and_stops_nothing(pair: tuple[OctavoLM, Any]) -> None:
+    """lm-eval's class for transformers refuses the first, and ends at once by the second."""
+    requests = instances("loglikelihood", [("the king", ""), ("x", "")])
+    assert pair[0].loglikelihood(requests) == [(0.0, True)] * 2
+    asked_for = [("the king", {"max_gen_toks": 8, "until": until}) for until in ([""], [])]
+    first, second = pair[0].generate_until(instances("generate_until", asked_for))
+    assert first == second != ""
+
+
+def test_what_was_cut_or_left_out_is_said_once(tiny_llama: Path, tmp_path: Path) -> None:
+    text = said(tiny_llama, tmp_path, "loglikelihood", CHOICES)
+    assert text.count("lost the beginning") == 1
+    assert "1 text did" in text
+    asked_for = [(LONG, {"max_gen_toks": 4, "num_beams": 2}), (LONG, {"max_gen_toks": 5, "num_beams": 2})]
+    text = said(tiny_llama, tmp_path, "generate_until", asked_for)
+    assert text.count("lost the beginning") == text.count("num_beams") == 1
+    assert "2 prompts did" in text
+    assert "lost" not in said(tiny_llama, tmp_path, "loglikelihood_rolling", TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("loglikelihood", ("the", f" {LONG}")), ("generate_until", ("the", {"max_gen_toks": CONTEXT}))],
+)
+def test_what_no_context_holds_is_refused(pair: tuple[OctavoLM, Any], kind: str, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError, match="context is 128"):
+        getattr(pair[0], kind)(instances(kind, [arguments]))
