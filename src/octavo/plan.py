@@ -149,7 +149,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     if size_in_bytes(options.gpu_memory) is None and not here:
         fault = f"How much memory the {name} has is not known" if card else "There is no card here to plan for"
         raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
-    source, budget = open_model(asked, report), budget_bytes(options, hardware)
+    source, budget = open_model(asked, report, weights=False), budget_bytes(options, hardware)
     if hardware.device.type != "cuda":  # the plan is for a card, which multiplies 2-byte types
         dtype = torch.bfloat16 if asked.dtype == "auto" else hardware.dtype
         hardware = Hardware(hardware.device, dtype, hardware.reason, hardware.name)

@@ -23,10 +23,14 @@ from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import load, refuse_pairs, stored_scheme
 
 
-def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> Source:
-    """The source of the base model, not yet loaded. ModelError if it carries adapters, unless `own_adapters`."""
-    allow = options.allow_pickle
-    source = open_source(options.model, revision=options.revision, allow_pickle=allow, say=report.say)
+def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False, weights: bool = True) -> Source:
+    """The source of the base model, not yet loaded. ModelError if it carries adapters, unless `own_adapters`.
+
+    Without `weights` they are not even fetched.
+    """
+    source = open_source(
+        options.model, revision=options.revision, allow_pickle=options.allow_pickle, weights=weights, say=report.say
+    )
     if not own_adapters:
         refuse_pairs(source)
     return source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,34 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
     assert source.allow_pickle is allowed
     patterns = [*HUB_PATTERNS, "*.bin"] if allowed else HUB_PATTERNS
     assert asked == {"repo": "owner/name", "revision": "abc", "allow_patterns": patterns}
+
+
+def test_without_weights_the_config_alone_is_fetched(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def download(repo: str, file: str, *, revision: str | None) -> str:
+        asked.extend((repo, file, revision))
+        return str(own_folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("weights"))
+    source = open_source("owner/name", revision="abc", weights=False)
+    assert asked == ["owner/name", "config.json", "abc"]
+    assert source.config == json.loads((own_folder / "config.json").read_text())
+    assert not source.names()
+    assert not source.files
+    for lacking in (lambda: source.tensor("x"), source.tokenizer):
+        with pytest.raises(ModelError, match="not fetched"):
+            lacking()
+    # What lies here is opened whole.
+    assert open_source(str(own_folder), weights=False).names()
+
+
+@pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
+def test_a_config_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=model):
+        open_source(model, weights=False)
 
 
 def test_nothing_that_runs_is_fetched_from_the_hub() -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from octavo.errors import ModelError, UsageError
 from octavo.store.builtin import open_smollm2
 from octavo.store.gguf import open_gguf
-from octavo.store.sources import GPTJ_FILES, FolderSource, Source
+from octavo.store.sources import GPTJ_FILES, ConfigSource, FolderSource, Source, read_json
+
+CONFIG = "config.json"
 
 # What a hub download takes: everything the loader reads, and no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -25,9 +28,13 @@ def open_source(
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
+    weights: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Source:
-    """The source that `--model` names; UsageError if there is none of that name. `say` hears of long work."""
+    """The source that `--model` names; UsageError if there is none of that name. `say` hears of long work.
+
+    Without `weights`, of a model on the hub the config alone is fetched.
+    """
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     if model == "smollm2" and not path.exists():
         return open_smollm2(say=say)
@@ -44,11 +51,17 @@ def open_source(
             f"There is no model {model!r}.",
             hint="Give a folder, a .gguf file, a hub id (owner/name), or smollm2 for the demo's model.",
         )
-    return _open_folder(_download(model, revision, allow_pickle=allow_pickle), allow_pickle=allow_pickle)
+    if not weights:
+        return ConfigSource(
+            read_json(_fetched(model, lambda hub: hub.hf_hub_download(model, CONFIG, revision=revision)))
+        )
+    patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
+    found = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return _open_folder(found, allow_pickle=allow_pickle)
 
 
 def _open_folder(folder: Path, *, allow_pickle: bool) -> FolderSource:
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         weights = any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
         missing = (
             f"Put config.json and the tokenizer's files of the model into a folder with the weights; {GPTJ_FILES}."
@@ -59,13 +72,13 @@ def _open_folder(folder: Path, *, allow_pickle: bool) -> FolderSource:
     return FolderSource(folder, allow_pickle)
 
 
-def _download(model: str, revision: str | None, *, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetched(model: str, fetch: Callable[[Any], str]) -> Path:
+    """What `fetch` brings by way of huggingface_hub."""
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(fetch(huggingface_hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"The model {model} could not be fetched from the hub ({type(error).__name__}).",

@@ -70,6 +70,27 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ConfigSource:
+    """A model of which the config alone is here: enough to plan with. It has no weights and no tokenizer."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        return []
+
+    def names(self) -> list[str]:
+        return []
+
+    def tensor(self, name: str) -> Tensor:
+        raise ModelError(f"{name} was not fetched: the config alone was.")
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        raise ModelError("The tokenizer was not fetched: the config alone was.")
+
+
 @dataclass
 class FolderSource:
     """A Hugging Face folder: safetensors first; pickles only weights-only, and only when allowed."""
