@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
+from octavo.ops.decode import FEW
 from octavo.ops.twins import kernels_run_on
 
 IDLE = -1  # the length of a slot that has no token to read
@@ -34,8 +35,8 @@ class Chosen:
 def chosen(logits: Tensor, rows: int, summary: Tensor | None = None) -> Chosen:
     """The first `rows` of the logits (B, V); `summary` is `_summary` of them if that was computed already."""
     summary = _summary(logits) if summary is None else summary
-    best, greedy = summary[:, :rows].tolist()
-    return Chosen(logits[:rows], best, [int(token) for token in greedy])
+    best, greedy = summary.tolist()
+    return Chosen(logits[:rows], best[:rows], [int(token) for token in greedy[:rows]])
 
 
 def _summary(logits: Tensor) -> Tensor:
@@ -59,10 +60,17 @@ class Decoder:
         return kernels_run_on(self.cache.keys)
 
     def prepare(self) -> None:
-        """Records every graph that a step can need, so that no request waits for it."""
-        if self.records:
-            for rows in _sizes(len(self.cache.lengths)):
-                self._recorded(rows)
+        """Records every graph that a step can need and has kernels for prompts compiled: no request waits for that."""
+        if not self.records:
+            return
+        for rows in _sizes(len(self.cache.lengths)):
+            self._recorded(rows)
+        self.routing.numbers = None
+        for count in (FEW // 4 + 1, FEW // 2 + 1, FEW + 1):  # tiles of 32 and 64 rows, and products with the matrix
+            if count <= self.cache.room:
+                ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
+                self.model.hidden(ids, cache=self.cache.slot(0))
+                self.cache.lengths[0] = 0
 
     def step(self, tokens: Sequence[int], numbers: Sequence[int]) -> Chosen:
         """Reads one token into each of the first slots, through the adapters of these numbers."""

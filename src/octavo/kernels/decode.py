@@ -78,7 +78,7 @@ def tile_for(m: int) -> Tile:
     return Tile(16, 32, 256, 4, 4) if m <= 16 else Tile(triton.next_power_of_2(m), 64, 128, 4, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "j", "bias_start", "bias_stop"])
 def _int8_rows(
     x, codes, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
     m, k, span, x_stride, codes_stride,
@@ -120,7 +120,7 @@ def _int8_rows(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "j", "parts", "bias_start", "bias_stop"])
 def _add_parts(
     sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride, m, parts,
     BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,

@@ -190,7 +190,8 @@ class FrozenLinear(nn.Module):
         rows, numbers = x.reshape(-1, x.shape[-1]), self.routing.numbers
         thin = None
         if self.bank is not None and numbers is not None:
-            thin = self.bank.thin(rows, numbers.repeat_interleave(len(rows) // len(numbers)))
+            each = numbers if len(numbers) == len(rows) else numbers.repeat_interleave(len(rows) // len(numbers))
+            thin = self.bank.thin(rows, each)
         y = int8_rows(
             rows,
             self.matrix.parts["weight"],
