@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from octavo.errors import AdapterError, UsageError
 from octavo.infer.engine import complete
-from octavo.infer.requests import Limits, QueueFullError, Request, Stats, Stream
+from octavo.infer.requests import Limits, QueueFullError, Request, Stats, Stream, Token
 from octavo.infer.sample import Sampling
 
 if TYPE_CHECKING:
@@ -247,6 +248,78 @@ def test_more_than_may_wait_are_refused(llama: Family) -> None:
     assert [llama.answer(stream) for stream in streams] == [llama.alone(MIXED[n]) for n in (1, 2)]
     assert engine.stats().requests_total == 3
     engine.submit(MIXED[3])
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_card_reads_a_token_while_the_host_tells_of_it(
+    family: Family, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
+) -> None:
+    """But not where the logits of the last step are still to be looked at."""
+    engine = family.engine(Limits(slots=2, room=CONTEXT))
+    engine._decoder.runs_ahead = True
+    streams = [engine.submit(Request(prompt, GREEDY, logprobs=logprobs)) for prompt in PROMPTS[:2]]
+    launch, heard = engine._decoder.launch, [0, 0]
+    early = []
+
+    def watched(tokens: list[int], numbers: list[int]) -> None:
+        for number, stream in enumerate(streams):
+            heard[number] += len(stream.ready())
+        early.append(engine._running[0].answered - heard[0])  # tokens that are being read and were not told yet
+        launch(tokens, numbers)
+
+    monkeypatch.setattr(engine._decoder, "launch", watched)
+    family.run_out(engine)
+    assert set(early[1:]) == ({1} if logprobs is None else {0})
+    assert [heard[n] + len(stream.ready()) for n, stream in enumerate(streams)] == [GREEDY.max_new_tokens] * 2
+    assert len(early) == GREEDY.max_new_tokens - 1  # no step for nothing
+
+
+def test_an_answer_that_ends_while_the_card_goes_on_is_whole_and_the_others_too(family: Family) -> None:
+    """A stop string is found only when the token is told; what was read behind it is nobody's."""
+    whole = family.alone(MIXED[2])
+    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+    requests = [MIXED[0], Request(MIXED[2].prompt, replace(MIXED[2].sampling, stop=(stop,))), MIXED[5], MIXED[9]]
+    engine = family.engine(Limits(slots=3, room=CONTEXT, chunk=64))
+    engine._decoder.runs_ahead = True
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
+    assert family.alone(requests[1]).finish_reason == "stop"
+    assert (engine.stats().running, engine.stats().cache_tokens_used) == (0, 0)
+
+
+def test_who_asks_while_the_card_goes_on_is_read_in_the_step_after(family: Family) -> None:
+    engine = family.engine(Limits(slots=2, room=CONTEXT))
+    engine._decoder.runs_ahead = True
+    engine.submit(Request(PROMPTS[3], Sampling(temperature=0.0, max_new_tokens=30)))
+    for _ in range(3):
+        engine.step()
+    late = engine.submit(Request(PROMPTS[4], GREEDY))
+    for _ in range(2):  # one for what is under way
+        engine.step()
+    assert late.first_token is not None
+    family.run_out(engine)
+    assert family.answer(late) == family.alone(late.request)
+
+
+def test_an_answer_that_ended_while_the_card_goes_on_can_be_cancelled_no_more(family: Family) -> None:
+    whole = family.alone(Request(PROMPTS[2], GREEDY))
+    engine = family.engine(Limits(slots=2, room=CONTEXT))
+    engine._decoder.runs_ahead = True
+    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+    stream = engine.submit(Request(PROMPTS[2], replace(GREEDY, stop=(stop,))))
+    other = engine.submit(Request(PROMPTS[3], GREEDY))
+    tokens: list[Token] = []
+    while not tokens or tokens[-1].finish_reason is None:
+        engine.step()
+        tokens += stream.ready()
+    assert engine._ahead
+    stream.cancel()
+    family.run_out(engine)
+    assert not stream.ready()
+    assert tokens[-1].finish_reason == "stop"
+    assert (engine.stats().cancelled_total, engine.stats().finished_total) == (0, 2)
+    assert family.answer(other) == family.alone(other.request)
 
 
 def test_without_a_queue_free_slots_still_take_requests(llama: Family) -> None:

@@ -210,20 +210,25 @@ def test_an_adapter_that_is_not_finite_hurts_no_one_else(family: Family, tmp_pat
     assert finite(engine)
 
 
-def test_what_ceases_to_be_finite_in_the_midst_of_an_answer_ends_alone(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_ceases_to_be_finite_in_the_midst_of_an_answer_ends_alone(
+    family: Family, tmp_path: Path, ahead: bool
+) -> None:
     """The adapter's row of one token is NaN, and the answer comes to that token: in each of the slots."""
     whole = family.alone(MIXED[2]).token_ids
     place = next(n for n, token in enumerate(whole) if n > 2 and token not in (*MIXED[2].prompt, *whole[:n]))
     folder = broken(family.adapter("tables"), tmp_path / "broken", "lora_embedding_A", column=whole[place])
     for slot in range(3):
         engine = serving(family, slots=3)
+        engine._decoder.runs_ahead = ahead
         engine.load_adapter("broken", folder)
         requests = [MIXED[0], MIXED[6], MIXED[3], MIXED[7]]
         requests.insert(slot, Request(MIXED[2].prompt, GREEDY, adapter="broken"))
         streams = [engine.submit(request) for request in requests]
         while engine.stats().running or engine.stats().waiting:
             engine.step()
-            assert finite(engine)
+            assert finite(engine) or engine._ahead
+        assert finite(engine)
         bad = streams.pop(slot)
         found = family.answer(bad)
         assert (found.token_ids, found.finish_reason) == (whole[: place + 1], "error")

@@ -54,9 +54,10 @@ def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family
     model = family.model(dtype=torch.float64)
 
     @settings(max_examples=60, deadline=None)
-    @given(steps=STEPS, slots=st.integers(1, 4), chunk=st.sampled_from([1, 3, 5, 64]))
-    def check(steps: list[tuple[str, int | str]], slots: int, chunk: int) -> None:
+    @given(steps=STEPS, slots=st.integers(1, 4), chunk=st.sampled_from([1, 3, 5, 64]), ahead=st.booleans())
+    def check(steps: list[tuple[str, int | str]], slots: int, chunk: int, ahead: bool) -> None:
         engine = family.engine(Limits(slots=slots, room=48, chunk=chunk, queue=5), model)
+        engine._decoder.runs_ahead = ahead  # as on a card
         streams, cancelled = [], set()
         for kind, value in steps:
             if kind == "submit":

@@ -55,8 +55,10 @@ def heard(stream: Stream) -> tuple[str, tuple[int, ...]]:
             return token.finish_reason, tuple(ids)
 
 
-def test_sixteen_threads_hear_64_answers(llama: Family, started: Started) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_sixteen_threads_hear_64_answers(llama: Family, started: Started, ahead: bool) -> None:
     engine = started()
+    engine._decoder.runs_ahead = ahead
     engine.load_adapter("blocks", llama.adapter("blocks"))
     requests = [
         Request((*PROMPT[: 1 + number % 20], number), GREEDY, adapter="blocks" if number % 3 == 0 else None)

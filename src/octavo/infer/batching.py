@@ -12,12 +12,11 @@ to rounding: in short types the sums of other shapes may tip a choice between tw
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from octavo.errors import AdapterError, ModelError
 from octavo.infer.decoding import BASE, Chosen, Decoder, chosen
 from octavo.infer.engine import TextStream, all_ends
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
-from octavo.infer.sample import choose_rows
+from octavo.infer.runs import Run, next_tokens
 from octavo.infer.slots import Slots
 from octavo.infer.telling import tell, tell_prompt
 from octavo.layers.served import Routing
@@ -39,29 +38,6 @@ from octavo.store.adapter import remove_, route_, serve_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass
-class _Run:
-    """A request at work. `ids` are prompt and answer so far; `done` of them are in the cache."""
-
-    stream: Stream
-    limit: int
-    text: TextStream
-    generator: torch.Generator
-    ids: list[int]
-    done: int = 0
-    told: list[Token] = field(default_factory=list)  # of the prompt, with their log-probabilities
-
-    @property
-    def adapter(self) -> str | None:
-        return self.stream.request.adapter
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken as it is."""
-        sampling = self.stream.request.sampling
-        return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
 
 class Engine:
@@ -89,8 +65,9 @@ class Engine:
         route_(model, self._routing)
         self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
-        self._running: list[_Run] = []
-        self._reading: _Run | None = None
+        self._running: list[Run] = []
+        self._reading: Run | None = None
+        self._ahead: list[Run] = []  # whose last token a step is reading
         self._waiting: deque[Stream] = deque()
         self._counts: Counter[str] = Counter()  # of Stats, those that only rise
         self._changed = threading.Condition()  # guards what other threads touch: the queue, adapters, stopping
@@ -199,11 +176,13 @@ class Engine:
                 self._fail(error)
 
     def step(self) -> None:
-        """One chunk of a prompt, then one token for every running request."""
+        """What one chunk holds of prompts, then one token for every running request."""
         with self._alone(), torch.no_grad():
             self._drop_cancelled()
-            self._read()
-            if self._running:
+            if not self._ahead:
+                self._read()
+                self._launch()
+            if self._ahead:
                 self._decode()
             self._count("steps_total")
 
@@ -225,7 +204,7 @@ class Engine:
             stream = self._waiting.popleft()
         request = stream.request
         limit = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
-        run = _Run(
+        run = Run(
             stream, limit, TextStream(self.tokenizer, request.sampling.stop),
             torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
         )  # fmt: skip
@@ -235,7 +214,7 @@ class Engine:
         self._count("prompt_tokens_total", len(run.ids))
         self._count("reused_tokens_total", run.done)
 
-    def _read_chunk(self, run: _Run, most: int) -> int:
+    def _read_chunk(self, run: Run, most: int) -> int:
         """Reads up to `most` of a prompt's tokens; returns how many. After the last one the first token is chosen."""
         slot = len(self._running)
         new = run.ids[run.done : run.done + most]
@@ -259,48 +238,53 @@ class Engine:
             self._take([run], chosen(logits[:, : self._words].float(), 1))
         return len(new)
 
-    def _decode(self) -> None:
-        """One new token for each running request: the one that was chosen last is read."""
-        runs = list(self._running)
-        new = [run.ids[run.done] for run in runs]
-        found = self._decoder.step(new, [self._number(run) for run in runs])
-        for slot, (run, token) in enumerate(zip(runs, new, strict=True)):
+    def _launch(self) -> None:
+        """Has the token read that each running request chose last; `_decode` hears of it."""
+        if not self._running:
+            return
+        new = [run.ids[run.done] for run in self._running]
+        self._decoder.launch(new, [self._number(run) for run in self._running])
+        for slot, (run, token) in enumerate(zip(self._running, new, strict=True)):
             run.done += 1
             self._slots.wrote(slot, [token])
-        self._take(runs, found)
+        self._ahead = list(self._running)
 
-    def _number(self, run: _Run) -> int:
+    def _decode(self) -> None:
+        """One new token for each running request. A card reads it already while the host tells of it."""
+        runs, self._ahead = self._ahead, []
+        self._take(runs, self._decoder.found(), go_on=self._decoder.runs_ahead)
+
+    def _number(self, run: Run) -> int:
         return BASE if run.adapter is None else self._routing.served[run.adapter]
 
-    def _take(self, runs: list[_Run], found: Chosen) -> None:
-        """Chooses the next token of each run from its row of the logits, and tells it."""
-        tokens: dict[int, int | None] = {}
-        for row, best in enumerate(found.best):
-            if not math.isfinite(best):
-                tokens[row] = None
-            elif runs[row].greedy:
-                tokens[row] = found.greedy[row]
-        rows = [row for row in range(len(runs)) if row not in tokens]
-        if rows:
-            drawing = [runs[row] for row in rows]
-            logits = found.logits if len(rows) == len(runs) else found.logits[rows]
-            drawn = choose_rows(
-                logits, [run.ids for run in drawing], [run.stream.request.sampling for run in drawing],
-                [run.generator for run in drawing],
-            )  # fmt: skip
-            tokens.update(zip(rows, drawn, strict=True))
-        for row, run in enumerate(runs):
-            token = tokens[row]
+    def _take(self, runs: list[Run], found: Chosen, *, go_on: bool = False) -> None:
+        """Chooses the next token of each run from its row of the logits, and tells it.
+
+        To `go_on` is to launch the next step before anything is told, if that is sure to be wanted.
+        """
+        tokens = next_tokens(runs, found)
+        for run, token in zip(runs, tokens, strict=True):
+            if token is not None:
+                run.ids.append(token)
+        if go_on and None not in tokens and self._nothing_changes():
+            self._launch()
+        for row, (run, token) in enumerate(zip(runs, tokens, strict=True)):
+            if run.limit == 0:  # cancelled, or at its end, while the card went on
+                continue
             if token is None:  # of this request alone: an extreme penalty, an adapter full of NaN
                 self._give_up(run, _not_finite())
-                continue
-            run.ids.append(token)
-            self._tell(run, tell(token, found.logits[row], run.stream.request.logprobs))
+            else:
+                self._tell(run, tell(token, found.logits[row], run.stream.request.logprobs))
         self._leave()
 
-    def _tell(self, run: _Run, told: Token) -> None:
+    def _nothing_changes(self) -> bool:
+        """Whether the next step is sure to be of the same requests and of no prompt."""
+        with self._changed:
+            joins = self._waiting and len(self._running) < self.limits.slots
+        return not joins and self._reading is None and all(run.goes_on(self._ends) for run in self._running)
+
+    def _tell(self, run: Run, told: Token) -> None:
         """Puts the token's text and, if it is the last, the reason into the stream."""
-        count = len(run.ids) - len(run.stream.request.prompt)
         reason: str | None = None
         if told.token_id in self._ends:
             text, reason = run.text.finish(), "stop"
@@ -308,7 +292,7 @@ class Engine:
             text, stopped = run.text.push(told.token_id)
             if stopped:
                 reason = "stop"
-            elif count == run.limit:
+            elif run.answered == run.limit:
                 text, reason = text + run.text.finish(), "length"
         self._count("generated_tokens_total")
         run.stream.put(replace(told, text=text, finish_reason=reason))
@@ -317,7 +301,7 @@ class Engine:
             self._count("finished_total")
 
     def _leave(self) -> None:
-        """Finished requests go; the last ones move into their slots."""
+        """Finished requests go; the last ones move into their slots, after what a card is still reading into these."""
         for slot in reversed(range(len(self._running))):
             if self._running[slot].limit == 0:
                 self._remove(slot)
@@ -353,17 +337,17 @@ class Engine:
         for run in self._at_work():
             if run.limit > 0:
                 self._give_up(run, error)
-        self._running, self._reading = [], None
+        self._running, self._reading, self._ahead = [], None, []
         self._slots.forget()
 
-    def _give_up(self, run: _Run, error: Exception) -> None:
+    def _give_up(self, run: Run, error: Exception) -> None:
         """Ends one request with an error."""
         run.limit = 0
         run.stream.error = f"{type(error).__name__}: {error}"
         self._count("failed_total")
         run.stream.put(Token(-1, "", "error"))
 
-    def _tell_prompt(self, run: _Run, hidden: Tensor) -> None:
+    def _tell_prompt(self, run: Run, hidden: Tensor) -> None:
         """What is told of a chunk of the prompt, whose last hidden states (T, d) these are."""
         logits = self.model.head(hidden[None])[0][:, : self._words].float()
         run.told += tell_prompt(self.tokenizer, run.ids, run.done, logits, run.stream.request.logprobs or 0)
@@ -371,7 +355,7 @@ class Engine:
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, device=self._slots.cache.keys.device)
 
-    def _at_work(self) -> list[_Run]:
+    def _at_work(self) -> list[Run]:
         reading = self._reading  # looked at once: another thread may ask
         return [*self._running, *([reading] if reading is not None else [])]
 

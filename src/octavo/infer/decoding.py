@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ def _summary(logits: Tensor) -> Tensor:
     return torch.stack([best.double(), greedy.double()])
 
 
+class Launched(NamedTuple):
+    """A step under way: its logits (B, V) and their summary, and how many rows count."""
+
+    logits: Tensor
+    summary: Tensor
+    rows: int
+
+
 class Decoder:
     """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not."""
 
@@ -52,6 +60,8 @@ class Decoder:
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
         self._graphs: dict[int, _Recorded] = {}
         self._changes = routing.changes
+        self._launched: Launched | None = None
+        self.runs_ahead = self.records  # whether a step is worth launching before the last one was told
         self._pool: Any = None  # of the graphs' memory, which no two use at a time
 
     @property
@@ -72,20 +82,30 @@ class Decoder:
                 self.model.hidden(ids, cache=self.cache.slot(0))
                 self.cache.lengths[0] = 0
 
-    def step(self, tokens: Sequence[int], numbers: Sequence[int]) -> Chosen:
-        """Reads one token into each of the first slots, through the adapters of these numbers."""
+    def launch(self, tokens: Sequence[int], numbers: Sequence[int]) -> None:
+        """Reads one token into each of the first slots, through the adapters of these numbers. No wait on a card."""
         rows = len(tokens)
         lengths = self.cache.lengths[:rows]
         if self.records:
             recorded = self._recorded(next(size for size in _sizes(len(self.cache.lengths)) if size >= rows))
-            found = recorded.run([tokens, lengths, numbers])
+            self._launched = recorded.run([tokens, lengths, numbers])
         else:
-            device = self.cache.keys.device
-            given = torch.tensor([list(tokens), lengths, list(numbers)], device=device)
-            found = chosen(self._logits(given, max(lengths), any(numbers)), rows)
+            given = torch.tensor([list(tokens), lengths, list(numbers)], device=self.cache.keys.device)
+            logits = self._logits(given, max(lengths), any(numbers))
+            self._launched = Launched(logits, _summary(logits), rows)
         for slot in range(rows):
             self.cache.lengths[slot] += 1
-        return found
+
+    def found(self) -> Chosen:
+        """What the last launch found, once the card is there."""
+        assert self._launched is not None
+        launched, self._launched = self._launched, None
+        return chosen(launched.logits, launched.rows, launched.summary)
+
+    def step(self, tokens: Sequence[int], numbers: Sequence[int]) -> Chosen:
+        """Both at once."""
+        self.launch(tokens, numbers)
+        return self.found()
 
     def _recorded(self, rows: int) -> _Recorded:
         if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
@@ -122,13 +142,13 @@ class _Recorded:
             self._summary = _summary(self._logits)
         decoder._pool = self._graph.pool()
 
-    def run(self, given: Sequence[Sequence[int]]) -> Chosen:
+    def run(self, given: Sequence[Sequence[int]]) -> Launched:
         rows = len(given[0])
-        self._sent[1, rows:] = IDLE
+        self._sent[1, rows:] = IDLE  # the step before was waited for, so nobody reads this any more
         self._sent[:, :rows] = torch.tensor([list(line) for line in given])
         self._given.copy_(self._sent, non_blocking=True)
         self._graph.replay()
-        return chosen(self._logits, rows, self._summary)  # waits for the step, so the host may write again
+        return Launched(self._logits, self._summary, rows)
 
 
 def _sizes(slots: int) -> list[int]:
