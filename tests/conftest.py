@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,12 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if find_spec("hypothesis") is not None:  # tests/gpu do without
+    from hypothesis import settings
+
+    # The same examples each time: a run that passes passes again. OCTAVO_EXPLORE=1 looks for new ones.
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("default" if os.environ.get("OCTAVO_EXPLORE") else "same")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every call in bfloat16
 
 if TYPE_CHECKING:

@@ -20,7 +20,9 @@ CONTROLS = ("<|endoftext|>", BEGIN, END)
 TEXT = st.text(st.sampled_from("ae \n世😀<|>_imstarendoftext"), max_size=20)
 WITH_CONTROLS = st.lists(TEXT | st.sampled_from(CONTROLS), max_size=6).map("".join)
 ROLES = st.sampled_from(["system", "user", "assistant"])
-TALK = st.lists(st.tuples(ROLES, TEXT), min_size=1, max_size=5)
+# Hypothesis also tries strings that it finds in the code: a control token's is a token to the template, text to octavo.
+WORDS = TEXT.filter(lambda text: not any(name in text for name in CONTROLS))
+TALK = st.lists(st.tuples(ROLES, WORDS), min_size=1, max_size=5)
 
 
 def add_around(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
