@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import pytest
 
@@ -194,6 +195,51 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         attention_bias=True, tie_word_embeddings=False, initializer_range=0.1,
     )  # fmt: skip
     return _write_tiny(tmp_path_factory.mktemp("tiny") / "llama", config)
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of the tiny Llama, strong enough to change what it says and how well it predicts."""
+    import torch
+
+    from octavo import run
+    from octavo.hardware import Hardware
+    from octavo.layers.lora import LoraSpec
+    from octavo.ops.quantize import scheme_named
+    from octavo.report import Report
+    from octavo.store import adapter
+    from octavo.store.sources import FolderSource, fingerprint
+
+    source, folder = FolderSource(tiny_llama), tmp_path_factory.mktemp("adapter") / "adapter"
+    hardware = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+    with Report(console=False) as report:
+        model = run.load_model(source, scheme_named("none"), hardware, report)
+    plan = adapter.AdapterPlan(LoraSpec(2, 4.0))
+    adapter.create_(model, plan, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapter.trained(model).items():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(generator=generator)
+    origin = {"base": {"sha256": fingerprint(source)}}
+    adapter.save(folder, model, plan, base=str(tiny_llama), origin=origin, card="")
+    return folder
+
+
+@pytest.fixture
+def loaded_models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Weak references to what `octavo evaluate` loads. All that came before is gone then: two may not fit in memory."""
+    from octavo import run, scores
+
+    loaded: list[Any] = []
+
+    def load_model(*arguments: Any) -> Any:
+        assert [reference() for reference in loaded] == [None] * len(loaded)
+        model = run.load_model(*arguments)
+        loaded.append(ref(model))
+        return model
+
+    monkeypatch.setattr(scores, "load_model", load_model)
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,24 @@ def test_a_loaded_model_is_in_eval_mode(tiny_llama: Path) -> None:
     with Report(console=False) as report:
         model: Model = run.load_model(FolderSource(tiny_llama), scheme_named("none"), CPU, report)
     assert not model.training
+
+
+def test_the_base_is_hashed_only_for_an_adapter_that_names_one(
+    tiny_llama: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To hash it is to read all of its weights: half a minute for 12 GB."""
+    foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
+    (foreign / "octavo.json").unlink()
+    hashed: list[str] = []
+
+    def fingerprint(source: object) -> str:
+        hashed.append("base")
+        return "another"
+
+    monkeypatch.setattr(run, "fingerprint", fingerprint)
+    with Report(console=False) as report:
+        source = FolderSource(tiny_llama)
+        assert run.read_adapter(foreign, source, report).trained_on is None
+        assert not hashed
+        assert run.read_adapter(adapter_folder, source, report).trained_on
+        assert hashed == ["base"]

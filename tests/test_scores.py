@@ -16,11 +16,8 @@ from octavo import run, scores
 from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
-from octavo.layers.lora import LoraSpec
-from octavo.ops.quantize import SCHEMES, scheme_named
+from octavo.ops.quantize import SCHEMES
 from octavo.report import Report
-from octavo.store import adapter
-from octavo.store.sources import FolderSource, fingerprint
 
 EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
@@ -46,24 +43,6 @@ def evaluate(tiny_llama: Path, plays: Path, said: Path) -> Evaluate:
         return rows
 
     return table
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter of the tiny Llama, strong enough to change its perplexity."""
-    source = FolderSource(tiny_llama)
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    with Report(console=False) as report:
-        model = run.load_model(source, scheme_named("none"), CPU, report)
-    plan = adapter.AdapterPlan(LoraSpec(2, 4.0))
-    adapter.create_(model, plan, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapter.trained(model).items():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(generator=generator)
-    origin = {"base": {"sha256": fingerprint(source)}}
-    adapter.save(folder, model, plan, base=str(tiny_llama), origin=origin, card="")
-    return folder
 
 
 def quantised(model: Path, out: Path, scheme: str) -> Path:
@@ -136,21 +115,9 @@ def test_a_size_is_that_of_the_folder_that_quantize_writes(
             assert row["size_bytes"] == sum(tensor.nbytes for tensor in written)
 
 
-def test_schemes_are_loaded_one_after_another(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model before is gone when the next one comes in: two of them may not fit."""
-    from weakref import ref
-
-    loaded: list[Any] = []
-
-    def load_model(*arguments: Any) -> Any:
-        assert [reference() for reference in loaded] == [None] * len(loaded)
-        model = run.load_model(*arguments)
-        loaded.append(ref(model))
-        return model
-
-    monkeypatch.setattr(scores, "load_model", load_model)
+def test_schemes_are_loaded_one_after_another(evaluate: Evaluate, loaded_models: list[Any]) -> None:
     evaluate(compare=list(SCHEMES))
-    assert len(loaded) == len(SCHEMES)
+    assert len(loaded_models) == len(SCHEMES)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
 def read_adapter(folder: Path, source: Source, report: Report) -> Adapter:
     """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
     read = peft.read(folder)
-    if read.trained_on not in (None, fingerprint(source)):
+    if read.trained_on is not None and read.trained_on != fingerprint(source):  # which reads all of the weights
         report.warn(f"The adapter {folder} was trained on other base weights than these.")
     return read
 

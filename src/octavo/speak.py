@@ -110,14 +110,14 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     total = 0
     with report.progress(len(streams), "Continuing") as bar:
         for line, stream in zip(lines, streams, strict=True):
-            tokens = _until_finished(engine, stream)
+            tokens = until_finished(engine, stream)
             total += len(tokens)
             write(json.dumps({**line, **_document(tokens)}, ensure_ascii=False) + "\n")
             bar.advance()
     return {"prompts": len(lines), "generated_tokens": total}
 
 
-def _until_finished(engine: Engine, stream: Stream) -> list[Token]:
+def until_finished(engine: Engine, stream: Stream) -> list[Token]:
     """All tokens of a stream, the engine working for all others meanwhile."""
     tokens: list[Token] = list(stream.ready())
     while not tokens or tokens[-1].finish_reason is None:

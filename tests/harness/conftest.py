@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.hardware import Hardware
 from octavo.harness.model import OctavoLM
-from octavo.layers.lora import LoraSpec
 from octavo.ops.quantize import scheme_named
 from octavo.report import Report
 from octavo.run import end_ids, load_model
 from octavo.speak import Speaker
-from octavo.store import adapter
 from octavo.store.sources import FolderSource
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
@@ -60,19 +58,4 @@ def beginning(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     begin = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     tokenizer.backend_tokenizer.post_processor = begin
     tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter of the tiny Llama, strong enough to change what it says."""
-    source, folder = FolderSource(tiny_llama), tmp_path_factory.mktemp("adapter") / "adapter"
-    model = load_model(source, scheme_named("none"), CPU, Report(console=False))
-    plan = adapter.AdapterPlan(LoraSpec(2, 4.0))
-    adapter.create_(model, plan, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapter.trained(model).items():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(generator=generator)
-    adapter.save(folder, model, plan, base=str(tiny_llama), origin={}, card="")
     return folder

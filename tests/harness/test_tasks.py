@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from weakref import ref
 
 import datasets
 import lm_eval.tasks
@@ -26,7 +25,6 @@ from tests.harness.conftest import Write, asked
 from transformers import AutoModelForCausalLM
 
 from octavo import evaluate as measure
-from octavo import run, scores
 from octavo.config import EvaluateOptions
 from octavo.data.packing import pack
 from octavo.data.tokens import Tokens
@@ -244,22 +242,13 @@ def test_every_model_gets_the_same_examples(octavo: Octavo, tiny_llama: Path, wr
 
 
 def test_a_model_is_gone_before_the_next_one_comes_in(
-    octavo: Octavo, tiny_llama: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch
+    octavo: Octavo, tiny_llama: Path, write_task: Write, loaded_models: list[Any]
 ) -> None:
-    loaded: list[Any] = []
-
-    def load_model(*arguments: Any) -> Any:
-        assert [reference() for reference in loaded] == [None] * len(loaded)
-        model = run.load_model(*arguments)
-        loaded.append(ref(model))
-        return model
-
-    monkeypatch.setattr(scores, "load_model", load_model)
     write_task("choose", QUESTIONS, **CHOICE)
     folder = write_task("write", QUESTIONS, **WRITE)
     options = ("--compare", "none,int8,nf4", "--tasks", "choose,write", "--include-path", folder)
     assert octavo("evaluate", "--model", tiny_llama, *options).code == 0
-    assert len(loaded) == 3
+    assert len(loaded_models) == 3
 
 
 def test_a_local_task_asks_nobody(

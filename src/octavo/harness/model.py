@@ -28,7 +28,7 @@ from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.ops.loss import CHUNK_BYTES
 from octavo.report import Report
-from octavo.speak import Speaker
+from octavo.speak import Speaker, until_finished
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -214,13 +214,8 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def _answer(engine: Engine, stream: Stream) -> str:
-    """The whole text of a stream, the engine working for all others meanwhile."""
-    text = ""
-    while True:
-        for token in stream.ready():
-            text += token.text
-            if token.finish_reason == "error":
-                raise ModelError(f"The model could not write an answer ({stream.error}).")
-            if token.finish_reason is not None:
-                return text
-        engine.step()
+    """The whole text of a stream."""
+    tokens = until_finished(engine, stream)
+    if tokens[-1].finish_reason == "error":
+        raise ModelError(f"The model could not write an answer ({stream.error}).")
+    return "".join(token.text for token in tokens)

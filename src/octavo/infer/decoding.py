@@ -62,7 +62,6 @@ class Decoder:
         self._changes = routing.changes
         self._launched: Launched | None = None
         self.runs_ahead = self.records  # whether a step is worth launching before the last one was told
-        self._pool: Any = None  # of the graphs' memory, which no two use at a time
 
     @property
     def records(self) -> bool:
@@ -109,9 +108,11 @@ class Decoder:
 
     def _recorded(self, rows: int) -> _Recorded:
         if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
+            torch.cuda.synchronize(self.cache.keys.device)  # memory that a replay still works in must not be given back
             self._graphs, self._changes = {}, self.routing.changes
         if rows not in self._graphs:
-            self._graphs[rows] = _Recorded(self, rows)
+            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            self._graphs[rows] = _Recorded(self, rows, pool)
         return self._graphs[rows]
 
     def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
@@ -124,9 +125,9 @@ class Decoder:
 
 
 class _Recorded:
-    """A step of a fixed number of rows as a CUDA graph."""
+    """A step of a fixed number of rows as a CUDA graph. All share one `pool` of memory: no two run at a time."""
 
-    def __init__(self, decoder: Decoder, rows: int) -> None:
+    def __init__(self, decoder: Decoder, rows: int, pool: Any) -> None:
         device = decoder.cache.keys.device
         self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
         self._given = self._sent.to(device)
@@ -136,18 +137,17 @@ class _Recorded:
         with torch.cuda.stream(stream):  # once for real: kernels are compiled, libraries take what they need
             _summary(decoder._logits(self._given, longest, adapters))
         torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=decoder._pool):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
             self._logits = decoder._logits(self._given, longest, adapters)
             self._summary = _summary(self._logits)
-        decoder._pool = self._graph.pool()
 
     def run(self, given: Sequence[Sequence[int]]) -> Launched:
         rows = len(given[0])
         self._sent[1, rows:] = IDLE  # the step before was waited for, so nobody reads this any more
         self._sent[:, :rows] = torch.tensor([list(line) for line in given])
         self._given.copy_(self._sent, non_blocking=True)
-        self._graph.replay()
+        self.graph.replay()
         return Launched(self._logits, self._summary, rows)
 
 

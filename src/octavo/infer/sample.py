@@ -85,11 +85,12 @@ def choose_rows(
     The likeliest tokens of all rows are found and sent to the host at once. Nearly always they hold all that a rule
     keeps; where they do not, the row is drawn from as a whole.
     """
-    rows = [
-        penalise(row.float(), torch.tensor(ids, dtype=torch.long, device=row.device), sampling.repetition_penalty)
-        for row, ids, sampling in zip(logits, seen, samplings, strict=True)
-    ]
-    scaled = torch.stack(rows)
+    scaled = logits.float()
+    for row, (past, sampling) in enumerate(zip(seen, samplings, strict=True)):
+        if sampling.repetition_penalty != 1:
+            said = torch.tensor(past, dtype=torch.long, device=scaled.device)
+            own = penalise(scaled[row], said, sampling.repetition_penalty)
+            scaled = scaled.index_copy(0, torch.tensor([row], device=scaled.device), own[None])
     temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], dtype=torch.float64)
     scaled = (scaled - scaled.amax(dim=1, keepdim=True)) / temperatures.to(scaled.device, scaled.dtype)[:, None]
     values, ids = scaled.topk(min(CANDIDATES, scaled.shape[1]), dim=1)
@@ -128,10 +129,10 @@ def _reached(values: Tensor, total: float, sampling: Sampling, *, complete: bool
         total = float(values.exp().sum())
     elif k > 0 and not complete:
         return None
-    reached = (values.exp() / total).cumsum(0)
+    shares = values.exp() / total
+    reached = shares.cumsum(0)
     if sampling.top_p < 1:
-        before = reached - values.exp() / total
-        kept = int((before < sampling.top_p).sum())
+        kept = int((reached - shares < sampling.top_p).sum())
         if kept == len(reached) and not complete:
             return None
         reached = reached[: max(kept, 1)]

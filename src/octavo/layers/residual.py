@@ -71,7 +71,10 @@ def residual(
 ) -> Tensor:
     """(B, T, d) -> (B, T, d). Each piece takes its columns of inner's output and feeds its own layer of `outer`."""
     if attend is not None:
-        return _over_cache(x, norm, inner, pieces, outer, context, attend)
+        u = inner(norm(x)).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
+        for piece, own, layer in zip(pieces, u, outer, strict=True):
+            x = layer(piece.over_cache(own, context, attend).view(*x.shape[:2], -1), x)
+        return x
     parts = Wide((inner.frozen(),)), Wide(tuple(layer.frozen() for layer in outer))
     return branch(x, Branch(norm.norm(), parts[0], pieces, parts[1]), context, keep=keep)
 
@@ -88,21 +91,6 @@ def plain_residual(
     u = inner(norm(x)).split([piece.inputs for piece in pieces], dim=-1)
     for piece, own, layer in zip(pieces, u, outer, strict=True):
         x = x + layer(piece.plain(own, context))
-    return x
-
-
-def _over_cache(
-    x: Tensor,
-    norm: LayerNorm | RmsNorm,
-    inner: FrozenLinear,
-    pieces: Sequence[Piece],
-    outer: Sequence[FrozenLinear],
-    context: Context,
-    attend: Attend,
-) -> Tensor:
-    u = inner(norm(x)).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
-    for piece, own, layer in zip(pieces, u, outer, strict=True):
-        x = layer(piece.over_cache(own, context, attend).view(*x.shape[:2], -1), x)
     return x
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class Routing:
     """What all layers of a model look at: the number of each served adapter, and which rows go through which.
 
     `numbers` is (B,) int64 for the batch at hand, 0 for the base; None if no row goes through an adapter.
-    `changes` counts how often the tensors of the banks were exchanged.
+    `changes` counts how often an adapter came or went: the banks' tensors may be others since.
     """
 
     served: dict[str, int] = field(default_factory=dict)
@@ -43,9 +44,7 @@ class Bank:
     """
 
     def __init__(self, inputs: int, outputs: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
-        ends = [0]
-        for rows in outputs.values():
-            ends.append(ends[-1] + rows)
+        ends = [0, *accumulate(outputs.values())]
         self.spans: Spans = {name: (ends[i], ends[i + 1]) for i, name in enumerate(outputs)}
         self.a = torch.zeros(0, 0, inputs, dtype=dtype, device=device)
         self.b = torch.zeros(0, 0, ends[-1], dtype=dtype, device=device)
