@@ -64,7 +64,8 @@ async def run(asked: argparse.Namespace) -> dict[str, Any]:
         sys.executable, "-m", "octavo", "serve", "--model", asked.model, "--port", str(port), "--dtype", asked.dtype,
         "--slots", str(asked.slots), "--queue", str(2 * asked.streams), *asked.server,
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         limits = httpx.Limits(max_connections=asked.streams + 4)

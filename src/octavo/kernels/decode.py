@@ -22,8 +22,8 @@ from octavo.ops.decode import Thin
 from octavo.ops.quantize import INT8_LEVELS
 
 PROGRAMS = 256  # that keep a card busy: two for each multiprocessor of an H100
-SPAN = 128  # positions that one program of attention takes
-TILE = 32  # of which it holds so many at once
+EARLY_FROM = (9, 0)  # the cards that start a kernel before the one in front of it has ended
+CHUNK = 16  # spans of a slot's attention that are joined at once
 
 
 def int8_rows(
@@ -38,7 +38,7 @@ def int8_rows(
 ) -> Tensor:
     (m, k), n = x.shape, len(codes)
     out = x.new_empty(m, n)
-    tile = tile_for(m)
+    tile = tile_for(m, adapters=thin is not None)
     strips = triton.cdiv(n, tile.strip)
     parts = max(1, min(PROGRAMS // strips, k // (4 * tile.width)))
     span = triton.cdiv(triton.cdiv(k, parts), tile.width) * tile.width
@@ -50,10 +50,13 @@ def int8_rows(
         onto if onto is not None else x, thin.inner.shape[1] if thin is not None else 0, n,
         onto.stride(0) if onto is not None else 0,
     )  # fmt: skip
+    assert thin is None or thin.b.numel() < 2**31  # places in it are 32-bit numbers: with 64 bits registers spill
     has = bias is not None, thin.b.shape[1] if thin is not None else 0, onto is not None
+    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= EARLY_FROM
     _int8_rows[(strips, parts)](
         x, codes, sums, out, *after, m, k, span, x.stride(0), codes.stride(0),
-        *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, num_warps=tile.warps, num_stages=tile.stages,
+        *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, early,
+        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=early,
     )  # fmt: skip
     if parts > 1:
         width = 1024
@@ -71,11 +74,14 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(m: int) -> Tile:
-    """The tile for so many rows."""
+def tile_for(m: int, *, adapters: bool) -> Tile:
+    """The tile for so many rows: the fastest of some 80 on GPT-J's shapes (one H100, docs/log.md)."""
     if m == 1:
-        return Tile(1, 16, 512, 4, 2)
-    return Tile(16, 32, 256, 4, 4) if m <= 16 else Tile(triton.next_power_of_2(m), 64, 128, 4, 4)
+        return Tile(1, 4, 1024, 4, 2)
+    if m <= 16:
+        return Tile(16, 32, 256, 4, 3)
+    rows = triton.next_power_of_2(m)
+    return Tile(rows, 64 if adapters and rows == 64 else 128, 128, 4, 3)  # more would not fit into registers
 
 
 @triton.jit(do_not_specialize=["m", "j", "bias_start", "bias_stop"])
@@ -83,24 +89,34 @@ def _int8_rows(
     x, codes, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
     m, k, span, x_stride, codes_stride,
     BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
     row = tl.arange(0, ROWS)
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, k)
     place = codes + strip[:, None].to(tl.int64) * codes_stride
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if ROWS == 1:
+        column = first + tl.arange(0, WIDTH)
+        code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
+        if EARLY:  # weights are there at any time; all else waits for the kernel in front
+            tl.extra.cuda.gdc_wait()
         products = tl.zeros((STRIP, WIDTH), dtype=tl.float32)
         for start in range(first, last, WIDTH):
             column = start + tl.arange(0, WIDTH)
-            code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
+            after = column[None, :] + WIDTH
+            ahead = tl.load(place + after, mask=(strip[:, None] < n) & (after < last), other=0)
             own = tl.load(x + column, mask=column < last, other=0).to(tl.float32)
             # 0x4B400000 is 12582912 as a float; a code added to its bits is added to its value.
             value = (code.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
             products += value * own[None, :]
+            code = ahead
         total = tl.sum(products, axis=1)[None, :]
     else:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         total = tl.zeros((ROWS, STRIP), dtype=tl.float32)
         for start in range(first, last, WIDTH):
             column = start + tl.arange(0, WIDTH)
@@ -115,7 +131,7 @@ def _int8_rows(
     else:
         total = _finished(
             total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-            onto, j, n, onto_stride, BIAS, R, ONTO, LEVELS,
+            onto, j, m, n, onto_stride, BIAS, R, ONTO, LEVELS,
         )  # fmt: skip
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
@@ -133,23 +149,25 @@ def _add_parts(
         total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
     total = _finished(
         total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-        onto, j, n, onto_stride, BIAS, R, ONTO, LEVELS,
+        onto, j, m, n, onto_stride, BIAS, R, ONTO, LEVELS,
     )  # fmt: skip
     tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _finished(
-    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
+    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto,
+    j, m, n, onto_stride,
     BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     total *= tl.load(absmax + column, mask=column < n, other=0) / LEVELS
     if BIAS:
         total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
     if R:
-        number = tl.load(numbers + row + 0 * column, mask=inside, other=0)
+        number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
         live = inside & (number > 0)
+        row = row.to(tl.int32)
         for r in range(R):
             factor = tl.load(inner + row * j + name * R + r, mask=live, other=0)
             total += factor * tl.load(b + (number * R + r) * n + column, mask=live, other=0).to(tl.float32)
@@ -182,20 +200,35 @@ def _shrink(x, a, numbers, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: tl.c
     tl.store(out + row * j + line, tl.sum(products, axis=1), mask=line < j)
 
 
+class Cut(NamedTuple):
+    """How a slot's attention is parted: positions that a program takes, and how many it holds at once."""
+
+    span: int
+    tile: int
+    warps: int
+
+
+def cut_for(pairs: int) -> Cut:
+    """The cut for so many pairs of a slot and a head: few of them need many programs each."""
+    return Cut(32 if pairs <= 64 else 64 if pairs <= 256 else 128, 32, 4)
+
+
 def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
 ) -> Tensor:
     (m, h, d), (room, g) = q.shape, keys.shape[1:3]
     out = q.new_empty(m, h, d)
-    spans = triton.cdiv(room, SPAN)
+    cut = cut_for(m * h)
+    spans = triton.cdiv(room, cut.span)
     found = q.new_empty(m, h, spans, d, dtype=torch.float32)
     weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # the largest score, the sum of exponentials over it
     width = triton.next_power_of_2(d)
     _attend[(m, h, spans)](
         q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
-        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), SPAN, TILE, width, num_warps=4,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), cut.span, cut.tile, width,
+        num_warps=cut.warps,
     )  # fmt: skip
-    _join[(m, h)](found, weights, lengths, out, d, spans, SPAN, triton.next_power_of_2(spans), width, num_warps=4)
+    _join[(m, h)](found, weights, lengths, out, d, spans, cut.span, CHUNK, width, num_warps=4)
     return out
 
 
@@ -224,13 +257,14 @@ def _attend(
         position = start + tl.arange(0, TILE)
         at = place + position[:, None] * position_stride + column[None, :]
         held = (position[:, None] < length) & wide[None, :]
+        key, value = tl.load(keys + at, mask=held, other=0), tl.load(values + at, mask=held, other=0)
         fresh = position[:, None] == length  # what no other program can be sure to read from the cache yet
-        key = tl.where(fresh, new_key[None, :], tl.load(keys + at, mask=held, other=0)).to(tl.float32)
+        key = tl.where(fresh, new_key[None, :], key).to(tl.float32)
+        value = tl.where(fresh, new_value[None, :], value).to(tl.float32)
         score = tl.sum(key * query[None, :], axis=1)
         score = tl.where(position <= length, score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=0))
         share = tl.exp(score - higher)
-        value = tl.where(fresh, new_value[None, :], tl.load(values + at, mask=held, other=0)).to(tl.float32)
         fade = tl.exp(highest - higher)
         mix = mix * fade + tl.sum(share[:, None] * value, axis=0)
         total = total * fade + tl.sum(share, axis=0)
@@ -248,22 +282,29 @@ def _attend(
 
 @triton.jit
 def _join(
-    found, weights, lengths, out, d, spans, SPAN: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr
+    found, weights, lengths, out, d, spans, SPAN: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + slot)
     cell = (slot * tl.num_programs(1) + head) * spans
     column = tl.arange(0, WIDTH)
     wide = column < d
-    span = tl.arange(0, SPANS)
-    there = (span < spans) & (span * SPAN <= length)
-    highest = tl.load(weights + (cell + span) * 2, mask=there, other=float("-inf"))
-    top = tl.max(highest, axis=0)
-    share = tl.where(there, tl.exp(highest - top), 0.0)
-    total = tl.sum(share * tl.load(weights + (cell + span) * 2 + 1, mask=there, other=0), axis=0)
+    live = length // SPAN + 1
+    highest = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
-    for one in range(tl.minimum(spans, length // SPAN + 1)):
-        factor = tl.exp(tl.load(weights + (cell + one) * 2) - top)
-        mix += factor * tl.load(found + (cell + one) * d + column, mask=wide, other=0)
+    for start in range(0, tl.where(length < 0, 0, live), CHUNK):
+        span = start + tl.arange(0, CHUNK)
+        there = span < live
+        score = tl.load(weights + (cell + span) * 2, mask=there, other=float("-inf"))
+        sums = tl.load(weights + (cell + span) * 2 + 1, mask=there, other=0)
+        part = tl.load(
+            found + (cell + span[:, None]) * d + column[None, :], mask=there[:, None] & wide[None, :], other=0
+        )
+        higher = tl.maximum(highest, tl.max(score, axis=0))
+        share, fade = tl.exp(score - higher), tl.exp(highest - higher)
+        mix = mix * fade + tl.sum(share[:, None] * part, axis=0)
+        total = total * fade + tl.sum(share * sums, axis=0)
+        highest = higher
     mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)
     tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)
