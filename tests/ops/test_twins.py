@@ -148,11 +148,14 @@ CASES: dict[str, list[Case]] = {
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),
+        few(5, 700, 70, rank=5),
     ],
     "decode.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
     "decode.slot_attention": [
         slots([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
         slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 384, heads=6, groups=1, size=16),
+        slots([70, -1, 63, 64], 130, heads=18, groups=2, size=8), slots([600], 640, heads=2, groups=1, size=8),
+        slots([130, 127, 128], 300, heads=90, groups=9, size=8),
     ],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
     "quantize.dynamic8_into": [codes("dynamic8"), codes("dynamic8", 2, 4500)],

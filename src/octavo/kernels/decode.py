@@ -22,7 +22,6 @@ from octavo.ops.decode import Thin
 from octavo.ops.quantize import INT8_LEVELS
 
 PROGRAMS = 256  # that keep a card busy: two for each multiprocessor of an H100
-EARLY_FROM = (9, 0)  # the cards that start a kernel before the one in front of it has ended
 CHUNK = 16  # spans of a slot's attention that are joined at once
 
 
@@ -47,16 +46,16 @@ def int8_rows(
         absmax, bias if bias is not None else absmax, bias_start,
         bias_start + (bias.numel() if bias is not None else 0),
         *((thin.inner, thin.b, thin.numbers, thin.names) if thin is not None else (absmax,) * 4),
-        onto if onto is not None else x, thin.inner.shape[1] if thin is not None else 0, n,
-        onto.stride(0) if onto is not None else 0,
+        onto if onto is not None else x, thin.inner.shape[1] if thin is not None else 0,
+        len(thin.b) if thin is not None else 0, n, onto.stride(0) if onto is not None else 0,
     )  # fmt: skip
     assert thin is None or thin.b.numel() < 2**31  # places in it are 32-bit numbers: with 64 bits registers spill
+    between = triton.next_power_of_2(max(16, thin.inner.shape[1])) if thin is not None and tile.rows > 1 else 0
     has = bias is not None, thin.b.shape[1] if thin is not None else 0, onto is not None
-    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= EARLY_FROM
     _int8_rows[(strips, parts)](
         x, codes, sums, out, *after, m, k, span, x.stride(0), codes.stride(0),
-        *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, early,
-        num_warps=tile.warps, num_stages=tile.stages, launch_pdl=early,
+        *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, between,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         width = 1024
@@ -84,39 +83,29 @@ def tile_for(m: int, *, adapters: bool) -> Tile:
     return Tile(rows, 64 if adapters and rows == 64 else 128, 128, 4, 3)  # more would not fit into registers
 
 
-@triton.jit(do_not_specialize=["m", "j", "bias_start", "bias_stop"])
+@triton.jit(do_not_specialize=["m", "j", "adapters", "bias_start", "bias_stop"])
 def _int8_rows(
-    x, codes, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride,
-    m, k, span, x_stride, codes_stride,
+    x, codes, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto,
+    j, adapters, n, onto_stride, m, k, span, x_stride, codes_stride,
     BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
     row = tl.arange(0, ROWS)
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, k)
     place = codes + strip[:, None].to(tl.int64) * codes_stride
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     if ROWS == 1:
-        column = first + tl.arange(0, WIDTH)
-        code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
-        if EARLY:  # weights are there at any time; all else waits for the kernel in front
-            tl.extra.cuda.gdc_wait()
         products = tl.zeros((STRIP, WIDTH), dtype=tl.float32)
         for start in range(first, last, WIDTH):
             column = start + tl.arange(0, WIDTH)
-            after = column[None, :] + WIDTH
-            ahead = tl.load(place + after, mask=(strip[:, None] < n) & (after < last), other=0)
+            code = tl.load(place + column[None, :], mask=(strip[:, None] < n) & (column[None, :] < last), other=0)
             own = tl.load(x + column, mask=column < last, other=0).to(tl.float32)
             # 0x4B400000 is 12582912 as a float; a code added to its bits is added to its value.
             value = (code.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
             products += value * own[None, :]
-            code = ahead
         total = tl.sum(products, axis=1)[None, :]
     else:
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
         total = tl.zeros((ROWS, STRIP), dtype=tl.float32)
         for start in range(first, last, WIDTH):
             column = start + tl.arange(0, WIDTH)
@@ -131,14 +120,15 @@ def _int8_rows(
     else:
         total = _finished(
             total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-            onto, j, m, n, onto_stride, BIAS, R, ONTO, LEVELS,
+            onto, j, adapters, m, n, onto_stride, BIAS, R, ONTO, LEVELS, BETWEEN,
         )  # fmt: skip
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["m", "j", "parts", "bias_start", "bias_stop"])
+@triton.jit(do_not_specialize=["m", "j", "adapters", "parts", "bias_start", "bias_stop"])
 def _add_parts(
-    sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto, j, n, onto_stride, m, parts,
+    sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto,
+    j, adapters, n, onto_stride, m, parts,
     BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
@@ -149,7 +139,7 @@ def _add_parts(
         total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
     total = _finished(
         total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-        onto, j, m, n, onto_stride, BIAS, R, ONTO, LEVELS,
+        onto, j, adapters, m, n, onto_stride, BIAS, R, ONTO, LEVELS, 0,
     )  # fmt: skip
     tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
 
@@ -157,17 +147,18 @@ def _add_parts(
 @triton.jit
 def _finished(
     total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, onto,
-    j, m, n, onto_stride,
-    BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr,
+    j, adapters, m, n, onto_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
 ):  # fmt: skip
     total *= tl.load(absmax + column, mask=column < n, other=0) / LEVELS
     if BIAS:
         total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
-    if R:
+    if BETWEEN:
+        total = _routed(total, row, column, inner, b, numbers, names, j, adapters, m, n, R, BETWEEN)
+    elif R:
         number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
         live = inside & (number > 0)
-        row = row.to(tl.int32)
         for r in range(R):
             factor = tl.load(inner + row * j + name * R + r, mask=live, other=0)
             total += factor * tl.load(b + (number * R + r) * n + column, mask=live, other=0).to(tl.float32)
@@ -179,9 +170,27 @@ def _finished(
 def shrink(x: Tensor, a: Tensor, numbers: Tensor) -> Tensor:
     (m, k), j = x.shape, a.shape[1]
     out = x.new_empty(m, j, dtype=torch.float32)
-    block, width = 4, 1024
+    block, width = (1, 4096) if m * j < 1024 else (4, 1024)  # few lines need a program each
     _shrink[(m, triton.cdiv(j, block))](x, a, numbers, out, j, k, x.stride(0), block, width, num_warps=8)
     return out
+
+
+@triton.jit
+def _routed(
+    total, row, column, inner, b, numbers, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
+):  # fmt: skip
+    # Many rows: one product for each adapter that any of them goes through, with zeros for the other rows.
+    line = tl.arange(0, BETWEEN)
+    number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
+    own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
+    reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
+    for adapter in range(1, adapters):  # 0 is the base
+        through = number == adapter
+        if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
+            factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
+            part = tl.where(through, own, 0).to(factor.dtype)
+            total = tl.dot(part, factor, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -210,7 +219,7 @@ class Cut(NamedTuple):
 
 def cut_for(pairs: int) -> Cut:
     """The cut for so many pairs of a slot and a head: few of them need many programs each."""
-    return Cut(32 if pairs <= 64 else 64 if pairs <= 256 else 128, 32, 4)
+    return Cut(32 if pairs <= 64 else 64 if pairs <= 256 else 128, 32, 2)
 
 
 def slot_attention(
