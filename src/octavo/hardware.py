@@ -42,27 +42,28 @@ class Peak:
     half_flops_per_second: float
     int8_ops_per_second: float
     bytes_per_second: float
+    fp8: bool = False  # whether it multiplies that too, at the rate of int8 or half of it
 
 
-def _peak(half_tflops: float, int8_tops: float, gigabytes: float) -> Peak:
-    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9)
+def _peak(half_tflops: float, int8_tops: float, gigabytes: float, *, fp8: bool = False) -> Peak:
+    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, fp8)
 
 
 # Vendors' data sheets: dense float16/bfloat16 products that add up in float32, dense int8 products, memory.
 # GeForce cards do the first at half rate, so int8 is four times that there and twice elsewhere.
 # The key's words must all be in the name that the driver gives, the longest key wins.
 CARDS: dict[str, Peak] = {
-    "H200": _peak(989, 1979, 4800),
-    "H100": _peak(989, 1979, 3350),
-    "H100 PCIe": _peak(756, 1513, 2000),
+    "H200": _peak(989, 1979, 4800, fp8=True),
+    "H100": _peak(989, 1979, 3350, fp8=True),
+    "H100 PCIe": _peak(756, 1513, 2000, fp8=True),
     "A100 40GB": _peak(312, 624, 1555),
     "A100 80GB": _peak(312, 624, 2039),
     "A100 80GB PCIe": _peak(312, 624, 1935),
-    "L4": _peak(121, 242, 300),
+    "L4": _peak(121, 242, 300, fp8=True),
     "T4": _peak(65, 130, 320),
     "RTX A6000": _peak(154.8, 309.7, 768),
-    "RTX 4090": _peak(165, 661, 1008),
-    "RTX 4060": _peak(30.2, 121, 272),
+    "RTX 4090": _peak(165, 661, 1008, fp8=True),
+    "RTX 4060": _peak(30.2, 121, 272, fp8=True),
     "RTX 3090": _peak(71, 284, 936),
     "RTX 3080": _peak(59.5, 238, 760),
     "RTX 3070": _peak(40.6, 163, 448),

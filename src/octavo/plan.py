@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,13 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import Source
 from octavo.store.weights import allocated, stored_scheme
+from octavo.train.compute import compute_in_eight_
 from octavo.train.memory import MARGIN, Plan, Planner
 
 LEVELS = {"all": Keep.ALL, "attention": Keep.ATTENTION, "input": Keep.INPUT}
 GIB = 2**30
 LIBRARIES_BYTES = 400 * 2**20  # code that CUDA's libraries load into the card once they are used
+FP8_FROM = (8, 9)  # CUDA's compute capability: RTX 40, L4, H100 and newer
 SHORT = 256  # tokens: rows of fewer hardly take less memory
 
 
@@ -46,6 +49,15 @@ class Fit:
     plan: Plan
     budget_bytes: int
     planner: Planner
+    asked: tuple[Keep, ...] | None = None  # what layers keep, if that was said
+
+    def with_exact(self, names: Collection[str]) -> Plan:
+        """The plan anew, with these products exact and all others in 8 bits."""
+        compute_in_eight_(self.planner.model, exact=names)
+        self.planner.forget()
+        if self.asked is not None:
+            return self.planner.plan(self.asked, self.plan.rows)
+        return self.planner.best(self.budget_bytes) or self.planner.least()
 
     def cheaper(self, plan: Plan) -> Plan | None:
         """A plan for less memory than `plan`; None if none is left."""
@@ -67,8 +79,24 @@ def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardwa
     adapter.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapter.trained(model))
     model.train()  # with the dropout that there is
+    compute_in_eight_(model, wanted=wants_eight(config[MemoryOptions], hardware, card))
     state = 8 if training.optimizer == "adamw" else 2
     return Planner(model, length, training.batch, state, card)
+
+
+def wants_eight(options: MemoryOptions, hardware: Hardware, card: Peak | None = None) -> bool:
+    """Whether products are to be in 8 bits. UsageError if they are asked for and cannot be."""
+    if options.compute == "exact":
+        return False
+    on_card = hardware.device.type == "cuda"
+    able = torch.cuda.get_device_capability(hardware.device) >= FP8_FROM if on_card else card is not None and card.fp8
+    if options.compute == "8bit":
+        if on_card and not able:
+            raise UsageError(
+                f"{hardware.name} has no fp8, which products in 8 bits take in backward.", hint="Take --compute exact."
+            )
+        return True
+    return able and options.kernels and (not on_card or not kernels_missing())
 
 
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
@@ -87,7 +115,8 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
     budget = budget_bytes(options, hardware)
     if options.activations != "auto":
         level = LEVELS[options.activations]
-        return Fit(planner.plan((level,) * len(planner.model.blocks), planner.batch), budget, planner)
+        asked = (level,) * len(planner.model.blocks)
+        return Fit(planner.plan(asked, planner.batch), budget, planner, asked)
     best = planner.best(budget)
     if best is not None:
         return Fit(best, budget, planner)

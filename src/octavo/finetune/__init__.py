@@ -19,6 +19,7 @@ from octavo import page
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.errors import TrainingError, UsageError
+from octavo.finetune.compute import settle
 from octavo.finetune.measure import hold_out, measure_base, measure_tuned, read_back, sample, save_adapter
 from octavo.finetune.prepare import prepare
 from octavo.finetune.rehearse import rehearse
@@ -49,6 +50,7 @@ def finetune(config: Config, *, console: bool = True, compare_full: bool = False
             try:
                 run = prepare(config, report)
                 resumed = options.resume and resume(run)
+                settle(run, resumed=resumed)
                 rehearse(run)
             except BaseException:
                 if fresh:  # nothing was begun: the same call with the fault mended must not meet a run

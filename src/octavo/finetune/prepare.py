@@ -52,8 +52,8 @@ def prepare(config: Config, report: Report) -> Run:
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     report.say(f"Training {count:,} numbers in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps.")
     return Run(
-        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, micro_step,
-        base_sha256, Found(),
+        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
+        micro_step, base_sha256, Found(),
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme
+from octavo.plan import Fit
 from octavo.report import Report
 from octavo.store import checkpoint, peft
 from octavo.store.adapter import AdapterPlan
@@ -42,6 +43,7 @@ class Found:
     base_rows: list[dict[str, Any]] = field(default_factory=list)  # the perplexity table before training
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     probe: Tensor | None = None  # (T, V) logits of the model whose adapter is in the folder
+    exact_products: list[str] | None = None  # those that are not in 8 bits; None: nothing is
     last: Step | None = None  # of this call
 
 
@@ -60,6 +62,7 @@ class Run:
     model: Model
     plan: AdapterPlan
     trainer: Trainer
+    fit: Fit
     micro_step: Fitted
     base_sha256: str
     found: Found
@@ -125,6 +128,7 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "scaler": run.trainer.scaler.state(),
         "base_rows": found.base_rows,
         "best": found.best,
+        "exact_products": found.exact_products,
         "config": run.config.to_yaml(),
         "versions": versions(),
     }
@@ -153,6 +157,7 @@ def resume(run: Run) -> bool:
     found = run.found
     found.done, found.position = saved.step, Position(**saved.state["position"])
     found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
+    found.exact_products = saved.state.get("exact_products")
     found.probe = saved.tensors.get("probe", {}).get("logits")
     if found.best is not None and _adapter_step(run.adapter_folder) != found.best["step"]:
         run.report.warn("The adapter in the run folder is not the best one that the checkpoint knows: it is made anew.")

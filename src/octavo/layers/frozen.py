@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.layers.served import Bank, Routing
+from octavo.ops import eight
 from octavo.ops.decode import FEW, int8_rows
 from octavo.ops.linear import LowRank, frozen_linear
-from octavo.ops.quantize import Parts, Plain, Scheme, Shape, stored_bytes
-from octavo.ops.wide import Frozen
+from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
+from octavo.ops.wide import Frozen, Trial
 
 
 class FrozenMatrix(nn.Module):
@@ -98,6 +99,15 @@ class FrozenMatrix(nn.Module):
         for name, rows in self.outputs.items():
             self.scheme.fill(self.of(name), out[self.starts[name] : self.starts[name] + rows])
 
+    def codes(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes (N, K), absmax (N,)), to multiply in 8 bits: as they are stored, or written anew."""
+        if self.scheme.straight:
+            return self.parts["weight"], self.parts["absmax"]
+        matrix = like.new_empty(self.shape)
+        self.fill(matrix)
+        made = eight.coded(matrix, torch.int8)
+        return made.codes, made.scale * INT8_LEVELS
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` (any shape) in the compute type, (*ids.shape, K); the table itself is not dequantised."""
         return self.scheme.rows(self.parts, self.shape, ids, self.dtype)
@@ -144,6 +154,8 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0
+        self.in_eight = False  # whether training multiplies in 8 bits
+        self.trial: Trial | None = None  # where training writes what that would cost
         self.bank: Bank | None = None  # of served adapters, beside `pairs`
         self.routing = Routing()
 
@@ -165,7 +177,10 @@ class FrozenLinear(nn.Module):
         """This layer as a wide product reads it."""
         rows, columns = self.matrix.shape
         dropout = self.dropout if self.training else 0.0
-        return Frozen(rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout)
+        codes = self.matrix.codes if self.training and (self.in_eight or self.trial) else None
+        return Frozen(
+            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.trial
+        )
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""

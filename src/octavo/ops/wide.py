@@ -7,7 +7,8 @@ So a card sees one product instead of one for each matrix, each pair and the bia
 that adding them one by one would take. In backward the gradient to s x A^T comes out of the same product as the
 gradient to x, and one thin product gives the gradients of every B and of the bias.
 
-The wide matrix is written from the quantised parts for each use and never kept.
+The wide matrix is written from the quantised parts for each use and never kept. Or nothing is written: parts that ask
+for it are multiplied in 8 bits as they are stored (ops/eight.py), the further columns by a thin product beside that.
 
 Legend: M rows of input; part i is a frozen linear (N, K_i); K the sum of the K_i; C the added columns (the ranks of
 all pairs, a one for the bias), rounded up so that rows start where a card reads best; a pair is A (r, K_i), B (n, r).
@@ -24,9 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.ops import eight
 from octavo.ops.linear import LowRank
 
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
+
+
+@dataclass
+class Trial:
+    """What 8 bits would cost a product: ||its result in 8 bits - the exact one|| / ||the exact one||, as scalars."""
+
+    forward: Tensor | None = None
+    backward: Tensor | None = None
 
 
 class Frozen(NamedTuple):
@@ -39,6 +49,8 @@ class Frozen(NamedTuple):
     bias_start: int = 0
     pairs: tuple[LowRank, ...] = ()
     dropout: float = 0.0  # on what the pairs read, while training
+    codes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # int8 (N, K) and absmax (N,), to multiply in 8 bits
+    trial: Trial | None = None
 
     @property
     def rank(self) -> int:
@@ -88,6 +100,25 @@ class Wide:
                 wide[part.bias_start : part.bias_start + part.bias.numel(), self.inputs + self.rank] += part.bias
         return wide
 
+    @cached_property
+    def in_eight(self) -> bool:
+        """Whether the product is in 8 bits; with a trial it is exact, and both are compared."""
+        return self.trial is None and all(part.codes is not None for part in self.parts)
+
+    @property
+    def trial(self) -> Trial | None:
+        return self.parts[0].trial
+
+    def beside(self, like: Tensor) -> Tensor:
+        """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
+        b = like.new_zeros(self.parts[0].rows, self.width - self.inputs)
+        column = 0
+        for part in self.parts:
+            for pair in part.pairs:
+                b[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
+                column += pair.a.shape[0]
+        return b
+
     def room(self, rows: int, like: Tensor) -> Tensor:
         """(M, K + C) for the input: the caller writes the first K columns, then calls `complete_`."""
         return like.new_empty(rows, self.width)
@@ -107,19 +138,49 @@ class Wide:
 
     def product(self, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """(M, N) of a completed input (M, K + C); added to `onto` (M, N) if given, which stays as it is."""
+        if self.in_eight:
+            return self._product_in_eight(wide, onto)
+        if self.trial is not None:
+            exact = F.linear(wide, self.matrix(wide))
+            self._told("forward", self._product_in_eight(wide, None), exact)
         if onto is None:
             return F.linear(wide, self.matrix(wide))
         return torch.addmm(onto, wide, self.matrix(wide).T)
+
+    def _product_in_eight(self, wide: Tensor, onto: Tensor | None) -> Tensor:
+        out = wide.new_empty(len(wide), self.parts[0].rows)
+        beside = None
+        if self.rank:
+            beside = eight.Beside(wide[:, self.inputs : self.inputs + self.rank], self.beside(wide)[:, : self.rank])
+        for part, start, _, _ in self._spans((0,) * len(self.parts)):
+            assert part.codes is not None
+            own, (weight, absmax) = eight.coded(wide[:, start : start + part.columns], torch.int8), part.codes(wide)
+            eight.product_into(*own, weight, out, absmax, part.bias, part.bias_start, beside, onto)
+            onto, beside = out, None
+        return out
+
+    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor) -> Tensor:
+        """The gradient to the input (M, K), low-rank terms without dropout included."""
+        dx = dy.new_empty(len(dy), self.inputs)
+        for part, start, column, _ in self._spans((0,) * len(self.parts)):
+            assert part.codes is not None
+            weight, absmax = part.codes(dy)
+            turned = dy.new_empty(part.columns, part.rows, dtype=eight.FP8)
+            eight.transpose_into(weight, turned)
+            del weight
+            beside = None
+            if part.rank and not part.dropout:
+                own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+                beside = eight.Beside(own, _scaled(part, dy).T.contiguous())
+            own_dx = dx[:, start : start + part.columns]
+            eight.product_into(*eight.coded(dy, eight.FP8, fold=absmax), turned, own_dx, beside=beside)
+        return dx
 
     def backward(
         self, dy: Tensor, wide: Tensor, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """(gradient to the input (M, K) if asked for, gradients of `trained`), from dy (M, N)."""
-        first = 0 if to_input else self.inputs
-        if to_input or self.rank:
-            matrix = self.matrix(wide) if matrix is None else matrix
-            dwide = dy @ matrix[:, first:]  # (M, K + C), or (M, C)
-            del matrix
+        dx, dinner = self._gradients(dy, wide, seeds, to_input, matrix)
         factors: list[Tensor | None] = []
         added = None
         if self.rank or any(tensor.requires_grad for tensor in self.trained):
@@ -128,8 +189,8 @@ class Wide:
             if not part.rank:
                 continue
             assert added is not None
-            dinner = dwide[:, column - first : column - first + part.rank]
-            da = mm_float32(dinner.T, _dropped(part, wide, start, seed))  # (sum of r, K_i)
+            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+            da = mm_float32(own.T, _dropped(part, wide, start, seed))  # (sum of r, K_i)
             at = 0
             for pair in part.pairs:
                 r = pair.a.shape[0]
@@ -137,12 +198,6 @@ class Wide:
                 inside = column - self.inputs + at
                 factors.append(added[pair.start : pair.stop, inside : inside + r].to(pair.b.dtype))
                 at += r
-            if to_input:
-                dx = dwide[:, start : start + part.columns]
-                if part.dropout:
-                    dx += _mask(part, wide, seed).mul_(dinner @ _scaled(part, wide))
-                else:
-                    dx.addmm_(dinner, _scaled(part, wide))
         biases: list[Tensor | None] = []
         for part in self.parts:
             if part.bias is not None:
@@ -152,7 +207,39 @@ class Wide:
                     if added is not None and part.bias.requires_grad
                     else None
                 )
-        return (dwide[:, : self.inputs] if to_input else None), factors + biases
+        return dx, factors + biases
+
+    def _gradients(
+        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], to_input: bool, matrix: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """(gradient to the input (M, K) if asked for, gradient to the last C columns of it (M, C))."""
+        if not to_input:
+            return None, dy @ self.beside(dy) if self.rank else dy
+        if self.in_eight:
+            dinner = dy @ self.beside(dy)
+            dx = self._to_input_in_eight(dy, dinner)
+        else:
+            dwide = dy @ (self.matrix(wide) if matrix is None else matrix)  # (M, K + C)
+            dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
+        for part, start, column, seed in self._spans(seeds):
+            if not part.rank or (self.in_eight and not part.dropout):
+                continue
+            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+            own_dx = dx[:, start : start + part.columns]
+            if part.dropout:
+                own_dx += _mask(part, wide, seed).mul_(own @ _scaled(part, wide))
+            else:
+                own_dx.addmm_(own, _scaled(part, wide))
+        if self.trial is not None:
+            self._told("backward", self._to_input_in_eight(dy, dinner), dx)
+        return dx, dinner
+
+    def _told(self, way: str, found: Tensor, exact: Tensor) -> None:
+        """Writes ||found - exact|| / ||exact|| into the trial of each part: they are computed together."""
+        length = torch.linalg.vector_norm(exact, dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
+        error = torch.linalg.vector_norm(found.float() - exact.float()) / length
+        for part in self.parts:
+            setattr(part.trial, way, error)
 
     def _spans(self, seeds: Sequence[int]) -> list[tuple[Frozen, int, int, int]]:
         """(part, its first column, the first of its added columns, its seed)."""

@@ -81,6 +81,10 @@ class Planner:
                     break  # fewer rows could only be slower
         return min(fitting, key=self._pace, default=None)
 
+    def forget(self) -> None:
+        """What was forecast, since the model is computed another way."""
+        self._forecasts.clear()
+
     def least(self) -> Plan:
         """The plan that takes the least memory."""
         return self.plan(self._all(Keep.INPUT), 1)

@@ -181,6 +181,12 @@ class Fitted:
     def release(self) -> None:
         self._own.release()
 
+    def take(self, plan: Plan) -> None:
+        """Goes on by another plan."""
+        self.release()
+        self.plan = plan
+        self._own = self._made()
+
     def cheapen(self) -> bool:
         """After running out of memory: the next cheaper plan. False if none is left."""
         self.release()
@@ -191,8 +197,7 @@ class Fitted:
             f"The card ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. Going on with one for "
             f"{plan.peak_bytes / 2**30:.2f} GiB: {plan.rows} rows a pass, {plan.describe()}."
         )
-        self.plan = plan
-        self._own = self._made()
+        self.take(plan)
         return True
 
 

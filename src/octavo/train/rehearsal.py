@@ -25,6 +25,7 @@ from octavo.ops.twins import OBSERVERS
 # Shares of an H100's peaks that its products, attention and passes over memory reached: fitted to the seconds of 14
 # settings with int8 weights and 512 tokens or more, which they give within 5 %. NF4's are up to a third too low.
 PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
+EIGHT_SHARE = 0.53  # of the peak of int8
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to the one; up to the other they come from pages of their own
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # by which memory grows, of small blocks and of others
 
@@ -37,11 +38,13 @@ class Forecast:
     product_flops: float
     attention_flops: float
     moved_bytes: float
+    eight_flops: float = 0.0  # of products in 8 bits
 
     def seconds(self, card: Peak) -> float:
         """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md)."""
         return (
             self.product_flops / (PRODUCT_SHARE * card.half_flops_per_second)
+            + self.eight_flops / (EIGHT_SHARE * card.int8_ops_per_second)
             + self.attention_flops / (ATTENTION_SHARE * card.half_flops_per_second)
             + self.moved_bytes / (MEMORY_SHARE * card.bytes_per_second)
         )
@@ -57,7 +60,7 @@ def rehearse(step: Callable[[], Any]) -> Forecast:
     finally:
         OBSERVERS.remove(recorder.observe)
     peak = sum(arena.end for arena in recorder.arenas.values())
-    return Forecast(peak, recorder.flops, recorder.attention_flops, recorder.moved)
+    return Forecast(peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops)
 
 
 @dataclass
@@ -103,6 +106,7 @@ class _Recorder(TorchDispatchMode):
         self.arenas = {small: Arena(page) for small, page in PAGES.items()}
         self.flops = 0.0
         self.attention_flops = 0.0
+        self.eight_flops = 0.0
         self.moved = 0.0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -128,7 +132,11 @@ class _Recorder(TorchDispatchMode):
             rows, length, heads, size = tensors[0].shape
             forward = 2.0 * rows * heads * length**2 * size  # two products over half of the square
             self.attention_flops += forward * (2.5 if name.endswith("backward") else 1.0)
-        self._move(tensors)
+        if name == "product_into":
+            (m, k), n = tensors[0].shape, len(tensors[2])
+            self.eight_flops += 2.0 * m * k * n
+        else:
+            self._move(tensors)
 
     def _move(self, tensors: list[Tensor]) -> None:
         self.moved += sum(float(prod(tensor.shape)) * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,72 @@
+"""Before a run: which products are computed in 8 bits. Tried on the first batch, shown, kept in every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from octavo.config import MemoryOptions, TrainOptions
+from octavo.data.loader import batches
+from octavo.finetune.state import Run
+from octavo.plan import wants_eight
+from octavo.train.compute import LIMIT, Cost, compute_in_eight_, try_eight
+
+
+def settle(run: Run, *, resumed: bool) -> None:
+    """Sets what is computed in 8 bits: as in the checkpoint, or as a trial finds; then the plan follows."""
+    wanted = wants_eight(run.config[MemoryOptions], run.hardware)
+    if resumed:
+        exact = run.found.exact_products
+    elif wanted:
+        exact = _tried(run)
+    else:
+        exact = None
+    run.found.exact_products = exact
+    if exact is None:
+        compute_in_eight_(run.model, wanted=False)
+        return
+    compute_in_eight_(run.model, exact=exact)
+    if exact or not wanted:
+        run.micro_step.take(run.fit.with_exact(exact))
+
+
+def _tried(run: Run) -> list[str]:
+    """The products that stay exact."""
+    run.model.train()
+    seed = run.config[TrainOptions].seed
+    batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
+    costs = try_eight(run.model, batch)
+    run.trainer.optimizer.zero_gradients()
+    asked = run.config[MemoryOptions].compute == "8bit"
+    exact = [] if asked else [name for name, cost in costs.items() if not cost.fair]
+    _show(run, costs, exact)
+    run.report.event("compute", exact=exact, costs={name: [c.forward, c.backward] for name, c in costs.items()})
+    return exact
+
+
+def _show(run: Run, costs: Mapping[str, Cost], exact: list[str]) -> None:
+    """A row for each kind of layer."""
+    kinds: dict[str, list[str]] = {}
+    for name in costs:
+        kinds.setdefault(name.partition(".")[2], []).append(name)
+    rows = []
+    for kind, names in kinds.items():
+        forward, backward = ([getattr(costs[name], way) for name in names] for way in ("forward", "backward"))
+        known = [error for error in backward if not math.isnan(error)]
+        rows.append(
+            [kind, len(names) - len(set(names) & set(exact)), len(names), _percent(forward), _percent(known)],
+        )
+    run.report.table(
+        f"Products in 8 bits: int8 forward, fp8 backward; exact where the error is over {LIMIT:.0%}",
+        ["layer", "in 8 bits", "of", "error of its output", "of the gradient to its input"],
+        rows,
+    )
+    if exact:
+        run.report.say(f"Exact: {', '.join(exact)}.")
+
+
+def _percent(errors: list[float]) -> str:
+    if not errors:
+        return "not taken"
+    ordered = sorted(errors)
+    return f"{ordered[len(ordered) // 2]:.2%}, at most {ordered[-1]:.2%}"

@@ -1,0 +1,74 @@
+"""Which products of a model are computed in 8 bits, and what that costs: tried on one batch before training.
+
+A trial computes every product both ways, forward and backward, and goes on with the exact result. A layer whose error
+is over the limit stays exact. What else a run does is exact: the head, attention, norms, low-rank pairs, evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from octavo.data.loader import Batch
+from octavo.layers.frozen import FrozenLinear
+from octavo.models import Model
+from octavo.objective import inputs_of, loss_of
+from octavo.ops.eight import fits
+from octavo.ops.wide import Trial
+
+# Of a product's result, ||8 bits - exact|| / ||exact||. SmolLM2's are 1 to 5 %, and it learns as in exact mode
+# (docs/log.md); inputs with a few far outliers have 8 % and more.
+LIMIT = 0.06
+TOKENS = 512  # that a trial reads at most
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The error of a layer's output and of the gradient to its input, in 8 bits; nan where none is taken."""
+
+    forward: float
+    backward: float
+
+    @property
+    def fair(self) -> bool:
+        """Whether the layer may be in 8 bits. A gradient that is not taken costs nothing, one that is NaN is unfair."""
+        return self.forward <= LIMIT and (self.backward <= LIMIT or math.isnan(self.backward))
+
+
+def layers(model: Model) -> Iterator[tuple[str, FrozenLinear]]:
+    """The products of the blocks that can be in 8 bits, by name."""
+    blocks: nn.ModuleList = model.blocks
+    for name, layer in blocks.named_modules():
+        if isinstance(layer, FrozenLinear) and fits(*layer.matrix.shape):
+            yield name, layer
+
+
+def compute_in_eight_(model: Model, *, exact: Collection[str] = (), wanted: bool = True) -> None:
+    """Puts the products of the blocks into 8 bits, those named `exact` apart."""
+    for name, layer in layers(model):
+        layer.in_eight = wanted and name not in exact
+
+
+def try_eight(model: Model, batch: Batch) -> dict[str, Cost]:
+    """What 8 bits cost each product on the first row of a batch. The gradients that this adds are the caller's."""
+    own = replace(
+        batch, ids=batch.ids[:1, :TOKENS], labels=batch.labels[:1, :TOKENS], positions=batch.positions[:1, :TOKENS],
+        document=batch.document[:1, :TOKENS],
+    )  # fmt: skip
+    trials = {name: Trial() for name, _ in layers(model)}
+    for name, layer in layers(model):
+        layer.trial = trials[name]
+    try:
+        loss = loss_of(model, inputs_of(own, model.embed.matrix.device))
+        if loss.requires_grad:
+            loss.backward()
+    finally:
+        for _, layer in layers(model):
+            layer.trial = None
+    nothing = torch.tensor(math.nan)
+    found = [[nothing if one is None else one for one in (t.forward, t.backward)] for t in trials.values()]
+    return {name: Cost(*(float(one) for one in pair)) for name, pair in zip(trials, found, strict=True)}
