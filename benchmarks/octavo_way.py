@@ -16,6 +16,7 @@ from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
 from octavo.store.adapter import AdapterPlan, create_, trained
 from octavo.store.weights import allocated, items_of, put_rows_, row_blocks
+from octavo.train.compute import compute_in_eight_
 from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import Plan, Planner
 from octavo.train.micro import Fitted
@@ -37,14 +38,19 @@ def build(
     seq_len: int,
     cap_bytes: int | None,
 ) -> Way:
-    """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes`, or within what is free."""
-    scheme = way.removeprefix("octavo-")
+    """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes`, or within what is free.
+
+    octavo-SCHEME-8bit multiplies in 8 bits, all products of the blocks; else they are exact.
+    """
+    scheme, _, compute = way.removeprefix("octavo-").partition("-")
     dtype = torch.bfloat16 if device.type == "cuda" or not tiny else torch.float32
     budget = cap_bytes or free_memory_bytes(device)
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
+    compute_in_eight_(planner.model, wanted=compute == "8bit")
     plan = planner.best(budget) or planner.least()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
+    compute_in_eight_(model, wanted=compute == "8bit")
     return Way(model, plan, planner)
 
 

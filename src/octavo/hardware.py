@@ -25,6 +25,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
+FP8_FROM = (8, 9)  # CUDA's compute capability: RTX 40, L4, H100 and newer
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Where tensors live and in which type they are multiplied. `name` is the card or CPU model."""
@@ -33,6 +36,7 @@ class Hardware:
     dtype: torch.dtype
     reason: str
     name: str
+    fp8: bool = False  # whether the card multiplies that
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
     chosen = dtype if dtype != "auto" else "bfloat16" if able else "float16"
     has = "the card multiplies bfloat16" if able else "the card is too old for bfloat16"
     reason = f"Computing on {name} ({chosen_device}) in {chosen}: {has if dtype == 'auto' else 'as asked'}."
-    return Hardware(chosen_device, getattr(torch, chosen), reason, name)
+    fp8 = torch.cuda.get_device_capability(chosen_device) >= FP8_FROM
+    return Hardware(chosen_device, getattr(torch, chosen), reason, name, fp8)
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

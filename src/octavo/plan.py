@@ -38,7 +38,6 @@ from octavo.train.memory import MARGIN, Plan, Planner
 LEVELS = {"all": Keep.ALL, "attention": Keep.ATTENTION, "input": Keep.INPUT}
 GIB = 2**30
 LIBRARIES_BYTES = 400 * 2**20  # code that CUDA's libraries load into the card once they are used
-FP8_FROM = (8, 9)  # CUDA's compute capability: RTX 40, L4, H100 and newer
 SHORT = 256  # tokens: rows of fewer hardly take less memory
 
 
@@ -89,7 +88,7 @@ def wants_eight(options: MemoryOptions, hardware: Hardware, card: Peak | None = 
     if options.compute == "exact":
         return False
     on_card = hardware.device.type == "cuda"
-    able = torch.cuda.get_device_capability(hardware.device) >= FP8_FROM if on_card else card is not None and card.fp8
+    able = hardware.fp8 if on_card else card is not None and card.fp8
     if options.compute == "8bit":
         if on_card and not able:
             raise UsageError(

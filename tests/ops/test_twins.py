@@ -155,8 +155,16 @@ def turned(n: int, k: int) -> Case:
 
 
 def product(
-    m: int, k: int, n: int, kind: torch.dtype, *, scaled: bool = False, bias: bool = False, rank: int = 0, onto: str = ""
-) -> Case:
+    m: int,
+    k: int,
+    n: int,
+    kind: torch.dtype,
+    *,
+    scaled: bool = False,
+    bias: bool = False,
+    rank: int = 0,
+    onto: str = "",
+) -> Case:  # fmt: skip
     """A product of 8-bit codes, added `onto` its own result or another matrix."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
@@ -170,6 +178,14 @@ def product(
         if onto:
             named["onto"] = out if onto == "own" else aligned(m, n, dtype)
         return (x.codes, x.scale if scaled else x.scale * 0.01, w.codes, out), named, out
+
+    return make
+
+
+def four_bits(n: int, k: int) -> Case:
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        parts, out = SCHEMES["nf4"].quantise(torch.randn(n, k)), columns(n, k, torch.float32).to(torch.int8)
+        return (parts["weight"], parts["absmax"], parts["absmax"].view(n, -1).amax(dim=1), out), {}, out
 
     return make
 
@@ -224,6 +240,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
     "quantize.dynamic8_into": [codes("dynamic8"), codes("dynamic8", 2, 4500)],
+    "quantize.nf4_codes_into": [four_bits(3, 128), four_bits(2, 4544)],
     "quantize.nf4_into": [codes("nf4"), codes("nf4", 2, 4500), codes("nf4", 1, 1)],
     "pointwise.norm_into": [lambda t: norm(t, centred=True), lambda t: norm(t, centred=False)],
     "pointwise.norm_backward_into": [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.ops.quantize import DYNAMIC8_BLOCK, INT8_LEVELS, NF4_BLOCK, NF4_CODE
 
+TINY = torch.finfo(torch.float32).tiny
 WIDTH = 4096  # columns that one program writes
 
 
@@ -47,19 +48,56 @@ def _dynamic8(codes, absmax, code, out, k, out_stride, BLOCK: tl.constexpr, WIDT
 def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     n, k = out.shape
     grid = (n, triton.cdiv(k, WIDTH))
-    _nf4[grid](codes, absmax, _code(codes.device), out, k, out.stride(0), NF4_BLOCK, WIDTH, num_warps=8)
+    _nf4[grid](codes, absmax, _code(codes.device), out, k, out.stride(0), k % 2 == 0, NF4_BLOCK, WIDTH, num_warps=8)
 
 
 @triton.jit
-def _nf4(codes, absmax, code, out, k, out_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _nf4(codes, absmax, code, out, k, out_stride, EVEN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < k
-    flat = row * k + column
-    byte = tl.load(codes + (flat >> 1), mask=inside, other=0).to(tl.int32)  # each byte twice, the second from cache
-    level = tl.where((flat & 1) == 0, byte >> 4, byte & 15)
-    value = tl.load(code + level, mask=inside) * tl.load(absmax + flat // BLOCK, mask=inside)
+    if EVEN:
+        value = _pairs(codes, absmax, code, row, k, BLOCK, WIDTH)
+    else:  # rows start within a byte: each is read twice, the second time from cache
+        flat = row * k + column
+        byte = tl.load(codes + (flat >> 1), mask=inside, other=0).to(tl.int32)
+        level = tl.where((flat & 1) == 0, byte >> 4, byte & 15)
+        value = tl.load(code + level, mask=inside) * tl.load(absmax + flat // BLOCK, mask=inside)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pairs(codes, absmax, code, row, k, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    # The numbers of WIDTH columns of a row that starts with a byte: each byte is read once and makes two.
+    pair = (tl.program_id(1) * WIDTH) // 2 + tl.arange(0, WIDTH // 2)
+    inside = pair < k // 2
+    flat = row * (k // 2) + pair
+    byte = tl.load(codes + flat, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(absmax + flat // (BLOCK // 2), mask=inside, other=0)
+    return tl.interleave(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
+
+
+def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
+    n, k = out.shape
+    grid = (n, triton.cdiv(k, WIDTH))
+    _nf4_codes[grid](
+        codes, absmax, row_absmax, _code(codes.device), out, k, out.stride(0), NF4_BLOCK, INT8_LEVELS, TINY, WIDTH,
+        num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nf4_codes(
+    codes, absmax, row_absmax, code, out, k, out_stride, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
+    TINY: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    levels: tl.constexpr = LEVELS * 1.0
+    value = _pairs(codes, absmax, code, row, k, BLOCK, WIDTH)
+    value *= tl.div_rn(levels, tl.maximum(tl.load(row_absmax + row), TINY))
+    value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest whole number, halves to even
+    tl.store(out + row * out_stride + column, value.to(tl.int8), mask=column < k)
 
 
 _codes: dict[torch.device, Tensor] = {}

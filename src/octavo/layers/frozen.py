@@ -101,8 +101,11 @@ class FrozenMatrix(nn.Module):
 
     def codes(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 codes (N, K), absmax (N,)), to multiply in 8 bits: as they are stored, or written anew."""
-        if self.scheme.straight:
-            return self.parts["weight"], self.parts["absmax"]
+        shapes = [(rows, self.in_features) for rows in self.outputs.values()]
+        if len(shapes) == 1 or all(self.scheme.joins(shape) for shape in shapes):
+            found = self.scheme.codes(self.parts, self.shape)
+            if found is not None:
+                return found
         matrix = like.new_empty(self.shape)
         self.fill(matrix)
         made = eight.coded(matrix, torch.int8)
