@@ -64,7 +64,7 @@ def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None)
     values = x.float() if fold is None else x.float() * (fold / INT8_LEVELS)
     largest = float(INT8_LEVELS) if codes.dtype == torch.int8 else FP8_LARGEST
     top = values.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * largest)
-    values *= (largest / top)[:, None]
+    values = values * (largest / top)[:, None]  # not in place: a float32 x is its own float()
     codes.copy_(values.round_() if codes.dtype == torch.int8 else values)
     scale.copy_(top / largest + 0 * top)
 

@@ -1,0 +1,234 @@
+"""Products in 8 bits against exact ones, within what rounding to 8 bits may cost at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.ops import eight
+from octavo.ops.eight import FP8, coded
+from octavo.ops.linear import LowRank
+from octavo.ops.quantize import SCHEMES
+from octavo.ops.wide import Frozen, Trial, Wide
+
+M, N = 9, 32
+HALF_DIGIT = 2.0**-4  # fp8 (e4m3) has four significant binary digits: half of the last one
+LEAST = 2.0**-10  # half of its smallest number
+
+
+def rows(*shape: int) -> Tensor:
+    """Random rows of very different sizes."""
+    return torch.randn(*shape) * torch.logspace(-3, 3, shape[0])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_a_graph() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def test_int8_codes_are_within_half_a_step_and_use_all_levels() -> None:
+    x = rows(M, 50)
+    before = x.clone()
+    codes, scale = coded(x, torch.int8)
+    assert torch.equal(x, before)
+    assert bool(((codes * scale[:, None] - x).abs() <= scale[:, None] * (0.5 + 1e-4)).all())
+    assert bool((codes.abs().amax(1) == 127).all())
+
+
+def test_fp8_codes_are_within_half_a_digit_and_reach_the_largest_number() -> None:
+    x = rows(M, 50)
+    codes, scale = coded(x, FP8)
+    error, limit = (codes.float() * scale[:, None] - x).abs(), x.abs() * HALF_DIGIT + LEAST * scale[:, None]
+    assert bool((error <= limit * 1.0001).all())
+    assert bool((codes.float().abs().amax(1) == eight.FP8_LARGEST).all())
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8])
+def test_a_fold_is_applied_before_rounding(kind: torch.dtype) -> None:
+    x, fold = rows(M, 50), torch.rand(50) + 0.1
+    found, wanted = coded(x, kind, fold=fold), coded(x * (fold / 127), kind)
+    assert torch.equal(found.codes.float(), wanted.codes.float())
+    assert torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8])
+def test_a_row_of_zeros_stays_zero_and_one_that_is_not_finite_stays_so(kind: torch.dtype) -> None:
+    x = rows(4, 50)
+    x[0], x[1, 3], x[2, 4] = 0, math.nan, math.inf
+    codes, scale = coded(x, kind)
+    assert bool((codes[0].float() == 0).all())
+    assert math.isfinite(scale[0])
+    out = torch.empty(4, 16)
+    eight.product_into(codes, scale, torch.ones(16, 50).to(kind), out)
+    assert bool((out[0] == 0).all())
+    assert not bool(out[1:3].isfinite().any())
+    assert bool(out[3].isfinite().all())
+
+
+def test_transposed_codes_keep_four_binary_digits() -> None:
+    codes = torch.arange(-127, 128, dtype=torch.int8).repeat(2, 1)
+    out = torch.empty(255, 2, dtype=FP8)
+    eight.transpose_into(codes, out)
+    found = out.float()[:, 0]
+    assert torch.equal(out.float()[:, 1], found)
+    small = codes[0].abs() <= 16
+    assert torch.equal(found[small], codes[0][small].float())
+    assert bool(((found - codes[0]).abs() <= codes[0].float().abs() * HALF_DIGIT).all())
+
+
+@pytest.mark.parametrize(("rows", "columns", "expected"), [(16, 32, True), (24, 32, False), (32, 40, False)])
+def test_what_a_copy_engine_cannot_read_is_not_multiplied_so(rows: int, columns: int, expected: bool) -> None:
+    assert eight.fits(rows, columns) is expected
+
+
+def wide_of(
+    columns: list[int], *, in_eight: bool, rank: int = 3, dropout: float = 0.0, trial: Trial | None = None
+) -> tuple[Wide, list[Tensor]]:
+    """(the product of matrices with so many columns, each with a bias and a pair; the float32 matrices)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    parts, matrices = [], []
+    for k in columns:
+        stored = SCHEMES["int8"].quantise(drawn(N, k) * torch.logspace(-1, 1, N)[:, None])
+        codes, absmax = stored["weight"], stored["absmax"]
+        matrix = codes * (absmax / 127)[:, None]
+        pair = LowRank(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)
+        bias = drawn(8).requires_grad_()
+        parts.append(
+            Frozen(
+                N,
+                k,
+                lambda out, matrix=matrix: out.copy_(matrix),
+                bias,
+                2,
+                (pair,),
+                dropout,
+                (lambda like, codes=codes, absmax=absmax: (codes, absmax)) if in_eight or trial else None,
+                trial,
+            )
+        )
+        matrices.append(matrix)
+    return Wide(tuple(parts)), matrices
+
+
+def completed(wide: Wide, x: Tensor, seeds: list[int]) -> Tensor:
+    room = wide.room(len(x), x)
+    room[:, : wide.inputs] = x
+    wide.complete_(room, seeds)
+    return room
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+@pytest.mark.parametrize("onto", [False, True])
+def test_forward_differs_from_the_exact_product_by_half_a_step_of_each_input(columns: list[int], onto: bool) -> None:
+    fast, matrices = wide_of(columns, in_eight=True)
+    exact, _ = wide_of(columns, in_eight=False)
+    assert fast.in_eight
+    assert not exact.in_eight
+    x, base = rows(M, sum(columns)), torch.randn(M, N) if onto else None
+    wanted = exact.product(completed(exact, x, [0, 0][: len(columns)]), onto=base)
+    found = fast.product(completed(fast, x, [0, 0][: len(columns)]), onto=base)
+    limit = torch.zeros(M, N)
+    for part, matrix in zip(x.split(columns, dim=1), matrices, strict=True):
+        limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
+    error = (found - wanted).abs()
+    assert bool((error <= limit * 1.001 + 1e-5 * wanted.abs()).all())
+    assert float(error.max()) > 0
+    if base is not None:
+        assert not torch.equal(base, found)
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_input(
+    columns: list[int], dropout: float
+) -> None:
+    fast, matrices = wide_of(columns, in_eight=True, dropout=dropout)
+    exact, _ = wide_of(columns, in_eight=False, dropout=dropout)
+    seeds = [5, 6][: len(columns)]
+    x, dy = rows(M, sum(columns)), rows(M, N)
+    wanted, gradients = exact.backward(dy, completed(exact, x, seeds), seeds, to_input=True)
+    found, own_gradients = fast.backward(dy, completed(fast, x, seeds), seeds, to_input=True)
+    assert wanted is not None
+    assert found is not None
+    limit = []
+    for matrix in matrices:
+        absmax = matrix.abs().amax(1)
+        folded = (dy * absmax).abs()
+        tiny = folded.amax(1, keepdim=True) / 448 * LEAST  # what a number under the smallest code loses
+        limit.append(
+            (folded * ((1 + HALF_DIGIT) ** 2 - 1) + tiny * (1 + HALF_DIGIT)) @ (matrix.abs() / absmax[:, None])
+        )
+    assert bool(((found - wanted).abs() <= torch.cat(limit, 1) * 1.001 + 1e-5 * wanted.abs()).all())
+    assert not torch.equal(found, wanted)
+    for own, other in zip(own_gradients, gradients, strict=True):
+        assert own is not None
+        assert other is not None
+        torch.testing.assert_close(own, other, rtol=2e-5, atol=2e-5 * float(other.abs().max()))
+
+
+def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for in_eight in (True, False):
+        wide, _ = wide_of([48], in_eight=in_eight)
+        x, dy = rows(M, 48), rows(M, N)
+        room = completed(wide, x, [0])
+        _, wanted = wide.backward(dy, room, [0], to_input=True)
+        monkeypatch.setattr(Wide, "matrix", lambda *_: pytest.fail("the matrix was written"))
+        monkeypatch.setattr(eight, "product_into", lambda *_: pytest.fail("a product was taken"))
+        dx, found = wide.backward(dy, room, [0], to_input=False)
+        monkeypatch.undo()
+        assert dx is None
+        for own, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-3)
+
+
+def test_a_trial_measures_both_ways_and_changes_nothing() -> None:
+    trial = Trial()
+    tried, _ = wide_of([32, 64], in_eight=False, trial=trial)
+    exact, _ = wide_of([32, 64], in_eight=False)
+    fast, _ = wide_of([32, 64], in_eight=True)
+    x, dy = rows(M, 96), rows(M, N)
+    rooms = [completed(wide, x, [0, 0]) for wide in (tried, exact, fast)]
+    base = torch.randn(M, N)
+    assert torch.equal(tried.product(rooms[0], onto=base), exact.product(rooms[1], onto=base))
+    plain, eighth = exact.product(rooms[1]), fast.product(rooms[2])
+    assert trial.forward is not None
+    torch.testing.assert_close(trial.forward, (eighth - plain).norm() / plain.norm())
+    found, wanted, rough = (
+        wide.backward(dy, room, [0, 0], to_input=True)[0]
+        for wide, room in zip((tried, exact, fast), rooms, strict=True)
+    )
+    assert found is not None
+    assert wanted is not None
+    assert rough is not None
+    assert trial.backward is not None
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(trial.backward, (rough - wanted).norm() / wanted.norm())
+
+
+def test_the_scale_of_a_row_is_that_of_the_twin() -> None:
+    """The codes are compared in test_twins.py; the scale is written beside them."""
+    from octavo.kernels import eight as kernels
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    for kind in (torch.int8, FP8):
+        x, fold = rows(M, 70).to(place), torch.rand(70, device=place)
+        x[2, 5] = math.nan
+        wanted, codes, scale = coded(x, kind, fold=fold), torch.empty(M, 70, dtype=kind, device=place), x.new_empty(M)
+        with np.errstate(invalid="ignore"):  # NaN has no code; what counts is its scale
+            kernels.code_rows_into(x, codes, scale, fold)
+        torch.testing.assert_close(scale, wanted.scale, rtol=1e-6, atol=0, equal_nan=True)
+        assert bool(scale[2].isnan())
+        assert not bool(scale[3].isnan())
