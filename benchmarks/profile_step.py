@@ -74,9 +74,8 @@ def tell(asked: argparse.Namespace, way: Any, seconds: float, profiler: Any) -> 
     busy, step = sum(each.values()), seconds * 1e3
     say = sys.stdout.write
     tokens = asked.batch * asked.seq_len
-    say(
-        f"{asked.way}, {asked.model}, {asked.batch} x {asked.seq_len}: {step:.1f} ms a step, {tokens / seconds:,.0f} tok/s,"
-    )
+    say(f"{asked.way}, {asked.model}, {asked.batch} x {asked.seq_len}: {step:.1f} ms a step")
+    say(f", {tokens / seconds:,.0f} tok/s,")
     say(f" {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved; {way.plan.rows} rows, {way.plan.describe()}\n")
     for kind in KINDS:
         if each[kind]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -88,6 +88,17 @@ def test_what_a_copy_engine_cannot_read_is_not_multiplied_so(rows: int, columns:
     assert eight.fits(rows, columns) is expected
 
 
+def filled_with(matrix: Tensor) -> Callable[[Tensor], None]:
+    def fill(out: Tensor) -> None:
+        out.copy_(matrix)
+
+    return fill
+
+
+def stored_codes(codes: Tensor, absmax: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda like: (codes, absmax)
+
+
 def wide_of(
     columns: list[int], *, in_eight: bool, rank: int = 3, dropout: float = 0.0, trial: Trial | None = None
 ) -> tuple[Wide, list[Tensor]]:
@@ -104,19 +115,8 @@ def wide_of(
         matrix = codes * (absmax / 127)[:, None]
         pair = LowRank(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)
         bias = drawn(8).requires_grad_()
-        parts.append(
-            Frozen(
-                N,
-                k,
-                lambda out, matrix=matrix: out.copy_(matrix),
-                bias,
-                2,
-                (pair,),
-                dropout,
-                (lambda like, codes=codes, absmax=absmax: (codes, absmax)) if in_eight or trial else None,
-                trial,
-            )
-        )
+        own = stored_codes(codes, absmax) if in_eight or trial else None
+        parts.append(Frozen(N, k, filled_with(matrix), bias, 2, (pair,), dropout, own, trial))
         matrices.append(matrix)
     return Wide(tuple(parts)), matrices
 

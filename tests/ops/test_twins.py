@@ -246,6 +246,7 @@ CASES: dict[str, list[Case]] = {
     "pointwise.norm_backward_into": [
         lambda t: norm_backward(t, centred=True), lambda t: norm_backward(t, centred=False), norm_over_residual,
     ],
+    "pointwise.copy_into": [activation(2100, 2100)],
     "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, far=True)],
     "pointwise.gelu_backward_into": [
         activation(2100, 2100, backward=True), activation(2100, 2100, over=True),

@@ -4,12 +4,13 @@ A program of the product goes from tile to tile; the copy engine brings the next
 Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
 written twice. On cards without a copy engine Triton makes ordinary loads of the descriptors.
 
-Legend as there; a tile is (BM, BN) of the result.
+Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from octavo.ops.eight import FP8_LARGEST, Beside
 from octavo.ops.quantize import INT8_LEVELS
 
-BM, BN, BK = 128, 128, 128
+
+class Tile(NamedTuple):
+    """What a program of the product holds at once: rows, columns, and inputs of each stage."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
+LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
+THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
 GROUP = 8  # tiles of a column that follow each other, so that they find the same weights in cache
 SIDE = 128  # of the square that one program transposes
 TINY = torch.finfo(torch.float32).tiny
@@ -38,20 +52,22 @@ def product_into(
     onto: Tensor | None = None,
 ) -> None:
     (m, k), n = codes.shape, len(weight)
-    inputs, weights = _described(codes, BM, BK), _described(weight, BN, BK)
-    thin, width = (inputs, weights), 0
+    tile = SHORT if out.itemsize == 2 else LONG
+    inputs, weights = _described(codes, tile.rows, tile.inputs), _described(weight, tile.columns, tile.inputs)
+    thin, count, width = (inputs, weights), 0, 0
     if beside is not None:
-        width = max(16, triton.next_power_of_2(beside.t.shape[1]))
-        thin = tuple(_described(_readable(x), rows, width) for x, rows in zip(beside, (BM, BN), strict=True))
-    tiles = triton.cdiv(m, BM) * triton.cdiv(n, BN)
+        count = beside.t.shape[1]
+        width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
+        thin = tuple(_described(_readable(x), rows, width) for x, rows in zip(beside, tile, strict=False))
+    tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     programs = min(tiles, _multiprocessors(codes.device))
     _product[(programs,)](
-        inputs, weights, _described(out, BM, BN), *thin,
+        inputs, weights, *thin, out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
-        m, n, k, onto.stride(0) if onto is not None else 0, programs,
-        codes.dtype == torch.int8, absmax is not None, bias is not None, width, onto is not None, INT8_LEVELS,
-        BM, BN, BK, GROUP, num_warps=8, num_stages=4,
+        m, n, k, out.stride(0), onto.stride(0) if onto is not None else 0, programs,
+        codes.dtype == torch.int8, absmax is not None, bias is not None, count, width, onto is not None, INT8_LEVELS,
+        *tile[:3], GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -75,9 +91,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def _product(
-    inputs, weights, out, t, b, scale, absmax, bias, bias_start, bias_stop, onto, m, n, k, onto_stride, programs,
-    INT8: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr, ONTO: tl.constexpr,
-    LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, onto,
+    m, n, k, out_stride, onto_stride, programs,
+    INT8: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr, THIN: tl.constexpr,
+    ONTO: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     high, wide = tl.cdiv(m, BM), tl.cdiv(n, BN)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
@@ -97,11 +114,15 @@ def _product(
             there = (column >= bias_start) & (column < bias_stop)
             y += tl.load(bias + column - bias_start, mask=there, other=0)[None, :]
         if BESIDE:
-            y = tl.dot(t.load([top, 0]), b.load([left, 0]).T, y, input_precision="ieee")
+            for first in tl.range(0, BESIDE, THIN, num_stages=1):
+                y = tl.dot(t.load([top, first]), b.load([left, first]).T, y, input_precision="ieee")
+        inside = (row[:, None] < m) & (column[None, :] < n)
         if ONTO:
             at = onto + row[:, None].to(tl.int64) * onto_stride + column[None, :]
-            y += tl.load(at, mask=(row[:, None] < m) & (column[None, :] < n), other=0).to(tl.float32)
-        out.store([top, left], y.to(out.dtype))
+            y += tl.load(at, mask=inside, other=0).to(tl.float32)
+        # An ordinary store: the copy engine's would take shared memory, and with it a stage or half of the tile.
+        at = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
+        tl.store(at, y.to(out.dtype.element_ty), mask=inside)
 
 
 def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None) -> None:
@@ -110,7 +131,7 @@ def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None)
     _code_rows[(m,)](
         x, codes, scale, fold if fold is not None else scale, k, x.stride(0), codes.stride(0), fold is not None,
         codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width,
-        num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16,
+        num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 

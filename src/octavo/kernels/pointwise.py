@@ -69,6 +69,19 @@ def _norm_backward(
     tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
 
 
+def copy_into(x: Tensor, out: Tensor) -> None:
+    m, n = out.shape
+    _copy[(m, triton.cdiv(n, WIDTH))](x, out, n, x.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit
+def _copy(x, out, n, x_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(x + row * x_stride + column, mask=column < n, other=0)
+    tl.store(out + row * out_stride + column, value, mask=column < n)
+
+
 def gelu_into(x: Tensor, out: Tensor) -> None:
     m, f = out.shape
     _gelu[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), WIDTH, num_warps=8)

@@ -82,7 +82,7 @@ def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tenso
     grid = (n, triton.cdiv(k, WIDTH))
     _nf4_codes[grid](
         codes, absmax, row_absmax, _code(codes.device), out, k, out.stride(0), NF4_BLOCK, INT8_LEVELS, TINY, WIDTH,
-        num_warps=8,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 

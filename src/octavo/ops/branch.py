@@ -10,6 +10,8 @@ the outer one, 42 % of GPT-J's numbers, is computed once whatever is kept.
     ATTENTION   x, attention's output: 16,384                       and u
     INPUT       x: 8,192                                            and attention
 
+and, always, what low-rank pairs made of the inputs of both products: 224 bytes at rank 16.
+
 Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
 mix gives (M, sum of their outputs). A piece reads and writes columns of these, so that nothing is copied together.
 """
@@ -86,7 +88,9 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, this: Branch, context: Context, keep: Keep | None, *trained: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         seeds = this.inner.seeds(), this.outer.seeds()
-        u = this.inner.product(_normed(rows, this, seeds[0]))
+        wide = _normed(rows, this, seeds[0])
+        u, inner = this.inner.product(wide), this.inner.inner(wide)
+        del wide
         mixed = this.outer.room(len(rows), rows)
         held: list[Held | None] = []
         for piece, own, out in this.spans(u, mixed):
@@ -94,7 +98,7 @@ class _Branch(torch.autograd.Function):
         this.outer.complete_(mixed, seeds[1])
         y = this.outer.product(mixed, onto=rows)
         if keep is not None:
-            ctx.save_for_backward(rows)
+            ctx.save_for_backward(rows, inner, this.outer.inner(mixed))
             ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
             ctx.held = held if keep > Keep.INPUT else None
             ctx.u = u if keep is Keep.ALL else None
@@ -104,16 +108,16 @@ class _Branch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.seeds
-        (rows,) = ctx.saved_tensors
+        rows, inner, outer_inner = ctx.saved_tensors
         dy = grad.reshape(rows.shape)
         u, held = ctx.u, ctx.held
         ctx.u = ctx.held = None  # what is used up is freed at once, not when the whole graph is
         if u is None:
-            u = this.inner.product(_normed(rows, this, inner_seeds))
+            u = this.inner.product(_normed(rows, this, inner))
             for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True):
                 piece.prepare_(own, context)
-        du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds)
-        wide = _normed(rows, this, inner_seeds)
+        du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner)
+        wide = _normed(rows, this, inner)
         wanted = ctx.needs_input_grad
         centred = this.norm.bias is not None
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
@@ -132,16 +136,25 @@ class _Branch(torch.autograd.Function):
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
 
-def _normed(rows: Tensor, this: Branch, seeds: Sequence[int]) -> Tensor:
-    """(M, d + C): the completed input of the inner product."""
+def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> Tensor:
+    """(M, d + C): the completed input of the inner product, by seeds or with what they made before."""
     wide = this.inner.room(len(rows), rows)
     norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, wide[:, : rows.shape[1]])
-    this.inner.complete_(wide, seeds)
+    if isinstance(completion, Tensor):
+        wide[:, rows.shape[1] :] = completion
+    else:
+        this.inner.complete_(wide, completion)
     return wide
 
 
 def _outer_backward(
-    dy: Tensor, u: Tensor, held: list[Held | None] | None, this: Branch, context: Context, seeds: Sequence[int]
+    dy: Tensor,
+    u: Tensor,
+    held: list[Held | None] | None,
+    this: Branch,
+    context: Context,
+    seeds: Sequence[int],
+    inner: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(gradient to u, written over u; gradients of what is trained in the outer product)."""
     mixed = this.outer.room(len(u), u)
@@ -150,7 +163,7 @@ def _outer_backward(
     else:
         for (piece, own, out), one in zip(this.spans(u, mixed), held, strict=True):
             piece.again(own, out, one)
-    this.outer.complete_(mixed, seeds)
+    mixed[:, this.outer.inputs :] = inner
     dmixed, gradients = this.outer.backward(dy, mixed, seeds, to_input=True)
     del mixed
     assert dmixed is not None

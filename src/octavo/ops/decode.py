@@ -77,7 +77,7 @@ def slot_attention(
     keys[rows, lengths[rows]], values[rows, lengths[rows]] = k[rows], v[rows]
     seen = torch.arange(longest + 1, device=q.device) <= lengths[:, None].clamp_min(0)
     # Query heads that share a key head stand as its queries: nothing is repeated.
-    queries = q.unflatten(1, (keys.shape[2], -1))
+    queries = q.contiguous().unflatten(1, (keys.shape[2], -1))  # PyTorch's kernels for a card read aligned
     k, v = (store[:, : longest + 1].transpose(1, 2) for store in (keys, values))
     out = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
     return out if len(rows) == len(q) else out * live[:, None, None]

@@ -62,8 +62,8 @@ def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None)
     A row with a NaN or an infinity has no number as its scale, so that what is not finite stays so.
     """
     values = x.float() if fold is None else x.float() * (fold / INT8_LEVELS)
-    largest = float(INT8_LEVELS) if codes.dtype == torch.int8 else FP8_LARGEST
-    top = values.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * largest)
+    largest = x.new_full((), INT8_LEVELS if codes.dtype == torch.int8 else FP8_LARGEST, dtype=torch.float32)
+    top = torch.maximum(values.abs().amax(dim=1), torch.finfo(torch.float32).tiny * largest)
     values = values * (largest / top)[:, None]  # not in place: a float32 x is its own float()
     codes.copy_(values.round_() if codes.dtype == torch.int8 else values)
     scale.copy_(top / largest + 0 * top)
@@ -99,5 +99,5 @@ def product_into(
     if bias is not None:
         y[:, bias_start : bias_start + bias.numel()] += bias
     if beside is not None:
-        y += F.linear(beside.t, beside.b)
+        y += F.linear(beside.t.float(), beside.b.float())
     out.copy_(y if onto is None else y + onto)

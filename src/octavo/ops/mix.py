@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_
-from octavo.ops.pointwise import gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
+from octavo.ops.pointwise import copy_into, gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
@@ -113,10 +113,10 @@ class Attention:
         if not hold:
             q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
             attended = causal_attention(q, k, v, documents=context.documents)
-            out.copy_(attended.reshape(len(u), -1))
+            copy_into(attended.reshape(len(u), -1), out)
             return None
         held = self._attend(u, context)
-        out.copy_(held.out)
+        copy_into(held.out.detach(), out)
         return held
 
     def _attend(self, u: Tensor, context: Context) -> Held:
@@ -143,22 +143,25 @@ class Attention:
 
     def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
         assert held is not None
-        out.copy_(held.out.detach())
+        copy_into(held.out.detach(), out)
 
     def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
         assert held is not None
         held.u.append(u)
         gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
-        for own, gradient in zip(self._heads(u.unflatten(0, (context.batch, context.length))), gradients, strict=True):
-            own.copy_(gradient)
+        for own, gradient in zip(u.split(self._sizes, dim=1), gradients, strict=True):
+            copy_into(gradient.reshape(len(u), -1), own)
         cos, sin = context.rotary
         turned = (self.heads + self.groups) * self.head_size
         rotate_(u[:, :turned], cos, -sin, self.head_size, self.form)  # a rotation's transpose is the one back
 
     def _heads(self, u: Tensor) -> list[Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D): views of u (B, T, inputs)."""
-        sizes = [heads * self.head_size for heads in (self.heads, self.groups, self.groups)]
-        return [part.unflatten(-1, (-1, self.head_size)) for part in u.split(sizes, dim=-1)]
+        return [part.unflatten(-1, (-1, self.head_size)) for part in u.split(self._sizes, dim=-1)]
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [heads * self.head_size for heads in (self.heads, self.groups, self.groups)]
 
 
 @dataclass(frozen=True)

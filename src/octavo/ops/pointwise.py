@@ -56,6 +56,12 @@ def norm_parameters_backward(x: Tensor, eps: float, dy: Tensor, *, centred: bool
 
 
 @twin
+def copy_into(x: Tensor, out: Tensor) -> None:
+    """out (M, n) = x: columns of one matrix into columns of another, at the speed of memory."""
+    out.copy_(x)
+
+
+@twin
 def gelu_into(x: Tensor, out: Tensor) -> None:
     """out = gelu(x), (M, F), in the tanh form that GPT-2 and GPT-J use (arXiv 1606.08415)."""
     out.copy_(F.gelu(x, approximate="tanh"))

@@ -284,7 +284,8 @@ def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tenso
     pairs = _nf4_pairs(codes.device)[codes.int()]
     values = _times_blocks(pairs.view(-1)[: out.numel()], absmax, NF4_BLOCK).view(out.shape)
     tiny = torch.finfo(torch.float32).tiny
-    out.copy_((values * (INT8_LEVELS / row_absmax.clamp_min(tiny))[:, None]).round_())
+    levels = row_absmax.new_full((), INT8_LEVELS)  # a tensor: for a number PyTorch multiplies with the reciprocal
+    out.copy_((values * (levels / row_absmax.clamp_min(tiny))[:, None]).round_())
 
 
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Plain(), Int8(), Dynamic8(), Nf4())}

@@ -136,6 +136,10 @@ class Wide:
         if self.width > self.inputs + self.rank:
             wide[:, self.inputs + self.rank :].copy_(_one(self.width - self.inputs - self.rank, wide))
 
+    def inner(self, wide: Tensor) -> Tensor:
+        """(M, C): a copy of what `complete_` wrote, a hundredth of what it was computed from."""
+        return wide[:, self.inputs :].clone()
+
     def product(self, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
         """(M, N) of a completed input (M, K + C); added to `onto` (M, N) if given, which stays as it is."""
         if self.in_eight:
