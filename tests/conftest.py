@@ -79,7 +79,7 @@ CHATML = (
 def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     """transformers config -> (a random model of transformers, octavo's reading of the folder it saves).
 
-    Float32, unquantised. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
+    Float32, unquantised unless said. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
     make any difference show.
     """
     import torch
@@ -89,7 +89,7 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     from octavo.store.sources import FolderSource
     from octavo.store.weights import load
 
-    def make(config: Any) -> tuple[Any, Model]:
+    def make(config: Any, scheme: str = "none") -> tuple[Any, Model]:
         torch.manual_seed(0)
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in theirs.named_parameters():
@@ -98,7 +98,7 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
         folder = tmp_path_factory.mktemp("twins")
         theirs.save_pretrained(folder)
         source = FolderSource(folder)
-        return theirs, load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
+        return theirs, load(source, scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
 
     return make
 

@@ -15,7 +15,9 @@ from octavo.errors import UsageError
 GIB = 2**30
 
 
-def fake_cuda(monkeypatch: pytest.MonkeyPatch, *, name: str, bfloat16: bool, cards: int = 1) -> None:
+def fake_cuda(
+    monkeypatch: pytest.MonkeyPatch, *, name: str, bfloat16: bool, cards: int = 1, capability: tuple[int, int] = (9, 0)
+) -> None:
     """Make torch.cuda answer as on a machine with `cards` cards. As on a T4, emulation makes it say yes."""
 
     class Chosen:
@@ -30,6 +32,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, *, name: str, bfloat16: bool, car
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "device", Chosen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16
     )
@@ -201,3 +204,16 @@ def test_int8_is_twice_the_half_rate_on_server_cards_and_four_times_on_geforce()
     for key, row in hardware.CARDS.items():
         times = 4 if key.startswith("RTX ") and key != "RTX A6000" else 2
         assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(times, rel=0.02), key
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
+def test_fp8_is_there_from_compute_capability_8_9_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    fake_cuda(monkeypatch, name="Test", bfloat16=True, capability=capability)
+    assert hardware.pick().fp8 is expected
+
+
+def test_a_cpu_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cpu(monkeypatch, "amx_bf16")
+    assert not hardware.pick().fp8

@@ -19,6 +19,7 @@ from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, loss_of
 from octavo.ops.attention import causal_attention
 from octavo.ops.branch import Keep
+from octavo.ops.eight import product_into
 from octavo.ops.quantize import scheme_named
 from octavo.ops.twins import OBSERVERS, RESULTS, TWINS, twin
 from octavo.store import adapter
@@ -260,15 +261,24 @@ def test_attention_takes_what_cudnns_takes(key_heads: int, backward: int) -> Non
 
 
 def test_a_card_takes_the_sum_of_what_its_parts_take() -> None:
-    card = Peak(half_flops_per_second=1e12, int8_ops_per_second=0, bytes_per_second=1e9)
-    alone = [Forecast(0, *parts).seconds(card) for parts in ((1e12, 0, 0), (0, 1e12, 0), (0, 0, 1e9))]
+    card = Peak(half_flops_per_second=1e12, int8_ops_per_second=2e12, bytes_per_second=1e9)
+    each = ((1e12, 0, 0, 0), (0, 1e12, 0, 0), (0, 0, 1e9, 0), (0, 0, 0, 2e12))
+    alone = [Forecast(0, *parts).seconds(card) for parts in each]
     assert all(1 < seconds < 3 for seconds in alone)  # no card reaches its peaks
-    assert Forecast(5, 1e12, 1e12, 1e9).seconds(card) == pytest.approx(sum(alone))
-    faster = Peak(half_flops_per_second=2e12, int8_ops_per_second=0, bytes_per_second=2e9)
-    assert Forecast(5, 1e12, 1e12, 1e9).seconds(faster) == pytest.approx(sum(alone) / 2)
+    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(card) == pytest.approx(sum(alone))
+    faster = Peak(half_flops_per_second=2e12, int8_ops_per_second=4e12, bytes_per_second=2e9)
+    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(faster) == pytest.approx(sum(alone) / 2)
 
 
-@pytest.mark.parametrize("name", sorted(TWINS))
+def test_a_product_in_8_bits_takes_no_memory_and_is_work_at_their_rate() -> None:
+    codes, weight = torch.empty(3000, 512, dtype=torch.int8, device=META), torch.empty(70, 512, device=META)
+    scale, out = torch.empty(3000, device=META), torch.empty(3000, 70, device=META)
+    found = rehearse(lambda: product_into(codes, scale, weight, out))
+    assert (found.peak_bytes, found.product_flops, found.moved_bytes) == (0, 0, 0)
+    assert found.eight_flops == 2 * 3000 * 512 * 70
+
+
+@pytest.mark.parametrize("name", sorted(TWINS.keys() - {"eight.product_into"}))
 def test_a_twin_takes_the_memory_of_its_result_alone(name: str) -> None:
     """Whatever its definition makes along the way."""
     call = getattr(import_module(TWINS[name].__module__), TWINS[name].__name__)

@@ -8,26 +8,20 @@ from collections.abc import Mapping
 from octavo.config import MemoryOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.finetune.state import Run
-from octavo.plan import wants_eight
 from octavo.train.compute import LIMIT, Cost, compute_in_eight_, try_eight
 
 
 def settle(run: Run, *, resumed: bool) -> None:
-    """Sets what is computed in 8 bits: as in the checkpoint, or as a trial finds; then the plan follows."""
-    wanted = wants_eight(run.config[MemoryOptions], run.hardware)
-    if resumed:
-        exact = run.found.exact_products
-    elif wanted:
-        exact = _tried(run)
-    else:
-        exact = None
-    run.found.exact_products = exact
-    if exact is None:
-        compute_in_eight_(run.model, wanted=False)
-        return
-    compute_in_eight_(run.model, exact=exact)
-    if exact or not wanted:
-        run.micro_step.take(run.fit.with_exact(exact))
+    """Sets what is computed in 8 bits: as the checkpoint says, or as a trial finds; then the plan follows."""
+    found = run.found
+    if not run.in_eight:
+        found.exact_products = None
+    elif not resumed or found.exact_products is None:
+        found.exact_products = _tried(run)
+    compute_in_eight_(run.model, exact=found.exact_products or (), wanted=run.in_eight)
+    if found.exact_products:
+        run.micro_step.release()
+        run.micro_step.take(run.fit.with_exact(found.exact_products))
 
 
 def _tried(run: Run) -> list[str]:

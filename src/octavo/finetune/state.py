@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.config import Config, LoraOptions, RunOptions, TextOptions, TrainOptions
+from octavo.config import Config, LoraOptions, MemoryOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import Position
 from octavo.data.packing import Row
 from octavo.errors import AdapterError, CheckpointError
@@ -21,7 +21,7 @@ from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme
-from octavo.plan import Fit
+from octavo.plan import Fit, wants_eight
 from octavo.report import Report
 from octavo.store import checkpoint, peft
 from octavo.store.adapter import AdapterPlan
@@ -84,6 +84,11 @@ class Run:
         return self.trainer.schedule.total
 
     @property
+    def in_eight(self) -> bool:
+        """Whether products are computed in 8 bits, as far as they may be."""
+        return wants_eight(self.config[MemoryOptions], self.hardware)
+
+    @property
     def test_rows(self) -> list[Row]:
         return self.test.measurable(self.config[RunOptions].eval_rows) if self.test else []
 
@@ -95,6 +100,7 @@ class Run:
             "model": self.base_sha256,
             "scheme": self.scheme.name,
             "dtype": str(self.hardware.dtype),
+            "compute": "8bit" if self.in_eight else "exact",
             "data": _digest(self.train.rows),
             "test_data": _digest(self.test_rows),  # else the table and the best loss would compare two texts
             "seq_len": self.config[TextOptions].seq_len,

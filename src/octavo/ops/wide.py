@@ -33,7 +33,11 @@ ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads ne
 
 @dataclass
 class Trial:
-    """What 8 bits would cost a product: ||its result in 8 bits - the exact one|| / ||the exact one||, as scalars."""
+    """What 8 bits would cost a product: ||its result in 8 bits - the exact one|| over what the exact one says.
+
+    Of an output that is how far rows are from their mean: a far outlier that all tokens share would hide the loss of
+    everything else behind a large constant. Of a gradient it is its length.
+    """
 
     forward: Tensor | None = None
     backward: Tensor | None = None
@@ -239,9 +243,10 @@ class Wide:
         return dx, dinner
 
     def _told(self, way: str, found: Tensor, exact: Tensor) -> None:
-        """Writes ||found - exact|| / ||exact|| into the trial of each part: they are computed together."""
-        length = torch.linalg.vector_norm(exact, dtype=torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-        error = torch.linalg.vector_norm(found.float() - exact.float()) / length
+        """Writes the error into the trial of each part: they are computed together."""
+        exact, tiny = exact.float(), torch.finfo(torch.float32).tiny
+        said = exact - exact.mean(dim=0) if way == "forward" else exact
+        error = torch.linalg.vector_norm(found.float() - exact) / torch.linalg.vector_norm(said).clamp_min(tiny)
         for part in self.parts:
             setattr(part.trial, way, error)
 

@@ -182,8 +182,7 @@ class Fitted:
         self._own.release()
 
     def take(self, plan: Plan) -> None:
-        """Goes on by another plan."""
-        self.release()
+        """Goes on by another plan; what was held for the last one has been released."""
         self.plan = plan
         self._own = self._made()
 

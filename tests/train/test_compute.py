@@ -1,0 +1,198 @@
+"""Which products are in 8 bits: what a trial finds, what it leaves alone, and what training with it learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo.data.loader import Batch
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.objective import batch_loss
+from octavo.ops.branch import Keep
+from octavo.store import adapter
+from octavo.store.adapter import AdapterPlan
+from octavo.train.compute import LIMIT, TOKENS, Cost, compute_in_eight_, layers, try_eight
+
+VOCABULARY, LENGTH, WIDTH = 61, 24, 64
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=96, n_layer=3, n_head=4, rotary_dim=8),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+    _, ours = twins_of(CONFIGS[request.param])
+    adapter.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    for parameter in adapter.trained(ours).values():
+        nn.init.normal_(parameter, std=0.1)
+    return ours.train()
+
+
+def batch_of(rows: int = 3, length: int = LENGTH) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(VOCABULARY, (2, rows, length), generator=generator)
+    positions = torch.arange(length).expand(rows, length)
+    return Batch(ids, labels, positions, torch.zeros_like(ids), ("f:1",), labels.numel(), epoch=0, index=0)
+
+
+def learned(model: Model, keep: Keep = Keep.ALL) -> tuple[Tensor, Tensor]:
+    """(loss, all gradients)."""
+    model.zero_grad()
+    loss = batch_loss(model, batch_of(), keep=keep)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in adapter.trained(model).values() if p.grad is not None])
+
+
+def of(model: Model, kind: str) -> str:
+    """The name of the second block's inner or outer product."""
+    names = [name for name, _ in layers(model) if name.startswith("1.")]
+    return names[0] if kind == "inner" else names[-1]
+
+
+def test_the_products_of_all_blocks_can_be_in_eight_bits_and_the_head_is_not_one(model: Model) -> None:
+    names = [name for name, _ in layers(model)]
+    each = 3 if hasattr(model.blocks[0], "fc_out") else 4
+    assert len(names) == len(set(names)) == 3 * each
+    assert model.head not in [layer for _, layer in layers(model)]
+
+
+def test_layers_that_a_card_could_not_read_stay_exact(twins_of: Callable[[Any], tuple[Any, Model]]) -> None:
+    odd = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4
+    )
+    _, model = twins_of(odd)
+    assert [name for name, _ in layers(model)] == ["0.qkv", "0.out", "0.gate_up"]  # 88 inputs of down are no 16s
+
+
+def test_a_trial_tells_what_each_layer_costs_and_changes_no_gradient(model: Model) -> None:
+    _, wanted = learned(model)
+    model.zero_grad()
+    costs = try_eight(model, batch_of())
+    assert costs.keys() == {name for name, _ in layers(model)}
+    assert all(0 < cost.forward < 0.05 for cost in costs.values())
+    assert math.isnan(costs[of(model, "inner").replace("1.", "0.")].backward)  # nothing is trained in front of it
+    assert sum(math.isnan(cost.backward) for cost in costs.values()) == 1
+    assert all(0.005 < cost.backward < 0.08 for cost in costs.values() if not math.isnan(cost.backward))
+    assert all(layer.trial is None for _, layer in layers(model))
+    _, again = learned(model)
+    assert torch.equal(again, wanted)
+
+
+def test_a_trial_reads_little(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    hidden: Callable[..., Tensor] = type(model).hidden
+
+    def watched(self: Model, ids: Tensor, **named: Any) -> Tensor:
+        read.append(ids.shape)
+        return hidden(self, ids, **named)
+
+    monkeypatch.setattr(type(model), "hidden", watched)
+    try_eight(model, batch_of(2, TOKENS + 50))
+    assert read == [(1, TOKENS)]
+
+
+def test_a_trial_that_fails_leaves_no_layer_in_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.train.compute.loss_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        try_eight(model, batch_of())
+    assert all(layer.trial is None for _, layer in layers(model))
+
+
+@pytest.mark.parametrize("size", [0.0, 5.0])
+def test_a_channel_that_is_far_out_for_every_token_is_found_where_it_is_read(
+    twins_of: Callable[[Any], tuple[Any, Model]], size: float
+) -> None:
+    """As in trained models: one number of the residual stream is large whatever the token is."""
+    _, model = twins_of(CONFIGS["llama"])
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    model.train()
+    if size:
+        model.embed.matrix.parts["weight"][:, 3] = size
+    costs = try_eight(model, batch_of())
+    fair = {name for name, cost in costs.items() if cost.fair}
+    assert ("0.qkv" in fair) is (size == 0)
+    assert "0.down" in fair
+
+
+@pytest.mark.parametrize(("forward", "backward", "fair"), [
+    (LIMIT, LIMIT, True), (LIMIT * 1.01, 0.0, False), (0.0, LIMIT * 1.01, False), (0.0, math.nan, True),
+    (math.nan, 0.0, False), (math.inf, 0.0, False), (0.0, math.inf, False),
+])  # fmt: skip
+def test_a_layer_over_the_limit_either_way_is_unfair(forward: float, backward: float, fair: bool) -> None:
+    assert Cost(forward, backward).fair is fair
+
+
+@pytest.mark.parametrize("keep", list(Keep))
+def test_training_in_eight_bits_learns_nearly_the_same(model: Model, keep: Keep) -> None:
+    loss, exact = learned(model, keep)
+    compute_in_eight_(model)
+    rough_loss, rough = learned(model, keep)
+    assert rough_loss != loss
+    assert float(abs(rough_loss / loss - 1)) < 0.01
+    assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.98
+    assert float(rough.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_evaluation_is_exact_whatever_training_computes(model: Model) -> None:
+    model.eval()
+    with torch.no_grad():
+        wanted = batch_loss(model, batch_of())
+        compute_in_eight_(model)
+        assert torch.equal(batch_loss(model, batch_of()), wanted)
+        model.train()
+        assert not torch.equal(batch_loss(model, batch_of()), wanted)
+
+
+def test_layers_named_exact_are_so_and_all_can_be_put_back(model: Model) -> None:
+    loss, exact = learned(model)
+    names = [name for name, _ in layers(model)]
+    compute_in_eight_(model, exact=names[:2])
+    assert [name for name, layer in layers(model) if not layer.in_eight] == names[:2]
+    compute_in_eight_(model, exact=names)
+    assert learned(model)[0] == loss
+    compute_in_eight_(model)
+    compute_in_eight_(model, wanted=False)
+    assert torch.equal(learned(model)[1], exact)
+
+
+def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
+    twins_of: Callable[[Any], tuple[Any, Model]],
+) -> None:
+    _, model = twins_of(CONFIGS["gptj"])
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    model.train()
+    loss = batch_loss(model, batch_of())
+    outer = [name for name, _ in layers(model) if not name.endswith("in_proj")]
+    inner = [name for name, _ in layers(model) if name.endswith("in_proj")]
+    for one in ("out_proj", "fc_out"):
+        mixed = copy.deepcopy(model)
+        compute_in_eight_(mixed, exact=inner + [name for name in outer if name.endswith(one)])
+        assert torch.equal(batch_loss(mixed, batch_of()), loss)
+    compute_in_eight_(model, exact=inner)
+    assert not torch.equal(batch_loss(model, batch_of()), loss)
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+def test_every_scheme_can_be_multiplied_in_eight_bits(scheme: str, twins_of: Callable[..., tuple[Any, Model]]) -> None:
+    _, model = twins_of(CONFIGS["llama"], scheme=scheme)
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    for parameter in adapter.trained(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    model.train()
+    _, exact = learned(model)
+    compute_in_eight_(model)
+    _, rough = learned(model)
+    assert not torch.equal(rough, exact)
+    assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.98
