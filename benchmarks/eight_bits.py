@@ -109,7 +109,7 @@ def compare(asked: argparse.Namespace) -> None:
         losses[compute] = [event["loss"] for event in events if event["event"] == "heldout"]
         costs = next((event["costs"] for event in events if event["event"] == "compute"), {})
         if costs:
-            forward, backward = ([pair[i] for pair in costs.values() if not math.isnan(pair[i])] for i in (0, 1))
+            forward, backward = ([pair[i] for pair in costs.values() if pair[i] is not None] for i in (0, 1))
             sys.stdout.write(f"errors: forward at most {max(forward):.2%}, backward at most {max(backward):.2%}\n")
     for exact, eight in zip(losses["exact"], losses["8bit"], strict=True):
         sys.stdout.write(f"held-out loss: exact {exact:.5f}, 8 bits {eight:.5f}, {eight / exact - 1:+.3%}\n")

@@ -41,11 +41,11 @@ def settings(model: str, batch: int, seq_len: int, cap_gib: float | None, *ways:
 # The order is that of importance: --budget-s cuts the end off.
 QUICK = settings("gptj", 1, 2048, None, "article", "peft-nf4", "peft-bf16-sdpa", "octavo-int8", "octavo-nf4")
 MEMORY = [
-    *settings("gptj", 1, 2048, 11.0, "octavo-int8", "article", "peft-int8", "peft-int8-sdpa"),
-    *settings("gptj", 1, 2048, 8.0, "octavo-int8", "article", "peft-nf4", "peft-nf4-sdpa"),
-    *settings("gptj", 1, 2048, 6.0, "octavo-nf4", "peft-nf4-sdpa"),
-    *settings("llama", 4, 2048, 17.9, "octavo-int8", "peft-bf16"),
-    *settings("llama", 4, 2048, 6.7, "octavo-nf4", "peft-nf4-sdpa"),
+    *settings("gptj", 1, 2048, 11.0, "octavo-int8-8bit", "octavo-int8", "article", "peft-int8", "peft-int8-sdpa"),
+    *settings("gptj", 1, 2048, 8.0, "octavo-int8-8bit", "octavo-int8", "article", "peft-nf4", "peft-nf4-sdpa"),
+    *settings("gptj", 1, 2048, 6.0, "octavo-nf4-8bit", "octavo-nf4", "peft-nf4-sdpa"),
+    *settings("llama", 4, 2048, 17.9, "octavo-int8-8bit", "octavo-int8", "peft-bf16"),
+    *settings("llama", 4, 2048, 6.7, "octavo-nf4-8bit", "octavo-nf4", "peft-nf4-sdpa"),
 ]
 FULL = [
     *settings("gptj", 1, 2048, None, "article", "peft-int8", "peft-nf4", "peft-bf16", "peft-nf4-sdpa"),
@@ -53,8 +53,8 @@ FULL = [
     *MEMORY,
     *settings("gptj", 4, 2048, None, "peft-nf4-sdpa", "peft-bf16-sdpa", "octavo-int8", "octavo-nf4"),
     *settings("llama", 4, 2048, None, "peft-bf16", "peft-nf4", "octavo-int8", "octavo-nf4"),
-    *settings("gptj", 8, 2048, None, "peft-bf16-sdpa", "octavo-int8"),
-    *settings("gptj", 1, 128, None, "article", "octavo-int8"),
+    *settings("gptj", 8, 2048, None, "peft-bf16-sdpa", "octavo-int8", "octavo-int8-8bit"),
+    *settings("gptj", 1, 128, None, "article", "octavo-int8", "octavo-int8-8bit"),
 ]
 SUITES = {"quick": QUICK, "memory": MEMORY, "full": FULL}
 
@@ -84,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--suite", choices=SUITES, help="a named list of rows; --rows then keeps only those ways of it")
-    add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4, ..")
+    add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4-8bit, ..")
     add("--model", choices=["gptj", "llama"], help="without --suite: gptj; with it: keep only this one's rows")
     add("--batch", type=int, default=1)
     add("--seq-len", type=int, default=2048)

@@ -34,8 +34,13 @@ def _tried(run: Run) -> list[str]:
     asked = run.config[MemoryOptions].compute == "8bit"
     exact = [] if asked else [name for name, cost in costs.items() if not cost.fair]
     _show(run, costs, exact)
-    run.report.event("compute", exact=exact, costs={name: [c.forward, c.backward] for name, c in costs.items()})
+    run.report.event("compute", exact=exact, costs={name: _pair(cost) for name, cost in costs.items()})
     return exact
+
+
+def _pair(cost: Cost) -> tuple[float, float | None]:
+    """As metrics.jsonl has it: no number for a gradient that is not taken."""
+    return cost.forward, None if math.isnan(cost.backward) else cost.backward
 
 
 def _show(run: Run, costs: Mapping[str, Cost], exact: list[str]) -> None:
