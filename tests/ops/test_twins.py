@@ -288,6 +288,8 @@ def test_a_twin_is_its_definition(name: str, dtype: torch.dtype) -> None:
         with np.errstate(invalid="ignore"):  # the interpreter's numpy minds -inf + inf, which `where` leaves out
             fast = kernel(*again, **named)
         tolerance = TOLERANCES[dtype]
+        if CARD and name == "eight.product_into":  # whose sums of fp8 hold 14 digits (binary) on the tensor cores
+            tolerance = max(tolerance, 2.0**-8)
         if wanted.itemsize == 1:  # codes: the very same
             found, wanted, whole, tolerance = (*(x.view(torch.int8) for x in (found, wanted, whole)), 0)
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

@@ -33,7 +33,9 @@ class Tile(NamedTuple):
 
 
 SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
+LITTLE = Tile(128, 128, 64, 8, 3)  # of 2-byte results on cards with less shared memory; compiled, not measured
 LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
+ROOMY = (9, 10)  # generations with 227 KiB of shared memory for a program: H100, B200
 THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
 GROUP = 8  # tiles of a column that follow each other, so that they find the same weights in cache
 SIDE = 128  # of the square that one program transposes
@@ -52,7 +54,7 @@ def product_into(
     onto: Tensor | None = None,
 ) -> None:
     (m, k), n = codes.shape, len(weight)
-    tile = SHORT if out.itemsize == 2 else LONG
+    tile = _tile(out.device, out.itemsize)
     inputs, weights = _described(codes, tile.rows, tile.inputs), _described(weight, tile.columns, tile.inputs)
     thin, count, width = (inputs, weights), 0, 0
     if beside is not None:
@@ -82,6 +84,15 @@ def _readable(x: Tensor) -> Tensor:
         return x
     copied = x.new_empty(len(x), -(-x.shape[1] // each) * each)[:, : x.shape[1]]
     return copied.copy_(x)
+
+
+@cache
+def _tile(device: torch.device, itemsize: int) -> Tile:
+    if itemsize > 2:
+        return LONG
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY:
+        return LITTLE
+    return SHORT
 
 
 @cache

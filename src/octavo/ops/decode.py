@@ -9,11 +9,13 @@ between: R for each name of the matrix; slots of S positions, H query heads, G k
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.twins import twin
@@ -77,9 +79,11 @@ def slot_attention(
     keys[rows, lengths[rows]], values[rows, lengths[rows]] = k[rows], v[rows]
     seen = torch.arange(longest + 1, device=q.device) <= lengths[:, None].clamp_min(0)
     # Query heads that share a key head stand as its queries: nothing is repeated.
-    queries = q.contiguous().unflatten(1, (keys.shape[2], -1))  # PyTorch's kernels for a card read aligned
+    queries = q.unflatten(1, (keys.shape[2], -1))
     k, v = (store[:, : longest + 1].transpose(1, 2) for store in (keys, values))
-    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
+    # On an H100 PyTorch's own kernel for a mask ended in misaligned addresses: there the plain one is taken.
+    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen[:, None, None]).flatten(1, 2)
     return out if len(rows) == len(q) else out * live[:, None, None]
 
 
