@@ -8,6 +8,7 @@ import re
 import shlex
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -367,6 +368,8 @@ def test_a_run_on_a_cpu_chooses_its_road_in_silence(tmp_path: Path) -> None:
         ({"kernels": False}, "", "Kernels: off, as asked."),
         ({"record": False, "attention": "flash"}, "", "Attention: flash. Steps: launched kernel by kernel, as asked."),
         ({"gpu_memory": "3GiB"}, "", "Kernels: Triton."),
+        ({}, "", "Products: exact (this card has no fp8)."),
+        ({"compute": "exact"}, "", "Products: exact, as asked."),
     ],
 )
 def test_a_run_on_a_card_says_what_it_runs_on_and_takes_no_more_than_asked(
@@ -380,3 +383,22 @@ def test_a_run_on_a_card_says_what_it_runs_on_and_takes_no_more_than_asked(
         plan.choose_road(MemoryOptions.model_validate(options), RTX_3060, report)
     assert said in (tmp_path / "said").read_text()
     assert shares == ([0.25] if "gpu_memory" in options else [])
+
+
+@pytest.mark.usefixtures("roads")
+@pytest.mark.parametrize(
+    ("options", "missing", "said"),
+    [
+        ({}, "", "in 8 bits where a trial finds little error."),
+        ({"compute": "8bit"}, "", "in 8 bits, as asked."),
+        ({}, "Triton is not installed", "exact (8 bits need the kernels)."),
+        ({"kernels": False}, "", "exact (8 bits need the kernels)."),
+    ],
+)
+def test_a_card_with_fp8_says_whether_it_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
+) -> None:
+    monkeypatch.setattr(plan, "kernels_missing", lambda: missing)
+    with Report(console=False, metrics=tmp_path / "said") as report:
+        plan.choose_road(MemoryOptions.model_validate(options), replace(RTX_3060, fp8=True), report)
+    assert f"Products: {said}" in (tmp_path / "said").read_text()

@@ -142,9 +142,7 @@ class MemoryOptions(Section):
         "auto", description="What layers keep for backward; the less, the more is computed again."
     )
     compute: Literal["auto", "exact", "8bit"] = Field(
-        "auto",
-        description="Products of frozen weights in training: exact in the compute type, or in 8 bits; auto: 8 bits "
-        "on a card with fp8, where a trial on the first batch finds little error.",
+        "auto", description="Products in training; auto: in 8 bits on a card with fp8, where a trial finds that fair."
     )
     kernels: bool = Field(True, description="Use the Triton kernels on a card that runs them.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(

@@ -133,11 +133,22 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
     missing = kernels_missing()
     kernels = "off, as asked" if not options.kernels else f"off ({missing})" if missing else "Triton"
     steps = "recorded as CUDA graphs" if options.record else "launched kernel by kernel, as asked"
-    report.say(f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}.")
+    report.say(
+        f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Products: {_products(options, hardware)}."
+    )
     asked = size_in_bytes(options.gpu_memory)
     if asked is not None:
         total = torch.cuda.get_device_properties(hardware.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), hardware.device)
+
+
+def _products(options: MemoryOptions, hardware: Hardware) -> str:
+    """How products of frozen weights are computed, and why."""
+    if wants_eight(options, hardware):
+        return "in 8 bits, as asked" if options.compute == "8bit" else "in 8 bits where a trial finds little error"
+    if options.compute == "exact":
+        return "exact, as asked"
+    return "exact (this card has no fp8)" if not hardware.fp8 else "exact (8 bits need the kernels)"
 
 
 def _too_small(

@@ -24,6 +24,7 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
+from octavo.train.compute import compute_in_eight_, layers
 from octavo.train.micro import Launched, MicroStep, Recorded
 
 pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
@@ -216,6 +217,26 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
     step = load_step(torch.bfloat16, CARD, scheme)
     launched, batch = Launched(step.model, Keep.ATTENTION), batch_of(0, packed=packed)
     fast = step.taken(launched, batch)
+    use_kernels(False)
+    assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+@both_kinds
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_a_step_in_8_bits_is_that_of_the_definitions_and_of_its_record(
+    load_step: Load, packed: bool, scheme: str
+) -> None:
+    step = load_step(torch.bfloat16, CARD, scheme)
+    compute_in_eight_(step.model)
+    assert sum(layer.in_eight for _, layer in layers(step.model)) > 4
+    launched, recorded = Launched(step.model, Keep.ATTENTION), Recorded(step.model, Keep.ATTENTION, rows=ROWS)
+    batch = batch_of(0, packed=packed)
+    fast = step.taken(launched, batch)
+    for _ in range(2):
+        assert_same(step.taken(recorded, batch), fast, 1e-3)
+    with no_waiting():
+        launched(batch, 0.1)
+        recorded(batch, 0.1)
     use_kernels(False)
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 

@@ -194,11 +194,12 @@ def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
             torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-3)
 
 
-def test_a_trial_measures_both_ways_and_changes_nothing() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
     trial = Trial()
-    tried, _ = wide_of([32, 64], in_eight=False, trial=trial)
-    exact, _ = wide_of([32, 64], in_eight=False)
-    fast, _ = wide_of([32, 64], in_eight=True)
+    tried, _ = wide_of([32, 64], in_eight=False, trial=trial, dropout=dropout)
+    exact, _ = wide_of([32, 64], in_eight=False, dropout=dropout)
+    fast, _ = wide_of([32, 64], in_eight=True, dropout=dropout)
     x, dy = rows(M, 96), rows(M, N)
     rooms = [completed(wide, x, [0, 0]) for wide in (tried, exact, fast)]
     base = torch.randn(M, N)
@@ -216,6 +217,17 @@ def test_a_trial_measures_both_ways_and_changes_nothing() -> None:
     assert trial.backward is not None
     assert torch.equal(found, wanted)
     torch.testing.assert_close(trial.backward, (rough - wanted).norm() / wanted.norm())
+
+
+def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> None:
+    trial = Trial()
+    tried, _ = wide_of([32, 64], in_eight=False, trial=trial)
+    parts = (tried.parts[0], tried.parts[1]._replace(codes=None, trial=None))
+    mixed, x = Wide(parts), rows(M, 96)
+    room = completed(mixed, x, [0, 0])
+    mixed.product(room)
+    mixed.backward(rows(M, N), room, [0, 0], to_input=True)
+    assert (mixed.trial, trial.forward, trial.backward) == (None, None, None)
 
 
 def test_the_scale_of_a_row_is_that_of_the_twin() -> None:

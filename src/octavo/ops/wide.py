@@ -111,7 +111,7 @@ class Wide:
 
     @property
     def trial(self) -> Trial | None:
-        return self.parts[0].trial
+        return self.parts[0].trial if all(part.codes is not None for part in self.parts) else None
 
     def beside(self, like: Tensor) -> Tensor:
         """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
@@ -167,8 +167,8 @@ class Wide:
             onto, beside = out, None
         return out
 
-    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor) -> Tensor:
-        """The gradient to the input (M, K), low-rank terms without dropout included."""
+    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The gradient to the input (M, K)."""
         dx = dy.new_empty(len(dy), self.inputs)
         for part, start, column, _ in self._spans((0,) * len(self.parts)):
             assert part.codes is not None
@@ -182,6 +182,8 @@ class Wide:
                 beside = eight.Beside(own, _scaled(part, dy).T.contiguous())
             own_dx = dx[:, start : start + part.columns]
             eight.product_into(*eight.coded(dy, eight.FP8, fold=absmax), turned, own_dx, beside=beside)
+        # A mask on what pairs read cannot join in the kernel.
+        self._add_low_rank_(dx, dinner, wide, seeds, [part for part in self.parts if part.dropout])
         return dx
 
     def backward(
@@ -225,12 +227,21 @@ class Wide:
             return None, dy @ self.beside(dy) if self.rank else dy
         if self.in_eight:
             dinner = dy @ self.beside(dy)
-            dx = self._to_input_in_eight(dy, dinner)
+            dx = self._to_input_in_eight(dy, dinner, wide, seeds)
         else:
             dwide = dy @ (self.matrix(wide) if matrix is None else matrix)  # (M, K + C)
             dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
+            self._add_low_rank_(dx, dinner, wide, seeds, self.parts)
+        if self.trial is not None:
+            self._told("backward", self._to_input_in_eight(dy, dinner, wide, seeds), dx)
+        return dx, dinner
+
+    def _add_low_rank_(
+        self, dx: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int], parts: Sequence[Frozen]
+    ) -> None:
+        """What the pairs of `parts` add to the gradient to the input."""
         for part, start, column, seed in self._spans(seeds):
-            if not part.rank or (self.in_eight and not part.dropout):
+            if not part.rank or all(part is not one for one in parts):
                 continue
             own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
             own_dx = dx[:, start : start + part.columns]
@@ -238,9 +249,6 @@ class Wide:
                 own_dx += _mask(part, wide, seed).mul_(own @ _scaled(part, wide))
             else:
                 own_dx.addmm_(own, _scaled(part, wide))
-        if self.trial is not None:
-            self._told("backward", self._to_input_in_eight(dy, dinner), dx)
-        return dx, dinner
 
     def _told(self, way: str, found: Tensor, exact: Tensor) -> None:
         """Writes the error into the trial of each part: they are computed together."""

@@ -10,8 +10,7 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.data.loader import Batch
 from octavo.layers.frozen import FrozenLinear
@@ -69,6 +68,8 @@ def try_eight(model: Model, batch: Batch) -> dict[str, Cost]:
     finally:
         for _, layer in layers(model):
             layer.trial = None
-    nothing = torch.tensor(math.nan)
-    found = [[nothing if one is None else one for one in (t.forward, t.backward)] for t in trials.values()]
-    return {name: Cost(*(float(one) for one in pair)) for name, pair in zip(trials, found, strict=True)}
+    return {name: Cost(float(t.forward), _number(t.backward)) for name, t in trials.items() if t.forward is not None}
+
+
+def _number(error: Tensor | None) -> float:
+    return math.nan if error is None else float(error)
