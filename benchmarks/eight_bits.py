@@ -1,7 +1,7 @@
 """What training with products in 8 bits costs: the same run in exact mode and in 8 bits, both judged exactly.
 
     python benchmarks/eight_bits.py make DIR           # a small GPT-J, trained from nothing on half of the plays
-    python benchmarks/eight_bits.py compare DIR --out RUNS [--steps 300] [--dtype ..]
+    python benchmarks/eight_bits.py compare DIR --out RUNS [--steps 300] [--batch 4]
     python benchmarks/eight_bits.py compare smollm2 --out RUNS
 
 `compare` tunes on the other half of the plays and prints the held-out losses of both ways, in nats a token, with their

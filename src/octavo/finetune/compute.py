@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from octavo.config import MemoryOptions, TrainOptions
@@ -34,13 +33,8 @@ def _tried(run: Run) -> list[str]:
     asked = run.config[MemoryOptions].compute == "8bit"
     exact = [] if asked else [name for name, cost in costs.items() if not cost.fair]
     _show(run, costs, exact)
-    run.report.event("compute", exact=exact, costs={name: _pair(cost) for name, cost in costs.items()})
+    run.report.event("compute", exact=exact, costs={name: (c.forward, c.backward) for name, c in costs.items()})
     return exact
-
-
-def _pair(cost: Cost) -> tuple[float, float | None]:
-    """As metrics.jsonl has it: no number for a gradient that is not taken."""
-    return cost.forward, None if math.isnan(cost.backward) else cost.backward
 
 
 def _show(run: Run, costs: Mapping[str, Cost], exact: list[str]) -> None:
@@ -50,11 +44,10 @@ def _show(run: Run, costs: Mapping[str, Cost], exact: list[str]) -> None:
         kinds.setdefault(name.partition(".")[2], []).append(name)
     rows = []
     for kind, names in kinds.items():
-        forward, backward = ([getattr(costs[name], way) for name in names] for way in ("forward", "backward"))
-        known = [error for error in backward if not math.isnan(error)]
-        rows.append(
-            [kind, len(names) - len(set(names) & set(exact)), len(names), _percent(forward), _percent(known)],
-        )
+        own = [costs[name] for name in names]
+        forward, backward = [c.forward for c in own], [c.backward for c in own if c.backward is not None]
+        in_eight = sum(name not in exact for name in names)
+        rows.append([kind, in_eight, len(names), _percent(forward), _percent(backward)])
     run.report.table(
         f"Products in 8 bits: int8 forward, fp8 backward; exact where the error is over {LIMIT:.0%}",
         ["layer", "in 8 bits", "of", "error of its output", "of the gradient to its input"],

@@ -93,13 +93,11 @@ class Wide:
         wide = like.new_empty(self.parts[0].rows, self.width)
         if self.width > self.inputs:
             wide[:, self.inputs :].zero_()
-        start, column = 0, self.inputs
+        self._write_pairs_(wide[:, self.inputs :])
+        start = 0
         for part in self.parts:
             part.fill(wide[:, start : start + part.columns])
             start += part.columns
-            for pair in part.pairs:
-                wide[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
-                column += pair.a.shape[0]
             if part.bias is not None:
                 wide[part.bias_start : part.bias_start + part.bias.numel(), self.inputs + self.rank] += part.bias
         return wide
@@ -116,12 +114,16 @@ class Wide:
     def beside(self, like: Tensor) -> Tensor:
         """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
         b = like.new_zeros(self.parts[0].rows, self.width - self.inputs)
+        self._write_pairs_(b)
+        return b
+
+    def _write_pairs_(self, added: Tensor) -> None:
+        """Every B into its rows and columns of the last C columns (N, C)."""
         column = 0
         for part in self.parts:
             for pair in part.pairs:
-                b[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
+                added[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
                 column += pair.a.shape[0]
-        return b
 
     def room(self, rows: int, like: Tensor) -> Tensor:
         """(M, K + C) for the input: the caller writes the first K columns, then calls `complete_`."""
@@ -148,12 +150,10 @@ class Wide:
         """(M, N) of a completed input (M, K + C); added to `onto` (M, N) if given, which stays as it is."""
         if self.in_eight:
             return self._product_in_eight(wide, onto)
+        matrix = self.matrix(wide)
         if self.trial is not None:
-            exact = F.linear(wide, self.matrix(wide))
-            self._told("forward", self._product_in_eight(wide, None), exact)
-        if onto is None:
-            return F.linear(wide, self.matrix(wide))
-        return torch.addmm(onto, wide, self.matrix(wide).T)
+            self._told("forward", self._product_in_eight(wide, None), F.linear(wide, matrix))
+        return F.linear(wide, matrix) if onto is None else torch.addmm(onto, wide, matrix.T)
 
     def _product_in_eight(self, wide: Tensor, onto: Tensor | None) -> Tensor:
         out = wide.new_empty(len(wide), self.parts[0].rows)
@@ -170,20 +170,19 @@ class Wide:
     def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int]) -> Tensor:
         """The gradient to the input (M, K)."""
         dx = dy.new_empty(len(dy), self.inputs)
-        for part, start, column, _ in self._spans((0,) * len(self.parts)):
+        for part, start, column, seed in self._spans(seeds):
             assert part.codes is not None
             weight, absmax = part.codes(dy)
             turned = dy.new_empty(part.columns, part.rows, dtype=eight.FP8)
             eight.transpose_into(weight, turned)
             del weight
-            beside = None
-            if part.rank and not part.dropout:
-                own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
-                beside = eight.Beside(own, _scaled(part, dy).T.contiguous())
+            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+            joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
+            beside = eight.Beside(own, _scaled(part, dy).T.contiguous()) if joins else None
             own_dx = dx[:, start : start + part.columns]
             eight.product_into(*eight.coded(dy, eight.FP8, fold=absmax), turned, own_dx, beside=beside)
-        # A mask on what pairs read cannot join in the kernel.
-        self._add_low_rank_(dx, dinner, wide, seeds, [part for part in self.parts if part.dropout])
+            if part.rank and part.dropout:
+                _add_low_rank_(own_dx, own, part, wide, seed)
         return dx
 
     def backward(
@@ -231,24 +230,13 @@ class Wide:
         else:
             dwide = dy @ (self.matrix(wide) if matrix is None else matrix)  # (M, K + C)
             dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
-            self._add_low_rank_(dx, dinner, wide, seeds, self.parts)
+            for part, start, column, seed in self._spans(seeds):
+                if part.rank:
+                    own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+                    _add_low_rank_(dx[:, start : start + part.columns], own, part, wide, seed)
         if self.trial is not None:
             self._told("backward", self._to_input_in_eight(dy, dinner, wide, seeds), dx)
         return dx, dinner
-
-    def _add_low_rank_(
-        self, dx: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int], parts: Sequence[Frozen]
-    ) -> None:
-        """What the pairs of `parts` add to the gradient to the input."""
-        for part, start, column, seed in self._spans(seeds):
-            if not part.rank or all(part is not one for one in parts):
-                continue
-            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
-            own_dx = dx[:, start : start + part.columns]
-            if part.dropout:
-                own_dx += _mask(part, wide, seed).mul_(own @ _scaled(part, wide))
-            else:
-                own_dx.addmm_(own, _scaled(part, wide))
 
     def _told(self, way: str, found: Tensor, exact: Tensor) -> None:
         """Writes the error into the trial of each part: they are computed together."""
@@ -274,6 +262,14 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def _add_low_rank_(dx: Tensor, dinner: Tensor, part: Frozen, wide: Tensor, seed: int) -> None:
+    """What the pairs of a part add to the gradient to its input (M, K_i); dinner is (M, sum of r)."""
+    if part.dropout:
+        dx += _mask(part, wide, seed).mul_(dinner @ _scaled(part, wide))
+    else:
+        dx.addmm_(dinner, _scaled(part, wide))
 
 
 def _scaled(part: Frozen, like: Tensor) -> Tensor:
