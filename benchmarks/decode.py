@@ -106,8 +106,8 @@ def octavo_rows(
         engine = Engine(model, tokenizer, base="base", limits=limits)
         for name, own in adapters.items():
             engine.load_adapter(name, own)
-        with torch.no_grad():
-            engine._decoder.prepare()
+        for piece in engine.preparations():
+            piece()
         sampling = Sampling(temperature=0.0, max_new_tokens=asked.tokens)
         figures: Row = {}
         for _ in range(2):  # the first time warms up what prompts need

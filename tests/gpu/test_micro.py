@@ -223,12 +223,32 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
 
 @both_kinds
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
-def test_a_step_in_8_bits_is_that_of_the_definitions_and_of_its_record(
-    load_step: Load, packed: bool, scheme: str
-) -> None:
-    step = load_step(torch.bfloat16, CARD, scheme)
+def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
+    """A code that another rounding of its number tips over is a whole step off. In float32 few numbers stand so near a
+    tie: noise of 2^-22 on the products moves gradients by under 1 %. In bfloat16 many do: two ways to compute the same
+    then differ about as much as either differs from exact mode."""
+    batch, found = batch_of(0, packed=packed), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        step = load_step(dtype, CARD, scheme)
+        launched = Launched(step.model, Keep.ATTENTION)
+        exact = step.taken(launched, batch)
+        compute_in_eight_(step.model)
+        assert sum(layer.in_eight for _, layer in layers(step.model)) > 4
+        use_kernels(None)
+        fast = step.taken(launched, batch)
+        use_kernels(False)
+        found[dtype] = fast, step.taken(launched, batch), exact
+    assert_same(*found[torch.float32][:2], 0.02)
+    fast, defined, exact = found[torch.bfloat16]
+    cost = ((defined[1] - exact[1]).norm() / exact[1].norm()).item()
+    assert cost < 0.2
+    assert_same(fast, defined, 1.5 * cost)
+
+
+@both_kinds
+def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed: bool) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
     compute_in_eight_(step.model)
-    assert sum(layer.in_eight for _, layer in layers(step.model)) > 4
     launched, recorded = Launched(step.model, Keep.ATTENTION), Recorded(step.model, Keep.ATTENTION, rows=ROWS)
     batch = batch_of(0, packed=packed)
     fast = step.taken(launched, batch)
@@ -237,8 +257,6 @@ def test_a_step_in_8_bits_is_that_of_the_definitions_and_of_its_record(
     with no_waiting():
         launched(batch, 0.1)
         recorded(batch, 0.1)
-    use_kernels(False)
-    assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 
 
 @both_kinds

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -131,11 +131,13 @@ class Engine:
             limits = self.limits.slots, self.limits.queue, self.limits.slots * self.limits.room
             return Stats(*limits, running, len(self._waiting), used, **self._counts)
 
+    def preparations(self) -> list[Callable[[], object]]:
+        """Work that would make the first requests wait, piece by piece; none on a CPU. Before `start`."""
+        return [torch.no_grad()(piece) for piece in self._decoder.preparations()]
+
     def start(self) -> None:
         """Lets the engine's own thread take steps."""
         assert self._thread is None
-        with torch.no_grad():
-            self._decoder.prepare()
         self._thread = threading.Thread(target=self._loop, name="octavo-engine", daemon=True)
         self._thread.start()
 

@@ -6,8 +6,9 @@ differs from step to step is sent in one copy, and what the host wants to know c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,18 +69,25 @@ class Decoder:
         """Whether steps are CUDA graphs: on a card where the kernels run. The definitions ask the card for numbers."""
         return kernels_run_on(self.cache.keys)
 
-    def prepare(self) -> None:
-        """Records every graph that a step can need and has kernels for prompts compiled: no request waits for that."""
+    def preparations(self) -> list[Callable[[], object]]:
+        """What would make a request wait, piece by piece: every graph that a step can need, kernels for prompts.
+
+        The first piece has nearly all kernels compiled, unless that was done once on this machine.
+        """
         if not self.records:
-            return
-        for rows in _sizes(len(self.cache.lengths)):
-            self._recorded(rows)
+            return []
+        counts = (FEW // 4 + 1, FEW // 2 + 1, FEW + 1)  # tiles of 32 and 64 rows, and products with the matrix
+        return [
+            *(partial(self._recorded, rows) for rows in _sizes(len(self.cache.lengths))),
+            *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.room),
+        ]
+
+    def _rehearse_prompt(self, count: int) -> None:
+        """Reads a prompt of so many tokens into the first slot and forgets it."""
         self.routing.numbers = None
-        for count in (FEW // 4 + 1, FEW // 2 + 1, FEW + 1):  # tiles of 32 and 64 rows, and products with the matrix
-            if count <= self.cache.room:
-                ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
-                self.model.hidden(ids, cache=self.cache.slot(0))
-                self.cache.lengths[0] = 0
+        ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
+        self.model.hidden(ids, cache=self.cache.slot(0))
+        self.cache.lengths[0] = 0
 
     def launch(self, tokens: Sequence[int], numbers: Sequence[int]) -> None:
         """Reads one token into each of the first slots, through the adapters of these numbers. No wait on a card."""

@@ -2,9 +2,9 @@
 
 Definitions: ops/decode.py.
 
-A product's program takes a strip of outputs and a span of inputs; where outputs alone would leave multiprocessors
-idle, several programs share the inputs of a strip, and a second kernel adds up what they found, always in the same
-order. A slot's attention is parted into spans of positions in the same way.
+A product's program takes a strip of outputs, a span of inputs and, in float32, a block of rows; where outputs alone
+would leave multiprocessors idle, several programs share the inputs of a strip, and a second kernel adds up what they
+found, always in the same order. A slot's attention is parted into spans of positions in the same way.
 
 Legend as there. `*_stride` is a row's pitch in numbers.
 """
@@ -37,9 +37,9 @@ def int8_rows(
 ) -> Tensor:
     (m, k), n = x.shape, len(codes)
     out = x.new_empty(m, n)
-    tile = tile_for(m, adapters=thin is not None)
-    strips = triton.cdiv(n, tile.strip)
-    parts = max(1, min(PROGRAMS // strips, k // (4 * tile.width)))
+    tile = tile_for(m, x.dtype, adapters=thin is not None)
+    strips, blocks = triton.cdiv(n, tile.strip), triton.cdiv(m, tile.rows)
+    parts = max(1, min(PROGRAMS // (strips * blocks), k // (4 * tile.width)))
     span = triton.cdiv(triton.cdiv(k, parts), tile.width) * tile.width
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
     after = (
@@ -52,7 +52,7 @@ def int8_rows(
     assert thin is None or thin.b.numel() < 2**31  # places in it are 32-bit numbers: with 64 bits registers spill
     between = triton.next_power_of_2(max(16, thin.inner.shape[1])) if thin is not None and tile.rows > 1 else 0
     has = bias is not None, thin.b.shape[1] if thin is not None else 0, onto is not None
-    _int8_rows[(strips, parts)](
+    _int8_rows[(strips, parts, blocks)](
         x, codes, sums, out, *after, m, k, span, x.stride(0), codes.stride(0),
         *has, parts > 1, INT8_LEVELS, tile.rows, tile.strip, tile.width, between,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -73,10 +73,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(m: int, *, adapters: bool) -> Tile:
-    """The tile for so many rows: the fastest of some 80 on GPT-J's shapes (one H100, docs/log.md)."""
+def tile_for(m: int, dtype: torch.dtype, *, adapters: bool) -> Tile:
+    """The tile for so many rows: the fastest of some 80 on GPT-J's shapes in bfloat16 (one H100, docs/log.md).
+
+    float32, which tensor cores do not multiply, takes rows by 16: a tile of 64 rows is 64,000 instructions, which
+    take 10 s to compile, for each shape.
+    """
     if m == 1:
         return Tile(1, 4, 1024, 4, 2)
+    if dtype == torch.float32:
+        return Tile(16, 32, 128, 4, 3)
     if m <= 16:
         return Tile(16, 32, 256, 4, 3)
     rows = triton.next_power_of_2(m)
@@ -91,7 +97,7 @@ def _int8_rows(
     ROWS: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
-    row = tl.arange(0, ROWS)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * span
     last = tl.minimum(first + span, k)
     place = codes + strip[:, None].to(tl.int64) * codes_stride

@@ -54,6 +54,11 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
             report.say(f"Serving {', '.join(models)} on {url}: {asks}, {options.slots} slots.")
             listening({"url": url, "models": models})
 
+        if pieces := engine.preparations():
+            with report.progress(len(pieces), "Preparing the card") as bar:
+                for piece in pieces:
+                    piece()
+                    bar.advance()
         engine.start()
         run(app, held, options=options, listening=ready, stop_engine=engine.stop)
     finally:
