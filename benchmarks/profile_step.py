@@ -24,7 +24,7 @@ KINDS = {  # the first that fits a kernel's name
     "codes and transposes": r"^_code_rows|^_transpose",
     "weights written out": r"^_int8$|^_nf4|^_dynamic8",
     "loss": r"^_cross_entropy|^_loss",
-    "optimizer": r"kOptimizer|Optimizer",
+    "optimizer": r"^_adam8|Optimizer",
     "elementwise": r"",
 }
 

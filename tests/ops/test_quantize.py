@@ -17,7 +17,6 @@ from octavo.ops.quantize import (
     SCHEMES,
     Shape,
     dequantise,
-    dynamic_code,
     scheme_named,
     stored_bytes,
 )
@@ -44,10 +43,6 @@ def test_dynamic8_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) 
     assert torch.equal(parts["absmax"], state.absmax)
     ours = dequantise(SCHEMES["dynamic8"], parts, shape, dtype=dtype)
     assert torch.equal(ours, bnb.dequantize_blockwise(codes, state).view(shape))
-
-
-def test_dynamic_code_is_bitsandbytes_map() -> None:
-    assert torch.equal(dynamic_code(), bnb.create_dynamic_map())
 
 
 @every_shape

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import attention, decode, eight, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
+from octavo.ops import adam, attention, decode, eight, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
 from octavo.ops.attention import rotary_table
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
@@ -215,7 +215,22 @@ def slots(lengths: list[int], room: int, *, heads: int, groups: int, size: int) 
     return make
 
 
+def step_of_adam(n: int) -> Case:
+    """From moments that are there already; its numbers lie within a wider row."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        values, gradient = columns(1, n, torch.float32)[0], torch.randn(n)
+        moments = adam.no_moments(values)
+        for codes, absmax in zip(moments[:2], moments[2:], strict=True):
+            codes.copy_(torch.randint(20, 256, (n,)))
+            absmax.copy_(torch.rand(len(absmax)) + 0.1)
+        return (values, gradient, moments, torch.tensor(0.5), adam.Rates(0.9, 0.99, 1e-8, 0.99, 0.1, 0.5)), {}, values
+
+    return make
+
+
 CASES: dict[str, list[Case]] = {
+    "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UsageError
+from octavo.ops.dynamic import dynamic_code
 from octavo.ops.foreign import bitsandbytes
 from octavo.ops.twins import twin
 
@@ -307,21 +308,6 @@ def dequantise(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype
 def stored_bytes(scheme: Scheme, shape: Shape, *, dtype: torch.dtype) -> int:
     """Bytes that a matrix of this shape takes, scales included."""
     return sum(prod(size) * kind.itemsize for size, kind in scheme.layout(shape, dtype).values())
-
-
-@cache
-def dynamic_code() -> Tensor:
-    """The 256 values of the signed dynamic code, ascending, float32 on the CPU.
-
-    Seven decades 10^-6 .. 10^0, each with twice as many linear steps as the one below it (1, 2, .. 64), both
-    signs; then 0 and 1.
-    """
-    values: list[float] = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        steps = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*steps.tolist(), *(-steps).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Adam over flat buffers, with 8-bit or 32-bit state; learning-rate schedules; the loss scaler of float16.
 
-8-bit Adam is bitsandbytes' (arXiv 2110.02861): the two moments are held as codes in blocks of 256, one kernel
-launch a buffer. Everything here can be stopped and continued bit for bit: `state` and `load_state`.
+In 8 bits the two moments are held as codes in blocks of 256, in bitsandbytes' format (ops/adam.py): one kernel launch a
+buffer. Everything here can be stopped and continued bit for bit: `state` and `load_state`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.errors import CheckpointError, UsageError
 from octavo.layers.lora import FlatGroup
-from octavo.ops.foreign import bitsandbytes
+from octavo.ops.adam import Rates, adam8_, adam_, no_moments
 
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
+STATE = ("state1", "state2", "absmax1", "absmax2")  # of 8-bit Adam: bitsandbytes' names
+FEW = 4096  # numbers: the moments of fewer stay in 32 bits, as bitsandbytes has it
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,12 @@ class Adam:
     """The optimizer of one run. Steps in place on `groups`; their gradients stay where they are."""
 
     def __init__(self, groups: Sequence[FlatGroup], settings: OptimizerSettings) -> None:
+        if settings.kind not in OPTIMIZERS:
+            raise UsageError(f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}.")
         self.groups = list(groups)
         self.settings = settings
-        arguments = [
-            {"params": [group.values], "weight_decay": settings.weight_decay if group.decays else 0.0}
-            for group in self.groups
-        ]
-        self._optimizer = _make(settings, arguments)
+        made = _Eight if settings.kind == "adamw8bit" else _Torch
+        self._updates: list[_Update] = [made(group, settings) for group in self.groups]
 
     def zero_gradients(self) -> None:
         """In place: the parameters' gradients are views that must stay."""
@@ -82,40 +84,109 @@ class Adam:
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total
 
+    @torch.no_grad()
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
         """Clips by the given norm, then one update."""
+        factor = torch.ones_like(gradient_norm)
         if self.settings.clip > 0:
             factor = (self.settings.clip / (gradient_norm + 1e-6)).clamp_max(1.0)
-            for group in self.groups:
-                assert group.values.grad is not None
-                group.values.grad.mul_(factor)
-        for arguments in self._optimizer.param_groups:
-            arguments["lr"] = learning_rate
-        self._optimizer.step()
+        for update in self._updates:
+            update.step(learning_rate, factor)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as plain tensors, on the CPU."""
-        tensors = {}
-        for index, group in enumerate(self.groups):
-            for key, value in self._optimizer.state[group.values].items():
-                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                tensors[f"{index}.{key}"] = tensor.detach().cpu().clone()
-        return tensors
+        return {
+            f"{index}.{key}": tensor.detach().cpu().clone()
+            for index, update in enumerate(self._updates)
+            for key, tensor in update.state().items()
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up a copy of a state from `state`. CheckpointError if it is not of the same buffers."""
-        for index, group in enumerate(self.groups):
+        for index, (group, update) in enumerate(zip(self.groups, self._updates, strict=True)):
             own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
             moments = [tensor for key, tensor in own.items() if tensor.numel() == group.values.numel()]
             if own and len(moments) < 2:
                 raise CheckpointError(
                     "The optimizer's state in the checkpoint belongs to another set of trained numbers."
                 )
-            self._optimizer.state[group.values] = {
-                key: int(tensor) if key == "step" and self.settings.kind == "adamw8bit"
-                else tensor.clone() if key == "step" else tensor.to(group.values.device, copy=True)
-                for key, tensor in own.items()
-            }  # fmt: skip
+            update.load_state(own)
+
+
+class _Update(Protocol):
+    """Steps of one group."""
+
+    def step(self, learning_rate: float, factor: Tensor) -> None:
+        """One step, with the gradient times `factor`."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, own: Mapping[str, Tensor]) -> None: ...
+
+
+class _Torch:
+    """AdamW with moments of 32 bits."""
+
+    def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
+        betas, decay = (settings.beta_1, settings.beta_2), settings.weight_decay if group.decays else 0.0
+        self.values = group.values
+        self._adamw = torch.optim.AdamW([self.values], lr=0.0, betas=betas, eps=settings.eps, weight_decay=decay)
+
+    def step(self, learning_rate: float, factor: Tensor) -> None:
+        assert self.values.grad is not None
+        self.values.grad.mul_(factor)
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        self._adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self._adamw.state[self.values])
+
+    def load_state(self, own: Mapping[str, Tensor]) -> None:
+        device = self.values.device
+        self._adamw.state[self.values] = {
+            key: tensor.clone() if key == "step" else tensor.to(device, copy=True) for key, tensor in own.items()
+        }
+
+
+class _Eight:
+    """AdamW with moments of 8 bits; those of few numbers have 32."""
+
+    def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
+        self.values, self.settings = group.values, settings
+        self.decay = settings.weight_decay if group.decays else 0.0
+        self.steps = 0
+        small = self.values.numel() < FEW
+        self.moments = (
+            (torch.zeros_like(self.values.detach()), torch.zeros_like(self.values.detach())) if small else None
+        )
+        self.codes = None if small else no_moments(self.values)
+
+    def step(self, learning_rate: float, factor: Tensor) -> None:
+        own = self.settings
+        self.steps += 1
+        rates = Rates(
+            own.beta_1, own.beta_2, own.eps, keep=1 - learning_rate * self.decay,
+            size=learning_rate / (1 - own.beta_1**self.steps), root=math.sqrt(1 - own.beta_2**self.steps),
+        )  # fmt: skip
+        values, gradient = self.values.detach(), self.values.grad
+        assert gradient is not None
+        if self.moments is not None:
+            adam_(values, gradient * factor, *self.moments, rates)
+        elif self.codes is not None:
+            adam8_(values, gradient, self.codes, factor, rates)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.steps), **dict(zip(STATE, self._tensors(), strict=False))}
+
+    def load_state(self, own: Mapping[str, Tensor]) -> None:
+        self.steps = int(own.get("step", 0))
+        for name, tensor in zip(STATE, self._tensors(), strict=False):
+            if own and (name not in own or own[name].numel() != tensor.numel()):
+                raise CheckpointError(f"The optimizer's state in the checkpoint lacks {name} of the trained numbers.")
+            tensor.copy_(own[name].view_as(tensor)) if own else tensor.zero_()
+
+    def _tensors(self) -> Sequence[Tensor]:
+        return self.moments or self.codes or ()
 
 
 class LossScaler:
@@ -153,13 +224,3 @@ class LossScaler:
 
     def load_state(self, state: Mapping[str, float]) -> None:
         self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
-
-
-def _make(settings: OptimizerSettings, arguments: list[dict[str, object]]) -> torch.optim.Optimizer:
-    betas = (settings.beta_1, settings.beta_2)
-    if settings.kind == "adamw":
-        return torch.optim.AdamW(arguments, lr=0.0, betas=betas, eps=settings.eps)
-    if settings.kind != "adamw8bit":
-        raise UsageError(f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}.")
-    optimizer: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(arguments, lr=0.0, betas=betas, eps=settings.eps)
-    return optimizer

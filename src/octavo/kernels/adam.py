@@ -1,0 +1,66 @@
+"""One step of Adam with moments in 8 bits, everything read and written once. Definition: ops/adam.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.adam import BLOCK, TINY, Moments, Rates
+from octavo.ops.dynamic import LOWEST, SHIFT, ZERO, ladder
+
+ROWS, WARPS = 8, 4  # blocks of a program, and its warps
+
+
+def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, rates: Rates) -> None:
+    signed, unsigned = (ladder(values.device, signed=sign) for sign in (True, False))
+    n = values.numel()
+    _adam8[(triton.cdiv(n, ROWS * BLOCK),)](
+        values, gradient, *moments, factor, *signed, *unsigned, n, len(signed.starts) - 1,
+        rates.beta_1, 1 - rates.beta_1, rates.beta_2, 1 - rates.beta_2, rates.eps, rates.keep, rates.size, rates.root,
+        BLOCK, ROWS, TINY, SHIFT, LOWEST, ZERO, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n", "last"])
+def _adam8(
+    values, gradient, first, second, first_absmax, second_absmax, factor,
+    signed, signed_edges, signed_starts, unsigned, unsigned_edges, unsigned_starts, n, last,
+    beta_1, fresh_1, beta_2, fresh_2, eps, keep, size, root,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TINY: tl.constexpr,
+    SHIFT: tl.constexpr, LOWEST: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = at < n
+    own = tl.load(gradient + at, mask=inside, other=0) * tl.load(factor)
+    m = _decoded(first, first_absmax, signed, at, block, inside, n, BLOCK) * beta_1 + own * fresh_1
+    v = _decoded(second, second_absmax, unsigned, at, block, inside, n, BLOCK) * beta_2 + own * own * fresh_2
+    value = tl.load(values + at, mask=inside, other=0) * keep - size * m / (tl.sqrt_rn(v) / root + eps)
+    tl.store(values + at, value, mask=inside)
+    level = _nearest(m, first_absmax, signed_edges, signed_starts, block, n, last, BLOCK, TINY, SHIFT, LOWEST)
+    code = tl.maximum(tl.where(m < 0, ZERO - level, ZERO + level), 0)
+    tl.store(first + at, code.to(tl.uint8), mask=inside)
+    level = _nearest(v, second_absmax, unsigned_edges, unsigned_starts, block, n, last, BLOCK, TINY, SHIFT, LOWEST)
+    tl.store(second + at, tl.maximum(level, (v > 0).to(tl.int32)).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _decoded(codes, absmax, values, at, block, inside, n, BLOCK: tl.constexpr):
+    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    return tl.load(values + code) * tl.load(absmax + block, mask=block * BLOCK < n, other=0)[:, None]
+
+
+@triton.jit
+def _nearest(
+    moment, absmax, edges, starts, block, n, last,
+    BLOCK: tl.constexpr, TINY: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
+):  # fmt: skip
+    # The level of each number among those of its block, whose absmax is written down.
+    magnitude = tl.abs(moment)
+    largest = tl.max(magnitude, axis=1)
+    tl.store(absmax + block, largest, mask=block * BLOCK < n)
+    share = tl.div_rn(magnitude, tl.maximum(largest, TINY)[:, None] + tl.zeros_like(magnitude))
+    alike = tl.minimum(tl.maximum((share.to(tl.int32, bitcast=True) >> SHIFT) - LOWEST, 0), last)
+    level = tl.load(starts + alike).to(tl.int32)
+    return level + (share > tl.load(edges + level)).to(tl.int32)
