@@ -69,7 +69,9 @@ async def run(asked: argparse.Namespace) -> dict[str, Any]:
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         limits = httpx.Limits(max_connections=asked.streams + 4)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits) as client:
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits, trust_env=False,  # no proxy in between
+        ) as client:  # fmt: skip
             await ready(client, server)
             model = (await client.get("/v1/models")).json()["data"][0]["id"]
             words = TEXT.split()

@@ -34,8 +34,8 @@ def test_a_step_from_bitsandbytes_state_is_its_step() -> None:
         eight.step()
         torch.testing.assert_close(values.detach(), theirs.detach(), rtol=1e-6, atol=1e-3 * LR)
         own, expected = ours.state(), eight.state[theirs]
-        for name in STATE[2:]:
-            torch.testing.assert_close(own[f"0.{name}"], expected[name].cpu(), rtol=1e-5, atol=0)
+        for name in STATE[2:]:  # theirs takes 1 - 0.999 in float32, which is 1.3e-5 off
+            torch.testing.assert_close(own[f"0.{name}"], expected[name].cpu(), rtol=2e-5, atol=0)
         for name in STATE[:2]:
             off = (own[f"0.{name}"].int() - expected[name].cpu().int()).abs()
             assert off.max() <= 1

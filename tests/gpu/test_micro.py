@@ -224,9 +224,12 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
 @both_kinds
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
-    """A code that another rounding of its number tips over is a whole step off. In float32 few numbers stand so near a
-    tie: noise of 2^-22 on the products moves gradients by under 1 %. In bfloat16 many do: two ways to compute the same
-    then differ about as much as either differs from exact mode."""
+    """A code that another rounding of its number tips over is a whole step off, so roundings show in gradients.
+
+    Noise of 2^-13 on the products, which is how far tensor cores carry sums of fp8, moves them by 7 % here. In bfloat16
+    two ways to compute the same differ about as much as either differs from exact mode. Each operation's twin is held
+    to its definition much closer in test_twins.py; this is about how they are put together.
+    """
     batch, found = batch_of(0, packed=packed), {}
     for dtype in (torch.float32, torch.bfloat16):
         step = load_step(dtype, CARD, scheme)
@@ -238,7 +241,7 @@ def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bo
         fast = step.taken(launched, batch)
         use_kernels(False)
         found[dtype] = fast, step.taken(launched, batch), exact
-    assert_same(*found[torch.float32][:2], 0.02)
+    assert_same(*found[torch.float32][:2], 0.08)
     fast, defined, exact = found[torch.bfloat16]
     cost = ((defined[1] - exact[1]).norm() / exact[1].norm()).item()
     assert cost < 0.2

@@ -87,7 +87,7 @@ class Held:
         """In place."""
         blocks = F.pad(moment, (0, -len(moment) % BLOCK)).view(-1, BLOCK)
         torch.amax(blocks.abs(), dim=1, out=self.absmax)
-        shares = (blocks / self.absmax.clamp_min(TINY)[:, None]).view(-1)[: len(moment)]
+        shares = (blocks * (1 / self.absmax.clamp_min(TINY))[:, None]).view(-1)[: len(moment)]
         codes = nearest(shares, ladder(moment.device, signed=self.signed), signed=self.signed)
         if not self.signed:
             codes = torch.maximum(codes, (moment > 0).int())

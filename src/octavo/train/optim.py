@@ -87,9 +87,10 @@ class Adam:
     @torch.no_grad()
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
         """Clips by the given norm, then one update."""
-        factor = torch.ones_like(gradient_norm)
         if self.settings.clip > 0:
             factor = (self.settings.clip / (gradient_norm + 1e-6)).clamp_max(1.0)
+        else:
+            factor = torch.ones_like(gradient_norm)
         for update in self._updates:
             update.step(learning_rate, factor)
 
