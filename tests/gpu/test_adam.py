@@ -32,7 +32,7 @@ def test_a_step_from_bitsandbytes_state_is_its_step() -> None:
             ours.load_state({f"0.{key}": torch.as_tensor(tensor) for key, tensor in eight.state[theirs].items()})
         ours.step(LR, gradient_norm=ours.gradient_norm())
         eight.step()
-        torch.testing.assert_close(values.detach(), theirs.detach(), rtol=1e-6, atol=1e-3 * LR)
+        torch.testing.assert_close(values.detach(), theirs.detach(), rtol=1e-6, atol=5e-3 * LR)
         own, expected = ours.state(), eight.state[theirs]
         for name in STATE[2:]:  # theirs takes 1 - 0.999 in float32, which is 1.3e-5 off
             torch.testing.assert_close(own[f"0.{name}"], expected[name].cpu(), rtol=2e-5, atol=0)

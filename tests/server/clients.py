@@ -59,5 +59,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def play(scene: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(scene)
+def play(scene: Coroutine[Any, Any, None], loop: Callable[[], asyncio.AbstractEventLoop] | None = None) -> None:
+    """Runs a scene, with a loop that is made by `loop`."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,13 +12,21 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 from tests.server.clients import play, until
 from uvicorn.server import ServerState
 
 from octavo.server import connections
 from octavo.server.connections import Connection
 
+Loop = Callable[[], asyncio.AbstractEventLoop]
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def loop(request: pytest.FixtureRequest) -> Any:
+    """Makes an event loop: uvicorn takes uvloop's where it is installed."""
+    return request.param
 
 
 class App:
@@ -81,7 +89,7 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", REQUEST + b"GET /"])
-def test_a_head_that_does_not_come_is_not_waited_for(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_does_not_come_is_not_waited_for(loop: Loop, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.05)
 
     async def scene() -> None:
@@ -94,10 +102,10 @@ def test_a_head_that_does_not_come_is_not_waited_for(begun: bytes, monkeypatch: 
             assert await ended(reader) == b""
             await until(lambda: not site.state.connections)
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_a_head_that_comes_byte_by_byte_has_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_comes_byte_by_byte_has_no_longer(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
 
     async def scene() -> None:
@@ -111,10 +119,10 @@ def test_a_head_that_comes_byte_by_byte_has_no_longer(monkeypatch: pytest.Monkey
                 await asyncio.wait([whole], timeout=0.01)
             assert (app.begun, whole.exception() or whole.result()) == (0, b"")
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_a_head_that_came_in_time_leaves_the_body_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_came_in_time_leaves_the_body_its_own(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.02)
 
     async def scene() -> None:
@@ -128,10 +136,10 @@ def test_a_head_that_came_in_time_leaves_the_body_its_own(monkeypatch: pytest.Mo
             assert app.bodies == [b"prompt"]
             late.cancel()
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_connections_beyond_the_limit_are_told_to_come_again() -> None:
+def test_connections_beyond_the_limit_are_told_to_come_again(loop: Loop) -> None:
     async def scene() -> None:
         async with serving(App(), most=2) as site:
             held = [await site.connect() for _ in range(2)]
@@ -148,10 +156,10 @@ def test_connections_beyond_the_limit_are_told_to_come_again() -> None:
             writer.write(REQUEST)
             assert b"200 OK" in await reader.readuntil(b"hello")
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_cut_off(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its answer, and its place among the requests, would be held for as long as it likes."""
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.05)
 
@@ -163,10 +171,10 @@ def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch)
             await until(lambda: app.gone == 1)
             await until(lambda: not site.state.tasks and not site.state.connections)
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_a_client_that_reads_slowly_but_reads_gets_it_all() -> None:
+def test_a_client_that_reads_slowly_but_reads_gets_it_all(loop: Loop) -> None:
     async def scene() -> None:
         app = App(b"x" * 2**20, pieces=8)
         async with serving(app) as site:
@@ -175,10 +183,10 @@ def test_a_client_that_reads_slowly_but_reads_gets_it_all() -> None:
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
             assert await asyncio.wait_for(reader.readexactly(2**23), 5) == b"x" * 2**23
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_what_is_no_http_is_refused_in_the_shape_of_all_errors() -> None:
+def test_what_is_no_http_is_refused_in_the_shape_of_all_errors(loop: Loop) -> None:
     async def scene() -> None:
         async with serving(App()) as site:
             for garbage in (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000):
@@ -188,10 +196,12 @@ def test_what_is_no_http_is_refused_in_the_shape_of_all_errors() -> None:
                 assert head.startswith(b"HTTP/1.1 400 ")
                 assert json.loads(body)["error"]["code"] == "invalid_http"
 
-    play(scene())
+    play(scene(), loop)
 
 
-def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
     async def early(scope: Any, receive: Any, send: Any) -> None:
         """Begins to answer before the body is there."""
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -208,5 +218,5 @@ def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(caplog: pyt
             assert b"HTTP" not in await ended(reader), "no second answer within the first"
             await until(lambda: not site.state.tasks)
 
-    play(scene())
+    play(scene(), loop)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -208,10 +208,11 @@ print("ended", grace, flush=True)
 Start = Callable[..., tuple[subprocess.Popen[str], int]]
 
 
-@pytest.fixture
-def start(tiny_llama: Path) -> Iterator[Start]:
-    """Starts the process above; gives it and its port."""
+@pytest.fixture(params=["asyncio", "uvloop"])
+def start(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Start]:
+    """Starts the process above, with either event loop; gives it and its port. uvicorn takes uvloop where it is."""
     started = []
+    hidden = "import sys; sys.modules['uvloop'] = None\n" if request.param == "asyncio" else "import uvloop\n"
 
     def make(
         *, cancel: bool = False, writes: bool = False, key: str | None = None
@@ -220,7 +221,11 @@ def start(tiny_llama: Path) -> Iterator[Start]:
             folder=str(Path(__file__).parent), model=str(tiny_llama), cancel=cancel, writes=writes, key=key
         )
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+            [sys.executable, "-c", hidden + code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ,
         )
         started.append(process)
         assert process.stdout is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -29,8 +29,7 @@ class Connection(H11Protocol):
         self._unread = _Timer(self.loop, UNREAD_SECONDS, lambda: self.transport.abort())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, transport))  # uvloop's is one in all but its class
         if len(self.connections) > self._most:
             self._end_with(unavailable(f"{self._most} connections are open already.", code="overloaded"))
         else:
