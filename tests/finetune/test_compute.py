@@ -52,7 +52,7 @@ def test_a_run_in_eight_bits_says_what_that_costs_and_learns(in_eight: Path, exa
     (told,) = events(in_eight, "compute")
     assert told["exact"] == []
     assert len(told["costs"]) == 8  # two blocks of four layers
-    assert all(0 < forward < 0.2 for forward, _ in told["costs"].values())
+    assert all(0 < forward < 0.2 for forward, _, _ in told["costs"].values())
     found, wanted = losses(in_eight), losses(exact)
     assert found != wanted
     assert found == pytest.approx(wanted, rel=0.02)
@@ -89,6 +89,25 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_keeps_that_without_a
     assert saved.state["exact_products"] == told["exact"]
     monkeypatch.setattr("octavo.finetune.compute.try_eight", lambda *_: pytest.fail("tried again"))
     tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("half_fair")
+def test_channels_that_are_apart_stay_so_in_a_resumed_run(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.train.compute.LIMIT", 1.0)
+    monkeypatch.setattr("octavo.train.compute.Cost.parted", property(lambda cost: len(cost.channels) > 0))
+    tune(tmp_path / "whole", scheme="int8")
+    tune(tmp_path / "parts", scheme="int8", stop_after=3)
+    (told,) = events(tmp_path / "whole", "compute")
+    assert told["exact"] == []
+    assert told["apart"].keys() == told["costs"].keys()
+    saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
+    assert saved is not None
+    assert saved.state["apart"] == told["apart"]
+    monkeypatch.setattr("octavo.finetune.compute.try_eight", lambda *_: pytest.fail("tried again"))
+    tune(tmp_path / "parts", scheme="int8", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

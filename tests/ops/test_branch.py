@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
 from octavo.ops.branch import Branch, Keep, Norm, branch
+from octavo.ops.frozen import Frozen
 from octavo.ops.linear import LowRank
 from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
-from octavo.ops.wide import Frozen, Wide
+from octavo.ops.wide import Wide
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
 ROWS, HEADS, HEAD_SIZE = BATCH * LENGTH, 3, 4  # heads are wider than d on the whole, so that no size is another's

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from octavo.ops import eight
 from octavo.ops.eight import FP8, coded
+from octavo.ops.frozen import Frozen, Trial, apart
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
-from octavo.ops.wide import Frozen, Trial, Wide
+from octavo.ops.wide import Wide
 
 M, N = 9, 32
 HALF_DIGIT = 2.0**-4  # fp8 (e4m3) has four significant binary digits: half of the last one
@@ -192,6 +193,56 @@ def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
         assert dx is None
         for own, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_their_steps(columns: list[int]) -> None:
+    fast, matrices = wide_of(columns, in_eight=True)
+    exact, _ = wide_of(columns, in_eight=False)
+    far = torch.tensor([3, 17, 30])
+    parted = Wide(tuple(part._replace(apart=apart(far, part.columns)) for part in fast.parts))
+    x = torch.randn(M, sum(columns))
+    near = x.clone()
+    start = 0
+    for k in columns:
+        x[:, start + far] *= 1000
+        near[:, start + far] = 0
+        start += k
+    seeds = [0] * len(columns)
+    wanted = exact.product(completed(exact, x, seeds))
+    limit = torch.zeros(M, N)  # as if the far channels were not there
+    for part, matrix in zip(near.split(columns, dim=1), matrices, strict=True):
+        limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
+    whole, found = (wide.product(completed(wide, x, seeds)) for wide in (fast, parted))
+    assert bool(((found - wanted).abs() <= limit * 1.001 + 1e-5 * wanted.abs()).all())
+    assert float((found - wanted).norm()) < 0.02 * float((whole - wanted).norm())
+
+
+def test_a_product_with_all_channels_apart_is_exact() -> None:
+    fast, _ = wide_of([32], in_eight=True)
+    exact, _ = wide_of([32], in_eight=False)
+    parted, x = Wide((fast.parts[0]._replace(apart=apart(torch.arange(32), 32)),)), rows(M, 32)
+    found, wanted = parted.product(completed(parted, x, [0])), exact.product(completed(exact, x, [0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-3)
+
+
+def test_a_trial_finds_the_channels_with_the_largest_numbers() -> None:
+    trial = Trial()
+    tried, _ = wide_of([64], in_eight=False, trial=trial)
+    x = torch.randn(M, 64).clamp(-1, 1)
+    x[2, 40], x[5, 7], x[:, 9] = -900.0, 700.0, 500.0
+    tried.product(completed(tried, x, [0]))
+    assert trial.channels is not None
+    assert {7, 9, 40} < set(trial.channels.tolist())
+    assert trial.channels.tolist() == sorted(set(trial.channels.tolist()))
+    assert len(trial.channels) == 16
+    parted = Wide((tried.parts[0]._replace(trial=None, apart=apart(trial.channels, 64)),))
+    exact, _ = wide_of([64], in_eight=False)
+    plain, found = exact.product(completed(exact, x, [0])), parted.product(completed(parted, x, [0]))
+    assert trial.apart is not None
+    torch.testing.assert_close(trial.apart, (found - plain).norm() / (plain - plain.mean(0)).norm())
+    assert trial.forward is not None
+    assert trial.apart < 0.1 * trial.forward
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops import loss
+from octavo.ops.frozen import Frozen
 from octavo.ops.linear import LowRank
 from octavo.ops.loss import IGNORE, cross_entropy_, cross_entropy_sum
-from octavo.ops.wide import Frozen, Wide
+from octavo.ops.wide import Wide
 
 TOKENS, WIDTH, VOCABULARY = 23, 6, 10  # M, d, V
 CHUNK_ROWS = 4

@@ -138,10 +138,11 @@ def aligned(m: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(m, n + 32).to(dtype)[:, 16 : n + 16]
 
 
-def rounded(m: int, k: int, kind: torch.dtype, *, fold: bool = False) -> Case:
+def rounded(m: int, k: int, kind: torch.dtype, *, fold: bool = False, apart: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         codes, scale = aligned(m, k, torch.float32).to(kind), torch.full((m,), 7.0)
-        return (columns(m, k, dtype), codes, scale, torch.rand(k) + 0.5 if fold else None), {}, codes
+        factors = torch.full((k,), 127.0).index_fill_(0, torch.arange(0, k, 7), 0) if apart else torch.rand(k) + 0.5
+        return (columns(m, k, dtype), codes, scale, factors if fold or apart else None), {}, codes
 
     return make
 
@@ -244,13 +245,15 @@ CASES: dict[str, list[Case]] = {
         slots([130, 127, 128], 300, heads=90, groups=9, size=8),
     ],
     "eight.code_rows_into": [
-        rounded(5, 100, torch.int8), rounded(3, 2100, torch.int8, fold=True), rounded(5, 100, eight.FP8),
+        rounded(5, 100, torch.int8), rounded(3, 2100, torch.int8, fold=True),
+        rounded(3, 2100, torch.int8, apart=True), rounded(5, 100, eight.FP8),
         rounded(3, 2100, eight.FP8, fold=True),
     ],
     "eight.transpose_into": [turned(144, 272), turned(16, 48)],
     "eight.product_into": [
         product(130, 272, 144, torch.int8, scaled=True, bias=True, rank=24, onto="other"),
-        product(7, 48, 16, torch.int8, scaled=True), product(2, 144, 288, torch.int8, scaled=True, onto="own"),
+        product(7, 48, 16, torch.int8, scaled=True), product(9, 48, 32, torch.int8, scaled=True, rank=80),
+        product(2, 144, 288, torch.int8, scaled=True, onto="own"),
         product(130, 272, 144, eight.FP8, rank=16), product(300, 32, 1040, eight.FP8, scaled=True, bias=True, rank=8),
     ],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],

@@ -110,28 +110,53 @@ def test_a_trial_that_fails_leaves_no_layer_in_it(model: Model, monkeypatch: pyt
     assert all(layer.trial is None for _, layer in layers(model))
 
 
-@pytest.mark.parametrize("size", [0.0, 5.0])
-def test_a_channel_that_is_far_out_for_every_token_is_found_where_it_is_read(
-    twins_of: Callable[[Any], tuple[Any, Model]], size: float
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_channels_that_are_far_out_for_every_token_are_taken_apart_where_they_are_few(
+    twins_of: Callable[[Any], tuple[Any, Model]], count: int
 ) -> None:
-    """As in trained models: one number of the residual stream is large whatever the token is."""
+    """As in trained models: some numbers of the residual stream are large whatever the token is."""
     _, model = twins_of(CONFIGS["llama"])
     adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     model.train()
-    if size:
-        model.embed.matrix.parts["weight"][:, 3] = size
+    model.embed.matrix.parts["weight"][:, :count] = 8.0
     costs = try_eight(model, batch_of())
-    fair = {name for name, cost in costs.items() if cost.fair}
-    assert ("0.qkv" in fair) is (size == 0)
-    assert "0.down" in fair
+    qkv = costs["0.qkv"]
+    assert (qkv.forward > LIMIT) is (count > 0)
+    assert qkv.fair is (count < 40)
+    assert qkv.parted is (count == 1)
+    assert (0 in qkv.channels) or count != 1
+    assert count == 40 or not costs["0.down"].parted
 
 
-@pytest.mark.parametrize(("forward", "backward", "fair"), [
-    (LIMIT, LIMIT, True), (LIMIT * 1.01, 0.0, False), (0.0, LIMIT * 1.01, False), (0.0, None, True),
-    (0.0, math.nan, False), (math.nan, 0.0, False), (math.inf, 0.0, False), (0.0, math.inf, False),
+@pytest.mark.parametrize(("forward", "backward", "apart", "fair", "parted"), [
+    (LIMIT, LIMIT, LIMIT, True, False), (LIMIT * 1.01, 0.0, LIMIT, False, False), (0.0, LIMIT * 1.01, 0, False, False),
+    (0.0, None, 0.0, True, False), (0.0, math.nan, 0.0, False, False), (math.nan, 0.0, math.nan, False, False),
+    (math.inf, 0.0, math.inf, False, False), (0.0, math.inf, 0.0, False, False),
+    (LIMIT * 1.5, None, LIMIT * 0.7, True, True), (LIMIT * 4, None, LIMIT * 1.5, False, True),
+    (LIMIT * 0.9, 0.0, LIMIT * 0.4, True, True), (LIMIT * 0.9, 0.0, LIMIT * 0.5, True, False),
+    (math.inf, 0.0, LIMIT, True, True), (LIMIT * 2, 0.0, math.nan, False, False),
 ])  # fmt: skip
-def test_a_layer_over_the_limit_either_way_is_unfair(forward: float, backward: float | None, fair: bool) -> None:
-    assert Cost(forward, backward).fair is fair
+def test_a_layer_over_the_limit_either_way_is_unfair_and_half_the_error_is_worth_a_side_product(
+    forward: float, backward: float | None, apart: float, fair: bool, parted: bool
+) -> None:
+    cost = Cost(forward, backward, apart)
+    assert (cost.fair, cost.parted) == (fair, parted)
+
+
+def test_channels_are_taken_apart_in_the_layers_that_are_named(model: Model) -> None:
+    inner, outer = of(model, "inner"), of(model, "outer")
+    compute_in_eight_(model, exact=[outer], apart={inner: [3, 5], outer: [1]})
+    own = dict(layers(model))
+    apart = own[inner].apart
+    assert apart is not None
+    assert apart.channels.tolist() == [3, 5]
+    assert (apart.others == 0).nonzero().flatten().tolist() == [3, 5]
+    assert own[outer].apart is None
+    _, rough = learned(model)
+    compute_in_eight_(model)
+    assert all(layer.apart is None for layer in own.values())
+    _, plain = learned(model)
+    assert not torch.equal(rough, plain)
 
 
 @pytest.mark.parametrize("keep", list(Keep))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from octavo.config import MemoryOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.finetune.state import Run
+from octavo.ops.frozen import APART
 from octavo.train.compute import LIMIT, Cost, compute_in_eight_, try_eight
 
 
@@ -14,17 +15,17 @@ def settle(run: Run, *, resumed: bool) -> None:
     """Sets what is computed in 8 bits: as the checkpoint says, or as a trial finds; then the plan follows."""
     found = run.found
     if not run.in_eight:
-        found.exact_products = None
+        found.exact_products, found.apart = None, {}
     elif not resumed or found.exact_products is None:
-        found.exact_products = _tried(run)
-    compute_in_eight_(run.model, exact=found.exact_products or (), wanted=run.in_eight)
+        _try(run)
+    compute_in_eight_(run.model, exact=found.exact_products or (), apart=found.apart, wanted=run.in_eight)
     if found.exact_products:
         run.micro_step.release()
         run.micro_step.take(run.fit.with_exact(found.exact_products))
 
 
-def _tried(run: Run) -> list[str]:
-    """The products that stay exact."""
+def _try(run: Run) -> None:
+    """Finds the products that stay exact, and the channels that stay out of those in 8 bits; tells of both."""
     run.model.train()
     seed = run.config[TrainOptions].seed
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
@@ -32,27 +33,30 @@ def _tried(run: Run) -> list[str]:
     run.trainer.optimizer.zero_gradients()
     asked = run.config[MemoryOptions].compute == "8bit"
     exact = [] if asked else [name for name, cost in costs.items() if not cost.fair]
-    _show(run, costs, exact)
-    run.report.event("compute", exact=exact, costs={name: (c.forward, c.backward) for name, c in costs.items()})
-    return exact
+    apart = {name: list(cost.channels) for name, cost in costs.items() if cost.parted and name not in exact}
+    run.found.exact_products, run.found.apart = exact, apart
+    _show(run, costs)
+    told = {name: (c.forward, c.backward, c.apart) for name, c in costs.items()}
+    run.report.event("compute", exact=exact, apart=apart, costs=told)
 
 
-def _show(run: Run, costs: Mapping[str, Cost], exact: list[str]) -> None:
+def _show(run: Run, costs: Mapping[str, Cost]) -> None:
     """A row for each kind of layer."""
+    exact, apart = run.found.exact_products or [], run.found.apart
     kinds: dict[str, list[str]] = {}
     for name in costs:
         kinds.setdefault(name.partition(".")[2], []).append(name)
     rows = []
     for kind, names in kinds.items():
-        own = [costs[name] for name in names]
-        forward, backward = [c.forward for c in own], [c.backward for c in own if c.backward is not None]
-        in_eight = sum(name not in exact for name in names)
-        rows.append([kind, in_eight, len(names), _percent(forward), _percent(backward)])
-    run.report.table(
-        f"Products in 8 bits: int8 forward, fp8 backward; exact where the error is over {LIMIT:.0%}",
-        ["layer", "in 8 bits", "of", "error of its output", "of the gradient to its input"],
-        rows,
-    )
+        forward = [costs[name].apart if name in apart else costs[name].forward for name in names]
+        backward = [cost for name in names if (cost := costs[name].backward) is not None]
+        counts = (sum(name not in exact for name in names), sum(name in apart for name in names), len(names))
+        rows.append([kind, *counts, _percent(forward), _percent(backward)])
+    columns = ["layer", "in 8 bits", "channels apart", "of", "error of its output", "of the gradient to its input"]
+    title = f"Products in 8 bits: int8 forward, fp8 backward; exact where the error is over {LIMIT:.0%}"
+    run.report.table(title, columns, rows)
+    if apart:
+        run.report.say(f"Of {len(apart)} layers the {APART} channels with the largest inputs stay in the compute type.")
     if exact:
         run.report.say(f"Exact: {', '.join(exact)}.")
 

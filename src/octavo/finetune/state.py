@@ -44,6 +44,7 @@ class Found:
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     probe: Tensor | None = None  # (T, V) logits of the model whose adapter is in the folder
     exact_products: list[str] | None = None  # those that are not in 8 bits; None: nothing is
+    apart: dict[str, list[int]] = field(default_factory=dict)  # of products in 8 bits: inputs that stay out of that
     last: Step | None = None  # of this call
 
 
@@ -135,6 +136,7 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "base_rows": found.base_rows,
         "best": found.best,
         "exact_products": found.exact_products,
+        "apart": found.apart,
         "config": run.config.to_yaml(),
         "versions": versions(),
     }
@@ -163,7 +165,7 @@ def resume(run: Run) -> bool:
     found = run.found
     found.done, found.position = saved.step, Position(**saved.state["position"])
     found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
-    found.exact_products = saved.state.get("exact_products")
+    found.exact_products, found.apart = saved.state.get("exact_products"), saved.state.get("apart", {})
     found.probe = saved.tensors.get("probe", {}).get("logits")
     if found.best is not None and _adapter_step(run.adapter_folder) != found.best["step"]:
         run.report.warn("The adapter in the run folder is not the best one that the checkpoint knows: it is made anew.")

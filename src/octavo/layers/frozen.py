@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from octavo.layers.served import Bank, Routing
 from octavo.ops import eight
 from octavo.ops.decode import FEW, int8_rows
+from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
-from octavo.ops.wide import Frozen, Trial
 
 
 class FrozenMatrix(nn.Module):
@@ -158,6 +158,7 @@ class FrozenLinear(nn.Module):
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0
         self.in_eight = False  # whether training multiplies in 8 bits
+        self.apart: Apart | None = None  # inputs that stay out of that
         self.trial: Trial | None = None  # where training writes what that would cost
         self.bank: Bank | None = None  # of served adapters, beside `pairs`
         self.routing = Routing()
@@ -182,8 +183,9 @@ class FrozenLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         codes = self.matrix.codes if self.training and (self.in_eight or self.trial) else None
         return Frozen(
-            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.trial
-        )
+            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.trial,
+            self.apart,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""

@@ -16,49 +16,19 @@ all pairs, a one for the bias), rounded up so that rows start where a card reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops import eight
-from octavo.ops.linear import LowRank
+from octavo.ops.frozen import APART, Apart, Frozen, Trial, apart
+from octavo.ops.quantize import INT8_LEVELS
 
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
-
-
-@dataclass
-class Trial:
-    """What 8 bits would cost a product: ||its result in 8 bits - the exact one|| over what the exact one says.
-
-    Of an output that is how far rows are from their mean: a far outlier that all tokens share would hide the loss of
-    everything else behind a large constant. Of a gradient it is its length.
-    """
-
-    forward: Tensor | None = None
-    backward: Tensor | None = None
-
-
-class Frozen(NamedTuple):
-    """A frozen linear as a product reads it: `fill` writes its matrix into the (N, K) columns that it is given."""
-
-    rows: int
-    columns: int
-    fill: Callable[[Tensor], None]
-    bias: Tensor | None = None
-    bias_start: int = 0
-    pairs: tuple[LowRank, ...] = ()
-    dropout: float = 0.0  # on what the pairs read, while training
-    codes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # int8 (N, K) and absmax (N,), to multiply in 8 bits
-    trial: Trial | None = None
-
-    @property
-    def rank(self) -> int:
-        return sum(pair.a.shape[0] for pair in self.pairs)
 
 
 @dataclass(frozen=True)
@@ -152,7 +122,7 @@ class Wide:
             return self._product_in_eight(wide, onto)
         matrix = self.matrix(wide)
         if self.trial is not None:
-            self._told("forward", self._product_in_eight(wide, None), F.linear(wide, matrix))
+            self._try_forward(wide, F.linear(wide, matrix))
         return F.linear(wide, matrix) if onto is None else torch.addmm(onto, wide, matrix.T)
 
     def _product_in_eight(self, wide: Tensor, onto: Tensor | None) -> Tensor:
@@ -162,8 +132,12 @@ class Wide:
             beside = eight.Beside(wide[:, self.inputs : self.inputs + self.rank], self.beside(wide)[:, : self.rank])
         for part, start, _, _ in self._spans((0,) * len(self.parts)):
             assert part.codes is not None
-            own, (weight, absmax) = eight.coded(wide[:, start : start + part.columns], torch.int8), part.codes(wide)
-            eight.product_into(*own, weight, out, absmax, part.bias, part.bias_start, beside, onto)
+            own, (weight, absmax) = wide[:, start : start + part.columns], part.codes(wide)
+            others = None
+            if part.apart is not None:
+                beside, others = _with_channels(beside, own, weight, absmax, part.apart), part.apart.others
+            coded = eight.coded(own, torch.int8, fold=others)
+            eight.product_into(*coded, weight, out, absmax, part.bias, part.bias_start, beside, onto)
             onto, beside = out, None
         return out
 
@@ -238,13 +212,24 @@ class Wide:
             self._told("backward", self._to_input_in_eight(dy, dinner, wide, seeds), dx)
         return dx, dinner
 
-    def _told(self, way: str, found: Tensor, exact: Tensor) -> None:
-        """Writes the error into the trial of each part: they are computed together."""
+    def _try_forward(self, wide: Tensor, exact: Tensor) -> None:
+        """Writes what 8 bits cost into the trial of each part, without and with channels apart."""
+        parted = []
+        for part, start, _, _ in self._spans((0,) * len(self.parts)):
+            assert part.trial is not None
+            own = wide[:, start : start + part.columns]
+            part.trial.channels = own.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
+            parted.append(part._replace(apart=apart(part.trial.channels, part.columns)))
+        self._told("forward", self._product_in_eight(wide, None), exact)
+        self._told("apart", Wide(tuple(parted))._product_in_eight(wide, None), exact)
+
+    def _told(self, what: str, found: Tensor, exact: Tensor) -> None:
+        """Writes an error into the trial of each part: they are computed together."""
         exact, tiny = exact.float(), torch.finfo(torch.float32).tiny
-        said = exact - exact.mean(dim=0) if way == "forward" else exact
+        said = exact if what == "backward" else exact - exact.mean(dim=0)
         error = torch.linalg.vector_norm(found.float() - exact) / torch.linalg.vector_norm(said).clamp_min(tiny)
         for part in self.parts:
-            setattr(part.trial, way, error)
+            setattr(part.trial, what, error)
 
     def _spans(self, seeds: Sequence[int]) -> list[tuple[Frozen, int, int, int]]:
         """(part, its first column, the first of its added columns, its seed)."""
@@ -253,6 +238,15 @@ class Wide:
             found.append((part, start, column, seed))
             start, column = start + part.columns, column + part.rank
         return found
+
+
+def _with_channels(beside: eight.Beside | None, x: Tensor, weight: Tensor, absmax: Tensor, own: Apart) -> eight.Beside:
+    """The channels that are apart as further columns of a thin product; x (M, K), weight (N, K) int8."""
+    t = x.index_select(1, own.channels)
+    b = (weight.index_select(1, own.channels) * (absmax / INT8_LEVELS)[:, None]).to(x.dtype)
+    if beside is None:
+        return eight.Beside(t, b)
+    return eight.Beside(torch.cat([beside.t, t], dim=1), torch.cat([beside.b, b], dim=1))
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
