@@ -58,6 +58,14 @@ class Fit:
             return self.planner.plan(self.asked, self.plan.rows)
         return self.planner.best(self.budget_bytes) or self.planner.least()
 
+    def words(self, plan: Plan) -> str:
+        """A plan for people, so that its surprises can be understood."""
+        pace = f", {plan.seconds:.3g} s a batch" if plan.seconds else ""
+        return (
+            f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
+            f"{self.budget_bytes / GIB:.2f} GiB predicted{pace}."
+        )
+
     def cheaper(self, plan: Plan) -> Plan | None:
         """A plan for less memory than `plan`; None if none is left."""
         found = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94) or self.planner.least()

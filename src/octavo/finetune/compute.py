@@ -20,8 +20,13 @@ def settle(run: Run, *, resumed: bool) -> None:
         _try(run)
     compute_in_eight_(run.model, exact=found.exact_products or (), apart=found.apart, wanted=run.in_eight)
     if found.exact_products:
+        plan = run.fit.with_exact(found.exact_products)
         run.micro_step.release()
-        run.micro_step.take(run.fit.with_exact(found.exact_products))
+        run.micro_step.take(plan)
+        if run.hardware.device.type == "cuda":
+            run.report.say(run.fit.words(plan))
+            if plan.peak_bytes > run.fit.budget_bytes:
+                run.report.warn("No plan fits with so many products exact: this is the one for the least memory.")
 
 
 def _try(run: Run) -> None:

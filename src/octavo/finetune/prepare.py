@@ -58,14 +58,10 @@ def prepare(config: Config, report: Report) -> Run:
 
 
 def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: Fit, report: Report) -> Fitted:
-    """Forward and backward by the plan, which is said, so that its surprises can be understood."""
+    """Forward and backward by the plan, which is said."""
     plan, on_card = fitting.plan, hardware.device.type == "cuda"
     if on_card:
-        pace = f", {plan.seconds:.3g} s a batch" if plan.seconds else ""
-        report.say(
-            f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / 2**30:.2f} of "
-            f"{fitting.budget_bytes / 2**30:.2f} GiB predicted{pace}."
-        )
+        report.say(fitting.words(plan))
     # A replayed graph would draw the same dropout mask again and again.
     record = on_card and config[MemoryOptions].record and config[LoraOptions].dropout == 0
     if on_card and config[MemoryOptions].record and not record:
