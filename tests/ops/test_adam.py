@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from octavo.ops import adam
 from octavo.ops.adam import BLOCK, Moments, Rates, adam8_, no_moments
+from octavo.ops.dynamic import ladder
 from octavo.ops.twins import TWINS
 
 ONE = torch.ones(())
+CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR, DECAY = 0.01, 0.1
 
 
@@ -116,15 +118,29 @@ def test_parts_of_a_buffer_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(map(torch.equal, one, other))
 
 
+def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
+    kernel = import_module("octavo.kernels.adam").adam8_
+    n = BLOCK + 7
+    for step in (TWINS["adam.adam8_"], kernel):
+        values, moments = torch.zeros(n, device=CARD), no_moments(torch.zeros(n, device=CARD))
+        moments.first.fill_(150)  # no code is large, so that nothing of the block is as large as its absmax was
+        moments.second.fill_(90)
+        for absmax in moments[2:]:
+            absmax.fill_(1.0)
+        largest = ladder(CARD, signed=True).values[150] * 0.9, ladder(CARD, signed=False).values[90] * 0.999
+        step(values, torch.zeros(n, device=CARD), moments, ONE.to(CARD), rates(1))
+        for absmax, expected in zip(moments[2:], largest, strict=True):
+            torch.testing.assert_close(absmax, expected.expand(2), rtol=1e-6, atol=0)
+
+
 def test_the_twin_chooses_the_same_codes() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
-    card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values, fast = (numbers(20_003).to(card) for _ in range(2))
+    values, fast = (numbers(20_003).to(CARD) for _ in range(2))
     moments, found = no_moments(values), no_moments(values)
     for step in range(1, 5):
-        gradient = gradients(values.numel(), step).to(card)
-        TWINS["adam.adam8_"](values, gradient, moments, ONE.to(card), rates(step))
-        kernel(fast, gradient, found, ONE.to(card), rates(step))
+        gradient = gradients(values.numel(), step).to(CARD)
+        TWINS["adam.adam8_"](values, gradient, moments, ONE.to(CARD), rates(step))
+        kernel(fast, gradient, found, ONE.to(CARD), rates(step))
         torch.testing.assert_close(fast, values, rtol=1e-5, atol=1e-5 * LR)
         for codes, expected in zip(found[:2], moments[:2], strict=True):
             off = (codes.int() - expected.int()).abs()

@@ -51,8 +51,8 @@ def _adam8(
 
 @triton.jit
 def _decoded(codes, absmax, values, inside, blocks):
-    code = tl.load(codes, mask=inside, other=0).to(tl.int32)
-    return tl.load(values + code) * tl.load(absmax, mask=blocks, other=0)[:, None]
+    code = tl.load(codes, mask=inside, other=0).to(tl.int32)  # whose value is not zero in the signed code
+    return tl.where(inside, tl.load(values + code) * tl.load(absmax, mask=blocks, other=0)[:, None], 0)
 
 
 @triton.jit
