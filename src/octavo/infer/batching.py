@@ -27,6 +27,7 @@ from torch import Tensor
 from octavo.errors import AdapterError, ModelError
 from octavo.infer.decoding import BASE, Chosen, Decoder, chosen
 from octavo.infer.engine import TextStream, all_ends
+from octavo.infer.prompts import Prompts
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
 from octavo.infer.runs import Run, next_tokens
 from octavo.infer.slots import Slots
@@ -64,6 +65,7 @@ class Engine:
         self._routing = Routing()
         route_(model, self._routing)
         self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
+        self._prompts = Prompts(model, self._slots.cache, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
         self._running: list[Run] = []
         self._reading: Run | None = None
@@ -133,7 +135,7 @@ class Engine:
 
     def preparations(self) -> list[Callable[[], object]]:
         """Work that would make the first requests wait, piece by piece; none on a CPU. Before `start`."""
-        return [torch.no_grad()(piece) for piece in self._decoder.preparations()]
+        return [*self._decoder.preparations(), *self._prompts.preparations()]
 
     def start(self) -> None:
         """Lets the engine's own thread take steps."""
@@ -211,19 +213,24 @@ class Engine:
             torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
         )  # fmt: skip
         self._reading = run  # at once: what fails from here on is heard of
-        reusable = () if request.prompt_logprobs else request.prompt[:-1]  # the last token is always read anew
+        # The last token is always read anew; a short prompt all of it, which takes no longer on a card.
+        whole = request.prompt_logprobs or self._prompts.take(len(run.ids))
+        reusable = () if whole else request.prompt[:-1]
         run.done = self._slots.begin(slot, request.adapter, reusable)
         self._count("prompt_tokens_total", len(run.ids))
         self._count("reused_tokens_total", run.done)
 
     def _read_chunk(self, run: Run, most: int) -> int:
         """Reads up to `most` of a prompt's tokens; returns how many. After the last one the first token is chosen."""
-        slot = len(self._running)
-        new = run.ids[run.done : run.done + most]
-        number = self._number(run)
-        self._routing.numbers = None if number == BASE else self._tensor([number])
-        hidden = self.model.hidden(self._tensor([new]), cache=self._slots.cache.slot(slot))[0]
-        if not bool(hidden[-1].isfinite().all() & self._slots.cache.keys_finite(slot, len(new))):
+        slot, logits = len(self._running), None
+        if not run.stream.request.prompt_logprobs and self._prompts.take(len(run.ids)):
+            new = run.ids[:]
+            logits, finite = self._prompts.read(new, slot, self._number(run))
+        else:
+            new = run.ids[run.done : run.done + most]
+            hidden = self._hidden(run, new, slot)
+            finite = hidden[-1].isfinite().all() & self._slots.cache.keys_finite(slot, len(new))
+        if not bool(finite):
             self._reading = None
             self._slots.clear(slot)
             self._give_up(run, _not_finite())
@@ -234,11 +241,18 @@ class Engine:
         self._slots.wrote(slot, new)
         if run.done == len(run.ids):
             run.stream.prompt = tuple(run.told)
-            logits = self.model.head(hidden[None, -1:])[0]
+            if logits is None:
+                logits = self.model.head(hidden[None, -1:])[0, :, : self._words].float()
             self._reading = None
             self._running.append(run)
-            self._take([run], chosen(logits[:, : self._words].float(), 1))
+            self._take([run], chosen(logits, 1))
         return len(new)
+
+    def _hidden(self, run: Run, new: list[int], slot: int) -> Tensor:
+        """(T, d): what the model makes of the next tokens of a prompt."""
+        number = self._number(run)
+        self._routing.numbers = None if number == BASE else self._tensor([number])
+        return self.model.hidden(self._tensor([new]), cache=self._slots.cache.slot(slot))[0]
 
     def _launch(self) -> None:
         """Has the token read that each running request chose last; `_decode` hears of it."""

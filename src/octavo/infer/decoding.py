@@ -82,6 +82,7 @@ class Decoder:
             *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.room),
         ]
 
+    @torch.no_grad()
     def _rehearse_prompt(self, count: int) -> None:
         """Reads a prompt of so many tokens into the first slot and forgets it."""
         self.routing.numbers = None
@@ -114,6 +115,7 @@ class Decoder:
         self.launch(tokens, numbers)
         return self.found()
 
+    @torch.no_grad()
     def _recorded(self, rows: int) -> _Recorded:
         if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
             torch.cuda.synchronize(self.cache.keys.device)  # memory that a replay still works in must not be given back

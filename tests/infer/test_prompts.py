@@ -1,0 +1,136 @@
+"""Prompts that are read whole, as a card does: here with the step that is recorded there, launched as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from octavo.infer import prompts
+from octavo.infer.batching import Engine
+from octavo.infer.prompts import Prompts, Read
+from octavo.infer.requests import Limits, Request
+from octavo.infer.sample import Sampling
+
+if TYPE_CHECKING:
+    from tests.infer.conftest import Family
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=9)
+PROMPT = tuple(range(40, 80))
+ADAPTERS = (None, "blocks", "tables")
+LENGTHS = (1, 3, 4, 5, 8, 15, 16, 17, 30)  # around the sizes, and over the largest
+
+
+class Unrecorded:
+    """Computes anew what a graph would replay; counts how often."""
+
+    runs: list[int]
+    graph = SimpleNamespace(pool=lambda: None)
+
+    def __init__(self, own: Prompts, size: int, pool: Any) -> None:
+        self.own, self.size = own, size
+
+    def run(self, given: Sequence[int]) -> Read:
+        assert len(given) == self.size + 2
+        self.runs.append(self.size)
+        return self.own.found(torch.tensor(given))
+
+
+@pytest.fixture(autouse=True)
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Puts the above in the place of graphs; the sizes that were run."""
+    made: list[int] = []
+    monkeypatch.setattr(Unrecorded, "runs", made, raising=False)
+    monkeypatch.setattr(prompts, "_Recorded", Unrecorded)
+    monkeypatch.setattr(prompts, "kernels_run_on", lambda _: True)
+    monkeypatch.setattr(prompts, "SIZES", (4, 8, 16, 64))  # no slot has room for the last
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return made
+
+
+def serving(family: Family, **limits: int) -> Engine:
+    engine = family.engine(Limits(**{"slots": 4, "room": 48, "chunk": 16, **limits}))
+    for name in ADAPTERS[1:]:
+        engine.load_adapter(name, family.adapter(name))
+    return engine
+
+
+def test_answers_are_those_of_each_request_alone(family: Family, runs: list[int]) -> None:
+    requests = [
+        Request((*PROMPT[: length - 1], 3 + n), GREEDY, adapter=ADAPTERS[n % 3]) for n, length in enumerate(LENGTHS)
+    ]
+    engine = serving(family)
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
+    assert sorted(runs) == [4, 4, 4, 8, 8, 16, 16]
+
+
+def test_what_stood_in_a_slot_before_is_not_seen(llama: Family) -> None:
+    long, short = Request(PROMPT[:16], GREEDY), Request(PROMPT[20:23], GREEDY)
+    engine = serving(llama, slots=1)
+    for request in (long, short, long):
+        stream = engine.submit(request)
+        llama.run_out(engine)
+        assert llama.answer(stream) == llama.alone(request)
+
+
+def test_what_is_told_of_a_prompt_is_read_in_chunks(llama: Family, runs: list[int]) -> None:
+    stream = serving(llama).submit(Request(PROMPT[:9], GREEDY, logprobs=0, prompt_logprobs=True))
+    del stream
+    assert runs == []
+
+
+def test_adapters_that_come_and_go_are_recorded_anew(llama: Family, runs: list[int]) -> None:
+    engine = llama.engine(Limits(slots=2, room=48))
+    asked = [Request(PROMPT[:7], GREEDY, adapter=name) for name in (None, "blocks")]
+    first = engine.submit(asked[0])
+    llama.run_out(engine)
+    before = engine._prompts.recorded(8)
+    engine.load_adapter("blocks", llama.adapter("blocks"))
+    streams = [first, *(engine.submit(request) for request in asked)]
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(r) for r in (asked[0], *asked)]
+    assert engine._prompts.recorded(8) is not before
+    assert runs == [8, 8, 8]
+
+
+@pytest.mark.parametrize("hurt", ["keys", "logits"])
+def test_numbers_that_are_not_finite_fail_their_request_alone(
+    llama: Family, hurt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, bad, good = serving(llama), Request(PROMPT[:5], GREEDY), Request(PROMPT[:6], GREEDY)
+    found = Prompts.found
+
+    def spoilt(self: Prompts, given: torch.Tensor) -> Read:
+        read = found(self, given)
+        return Read(read.logits, torch.tensor(False)) if int(given[-2]) == len(bad.prompt) else read
+
+    def poisoned(self: Prompts, given: torch.Tensor) -> Read:
+        if int(given[-2]) == len(bad.prompt):
+            self.model.embed.matrix.parts["weight"][PROMPT[2]] = torch.nan
+        return found(self, given)
+
+    monkeypatch.setattr(Prompts, "found", spoilt if hurt == "logits" else poisoned)
+    kept = engine.model.embed.matrix.parts["weight"][PROMPT[2]].clone()
+    stream = engine.submit(bad)
+    llama.run_out(engine)
+    assert "not finite" in str(stream.error)
+    engine.model.embed.matrix.parts["weight"][PROMPT[2]] = kept
+    after = engine.submit(good)
+    llama.run_out(engine)
+    assert llama.answer(after) == llama.alone(good)
+    assert engine.stats().failed_total == 1
+
+
+def test_what_lies_behind_a_prompt_does_not_fail_it(llama: Family) -> None:
+    """It is filled up with what is finite if the prompt is: zero weights times NaN would be NaN."""
+    engine = serving(llama)
+    engine.model.embed.matrix.parts["weight"][0] = torch.inf
+    request = Request(PROMPT[:5], GREEDY)
+    stream = engine.submit(request)
+    llama.run_out(engine)
+    assert llama.answer(stream) == llama.alone(request)
