@@ -29,7 +29,7 @@ from octavo.report import Report
 from octavo.store.folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, items_of
-from octavo.train.memory import MARGIN, WORKSPACE_BYTES
+from octavo.train.memory import MARGIN, WORKSPACE_BYTES, Plan
 
 Octavo = Callable[..., Any]
 GIB = 2**30
@@ -402,3 +402,13 @@ def test_a_card_with_fp8_says_whether_it_takes_it(
     with Report(console=False, metrics=tmp_path / "said") as report:
         plan.choose_road(MemoryOptions.model_validate(options), replace(RTX_3060, fp8=True), report)
     assert f"Products: {said}" in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize(("asked", "peak", "words"), [
+    (None, 98, ""), (None, 99, "no plan fits"), (None, 150, "no plan fits"), (Keep.ALL, 100, ""),
+    (Keep.ALL, 101, "--activations"),
+])  # fmt: skip
+def test_a_plan_that_a_trial_made_too_large_says_so(asked: Any, peak: int, words: str) -> None:
+    made = Plan((Keep.INPUT,), 1, peak, None)
+    fitting = plan.Fit(made, 100, planner=None, asked=None if asked is None else (asked,))  # type: ignore[arg-type]
+    assert (words in fitting.fault(made)) if words else fitting.fault(made) == ""

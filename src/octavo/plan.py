@@ -51,7 +51,10 @@ class Fit:
     asked: tuple[Keep, ...] | None = None  # what layers keep, if that was said
 
     def with_exact(self, names: Collection[str]) -> Plan:
-        """The plan anew, with these products exact and all others in 8 bits."""
+        """The plan anew, with these products exact and all others in 8 bits.
+
+        What channels apart take is left out: some MB, and up to 4.5 % of a step.
+        """
         compute_in_eight_(self.planner.model, exact=names)
         self.planner.forget()
         if self.asked is not None:
@@ -65,6 +68,14 @@ class Fit:
             f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
             f"{self.budget_bytes / GIB:.2f} GiB predicted{pace}."
         )
+
+    def fault(self, plan: Plan) -> str:
+        """What is wrong with a plan of `with_exact`; "" if it fits."""
+        if self.asked is not None and plan.peak_bytes > self.budget_bytes:
+            return "With so many products exact, what --activations asks for does not fit. --activations auto may."
+        if self.asked is None and plan.peak_bytes > MARGIN * self.budget_bytes:
+            return "With so many products exact no plan fits for sure: this is the one for the least memory."
+        return ""
 
     def cheaper(self, plan: Plan) -> Plan | None:
         """A plan for less memory than `plan`; None if none is left."""

@@ -145,6 +145,8 @@ def test_answers_are_those_of_each_request_alone(folder: Path, adapters: list[Pa
         engine = Engine(model, numbers(), base="base", limits=Limits(slots=slots, room=ROOM, chunk=64))
         for name, path in zip("ab", adapters, strict=True):
             engine.load_adapter(name, path)
+        for piece in engine.preparations():  # short prompts as graphs too
+            piece()
         answers.append(run_out(engine, requests) if slots > 1 else [run_out(engine, [one])[0] for one in requests])
         for name in "ab":
             engine.remove_adapter(name)

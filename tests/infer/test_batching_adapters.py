@@ -88,6 +88,31 @@ def test_log_probabilities_are_those_of_the_adapter(family: Family) -> None:
     assert ((scores[0][:, :20] - scores[0][:1, :20]).abs().amax(dim=1)[1:] > 0.1).all()
 
 
+def test_only_other_tensors_make_what_was_recorded_useless(family: Family) -> None:
+    engine = family.engine(Limits(slots=2, room=48))
+    counts = [engine._routing.changes]
+
+    def changed() -> bool:
+        counts.append(engine._routing.changes)
+        return counts[-1] != counts[-2]
+
+    for name, wanted in (("blocks", True), ("tables", True)):
+        engine.load_adapter(name, family.adapter(name))
+        assert changed() is wanted
+    engine.remove_adapter("tables")
+    assert not changed()
+    engine.load_adapter("tables", family.adapter("tables"))  # where it was before
+    assert not changed()
+    request = Request((*PROMPT[:11], 7), GREEDY, adapter="tables")
+    stream = engine.submit(request)
+    family.run_out(engine)
+    assert family.answer(stream) == family.alone(request)
+    engine.remove_adapter("blocks")
+    assert not changed()
+    engine.remove_adapter("tables")  # the banks go with the last
+    assert changed()
+
+
 def test_adapters_come_and_go_while_requests_run(family: Family) -> None:
     engine = family.engine(Limits(slots=4, room=48, chunk=6))
     requests = [Request((*PROMPT[:11], 7), GREEDY), Request((*PROMPT[:11], 8), GREEDY, adapter="blocks"), *MIXED]

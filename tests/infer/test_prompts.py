@@ -55,6 +55,12 @@ def serving(family: Family, **limits: int) -> Engine:
     engine = family.engine(Limits(**{"slots": 4, "room": 48, "chunk": 16, **limits}))
     for name in ADAPTERS[1:]:
         engine.load_adapter(name, family.adapter(name))
+    return prepared(engine)
+
+
+def prepared(engine: Engine) -> Engine:
+    for piece in engine.preparations():
+        piece()
     return engine
 
 
@@ -79,13 +85,24 @@ def test_what_stood_in_a_slot_before_is_not_seen(llama: Family) -> None:
 
 
 def test_what_is_told_of_a_prompt_is_read_in_chunks(llama: Family, runs: list[int]) -> None:
-    stream = serving(llama).submit(Request(PROMPT[:9], GREEDY, logprobs=0, prompt_logprobs=True))
-    del stream
+    engine = serving(llama)
+    stream = engine.submit(Request(PROMPT[:9], GREEDY, logprobs=0, prompt_logprobs=True))
+    llama.run_out(engine)
+    assert len(stream.prompt) == 9
+    assert runs == []
+
+
+def test_an_engine_that_was_not_prepared_records_nothing(llama: Family, runs: list[int]) -> None:
+    engine = llama.engine(Limits(slots=2, room=48))
+    request = Request(PROMPT[:7], GREEDY)
+    stream = engine.submit(request)
+    llama.run_out(engine)
+    assert llama.answer(stream) == llama.alone(request)
     assert runs == []
 
 
 def test_adapters_that_come_and_go_are_recorded_anew(llama: Family, runs: list[int]) -> None:
-    engine = llama.engine(Limits(slots=2, room=48))
+    engine = prepared(llama.engine(Limits(slots=2, room=48)))
     asked = [Request(PROMPT[:7], GREEDY, adapter=name) for name in (None, "blocks")]
     first = engine.submit(asked[0])
     llama.run_out(engine)

@@ -25,8 +25,8 @@ def settle(run: Run, *, resumed: bool) -> None:
         run.micro_step.take(plan)
         if run.hardware.device.type == "cuda":
             run.report.say(run.fit.words(plan))
-            if plan.peak_bytes > run.fit.budget_bytes:
-                run.report.warn("No plan fits with so many products exact: this is the one for the least memory.")
+            if fault := run.fit.fault(plan):
+                run.report.warn(fault)
 
 
 def _try(run: Run) -> None:

@@ -221,7 +221,10 @@ class Engine:
         self._count("reused_tokens_total", run.done)
 
     def _read_chunk(self, run: Run, most: int) -> int:
-        """Reads up to `most` of a prompt's tokens; returns how many. After the last one the first token is chosen."""
+        """Reads up to `most` of a prompt's tokens, a short prompt whole; returns how many.
+
+        After the last one the first token is chosen.
+        """
         slot, logits = len(self._running), None
         if not run.stream.request.prompt_logprobs and self._prompts.take(len(run.ids)):
             new = run.ids[:]

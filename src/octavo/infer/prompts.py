@@ -1,7 +1,8 @@
 """Short prompts as CUDA graphs: a card reads one in a fraction of the time that a host takes to launch its kernels.
 
 A graph is recorded for a few lengths; a prompt takes the next longer one and is filled up behind its end, where nothing
-looks back. It is read into a slot of its own, of which what counts is copied to where the request stands.
+looks back. It is read into a slot of its own, of which what counts is copied to where the request stands. All of this
+only where it was prepared for, as a server does: one prompt alone is read sooner than its graph is recorded.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ class Prompts:
 
     def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
-        self.sizes = [size for size in SIZES if size <= cache.room] if self.records else []
-        if self.sizes:
-            self._own = model.new_slots(slots=1, room=self.sizes[-1])
+        self.sizes: list[int] = []
         self._graphs: dict[int, _Recorded] = {}
         self._changes = routing.changes
 
@@ -59,7 +58,10 @@ class Prompts:
         return found
 
     def preparations(self) -> list[Callable[[], object]]:
-        """The recording of each graph, which would make a request wait."""
+        """Has prompts read here from now on; the recording of each graph, which would make a request wait."""
+        self.sizes = [size for size in SIZES if size <= self.cache.room] if self.records else []
+        if self.sizes:
+            self._own = self.model.new_slots(slots=1, room=self.sizes[-1])
         return [partial(self.recorded, size) for size in self.sizes]
 
     @torch.no_grad()

@@ -25,7 +25,8 @@ class Routing:
     """What all layers of a model look at: the number of each served adapter, and which rows go through which.
 
     `numbers` is (B,) int64 for the batch at hand, 0 for the base; None if no row goes through an adapter.
-    `changes` counts how often an adapter came or went: the banks' tensors may be others since.
+    `changes` counts how often the banks' tensors became others: what was recorded with them is of no use then. An
+    adapter that finds room in them leaves them where they are.
     """
 
     served: dict[str, int] = field(default_factory=dict)

@@ -49,7 +49,10 @@ def fits(rows: int, columns: int) -> bool:
 
 
 def coded(x: Tensor, kind: torch.dtype, *, fold: Tensor | None = None) -> Coded:
-    """The rows of x (M, K) as int8 or fp8; times fold / 127 (K,) first, if given: the absmax of a weight's rows."""
+    """The rows of x (M, K) as int8 or fp8; times fold / 127 (K,) first, if given.
+
+    Backward folds in the absmax of a weight's rows; forward 127, and 0 for channels that are apart (ops/frozen.py).
+    """
     made = Coded(x.new_empty(x.shape, dtype=kind), x.new_empty(len(x), dtype=torch.float32))
     code_rows_into(x, made.codes, made.scale, fold)
     return made

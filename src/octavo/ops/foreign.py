@@ -11,6 +11,5 @@ def bitsandbytes() -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
     import bitsandbytes.functional
-    import bitsandbytes.optim
 
     return bitsandbytes

@@ -167,7 +167,8 @@ def serve_(model: Model, routing: Routing, adapter: Adapter, name: str) -> None:
             hint="Train without --train-norms and --train-biases, or use `octavo generate --adapter`.",
         )
     pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
-    remove_(model, routing, name)
+    before = _bank_places(model)
+    _take_off_(model, routing, name)
     number = routing.free_number()
     for place, pair in pairs.items():
         layer = _layer(table[place])
@@ -178,20 +179,31 @@ def serve_(model: Model, routing: Routing, adapter: Adapter, name: str) -> None:
         if layer.bank is not None:
             layer.bank.make_room(number + 1)  # rows of this adapter look into all banks, its own or not
     routing.served[name] = number
-    routing.changes += 1
+    routing.changes += _bank_places(model) != before
 
 
 def remove_(model: Model, routing: Routing, name: str) -> None:
     """Takes a served adapter off again."""
+    before = _bank_places(model)
+    _take_off_(model, routing, name)
+    routing.changes += _bank_places(model) != before
+
+
+def _take_off_(model: Model, routing: Routing, name: str) -> None:
     number = routing.served.pop(name, None)
     if number is None:
         return
-    routing.changes += 1
     for layer in _frozen_layers(model):
         if layer.bank is not None:
             layer.bank.clear(number)
         if not routing.served:
             layer.bank = None
+
+
+def _bank_places(model: Model) -> list[object]:
+    """Where the tensors of all banks are, and how large: what a recorded step has taken down."""
+    banks = [layer.bank for layer in _frozen_layers(model)]
+    return [bank and (bank.a.data_ptr(), bank.a.shape, bank.b.data_ptr(), bank.b.shape) for bank in banks]
 
 
 def route_(model: Model, routing: Routing) -> None:

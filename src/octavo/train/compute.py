@@ -22,7 +22,7 @@ from octavo.ops.eight import fits
 from octavo.ops.frozen import Trial
 from octavo.ops.frozen import apart as taken_apart
 
-# Of a product (Trial in ops/wide.py). SmolLM2 came within 0.3 % of exact mode's loss with all of its layers in 8
+# Of a product (Trial in ops/frozen.py). SmolLM2 came within 0.3 % of exact mode's loss with all of its layers in 8
 # bits, outputs up to 12 % and gradients up to 5 % off (docs/log.md); the limit is under that, since it is one model.
 LIMIT = 0.06
 TOKENS = 512  # that a trial reads at most
@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def parted(self) -> bool:
-        """Whether channels are taken apart: they cost some 2 % of a product's time, so for half of its error only."""
+        """Whether channels are taken apart: in all layers that is 4.5 % of a step, so for half of the error only."""
         return self.apart < self.forward / 2
 
 
