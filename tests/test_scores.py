@@ -101,6 +101,17 @@ def test_schemes_side_by_side_are_what_each_gives_alone(evaluate: Evaluate, adap
     assert {(row["name"], row["adapter"]) for row in tuned} == {("tuned", str(adapter_folder))}
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    evaluate: Evaluate, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantised(tiny_llama, tmp_path / "dynamic8", "dynamic8")
+    monkeypatch.setattr("octavo.ops.foreign.find_spec", lambda _: None)
+    assert named(evaluate(model=str(folder))) == [("quantised", "dynamic8")]
+    monkeypatch.setattr("octavo.scores.score_rows", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UsageError, match="bitsandbytes, which is not installed"):
+        evaluate(compare="int8,dynamic8")
+
+
 def test_a_size_is_that_of_the_folder_that_quantize_writes(
     evaluate: Evaluate, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from octavo.evaluate import Score, score
 from octavo.hardware import Hardware
 from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.models import Model, build
+from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
 from octavo.run import check_context, chosen_scheme, end_ids, load_model, opened, read_adapter
@@ -60,7 +61,10 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     found = read_adapter(options.adapter, source, report) if options.adapter else None
     table: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
-    for candidate in _candidates(schemes, source, config, hardware):
+    candidates = _candidates(schemes, source, config, hardware)
+    if stored_scheme(source).name != "dynamic8" and any(one.scheme.name == "dynamic8" for one in candidates):
+        bitsandbytes()  # before anything is measured: what it is asked for comes late in a table
+    for candidate in candidates:
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
         for name in candidate.names:

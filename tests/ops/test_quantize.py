@@ -161,3 +161,15 @@ def test_joins_exactly_where_blocks_end_with_the_matrix() -> None:
 def test_an_unknown_scheme_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="int8, dynamic8, nf4"):
         scheme_named("int7")
+
+
+def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheme = SCHEMES["dynamic8"]
+    weight = weight_of((3, 64))
+    parts = scheme.quantise(weight)
+    monkeypatch.setattr("octavo.ops.foreign.find_spec", lambda _: None)
+    assert (dequantise(scheme, parts, (3, 64)) - weight).abs().max() < 0.05
+    with pytest.raises(UsageError, match=r"not installed(.|\n)*octavo\[dynamic8\]"):
+        scheme.quantise(weight)

@@ -19,7 +19,6 @@ from octavo.data.packing import Row
 from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
 from octavo.models import Model
-from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme
 from octavo.plan import Fit, wants_eight
 from octavo.report import Report
@@ -185,7 +184,6 @@ def versions() -> dict[str, str]:
         "octavo": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "bitsandbytes": bitsandbytes().__version__,
     }
 
 
