@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -31,12 +33,14 @@ class Unrecorded:
     graph = SimpleNamespace(pool=lambda: None)
 
     def __init__(self, own: Prompts, size: int, pool: Any) -> None:
-        self.own, self.size = own, size
+        self.own, self.size = weakref.ref(own), size  # a graph knows its tensors alone
 
     def run(self, given: Sequence[int]) -> Read:
         assert len(given) == self.size + 2
         self.runs.append(self.size)
-        return self.own.found(torch.tensor(given))
+        own = self.own()
+        assert own is not None
+        return own.found(torch.tensor(given))
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +155,17 @@ def test_what_lies_behind_a_prompt_does_not_fail_it(llama: Family) -> None:
     stream = engine.submit(request)
     llama.run_out(engine)
     assert llama.answer(stream) == llama.alone(request)
+
+
+def test_an_engine_that_is_let_go_is_gone_at_once(llama: Family) -> None:
+    """On a card its cache is gigabytes: a cycle would hold them until it happens to be collected."""
+    engine = serving(llama)
+    engine.submit(Request(PROMPT[:5], GREEDY))
+    llama.run_out(engine)
+    kept = weakref.ref(engine._prompts), weakref.ref(engine._decoder), weakref.ref(engine._slots)
+    gc.disable()
+    try:
+        del engine
+        assert [one() for one in kept] == [None] * 3
+    finally:
+        gc.enable()

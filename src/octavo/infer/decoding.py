@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from octavo.infer.graphs import Graphs, record
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
@@ -59,8 +60,7 @@ class Decoder:
 
     def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
-        self._graphs: dict[int, _Recorded] = {}
-        self._changes = routing.changes
+        self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
         self._launched: Launched | None = None
         self.runs_ahead = self.records  # whether a step is worth launching before the last one was told
 
@@ -115,15 +115,8 @@ class Decoder:
         self.launch(tokens, numbers)
         return self.found()
 
-    @torch.no_grad()
     def _recorded(self, rows: int) -> _Recorded:
-        if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
-            torch.cuda.synchronize(self.cache.keys.device)  # memory that a replay still works in must not be given back
-            self._graphs, self._changes = {}, self.routing.changes
-        if rows not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[rows] = _Recorded(self, rows, pool)
-        return self._graphs[rows]
+        return self._graphs.of(rows, partial(_Recorded, self))
 
     def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
         """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
@@ -135,22 +128,19 @@ class Decoder:
 
 
 class _Recorded:
-    """A step of a fixed number of rows as a CUDA graph. All share one `pool` of memory: no two run at a time."""
+    """A step of a fixed number of rows as a CUDA graph."""
 
     def __init__(self, decoder: Decoder, rows: int, pool: Any) -> None:
         device = decoder.cache.keys.device
         self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
         self._given = self._sent.to(device)
         longest, adapters = decoder.cache.room - 1, bool(decoder.routing.served)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # once for real: kernels are compiled, libraries take what they need
-            _summary(decoder._logits(self._given, longest, adapters))
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self._logits = decoder._logits(self._given, longest, adapters)
-            self._summary = _summary(self._logits)
+
+        def step() -> tuple[Tensor, Tensor]:
+            logits = decoder._logits(self._given, longest, adapters)
+            return logits, _summary(logits)
+
+        self.graph, (self._logits, self._summary) = record(step, device, pool)
 
     def run(self, given: Sequence[Sequence[int]]) -> Launched:
         rows = len(given[0])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from octavo.infer.graphs import Graphs, record
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
@@ -35,8 +36,7 @@ class Prompts:
     def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
         self.sizes: list[int] = []
-        self._graphs: dict[int, _Recorded] = {}
-        self._changes = routing.changes
+        self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
 
     @property
     def records(self) -> bool:
@@ -64,16 +64,9 @@ class Prompts:
             self._own = self.model.new_slots(slots=1, room=self.sizes[-1])
         return [partial(self.recorded, size) for size in self.sizes]
 
-    @torch.no_grad()
     def recorded(self, size: int) -> _Recorded:
-        """The graph of a length, recorded if that was not done yet."""
-        if self._changes != self.routing.changes:  # graphs hold the addresses of the adapters' tensors
-            torch.cuda.synchronize(self.cache.keys.device)  # memory that a replay still works in must not be given back
-            self._graphs, self._changes = {}, self.routing.changes
-        if size not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[size] = _Recorded(self, size, pool)
-        return self._graphs[size]
+        """The graph of a length."""
+        return self._graphs.of(size, partial(_Recorded, self))
 
     def found(self, given: Tensor) -> Read:
         """`given`: ids, how many of them are the prompt's, the number of the adapter; int64."""
@@ -89,20 +82,13 @@ class Prompts:
 
 
 class _Recorded:
-    """The reading of a prompt of one length as a CUDA graph. All share one `pool` of memory: no two run at a time."""
+    """The reading of a prompt of one length as a CUDA graph."""
 
     def __init__(self, prompts: Prompts, size: int, pool: Any) -> None:
         device = prompts.cache.keys.device
         self._sent = torch.tensor([0] * size + [1, 0]).pin_memory()
         self._given = self._sent.to(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # once for real: kernels are compiled, libraries take what they need
-            prompts.found(self._given)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self._found = prompts.found(self._given)
+        self.graph, self._found = record(lambda: prompts.found(self._given), device, pool)
 
     def run(self, given: Sequence[int]) -> Read:
         self._sent.copy_(torch.tensor(given))  # the prompt before was waited for, so nobody reads this any more
