@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.ops import eight
 from octavo.ops.eight import FP8, coded
-from octavo.ops.frozen import Frozen, Trial, apart
+from octavo.ops.frozen import Frozen, Trial, take_apart
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.wide import Wide
@@ -200,7 +200,7 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
     fast, matrices = wide_of(columns, in_eight=True)
     exact, _ = wide_of(columns, in_eight=False)
     far = torch.tensor([3, 17, 30])
-    parted = Wide(tuple(part._replace(apart=apart(far, part.columns)) for part in fast.parts))
+    parted = Wide(tuple(part._replace(apart=take_apart(far, part.columns)) for part in fast.parts))
     x = torch.randn(M, sum(columns))
     near = x.clone()
     start = 0
@@ -221,7 +221,7 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
 def test_a_product_with_all_channels_apart_is_exact() -> None:
     fast, _ = wide_of([32], in_eight=True)
     exact, _ = wide_of([32], in_eight=False)
-    parted, x = Wide((fast.parts[0]._replace(apart=apart(torch.arange(32), 32)),)), rows(M, 32)
+    parted, x = Wide((fast.parts[0]._replace(apart=take_apart(torch.arange(32), 32)),)), rows(M, 32)
     found, wanted = parted.product(completed(parted, x, [0])), exact.product(completed(exact, x, [0]))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-3)
 
@@ -236,7 +236,7 @@ def test_a_trial_finds_the_channels_with_the_largest_numbers() -> None:
     assert {7, 9, 40} < set(trial.channels.tolist())
     assert trial.channels.tolist() == sorted(set(trial.channels.tolist()))
     assert len(trial.channels) == 16
-    parted = Wide((tried.parts[0]._replace(trial=None, apart=apart(trial.channels, 64)),))
+    parted = Wide((tried.parts[0]._replace(trial=None, apart=take_apart(trial.channels, 64)),))
     exact, _ = wide_of([64], in_eight=False)
     plain, found = exact.product(completed(exact, x, [0])), parted.product(completed(parted, x, [0]))
     assert trial.apart is not None

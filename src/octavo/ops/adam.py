@@ -63,8 +63,8 @@ def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, r
     for start in range(0, values.numel(), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         blocks = slice(start // BLOCK, (start + _AT_ONCE) // BLOCK)
-        first = Held(moments.first[part], moments.first_absmax[blocks], signed=True)
-        second = Held(moments.second[part], moments.second_absmax[blocks], signed=False)
+        first = _Moment(moments.first[part], moments.first_absmax[blocks], signed=True)
+        second = _Moment(moments.second[part], moments.second_absmax[blocks], signed=False)
         numbers = first.decoded(), second.decoded()
         adam_(values[part], gradient[part] * factor, *numbers, rates)
         first.encode(numbers[0])
@@ -72,7 +72,7 @@ def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, r
 
 
 @dataclass
-class Held:
+class _Moment:
     """Some blocks of one moment."""
 
     codes: Tensor

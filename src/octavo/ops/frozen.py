@@ -39,7 +39,7 @@ class Apart(NamedTuple):
 APART = 16  # channels, a step of the thin product's: a model's far channels are few (LLM.int8(), arXiv 2208.07339)
 
 
-def apart(channels: Tensor, columns: int) -> Apart:
+def take_apart(channels: Tensor, columns: int) -> Apart:
     """Takes these of so many inputs apart."""
     others = torch.full((columns,), float(INT8_LEVELS), device=channels.device)
     return Apart(channels, others.index_fill_(0, channels, 0))

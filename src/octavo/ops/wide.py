@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops import eight
-from octavo.ops.frozen import APART, Apart, Frozen, Trial, apart
+from octavo.ops.frozen import APART, Apart, Frozen, Trial, take_apart
 from octavo.ops.quantize import INT8_LEVELS
 
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
@@ -219,7 +219,7 @@ class Wide:
             assert part.trial is not None
             own = wide[:, start : start + part.columns]
             part.trial.channels = own.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
-            parted.append(part._replace(apart=apart(part.trial.channels, part.columns)))
+            parted.append(part._replace(apart=take_apart(part.trial.channels, part.columns)))
         self._told("forward", self._product_in_eight(wide, None), exact)
         self._told("apart", Wide(tuple(parted))._product_in_eight(wide, None), exact)
 

@@ -19,8 +19,7 @@ from octavo.layers.frozen import FrozenLinear
 from octavo.models import Model
 from octavo.objective import inputs_of, loss_of
 from octavo.ops.eight import fits
-from octavo.ops.frozen import Trial
-from octavo.ops.frozen import apart as taken_apart
+from octavo.ops.frozen import Trial, take_apart
 
 # Of a product (Trial in ops/frozen.py). SmolLM2 came within 0.3 % of exact mode's loss with all of its layers in 8
 # bits, outputs up to 12 % and gradients up to 5 % off (docs/log.md); the limit is under that, since it is one model.
@@ -68,7 +67,7 @@ def compute_in_eight_(
         layer.in_eight = wanted and name not in exact
         layer.apart = None
         if layer.in_eight and (channels := (apart or {}).get(name)):
-            layer.apart = taken_apart(torch.tensor(channels, device=layer.matrix.device), layer.matrix.in_features)
+            layer.apart = take_apart(torch.tensor(channels, device=layer.matrix.device), layer.matrix.in_features)
 
 
 def try_eight(model: Model, batch: Batch) -> dict[str, Cost]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, UsageError
 from octavo.layers.lora import FlatGroup
-from octavo.ops.adam import Rates, adam8_, adam_, no_moments
+from octavo.ops.adam import Moments, Rates, adam8_, adam_, no_moments
 
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -130,12 +130,13 @@ class _Torch:
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         betas, decay = (settings.beta_1, settings.beta_2), settings.weight_decay if group.decays else 0.0
-        self.values = group.values
+        self.values, self.clips = group.values, settings.clip > 0
         self._adamw = torch.optim.AdamW([self.values], lr=0.0, betas=betas, eps=settings.eps, weight_decay=decay)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         assert self.values.grad is not None
-        self.values.grad.mul_(factor)
+        if self.clips:
+            self.values.grad.mul_(factor)
         self._adamw.param_groups[0]["lr"] = learning_rate
         self._adamw.step()
 
@@ -156,11 +157,8 @@ class _Eight:
         self.values, self.settings = group.values, settings
         self.decay = settings.weight_decay if group.decays else 0.0
         self.steps = 0
-        small = self.values.numel() < FEW
-        self.moments = (
-            (torch.zeros_like(self.values.detach()), torch.zeros_like(self.values.detach())) if small else None
-        )
-        self.codes = None if small else no_moments(self.values)
+        few = self.values.numel() < FEW
+        self.held = (torch.zeros_like(self.values), torch.zeros_like(self.values)) if few else no_moments(self.values)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         own = self.settings
@@ -171,23 +169,20 @@ class _Eight:
         )  # fmt: skip
         values, gradient = self.values.detach(), self.values.grad
         assert gradient is not None
-        if self.moments is not None:
-            adam_(values, gradient * factor, *self.moments, rates)
-        elif self.codes is not None:
-            adam8_(values, gradient, self.codes, factor, rates)
+        if isinstance(self.held, Moments):
+            adam8_(values, gradient, self.held, factor, rates)
+        else:
+            adam_(values, gradient * factor, *self.held, rates)
 
     def state(self) -> dict[str, Tensor]:
-        return {"step": torch.tensor(self.steps), **dict(zip(STATE, self._tensors(), strict=False))}
+        return {"step": torch.tensor(self.steps), **dict(zip(STATE, self.held, strict=False))}
 
     def load_state(self, own: Mapping[str, Tensor]) -> None:
         self.steps = int(own.get("step", 0))
-        for name, tensor in zip(STATE, self._tensors(), strict=False):
+        for name, tensor in zip(STATE, self.held, strict=False):
             if own and (name not in own or own[name].numel() != tensor.numel()):
                 raise CheckpointError(f"The optimizer's state in the checkpoint lacks {name} of the trained numbers.")
             tensor.copy_(own[name].view_as(tensor)) if own else tensor.zero_()
-
-    def _tensors(self) -> Sequence[Tensor]:
-        return self.moments or self.codes or ()
 
 
 class LossScaler:
