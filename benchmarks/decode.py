@@ -82,7 +82,9 @@ def main() -> None:
             sys.stdout.write(", ".join(f"{name} {value}" for name, value in list(row.items())[:10]) + "\n")
             sys.stdout.flush()
         gc.collect()
-        torch.cuda.empty_cache()
+        if hardware.device.type == "cuda":  # the next way's peak is its own
+            torch.cuda.empty_cache()
+            peak(hardware.device)
 
 
 def octavo_way(scheme: str, asked: argparse.Namespace, hardware: Hardware) -> Iterator[tuple[int, Row]]:
