@@ -102,7 +102,7 @@ def test_stopping_at_once_cancels_what_is_at_work(llama: Family, started: Starte
     in_a_step, gate = threading.Event(), threading.Event()
 
     def hold() -> None:
-        if not in_a_step.is_set() and streams[1].first_token is not None and engine._reading is not None:
+        if not in_a_step.is_set() and streams[1].first_token is not None and engine._reader.runs:
             in_a_step.set()
             assert gate.wait(PATIENCE)
 

@@ -13,7 +13,7 @@ import torch
 
 from octavo.infer import prompts
 from octavo.infer.batching import Engine
-from octavo.infer.prompts import Prompts, Read
+from octavo.infer.prompts import Prompts, Shape
 from octavo.infer.requests import Limits, Request
 from octavo.infer.sample import Sampling
 
@@ -29,28 +29,29 @@ LENGTHS = (1, 3, 4, 5, 8, 15, 16, 17, 30)  # around the sizes, and over the larg
 class Unrecorded:
     """Computes anew what a graph would replay; counts how often."""
 
-    runs: list[int]
+    runs: list[Shape]
     graph = SimpleNamespace(pool=lambda: None)
 
-    def __init__(self, own: Prompts, size: int, pool: Any) -> None:
-        self.own, self.size = weakref.ref(own), size  # a graph knows its tensors alone
+    def __init__(self, own: Prompts, shape: Shape, pool: Any) -> None:
+        self.own, self.shape = weakref.ref(own), shape  # a graph knows its tensors alone
 
-    def run(self, given: Sequence[int]) -> Read:
-        assert len(given) == self.size + 2
-        self.runs.append(self.size)
+    def run(self, given: Sequence[Sequence[int]]) -> torch.Tensor:
+        assert [len(line) for line in given] == [self.shape.size + 3] * self.shape.rows
+        self.runs.append(self.shape)
         own = self.own()
         assert own is not None
         return own.found(torch.tensor(given))
 
 
 @pytest.fixture(autouse=True)
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Puts the above in the place of graphs; the sizes that were run."""
-    made: list[int] = []
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """Puts the above in the place of graphs; the shapes that were run."""
+    made: list[Shape] = []
     monkeypatch.setattr(Unrecorded, "runs", made, raising=False)
     monkeypatch.setattr(prompts, "_Recorded", Unrecorded)
     monkeypatch.setattr(prompts, "kernels_run_on", lambda _: True)
     monkeypatch.setattr(prompts, "SIZES", (4, 8, 16, 64))  # no slot has room for the last
+    monkeypatch.setattr(prompts, "MOST", 32)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return made
 
@@ -68,7 +69,7 @@ def prepared(engine: Engine) -> Engine:
     return engine
 
 
-def test_answers_are_those_of_each_request_alone(family: Family, runs: list[int]) -> None:
+def test_answers_are_those_of_each_request_alone(family: Family, runs: list[Shape]) -> None:
     requests = [
         Request((*PROMPT[: length - 1], 3 + n), GREEDY, adapter=ADAPTERS[n % 3]) for n, length in enumerate(LENGTHS)
     ]
@@ -76,7 +77,7 @@ def test_answers_are_those_of_each_request_alone(family: Family, runs: list[int]
     streams = [engine.submit(request) for request in requests]
     family.run_out(engine)
     assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
-    assert sorted(runs) == [4, 4, 4, 8, 8, 16, 16]
+    assert runs == [(4, 8), (2, 16), (1, 16)]  # and two in chunks
 
 
 def test_what_stood_in_a_slot_before_is_not_seen(llama: Family) -> None:
@@ -88,7 +89,7 @@ def test_what_stood_in_a_slot_before_is_not_seen(llama: Family) -> None:
         assert llama.answer(stream) == llama.alone(request)
 
 
-def test_what_is_told_of_a_prompt_is_read_in_chunks(llama: Family, runs: list[int]) -> None:
+def test_what_is_told_of_a_prompt_is_read_in_chunks(llama: Family, runs: list[Shape]) -> None:
     engine = serving(llama)
     stream = engine.submit(Request(PROMPT[:9], GREEDY, logprobs=0, prompt_logprobs=True))
     llama.run_out(engine)
@@ -96,7 +97,7 @@ def test_what_is_told_of_a_prompt_is_read_in_chunks(llama: Family, runs: list[in
     assert runs == []
 
 
-def test_an_engine_that_was_not_prepared_records_nothing(llama: Family, runs: list[int]) -> None:
+def test_an_engine_that_was_not_prepared_records_nothing(llama: Family, runs: list[Shape]) -> None:
     engine = llama.engine(Limits(slots=2, room=48))
     request = Request(PROMPT[:7], GREEDY)
     stream = engine.submit(request)
@@ -105,46 +106,48 @@ def test_an_engine_that_was_not_prepared_records_nothing(llama: Family, runs: li
     assert runs == []
 
 
-def test_adapters_that_come_and_go_are_recorded_anew(llama: Family, runs: list[int]) -> None:
+def test_adapters_that_come_and_go_are_recorded_anew(llama: Family, runs: list[Shape]) -> None:
     engine = prepared(llama.engine(Limits(slots=2, room=48)))
     asked = [Request(PROMPT[:7], GREEDY, adapter=name) for name in (None, "blocks")]
     first = engine.submit(asked[0])
     llama.run_out(engine)
-    before = engine._prompts.recorded(8)
+    before = engine._reader.prompts.recorded(Shape(1, 8))
     engine.load_adapter("blocks", llama.adapter("blocks"))
     streams = [first, *(engine.submit(request) for request in asked)]
     llama.run_out(engine)
     assert [llama.answer(stream) for stream in streams] == [llama.alone(r) for r in (asked[0], *asked)]
-    assert engine._prompts.recorded(8) is not before
-    assert runs == [8, 8, 8]
+    assert engine._reader.prompts.recorded(Shape(1, 8)) is not before
+    assert runs == [(1, 8), (4, 8)]
 
 
-@pytest.mark.parametrize("hurt", ["keys", "logits"])
-def test_numbers_that_are_not_finite_fail_their_request_alone(
-    llama: Family, hurt: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, bad, good = serving(llama), Request(PROMPT[:5], GREEDY), Request(PROMPT[:6], GREEDY)
-    found = Prompts.found
-
-    def spoilt(self: Prompts, given: torch.Tensor) -> Read:
-        read = found(self, given)
-        return Read(read.logits, torch.tensor(False)) if int(given[-2]) == len(bad.prompt) else read
-
-    def poisoned(self: Prompts, given: torch.Tensor) -> Read:
-        if int(given[-2]) == len(bad.prompt):
-            self.model.embed.matrix.parts["weight"][PROMPT[2]] = torch.nan
-        return found(self, given)
-
-    monkeypatch.setattr(Prompts, "found", spoilt if hurt == "logits" else poisoned)
-    kept = engine.model.embed.matrix.parts["weight"][PROMPT[2]].clone()
-    stream = engine.submit(bad)
+@pytest.mark.parametrize("place", [2, 4], ids=["inside", "last"])
+def test_numbers_that_are_not_finite_fail_their_request_alone(llama: Family, runs: list[Shape], place: int) -> None:
+    """Also where others are read along with it, and where the slot is taken again."""
+    engine = serving(llama)
+    bad, beside, after = (Request(ids, GREEDY) for ids in (PROMPT[:5], PROMPT[10:16], PROMPT[20:26]))
+    table = engine.model.embed.matrix.parts["weight"]
+    kept = table[PROMPT[place]].clone()
+    table[PROMPT[place]] = torch.nan
+    streams = [engine.submit(request) for request in (bad, beside)]
     llama.run_out(engine)
-    assert "not finite" in str(stream.error)
-    engine.model.embed.matrix.parts["weight"][PROMPT[2]] = kept
-    after = engine.submit(good)
+    table[PROMPT[place]] = kept
+    streams.append(engine.submit(after))
     llama.run_out(engine)
-    assert llama.answer(after) == llama.alone(good)
+    assert "not finite" in str(streams[0].error)
+    assert [llama.answer(stream) for stream in streams[1:]] == [llama.alone(beside), llama.alone(after)]
     assert engine.stats().failed_total == 1
+    assert runs == [(4, 8), (1, 8)]
+
+
+def test_waiting_prompts_are_read_at_once_as_far_as_a_graph_holds_them(llama: Family, runs: list[Shape]) -> None:
+    engine = serving(llama, slots=9)
+    lengths = (2, 3, 4, 2, 3, 9, 8, 20, 1)
+    asked = [Request(PROMPT[n : n + length], GREEDY) for n, length in enumerate(lengths)]
+    streams = [engine.submit(request) for request in asked]
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(request) for request in asked]
+    # Five in a graph of eight; a sixth of nine tokens would be too much for it. The one of 20 is read in chunks.
+    assert runs == [(8, 4), (2, 16), (1, 4)]
 
 
 def test_what_lies_behind_a_prompt_does_not_fail_it(llama: Family) -> None:
@@ -162,7 +165,7 @@ def test_an_engine_that_is_let_go_is_gone_at_once(llama: Family) -> None:
     engine = serving(llama)
     engine.submit(Request(PROMPT[:5], GREEDY))
     llama.run_out(engine)
-    kept = weakref.ref(engine._prompts), weakref.ref(engine._decoder), weakref.ref(engine._slots)
+    kept = weakref.ref(engine._reader.prompts), weakref.ref(engine._decoder), weakref.ref(engine._slots)
     gc.disable()
     try:
         del engine

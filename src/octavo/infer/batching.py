@@ -2,9 +2,9 @@
 
 One thread owns the model. Each of its steps reads of the oldest waiting prompts what one chunk holds, then one new
 token for every running request (infer/decoding.py); requests join and leave between steps. Running requests stand in
-slots 0, 1, .. without gaps, so that their part of the cache is one view; the request whose prompt is being read
-stands behind them. The cache is taken once: requests beyond its slots wait, and beyond the queue's limit they are
-refused.
+slots 0, 1, .. without gaps, so that their part of the cache is one view; requests whose prompts are being read
+(infer/reading.py) stand behind them. The cache is taken once: requests beyond its slots wait, and beyond the queue's
+limit they are refused.
 
 A greedy answer is that of infer/engine.generate for the same request alone, the naive twin that tests compare with, up
 to rounding: in short types the sums of other shapes may tip a choice between two nearly equal tokens.
@@ -22,16 +22,15 @@ from time import time
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from octavo.errors import AdapterError, ModelError
-from octavo.infer.decoding import BASE, Chosen, Decoder, chosen
+from octavo.infer.decoding import Chosen, Decoder, chosen
 from octavo.infer.engine import TextStream, all_ends
-from octavo.infer.prompts import Prompts
+from octavo.infer.reading import Reader
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
 from octavo.infer.runs import Run, next_tokens
 from octavo.infer.slots import Slots
-from octavo.infer.telling import tell, tell_prompt
+from octavo.infer.telling import tell
 from octavo.layers.served import Routing
 from octavo.models import Model
 from octavo.store import peft
@@ -65,10 +64,9 @@ class Engine:
         self._routing = Routing()
         route_(model, self._routing)
         self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
-        self._prompts = Prompts(model, self._slots.cache, self._routing, self._words)
+        self._reader = Reader(model, tokenizer, self._slots, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
         self._running: list[Run] = []
-        self._reading: Run | None = None
         self._ahead: list[Run] = []  # whose last token a step is reading
         self._waiting: deque[Stream] = deque()
         self._counts: Counter[str] = Counter()  # of Stats, those that only rise
@@ -135,7 +133,7 @@ class Engine:
 
     def preparations(self) -> list[Callable[[], object]]:
         """Work that would make the first requests wait, piece by piece; none on a CPU. Before `start`."""
-        return [*self._decoder.preparations(), *self._prompts.preparations()]
+        return [*self._decoder.preparations(), *self._reader.prompts.preparations()]
 
     def start(self) -> None:
         """Lets the engine's own thread take steps."""
@@ -191,78 +189,42 @@ class Engine:
             self._count("steps_total")
 
     def _read(self) -> None:
-        """As much of the oldest waiting prompts as one chunk holds; a short one counts as a quarter of it."""
+        """As much of the oldest waiting prompts as one chunk holds; what is read at once counts as a quarter of it."""
         left = self.limits.chunk
         while left > 0:
             self._admit()
-            if self._reading is None:
+            if not self._reader.runs:
                 return
-            left -= max(self._read_chunk(self._reading, left), self.limits.chunk // 4)
+            count, logits = self._reader.read(len(self._running), left)
+            left -= max(count, self.limits.chunk // 4)
+            if logits is not None:
+                runs, self._reader.runs = self._reader.runs, []
+                self._running += runs
+                self._take(runs, chosen(logits, len(runs)))
 
     def _admit(self) -> None:
-        """The oldest waiting request into the slot behind the running ones, as far as a slot began alike."""
-        slot = len(self._running)
-        with self._changed:
-            if self._reading is not None or not self._waiting or slot == self.limits.slots:
-                return
-            stream = self._waiting.popleft()
-        request = stream.request
-        limit = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
-        run = Run(
-            stream, limit, TextStream(self.tokenizer, request.sampling.stop),
-            torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
-        )  # fmt: skip
-        self._reading = run  # at once: what fails from here on is heard of
-        # The last token is always read anew; a short prompt all of it, which takes no longer on a card.
-        whole = request.prompt_logprobs or self._prompts.take(len(run.ids))
-        reusable = () if whole else request.prompt[:-1]
-        run.done = self._slots.begin(slot, request.adapter, reusable)
-        self._count("prompt_tokens_total", len(run.ids))
-        self._count("reused_tokens_total", run.done)
-
-    def _read_chunk(self, run: Run, most: int) -> int:
-        """Reads up to `most` of a prompt's tokens, a short prompt whole; returns how many.
-
-        After the last one the first token is chosen.
-        """
-        slot, logits = len(self._running), None
-        if not run.stream.request.prompt_logprobs and self._prompts.take(len(run.ids)):
-            new = run.ids[:]
-            logits, finite = self._prompts.read(new, slot, self._number(run))
-        else:
-            new = run.ids[run.done : run.done + most]
-            hidden = self._hidden(run, new, slot)
-            finite = hidden[-1].isfinite().all() & self._slots.cache.keys_finite(slot, len(new))
-        if not bool(finite):
-            self._reading = None
-            self._slots.clear(slot)
-            self._give_up(run, _not_finite())
-            return len(new)
-        if run.stream.request.prompt_logprobs:
-            self._tell_prompt(run, hidden)
-        run.done += len(new)
-        self._slots.wrote(slot, new)
-        if run.done == len(run.ids):
-            run.stream.prompt = tuple(run.told)
-            if logits is None:
-                logits = self.model.head(hidden[None, -1:])[0, :, : self._words].float()
-            self._reading = None
-            self._running.append(run)
-            self._take([run], chosen(logits, 1))
-        return len(new)
-
-    def _hidden(self, run: Run, new: list[int], slot: int) -> Tensor:
-        """(T, d): what the model makes of the next tokens of a prompt."""
-        number = self._number(run)
-        self._routing.numbers = None if number == BASE else self._tensor([number])
-        return self.model.hidden(self._tensor([new]), cache=self._slots.cache.slot(slot))[0]
+        """The oldest waiting requests into the slots behind the running ones: one, or as many as are read at once."""
+        while (slot := len(self._at_work())) < self.limits.slots:
+            with self._changed:
+                if not self._waiting or not self._reader.takes(self._waiting[0].request):
+                    return
+                stream = self._waiting.popleft()
+            request = stream.request
+            limit = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
+            run = Run(
+                stream, limit, TextStream(self.tokenizer, request.sampling.stop),
+                torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
+            )  # fmt: skip
+            self._reader.begin(run, slot)
+            self._count("prompt_tokens_total", len(run.ids))
+            self._count("reused_tokens_total", run.done)
 
     def _launch(self) -> None:
         """Has the token read that each running request chose last; `_decode` hears of it."""
         if not self._running:
             return
         new = [run.ids[run.done] for run in self._running]
-        self._decoder.launch(new, [self._number(run) for run in self._running])
+        self._decoder.launch(new, [self._reader.number(run) for run in self._running])
         for slot, (run, token) in enumerate(zip(self._running, new, strict=True)):
             run.done += 1
             self._slots.wrote(slot, [token])
@@ -272,9 +234,6 @@ class Engine:
         """One new token for each running request. A card reads it already while the host tells of it."""
         runs, self._ahead = self._ahead, []
         self._take(runs, self._decoder.found(), go_on=self._decoder.runs_ahead)
-
-    def _number(self, run: Run) -> int:
-        return BASE if run.adapter is None else self._routing.served[run.adapter]
 
     def _take(self, runs: list[Run], found: Chosen, *, go_on: bool = False) -> None:
         """Chooses the next token of each run from its row of the logits, and tells it.
@@ -300,7 +259,7 @@ class Engine:
         """Whether the next step is sure to be of the same requests and of no prompt."""
         with self._changed:
             joins = self._waiting and len(self._running) < self.limits.slots
-        return not joins and self._reading is None and all(run.goes_on(self._ends) for run in self._running)
+        return not joins and not self._reader.runs and all(run.goes_on(self._ends) for run in self._running)
 
     def _tell(self, run: Run, told: Token) -> None:
         """Puts the token's text and, if it is the last, the reason into the stream."""
@@ -326,15 +285,15 @@ class Engine:
                 self._remove(slot)
 
     def _remove(self, slot: int) -> None:
-        """Takes a running request out of its slot, and the last running one, and the one being read, into the gap."""
+        """Takes a running request out of its slot, and the last running one, and those being read, into the gap."""
         last = len(self._running) - 1
         if self._running[slot].stream.error:
             self._slots.clear(slot)
         self._running[slot] = self._running[last]
         self._running.pop()
         self._slots.move(last, slot)
-        if self._reading is not None:
-            self._slots.move(last + 1, last)
+        for slot in range(last, last + len(self._reader.runs)):
+            self._slots.move(slot + 1, slot)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -344,8 +303,7 @@ class Engine:
             if run.stream.cancelled:
                 dropped.append(run.stream)
                 run.limit = 0
-        if self._reading is not None and self._reading.limit == 0:
-            self._reading = None
+        self._reader.runs = [run for run in self._reader.runs if run.limit > 0]
         self._leave()
         for stream in dropped:
             stream.put(Token(-1, "", "cancelled"))
@@ -356,7 +314,7 @@ class Engine:
         for run in self._at_work():
             if run.limit > 0:
                 self._give_up(run, error)
-        self._running, self._reading, self._ahead = [], None, []
+        self._running, self._reader.runs, self._ahead = [], [], []
         self._slots.forget()
 
     def _give_up(self, run: Run, error: Exception) -> None:
@@ -366,17 +324,8 @@ class Engine:
         self._count("failed_total")
         run.stream.put(Token(-1, "", "error"))
 
-    def _tell_prompt(self, run: Run, hidden: Tensor) -> None:
-        """What is told of a chunk of the prompt, whose last hidden states (T, d) these are."""
-        logits = self.model.head(hidden[None])[0][:, : self._words].float()
-        run.told += tell_prompt(self.tokenizer, run.ids, run.done, logits, run.stream.request.logprobs or 0)
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, device=self._slots.cache.keys.device)
-
     def _at_work(self) -> list[Run]:
-        reading = self._reading  # looked at once: another thread may ask
-        return [*self._running, *([reading] if reading is not None else [])]
+        return [*self._running, *self._reader.runs]
 
     def _check_free(self, name: str) -> None:
         if name == self.base or name in self.adapters():

@@ -1,8 +1,8 @@
-"""CUDA graphs of a few sizes: recorded when first needed, dropped when what they read is no longer there."""
+"""CUDA graphs of a few shapes: recorded when first needed, dropped when what they read is no longer there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -17,30 +17,31 @@ class Recorded(Protocol):
 
 
 R = TypeVar("R", bound=Recorded)
+S = TypeVar("S", bound=Hashable)
 Found = TypeVar("Found")
 
 
 class Graphs(Generic[R]):
-    """One for each size. All share one pool of memory: no two may run at a time."""
+    """One for each shape. All share one pool of memory: no two may run at a time."""
 
     def __init__(self, routing: Routing, device: torch.device) -> None:
         self._routing, self._device = routing, device
-        self._made: dict[int, R] = {}
+        self._made: dict[Hashable, R] = {}
         self._changes = routing.changes
 
     @torch.no_grad()
-    def of(self, size: int, make: Callable[[int, Any], R]) -> R:
-        """The graph of a size, recorded by `make(size, pool)` if that was not done yet.
+    def of(self, shape: S, make: Callable[[S, Any], R]) -> R:
+        """The graph of a shape, recorded by `make(shape, pool)` if that was not done yet.
 
         (`make` is not kept: it knows its owner, and a cycle would hold a cache's memory until it is collected.)
         """
         if self._changes != self._routing.changes:  # graphs hold the addresses of the adapters' tensors
             torch.cuda.synchronize(self._device)  # memory that a replay still works in must not be given back
             self._made, self._changes = {}, self._routing.changes
-        if size not in self._made:
+        if shape not in self._made:
             pool = next(iter(self._made.values())).graph.pool() if self._made else None
-            self._made[size] = make(size, pool)
-        return self._made[size]
+            self._made[shape] = make(shape, pool)
+        return self._made[shape]
 
 
 def record(run: Callable[[], Found], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Found]:

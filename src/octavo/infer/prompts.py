@@ -1,8 +1,8 @@
-"""Short prompts as CUDA graphs: a card reads one in a fraction of the time that a host takes to launch its kernels.
+"""Short prompts as CUDA graphs: a card reads some in a fraction of the time that a host takes to launch the kernels.
 
-A graph is recorded for a few lengths; a prompt takes the next longer one and is filled up behind its end, where nothing
-looks back. It is read into a slot of its own, of which what counts is copied to where the request stands. All of this
-only where it was prepared for, as a server does: one prompt alone is read sooner than its graph is recorded.
+A graph is recorded for a few shapes, so many prompts of so many tokens. Prompts take the next larger one: each is
+filled up behind its end, where nothing looks back, and rows that are left over read the first prompt once more. All of
+this only where it was prepared for, as a server does: one prompt alone is read sooner than its graph is recorded.
 """
 
 from __future__ import annotations
@@ -20,14 +20,24 @@ from octavo.layers.served import Routing
 from octavo.models import Model
 from octavo.ops.twins import kernels_run_on
 
-SIZES = (16, 32, 64, 128, 256)  # tokens
+SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt
+ROWS = (1, 4, 16)  # prompts at once
+MOST = 1024  # tokens at once: more would make running requests wait, and gain little for a token
 
 
-class Read(NamedTuple):
-    """What a prompt's last token says: logits (1, words) float32, and whether all that was computed is finite."""
+class Prompt(NamedTuple):
+    """A prompt for an empty slot, through the adapter of this number."""
 
-    logits: Tensor
-    finite: Tensor
+    ids: Sequence[int]
+    slot: int
+    number: int
+
+
+class Shape(NamedTuple):
+    """What a graph reads: so many prompts of up to so many tokens."""
+
+    rows: int
+    size: int
 
 
 class Prompts:
@@ -35,7 +45,7 @@ class Prompts:
 
     def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
-        self.sizes: list[int] = []
+        self.shapes: list[Shape] = []
         self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
 
     @property
@@ -43,55 +53,63 @@ class Prompts:
         """Whether there are graphs: on a card where the kernels run."""
         return kernels_run_on(self.cache.keys)
 
-    def take(self, count: int) -> bool:
-        """Whether prompts of so many tokens are read here."""
-        return bool(self.sizes) and count <= self.sizes[-1]
+    def shape_for(self, lengths: Sequence[int]) -> Shape | None:
+        """The cheapest shape that prompts of these lengths are read in; None if there is none."""
+        fitting = [shape for shape in self.shapes if shape.rows >= len(lengths) and shape.size >= max(lengths)]
+        return min(fitting, key=lambda shape: (shape.rows * shape.size, shape.size), default=None)
 
-    def read(self, ids: Sequence[int], slot: int, number: int) -> Read:
-        """Reads a prompt into an empty slot, through the adapter of this number."""
-        size = next(size for size in self.sizes if size >= len(ids))
-        more = [ids[-1]] * (size - len(ids))  # a token whose numbers are finite if the prompt's are: 0 times NaN is NaN
-        found = self.recorded(size).run([*ids, *more, len(ids), number])
-        self.cache.keys[:, slot, : len(ids)] = self._own.keys[:, 0, : len(ids)]
-        self.cache.values[:, slot, : len(ids)] = self._own.values[:, 0, : len(ids)]
-        self.cache.lengths[slot] = len(ids)
-        return found
+    def read(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits (n, words) float32 behind each prompt's last token; NaN if anything that was computed of it is not
+        finite. The next call writes over them.
+        """
+        shape = self.shape_for([len(prompt.ids) for prompt in prompts])
+        assert shape is not None, "prompts that `shape_for` has no graph for"
+        given = [_line(prompt, shape.size) for prompt in prompts]
+        found = self.recorded(shape).run([*given, *[given[0]] * (shape.rows - len(given))])
+        for prompt in prompts:
+            self.cache.lengths[prompt.slot] = len(prompt.ids)
+        return found[: len(prompts)]
 
     def preparations(self) -> list[Callable[[], object]]:
         """Has prompts read here from now on; the recording of each graph, which would make a request wait."""
-        self.sizes = [size for size in SIZES if size <= self.cache.room] if self.records else []
-        if self.sizes:
-            self._own = self.model.new_slots(slots=1, room=self.sizes[-1])
-        return [partial(self.recorded, size) for size in self.sizes]
+        sizes = [size for size in SIZES if size <= self.cache.room] if self.records else []
+        self.shapes = [Shape(rows, size) for size in sizes for rows in sorted({min(r, MOST // size) for r in ROWS})]
+        return [partial(self.recorded, shape) for shape in self.shapes]
 
-    def recorded(self, size: int) -> _Recorded:
-        """The graph of a length."""
-        return self._graphs.of(size, partial(_Recorded, self))
+    def recorded(self, shape: Shape) -> _Recorded:
+        """The graph of a shape."""
+        return self._graphs.of(shape, partial(_Recorded, self))
 
-    def found(self, given: Tensor) -> Read:
-        """`given`: ids, how many of them are the prompt's, the number of the adapter; int64."""
-        ids, count, number = given[:-2], given[-2], given[-1:]
-        self.routing.numbers = number if self.routing.served else None
-        self._own.lengths[0] = 0
-        hidden = self.model.hidden(ids[None], cache=self._own.slot(0))[0]
-        last = hidden.index_select(0, (count - 1)[None])
-        inside = torch.arange(len(ids), device=ids.device) < count
-        keys = self._own.keys[:, 0, : len(ids)].flatten(2).isfinite().all(dim=2)
-        finite = last.isfinite().all() & (keys | ~inside).all()
-        return Read(self.model.head(last[None])[0, :, : self.words].float(), finite)
+    def found(self, given: Tensor) -> Tensor:
+        """`given` (rows, size + 3) int64: of each prompt its ids, how many of them count, its slot and its adapter."""
+        ids, counts, slots, numbers = given[:, :-3], given[:, -3], given[:, -2], given[:, -1]
+        self.routing.numbers = numbers if self.routing.served else None
+        over = self.cache.prompts(slots, counts)
+        hidden = self.model.hidden(ids, cache=over)
+        last = hidden[torch.arange(len(ids), device=ids.device), counts - 1]  # (rows, d)
+        logits: Tensor = self.model.head(last[:, None])[:, 0, : self.words].float()
+        finite = over.finite & last.isfinite().all(dim=1)
+        return logits.masked_fill(~finite[:, None], torch.nan)
+
+
+def _line(prompt: Prompt, size: int) -> list[int]:
+    """A row of what `found` is given."""
+    count = len(prompt.ids)
+    more = [prompt.ids[-1]] * (size - count)  # whose numbers are finite if the prompt's are: 0 times NaN is NaN
+    return [*prompt.ids, *more, count, prompt.slot, prompt.number]
 
 
 class _Recorded:
-    """The reading of a prompt of one length as a CUDA graph."""
+    """The reading of prompts of one shape as a CUDA graph."""
 
-    def __init__(self, prompts: Prompts, size: int, pool: Any) -> None:
+    def __init__(self, prompts: Prompts, shape: Shape, pool: Any) -> None:
         device = prompts.cache.keys.device
-        self._sent = torch.tensor([0] * size + [1, 0]).pin_memory()
+        self._sent = torch.tensor([_line(Prompt([0], 0, 0), shape.size)] * shape.rows).pin_memory()
         self._given = self._sent.to(device)
         self.graph, self._found = record(lambda: prompts.found(self._given), device, pool)
 
-    def run(self, given: Sequence[int]) -> Read:
-        self._sent.copy_(torch.tensor(given))  # the prompt before was waited for, so nobody reads this any more
+    def run(self, given: Sequence[Sequence[int]]) -> Tensor:
+        self._sent.copy_(torch.tensor(given))  # the prompts before were waited for, so nobody reads this any more
         self._given.copy_(self._sent, non_blocking=True)
         self.graph.replay()
         return self._found

@@ -60,8 +60,8 @@ class KeyValueCache:
 class SlotCache:
     """Many requests at once: a slot of `room` positions for each, (L, slots, S, G, D), taken once.
 
-    `lengths` are the filled positions of each slot. A prompt is read through `slot`, single tokens of the first
-    slots through `step`.
+    `lengths` are the filled positions of each slot. A prompt is read through `slot`, several short ones at once
+    through `prompts`, single tokens of the first slots through `step`.
     """
 
     def __init__(self, layers: int, *, slots: int, room: int, **shape: Any) -> None:
@@ -73,6 +73,10 @@ class SlotCache:
     def slot(self, number: int) -> Slot:
         """One slot as the cache of a batch of one row."""
         return Slot(self, number)
+
+    def prompts(self, slots: Tensor, counts: Tensor) -> Prompts:
+        """Empty slots (B,), for a prompt of `counts` (B,) tokens each; both int64 on the cache's device."""
+        return Prompts(self, slots, counts)
 
     def step(self, lengths: Tensor, longest: int) -> Step:
         """The first slots, for one new token each: `lengths` (B,) int64 on the cache's device, -1 for an idle one."""
@@ -109,6 +113,32 @@ class Slot:
 
     def _filled(self, length: int) -> None:
         self.cache.lengths[self.number] = length
+
+
+class Prompts:
+    """Whole prompts, each into an empty slot, filled up behind its end to the T positions that all of them take.
+
+    All that differs from call to call is in tensors, as in `Step`. `finite` (B,) tells whether every block's keys of
+    a prompt are: attention without a mask may make zeros of NaN keys. Behind a prompt's end zeros are stored.
+    """
+
+    def __init__(self, cache: SlotCache, slots: Tensor, counts: Tensor) -> None:
+        self.cache, self.slots, self.counts = cache, slots, counts
+        self.finite = torch.ones_like(slots, dtype=torch.bool)
+
+    def next(self, count: int) -> Pass:
+        self.positions = torch.arange(count, device=self.slots.device)[None]
+        self._behind = (self.positions >= self.counts[:, None])[:, :, None, None]
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for store, new in ((self.cache.keys, k), (self.cache.values, v)):
+            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, new.masked_fill(self._behind, 0))
+        self.finite &= (k.isfinite() | self._behind).flatten(1).all(dim=1)
+        return causal_attention(q, k, v)
+
+    def finish(self) -> None:
+        return
 
 
 class Step:
