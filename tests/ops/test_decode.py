@@ -31,7 +31,7 @@ def adapters(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("m", [1, 3, FEW_ON_A_CPU, FEW_ON_A_CPU + 1, 64])
+@pytest.mark.parametrize("m", [1, 3, FEW_ON_A_CPU, FEW_ON_A_CPU + 1, 65])
 @pytest.mark.parametrize("added", [False, True])
 def test_a_product_from_codes_is_that_of_the_dequantised_matrix(dtype: torch.dtype, m: int, added: bool) -> None:
     torch.manual_seed(m)

@@ -103,6 +103,14 @@ def codes(scheme: str, n: int = 9, k: int = 1111) -> Case:
     return make
 
 
+def plain_codes(n: int, k: int, step: float) -> Case:
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        out = columns(n, k, dtype)
+        return (torch.randint(-127, 128, (n, k), dtype=torch.int8), step, out), {}, out
+
+    return make
+
+
 def losses(vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         logits = columns(len(labels), vocabulary, dtype).mul_(4)
@@ -235,7 +243,7 @@ CASES: dict[str, list[Case]] = {
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),
-        few(5, 700, 70, rank=5),
+        few(5, 700, 70, rank=5), few(70, 100, 70, bias=True), few(130, 200, 140, rank=5, onto=True),
     ],
     "decode.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
     "decode.slot_attention": [
@@ -256,6 +264,7 @@ CASES: dict[str, list[Case]] = {
         product(2, 144, 288, torch.int8, scaled=True, onto="own"),
         product(130, 272, 144, eight.FP8, rank=16), product(300, 32, 1040, eight.FP8, scaled=True, bias=True, rank=8),
     ],
+    "quantize.codes_into": [plain_codes(9, 1111, 1.0), plain_codes(2, 4500, 2.0**-7)],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
     "quantize.dynamic8_into": [codes("dynamic8"), codes("dynamic8", 2, 4500)],
     "quantize.nf4_codes_into": [four_bits(3, 128), four_bits(2, 4544)],

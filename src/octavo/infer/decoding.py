@@ -18,7 +18,7 @@ from octavo.infer.graphs import Graphs, record
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
-from octavo.ops.decode import FEW
+from octavo.ops.decode import few_rows
 from octavo.ops.twins import kernels_run_on
 
 IDLE = -1  # the length of a slot that has no token to read
@@ -76,7 +76,7 @@ class Decoder:
         """
         if not self.records:
             return []
-        counts = (FEW // 4 + 1, FEW // 2 + 1, FEW + 1)  # tiles of 32 and 64 rows, and products with the matrix
+        counts = sorted({17, 33, 65, few_rows(self.cache.keys) + 1})  # tiles of more rows; products with the matrix
         return [
             *(partial(self._recorded, rows) for rows in _sizes(len(self.cache.lengths))),
             *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.room),

@@ -85,6 +85,8 @@ def tile_for(m: int, dtype: torch.dtype, *, adapters: bool) -> Tile:
         return Tile(16, 32, 128, 4, 3)
     if m <= 16:
         return Tile(16, 32, 256, 4, 3)
+    if m > 64:
+        return Tile(128, 64, 64, 8, 3) if adapters else Tile(128, 128, 64, 4, 3)
     rows = triton.next_power_of_2(m)
     return Tile(rows, 64 if adapters and rows == 64 else 128, 128, 4, 3)  # more would not fit into registers
 

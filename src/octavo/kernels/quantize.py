@@ -28,6 +28,20 @@ def _int8(codes, scale, out, k, codes_stride, out_stride, WIDTH: tl.constexpr):
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
+    n, k = out.shape
+    _plain_codes[(n, triton.cdiv(k, WIDTH))](codes, step, out, k, codes.stride(0), out.stride(0), WIDTH, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["step"])
+def _plain_codes(codes, step, out, k, codes_stride, out_stride, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < k
+    value = tl.load(codes + row * codes_stride + column, mask=inside, other=0).to(tl.float32) * step
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+
+
 def dynamic8_into(codes: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> None:
     n, k = out.shape
     grid = (n, triton.cdiv(k, WIDTH))

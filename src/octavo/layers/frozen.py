@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from octavo.layers.served import Bank, Routing
 from octavo.ops import eight
-from octavo.ops.decode import FEW, int8_rows
+from octavo.ops.decode import few_rows, int8_rows
 from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
@@ -190,7 +190,7 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""
         pairs = self.low_rank()
-        if not torch.is_grad_enabled() and self.matrix.scheme.straight and x.numel() <= FEW * x.shape[-1]:
+        if not torch.is_grad_enabled() and self.matrix.scheme.straight and x.numel() <= few_rows(x) * x.shape[-1]:
             return self._few(x, onto, pairs)
         dropping = bool(pairs) and self.training and self.dropout > 0
         y = frozen_linear(

@@ -18,10 +18,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.ops.quantize import INT8_LEVELS
-from octavo.ops.twins import twin
+from octavo.ops.twins import kernels_run_on, twin
 
-FEW = 64  # rows; with more, writing the matrix out and multiplying with it is no slower
-FEW_ON_A_CPU = 16
+FEW_ON_A_CPU = 16  # rows that PyTorch's own kernel is faster for
+
+
+def few_rows(x: Tensor) -> int:
+    """How many rows of x's kind are few: with more, writing the matrix out and multiplying with it is no slower."""
+    return 256 if kernels_run_on(x) and x.dtype != torch.float32 else 64
 
 
 class Thin(NamedTuple):

@@ -143,10 +143,10 @@ class Int8:
         return {"weight": codes.to(torch.int8), "absmax": absmax}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        codes, scale = parts["weight"].to(dtype), parts["absmax"] / INT8_LEVELS
-        if dtype == torch.float16:  # sums of whole codes would pass 65504; a power of two costs no digit
-            return codes.mul_(2.0**-7), scale * 2**7
-        return codes, scale
+        codes = parts["weight"].new_empty(shape, dtype=dtype)
+        step = 2.0**-7 if dtype == torch.float16 else 1.0  # sums of whole codes would pass 65504
+        codes_into(parts["weight"], step, codes)
+        return codes, parts["absmax"] / (INT8_LEVELS * step)
 
     def fill(self, parts: Parts, out: Tensor) -> None:
         int8_into(parts["weight"], parts["absmax"], out)
@@ -190,8 +190,9 @@ class Dynamic8:
         return {"weight": codes.view(weight.shape), "absmax": state.absmax, "code": code}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        values = parts["code"][parts["weight"].reshape(-1).int()]
-        return _times_blocks(values, parts["absmax"], DYNAMIC8_BLOCK).view(shape).to(dtype), None
+        matrix = parts["absmax"].new_empty(shape, dtype=dtype)
+        self.fill(parts, matrix)
+        return matrix, None
 
     def fill(self, parts: Parts, out: Tensor) -> None:
         dynamic8_into(parts["weight"], parts["absmax"], parts["code"], out)
@@ -230,9 +231,9 @@ class Nf4:
         return {"weight": (codes[::2] << 4) | codes[1::2], "absmax": absmax}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        pairs = _nf4_pairs(parts["weight"].device)[parts["weight"].int()]  # (n / 2, 2)
-        values = pairs.view(-1)[: prod(shape)]
-        return _times_blocks(values, parts["absmax"], NF4_BLOCK).view(shape).to(dtype), None
+        matrix = parts["absmax"].new_empty(shape, dtype=dtype)
+        self.fill(parts, matrix)
+        return matrix, None
 
     def fill(self, parts: Parts, out: Tensor) -> None:
         nf4_into(parts["weight"], parts["absmax"], out)
@@ -260,6 +261,14 @@ def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to out's type."""
     # The codes are exact in bfloat16, from which a CPU multiplies seven times as fast as from int8.
     out.copy_(codes.to(torch.bfloat16) * (absmax / INT8_LEVELS)[:, None])
+
+
+@twin
+def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
+    """out (N, K) = int8 codes * step, a power of two, so that nothing is rounded."""
+    out.copy_(codes)
+    if step != 1:
+        out.mul_(step)
 
 
 @twin
