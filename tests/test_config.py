@@ -1,4 +1,4 @@
-"""config.py: a flag over a file over a default, and messages that name the key and the way out."""
+"""config/: a flag over a file over a default, and messages that name the key and the way out."""
 
 from __future__ import annotations
 

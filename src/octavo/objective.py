@@ -13,6 +13,7 @@ from octavo.models import Model
 from octavo.ops.attention import Documents, find_documents
 from octavo.ops.branch import Keep
 from octavo.ops.loss import IGNORE, cross_entropy_sum
+from octavo.ops.offload import Away
 from octavo.ops.transfer import sent
 from octavo.ops.wide import Wide
 
@@ -44,9 +45,15 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
     )
 
 
-def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL) -> Tensor:
-    """Sum of the cross-entropy over the labelled tokens, in nats, a float32 scalar."""
-    hidden = model.hidden(inputs.ids, positions=inputs.positions, documents=inputs.documents, keep=keep).flatten(0, 1)
+def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL, offload: bool = False) -> Tensor:
+    """Sum of the cross-entropy over the labelled tokens, in nats, a float32 scalar.
+
+    To `offload` is to let the inputs of layers wait for backward in the host's memory.
+    """
+    away = Away() if offload else None
+    hidden = model.hidden(
+        inputs.ids, positions=inputs.positions, documents=inputs.documents, keep=keep, away=away
+    ).flatten(0, 1)
     if inputs.learned is not None:
         hidden = hidden[inputs.learned]
     return cross_entropy_sum(hidden, inputs.labels, Wide((model.head.frozen(),)))

@@ -99,7 +99,8 @@ def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardwa
     model.train()  # with the dropout that there is
     compute_in_eight_(model, wanted=wants_eight(config[MemoryOptions], hardware, card))
     state = 8 if training.optimizer == "adamw" else 2
-    return Planner(model, length, training.batch, state, card)
+    offloads = {"off": (False,), "on": (True,), "auto": (False, True)}[config[MemoryOptions].offload]
+    return Planner(model, length, training.batch, state, card, offloads, free_memory_bytes("cpu") / 2)
 
 
 def wants_eight(options: MemoryOptions, hardware: Hardware, card: Peak | None = None) -> bool:
@@ -131,6 +132,10 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
     options = config[MemoryOptions]
     planner = planner_for(config, source, scheme, hardware, peak(hardware.name))
     budget = budget_bytes(options, hardware)
+    if hardware.device.type == "cpu":
+        if options.offload == "on":
+            raise UsageError("There is no card here whose memory --offload on could spare.", hint="Leave it out.")
+        planner.offloads = (False,)
     if options.activations != "auto":
         level = LEVELS[options.activations]
         asked = (level,) * len(planner.model.blocks)

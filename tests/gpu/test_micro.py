@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from octavo.data.loader import Batch
-from octavo.layers.frozen import FrozenLinear
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Model
+from octavo.objective import Inputs, loss_of
+from octavo.ops import offload
 from octavo.ops.branch import Keep
 from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
@@ -23,7 +25,7 @@ from octavo.ops.twins import use_kernels
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
-from octavo.store.weights import load
+from octavo.store.weights import allocated, load
 from octavo.train.compute import compute_in_eight_, layers
 from octavo.train.micro import Launched, MicroStep, Recorded
 
@@ -260,6 +262,59 @@ def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed:
     with no_waiting():
         launched(batch, 0.1)
         recorded(batch, 0.1)
+
+
+@both_kinds
+@pytest.mark.parametrize("keep", list(Keep))
+def test_inputs_and_a_table_on_the_host_change_no_bit(
+    load_step: Load, packed: bool, keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched and recorded, with layers few enough that all but one are away."""
+    monkeypatch.setattr(offload, "LEAVING", 1)
+    step = load_step(torch.bfloat16, CARD, "int8")
+    batch = batch_of(0, packed=packed)
+    expected = step.taken(Launched(step.model, keep), batch)
+    table = step.model.table
+    assert table is not None
+    held = torch.cuda.memory_allocated()
+    table.lie_on_host_(True)
+    assert torch.cuda.memory_allocated() <= held - table.stored_bytes
+    launched, recorded = Launched(step.model, keep, True), Recorded(step.model, keep, rows=ROWS, offload=True)
+    for _ in range(3):
+        for micro_step in (launched, recorded):
+            assert_same(step.taken(micro_step, batch), expected, 1e-3)
+    with no_waiting():
+        launched(batch, 0.1)
+        recorded(batch, 0.1)
+    table.lie_on_host_(False)
+    assert_same(step.taken(Launched(step.model, keep), batch), expected, 1e-3)
+
+
+def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> None:
+    """16 layers' inputs, of which three at most are there at a time."""
+    config = GPTJConfig(vocab_size=VOCABULARY, n_embd=256, n_inner=320, n_layer=16, n_head=4, rotary_dim=32)
+    shape = config.to_dict() | {"architectures": ["GPTJForCausalLM"]}
+    model = allocated(shape, scheme_named("int8"), dtype=torch.bfloat16, device=CARD)
+    for matrix in model.modules():
+        if isinstance(matrix, FrozenMatrix):
+            for part in matrix.parts.values():
+                part.zero_()
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    flatten_(adapter.trained(model))
+    model.train()
+    ids = torch.zeros(64, 1024, dtype=torch.int64, device=CARD)
+    inputs = Inputs(ids, torch.arange(1024, device=CARD).expand(64, 1024), ids.flatten(), None, None)
+    peaks = []
+    for away in (False, True):
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            loss_of(model, inputs, keep=Keep.INPUT, offload=away).backward()
+            torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+    one = 64 * 1024 * 256 * 2
+    assert peaks[0] - peaks[1] == pytest.approx((16 - 3) * one, rel=0.1)
 
 
 @both_kinds

@@ -17,6 +17,7 @@ from octavo.models import Model
 from octavo.ops.attention import find_documents
 from octavo.ops.branch import Keep
 from octavo.ops.loss import cross_entropy_sum
+from octavo.ops.offload import Away
 from octavo.ops.wide import Wide
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
@@ -47,18 +48,18 @@ def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, M
     return ours.train()
 
 
-def loss_of(model: Model, keep: Keep | Sequence[Keep], *, packed: bool = True) -> Tensor:
+def loss_of(model: Model, keep: Keep | Sequence[Keep], *, packed: bool = True, away: Away | None = None) -> Tensor:
     torch.manual_seed(5)  # of the dropout
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(VOCABULARY, (2, LENGTH), generator=generator) for _ in range(2))
     document = torch.arange(LENGTH).expand(2, LENGTH) // 20 if packed else None
-    hidden = model.hidden(ids, documents=find_documents(document, ids.device), keep=keep)
+    hidden = model.hidden(ids, documents=find_documents(document, ids.device), keep=keep, away=away)
     return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), Wide((model.head.frozen(),)))
 
 
-def gradients(model: Model, keep: Keep | Sequence[Keep]) -> dict[str, Tensor]:
+def gradients(model: Model, keep: Keep | Sequence[Keep], away: Away | None = None) -> dict[str, Tensor]:
     model.zero_grad()
-    torch.autograd.backward(loss_of(model, keep))
+    torch.autograd.backward(loss_of(model, keep, away=away))
     trained = adapter.trained(model)
     found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
     assert found.keys() == trained.keys()
@@ -70,6 +71,11 @@ def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Model, keep: K
     kept, again = gradients(model, Keep.ALL), gradients(model, keep)
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
     assert all(gradient.any() for gradient in kept.values())
+
+
+def test_inputs_that_were_away_change_no_bit(model: Model) -> None:
+    kept, again = gradients(model, MIXED), gradients(model, MIXED, Away())
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
 
 
 def test_dropout_is_on_in_what_is_compared(model: Model) -> None:

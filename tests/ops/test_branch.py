@@ -19,6 +19,7 @@ from octavo.ops.branch import Branch, Keep, Norm, branch
 from octavo.ops.frozen import Frozen
 from octavo.ops.linear import LowRank
 from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
+from octavo.ops.offload import Away
 from octavo.ops.wide import Wide
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
@@ -68,12 +69,17 @@ class Case:
         norms = Norm(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
         return Branch(norms, Wide((first,)), self.pieces, Wide(tuple(parts)))
 
-    def run(self, x: Tensor, *trained: Tensor, keep: Keep, packed: bool = False, seed: int = 3) -> Tensor:
+    def run(
+        self, x: Tensor, *trained: Tensor, keep: Keep, packed: bool = False, seed: int = 3, away: Away | None = None
+    ) -> Tensor:
         torch.manual_seed(seed)
-        return branch(x, self.branch(*trained), context_of(packed=packed), keep=keep)
+        return branch(x, self.branch(*trained), context_of(packed=packed, away=away), keep=keep)
 
-    def gradients(self, *, keep: Keep, packed: bool = False, seed: int = 3) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.run(*self.leaves, keep=keep, packed=packed, seed=seed), self.leaves, self.dy)
+    def gradients(
+        self, *, keep: Keep, packed: bool = False, seed: int = 3, away: Away | None = None
+    ) -> tuple[Tensor, ...]:
+        y = self.run(*self.leaves, keep=keep, packed=packed, seed=seed, away=away)
+        return torch.autograd.grad(y, self.leaves, self.dy)
 
 
 def _split(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
@@ -85,11 +91,11 @@ def _filling(weight: Tensor) -> Any:
     return lambda out: out.copy_(weight)
 
 
-def context_of(*, packed: bool) -> Context:
+def context_of(*, packed: bool, away: Away | None = None) -> Context:
     document = torch.tensor([[0, 0, 1, 1], [2, 3, 3, -1]]) if packed else None
     positions = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]) if packed else torch.arange(LENGTH)[None]
     table = rotary_table(positions, torch.tensor([0.7, 0.3]))
-    return Context(BATCH, LENGTH, table, find_documents(document, positions.device))
+    return Context(BATCH, LENGTH, table, find_documents(document, positions.device), away)
 
 
 @every_kind
@@ -114,6 +120,26 @@ def test_what_is_kept_changes_no_bit_with_dropout_on(kind: str, packed: bool, ke
     for one, other in zip(everything, case.gradients(keep=keep, packed=packed), strict=True):
         assert torch.equal(one, other)
         assert one.any()
+
+
+@every_kind
+@every_keep
+def test_an_input_that_was_away_changes_no_bit(kind: str, keep: Keep) -> None:
+    case = Case(kind, dropout=0.4)
+    for one, other in zip(case.gradients(keep=keep), case.gradients(keep=keep, away=Away()), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_input_is_put_away_that_no_backward_takes_back() -> None:
+    case, away = Case("GPT-J's"), Away()
+    y = case.run(*(leaf.detach() for leaf in case.leaves), keep=Keep.ALL, away=away)
+    assert not y.requires_grad
+    with pytest.raises(IndexError):
+        away.take()
+    with torch.no_grad():
+        case.run(*case.leaves, keep=Keep.ALL, away=away)
+    with pytest.raises(IndexError):
+        away.take()
 
 
 @every_kind

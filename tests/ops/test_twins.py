@@ -125,7 +125,7 @@ def few(m: int, k: int, n: int, *, bias: bool = False, rank: int = 0, onto: bool
     """A product of m rows with 8-bit codes; with `rank` two names, and the base and two adapters."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        # The definition rounds whatever is added: of many numbers some would cancel to less than that, so they are small.
+        # The definition rounds whatever is added; of many numbers some cancel to less than that, so they are small.
         x, size = columns(m, k, dtype), 0.3 if m > 64 else 1.0
         parts = SCHEMES["int8"].quantise(torch.randn(n, k) * k**-0.5 * size)
         named: dict[str, object] = {}

@@ -93,11 +93,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[]
     """Has the passes of these numbers fail in forward, counted from 0 over plans; what each keeps, as they come."""
     seen: list[Any] = []
 
-    def loss(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+    def loss(model: Model, inputs: Inputs, *, keep: Any, offload: bool) -> Tensor:
         seen.append(keep)
         if len(seen) - 1 in calls:
             raise error()
-        return loss_of(model, inputs, keep=keep)
+        return loss_of(model, inputs, keep=keep, offload=offload)
 
     monkeypatch.setattr(micro, "loss_of", loss)
     return seen
@@ -237,11 +237,11 @@ def test_what_the_failed_call_held_is_free_before_anything_else_is_done(
     held: list[weakref.ref[Tensor]] = []
     order: list[str] = []
 
-    def loss(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+    def loss(model: Model, inputs: Inputs, *, keep: Any, offload: bool) -> Tensor:
         if held:
-            return loss_of(model, inputs, keep=keep)
+            return loss_of(model, inputs, keep=keep, offload=offload)
         large = torch.ones(1000, requires_grad=True)
-        own = loss_of(model, inputs, keep=keep) + large.exp().sum()
+        own = loss_of(model, inputs, keep=keep, offload=offload) + large.exp().sum()
         held.append(weakref.ref(large))
         if where == "forward":
             raise exhausted()

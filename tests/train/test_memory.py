@@ -22,6 +22,7 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.weights import allocated
 from octavo.train.memory import MARGIN, Plan, Planner, _halvings
+from octavo.train.rehearsal import BUS_BYTES_PER_SECOND, Forecast
 
 GIB = 2**30
 ALL, ATTENTION, INPUT = Keep.ALL, Keep.ATTENTION, Keep.INPUT
@@ -192,7 +193,7 @@ def test_attention_is_kept_first_where_rows_are_long() -> None:
     assert found.keep == all_of(ATTENTION)
     wide = short("gptj-4")
     half = (wide.plan(all_of(INPUT), 8).peak_bytes + wide.plan(all_of(ALL), 8).peak_bytes) / 2
-    found = wide._fullest(8, half)
+    found = wide._fullest(8, half, offload=False)
     assert found is not None
     assert set(found.keep) == {INPUT, ALL}
 
@@ -229,6 +230,46 @@ def test_a_card_that_is_not_known_gets_the_plan_of_one_that_is() -> None:
     ]
 
 
+def test_offload_takes_the_inputs_and_the_embedding_off_the_card() -> None:
+    """By hand: 2 bytes a number of each branch's input but the two at hand; a Llama has two branches a layer."""
+    for shape, rows, branches, words in (("gptj", 1, 28, 50400), ("llama", 4, 64, 32768)):
+        this = replace(planner(shape, length=2048, batch=rows, card="H100"), offloads=(False, True))
+        one, table = 2 * 4096 * rows * 2048, words * (4096 + 4)
+        keep = (INPUT,) * len(this.model.blocks)
+        here, away = (this.plan(keep, rows, offload=offload) for offload in (False, True))
+        assert (here.host_bytes, away.host_bytes) == (0, branches * one + table)
+        assert here.peak_bytes - away.peak_bytes > 0.98 * ((branches - 2) * one + table)  # and gaps between them
+        assert this.least() == this.plan(keep, 1, offload=True)
+
+
+def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:
+    here = short("llama-4")
+    both = replace(here, offloads=(False, True))
+    low, high = bounds(here)
+    full = both.best(high)
+    assert full is not None
+    assert full == here.best(high)
+    assert here.best(low) is None
+    chosen = set()
+    for share in range(10):
+        budget = low + share / 10 * (high - low)
+        found, without = both.best(budget), here.best(budget)
+        assert found is not None
+        assert found.peak_bytes <= MARGIN * budget
+        assert without is None or both._pace(found) <= both._pace(without)
+        chosen.add(found.offload)
+        if found.offload:
+            assert without is None or both._pace(found) < both._pace(without)
+            assert replace(both, host_bytes=found.host_bytes - 1).best(budget) == without
+    assert chosen == {False, True}
+
+
+def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
+    forecast = Forecast(0, 0.0, 0.0, 0.0, host_bytes=int(BUS_BYTES_PER_SECOND))
+    assert forecast.seconds(CARDS["H100"]) == 2
+    assert replace(forecast, product_flops=1e16).seconds(CARDS["H100"]) > 2
+
+
 def test_a_setting_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     this = short("gptj-4")
     first = this.plan(all_of(ALL), 8)
@@ -240,3 +281,5 @@ def test_a_plan_is_told_in_words() -> None:
     mixed = Plan((INPUT, INPUT, ATTENTION, ALL, ALL, ALL), 2, GIB, None)
     assert mixed.describe() == "of 6 layers 3 keep all, 1 keep attention's output, 2 keep the input"
     assert Plan((ALL,) * 4, 1, GIB, 0.5).describe() == "of 4 layers 4 keep all"
+    away = Plan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
+    assert away == "of 4 layers 4 keep the input; their inputs and the embedding in 0.50 GiB of the host's memory"

@@ -123,9 +123,9 @@ def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Model,
 def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
 
-    def noted(model: Model, inputs: Inputs, *, keep: Any) -> Tensor:
+    def noted(model: Model, inputs: Inputs, *, keep: Any, offload: bool) -> Tensor:
         kept.append((keep, len(inputs.ids)))
-        return loss_of(model, inputs, keep=keep)
+        return loss_of(model, inputs, keep=keep, offload=offload)
 
     monkeypatch.setattr(micro, "loss_of", noted)
     plans = [Plan((keep,) * 2, rows, 2**30, None) for keep, rows in ((Keep.ALL, 5), (Keep.INPUT, 2), (Keep.INPUT, 1))]

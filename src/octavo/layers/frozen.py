@@ -21,6 +21,7 @@ from octavo.ops import eight
 from octavo.ops.decode import few_rows, int8_rows
 from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
+from octavo.ops.offload import on_host
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
 
 
@@ -35,6 +36,7 @@ class FrozenMatrix(nn.Module):
         self.scheme: Scheme = Plain()
         self.dtype = torch.float32
         self.parts: Parts = {}
+        self.on_host = False  # whether the parts lie in the host's memory, where a card reads what it needs of them
 
     @property
     def shape(self) -> Shape:
@@ -121,6 +123,13 @@ class FrozenMatrix(nn.Module):
             moved = fn(tensor)
             self.parts[part] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def lie_on_host_(self, wanted: bool) -> None:
+        """Moves the parts into the host's memory, or back to the card. On a CPU they are there anyway."""
+        if wanted != self.on_host:
+            for part, tensor in self.parts.items():
+                self.parts[part] = on_host(tensor) if wanted else tensor.clone()
+            self.on_host = wanted
 
     def extra_repr(self) -> str:
         return f"{self.outputs}, in_features={self.in_features}, scheme={self.scheme.name}"

@@ -27,6 +27,7 @@ from octavo.layers.residual import RmsNorm, levels, residual
 from octavo.ops.attention import HALF, Documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Swiglu
+from octavo.ops.offload import Away
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -144,17 +145,18 @@ class Model(nn.Module):
         documents: Documents | None = None,
         cache: Cache | None = None,
         keep: Sequence[Keep] | Keep = Keep.ALL,
+        away: Away | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
 
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
-        those packed in the rows; `keep` is what each block keeps for backward.
+        those packed in the rows; `keep` is what each block keeps for backward, `away` where their inputs wait for it.
         """
         over = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
             positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         rotary = rotary_table(positions, _frequencies(self.config.frequencies, ids.device))
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents)
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
             x = block(x, context, keep=kept, over=over)
@@ -167,6 +169,11 @@ class Model(nn.Module):
         """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
         logits: Tensor = self.head(self.hidden(ids, **context))
         return logits
+
+    @property
+    def table(self) -> FrozenMatrix | None:
+        """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
+        return None if self.config.tied else self.embed.matrix
 
     def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `room` positions."""

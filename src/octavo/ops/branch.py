@@ -10,7 +10,8 @@ the outer one, 42 % of GPT-J's numbers, is computed once whatever is kept.
     ATTENTION   x, attention's output: 16,384                       and u
     INPUT       x: 8,192                                            and attention
 
-and, always, what low-rank pairs made of the inputs of both products: 224 bytes at rank 16.
+and, always, what low-rank pairs made of the inputs of both products: 224 bytes at rank 16. x may wait in the host's
+memory instead (`Context.away`).
 
 Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
 mix gives (M, sum of their outputs). A piece reads and writes columns of these, so that nothing is copied together.
@@ -98,7 +99,10 @@ class _Branch(torch.autograd.Function):
         this.outer.complete_(mixed, seeds[1])
         y = this.outer.product(mixed, onto=rows)
         if keep is not None:
-            ctx.save_for_backward(rows, inner, this.outer.inner(mixed))
+            put_away = context.away is not None and any(ctx.needs_input_grad)  # else no backward would take it back
+            if put_away and context.away is not None:
+                context.away.put(rows)
+            ctx.save_for_backward(*(() if put_away else (rows,)), inner, this.outer.inner(mixed))
             ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
             ctx.held = held if keep > Keep.INPUT else None
             ctx.u = u if keep is Keep.ALL else None
@@ -108,7 +112,8 @@ class _Branch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.seeds
-        rows, inner, outer_inner = ctx.saved_tensors
+        *kept, inner, outer_inner = ctx.saved_tensors
+        rows = kept[0] if kept else context.away.take()
         dy = grad.reshape(rows.shape)
         u, held = ctx.u, ctx.held
         ctx.u = ctx.held = None  # what is used up is freed at once, not when the whole graph is

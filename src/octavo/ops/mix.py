@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_
+from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
@@ -25,12 +26,14 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions 
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows."""
+    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows, and where their inputs
+    wait for backward if not on the device."""
 
     batch: int
     length: int
     rotary: tuple[Tensor, Tensor]
     documents: Documents | None = None
+    away: Away | None = None
 
 
 @dataclass

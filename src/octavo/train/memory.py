@@ -30,18 +30,24 @@ MARGIN = 0.98  # of the budget is planned for: the forecast's own error
 
 @dataclass(frozen=True)
 class Plan:
-    """What each block keeps, rows of a pass, and what that takes: bytes reserved at the peak, seconds a batch."""
+    """What each block keeps, rows of a pass, and what that takes: bytes reserved at the peak, seconds a batch.
+
+    To `offload` is to have the inputs of layers and the embedding in `host_bytes` of the host's memory.
+    """
 
     keep: tuple[Keep, ...]
     rows: int
     peak_bytes: int
     seconds: float | None
+    offload: bool = False
+    host_bytes: int = 0
 
     def describe(self) -> str:
         """For people: what is kept in how many layers."""
         names = {Keep.ALL: "all", Keep.ATTENTION: "attention's output", Keep.INPUT: "the input"}
         counts = [f"{self.keep.count(level)} keep {names[level]}" for level in sorted(set(self.keep), reverse=True)]
-        return f"of {len(self.keep)} layers " + ", ".join(counts)
+        away = f"; their inputs and the embedding in {self.host_bytes / 2**30:.2f} GiB of the host's memory"
+        return f"of {len(self.keep)} layers " + ", ".join(counts) + (away if self.offload else "")
 
 
 @dataclass
@@ -53,7 +59,9 @@ class Planner:
     batch: int
     optimizer_bytes: int  # of state a trained number
     card: Peak | None = None
-    _forecasts: dict[tuple[int, tuple[Keep, ...]], Forecast] = field(default_factory=dict)
+    offloads: tuple[bool, ...] = (False,)  # what plans may do
+    host_bytes: float = math.inf  # that they may take
+    _forecasts: dict[tuple[int, tuple[Keep, ...], bool], Forecast] = field(default_factory=dict)
 
     @property
     def fixed_bytes(self) -> int:
@@ -63,22 +71,26 @@ class Planner:
         frozen = sum(p.numel() * p.itemsize for p in self.model.parameters() if not p.requires_grad)
         return sum(m.stored_bytes for m in matrices) + frozen + trained * (4 + 4 + self.optimizer_bytes)
 
-    def plan(self, keep: Sequence[Keep], rows: int) -> Plan:
-        """The plan that is asked for, forecast."""
-        forecast = self._forecast(rows, tuple(keep))
+    def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool | None = None) -> Plan:
+        """The plan that is asked for, forecast; with offload only if plans must, unless that is said."""
+        offload = self.offloads == (True,) if offload is None else offload
+        forecast = self._forecast(rows, tuple(keep), offload)
         passes = math.ceil(self.batch / rows)
         seconds = forecast.seconds(self.card) * passes if self.card else None
-        return Plan(tuple(keep), rows, self.fixed_bytes + forecast.peak_bytes + WORKSPACE_BYTES, seconds)
+        table = self.model.table.stored_bytes if offload and self.model.table is not None else 0
+        peak = self.fixed_bytes - table + forecast.peak_bytes + WORKSPACE_BYTES
+        return Plan(tuple(keep), rows, peak, seconds, offload, table + forecast.host_bytes)
 
     def best(self, budget_bytes: float) -> Plan | None:
         """The plan with the shortest step within the budget; None if there is none."""
         fitting = []
         for rows in _halvings(self.batch):
-            plan = self._fullest(rows, MARGIN * budget_bytes)
-            if plan is not None:
-                fitting.append(plan)
-                if plan.keep == self._all(Keep.ALL):
-                    break  # fewer rows could only be slower
+            for offload in self.offloads:
+                plan = self._fullest(rows, MARGIN * budget_bytes, offload)
+                if plan is not None:
+                    fitting.append(plan)
+                    if plan.keep == self._all(Keep.ALL):
+                        return min(fitting, key=self._pace)  # fewer rows, or less on the card, could only be slower
         return min(fitting, key=self._pace, default=None)
 
     def forget(self) -> None:
@@ -87,14 +99,17 @@ class Planner:
 
     def least(self) -> Plan:
         """The plan that takes the least memory."""
-        return self.plan(self._all(Keep.INPUT), 1)
+        return min((self.plan(self._all(Keep.INPUT), 1, offload=o) for o in self.offloads), key=lambda p: p.peak_bytes)
 
-    def _fullest(self, rows: int, limit: float) -> Plan | None:
+    def _fullest(self, rows: int, limit: float, offload: bool) -> Plan | None:
         """The fastest with so many rows: more kept in the last layers, whose backward comes first."""
-        full = self.plan(self._all(Keep.ALL), rows)
+        full = self.plan(self._all(Keep.ALL), rows, offload=offload)
+        if full.host_bytes > self.host_bytes:
+            return None
         if full.peak_bytes <= limit:
             return full
-        lean, middle = (self.plan(self._all(level), rows) for level in (Keep.INPUT, Keep.ATTENTION))
+        levels = (Keep.INPUT, Keep.ATTENTION)
+        lean, middle = (self.plan(self._all(level), rows, offload=offload) for level in levels)
         if lean.peak_bytes > limit:
             return None
         # Attention's output first, where that saves more time for its memory than all of a layer does.
@@ -112,7 +127,7 @@ class Planner:
         layers = len(low.keep)
         guess = min(layers - 1, int(layers * (limit - low.peak_bytes) / (high.peak_bytes - low.peak_bytes)) + 1)
         for count in range(guess - guess % stride, 0, -stride):
-            plan = self.plan(low.keep[count:] + high.keep[:count], low.rows)
+            plan = self.plan(low.keep[count:] + high.keep[:count], low.rows, offload=low.offload)
             if plan.peak_bytes <= limit:
                 return plan
         return low
@@ -128,20 +143,22 @@ class Planner:
         """Seconds of a batch; on a card that is not known, those of one that is."""
         if plan.seconds is not None:
             return plan.seconds
-        return self._forecast(plan.rows, plan.keep).seconds(CARDS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
+        forecast = self._forecast(plan.rows, plan.keep, plan.offload)
+        return forecast.seconds(CARDS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
 
-    def _forecast(self, rows: int, keep: tuple[Keep, ...]) -> Forecast:
-        if (rows, keep) not in self._forecasts:
-            self._forecasts[rows, keep] = rehearse(_step(self.model, rows, self.length, keep))
-        return self._forecasts[rows, keep]
+    def _forecast(self, rows: int, keep: tuple[Keep, ...], offload: bool = False) -> Forecast:
+        if (rows, keep, offload) not in self._forecasts:
+            step = _step(self.model, rows, self.length, keep, offload=offload)
+            self._forecasts[rows, keep, offload] = rehearse(step)
+        return self._forecasts[rows, keep, offload]
 
 
-def _step(model: Model, rows: int, length: int, keep: Sequence[Keep]) -> Callable[[], None]:
+def _step(model: Model, rows: int, length: int, keep: Sequence[Keep], *, offload: bool) -> Callable[[], None]:
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     inputs = Inputs(ids, ids, ids.flatten(), None, None)
 
     def step() -> None:
-        loss_of(model, inputs, keep=keep).backward()
+        loss_of(model, inputs, keep=keep, offload=offload).backward()
 
     return step
 

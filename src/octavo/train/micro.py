@@ -43,9 +43,10 @@ class Launched:
 
     model: Model
     keep: Kept
+    offload: bool = False  # whether inputs of layers wait for backward in the host's memory
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
-        loss = loss_of(self.model, inputs_of(batch, self.device), keep=self.keep)
+        loss = loss_of(self.model, inputs_of(batch, self.device), keep=self.keep, offload=self.offload)
         if loss.requires_grad and batch.trained_tokens:
             (loss * seed).backward()
         return loss.detach()
@@ -69,8 +70,8 @@ class Recorded:
     the same mask again.
     """
 
-    def __init__(self, model: Model, keep: Kept, *, rows: int) -> None:
-        self.launched = Launched(model, keep)
+    def __init__(self, model: Model, keep: Kept, *, rows: int, offload: bool = False) -> None:
+        self.launched = Launched(model, keep, offload)
         self.rows = rows
         self._seen: set[int] = set()
         self._graphs: dict[int, _Graph] = {}
@@ -115,7 +116,7 @@ class _Graph:
         torch.cuda.empty_cache()  # what launched batches left behind would stand beside the graph's own memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            loss = loss_of(launched.model, inputs, keep=launched.keep)
+            loss = loss_of(launched.model, inputs, keep=launched.keep, offload=launched.offload)
             loss.backward(gradient=self.seed)
             self.loss = loss.detach()
 
@@ -171,9 +172,12 @@ class Fitted:
         self._own = self._made()
 
     def _made(self) -> Launched | Recorded:
+        offload = self.plan.offload
+        if self.model.table is not None:
+            self.model.table.lie_on_host_(offload)
         if self.record:
-            return Recorded(self.model, self.plan.keep, rows=self.plan.rows)
-        return Launched(self.model, self.plan.keep)
+            return Recorded(self.model, self.plan.keep, rows=self.plan.rows, offload=offload)
+        return Launched(self.model, self.plan.keep, offload)
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
         return torch.stack([self._own(part, seed) for part in parts_of(batch, self.plan.rows)]).sum()

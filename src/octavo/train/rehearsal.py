@@ -26,6 +26,7 @@ from octavo.ops.twins import OBSERVERS
 # settings with int8 weights and 512 tokens or more, which they give within 5 %. NF4's are up to a third too low.
 PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
 EIGHT_SHARE = 0.60  # of the peak of int8: five settings are given within 9 % (of one short row, 128 tokens, half)
+BUS_BYTES_PER_SECOND = 2e10  # between host and card, one way at a time: PCIe 4 gives 25 GB/s, an H100's 5 gave 55
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to the one; up to the other they come from pages of their own
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # by which memory grows, of small blocks and of others
 
@@ -39,9 +40,16 @@ class Forecast:
     attention_flops: float
     moved_bytes: float
     eight_flops: float = 0.0  # of products in 8 bits
+    host_bytes: int = 0  # that wait in the host's memory
 
     def seconds(self, card: Peak) -> float:
-        """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md)."""
+        """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md).
+
+        Copies to the host and back run beside that, unless they take longer.
+        """
+        return max(self._computing(card), 2 * self.host_bytes / BUS_BYTES_PER_SECOND)
+
+    def _computing(self, card: Peak) -> float:
         return (
             self.product_flops / (PRODUCT_SHARE * card.half_flops_per_second)
             + self.eight_flops / (EIGHT_SHARE * card.int8_ops_per_second)
@@ -60,7 +68,9 @@ def rehearse(step: Callable[[], Any]) -> Forecast:
     finally:
         OBSERVERS.remove(recorder.observe)
     peak = sum(arena.end for arena in recorder.arenas.values())
-    return Forecast(peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops)
+    return Forecast(
+        peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops, recorder.host_bytes
+    )
 
 
 @dataclass
@@ -108,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         self.attention_flops = 0.0
         self.eight_flops = 0.0
         self.moved = 0.0
+        self.host_bytes = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,6 +143,8 @@ class _Recorder(TorchDispatchMode):
             rows, length, heads, size = tensors[0].shape
             forward = 2.0 * rows * heads * length**2 * size  # two products over half of the square
             self.attention_flops += forward * (2.5 if name.endswith("backward") else 1.0)
+        if name == "to_host":
+            self.host_bytes += tensors[0].nbytes
         if name == "product_into":
             (m, k), n = tensors[0].shape, len(tensors[2])
             self.eight_flops += 2.0 * m * k * n

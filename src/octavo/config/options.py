@@ -1,67 +1,13 @@
-"""What can be asked for: small sections of options, each with its one line of help.
-
-A command takes some sections. Every option is a flag (`--seq-len`) and a key of a YAML file (`seq_len`) under the
-same name; a flag wins over the file, the file over the default. cli.py makes its flags from these fields, so an
-option is written down once.
-"""
+"""Every option, once: small sections, each option with its one line of help."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from datetime import date
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import Field
 
-from octavo.errors import UsageError
-
-
-def _split_commas(value: object) -> object:
-    """a,b and a list of them are the same list."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return [part.strip() for item in value for part in item.split(",") if part.strip()]
-    return value
-
-
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _memory_size(value: object) -> object:
-    """auto, or a number with a unit: 11GiB, 11.5 GB, 8192MiB; a bare number is GiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|[KMGT])?\s*", str(value), re.IGNORECASE)
-    if str(value) == "auto" or (match and float(match[1]) > 0):
-        return str(value)
-    raise ValueError("must be auto or a size like 11GiB")
-
-
-def size_in_bytes(value: str) -> int | None:
-    """Bytes of a MemorySize; None for auto."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
-    if match is None:
-        return None
-    letter = match[2].upper() or "G"
-    decimal = value.strip().upper().endswith("B") and not match[3]  # 11GB is the maker's 10^9, 11GiB and 11G are 2^30
-    return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(letter) + 1))
-
-
-MemorySize = Annotated[str, BeforeValidator(_memory_size)]
-Names = Annotated[list[str], BeforeValidator(_split_commas)]
-Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
-Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
-
-
-class Section(BaseModel):
-    """A group of options. Unknown keys are refused, and nothing is changed once it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+from octavo.config.section import MemorySize, Names, Paths, Section, Texts
 
 
 class ModelOptions(Section):
@@ -140,6 +86,10 @@ class MemoryOptions(Section):
     )
     activations: Literal["auto", "all", "attention", "input"] = Field(
         "auto", description="What layers keep for backward; the less, the more is computed again."
+    )
+    offload: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Have layers' inputs and the embedding in the host's memory; auto: if a card lacks its own.",
     )
     compute: Literal["auto", "exact", "8bit"] = Field(
         "auto", description="Products in training; auto: in 8 bits on a card with fp8, where a trial finds that fair."
@@ -272,7 +222,7 @@ class DataOptions(Section):
     samples: int = Field(2, ge=0, description="Decoded samples to show.")
 
 
-_PLAYS = Path(__file__).parents[2] / "examples" / "shakespeare"
+_PLAYS = Path(__file__).parents[3] / "examples" / "shakespeare"
 # The defaults of `octavo demo`, chosen on two cores: held-out perplexity falls by more than a quarter in under
 # three minutes.
 DEMO: dict[str, Any] = {
@@ -291,110 +241,3 @@ DEMO: dict[str, Any] = {
     "sample_prompt": ["HAMLET.\nTo be, or not to be,"],
     "sample_tokens": 40,
 }
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-class Config:
-    """The sections of one command, read and checked. `config[TrainOptions].lr` is a value."""
-
-    def __init__(self, sections: Mapping[type[Section], Section]) -> None:
-        self._sections = dict(sections)
-
-    def __getitem__(self, kind: type[SectionT]) -> SectionT:
-        section = self._sections[kind]
-        assert isinstance(section, kind)
-        return section
-
-    @property
-    def kinds(self) -> tuple[type[Section], ...]:
-        """The sections that there are."""
-        return tuple(self._sections)
-
-    @classmethod
-    def read(
-        cls,
-        kinds: tuple[type[Section], ...],
-        flags: Mapping[str, Any],
-        file: Path | None = None,
-        *,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """Sections `kinds` from flags (those given, by field name) over a YAML file over the defaults.
-
-        `defaults` are a command's own where they differ. UsageError names the key, what is wrong with it, and for
-        an unknown key the nearest one.
-        """
-        given = {**(defaults or {}), **(_read_file(file, kinds) if file else {}), **flags}
-        problems: list[str] = []
-        sections = {}
-        for kind in kinds:
-            own = {key: given[key] for key in kind.model_fields if key in given}
-            try:
-                sections[kind] = kind.model_validate(own)
-            except ValidationError as error:
-                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in error.errors()]
-        if problems:
-            raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
-        return cls(sections)
-
-    def to_yaml(self) -> str:
-        """All values, section by section, as a file that `--config` reads."""
-        blocks = []
-        for section in self._sections.values():
-            title = f"# {(type(section).__doc__ or '').strip()}"
-            values = section.model_dump(mode="json")
-            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            if yaml.safe_load(text) != values:  # Unicode's rarer line ends are written as they are and read as spaces
-                text = yaml.safe_dump(values, sort_keys=False)
-            blocks.append(f"{title}\n{text}")
-        return "\n".join(blocks)
-
-    def replace(self, **values: Any) -> Config:
-        """A copy with some values changed; they are checked."""
-        flags = {key: value for section in self._sections.values() for key, value in section.model_dump().items()}
-        return Config.read(self.kinds, {**flags, **values})
-
-
-def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:
-    """Every option of some sections, in order."""
-    for kind in kinds:
-        yield from kind.model_fields.items()
-
-
-def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The configuration {path} cannot be read ({error}).") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, as 2020-13-45
-        raise UsageError(f"The configuration {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"The configuration {path} must hold lines of `key: value`.")
-    known = [name for name, _ in fields(kinds)]
-    values = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise UsageError(
-                f"{path}: there is no option {key!r} here.",
-                hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
-            )
-        values[name] = value
-    return values
-
-
-def _problem(key: object, message: str, value: object) -> str:
-    message = message.removeprefix("Value error, ")
-    hint = ""
-    if any(kind in message for kind in ("string", "list", "path")):
-        if isinstance(value, bool):
-            hint = f" (YAML reads an unquoted word like yes, no, on or off as {value}: put it in quotes)"
-        elif isinstance(value, int | float):
-            hint = f" (YAML reads it as the number {value}: put it in quotes)"
-        elif isinstance(value, date):
-            hint = f" (YAML reads it as the date {value}: put it in quotes)"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {value!r}{hint}."

@@ -1,0 +1,164 @@
+"""What can be asked for: small sections of options (options.py), read from flags and files.
+
+A command takes some sections. Every option is a flag (`--seq-len`) and a key of a YAML file (`seq_len`) under the
+same name; a flag wins over the file, the file over the default. cli.py makes its flags from these fields, so an
+option is written down once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from octavo.config.options import (
+    DEMO,
+    ChatOptions,
+    ConvertOptions,
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    PlanOptions,
+    PromptOptions,
+    QuantizeOptions,
+    RunOptions,
+    ServeOptions,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+)
+from octavo.config.section import Section, fields, size_in_bytes
+from octavo.errors import UsageError
+
+__all__ = [
+    "DEMO",
+    "ChatOptions",
+    "Config",
+    "ConvertOptions",
+    "DataOptions",
+    "EvaluateOptions",
+    "GenerateOptions",
+    "LoraOptions",
+    "MemoryOptions",
+    "ModelOptions",
+    "PlanOptions",
+    "PromptOptions",
+    "QuantizeOptions",
+    "RunOptions",
+    "Section",
+    "ServeOptions",
+    "TextOptions",
+    "TrainOptions",
+    "TrainingData",
+    "fields",
+    "size_in_bytes",
+]
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class Config:
+    """The sections of one command, read and checked. `config[TrainOptions].lr` is a value."""
+
+    def __init__(self, sections: Mapping[type[Section], Section]) -> None:
+        self._sections = dict(sections)
+
+    def __getitem__(self, kind: type[SectionT]) -> SectionT:
+        section = self._sections[kind]
+        assert isinstance(section, kind)
+        return section
+
+    @property
+    def kinds(self) -> tuple[type[Section], ...]:
+        """The sections that there are."""
+        return tuple(self._sections)
+
+    @classmethod
+    def read(
+        cls,
+        kinds: tuple[type[Section], ...],
+        flags: Mapping[str, Any],
+        file: Path | None = None,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Sections `kinds` from flags (those given, by field name) over a YAML file over the defaults.
+
+        `defaults` are a command's own where they differ. UsageError names the key, what is wrong with it, and for
+        an unknown key the nearest one.
+        """
+        given = {**(defaults or {}), **(_read_file(file, kinds) if file else {}), **flags}
+        problems: list[str] = []
+        sections = {}
+        for kind in kinds:
+            own = {key: given[key] for key in kind.model_fields if key in given}
+            try:
+                sections[kind] = kind.model_validate(own)
+            except ValidationError as error:
+                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in error.errors()]
+        if problems:
+            raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
+        return cls(sections)
+
+    def to_yaml(self) -> str:
+        """All values, section by section, as a file that `--config` reads."""
+        blocks = []
+        for section in self._sections.values():
+            title = f"# {(type(section).__doc__ or '').strip()}"
+            values = section.model_dump(mode="json")
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            if yaml.safe_load(text) != values:  # Unicode's rarer line ends are written as they are and read as spaces
+                text = yaml.safe_dump(values, sort_keys=False)
+            blocks.append(f"{title}\n{text}")
+        return "\n".join(blocks)
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with some values changed; they are checked."""
+        flags = {key: value for section in self._sections.values() for key, value in section.model_dump().items()}
+        return Config.read(self.kinds, {**flags, **values})
+
+
+def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration {path} cannot be read ({error}).") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, as 2020-13-45
+        raise UsageError(f"The configuration {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"The configuration {path} must hold lines of `key: value`.")
+    known = [name for name, _ in fields(kinds)]
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"{path}: there is no option {key!r} here.",
+                hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
+            )
+        values[name] = value
+    return values
+
+
+def _problem(key: object, message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
+    hint = ""
+    if any(kind in message for kind in ("string", "list", "path")):
+        if isinstance(value, bool):
+            hint = f" (YAML reads an unquoted word like yes, no, on or off as {value}: put it in quotes)"
+        elif isinstance(value, int | float):
+            hint = f" (YAML reads it as the number {value}: put it in quotes)"
+        elif isinstance(value, date):
+            hint = f" (YAML reads it as the date {value}: put it in quotes)"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {value!r}{hint}."

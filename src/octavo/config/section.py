@@ -1,0 +1,59 @@
+"""What a group of options is, and the kinds of values that take more than one form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic.fields import FieldInfo
+
+
+def _split_commas(value: object) -> object:
+    """a,b and a list of them are the same list."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return [part.strip() for item in value for part in item.split(",") if part.strip()]
+    return value
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _memory_size(value: object) -> object:
+    """auto, or a number with a unit: 11GiB, 11.5 GB, 8192MiB; a bare number is GiB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|[KMGT])?\s*", str(value), re.IGNORECASE)
+    if str(value) == "auto" or (match and float(match[1]) > 0):
+        return str(value)
+    raise ValueError("must be auto or a size like 11GiB")
+
+
+def size_in_bytes(value: str) -> int | None:
+    """Bytes of a MemorySize; None for auto."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", value, re.IGNORECASE)
+    if match is None:
+        return None
+    letter = match[2].upper() or "G"
+    decimal = value.strip().upper().endswith("B") and not match[3]  # 11GB is the maker's 10^9, 11GiB and 11G are 2^30
+    return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(letter) + 1))
+
+
+MemorySize = Annotated[str, BeforeValidator(_memory_size)]
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
+
+
+class Section(BaseModel):
+    """A group of options. Unknown keys are refused, and nothing is changed once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:
+    """Every option of some sections, in order."""
+    for kind in kinds:
+        yield from kind.model_fields.items()

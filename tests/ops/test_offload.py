@@ -1,0 +1,102 @@
+"""What a pass puts away comes back as it was, last first, and takes no room on the device meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.ops.offload import LEAVING, Away, on_host
+from octavo.ops.twins import OBSERVERS
+from octavo.train.rehearsal import rehearse
+
+SHAPE = 6, 5
+
+
+def tensors(number: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(number)]
+
+
+@pytest.mark.parametrize("number", [1, LEAVING, LEAVING + 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_put_is_taken_back_last_first(number: int, dtype: torch.dtype) -> None:
+    away, expected = Away(), tensors(number, dtype=dtype)
+    for x in tensors(number, dtype=dtype):
+        away.put(x)
+    for x in reversed(expected):
+        assert torch.equal(away.take(), x)
+
+
+def test_what_was_let_go_may_be_written_over() -> None:
+    """As a layer does with memory that it is given."""
+    away, own, expected = Away(), tensors(5), tensors(5)
+    for x in own:
+        away.put(x)
+    for x in own[: 5 - LEAVING]:
+        x.zero_()
+    assert all(torch.equal(away.take(), x) for x in reversed(expected))
+
+
+def test_passes_share_their_places_one_after_another() -> None:
+    for seed in range(3):
+        away, own = Away(), tensors(5)[seed:]
+        for x in own:
+            away.put(x)
+        assert all(torch.equal(away.take(), x) for x in reversed(own))
+
+
+def test_another_size_has_a_place_of_its_own() -> None:
+    """A last batch has fewer rows, and the graphs of the others still write where theirs is."""
+    away, few, own = Away(), Away(), tensors(4)
+    for x in own:
+        away.put(x)
+    for x in tensors(4):
+        few.put(torch.cat([x, x]))  # larger than any before
+    assert all(torch.equal(away.take(), x) for x in reversed(own))
+    assert all(torch.equal(few.take(), torch.cat([x, x])) for x in reversed(own))
+
+
+def test_all_but_the_last_are_let_go() -> None:
+    away, held, gone = Away(), [], []
+    for number in count():
+        if number == 6:
+            break
+        x = torch.ones(SHAPE)
+        held.append(weakref.ref(x))
+        away.put(x)
+        del x
+        gone.append([ref() is None for ref in held])
+    gc.collect()
+    assert gone[-1] == [True] * (6 - LEAVING) + [False] * LEAVING
+    assert gone[LEAVING] == [True, *[False] * LEAVING]
+
+
+def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
+    """Of twelve tensors of 64 MiB those that leave and the one at hand: three at a time, forward and backward."""
+    size, number = 64 * 2**20, 12
+    seen: list[str] = []
+
+    def step() -> None:
+        away = Away()
+        for _ in range(number):
+            away.put(torch.empty(2**14, 2**11, dtype=torch.bfloat16, device="meta"))
+        for _ in range(number):
+            away.take()
+
+    OBSERVERS.append(lambda name, _: seen.append(name))
+    try:
+        forecast = rehearse(step)
+    finally:
+        OBSERVERS.pop()
+    assert forecast.peak_bytes == pytest.approx((LEAVING + 1) * size, rel=0.1)
+    assert forecast.host_bytes == number * size
+    assert seen == ["to_host"] * number + ["from_host"] * (number - LEAVING)
+
+
+def test_on_a_cpu_a_table_is_where_it_was() -> None:
+    x = torch.ones(3)
+    assert on_host(x) is x
