@@ -40,12 +40,16 @@ def build(
 ) -> Way:
     """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes`, or within what is free.
 
-    octavo-SCHEME-8bit multiplies in 8 bits, all products of the blocks; else they are exact.
+    octavo-SCHEME-8bit multiplies in 8 bits, all products of the blocks; else they are exact. octavo-..-card has nothing
+    in the host's memory; else the plan may, where a cap makes that faster or possible.
     """
-    scheme, _, compute = way.removeprefix("octavo-").partition("-")
+    scheme, *more = way.removeprefix("octavo-").split("-")
+    compute = "8bit" if "8bit" in more else "exact"
     dtype = torch.bfloat16 if device.type == "cuda" or not tiny else torch.float32
     budget = cap_bytes or free_memory_bytes(device)
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
+    if device.type == "cuda" and "card" not in more:
+        planner.offloads = (False, True)
     compute_in_eight_(planner.model, wanted=compute == "8bit")
     plan = planner.best(budget) or planner.least()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)

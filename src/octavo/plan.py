@@ -220,7 +220,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     free = asked.scheme == "auto" and stored_scheme(source).name == "none"  # to take another scheme
     names = [own, *(name for name in ("int8", "nf4") if free and name != own)]
     rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
-    shown = ["scheme", "fits", "peak GiB", "least GiB", "rows", "full layers", "s a step", "tokens/s"]
+    shown = ["scheme", "fits", "peak GiB", "least GiB", "host GiB", "rows", "full layers", "s a step", "tokens/s"]
     title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
     report.table(title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows])
     first = next((row for row in rows if row["fits"]), None)
@@ -233,7 +233,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     return {"budget_bytes": budget, "card": name if card else None, "plans": rows}
 
 
-_COLUMNS = ("scheme", "fits", "peak_gib", "least_gib", "rows", "layers_all", "seconds", "tokens_per_second")
+_COLUMNS = ("scheme", "fits", "peak_gib", "least_gib", "host_gib", "rows", "layers_all", "seconds", "tokens_per_second")
 
 
 def _row(
@@ -257,6 +257,7 @@ def _row(
         "peak_bytes": taken.peak_bytes,
         "peak_gib": round(taken.peak_bytes / GIB, 2),
         "least_gib": round(planner.least().peak_bytes / GIB, 2),
+        "host_gib": round(taken.host_bytes / GIB, 2),
         "rows": taken.rows,
         "layers_all": taken.keep.count(Keep.ALL),
         "layers_attention": taken.keep.count(Keep.ATTENTION),
