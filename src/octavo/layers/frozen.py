@@ -37,6 +37,7 @@ class FrozenMatrix(nn.Module):
         self.dtype = torch.float32
         self.parts: Parts = {}
         self.on_host = False  # whether the parts lie in the host's memory, where a card reads what it needs of them
+        self._host_memory: list[Tensor | None] = []
 
     @property
     def shape(self) -> Shape:
@@ -127,8 +128,9 @@ class FrozenMatrix(nn.Module):
     def lie_on_host_(self, wanted: bool) -> None:
         """Moves the parts into the host's memory, or back to the card. On a CPU they are there anyway."""
         if wanted != self.on_host:
-            for part, tensor in self.parts.items():
-                self.parts[part] = on_host(tensor) if wanted else tensor.clone()
+            moved = {part: on_host(tensor) if wanted else (tensor.clone(), None) for part, tensor in self.parts.items()}
+            self.parts = {part: tensor for part, (tensor, _) in moved.items()}
+            self._host_memory = [memory for _, memory in moved.values()]
             self.on_host = wanted
 
     def extra_repr(self) -> str:

@@ -25,6 +25,7 @@ from octavo.train.rehearsal import Forecast, rehearse
 # What libraries take beside tensors: workspaces of cuBLAS and cuDNN, and what the allocator cannot fill. Measured on
 # an H100 as the difference to the forecast over 11 settings: 0.15 to 0.31 GiB.
 WORKSPACE_BYTES = 220 * 2**20
+OFFLOADING = 1.02  # times as long as forecast: within 11 GiB one that was to save 1.3 % saved nothing (docs/log.md)
 MARGIN = 0.98  # of the budget is planned for: the forecast's own error
 
 
@@ -90,8 +91,8 @@ class Planner:
                 if plan is not None:
                     fitting.append(plan)
                     if plan.keep == self._all(Keep.ALL):
-                        return min(fitting, key=self._pace)  # fewer rows, or less on the card, could only be slower
-        return min(fitting, key=self._pace, default=None)
+                        return min(fitting, key=self._cost)  # fewer rows, or less on the card, could only be slower
+        return min(fitting, key=self._cost, default=None)
 
     def forget(self) -> None:
         """What was forecast, since the model is computed another way."""
@@ -138,6 +139,10 @@ class Planner:
 
     def _all(self, level: Keep) -> tuple[Keep, ...]:
         return (level,) * len(self.model.blocks)
+
+    def _cost(self, plan: Plan) -> float:
+        """What plans are chosen by: they offload only where that is sure to be faster."""
+        return self._pace(plan) * (OFFLOADING if plan.offload else 1)
 
     def _pace(self, plan: Plan) -> float:
         """Seconds of a batch; on a card that is not known, those of one that is."""
