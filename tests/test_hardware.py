@@ -206,14 +206,14 @@ def test_int8_is_twice_the_half_rate_on_server_cards_and_four_times_on_geforce()
         assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(times, rel=0.02), key
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)])
-def test_fp8_is_there_from_compute_capability_8_9_on(
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_products_in_8_bits_are_for_cards_from_compute_capability_8_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
 ) -> None:
     fake_cuda(monkeypatch, name="Test", bfloat16=True, capability=capability)
-    assert hardware.pick().fp8 is expected
+    assert hardware.pick().eight is expected
 
 
-def test_a_cpu_has_no_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_no_card_for_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "amx_bf16")
-    assert not hardware.pick().fp8
+    assert not hardware.pick().eight

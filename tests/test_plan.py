@@ -179,7 +179,8 @@ def test_where_nothing_fits_it_says_what_would(octavo: Octavo, hollow: Path) -> 
     least = {row["scheme"]: row["least_gib"] for row in told(hollow, seq_len=4096)["plans"]}
     budget = least["nf4"] / MARGIN - 0.005  # there, and not to be used to the last byte
     assert budget > least["nf4"] + 0.005
-    done = octavo("plan", "--model", hollow, "--seq-len", 4096, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--json")
+    asked = ("plan", "--model", hollow, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--card", "RTX 3060", "--json")
+    done = octavo(*asked, "--seq-len", 4096)
     assert (done.code, done.out) == (2, "")
     said = re.search(r"needs (\d+\.\d+) GiB at least, and (\d+\.\d+) GiB are there", done.err)
     assert said is not None
@@ -188,7 +189,7 @@ def test_where_nothing_fits_it_says_what_would(octavo: Octavo, hollow: Path) -> 
     assert len(offers) == 2
     for offer in offers:
         flags = offer.partition(" takes ")[0].split()
-        again = octavo("plan", "--model", hollow, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--json", *flags)
+        again = octavo(*asked, *flags)
         assert again.code == 0, offer
         assert again.json["plans"][0]["fits"], offer
         assert int(flags[3]) < 4096
@@ -217,9 +218,11 @@ def test_what_layers_keep_can_be_asked_for(hollow: Path, activations: str) -> No
 
 def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
     """Between what the least plan takes and what must be there for it, `octavo finetune` refuses."""
-    least = plan.planner_for(config_of(hollow), FolderSource(hollow), SCHEMES["nf4"], CPU, None).least().peak_bytes
+    exact = {"compute": "exact"}
+    planner = plan.planner_for(config_of(hollow, **exact), FolderSource(hollow), SCHEMES["nf4"], CPU, None)
+    least = planner.least().peak_bytes
     short, enough = (f"{factor * least / GIB}GiB" for factor in (1.001, 1.001 / MARGIN))
-    for ask in (partial(told, hollow, scheme="nf4"), partial(fitted, hollow, RTX_3060, "nf4")):
+    for ask in (partial(told, hollow, scheme="nf4", **exact), partial(fitted, hollow, RTX_3060, "nf4", **exact)):
         ask(gpu_memory=enough)
         with pytest.raises(UsageError, match="are there"):
             ask(gpu_memory=short)
@@ -368,7 +371,7 @@ def test_a_run_on_a_cpu_chooses_its_road_in_silence(tmp_path: Path) -> None:
         ({"kernels": False}, "", "Kernels: off, as asked."),
         ({"record": False, "attention": "flash"}, "", "Attention: flash. Steps: launched kernel by kernel, as asked."),
         ({"gpu_memory": "3GiB"}, "", "Kernels: Triton."),
-        ({}, "", "Products: exact (this card has no fp8)."),
+        ({}, "", "Products: exact (this card is too old for 8 bits)."),
         ({"compute": "exact"}, "", "Products: exact, as asked."),
     ],
 )
@@ -389,18 +392,18 @@ def test_a_run_on_a_card_says_what_it_runs_on_and_takes_no_more_than_asked(
 @pytest.mark.parametrize(
     ("options", "missing", "said"),
     [
-        ({}, "", "in 8 bits where a trial finds little error."),
+        ({}, "", "in 8 bits where a trial finds it fast and fair."),
         ({"compute": "8bit"}, "", "in 8 bits, as asked."),
         ({}, "Triton is not installed", "exact (8 bits need the kernels)."),
         ({"kernels": False}, "", "exact (8 bits need the kernels)."),
     ],
 )
-def test_a_card_with_fp8_says_whether_it_takes_it(
+def test_a_card_for_8_bits_says_whether_it_takes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
 ) -> None:
     monkeypatch.setattr(plan, "kernels_missing", lambda: missing)
     with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.choose_road(MemoryOptions.model_validate(options), replace(RTX_3060, fp8=True), report)
+        plan.choose_road(MemoryOptions.model_validate(options), replace(RTX_3060, eight=True), report)
     assert f"Products: {said}" in (tmp_path / "said").read_text()
 
 

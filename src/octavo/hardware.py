@@ -25,7 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
-FP8_FROM = (8, 9)  # CUDA's compute capability: RTX 40, L4, H100 and newer
+# CUDA's compute capability: RTX 30 and A100; RTX 40, L4, H100 and newer.
+EIGHT_FROM, FP8_FROM = (8, 0), (8, 9)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Hardware:
     dtype: torch.dtype
     reason: str
     name: str
-    fp8: bool = False  # whether the card multiplies that
+    eight: bool = False  # whether it is a card for products in 8 bits
 
 
 @dataclass(frozen=True)
@@ -46,33 +47,33 @@ class Peak:
     half_flops_per_second: float
     int8_ops_per_second: float
     bytes_per_second: float
-    fp8: bool = False  # whether it multiplies that too, at the rate of int8 or half of it
+    eight: bool = True  # whether the kernels for products in 8 bits run there
 
 
-def _peak(half_tflops: float, int8_tops: float, gigabytes: float, *, fp8: bool = False) -> Peak:
-    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, fp8)
+def _peak(half_tflops: float, int8_tops: float, gigabytes: float, *, eight: bool = True) -> Peak:
+    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, eight)
 
 
 # Vendors' data sheets: dense float16/bfloat16 products that add up in float32, dense int8 products, memory.
 # GeForce cards do the first at half rate, so int8 is four times that there and twice elsewhere.
 # The key's words must all be in the name that the driver gives, the longest key wins.
 CARDS: dict[str, Peak] = {
-    "H200": _peak(989, 1979, 4800, fp8=True),
-    "H100": _peak(989, 1979, 3350, fp8=True),
-    "H100 PCIe": _peak(756, 1513, 2000, fp8=True),
+    "H200": _peak(989, 1979, 4800),
+    "H100": _peak(989, 1979, 3350),
+    "H100 PCIe": _peak(756, 1513, 2000),
     "A100 40GB": _peak(312, 624, 1555),
     "A100 80GB": _peak(312, 624, 2039),
     "A100 80GB PCIe": _peak(312, 624, 1935),
-    "L4": _peak(121, 242, 300, fp8=True),
-    "T4": _peak(65, 130, 320),
+    "L4": _peak(121, 242, 300),
+    "T4": _peak(65, 130, 320, eight=False),
     "RTX A6000": _peak(154.8, 309.7, 768),
-    "RTX 4090": _peak(165, 661, 1008, fp8=True),
-    "RTX 4060": _peak(30.2, 121, 272, fp8=True),
+    "RTX 4090": _peak(165, 661, 1008),
+    "RTX 4060": _peak(30.2, 121, 272),
     "RTX 3090": _peak(71, 284, 936),
     "RTX 3080": _peak(59.5, 238, 760),
     "RTX 3070": _peak(40.6, 163, 448),
     "RTX 3060": _peak(25.5, 102, 360),
-    "RTX 2080 Ti": _peak(53.8, 215, 616),
+    "RTX 2080 Ti": _peak(53.8, 215, 616, eight=False),
 }
 
 # A word that makes another card of the same number: an RTX 3080 Ti is not an RTX 3080.
@@ -146,8 +147,8 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
     chosen = dtype if dtype != "auto" else "bfloat16" if able else "float16"
     has = "the card multiplies bfloat16" if able else "the card is too old for bfloat16"
     reason = f"Computing on {name} ({chosen_device}) in {chosen}: {has if dtype == 'auto' else 'as asked'}."
-    fp8 = torch.cuda.get_device_capability(chosen_device) >= FP8_FROM
-    return Hardware(chosen_device, getattr(torch, chosen), reason, name, fp8)
+    eight = torch.cuda.get_device_capability(chosen_device) >= EIGHT_FROM
+    return Hardware(chosen_device, getattr(torch, chosen), reason, name, eight)
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

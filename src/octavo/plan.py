@@ -108,11 +108,12 @@ def wants_eight(options: MemoryOptions, hardware: Hardware, card: Peak | None = 
     if options.compute == "exact":
         return False
     on_card = hardware.device.type == "cuda"
-    able = hardware.fp8 if on_card else card is not None and card.fp8
+    able = hardware.eight if on_card else card is not None and card.eight
     if options.compute == "8bit":
         if on_card and not able:
             raise UsageError(
-                f"{hardware.name} has no fp8, which products in 8 bits take in backward.", hint="Take --compute exact."
+                f"{hardware.name} is too old for products in 8 bits: they take compute capability 8.0.",
+                hint="Take --compute exact.",
             )
         return True
     return able and options.kernels and (not on_card or not kernels_missing())
@@ -145,7 +146,7 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
         return Fit(best, budget, planner)
     if hardware.device.type == "cpu":  # a forecast of a card's memory: on a CPU it is no reason to refuse
         return Fit(planner.least(), budget, planner)
-    raise _too_small(config, source, scheme, hardware, planner.least().peak_bytes, budget)
+    raise _too_small(config, source, scheme, hardware, planner.card, planner.least().peak_bytes, budget)
 
 
 def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
@@ -169,14 +170,14 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
 def _products(options: MemoryOptions, hardware: Hardware) -> str:
     """How products of frozen weights are computed, and why."""
     if wants_eight(options, hardware):
-        return "in 8 bits, as asked" if options.compute == "8bit" else "in 8 bits where a trial finds little error"
+        return "in 8 bits, as asked" if options.compute == "8bit" else "in 8 bits where a trial finds it fast and fair"
     if options.compute == "exact":
         return "exact, as asked"
-    return "exact (this card has no fp8)" if not hardware.fp8 else "exact (8 bits need the kernels)"
+    return "exact (this card is too old for 8 bits)" if not hardware.eight else "exact (8 bits need the kernels)"
 
 
 def _too_small(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, needed: int, budget: int
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None, needed: int, budget: int
 ) -> UsageError:
     """The error that names what would fit: for each scheme the longest rows."""
     names = [scheme.name]
@@ -190,7 +191,7 @@ def _too_small(
     for name in names:
         for length in lengths:
             shorter = config.replace(seq_len=length)
-            least = planner_for(shorter, source, SCHEMES[name], hardware, None).least().peak_bytes
+            least = planner_for(shorter, source, SCHEMES[name], hardware, card).least().peak_bytes
             if least <= MARGIN * budget:
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {least / GIB:.1f} GiB")
                 break
@@ -225,7 +226,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     report.table(title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows])
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        raise _too_small(config, source, SCHEMES[own], hardware, rows[0]["peak_bytes"], budget)
+        raise _too_small(config, source, SCHEMES[own], hardware, card, rows[0]["peak_bytes"], budget)
     report.say(
         f"octavo finetune --model {shlex.quote(asked.model)} --scheme {first['scheme']} "
         f"--seq-len {config[TextOptions].seq_len} --batch {config[TrainOptions].batch} --data YOUR_TEXTS"

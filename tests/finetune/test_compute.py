@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import torch
 
 from octavo.config import Config, MemoryOptions
 from octavo.errors import CheckpointError, UsageError
+from octavo.finetune.compute import _try
+from octavo.finetune.prepare import prepare
 from octavo.hardware import CARDS, Hardware
 from octavo.ops.quantize import SCHEMES
 from octavo.plan import planner_for, wants_eight
+from octavo.report import Report
 from octavo.store import checkpoint
 from octavo.store.sources import FolderSource
+from octavo.train.compute import layers
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
 CPU = Hardware(torch.device("cpu"), torch.float32, "", "a CPU")
-OLD = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA A100-SXM4-80GB")
-NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", fp8=True)
+OLD = Hardware(torch.device("cuda"), torch.bfloat16, "", "Tesla T4")
+NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", eight=True)
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -70,7 +75,7 @@ def test_on_a_cpu_auto_is_exact(exact: Path) -> None:
 
 @pytest.fixture
 def half_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a card with fp8, where only outer products and the first block are fair."""
+    """As on a card, where only outer products and the first block are fair."""
     monkeypatch.setattr("octavo.finetune.state.wants_eight", lambda *_: True)
     monkeypatch.setattr("octavo.plan.wants_eight", lambda *_: True)
     monkeypatch.setattr("octavo.train.compute.LIMIT", 0.0)
@@ -90,6 +95,31 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_keeps_that_without_a
     monkeypatch.setattr("octavo.finetune.compute.try_eight", lambda *_: pytest.fail("tried again"))
     tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("times", "said"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
+def test_a_card_that_is_no_faster_in_8_bits_computes_exactly(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, said: str
+) -> None:
+    """Nothing runs on the card that this machine says it is: it is timed, and if it is fast the trial begins."""
+    monkeypatch.setattr("octavo.finetune.compute.speedup", lambda model, tokens: times if tokens == 4 * 32 else 0)
+    tried: list[Any] = []
+
+    def trial(*given: Any) -> dict[str, Any]:
+        tried.append(given)
+        return {}
+
+    monkeypatch.setattr("octavo.finetune.compute.try_eight", trial)
+    monkeypatch.setattr("octavo.finetune.compute.gradient_type", lambda _: torch.int8)
+    with Report(console=False, metrics=tmp_path / "metrics") as report:
+        run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch=4), report)
+        run = replace(run, hardware=NEW)
+        _try(run)
+    assert said in (tmp_path / "metrics").read_text()
+    assert len(tried) == (1 if times > 1 else 0)
+    assert (run.found.exact_products == []) == (times > 1)
+    if times < 1:
+        assert run.found.exact_products == [name for name, _ in layers(run.model)]
 
 
 @pytest.mark.usefixtures("half_fair")
@@ -132,9 +162,10 @@ def test_another_compute_is_another_run(tune: Tune, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("hardware", "card", "expected"), [
-    (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", False), (OLD, None, False), (NEW, None, True),
+    (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", False), (OLD, None, False),
+    (NEW, None, True),
 ])  # fmt: skip
-def test_auto_takes_eight_bits_where_there_is_fp8(
+def test_auto_takes_eight_bits_on_cards_for_them(
     hardware: Hardware, card: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("octavo.plan.kernels_missing", lambda: "")
@@ -148,8 +179,8 @@ def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_eight(MemoryOptions(), NEW)
 
 
-def test_a_card_without_fp8_refuses_eight_bits_and_a_cpu_tries_them() -> None:
-    with pytest.raises(UsageError, match="has no fp8"):
+def test_a_card_that_is_too_old_refuses_eight_bits_and_a_cpu_tries_them() -> None:
+    with pytest.raises(UsageError, match="too old"):
         wants_eight(MemoryOptions(compute="8bit"), OLD)
     assert wants_eight(MemoryOptions(compute="8bit"), CPU)
     assert wants_eight(MemoryOptions(compute="8bit"), NEW)

@@ -51,6 +51,45 @@ def test_fp8_codes_are_within_half_a_digit_and_reach_the_largest_number() -> Non
     assert bool((codes.float().abs().amax(1) == eight.FP8_LARGEST).all())
 
 
+@pytest.mark.parametrize("columns", [50, 128, 300])
+def test_spans_of_a_row_have_a_scale_each(columns: int) -> None:
+    """A number beside far ones elsewhere in its row keeps its digits."""
+    x = rows(M, columns)
+    x[:, 0] *= 1000
+    codes, scale = coded(x, torch.int8, spans=True)
+    for span in range(scale.shape[1]):
+        own = slice(span * eight.SPAN, (span + 1) * eight.SPAN)
+        step = scale[:, span, None]
+        assert bool(((codes[:, own] * step - x[:, own]).abs() <= step * (0.5 + 1e-4)).all())
+        assert bool((codes[:, own].abs().amax(1) == 127).all())
+
+
+def test_a_product_adds_up_spans_with_their_scales() -> None:
+    x, weight = rows(M, 300), torch.randint(-127, 128, (16, 300), dtype=torch.int8)
+    codes, scale = coded(x, torch.int8, spans=True)
+    out = torch.empty(M, 16)
+    eight.product_into(codes, scale, weight, out)
+    exact = codes * scale.repeat_interleave(eight.SPAN, dim=1)[:, :300] @ weight.float().T
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_codes_are_transposed_as_they_are() -> None:
+    codes = torch.randint(-127, 128, (7, 5), dtype=torch.int8)
+    out = torch.empty(5, 7, dtype=torch.int8)
+    eight.transpose_into(codes, out)
+    assert torch.equal(out, codes.T)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [((8, 0), torch.int8), ((8, 6), torch.int8), ((8, 9), FP8), ((9, 0), FP8)]
+)
+def test_gradients_are_fp8_where_a_card_multiplies_that(
+    capability: tuple[int, int], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert eight.gradient_type.__wrapped__(torch.device("cuda")) is kind
+
+
 @pytest.mark.parametrize("kind", [torch.int8, FP8])
 def test_a_fold_is_applied_before_rounding(kind: torch.dtype) -> None:
     x, fold = rows(M, 50), torch.rand(50) + 0.1
@@ -176,6 +215,28 @@ def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_i
         assert own is not None
         assert other is not None
         torch.testing.assert_close(own, other, rtol=2e-5, atol=2e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+def test_a_gradient_in_int8_differs_by_half_a_step_of_its_spans(
+    columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on cards before fp8. The weight is multiplied as it is."""
+    monkeypatch.setattr(eight, "gradient_type", lambda _: torch.int8)
+    fast, matrices = wide_of(columns, in_eight=True)
+    exact, _ = wide_of(columns, in_eight=False)
+    seeds, x, dy = [0] * len(columns), rows(M, sum(columns)), rows(M, N)
+    wanted, _ = exact.backward(dy, completed(exact, x, seeds), seeds, to_input=True)
+    found, _ = fast.backward(dy, completed(fast, x, seeds), seeds, to_input=True)
+    assert wanted is not None
+    assert found is not None
+    limit = []
+    for matrix in matrices:
+        absmax = matrix.abs().amax(1)
+        step = (dy * absmax).abs().amax(1, keepdim=True) / 127
+        limit.append(step / 2 * (matrix.abs() / absmax[:, None]).sum(0))
+    assert bool(((found - wanted).abs() <= torch.cat(limit, 1) * 1.001 + 1e-5 * wanted.abs()).all())
+    assert not torch.equal(found, wanted)
 
 
 def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(

@@ -148,18 +148,21 @@ def aligned(m: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(m, n + 32).to(dtype)[:, 16 : n + 16]
 
 
-def rounded(m: int, k: int, kind: torch.dtype, *, fold: bool = False, apart: bool = False) -> Case:
+def rounded(m: int, k: int, kind: torch.dtype, *, fold: bool = False, apart: bool = False, spans: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        codes, scale = aligned(m, k, torch.float32).to(kind), torch.full((m,), 7.0)
+        codes, scale = (
+            aligned(m, k, torch.float32).to(kind),
+            torch.full((m, -(-k // eight.SPAN)) if spans else (m,), 7.0),
+        )
         factors = torch.full((k,), 127.0).index_fill_(0, torch.arange(0, k, 7), 0) if apart else torch.rand(k) + 0.5
         return (columns(m, k, dtype), codes, scale, factors if fold or apart else None), {}, codes
 
     return make
 
 
-def turned(n: int, k: int) -> Case:
+def turned(n: int, k: int, kind: torch.dtype = eight.FP8) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        out = aligned(k, n, torch.float32).to(eight.FP8)
+        out = aligned(k, n, torch.float32).to(kind)
         return (torch.randint(-127, 128, (n, k), dtype=torch.int8), out), {}, out
 
     return make
@@ -175,11 +178,12 @@ def product(
     bias: bool = False,
     rank: int = 0,
     onto: str = "",
+    spans: bool = False,
 ) -> Case:  # fmt: skip
     """A product of 8-bit codes, added `onto` its own result or another matrix."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        x, w = (eight.coded(torch.randn(rows, k) * k**-0.25, kind) for rows in (m, n))
+        x, w = (eight.coded(torch.randn(rows, k) * k**-0.25, kind, spans=spans) for rows in (m, n))
         out = aligned(m, n, dtype)
         named: dict[str, object] = {"absmax": w.scale * 127} if scaled else {}
         if bias:
@@ -257,14 +261,17 @@ CASES: dict[str, list[Case]] = {
     "eight.code_rows_into": [
         rounded(5, 100, torch.int8), rounded(3, 2100, torch.int8, fold=True),
         rounded(3, 2100, torch.int8, apart=True), rounded(5, 100, eight.FP8),
-        rounded(3, 2100, eight.FP8, fold=True),
+        rounded(3, 2100, eight.FP8, fold=True), rounded(3, 2100, torch.int8, fold=True, spans=True),
+        rounded(5, 100, torch.int8, spans=True), rounded(2, 384, torch.int8, spans=True),
     ],
-    "eight.transpose_into": [turned(144, 272), turned(16, 48)],
+    "eight.transpose_into": [turned(144, 272), turned(16, 48), turned(48, 144, torch.int8)],
     "eight.product_into": [
         product(130, 272, 144, torch.int8, scaled=True, bias=True, rank=24, onto="other"),
         product(7, 48, 16, torch.int8, scaled=True), product(9, 48, 32, torch.int8, scaled=True, rank=80),
         product(2, 144, 288, torch.int8, scaled=True, onto="own"),
         product(130, 272, 144, eight.FP8, rank=16), product(300, 32, 1040, eight.FP8, scaled=True, bias=True, rank=8),
+        product(130, 400, 144, torch.int8, rank=16, spans=True), product(7, 128, 32, torch.int8, spans=True),
+        product(9, 272, 48, torch.int8, bias=True, onto="own", spans=True),
     ],
     "quantize.codes_into": [plain_codes(9, 1111, 1.0), plain_codes(2, 4500, 2.0**-7)],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],

@@ -92,7 +92,7 @@ class MemoryOptions(Section):
         description="Have layers' inputs and the embedding in the host's memory; auto: if a card lacks its own.",
     )
     compute: Literal["auto", "exact", "8bit"] = Field(
-        "auto", description="Products in training; auto: in 8 bits on a card with fp8, where a trial finds that fair."
+        "auto", description="Products in training; auto: in 8 bits where a trial on the card finds that fast and fair."
     )
     kernels: bool = Field(True, description="Use the Triton kernels on a card that runs them.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(

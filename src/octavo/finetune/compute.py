@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from octavo.config import MemoryOptions, TrainOptions
+from octavo.config import MemoryOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.finetune.state import Run
+from octavo.ops.eight import FP8, gradient_type
 from octavo.ops.frozen import APART
-from octavo.train.compute import LIMIT, Cost, compute_in_eight_, try_eight
+from octavo.train.compute import LIMIT, Cost, compute_in_eight_, layers, speedup, try_eight
 
 
 def settle(run: Run, *, resumed: bool) -> None:
@@ -32,17 +33,31 @@ def settle(run: Run, *, resumed: bool) -> None:
 def _try(run: Run) -> None:
     """Finds the products that stay exact, and the channels that stay out of those in 8 bits; tells of both."""
     run.model.train()
+    asked = run.config[MemoryOptions].compute == "8bit"
+    if not asked and run.hardware.device.type == "cuda" and not _fast(run):
+        run.found.exact_products, run.found.apart = [name for name, _ in layers(run.model)], {}
+        return
     seed = run.config[TrainOptions].seed
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
     costs = try_eight(run.model, batch)
     run.trainer.optimizer.zero_gradients()
-    asked = run.config[MemoryOptions].compute == "8bit"
     exact = [] if asked else [name for name, cost in costs.items() if not cost.fair]
     apart = {name: list(cost.channels) for name, cost in costs.items() if cost.parted and name not in exact}
     run.found.exact_products, run.found.apart = exact, apart
     _show(run, costs)
     told = {name: (c.forward, c.backward, c.apart) for name, c in costs.items()}
     run.report.event("compute", exact=exact, apart=apart, costs=told)
+
+
+def _fast(run: Run) -> bool:
+    """Whether 8 bits are faster on this card, which is said."""
+    times = speedup(run.model, run.fit.plan.rows * run.config[TextOptions].seq_len)
+    run.report.event("compute_speed", times=times)
+    if times > 1:
+        run.report.say(f"In 8 bits this card computes the largest product {times:.2f} times as fast.")
+        return True
+    run.report.say(f"Products stay exact: in 8 bits this card takes {1 / times:.2f} times as long for the largest one.")
+    return False
 
 
 def _show(run: Run, costs: Mapping[str, Cost]) -> None:
@@ -58,7 +73,8 @@ def _show(run: Run, costs: Mapping[str, Cost]) -> None:
         counts = (sum(name not in exact for name in names), sum(name in apart for name in names), len(names))
         rows.append([kind, *counts, _percent(forward), _percent(backward)])
     columns = ["layer", "in 8 bits", "channels apart", "of", "error of its output", "of the gradient to its input"]
-    title = f"Products in 8 bits: int8 forward, fp8 backward; exact where the error is over {LIMIT:.0%}"
+    kind = "fp8" if gradient_type(run.hardware.device) == FP8 else "int8"
+    title = f"Products in 8 bits: int8 forward, {kind} backward; exact where the error is over {LIMIT:.0%}"
     run.report.table(title, columns, rows)
     if apart:
         run.report.say(f"Of {len(apart)} layers the {APART} channels with the largest inputs stay in the compute type.")

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.ops.eight import FP8_LARGEST, Beside
+from octavo.ops.eight import FP8_LARGEST, SPAN, Beside
 from octavo.ops.quantize import INT8_LEVELS
 
 
@@ -34,6 +34,7 @@ class Tile(NamedTuple):
 
 SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
 LITTLE = Tile(128, 128, 64, 8, 3)  # of 2-byte results on cards with less shared memory; compiled, not measured
+SPANS = Tile(128, 128, 128, 8, 3)  # of 2-byte results where rows have a scale for each span: two sums are held
 LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
 ROOMY = (9, 10)  # generations with 227 KiB of shared memory for a program: H100, B200
 THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
@@ -54,7 +55,8 @@ def product_into(
     onto: Tensor | None = None,
 ) -> None:
     (m, k), n = codes.shape, len(weight)
-    tile = _tile(out.device, out.itemsize)
+    spans = scale.ndim == 2
+    tile = _tile(out.device, out.itemsize, spans)
     inputs, weights = _described(codes, tile.rows, tile.inputs), _described(weight, tile.columns, tile.inputs)
     thin, count, width = (inputs, weights), 0, 0
     if beside is not None:
@@ -67,9 +69,9 @@ def product_into(
         inputs, weights, *thin, out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
-        m, n, k, out.stride(0), onto.stride(0) if onto is not None else 0, programs,
-        codes.dtype == torch.int8, absmax is not None, bias is not None, count, width, onto is not None, INT8_LEVELS,
-        *tile[:3], GROUP, num_warps=tile.warps, num_stages=tile.stages,
+        m, n, k, out.stride(0), onto.stride(0) if onto is not None else 0, scale.stride(0), programs,
+        codes.dtype == torch.int8, SPAN if spans else 0, absmax is not None, bias is not None, count, width,
+        onto is not None, INT8_LEVELS, *tile[:3], GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -87,9 +89,11 @@ def _readable(x: Tensor) -> Tensor:
 
 
 @cache
-def _tile(device: torch.device, itemsize: int) -> Tile:
+def _tile(device: torch.device, itemsize: int, spans: bool) -> Tile:
     if itemsize > 2:
         return LONG
+    if spans and not (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY):
+        return SPANS
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY:
         return LITTLE
     return SHORT
@@ -103,9 +107,10 @@ def _multiprocessors(device: torch.device) -> int:
 @triton.jit
 def _product(
     inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, onto,
-    m, n, k, out_stride, onto_stride, programs,
-    INT8: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr, THIN: tl.constexpr,
-    ONTO: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    m, n, k, out_stride, onto_stride, scale_stride, programs,
+    INT8: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr,
+    THIN: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     high, wide = tl.cdiv(m, BM), tl.cdiv(n, BN)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
@@ -113,12 +118,19 @@ def _product(
         tall = tl.minimum(high - band, GROUP)
         top = (band + tile % (GROUP * wide) % tall) * BM
         left = tile % (GROUP * wide) // tall * BN
-        total = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
-        for start in range(0, k, BK):
-            own, weight = inputs.load([top, start]), weights.load([left, start])
-            total = tl.dot(own, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
         row, column = top + tl.arange(0, BM), left + tl.arange(0, BN)
-        y = total.to(tl.float32) * tl.load(scale + row, mask=row < m, other=0)[:, None]
+        if SPAN:
+            y = tl.zeros((BM, BN), dtype=tl.float32)
+            for start in range(0, k, BK):
+                own, weight = inputs.load([top, start]), weights.load([left, start])
+                part = tl.dot(own, weight.T, out_dtype=tl.int32).to(tl.float32)
+                y += part * tl.load(scale + row * scale_stride + start // SPAN, mask=row < m, other=0)[:, None]
+        else:
+            total = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
+            for start in range(0, k, BK):
+                own, weight = inputs.load([top, start]), weights.load([left, start])
+                total = tl.dot(own, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
+            y = total.to(tl.float32) * tl.load(scale + row, mask=row < m, other=0)[:, None]
         if SCALED:
             y *= (tl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
         if BIAS:
@@ -138,18 +150,19 @@ def _product(
 
 def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None) -> None:
     m, k = x.shape
-    width = triton.next_power_of_2(k)
+    spans = scale.shape[1] if scale.ndim == 2 else 0
+    width = triton.next_power_of_2(spans * SPAN or k)
     _code_rows[(m,)](
-        x, codes, scale, fold if fold is not None else scale, k, x.stride(0), codes.stride(0), fold is not None,
-        codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width,
+        x, codes, scale, fold if fold is not None else scale, k, spans, x.stride(0), codes.stride(0), fold is not None,
+        codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width, SPAN if spans else 0,
         num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit
 def _code_rows(
-    x, codes, scale, fold, k, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
-    FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr,
+    x, codes, scale, fold, k, spans, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr,
+    LEVELS: tl.constexpr, FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
@@ -158,13 +171,20 @@ def _code_rows(
     if FOLD:
         value *= tl.load(fold + column, mask=inside, other=0) / LEVELS
     largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
-    top = tl.maximum(tl.max(tl.abs(value)), TINY * largest)
-    finite = tl.sum(value * 0.0)  # NaN if anything is not finite; a maximum forgets NaN
-    code = value * tl.div_rn(largest, top)
+    if SPAN:
+        parts = tl.reshape(value, (WIDTH // SPAN, SPAN))
+        top = tl.maximum(tl.max(tl.abs(parts), axis=1), TINY * largest)
+        span = tl.arange(0, WIDTH // SPAN)
+        tl.store(scale + row * spans + span, top / largest + tl.sum(parts * 0.0, axis=1), mask=span < spans)
+        code = tl.reshape(parts * tl.div_rn(largest, top)[:, None], (WIDTH,))
+    else:
+        top = tl.maximum(tl.max(tl.abs(value)), TINY * largest)
+        finite = tl.sum(value * 0.0)  # NaN if anything is not finite; a maximum forgets NaN
+        tl.store(scale + row, top / largest + finite)
+        code = value * tl.div_rn(largest, top)
     if INT8:
         code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest whole number, halves to even
     tl.store(codes + row * codes_stride + column, code.to(codes.dtype.element_ty), mask=inside)
-    tl.store(scale + row, top / largest + finite)
 
 
 def transpose_into(codes: Tensor, out: Tensor) -> None:

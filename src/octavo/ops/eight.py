@@ -7,30 +7,34 @@ Forward both scales leave the sum. In backward the weight's scale lies on the ax
 gradient before that is coded: exact algebra, and no second copy of the weight that would be scaled another way. Wq is
 exact as int8; for backward it is written transposed, as fp8 (e4m3, arXiv 2209.05433), into memory that is given back.
 
-Activations take int8, whose even steps lose least on rows without far outliers; gradients take fp8: one scale a row of
-int8 leaves nothing of small numbers beside large ones, and training diverges (docs/log.md).
+Activations take int8, whose even steps lose least on rows without far outliers. Gradients take fp8: one scale a row of
+int8 leaves nothing of small numbers beside large ones, and training diverges (docs/log.md). Cards before fp8 take int8
+with a scale for each span of a row, which the product applies as it adds up: nearer to exact than fp8, but no faster.
 
-Legend: M rows (tokens), K inputs and N outputs of a product, C low-rank columns beside it.
+Legend: M rows (tokens), K inputs and N outputs of a product, C low-rank columns beside it, S spans of a row's K.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.hardware import FP8_FROM
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.twins import twin
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+SPAN = 128  # numbers of a row that share a scale, where rows have several
 ALIGNMENT = 16  # codes: rows of them start where a card's copy engine can read
 
 
 class Coded(NamedTuple):
-    """Rows in 8 bits: codes (M, K) times scale (M,) float32."""
+    """Rows in 8 bits: codes (M, K) times scale (M,) float32, or (M, S) of spans."""
 
     codes: Tensor
     scale: Tensor
@@ -48,33 +52,47 @@ def fits(rows: int, columns: int) -> bool:
     return rows % ALIGNMENT == 0 and columns % ALIGNMENT == 0
 
 
-def coded(x: Tensor, kind: torch.dtype, *, fold: Tensor | None = None) -> Coded:
+@cache
+def gradient_type(device: torch.device) -> torch.dtype:
+    """What gradients are coded in there: fp8, or int8 in spans where a card does not multiply that."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_FROM
+    return torch.int8 if old else FP8
+
+
+def coded(x: Tensor, kind: torch.dtype, *, fold: Tensor | None = None, spans: bool = False) -> Coded:
     """The rows of x (M, K) as int8 or fp8; times fold / 127 (K,) first, if given.
 
     Backward folds in the absmax of a weight's rows; forward 127, and 0 for channels that are apart (ops/frozen.py).
     """
-    made = Coded(x.new_empty(x.shape, dtype=kind), x.new_empty(len(x), dtype=torch.float32))
+    shape = (len(x), -(-x.shape[1] // SPAN)) if spans else (len(x),)
+    made = Coded(x.new_empty(x.shape, dtype=kind), x.new_empty(shape, dtype=torch.float32))
     code_rows_into(x, made.codes, made.scale, fold)
     return made
 
 
 @twin
 def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None) -> None:
-    """Writes the nearest codes of x (M, K) under the least scale of each row that holds its largest number.
+    """Writes the nearest codes of x (M, K) under the least scale of each row, or span, that holds its largest number.
 
     A row with a NaN or an infinity has no number as its scale, so that what is not finite stays so.
     """
     values = x.float() if fold is None else x.float() * (fold / INT8_LEVELS)
     largest = x.new_full((), INT8_LEVELS if codes.dtype == torch.int8 else FP8_LARGEST, dtype=torch.float32)
-    top = torch.maximum(values.abs().amax(dim=1), torch.finfo(torch.float32).tiny * largest)
-    values = values * (largest / top)[:, None]  # not in place: a float32 x is its own float()
-    codes.copy_(values.round_() if codes.dtype == torch.int8 else values)
-    scale.copy_(top / largest + 0 * top)
+    parts = _spans(values) if scale.ndim == 2 else values[:, None]  # (M, S, numbers that share a scale)
+    top = torch.maximum(parts.abs().amax(dim=2), torch.finfo(torch.float32).tiny * largest)
+    values = (parts * (largest / top)[:, :, None]).flatten(1)[:, : x.shape[1]]
+    codes.copy_(values.round() if codes.dtype == torch.int8 else values)
+    scale.copy_((top / largest + 0 * top).view(scale.shape))
+
+
+def _spans(values: Tensor) -> Tensor:
+    """(M, S, SPAN): the last span is filled up with zeros."""
+    return F.pad(values, (0, -values.shape[1] % SPAN)).view(len(values), -1, SPAN)
 
 
 @twin
 def transpose_into(codes: Tensor, out: Tensor) -> None:
-    """out (K, N) fp8 = codes (N, K) int8; a code over 16 is rounded to four digits of its binary form."""
+    """out (K, N), int8 or fp8, = codes (N, K) int8; in fp8 one over 16 is rounded to four digits of its binary form."""
     out.copy_(codes.T.float())
 
 
@@ -90,13 +108,17 @@ def product_into(
     beside: Beside | None = None,
     onto: Tensor | None = None,
 ) -> None:
-    """out (M, N) = codes (M, K) weight^T (N, K), each row times its scale, rounded once.
+    """out (M, N) = codes (M, K) weight^T (N, K), each row, or span of a row, times its scale, rounded once.
 
     With `absmax` column n is multiplied by absmax[n] / 127; `bias` is added to the columns from `bias_start` on, a thin
     product and `onto` (M, N), which may be `out`, to all.
     """
     work = torch.float32 if out.dtype == torch.float16 else out.dtype  # sums of whole codes would pass 65504
-    y = F.linear(codes.to(work), weight.to(work)).float().mul_(scale[:, None])
+    if scale.ndim == 2:
+        parts = zip(_spans(codes.float()).unbind(1), _spans(weight.float()).unbind(1), scale.T, strict=True)
+        y = sum((F.linear(own, other) * size[:, None] for own, other, size in parts), torch.zeros(()).to(scale))
+    else:
+        y = F.linear(codes.to(work), weight.to(work)).float().mul_(scale[:, None])
     if absmax is not None:
         y *= absmax / INT8_LEVELS
     if bias is not None:

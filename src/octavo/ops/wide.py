@@ -144,17 +144,19 @@ class Wide:
     def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int]) -> Tensor:
         """The gradient to the input (M, K)."""
         dx = dy.new_empty(len(dy), self.inputs)
+        kind = eight.gradient_type(dy.device)
         for part, start, column, seed in self._spans(seeds):
             assert part.codes is not None
             weight, absmax = part.codes(dy)
-            turned = dy.new_empty(part.columns, part.rows, dtype=eight.FP8)
+            turned = dy.new_empty(part.columns, part.rows, dtype=kind)
             eight.transpose_into(weight, turned)
             del weight
             own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
             beside = eight.Beside(own, _scaled(part, dy).T.contiguous()) if joins else None
             own_dx = dx[:, start : start + part.columns]
-            eight.product_into(*eight.coded(dy, eight.FP8, fold=absmax), turned, own_dx, beside=beside)
+            gradient = eight.coded(dy, kind, fold=absmax, spans=kind == torch.int8)
+            eight.product_into(*gradient, turned, own_dx, beside=beside)
             if part.rank and part.dropout:
                 _add_low_rank_(own_dx, own, part, wide, seed)
         return dx

@@ -2,7 +2,8 @@
 
 A trial computes every product both ways, forward and backward, and goes on with the exact result. Where that halves the
 error, the channels of a layer's input with the largest numbers are taken apart. A layer over the limit all the same
-stays exact. What else a run does is exact: the head, attention, norms, low-rank pairs, evaluation.
+stays exact. What else a run does is exact: the head, attention, norms, low-rank pairs, evaluation. Whether 8 bits are
+faster on a card is timed there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.data.loader import Batch
 from octavo.layers.frozen import FrozenLinear
@@ -20,11 +22,13 @@ from octavo.models import Model
 from octavo.objective import inputs_of, loss_of
 from octavo.ops.eight import fits
 from octavo.ops.frozen import Trial, take_apart
+from octavo.ops.wide import Wide
 
 # Of a product (Trial in ops/frozen.py). SmolLM2 came within 0.3 % of exact mode's loss with all of its layers in 8
 # bits, outputs up to 12 % and gradients up to 5 % off (docs/log.md); the limit is under that, since it is one model.
 LIMIT = 0.06
 TOKENS = 512  # that a trial reads at most
+TIMED_TOKENS = 4096  # that a product is timed with at most: by then it is as fast a token as with more
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,41 @@ def compute_in_eight_(
         layer.apart = None
         if layer.in_eight and (channels := (apart or {}).get(name)):
             layer.apart = take_apart(torch.tensor(channels, device=layer.matrix.device), layer.matrix.in_features)
+
+
+@torch.no_grad()
+def speedup(model: Model, tokens: int) -> float:
+    """How many times as fast in 8 bits the largest product of the blocks is, forward and backward. For a card."""
+    seconds = []
+    found = max((layer for _, layer in layers(model)), key=lambda layer: prod(layer.matrix.shape), default=None)
+    if found is None:
+        return 1.0
+    before = found.in_eight
+    for in_eight in (False, True):
+        found.in_eight = in_eight
+        x = torch.randn(
+            min(tokens, TIMED_TOKENS), found.matrix.in_features, dtype=found.matrix.dtype, device=found.matrix.device
+        )
+        seconds.append(_seconds(Wide((found.frozen(),)), x))
+    found.in_eight = before
+    return seconds[0] / seconds[1]
+
+
+def _seconds(wide: Wide, x: Tensor) -> float:
+    """The least time of three that a product of x (M, K) takes with its backward; none before has to be waited for."""
+    seeds = wide.seeds()
+    room = wide.room(len(x), x)
+    room[:, : x.shape[1]] = x
+    wide.complete_(room, seeds)
+    least = math.inf
+    for _ in range(4):  # the first compiles kernels and makes libraries choose theirs
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        wide.backward(wide.product(room), room, seeds, to_input=True)
+        end.record()
+        end.synchronize()
+        least = min(least, begin.elapsed_time(end) / 1e3)
+    return least
 
 
 def try_eight(model: Model, batch: Batch) -> dict[str, Cost]:
