@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from octavo.data.loader import Batch
+from octavo.kernels import eight as kernels
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Model
 from octavo.objective import Inputs, loss_of
-from octavo.ops import offload
+from octavo.ops import eight, offload
 from octavo.ops.branch import Keep
 from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
@@ -248,6 +249,26 @@ def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bo
     cost = ((defined[1] - exact[1]).norm() / exact[1].norm()).item()
     assert cost < 0.2
     assert_same(fast, defined, 1.5 * cost)
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_gradients_in_int8_are_nearer_to_exact_than_in_fp8(
+    load_step: Load, engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cards before fp8 take; and without a copy engine, as on all before the H100."""
+    step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
+    launched = Launched(step.model, Keep.ATTENTION)
+    exact = step.taken(launched, batch)
+    compute_in_eight_(step.model)
+    found = {}
+    for kind in (eight.FP8, torch.int8):
+        monkeypatch.setattr(eight, "gradient_type", lambda _, kind=kind: kind)
+        found[kind] = step.taken(launched, batch)
+    errors = {kind: ((own[1] - exact[1]).norm() / exact[1].norm()).item() for kind, own in found.items()}
+    assert errors[torch.int8] < errors[eight.FP8] < 0.2
+    monkeypatch.setattr(kernels, "has_engine", lambda _: engine)
+    monkeypatch.setattr(kernels, "_tile", lambda device, itemsize, spans: kernels.LITTLE)
+    assert_same(step.taken(launched, batch), found[torch.int8], 0.02)
 
 
 @both_kinds

@@ -305,6 +305,19 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_product_in_8_bits_without_a_copy_engine_is_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on cards before compute capability 9.0."""
+    monkeypatch.setattr(eight_kernels(), "has_engine", lambda _: False)
+    test_a_twin_is_its_definition("eight.product_into", dtype)
+
+
+def eight_kernels() -> Any:
+    return import_module("octavo.kernels.eight")
+
+
 def test_every_twin_has_a_case() -> None:
     assert CASES.keys() == TWINS.keys()
 

@@ -2,7 +2,7 @@
 
 A program of the product goes from tile to tile; the copy engine brings the next inputs while the tensor cores work.
 Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
-written twice. On cards without a copy engine Triton makes ordinary loads of the descriptors.
+written twice. Cards without a copy engine get addresses instead: of these Triton makes loads that run ahead as well.
 
 Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
 """
@@ -57,26 +57,32 @@ def product_into(
     (m, k), n = codes.shape, len(weight)
     spans = scale.ndim == 2
     tile = _tile(out.device, out.itemsize, spans)
-    inputs, weights = _described(codes, tile.rows, tile.inputs), _described(weight, tile.columns, tile.inputs)
-    thin, count, width = (inputs, weights), 0, 0
+    engine = has_engine(out.device)
+    read, count, width = [codes, weight, codes, weight], 0, tile.inputs  # the last two if there is no thin product
     if beside is not None:
         count = beside.t.shape[1]
         width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
-        thin = tuple(_described(_readable(x), rows, width) for x, rows in zip(beside, tile, strict=False))
+        read[2:] = map(_readable, beside)
+    shapes = [(high, wide) for wide in (tile.inputs, width) for high in (tile.rows, tile.columns)]
+    sources = [
+        TensorDescriptor.from_tensor(x, list(shape)) if engine else x for x, shape in zip(read, shapes, strict=True)
+    ]
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     programs = min(tiles, _multiprocessors(codes.device))
     _product[(programs,)](
-        inputs, weights, *thin, out,
+        *sources, *(x.stride(0) for x in read), out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
         m, n, k, out.stride(0), onto.stride(0) if onto is not None else 0, scale.stride(0), programs,
-        codes.dtype == torch.int8, SPAN if spans else 0, absmax is not None, bias is not None, count, width,
+        engine, codes.dtype == torch.int8, SPAN if spans else 0, absmax is not None, bias is not None, count, width,
         onto is not None, INT8_LEVELS, *tile[:3], GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(x, [rows, columns])
+@cache
+def has_engine(device: torch.device) -> bool:
+    """Whether the card has a copy engine for tiles (TMA): from compute capability 9.0 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -106,11 +112,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def _product(
-    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, onto,
-    m, n, k, out_stride, onto_stride, scale_stride, programs,
-    INT8: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BESIDE: tl.constexpr,
-    THIN: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr,
+    inputs, weights, t, b, inputs_stride, weights_stride, t_stride, b_stride,
+    out, scale, absmax, bias, bias_start, bias_stop, onto, m, n, k, out_stride, onto_stride, scale_stride, programs,
+    ENGINE: tl.constexpr, INT8: tl.constexpr, SPAN: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    BESIDE: tl.constexpr, THIN: tl.constexpr, ONTO: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     high, wide = tl.cdiv(m, BM), tl.cdiv(n, BN)
     for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
@@ -122,13 +128,15 @@ def _product(
         if SPAN:
             y = tl.zeros((BM, BN), dtype=tl.float32)
             for start in range(0, k, BK):
-                own, weight = inputs.load([top, start]), weights.load([left, start])
+                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
                 part = tl.dot(own, weight.T, out_dtype=tl.int32).to(tl.float32)
                 y += part * tl.load(scale + row * scale_stride + start // SPAN, mask=row < m, other=0)[:, None]
         else:
             total = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
             for start in range(0, k, BK):
-                own, weight = inputs.load([top, start]), weights.load([left, start])
+                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
                 total = tl.dot(own, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
             y = total.to(tl.float32) * tl.load(scale + row, mask=row < m, other=0)[:, None]
         if SCALED:
@@ -138,7 +146,9 @@ def _product(
             y += tl.load(bias + column - bias_start, mask=there, other=0)[None, :]
         if BESIDE:
             for first in tl.range(0, BESIDE, THIN, num_stages=1):
-                y = tl.dot(t.load([top, first]), b.load([left, first]).T, y, input_precision="ieee")
+                own = _read(t, t_stride, top, first, m, BESIDE, ENGINE, BM, THIN)
+                other = _read(b, b_stride, left, first, n, BESIDE, ENGINE, BN, THIN)
+                y = tl.dot(own, other.T, y, input_precision="ieee")
         inside = (row[:, None] < m) & (column[None, :] < n)
         if ONTO:
             at = onto + row[:, None].to(tl.int64) * onto_stride + column[None, :]
@@ -146,6 +156,18 @@ def _product(
         # An ordinary store: the copy engine's would take shared memory, and with it a stage or half of the tile.
         at = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
         tl.store(at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _read(source, stride, top, left, rows, columns, ENGINE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
+    """A tile (HIGH, WIDE) of a matrix, zeros outside of it."""
+    if ENGINE:
+        found = source.load([top, left])
+    else:
+        row, column = top + tl.arange(0, HIGH)[:, None], left + tl.arange(0, WIDE)[None, :]
+        inside = (row < rows) & (column < columns)
+        found = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0)
+    return found
 
 
 def code_rows_into(x: Tensor, codes: Tensor, scale: Tensor, fold: Tensor | None) -> None:
