@@ -33,8 +33,9 @@ class Tile(NamedTuple):
 
 
 SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
-LITTLE = Tile(128, 128, 64, 8, 3)  # of 2-byte results on cards with less shared memory; compiled, not measured
-SPANS = Tile(128, 128, 128, 8, 3)  # of 2-byte results where rows have a scale for each span: two sums are held
+# Of 2-byte results where rows have a scale for each span, since two sums are held; and on cards whose programs have
+# 99 KiB of shared memory, of which it takes 96. There it is compiled, and not measured.
+LITTLE = Tile(128, 128, 128, 8, 3)
 LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
 ROOMY = (9, 10)  # generations with 227 KiB of shared memory for a program: H100, B200
 THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
@@ -98,9 +99,7 @@ def _readable(x: Tensor) -> Tensor:
 def _tile(device: torch.device, itemsize: int, spans: bool) -> Tile:
     if itemsize > 2:
         return LONG
-    if spans and not (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY):
-        return SPANS
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY:
+    if spans or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY):
         return LITTLE
     return SHORT
 
@@ -166,7 +165,7 @@ def _read(source, stride, top, left, rows, columns, ENGINE: tl.constexpr, HIGH: 
     else:
         row, column = top + tl.arange(0, HIGH)[:, None], left + tl.arange(0, WIDE)[None, :]
         inside = (row < rows) & (column < columns)
-        found = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0)
+        found = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
     return found
 
 

@@ -21,7 +21,7 @@ from octavo.ops import eight
 from octavo.ops.decode import few_rows, int8_rows
 from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
-from octavo.ops.offload import on_host
+from octavo.ops.offload import on_card, on_host
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
 
 
@@ -37,7 +37,6 @@ class FrozenMatrix(nn.Module):
         self.dtype = torch.float32
         self.parts: Parts = {}
         self.on_host = False  # whether the parts lie in the host's memory, where a card reads what it needs of them
-        self._host_memory: list[Tensor | None] = []
 
     @property
     def shape(self) -> Shape:
@@ -128,9 +127,7 @@ class FrozenMatrix(nn.Module):
     def lie_on_host_(self, wanted: bool) -> None:
         """Moves the parts into the host's memory, or back to the card. On a CPU they are there anyway."""
         if wanted != self.on_host:
-            moved = {part: on_host(tensor) if wanted else (tensor.clone(), None) for part, tensor in self.parts.items()}
-            self.parts = {part: tensor for part, (tensor, _) in moved.items()}
-            self._host_memory = [memory for _, memory in moved.values()]
+            self.parts = {part: on_host(x) if wanted else on_card(x) for part, x in self.parts.items()}
             self.on_host = wanted
 
     def extra_repr(self) -> str:

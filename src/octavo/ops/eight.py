@@ -9,7 +9,7 @@ exact as int8; for backward it is written transposed, as fp8 (e4m3, arXiv 2209.0
 
 Activations take int8, whose even steps lose least on rows without far outliers. Gradients take fp8: one scale a row of
 int8 leaves nothing of small numbers beside large ones, and training diverges (docs/log.md). Cards before fp8 take int8
-with a scale for each span of a row, which the product applies as it adds up: nearer to exact than fp8, but no faster.
+with a scale for each span of a row, which the product applies as it adds up: nearer to exact, and slower than fp8.
 
 Legend: M rows (tokens), K inputs and N outputs of a product, C low-rank columns beside it, S spans of a row's K.
 """

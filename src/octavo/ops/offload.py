@@ -115,20 +115,28 @@ class _Pinned:
     """Pinned memory of the host as a card addresses it."""
 
     def __init__(self, tensor: Tensor) -> None:
+        self._kept = tensor  # with this object, which PyTorch keeps as long as the tensor that it makes of it
         self.__cuda_array_interface__ = {
             "shape": tuple(tensor.shape), "typestr": _NAMES[tensor.dtype], "data": (tensor.data_ptr(), False),
             "version": 3, "strides": None,
         }  # fmt: skip
 
 
-def on_host(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The same numbers as a tensor of the card's that lies in the host's memory: what is read of it crosses the bus.
-
-    And the memory itself, to be kept for as long: PyTorch hands it out again otherwise (2.11, seen on a card).
-    """
+def on_host(tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor of the card's that lies in the host's memory. What is read of it crosses the bus."""
     if not tensor.is_cuda:
-        return tensor, tensor
+        return tensor
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
     plain = pinned if tensor.dtype in _NAMES else pinned.view(torch.int16)
     found: Tensor = torch.as_tensor(_Pinned(plain), device=tensor.device)
-    return found.view(tensor.dtype), pinned
+    return found.view(tensor.dtype)
+
+
+def on_card(tensor: Tensor) -> Tensor:
+    """What `on_host` made, in the card's own memory again."""
+    copied = tensor.clone()
+    if (
+        tensor.is_cuda
+    ):  # the host's memory may be handed out again at once: PyTorch does not know that the card reads it
+        torch.cuda.synchronize(tensor.device)
+    return copied
