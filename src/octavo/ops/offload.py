@@ -135,8 +135,7 @@ def on_host(tensor: Tensor) -> Tensor:
 def on_card(tensor: Tensor) -> Tensor:
     """What `on_host` made, in the card's own memory again."""
     copied = tensor.clone()
-    if (
-        tensor.is_cuda
-    ):  # the host's memory may be handed out again at once: PyTorch does not know that the card reads it
+    if tensor.is_cuda:
+        # PyTorch does not know that the card reads the host's memory, and hands it out again at once.
         torch.cuda.synchronize(tensor.device)
     return copied
