@@ -72,11 +72,11 @@ def fails(monkeypatch: pytest.MonkeyPatch, times: float) -> list[int]:
     """Has so many passes through the model run out of memory; the rows of each pass as they come."""
     seen: list[int] = []
 
-    def loss(model: Any, inputs: Any, *, keep: Any) -> Tensor:
+    def loss(model: Any, inputs: Any, *, keep: Any, offload: bool) -> Tensor:
         seen.append(len(inputs.ids))
         if len(seen) <= times:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")
-        return loss_of(model, inputs, keep=keep)
+        return loss_of(model, inputs, keep=keep, offload=offload)
 
     monkeypatch.setattr(micro, "loss_of", loss)
     return seen
