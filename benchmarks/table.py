@@ -31,7 +31,7 @@ TITLES = (
     "model", "way", "batch x tokens", "cap GiB", "tokens/s", "p10-p90", "allocated GiB", "reserved GiB",
     "with loading GiB", "first loss", "gradient cosine", "note",
 )  # fmt: skip
-BRIEF = ("model", "batch x tokens", "cap, GiB", "way", "tokens/s", "reserved GiB", "first loss")
+BRIEF = ("model", "batch x tokens", "cap, GiB", "way", "tokens/s", "reserved GiB", "host GiB", "first loss")
 
 Row = Mapping[str, Any]
 
@@ -107,7 +107,8 @@ def brief(rows: Sequence[Row]) -> str:
         cap = f"{float(row['cap_gib']):g}" if row["cap_gib"] else ""
         way = f"**{row['way']}**" if str(row["way"]).startswith("octavo") else str(row["way"])
         cells = [str(row["model"]), f"{row['batch']} x {row['seq_len']}", cap, way, speed]
-        lines.append([*cells, _decimal(row["peak_reserved_gib"], 2), _decimal(row["first_loss"], 4)])
+        host = _decimal(row["pinned_gib"], 2) if float(row["pinned_gib"] or 0) else ""
+        lines.append([*cells, _decimal(row["peak_reserved_gib"], 2), host, _decimal(row["first_loss"], 4)])
     cards = ", ".join(dict.fromkeys(str(row["card"]) for row in told))
     head = [f"{cards}:", "", _row(BRIEF), _row(["---"] * len(BRIEF))]
     return "\n".join([*head, *map(_row, lines)]) + "\n"
