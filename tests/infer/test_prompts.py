@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 GREEDY = Sampling(temperature=0.0, max_new_tokens=9)
 PROMPT = tuple(range(40, 80))
 ADAPTERS = (None, "blocks", "tables")
+LINE = [[0] * 8 + [1, 0, 0]]  # a prompt of one token
 LENGTHS = (1, 3, 4, 5, 8, 15, 16, 17, 30)  # around the sizes, and over the largest
 
 
 class Unrecorded:
-    """Computes anew what a graph would replay; counts how often."""
+    """Computes anew what a graph would replay, and once when it is made, as recording does; counts how often."""
 
     runs: list[Shape]
     graph = SimpleNamespace(pool=lambda: None)
 
-    def __init__(self, own: Prompts, shape: Shape, pool: Any) -> None:
+    def __init__(self, own: Prompts, given: Sequence[Sequence[int]], shape: Shape, pool: Any) -> None:
         self.own, self.shape = weakref.ref(own), shape  # a graph knows its tensors alone
+        own.found(torch.tensor(given))
 
     def run(self, given: Sequence[Sequence[int]]) -> torch.Tensor:
         assert [len(line) for line in given] == [self.shape.size + 3] * self.shape.rows
@@ -111,13 +113,27 @@ def test_adapters_that_come_and_go_are_recorded_anew(llama: Family, runs: list[S
     asked = [Request(PROMPT[:7], GREEDY, adapter=name) for name in (None, "blocks")]
     first = engine.submit(asked[0])
     llama.run_out(engine)
-    before = engine._reader.prompts.recorded(Shape(1, 8))
+    before = engine._reader.prompts.recorded(Shape(1, 8), LINE)
     engine.load_adapter("blocks", llama.adapter("blocks"))
     streams = [first, *(engine.submit(request) for request in asked)]
     llama.run_out(engine)
     assert [llama.answer(stream) for stream in streams] == [llama.alone(r) for r in (asked[0], *asked)]
-    assert engine._reader.prompts.recorded(Shape(1, 8)) is not before
+    assert engine._reader.prompts.recorded(Shape(1, 8), LINE) is not before
     assert runs == [(1, 8), (4, 8)]
+
+
+def test_a_graph_that_is_recorded_in_between_leaves_running_requests_as_they_are(llama: Family) -> None:
+    """Recording computes once for real, into a slot: into that of the prompt which is about to be read."""
+    engine = prepared(llama.engine(Limits(slots=3, room=48)))
+    running = Request(PROMPT[:8], GREEDY)
+    streams = [engine.submit(running)]
+    for _ in range(3):
+        engine.step()
+    engine.load_adapter("blocks", llama.adapter("blocks"))  # its tensors are others than those that graphs know
+    later = Request(PROMPT[20:27], GREEDY, adapter="blocks")
+    streams.append(engine.submit(later))
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(running), llama.alone(later)]
 
 
 @pytest.mark.parametrize("place", [2, 4], ids=["inside", "last"])

@@ -25,6 +25,9 @@ ROWS = (1, 4, 16)  # prompts at once
 MOST = 1024  # tokens at once: more would make running requests wait, and gain little for a token
 
 
+Lines = Sequence[Sequence[int]]  # what `Prompts.found` is given, a row for each prompt
+
+
 class Prompt(NamedTuple):
     """A prompt for an empty slot, through the adapter of this number."""
 
@@ -65,7 +68,8 @@ class Prompts:
         shape = self.shape_for([len(prompt.ids) for prompt in prompts])
         assert shape is not None, "prompts that `shape_for` has no graph for"
         given = [_line(prompt, shape.size) for prompt in prompts]
-        found = self.recorded(shape).run([*given, *[given[0]] * (shape.rows - len(given))])
+        given += [given[0]] * (shape.rows - len(given))
+        found = self.recorded(shape, given).run(given)
         for prompt in prompts:
             self.cache.lengths[prompt.slot] = len(prompt.ids)
         return found[: len(prompts)]
@@ -74,11 +78,12 @@ class Prompts:
         """Has prompts read here from now on; the recording of each graph, which would make a request wait."""
         sizes = [size for size in SIZES if size <= self.cache.room] if self.records else []
         self.shapes = [Shape(rows, size) for size in sizes for rows in sorted({min(r, MOST // size) for r in ROWS})]
-        return [partial(self.recorded, shape) for shape in self.shapes]
+        first = {size: _line(Prompt([0], 0, 0), size) for size in sizes}  # no request has a slot yet
+        return [partial(self.recorded, shape, [first[shape.size]] * shape.rows) for shape in self.shapes]
 
-    def recorded(self, shape: Shape) -> _Recorded:
-        """The graph of a shape."""
-        return self._graphs.of(shape, partial(_Recorded, self))
+    def recorded(self, shape: Shape, given: Lines) -> _Recorded:
+        """The graph of a shape. To record it is to read `given` once: what is about to be read into those slots."""
+        return self._graphs.of(shape, partial(_Recorded, self, given))
 
     def found(self, given: Tensor) -> Tensor:
         """`given` (rows, size + 3) int64: of each prompt its ids, how many of them count, its slot and its adapter."""
@@ -102,13 +107,13 @@ def _line(prompt: Prompt, size: int) -> list[int]:
 class _Recorded:
     """The reading of prompts of one shape as a CUDA graph."""
 
-    def __init__(self, prompts: Prompts, shape: Shape, pool: Any) -> None:
+    def __init__(self, prompts: Prompts, given: Lines, shape: Shape, pool: Any) -> None:
         device = prompts.cache.keys.device
-        self._sent = torch.tensor([_line(Prompt([0], 0, 0), shape.size)] * shape.rows).pin_memory()
+        self._sent = torch.tensor(given).pin_memory()
         self._given = self._sent.to(device)
         self.graph, self._found = record(lambda: prompts.found(self._given), device, pool)
 
-    def run(self, given: Sequence[Sequence[int]]) -> Tensor:
+    def run(self, given: Lines) -> Tensor:
         self._sent.copy_(torch.tensor(given))  # the prompts before were waited for, so nobody reads this any more
         self._given.copy_(self._sent, non_blocking=True)
         self.graph.replay()
