@@ -240,6 +240,7 @@ def test_offload_takes_the_inputs_and_the_embedding_off_the_card() -> None:
         assert (here.host_bytes, away.host_bytes) == (0, branches * one + table)
         assert here.peak_bytes - away.peak_bytes > 0.98 * ((branches - 2) * one + table)  # and gaps between them
         assert this.least() == this.plan(keep, 1, offload=True)
+        assert replace(this, host_bytes=this.least().host_bytes - 1).least() == this.plan(keep, 1, offload=False)
 
 
 def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:

@@ -99,8 +99,10 @@ class Planner:
         self._forecasts.clear()
 
     def least(self) -> Plan:
-        """The plan that takes the least memory."""
-        return min((self.plan(self._all(Keep.INPUT), 1, offload=o) for o in self.offloads), key=lambda p: p.peak_bytes)
+        """The plan that takes the least memory of the card, and no more of the host's than there is."""
+        plans = [self.plan(self._all(Keep.INPUT), 1, offload=offload) for offload in self.offloads]
+        able = [plan for plan in plans if plan.host_bytes <= self.host_bytes]
+        return min(able or plans, key=lambda plan: plan.peak_bytes)
 
     def _fullest(self, rows: int, limit: float, offload: bool) -> Plan | None:
         """The fastest with so many rows: more kept in the last layers, whose backward comes first."""
