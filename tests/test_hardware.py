@@ -20,18 +20,13 @@ def fake_cuda(
 ) -> None:
     """Make torch.cuda answer as on a machine with `cards` cards. As on a T4, emulation makes it say yes."""
 
-    class Chosen:
-        def __init__(self, device: torch.device) -> None:
-            assert device.index < cards
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
+    def chosen(device: torch.device) -> None:
+        assert device.index < cards
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "device", Chosen)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bfloat16

@@ -138,10 +138,10 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
             hint="use --device auto",
         )
     chosen_device = torch.device("cuda", index)
+    torch.cuda.set_device(chosen_device)  # for streams, graphs and kernels, which take the current one
     name = torch.cuda.get_device_name(chosen_device)
-    with torch.cuda.device(chosen_device):
-        # Without including_emulation=False a T4 says yes, and then computes slowly and without Triton.
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without including_emulation=False a T4 says yes, and then computes slowly and without Triton.
+    able = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not able:
         raise UsageError(f"{name} has no bfloat16 instructions", hint="use --dtype float16 or float32")
     chosen = dtype if dtype != "auto" else "bfloat16" if able else "float16"

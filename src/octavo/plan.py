@@ -58,7 +58,7 @@ class Fit:
         compute_in_eight_(self.planner.model, exact=names)
         self.planner.forget()
         if self.asked is not None:
-            return self.planner.plan(self.asked, self.plan.rows)
+            return self.planner.asked(self.asked, self.budget_bytes)
         return self.planner.best(self.budget_bytes) or self.planner.least()
 
     def words(self, plan: Plan) -> str:
@@ -140,13 +140,26 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
     if options.activations != "auto":
         level = LEVELS[options.activations]
         asked = (level,) * len(planner.model.blocks)
-        return Fit(planner.plan(asked, planner.batch), budget, planner, asked)
+        taken = planner.asked(asked, budget)
+        _check_host(taken, planner)
+        return Fit(taken, budget, planner, asked)
     best = planner.best(budget)
     if best is not None:
         return Fit(best, budget, planner)
     if hardware.device.type == "cpu":  # a forecast of a card's memory: on a CPU it is no reason to refuse
         return Fit(planner.least(), budget, planner)
+    _check_host(planner.least(), planner)
     raise _too_small(config, source, scheme, hardware, planner.card, planner.least().peak_bytes, budget)
+
+
+def _check_host(plan: Plan, planner: Planner) -> None:
+    """UsageError where a plan takes more of the host's memory than it may."""
+    if plan.host_bytes > planner.host_bytes:
+        raise UsageError(
+            f"The plan takes {plan.host_bytes / GIB:.2f} GiB of the host's memory, and "
+            f"{planner.host_bytes / GIB:.2f} GiB, half of what is free, may be used.",
+            hint="Take --offload off, fewer or shorter rows, or free memory of the host.",
+        )
 
 
 def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
@@ -248,8 +261,8 @@ def _row(
         best = planner.best(budget)
         taken, fits = best or planner.least(), best is not None
     else:
-        taken = planner.plan((LEVELS[level],) * len(planner.model.blocks), training.batch)
-        fits = taken.peak_bytes <= budget
+        taken = planner.asked((LEVELS[level],) * len(planner.model.blocks), budget)
+        fits = taken.peak_bytes <= budget and taken.host_bytes <= planner.host_bytes
     seconds = taken.seconds * training.accumulate if taken.seconds else None
     tokens = training.batch * training.accumulate * planner.length
     return {

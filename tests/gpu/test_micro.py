@@ -287,7 +287,7 @@ def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed:
 
 @both_kinds
 @pytest.mark.parametrize("keep", list(Keep))
-def test_inputs_and_a_table_on_the_host_change_no_bit(
+def test_inputs_and_a_table_on_the_host_change_nothing(
     load_step: Load, packed: bool, keep: Keep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launched and recorded, with layers few enough that all but one are away."""
@@ -299,7 +299,7 @@ def test_inputs_and_a_table_on_the_host_change_no_bit(
     assert table is not None
     held = torch.cuda.memory_allocated()
     table.lie_on_host_(True)
-    assert torch.cuda.memory_allocated() <= held - table.stored_bytes
+    assert torch.cuda.memory_allocated() <= held - table.weight_bytes
     launched, recorded = Launched(step.model, keep, True), Recorded(step.model, keep, rows=ROWS, offload=True)
     for _ in range(3):
         for micro_step in (launched, recorded):

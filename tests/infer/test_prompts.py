@@ -82,6 +82,12 @@ def test_answers_are_those_of_each_request_alone(family: Family, runs: list[Shap
     assert runs == [(4, 8), (2, 16), (1, 16)]  # and two in chunks
 
 
+@pytest.mark.parametrize(("slots", "rows"), [(1, {1}), (2, {1, 4}), (4, {1, 4}), (5, {1, 4, 8})])
+def test_graphs_are_of_as_many_prompts_as_there_are_slots(llama: Family, slots: int, rows: set[int]) -> None:
+    engine = prepared(llama.engine(Limits(slots=slots, room=48)))
+    assert {shape.rows for shape in engine._reader.prompts.shapes if shape.size == 4} == rows
+
+
 def test_what_stood_in_a_slot_before_is_not_seen(llama: Family) -> None:
     long, short = Request(PROMPT[:16], GREEDY), Request(PROMPT[20:23], GREEDY)
     engine = serving(llama, slots=1)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops.offload import LEAVING, Away, on_host
+from octavo.errors import UsageError
+from octavo.ops import offload
+from octavo.ops.offload import LEAVING, Away, on_host, pinned_bytes
 from octavo.ops.twins import OBSERVERS
 from octavo.train.rehearsal import rehearse
 
@@ -42,11 +44,14 @@ def test_what_was_let_go_may_be_written_over() -> None:
 
 
 def test_passes_share_their_places_one_after_another() -> None:
+    taken = []
     for seed in range(3):
         away, own = Away(), tensors(5)[seed:]
         for x in own:
             away.put(x)
+        taken.append(sum(len(rooms) for rooms in offload._ROOMS.values()))
         assert all(torch.equal(away.take(), x) for x in reversed(own))
+    assert taken == [taken[0]] * 3
 
 
 def test_another_size_has_a_place_of_its_own() -> None:
@@ -95,6 +100,20 @@ def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
     assert forecast.peak_bytes == pytest.approx((LEAVING + 1) * size, rel=0.1)
     assert forecast.host_bytes == number * size
     assert seen == ["to_host"] * number + ["from_host"] * (number - LEAVING)
+
+
+def test_a_host_without_memory_to_pin_is_not_the_card_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UsageError, match="The host has no 2 MiB"):
+        offload._taken(torch.Size((2**20,)), torch.bfloat16, pinned=True)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (2**24, 2**24), (2**24 + 1, 2**25), (206_438_400, 2**28)])
+def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
+    assert pinned_bytes(size) == taken
 
 
 def test_on_a_cpu_a_table_is_where_it_was() -> None:

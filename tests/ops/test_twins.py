@@ -314,6 +314,19 @@ def test_a_product_in_8_bits_without_a_copy_engine_is_the_same(
     test_a_twin_is_its_definition("eight.product_into", dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("m", [1, 5, 33, 70])
+def test_an_adapter_that_is_not_finite_hurts_no_other_row(dtype: torch.dtype, m: int) -> None:
+    """Requests of several adapters, and of none, share a product."""
+    torch.manual_seed(0)
+    given, named, _ = few(m, 200, 70, rank=5)(dtype)
+    thin = named["thin"]
+    assert isinstance(thin, decode.Thin)
+    thin.b[2, 1, 3::5] = torch.nan
+    found = import_module("octavo.kernels.decode").int8_rows(*given, **named)
+    assert torch.equal(found.isfinite().all(dim=1), thin.numbers != 2)
+
+
 def eight_kernels() -> Any:
     return import_module("octavo.kernels.eight")
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from octavo.hardware import CARDS
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.branch import Keep
+from octavo.ops.offload import pinned_bytes
 from octavo.ops.quantize import scheme_named
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
@@ -234,10 +235,10 @@ def test_offload_takes_the_inputs_and_the_embedding_off_the_card() -> None:
     """By hand: 2 bytes a number of each branch's input but the two at hand; a Llama has two branches a layer."""
     for shape, rows, branches, words in (("gptj", 1, 28, 50400), ("llama", 4, 64, 32768)):
         this = replace(planner(shape, length=2048, batch=rows, card="H100"), offloads=(False, True))
-        one, table = 2 * 4096 * rows * 2048, words * (4096 + 4)
+        one, table = 2 * 4096 * rows * 2048, words * 4096
         keep = (INPUT,) * len(this.model.blocks)
         here, away = (this.plan(keep, rows, offload=offload) for offload in (False, True))
-        assert (here.host_bytes, away.host_bytes) == (0, branches * one + table)
+        assert (here.host_bytes, away.host_bytes) == (0, branches * one + pinned_bytes(table))
         assert here.peak_bytes - away.peak_bytes > 0.98 * ((branches - 2) * one + table)  # and gaps between them
         assert this.least() == this.plan(keep, 1, offload=True)
         assert replace(this, host_bytes=this.least().host_bytes - 1).least() == this.plan(keep, 1, offload=False)
@@ -265,8 +266,17 @@ def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:
     assert chosen == {False, True}
 
 
+def test_what_is_asked_for_offloads_where_it_fits_that_way_alone() -> None:
+    this = replace(short("gptj-4"), offloads=(False, True))
+    here, away = (this.plan(all_of(INPUT), this.batch, offload=offload) for offload in (False, True))
+    assert this.asked(all_of(INPUT), here.peak_bytes) == here
+    assert this.asked(all_of(INPUT), here.peak_bytes - 1) == away
+    assert this.asked(all_of(INPUT), away.peak_bytes - 1) == away  # which is for the caller to refuse
+    assert replace(this, offloads=(True,)).asked(all_of(INPUT), here.peak_bytes) == away
+
+
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
-    forecast = Forecast(0, 0.0, 0.0, 0.0, host_bytes=int(BUS_BYTES_PER_SECOND))
+    forecast = Forecast(0, 0.0, 0.0, 0.0, bus_bytes=2 * BUS_BYTES_PER_SECOND)
     assert forecast.seconds(CARDS["H100"]) == 2
     assert replace(forecast, product_flops=1e16).seconds(CARDS["H100"]) > 2
 

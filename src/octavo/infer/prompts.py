@@ -77,7 +77,8 @@ class Prompts:
     def preparations(self) -> list[Callable[[], object]]:
         """Has prompts read here from now on; the recording of each graph, which would make a request wait."""
         sizes = [size for size in SIZES if size <= self.cache.room] if self.records else []
-        self.shapes = [Shape(rows, size) for size in sizes for rows in sorted({min(r, MOST // size) for r in ROWS})]
+        useful = [rows for rows in ROWS if rows < 4 * len(self.cache.lengths)]  # a slot for more than the one below
+        self.shapes = [Shape(rows, size) for size in sizes for rows in sorted({min(r, MOST // size) for r in useful})]
         first = {size: _line(Prompt([0], 0, 0), size) for size in sizes}  # no request has a slot yet
         return [partial(self.recorded, shape, [first[shape.size]] * shape.rows) for shape in self.shapes]
 

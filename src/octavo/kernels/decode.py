@@ -197,7 +197,8 @@ def _routed(
         if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
             factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
             part = tl.where(through, own, 0).to(factor.dtype)
-            total = tl.dot(part, factor, total, input_precision="ieee")
+            # Zeros times what is not finite are NaN, and other rows' answers are not to suffer from this adapter.
+            total = tl.where(through, tl.dot(part, factor, total, input_precision="ieee"), total)
     return total
 
 

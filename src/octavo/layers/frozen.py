@@ -36,7 +36,7 @@ class FrozenMatrix(nn.Module):
         self.scheme: Scheme = Plain()
         self.dtype = torch.float32
         self.parts: Parts = {}
-        self.on_host = False  # whether the parts lie in the host's memory, where a card reads what it needs of them
+        self.on_host = False  # whether the weight lies in the host's memory, where a card reads what it needs of it
 
     @property
     def shape(self) -> Shape:
@@ -50,6 +50,11 @@ class FrozenMatrix(nn.Module):
     def stored_bytes(self) -> int:
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]
         return sum(stored_bytes(self.scheme, shape, dtype=self.dtype) for shape in shapes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Those of the numbers or codes alone."""
+        return self.parts["weight"].nbytes
 
     def allocate(self, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
         """Makes room for the parts under `scheme`; `dtype` is the type that products are computed in."""
@@ -125,9 +130,10 @@ class FrozenMatrix(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def lie_on_host_(self, wanted: bool) -> None:
-        """Moves the parts into the host's memory, or back to the card. On a CPU they are there anyway."""
+        """Moves the weight into the host's memory, or back to the card. On a CPU it is there anyway."""
         if wanted != self.on_host:
-            self.parts = {part: on_host(x) if wanted else on_card(x) for part, x in self.parts.items()}
+            # The scales stay: they are small, and a code table is read for every number.
+            self.parts["weight"] = (on_host if wanted else on_card)(self.parts["weight"])
             self.on_host = wanted
 
     def extra_repr(self) -> str:

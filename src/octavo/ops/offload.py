@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.errors import UsageError
 from octavo.ops.twins import OBSERVERS
 
 LEAVING = 2  # tensors that may be under way to the host before forward waits for one of them
@@ -85,12 +86,19 @@ def _wait(put: _Put) -> None:
         torch.cuda.current_stream(put.here.device).wait_event(put.copied)
 
 
+def join(device: torch.device) -> None:
+    """What comes next on the device comes after all copies that are under way, wanted or not."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_stream(device))
+
+
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_ROOMS: dict[int, list[Tensor]] = {}  # for the first, second, .. tensor of a pass, in bytes
+# For the first, second, .. tensor of a pass, whether it comes from a card: rooms in bytes.
+_ROOMS: dict[tuple[int, bool], list[Tensor]] = {}
 
 
 def _room(place: int, x: Tensor) -> Tensor | None:
@@ -100,12 +108,26 @@ def _room(place: int, x: Tensor) -> Tensor | None:
     """
     if x.is_meta:
         return None
-    rooms = _ROOMS.setdefault(place, [])
+    rooms = _ROOMS.setdefault((place, x.is_cuda), [])
     room = next((room for room in rooms if room.nbytes >= x.nbytes), None)
     if room is None:
-        room = torch.empty(x.nbytes, dtype=torch.uint8, pin_memory=x.is_cuda)
+        room = _taken(torch.Size((x.nbytes,)), torch.uint8, pinned=x.is_cuda)
         rooms.append(room)
     return room[: x.nbytes].view(x.dtype).view(x.shape)
+
+
+def _taken(shape: torch.Size, kind: torch.dtype, *, pinned: bool) -> Tensor:
+    """Memory of the host. UsageError if it has none to pin, which is not the card's lack."""
+    try:
+        return torch.empty(shape, dtype=kind, pin_memory=pinned)
+    except RuntimeError as error:
+        size = f"{shape.numel() * kind.itemsize / 2**20:,.0f} MiB"
+        raise UsageError(f"The host has no {size} of memory to pin.", hint="Take --offload off.") from error
+
+
+def pinned_bytes(size: int) -> int:
+    """What a tensor of so many bytes takes when it is pinned: PyTorch rounds up to a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 _NAMES = {torch.int8: "|i1", torch.uint8: "|u1", torch.int16: "<i2", torch.float32: "<f4"}  # as numpy has them
@@ -126,7 +148,7 @@ def on_host(tensor: Tensor) -> Tensor:
     """The same numbers as a tensor of the card's that lies in the host's memory. What is read of it crosses the bus."""
     if not tensor.is_cuda:
         return tensor
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    pinned = _taken(tensor.shape, tensor.dtype, pinned=True).copy_(tensor)
     plain = pinned if tensor.dtype in _NAMES else pinned.view(torch.int16)
     found: Tensor = torch.as_tensor(_Pinned(plain), device=tensor.device)
     return found.view(tensor.dtype)

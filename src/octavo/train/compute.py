@@ -77,18 +77,19 @@ def compute_in_eight_(
 @torch.no_grad()
 def speedup(model: Model, tokens: int) -> float:
     """How many times as fast in 8 bits the largest product of the blocks is, forward and backward. For a card."""
-    seconds = []
     found = max((layer for _, layer in layers(model)), key=lambda layer: prod(layer.matrix.shape), default=None)
     if found is None:
         return 1.0
-    before = found.in_eight
-    for in_eight in (False, True):
-        found.in_eight = in_eight
-        x = torch.randn(
-            min(tokens, TIMED_TOKENS), found.matrix.in_features, dtype=found.matrix.dtype, device=found.matrix.device
-        )
-        seconds.append(_seconds(Wide((found.frozen(),)), x))
-    found.in_eight = before
+    before, seconds = found.in_eight, []
+    shape = min(tokens, TIMED_TOKENS), found.matrix.in_features
+    x = torch.randn(shape, dtype=found.matrix.dtype, device=found.matrix.device)
+    try:
+        for in_eight in (False, True):
+            found.in_eight = in_eight
+            seconds.append(_seconds(Wide((found.frozen(),)), x))
+    finally:
+        found.in_eight = before
+        torch.cuda.empty_cache()
     return seconds[0] / seconds[1]
 
 

@@ -20,6 +20,7 @@ from octavo.layers.frozen import FrozenMatrix
 from octavo.models import Model
 from octavo.objective import Inputs, loss_of
 from octavo.ops.branch import Keep
+from octavo.ops.offload import pinned_bytes
 from octavo.train.rehearsal import Forecast, rehearse
 
 # What libraries take beside tensors: workspaces of cuBLAS and cuDNN, and what the allocator cannot fill. Measured on
@@ -72,15 +73,20 @@ class Planner:
         frozen = sum(p.numel() * p.itemsize for p in self.model.parameters() if not p.requires_grad)
         return sum(m.stored_bytes for m in matrices) + frozen + trained * (4 + 4 + self.optimizer_bytes)
 
-    def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool | None = None) -> Plan:
-        """The plan that is asked for, forecast; with offload only if plans must, unless that is said."""
-        offload = self.offloads == (True,) if offload is None else offload
+    def asked(self, keep: Sequence[Keep], budget_bytes: float) -> Plan:
+        """The plan for what layers are to keep, all rows at once; it offloads if it must, or fits that way alone."""
+        plans = [self.plan(keep, self.batch, offload=offload) for offload in self.offloads]
+        fitting = [p for p in plans if p.peak_bytes <= budget_bytes and p.host_bytes <= self.host_bytes]
+        return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
+
+    def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool = False) -> Plan:
+        """One plan, forecast."""
         forecast = self._forecast(rows, tuple(keep), offload)
         passes = math.ceil(self.batch / rows)
         seconds = forecast.seconds(self.card) * passes if self.card else None
-        table = self.model.table.stored_bytes if offload and self.model.table is not None else 0
+        table = self.model.table.weight_bytes if offload and self.model.table is not None else 0
         peak = self.fixed_bytes - table + forecast.peak_bytes + WORKSPACE_BYTES
-        return Plan(tuple(keep), rows, peak, seconds, offload, table + forecast.host_bytes)
+        return Plan(tuple(keep), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes)
 
     def best(self, budget_bytes: float) -> Plan | None:
         """The plan with the shortest step within the budget; None if there is none."""

@@ -20,6 +20,7 @@ from octavo.models import Model
 from octavo.objective import Inputs, Kept, inputs_of, loss_of
 from octavo.ops.attention import Documents, find_documents
 from octavo.ops.loss import IGNORE
+from octavo.ops.offload import join
 from octavo.train.memory import Plan
 
 
@@ -56,7 +57,8 @@ class Launched:
         return self.model.embed.matrix.device
 
     def release(self) -> None:
-        return
+        if self.offload:
+            join(self.device)  # of a pass that failed: memory that a copy still writes to must not be given to another
 
     def cheapen(self) -> bool:
         return False
@@ -91,6 +93,7 @@ class Recorded:
 
     def release(self) -> None:
         """The graphs go, with the memory of their activations; they are recorded again when they are needed."""
+        self.launched.release()
         if self._graphs:
             torch.cuda.synchronize()  # memory that a replay still works in must not be given back
         for graph in self._graphs.values():
@@ -116,9 +119,13 @@ class _Graph:
         torch.cuda.empty_cache()  # what launched batches left behind would stand beside the graph's own memory
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            loss = loss_of(launched.model, inputs, keep=launched.keep, offload=launched.offload)
-            loss.backward(gradient=self.seed)
-            self.loss = loss.detach()
+            try:
+                loss = loss_of(launched.model, inputs, keep=launched.keep, offload=launched.offload)
+                loss.backward(gradient=self.seed)
+                self.loss = loss.detach()
+            except BaseException:
+                join(device)  # a recording that ends before all of its copies would hide what went wrong
+                raise
 
     def replay(self, batch: Batch, documents: Documents | None, seed: float) -> Tensor:
         rows, length = self.ids.shape

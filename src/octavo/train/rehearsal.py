@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.hardware import Peak
+from octavo.ops.offload import pinned_bytes
 from octavo.ops.twins import OBSERVERS
 
 # Shares of an H100's peaks that its products, attention and passes over memory reached: fitted to the seconds of 14
@@ -40,14 +41,15 @@ class Forecast:
     attention_flops: float
     moved_bytes: float
     eight_flops: float = 0.0  # of products in 8 bits
-    host_bytes: int = 0  # that wait in the host's memory
+    host_bytes: int = 0  # of the host's memory, for what waits there
+    bus_bytes: float = 0.0  # copied there and back
 
     def seconds(self, card: Peak) -> float:
         """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md).
 
         Copies to the host and back run beside that, unless they take longer.
         """
-        return max(self._computing(card), 2 * self.host_bytes / BUS_BYTES_PER_SECOND)
+        return max(self._computing(card), self.bus_bytes / BUS_BYTES_PER_SECOND)
 
     def _computing(self, card: Peak) -> float:
         return (
@@ -69,8 +71,9 @@ def rehearse(step: Callable[[], Any]) -> Forecast:
         OBSERVERS.remove(recorder.observe)
     peak = sum(arena.end for arena in recorder.arenas.values())
     return Forecast(
-        peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops, recorder.host_bytes
-    )
+        peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops,
+        recorder.host_bytes, recorder.bus_bytes,
+    )  # fmt: skip
 
 
 @dataclass
@@ -119,6 +122,7 @@ class _Recorder(TorchDispatchMode):
         self.eight_flops = 0.0
         self.moved = 0.0
         self.host_bytes = 0
+        self.bus_bytes = 0.0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,8 +147,10 @@ class _Recorder(TorchDispatchMode):
             rows, length, heads, size = tensors[0].shape
             forward = 2.0 * rows * heads * length**2 * size  # two products over half of the square
             self.attention_flops += forward * (2.5 if name.endswith("backward") else 1.0)
+        if name in ("to_host", "from_host"):
+            self.bus_bytes += tensors[0].nbytes
         if name == "to_host":
-            self.host_bytes += tensors[0].nbytes
+            self.host_bytes += pinned_bytes(tensors[0].nbytes)
         if name == "product_into":
             (m, k), n = tensors[0].shape, len(tensors[2])
             self.eight_flops += 2.0 * m * k * n
