@@ -282,6 +282,31 @@ def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: An
     return plan.fit(config_of(folder, **changes), FolderSource(folder), SCHEMES[scheme], hardware)
 
 
+def test_what_to_offload_can_be_asked_for_on_a_card_alone(hollow: Path) -> None:
+    tight: dict[str, Any] = {"gpu_memory": "1.2GiB", "seq_len": 4096}
+    found = {way: fitted(hollow, RTX_3060, offload=way, **tight) for way in ("auto", "on", "off")}
+    assert [found[way].plan.offload for way in ("on", "off")] == [True, False]
+    assert found["auto"].planner.offloads == (False, True)
+    assert found["off"].plan.host_bytes == 0
+    with pytest.raises(UsageError, match="no card here"):
+        fitted(hollow, CPU, offload="on", **tight)
+    assert not fitted(hollow, CPU, **tight).plan.offload
+
+
+@pytest.mark.parametrize("activations", ["auto", "input"])
+def test_memory_that_the_host_lacks_is_not_asked_of_the_card(
+    hollow: Path, monkeypatch: pytest.MonkeyPatch, activations: str
+) -> None:
+    asked: dict[str, Any] = {"gpu_memory": "4GiB", "activations": activations}
+    monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 2**25)
+    with pytest.raises(UsageError, match="of the host's memory") as refused:
+        fitted(hollow, RTX_3060, offload="on", **asked)
+    assert "--offload off" in (refused.value.hint or "")
+    assert not fitted(hollow, RTX_3060, offload="auto", **asked).plan.offload
+    with pytest.raises(UsageError, match="of the host's memory"):
+        told(hollow, offload="on", **asked)
+
+
 def test_a_run_gets_the_fastest_plan_that_fits(hollow: Path) -> None:
     roomy = fitted(hollow, RTX_3060, gpu_memory="8GiB", seq_len=4096)
     assert (roomy.plan.keep, roomy.plan.rows) == ((Keep.ALL,) * LAYERS, 2)

@@ -262,7 +262,8 @@ def _row(
         taken, fits = best or planner.least(), best is not None
     else:
         taken = planner.asked((LEVELS[level],) * len(planner.model.blocks), budget)
-        fits = taken.peak_bytes <= budget and taken.host_bytes <= planner.host_bytes
+        fits = taken.peak_bytes <= budget
+    _check_host(taken, planner)
     seconds = taken.seconds * training.accumulate if taken.seconds else None
     tokens = training.batch * training.accumulate * planner.length
     return {

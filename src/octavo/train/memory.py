@@ -75,8 +75,8 @@ class Planner:
 
     def asked(self, keep: Sequence[Keep], budget_bytes: float) -> Plan:
         """The plan for what layers are to keep, all rows at once; it offloads if it must, or fits that way alone."""
-        plans = [self.plan(keep, self.batch, offload=offload) for offload in self.offloads]
-        fitting = [p for p in plans if p.peak_bytes <= budget_bytes and p.host_bytes <= self.host_bytes]
+        plans = self._able([self.plan(keep, self.batch, offload=offload) for offload in self.offloads])
+        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
         return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
 
     def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool = False) -> Plan:
@@ -107,8 +107,11 @@ class Planner:
     def least(self) -> Plan:
         """The plan that takes the least memory of the card, and no more of the host's than there is."""
         plans = [self.plan(self._all(Keep.INPUT), 1, offload=offload) for offload in self.offloads]
-        able = [plan for plan in plans if plan.host_bytes <= self.host_bytes]
-        return min(able or plans, key=lambda plan: plan.peak_bytes)
+        return min(self._able(plans), key=lambda plan: plan.peak_bytes)
+
+    def _able(self, plans: list[Plan]) -> list[Plan]:
+        """Those that the host has memory for; all, if there is none."""
+        return [plan for plan in plans if plan.host_bytes <= self.host_bytes] or plans
 
     def _fullest(self, rows: int, limit: float, offload: bool) -> Plan | None:
         """The fastest with so many rows: more kept in the last layers, whose backward comes first."""
