@@ -22,14 +22,14 @@ MARKER = "<!-- benchmark table -->"
 COLUMNS = (
     "date", "way", "model", "scheme", "batch", "seq_len", "tokens_per_second", "p10", "p90", "seconds",
     "peak_allocated_gib", "peak_reserved_gib", "load_reserved_gib", "device_used_gib", "pinned_gib", "first_loss",
-    "loss_gap", "cosine_min", "cosine_median", "trainable_parameters", "cap_gib", "steps", "warmup", "card", "torch",
-    "transformers", "peft", "bitsandbytes", "octavo", "commit", "command", "note",
+    "loss_gap", "cosine", "cosine_min", "cosine_median", "trainable_parameters", "cap_gib", "steps", "warmup", "card",
+    "torch", "transformers", "peft", "bitsandbytes", "octavo", "commit", "command", "note",
 )  # fmt: skip
 KEY = ("way", "model", "batch", "seq_len", "cap_gib")
 VERSIONS = ("card", "torch", "transformers", "peft", "bitsandbytes")
 TITLES = (
     "model", "way", "batch x tokens", "cap GiB", "tokens/s", "p10-p90", "allocated GiB", "reserved GiB",
-    "with loading GiB", "first loss", "gradient cosine", "note",
+    "with loading GiB", "first loss", "least gradient cosine", "note",
 )  # fmt: skip
 BRIEF = ("model", "batch x tokens", "cap, GiB", "way", "tokens/s", "reserved GiB", "host GiB", "first loss")
 

@@ -81,12 +81,15 @@ def test_compare_gradients_finds_the_adapter_that_differs(measure: ModuleType) -
     draw = torch.Generator().manual_seed(0)
     reference = {f"layer.{n}": torch.randn(4, 8, generator=draw) for n in range(3)}
     same = measure.compare_gradients(reference, {name: 2 * each for name, each in reference.items()})
+    assert same["cosine"] == pytest.approx(1.0)
     assert same["cosine_min"] == pytest.approx(1.0)
     assert same["ratio_max"] == pytest.approx(2.0)
     turned = {**reference, "layer.1": -reference["layer.1"]}
     found = measure.compare_gradients(reference, turned)
     assert (found["worst"], found["missing"]) == ("layer.1", [])
     assert found["cosine_min"] == pytest.approx(-1.0)
+    squares = {name: float(each.square().sum()) for name, each in reference.items()}
+    assert found["cosine"] == pytest.approx(1 - 2 * squares["layer.1"] / sum(squares.values()))
 
 
 @pytest.mark.parametrize("fault", [None, torch.zeros(4, 8), torch.full((4, 8), torch.nan), torch.ones(8, 4)])
@@ -98,6 +101,28 @@ def test_compare_gradients_counts_an_adapter_without_a_gradient_as_different(
     found = measure.compare_gradients(reference, ours)
     assert found["missing"] == ["b"]
     assert found["cosine_min"] == 0.0
+    assert found["cosine"] == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cosine", "least", "said"),
+    [
+        ("int8", 0.995, 0.991, ""),
+        ("int8", 0.995, 0.985, "gradient cosine 0.985 at layer.0"),
+        ("int8-8bit", 0.995, 0.985, ""),
+        ("int8-8bit", 0.995, 0.975, "gradient cosine 0.975 at layer.0"),
+        ("int8-8bit", 0.985, 0.985, "gradient cosine 0.985"),
+        ("nf4", 0.95, 0.91, ""),
+    ],
+)
+def test_a_row_whose_gradients_are_too_far_off_says_so(
+    measure: ModuleType, scheme: str, cosine: float, least: float, said: str
+) -> None:
+    told = {"cosine": cosine, "cosine_min": least, "cosine_median": cosine, "worst": "layer.0", "missing": []}
+    result = {"scheme": scheme, "note": ""}
+    measure.note_gradients_(result, told)
+    assert result["note"] == said
+    assert result["cosine"] == cosine
 
 
 def test_the_readme_keeps_the_newest_row_between_its_markers() -> None:

@@ -311,6 +311,28 @@ def test_inputs_and_a_table_on_the_host_change_nothing(
     assert_same(step.taken(Launched(step.model, keep), batch), expected, 1e-3)
 
 
+def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_again(
+    load_step: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with copies under way, which a recording must not: the card's lack of memory would be hidden by that."""
+    monkeypatch.setattr(offload, "LEAVING", 1)
+    step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
+    expected = step.taken(Launched(step.model, Keep.INPUT), batch)
+    recorded = Recorded(step.model, Keep.INPUT, rows=ROWS, offload=True)
+    step.taken(recorded, batch)
+
+    def lacking(away: offload.Away) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload.Away, "take", lacking)
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            recorded(batch, 0.1)
+    recorded.release()
+    for _ in range(2):
+        assert_same(step.taken(recorded, batch), expected, 1e-3)
+
+
 def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> None:
     """16 layers' inputs, of which three at most are there at a time."""
     config = GPTJConfig(vocab_size=VOCABULARY, n_embd=256, n_inner=320, n_layer=16, n_head=4, rotary_dim=32)
