@@ -119,7 +119,7 @@ def test_a_row_whose_gradients_are_too_far_off_says_so(
     measure: ModuleType, scheme: str, cosine: float, least: float, said: str
 ) -> None:
     told = {"cosine": cosine, "cosine_min": least, "cosine_median": cosine, "worst": "layer.0", "missing": []}
-    result = {"scheme": scheme, "note": ""}
+    result: dict[str, Any] = {"scheme": scheme, "note": ""}
     measure.note_gradients_(result, told)
     assert result["note"] == said
     assert result["cosine"] == cosine
