@@ -203,7 +203,7 @@ def test_float16_gradients_neither_vanish_nor_overflow_unseen(tune: Tune, tmp_pa
         norms[dtype] = events(tmp_path / dtype, "step")[0]["grad_norm"]
     assert 0 < norms["float32"] < 1e-4
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
-    answer = tune(tmp_path / "large", dtype="float16", alpha=3e4, lr=1e-8, steps=8)
+    answer = tune(tmp_path / "large", dtype="float16", alpha=3e6, lr=1e-5, steps=8)
     warnings = [event["text"] for event in events(tmp_path / "large", "warn")]
     assert any("overflowed float16, update left out" in text for text in warnings)
     assert math.isfinite(events(tmp_path / "large", "step")[-1]["grad_norm"]), "the scale fell until they fit"

@@ -19,9 +19,9 @@ from octavo.ops.attention import (
     find_documents,
     rotary_table,
     rotate,
-    rotate_,
     rotate_half,
     rotate_interleaved,
+    rotate_into,
 )
 
 CPU = torch.device("cpu")
@@ -213,10 +213,13 @@ def test_rotation_in_place_is_the_rotation_and_its_transpose_the_way_back(
     own = wide[:, 1 : HEADS * SIZE + 1]
     own.copy_(x.view(10, -1))
     beside = wide[:, [0, -2, -1]].clone()
-    rotate_(own, cos, sin, SIZE, form)
+    copied = torch.full_like(own, 9)
+    rotate_into(own, cos, sin, SIZE, form, copied)
+    rotate_into(own, cos, sin, SIZE, form, own)
+    assert torch.equal(copied, own)
     torch.testing.assert_close(own.reshape(x.shape), rotate(x, (cos, sin), form), rtol=0, atol=0)
     assert not torch.equal(own.reshape(x.shape), x)
-    rotate_(own, cos, -sin, SIZE, form)
+    rotate_into(own, cos, sin, SIZE, form, own, back=True)
     torch.testing.assert_close(own.reshape(x.shape), x, rtol=1e-6, atol=1e-6)
     assert torch.equal(wide[:, [0, -2, -1]], beside)
 

@@ -1,4 +1,5 @@
-"""Every piece by itself: what it writes and the gradient that it writes over u are those of its definition."""
+"""Every piece by itself: what it writes, the gradient that it writes over u, and what it writes over the gradient that
+came are those of its definition."""
 
 from __future__ import annotations
 
@@ -67,22 +68,20 @@ def test_forward_is_the_definition(name: str, packed: bool, hold: bool) -> None:
     assert untouched_beside(out)
     assert untouched_beside(u)
     assert held is None or hold
-    once = out.clone()
-    if hold:
-        out.zero_()
-        piece.again(u, out, held)
-        assert torch.equal(out, once)
 
 
 @every_piece
 @both
 @pytest.mark.parametrize("how", ["held from forward", "u made again", "all made again"])
 @torch.no_grad()
-def test_backward_writes_the_gradient_over_u(name: str, packed: bool, how: str) -> None:
+def test_backward_writes_the_gradient_over_u_and_the_output_over_its_gradient(
+    name: str, packed: bool, how: str
+) -> None:
     piece, context, u, out, plain = case(name, packed=packed)
     with torch.enable_grad():
         y = plain_of(piece, plain, context)
-        dout = torch.randn(ROWS, piece.outputs + 3, dtype=torch.float64)[:, : piece.outputs]
+        dout = torch.full((ROWS, piece.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.outputs + 2]
+        dout.copy_(torch.randn(ROWS, piece.outputs, dtype=torch.float64))
         (expected,) = torch.autograd.grad(y, plain, dout)
     held = piece.forward(u, out, context, hold=how != "all made again")
     if how != "held from forward":
@@ -90,8 +89,9 @@ def test_backward_writes_the_gradient_over_u(name: str, packed: bool, how: str) 
         u.copy_(plain)
         piece.prepare_(u, context)
     if how == "all made again":
-        held = piece.forward(u, out, context, hold=True, prepared=True)
-        torch.testing.assert_close(out, y.detach())
+        held = piece.hold(u, context)
     piece.backward_(u, dout, held, context)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
+    torch.testing.assert_close(dout, y.detach(), rtol=1e-6, atol=1e-6)
     assert untouched_beside(u)
+    assert untouched_beside(dout)

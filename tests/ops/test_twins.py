@@ -70,25 +70,24 @@ def norm_over_residual(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str
     return (x, torch.randn(100), 1e-5, dy, residual, residual), {"centred": True}, residual
 
 
-def activation(inputs: int, outputs: int, *, backward: bool = False, over: bool = False, far: bool = False) -> Case:
+def activation(inputs: int, outputs: int, *, backward: bool = False, far: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        x = columns(3, inputs, dtype).mul_(3)
+        both = columns(3, inputs + outputs + 3, dtype)  # with what is neither's between them
+        x, other = both[:, :inputs].mul_(3), both[:, inputs + 3 :]
         if far:
             x[:, :outputs:3] *= 300
-        if over:
-            return (x, columns(3, outputs, dtype), x), {}, x
-        if backward:
-            return (x, columns(3, outputs, dtype), out := columns(3, inputs, dtype)), {}, out
-        return (x, out := columns(3, outputs, dtype)), {}, out
+        return (x, other), {}, both if backward else other
 
     return make
 
 
-def rotation(form: str, turned: int, *, heads: int = 3, rows: int = 1) -> Case:
+def rotation(form: str, turned: int, *, heads: int = 3, rows: int = 1, over: bool = False, back: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        x = columns(10, heads * 24, dtype)
+        x, out = columns(10, heads * 24, dtype), columns(10, heads * 24, dtype)
+        out = x if over else out
         positions = torch.tensor([[9, 10, 11, 12, 13], [0, 1, 0, 1, 2]])[:rows]
-        return (x, *rotary_table(positions, torch.rand(turned // 2)), 24, form), {}, x
+        table = rotary_table(positions, torch.rand(turned // 2))
+        return (x, *table, 24, form, out), {"back": True} if back else {}, out
 
     return make
 
@@ -263,6 +262,8 @@ CASES: dict[str, list[Case]] = {
         rounded(3, 2100, torch.int8, apart=True), rounded(5, 100, eight.FP8),
         rounded(3, 2100, eight.FP8, fold=True), rounded(3, 2100, torch.int8, fold=True, spans=True),
         rounded(5, 100, torch.int8, spans=True), rounded(2, 384, torch.int8, spans=True),
+        rounded(2, 16400, torch.int8), rounded(3, 20000, torch.int8, apart=True),
+        rounded(3, 20000, eight.FP8, fold=True),
     ],
     "eight.transpose_into": [turned(144, 272), turned(16, 48), turned(48, 144, torch.int8)],
     "eight.product_into": [
@@ -284,18 +285,17 @@ CASES: dict[str, list[Case]] = {
     ],
     "pointwise.copy_into": [activation(2100, 2100)],
     "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, far=True)],
-    "pointwise.gelu_backward_into": [
-        activation(2100, 2100, backward=True), activation(2100, 2100, over=True),
-        activation(70, 70, over=True, far=True),
+    "pointwise.gelu_backward_": [
+        activation(2100, 2100, backward=True), activation(70, 70, backward=True, far=True),
     ],
     "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, far=True)],
-    "pointwise.swiglu_backward_into": [
-        activation(4200, 2100, backward=True), activation(4200, 2100, over=True),
-        activation(70, 35, over=True, far=True),
+    "pointwise.swiglu_backward_": [
+        activation(4200, 2100, backward=True), activation(70, 35, backward=True, far=True),
     ],
-    "attention.rotate_": [
-        rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2),
-        rotation("half", 24, heads=9, rows=2),
+    "attention.rotate_into": [
+        rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2, over=True),
+        rotation("half", 24, heads=9, rows=2, over=True), rotation("interleaved", 8, heads=9, over=True, back=True),
+        rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),
     ],
     "loss.cross_entropy_": [
         losses(9001, [0, 9000, -100, 5000], gradient=True), losses(9001, [0, 9000, -100, 5000], gradient=False),

@@ -96,13 +96,13 @@ def completed(wide: Wide, x: Tensor, seeds: list[int] | None = None) -> Tensor:
 
 
 @every_case
-def test_the_matrix_is_the_parts_then_every_b_then_the_biases(name: str) -> None:
+def test_the_matrix_is_the_parts_then_every_scaled_b_then_the_biases(name: str) -> None:
     wide, weights = wide_of(CASES[name])
     with torch.no_grad():
         matrix = wide.matrix(torch.empty(0, dtype=torch.float64))
         columns = [*weights]
         for part in wide.parts:
-            columns += [F.pad(pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.pairs]
+            columns += [F.pad(pair.scaling * pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.pairs]
         biases = [
             F.pad(part.bias, (part.bias_start, OUT - part.bias_start - len(part.bias)))
             for part in wide.parts

@@ -253,7 +253,7 @@ def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:
     assert full == here.best(high)
     assert here.best(low) is None
     chosen = set()
-    for share in range(10):
+    for share in range(11):
         budget = low + share / 10 * (high - low)
         found, without = both.best(budget), here.best(budget)
         assert found is not None

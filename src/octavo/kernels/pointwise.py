@@ -108,22 +108,23 @@ def _gate(x):
     return 1.5957691216057308 * (x + 0.044715 * x * x * x)
 
 
-def gelu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
-    m, f = out.shape
-    grid = (m, triton.cdiv(f, WIDTH))
-    _gelu_backward[grid](x, dy, out, f, x.stride(0), dy.stride(0), out.stride(0), WIDTH, num_warps=8)
+def gelu_backward_(x: Tensor, dy: Tensor) -> None:
+    m, f = dy.shape
+    _gelu_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), WIDTH, num_warps=8)
 
 
 @triton.jit
-def _gelu_backward(x, dy, out, f, x_stride, dy_stride, out_stride, WIDTH: tl.constexpr):
+def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
+    own, other = x + row * x_stride + column, dy + row * dy_stride + column
+    value = tl.load(own, mask=inside, other=0).to(tl.float32)
+    g = tl.load(other, mask=inside, other=0).to(tl.float32)
     s = _sigmoid(_gate(value))
     slope = s + value * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
-    tl.store(out + row * out_stride + column, (g * slope).to(out.dtype.element_ty), mask=inside)
+    tl.store(own, (g * slope).to(x.dtype.element_ty), mask=inside)
+    tl.store(other, (value * s).to(dy.dtype.element_ty), mask=inside)
 
 
 def swiglu_into(x: Tensor, out: Tensor) -> None:
@@ -142,24 +143,25 @@ def _swiglu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
+def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
     m, f = dy.shape
-    grid = (m, triton.cdiv(f, WIDTH))
-    _swiglu_backward[grid](x, dy, out, f, x.stride(0), dy.stride(0), out.stride(0), WIDTH, num_warps=8)
+    _swiglu_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), WIDTH, num_warps=8)
 
 
 @triton.jit
-def _swiglu_backward(x, dy, out, f, x_stride, dy_stride, out_stride, WIDTH: tl.constexpr):
+def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
-    gate = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    up = tl.load(x + row * x_stride + f + column, mask=inside, other=0).to(tl.float32)
-    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
+    own, other = x + row * x_stride + column, dy + row * dy_stride + column
+    gate = tl.load(own, mask=inside, other=0).to(tl.float32)
+    up = tl.load(own + f, mask=inside, other=0).to(tl.float32)
+    g = tl.load(other, mask=inside, other=0).to(tl.float32)
     s = _sigmoid(gate)
-    kind = out.dtype.element_ty
-    tl.store(out + row * out_stride + column, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
-    tl.store(out + row * out_stride + f + column, (g * gate * s).to(kind), mask=inside)
+    kind = x.dtype.element_ty
+    tl.store(own, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
+    tl.store(own + f, (g * gate * s).to(kind), mask=inside)
+    tl.store(other, (gate * s * up).to(dy.dtype.element_ty), mask=inside)
 
 
 def _warps(d: int) -> int:

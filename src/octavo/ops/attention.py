@@ -55,11 +55,16 @@ def rotate(x: Tensor, table: Table, form: str) -> Tensor:
 
 
 @twin
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str) -> None:
-    """Rotates all heads of x (M, heads * D) in place. The table is of (B, T) positions, or of (1, T) for all rows."""
-    heads = x.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1]))  # (n, rows, heads, D)
-    table = cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]
-    heads.copy_(rotate(heads, table, form))
+def rotate_into(
+    x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str, out: Tensor, *, back: bool = False
+) -> None:
+    """out = all heads of x (M, heads * D) rotated; out may be x. The table is of (B, T) positions, or of (1, T) for all
+    rows. `back` turns the other way, which is a rotation's transpose: what it does to gradients."""
+    heads, target = (
+        each.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1])) for each in (x, out)
+    )  # (n, rows, heads, D)
+    table = cos.flatten(0, 1)[None], (-sin if back else sin).flatten(0, 1)[None]
+    target.copy_(rotate(heads, table, form))
 
 
 @dataclass(frozen=True)

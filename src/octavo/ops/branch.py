@@ -122,11 +122,18 @@ class _Branch(torch.autograd.Function):
             for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True):
                 piece.prepare_(own, context)
         du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner)
-        wide = _normed(rows, this, inner)
         wanted = ctx.needs_input_grad
-        centred = this.norm.bias is not None
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
-        dn, inner_gradients = this.inner.backward(du, wide, inner_seeds, to_input=wanted[0] or any(norm_trained))
+        dn = None
+        if wanted[0] or any(norm_trained):
+            dn, dinner = this.inner.to_input(du, inner_seeds)
+        else:
+            dinner = this.inner.to_added(du)
+        normed = torch.empty_like(rows)
+        norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
+        inner_gradients = this.inner.to_trained(du, normed, inner, dinner, inner_seeds)
+        del u, du, normed
+        centred = this.norm.bias is not None
         norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
         if any(norm_trained):
             assert dn is not None
@@ -161,17 +168,13 @@ def _outer_backward(
     seeds: Sequence[int],
     inner: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(gradient to u, written over u; gradients of what is trained in the outer product)."""
-    mixed = this.outer.room(len(u), u)
+    """(gradient to u, written over u; gradients of what is trained in the outer product).
+
+    The mix is written once more over its gradient, which the pieces have used up by then.
+    """
     if held is None:
-        held = [piece.forward(own, out, context, hold=True, prepared=True) for piece, own, out in this.spans(u, mixed)]
-    else:
-        for (piece, own, out), one in zip(this.spans(u, mixed), held, strict=True):
-            piece.again(own, out, one)
-    mixed[:, this.outer.inputs :] = inner
-    dmixed, gradients = this.outer.backward(dy, mixed, seeds, to_input=True)
-    del mixed
-    assert dmixed is not None
-    for (piece, own, dout), one in zip(this.spans(u, dmixed), held, strict=True):
-        piece.backward_(own, dout, one, context)
-    return u, gradients
+        held = [piece.hold(own, context) for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True)]
+    mixed, dinner = this.outer.to_input(dy, seeds)
+    for (piece, own, out), one in zip(this.spans(u, mixed), held, strict=True):
+        piece.backward_(own, out, one, context)
+    return u, this.outer.to_trained(dy, mixed, inner, dinner, seeds)

@@ -1,7 +1,8 @@
 """The pieces between the two products of a branch: attention, GELU, SwiGLU. Families list theirs.
 
 A piece reads its columns of u (M, inputs) and writes its columns of the mix (M, outputs). In backward the gradient
-is written over u, so that no second matrix of that size is needed.
+is written over u, and over the gradient that came in the output, of which the outer product's pairs learn: so no second
+matrix of either size is needed.
 
 Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
 """
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from octavo.ops.attention import Documents, causal_attention, rotate, rotate_
+from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
 from octavo.ops.offload import Away
-from octavo.ops.pointwise import copy_into, gelu_backward_into, gelu_into, swiglu_backward_into, swiglu_into
+from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
@@ -62,20 +63,20 @@ class Piece(Protocol):
         """(M, inputs) -> (M, outputs) for new positions, whose attention `attend` knows. u may be overwritten."""
         ...
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> Held | None:
-        """Writes `out`; prepares u first unless it is. What backward needs besides u, if it is to `hold` that."""
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> Held | None:
+        """Prepares u and writes `out`. What backward needs besides u, if it is to `hold` that."""
         ...
 
     def prepare_(self, u: Tensor, context: Context) -> None:
         """Does in place what `forward` did to u, to a u that was computed again."""
         ...
 
-    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
-        """Writes `out` once more."""
+    def hold(self, u: Tensor, context: Context) -> Held | None:
+        """What backward needs besides a prepared u."""
         ...
 
     def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
-        """Writes the gradient to u over u."""
+        """Writes the gradient to u over u, and the output over dout."""
         ...
 
 
@@ -107,22 +108,21 @@ class Attention:
         return attend(q, k, v).reshape(len(u), -1)
 
     def prepare_(self, u: Tensor, context: Context) -> None:
-        turned = (self.heads + self.groups) * self.head_size
-        rotate_(u[:, :turned], *context.rotary, self.head_size, self.form)
+        turned = u[:, : (self.heads + self.groups) * self.head_size]
+        rotate_into(turned, *context.rotary, self.head_size, self.form, turned)
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> Held | None:
-        if not prepared:
-            self.prepare_(u, context)
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> Held | None:
+        self.prepare_(u, context)
         if not hold:
             q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
             attended = causal_attention(q, k, v, documents=context.documents)
             copy_into(attended.reshape(len(u), -1), out)
             return None
-        held = self._attend(u, context)
+        held = self.hold(u, context)
         copy_into(held.out.detach(), out)
         return held
 
-    def _attend(self, u: Tensor, context: Context) -> Held:
+    def hold(self, u: Tensor, context: Context) -> Held:
         """Attention under autograd; what its graph would keep of u is looked up in u again when backward comes."""
         place: list[Tensor] = []
         storage = u.untyped_storage()._cdata  # an address of data would be 0 for all on the meta device
@@ -144,19 +144,16 @@ class Attention:
             out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
         return Held(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
 
-    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
-        assert held is not None
-        copy_into(held.out.detach(), out)
-
     def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
         assert held is not None
         held.u.append(u)
         gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
-        for own, gradient in zip(u.split(self._sizes, dim=1), gradients, strict=True):
-            copy_into(gradient.reshape(len(u), -1), own)
-        cos, sin = context.rotary
-        turned = (self.heads + self.groups) * self.head_size
-        rotate_(u[:, :turned], cos, -sin, self.head_size, self.form)  # a rotation's transpose is the one back
+        copy_into(held.out.detach(), dout)
+        dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)
+        own_q, own_k, own_v = u.split(self._sizes, dim=1)
+        rotate_into(dq, *context.rotary, self.head_size, self.form, own_q, back=True)
+        rotate_into(dk, *context.rotary, self.head_size, self.form, own_k, back=True)
+        copy_into(dv, own_v)
 
     def _heads(self, u: Tensor) -> list[Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D): views of u (B, T, inputs)."""
@@ -180,15 +177,18 @@ class _Activation:
     def prepare_(self, u: Tensor, context: Context) -> None:
         return
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool, prepared: bool = False) -> None:
-        self.again(u, out, None)
+    def hold(self, u: Tensor, context: Context) -> None:
+        return
+
+    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> None:
+        self.write(u, out)
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
-        self.again(u, out, None)
+        self.write(u, out)
         return out
 
-    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+    def write(self, u: Tensor, out: Tensor) -> None:
         raise NotImplementedError
 
 
@@ -202,11 +202,11 @@ class Gelu(_Activation):
     def plain(self, u: Tensor, context: Context) -> Tensor:
         return F.gelu(u, approximate="tanh")
 
-    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+    def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
 
     def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
-        gelu_backward_into(u, dout, u)
+        gelu_backward_(u, dout)
 
 
 class Swiglu(_Activation):
@@ -220,11 +220,11 @@ class Swiglu(_Activation):
         gate, up = u.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def again(self, u: Tensor, out: Tensor, held: Held | None) -> None:
+    def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
 
     def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
-        swiglu_backward_into(u, dout, u)
+        swiglu_backward_(u, dout)
 
 
 class _Entry(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """What stands between the products of a block, forward and backward: norms and activations.
 
 Results are written into `out`, which may be columns of a wider matrix: what follows reads them there, and no
-copy is made. Backward takes its input again instead of anything that forward would have to keep.
+copy is made. Backward takes its input again instead of anything that forward would have to keep; an activation's makes
+its output once more in the same pass, in the memory of the gradient that it has used up.
 
 Legend: M rows, d the width of the model, F the width of the MLP. All take their numbers in float32 and write
 them in the type of `out`.
@@ -68,9 +69,11 @@ def gelu_into(x: Tensor, out: Tensor) -> None:
 
 
 @twin
-def gelu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
-    """out = dy gelu'(x), (M, F). out may be x."""
-    out.copy_(torch.ops.aten.gelu_backward(dy, x, approximate="tanh"))
+def gelu_backward_(x: Tensor, dy: Tensor) -> None:
+    """Writes dy gelu'(x) over x and gelu(x) over dy, both (M, F): what comes next in backward needs both."""
+    y = F.gelu(x, approximate="tanh")
+    x.copy_(torch.ops.aten.gelu_backward(dy, x, approximate="tanh"))
+    dy.copy_(y)
 
 
 @twin
@@ -81,11 +84,13 @@ def swiglu_into(x: Tensor, out: Tensor) -> None:
 
 
 @twin
-def swiglu_backward_into(x: Tensor, dy: Tensor, out: Tensor) -> None:
-    """out (M, 2F) = the gradients of [gate | up] when silu(gate) * up has the gradient dy (M, F). out may be x."""
+def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
+    """Writes the gradients of [gate | up] over these, x (M, 2F), and silu(gate) * up over its gradient dy (M, F)."""
     gate, up = x.chunk(2, dim=1)
-    dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-    torch.cat((dgate, dup), dim=1, out=out)
+    active = F.silu(gate)
+    dgate, dup = torch.ops.aten.silu_backward(dy * up, gate), dy * active
+    torch.mul(active, up, out=dy)
+    torch.cat((dgate, dup), dim=1, out=x)
 
 
 def _standardised(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """Frozen matrices side by side as one product, their low-rank pairs and bias as further columns.
 
     y = x_1 W_1^T + x_2 W_2^T + .. + low-rank terms + bias
-      = [x_1 | x_2 | .. | s x A^T | 1] [W_1 | W_2 | .. | B | bias]^T
+      = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T
 
 So a card sees one product instead of one for each matrix, each pair and the bias, and none of the passes over y
-that adding them one by one would take. In backward the gradient to s x A^T comes out of the same product as the
+that adding them one by one would take. In backward the gradient to x A^T comes out of the same product as the
 gradient to x, and one thin product gives the gradients of every B and of the bias.
 
 The wide matrix is written from the quantised parts for each use and never kept. Or nothing is written: parts that ask
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from octavo.ops.frozen import APART, Apart, Frozen, Trial, take_apart
 from octavo.ops.quantize import INT8_LEVELS
 
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
+PITCH = 64  # numbers from row to row of an input on a card: a multiple of these, so that none begins within 128 bytes
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,18 @@ class Wide:
         return b
 
     def _write_pairs_(self, added: Tensor) -> None:
-        """Every B into its rows and columns of the last C columns (N, C)."""
+        """Every B times its scaling into its rows and columns of the last C columns (N, C)."""
         column = 0
         for part in self.parts:
             for pair in part.pairs:
-                added[pair.start : pair.stop, column : column + pair.a.shape[0]].copy_(pair.b)
+                own = added[pair.start : pair.stop, column : column + pair.a.shape[0]]
+                torch.mul(pair.b, pair.scaling, out=own)
                 column += pair.a.shape[0]
 
     def room(self, rows: int, like: Tensor) -> Tensor:
         """(M, K + C) for the input: the caller writes the first K columns, then calls `complete_`."""
-        return like.new_empty(rows, self.width)
+        pitch = self.width if like.is_cpu else -(-self.width // PITCH) * PITCH
+        return like.new_empty(rows, pitch)[:, : self.width]
 
     def seeds(self) -> list[int]:
         """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
@@ -108,9 +112,10 @@ class Wide:
         for part, start, column, seed in self._spans(seeds):
             if part.rank:
                 inner = wide[:, column : column + part.rank]
-                torch.mm(_dropped(part, wide, start, seed), _scaled(part, wide).T, out=inner)
+                torch.mm(_dropped(part, wide[:, start : start + part.columns], seed), _stacked(part, wide).T, out=inner)
         if self.width > self.inputs + self.rank:
-            wide[:, self.inputs + self.rank :].copy_(_one(self.width - self.inputs - self.rank, wide))
+            wide[:, self.inputs + self.rank :].zero_()
+            wide[:, self.inputs + self.rank].fill_(1)
 
     def inner(self, wide: Tensor) -> Tensor:
         """(M, C): a copy of what `complete_` wrote, a hundredth of what it was computed from."""
@@ -141,7 +146,33 @@ class Wide:
             onto, beside = out, None
         return out
 
-    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, wide: Tensor, seeds: Sequence[int]) -> Tensor:
+    def backward(
+        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(gradient to the input (M, K) if asked for, gradients of `trained`), from dy (M, N)."""
+        dx, dinner = self.to_input(dy, seeds, matrix) if to_input else (None, self.to_added(dy))
+        return dx, self.to_trained(dy, wide[:, : self.inputs], wide[:, self.inputs :], dinner, seeds)
+
+    def to_added(self, dy: Tensor) -> Tensor:
+        """The gradient to the last C columns of the input (M, C)."""
+        return dy @ self.beside(dy)
+
+    def to_input(self, dy: Tensor, seeds: Sequence[int], matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradients to the input (M, K) and to its last C columns (M, C); `matrix` is that of `dy` if given."""
+        if self.in_eight:
+            dinner = self.to_added(dy)
+            return self._to_input_in_eight(dy, dinner, seeds), dinner
+        dwide = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
+        dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
+        for part, start, column, seed in self._spans(seeds):
+            if part.rank:
+                own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+                _add_low_rank_(dx[:, start : start + part.columns], own, part, seed)
+        if self.trial is not None:
+            self._told("backward", self._to_input_in_eight(dy, dinner, seeds), dx)
+        return dx, dinner
+
+    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, seeds: Sequence[int]) -> Tensor:
         """The gradient to the input (M, K)."""
         dx = dy.new_empty(len(dy), self.inputs)
         kind = eight.gradient_type(dy.device)
@@ -153,66 +184,46 @@ class Wide:
             del weight
             own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
-            beside = eight.Beside(own, _scaled(part, dy).T.contiguous()) if joins else None
+            beside = eight.Beside(own, _stacked(part, dy, turned=True)) if joins else None
             own_dx = dx[:, start : start + part.columns]
             gradient = eight.coded(dy, kind, fold=absmax, spans=kind == torch.int8)
             eight.product_into(*gradient, turned, own_dx, beside=beside)
             if part.rank and part.dropout:
-                _add_low_rank_(own_dx, own, part, wide, seed)
+                _add_low_rank_(own_dx, own, part, seed)
         return dx
 
-    def backward(
-        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(gradient to the input (M, K) if asked for, gradients of `trained`), from dy (M, N)."""
-        dx, dinner = self._gradients(dy, wide, seeds, to_input, matrix)
+    def to_trained(
+        self, dy: Tensor, x: Tensor, inner: Tensor, dinner: Tensor, seeds: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Gradients of `trained`: from the input x (M, K), its last C columns, and the gradient to these (M, C)."""
+        if not self.rank and not any(tensor.requires_grad for tensor in self.trained):
+            return [None] * len(self.trained)
+        added = mm_float32(dy.T, inner)  # (N, C): every B, and the bias
+        self._scale_(added)
         factors: list[Tensor | None] = []
-        added = None
-        if self.rank or any(tensor.requires_grad for tensor in self.trained):
-            added = mm_float32(dy.T, wide[:, self.inputs :])  # (N, C): every B, and the bias
         for part, start, column, seed in self._spans(seeds):
             if not part.rank:
                 continue
-            assert added is not None
-            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
-            da = mm_float32(own.T, _dropped(part, wide, start, seed))  # (sum of r, K_i)
-            at = 0
-            for pair in part.pairs:
-                r = pair.a.shape[0]
-                factors.append((da[at : at + r] * pair.scaling).to(pair.a.dtype))
-                inside = column - self.inputs + at
-                factors.append(added[pair.start : pair.stop, inside : inside + r].to(pair.b.dtype))
-                at += r
+            at = column - self.inputs
+            da = mm_float32(dinner[:, at : at + part.rank].T, _dropped(part, x[:, start : start + part.columns], seed))
+            for pair, own in zip(part.pairs, da.split([len(pair.a) for pair in part.pairs]), strict=True):
+                factors.append(own.to(pair.a.dtype))
+                factors.append(added[pair.start : pair.stop, at : at + len(own)].to(pair.b.dtype))
+                at += len(own)
         biases: list[Tensor | None] = []
         for part in self.parts:
             if part.bias is not None:
-                span = slice(part.bias_start, part.bias_start + part.bias.numel())
-                biases.append(
-                    added[span, self.rank].to(part.bias.dtype)
-                    if added is not None and part.bias.requires_grad
-                    else None
-                )
-        return dx, factors + biases
+                own = added[part.bias_start : part.bias_start + part.bias.numel(), self.rank]
+                biases.append(own.to(part.bias.dtype) if part.bias.requires_grad else None)
+        return factors + biases
 
-    def _gradients(
-        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], to_input: bool, matrix: Tensor | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """(gradient to the input (M, K) if asked for, gradient to the last C columns of it (M, C))."""
-        if not to_input:
-            return None, dy @ self.beside(dy) if self.rank else dy
-        if self.in_eight:
-            dinner = dy @ self.beside(dy)
-            dx = self._to_input_in_eight(dy, dinner, wide, seeds)
-        else:
-            dwide = dy @ (self.matrix(wide) if matrix is None else matrix)  # (M, K + C)
-            dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
-            for part, start, column, seed in self._spans(seeds):
-                if part.rank:
-                    own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
-                    _add_low_rank_(dx[:, start : start + part.columns], own, part, wide, seed)
-        if self.trial is not None:
-            self._told("backward", self._to_input_in_eight(dy, dinner, wide, seeds), dx)
-        return dx, dinner
+    def _scale_(self, added: Tensor) -> None:
+        """The gradients of every B (N, C) times its scaling: one pass where all have the same."""
+        column = 0
+        for scaling, run in groupby((pair for part in self.parts for pair in part.pairs), lambda pair: pair.scaling):
+            width = sum(len(pair.a) for pair in run)
+            added[:, column : column + width] *= scaling
+            column += width
 
     def _try_forward(self, wide: Tensor, exact: Tensor) -> None:
         """Writes what 8 bits cost into the trial of each part, without and with channels apart."""
@@ -260,34 +271,28 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).float()
 
 
-def _add_low_rank_(dx: Tensor, dinner: Tensor, part: Frozen, wide: Tensor, seed: int) -> None:
+def _add_low_rank_(dx: Tensor, dinner: Tensor, part: Frozen, seed: int) -> None:
     """What the pairs of a part add to the gradient to its input (M, K_i); dinner is (M, sum of r)."""
     if part.dropout:
-        dx += _mask(part, wide, seed).mul_(dinner @ _scaled(part, wide))
+        dx += _mask(dx, part.dropout, seed).mul_(dinner @ _stacked(part, dx))
     else:
-        dx.addmm_(dinner, _scaled(part, wide))
+        dx.addmm_(dinner, _stacked(part, dx))
 
 
-def _scaled(part: Frozen, like: Tensor) -> Tensor:
-    """(sum of r, K_i): all A of a part, times their scaling, in the compute type."""
-    return torch.cat([pair.a.detach() * pair.scaling for pair in part.pairs]).to(like.dtype)
+def _stacked(part: Frozen, like: Tensor, *, turned: bool = False) -> Tensor:
+    """(sum of r, K_i): all A of a part in the compute type; `turned` is (K_i, sum of r)."""
+    each = [pair.a.detach() for pair in part.pairs]
+    a = each[0] if len(each) == 1 else torch.cat(each)
+    return (a.T if turned else a).to(like.dtype, memory_format=torch.contiguous_format)
 
 
-def _dropped(part: Frozen, wide: Tensor, start: int, seed: int) -> Tensor:
-    """(M, K_i): what the pairs of a part read."""
-    x = wide[:, start : start + part.columns]
-    return x * _mask(part, wide, seed) if part.dropout else x
+def _dropped(part: Frozen, x: Tensor, seed: int) -> Tensor:
+    """(M, K_i): what the pairs of a part read of its input."""
+    return x * _mask(x, part.dropout, seed) if part.dropout else x
 
 
-def _mask(part: Frozen, wide: Tensor, seed: int) -> Tensor:
-    """(M, K_i): zero with the probability `dropout`, else 1 / (1 - dropout)."""
-    generator = None if wide.is_meta else torch.Generator(wide.device).manual_seed(seed)
-    kept = 1 - part.dropout
-    return wide.new_empty(len(wide), part.columns).bernoulli_(kept, generator=generator).div_(kept)
-
-
-def _one(width: int, like: Tensor) -> Tensor:
-    """(width,): a one, then zeros."""
-    one = like.new_zeros(width)
-    one[:1].fill_(1)  # as a kernel: an item set from the host could not be in a CUDA graph
-    return one
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Of the shape of x: zero with the probability `dropout`, else 1 / (1 - dropout)."""
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(seed)
+    kept = 1 - dropout
+    return x.new_empty(x.shape).bernoulli_(kept, generator=generator).div_(kept)
