@@ -18,6 +18,7 @@ from octavo.ops.attention import find_documents
 from octavo.ops.branch import Keep
 from octavo.ops.loss import cross_entropy_sum
 from octavo.ops.offload import Away
+from octavo.ops.room import Room
 from octavo.ops.wide import Wide
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
@@ -90,9 +91,9 @@ def test_a_blocks_inner_products_alone_run_once_more_in_backward(
     ran: list[int] = []  # K of each product; an inner one has the width of the model
     product = Wide.product
 
-    def noted(self: Wide, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
+    def noted(self: Wide, room: Room, *, onto: Tensor | None = None) -> Tensor:
         ran.append(self.inputs if onto is None else 0)
-        return product(self, wide, onto=onto)
+        return product(self, room, onto=onto)
 
     monkeypatch.setattr(Wide, "product", noted)
     branches = 1 if hasattr(model.blocks[0], "fc_out") else 2

@@ -15,6 +15,7 @@ from octavo.ops.eight import FP8, coded
 from octavo.ops.frozen import Frozen, Trial, take_apart
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
+from octavo.ops.room import Room
 from octavo.ops.wide import Wide
 
 M, N = 9, 32
@@ -161,11 +162,19 @@ def wide_of(
     return Wide(tuple(parts)), matrices
 
 
-def completed(wide: Wide, x: Tensor, seeds: list[int]) -> Tensor:
+def completed(wide: Wide, x: Tensor, seeds: list[int]) -> Room:
     room = wide.room(len(x), x)
-    room[:, : wide.inputs] = x
+    for part in x.split([part.columns for part in wide.parts], dim=1):
+        room.put(part)
     wide.complete_(room, seeds)
     return room
+
+
+def both(wide: Wide, x: Tensor, dy: Tensor, seeds: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+    """Backward: (the gradient to all of the input, those of what is trained)."""
+    dx, found = wide.backward(dy, completed(wide, x, seeds), seeds, to_input=True)
+    assert dx is not None
+    return torch.cat(dx, dim=1), found
 
 
 @pytest.mark.parametrize("columns", [[48], [32, 64]])
@@ -197,10 +206,8 @@ def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_i
     exact, _ = wide_of(columns, in_eight=False, dropout=dropout)
     seeds = [5, 6][: len(columns)]
     x, dy = rows(M, sum(columns)), rows(M, N)
-    wanted, gradients = exact.backward(dy, completed(exact, x, seeds), seeds, to_input=True)
-    found, own_gradients = fast.backward(dy, completed(fast, x, seeds), seeds, to_input=True)
-    assert wanted is not None
-    assert found is not None
+    wanted, gradients = both(exact, x, dy, seeds)
+    found, own_gradients = both(fast, x, dy, seeds)
     limit = []
     for matrix in matrices:
         absmax = matrix.abs().amax(1)
@@ -226,10 +233,8 @@ def test_a_gradient_in_int8_differs_by_half_a_step_of_its_spans(
     fast, matrices = wide_of(columns, in_eight=True)
     exact, _ = wide_of(columns, in_eight=False)
     seeds, x, dy = [0] * len(columns), rows(M, sum(columns)), rows(M, N)
-    wanted, _ = exact.backward(dy, completed(exact, x, seeds), seeds, to_input=True)
-    found, _ = fast.backward(dy, completed(fast, x, seeds), seeds, to_input=True)
-    assert wanted is not None
-    assert found is not None
+    wanted, _ = both(exact, x, dy, seeds)
+    found, _ = both(fast, x, dy, seeds)
     limit = []
     for matrix in matrices:
         absmax = matrix.abs().amax(1)
@@ -319,13 +324,7 @@ def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
     plain, eighth = exact.product(rooms[1]), fast.product(rooms[2])
     assert trial.forward is not None
     torch.testing.assert_close(trial.forward, (eighth - plain).norm() / (plain - plain.mean(0)).norm())
-    found, wanted, rough = (
-        wide.backward(dy, room, [0, 0], to_input=True)[0]
-        for wide, room in zip((tried, exact, fast), rooms, strict=True)
-    )
-    assert found is not None
-    assert wanted is not None
-    assert rough is not None
+    found, wanted, rough = (both(wide, x, dy, [0, 0])[0] for wide in (tried, exact, fast))
     assert trial.backward is not None
     assert torch.equal(found, wanted)
     torch.testing.assert_close(trial.backward, (rough - wanted).norm() / wanted.norm())

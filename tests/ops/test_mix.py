@@ -1,5 +1,5 @@
-"""Every piece by itself: what it writes, the gradient that it writes over u, and what it writes over the gradient that
-came are those of its definition."""
+"""Every piece by itself: its output, once more in backward too, and the gradient that it writes over u are those of its
+definition."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
 from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
+from octavo.ops.room import Room
 
 BATCH, LENGTH = 2, 6
 ROWS = BATCH * LENGTH
@@ -35,16 +36,22 @@ def context_of(pairs: int, *, packed: bool) -> Context:
     return Context(BATCH, LENGTH, rotary_table(positions, torch.rand(pairs)), documents)
 
 
-def case(name: str, *, packed: bool) -> tuple[Piece, Context, Tensor, Tensor, Tensor]:
-    """(piece, context, u and the out of it as columns of wider matrices, u under autograd)."""
+def case(name: str, *, packed: bool) -> tuple[Piece, Context, Tensor, Tensor]:
+    """(piece, context, u as columns of a wider matrix, u under autograd)."""
     torch.manual_seed(0)
     piece, pairs = PIECES[name]
     context = context_of(pairs, packed=packed)
     plain = torch.randn(ROWS, piece.inputs, dtype=torch.float64, requires_grad=True)
     u = torch.full((ROWS, piece.inputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.inputs + 2]
     u.copy_(plain.detach())
-    out = torch.full((ROWS, piece.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.outputs + 2]
-    return piece, context, u, out, plain
+    return piece, context, u, plain
+
+
+def room_of(piece: Piece, *, joined: bool = False) -> Room:
+    """With a part before the piece's, which is there, and one behind it."""
+    room = Room([2, piece.outputs, 3], 1, ROWS, torch.empty(0, dtype=torch.float64), joined=joined)
+    room.add().fill_(9)
+    return room
 
 
 def plain_of(piece: Piece, u: Tensor, context: Context) -> Tensor:
@@ -60,12 +67,15 @@ def untouched_beside(own: Tensor) -> bool:
 @every_piece
 @both
 @pytest.mark.parametrize("hold", [False, True], ids=["not held", "held"])
+@pytest.mark.parametrize("joined", [False, True], ids=["by itself", "within a wider matrix"])
 @torch.no_grad()
-def test_forward_is_the_definition(name: str, packed: bool, hold: bool) -> None:
-    piece, context, u, out, plain = case(name, packed=packed)
-    held = piece.forward(u, out, context, hold=hold)
-    torch.testing.assert_close(out, plain_of(piece, plain, context))
-    assert untouched_beside(out)
+def test_forward_is_the_definition(name: str, packed: bool, hold: bool, joined: bool) -> None:
+    piece, context, u, plain = case(name, packed=packed)
+    room = room_of(piece, joined=joined)
+    held = piece.forward(u, room, context, hold=hold)
+    room.add().fill_(9)
+    torch.testing.assert_close(room.parts[1], plain_of(piece, plain, context))
+    assert all(bool((other == 9).all()) for other in room.parts[::2])
     assert untouched_beside(u)
     assert held is None or hold
 
@@ -74,24 +84,22 @@ def test_forward_is_the_definition(name: str, packed: bool, hold: bool) -> None:
 @both
 @pytest.mark.parametrize("how", ["held from forward", "u made again", "all made again"])
 @torch.no_grad()
-def test_backward_writes_the_gradient_over_u_and_the_output_over_its_gradient(
-    name: str, packed: bool, how: str
-) -> None:
-    piece, context, u, out, plain = case(name, packed=packed)
+def test_backward_writes_the_gradient_over_u_and_gives_the_output_once_more(name: str, packed: bool, how: str) -> None:
+    piece, context, u, plain = case(name, packed=packed)
     with torch.enable_grad():
         y = plain_of(piece, plain, context)
         dout = torch.full((ROWS, piece.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.outputs + 2]
         dout.copy_(torch.randn(ROWS, piece.outputs, dtype=torch.float64))
         (expected,) = torch.autograd.grad(y, plain, dout)
-    held = piece.forward(u, out, context, hold=how != "all made again")
+    held = piece.forward(u, room_of(piece), context, hold=how != "all made again")
     if how != "held from forward":
         u = u._base.clone()[:, 2 : piece.inputs + 2]  # type: ignore[union-attr]
         u.copy_(plain)
         piece.prepare_(u, context)
     if how == "all made again":
         held = piece.hold(u, context)
-    piece.backward_(u, dout, held, context)
+    found = piece.backward_(u, dout, held, context)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
-    torch.testing.assert_close(dout, y.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, y.detach(), rtol=1e-6, atol=1e-6)
     assert untouched_beside(u)
     assert untouched_beside(dout)

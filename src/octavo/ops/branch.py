@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from octavo.ops.mix import Context, Held, Piece
 from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
+from octavo.ops.room import Room
 from octavo.ops.wide import Wide
 
 
@@ -55,7 +56,7 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch computes. `pieces` read u from left to right and fill the input of `outer` likewise."""
+    """What a branch computes. `pieces` read u from left to right, and each adds a part to the input of `outer`."""
 
     norm: Norm
     inner: Wide
@@ -65,15 +66,6 @@ class Branch:
     def columns_of_u(self, u: Tensor) -> list[Tensor]:
         """What each piece reads of u (M, U)."""
         return list(u.split([piece.inputs for piece in self.pieces], dim=1))
-
-    def columns_of_mix(self, mixed: Tensor) -> list[Tensor]:
-        """What each piece writes of the mix (M, K), which may have further columns."""
-        sizes = [piece.outputs for piece in self.pieces]
-        return list(mixed[:, : sum(sizes)].split(sizes, dim=1))
-
-    def spans(self, u: Tensor, mixed: Tensor) -> list[tuple[Piece, Tensor, Tensor]]:
-        """(piece, its columns of u, its columns of the mix)."""
-        return list(zip(self.pieces, self.columns_of_u(u), self.columns_of_mix(mixed), strict=True))
 
 
 def branch(x: Tensor, this: Branch, context: Context, *, keep: Keep) -> Tensor:
@@ -89,22 +81,24 @@ class _Branch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, this: Branch, context: Context, keep: Keep | None, *trained: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         seeds = this.inner.seeds(), this.outer.seeds()
-        wide = _normed(rows, this, seeds[0])
-        u, inner = this.inner.product(wide), this.inner.inner(wide)
-        del wide
-        mixed = this.outer.room(len(rows), rows)
-        held: list[Held | None] = []
-        for piece, own, out in this.spans(u, mixed):
-            held.append(piece.forward(own, out, context, hold=keep is not None and keep > Keep.INPUT))
-        this.outer.complete_(mixed, seeds[1])
-        y = this.outer.product(mixed, onto=rows)
+        room = _normed(rows, this, seeds[0])
+        u, inner = this.inner.product(room), room.kept()
+        del room
+        room = this.outer.room(len(rows), rows)
+        hold = keep is not None and keep > Keep.INPUT
+        held = [
+            piece.forward(own, room, context, hold=hold)
+            for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True)
+        ]
+        this.outer.complete_(room, seeds[1])
+        y = this.outer.product(room, onto=rows)
         if keep is not None:
             put_away = context.away is not None and any(ctx.needs_input_grad)  # else no backward would take it back
             if put_away and context.away is not None:
                 context.away.put(rows)
-            ctx.save_for_backward(*(() if put_away else (rows,)), inner, this.outer.inner(mixed))
+            ctx.save_for_backward(*(() if put_away else (rows,)), inner, room.kept())
             ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
-            ctx.held = held if keep > Keep.INPUT else None
+            ctx.held = held if hold else None
             ctx.u = u if keep is Keep.ALL else None
         return y.view(x.shape)
 
@@ -126,12 +120,12 @@ class _Branch(torch.autograd.Function):
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
         dn = None
         if wanted[0] or any(norm_trained):
-            dn, dinner = this.inner.to_input(du, inner_seeds)
+            (dn,), dinner = this.inner.to_input(du, inner_seeds)
         else:
-            dinner = this.inner.to_added(du)
+            dinner = this.inner.to_beside(du)
         normed = torch.empty_like(rows)
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
-        inner_gradients = this.inner.to_trained(du, normed, inner, dinner, inner_seeds)
+        inner_gradients = this.inner.to_trained(du, [normed], inner, dinner, inner_seeds)
         del u, du, normed
         centred = this.norm.bias is not None
         norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
@@ -148,15 +142,15 @@ class _Branch(torch.autograd.Function):
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
 
-def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> Tensor:
-    """(M, d + C): the completed input of the inner product, by seeds or with what they made before."""
-    wide = this.inner.room(len(rows), rows)
-    norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, wide[:, : rows.shape[1]])
+def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> Room:
+    """The completed input of the inner product, by seeds or with what they made before."""
+    room = this.inner.room(len(rows), rows)
+    norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, room.add())
     if isinstance(completion, Tensor):
-        wide[:, rows.shape[1] :] = completion
+        room.beside.copy_(completion)
     else:
-        this.inner.complete_(wide, completion)
-    return wide
+        this.inner.complete_(room, completion)
+    return room
 
 
 def _outer_backward(
@@ -168,13 +162,13 @@ def _outer_backward(
     seeds: Sequence[int],
     inner: Tensor,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(gradient to u, written over u; gradients of what is trained in the outer product).
-
-    The mix is written once more over its gradient, which the pieces have used up by then.
-    """
+    """(gradient to u, written over u; gradients of what is trained in the outer product)."""
     if held is None:
         held = [piece.hold(own, context) for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True)]
-    mixed, dinner = this.outer.to_input(dy, seeds)
-    for (piece, own, out), one in zip(this.spans(u, mixed), held, strict=True):
-        piece.backward_(own, out, one, context)
+    dmixed, dinner = this.outer.to_input(dy, seeds)
+    mixed = [
+        piece.backward_(own, dout, one, context)
+        for piece, own, dout, one in zip(this.pieces, this.columns_of_u(u), dmixed, held, strict=True)
+    ]
+    del dmixed  # used up
     return u, this.outer.to_trained(dy, mixed, inner, dinner, seeds)

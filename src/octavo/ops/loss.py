@@ -48,17 +48,17 @@ class _CrossEntropy(torch.autograd.Function):
         size = _chunk(hidden, head)
         for start in range(0, len(hidden), size):
             rows, seeds = hidden[start : start + size], head.seeds()
-            wide = head.room(len(rows), hidden)
-            wide[:, : rows.shape[1]].copy_(rows)
-            head.complete_(wide, seeds)
-            logits = F.linear(wide, matrix)
+            room = head.room(len(rows), hidden)
+            room.put(rows)
+            head.complete_(room, seeds)
+            logits = F.linear(room.whole, matrix)
             total += cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained).sum()
             if not (to_hidden or any_trained):
                 continue
-            dx, found = head.backward(logits, wide, seeds, to_input=to_hidden, matrix=matrix)
+            dx, found = head.backward(logits, room, seeds, to_input=to_hidden, matrix=matrix)
             if gradient is not None:
                 assert dx is not None
-                gradient[start : start + size] = dx
+                gradient[start : start + size] = dx[0]
             factors = [
                 new if old is None or new is None else old + new for old, new in zip(factors, found, strict=True)
             ]

@@ -1,8 +1,8 @@
 """The pieces between the two products of a branch: attention, GELU, SwiGLU. Families list theirs.
 
-A piece reads its columns of u (M, inputs) and writes its columns of the mix (M, outputs). In backward the gradient
-is written over u, and over the gradient that came in the output, of which the outer product's pairs learn: so no second
-matrix of either size is needed.
+A piece reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer product. In
+backward the gradient is written over u, and the output, of which the outer product's pairs learn, over the gradient
+that came or where it stands already: so no second matrix of either size is needed.
 
 Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
 """
@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
 from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
+from octavo.ops.room import Room
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
@@ -63,8 +64,8 @@ class Piece(Protocol):
         """(M, inputs) -> (M, outputs) for new positions, whose attention `attend` knows. u may be overwritten."""
         ...
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> Held | None:
-        """Prepares u and writes `out`. What backward needs besides u, if it is to `hold` that."""
+    def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> Held | None:
+        """Prepares u and adds the output to `room`. What backward needs besides u, if it is to `hold` that."""
         ...
 
     def prepare_(self, u: Tensor, context: Context) -> None:
@@ -75,8 +76,8 @@ class Piece(Protocol):
         """What backward needs besides a prepared u."""
         ...
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
-        """Writes the gradient to u over u, and the output over dout."""
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
+        """Writes the gradient to u over u. The output once more, for which dout may be used up."""
         ...
 
 
@@ -111,15 +112,14 @@ class Attention:
         turned = u[:, : (self.heads + self.groups) * self.head_size]
         rotate_into(turned, *context.rotary, self.head_size, self.form, turned)
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> Held | None:
+    def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> Held | None:
         self.prepare_(u, context)
         if not hold:
             q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
-            attended = causal_attention(q, k, v, documents=context.documents)
-            copy_into(attended.reshape(len(u), -1), out)
+            room.put(causal_attention(q, k, v, documents=context.documents).reshape(len(u), -1))
             return None
         held = self.hold(u, context)
-        copy_into(held.out.detach(), out)
+        room.put(held.out.detach())
         return held
 
     def hold(self, u: Tensor, context: Context) -> Held:
@@ -144,16 +144,16 @@ class Attention:
             out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
         return Held(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
         assert held is not None
         held.u.append(u)
         gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
-        copy_into(held.out.detach(), dout)
         dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)
         own_q, own_k, own_v = u.split(self._sizes, dim=1)
         rotate_into(dq, *context.rotary, self.head_size, self.form, own_q, back=True)
         rotate_into(dk, *context.rotary, self.head_size, self.form, own_k, back=True)
         copy_into(dv, own_v)
+        return held.out.detach()
 
     def _heads(self, u: Tensor) -> list[Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D): views of u (B, T, inputs)."""
@@ -180,8 +180,8 @@ class _Activation:
     def hold(self, u: Tensor, context: Context) -> None:
         return
 
-    def forward(self, u: Tensor, out: Tensor, context: Context, *, hold: bool) -> None:
-        self.write(u, out)
+    def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> None:
+        self.write(u, room.add())
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
@@ -205,8 +205,9 @@ class Gelu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
         gelu_backward_(u, dout)
+        return dout
 
 
 class Swiglu(_Activation):
@@ -223,8 +224,9 @@ class Swiglu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> None:
+    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
         swiglu_backward_(u, dout)
+        return dout
 
 
 class _Entry(torch.autograd.Function):

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ from torch import Tensor
 from octavo.ops import eight
 from octavo.ops.frozen import APART, Apart, Frozen, Trial, take_apart
 from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.room import Room
 
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
-PITCH = 64  # numbers from row to row of an input on a card: a multiple of these, so that none begins within 128 bytes
 
 
 @dataclass(frozen=True)
@@ -98,94 +98,91 @@ class Wide:
                 torch.mul(pair.b, pair.scaling, out=own)
                 column += pair.a.shape[0]
 
-    def room(self, rows: int, like: Tensor) -> Tensor:
-        """(M, K + C) for the input: the caller writes the first K columns, then calls `complete_`."""
-        pitch = self.width if like.is_cpu else -(-self.width // PITCH) * PITCH
-        return like.new_empty(rows, pitch)[:, : self.width]
+    def room(self, rows: int, like: Tensor) -> Room:
+        """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
+        columns = [part.columns for part in self.parts]
+        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight)
 
     def seeds(self) -> list[int]:
         """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
         return [int(torch.randint(2**62, ())) if part.dropout else 0 for part in self.parts]
 
-    def complete_(self, wide: Tensor, seeds: Sequence[int]) -> None:
-        """Writes the last C columns of an input whose first K are there."""
-        for part, start, column, seed in self._spans(seeds):
+    def complete_(self, room: Room, seeds: Sequence[int]) -> None:
+        """Writes the columns beside the parts."""
+        for part, x, column, seed in self._spans(room.parts, seeds):
             if part.rank:
-                inner = wide[:, column : column + part.rank]
-                torch.mm(_dropped(part, wide[:, start : start + part.columns], seed), _stacked(part, wide).T, out=inner)
-        if self.width > self.inputs + self.rank:
-            wide[:, self.inputs + self.rank :].zero_()
-            wide[:, self.inputs + self.rank].fill_(1)
+                inner = room.beside[:, column : column + part.rank]
+                torch.mm(_dropped(part, x, seed), _stacked(part, x).T, out=inner)
+        if room.beside.shape[1] > self.rank:
+            room.beside[:, self.rank :].zero_()
+            room.beside[:, self.rank].fill_(1)
 
-    def inner(self, wide: Tensor) -> Tensor:
-        """(M, C): a copy of what `complete_` wrote, a hundredth of what it was computed from."""
-        return wide[:, self.inputs :].clone()
-
-    def product(self, wide: Tensor, *, onto: Tensor | None = None) -> Tensor:
-        """(M, N) of a completed input (M, K + C); added to `onto` (M, N) if given, which stays as it is."""
+    def product(self, room: Room, *, onto: Tensor | None = None) -> Tensor:
+        """(M, N) of a completed input; added to `onto` (M, N) if given, which stays as it is."""
         if self.in_eight:
-            return self._product_in_eight(wide, onto)
-        matrix = self.matrix(wide)
+            return self._product_in_eight(room, onto)
+        matrix = self.matrix(room.whole)
         if self.trial is not None:
-            self._try_forward(wide, F.linear(wide, matrix))
-        return F.linear(wide, matrix) if onto is None else torch.addmm(onto, wide, matrix.T)
+            self._try_forward(room, F.linear(room.whole, matrix))
+        return F.linear(room.whole, matrix) if onto is None else torch.addmm(onto, room.whole, matrix.T)
 
-    def _product_in_eight(self, wide: Tensor, onto: Tensor | None) -> Tensor:
-        out = wide.new_empty(len(wide), self.parts[0].rows)
+    def _product_in_eight(self, room: Room, onto: Tensor | None) -> Tensor:
+        like = room.beside
+        out = like.new_empty(len(like), self.parts[0].rows)
         beside = None
         if self.rank:
-            beside = eight.Beside(wide[:, self.inputs : self.inputs + self.rank], self.beside(wide)[:, : self.rank])
-        for part, start, _, _ in self._spans((0,) * len(self.parts)):
+            beside = eight.Beside(room.beside[:, : self.rank], self.beside(like)[:, : self.rank])
+        for part, x in zip(self.parts, room.parts, strict=True):
             assert part.codes is not None
-            own, (weight, absmax) = wide[:, start : start + part.columns], part.codes(wide)
-            others = None
+            others, (weight, absmax) = None, part.codes(x)
             if part.apart is not None:
-                beside, others = _with_channels(beside, own, weight, absmax, part.apart), part.apart.others
-            coded = eight.coded(own, torch.int8, fold=others)
+                beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
+            coded = eight.coded(x, torch.int8, fold=others)
             eight.product_into(*coded, weight, out, absmax, part.bias, part.bias_start, beside, onto)
             onto, beside = out, None
         return out
 
     def backward(
-        self, dy: Tensor, wide: Tensor, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """(gradient to the input (M, K) if asked for, gradients of `trained`), from dy (M, N)."""
-        dx, dinner = self.to_input(dy, seeds, matrix) if to_input else (None, self.to_added(dy))
-        return dx, self.to_trained(dy, wide[:, : self.inputs], wide[:, self.inputs :], dinner, seeds)
+        self, dy: Tensor, room: Room, seeds: Sequence[int], *, to_input: bool, matrix: Tensor | None = None
+    ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+        """(gradients to the parts of the input (M, K_i) if asked for, gradients of `trained`), from dy (M, N)."""
+        dx, dinner = self.to_input(dy, seeds, matrix) if to_input else (None, self.to_beside(dy))
+        return dx, self.to_trained(dy, room.parts, room.beside, dinner, seeds)
 
-    def to_added(self, dy: Tensor) -> Tensor:
-        """The gradient to the last C columns of the input (M, C)."""
+    def to_beside(self, dy: Tensor) -> Tensor:
+        """The gradient to the columns beside the input (M, C)."""
         return dy @ self.beside(dy)
 
-    def to_input(self, dy: Tensor, seeds: Sequence[int], matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The gradients to the input (M, K) and to its last C columns (M, C); `matrix` is that of `dy` if given."""
+    def to_input(self, dy: Tensor, seeds: Sequence[int], matrix: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The gradients to the parts of the input (M, K_i) and to the columns beside them (M, C).
+
+        `matrix` is the one that `matrix(dy)` would write, if it is at hand.
+        """
         if self.in_eight:
-            dinner = self.to_added(dy)
+            dinner = self.to_beside(dy)
             return self._to_input_in_eight(dy, dinner, seeds), dinner
         dwide = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
-        dx, dinner = dwide[:, : self.inputs], dwide[:, self.inputs :]
-        for part, start, column, seed in self._spans(seeds):
+        *dx, dinner = dwide.split([*(part.columns for part in self.parts), self.width - self.inputs], dim=1)
+        for part, own, column, seed in self._spans(dx, seeds):
             if part.rank:
-                own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
-                _add_low_rank_(dx[:, start : start + part.columns], own, part, seed)
+                _add_low_rank_(own, dinner[:, column : column + part.rank], part, seed)
         if self.trial is not None:
-            self._told("backward", self._to_input_in_eight(dy, dinner, seeds), dx)
+            found = self._to_input_in_eight(dy, dinner, seeds)
+            self._told("backward", torch.cat(found, dim=1), dwide[:, : self.inputs])
         return dx, dinner
 
-    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The gradient to the input (M, K)."""
-        dx = dy.new_empty(len(dy), self.inputs)
+    def _to_input_in_eight(self, dy: Tensor, dinner: Tensor, seeds: Sequence[int]) -> list[Tensor]:
+        dx = [dy.new_empty(len(dy), part.columns) for part in self.parts]
         kind = eight.gradient_type(dy.device)
-        for part, start, column, seed in self._spans(seeds):
+        for part, own_dx, column, seed in self._spans(dx, seeds):
             assert part.codes is not None
             weight, absmax = part.codes(dy)
             turned = dy.new_empty(part.columns, part.rows, dtype=kind)
             eight.transpose_into(weight, turned)
             del weight
-            own = dinner[:, column - self.inputs : column - self.inputs + part.rank]
+            own = dinner[:, column : column + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
             beside = eight.Beside(own, _stacked(part, dy, turned=True)) if joins else None
-            own_dx = dx[:, start : start + part.columns]
             gradient = eight.coded(dy, kind, fold=absmax, spans=kind == torch.int8)
             eight.product_into(*gradient, turned, own_dx, beside=beside)
             if part.rank and part.dropout:
@@ -193,23 +190,23 @@ class Wide:
         return dx
 
     def to_trained(
-        self, dy: Tensor, x: Tensor, inner: Tensor, dinner: Tensor, seeds: Sequence[int]
+        self, dy: Tensor, x: Sequence[Tensor], inner: Tensor, dinner: Tensor, seeds: Sequence[int]
     ) -> list[Tensor | None]:
-        """Gradients of `trained`: from the input x (M, K), its last C columns, and the gradient to these (M, C)."""
+        """Gradients of `trained`: from the parts of the input (M, K_i), the columns beside these and the gradient to
+        them, both (M, C)."""
         if not self.rank and not any(tensor.requires_grad for tensor in self.trained):
             return [None] * len(self.trained)
         added = mm_float32(dy.T, inner)  # (N, C): every B, and the bias
         self._scale_(added)
         factors: list[Tensor | None] = []
-        for part, start, column, seed in self._spans(seeds):
+        for part, own_x, column, seed in self._spans(x, seeds):
             if not part.rank:
                 continue
-            at = column - self.inputs
-            da = mm_float32(dinner[:, at : at + part.rank].T, _dropped(part, x[:, start : start + part.columns], seed))
+            da = mm_float32(dinner[:, column : column + part.rank].T, _dropped(part, own_x, seed))
             for pair, own in zip(part.pairs, da.split([len(pair.a) for pair in part.pairs]), strict=True):
                 factors.append(own.to(pair.a.dtype))
-                factors.append(added[pair.start : pair.stop, at : at + len(own)].to(pair.b.dtype))
-                at += len(own)
+                factors.append(added[pair.start : pair.stop, column : column + len(own)].to(pair.b.dtype))
+                column += len(own)
         biases: list[Tensor | None] = []
         for part in self.parts:
             if part.bias is not None:
@@ -225,16 +222,15 @@ class Wide:
             added[:, column : column + width] *= scaling
             column += width
 
-    def _try_forward(self, wide: Tensor, exact: Tensor) -> None:
+    def _try_forward(self, room: Room, exact: Tensor) -> None:
         """Writes what 8 bits cost into the trial of each part, without and with channels apart."""
         parted = []
-        for part, start, _, _ in self._spans((0,) * len(self.parts)):
+        for part, x in zip(self.parts, room.parts, strict=True):
             assert part.trial is not None
-            own = wide[:, start : start + part.columns]
-            part.trial.channels = own.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
+            part.trial.channels = x.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
             parted.append(part._replace(apart=take_apart(part.trial.channels, part.columns)))
-        self._told("forward", self._product_in_eight(wide, None), exact)
-        self._told("apart", Wide(tuple(parted))._product_in_eight(wide, None), exact)
+        self._told("forward", self._product_in_eight(room, None), exact)
+        self._told("apart", Wide(tuple(parted))._product_in_eight(room, None), exact)
 
     def _told(self, what: str, found: Tensor, exact: Tensor) -> None:
         """Writes an error into the trial of each part: they are computed together."""
@@ -244,13 +240,10 @@ class Wide:
         for part in self.parts:
             setattr(part.trial, what, error)
 
-    def _spans(self, seeds: Sequence[int]) -> list[tuple[Frozen, int, int, int]]:
-        """(part, its first column, the first of its added columns, its seed)."""
-        found, start, column = [], 0, self.inputs
-        for part, seed in zip(self.parts, seeds, strict=True):
-            found.append((part, start, column, seed))
-            start, column = start + part.columns, column + part.rank
-        return found
+    def _spans(self, of: Sequence[Tensor], seeds: Sequence[int]) -> list[tuple[Frozen, Tensor, int, int]]:
+        """(part, its own of these, the first of its columns beside the input, its seed)."""
+        columns = accumulate((part.rank for part in self.parts[:-1]), initial=0)
+        return list(zip(self.parts, of, columns, seeds, strict=True))
 
 
 def _with_channels(beside: eight.Beside | None, x: Tensor, weight: Tensor, absmax: Tensor, own: Apart) -> eight.Beside:

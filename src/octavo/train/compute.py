@@ -97,7 +97,7 @@ def _seconds(wide: Wide, x: Tensor) -> float:
     """The least time of three that a product of x (M, K) takes with its backward; none before has to be waited for."""
     seeds = wide.seeds()
     room = wide.room(len(x), x)
-    room[:, : x.shape[1]] = x
+    room.put(x)
     wide.complete_(room, seeds)
     least = math.inf
     for _ in range(4):  # the first compiles kernels and makes libraries choose theirs
