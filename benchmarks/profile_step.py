@@ -21,7 +21,7 @@ KINDS = {  # the first that fits a kernel's name
     "products in 8 bits": r"^_product",
     "attention": r"cudnn|flash|fmha|sdpa|sdp",
     "products": r"gemm|nvjet|cutlass|xmma|splitKreduce|cublas",
-    "codes and transposes": r"^_code_rows|^_transpose",
+    "codes and transposes": r"^_code_rows|^_code_long_rows|^_transpose",
     "weights written out": r"^_int8$|^_nf4|^_dynamic8",
     "loss": r"^_cross_entropy|^_loss",
     "optimizer": r"^_adam8|Optimizer",

@@ -16,10 +16,11 @@ from octavo.data.loader import Batch
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.objective import batch_loss
+from octavo.ops import eight
 from octavo.ops.branch import Keep
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
-from octavo.train.compute import LIMIT, TOKENS, Cost, compute_in_eight_, layers, try_eight
+from octavo.train.compute import LIMIT, TOKENS, Cost, compute_in_eight_, keep_turned_, layers, try_eight, turned_bytes
 
 VOCABULARY, LENGTH, WIDTH = 61, 24, 64
 CONFIGS = {
@@ -207,6 +208,30 @@ def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
         assert torch.equal(batch_loss(mixed, batch_of()), loss)
     compute_in_eight_(model, exact=inner)
     assert not torch.equal(batch_loss(model, batch_of()), loss)
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_weights_that_are_kept_transposed_change_no_bit_and_are_not_written_again(
+    scheme: str, twins_of: Callable[..., tuple[Any, Model]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = twins_of(CONFIGS["gptj"], scheme=scheme)
+    adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    for parameter in adapter.trained(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    model.train()
+    exact = next(name for name, _ in layers(model) if name.endswith("in_proj"))
+    compute_in_eight_(model, exact=[exact])
+    _, expected = learned(model)
+    keep_turned_(model, True)
+    held = {name: layer.turned[0] for name, layer in layers(model) if layer.turned is not None}
+    assert held.keys() == {name for name, _ in layers(model)} - {exact}
+    assert sum(each.nbytes for each in held.values()) == turned_bytes(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(eight, "transpose_into", lambda *_: pytest.fail("written again"))
+        _, found = learned(model)
+    assert torch.equal(found, expected)
+    keep_turned_(model, False)
+    assert all(layer.turned is None for _, layer in layers(model))
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from octavo.ops.loss import IGNORE
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.train import micro
+from octavo.train.compute import compute_in_eight_, layers
 from octavo.train.loop import Trainer, gradients, out_of_memory, train
 from octavo.train.memory import Plan
 from octavo.train.micro import Fitted, Launched
@@ -87,6 +89,15 @@ def found(trainer: Trainer, seed: float = 0.5) -> tuple[Tensor, Tensor]:
     losses = torch.stack(gradients(trainer, BATCHES, 1, seed=seed))
     flat = [group.values.grad for group in trainer.optimizer.groups]
     return losses, torch.cat([gradient.clone() for gradient in flat if gradient is not None])
+
+
+def test_weights_are_kept_transposed_while_the_plan_says_so(base: Model) -> None:
+    model = copy.deepcopy(base).train()
+    compute_in_eight_(model)
+    micro_step = Fitted(model, replace(PLANS[0], turned=True), record=False, cheaper=next_plan, warn=pytest.fail)
+    assert all(layer.turned is not None for _, layer in layers(model))
+    micro_step.take(PLANS[1])
+    assert all(layer.turned is None for _, layer in layers(model))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[], Exception]) -> list[Any]:

@@ -22,6 +22,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.weights import allocated
+from octavo.train.compute import compute_in_eight_, layers
 from octavo.train.memory import MARGIN, Plan, Planner, _halvings
 from octavo.train.rehearsal import BUS_BYTES_PER_SECOND, Forecast
 
@@ -275,6 +276,30 @@ def test_what_is_asked_for_offloads_where_it_fits_that_way_alone() -> None:
     assert replace(this, offloads=(True,)).asked(all_of(INPUT), here.peak_bytes) == away
 
 
+def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -> None:
+    exact = short("gptj-4")
+    model = allocated(SHAPES["gptj-4"], scheme_named("int8"), dtype=torch.bfloat16, device=torch.device("meta"))
+    adapter.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
+    flatten_(adapter.trained(model))
+    compute_in_eight_(model.train())
+    this = replace(exact, model=model, _forecasts={})
+    plain, turned = (this.plan(all_of(ALL), 8, turned=turned) for turned in (False, True))
+    weights = LAYERS * (4 * 4096**2 + 2 * 4096 * 16384)
+    scratch = 4096 * 28672  # what one of them takes while it is written
+    assert weights - scratch <= turned.peak_bytes - plain.peak_bytes <= weights
+    assert turned.seconds is not None
+    assert plain.seconds is not None
+    assert turned.seconds < plain.seconds
+    assert this.best(turned.peak_bytes / MARGIN + 1) == turned
+    assert this.best(turned.peak_bytes / MARGIN - 1) == plain
+    found = this.best(plain.peak_bytes / MARGIN - 1)
+    assert found is not None
+    assert not found.turned
+    assert this.asked(all_of(ALL), math.inf) == plain  # as it was asked for
+    assert exact.best(math.inf) == exact.plan(all_of(ALL), 8)
+    assert all(layer.turned is None for _, layer in layers(model))
+
+
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
     forecast = Forecast(0, 0.0, 0.0, 0.0, bus_bytes=2 * BUS_BYTES_PER_SECOND)
     assert forecast.seconds(CARDS["H100"]) == 2
@@ -294,3 +319,5 @@ def test_a_plan_is_told_in_words() -> None:
     assert Plan((ALL,) * 4, 1, GIB, 0.5).describe() == "of 4 layers 4 keep all"
     away = Plan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
     assert away == "of 4 layers 4 keep the input; their inputs and the embedding in 0.50 GiB of the host's memory"
+    turned = Plan((ALL,) * 4, 1, GIB, None, turned=True).describe()
+    assert turned == "of 4 layers 4 keep all; weights are kept transposed as well"

@@ -23,6 +23,7 @@ from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.offload import on_card, on_host
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
+from octavo.ops.wide import turned_codes
 
 
 class FrozenMatrix(nn.Module):
@@ -173,6 +174,7 @@ class FrozenLinear(nn.Module):
         self.dropout = 0.0
         self.in_eight = False  # whether training multiplies in 8 bits
         self.apart: Apart | None = None  # inputs that stay out of that
+        self.turned: tuple[Tensor, Tensor] | None = None  # codes and scales for backward, where these are kept
         self.trial: Trial | None = None  # where training writes what that would cost
         self.bank: Bank | None = None  # of served adapters, beside `pairs`
         self.routing = Routing()
@@ -191,6 +193,15 @@ class FrozenLinear(nn.Module):
             pairs.append(LowRank(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
         return tuple(pairs)
 
+    def keep_turned_(self, wanted: bool) -> None:
+        """Keeps the codes transposed, for backward in 8 bits: a byte a number more, and no pass over them each time."""
+        if not wanted:
+            self.turned = None
+        elif self.turned is None:
+            self.turned = turned_codes(
+                self.matrix.codes, torch.empty(0, dtype=self.matrix.dtype, device=self.matrix.device)
+            )
+
     def frozen(self) -> Frozen:
         """This layer as a wide product reads it."""
         rows, columns = self.matrix.shape
@@ -198,7 +209,7 @@ class FrozenLinear(nn.Module):
         codes = self.matrix.codes if self.training and (self.in_eight or self.trial) else None
         return Frozen(
             rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.trial,
-            self.apart,
+            self.apart, self.turned,
         )  # fmt: skip
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:

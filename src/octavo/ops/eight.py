@@ -5,7 +5,8 @@
 
 Forward both scales leave the sum. In backward the weight's scale lies on the axis that is summed, so it goes into the
 gradient before that is coded: exact algebra, and no second copy of the weight that would be scaled another way. Wq is
-exact as int8; for backward it is written transposed, as fp8 (e4m3, arXiv 2209.05433), into memory that is given back.
+exact as int8; for backward it is written transposed, as fp8 (e4m3, arXiv 2209.05433), into memory that is given back,
+or kept where there is room.
 
 Activations take int8, whose even steps lose least on rows without far outliers. Gradients take fp8: one scale a row of
 int8 leaves nothing of small numbers beside large ones, and training diverges (docs/log.md). Cards before fp8 take int8
@@ -94,6 +95,13 @@ def _spans(values: Tensor) -> Tensor:
 def transpose_into(codes: Tensor, out: Tensor) -> None:
     """out (K, N), int8 or fp8, = codes (N, K) int8; in fp8 one over 16 is rounded to four digits of its binary form."""
     out.copy_(codes.T.float())
+
+
+def turned(codes: Tensor, kind: torch.dtype) -> Tensor:
+    """(K, N) of codes (N, K), as the product of a gradient reads a weight."""
+    out = codes.new_empty(codes.shape[::-1], dtype=kind)
+    transpose_into(codes, out)
+    return out
 
 
 @twin

@@ -58,6 +58,7 @@ class Frozen(NamedTuple):
     codes: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # int8 (N, K) and absmax (N,), to multiply in 8 bits
     trial: Trial | None = None
     apart: Apart | None = None
+    turned: tuple[Tensor, Tensor] | None = None  # what `codes` gives, transposed (K, N) for backward, if that is kept
 
     @property
     def rank(self) -> int:

@@ -16,7 +16,7 @@ all pairs, a one for the bias), rounded up so that rows start where a card reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -176,10 +176,7 @@ class Wide:
         kind = eight.gradient_type(dy.device)
         for part, own_dx, column, seed in self._spans(dx, seeds):
             assert part.codes is not None
-            weight, absmax = part.codes(dy)
-            turned = dy.new_empty(part.columns, part.rows, dtype=kind)
-            eight.transpose_into(weight, turned)
-            del weight
+            turned, absmax = part.turned or turned_codes(part.codes, dy)
             own = dinner[:, column : column + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
             beside = eight.Beside(own, _stacked(part, dy, turned=True)) if joins else None
@@ -244,6 +241,12 @@ class Wide:
         """(part, its own of these, the first of its columns beside the input, its seed)."""
         columns = accumulate((part.rank for part in self.parts[:-1]), initial=0)
         return list(zip(self.parts, of, columns, seeds, strict=True))
+
+
+def turned_codes(codes: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes (K, N) as backward multiplies with them, absmax (N,)), written anew."""
+    weight, absmax = codes(like)
+    return eight.turned(weight, eight.gradient_type(like.device)), absmax
 
 
 def _with_channels(beside: eight.Beside | None, x: Tensor, weight: Tensor, absmax: Tensor, own: Apart) -> eight.Beside:

@@ -74,6 +74,17 @@ def compute_in_eight_(
             layer.apart = take_apart(torch.tensor(channels, device=layer.matrix.device), layer.matrix.in_features)
 
 
+def keep_turned_(model: Model, wanted: bool) -> None:
+    """Keeps the weights of products in 8 bits transposed as well, or no longer does."""
+    for _, layer in layers(model):
+        layer.keep_turned_(wanted and layer.in_eight)
+
+
+def turned_bytes(model: Model) -> int:
+    """What that takes."""
+    return sum(prod(layer.matrix.shape) for _, layer in layers(model) if layer.in_eight)
+
+
 @torch.no_grad()
 def speedup(model: Model, tokens: int) -> float:
     """How many times as fast in 8 bits the largest product of the blocks is, forward and backward. For a card."""

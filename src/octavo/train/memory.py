@@ -21,6 +21,7 @@ from octavo.models import Model
 from octavo.objective import Inputs, loss_of
 from octavo.ops.branch import Keep
 from octavo.ops.offload import pinned_bytes
+from octavo.train.compute import keep_turned_, turned_bytes
 from octavo.train.rehearsal import Forecast, rehearse
 
 # What libraries take beside tensors: workspaces of cuBLAS and cuDNN, and what the allocator cannot fill. Measured on
@@ -34,7 +35,8 @@ MARGIN = 0.98  # of the budget is planned for: the forecast's own error
 class Plan:
     """What each block keeps, rows of a pass, and what that takes: bytes reserved at the peak, seconds a batch.
 
-    To `offload` is to have the inputs of layers and the embedding in `host_bytes` of the host's memory.
+    To `offload` is to have the inputs of layers and the embedding in `host_bytes` of the host's memory. `turned`:
+    weights of products in 8 bits are kept transposed as well.
     """
 
     keep: tuple[Keep, ...]
@@ -43,13 +45,15 @@ class Plan:
     seconds: float | None
     offload: bool = False
     host_bytes: int = 0
+    turned: bool = False
 
     def describe(self) -> str:
         """For people: what is kept in how many layers."""
         names = {Keep.ALL: "all", Keep.ATTENTION: "attention's output", Keep.INPUT: "the input"}
         counts = [f"{self.keep.count(level)} keep {names[level]}" for level in sorted(set(self.keep), reverse=True)]
         away = f"; their inputs and the embedding in {self.host_bytes / 2**30:.2f} GiB of the host's memory"
-        return f"of {len(self.keep)} layers " + ", ".join(counts) + (away if self.offload else "")
+        twice = "; weights are kept transposed as well"
+        return f"of {len(self.keep)} layers " + ", ".join(counts) + self.offload * away + self.turned * twice
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Planner:
     card: Peak | None = None
     offloads: tuple[bool, ...] = (False,)  # what plans may do
     host_bytes: float = math.inf  # that they may take
-    _forecasts: dict[tuple[int, tuple[Keep, ...], bool], Forecast] = field(default_factory=dict)
+    _forecasts: dict[tuple[int, tuple[Keep, ...], bool, bool], Forecast] = field(default_factory=dict)
 
     @property
     def fixed_bytes(self) -> int:
@@ -79,14 +83,15 @@ class Planner:
         fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
         return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
 
-    def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool = False) -> Plan:
+    def plan(self, keep: Sequence[Keep], rows: int, *, offload: bool = False, turned: bool = False) -> Plan:
         """One plan, forecast."""
-        forecast = self._forecast(rows, tuple(keep), offload)
+        forecast = self._forecast(rows, tuple(keep), offload, turned)
         passes = math.ceil(self.batch / rows)
         seconds = forecast.seconds(self.card) * passes if self.card else None
         table = self.model.table.weight_bytes if offload and self.model.table is not None else 0
-        peak = self.fixed_bytes - table + forecast.peak_bytes + WORKSPACE_BYTES
-        return Plan(tuple(keep), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes)
+        twice = turned_bytes(self.model) if turned else 0
+        peak = self.fixed_bytes - table + twice + forecast.peak_bytes + WORKSPACE_BYTES
+        return Plan(tuple(keep), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, turned)
 
     def best(self, budget_bytes: float) -> Plan | None:
         """The plan with the shortest step within the budget; None if there is none."""
@@ -97,8 +102,16 @@ class Planner:
                 if plan is not None:
                     fitting.append(plan)
                     if plan.keep == self._all(Keep.ALL):
+                        fitting += self._turned(plan, MARGIN * budget_bytes)
                         return min(fitting, key=self._cost)  # fewer rows, or less on the card, could only be slower
         return min(fitting, key=self._cost, default=None)
+
+    def _turned(self, plan: Plan, limit: float) -> list[Plan]:
+        """The plan with weights kept transposed, if it fits: for what is left once layers keep all they can."""
+        if plan.offload or not turned_bytes(self.model):
+            return []
+        found = self.plan(plan.keep, plan.rows, turned=True)
+        return [found] if found.peak_bytes <= limit else []
 
     def forget(self) -> None:
         """What was forecast, since the model is computed another way."""
@@ -159,14 +172,16 @@ class Planner:
         """Seconds of a batch; on a card that is not known, those of one that is."""
         if plan.seconds is not None:
             return plan.seconds
-        forecast = self._forecast(plan.rows, plan.keep, plan.offload)
+        forecast = self._forecast(plan.rows, plan.keep, plan.offload, plan.turned)
         return forecast.seconds(CARDS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
 
-    def _forecast(self, rows: int, keep: tuple[Keep, ...], offload: bool = False) -> Forecast:
-        if (rows, keep, offload) not in self._forecasts:
-            step = _step(self.model, rows, self.length, keep, offload=offload)
-            self._forecasts[rows, keep, offload] = rehearse(step)
-        return self._forecasts[rows, keep, offload]
+    def _forecast(self, rows: int, keep: tuple[Keep, ...], offload: bool = False, turned: bool = False) -> Forecast:
+        asked = rows, keep, offload, turned
+        if asked not in self._forecasts:
+            keep_turned_(self.model, turned)
+            self._forecasts[asked] = rehearse(_step(self.model, rows, self.length, keep, offload=offload))
+            keep_turned_(self.model, False)
+        return self._forecasts[asked]
 
 
 def _step(model: Model, rows: int, length: int, keep: Sequence[Keep], *, offload: bool) -> Callable[[], None]:

@@ -21,6 +21,7 @@ from octavo.objective import Inputs, Kept, inputs_of, loss_of
 from octavo.ops.attention import Documents, find_documents
 from octavo.ops.loss import IGNORE
 from octavo.ops.offload import join
+from octavo.train.compute import keep_turned_
 from octavo.train.memory import Plan
 
 
@@ -182,6 +183,7 @@ class Fitted:
         offload = self.plan.offload
         if self.model.table is not None:
             self.model.table.lie_on_host_(offload)
+        keep_turned_(self.model, self.plan.turned)
         if self.record:
             return Recorded(self.model, self.plan.keep, rows=self.plan.rows, offload=offload)
         return Launched(self.model, self.plan.keep, offload)
