@@ -111,6 +111,7 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     model = allocated(shapes(model_name, tiny=tiny), scheme_named(scheme), dtype=dtype, device=torch.device("meta"))
     create_(model, ADAPTER, seed=0)
     flatten_(trained(model))
+    model.train()
     return Planner(model, seq_len, batch, optimizer_bytes=2, card=peak(pick().name))
 
 

@@ -27,7 +27,7 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, load
-from octavo.train.compute import compute_in_eight_, layers
+from octavo.train.compute import compute_in_eight_, keep_turned_, layers
 from octavo.train.micro import Launched, MicroStep, Recorded
 
 pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
@@ -283,6 +283,16 @@ def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed:
     with no_waiting():
         launched(batch, 0.1)
         recorded(batch, 0.1)
+
+
+def test_weights_that_are_kept_transposed_change_nothing(load_step: Load) -> None:
+    step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
+    compute_in_eight_(step.model)
+    expected = step.taken(Launched(step.model, Keep.ALL), batch)
+    keep_turned_(step.model, True)
+    recorded = Recorded(step.model, Keep.ALL, rows=ROWS)
+    for _ in range(3):
+        assert_same(step.taken(recorded, batch), expected, 1e-3)
 
 
 @both_kinds

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.ops import adam, attention, decode, eight, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
 from octavo.ops.attention import rotary_table
+from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
 
@@ -88,6 +89,20 @@ def rotation(form: str, turned: int, *, heads: int = 3, rows: int = 1, over: boo
         positions = torch.tensor([[9, 10, 11, 12, 13], [0, 1, 0, 1, 2]])[:rows]
         table = rotary_table(positions, torch.rand(turned // 2))
         return (x, *table, 24, form, out), {"back": True} if back else {}, out
+
+    return make
+
+
+def spread(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
+    """Pairs by (start, stop, rank, scaling)."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        out = columns(n, c, dtype)
+        pairs = [
+            LowRank(start, stop, torch.empty(rank, 1), torch.randn(stop - start, rank), scaling)
+            for start, stop, rank, scaling in spans
+        ]
+        return (out, pairs), {}, out
 
     return make
 
@@ -296,6 +311,10 @@ CASES: dict[str, list[Case]] = {
         rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2, over=True),
         rotation("half", 24, heads=9, rows=2, over=True), rotation("interleaved", 8, heads=9, over=True, back=True),
         rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),
+    ],
+    "pairs.spread_into": [
+        spread(70, 48, [(0, 30, 8, 2.0), (30, 50, 16, 0.5), (60, 70, 5, 3.0)]), spread(300, 16, [(0, 300, 16, 1.7)]),
+        spread(20, 8, []), spread(5, 2100, [(1, 3, 2000, 1.0)]),
     ],
     "loss.cross_entropy_": [
         losses(9001, [0, 9000, -100, 5000], gradient=True), losses(9001, [0, 9000, -100, 5000], gradient=False),

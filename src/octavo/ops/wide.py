@@ -27,6 +27,8 @@ from torch import Tensor
 
 from octavo.ops import eight
 from octavo.ops.frozen import APART, Apart, Frozen, Trial, take_apart
+from octavo.ops.linear import LowRank
+from octavo.ops.pairs import spread_into, stacked
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.room import Room
 
@@ -57,15 +59,13 @@ class Wide:
     @property
     def trained(self) -> list[Tensor]:
         """What takes gradients, in the order in which `backward` gives them: A, B of each pair; then biases."""
-        factors = [tensor for part in self.parts for pair in part.pairs for tensor in (pair.a, pair.b)]
+        factors = [tensor for pair in self._pairs for tensor in (pair.a, pair.b)]
         return factors + [part.bias for part in self.parts if part.bias is not None]
 
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the type and on the device of `like`, written anew."""
         wide = like.new_empty(self.parts[0].rows, self.width)
-        if self.width > self.inputs:
-            wide[:, self.inputs :].zero_()
-        self._write_pairs_(wide[:, self.inputs :])
+        spread_into(wide[:, self.inputs :], self._pairs)
         start = 0
         for part in self.parts:
             part.fill(wide[:, start : start + part.columns])
@@ -85,18 +85,13 @@ class Wide:
 
     def beside(self, like: Tensor) -> Tensor:
         """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
-        b = like.new_zeros(self.parts[0].rows, self.width - self.inputs)
-        self._write_pairs_(b)
+        b = like.new_empty(self.parts[0].rows, self.width - self.inputs)
+        spread_into(b, self._pairs)
         return b
 
-    def _write_pairs_(self, added: Tensor) -> None:
-        """Every B times its scaling into its rows and columns of the last C columns (N, C)."""
-        column = 0
-        for part in self.parts:
-            for pair in part.pairs:
-                own = added[pair.start : pair.stop, column : column + pair.a.shape[0]]
-                torch.mul(pair.b, pair.scaling, out=own)
-                column += pair.a.shape[0]
+    @cached_property
+    def _pairs(self) -> list[LowRank]:
+        return [pair for part in self.parts for pair in part.pairs]
 
     def room(self, rows: int, like: Tensor) -> Room:
         """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
@@ -112,7 +107,7 @@ class Wide:
         for part, x, column, seed in self._spans(room.parts, seeds):
             if part.rank:
                 inner = room.beside[:, column : column + part.rank]
-                torch.mm(_dropped(part, x, seed), _stacked(part, x).T, out=inner)
+                torch.mm(_dropped(part, x, seed), stacked(part.pairs, x).T, out=inner)
         if room.beside.shape[1] > self.rank:
             room.beside[:, self.rank :].zero_()
             room.beside[:, self.rank].fill_(1)
@@ -179,7 +174,7 @@ class Wide:
             turned, absmax = part.turned or turned_codes(part.codes, dy)
             own = dinner[:, column : column + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
-            beside = eight.Beside(own, _stacked(part, dy, turned=True)) if joins else None
+            beside = eight.Beside(own, stacked(part.pairs, dy, turned=True)) if joins else None
             gradient = eight.coded(dy, kind, fold=absmax, spans=kind == torch.int8)
             eight.product_into(*gradient, turned, own_dx, beside=beside)
             if part.rank and part.dropout:
@@ -214,7 +209,7 @@ class Wide:
     def _scale_(self, added: Tensor) -> None:
         """The gradients of every B (N, C) times its scaling: one pass where all have the same."""
         column = 0
-        for scaling, run in groupby((pair for part in self.parts for pair in part.pairs), lambda pair: pair.scaling):
+        for scaling, run in groupby(self._pairs, lambda pair: pair.scaling):
             width = sum(len(pair.a) for pair in run)
             added[:, column : column + width] *= scaling
             column += width
@@ -270,16 +265,9 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
 def _add_low_rank_(dx: Tensor, dinner: Tensor, part: Frozen, seed: int) -> None:
     """What the pairs of a part add to the gradient to its input (M, K_i); dinner is (M, sum of r)."""
     if part.dropout:
-        dx += _mask(dx, part.dropout, seed).mul_(dinner @ _stacked(part, dx))
+        dx += _mask(dx, part.dropout, seed).mul_(dinner @ stacked(part.pairs, dx))
     else:
-        dx.addmm_(dinner, _stacked(part, dx))
-
-
-def _stacked(part: Frozen, like: Tensor, *, turned: bool = False) -> Tensor:
-    """(sum of r, K_i): all A of a part in the compute type; `turned` is (K_i, sum of r)."""
-    each = [pair.a.detach() for pair in part.pairs]
-    a = each[0] if len(each) == 1 else torch.cat(each)
-    return (a.T if turned else a).to(like.dtype, memory_format=torch.contiguous_format)
+        dx.addmm_(dinner, stacked(part.pairs, dx))
 
 
 def _dropped(part: Frozen, x: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,32 @@
+"""Factors of low-rank pairs (LoRA, arXiv 2106.09685) as thin products read them: in the compute type, side by side.
+
+Legend: a pair is A (r, K) and B (n, r) on rows [start, stop) of N; C columns, at least the ranks of all pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.ops.linear import LowRank
+from octavo.ops.twins import twin
+
+
+@twin
+def spread_into(out: Tensor, pairs: Sequence[LowRank]) -> None:
+    """out (N, C) = every B times its scaling on its rows, one beside the other; zeros elsewhere."""
+    out.zero_()
+    column = 0
+    for pair in pairs:
+        rank = len(pair.a)
+        torch.mul(pair.b, pair.scaling, out=out[pair.start : pair.stop, column : column + rank])
+        column += rank
+
+
+def stacked(pairs: Sequence[LowRank], like: Tensor, *, turned: bool = False) -> Tensor:
+    """(sum of r, K): every A, one under the other, in the type of `like`; `turned` is (K, sum of r)."""
+    each = [pair.a.detach() for pair in pairs]
+    a = each[0] if len(each) == 1 else torch.cat(each)
+    return (a.T if turned else a).to(like.dtype, memory_format=torch.contiguous_format)
