@@ -216,7 +216,7 @@ def note_gradients_(result: dict[str, Any], told: Mapping[str, Any]) -> None:
     result.update({name: round(told[name], 5) for name in ("cosine", "cosine_min", "cosine_median")})
     if told["missing"]:
         add_note_(result, f"{len(told['missing'])} adapters without a gradient, as {told['missing'][0]}")
-    whole, least = FLOORS.get(str(result["scheme"]), FLOORS_ELSE)
+    whole, least = FLOORS.get(str(result["scheme"]).removesuffix("-card"), FLOORS_ELSE)
     if told["cosine"] < whole:
         add_note_(result, f"gradient cosine {told['cosine']:.3f}")
     if told["cosine_min"] < least:

@@ -110,6 +110,7 @@ def test_compare_gradients_counts_an_adapter_without_a_gradient_as_different(
         ("int8", 0.995, 0.991, ""),
         ("int8", 0.995, 0.985, "gradient cosine 0.985 at layer.0"),
         ("int8-8bit", 0.995, 0.985, ""),
+        ("int8-8bit-card", 0.995, 0.985, ""),
         ("int8-8bit", 0.995, 0.975, "gradient cosine 0.975 at layer.0"),
         ("int8-8bit", 0.985, 0.985, "gradient cosine 0.985"),
         ("nf4", 0.95, 0.91, ""),

@@ -276,6 +276,7 @@ def _row(
         "rows": taken.rows,
         "layers_all": taken.keep.count(Keep.ALL),
         "layers_attention": taken.keep.count(Keep.ATTENTION),
+        "weights_transposed": taken.turned,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
     }

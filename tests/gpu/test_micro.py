@@ -50,7 +50,7 @@ CONFIGS = {
         vocab_size=VOCABULARY, n_embd=256, n_inner=320, n_layer=2, n_head=4, rotary_dim=32, initializer_range=0.1
     ),
 }
-Load = Callable[[torch.dtype, torch.device, str], "Step"]
+Load = Callable[..., "Step"]
 
 
 @dataclass
@@ -74,14 +74,14 @@ class Step:
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def load_step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """(compute type, device, scheme) -> the same random weights and pairs each time."""
+    """(compute type, device, scheme, rank) -> the same random weights and pairs each time."""
     torch.manual_seed(0)
     folder: Path = tmp_path_factory.mktemp("gpu")
     AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).save_pretrained(folder)
 
-    def make(dtype: torch.dtype, device: torch.device, scheme: str) -> Step:
+    def make(dtype: torch.dtype, device: torch.device, scheme: str, rank: int = 4) -> Step:
         model = load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=device)
-        adapter.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+        adapter.create_(model, AdapterPlan(LoraSpec(rank, alpha=2 * rank)), seed=0)
         generator = torch.Generator().manual_seed(1)
         trained = adapter.trained(model)
         for parameter in trained.values():
@@ -219,6 +219,16 @@ def test_a_replay_never_waits_for_the_card(load_step: Load, packed: bool) -> Non
 def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
     step = load_step(torch.bfloat16, CARD, scheme)
     launched, batch = Launched(step.model, Keep.ATTENTION), batch_of(0, packed=packed)
+    fast = step.taken(launched, batch)
+    use_kernels(False)
+    assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 16])
+def test_a_step_of_many_rows_is_that_of_the_definitions_whatever_the_rank(load_step: Load, rank: int) -> None:
+    """The rank decides how far apart rows are, and with that which thread of a kernel takes which numbers."""
+    step = load_step(torch.bfloat16, CARD, "int8", rank)
+    launched, batch = Launched(step.model, Keep.ALL), batch_of(0, packed=True, rows=64)
     fast = step.taken(launched, batch)
     use_kernels(False)
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])

@@ -82,6 +82,16 @@ def activation(inputs: int, outputs: int, *, backward: bool = False, far: bool =
     return make
 
 
+def pitches(inputs: int, outputs: int, *, over: str) -> Case:
+    """An activation's backward on rows of which one kind starts at multiples of 16 numbers and the other does not."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, dy = aligned(64, inputs, dtype), aligned(64, outputs + 8, dtype)[:, :outputs]
+        return (x, dy), {}, x if over == "x" else dy
+
+    return make
+
+
 def rotation(form: str, turned: int, *, heads: int = 3, rows: int = 1, over: bool = False, back: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, out = columns(10, heads * 24, dtype), columns(10, heads * 24, dtype)
@@ -302,10 +312,12 @@ CASES: dict[str, list[Case]] = {
     "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, far=True)],
     "pointwise.gelu_backward_": [
         activation(2100, 2100, backward=True), activation(70, 70, backward=True, far=True),
+        pitches(2048, 2048, over="x"), pitches(2048, 2048, over="dy"),
     ],
     "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, far=True)],
     "pointwise.swiglu_backward_": [
         activation(4200, 2100, backward=True), activation(70, 35, backward=True, far=True),
+        pitches(4096, 2048, over="x"), pitches(4096, 2048, over="dy"),
     ],
     "attention.rotate_into": [
         rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2, over=True),

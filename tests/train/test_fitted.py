@@ -95,9 +95,32 @@ def test_weights_are_kept_transposed_while_the_plan_says_so(base: Model) -> None
     model = copy.deepcopy(base).train()
     compute_in_eight_(model)
     micro_step = Fitted(model, replace(PLANS[0], turned=True), record=False, cheaper=next_plan, warn=pytest.fail)
-    assert all(layer.turned is not None for _, layer in layers(model))
+    for _ in range(2):
+        micro_step(BATCHES[0], 1.0)
+        assert all(layer.turned is not None for _, layer in layers(model))
+        micro_step.release()
+        assert all(layer.turned is None for _, layer in layers(model))
     micro_step.take(PLANS[1])
+    micro_step(BATCHES[0], 1.0)
     assert all(layer.turned is None for _, layer in layers(model))
+
+
+def test_what_cannot_be_kept_transposed_leads_to_a_cheaper_plan(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = trainer_of(base, PLANS[1])
+    compute_in_eight_(plain.model)
+    wanted = found(plain)
+    told: list[str] = []
+    trainer = trainer_of(base, PLANS[0], told)
+    compute_in_eight_(trainer.model)
+    trainer.micro_step.take(replace(PLANS[0], turned=True))  # type: ignore[attr-defined]
+    monkeypatch.setattr(trainer.micro_step, "_cheaper", lambda _: PLANS[1])
+
+    def lacking(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("octavo.layers.frozen.turned_codes", lacking)
+    assert all(torch.equal(own, other) for own, other in zip(found(trainer), wanted, strict=True))
+    assert len(told) == 1
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[], Exception]) -> list[Any]:

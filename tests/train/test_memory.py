@@ -290,11 +290,16 @@ def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -
     assert plain.seconds is not None
     assert turned.seconds < plain.seconds
     assert this.best(turned.peak_bytes / MARGIN + 1) == turned
-    assert this.best(turned.peak_bytes / MARGIN - 1) == plain
-    found = this.best(plain.peak_bytes / MARGIN - 1)
-    assert found is not None
-    assert not found.turned
+    halved = this.plan(all_of(ALL), 4, turned=True)  # which takes less, and here is faster than eight rows without
+    assert turned.seconds < halved.seconds < plain.seconds  # type: ignore[operator]
+    assert this.best(turned.peak_bytes / MARGIN - 1) == halved
+    assert this.best(halved.peak_bytes / MARGIN - 1) == plain
     assert this.asked(all_of(ALL), math.inf) == plain  # as it was asked for
+    least, most = this.least().peak_bytes / MARGIN, turned.peak_bytes / MARGIN
+    plans = [this.best(least + share / 12 * (most - least) + 1) for share in range(13)]
+    paces = [this._pace(plan) for plan in plans if plan is not None]
+    assert len(paces) == 13
+    assert paces == sorted(paces, reverse=True)  # more memory is never slower
     assert exact.best(math.inf) == exact.plan(all_of(ALL), 8)
     assert all(layer.turned is None for _, layer in layers(model))
 

@@ -27,7 +27,7 @@ def spread_into(out: Tensor, pairs: Sequence[LowRank]) -> None:
     _spread[(triton.cdiv(n, high),)](
         out, tuple(pair.b.detach().contiguous() for pair in pairs), tuple(pair.start for pair in pairs),
         tuple(pair.stop for pair in pairs), tuple(accumulate(ranks[:-1], initial=0)), tuple(ranks),
-        tuple(float(pair.scaling) for pair in pairs), n, c, out.stride(0), high, width, num_warps=4,
+        tuple(float(pair.on_b) for pair in pairs), n, c, out.stride(0), high, width, num_warps=4,
     )  # fmt: skip
 
 

@@ -121,6 +121,7 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     own, other = x + row * x_stride + column, dy + row * dy_stride + column
     value = tl.load(own, mask=inside, other=0).to(tl.float32)
     g = tl.load(other, mask=inside, other=0).to(tl.float32)
+    tl.debug_barrier()  # a store may come from another thread than the load of what it writes over
     s = _sigmoid(_gate(value))
     slope = s + value * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
     tl.store(own, (g * slope).to(x.dtype.element_ty), mask=inside)
@@ -157,6 +158,7 @@ def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     gate = tl.load(own, mask=inside, other=0).to(tl.float32)
     up = tl.load(own + f, mask=inside, other=0).to(tl.float32)
     g = tl.load(other, mask=inside, other=0).to(tl.float32)
+    tl.debug_barrier()  # as above
     s = _sigmoid(gate)
     kind = x.dtype.element_ty
     tl.store(own, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)

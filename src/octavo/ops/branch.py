@@ -14,7 +14,7 @@ and, always, what low-rank pairs made of the inputs of both products: 224 bytes 
 memory instead (`Context.away`).
 
 Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
-mix gives (M, sum of their outputs). A piece reads and writes columns of these, so that nothing is copied together.
+mix gives (M, sum of their outputs), which a piece adds to the input of W_out (ops/room.py).
 """
 
 from __future__ import annotations
@@ -126,7 +126,6 @@ class _Branch(torch.autograd.Function):
         normed = torch.empty_like(rows)
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
         inner_gradients = this.inner.to_trained(du, [normed], inner, dinner, inner_seeds)
-        del u, du, normed
         centred = this.norm.bias is not None
         norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
         if any(norm_trained):

@@ -29,6 +29,17 @@ class LowRank(NamedTuple):
     b: Tensor
     scaling: float
 
+    @property
+    def on_a(self) -> float:
+        """The part of the scaling that goes to A where both are cast: it shrinks A, which is larger than a new B, whose
+        numbers float16 would lose."""
+        return self.scaling if abs(self.scaling) < 1 else 1.0
+
+    @property
+    def on_b(self) -> float:
+        """The rest: it enlarges B."""
+        return 1.0 if abs(self.scaling) < 1 else self.scaling
+
 
 def frozen_linear(
     x: Tensor,

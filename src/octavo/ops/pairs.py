@@ -16,17 +16,18 @@ from octavo.ops.twins import twin
 
 @twin
 def spread_into(out: Tensor, pairs: Sequence[LowRank]) -> None:
-    """out (N, C) = every B times its scaling on its rows, one beside the other; zeros elsewhere."""
+    """out (N, C) = every B times `on_b` on its rows, one beside the other; zeros elsewhere."""
     out.zero_()
     column = 0
     for pair in pairs:
         rank = len(pair.a)
-        torch.mul(pair.b, pair.scaling, out=out[pair.start : pair.stop, column : column + rank])
+        torch.mul(pair.b.detach(), pair.on_b, out=out[pair.start : pair.stop, column : column + rank])
         column += rank
 
 
 def stacked(pairs: Sequence[LowRank], like: Tensor, *, turned: bool = False) -> Tensor:
-    """(sum of r, K): every A, one under the other, in the type of `like`; `turned` is (K, sum of r)."""
-    each = [pair.a.detach() for pair in pairs]
+    """(sum of r, K): every A times `on_a`, one under the other, in the type of `like`; `turned` is (K, sum of r)."""
+    each = [pair.a.detach() if pair.on_a == 1 else pair.a.detach() * pair.on_a for pair in pairs]
     a = each[0] if len(each) == 1 else torch.cat(each)
-    return (a.T if turned else a).to(like.dtype, memory_format=torch.contiguous_format)
+    a = a.T if turned else a
+    return like.new_empty(a.shape).copy_(a)

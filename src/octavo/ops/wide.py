@@ -1,7 +1,7 @@
 """Frozen matrices side by side as one product, their low-rank pairs and bias as further columns.
 
     y = x_1 W_1^T + x_2 W_2^T + .. + low-rank terms + bias
-      = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T
+      = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T      (s goes to A if it is under 1)
 
 So a card sees one product instead of one for each matrix, each pair and the bias, and none of the passes over y
 that adding them one by one would take. In backward the gradient to x A^T comes out of the same product as the
@@ -196,7 +196,7 @@ class Wide:
                 continue
             da = mm_float32(dinner[:, column : column + part.rank].T, _dropped(part, own_x, seed))
             for pair, own in zip(part.pairs, da.split([len(pair.a) for pair in part.pairs]), strict=True):
-                factors.append(own.to(pair.a.dtype))
+                factors.append((own if pair.on_a == 1 else own * pair.on_a).to(pair.a.dtype))
                 factors.append(added[pair.start : pair.stop, column : column + len(own)].to(pair.b.dtype))
                 column += len(own)
         biases: list[Tensor | None] = []
@@ -207,11 +207,12 @@ class Wide:
         return factors + biases
 
     def _scale_(self, added: Tensor) -> None:
-        """The gradients of every B (N, C) times its scaling: one pass where all have the same."""
+        """The gradients of every B (N, C) times what scales it: one pass where that is the same for all."""
         column = 0
-        for scaling, run in groupby(self._pairs, lambda pair: pair.scaling):
+        for scaling, run in groupby(self._pairs, lambda pair: pair.on_b):
             width = sum(len(pair.a) for pair in run)
-            added[:, column : column + width] *= scaling
+            if scaling != 1:
+                added[:, column : column + width] *= scaling
             column += width
 
     def _try_forward(self, room: Room, exact: Tensor) -> None:

@@ -95,19 +95,24 @@ class Planner:
 
     def best(self, budget_bytes: float) -> Plan | None:
         """The plan with the shortest step within the budget; None if there is none."""
-        fitting = []
+        fitting: list[Plan] = []
+        limit = MARGIN * budget_bytes
         for rows in _halvings(self.batch):
             for offload in self.offloads:
-                plan = self._fullest(rows, MARGIN * budget_bytes, offload)
-                if plan is not None:
-                    fitting.append(plan)
-                    if plan.keep == self._all(Keep.ALL):
-                        fitting += self._turned(plan, MARGIN * budget_bytes)
-                        return min(fitting, key=self._cost)  # fewer rows, or less on the card, could only be slower
+                plan = self._fullest(rows, limit, offload)
+                if plan is None:
+                    continue
+                fitting.append(plan)
+                if plan.keep == self._all(Keep.ALL):
+                    turned = self._turned(plan, limit)
+                    fitting += turned
+                    if turned or not turned_bytes(self.model):  # fewer rows, or less on the card, could only be slower
+                        return min(fitting, key=self._cost)
+                    break  # fewer rows may leave room for transposed weights
         return min(fitting, key=self._cost, default=None)
 
     def _turned(self, plan: Plan, limit: float) -> list[Plan]:
-        """The plan with weights kept transposed, if it fits: for what is left once layers keep all they can."""
+        """The plan, in which every layer keeps all, with weights kept transposed as well, if that fits."""
         if plan.offload or not turned_bytes(self.model):
             return []
         found = self.plan(plan.keep, plan.rows, turned=True)

@@ -183,16 +183,17 @@ class Fitted:
         offload = self.plan.offload
         if self.model.table is not None:
             self.model.table.lie_on_host_(offload)
-        keep_turned_(self.model, self.plan.turned)
         if self.record:
             return Recorded(self.model, self.plan.keep, rows=self.plan.rows, offload=offload)
         return Launched(self.model, self.plan.keep, offload)
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
+        keep_turned_(self.model, self.plan.turned)  # here, where running out of memory leads to another plan
         return torch.stack([self._own(part, seed) for part in parts_of(batch, self.plan.rows)]).sum()
 
     def release(self) -> None:
         self._own.release()
+        keep_turned_(self.model, False)  # after the graphs that read them
 
     def take(self, plan: Plan) -> None:
         """Goes on by another plan; what was held for the last one has been released."""

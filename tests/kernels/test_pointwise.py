@@ -1,0 +1,48 @@
+"""Kernels that write over what they read, compiled for a card that is not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Prints, for every choice of row pitches that are multiples of 16 or not, the loads (l), barriers (b) and stores (s) of
+# global memory in the order of the program. A pitch decides which thread takes which numbers.
+COMPILED = """
+import re
+from itertools import product
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from octavo.kernels import pointwise
+
+kernel = getattr(pointwise, "{kernel}")
+names = [p.name for p in kernel.params]
+for even in product([False, True], repeat=2):
+    signature = {{"x": "*bf16", "dy": "*bf16", "f": "i32", "x_stride": "i32", "dy_stride": "i32", "WIDTH": "constexpr"}}
+    divisible = ["x", "dy", "f", *(n for n, is_even in zip(["x_stride", "dy_stride"], even) if is_even)]
+    attrs = {{(names.index(n),): [["tt.divisibility", 16]] for n in divisible}}
+    source = ASTSource(kernel, signature, {{(names.index("WIDTH"),): pointwise.WIDTH}}, attrs)
+    text = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}}).asm["ptx"]
+    found = re.findall(r"(ld\\.global|bar\\.sync|st\\.global)", text)
+    print("".join({{"ld.global": "l", "bar.sync": "b", "st.global": "s"}}[each] for each in found))
+"""
+
+
+@pytest.mark.parametrize("kernel", ["_gelu_backward", "_swiglu_backward"])
+def test_no_number_is_written_over_before_all_are_read(kernel: str) -> None:
+    """A thread may write over what another one reads: with pitches of two kinds gradients were lost on an H100."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED.format(kernel=kernel)], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    orders = ran.stdout.split()
+    assert len(orders) == 4
+    for order in orders:
+        assert "s" in order
+        before_the_first_store = order[: order.index("s")]
+        assert "l" not in order[order.index("s") :]
+        assert before_the_first_store.rindex("b") > before_the_first_store.rindex("l")
