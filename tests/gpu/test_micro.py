@@ -27,6 +27,7 @@ from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, load
+from octavo.train import micro
 from octavo.train.compute import compute_in_eight_, keep_turned_, layers
 from octavo.train.micro import Launched, MicroStep, Recorded
 
@@ -351,6 +352,26 @@ def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_a
     recorded.release()
     for _ in range(2):
         assert_same(step.taken(recorded, batch), expected, 1e-3)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_recording_that_runs_out_of_memory_before_any_copy_says_so(
+    load_step: Load, away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
+    expected = step.taken(Launched(step.model, Keep.INPUT), batch)
+    recorded = Recorded(step.model, Keep.INPUT, rows=ROWS, offload=away)
+    step.taken(recorded, batch)
+
+    def lacking(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(micro, "loss_of", lacking)
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            recorded(batch, 0.1)
+    recorded.release()
+    assert_same(step.taken(recorded, batch), expected, 1e-3)
 
 
 def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,3 +120,20 @@ def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
 def test_on_a_cpu_a_table_is_where_it_was() -> None:
     x = torch.ones(3)
     assert on_host(x) is x
+
+
+@pytest.mark.parametrize(("layers", "beside"), [(False, False), (True, True), (True, False), (False, True)])
+def test_a_recording_waits_for_its_own_copies_alone(
+    layers: bool, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for others is an error of CUDA's, which would stand in place of the lack of memory that ended it."""
+    waited: list[str] = []
+    streams = {"layers": layers, "beside": beside}
+    current = SimpleNamespace(name="layers", wait_stream=lambda other: waited.append(other.name))
+    monkeypatch.setattr(offload, "_stream", lambda device: SimpleNamespace(name="beside"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(offload, "_recorded", lambda stream: streams[stream.name])
+    offload.join(torch.device("cuda"))
+    assert waited == (["beside"] if layers == beside else [])
+    offload.join(torch.device("cpu"))
+    assert len(waited) <= 1

@@ -87,9 +87,19 @@ def _wait(put: _Put) -> None:
 
 
 def join(device: torch.device) -> None:
-    """What comes next on the device comes after all copies that are under way, wanted or not."""
+    """What comes next on the device comes after all copies that are under way, wanted or not.
+
+    A recording waits for copies of its own alone: waiting for others would be an error, in place of what went wrong.
+    """
     if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_stream(device))
+        beside, layers = _stream(device), torch.cuda.current_stream(device)
+        if _recorded(beside) == _recorded(layers):
+            layers.wait_stream(beside)
+
+
+def _recorded(stream: torch.cuda.Stream) -> bool:
+    with torch.cuda.stream(stream):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @cache
