@@ -277,11 +277,8 @@ def test_what_is_asked_for_offloads_where_it_fits_that_way_alone() -> None:
 
 def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -> None:
     exact = short("gptj-4")
-    model = allocated(SHAPES["gptj-4"], scheme_named("int8"), dtype=torch.bfloat16, device=torch.device("meta"))
-    adapter.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
-    flatten_(adapter.trained(model))
-    compute_in_eight_(model.train())
-    this = replace(exact, model=model, _forecasts={})
+    this = planner.__wrapped__("gptj-4", length=exact.length, batch=exact.batch, card="RTX 3090")  # of its own
+    compute_in_eight_(this.model.train())
     plain, turned = (this.plan(all_of(ALL), 8, turned=turned) for turned in (False, True))
     weights = LAYERS * (4 * 4096**2 + 2 * 4096 * 16384)
     scratch = 4096 * 28672  # what one of them takes while it is written
@@ -301,7 +298,7 @@ def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -
     assert len(paces) == 13
     assert paces == sorted(paces, reverse=True)  # more memory is never slower
     assert exact.best(math.inf) == exact.plan(all_of(ALL), 8)
-    assert all(layer.turned is None for _, layer in layers(model))
+    assert all(layer.turned is None for _, layer in layers(this.model))
 
 
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:

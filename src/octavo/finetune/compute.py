@@ -20,13 +20,14 @@ def settle(run: Run, *, resumed: bool) -> None:
     elif not resumed or found.exact_products is None:
         _try(run)
     compute_in_eight_(run.model, exact=found.exact_products or (), apart=found.apart, wanted=run.in_eight)
-    plan = run.fit.with_exact(found.exact_products) if found.exact_products else run.micro_step.plan
-    run.micro_step.release()
-    run.micro_step.take(plan)
-    if found.exact_products and run.hardware.device.type == "cuda":
-        run.report.say(run.fit.words(plan))
-        if fault := run.fit.fault(plan):
-            run.report.warn(fault)
+    if found.exact_products:
+        plan = run.fit.with_exact(found.exact_products)
+        run.micro_step.release()
+        run.micro_step.take(plan)
+        if run.hardware.device.type == "cuda":
+            run.report.say(run.fit.words(plan))
+            if fault := run.fit.fault(plan):
+                run.report.warn(fault)
 
 
 def _try(run: Run) -> None:

@@ -83,7 +83,7 @@ class _Branch(torch.autograd.Function):
         seeds = this.inner.seeds(), this.outer.seeds()
         room = _normed(rows, this, seeds[0])
         u, inner = this.inner.product(room), room.kept()
-        del room
+        del room  # before there is another one
         room = this.outer.room(len(rows), rows)
         hold = keep is not None and keep > Keep.INPUT
         held = [

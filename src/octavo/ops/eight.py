@@ -97,13 +97,6 @@ def transpose_into(codes: Tensor, out: Tensor) -> None:
     out.copy_(codes.T.float())
 
 
-def turned(codes: Tensor, kind: torch.dtype) -> Tensor:
-    """(K, N) of codes (N, K), as the product of a gradient reads a weight."""
-    out = codes.new_empty(codes.shape[::-1], dtype=kind)
-    transpose_into(codes, out)
-    return out
-
-
 @twin
 def product_into(
     codes: Tensor,

@@ -242,7 +242,9 @@ class Wide:
 def turned_codes(codes: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (K, N) as backward multiplies with them, absmax (N,)), written anew."""
     weight, absmax = codes(like)
-    return eight.turned(weight, eight.gradient_type(like.device)), absmax
+    turned = weight.new_empty(weight.shape[::-1], dtype=eight.gradient_type(like.device))
+    eight.transpose_into(weight, turned)
+    return turned, absmax
 
 
 def _with_channels(beside: eight.Beside | None, x: Tensor, weight: Tensor, absmax: Tensor, own: Apart) -> eight.Beside:

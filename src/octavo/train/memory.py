@@ -96,7 +96,7 @@ class Planner:
     def best(self, budget_bytes: float) -> Plan | None:
         """The plan with the shortest step within the budget; None if there is none."""
         fitting: list[Plan] = []
-        limit = MARGIN * budget_bytes
+        limit, in_eight = MARGIN * budget_bytes, turned_bytes(self.model) > 0
         for rows in _halvings(self.batch):
             for offload in self.offloads:
                 plan = self._fullest(rows, limit, offload)
@@ -104,16 +104,16 @@ class Planner:
                     continue
                 fitting.append(plan)
                 if plan.keep == self._all(Keep.ALL):
-                    turned = self._turned(plan, limit)
+                    turned = self._turned(plan, limit) if in_eight else []
                     fitting += turned
-                    if turned or not turned_bytes(self.model):  # fewer rows, or less on the card, could only be slower
+                    if turned or not in_eight:  # fewer rows, or less on the card, could only be slower
                         return min(fitting, key=self._cost)
                     break  # fewer rows may leave room for transposed weights
         return min(fitting, key=self._cost, default=None)
 
     def _turned(self, plan: Plan, limit: float) -> list[Plan]:
         """The plan, in which every layer keeps all, with weights kept transposed as well, if that fits."""
-        if plan.offload or not turned_bytes(self.model):
+        if plan.offload:
             return []
         found = self.plan(plan.keep, plan.rows, turned=True)
         return [found] if found.peak_bytes <= limit else []
