@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -75,6 +77,52 @@ def test_a_way_that_fails_has_its_error_in_its_row(measure: ModuleType) -> None:
     row = measure.measured(setting(measure, "peft-nonsense", "gptj"))
     assert "KeyError" in row["note"]
     assert row["tokens_per_second"] is None
+
+
+def test_unsloth_loads_a_checkpoint_with_the_weights_of_every_way(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    way, shapes = import_module("unsloth_way"), import_module("shapes")
+    way.write_checkpoint(tmp_path / "it", "llama", seed=3, device="cpu", tiny=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    loaded = dict(model.named_parameters())
+    assert "lm_head.weight" in loaded
+    assert len(loaded) == 3 + 2 * 9
+    for name, found in loaded.items():
+        wanted = shapes.weight(name, tuple(found.shape), "cpu", torch.bfloat16, seed=3)
+        assert found.dtype == torch.bfloat16, name
+        assert torch.equal(found, wanted), name
+    assert model.config.rope_parameters["rope_theta"] == 500000.0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "it")
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_unsloth_comes_before_what_it_patches(tmp_path: Path) -> None:
+    """In the process of its row, run with an unsloth of ours that says what was loaded before it and fails."""
+    told = "import sys\nraise ImportError('after', {'transformers', 'peft', 'trl'} & {*sys.modules})\n"
+    (tmp_path / "unsloth.py").write_text(told)
+    for name in ("unsloth", "unsloth_zoo", "trl"):
+        (tmp_path / f"{name}-7.dist-info").mkdir()
+        (tmp_path / f"{name}-7.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 7\n")
+    finetune = import_module("finetune")
+    row = {"way": "unsloth-nf4", "model": "llama", "tiny": True, "seq_len": 16}
+    command = [sys.executable, str(BENCHMARKS / "finetune.py"), "--one", json.dumps(row)]
+    env = finetune.environment({"PYTHONPATH": f"{tmp_path}:{BENCHMARKS.parent / 'src'}"})
+    ran = subprocess.run(command, capture_output=True, text=True, env=env)
+    found = finetune.last_row(ran.stdout)
+    assert found["note"] == "unsloth 7, unsloth_zoo 7, trl 7; ImportError: ('after', set())", ran.stderr
+    assert found["scheme"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("way", "model", "tokens", "said"),
+    [("unsloth-int8", "llama", 16, "KeyError"), ("unsloth-nf4", "llama", 4096, "rows of 4096 tokens")],
+)
+def test_unsloth_refuses_what_it_would_not_measure(
+    measure: ModuleType, way: str, model: str, tokens: int, said: str
+) -> None:
+    assert said in measure.measured(setting(measure, way, model, seq_len=tokens))["note"]
 
 
 def test_compare_gradients_finds_the_adapter_that_differs(measure: ModuleType) -> None:

@@ -432,6 +432,21 @@ def test_a_card_for_8_bits_says_whether_it_takes_them(
     assert f"Products: {said}" in (tmp_path / "said").read_text()
 
 
+@pytest.mark.usefixtures("roads")
+@pytest.mark.parametrize(
+    ("hopper", "untested"), [(True, "Triton 9.9; it is tested with 3.6"), (True, ""), (False, "x")]
+)
+def test_a_hopper_says_which_kernel_it_goes_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopper: bool, untested: str
+) -> None:
+    monkeypatch.setattr(plan, "kernels_missing", lambda: "")
+    monkeypatch.setattr(plan, "gluon_untested", lambda: untested)
+    with Report(console=False, metrics=tmp_path / "said") as report:
+        plan.choose_road(MemoryOptions(), replace(RTX_3060, eight=True, hopper=hopper), report)
+    told = f"Kernels: Triton (without the product in 8 bits for Hopper: {untested})."
+    assert (told in (tmp_path / "said").read_text()) == bool(hopper and untested)
+
+
 @pytest.mark.parametrize(("asked", "peak", "words"), [
     (None, 98, ""), (None, 99, "no plan fits"), (None, 150, "no plan fits"), (Keep.ALL, 100, ""),
     (Keep.ALL, 101, "--activations"),

@@ -27,6 +27,7 @@ BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 # CUDA's compute capability: RTX 30 and A100; RTX 40, L4, H100 and newer.
 EIGHT_FROM, FP8_FROM = (8, 0), (8, 9)
+HOPPER = 9
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Hardware:
     reason: str
     name: str
     eight: bool = False  # whether it is a card for products in 8 bits
+    hopper: bool = False  # H100, H200: a generation with instructions of its own
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
     chosen = dtype if dtype != "auto" else "bfloat16" if able else "float16"
     has = "the card multiplies bfloat16" if able else "the card is too old for bfloat16"
     reason = f"Computing on {name} ({chosen_device}) in {chosen}: {has if dtype == 'auto' else 'as asked'}."
-    eight = torch.cuda.get_device_capability(chosen_device) >= EIGHT_FROM
-    return Hardware(chosen_device, getattr(torch, chosen), reason, name, eight)
+    capability = torch.cuda.get_device_capability(chosen_device)
+    kind = getattr(torch, chosen)
+    return Hardware(chosen_device, kind, reason, name, capability >= EIGHT_FROM, capability[0] == HOPPER)
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

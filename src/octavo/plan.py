@@ -25,7 +25,7 @@ from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.attention import use_attention
 from octavo.ops.branch import Keep
 from octavo.ops.quantize import SCHEMES, Scheme
-from octavo.ops.twins import kernels_missing, use_kernels
+from octavo.ops.twins import gluon_untested, kernels_missing, use_kernels
 from octavo.report import Report
 from octavo.run import check_context, chosen_scheme, open_model
 from octavo.store import adapter
@@ -169,7 +169,7 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
     if hardware.device.type != "cuda":
         return
     missing = kernels_missing()
-    kernels = "off, as asked" if not options.kernels else f"off ({missing})" if missing else "Triton"
+    kernels = "off, as asked" if not options.kernels else f"off ({missing})" if missing else _triton(hardware)
     steps = "recorded as CUDA graphs" if options.record else "launched kernel by kernel, as asked"
     report.say(
         f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Products: {_products(options, hardware)}."
@@ -178,6 +178,12 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
     if asked is not None:
         total = torch.cuda.get_device_properties(hardware.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), hardware.device)
+
+
+def _triton(hardware: Hardware) -> str:
+    """Which of Triton's kernels, where that is not all that there are for this card."""
+    left_out = gluon_untested() if hardware.hopper else ""
+    return f"Triton (without the product in 8 bits for Hopper: {left_out})" if left_out else "Triton"
 
 
 def _products(options: MemoryOptions, hardware: Hardware) -> str:

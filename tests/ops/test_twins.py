@@ -298,6 +298,7 @@ CASES: dict[str, list[Case]] = {
         product(130, 272, 144, eight.FP8, rank=16), product(300, 32, 1040, eight.FP8, scaled=True, bias=True, rank=8),
         product(130, 400, 144, torch.int8, rank=16, spans=True), product(7, 128, 32, torch.int8, spans=True),
         product(9, 272, 48, torch.int8, bias=True, onto="own", spans=True),
+        product(300, 1040, 1040, torch.int8, scaled=True, bias=True, rank=80, onto="own"),
     ],
     "quantize.codes_into": [plain_codes(9, 1111, 1.0), plain_codes(2, 4500, 2.0**-7)],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
@@ -337,11 +338,13 @@ CASES: dict[str, list[Case]] = {
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_a_product_in_8_bits_without_a_copy_engine_is_the_same(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("engine", [True, False], ids=["after", "before"])
+def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
+    engine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on cards before compute capability 9.0."""
-    monkeypatch.setattr(eight_kernels(), "has_engine", lambda _: False)
+    """After it with the copy engine, before it without."""
+    monkeypatch.setattr(eight_kernels(), "_is_hopper", lambda _: False)
+    monkeypatch.setattr(eight_kernels(), "has_engine", lambda _: engine)
     test_a_twin_is_its_definition("eight.product_into", dtype)
 
 

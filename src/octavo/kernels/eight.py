@@ -3,6 +3,7 @@
 A program of the product goes from tile to tile; the copy engine brings the next inputs while the tensor cores work.
 Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
 written twice. Cards without a copy engine get addresses instead: of these Triton makes loads that run ahead as well.
+A Hopper has a kernel of its own for the product, in kernels/hopper.py.
 
 Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
 """
@@ -18,8 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.hardware import HOPPER
 from octavo.ops.eight import FP8_LARGEST, SPAN, Beside
 from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.twins import gluon_untested
 
 
 class Tile(NamedTuple):
@@ -57,6 +60,14 @@ def product_into(
     beside: Beside | None = None,
     onto: Tensor | None = None,
 ) -> None:
+    if beside is not None:
+        beside = Beside(*map(_readable, beside))
+    if _is_hopper(out.device):
+        from octavo.kernels import hopper  # which needs a Triton with Gluon
+
+        if hopper.fits(out, scale):
+            hopper.product_into(codes, scale, weight, out, absmax, bias, bias_start, beside, onto)
+            return
     (m, k), n = codes.shape, len(weight)
     spans = scale.ndim == 2
     tile = _tile(out.device, out.itemsize, spans)
@@ -65,7 +76,7 @@ def product_into(
     if beside is not None:
         count = beside.t.shape[1]
         width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
-        read[2:] = map(_readable, beside)
+        read[2:] = beside
     shapes = [(high, wide) for wide in (tile.inputs, width) for high in (tile.rows, tile.columns)]
     sources = [
         TensorDescriptor.from_tensor(x, list(shape)) if engine else x for x, shape in zip(read, shapes, strict=True)
@@ -86,6 +97,12 @@ def product_into(
 def has_engine(device: torch.device) -> bool:
     """Whether the card has a copy engine for tiles (TMA): from compute capability 9.0 on."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether products go to kernels/hopper.py, of which the others know nothing."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER and not gluon_untested()
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 TWINS: dict[str, Callable[..., Any]] = {}  # "room.name" -> definition: every operation that has a twin
 RESULTS: dict[str, Callable[[Tensor], Tensor]] = {}  # name -> what it returns, from its first argument; else nothing
 OBSERVERS: list[Callable[[str, list[Tensor]], None]] = []  # told of what is rehearsed: name, what it reads and writes
+GLUON = ("3.6", "3.7")  # versions of Triton whose Gluon is known
 _chosen: bool | None = None  # as `use_kernels` said; None: wherever they run
 
 
@@ -36,6 +37,18 @@ def kernels_missing() -> str:
     if find_spec("octavo.kernels") is None:
         return "octavo/kernels is not there"
     return ""
+
+
+@functools.cache
+def gluon_untested() -> str:
+    """Why kernels in Gluon, Triton's experimental language, are left out (kernels/hopper.py); "" if they are not.
+
+    Its names change between versions, so a version counts once its kernels were compiled and compared with it.
+    """
+    version = import_module("triton").__version__
+    if version.startswith(tuple(f"{tested}." for tested in GLUON)):
+        return ""
+    return f"Triton {version}; it is tested with {' and '.join(GLUON)}"
 
 
 def kernels_run_on(tensor: Tensor) -> bool:

@@ -1,0 +1,203 @@
+"""The product in 8 bits on Hopper (compute capability 9.0), where warps have different work. Definition: ops/eight.py.
+
+One warp lets the copy engine fill a ring of stages; two groups of four multiply them, each for its half of a tile's
+rows, and always have one multiplication under way while they ask for the next. The ring runs on while a tile is scaled
+and stored. A thin product is one more stage: the same bytes hold half as many columns of a 2-byte type.
+
+In Gluon, which says what Triton's compiler would have to find. It is experimental, so only versions of Triton for which
+this is tested take it (ops/twins.py); with others the product is that of kernels/eight.py, with the same results.
+
+Legend as there; a stage holds (BM, BK) inputs and (BN, BK) weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.ops.eight import Beside
+from octavo.ops.quantize import INT8_LEVELS
+
+ROWS, COLUMNS, INPUTS, STAGES = 128, 256, 128, 3  # of a tile; three stages and a tile of results fill shared memory
+GROUP = 16  # tiles of a column that follow each other; 8 was up to 8 % slower on 16,384 rows (one H100)
+BYTES = gl.NVMMASharedLayout(128, 8, 2)
+SHORTS = gl.NVMMASharedLayout(128, 16, 2)
+
+
+def fits(out: Tensor, scale: Tensor) -> bool:
+    """Whether a product is one of these: one scale a row, results of 2 bytes that the copy engine can store."""
+    aligned = out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and out.stride(1) == 1
+    return out.itemsize == 2 and scale.ndim == 1 and aligned
+
+
+def product_into(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    absmax: Tensor | None,
+    bias: Tensor | None,
+    bias_start: int,
+    beside: Beside | None,
+    onto: Tensor | None,
+) -> None:
+    (m, k), n = codes.shape, len(weight)
+    t, b = (out, out) if beside is None else beside
+    tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
+    programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
+    read = [
+        TensorDescriptor.from_tensor(x, [high, wide], layout)
+        for x, high, wide, layout in (
+            (codes, ROWS, INPUTS, BYTES), (weight, COLUMNS, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
+            (b, COLUMNS, INPUTS // 2, SHORTS), (out, ROWS // 2, COLUMNS, SHORTS),
+        )
+    ]  # fmt: skip
+    _product[(programs,)](
+        *read, scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
+        bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
+        onto.stride(0) if onto is not None else 0, m, n, k, programs, codes.dtype == torch.int8, absmax is not None,
+        bias is not None, t.shape[1] if beside is not None else 0, onto is not None, INT8_LEVELS,
+        ROWS, COLUMNS, INPUTS, GROUP, STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _product(
+    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, onto, onto_stride, m, n, k, programs,
+    INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, BESIDE: gl.constexpr, ONTO: gl.constexpr,
+    LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    own = gl.allocate_shared_memory(inputs.dtype, [STAGES, BM, BK], inputs.layout)
+    other = gl.allocate_shared_memory(weights.dtype, [STAGES, BN, BK], weights.layout)
+    results = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)  # both groups have to be done with it
+    ring, sizes = (own, other, full, empty), (m, n, k, programs)
+    joined = (scale, absmax, bias, bias_start, bias_stop, onto, onto_stride)
+    gl.warp_specialize(
+        [
+            (_multiply, (0, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, BESIDE, ONTO, LEVELS, GROUP)),
+            (_multiply, (1, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, BESIDE, ONTO, LEVELS, GROUP)),
+            (_bring, (ring, inputs, weights, t, b, sizes, BESIDE, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip  (warps of the second group and of the one that brings; registers of a thread)
+
+
+@gluon.jit
+def _place(tile, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
+    """(the first row, the first column) of a tile."""
+    high, wide = gl.cdiv(m, BM), gl.cdiv(n, BN)
+    band = tile // (GROUP * wide) * GROUP
+    tall = gl.minimum(high - band, GROUP)
+    return (band + tile % (GROUP * wide) % tall) * BM, tile % (GROUP * wide) // tall * BN
+
+
+@gluon.jit
+def _bring(ring, inputs, weights, t, b, sizes, BESIDE: gl.constexpr, GROUP: gl.constexpr):
+    """What one warp does: stages of inputs and weights, one after another, wherever a stage is empty."""
+    own, other, full, empty = ring
+    m, n, k, programs = sizes
+    STAGES: gl.constexpr = own.shape[0]
+    BM: gl.constexpr = own.shape[1]
+    BN: gl.constexpr = other.shape[1]
+    BK: gl.constexpr = own.shape[2]
+    THIN: gl.constexpr = BK // 2
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
+        top, left = _place(tile, m, n, BM, BN, GROUP)
+        for start in range(0, k, BK):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (BM + BN) * BK)
+            tma.async_copy_global_to_shared(inputs, [top, start], full.index(stage), own.index(stage))
+            tma.async_copy_global_to_shared(weights, [left, start], full.index(stage), other.index(stage))
+            step += 1
+        for start in gl.static_range(0, BESIDE, THIN):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (BM + BN) * BK)
+            slim_own = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout)
+            slim_other = other.index(stage)._reinterpret(b.dtype, [BN, THIN], b.layout)
+            tma.async_copy_global_to_shared(t, [top, start], full.index(stage), slim_own)
+            tma.async_copy_global_to_shared(b, [left, start], full.index(stage), slim_other)
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    PART: gl.constexpr, ring, results, t, out, joined, sizes, INT8: gl.constexpr, SCALED: gl.constexpr,
+    BIAS: gl.constexpr, BESIDE: gl.constexpr, ONTO: gl.constexpr, LEVELS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """What a group of four warps does: half of the rows of each tile."""
+    own, other, full, empty = ring
+    scale, absmax, bias, bias_start, bias_stop, onto, onto_stride = joined
+    m, n, k, programs = sizes
+    STAGES: gl.constexpr = own.shape[0]
+    BM: gl.constexpr = own.shape[1]
+    BN: gl.constexpr = other.shape[1]
+    BK: gl.constexpr = own.shape[2]
+    HALF: gl.constexpr = BM // 2
+    THIN: gl.constexpr = BK // 2
+    WIDE: gl.constexpr = 128 if INT8 else BN  # columns of an instruction: Triton makes none of int8 with 256
+    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
+    slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    mine = results.index(PART)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
+        top, left = _place(tile, m, n, BM, BN, GROUP)
+        total = warpgroup_mma_init(gl.zeros((HALF, BN), gl.int32 if INT8 else gl.float32, whole))
+        for start in range(0, k, BK):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            rows = own.index(stage).slice(PART * HALF, HALF)
+            total = warpgroup_mma(rows, other.index(stage).permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(total,)))
+            if start > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        total = warpgroup_mma_wait(0, deps=(total,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        y = gl.convert_layout(total, slim, assert_trivial=True).to(gl.float32)
+        row = top + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, slim))
+        column = left + gl.arange(0, BN, gl.SliceLayout(0, slim))
+        y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
+        if SCALED:
+            y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
+        if BIAS:
+            there = (column >= bias_start) & (column < bias_stop)
+            y += gl.load(bias + column - bias_start, mask=there, other=0)[None, :]
+        for _ in gl.static_range(0, BESIDE, THIN):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            rows = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout).slice(PART * HALF, HALF)
+            columns = other.index(stage)._reinterpret(t.dtype, [BN, THIN], t.layout)
+            y = warpgroup_mma(rows, columns.permute((1, 0)), y)
+            mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+        if ONTO:
+            inside = (row[:, None] < m) & (column[None, :] < n)
+            at = onto + row[:, None].to(gl.int64) * onto_stride + column[None, :]
+            y += gl.load(at, mask=inside, other=0).to(gl.float32)
+        tma.store_wait(0)  # the tile before has left
+        mine.store(y.to(out.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [top + PART * HALF, left], mine)
+    tma.store_wait(0)
