@@ -17,22 +17,24 @@ from octavo.ops import twins
 # Prints what the tensor cores are told, and whether one multiplication is under way while the next is asked for.
 COMPILED = """
 import re
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels import hopper
 
+stages, cuts = hopper.RINGS[torch.{type}]
 names = [p.name for p in hopper._product.params]
 constants = {{
     "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "BESIDE": 80, "ONTO": True, "LEVELS": 127, "BM": hopper.ROWS,
-    "BN": hopper.COLUMNS, "BK": hopper.INPUTS, "GROUP": hopper.GROUP, "STAGES": hopper.STAGES,
+    "BN": hopper.COLUMNS, "BK": hopper.INPUTS, "GROUP": hopper.GROUP, "STAGES": stages, "CUTS": cuts,
 }}
 tiles = {{
     "inputs": ("{kind}", hopper.ROWS, hopper.INPUTS, hopper.BYTES),
     "weights": ("{kind}", hopper.COLUMNS, hopper.INPUTS, hopper.BYTES),
     "t": ("bf16", hopper.ROWS, hopper.INPUTS // 2, hopper.SHORTS),
     "b": ("bf16", hopper.COLUMNS, hopper.INPUTS // 2, hopper.SHORTS),
-    "out": ("bf16", hopper.ROWS // 2, hopper.COLUMNS, hopper.SHORTS),
+    "out": ("bf16", hopper.ROWS // 2, hopper.COLUMNS // cuts, hopper.SHORTS),
 }}
 signature = dict.fromkeys(names, "i32")
 signature |= {{name: f"tensordesc<{{t}}[{{h}}, {{w}}],{{l!r}}>" for name, (t, h, w, l) in tiles.items()}}
@@ -46,12 +48,15 @@ print(" ".join(each.strip(". ") for each in told))
 """
 
 
-@pytest.mark.parametrize(("kind", "told"), [("i8", "m64n128k32.s32.s8.s8"), ("fp8e4nv", "m64n256k32.f32.e4m3.e4m3")])
-def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, told: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [("i8", "int8", "m64n128k32.s32.s8.s8"), ("fp8e4nv", "float8_e4m3fn", "m64n256k32.f32.e4m3.e4m3")],
+)
+def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, name: str, told: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
-        [sys.executable, "-c", COMPILED.format(kind=kind, int8=kind == "i8")], env=environment, capture_output=True,
-        text=True, check=False,
+        [sys.executable, "-c", COMPILED.format(kind=kind, type=name, int8=kind == "i8")], env=environment,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     shared, instructions = ran.stdout.strip().splitlines()

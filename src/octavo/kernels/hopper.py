@@ -30,7 +30,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.ops.eight import Beside
 from octavo.ops.quantize import INT8_LEVELS
 
-ROWS, COLUMNS, INPUTS, STAGES = 128, 256, 128, 3  # of a tile; three stages and a tile of results fill shared memory
+ROWS, COLUMNS, INPUTS = 128, 256, 128  # of a tile
+# (stages, parts in which a tile's results leave): they fill shared memory. With int8 four stages are up to 13 % faster
+# than three and a whole tile of results, with fp8 up to 5 % slower (one H100, docs/log.md).
+RINGS = {torch.int8: (4, 2), torch.float8_e4m3fn: (3, 1)}
 GROUP = 16  # tiles of a column that follow each other; 8 was up to 8 % slower on 16,384 rows (one H100)
 BYTES = gl.NVMMASharedLayout(128, 8, 2)
 SHORTS = gl.NVMMASharedLayout(128, 16, 2)
@@ -56,12 +59,13 @@ def product_into(
     (m, k), n = codes.shape, len(weight)
     t, b = (out, out) if beside is None else beside
     tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
+    stages, cuts = RINGS[codes.dtype]
     programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
     read = [
         TensorDescriptor.from_tensor(x, [high, wide], layout)
         for x, high, wide, layout in (
             (codes, ROWS, INPUTS, BYTES), (weight, COLUMNS, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
-            (b, COLUMNS, INPUTS // 2, SHORTS), (out, ROWS // 2, COLUMNS, SHORTS),
+            (b, COLUMNS, INPUTS // 2, SHORTS), (out, ROWS // 2, COLUMNS // cuts, SHORTS),
         )
     ]  # fmt: skip
     _product[(programs,)](
@@ -69,7 +73,7 @@ def product_into(
         bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
         onto.stride(0) if onto is not None else 0, m, n, k, programs, codes.dtype == torch.int8, absmax is not None,
         bias is not None, t.shape[1] if beside is not None else 0, onto is not None, INT8_LEVELS,
-        ROWS, COLUMNS, INPUTS, GROUP, STAGES, num_warps=4,
+        ROWS, COLUMNS, INPUTS, GROUP, stages, cuts, num_warps=4,
     )  # fmt: skip
 
 
@@ -78,11 +82,11 @@ def _product(
     inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, onto, onto_stride, m, n, k, programs,
     INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, BESIDE: gl.constexpr, ONTO: gl.constexpr,
     LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, CUTS: gl.constexpr,
 ):  # fmt: skip
     own = gl.allocate_shared_memory(inputs.dtype, [STAGES, BM, BK], inputs.layout)
     other = gl.allocate_shared_memory(weights.dtype, [STAGES, BN, BK], weights.layout)
-    results = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN], out.layout)
+    results = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN // CUTS], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -196,8 +200,20 @@ def _multiply(
             inside = (row[:, None] < m) & (column[None, :] < n)
             at = onto + row[:, None].to(gl.int64) * onto_stride + column[None, :]
             y += gl.load(at, mask=inside, other=0).to(gl.float32)
-        tma.store_wait(0)  # the tile before has left
-        mine.store(y.to(out.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [top + PART * HALF, left], mine)
+        short = y.to(out.dtype)
+        if mine.shape[1] == BN:
+            _send(short, mine, out, top + PART * HALF, left)
+        else:
+            lower, upper = gl.split(short.reshape((HALF, 2, BN // 2)).permute((0, 2, 1)))
+            _send(gl.convert_layout(lower, slim), mine, out, top + PART * HALF, left)
+            _send(gl.convert_layout(upper, slim), mine, out, top + PART * HALF, left + BN // 2)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _send(results, through, out, row, column):
+    """Stores results by the copy engine, once what went the same way before has left."""
+    tma.store_wait(0)
+    through.store(results)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], through)
