@@ -84,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--suite", choices=SUITES, help="a named list of rows; --rows then keeps only those ways of it")
-    add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4-8bit, ..")
+    add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4-8bit, unsloth-nf4..")
     add("--model", choices=["gptj", "llama"], help="without --suite: gptj; with it: keep only this one's rows")
     add("--batch", type=int, default=1)
     add("--seq-len", type=int, default=2048)

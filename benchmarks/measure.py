@@ -67,8 +67,10 @@ class Setting:
 def run_one(row: Setting, *, wait: bool) -> None:
     """Measures a row and prints it as one JSON line, whatever happens. `wait`: once a line comes on stdin."""
     import torch  # noqa: F401
-    from transformers.models.gptj import modeling_gptj  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    if not row.way.startswith("unsloth"):  # it replaces parts of transformers: it comes first, and asks for the card
+        from transformers.models.gptj import modeling_gptj  # noqa: F401
+        from transformers.models.llama import modeling_llama  # noqa: F401
 
     if wait and not sys.stdin.readline():  # the GPU is another row's until then: the imports do not touch it
         return
@@ -144,7 +146,7 @@ def _measure_(row: Setting, result: dict[str, Any]) -> None:
 
 
 def _built(row: Setting, device: torch.device, result: dict[str, Any]) -> Trainable:
-    """The way of a row, loaded. The ways called octavo... are of octavo_way.py beside this file."""
+    """The way of a row, loaded. Those called octavo... and unsloth... are of octavo_way.py and unsloth_way.py."""
     if row.way.startswith("octavo"):
         ours = import_module("octavo_way")
         result["scheme"] = row.way.removeprefix("octavo").strip("-")
@@ -152,6 +154,14 @@ def _built(row: Setting, device: torch.device, result: dict[str, Any]) -> Traina
         asked = {"device": device, "tiny": row.tiny, "batch": row.batch, "seq_len": row.seq_len, "cap_bytes": cap}
         way: Trainable = ours.build(row.way, row.model, seed=row.seed, **asked)
         return way
+    if row.way.startswith("unsloth"):
+        theirs = import_module("unsloth_way")
+        result["scheme"] = theirs.scheme_of(row.way)
+        if row.seq_len > theirs.LONGEST:
+            raise ValueError(f"rows of {row.seq_len} tokens: unsloth_way.py loads the model for {theirs.LONGEST}")
+        add_note_(result, theirs.versions())
+        peer: Trainable = theirs.build(row.way, row.model, seed=row.seed, device=device, tiny=row.tiny)
+        return peer
     import peers
 
     result["scheme"] = peers.scheme_of(row.way)
