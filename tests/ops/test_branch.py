@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ PIECES: dict[str, tuple[Piece, ...]] = {
     "attention": (Attention(HEADS, 1, HEAD_SIZE, HALF),),
     "gated MLP": (Swiglu(MLP_WIDTH),),
 }
+PIECES |= {f"{kind}, by name": PIECES[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
 every_kind = pytest.mark.parametrize("kind", PIECES)
 every_keep = pytest.mark.parametrize("keep", list(Keep))
 RANK = 2
@@ -37,7 +39,11 @@ KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 class Case:
-    """A branch with everything trained on it. `leaves` are x, then all that is trained, in its order."""
+    """A branch with everything trained on it. `leaves` are x, then all that is trained, in its order.
+
+    "by name": a pair for every name instead of one for the inner product, and its bias is not trained, as people train:
+    then pairs learn in an activation's backward.
+    """
 
     def __init__(self, kind: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -47,10 +53,18 @@ class Case:
 
         self.pieces, self.dropout = PIECES[kind], dropout
         self.inner_rows = sum(piece.inputs for piece in self.pieces)
-        bias = kind != "gated MLP"
+        self.by_name, bias = "by name" in kind, "gated MLP" not in kind
         self.weights = [random(self.inner_rows, WIDTH)] + [random(WIDTH, piece.outputs) for piece in self.pieces]
         norm = [random(WIDTH) + 1] + ([random(WIDTH)] if bias else [])
-        inner = [random(RANK, WIDTH), random(self.inner_rows, RANK)] + ([random(self.inner_rows)] if bias else [])
+        self.spans = [self.inner_rows]
+        if self.by_name:
+            self.spans = [
+                n for piece in self.pieces for n in [piece.inputs // (piece.learns or 1)] * (piece.learns or 1)
+            ]
+        inner = [factor for n in self.spans for factor in (random(RANK, WIDTH), random(n, RANK))]
+        self.bias = random(self.inner_rows) if bias else None
+        if self.bias is not None and not self.by_name:
+            inner.append(self.bias)
         outer = [factor for piece in self.pieces for factor in (random(RANK, piece.outputs), random(WIDTH, RANK))]
         self.sizes = [len(norm), len(inner), len(outer)]
         self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer]
@@ -60,7 +74,12 @@ class Case:
 
     def branch(self, *trained: Tensor) -> Branch:
         norm, inner, outer = _split(list(trained), self.sizes)
-        low, bias = (LowRank(0, self.inner_rows, inner[0], inner[1], 0.5),), inner[2] if len(inner) > 2 else None
+        stops = list(accumulate(self.spans))
+        low = tuple(
+            LowRank(stop - span, stop, a, b, 2.5 if self.by_name else 0.5)
+            for span, stop, a, b in zip(self.spans, stops, inner[::2], inner[1::2], strict=False)
+        )
+        bias = self.bias if self.by_name or self.bias is None else inner[-1]
         first = Frozen(self.inner_rows, WIDTH, _filling(self.weights[0]), bias, 0, low, self.dropout)
         parts = [
             Frozen(WIDTH, piece.outputs, _filling(weight), None, 0, (LowRank(0, WIDTH, a, b, 2.0),), self.dropout)
@@ -174,10 +193,10 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, 
     this = case.branch(*case.leaves[1:])
     thin = ROWS * sum(wide.width - wide.inputs for wide in (this.inner, this.outer)) * 4
     assert held[Keep.INPUT] == thin  # beside x, which was there before
-    attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if kind != "gated MLP" else 0  # its output and log-sums
+    attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if "gated MLP" not in kind else 0  # its output and log-sums
     if kind == "attention":
         attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and holds the copies
-    if packed and kind != "gated MLP":
+    if packed and "gated MLP" not in kind:
         attention += BATCH * LENGTH * LENGTH * 4  # and takes the mask in numbers
     assert held[Keep.ATTENTION] == thin + attention
     assert held[Keep.ALL] == thin + attention + ROWS * case.inner_rows * 4  # and u

@@ -74,8 +74,8 @@ def test_forward_is_the_definition(name: str, packed: bool, hold: bool, joined: 
     room = room_of(piece, joined=joined)
     held = piece.forward(u, room, context, hold=hold)
     room.add().fill_(9)
-    torch.testing.assert_close(room.parts[1], plain_of(piece, plain, context))
-    assert all(bool((other == 9).all()) for other in room.parts[::2])
+    torch.testing.assert_close(room.standing[1], plain_of(piece, plain, context))
+    assert all(bool((other == 9).all()) for other in room.standing[::2])
     assert untouched_beside(u)
     assert held is None or hold
 
@@ -99,6 +99,7 @@ def test_backward_writes_the_gradient_over_u_and_gives_the_output_once_more(name
     if how == "all made again":
         held = piece.hold(u, context)
     found = piece.backward_(u, dout, held, context)
+    assert isinstance(found, Tensor)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
     torch.testing.assert_close(found, y.detach(), rtol=1e-6, atol=1e-6)
     assert untouched_beside(u)

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import adam, attention, decode, eight, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
+from octavo.ops import adam, attention, coding, decode, eight, learn, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
 from octavo.ops.attention import rotary_table
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
+from octavo.ops.room import Coding
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
 
 Case = Callable[[torch.dtype], tuple[tuple[object, ...], dict[str, object], Tensor]]
@@ -88,6 +89,34 @@ def pitches(inputs: int, outputs: int, *, over: str) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, dy = aligned(64, inputs, dtype), aligned(64, outputs + 8, dtype)[:, :outputs]
         return (x, dy), {}, x if over == "x" else dy
+
+    return make
+
+
+def coded(parts: int, m: int, f: int, *, rank: int) -> Case:
+    """What pairs make of an activation that is coded; its codes are looked at in test_coding.py."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        t, a = columns(m, rank, dtype), (torch.randn(rank, f) * f**-0.5).to(dtype)
+        return (columns(m, parts * f, dtype), Coding(torch.zeros(m, f).to(torch.int8), torch.zeros(m), a, t)), {}, t
+
+    return make
+
+
+def learning(parts: int, f: int, *, rank: int, behind: int, result: str, to_t: bool = True) -> Case:
+    """An activation's backward of one program; `result` is what is looked at."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, dy, m = aligned(70, parts * f, dtype), aligned(70, f, dtype), 70
+        b = torch.randn(parts * f, rank).to(dtype) * f**-0.5 if to_t else None
+        sides = learn.Sides(aligned(m, parts * rank, dtype) * m**-0.5, b, aligned(m, behind, dtype) * m**-0.5)
+        sums = [
+            torch.zeros(1, high + 5, wide)[:, 2 : high + 2] for high, wide in ((m, parts * rank), (parts * f, rank))
+        ]
+        to_a = torch.zeros(1, behind + 5, f)[:, 2 : behind + 2]
+        found = learn.Sums(sums[0] if to_t else None, sums[1], to_a)
+        wanted = {"x": x, "t": sums[0], "b": sums[1], "a": to_a}[result]
+        return (x, dy, sides, found), {}, wanted
 
     return make
 
@@ -270,6 +299,8 @@ def step_of_adam(n: int) -> Case:
 
 CASES: dict[str, list[Case]] = {
     "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
+    "coding.gelu_coded_into": [coded(1, 5, 1100, rank=5), coded(1, 33, 100, rank=16)],
+    "coding.swiglu_coded_into": [coded(2, 17, 1100, rank=24), coded(2, 16, 512, rank=3)],
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),
@@ -325,6 +356,14 @@ CASES: dict[str, list[Case]] = {
         rotation("half", 24, heads=9, rows=2, over=True), rotation("interleaved", 8, heads=9, over=True, back=True),
         rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),
     ],
+    "learn.gelu_learn_into": [
+        *(learning(1, 200, rank=16, behind=8, result=result) for result in "xtba"),
+        learning(1, 200, rank=5, behind=40, result="a", to_t=False), learning(1, 200, rank=40, behind=5, result="b"),
+    ],
+    "learn.swiglu_learn_into": [
+        *(learning(2, 200, rank=16, behind=8, result=result) for result in "xtba"),
+        learning(2, 72, rank=5, behind=40, result="t"),
+    ],
     "pairs.spread_into": [
         spread(70, 48, [(0, 30, 8, 2.0), (30, 50, 16, 0.5), (60, 70, 5, 3.0)]), spread(300, 16, [(0, 300, 16, 1.7)]),
         spread(20, 8, []), spread(5, 2100, [(1, 3, 2000, 1.0)]),
@@ -343,7 +382,7 @@ def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
     engine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After it with the copy engine, before it without."""
-    monkeypatch.setattr(eight_kernels(), "_is_hopper", lambda _: False)
+    monkeypatch.setattr(eight_kernels(), "gluon_runs_on", lambda _: False)
     monkeypatch.setattr(eight_kernels(), "has_engine", lambda _: engine)
     test_a_twin_is_its_definition("eight.product_into", dtype)
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.frozen import Frozen
-from octavo.ops.linear import LowRank
+from octavo.ops.linear import LowRank, mm_float32
 from octavo.ops.room import Room
-from octavo.ops.wide import ALIGNMENT, Wide, mm_float32
+from octavo.ops.wide import ALIGNMENT, Wide
 
 ROWS, OUT = 5, 11  # M, N
 Span = tuple[int, int, int, float]  # start, stop, rank, scaling

@@ -19,10 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.hardware import HOPPER
 from octavo.ops.eight import FP8_LARGEST, SPAN, Beside
 from octavo.ops.quantize import INT8_LEVELS
-from octavo.ops.twins import gluon_untested
+from octavo.ops.twins import gluon_runs_on
 
 
 class Tile(NamedTuple):
@@ -61,8 +60,8 @@ def product_into(
     onto: Tensor | None = None,
 ) -> None:
     if beside is not None:
-        beside = Beside(*map(_readable, beside))
-    if _is_hopper(out.device):
+        beside = Beside(*map(readable, beside))
+    if gluon_runs_on(out.device):
         from octavo.kernels import hopper  # which needs a Triton with Gluon
 
         if hopper.fits(out, scale):
@@ -99,13 +98,7 @@ def has_engine(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    """Whether products go to kernels/hopper.py, of which the others know nothing."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER and not gluon_untested()
-
-
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """x (.., C), copied where its rows do not start at a multiple of 16 bytes."""
     each = 16 // x.itemsize
     if x.data_ptr() % 16 == 0 and x.stride(0) % each == 0 and x.stride(1) == 1:

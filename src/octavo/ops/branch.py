@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from octavo.ops.learn import Learnt, Sides
 from octavo.ops.mix import Context, Held, Piece
 from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
 from octavo.ops.room import Room
-from octavo.ops.wide import Wide
+from octavo.ops.sides import Told, sides_of
+from octavo.ops.wide import Known, Wide
 
 
 class Keep(IntEnum):
@@ -115,17 +117,20 @@ class _Branch(torch.autograd.Function):
             u = this.inner.product(_normed(rows, this, inner))
             for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True):
                 piece.prepare_(own, context)
-        du, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner)
         wanted = ctx.needs_input_grad
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
+        to_norm = wanted[0] or any(norm_trained)
+        # An exact product with the gradient gives that of its pairs besides (ops/wide.py).
+        told = Told(inner, to_pairs=this.inner.in_eight or not to_norm)
+        du, known, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner, told)
         dn = None
-        if wanted[0] or any(norm_trained):
-            (dn,), dinner = this.inner.to_input(du, inner_seeds)
+        if to_norm:
+            (dn,), dinner = this.inner.to_input(du, inner_seeds, known=known)
         else:
-            dinner = this.inner.to_beside(du)
+            dinner = this.inner.to_beside(du, known)
         normed = torch.empty_like(rows)
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
-        inner_gradients = this.inner.to_trained(du, [normed], inner, dinner, inner_seeds)
+        inner_gradients = this.inner.to_trained(du, [normed], inner, dinner, inner_seeds, known)
         centred = this.norm.bias is not None
         norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
         if any(norm_trained):
@@ -160,14 +165,20 @@ def _outer_backward(
     context: Context,
     seeds: Sequence[int],
     inner: Tensor,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """(gradient to u, written over u; gradients of what is trained in the outer product)."""
+    told: Told,
+) -> tuple[Tensor, Known | None, list[Tensor | None]]:
+    """(gradient to u, written over u; what pairs of the inner product have learnt; gradients of what is trained in the
+    outer product)."""
+    columns = this.columns_of_u(u)
     if held is None:
-        held = [piece.hold(own, context) for piece, own in zip(this.pieces, this.columns_of_u(u), strict=True)]
+        held = [piece.hold(own, context) for piece, own in zip(this.pieces, columns, strict=True)]
     dmixed, dinner = this.outer.to_input(dy, seeds)
+    sides: list[Sides | None] = [None] * len(columns)
+    start, sides[-1] = sides_of(this.pieces[-1], this.inner, this.outer, told, dinner)
     mixed = [
-        piece.backward_(own, dout, one, context)
-        for piece, own, dout, one in zip(this.pieces, this.columns_of_u(u), dmixed, held, strict=True)
+        piece.backward_(own, dout, one, context, its)
+        for piece, own, dout, one, its in zip(this.pieces, columns, dmixed, held, sides, strict=True)
     ]
+    known = Known(start, mixed[-1]) if isinstance(mixed[-1], Learnt) else None
     del dmixed  # used up
-    return u, this.outer.to_trained(dy, mixed, inner, dinner, seeds)
+    return u, known, this.outer.to_trained(dy, mixed, inner, dinner, seeds)

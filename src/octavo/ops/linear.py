@@ -41,6 +41,15 @@ class LowRank(NamedTuple):
         return 1.0 if abs(self.scaling) < 1 else self.scaling
 
 
+def mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two short types, kept in float32."""
+    if a.is_meta:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def frozen_linear(
     x: Tensor,
     unpack: Unpack,

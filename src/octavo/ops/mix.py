@@ -2,7 +2,8 @@
 
 A piece reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer product. In
 backward the gradient is written over u, and the output, of which the outer product's pairs learn, over the gradient
-that came or where it stands already: so no second matrix of either size is needed.
+that came or where it stands already: so no second matrix of either size is needed. An activation's output is not
+written at all where pairs learn in the same pass (ops/learn.py) or, forward, where that codes it (ops/coding.py).
 
 Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
 """
@@ -19,9 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
+from octavo.ops.coding import gelu_coded_into, swiglu_coded_into
+from octavo.ops.learn import Learnt, Sides, gelu_learn_, swiglu_learn_
 from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
-from octavo.ops.room import Room
+from octavo.ops.room import Coding, Room
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
@@ -76,8 +79,16 @@ class Piece(Protocol):
         """What backward needs besides a prepared u."""
         ...
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
-        """Writes the gradient to u over u. The output once more, for which dout may be used up."""
+    @property
+    def learns(self) -> int:
+        """Of how many parts of u pairs can learn while the gradient is taken, each as wide as the output."""
+        ...
+
+    def backward_(
+        self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
+    ) -> Tensor | Learnt:
+        """Writes the gradient to u over u. The output once more, for which dout may be used up; or, with pairs on its
+        sides, what these learn."""
         ...
 
 
@@ -144,7 +155,11 @@ class Attention:
             out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
         return Held(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
+    learns = 0
+
+    def backward_(
+        self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
+    ) -> Tensor | Learnt:
         assert held is not None
         held.u.append(u)
         gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
@@ -181,7 +196,10 @@ class _Activation:
         return
 
     def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> None:
-        self.write(u, room.add())
+        if (coding := room.code()) is not None:
+            self.code(u, coding)
+        else:
+            self.write(u, room.add())
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
@@ -191,9 +209,14 @@ class _Activation:
     def write(self, u: Tensor, out: Tensor) -> None:
         raise NotImplementedError
 
+    def code(self, u: Tensor, coding: Coding) -> None:
+        raise NotImplementedError
+
 
 class Gelu(_Activation):
     """GPT-J's activation, in the tanh form."""
+
+    learns = 1
 
     @property
     def inputs(self) -> int:
@@ -205,13 +228,22 @@ class Gelu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
+    def code(self, u: Tensor, coding: Coding) -> None:
+        gelu_coded_into(u, coding)
+
+    def backward_(
+        self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
+    ) -> Tensor | Learnt:
+        if sides is not None:
+            return gelu_learn_(u, dout, sides)
         gelu_backward_(u, dout)
         return dout
 
 
 class Swiglu(_Activation):
     """silu(gate) * up; u is [gate | up]."""
+
+    learns = 2
 
     @property
     def inputs(self) -> int:
@@ -224,7 +256,14 @@ class Swiglu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
 
-    def backward_(self, u: Tensor, dout: Tensor, held: Held | None, context: Context) -> Tensor:
+    def code(self, u: Tensor, coding: Coding) -> None:
+        swiglu_coded_into(u, coding)
+
+    def backward_(
+        self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
+    ) -> Tensor | Learnt:
+        if sides is not None:
+            return swiglu_learn_(u, dout, sides)
         swiglu_backward_(u, dout)
         return dout
 

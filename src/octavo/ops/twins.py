@@ -12,7 +12,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
+
+from octavo.hardware import HOPPER
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
@@ -51,6 +54,12 @@ def gluon_untested() -> str:
     return f"Triton {version}; it is tested with {' and '.join(GLUON)}"
 
 
+@functools.cache
+def gluon_runs_on(device: torch.device) -> bool:
+    """Whether a card has kernels in Gluon: a Hopper, with a Triton that is tested."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER and not gluon_untested()
+
+
 def kernels_run_on(tensor: Tensor) -> bool:
     """Whether a call with this tensor goes to the twins."""
     return tensor.is_cuda and _chosen is not False and not kernels_missing()
@@ -69,10 +78,16 @@ def twin(definition: Operation) -> Operation:
     def run(first: Tensor, *rest: Any, **named: Any) -> Any:
         if first.is_meta:
             for observe in OBSERVERS:
-                observe(name, [first, *(x for x in rest if isinstance(x, Tensor))])
+                observe(name, [first, *_tensors(rest)])
             return RESULTS[name](first) if name in RESULTS else None
         if kernels_run_on(first):
             return getattr(import_module(f"octavo.kernels.{room}"), name)(first, *rest, **named)
         return definition(first, *rest, **named)
 
     return cast(Operation, run)
+
+
+def _tensors(given: tuple[Any, ...]) -> list[Tensor]:
+    """Those that are given, by themselves or in a tuple."""
+    each = [x for one in given for x in (one if isinstance(one, tuple) else (one,))]
+    return [x for x in each if isinstance(x, Tensor)]

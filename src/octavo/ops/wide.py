@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,21 @@ from torch import Tensor
 
 from octavo.ops import eight
 from octavo.ops.frozen import APART, Apart, Frozen, Trial, take_apart
-from octavo.ops.linear import LowRank
+from octavo.ops.learn import Learnt
+from octavo.ops.linear import LowRank, mm_float32
 from octavo.ops.pairs import spread_into, stacked
 from octavo.ops.quantize import INT8_LEVELS
-from octavo.ops.room import Room
+from octavo.ops.room import Room, Thin
 
+X = TypeVar("X")
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
+
+
+class Known(NamedTuple):
+    """What the pairs on the rows from `start` on have learnt already, in an activation's backward."""
+
+    start: int
+    learnt: Learnt
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,13 @@ class Wide:
     @property
     def trained(self) -> list[Tensor]:
         """What takes gradients, in the order in which `backward` gives them: A, B of each pair; then biases."""
-        factors = [tensor for pair in self._pairs for tensor in (pair.a, pair.b)]
+        factors = [tensor for pair in self.pairs for tensor in (pair.a, pair.b)]
         return factors + [part.bias for part in self.parts if part.bias is not None]
 
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the type and on the device of `like`, written anew."""
         wide = like.new_empty(self.parts[0].rows, self.width)
-        spread_into(wide[:, self.inputs :], self._pairs)
+        spread_into(wide[:, self.inputs :], self.pairs)
         start = 0
         for part in self.parts:
             part.fill(wide[:, start : start + part.columns])
@@ -86,17 +96,26 @@ class Wide:
     def beside(self, like: Tensor) -> Tensor:
         """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
         b = like.new_empty(self.parts[0].rows, self.width - self.inputs)
-        spread_into(b, self._pairs)
+        spread_into(b, self.pairs)
         return b
 
     @cached_property
-    def _pairs(self) -> list[LowRank]:
+    def pairs(self) -> list[LowRank]:
+        """Of all parts, in the order of their columns."""
         return [pair for part in self.parts for pair in part.pairs]
 
     def room(self, rows: int, like: Tensor) -> Room:
         """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
         columns = [part.columns for part in self.parts]
-        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight)
+        thins = [self._thin(number, like) for number in range(len(self.parts))]
+        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight, thins=thins)
+
+    def _thin(self, number: int, like: Tensor) -> Thin | tuple[()] | None:
+        """A part's pairs, if it may be coded as it comes: alone, all of its channels, with pairs that read it whole."""
+        part, start = self.parts[number], sum(part.rank for part in self.parts[:number])
+        if not self.in_eight or part.apart is not None or part.dropout:
+            return None
+        return Thin(lambda: stacked(part.pairs, like), start, start + part.rank) if part.rank else ()
 
     def seeds(self) -> list[int]:
         """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
@@ -105,7 +124,7 @@ class Wide:
     def complete_(self, room: Room, seeds: Sequence[int]) -> None:
         """Writes the columns beside the parts."""
         for part, x, column, seed in self._spans(room.parts, seeds):
-            if part.rank:
+            if part.rank and not isinstance(x, eight.Coded):  # else they came with the codes
                 inner = room.beside[:, column : column + part.rank]
                 torch.mm(_dropped(part, x, seed), stacked(part.pairs, x).T, out=inner)
         if room.beside.shape[1] > self.rank:
@@ -129,10 +148,13 @@ class Wide:
             beside = eight.Beside(room.beside[:, : self.rank], self.beside(like)[:, : self.rank])
         for part, x in zip(self.parts, room.parts, strict=True):
             assert part.codes is not None
-            others, (weight, absmax) = None, part.codes(x)
-            if part.apart is not None:
-                beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
-            coded = eight.coded(x, torch.int8, fold=others)
+            others, (weight, absmax) = None, part.codes(like)
+            if isinstance(x, eight.Coded):
+                coded = x
+            else:
+                if part.apart is not None:
+                    beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
+                coded = eight.coded(x, torch.int8, fold=others)
             eight.product_into(*coded, weight, out, absmax, part.bias, part.bias_start, beside, onto)
             onto, beside = out, None
         return out
@@ -142,19 +164,28 @@ class Wide:
     ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         """(gradients to the parts of the input (M, K_i) if asked for, gradients of `trained`), from dy (M, N)."""
         dx, dinner = self.to_input(dy, seeds, matrix) if to_input else (None, self.to_beside(dy))
-        return dx, self.to_trained(dy, room.parts, room.beside, dinner, seeds)
+        return dx, self.to_trained(dy, room.standing, room.beside, dinner, seeds)
 
-    def to_beside(self, dy: Tensor) -> Tensor:
+    def to_beside(self, dy: Tensor, known: Known | None = None) -> Tensor:
         """The gradient to the columns beside the input (M, C)."""
-        return dy @ self.beside(dy)
+        if known is None or known.learnt.t is None:
+            return dy @ self.beside(dy)
+        dinner = dy.new_zeros(len(dy), self.width - self.inputs)
+        column = self.rank - known.learnt.t.shape[1]
+        if column:
+            torch.mm(dy[:, : known.start], self.beside(dy)[: known.start, :column], out=dinner[:, :column])
+        dinner[:, column : self.rank] = known.learnt.t
+        return dinner
 
-    def to_input(self, dy: Tensor, seeds: Sequence[int], matrix: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def to_input(
+        self, dy: Tensor, seeds: Sequence[int], matrix: Tensor | None = None, known: Known | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """The gradients to the parts of the input (M, K_i) and to the columns beside them (M, C).
 
         `matrix` is the one that `matrix(dy)` would write, if it is at hand.
         """
         if self.in_eight:
-            dinner = self.to_beside(dy)
+            dinner = self.to_beside(dy, known)
             return self._to_input_in_eight(dy, dinner, seeds), dinner
         dwide = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
         *dx, dinner = dwide.split([*(part.columns for part in self.parts), self.width - self.inputs], dim=1)
@@ -182,22 +213,37 @@ class Wide:
         return dx
 
     def to_trained(
-        self, dy: Tensor, x: Sequence[Tensor], inner: Tensor, dinner: Tensor, seeds: Sequence[int]
+        self,
+        dy: Tensor,
+        x: Sequence[Tensor | Learnt],
+        inner: Tensor,
+        dinner: Tensor,
+        seeds: Sequence[int],
+        known: Known | None = None,
     ) -> list[Tensor | None]:
-        """Gradients of `trained`: from the parts of the input (M, K_i), the columns beside these and the gradient to
-        them, both (M, C)."""
+        """Gradients of `trained`: from the parts of the input (M, K_i), or what was learnt of them, the columns beside
+        these and the gradient to them, both (M, C)."""
         if not self.rank and not any(tensor.requires_grad for tensor in self.trained):
             return [None] * len(self.trained)
-        added = mm_float32(dy.T, inner)  # (N, C): every B, and the bias
+        rows = dy.shape[1] if known is None else known.start
+        added = mm_float32(dy[:, :rows].T, inner)  # (N, C): every B, and the bias
         self._scale_(added)
         factors: list[Tensor | None] = []
         for part, own_x, column, seed in self._spans(x, seeds):
             if not part.rank:
                 continue
-            da = mm_float32(dinner[:, column : column + part.rank].T, _dropped(part, own_x, seed))
+            if isinstance(own_x, Learnt):
+                da = own_x.a
+            else:
+                da = mm_float32(dinner[:, column : column + part.rank].T, _dropped(part, own_x, seed))
             for pair, own in zip(part.pairs, da.split([len(pair.a) for pair in part.pairs]), strict=True):
                 factors.append((own if pair.on_a == 1 else own * pair.on_a).to(pair.a.dtype))
-                factors.append(added[pair.start : pair.stop, column : column + len(own)].to(pair.b.dtype))
+                if known is not None and pair.start >= rows:
+                    db = known.learnt.b[pair.start - rows : pair.stop - rows]
+                    db = db if pair.on_b == 1 else db * pair.on_b
+                else:
+                    db = added[pair.start : pair.stop, column : column + len(own)]
+                factors.append(db.to(pair.b.dtype))
                 column += len(own)
         biases: list[Tensor | None] = []
         for part in self.parts:
@@ -209,7 +255,7 @@ class Wide:
     def _scale_(self, added: Tensor) -> None:
         """The gradients of every B (N, C) times what scales it: one pass where that is the same for all."""
         column = 0
-        for scaling, run in groupby(self._pairs, lambda pair: pair.on_b):
+        for scaling, run in groupby(self.pairs, lambda pair: pair.on_b):
             width = sum(len(pair.a) for pair in run)
             if scaling != 1:
                 added[:, column : column + width] *= scaling
@@ -218,7 +264,7 @@ class Wide:
     def _try_forward(self, room: Room, exact: Tensor) -> None:
         """Writes what 8 bits cost into the trial of each part, without and with channels apart."""
         parted = []
-        for part, x in zip(self.parts, room.parts, strict=True):
+        for part, x in zip(self.parts, room.standing, strict=True):
             assert part.trial is not None
             part.trial.channels = x.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
             parted.append(part._replace(apart=take_apart(part.trial.channels, part.columns)))
@@ -233,7 +279,7 @@ class Wide:
         for part in self.parts:
             setattr(part.trial, what, error)
 
-    def _spans(self, of: Sequence[Tensor], seeds: Sequence[int]) -> list[tuple[Frozen, Tensor, int, int]]:
+    def _spans(self, of: Sequence[X], seeds: Sequence[int]) -> list[tuple[Frozen, X, int, int]]:
         """(part, its own of these, the first of its columns beside the input, its seed)."""
         columns = accumulate((part.rank for part in self.parts[:-1]), initial=0)
         return list(zip(self.parts, of, columns, seeds, strict=True))
@@ -254,15 +300,6 @@ def _with_channels(beside: eight.Beside | None, x: Tensor, weight: Tensor, absma
     if beside is None:
         return eight.Beside(t, b)
     return eight.Beside(torch.cat([beside.t, t], dim=1), torch.cat([beside.b, b], dim=1))
-
-
-def mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two short types, kept in float32."""
-    if a.is_meta:
-        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
 
 
 def _add_low_rank_(dx: Tensor, dinner: Tensor, part: Frozen, seed: int) -> None:
