@@ -74,8 +74,8 @@ def test_forward_is_the_definition(name: str, packed: bool, hold: bool, joined: 
     room = room_of(piece, joined=joined)
     held = piece.forward(u, room, context, hold=hold)
     room.add().fill_(9)
-    torch.testing.assert_close(room.standing[1], plain_of(piece, plain, context))
-    assert all(bool((other == 9).all()) for other in room.standing[::2])
+    torch.testing.assert_close(room.parts[1], plain_of(piece, plain, context))
+    assert all(bool((other == 9).all()) for other in room.parts[::2])
     assert untouched_beside(u)
     assert held is None or hold
 

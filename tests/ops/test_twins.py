@@ -19,7 +19,6 @@ from octavo.ops import adam, attention, coding, decode, eight, learn, loss, poin
 from octavo.ops.attention import rotary_table
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
-from octavo.ops.room import Coding
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
 
 Case = Callable[[torch.dtype], tuple[tuple[object, ...], dict[str, object], Tensor]]
@@ -93,12 +92,14 @@ def pitches(inputs: int, outputs: int, *, over: str) -> Case:
     return make
 
 
-def coded(parts: int, m: int, f: int, *, rank: int) -> Case:
-    """What pairs make of an activation that is coded; its codes are looked at in test_coding.py."""
+def coded(name: str, m: int, n: int) -> Case:
+    """What is written; its codes are looked at in test_coding.py."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        t, a = columns(m, rank, dtype), (torch.randn(rank, f) * f**-0.5).to(dtype)
-        return (columns(m, parts * f, dtype), Coding(torch.zeros(m, f).to(torch.int8), torch.zeros(m), a, t)), {}, t
+        out, codes = columns(m, n, dtype), eight.Coded(torch.zeros(m, n).to(torch.int8), torch.zeros(m))
+        x = columns(m, 2 * n if name == "swiglu" else n, dtype)
+        norm = (torch.randn(n), torch.randn(n) if name == "norm" else None, 1e-5) if "norm" in name else ()
+        return (x, *norm, out, codes), {}, out
 
     return make
 
@@ -299,8 +300,9 @@ def step_of_adam(n: int) -> Case:
 
 CASES: dict[str, list[Case]] = {
     "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
-    "coding.gelu_coded_into": [coded(1, 5, 1100, rank=5), coded(1, 33, 100, rank=16)],
-    "coding.swiglu_coded_into": [coded(2, 17, 1100, rank=24), coded(2, 16, 512, rank=3)],
+    "coding.gelu_coded_into": [coded("gelu", 3, 2100), coded("gelu", 2, 16400)],
+    "coding.norm_coded_into": [coded("norm", 7, 100), coded("RMS norm", 2, 2100)],
+    "coding.swiglu_coded_into": [coded("swiglu", 3, 2100), coded("swiglu", 2, 70)],
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),

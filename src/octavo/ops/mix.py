@@ -2,8 +2,8 @@
 
 A piece reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer product. In
 backward the gradient is written over u, and the output, of which the outer product's pairs learn, over the gradient
-that came or where it stands already: so no second matrix of either size is needed. An activation's output is not
-written at all where pairs learn in the same pass (ops/learn.py) or, forward, where that codes it (ops/coding.py).
+that came or where it stands already: so no second matrix of either size is needed. Or it is not written at all, where
+pairs learn in the same pass (ops/learn.py).
 
 Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
 """
@@ -21,10 +21,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
 from octavo.ops.coding import gelu_coded_into, swiglu_coded_into
+from octavo.ops.eight import Coded
 from octavo.ops.learn import Learnt, Sides, gelu_learn_, swiglu_learn_
 from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
-from octavo.ops.room import Coding, Room
+from octavo.ops.room import Room
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
@@ -196,10 +197,11 @@ class _Activation:
         return
 
     def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> None:
-        if (coding := room.code()) is not None:
-            self.code(u, coding)
+        out = room.add()
+        if (codes := room.add_codes()) is not None:
+            self.code(u, out, codes)
         else:
-            self.write(u, room.add())
+            self.write(u, out)
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
@@ -209,7 +211,7 @@ class _Activation:
     def write(self, u: Tensor, out: Tensor) -> None:
         raise NotImplementedError
 
-    def code(self, u: Tensor, coding: Coding) -> None:
+    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
         raise NotImplementedError
 
 
@@ -228,8 +230,8 @@ class Gelu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
 
-    def code(self, u: Tensor, coding: Coding) -> None:
-        gelu_coded_into(u, coding)
+    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
+        gelu_coded_into(u, out, codes)
 
     def backward_(
         self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
@@ -256,8 +258,8 @@ class Swiglu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
 
-    def code(self, u: Tensor, coding: Coding) -> None:
-        swiglu_coded_into(u, coding)
+    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
+        swiglu_coded_into(u, out, codes)
 
     def backward_(
         self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None

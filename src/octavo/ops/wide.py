@@ -32,7 +32,7 @@ from octavo.ops.learn import Learnt
 from octavo.ops.linear import LowRank, mm_float32
 from octavo.ops.pairs import spread_into, stacked
 from octavo.ops.quantize import INT8_LEVELS
-from octavo.ops.room import Room, Thin
+from octavo.ops.room import Room
 
 X = TypeVar("X")
 ALIGNMENT = 8  # numbers; 16 bytes of a 2-byte type, what tensor cores' loads need of a row's start
@@ -107,15 +107,9 @@ class Wide:
     def room(self, rows: int, like: Tensor) -> Room:
         """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
         columns = [part.columns for part in self.parts]
-        thins = [self._thin(number, like) for number in range(len(self.parts))]
-        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight, thins=thins)
-
-    def _thin(self, number: int, like: Tensor) -> Thin | tuple[()] | None:
-        """A part's pairs, if it may be coded as it comes: alone, all of its channels, with pairs that read it whole."""
-        part, start = self.parts[number], sum(part.rank for part in self.parts[:number])
-        if not self.in_eight or part.apart is not None or part.dropout:
-            return None
-        return Thin(lambda: stacked(part.pairs, like), start, start + part.rank) if part.rank else ()
+        # Channels that are apart have no codes, and what a part's codes leave out is not known before it stands.
+        whole = [self.in_eight and part.apart is None for part in self.parts]
+        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight, whole_codes=whole)
 
     def seeds(self) -> list[int]:
         """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
@@ -124,7 +118,7 @@ class Wide:
     def complete_(self, room: Room, seeds: Sequence[int]) -> None:
         """Writes the columns beside the parts."""
         for part, x, column, seed in self._spans(room.parts, seeds):
-            if part.rank and not isinstance(x, eight.Coded):  # else they came with the codes
+            if part.rank:
                 inner = room.beside[:, column : column + part.rank]
                 torch.mm(_dropped(part, x, seed), stacked(part.pairs, x).T, out=inner)
         if room.beside.shape[1] > self.rank:
@@ -146,15 +140,12 @@ class Wide:
         beside = None
         if self.rank:
             beside = eight.Beside(room.beside[:, : self.rank], self.beside(like)[:, : self.rank])
-        for part, x in zip(self.parts, room.parts, strict=True):
+        for number, (part, x) in enumerate(zip(self.parts, room.parts, strict=True)):
             assert part.codes is not None
             others, (weight, absmax) = None, part.codes(like)
-            if isinstance(x, eight.Coded):
-                coded = x
-            else:
-                if part.apart is not None:
-                    beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
-                coded = eight.coded(x, torch.int8, fold=others)
+            if part.apart is not None:
+                beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
+            coded = room.codes.get(number) or eight.coded(x, torch.int8, fold=others)
             eight.product_into(*coded, weight, out, absmax, part.bias, part.bias_start, beside, onto)
             onto, beside = out, None
         return out
@@ -164,7 +155,7 @@ class Wide:
     ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         """(gradients to the parts of the input (M, K_i) if asked for, gradients of `trained`), from dy (M, N)."""
         dx, dinner = self.to_input(dy, seeds, matrix) if to_input else (None, self.to_beside(dy))
-        return dx, self.to_trained(dy, room.standing, room.beside, dinner, seeds)
+        return dx, self.to_trained(dy, room.parts, room.beside, dinner, seeds)
 
     def to_beside(self, dy: Tensor, known: Known | None = None) -> Tensor:
         """The gradient to the columns beside the input (M, C)."""
@@ -264,7 +255,7 @@ class Wide:
     def _try_forward(self, room: Room, exact: Tensor) -> None:
         """Writes what 8 bits cost into the trial of each part, without and with channels apart."""
         parted = []
-        for part, x in zip(self.parts, room.standing, strict=True):
+        for part, x in zip(self.parts, room.parts, strict=True):
             assert part.trial is not None
             part.trial.channels = x.abs().amax(dim=0).topk(min(APART, part.columns)).indices.sort().values
             parted.append(part._replace(apart=take_apart(part.trial.channels, part.columns)))
