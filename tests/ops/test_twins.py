@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import adam, attention, coding, decode, eight, learn, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
+from octavo.ops import adam, attention, decode, eight, learn, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
 from octavo.ops.attention import rotary_table
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
@@ -88,18 +88,6 @@ def pitches(inputs: int, outputs: int, *, over: str) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, dy = aligned(64, inputs, dtype), aligned(64, outputs + 8, dtype)[:, :outputs]
         return (x, dy), {}, x if over == "x" else dy
-
-    return make
-
-
-def coded(name: str, m: int, n: int) -> Case:
-    """What is written; its codes are looked at in test_coding.py."""
-
-    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        out, codes = columns(m, n, dtype), eight.Coded(torch.zeros(m, n).to(torch.int8), torch.zeros(m))
-        x = columns(m, 2 * n if name == "swiglu" else n, dtype)
-        norm = (torch.randn(n), torch.randn(n) if name == "norm" else None, 1e-5) if "norm" in name else ()
-        return (x, *norm, out, codes), {}, out
 
     return make
 
@@ -300,9 +288,6 @@ def step_of_adam(n: int) -> Case:
 
 CASES: dict[str, list[Case]] = {
     "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
-    "coding.gelu_coded_into": [coded("gelu", 3, 2100), coded("gelu", 2, 16400)],
-    "coding.norm_coded_into": [coded("norm", 7, 100), coded("RMS norm", 2, 2100)],
-    "coding.swiglu_coded_into": [coded("swiglu", 3, 2100), coded("swiglu", 2, 70)],
     "decode.int8_rows": [
         few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
         few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),

@@ -24,24 +24,16 @@ def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: T
 def _norm(x, weight, bias, out, d, x_stride, out_stride, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    value = _normed(x + row * x_stride, weight, bias, d, eps, CENTRED, WIDTH)
-    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=column < d)
-
-
-@triton.jit
-def _normed(x, weight, bias, d, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
-    """A row, in float32."""
-    column = tl.arange(0, WIDTH)
     inside = column < d
     kind = x.dtype.element_ty
-    value = tl.load(x + column, mask=inside, other=0).to(tl.float32)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     if CENTRED:
         value = tl.where(inside, value - tl.sum(value) / d, 0)
     value *= tl.rsqrt(tl.sum(value * value) / d + eps)
     value *= tl.load(weight + column, mask=inside, other=0).to(kind).to(tl.float32)
     if CENTRED:
         value += tl.load(bias + column, mask=inside, other=0).to(kind).to(tl.float32)
-    return value
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def norm_backward_into(

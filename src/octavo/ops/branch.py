@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from octavo.ops.coding import norm_coded_into
 from octavo.ops.learn import Learnt, Sides
 from octavo.ops.mix import Context, Held, Piece
 from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
@@ -150,11 +149,7 @@ class _Branch(torch.autograd.Function):
 def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> Room:
     """The completed input of the inner product, by seeds or with what they made before."""
     room = this.inner.room(len(rows), rows)
-    out = room.add()
-    if (codes := room.add_codes()) is not None:
-        norm_coded_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, out, codes)
-    else:
-        norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, out)
+    norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, room.add())
     if isinstance(completion, Tensor):
         room.beside.copy_(completion)
     else:

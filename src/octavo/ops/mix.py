@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
-from octavo.ops.coding import gelu_coded_into, swiglu_coded_into
-from octavo.ops.eight import Coded
 from octavo.ops.learn import Learnt, Sides, gelu_learn_, swiglu_learn_
 from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
@@ -101,6 +99,7 @@ class Attention:
     groups: int
     head_size: int
     form: str
+    learns = 0  # its gradient is no function of single numbers
 
     @property
     def inputs(self) -> int:
@@ -156,8 +155,6 @@ class Attention:
             out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
         return Held(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
 
-    learns = 0
-
     def backward_(
         self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
     ) -> Tensor | Learnt:
@@ -197,11 +194,7 @@ class _Activation:
         return
 
     def forward(self, u: Tensor, room: Room, context: Context, *, hold: bool) -> None:
-        out = room.add()
-        if (codes := room.add_codes()) is not None:
-            self.code(u, out, codes)
-        else:
-            self.write(u, out)
+        self.write(u, room.add())
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
@@ -209,9 +202,6 @@ class _Activation:
         return out
 
     def write(self, u: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
-    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
         raise NotImplementedError
 
 
@@ -229,9 +219,6 @@ class Gelu(_Activation):
 
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
-
-    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
-        gelu_coded_into(u, out, codes)
 
     def backward_(
         self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None
@@ -257,9 +244,6 @@ class Swiglu(_Activation):
 
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
-
-    def code(self, u: Tensor, out: Tensor, codes: Coded) -> None:
-        swiglu_coded_into(u, out, codes)
 
     def backward_(
         self, u: Tensor, dout: Tensor, held: Held | None, context: Context, sides: Sides | None = None

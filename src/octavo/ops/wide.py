@@ -107,9 +107,7 @@ class Wide:
     def room(self, rows: int, like: Tensor) -> Room:
         """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
         columns = [part.columns for part in self.parts]
-        # Channels that are apart have no codes, and what a part's codes leave out is not known before it stands.
-        whole = [self.in_eight and part.apart is None for part in self.parts]
-        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight, whole_codes=whole)
+        return Room(columns, self.width - self.inputs, rows, like, joined=not self.in_eight)
 
     def seeds(self) -> list[int]:
         """A seed of the dropout mask of each part, drawn on the host: backward makes the same masks again."""
@@ -140,12 +138,12 @@ class Wide:
         beside = None
         if self.rank:
             beside = eight.Beside(room.beside[:, : self.rank], self.beside(like)[:, : self.rank])
-        for number, (part, x) in enumerate(zip(self.parts, room.parts, strict=True)):
+        for part, x in zip(self.parts, room.parts, strict=True):
             assert part.codes is not None
-            others, (weight, absmax) = None, part.codes(like)
+            others, (weight, absmax) = None, part.codes(x)
             if part.apart is not None:
                 beside, others = _with_channels(beside, x, weight, absmax, part.apart), part.apart.others
-            coded = room.codes.get(number) or eight.coded(x, torch.int8, fold=others)
+            coded = eight.coded(x, torch.int8, fold=others)
             eight.product_into(*coded, weight, out, absmax, part.bias, part.bias_start, beside, onto)
             onto, beside = out, None
         return out
