@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 from octavo.ops import twins
 
@@ -23,18 +24,18 @@ from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels import hopper
 
-stages, cuts = hopper.RINGS[torch.{type}]
+columns, stages, cuts = hopper.SHAPES[torch.{type}][{which}]
 names = [p.name for p in hopper._product.params]
 constants = {{
     "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "BESIDE": 80, "ONTO": True, "LEVELS": 127, "BM": hopper.ROWS,
-    "BN": hopper.COLUMNS, "BK": hopper.INPUTS, "GROUP": hopper.GROUP, "STAGES": stages, "CUTS": cuts,
+    "BN": columns, "BK": hopper.INPUTS, "GROUP": hopper.GROUP, "STAGES": stages, "CUTS": cuts,
 }}
 tiles = {{
     "inputs": ("{kind}", hopper.ROWS, hopper.INPUTS, hopper.BYTES),
-    "weights": ("{kind}", hopper.COLUMNS, hopper.INPUTS, hopper.BYTES),
+    "weights": ("{kind}", columns, hopper.INPUTS, hopper.BYTES),
     "t": ("bf16", hopper.ROWS, hopper.INPUTS // 2, hopper.SHORTS),
-    "b": ("bf16", hopper.COLUMNS, hopper.INPUTS // 2, hopper.SHORTS),
-    "out": ("bf16", hopper.ROWS // 2, hopper.COLUMNS // cuts, hopper.SHORTS),
+    "b": ("bf16", columns, hopper.INPUTS // 2, hopper.SHORTS),
+    "out": ("bf16", hopper.ROWS // 2, columns // cuts, hopper.SHORTS),
 }}
 signature = dict.fromkeys(names, "i32")
 signature |= {{name: f"tensordesc<{{t}}[{{h}}, {{w}}],{{l!r}}>" for name, (t, h, w, l) in tiles.items()}}
@@ -49,13 +50,18 @@ print(" ".join(each.strip(". ") for each in told))
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "told"),
-    [("i8", "int8", "m64n128k32.s32.s8.s8"), ("fp8e4nv", "float8_e4m3fn", "m64n256k32.f32.e4m3.e4m3")],
+    ("kind", "name", "which", "told"),
+    [
+        ("i8", "int8", 0, "m64n128k32.s32.s8.s8"),
+        ("i8", "int8", 2, "m64n64k32.s32.s8.s8"),
+        ("fp8e4nv", "float8_e4m3fn", 0, "m64n256k32.f32.e4m3.e4m3"),
+        ("fp8e4nv", "float8_e4m3fn", 1, "m64n128k32.f32.e4m3.e4m3"),
+    ],
 )
-def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, name: str, told: str) -> None:
+def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, name: str, which: int, told: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
-        [sys.executable, "-c", COMPILED.format(kind=kind, type=name, int8=kind == "i8")], env=environment,
+        [sys.executable, "-c", COMPILED.format(kind=kind, type=name, which=which, int8=kind == "i8")], env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -65,6 +71,14 @@ def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, nam
     assert "bf16.bf16" in instructions  # the thin product
     # Within the loop over inputs a multiplication is waited for once the next one is on its way.
     assert f"{told} 1" in instructions
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "columns"), [(16384, 4096, 256), (2048, 4096, 256), (128, 28672, 256), (512, 4096, 128), (128, 4096, 64)]
+)
+def test_tiles_are_as_wide_as_keeps_a_card_busy(m: int, n: int, columns: int) -> None:
+    hopper = import_module("octavo.kernels.hopper")
+    assert hopper.shape_of(m, n, torch.int8, 132).columns == columns
 
 
 def test_this_triton_is_one_of_those_that_are_tested() -> None:

@@ -12,6 +12,8 @@ Legend as there; a stage holds (BM, BK) inputs and (BN, BK) weights.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -30,10 +32,24 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.ops.eight import Beside
 from octavo.ops.quantize import INT8_LEVELS
 
-ROWS, COLUMNS, INPUTS = 128, 256, 128  # of a tile
-# (stages, parts in which a tile's results leave): they fill shared memory. With int8 four stages are up to 13 % faster
-# than three and a whole tile of results, with fp8 up to 5 % slower (one H100, docs/log.md).
-RINGS = {torch.int8: (4, 2), torch.float8_e4m3fn: (3, 1)}
+ROWS, INPUTS = 128, 128  # of a tile
+
+
+class Shape(NamedTuple):
+    """Columns of a tile, stages of the ring, and parts in which a tile's results leave: these fill shared memory."""
+
+    columns: int
+    stages: int
+    cuts: int
+
+
+# With int8 four stages are up to 13 % faster than three and a whole tile of results, with fp8 up to 5 % slower; with
+# fewer columns a program takes longer for as many numbers, but more programs are at work (one H100, docs/log.md).
+SHAPES = {
+    torch.int8: (Shape(256, 4, 2), Shape(128, 6, 1), Shape(64, 8, 1)),
+    torch.float8_e4m3fn: (Shape(256, 3, 1), Shape(128, 6, 1), Shape(64, 8, 1)),
+}
+BUSY = 0.75  # of the multiprocessors have a tile: else tiles become narrower
 GROUP = 16  # tiles of a column that follow each other; 8 was up to 8 % slower on 16,384 rows (one H100)
 BYTES = gl.NVMMASharedLayout(128, 8, 2)
 SHORTS = gl.NVMMASharedLayout(128, 16, 2)
@@ -58,14 +74,14 @@ def product_into(
 ) -> None:
     (m, k), n = codes.shape, len(weight)
     t, b = (out, out) if beside is None else beside
-    tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
-    stages, cuts = RINGS[codes.dtype]
-    programs = min(tiles, torch.cuda.get_device_properties(codes.device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    columns, stages, cuts = shape_of(m, n, codes.dtype, processors)
+    programs = min(_tiles(m, n, columns), processors)
     read = [
         TensorDescriptor.from_tensor(x, [high, wide], layout)
         for x, high, wide, layout in (
-            (codes, ROWS, INPUTS, BYTES), (weight, COLUMNS, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
-            (b, COLUMNS, INPUTS // 2, SHORTS), (out, ROWS // 2, COLUMNS // cuts, SHORTS),
+            (codes, ROWS, INPUTS, BYTES), (weight, columns, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
+            (b, columns, INPUTS // 2, SHORTS), (out, ROWS // 2, columns // cuts, SHORTS),
         )
     ]  # fmt: skip
     _product[(programs,)](
@@ -73,8 +89,18 @@ def product_into(
         bias_start + (bias.numel() if bias is not None else 0), onto if onto is not None else out,
         onto.stride(0) if onto is not None else 0, m, n, k, programs, codes.dtype == torch.int8, absmax is not None,
         bias is not None, t.shape[1] if beside is not None else 0, onto is not None, INT8_LEVELS,
-        ROWS, COLUMNS, INPUTS, GROUP, stages, cuts, num_warps=4,
+        ROWS, columns, INPUTS, GROUP, stages, cuts, num_warps=4,
     )  # fmt: skip
+
+
+def shape_of(m: int, n: int, kind: torch.dtype, processors: int) -> Shape:
+    """The widest tile that keeps so many multiprocessors busy with a result of (m, n)."""
+    shapes = SHAPES[kind]
+    return next((shape for shape in shapes if _tiles(m, n, shape.columns) >= BUSY * processors), shapes[-1])
+
+
+def _tiles(m: int, n: int, columns: int) -> int:
+    return -(-m // ROWS) * -(-n // columns)
 
 
 @gluon.jit
@@ -160,7 +186,7 @@ def _multiply(
     BK: gl.constexpr = own.shape[2]
     HALF: gl.constexpr = BM // 2
     THIN: gl.constexpr = BK // 2
-    WIDE: gl.constexpr = 128 if INT8 else BN  # columns of an instruction: Triton makes none of int8 with 256
+    WIDE: gl.constexpr = 128 if INT8 and BN > 128 else BN  # of an instruction: Triton makes none of int8 with 256
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     mine = results.index(PART)

@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two short types, kept in float32."""
-    if a.is_meta or not a.numel():
+    if a.is_meta or not len(a):
         return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
