@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.eight import readable
-from octavo.kernels.pointwise import _gate, _sigmoid
+from octavo.kernels.pointwise import _gate, _gelu_slope, _sigmoid
 from octavo.ops.learn import ROWS, Sides, Sums, learn_by_steps, one_pass
 from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
 
@@ -207,8 +207,7 @@ def _backward_(own, up, y, PARTS: gl.constexpr):
             y_part.store((value * s * other).to(kind))
         else:
             s = _sigmoid(_gate(value))
-            slope = s + value * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
-            own_part.store((g * slope).to(kind))
+            own_part.store((g * _gelu_slope(value, s)).to(kind))
             y_part.store((value * s).to(kind))
 
 

@@ -108,6 +108,12 @@ def _gate(x):
     return 1.5957691216057308 * (x + 0.044715 * x * x * x)
 
 
+@triton.jit
+def _gelu_slope(x, s):
+    """gelu'(x), where s = sigmoid(gate(x))."""
+    return s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+
+
 def gelu_backward_(x: Tensor, dy: Tensor) -> None:
     m, f = dy.shape
     _gelu_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), WIDTH, num_warps=8)
@@ -123,8 +129,7 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     g = tl.load(other, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # a store may come from another thread than the load of what it writes over
     s = _sigmoid(_gate(value))
-    slope = s + value * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * value * value)
-    tl.store(own, (g * slope).to(x.dtype.element_ty), mask=inside)
+    tl.store(own, (g * _gelu_slope(value, s)).to(x.dtype.element_ty), mask=inside)
     tl.store(other, (value * s).to(dy.dtype.element_ty), mask=inside)
 
 
