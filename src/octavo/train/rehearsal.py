@@ -26,8 +26,8 @@ from octavo.ops.twins import OBSERVERS
 # Shares of an H100's peaks that its products, attention and passes over memory reached: fitted to the seconds of 14
 # settings with int8 weights and 512 tokens or more, which they give within 5 %. NF4's are up to a third too low.
 PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
-# Of the peak of int8: eleven settings of 2,048 tokens are given within 9 % (rows of 128 tokens: half or less).
-EIGHT_SHARE = 0.60
+# Of the peak of int8: seven settings of 2,048 tokens are given within 8 % (rows of 128 tokens: a third).
+EIGHT_SHARE = 0.70
 BUS_BYTES_PER_SECOND = 2e10  # between host and card, one way at a time: PCIe 4 gives 25 GB/s, an H100's 5 gave 55
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to the one; up to the other they come from pages of their own
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # by which memory grows, of small blocks and of others
