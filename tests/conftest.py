@@ -30,8 +30,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if find_spec("hypothesis") is not None:  # tests/gpu do without
     from hypothesis import settings
 
-    # The same examples each time: a run that passes passes again. OCTAVO_EXPLORE=1 looks for new ones. No example has to
-    # be done within a time: other processes may hold a machine up.
+    # The same examples each time: a run that passes passes again. OCTAVO_EXPLORE=1 looks for new ones. None has to be
+    # done within a time: other processes may hold a machine up.
     settings.register_profile("same", derandomize=True, deadline=None)
     settings.register_profile("explore", deadline=None)
     settings.load_profile("explore" if os.environ.get("OCTAVO_EXPLORE") else "same")

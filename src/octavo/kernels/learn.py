@@ -4,7 +4,7 @@ For Hopper (compute capability 9.0), in Gluon: one warp has the copy engine fill
 over them, multiply them as they stand there, and send dx back to where x came from. Elsewhere, and for ranks that do
 not fit, it is done step by step, with the kernels of the steps.
 
-Legend as there; a program has BN columns and some of the rows, BM at a time.
+Legend as there; a program has BN columns and some of the rows, BM at a time; `_up` is the second part of SwiGLU's.
 """
 
 from __future__ import annotations
