@@ -443,7 +443,7 @@ def test_a_hopper_says_which_kernel_it_goes_without(
     monkeypatch.setattr(plan, "gluon_untested", lambda: untested)
     with Report(console=False, metrics=tmp_path / "said") as report:
         plan.choose_road(MemoryOptions(), replace(RTX_3060, eight=True, hopper=hopper), report)
-    told = f"Kernels: Triton (without the product in 8 bits for Hopper: {untested})."
+    told = f"Kernels: Triton (without those for Hopper: {untested})."
     assert (told in (tmp_path / "said").read_text()) == bool(hopper and untested)
 
 

@@ -183,7 +183,7 @@ def choose_road(options: MemoryOptions, hardware: Hardware, report: Report) -> N
 def _triton(hardware: Hardware) -> str:
     """Which of Triton's kernels, where that is not all that there are for this card."""
     left_out = gluon_untested() if hardware.hopper else ""
-    return f"Triton (without the product in 8 bits for Hopper: {left_out})" if left_out else "Triton"
+    return f"Triton (without those for Hopper: {left_out})" if left_out else "Triton"
 
 
 def _products(options: MemoryOptions, hardware: Hardware) -> str:

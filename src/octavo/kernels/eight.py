@@ -3,7 +3,7 @@
 A program of the product goes from tile to tile; the copy engine brings the next inputs while the tensor cores work.
 Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
 written twice. Cards without a copy engine get addresses instead: of these Triton makes loads that run ahead as well.
-A Hopper has a kernel of its own for the product, in kernels/hopper.py.
+A Hopper has a kernel of its own for the product, in hopper/product.py.
 
 Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
 """
@@ -62,10 +62,10 @@ def product_into(
     if beside is not None:
         beside = Beside(*map(readable, beside))
     if gluon_runs_on(out.device):
-        from octavo.kernels import hopper  # which needs a Triton with Gluon
+        from octavo.kernels.hopper import product
 
-        if hopper.fits(out, scale):
-            hopper.product_into(codes, scale, weight, out, absmax, bias, bias_start, beside, onto)
+        if product.fits(out, scale):
+            product.product_into(codes, scale, weight, out, absmax, bias, bias_start, beside, onto)
             return
     (m, k), n = codes.shape, len(weight)
     spans = scale.ndim == 2

@@ -44,7 +44,7 @@ def kernels_missing() -> str:
 
 @functools.cache
 def gluon_untested() -> str:
-    """Why kernels in Gluon, Triton's experimental language, are left out (kernels/hopper.py); "" if they are not.
+    """Why kernels in Gluon, Triton's experimental language, are left out (kernels/hopper/); "" if they are not.
 
     Its names change between versions, so a version counts once its kernels were compiled and compared with it.
     """

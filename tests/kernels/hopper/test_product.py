@@ -22,26 +22,26 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
-from octavo.kernels import hopper
+from octavo.kernels.hopper import product
 
-columns, stages, cuts = hopper.SHAPES[torch.{type}][{which}]
-names = [p.name for p in hopper._product.params]
+columns, stages, cuts = product.SHAPES[torch.{type}][{which}]
+names = [p.name for p in product._product.params]
 constants = {{
-    "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "BESIDE": 80, "ONTO": True, "LEVELS": 127, "BM": hopper.ROWS,
-    "BN": columns, "BK": hopper.INPUTS, "GROUP": hopper.GROUP, "STAGES": stages, "CUTS": cuts,
+    "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "BESIDE": 80, "ONTO": True, "LEVELS": 127, "BM": product.ROWS,
+    "BN": columns, "BK": product.INPUTS, "GROUP": product.GROUP, "STAGES": stages, "CUTS": cuts,
 }}
 tiles = {{
-    "inputs": ("{kind}", hopper.ROWS, hopper.INPUTS, hopper.BYTES),
-    "weights": ("{kind}", columns, hopper.INPUTS, hopper.BYTES),
-    "t": ("bf16", hopper.ROWS, hopper.INPUTS // 2, hopper.SHORTS),
-    "b": ("bf16", columns, hopper.INPUTS // 2, hopper.SHORTS),
-    "out": ("bf16", hopper.ROWS // 2, columns // cuts, hopper.SHORTS),
+    "inputs": ("{kind}", product.ROWS, product.INPUTS, product.BYTES),
+    "weights": ("{kind}", columns, product.INPUTS, product.BYTES),
+    "t": ("bf16", product.ROWS, product.INPUTS // 2, product.SHORTS),
+    "b": ("bf16", columns, product.INPUTS // 2, product.SHORTS),
+    "out": ("bf16", product.ROWS // 2, columns // cuts, product.SHORTS),
 }}
 signature = dict.fromkeys(names, "i32")
 signature |= {{name: f"tensordesc<{{t}}[{{h}}, {{w}}],{{l!r}}>" for name, (t, h, w, l) in tiles.items()}}
 signature |= {{"scale": "*fp32", "absmax": "*fp32", "bias": "*fp32", "onto": "*bf16"}}
 signature |= dict.fromkeys(constants, "constexpr")
-source = GluonASTSource(hopper._product, signature, {{(names.index(n),): v for n, v in constants.items()}})
+source = GluonASTSource(product._product, signature, {{(names.index(n),): v for n, v in constants.items()}})
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
 print(made.metadata.shared)
 told = re.findall(r"wgmma\\.(?:mma_async|wait_group)\\.sync\\.aligned(\\S*(?: \\d)?)", made.asm["ptx"])
@@ -77,8 +77,8 @@ def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, nam
     ("m", "n", "columns"), [(16384, 4096, 256), (2048, 4096, 256), (128, 28672, 256), (512, 4096, 128), (128, 4096, 64)]
 )
 def test_tiles_are_as_wide_as_keeps_a_card_busy(m: int, n: int, columns: int) -> None:
-    hopper = import_module("octavo.kernels.hopper")
-    assert hopper.shape_of(m, n, torch.int8, 132).columns == columns
+    product = import_module("octavo.kernels.hopper.product")
+    assert product.shape_of(m, n, torch.int8, 132).columns == columns
 
 
 def test_this_triton_is_one_of_those_that_are_tested() -> None:
