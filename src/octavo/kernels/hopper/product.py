@@ -1,11 +1,8 @@
-"""The product in 8 bits on Hopper (compute capability 9.0), where warps have different work. Definition: ops/eight.py.
+"""The product in 8 bits by warps that have different work. Definition: ops/eight.py.
 
 One warp lets the copy engine fill a ring of stages; two groups of four multiply them, each for its half of a tile's
 rows, and always have one multiplication under way while they ask for the next. The ring runs on while a tile is scaled
 and stored. A thin product is one more stage: the same bytes hold half as many columns of a 2-byte type.
-
-In Gluon, which says what Triton's compiler would have to find. It is experimental, so only versions of Triton for which
-this is tested take it (ops/twins.py); with others the product is that of kernels/eight.py, with the same results.
 
 Legend as there; a stage holds (BM, BK) inputs and (BN, BK) weights.
 """
