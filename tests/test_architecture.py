@@ -27,7 +27,7 @@ FLOORS = {
     3: ("models",),
     2: ("layers",),
     1: ("ops", "kernels", "data"),
-    0: ("errors", "hardware", "report", "_version"),
+    0: ("errors", "bounded_json", "hardware", "report", "_version"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -35,6 +35,8 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 SIDEWAYS = {
     ("hardware", "errors"),
     ("report", "errors"),
+    ("bounded_json", "errors"),
+    ("report", "bounded_json"),
     ("ops", "kernels"),
     ("kernels", "ops"),  # the constants of their definitions
     ("train", "objective"),

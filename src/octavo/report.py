@@ -23,6 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from octavo.bounded_json import JsonError, parse
 from octavo.errors import UsageError
 
 # Without a terminal a bar would fill a log file: a plain line this often instead.
@@ -257,8 +258,8 @@ def jsonable(value: object) -> object:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line.decode("utf-8"))
-    except ValueError:
+        event = parse(line, strict=False)
+    except JsonError:
         return None
     return event if isinstance(event, dict) else None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.bounded_json import JsonError, parse
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation, encode_prompt
@@ -144,8 +145,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError as error:
+            value = parse(line)
+        except JsonError as error:
             raise UsageError(f"{path}:{number} is not JSON ({error}).", hint="Write one JSON object a line.") from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
             raise UsageError(f"{path}:{number} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')

@@ -6,13 +6,13 @@ escaped. What the folder lacks is left out: a run that was interrupted, or still
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError, UsageError
 from octavo.page.chart import Points, Series, dots, draw, line, marks, smooth
 from octavo.report import printable, read_events, shown
@@ -187,8 +187,8 @@ def _ledger(path: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        whole = json.loads(path.read_bytes())
-    except ValueError as error:
+        whole = parse(path.read_bytes(), strict=False)
+    except JsonError as error:
         raise DataError(f"not JSON: {error}", source=str(path), hint="delete it, then ask again") from error
     if not isinstance(whole, dict):
         raise DataError("not a ledger", source=str(path), hint="delete it, then ask again")

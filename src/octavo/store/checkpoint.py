@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo._version import __version__
+from octavo.bounded_json import read_object
 from octavo.errors import CheckpointError
 from octavo.store.files import atomic_write, durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
 from octavo.store.files import lock as lock
@@ -119,12 +120,12 @@ def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
 def verify(path: Path) -> list[str]:
     """What is wrong with the checkpoint folder `path`; empty if every byte is as it was saved."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_object(path / MANIFEST, error=CheckpointError)
         files, step = manifest["files"], manifest["step"]
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in files.items()}
-    except OSError as error:
-        return [f"{MANIFEST} cannot be read: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except CheckpointError as error:
+        return [error.message]
+    except (KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is not what octavo writes"]
     problems = [] if step == _step(path) else [f"{MANIFEST} is that of step {step}"]
     problems += [] if STATE in expected else [f"{MANIFEST} does not list {STATE}"]
@@ -237,7 +238,7 @@ def _step(path: Path) -> int:
 
 
 def _file_problems(folder: Path, name: str, *, size_bytes: int, digest: str) -> list[str]:
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         return [f"{MANIFEST} names a file outside the checkpoint"]
     try:
         found_bytes = (folder / name).stat().st_size
@@ -250,9 +251,10 @@ def _file_problems(folder: Path, name: str, *, size_bytes: int, digest: str) -> 
 
 def _load(path: Path) -> Checkpoint:
     """Read the verified checkpoint at `path`: only the files that its manifest vouches for."""
-    names = sorted(json.loads((path / MANIFEST).read_bytes())["files"])
+    names = sorted(read_object(path / MANIFEST, error=CheckpointError)["files"])
     tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
-    return Checkpoint(step=_step(path), path=path, tensors=tensors, state=json.loads((path / STATE).read_bytes()))
+    state = read_object(path / STATE, error=CheckpointError, strict=False)  # a diverged run's losses
+    return Checkpoint(step=_step(path), path=path, tensors=tensors, state=state)
 
 
 def _is_alive(pid: int) -> bool:

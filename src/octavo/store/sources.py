@@ -7,7 +7,6 @@ store/opening.py chooses between them.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import struct
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from octavo.bounded_json import read_object
 from octavo.errors import ModelError
 from octavo.store.files import sha256_of
 
@@ -257,16 +257,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder; ModelError if it is missing or broken."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
-    return content
+    """The object in a JSON file of a model folder; ModelError if it is missing, broken or out of bounds."""
+    return read_object(path, error=ModelError)
 
 
 def _broken(path: Path, error: Exception) -> ModelError:
