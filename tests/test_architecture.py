@@ -27,14 +27,16 @@ FLOORS = {
     3: ("models",),
     2: ("layers",),
     1: ("ops", "kernels", "data"),
-    0: ("errors", "bounded_json", "hardware", "report", "_version"),
+    0: ("errors", "bounded_json", "hardware", "report", "system", "_version"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 # Arrows that stay on their floor. Every other one is a fault, train <-> infer above all.
 SIDEWAYS = {
     ("hardware", "errors"),
+    ("hardware", "system"),
     ("report", "errors"),
+    ("report", "system"),
     ("bounded_json", "errors"),
     ("report", "bounded_json"),
     ("ops", "kernels"),

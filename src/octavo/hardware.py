@@ -5,16 +5,14 @@ Importing this file loads no torch: every function that needs it imports it when
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.errors import UsageError
+from octavo.system import available_ram_bytes, peak_ram_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -178,10 +176,10 @@ def free_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def free_ram_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free RAM in bytes, page cache included since it makes room. Where there is no /proc: all RAM."""
+    """Free RAM in bytes, page cache included since it makes room. Without /proc: all RAM, on Windows what is free."""
     meminfo = proc / "meminfo"
     if not meminfo.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return available_ram_bytes()
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     available = int(lines["MemAvailable"].split()[0]) * 1024
     return min([available, *_cgroup_free_bytes(proc / "self" / "cgroup", cgroups)])
@@ -231,8 +229,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
     if found:
         return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_ram_bytes()
 
 
 def _words(name: str) -> frozenset[str]:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import UsageError
+from octavo.system import rename_over
 
 # Without a terminal a bar would fill a log file: a plain line this often instead.
 PLAIN_SECONDS = 10.0
@@ -123,7 +124,7 @@ class Report:
             file.writelines(_line(event) for event in kept)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(self._path)
+        rename_over(aside, self._path)
         self._file = _open_lines(self._path, append=True)
         if unreadable:
             self.warn(f"{self._path}: dropped {unreadable} lines that could not be read")

@@ -16,6 +16,7 @@ from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError, UsageError
 from octavo.page.chart import Points, Series, dots, draw, line, marks, smooth
 from octavo.report import printable, read_events, shown
+from octavo.system import rename_over
 
 Event = Mapping[str, Any]
 
@@ -95,7 +96,7 @@ def write(folder: Path) -> Path:
     )
     page, aside = folder / "report.html", folder / "report.html.aside"
     aside.write_bytes(html.encode("utf-8", "replace"))
-    aside.replace(page)
+    rename_over(aside, page)
     return page
 
 

@@ -34,6 +34,7 @@ from octavo.bounded_json import read_object
 from octavo.errors import CheckpointError
 from octavo.store.files import atomic_write, durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
 from octavo.store.files import lock as lock
+from octavo.system import is_alive, rename_over
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 FORMAT = 1
@@ -167,7 +168,7 @@ def sweep(folder: Path) -> list[Path]:
         if match is None or _is_alive(int(match["pid"])):
             continue
         if match["step"] and not (target := folder / f"step-{match['step']}").exists():
-            path.rename(target)
+            rename_over(path, target)
             continue
         _remove(path)
         removed.append(path)
@@ -206,8 +207,8 @@ def _publish(temporary: Path, target: Path) -> None:
     _remove(replaced)
     if target.exists():
         # A folder cannot be renamed onto a full one; between the two renames the old one still counts.
-        target.rename(replaced)
-    temporary.rename(target)
+        rename_over(target, replaced)
+    rename_over(temporary, target)
     fsync_folder(target.parent)
     _remove(replaced)
 
@@ -220,7 +221,7 @@ def _delete_earlier(folder: Path, step: int, *, keep: int, protect: Collection[i
         if _step(path) not in protect:
             # Renamed first: a kill during the removal must not leave half a checkpoint under a good name.
             doomed = folder / f".tmp-{_step(path):08d}-{os.getpid()}"
-            path.rename(doomed)
+            rename_over(path, doomed)
             _remove(doomed)
 
 
@@ -258,16 +259,8 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        # This process is not saving while it sweeps: the number was another's, as happens in containers.
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    # This process is not saving while it sweeps: the number was another's, as happens in containers.
+    return pid != os.getpid() and is_alive(pid)
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import CheckpointError
+from octavo.system import force_to_disk, held_folder, lock_file, rename_over, unlock_file
+from octavo.system import fsync_file as fsync_file
+from octavo.system import fsync_folder as fsync_folder
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -24,7 +26,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         durable_write(temporary, data)
-        temporary.replace(path)
+        rename_over(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
@@ -45,22 +47,7 @@ def durable_write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync_file(path: Path) -> None:
-    """Force the content of `path` to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def fsync_folder(path: Path) -> None:
-    """Force the names in the folder `path` to disk: a rename is not durable before this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        force_to_disk(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
@@ -77,34 +64,22 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
-        with suppress(OSError), _held(left) as abandoned:
+        if not left.is_dir():  # what stands for a lock on systems that lock no folders
+            if not left.with_name(left.name.removesuffix(".pid").removesuffix(".lock")).exists():
+                with suppress(OSError):
+                    left.unlink()
+            continue
+        with suppress(OSError), held_folder(left) as abandoned:
             if abandoned:
                 shutil.rmtree(left)
     temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)  # where nothing is locked, of an earlier process of this number
     temporary.mkdir()
     try:
-        with _held(temporary):
+        with held_folder(temporary):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """A lock on `folder` itself, which needs no file in it, until the process ends at the latest. Whether it is held:
-    not if another process has it, and not on a file system that locks no folders (NFS).
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except OSError:
-            held = False
-        yield held
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -123,7 +98,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file, path, wait=wait)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read(20).strip()
@@ -138,4 +113,4 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             # The file stays: removing it would let a waiting process lock a name that is gone.
-            fcntl.flock(file, fcntl.LOCK_UN)
+            unlock_file(file, path)

@@ -34,6 +34,7 @@ from octavo.store.weights import (
     scheme_at,
     stored_scheme,
 )
+from octavo.system import rename_over
 
 SHARD_BYTES = 2**29  # held in memory until it is written
 
@@ -181,7 +182,7 @@ def _finish(temporary: Path, out: Path, scheme: Scheme, *, origin: str) -> None:
     fsync_folder(temporary)
     if out.exists():
         shutil.rmtree(out)
-    temporary.rename(out)
+    rename_over(temporary, out)
     fsync_folder(out.parent)
 
 

@@ -29,6 +29,7 @@ from octavo.errors import AdapterError, ModelError
 from octavo.layers.lora import LoraSpec
 from octavo.store.files import fsync_file, fsync_folder, json_bytes
 from octavo.store.sources import read_json
+from octavo.system import rename_over
 
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
@@ -105,12 +106,12 @@ def _exchange(new: Path, folder: Path) -> None:
     old = folder.parent / f".old-{folder.name}-{os.getpid()}"
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        folder.rename(old)
+        rename_over(folder, old)
     try:
-        new.rename(folder)
+        rename_over(new, folder)
     except OSError:
         if old.exists():
-            old.rename(folder)
+            rename_over(old, folder)
         raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

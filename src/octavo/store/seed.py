@@ -30,6 +30,7 @@ from octavo.store.folder import WrittenLayer, check_free, write_folder
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, Source, fingerprint
 from octavo.store.weights import PAIR_ENDS, check_finite, entries, stored_scheme
+from octavo.system import rename_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,6 +154,6 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
         modules = places(build(source.config))
         peft.write(temporary / "adapter", found, modules=modules, biases=True, base=str(out / "base"), card=card)
         fsync_folder(temporary)
-        temporary.rename(out)  # an empty folder of that name gives way
+        rename_over(temporary, out)  # an empty folder of that name gives way
         fsync_folder(out.parent)
     return found

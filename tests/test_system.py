@@ -1,0 +1,246 @@
+"""Locks, renaming and memory where fcntl and resource do not exist: both are hidden, stubs replace Windows' calls."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from octavo import hardware, system
+from octavo.errors import CheckpointError
+from octavo.store import files
+
+POSIX_ONLY = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline")
+POSIX_CALLS = (
+    "fork",
+    "O_DIRECTORY",
+    "O_NOFOLLOW",
+    "sync",
+    "statvfs",
+    "sysconf",
+    "getuid",
+    "geteuid",
+)
+
+
+def _ofd_lock(descriptor: int, kind: int) -> None:
+    """Lock the byte at the file position, for this descriptor alone, as msvcrt does."""
+    import struct
+
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)
+    fcntl.fcntl(descriptor, 37, struct.pack("hhqqi4x", kind, os.SEEK_SET, position, 1, 0))  # F_OFD_SETLK
+
+
+def _msvcrt() -> SimpleNamespace:
+    def locking(descriptor: int, mode: int, count: int) -> None:
+        assert count == 1
+        _ofd_lock(descriptor, fcntl.F_UNLCK if mode == 0 else fcntl.F_WRLCK)
+
+    return SimpleNamespace(locking=locking, LK_NBLCK=2, LK_UNLCK=0)
+
+
+@pytest.fixture(params=["msvcrt", "neither"])
+def hidden(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without the modules and calls that only POSIX has, with a stand-in for msvcrt or with none."""
+    for name in POSIX_ONLY:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in POSIX_CALLS:
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setitem(sys.modules, "msvcrt", _msvcrt() if request.param == "msvcrt" else None)
+
+
+def test_a_second_holder_is_refused_and_named_without_fcntl(hidden: None, tmp_path: Path) -> None:
+    for _ in range(2):
+        with files.lock(tmp_path):
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match=f"pid {os.getpid()}"), files.lock(tmp_path):
+                    pass
+            assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_whoever_waits_gets_the_lock_without_fcntl(
+    hidden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with files.lock(tmp_path) as _, pytest.MonkeyPatch.context() as patch:
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                raise KeyboardInterrupt
+
+        patch.setattr(time, "sleep", sleep)
+        with pytest.raises(KeyboardInterrupt), files.lock(tmp_path, wait=True):
+            pass
+    assert len(waits) == 3
+    with files.lock(tmp_path, wait=True):
+        pass
+
+
+def test_a_lock_of_a_process_that_died_is_taken_over_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / ".lock.pid").write_text(str(dead.pid))
+    with files.lock(tmp_path):
+        assert (tmp_path / ".lock.pid").read_text() == str(os.getpid())
+
+
+def test_files_and_folders_are_written_without_fcntl(hidden: None, tmp_path: Path) -> None:
+    files.write_json_atomically(tmp_path / "a.json", {"a": 1})
+    files.write_json_atomically(tmp_path / "a.json", {"a": 2})
+    files.fsync_file(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2}
+    with files.new_folder(tmp_path / "out") as first:
+        (first / "weights").write_bytes(b"1")
+        with files.new_folder(tmp_path / "out2"):
+            assert first.is_dir()
+        system.rename_over(first, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "out"]
+
+
+def test_a_folder_at_work_is_kept_and_one_left_behind_is_swept_without_fcntl(hidden: None, tmp_path: Path) -> None:
+    (left := tmp_path / ".tmp-out-1").mkdir()
+    (tmp_path / ".tmp-out-2.lock").touch()
+    (busy := tmp_path / ".tmp-out-3").mkdir()
+    with system.held_folder(busy) as held:
+        assert held
+        with files.new_folder(tmp_path / "out"):
+            assert busy.is_dir()
+            assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-out-3"]
+
+
+def test_windows_renames_over_an_empty_folder_and_waits_for_a_virus_scanner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "WINDOWS", True)
+    refusals = [PermissionError(13, "in use"), PermissionError(13, "in use")]
+    whole = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if refusals:
+            raise refusals.pop()
+        assert not target.is_dir()
+        return whole(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").touch()
+    (tmp_path / "out").mkdir()
+    system.rename_over(tmp_path / "new", tmp_path / "out")
+    assert (tmp_path / "out" / "file").exists()
+    refusals += [PermissionError(13, "in use")] * 99
+    with pytest.raises(PermissionError):
+        system.rename_over(tmp_path / "out", tmp_path / "again")
+
+
+class Kernel:
+    """What octavo calls of Windows' kernel32: process 7 runs, 8 has ended and is still known."""
+
+    GetCurrentProcess: Any
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+        self.GetCurrentProcess = lambda: -1
+
+    def OpenProcess(self, access: int, inherit: bool, pid: int) -> int:  # noqa: N802
+        if pid not in (7, 8):
+            return 0
+        self.open.append(pid)
+        return pid
+
+    def WaitForSingleObject(self, handle: Any, milliseconds: int) -> int:  # noqa: N802
+        return 0x102 if handle.value == 7 else 0
+
+    def CloseHandle(self, handle: Any) -> None:  # noqa: N802
+        self.open.remove(handle.value)
+
+    def GlobalMemoryStatusEx(self, status: Any) -> int:  # noqa: N802
+        assert status._obj.length == 64
+        status._obj.free = 5 << 30
+        return 1
+
+    def K32GetProcessMemoryInfo(self, process: Any, counters: Any, length: int) -> int:  # noqa: N802
+        assert length == 72
+        counters._obj.peak = 3 << 30
+        return 1
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    found = Kernel()
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name: {"kernel32": found}[name], raising=False)
+    return found
+
+
+def test_windows_asks_for_a_process_without_ending_it(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "WINDOWS", True)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill ends a process on Windows"))
+    assert [system.is_alive(pid) for pid in (7, 8, 9)] == [True, False, False]
+    assert kernel.open == []
+
+
+def test_memory_where_neither_proc_nor_resource_exists(
+    hidden: None, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hardware.free_ram_bytes(tmp_path) == 5 << 30
+    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "status")
+    assert hardware.peak_memory_bytes() == 3 << 30
+
+
+def test_a_process_is_alive_until_it_ends() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert system.is_alive(process.pid)
+    process.communicate(b"\n")
+    assert not system.is_alive(process.pid)
+    assert not system.is_alive(2**40)
+
+
+HIDE = f"""
+import os, psutil, runpy, signal, sys  # psutil, which others import, chooses by sys.platform
+for name in {POSIX_ONLY!r}:
+    sys.modules[name] = None
+for name in {POSIX_CALLS!r} + ("fchmod", "chown", "sched_getaffinity"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGALRM", "pthread_sigmask"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+sys.argv = ["octavo", *sys.argv[1:]]
+runpy.run_module("octavo", run_name="__main__")
+"""
+
+
+def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
+    tiny_llama: Path, plays: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, where nothing imported the hidden modules before: torch and transformers included."""
+
+    def octavo(*arguments: object) -> Any:
+        command = [sys.executable, "-c", HIDE, *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    run = ("finetune", "--out", tmp_path / "run")
+    small = ("--seq-len", 32, "--batch", 2, "--rank", 2, "--sample-tokens", 2, "--steps", 3, "--stop-after", 2)
+    assert octavo(*run, "--model", tiny_llama, "--data", plays / "train", *small)["steps"] == 2
+    assert octavo(*run, "--resume")["steps"] == 3
+    octavo("quantize", "--model", tiny_llama, "--out", tmp_path / "small")
+    assert octavo("generate", "the", "--model", tmp_path / "small", "--max-new-tokens", 2)["token_ids"]
+    assert not list(tmp_path.glob(".tmp*"))
