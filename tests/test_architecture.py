@@ -27,7 +27,7 @@ FLOORS = {
     3: ("models",),
     2: ("layers",),
     1: ("ops", "kernels", "data"),
-    0: ("errors", "bounded_json", "hardware", "report", "system", "_version"),
+    0: ("errors", "bounded_json", "failures", "hardware", "report", "stopping", "streams", "system", "_version"),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
@@ -37,6 +37,8 @@ SIDEWAYS = {
     ("hardware", "system"),
     ("report", "errors"),
     ("report", "system"),
+    ("report", "streams"),
+    ("failures", "errors"),
     ("bounded_json", "errors"),
     ("report", "bounded_json"),
     ("ops", "kernels"),
@@ -89,7 +91,21 @@ ONLY_IMPORTED_BY = {
     "kernels": {"ops"},
 }
 _COMMANDS = {"run", "speak", "scores", "plan", "finetune", "convert", "texts"}
-ONLY_IMPORTS = {"cli": {*_COMMANDS, "config", "flags", "talk", "errors", "report", "server", "_version"}}
+ONLY_IMPORTS = {
+    "cli": {
+        *_COMMANDS,
+        "config",
+        "flags",
+        "talk",
+        "errors",
+        "failures",
+        "report",
+        "server",
+        "stopping",
+        "streams",
+        "_version",
+    }
+}
 
 # A family's file reads like its paper. It names frozen matrices, and not how they are stored or adapted.
 UNKNOWN_TO = {"models": ("octavo.data", "octavo.layers.lora", "octavo.ops.quantize")}

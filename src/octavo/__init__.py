@@ -7,6 +7,7 @@ from octavo.errors import (
     DataError,
     ModelError,
     OctavoError,
+    StoppedError,
     TrainingError,
     UsageError,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "OctavoError",
+    "StoppedError",
     "TrainingError",
     "UsageError",
     "__version__",

@@ -1,6 +1,7 @@
 """The command `octavo`. One short function a command; torch and transformers are imported inside it.
 
-Exit codes: 0 done, 1 failed, 2 the request itself was wrong. With `--json` one JSON document goes to stdout and
+Exit codes: 0 done, 1 failed, 2 the request itself was wrong; a signal that asked to stop: 128 + its number (130
+Ctrl-C, 143 SIGTERM, 129 SIGHUP). With `--json` one JSON document goes to stdout and
 nothing else; everything for people goes to stderr.
 """
 
@@ -10,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -35,8 +36,11 @@ from octavo.config import (
     TrainingData,
     TrainOptions,
 )
-from octavo.errors import OctavoError, UsageError
+from octavo.errors import StoppedError, UsageError
+from octavo.failures import explained
 from octavo.flags import command
+from octavo.stopping import INTERRUPTED, interrupts
+from octavo.streams import output, standard_streams
 
 FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions)
 PLAN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
@@ -171,7 +175,7 @@ def demo(config: Config, as_json: bool) -> None:
 
 
 def main() -> None:
-    """The entry point: errors of octavo's become a message and an exit code."""
+    """The entry point: what goes wrong becomes a message and an exit code."""
     # OpenMP's threads by default wait for each other in busy loops: where another program wants a core, every
     # product then takes several times as long. This must be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -179,27 +183,51 @@ def main() -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
-        app(standalone_mode=False)
-    except OctavoError as error:
-        _fail(error.message, error.hint, error.exit_code)
-    except typer.Abort:
-        _fail("Stopped.", "", 1)
-    except KeyboardInterrupt:
-        _fail("Stopped.", "", 1)
-    except Exception as error:
-        if (code := getattr(error, "exit_code", None)) is None:
-            raise
-        if hasattr(error, "show"):
-            error.show()  # click's own errors about flags: usage and message, on stderr
+        with standard_streams(), interrupts() as received:
+            ended = _ended()
+            _exit(KeyboardInterrupt() if received and not isinstance(ended, StoppedError) else ended)
+    except KeyboardInterrupt:  # one more while the first was reported
+        sys.exit(INTERRUPTED)
+
+
+def _ended() -> BaseException | None:
+    """Runs the command of sys.argv; what ended it, None if it is done.
+
+    typer's own way to call a command would end the process for an OSError or Ctrl-C before we hear of it.
+    """
+    try:
+        group = typer.main.get_command(app)
+        with group.make_context("octavo", sys.argv[1:]) as context:
+            group.invoke(context)
+        with output():
+            pass  # what was written without it
+    except BaseException as error:
+        return error
+    return None
+
+
+def _exit(error: BaseException | None) -> NoReturn:
+    """Ends the process with the message and exit code of `error`. What nothing explains is octavo's own fault."""
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        _fail("Stopped.", "", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):  # whoever read the results has left, as `head` does
+        sys.exit(1)
+    if error is None:
+        sys.exit(0)
+    if hasattr(error, "show"):
+        error.show()  # click's own errors about flags: usage and message, on stderr
+    elif (known := explained(error)) is not None:
+        _fail(known.message, known.hint, known.exit_code)
+    if (code := getattr(error, "exit_code", None)) is not None:
         sys.exit(code)
+    raise error
 
 
 def _answer(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from octavo.report import jsonable
 
-        typer.echo(json.dumps(jsonable(document), allow_nan=False))
-        sys.stdout.flush()  # whoever started a server waits for it
+        _write(json.dumps(jsonable(document), allow_nan=False) + "\n")  # at once: whoever started a server waits for it
 
 
 # A model may write what a terminal obeys, as escape sequences: there it is shown as a picture of the character.
@@ -208,8 +236,8 @@ _PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text.translate(_PICTURES) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    with output():
+        sys.stdout.write(text.translate(_PICTURES) if sys.stdout.isatty() else text)
 
 
 def _prompt(given: str | None) -> str:
@@ -239,7 +267,7 @@ def _text(read: Callable[[], str]) -> str:
     return text
 
 
-def _fail(message: str, hint: str, code: int) -> None:
+def _fail(message: str, hint: str, code: int) -> NoReturn:
     sys.stderr.write(f"octavo: {message}\n" + (f"{hint}\n" if hint else ""))
     sys.exit(code)
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from octavo.config import Config, RunOptions, Section, fields
+from octavo.streams import output
 
 Command = Callable[[Config, bool], None]
 
@@ -42,7 +43,8 @@ def command(
             saved = None if file else _saved_config(kinds, {**own, **flags})
             config = Config.read(kinds, flags, file or saved, defaults=own)
             if print_config:
-                typer.echo(config.to_yaml(), nl=False)
+                with output():
+                    typer.echo(config.to_yaml(), nl=False)
                 return
             function(config, as_json)
 

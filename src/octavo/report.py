@@ -25,6 +25,7 @@ from rich.text import Text
 
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import UsageError
+from octavo.streams import standard_error
 from octavo.system import rename_over
 
 # Without a terminal a bar would fill a log file: a plain line this often instead.
@@ -40,7 +41,8 @@ class Report:
 
     def __init__(self, *, console: bool = True, metrics: Path | None = None, append: bool = False) -> None:
         # No markup: what is said holds file names and text of the user's, where "[b]" is just that.
-        self._console = Console(stderr=True, markup=False, highlight=False, emoji=False, quiet=not console)
+        # Written through a stream that never fails: a terminal that is gone or a log on a full disk must not end a run.
+        self._console = Console(file=standard_error(), markup=False, highlight=False, emoji=False, quiet=not console)
         self._path = metrics
         self._file = _open_lines(metrics, append=append) if metrics else None
 

@@ -1,0 +1,78 @@
+"""A standard stream that is closed, full or without a reader: results fail with a message, progress is lost alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from octavo.report import Report
+from octavo.streams import Forgiving
+
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+
+
+class Gone(io.StringIO):
+    """A stream whose every use fails as that of a terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+    def isatty(self) -> bool:
+        raise ValueError("I/O operation on closed file")
+
+
+def test_writing_to_a_stream_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stream = Forgiving(lambda: Gone())
+    assert stream.write("lost") == 4
+    stream.flush()
+    assert not stream.isatty()
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with Report(metrics=tmp_path / "metrics.jsonl") as report:
+        report.say("said")
+        report.table("a table", ["x"], [[1]])
+        with report.progress(2, "Working") as bar:
+            bar.advance()
+    assert b'"text": "said"' in (tmp_path / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "stderr", None)
+    with Report() as report:
+        report.say("to nobody")
+
+
+def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """Runs `line`, in which "$@" is the command octavo with its arguments."""
+    command: Sequence[str] = ["sh", "-c", line, "sh", sys.executable, "-m", "octavo", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, env=dict(os.environ))
+
+
+@needs_full
+@pytest.mark.parametrize("stream", ["> /dev/full", ">&-"])
+def test_results_that_cannot_be_written_are_an_error(stream: str) -> None:
+    done = shell(f'"$@" {stream}', "finetune", "--print-config")
+    assert done.returncode == 1
+    assert b"cannot be read or written" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+@needs_full
+@pytest.mark.parametrize("stream", ["2> /dev/full", "2>&-", "0<&- 2>&-"])
+def test_messages_that_cannot_be_written_end_nothing(stream: str, tiny_llama: Path) -> None:
+    done = shell(f'"$@" {stream}', "generate", "--model", tiny_llama, "--prompt", "a", "--max-new-tokens", 2)
+    assert done.returncode == 0
+    assert done.stdout
+
+
+@needs_full
+def test_an_error_that_cannot_be_shown_still_has_its_exit_code() -> None:
+    assert shell('"$@" 2> /dev/full', "generate", "--model", "nowhere/at-all/x", "--prompt", "a").returncode in (1, 2)
+    assert shell('"$@" 2>&-', "finetune", "--no-such-flag").returncode == 2
