@@ -17,7 +17,7 @@ from octavo.config import ServeOptions
 from octavo.data.encoding import begin_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.data.records import Message
-from octavo.errors import AdapterError, DataError, UsageError
+from octavo.errors import AdapterError, DataError, ModelError, UsageError
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream
 from octavo.infer.sample import Sampling
 from octavo.server.generation import Generation
@@ -135,7 +135,7 @@ class Service:
             )
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        except (DataError, UsageError) as error:
+        except (DataError, ModelError, UsageError) as error:
             raise wrong(error.message.removeprefix("the conversation:1: "), param=param) from error
 
     def check_prompt(self, ids: Sequence[int], *, param: str) -> None:
