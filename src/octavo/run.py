@@ -14,7 +14,7 @@ from octavo.hardware import Hardware, pick
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
-from octavo.store import adapter, peft
+from octavo.store import peft
 from octavo.store.folder import WrittenLayer, weight_names, write_folder
 from octavo.store.opening import open_source
 from octavo.store.peft import Adapter
@@ -60,17 +60,12 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
     return model
 
 
-def read_adapter(folder: Path, source: Source, report: Report) -> Adapter:
+def read_adapter(folder: Path, source: Source, report: Report, *, allow_pickle: bool = False) -> Adapter:
     """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
-    read = peft.read(folder)
+    read = peft.read(folder, allow_pickle=allow_pickle)
     if read.trained_on is not None and read.trained_on != fingerprint(source):  # which reads all of the weights
         report.warn(f"The adapter {folder} was trained on other base weights than these.")
     return read
-
-
-def with_adapter_(model: Model, folder: Path, source: Source, report: Report) -> None:
-    """Puts the adapter of a folder on `model`; warns if it was trained on other weights."""
-    adapter.apply_(model, read_adapter(folder, source, report))
 
 
 def check_context(model_context: int, seq_len: int) -> None:

@@ -58,7 +58,9 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
-    found = read_adapter(options.adapter, source, report) if options.adapter else None
+    found = None
+    if options.adapter:
+        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
     table: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)

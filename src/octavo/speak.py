@@ -18,7 +18,8 @@ from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, opened, with_adapter_
+from octavo.run import chosen_scheme, end_ids, load_model, opened, read_adapter
+from octavo.store.adapter import apply_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,9 +43,12 @@ def open_speaker(config: Config, report: Report) -> Speaker:
     """The model of a configuration, its adapter on it if one is named."""
     asked, options = config[ModelOptions], config[GenerateOptions]
     hardware, source = opened(asked, report, own_adapters=options.adapter is None)
+    found = None
+    if options.adapter is not None:  # before the weights: what is wrong with it shows at once
+        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
-    if options.adapter is not None:
-        with_adapter_(model, options.adapter, source, report)
+    if found is not None:
+        apply_(model, found)
     return Speaker(model, source.tokenizer(), end_ids(source))
 
 

@@ -51,7 +51,7 @@ def tuned_model(folder: Path, base: Path) -> Model:
     """The base, unquantised, with the adapter of a run on it."""
     with Report(console=False) as report:
         model = run.load_model(FolderSource(base), scheme_named("none"), CPU, report)
-        run.with_adapter_(model, folder / "adapter", FolderSource(base), report)
+        adapter.apply_(model, run.read_adapter(folder / "adapter", FolderSource(base), report))
     return model
 
 

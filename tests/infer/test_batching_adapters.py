@@ -196,12 +196,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Fa
 
 
 def broken(source: Path, target: Path, half: str, *, column: int | None = None) -> Path:
-    """A copy of an adapter with NaN in the first tensor of a kind, or in one of its columns."""
+    """A copy of an adapter whose products overflow, in the first tensor of a kind or in one of its columns.
+
+    One that holds NaN itself is refused when it is read.
+    """
     folder = Path(shutil.copytree(source, target))
     tensors = load_file(folder / TENSORS)
     tensor = next(tensor for name, tensor in tensors.items() if half in name)
-    tensor[:, slice(None) if column is None else column] = torch.nan
+    tensor[:, slice(None) if column is None else column] = 3e38
     save_file(tensors, folder / TENSORS)
+    (folder / "octavo.json").write_text("{}")  # without the hash of what was there
     return folder
 
 

@@ -192,6 +192,7 @@ def test_adapters_come_and_go_while_another_answers(server: Server) -> None:
     file = server.shelf / "two" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: -2 * tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}, file)
+    (file.parent / "octavo.json").unlink()  # with the hash of what was there
     asked: dict[str, Any] = {"prompt": "the king", "max_tokens": 12, "temperature": 0}
     alone = server.client.completions.create(model="king", **{**asked, "max_tokens": 120})
     with server.client.completions.create(model="king", **{**asked, "max_tokens": 120}, stream=True) as stream:
@@ -219,6 +220,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_of_it_stays(server:
     file = server.shelf / "odd" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
+    (file.parent / "octavo.json").unlink()  # with the hash of what was there
     before = server.client.completions.create(model="king", prompt="the king", max_tokens=8, temperature=0)
     for folder, said in (("odd", "layers.7"), ("../king", "is not a folder below"), ("none", "no folder")):
         refused = server.post("/v1/load_lora_adapter", lora_name="odd", lora_path=folder)

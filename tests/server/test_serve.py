@@ -160,6 +160,7 @@ def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
+    (file.parent / "octavo.json").unlink()  # with the hash of what was there
     done = octavo("serve", "--model", tiny_llama, "--adapter", f"king={tmp_path / 'adapter'}", "--port", 0)
     assert done.code == 1
     assert re.search(r"king: .*layers\.7", done.err, re.DOTALL)

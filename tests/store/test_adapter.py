@@ -56,11 +56,11 @@ PLANS: dict[str, tuple[str, AdapterPlan]] = {
 }
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PATTERNS = {
-    "rank_pattern": {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 2},
+    "rank_pattern": {"q_proj": 7, "layers.1.mlp.up_proj": 2},
     "alpha_pattern": {
         "down_proj": 40,
         "model.layers.0.self_attn.v_proj": 3,
-        r".*\.1\.self_attn\.[ko]_proj": 9,
+        "layers.1.self_attn.k_proj|o_proj": 9,
     },
 }
 PEFTS: dict[str, tuple[str, dict[str, Any]]] = {

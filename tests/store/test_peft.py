@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,6 +47,17 @@ def put(out: Path, adapter: Adapter = QUERIES, *, biases: bool = False, base: st
     write(out, adapter, modules=MODULES, biases=biases, base=base, card="# A card\n")
     config: dict[str, Any] = json.loads((out / "adapter_config.json").read_text())
     return config
+
+
+def change(out: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
+    """Changes an adapter's files as somebody else would have written them: without octavo.json's hash."""
+    origin = json.loads((out / "octavo.json").read_text())
+    origin.pop("sha256", None)
+    (out / "octavo.json").write_text(json.dumps(origin))
+    if config is not None:
+        (out / "adapter_config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        save_file(tensors, out / "adapter_model.safetensors")
 
 
 def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path) -> None:
@@ -123,21 +135,100 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
     "olora": ({"init_lora_weights": "olora"}, "olora"),
     "another type": ({"peft_type": "IA3"}, "IA3"),
-    "no rank": ({"r": None}, "no usable rank"),
-    "a rank of text": ({"r": "many"}, "no usable rank"),
-    "rank 0": ({"r": 0}, "rank is 0"),
+    "of parameters": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    "a type that is no word": ({"peft_type": ["LORA"]}, "type a list of 1"),
+    "no rank": ({"r": None}, "r is missing"),
+    "a rank of text": ({"r": "many"}, "r is 'many'"),
+    "a truth value as rank": ({"r": True}, "r is True"),
+    "half a rank": ({"r": 4.5}, "r is 4.5; it must be an integer"),
+    "rank 0": ({"r": 0}, "r is 0"),
+    "a rank of no layer": ({"r": 10**30}, "r is 1000"),
+    "an alpha that overflows": ({"lora_alpha": 1e300}, "lora_alpha is 1e.300"),
+    "a dropout of all": ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+    "a dropout of text": ({"lora_dropout": "none"}, "lora_dropout is 'none'"),
+    "rslora of text": ({"use_rslora": "false"}, "use_rslora is 'false'"),
+    "modules of a number": ({"modules_to_save": 3}, "modules_to_save is 3"),
+    "modules that are no names": ({"modules_to_save": [["lm_head"]]}, "modules_to_save is a list"),
+    "tokens of text": ({"trainable_token_indices": "all"}, "trainable_token_indices is 'all'"),
+    "tokens under 0": ({"trainable_token_indices": [-1]}, "trainable_token_indices does not hold"),
+    "tokens twice": ({"trainable_token_indices": {"lm_head": [3, 3]}}, "trainable_token_indices does not hold"),
+    "tokens of no number": ({"trainable_token_indices": {"lm_head": ["x"]}}, "trainable_token_indices does not hold"),
+    "patterns in a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern is a list of 1"),
+    "an alpha of nothing": ({"alpha_pattern": {"q_proj": None}}, "q_proj is missing"),
+    "a list as alpha": ({"lora_alpha": [1]}, "lora_alpha is a list"),
+    "an alpha of no bound": ({"alpha_pattern": {"q_proj": -1e40}}, "q_proj is -1e"),
     "another rank": ({"r": 8}, "has rank 4,"),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_config_of_another_adapter_is_refused(case: str, tmp_path: Path) -> None:
-    changes, told = CHANGES[case]
+    changes, reason = CHANGES[case]
     config = put(tmp_path / "adapter") | changes
-    kept = {key: value for key, value in config.items() if value is not None}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(kept))
-    with pytest.raises(AdapterError, match=told):
+    change(tmp_path / "adapter", config={key: value for key, value in config.items() if value is not None})
+    with pytest.raises(AdapterError, match=reason):
         read(tmp_path / "adapter")
+
+
+NOT_JSON = {
+    "deep": "[" * 200_000,
+    "deep in a value": '{"r": ' + "[" * 200_000 + "]" * 200_000 + "}",
+    "infinite": '{"peft_type": "LORA", "r": 1e999, "lora_alpha": 8}',
+    "infinite in a pattern": '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 1e999}}',
+    "NaN": '{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}',
+    "twice": '{"peft_type": "LORA", "r": 4, "r": 8, "lora_alpha": 8}',
+    "a list": "[]",
+}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "octavo.json"])
+@pytest.mark.parametrize("case", NOT_JSON)
+def test_json_out_of_bounds_is_an_adapter_error(case: str, name: str, tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    (tmp_path / "adapter" / name).write_text(NOT_JSON[case])
+    with pytest.raises(AdapterError, match=name) as caught:
+        read(tmp_path / "adapter")
+    assert len(str(caught.value)) < 600
+
+
+EXPRESSIONS = [
+    "(?:(?:[a-z_.0-9]+)+)+!", "((.*)*)*x", "(" * 5000, ".*q_proj", r"layers\.\d+\.attn", "q_proj$", "(q|v)_proj", "",
+    "q_proj\n", "a^b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", EXPRESSIONS, ids=lambda key: repr(key[:20]))
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_is_never_run_as_a_regular_expression(pattern: str, key: str, tmp_path: Path) -> None:
+    config = put(tmp_path / "adapter")
+    change(tmp_path / "adapter", config={**config, pattern: {key: 4}})
+    with pytest.raises(AdapterError, match=f"{pattern} has the key") as caught:
+        read(tmp_path / "adapter")
+    assert "one key each" in caught.value.hint
+    assert len(str(caught.value)) < 600
+
+
+NAME_KEYS = {
+    "an end": ({"q_proj": 24}, (24, 12, 24, 12)),
+    "part of a name": ({"proj": 24}, (12, 12, 12, 12)),
+    "two names": ({"q_proj|v_proj": 24}, (24, 24, 24, 24)),
+    "the first key": ({"v_proj": 36, "attn.v_proj": 24}, (12, 36, 12, 36)),
+    "a longer end first": ({"1.attn.v_proj": 24, "v_proj": 36}, (12, 36, 12, 24)),
+    "a whole name": ({"model.layers.1.attn.q_proj": 24}, (12, 12, 24, 12)),
+    "a whole name marked": ({"^model.layers.1.attn.q_proj": 24, "^q_proj": 36}, (12, 12, 24, 12)),
+    "escaped dots": ({r"layers\.0\.attn\.q_proj": 24}, (24, 12, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("case", NAME_KEYS)
+def test_names_in_a_pattern_are_matched_as_peft_matches_them(case: str, tmp_path: Path) -> None:
+    pattern, alphas = NAME_KEYS[case]
+    names = [f"{block}.attn.{key}_proj" for block in BLOCKS for key in "qv"]
+    config = put(tmp_path / "adapter", Adapter(SPEC, {name: pair() for name in names}, {}))
+    change(tmp_path / "adapter", config={**config, "alpha_pattern": pattern})
+    found = read(tmp_path / "adapter").pairs
+    keys = {name: get_pattern_key(list(pattern), name) for name in names}
+    assert [found[name][2] * 4 for name in names] == [pattern.get(keys[name], 12) for name in names] == list(alphas)
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no config", "broken config", "no tensors", "cut tensors", "odd name"])
@@ -161,32 +252,13 @@ def test_a_damaged_adapter_is_an_adapter_error(damage: str, tmp_path: Path) -> N
         read(folder)
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"rank_pattern": {"(": 3}}, "patterns of rank and alpha"),
-        ({"rank_pattern": ["q_proj"]}, "patterns of rank and alpha"),
-        ({"alpha_pattern": {"q_proj": None}}, "patterns of rank and alpha"),
-        ({"lora_alpha": float("nan")}, "no usable rank, alpha or dropout"),
-        ({"lora_alpha": [1]}, "no usable rank, alpha or dropout"),
-    ],
-    ids=str,
-)
-def test_a_config_that_makes_no_sense_is_an_adapter_error(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
-    out = tmp_path / "adapter"
-    config = put(out)
-    (out / "adapter_config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(AdapterError, match=match):
-        read(out)
-
-
 @pytest.mark.parametrize("shape", [(), (4,), (4, 8, 1)])
 def test_a_pair_that_is_no_two_matrices_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
     tensors = load_file(out / "adapter_model.safetensors")
     key = next(key for key in tensors if "lora_A" in key)
-    save_file({**tensors, key: torch.zeros(shape)}, out / "adapter_model.safetensors")
+    change(out, tensors={**tensors, key: torch.zeros(shape)})
     with pytest.raises(AdapterError, match="not two matrices"):
         read(out)
 
@@ -194,7 +266,7 @@ def test_a_pair_that_is_no_two_matrices_is_refused(shape: tuple[int, ...], tmp_p
 def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
-    save_file({}, out / "adapter_model.safetensors")
+    change(out, tensors={})
     with pytest.raises(AdapterError, match="nothing that was trained"):
         read(out)
 
@@ -223,7 +295,7 @@ def test_half_a_pair_is_refused(half: str, tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     gone = f"base_model.model.model.layers.0.attn.q_proj.{half}.weight"
-    save_file({name: t.clone() for name, t in load_file(path).items() if name != gone}, path)
+    change(tmp_path / "adapter", tensors={name: t.clone() for name, t in load_file(path).items() if name != gone})
     with pytest.raises(AdapterError, match=gone):
         read(tmp_path / "adapter")
 
@@ -284,3 +356,116 @@ def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    put(tmp_path / "adapter", replace(QUERIES, full={f"{BLOCKS[0]}.norm.weight": torch.ones(8)}))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for key in tensors:
+        damaged = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
+        damaged[key].view(-1)[-1] = value
+        change(tmp_path / "adapter", tensors=damaged)
+        with pytest.raises(AdapterError, match="not finite, in " + key):
+            read(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_tensors_of_no_floating_point_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    change(tmp_path / "adapter", tensors={name: tensor.to(dtype) for name, tensor in tensors.items()})
+    with pytest.raises(AdapterError, match="octavo reads 16 to 64 bits"):
+        read(tmp_path / "adapter")
+
+
+def test_a_flipped_bit_of_a_tensor_or_a_changed_value_of_the_config_is_found(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    config = put(out, LINEARS)
+    data = (out / "adapter_model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for place in range(start, len(data), (len(data) - start) // 7):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        (out / "adapter_model.safetensors").write_bytes(damaged)
+        with pytest.raises(AdapterError, match="changed since it was written"):
+            read(out)
+    (out / "adapter_model.safetensors").write_bytes(data)
+    for key, value in {"lora_alpha": 13.0, "use_rslora": True, "alpha_pattern": {"q_proj": 3}}.items():
+        (out / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(AdapterError, match="changed since it was written"):
+            read(out)
+    # What does not change the function may change: the base's name, the layout of the file.
+    (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
+    save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors", metadata={"a": "b"})
+    assert read(out).pairs.keys() == LINEARS.pairs.keys()
+
+
+def test_an_adapter_without_a_hash_is_read(tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    change(tmp_path / "adapter")
+    assert read(tmp_path / "adapter").origin == {}
+    (tmp_path / "adapter" / "octavo.json").unlink()
+    assert read(tmp_path / "adapter").origin == {}
+
+
+def test_a_pickle_is_read_where_it_is_allowed_and_its_flag_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    put(out)
+    wanted = read(out)
+    tensors = load_file(out / "adapter_model.safetensors")
+    torch.save(tensors, out / "adapter_model.bin")
+    (out / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match="pickle") as caught:
+        read(out)
+    assert "--allow-pickle" in caught.value.hint
+    found = read(out, allow_pickle=True)
+    assert all(torch.equal(found.pairs[name][0], wanted.pairs[name][0]) for name in wanted.pairs)
+    (out / "adapter_model.bin").write_bytes(bytes(1000))  # in place: what was read does not change
+    assert all(torch.equal(found.pairs[name][0], wanted.pairs[name][0]) for name in wanted.pairs)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read(out, allow_pickle=True)
+
+
+def test_a_pickle_that_would_run_a_program_is_refused(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    out = tmp_path / "adapter"
+    put(out)
+    (out / "adapter_model.safetensors").unlink()
+    torch.save({"x": Program()}, out / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read(out, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_an_adapter_names_the_one_that_was_meant(tmp_path: Path) -> None:
+    trainer, run, model = (tmp_path / name for name in ("trainer", "run", "model"))
+    for step in (9, 80, 500):
+        put(trainer / f"checkpoint-{step}")
+    (trainer / "checkpoint-1000").mkdir()  # without an adapter
+    (trainer / "checkpoint-best").mkdir()
+    put(run / "adapter")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    for folder, hint in ((trainer, "checkpoint-500"), (run, "run/adapter"), (model, "--model ")):
+        with pytest.raises(AdapterError, match=f"{folder} .*not an adapter") as caught:
+            read(folder)
+        assert hint in caught.value.hint
+    with pytest.raises(AdapterError, match="no folder"):
+        read(tmp_path / "none")
+
+
+def test_a_pointer_of_git_lfs_and_a_file_that_is_none_are_named(tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    tensors = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")
+    with pytest.raises(AdapterError, match="Git LFS pointer"):
+        read(tmp_path / "adapter")
+    tensors.unlink()
+    os.mkfifo(tensors)
+    with pytest.raises(AdapterError, match="not a regular file"):
+        read(tmp_path / "adapter")

@@ -100,10 +100,10 @@ class Engine:
         with self._changed:
             return dict(self._adapters)
 
-    def load_adapter(self, name: str, folder: Path) -> ServedAdapter:
+    def load_adapter(self, name: str, folder: Path, *, allow_pickle: bool = False) -> ServedAdapter:
         """Serves an adapter from the next step on; AdapterError if it does not fit or its name is taken."""
         self._check_free(name)
-        read = peft.read(folder)
+        read = peft.read(folder, allow_pickle=allow_pickle)
         with self._alone():
             self._check_free(name)  # once more: another thread may have been faster
             serve_(self.model, self._routing, read, name)

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
 
+MAX_RANK = 2**16  # more than the inputs of any layer in use
+MAX_ALPHA = 1e6  # bounds the scaling: B A x times it must not overflow float32
+
 
 @dataclass(frozen=True)
 class LoraSpec:
@@ -32,6 +35,10 @@ class LoraSpec:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise AdapterError(f"The LoRA rank is {self.rank}; it must be at least 1.")
+        if self.rank > MAX_RANK:
+            raise AdapterError(f"The LoRA rank is {self.rank:,}; it must be at most {MAX_RANK:,}.")
+        if not abs(self.alpha) <= MAX_ALPHA:  # a NaN is refused too
+            raise AdapterError(f"The LoRA alpha is {self.alpha}; it must be at most {MAX_ALPHA:,.0f}.")
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"The LoRA dropout is {self.dropout}; it must be at least 0 and under 1.")
 

@@ -112,7 +112,7 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     )  # fmt: skip
     for name, folder in adapters.items():
         try:
-            served = engine.load_adapter(name, folder)
+            served = engine.load_adapter(name, folder, allow_pickle=asked.allow_pickle)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
         if served.trained_on not in (None, engine.base_sha256):

@@ -1,7 +1,8 @@
 """An adapter in its file: PEFT's own format, read and written without a model.
 
 A folder holds adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two
-files that it ignores: octavo.json (what the adapter was trained on) and README.md (the model card).
+files that it ignores: octavo.json (what the adapter was trained on, and the hash of its tensors) and README.md (the
+model card).
 
 Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. In the file, all
 stands under base_model.model.NAME: lora_A.weight (r, K) and lora_B.weight (N, r) of a linear,
@@ -11,38 +12,31 @@ trained bias, and weight and bias of a trained norm (PEFT's modules_to_save).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.errors import AdapterError, ModelError
+from octavo.bounded_json import read_object
+from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
+from octavo.store.adapter_file import TENSORS as TENSORS
+from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
 from octavo.store.files import fsync_file, fsync_folder, json_bytes
-from octavo.store.sources import read_json
+from octavo.store.peft_config import CONFIG as CONFIG
+from octavo.store.peft_config import read_config
 from octavo.system import rename_over
 
 PREFIX = "base_model.model."
-TENSORS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ORIGIN = "octavo.json"
 HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
 HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
-# Options of PEFT's that make its output another function than W x + s B A x. Source: peft 0.21, LoraConfig.
-UNKNOWN_OPTIONS = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-    "kasa_config", "monteclora_config", "layer_replication",
-)  # fmt: skip
-# Ways to start that take something away from the frozen weights, so that the pairs fit no plain base model.
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -88,10 +82,12 @@ def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: b
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        save_file(tensors_of(adapter), temporary / TENSORS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_bytes(json_bytes(_config(adapter, modules, biases=biases, base=base)))
+        tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
+        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_bytes(json_bytes(config))
         shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes 0600, whatever the umask
-        (temporary / "octavo.json").write_bytes(json_bytes(adapter.origin))
+        origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
+        (temporary / ORIGIN).write_bytes(json_bytes(origin))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for path in temporary.iterdir():
             fsync_file(path)
@@ -117,30 +113,35 @@ def _exchange(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read(folder: Path) -> Adapter:
-    """The adapter in a folder of PEFT's format. AdapterError names what octavo does not do or cannot read."""
+def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
+    """The adapter in a folder of PEFT's format. AdapterError names what octavo does not do or cannot read.
+
+    Where octavo wrote the folder, its tensors must have the hash that octavo.json gives. `allow_pickle` reads
+    adapter_model.bin too.
+    """
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} holds no adapter (no {CONFIG}).", hint="Give a run's adapter/ folder.")
-    try:
-        config = read_json(folder / CONFIG)
-        origin = read_json(folder / "octavo.json") if (folder / "octavo.json").is_file() else {}
-        data = (folder / TENSORS).read_bytes()  # not mapped: whoever overwrites the file then changes nothing here
-        tensors = load(data)
-    except (ModelError, SafetensorError, OSError) as error:
-        raise AdapterError(f"The adapter in {folder} cannot be read: {error}") from error
-    _refuse_unknown(folder, config)
-    spec = _spec(folder, config)
+        raise no_adapter(folder)
+    config = read_config(folder)
+    origin = read_object(folder / ORIGIN, error=AdapterError) if (folder / ORIGIN).is_file() else {}
+    tensors, sha256 = read_tensors(folder, allow_pickle=allow_pickle)
+    wanted = origin.pop("sha256", None)
+    if wanted is not None and wanted != tensors_sha256(tensors, config.function):
+        raise AdapterError(
+            f"The adapter in {folder} has changed since it was written: its tensors or the values in {CONFIG} do not "
+            f"have the hash in {ORIGIN}.",
+            hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" from {ORIGIN}.',
+        )
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     embeddings = set()
     for key, tensor in tensors.items():
         name, kind = _parse(folder, key)
-        if ".base_layer." in key and (kind == "weight" or config.get("bias", "none") == "none"):
+        if ".base_layer." in key and (kind == "weight" or not config.biases):
             continue  # PEFT saves a targeted embedding's or head's frozen layer along with its pair
         if kind in HALVES and (other := key.replace(kind, HALVES[kind])) not in tensors:
             raise AdapterError(f"The adapter in {folder} lacks {other}.")
         if kind in ("lora_A", "lora_embedding_A"):
-            own = _own_spec(folder, config, name, spec)
+            own = config.spec_of(name)
             if tensor.ndim != 2 or tensors[other].ndim != 2:
                 raise AdapterError(f"{folder}: the pair of {name} is not two matrices.")
             if own.rank != tensor.shape[0]:
@@ -152,7 +153,7 @@ def read(folder: Path) -> Adapter:
             full[f"{name}.{kind}"] = tensor
     if not pairs and not full:
         raise AdapterError(f"The adapter in {folder} holds nothing that was trained.")
-    return Adapter(spec, pairs, full, origin, frozenset(embeddings), hashlib.sha256(data).hexdigest())
+    return Adapter(config.spec, pairs, full, origin, frozenset(embeddings), sha256)
 
 
 def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: str) -> dict[str, Any]:
@@ -196,16 +197,6 @@ def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
-def _refuse_unknown(folder: Path, config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    unknown = [key for key in UNKNOWN_OPTIONS if config.get(key)]
-    if str(config.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
-        unknown.append(f"init_lora_weights={config['init_lora_weights']}")
-    if kind != "LORA" or unknown:
-        what = f"of the type {kind}" if kind != "LORA" else f"made with {', '.join(unknown)}"
-        raise AdapterError(f"The adapter in {folder} is {what}.", hint="octavo reads plain LoRA and rsLoRA.")
-
-
 def _parse(folder: Path, key: str) -> tuple[str, str]:
     """(module name, kind) of a tensor's name in the file."""
     name = key.removeprefix(PREFIX)
@@ -217,33 +208,3 @@ def _parse(folder: Path, key: str) -> tuple[str, str]:
     if not key.startswith(PREFIX) or not module:
         raise AdapterError(f"The adapter in {folder} holds {key!r}, which is not a name of PEFT's format.")
     return module, kind
-
-
-def _spec(folder: Path, config: Mapping[str, Any]) -> LoraSpec:
-    try:
-        spec = LoraSpec(
-            int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout") or 0.0),
-            bool(config.get("use_rslora", False)),
-        )  # fmt: skip
-        if not math.isfinite(spec.alpha):
-            raise ValueError(f"alpha is {spec.alpha}")
-        return spec
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"The {CONFIG} in {folder} has no usable rank, alpha or dropout ({error}).") from error
-
-
-def _own_spec(folder: Path, config: Mapping[str, Any], name: str, spec: LoraSpec) -> LoraSpec:
-    """The spec of one pair; PEFT can give a module a rank or alpha of its own."""
-    try:
-        rank, alpha = (
-            next((value for key, value in (config.get(table) or {}).items() if _matches(key, name)), default)
-            for table, default in (("rank_pattern", spec.rank), ("alpha_pattern", spec.alpha))
-        )
-        return LoraSpec(int(rank), float(alpha), spec.dropout, spec.rslora)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise AdapterError(f"The patterns of rank and alpha in {folder}'s {CONFIG} are broken ({error}).") from error
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of its patterns: an expression for the name, or for its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None

@@ -1,0 +1,110 @@
+"""The tensors of an adapter's folder: adapter_model.safetensors, or adapter_model.bin where pickles are allowed.
+
+Also what to say of a folder that holds no adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from octavo.errors import AdapterError, ModelError
+from octavo.store.peft_config import CONFIG, function_of
+from octavo.store.sources import load_pickle
+
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"  # what PEFT before 0.7 and alpaca-lora wrote
+LFS_START = b"version https://git-lfs"
+
+
+def read_tensors(folder: Path, *, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
+    """(the tensors by their names in the file, the sha256 of the file).
+
+    They are copies: whoever overwrites the file then changes nothing here. AdapterError if the file is missing, broken,
+    a Git LFS pointer, a pickle that is not allowed, or holds what is not floating-point or not finite.
+    """
+    path = folder / TENSORS
+    if not path.exists() and (folder / PICKLE).exists():
+        path = folder / PICKLE
+        if not allow_pickle:
+            raise AdapterError(
+                f"The adapter in {folder} is a pickle ({PICKLE}): a format that can carry programs.",
+                hint="octavo reads it with weights_only, which refuses programs. If you trust where it comes from, "
+                "pass --allow-pickle.",
+            )
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise AdapterError(f"{path} is not a regular file.")
+        data = path.read_bytes()
+        if data.startswith(LFS_START):
+            raise AdapterError(
+                f"{path} is a Git LFS pointer: the file itself was not fetched.",
+                hint="Run `git lfs pull` in its clone.",
+            )
+        tensors = load(data) if path.name == TENSORS else _unpickled(path)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (SafetensorError, ModelError) as error:
+        raise AdapterError(f"The adapter in {folder} cannot be read: {error}", hint="Is the file complete?") from error
+    for key, tensor in tensors.items():
+        _check(folder, key, tensor)
+    return tensors, hashlib.sha256(data).hexdigest()
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in load_pickle(path).items()}
+
+
+def _check(folder: Path, key: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise AdapterError(f"The adapter in {folder} holds {key[:200]} as {tensor.dtype}; octavo reads 16 to 64 bits.")
+    # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
+    if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise AdapterError(
+            f"The adapter in {folder} holds numbers that are not finite, in {key[:200]}.",
+            hint="Did its training diverge, or was the file damaged? Take an earlier checkpoint of it.",
+        )
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """The hash over all that decides what an adapter computes: its tensors by name, and the config's values for them.
+
+    It does not depend on how the file is laid out. `config` is the content of adapter_config.json.
+    """
+    digest = hashlib.sha256(json.dumps(function_of(config), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def no_adapter(folder: Path) -> AdapterError:
+    """The error for a folder without adapter_config.json: what is there instead, and what to give."""
+    if not folder.is_dir():
+        return AdapterError(f"There is no folder {folder}.", hint="Give a run's adapter/ folder.")
+    steps = [(int(found[1]), path) for path in folder.glob("checkpoint-*") if (found := _step(path.name))]
+    if steps := [(step, path) for step, path in steps if (path / CONFIG).is_file()]:
+        what, hint = "holds checkpoints of a Trainer", f"Give its newest adapter: {max(steps)[1]}"
+    elif (folder / "adapter" / CONFIG).is_file():
+        what, hint = "is a run's folder", f"Give {folder / 'adapter'}"
+    elif (folder / "config.json").is_file():
+        what, hint = "is a model's folder", f"Give it with --model {folder}, without --adapter."
+    elif (folder / TENSORS).exists() or (folder / PICKLE).exists():
+        what, hint = f"holds an adapter's tensors without {CONFIG}", f"Copy {CONFIG} into it from where it comes."
+    else:
+        return AdapterError(f"{folder} holds no adapter (no {CONFIG}).", hint="Give a run's adapter/ folder.")
+    return AdapterError(f"{folder} {what}, not an adapter (no {CONFIG}).", hint=hint)
+
+
+def _step(name: str) -> re.Match[str] | None:
+    return re.fullmatch(r"checkpoint-(\d{1,18})", name)

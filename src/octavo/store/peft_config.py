@@ -1,0 +1,164 @@
+"""adapter_config.json of PEFT's format: what it says about an adapter, typed and within bounds.
+
+Which modules are adapted is decided by the tensors in the adapter's file alone. So the options that only chose them
+in training (target_modules, which may be a regular expression or "all-linear", exclude_modules, layers_to_transform,
+layers_pattern) are not evaluated. The keys of rank_pattern and alpha_pattern are regular expressions to PEFT; here
+they are names: a pattern of a file must not run as a program, which it does (catastrophic backtracking).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from octavo.bounded_json import JsonError, flag, integer, number, read_object, shown, text
+from octavo.errors import AdapterError
+from octavo.layers.lora import MAX_ALPHA, MAX_RANK, LoraSpec
+
+CONFIG = "adapter_config.json"
+# Options of PEFT's that make its output another function than W x + s B A x. Source: peft 0.21, LoraConfig.
+UNKNOWN_OPTIONS = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "monteclora_config", "layer_replication", "target_parameters", "megatron_config",
+)  # fmt: skip
+# Ways to start that take something away from the frozen weights, so that the pairs fit no plain base model.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What decides the adapter's function, beside its tensors: these values are part of its hash.
+FUNCTION_KEYS = (
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+# A name, or the end of one after a dot; "|" between several, "^" before a whole one, and a dot may be escaped.
+_NAME_KEY = re.compile(r"\^?(?:[A-Za-z0-9_.|]|\\\.)+")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What adapter_config.json says. `modules_to_save` are names or ends of names, `token_indices` by such a name."""
+
+    spec: LoraSpec
+    ranks: dict[str, tuple[int, int]]  # a name or the end of one -> (position of its key, rank)
+    alphas: dict[str, tuple[int, float]]
+    modules_to_save: tuple[str, ...]
+    token_indices: dict[str, tuple[int, ...]]
+    base: str  # base_model_name_or_path, or ""
+    biases: bool  # whether biases were trained
+    function: dict[str, Any]  # the values of FUNCTION_KEYS
+
+    def spec_of(self, name: str) -> LoraSpec:
+        """The rank and alpha of one module."""
+        rank, alpha = _first(self.ranks, name), _first(self.alphas, name)
+        return LoraSpec(
+            self.spec.rank if rank is None else int(rank), self.spec.alpha if alpha is None else alpha,
+            self.spec.dropout, self.spec.rslora,
+        )  # fmt: skip
+
+    def saves(self, name: str) -> bool:
+        """Whether modules_to_save names a module or one that it is part of, by PEFT's rule."""
+        return any(f".{saved}." in f".{name}." for saved in self.modules_to_save)
+
+    def indices_of(self, name: str) -> tuple[int, ...] | None:
+        """The token indices of a module with trainable tokens, in the order of its rows."""
+        return next((found for key, found in self.token_indices.items() if f".{name}".endswith(f".{key}")), None)
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The config of an adapter's folder. AdapterError names the value that octavo cannot take."""
+    content = read_object(folder / CONFIG, error=AdapterError)
+    _refuse_unknown(folder, content)
+    try:
+        spec = LoraSpec(
+            integer(content, "r", least=1, most=MAX_RANK),
+            float(number(content, "lora_alpha", least=-MAX_ALPHA, most=MAX_ALPHA)),
+            float(number(content, "lora_dropout", least=0, most=0.9999, default=0.0)),
+            flag(content, "use_rslora"),
+        )
+        return PeftConfig(
+            spec,
+            _pattern(content, "rank_pattern", least=1, most=MAX_RANK),
+            _pattern(content, "alpha_pattern", least=-MAX_ALPHA, most=MAX_ALPHA),
+            _names(content, "modules_to_save"),
+            _token_indices(content),
+            text(content, "base_model_name_or_path", default=""),
+            text(content, "bias", default="none") != "none",
+            function_of(content),
+        )
+    except JsonError as error:
+        raise AdapterError(f"The {CONFIG} in {folder} is not usable: {error}.", hint=_hint(error)) from error
+
+
+def function_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that decide the adapter's function beside its tensors."""
+    return {key: content.get(key) for key in FUNCTION_KEYS}
+
+
+def _refuse_unknown(folder: Path, content: Mapping[str, Any]) -> None:
+    kind = content.get("peft_type")
+    unknown = [key for key in UNKNOWN_OPTIONS if content.get(key)]
+    if str(content.get("init_lora_weights")).lower().startswith(CHANGES_THE_BASE):
+        unknown.append(f"init_lora_weights={shown(content['init_lora_weights'])}")
+    if kind != "LORA" or unknown:
+        what = f"of the type {shown(kind)}" if kind != "LORA" else f"made with {', '.join(unknown)}"
+        raise AdapterError(
+            f"The adapter in {folder} is {what}.",
+            hint="octavo reads LoRA and rsLoRA, with biases, modules_to_save and trainable_token_indices.",
+        )
+
+
+def _pattern(content: Mapping[str, Any], key: str, *, least: float, most: float) -> dict[str, tuple[int, Any]]:
+    """rank_pattern or alpha_pattern, each of its names on its own with the position of its key: the first one counts.
+
+    A name that must be whole starts with a dot, so that it is the end of no other.
+    """
+    table = content.get(key) or {}
+    if not isinstance(table, dict):
+        raise JsonError(f"{key} is {shown(table)}; it must be an object")
+    found: dict[str, tuple[int, Any]] = {}
+    for position, name in enumerate(table):
+        if not _NAME_KEY.fullmatch(name):
+            raise JsonError(f"{key} has the key {shown(name)}, a regular expression; octavo takes names")
+        value = number(table, name, least=least, most=most)
+        if key == "rank_pattern":
+            value = integer(table, name, least=int(least), most=int(most))
+        whole = "." if name.startswith("^") else ""
+        for single in name.removeprefix("^").replace("\\.", ".").split("|"):
+            found.setdefault(whole + single, (position, value))
+    return found
+
+
+def _first(table: Mapping[str, tuple[int, Any]], name: str) -> Any:
+    """The value of the first key that is the name or its end after a dot, or None."""
+    parts = name.split(".")
+    ends = [".".join(parts[i:]) for i in range(len(parts))]
+    found = [table[key] for key in (f".{name}", *ends) if key in table]
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = content.get(key) or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise JsonError(f"{key} is {shown(names)}; it must be a list of names")
+    return tuple(names)
+
+
+def _token_indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """trainable_token_indices: a list is for the embedding, whatever its name."""
+    key = "trainable_token_indices"
+    found = content.get(key) or {}
+    table = dict.fromkeys(("embed_tokens", "wte"), found) if isinstance(found, list) else found
+    if not isinstance(table, dict):
+        raise JsonError(f"{key} is {shown(found)}; it must be a list of token ids, or one for each module")
+    for indices in table.values():
+        whole = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+        if not whole or not all(0 <= i < 2**31 for i in indices) or len(set(indices)) != len(indices):
+            raise JsonError(f"{key} does not hold lists of different token ids")
+    return {name: tuple(indices) for name, indices in table.items()}
+
+
+def _hint(error: JsonError) -> str:
+    if "regular expression" not in str(error):
+        return ""
+    return f"Write the modules' names into {CONFIG}, one key each: letters, digits, _ and dots."
