@@ -338,9 +338,9 @@ def test_a_write_that_fails_loses_nothing_and_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    rename = Path.rename
+    replace_ = Path.replace
     if fails == "rename":
-        monkeypatch.setattr(Path, "rename", lambda a, b: fail() if a.name.startswith(".tmp") else rename(a, b))
+        monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.name.startswith(".tmp") else replace_(a, b))
     else:
         monkeypatch.setattr(peft, {"tensors": "save_file", "disk": "fsync_file"}[fails], fail)
     with pytest.raises(OSError, match="No space"):
