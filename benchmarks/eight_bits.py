@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
-PLAYS = Path(__file__).parents[1] / "examples" / "shakespeare"
+PLAYS = Path(__file__).parents[1] / "src" / "octavo" / "shakespeare"
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16
 
 

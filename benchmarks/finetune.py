@@ -3,7 +3,7 @@
     python benchmarks/finetune.py --suite quick
     python benchmarks/finetune.py --model gptj --rows peft-bf16,octavo-int8 --batch 1 --seq-len 2048 [--cap-gib 11]
     python benchmarks/finetune.py --suite full --gate --budget-s 550 --out results.csv
-    python benchmarks/finetune.py --job article --model-dir DIR --text-dir examples/shakespeare/train
+    python benchmarks/finetune.py --job article --model-dir DIR --text-dir src/octavo/shakespeare/train
 
 Rows are appended to benchmarks/results.csv as they come; `python benchmarks/table.py` makes README.md's table of it.
 A way that fails has its error in its row, and the others go on. README.md beside this file says what is fixed and
@@ -103,7 +103,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--commit", help="what to note as octavo's commit; default: what git says")
     add("--job", choices=["article"], help="the article's own job, from files to a saved adapter")
     add("--model-dir", type=Path)
-    add("--text-dir", type=Path, default=ROOT / "examples" / "shakespeare" / "train")
+    add("--text-dir", type=Path, default=ROOT / "src" / "octavo" / "shakespeare" / "train")
     add("--extra", nargs=argparse.REMAINDER, default=[], help="last: more options for `octavo finetune` in --job")
     add("--one", help=argparse.SUPPRESS)  # one row as JSON, in this process
     add("--wait", action="store_true", help=argparse.SUPPRESS)  # .. once a line comes on standard input

@@ -2,7 +2,7 @@
 
     python benchmarks/loss_parity.py [--steps 20] [--rows 2] [--seq-len 64]
 
-Scheme none, float32, AdamW with 32-bit state on both sides, on SmolLM2 and examples/shakespeare. Prints both losses
+Scheme none, float32, AdamW with 32-bit state on both sides, on SmolLM2 and src/octavo/shakespeare. Prints both losses
 of every step and the largest relative difference; exits with 1 if that is over 1 %.
 """
 
@@ -29,7 +29,7 @@ from octavo.train.loop import Trainer, train
 from octavo.train.micro import Launched
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 
-PLAYS = Path(__file__).parents[1] / "examples" / "shakespeare" / "train"
+PLAYS = Path(__file__).parents[1] / "src" / "octavo" / "shakespeare" / "train"
 RANK, ALPHA, LEARNING_RATE, TOLERANCE = 8, 16.0, 1e-3, 0.01
 
 

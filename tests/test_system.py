@@ -244,3 +244,30 @@ def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
     octavo("quantize", "--model", tiny_llama, "--out", tmp_path / "small")
     assert octavo("generate", "the", "--model", tmp_path / "small", "--max-new-tokens", 2)["token_ids"]
     assert not list(tmp_path.glob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("argv0", "path", "environ", "command"),
+    [
+        ("env/bin/octavo", "env/bin", {}, "octavo"),
+        ("env/bin/octavo", "other", {}, "env/bin/octavo"),
+        ("env/bin/octavo", "other", {"UV_RUN_RECURSION_DEPTH": "1"}, "uv run octavo"),
+        ("a folder/octavo", "env/bin", {}, "'a folder/octavo'"),
+        ("src/octavo/__main__.py", "env/bin", {}, "python -m octavo"),
+        ("src/octavo/__main__.py", "other", {}, "env/bin/python -m octavo"),
+    ],
+)
+def test_the_own_command_is_what_the_shell_can_call(
+    argv0: str, path: str, environ: dict[str, str], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("env/bin/octavo", "env/bin/python", "a folder/octavo", "other/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / argv0)])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env/bin/python"))
+    assert system.own_command() == command

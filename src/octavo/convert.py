@@ -29,7 +29,7 @@ def convert(config: Config, report: Report) -> dict[str, Any]:
         raise UsageError("What to convert is missing.", hint="Give the folder that the training script saved.")
     if out is None:
         raise UsageError("Where to write is missing.", hint="Give a new folder with --out.")
-    source = open_source(model, allow_pickle=config[ConvertOptions].allow_pickle, say=report.say)
+    source = open_source(model, allow_pickle=config[ConvertOptions].allow_pickle, report=report)
     scheme = stored_scheme(source)
     layers: list[WrittenLayer] = []
     with report.progress(len(weight_names(base_of(source))), f"Writing {out}") as bar:

@@ -85,10 +85,13 @@ class Report:
         self._file.flush()
 
     @contextmanager
-    def progress(self, total: int, label: str, *, done: int = 0) -> Iterator[Progress]:
-        """A bar over `total` steps, `done` of them behind us; without a terminal a line now and then."""
+    def progress(self, total: int, label: str, *, done: int = 0, unit: str = "") -> Iterator[Progress]:
+        """A bar over `total` steps, `done` of them behind us; without a terminal a line now and then.
+
+        With `unit` "bytes" the numbers are bytes: they are shown as MB, with a rate.
+        """
         if self._console.quiet or not self._console.is_terminal:
-            plain = Progress(total, label, done=done, console=self._console)
+            plain = Progress(total, label, done=done, unit=unit, console=self._console)
             yield plain
             plain.finish()
             return
@@ -98,7 +101,7 @@ class Report:
             TextColumn("{task.fields[shown]}", markup=False),
         )
         with Bar(*columns, console=self._console, expand=True) as bar:
-            yield Progress(total, label, done=done, console=self._console, bar=bar)
+            yield Progress(total, label, done=done, unit=unit, console=self._console, bar=bar)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Show a table; a column of nothing but numbers stands to the right. Nothing is recorded."""
@@ -135,8 +138,10 @@ class Report:
 class Progress:
     """How far a piece of work is. `advance` after each step; anything shown with it stays until replaced."""
 
-    def __init__(self, total: int, label: str, *, done: int, console: Console, bar: Bar | None = None) -> None:
-        self._total, self._label = total, printable(label)
+    def __init__(
+        self, total: int, label: str, *, done: int, console: Console, unit: str = "", bar: Bar | None = None
+    ) -> None:
+        self._total, self._label, self._unit = total, printable(label), unit
         self._done = self._done_at_start = done
         self._console, self._bar = console, bar
         self._started = self._told = monotonic()
@@ -153,6 +158,11 @@ class Progress:
             self._bar.update(self._task, completed=self._done, shown=self._text())
         elif monotonic() - self._told >= PLAIN_SECONDS:
             self.finish()
+
+    def reach(self, done: int) -> None:
+        """`done` steps of all are behind us: more than before, or fewer where work had to begin again."""
+        self._done_at_start = min(self._done_at_start, done)
+        self.advance(done - self._done)
 
     def finish(self) -> None:
         """Say where the work stands as a plain line, unless that was just said."""
@@ -177,6 +187,10 @@ class Progress:
             for name, value in self._fields.items()
         ]
         clock = [] if left is None else [f"{duration(left)} left"]
+        if self._unit == "bytes":
+            taken, seconds = self._done - self._done_at_start, monotonic() - self._started
+            rate = [f"{taken / seconds / 1e6:.1f} MB/s"] if taken > 0 and seconds > 0 else []
+            return "  ".join([f"{self._done / 1e6:.1f}/{self._total / 1e6:.1f} MB", *rate, *clock])
         return "  ".join([f"{self._done:,}/{self._total:,}", *values, *clock])
 
 

@@ -29,7 +29,7 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
     Without `weights` they are not even fetched.
     """
     source = open_source(
-        options.model, revision=options.revision, allow_pickle=options.allow_pickle, weights=weights, say=report.say
+        options.model, revision=options.revision, allow_pickle=options.allow_pickle, weights=weights, report=report
     )
     if not own_adapters:
         refuse_pairs(source)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shlex
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -237,3 +240,39 @@ def peak_ram_bytes() -> int:
 
 def _windows_library(name: str) -> Any:
     return getattr(ctypes, "WinDLL")(name)  # noqa: B009  # type checkers of other systems do not have the name
+
+
+def own_command() -> str:
+    """How a shell calls octavo as this process was called: `octavo` where that is on the PATH, else a path or a module.
+
+    What it gives is quoted for the shell and can be followed by a command and its flags.
+    """
+    if os.environ.get("UV_RUN_RECURSION_DEPTH"):  # uv changes the PATH for what it runs, and not for the shell
+        return "uv run octavo"
+    called = Path(sys.argv[0])
+    if called.stem != "octavo":
+        python = shutil.which("python")
+        same = python is not None and Path(python).parent == Path(sys.executable).parent
+        return f"{'python' if same else _quoted(_short(Path(sys.executable)))} -m octavo"
+    found = shutil.which("octavo")
+    with suppress(OSError):
+        if found is not None and Path(found).samefile(called.with_suffix(Path(found).suffix)):
+            return "octavo"
+    return _quoted(_short(called))
+
+
+def quoted(arguments: Sequence[object]) -> str:
+    """Arguments as one line for a shell of this system."""
+    return " ".join(_quoted(str(argument)) for argument in arguments)
+
+
+def _quoted(text: str) -> str:
+    return subprocess.list2cmdline([text]) if WINDOWS else shlex.quote(text)
+
+
+def _short(path: Path) -> str:
+    """A path from the working folder if it is below that, else in whole."""
+    path = Path(os.path.abspath(path))  # not resolved: an environment's python is a link out of it
+    with suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

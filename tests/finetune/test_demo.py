@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from octavo.cli import FINETUNE
-from octavo.config import DEMO, Config
-from octavo.errors import UsageError
-from octavo.finetune.demo import demo as demo_of
+from octavo import system
+from octavo.config import DEMO
+from octavo.finetune import demo as demo_module
 
 Octavo = Callable[..., Any]
 
@@ -68,13 +68,25 @@ def test_a_demo_is_resumed_in_its_own_folder(demo: Octavo, octavo: Octavo) -> No
     assert (done.json["out"], done.json["steps"]) == ("runs/demo", 2)
 
 
-def test_without_the_plays_the_demo_says_where_they_should_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in an installation without the repository."""
-    monkeypatch.setitem(DEMO, "data", [str(tmp_path / "plays")])
-    with pytest.raises(UsageError) as caught:
-        demo_of(Config.read(FINETUNE, {}, defaults=DEMO))
-    assert str(tmp_path / "plays") in caught.value.message
-    assert "clone" in caught.value.hint
+def test_the_last_line_is_the_next_command_as_the_shell_knows_octavo(
+    demo: Octavo, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture calls octavo as `octavo`, which is not on the PATH and not in this folder."""
+    (scripts := tmp_path / "environment" / "bin").mkdir(parents=True)
+    (command := scripts / "octavo").touch(0o755)
+    monkeypatch.setenv("PATH", str(scripts))
+    whole = system.own_command
+    called: list[str] = []
+
+    def own_command() -> str:
+        monkeypatch.setattr(sys, "argv", [str(command)])
+        called.append(whole())
+        return called[-1]
+
+    monkeypatch.setattr(demo_module, "own_command", own_command)
+    lines = demo().err.strip().splitlines()
+    assert called == ["octavo"]
+    assert lines[-1] == f"Talk with it: octavo chat --model {tiny_llama} --adapter runs/demo/adapter"
 
 
 def test_the_demo_on_its_real_model_tunes_in_a_few_steps(

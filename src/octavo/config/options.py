@@ -222,7 +222,7 @@ class DataOptions(Section):
     samples: int = Field(2, ge=0, description="Decoded samples to show.")
 
 
-_PLAYS = Path(__file__).parents[3] / "examples" / "shakespeare"
+_PLAYS = Path(__file__).parents[1] / "shakespeare"
 # The defaults of `octavo demo`, chosen on two cores: held-out perplexity falls by more than a quarter in under
 # three minutes.
 DEMO: dict[str, Any] = {

@@ -5,26 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from octavo.config import DEMO, Config, RunOptions, TrainingData
-from octavo.errors import UsageError
+from octavo.config import DEMO, Config, ModelOptions, RunOptions
 from octavo.finetune import finetune
+from octavo.report import Report
+from octavo.system import own_command, quoted
 
 
 def demo(config: Config) -> dict[str, Any]:
     """Runs the demo; `config` was read over the defaults in config.DEMO.
 
-    Without --out or --resume it takes a new folder each time.
+    Without --out or --resume it takes a new folder each time. The last line that it prints is the command to go on
+    with, as the shell at hand finds octavo.
     """
-    plays = DEMO["data"]
-    if config[TrainingData].data == plays and not Path(plays[0]).is_dir():
-        raise UsageError(
-            f"The example plays are not at {plays[0]}.",
-            hint="Run the demo from a clone of the repository (pip install -e .).",
-        )
     options = config[RunOptions]
     if options.out == Path(DEMO["out"]) and not options.resume:
         config = config.replace(out=_free_folder(options.out))
-    return finetune(config, console=True, compare_full=True)
+    done = finetune(config, console=True, compare_full=True)
+    if done["adapter"] is not None:
+        chat = quoted(["chat", "--model", config[ModelOptions].model, "--adapter", done["adapter"]])
+        with Report() as report:
+            report.say(f"Talk with it: {own_command()} {chat}")
+    return done
 
 
 def _free_folder(wanted: Path) -> Path:

