@@ -1,7 +1,8 @@
 """What all tests share: an offline, quiet, one-threaded process, tiny random models, and the command `octavo`.
 
-The environment is set before anything heavy is imported. Tests run on tensors so small that a second thread
-only costs; OMP_NUM_THREADS from outside wins.
+The environment is set before anything heavy is imported, and nothing of it decides a verdict: neither the terminal's
+width and colours nor a proxy, the user's keys or caches. Tests run on tensors so small that a second thread only
+costs; OMP_NUM_THREADS from outside wins.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ from weakref import ref
 
 import pytest
 
+FROM_OUTSIDE = (
+    "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "FORCE_COLOR", "LINES", "NO_COLOR", "OCTAVO_API_KEY", "OCTAVO_CACHE",
+    "PYTHONWARNINGS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TYPER_USE_RICH",
+)  # fmt: skip
+for name in FROM_OUTSIDE:
+    os.environ.pop(name, None)
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="*",
+    TERM="dumb",
     TRANSFORMERS_VERBOSITY="error",
+    no_proxy="*",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if find_spec("hypothesis") is not None:  # tests/gpu do without
@@ -159,6 +169,12 @@ def kept_by() -> KeptBy:
     return measure
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of temporary folders are long on some machines, and no line is to be wrapped within one."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command did, as a shell sees it."""
@@ -195,6 +211,15 @@ def octavo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Outcome(int(str(code or 0)), shown.out, shown.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smollm2_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What OCTAVO_CACHE is where the real SmolLM2 is needed: whoever comes first converts it, for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "octavo-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -81,8 +81,7 @@ def test_help_and_configuration_load_neither_torch_nor_transformers(arguments: l
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_promised_flag_is_there(octavo: Octavo, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_every_promised_flag_is_there(octavo: Octavo, command: str) -> None:
     flags = set(re.findall(r"--([a-z-]+)", octavo(command, "--help").out))
     assert set(PROMISED[command].split()) <= flags
 

@@ -122,10 +122,7 @@ def test_rows_without_targets_are_not_measured(tokenizer: Any, tmp_path: Path) -
     assert text.measurable(1) == text.measurable(0)
 
 
-def test_the_sight_of_data_is_the_ledger(
-    plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.read(KINDS, {"data": [str(plays / "train")], "seq_len": 32, "samples": 1})
     with Report() as report:
         counted = show_data(config, tokenizer, report)

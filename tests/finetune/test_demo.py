@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,11 +89,10 @@ def test_the_last_line_is_the_next_command_as_the_shell_knows_octavo(
 
 
 def test_the_demo_on_its_real_model_tunes_in_a_few_steps(
-    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    octavo: Octavo, smollm2_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SmolLM2 and the plays, cut to a few short rows and three steps; `make demo` is the whole."""
-    if "OCTAVO_CACHE" not in os.environ:
-        monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OCTAVO_CACHE", str(smollm2_cache))
     done = octavo(
         "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 3, "--batch", 2,
         "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 4, "--json",

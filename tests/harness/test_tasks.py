@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -93,10 +92,9 @@ def with_lm_eval(model: Any, folder: Path, *names: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def smollm2(smollm2_cache: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
-        if "OCTAVO_CACHE" not in os.environ:
-            patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OCTAVO_CACHE", str(smollm2_cache))
         yield open_smollm2().folder
 
 
@@ -112,7 +110,7 @@ def server(smollm2: Path) -> Iterator[subprocess.Popen[str]]:
     )
     yield process
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
 
 def test_octavo_lm_eval_and_lm_eval_over_http_agree(

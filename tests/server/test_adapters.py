@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.clients import Client, play, until
+from tests.server.clients import PATIENCE, Client, play, until
 
 from octavo.infer.requests import ServedAdapter
 
@@ -246,7 +246,7 @@ def test_while_one_is_read_streams_go_on_and_the_next_waits(opened: Open, shelf:
 
         def slow(name: str, folder: Path) -> ServedAdapter:
             reading.append(name)
-            assert read.wait(5)
+            assert read.wait(PATIENCE)
             return plain(name, folder)
 
         setting.engine.load_adapter = slow
@@ -257,7 +257,7 @@ def test_while_one_is_read_streams_go_on_and_the_next_waits(opened: Open, shelf:
         for number in range(1, 9):
             setting.engine.step()
             await until(lambda: client.received.count(b"data: {") == number)  # noqa: B023
-        await asyncio.wait_for(client.task, 5)
+        await asyncio.wait_for(client.task, PATIENCE)
         assert not any(each.task.done() for each in loads)
         read.set()
         await asyncio.gather(*(each.task for each in loads))

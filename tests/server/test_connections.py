@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 import uvloop
-from tests.server.clients import play, until
+from tests.server.clients import PATIENCE, play, until
 from uvicorn.server import ServerState
 
 from octavo.server import connections
@@ -85,7 +85,7 @@ async def serving(app: Any, *, most: int = 8) -> AsyncIterator[Site]:
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
     """What is still sent until the server closes the connection."""
-    return await asyncio.wait_for(reader.read(), 5)
+    return await asyncio.wait_for(reader.read(), PATIENCE)
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", REQUEST + b"GET /"])
@@ -132,7 +132,7 @@ def test_a_head_that_came_in_time_leaves_the_body_its_own(loop: Loop, monkeypatc
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\n")
             await until(lambda: app.begun == 1)
             late = asyncio.get_running_loop().call_later(0.06, writer.write, b"prompt")
-            assert (await asyncio.wait_for(reader.readuntil(b"hello"), 5)).startswith(b"HTTP/1.1 200")
+            assert (await asyncio.wait_for(reader.readuntil(b"hello"), PATIENCE)).startswith(b"HTTP/1.1 200")
             assert app.bodies == [b"prompt"]
             late.cancel()
 
@@ -180,8 +180,8 @@ def test_a_client_that_reads_slowly_but_reads_gets_it_all(loop: Loop) -> None:
         async with serving(app) as site:
             reader, writer = await site.connect()
             writer.write(REQUEST)
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-            assert await asyncio.wait_for(reader.readexactly(2**23), 5) == b"x" * 2**23
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+            assert await asyncio.wait_for(reader.readexactly(2**23), PATIENCE) == b"x" * 2**23
 
     play(scene(), loop)
 
@@ -213,7 +213,7 @@ def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(
         async with serving(early) as site:
             reader, writer = await site.connect()
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-            await asyncio.wait_for(reader.readuntil(b"hello"), 5)
+            await asyncio.wait_for(reader.readuntil(b"hello"), PATIENCE)
             writer.write(b"GARBAGE\r\n\r\n")
             assert b"HTTP" not in await ended(reader), "no second answer within the first"
             await until(lambda: not site.state.tasks)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.server.clients import Client, play, until
+from tests.server.clients import PATIENCE, Client, play, skip, until
 
 from octavo.infer.requests import Request, Stream, Token
 from octavo.infer.sample import Sampling
@@ -44,7 +44,7 @@ def test_a_client_that_goes_away_frees_its_slot_at_once(opened: Open, path: str,
             stream = setting.engine.runs[0].stream
             assert not stream.cancelled
             client.gone.set()
-            await asyncio.wait_for(client.task, 5)  # no token comes that would tell: it ends by itself
+            await asyncio.wait_for(client.task, PATIENCE)  # no token comes that would tell: it ends by itself
             assert stream.cancelled
             assert b"[DONE]" not in client.received
             setting.engine.step()
@@ -60,7 +60,7 @@ def test_all_answers_of_a_client_that_went_away_are_cancelled(opened: Open) -> N
         client = Client(setting.app, "/v1/completions", {"prompt": ["the", "of"], "n": 2})
         await until(lambda: len(setting.engine.runs) == 4)
         client.gone.set()
-        await asyncio.wait_for(client.task, 5)
+        await asyncio.wait_for(client.task, PATIENCE)
         setting.engine.step()
         assert setting.engine.cancelled == 4
 
@@ -75,7 +75,7 @@ def test_a_stream_comes_token_by_token(opened: Open) -> None:
         for number in range(1, 9):
             setting.engine.step()
             await until(lambda: client.received.count(b"data: {") == number)  # noqa: B023
-        await asyncio.wait_for(client.task, 5)
+        await asyncio.wait_for(client.task, PATIENCE)
         assert client.whole
         assert client.received.endswith(b"data: [DONE]\n\n")
 
@@ -91,7 +91,7 @@ def test_tokens_from_another_thread_wake_the_loop_and_many_streams_need_no_threa
         before = threading.active_count()
         engine = threading.Thread(target=lambda: [setting.engine.step() for _ in range(30)])
         engine.start()
-        await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), 20)
+        await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), PATIENCE)
         assert threading.active_count() <= before + 1
         engine.join()
         assert all(client.whole and client.received.count(b"data: {") == 30 for client in clients)
@@ -110,7 +110,7 @@ def test_an_overloaded_server_says_when_to_come_again(opened: Open) -> None:
         assert json.loads(late.received)["error"]["type"] == "rate_limit_error"
         for _ in range(16):
             setting.engine.step()
-        await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), 5)
+        await asyncio.wait_for(asyncio.gather(*(client.task for client in clients)), PATIENCE)
         assert [client.status for client in clients] == [200] * 4
 
     play(scene())
@@ -140,8 +140,10 @@ def test_more_answers_at_once_than_there_is_ever_room_for_is_a_wrong_request(set
 @pytest.mark.parametrize("path", ASKED)
 def test_an_answer_that_takes_too_long_ends_and_frees_its_slot(opened: Open, path: str) -> None:
     async def scene() -> None:
-        setting = opened(engine=BY_HAND, request_seconds=0.03)
+        setting = opened(engine=BY_HAND, request_seconds=900)
         client = Client(setting.app, path, ASKED[path])
+        await until(lambda: len(setting.engine.runs) == 1)
+        skip(900)
         await client.task
         assert client.status == 503
         assert client.headers[b"retry-after"] == b"2"
@@ -154,10 +156,12 @@ def test_an_answer_that_takes_too_long_ends_and_frees_its_slot(opened: Open, pat
 @pytest.mark.parametrize("path", STREAMED)
 def test_a_stream_that_takes_too_long_ends_with_an_error_and_not_as_if_done(opened: Open, path: str) -> None:
     async def scene() -> None:
-        setting = opened(engine=BY_HAND, request_seconds=0.05)
+        setting = opened(engine=BY_HAND, request_seconds=900)
         client = Client(setting.app, path, STREAMED[path])
         await until(lambda: len(setting.engine.runs) == 1)
         setting.engine.step()
+        await until(lambda: b"data: " in client.received)
+        skip(900)
         await client.task
         assert client.status == 200
         assert client.whole
@@ -173,6 +177,7 @@ def test_time_runs_out_even_while_tokens_keep_coming() -> None:
     async def read_on(work: Generation) -> None:
         async for _ in work.tokens():
             stream.put(Token(5, "a"))
+            skip(1)
 
     stream = Stream(Request((1,), Sampling()))
 
@@ -181,7 +186,7 @@ def test_time_runs_out_even_while_tokens_keep_coming() -> None:
             await asyncio.Event().wait()
             return {}
 
-        with Generation([stream], receive, fingerprint="", metrics=Metrics(), seconds=0.02) as work:
+        with Generation([stream], receive, fingerprint="", metrics=Metrics(), seconds=900) as work:
             stream.put(Token(5, "a"))
             with pytest.raises(RefusedError, match="longer"):
                 await read_on(work)
@@ -191,14 +196,15 @@ def test_time_runs_out_even_while_tokens_keep_coming() -> None:
 
 
 def test_a_client_that_reads_nothing_is_cut_off(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "SENDING_SECONDS", 0.02)
+    monkeypatch.setattr(generation, "SENDING_SECONDS", 5)
 
     async def scene() -> None:
-        setting = opened(engine=BY_HAND, request_seconds=0.02)
+        setting = opened(engine=BY_HAND, request_seconds=900)
         client = Client(setting.app, "/v1/completions", STREAMED["/v1/completions"])
         client.reads.clear()
         await until(lambda: len(setting.engine.runs) == 1)
-        await asyncio.wait_for(client.task, 5)
+        skip(905)
+        await asyncio.wait_for(client.task, PATIENCE)
         assert setting.engine.runs[0].stream.cancelled
 
     play(scene())

@@ -38,7 +38,7 @@ class Server:
     shelf: Path
 
     def post(self, path: str, **body: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+        return httpx.post(self.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def server(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFac
     assert line, process.communicate()[1]
     told = json.loads(line)
     assert told["models"] == ["llama", "king"]
-    with OpenAI(base_url=f"{told['url']}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
+    with OpenAI(base_url=f"{told['url']}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
         yield Server(told["url"], client, tiny_llama, adapter, shelf)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in err
 

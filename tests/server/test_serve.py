@@ -13,7 +13,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -206,6 +206,7 @@ run(app, held, options=options, listening=lambda: print("listening", flush=True)
 print("ended", grace, flush=True)
 """
 
+PATIENCE = 120  # seconds until a process counts as stuck
 Start = Callable[..., tuple[subprocess.Popen[str], int]]
 
 
@@ -244,7 +245,7 @@ def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
     headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -253,12 +254,13 @@ def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
 
 def wait_for_running(port: int, count: int, *, waiting: int = 0) -> str:
     """The metrics once so many requests run and wait."""
-    deadline = monotonic() + 20
+    deadline = monotonic() + PATIENCE
     while monotonic() < deadline:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
             text: str = answer.read().decode()
         if f"octavo_running {count}\n" in text and f"octavo_waiting {waiting}\n" in text:
             return text
+        sleep(0.01)
     raise AssertionError(text)
 
 
@@ -276,7 +278,7 @@ def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
     process.send_signal(signal.SIGTERM)
     for thread in clients:
         thread.join()
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=PATIENCE)
     for stream, (status, text) in answers.items():
         assert status == 200
         assert '"finish_reason":"length"' in text
@@ -295,7 +297,7 @@ def test_what_is_not_finished_in_the_grace_time_gets_503(start: Start) -> None:
     wait_for_running(port, 1)
     process.send_signal(signal.SIGINT)
     client.join()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=PATIENCE)
     assert answers[0][0] == 503
     assert process.returncode == 0
     assert "Traceback" not in err
@@ -343,6 +345,6 @@ def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:
         garbage.sendall(b"the king: very-secret\r\n\r\n")
         assert b"invalid_http" in garbage.recv(4096), "the connections are ours"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=PATIENCE)
     assert "/v1/completions" in err, "every request is logged"
     assert not [words for words in ("very-secre", "the king", "Traceback") if words in out + err]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,11 +50,10 @@ def own_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> FolderSource:
-    """The real small model, converted into OCTAVO_CACHE, or for this run only."""
+def smollm2(smollm2_cache: Path) -> FolderSource:
+    """The real small model, converted."""
     with pytest.MonkeyPatch.context() as patch:
-        if "OCTAVO_CACHE" not in os.environ:
-            patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OCTAVO_CACHE", str(smollm2_cache))
         return open_smollm2()
 
 

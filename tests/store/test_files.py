@@ -16,18 +16,18 @@ from octavo.errors import CheckpointError
 from octavo.store import files
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from octavo.store.files import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_the_lock_keeps_a_second_process_out_and_ends_with_its_holder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
