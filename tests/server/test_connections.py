@@ -186,15 +186,82 @@ def test_a_client_that_reads_slowly_but_reads_gets_it_all(loop: Loop) -> None:
     play(scene(), loop)
 
 
-def test_what_is_no_http_is_refused_in_the_shape_of_all_errors(loop: Loop) -> None:
+HOST = b"Host: localhost\r\n"
+POST = b"POST / HTTP/1.1\r\n" + HOST
+BOTH = POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+REFUSED = {
+    "garbage": (400, b"GARBAGE\r\n\r\n"),
+    "TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00"),
+    "HTTP/2": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "HTTP/9.9": (505, b"GET / HTTP/9.9\r\n" + HOST + b"\r\n"),
+    "HTTP/0.9": (400, b"GET /\r\n\r\n"),
+    "no host": (400, b"GET / HTTP/1.1\r\n\r\n"),
+    "two hosts": (400, b"GET / HTTP/1.1\r\n" + HOST + HOST + b"\r\n"),
+    "both lengths": (400, BOTH + b"0\r\n\r\n"),
+    "both lengths, in the other order": (
+        400,
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    ),
+    "chunks in HTTP/1.0": (400, b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "two lengths": (400, POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"),
+    "a length that is none": (400, POST + b"Content-Length: +5\r\n\r\nhello"),
+    "a negative length": (400, POST + b"Content-Length: -5\r\n\r\nhello"),
+    "an endless length": (400, POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\nhello"),
+    "another encoding": (501, POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n"),
+    "a space before the colon": (400, b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n"),
+    "a null": (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nA: b\0c\r\n\r\n"),
+    "a head that does not end": (431, b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000),
+    "a long head that is whole": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"a" * 100_000 + b"\r\n\r\n"),
+    "a long target": (431, b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
+    "many headers": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 101 + b"\r\n"),
+    "very many headers": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 20_000 + b"\r\n"),
+    "a chunk of no size": (400, CHUNKED + b"xyz\r\nhello\r\n0\r\n\r\n"),
+    "a chunk of a negative size": (400, CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n"),
+    "a chunk that is longer than it says": (400, CHUNKED + b"2\r\nhello\r\n0\r\n\r\n"),
+    "a chunk's size without end": (431, CHUNKED + b"1;" + b"a" * 100_000),
+    "trailers without end": (431, CHUNKED + b"0\r\n" + b"A: b\r\n" * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_http_is_refused_in_the_shape_of_all_errors_and_ends_there(loop: Loop, name: str) -> None:
+    status, garbage = REFUSED[name]
+
     async def scene() -> None:
         async with serving(App()) as site:
-            for garbage in (b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000):
-                reader, writer = await site.connect()
-                writer.write(garbage)
-                head, _, body = (await ended(reader)).partition(b"\r\n\r\n")
-                assert head.startswith(b"HTTP/1.1 400 ")
-                assert json.loads(body)["error"]["code"] == "invalid_http"
+            reader, writer = await site.connect()
+            writer.write(garbage + REQUEST)
+            head, _, body = (await ended(reader)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 %d " % status), head
+            assert json.loads(body)["error"]["code"] == "invalid_http", "one answer and no more"
+
+    play(scene(), loop)
+
+
+TAKEN = {
+    "empty lines before it": b"\r\n\r\n" + REQUEST,
+    "an empty line after a body": POST + b"Content-Length: 5\r\n\r\nhello\r\n" + REQUEST,
+    "HTTP/1.0": b"GET / HTTP/1.0\r\n\r\n",
+    "100 headers": b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 99 + b"\r\n",
+    "a folded header": b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n c\r\n\r\n",
+    "an offer of HTTP/2": b"GET / HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+    "an offer of a websocket": b"GET / HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "chunks": CHUNKED + b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_http_is_answered(loop: Loop, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scene() -> None:
+        app = App()
+        async with serving(app) as site:
+            _, writer = await site.connect()
+            writer.write(TAKEN[name])
+            await until(lambda: app.begun == TAKEN[name].count(b"HTTP/1"))
+            assert not caplog.records
+
+    play(scene(), loop)
 
     play(scene(), loop)
 
@@ -220,3 +287,205 @@ def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(
 
     play(scene(), loop)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+class Refuses:
+    """Answers before it has read the body, as the guard does where it refuses; and notes who went away."""
+
+    def __init__(self, *, ends: bool = True) -> None:
+        self.begun, self.ends = 0, ends
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun += 1
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"never"})
+
+
+BODIES = {
+    "a long one": b"Content-Length: 1000000\r\n\r\n",
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+    "one that waits to be asked for": b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD", b"POST"])
+@pytest.mark.parametrize("name", BODIES)
+def test_an_answer_ends_the_connection_of_a_body_that_drips_on(
+    loop: Loop, name: str, method: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.05)
+
+    async def scene() -> None:
+        app = Refuses()
+        async with serving(app) as site:
+            reader, writer = await site.connect()
+            whole = asyncio.create_task(reader.read())
+            writer.write(method + b" / HTTP/1.1\r\n" + HOST + BODIES[name])
+            async with asyncio.timeout(5):
+                while site.state.connections or not app.begun:
+                    writer.write(b"x")
+                    await asyncio.sleep(0.005)
+            said = await whole
+            assert said.startswith(b"HTTP/1.1 403 ")
+            assert b"connection: close" in said.lower()
+
+    play(scene(), loop)
+
+
+def test_who_sends_a_body_that_is_refused_reads_why_before_the_end(loop: Loop) -> None:
+    """A connection that is closed over unread bytes is reset, and the answer may be lost with it."""
+
+    async def scene() -> None:
+        async with serving(Refuses()) as site:
+            reader, writer = await site.connect()
+            writer.write(POST + b"Content-Length: 8000000\r\n\r\n" + b"x" * 4_000_000)
+            await writer.drain()
+            assert (await ended(reader)).endswith(b"never")
+            writer.close()
+            await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
+
+
+def test_a_refused_request_that_has_arrived_in_full_leaves_the_connection_open(loop: Loop) -> None:
+    async def scene() -> None:
+        async with serving(Refuses()) as site:
+            reader, writer = await site.connect()
+            for _ in range(2):
+                writer.write(POST + b"Content-Length: 5\r\n\r\nhello")
+                assert b"connection: close" not in (await asyncio.wait_for(reader.readuntil(b"never"), 5)).lower()
+
+    play(scene(), loop)
+
+
+def test_a_connection_that_only_ends_makes_room_for_an_honest_one(loop: Loop) -> None:
+    async def scene() -> None:
+        async with serving(Refuses(), most=2) as site:
+            held = [await site.connect() for _ in range(2)]
+            for reader, writer in held:
+                writer.write(POST + b"Content-Length: 1000\r\n\r\n")
+                await asyncio.wait_for(reader.readuntil(b"never"), 5)
+            reader, writer = await site.connect()
+            writer.write(REQUEST)
+            assert (await asyncio.wait_for(reader.readuntil(b"never"), 5)).startswith(b"HTTP/1.1 403 ")
+
+    play(scene(), loop)
+
+
+def test_a_client_that_closes_its_sending_side_is_answered(loop: Loop) -> None:
+    async def scene() -> None:
+        for requests in (REQUEST, REQUEST * 50, POST + b"Content-Length: 5\r\n\r\nhello"):
+            async with serving(App()) as site:
+                reader, writer = await site.connect()
+                writer.write(requests)
+                writer.write_eof()
+                assert (await ended(reader)).count(b"hello") == requests.count(b"HTTP/1.1")
+                await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET / HT", POST + b"Content-Length: 5\r\n\r\nhe", REQUEST + b"GET /"])
+def test_one_that_closes_it_amid_a_request_is_gone(loop: Loop, begun: bytes) -> None:
+    async def scene() -> None:
+        async with serving(App()) as site:
+            reader, writer = await site.connect()
+            writer.write(begun)
+            writer.write_eof()
+            assert (await ended(reader)).count(b"hello") == begun.count(REQUEST)
+            await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
+
+
+class Waits:
+    """Answers once it is told to, and notes whether the client goes away before that."""
+
+    def __init__(self) -> None:
+        self.begun, self.gone, self.answer = False, False, asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun = True
+        waits = asyncio.create_task(self.answer.wait())
+        while not self.answer.is_set() and not self.gone:
+            asked = asyncio.create_task(receive())
+            await asyncio.wait([asked, waits], return_when=asyncio.FIRST_COMPLETED)
+            self.gone = asked.done() and asked.result()["type"] == "http.disconnect"
+            asked.cancel()
+        waits.cancel()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"hello"})
+
+
+def test_one_that_waits_long_with_its_sending_side_closed_is_answered_all_the_same(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(connections, "RESET_SECONDS", 0.01)
+
+    async def scene() -> None:
+        app = Waits()
+        async with serving(app) as site:
+            reader, writer = await site.connect()
+            writer.write(REQUEST)
+            writer.write_eof()
+            for _ in range(2):  # interim answers: HTTP/1.1's clients pass over them
+                assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 100 ")
+            assert not app.gone
+            app.answer.set()
+            assert (await ended(reader)).endswith(b"hello")
+
+    play(scene(), loop)
+
+
+def test_one_that_has_closed_both_sides_is_noticed(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "PROBE_SECONDS", 0.02)
+    monkeypatch.setattr(connections, "RESET_SECONDS", 0.02)
+
+    async def scene() -> None:
+        app = Waits()
+        async with serving(app) as site:
+            _, writer = await site.connect()
+            writer.write(REQUEST)
+            await until(lambda: app.begun)
+            writer.close()
+            await until(lambda: app.gone)
+            await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
+
+
+def test_what_is_still_to_be_sent_at_the_end_is_not_waited_for_without_end(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Little enough not to stop the app, and more than the system takes for a client that reads nothing."""
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.05)
+
+    async def scene() -> None:
+        async with serving(App(b"x" * 2**23)) as site:
+            _, writer = await site.connect()
+            writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
+            await until(lambda: bool(site.state.connections))
+            await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
+
+
+def test_a_client_that_takes_an_answer_slowly_is_not_cut_off_before_it_stops(loop: Loop) -> None:
+    async def scene() -> None:
+        async with serving(App(b"x" * 2**25)) as site:
+            reader, writer = await site.connect()
+            writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            connection: Any = next(iter(site.state.connections))
+            for _ in range(3):
+                left = connection.transport.get_write_buffer_size()
+                while left - connection.transport.get_write_buffer_size() < connections.UNREAD_BYTES:
+                    await asyncio.wait_for(reader.readexactly(2**16), 5)
+                connection._check_unread()
+                assert site.state.connections
+            for _ in range(2):
+                connection._check_unread()
+            await until(lambda: not site.state.connections)
+
+    play(scene(), loop)
