@@ -124,7 +124,7 @@ def test_a_seed_repeats_and_another_differs() -> None:
     assert draw(logits, Sampling(temperature=1.0, top_p=1.0, seed=1), count=20) != once
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e30])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-310, 5e-324, 1e30])
 def test_no_temperature_is_too_extreme(temperature: float) -> None:
     found = set(draw([5.0, 20.0, -3.0], Sampling(temperature=temperature, top_p=1.0), count=50))
     assert found == ({1} if temperature < 1 else {0, 1, 2})
@@ -182,9 +182,10 @@ def test_rows_at_once_draw_what_each_draws_alone(words: int, sampling: Sampling)
         ]
 
 
-def test_rows_with_rules_of_their_own_do_not_mix() -> None:
+@pytest.mark.parametrize("tiny", [1e-30, 1e-310, 5e-324])
+def test_rows_with_rules_of_their_own_do_not_mix(tiny: float) -> None:
     logits = torch.tensor([[5.0, 4.0, -9.0], [0.0, 0.0, 9.0], [1.0, 1.0, 1.0]])
-    samplings = [Sampling(temperature=0.0), Sampling(temperature=1e-30), Sampling(temperature=1.0, top_k=1, top_p=1.0)]
+    samplings = [Sampling(temperature=0.0), Sampling(temperature=tiny), Sampling(temperature=1.0, top_k=1, top_p=1.0)]
     generators = [torch.Generator() for _ in samplings]
     found = [choose_rows(logits, [[]] * 3, samplings, generators) for _ in range(40)]
     assert {tokens[:2] for tokens in map(tuple, found)} == {(0, 2)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from octavo._version import __version__
 from octavo.data.prompt import encode_conversation
 from octavo.data.records import Message
 from octavo.infer.requests import Stats
@@ -111,3 +112,23 @@ def test_metrics_are_what_prometheus_reads_and_count(opened: Open) -> None:
         assert name.endswith("_total") == (kind == "counter")
     buckets = [int(value) for name, value in values.items() if name.startswith("octavo_first_token_seconds_bucket")]
     assert buckets == sorted(buckets)
+
+
+def test_detokenize_gives_back_what_tokenize_took(setting: Any) -> None:
+    for text in ("the <|im_end|>", "", "n\u00e9e \U0001f600"):
+        ids = setting.ask("/tokenize", prompt=text)["tokens"]
+        assert setting.ask("/detokenize", tokens=ids) == {"prompt": text}
+    for tokens in ([300], [-1], [5.5], ["the"], [2**40], "the", None):
+        status, error = setting.refusal("/detokenize", tokens=tokens)
+        assert (status, error["param"]) == (400, "tokens")
+    assert setting.refusal("/detokenize", tokens=[5], model="hamlet")[0] == 404
+
+
+def test_the_root_says_what_is_here_and_which_octavo(setting: Any) -> None:
+    index = setting.client.get("/").json()
+    assert index["models"] == ["tiny", "king", "queen"]
+    assert {"POST /v1/completions", "GET /health", "GET /openapi.json"} <= set(index["routes"])
+    for method, path in (route.split() for route in index["routes"]):
+        assert setting.client.request(method, path.replace("{model}", "tiny"), json={}).status_code in (200, 400)
+    assert setting.client.get("/version").json() == {"version": __version__} == {"version": index["version"]}
+    assert setting.client.get("/ping").json() == {"status": "ok"}

@@ -18,8 +18,8 @@ from octavo.server.metrics import Metrics
 Open = Callable[..., Any]
 
 STATES = ["/v1/completions", "/v1/chat/completions", "/prompt/", "/prompt", "/tokenize"]
-LOOKS = ["/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/nowhere"]
-OPEN = ["/health", "/ready"]
+LOOKS = ["/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json", "/nowhere", "/", "/version"]
+OPEN = ["/health", "/ready", "/ping"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_without_origins_there_is_no_preflight(setting: Any) -> None:
     "given",
     [None, "Bearer", "Bearer wrong", "Bearer secre", "Bearer secret1", "Basic secret", "secret", "Bearer sécret"],
 )
-def test_every_route_but_two_asks_for_the_key(opened: Open, path: str, given: str | None) -> None:
+def test_every_route_but_the_open_ones_asks_for_the_key(opened: Open, path: str, given: str | None) -> None:
     setting = opened(key="secret")
     headers = {} if given is None else {"Authorization": given.encode()}
     method = "POST" if path in STATES else "GET"
@@ -148,7 +148,7 @@ def test_every_route_but_two_asks_for_the_key(opened: Open, path: str, given: st
 
 
 @pytest.mark.parametrize("path", [*LOOKS, *OPEN])
-def test_the_key_opens_every_route_and_two_need_none(opened: Open, path: str) -> None:
+def test_the_key_opens_every_route_and_the_open_ones_need_none(opened: Open, path: str) -> None:
     client = opened(key="secret").client
     expected = 404 if path == "/nowhere" else 200
     assert client.get(path, headers={"Authorization": "bearer secret"}).status_code == expected
@@ -356,3 +356,27 @@ def test_what_was_not_foreseen_tells_nothing_of_the_inside(setting: Any, monkeyp
     answer = setting.client.post("/v1/completions", json={"prompt": "the"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/ping", "/", "/version", "/v1/models", "/metrics", "/openapi.json"]
+)
+def test_head_is_get_without_its_body(setting: Any, path: str) -> None:
+    got, head = setting.client.get(path), setting.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert int(head.headers["content-length"]) > 0
+
+
+def test_head_is_refused_where_get_is(opened: Open) -> None:
+    client = opened(key="secret").client
+    for path, headers, status in (
+        ("/v1/models", {}, 401),
+        ("/health", {"Host": "evil.example"}, 403),
+        ("/nowhere", {"Authorization": "Bearer secret"}, 404),
+        ("/v1/completions", {"Authorization": "Bearer secret"}, 405),
+    ):
+        answer = client.head(path, headers=headers)
+        assert (answer.status_code, answer.content) == (status, b"")
+    text = client.get("/metrics", headers={"Authorization": "Bearer secret"}).text
+    assert 'route="none",method="HEAD",status="401"} 1' in text

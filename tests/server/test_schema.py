@@ -19,6 +19,7 @@ Open = Callable[..., Any]
 
 OPERATIONS = [
     "GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics",
+    "GET /", "GET /version", "GET /ping", "POST /detokenize",
     "POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter",
     "POST /v1/completions", "POST /v1/chat/completions", "POST /prompt/", "POST /tokenize",
 ]  # fmt: skip
@@ -68,3 +69,24 @@ def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: G
         case.validate_response(answer, excluded_checks=[positive_data_acceptance] if beyond else [])
 
     check()
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_bounds_of_whole_numbers_are_whole(opened: Open, key: str | None) -> None:
+    """As floats, those of a seed are the same for thousands of numbers on both sides."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    schema = opened(key=key).client.get("/openapi.json", headers=headers).json()
+    found: list[tuple[str, Any]] = []
+
+    def look(part: Any) -> None:
+        if isinstance(part, dict):
+            found.extend(
+                (name, part[name]) for name in part if part.get("type") == "integer" and "imum" in name.lower()
+            )
+        for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            look(each)
+
+    look(schema)
+    assert all(type(value) is int for _, value in found), found
+    assert ("exclusiveMaximum", 2**63) in found
+    assert ("minimum", -(2**63)) in found

@@ -12,6 +12,9 @@ from torch import Tensor
 from octavo.errors import UsageError
 
 CANDIDATES = 512  # of the likeliest tokens, what is looked at first
+# Nothing is divided by less: a temperature of 1e-310 is 0 in float32, and 0 / 0 no number. By this one only the
+# likeliest tokens are left, as logits of float32 differ by more than 1e-7 or not at all.
+LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, *, generator: torch
     if sampling.temperature == 0:
         return int(logits.argmax())
     logits = logits - logits.max()  # so that no temperature, however small, divides them to infinity
-    return _drawn_from_all(logits / sampling.temperature, sampling, generator)
+    return _drawn_from_all(logits / max(sampling.temperature, LEAST_TEMPERATURE), sampling, generator)
 
 
 def choose_rows(
@@ -91,7 +94,8 @@ def choose_rows(
             said = torch.tensor(past, dtype=torch.long, device=scaled.device)
             own = penalise(scaled[row], said, sampling.repetition_penalty)
             scaled = scaled.index_copy(0, torch.tensor([row], device=scaled.device), own[None])
-    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], dtype=torch.float64)
+    divisors = [max(sampling.temperature, LEAST_TEMPERATURE) if sampling.temperature else 1.0 for sampling in samplings]
+    temperatures = torch.tensor(divisors, dtype=torch.float64)
     scaled = (scaled - scaled.amax(dim=1, keepdim=True)) / temperatures.to(scaled.device, scaled.dtype)[:, None]
     values, ids = scaled.topk(min(CANDIDATES, scaled.shape[1]), dim=1)
     values, ids, totals = values.double().cpu(), ids.cpu(), scaled.double().exp().sum(dim=1).tolist()

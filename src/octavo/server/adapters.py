@@ -126,11 +126,13 @@ def router(service: Service, folder: Path) -> APIRouter:
     @routes.post("/v1/load_lora_adapter")
     async def load(asked: LoadAdapter) -> PlainTextResponse:
         """Serves an adapter under a new name from the engine's next step on."""
+        service.check_fields(asked, "/v1/load_lora_adapter")
         return await exchange.load(asked.lora_name, asked.lora_path)
 
     @routes.post("/v1/unload_lora_adapter")
     async def unload(asked: UnloadAdapter) -> PlainTextResponse:
         """Serves it no more."""
+        service.check_fields(asked, "/v1/unload_lora_adapter")
         return await exchange.unload(asked.lora_name)
 
     return routes

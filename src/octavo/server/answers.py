@@ -132,6 +132,27 @@ class Tokens(BaseModel):
     system_fingerprint: Fingerprint
 
 
+class Text(BaseModel):
+    """The text that token ids stand for."""
+
+    prompt: str
+
+
+class Version(BaseModel):
+    """Which octavo this is."""
+
+    version: str
+
+
+class Index(BaseModel):
+    """What is here."""
+
+    name: Literal["octavo"] = "octavo"
+    version: str
+    models: list[str]
+    routes: list[str]
+
+
 class State(BaseModel):
     """Whether the server runs."""
 

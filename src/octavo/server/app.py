@@ -14,6 +14,7 @@ from octavo.server.addresses import LOOPBACK, is_loopback, is_wildcard
 from octavo.server.guard import OPEN_PATHS, Guard, Rules
 from octavo.server.refusals import install
 from octavo.server.service import Engine, Service
+from octavo.server.unsupported import describe_fields
 
 # Requests that may be read and encoded beyond those that the engine holds, and those that only look.
 SPARE_REQUESTS = 16
@@ -48,8 +49,7 @@ def create_app(
             allow_headers=["*"],  # OpenAI's client in a page sends a dozen of its own
             expose_headers=["Retry-After", "X-System-Fingerprint"],
         )
-    if key is not None:
-        _describe_key(app)
+    _describe(app, key=key is not None)
     return app
 
 
@@ -66,16 +66,40 @@ def rules_of(options: ServeOptions, *, key: str | None, names: tuple[str, ...]) 
     )
 
 
-def _describe_key(app: FastAPI) -> None:
-    """Adds the key to the OpenAPI schema: the guard asks for it, of which FastAPI knows nothing."""
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def _describe(app: FastAPI, *, key: bool) -> None:
+    """Puts into the OpenAPI schema what FastAPI does not: the guard's key, fields that are refused, whole bounds.
+
+    FastAPI's own classes hold every bound as a float, which past 2^53 names more than one whole number.
+    """
     plain = app.openapi
+    known: dict[str, Any] = {}
 
     def described() -> dict[str, Any]:
-        schema = plain()
-        schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, methods in schema["paths"].items():
-            for operation in methods.values():
-                operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
-        return schema
+        if known:
+            return known
+        known.update(schema := _whole_bounds(plain()))
+        describe_fields(schema["components"]["schemas"])
+        if key:
+            schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, methods in schema["paths"].items():
+                for operation in methods.values():
+                    operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
+        return known
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _whole_bounds(schema: Any) -> Any:
+    """The schema with every bound of an integer as an integer."""
+    if isinstance(schema, list):
+        return [_whole_bounds(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    whole = schema.get("type") == "integer"
+    return {
+        name: int(value) if whole and name in BOUNDS and isinstance(value, float) else _whole_bounds(value)
+        for name, value in schema.items()
+    }

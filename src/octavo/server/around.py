@@ -1,15 +1,16 @@
-"""What is not generation: the names that are served, token ids, whether the server is well, and its counts."""
+"""What is not generation: an index, the names that are served, token ids, whether the server is well, its counts."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 from fastapi.responses import PlainTextResponse
 
-from octavo.server.answers import REFUSALS, TEXT_REFUSALS, ModelCard, ModelList, State, Tokens
+from octavo._version import __version__
+from octavo.server.answers import REFUSALS, TEXT_REFUSALS, Index, ModelCard, ModelList, State, Text, Tokens, Version
 from octavo.server.metrics import CONTENT_TYPE
-from octavo.server.schemas import TokenizeChat, TokenizeText
+from octavo.server.schemas import Detokenize, TokenizeChat, TokenizeText
 from octavo.server.service import Served, Service
 
 
@@ -37,9 +38,18 @@ def router(service: Service) -> APIRouter:
         """One of them."""
         return card(service.named(model))
 
+    _add_tokens(routes, service)
+    _add_state(routes, service)
+    return routes
+
+
+def _add_tokens(routes: APIRouter, service: Service) -> None:
+    engine = service.engine
+
     @routes.post("/tokenize", tags=["tokens"])
     async def tokenize(asked: Annotated[TokenizeText | TokenizeChat, Body()]) -> Tokens:
         """The ids that a prompt or a conversation becomes."""
+        service.check_fields(asked, "/tokenize")
         served = service.named(asked.model)
         if isinstance(asked, TokenizeText):
             ids = await service.encode_text(asked.prompt, begin=asked.add_special_tokens)
@@ -47,6 +57,33 @@ def router(service: Service) -> APIRouter:
             ids = await service.encode_chat(asked.messages)
         return Tokens(tokens=ids, count=len(ids), max_model_len=engine.context, system_fingerprint=served.fingerprint)
 
+    @routes.post("/detokenize", tags=["tokens"])
+    async def detokenize(asked: Detokenize) -> Text:
+        """The text that ids stand for, that of control tokens too."""
+        service.check_fields(asked, "/detokenize")
+        service.named(asked.model)
+        service.check_ids(asked.tokens, param="tokens")
+        return Text(prompt=await service.decode(asked.tokens))
+
+
+def _add_state(routes: APIRouter, service: Service) -> None:
+    @routes.get("/", tags=["the server"])
+    async def index(request: Request) -> Index:
+        """Says what is here."""
+        listed: dict[str, dict[str, object]] = request.app.openapi()["paths"]
+        paths = [f"{method.upper()} {path}" for path, methods in listed.items() for method in methods]
+        return Index(
+            version=__version__,
+            models=[served.name for served in service.names()],
+            routes=[*paths, "GET /openapi.json"],
+        )
+
+    @routes.get("/version", tags=["the server"])
+    async def version() -> Version:
+        """Says which octavo this is."""
+        return Version(version=__version__)
+
+    @routes.get("/ping", tags=["the server"])
     @routes.get("/health", tags=["the server"])
     async def health() -> State:
         """Says that the server runs."""
@@ -61,7 +98,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", responses=TEXT_REFUSALS, response_class=PlainTextResponse, tags=["the server"])
     async def metrics() -> PlainTextResponse:
         """Counts for Prometheus."""
-        text = service.metrics.text(engine.stats(), [(served.name, served.fingerprint) for served in service.names()])
+        text = service.metrics.text(
+            service.engine.stats(), [(served.name, served.fingerprint) for served in service.names()]
+        )
         return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE})
-
-    return routes

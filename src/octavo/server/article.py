@@ -22,7 +22,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/prompt/", response_model=ArticleAnswer, responses=REFUSALS, tags=["the article"])
     async def prompt(asked: ArticleRequest, request: Request, response: Response) -> ArticleAnswer:
         """The text and its continuation; `length` counts the tokens of both."""
+        service.check_fields(asked, request.url.path)
         served = service.named(None)
+        if (asked.model_extra or {}).get("model") not in (None, served.name):
+            raise wrong(f"`model` cannot be chosen here: {served.name} answers. Ask /v1/completions.", param="model")
         ids = await service.encode_text(asked.input, param="input")
         service.check_prompt(ids, param="input")
         length = int(asked.length)

@@ -133,6 +133,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=Chat, responses=STREAMED, tags=["OpenAI"])
     async def chat_completions(asked: ChatRequest, request: Request) -> Chat | EventStream:
         """Answers a conversation, n times."""
+        service.check_fields(asked, request.url.path)
         job = await _begin(service, asked, request)
         return EventStream(job.generation, job.events()) if asked.stream else await job.whole()
 

@@ -147,6 +147,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions", response_model=Completion, responses=STREAMED, tags=["OpenAI"])
     async def completions(asked: CompletionRequest, request: Request) -> Completion | EventStream:
         """Continues one or several prompts, each n times."""
+        service.check_fields(asked, request.url.path)
         job = await _begin(service, asked, request)
         return EventStream(job.generation, job.events()) if asked.stream else await job.whole()
 

@@ -18,7 +18,7 @@ from octavo.server.addresses import host_name, is_address
 from octavo.server.metrics import Metrics
 from octavo.server.refusals import RefusedError, busy
 
-OPEN_PATHS = ("/health", "/ready")  # for whoever looks after the process and holds no key
+OPEN_PATHS = ("/health", "/ready", "/ping")  # for whoever looks after the process and holds no key
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 BODY_SECONDS = 30.0  # a body of a few megabytes takes less on any line that an answer is worth sending over
 
@@ -47,11 +47,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         status = 500
+        looks = scope["method"] == "HEAD"  # answered as GET is, without the body
+        inner = {**scope, "method": "GET"} if looks else scope
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif looks:
+                message = {**message, "body": b""}
             await send(message)
 
         changes = scope["method"] not in SAFE_METHODS
@@ -59,12 +63,12 @@ class Guard:
         try:
             self._check(scope, changes=changes)
             body = await self._body(scope, receive) if changes else b""
-            await self.app(scope, _replayed(body, receive), counted)
+            await self.app(inner, _replayed(body, receive), counted)
         except RefusedError as error:
             await error.response()(scope, receive, counted)
         finally:
             self._requests -= changes
-            route = getattr(scope.get("route"), "path", "none")  # not the path: that would be a label without bounds
+            route = getattr(inner.get("route"), "path", "none")  # not the path: that would be a label without bounds
             method = scope["method"] if scope["method"] in (*SAFE_METHODS, "POST") else "other"
             self.metrics.answers[route, method, status] += 1
 

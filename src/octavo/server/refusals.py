@@ -97,6 +97,9 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
     name = next((name for name, problem in zip(names, problems, strict=True) if problem["type"] != "missing"), names[0])
     if name in UNSUPPORTED:
         return wrong(f"`{name}` is not supported here. {UNSUPPORTED[name]}", param=name, code="unsupported_parameter")
+    first = next(problem for problem, own in zip(problems, names, strict=True) if own == name)
+    if first["type"] == "unsupported":
+        return wrong(f"`{_place(first['loc'])}`: {first['msg']}.", param=name, code="unsupported_parameter")
     said = dict.fromkeys(str(problem["msg"]) for problem, own in zip(problems, names, strict=True) if own == name)
     what = "; ".join(list(said)[:4])
     if not name:
@@ -108,3 +111,9 @@ def _name(place: Sequence[str | int]) -> str:
     """The top field that a place in the body belongs to; "" for the body itself. Forms have names like classes."""
     parts = [part for part in place[1:] if not (isinstance(part, str) and part[:1].isupper())]
     return str(parts[0]) if parts and isinstance(parts[0], str) else ""
+
+
+def _place(place: Sequence[str | int]) -> str:
+    """The whole way to a place in the body, as in messages[0]."""
+    parts = [part for part in place[1:] if not (isinstance(part, str) and part[:1].isupper())]
+    return str(parts[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts[1:])

@@ -1,14 +1,15 @@
 """What clients may ask: every field with its type and bounds, and so the requests' half of the OpenAPI schema.
 
-Unknown fields are ignored, as OpenAI's clients send many. A field that would change the answer in a way that octavo
-does not do is declared with its neutral value alone; UNSUPPORTED says why. Null means the default.
+Other fields are kept as they came: `unsupported.check_fields` refuses those that would change the answer, since clients
+send many that would not. Of OpenAI's own fields, one that octavo does not support is declared with the value that
+changes nothing; UNSUPPORTED says why. Null means the default.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MOST_CHOICES = 16
@@ -81,13 +82,19 @@ MostLogprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-class StreamOptions(BaseModel):
+class Fields(BaseModel):
+    """An object of a request. What its schema does not have is in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class StreamOptions(Fields):
     """How a stream ends."""
 
     include_usage: Flag | None = None
 
 
-class Sampled(BaseModel):
+class Sampled(Fields):
     """What both of OpenAI's ways to ask share."""
 
     model: Name | None = Field(None, description="The base or an adapter; null: the first adapter, else the base.")
@@ -130,28 +137,57 @@ class CompletionRequest(Sampled):
     suffix: Annotated[str, Field(max_length=0)] | None = None
 
 
-class TextPart(BaseModel):
+class TextPart(Fields):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+ROLES = ("system", "developer", "user", "assistant")
+
+
+class ChatMessage(Fields):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_PARTS)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said_plainly(cls, turn: object) -> object:
+        """Messages that OpenAI's API has and a text model has not: refused in words instead of a union's errors."""
+        if isinstance(turn, dict) and (why := _not_text(turn)):
+            raise PydanticCustomError("unsupported", "{why}", {"why": why})
+        return turn
 
     @property
     def text(self) -> str:
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def _not_text(turn: dict[str, Any]) -> str | None:
+    """Why a message cannot be read, or None if it can or is malformed."""
+    role, content = turn.get("role"), turn.get("content")
+    if role in ("tool", "function"):
+        return f"messages of the role {role!r} are not supported. Give what a tool found as a user's message"
+    if isinstance(role, str) and role not in ROLES:
+        return f"there is no role {role[:40]!r}. The roles are {', '.join(ROLES)}"
+    if turn.get("tool_calls") or turn.get("function_call"):
+        return "tool calls are not supported. Describe calls and their results in the content"
+    if content is None and "content" in turn:
+        return "the content is null, and must be text"
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if isinstance(kind, str) and kind != "text":
+            return f"content[{number}] is of the type {kind[:40]!r}. This model reads text alone"
+    return None
+
+
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
-class PlainText(BaseModel):
+class PlainText(Fields):
     """The one form of answers."""
 
     type: Literal["text"]
@@ -180,7 +216,7 @@ class ChatRequest(Sampled):
         return (self.top_logprobs or 0) if self.logprobs or self.top_logprobs else None
 
 
-class ArticleRequest(BaseModel):
+class ArticleRequest(Fields):
     """The article's POST /prompt/: `length` counts the prompt's tokens too. Its page sends numbers as text."""
 
     input: Prompt
@@ -196,7 +232,7 @@ class ArticleRequest(BaseModel):
 AdapterName = Annotated[str, Field(pattern=f"^{ADAPTER_NAME}$", max_length=100)]
 
 
-class LoadAdapter(BaseModel):
+class LoadAdapter(Fields):
     """An adapter to serve under a new name, as vLLM's clients ask for it."""
 
     lora_name: AdapterName
@@ -204,13 +240,13 @@ class LoadAdapter(BaseModel):
     load_inplace: No | None = None
 
 
-class UnloadAdapter(BaseModel):
+class UnloadAdapter(Fields):
     """An adapter to serve no more."""
 
     lora_name: AdapterName
 
 
-class TokenizeText(BaseModel):
+class TokenizeText(Fields):
     """A text whose ids are wanted."""
 
     model: Name | None = None
@@ -218,8 +254,15 @@ class TokenizeText(BaseModel):
     add_special_tokens: Flag = Field(True, description="With the begin token, where the model has one.")
 
 
-class TokenizeChat(BaseModel):
+class TokenizeChat(Fields):
     """A conversation whose ids are wanted, up to where the assistant's next turn begins."""
 
     model: Name | None = None
     messages: Messages
+
+
+class Detokenize(Fields):
+    """Ids whose text is wanted."""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_IDS, fail_fast=True), BeforeValidator(_whole_items)]

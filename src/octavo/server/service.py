@@ -17,14 +17,15 @@ from octavo.config import ServeOptions
 from octavo.data.encoding import begin_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.data.records import Message
-from octavo.errors import AdapterError, DataError, ModelError, UsageError
+from octavo.errors import AdapterError, DataError, UsageError
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream
 from octavo.infer.sample import Sampling
 from octavo.server.generation import Generation
 from octavo.server.logprobs import Vocabulary
 from octavo.server.metrics import Metrics
 from octavo.server.refusals import RefusedError, busy, told, unavailable, wrong
-from octavo.server.schemas import SEEDS, ChatMessage, Sampled
+from octavo.server.schemas import SEEDS, ChatMessage, Fields, Sampled
+from octavo.server.unsupported import UnknownNames, check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -67,6 +68,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time()))
     draining: bool = False
+    unknown: UnknownNames = field(default_factory=UnknownNames)
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.engine.tokenizer)
@@ -105,6 +107,10 @@ class Service:
         if self.draining:
             raise unavailable("The server is stopping.", code="stopping")
 
+    def check_fields(self, asked: Fields, where: str) -> None:
+        """400 for fields of a body that would change the answer and are not supported; `where` is the route."""
+        check_fields(asked, self.unknown, where=where)
+
     async def encode_text(self, text: str, *, begin: bool = True, param: str = "prompt") -> list[int]:
         """The ids of a text to continue; without `begin` no begin token."""
         tokenizer = self.engine.tokenizer
@@ -135,7 +141,7 @@ class Service:
             )
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
-        except (DataError, ModelError, UsageError) as error:
+        except (DataError, UsageError) as error:
             raise wrong(error.message.removeprefix("the conversation:1: "), param=param) from error
 
     def check_prompt(self, ids: Sequence[int], *, param: str) -> None:
@@ -148,8 +154,20 @@ class Service:
                 param=param,
                 code="context_length_exceeded",
             )
-        if max(ids) >= self.vocabulary.size:
+        self.check_ids(ids, param=param)
+
+    def check_ids(self, ids: Sequence[int], *, param: str) -> None:
+        """400 for tokens that there are not."""
+        if ids and max(ids) >= self.vocabulary.size:
             raise wrong(f"There is no token {max(ids)}: the model has {self.vocabulary.size:,}.", param=param)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens included."""
+
+        def decoded() -> str:
+            return str(self.engine.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, decoded)
 
     def new_tokens(self, asked: int | None, default: int, *, param: str = "max_tokens") -> int:
         """How many new tokens a request gets. 400 if it asks for more than the server gives."""
