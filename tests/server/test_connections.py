@@ -321,7 +321,7 @@ def test_an_answer_ends_the_connection_of_a_body_that_drips_on(
             reader, writer = await site.connect()
             whole = asyncio.create_task(reader.read())
             writer.write(method + b" / HTTP/1.1\r\n" + HOST + BODIES[name])
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE):
                 while site.state.connections or not app.begun:
                     writer.write(b"x")
                     await asyncio.sleep(0.005)
@@ -353,7 +353,8 @@ def test_a_refused_request_that_has_arrived_in_full_leaves_the_connection_open(l
             reader, writer = await site.connect()
             for _ in range(2):
                 writer.write(POST + b"Content-Length: 5\r\n\r\nhello")
-                assert b"connection: close" not in (await asyncio.wait_for(reader.readuntil(b"never"), 5)).lower()
+                said = await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)
+                assert b"connection: close" not in said.lower()
 
     play(scene(), loop)
 
@@ -364,10 +365,10 @@ def test_a_connection_that_only_ends_makes_room_for_an_honest_one(loop: Loop) ->
             held = [await site.connect() for _ in range(2)]
             for reader, writer in held:
                 writer.write(POST + b"Content-Length: 1000\r\n\r\n")
-                await asyncio.wait_for(reader.readuntil(b"never"), 5)
+                await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)
             reader, writer = await site.connect()
             writer.write(REQUEST)
-            assert (await asyncio.wait_for(reader.readuntil(b"never"), 5)).startswith(b"HTTP/1.1 403 ")
+            assert (await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)).startswith(b"HTTP/1.1 403 ")
 
     play(scene(), loop)
 
@@ -430,7 +431,7 @@ def test_one_that_waits_long_with_its_sending_side_closed_is_answered_all_the_sa
             writer.write(REQUEST)
             writer.write_eof()
             for _ in range(2):  # interim answers: HTTP/1.1's clients pass over them
-                assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 100 ")
+                assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)).startswith(b"HTTP/1.1 100 ")
             assert not app.gone
             app.answer.set()
             assert (await ended(reader)).endswith(b"hello")
@@ -476,12 +477,12 @@ def test_a_client_that_takes_an_answer_slowly_is_not_cut_off_before_it_stops(loo
         async with serving(App(b"x" * 2**25)) as site:
             reader, writer = await site.connect()
             writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
             connection: Any = next(iter(site.state.connections))
             for _ in range(3):
                 left = connection.transport.get_write_buffer_size()
                 while left - connection.transport.get_write_buffer_size() < connections.UNREAD_BYTES:
-                    await asyncio.wait_for(reader.readexactly(2**16), 5)
+                    await asyncio.wait_for(reader.readexactly(2**16), PATIENCE)
                 connection._check_unread()
                 assert site.state.connections
             for _ in range(2):
