@@ -146,8 +146,8 @@ def test_a_template_that_trims_and_closes_only_the_assistants_turns(
             "rewrites a message",
         ),
         ("{{ messages[0]['content'] }}", "leaves out turn 2"),
-        ("{{ messages[0].nothing.deeper }}", "refuses the conversation"),
-        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "refuses the conversation"),
+        ("{{ messages[0].nothing.deeper }}", "fails on the conversation"),
+        ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "fails on the conversation"),
     ],
 )
 def test_a_template_that_hides_what_is_trained_is_an_error(

@@ -51,7 +51,8 @@ def encode_chat(document: Document, tokenizer: PreTrainedTokenizerFast, coder: C
 
     What stands behind the assistant's last turn teaches nothing and is left out. A token that begins in the
     template's text and ends in a content counts as the content's: " yes" in "Answer: yes".
-    Raises UsageError for a tokenizer without a template, DataError for a conversation that it cannot render.
+    Raises UsageError for a tokenizer without a template, ModelError for a template that is broken or uses too much,
+    DataError for a conversation that it cannot render.
     """
     last = max(number for number, message in enumerate(document.messages) if message.role == "assistant")
     document = replace(document, messages=document.messages[: last + 1])
@@ -134,16 +135,17 @@ def _render(
     *,
     asks_for_more: bool,
 ) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         hint = "Take a model that was tuned for chat, or give the data as `prompt` and `completion`."
         raise UsageError(f"{document.where}: the model's tokenizer has no chat template.", hint=hint)
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    # Imported here, since `octavo data` of plain texts needs no Jinja.
+    from octavo.data.template import TemplateRefusalError, render
+
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks_for_more))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise _refusal(document, f"the chat template refuses the conversation: {error}") from error
+        return render(tokenizer, turns, add_generation_prompt=asks_for_more)
+    except TemplateRefusalError as error:
+        raise _refusal(document, f"{error}.") from error
 
 
 def _template_controls(rendered: str, contents: Sequence[_Span], coder: Coder) -> list[_Span]:
