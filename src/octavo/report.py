@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -24,9 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from octavo.bounded_json import JsonError, parse
-from octavo.errors import UsageError
+from octavo.metrics import MetricsFile
 from octavo.streams import standard_error
-from octavo.system import rename_over
 
 # Without a terminal a bar would fill a log file: a plain line this often instead.
 PLAIN_SECONDS = 10.0
@@ -43,8 +41,7 @@ class Report:
         # No markup: what is said holds file names and text of the user's, where "[b]" is just that.
         # Written through a stream that never fails: a terminal that is gone or a log on a full disk must not end a run.
         self._console = Console(file=standard_error(), markup=False, highlight=False, emoji=False, quiet=not console)
-        self._path = metrics
-        self._file = _open_lines(metrics, append=append) if metrics else None
+        self._metrics = MetricsFile(metrics, append=append) if metrics else None
 
     def __enter__(self) -> Report:
         return self
@@ -56,9 +53,9 @@ class Report:
 
     def close(self) -> None:
         """Close the metrics file; events after this are no longer recorded."""
-        if self._file:
-            self._file.close()
-            self._file = None
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
 
     def say(self, text: str) -> None:
         """One sentence for people; recorded as the event "say"."""
@@ -78,11 +75,9 @@ class Report:
         which Python's float() reads. The line is handed to the system before this returns.
         """
         assert not fields.keys() & {"event", "time"}, "the two names are the report's own"
-        if not self._file:
-            return
-        record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-        self._file.write(_line(record))
-        self._file.flush()
+        if self._metrics is not None:
+            record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+            self._metrics.write(_line(record))
 
     @contextmanager
     def progress(self, total: int, label: str, *, done: int = 0, unit: str = "") -> Iterator[Progress]:
@@ -114,25 +109,26 @@ class Report:
         self._console.print(table)
 
     def resume_from(self, step: int) -> None:
-        """Forget what was recorded of steps after `step`, which are going to be taken again.
+        """Forget what was recorded after `step` and will be recorded again; all but what was said if `step` is -1.
 
-        The file is written aside and renamed, so that a crash leaves either the old or the new one. Lines
-        that cannot be read are dropped too, with a warning.
+        A crash leaves either the old file or the new one. Lines that cannot be read are dropped too, with a warning,
+        and there is one if steps up to `step` are not recorded.
         """
-        if not self._path:
+        if self._metrics is None:
             return
-        self.close()
-        events, unreadable = read_events(self._path)
-        kept = [event for event in events if not _is_after(event, step)]
-        aside = self._path.with_name(f"{self._path.name}.aside")
-        with aside.open("wb") as file:
-            file.writelines(_line(event) for event in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        rename_over(aside, self._path)
-        self._file = _open_lines(self._path, append=True)
+        path = self._metrics.path
+        events, unreadable = read_events(path)
+        kept = [event for event in events if not _comes_again(event, step)]
+        self._metrics.replace([_line(event) for event in kept])
         if unreadable:
-            self.warn(f"{self._path}: dropped {unreadable} lines that could not be read")
+            self.warn(f"{path}: dropped {unreadable} lines that could not be read")
+        recorded = {event.get("step") for event in kept if event.get("event") == "step"}
+        if missing := sum(number not in recorded for number in range(1, step + 1)):
+            self.warn(f"{path} lacks {missing:,} of the steps 1 to {step:,}: so does the report.")
+
+    def restore(self) -> bool:
+        """Write the metrics file anew if it was deleted while it was written. Whether it was."""
+        return self._metrics is not None and self._metrics.restore()
 
 
 class Progress:
@@ -233,31 +229,6 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
-def _open_lines(path: Path, *, append: bool) -> IO[bytes]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if append and path.exists():
-            _repair_last_line(path)
-        return path.open("ab" if append else "wb")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror}", hint="choose a folder you may write to with --out"
-        ) from error
-
-
-def _repair_last_line(path: Path) -> None:
-    """Cut off a torn last line; give a whole one the line end that it lacks."""
-    content = path.read_bytes()
-    whole, newline, last = content.rpartition(b"\n")
-    if not last:
-        return
-    if _parse(last) is not None:
-        with path.open("ab") as file:
-            file.write(b"\n")
-    else:
-        os.truncate(path, len(whole) + len(newline))
-
-
 def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
 
@@ -281,6 +252,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def _is_after(event: Mapping[str, Any], step: int) -> bool:
+def _comes_again(event: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that goes on after `step` will record the event once more."""
+    if step < 0:
+        return event.get("event") not in ("say", "warn")
     recorded = event.get("step")
-    return isinstance(recorded, int | float) and recorded > step
+    if not isinstance(recorded, int | float):
+        return False
+    of_the_end = event.get("event") in ("evaluation", "memory") or event.get("which") == "tuned"
+    return recorded > step or (of_the_end and recorded == step)

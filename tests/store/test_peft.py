@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from octavo import atomic
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.store import peft
@@ -338,11 +339,12 @@ def test_a_write_that_fails_loses_nothing_and_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    replace_ = Path.replace
     if fails == "rename":
-        monkeypatch.setattr(Path, "replace", lambda a, b: fail() if a.name.startswith(".tmp") else replace_(a, b))
+        monkeypatch.setattr(atomic, "rename_over", lambda a, b: fail() if a.name[:4] == ".tmp" else a.replace(b))
+    elif fails == "disk":
+        monkeypatch.setattr(atomic, "fsync_file", fail)
     else:
-        monkeypatch.setattr(peft, {"tensors": "save_file", "disk": "fsync_file"}[fails], fail)
+        monkeypatch.setattr(peft, "save_file", fail)
     with pytest.raises(OSError, match="No space"):
         put(out, LINEARS)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -12,11 +12,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from octavo.atomic import atomic_write
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError, UsageError
 from octavo.page.chart import Points, Series, dots, draw, line, marks, smooth
 from octavo.report import printable, read_events, shown
-from octavo.system import rename_over
 
 Event = Mapping[str, Any]
 
@@ -94,9 +94,8 @@ def write(folder: Path) -> Path:
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
-    page, aside = folder / "report.html", folder / "report.html.aside"
-    aside.write_bytes(html.encode("utf-8", "replace"))
-    rename_over(aside, page)
+    page = folder / "report.html"
+    atomic_write(page, html.encode("utf-8", "replace"))
     return page
 
 

@@ -14,7 +14,6 @@ of every file): never the name, and never `latest`, which a crash can leave one 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -30,8 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo._version import __version__
+from octavo.atomic import exchange
 from octavo.bounded_json import read_object
 from octavo.errors import CheckpointError
+from octavo.failures import cut, explained
 from octavo.store.files import atomic_write, durable_write, fsync_file, fsync_folder, json_bytes, sha256_of
 from octavo.store.files import lock as lock
 from octavo.system import is_alive, rename_over
@@ -62,6 +63,7 @@ def save(
     state: Mapping[str, Any],
     keep: int = 2,
     protect: Collection[int] = (),
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the checkpoint of `step` into `folder` and return its path; it is durable on return.
 
@@ -69,7 +71,8 @@ def save(
     `state` must be JSON: numbers of any size, strings, lists, dicts with string keys; tuples come back as
     lists. Of this and the earlier steps the newest `keep` stay, and every step in `protect`.
 
-    Raises CheckpointError if it cannot be written; the earlier checkpoints are then untouched.
+    `warn` gets a line if one of the others cannot be deleted. Raises CheckpointError if it cannot be written; the
+    earlier checkpoints are then untouched.
     """
     assert keep >= 1, "a save must not delete itself"
     target = folder / f"step-{step:08d}"
@@ -86,16 +89,18 @@ def save(
             )
         _publish(temporary, target)
         atomic_write(folder / LATEST, f"{target.name}\n".encode())
-        _delete_earlier(folder, step, keep=keep, protect=protect)
     except (OSError, safetensors.SafetensorError) as error:
-        # safetensors reports a full disk in its own class, with the system's words in the message.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        known = explained(error)  # safetensors has an error class of its own for what the system says
         raise CheckpointError(
-            f"{target}: the checkpoint cannot be written: {'the disk is full' if full else error}",
-            hint="Make room or mend the folder's rights, then --resume: earlier checkpoints are untouched.",
+            f"{target}: the checkpoint cannot be written. {known.message if known else cut(error)}",
+            hint=f"{known.hint if known else ''} The earlier checkpoints are untouched.".strip(),
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _delete_earlier(folder, step, keep=keep, protect=protect)
+    except OSError as error:  # the new one is whole all the same
+        warn(f"An earlier checkpoint cannot be deleted ({error.strerror}: {error.filename or folder}).")
     return target
 
 
@@ -203,14 +208,8 @@ def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tenso
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    replaced = target.with_name(f".old-{target.name.removeprefix('step-')}-{os.getpid()}")
-    _remove(replaced)
-    if target.exists():
-        # A folder cannot be renamed onto a full one; between the two renames the old one still counts.
-        rename_over(target, replaced)
-    rename_over(temporary, target)
-    fsync_folder(target.parent)
-    _remove(replaced)
+    # Between the two renames the old one, under its other name, still counts.
+    exchange(temporary, target, old=target.with_name(f".old-{target.name.removeprefix('step-')}-{os.getpid()}"))
 
 
 def _delete_earlier(folder: Path, step: int, *, keep: int, protect: Collection[int]) -> None:

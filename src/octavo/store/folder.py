@@ -22,7 +22,7 @@ from octavo._version import __version__
 from octavo.errors import UsageError
 from octavo.models import build
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
-from octavo.store.files import durable_write, fsync_file, fsync_folder, json_bytes, new_folder, sha256_of
+from octavo.store.files import json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
 from octavo.store.weights import (
     Item,
@@ -34,7 +34,6 @@ from octavo.store.weights import (
     scheme_at,
     stored_scheme,
 )
-from octavo.system import rename_over
 
 SHARD_BYTES = 2**29  # held in memory until it is written
 
@@ -109,7 +108,7 @@ def write_folder(
     """
     if not replace:
         check_free(out)
-    with new_folder(out) as temporary:
+    with new_folder(out, replace=replace) as temporary:
         source.tokenizer().save_pretrained(temporary)  # first: a model without one fails at once
         shards = _Shards(temporary)
         _write_tensors(source, scheme, shards, on_layer)
@@ -117,7 +116,7 @@ def write_folder(
         _write_json(temporary / "config.json", _config(source, scheme))
         if source.generation_config:
             _write_json(temporary / "generation_config.json", source.generation_config)
-        _finish(temporary, out, scheme, origin=fingerprint(source))
+        _list_files(temporary, scheme, origin=fingerprint(source))
     return shards.total_bytes
 
 
@@ -170,20 +169,14 @@ def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
     return config
 
 
-def _finish(temporary: Path, out: Path, scheme: Scheme, *, origin: str) -> None:
-    """Lists every file with its size and hash, makes all of it durable, and moves it into place."""
+def _list_files(folder: Path, scheme: Scheme, *, origin: str) -> None:
+    """Writes manifest.json, which lists every file with its size and hash."""
     files = {}
-    for path in sorted(temporary.iterdir()):
-        shutil.copymode(temporary / "config.json", path)  # safetensors and tokenizers have modes of their own
-        fsync_file(path)
+    for path in sorted(folder.iterdir()):
+        shutil.copymode(folder / "config.json", path)  # safetensors and tokenizers have modes of their own
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"octavo": __version__, "scheme": scheme.name, "origin": origin, "files": files}
-    durable_write(temporary / "manifest.json", json_bytes(manifest))
-    fsync_folder(temporary)
-    if out.exists():
-        shutil.rmtree(out)
-    rename_over(temporary, out)
-    fsync_folder(out.parent)
+    (folder / "manifest.json").write_bytes(json_bytes(manifest))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,6 @@ trained bias, and weight and bias of a trained norm (PEFT's modules_to_save).
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -28,10 +27,9 @@ from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.store.adapter_file import TENSORS as TENSORS
 from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
-from octavo.store.files import fsync_file, fsync_folder, json_bytes
+from octavo.store.files import json_bytes, new_folder
 from octavo.store.peft_config import CONFIG as CONFIG
 from octavo.store.peft_config import read_config
-from octavo.system import rename_over
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
@@ -78,39 +76,14 @@ def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: b
     `modules` are the names of all modules of its model, `biases` says whether the biases of its linears are
     trained, `base` names the model and `card` is the text of README.md.
     """
-    temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder, replace=True) as temporary:
         tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
         (temporary / CONFIG).write_bytes(json_bytes(config))
         shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes 0600, whatever the umask
         origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
         (temporary / ORIGIN).write_bytes(json_bytes(origin))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        for path in temporary.iterdir():
-            fsync_file(path)
-        fsync_folder(temporary)
-        _exchange(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; what stood there goes only once the new one stands."""
-    old = folder.parent / f".old-{folder.name}-{os.getpid()}"
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        rename_over(folder, old)
-    try:
-        rename_over(new, folder)
-    except OSError:
-        if old.exists():
-            rename_over(old, folder)
-        raise
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:

@@ -25,12 +25,11 @@ from octavo.layers.lora import LoraSpec
 from octavo.models import Model, Place, build, places
 from octavo.store import peft
 from octavo.store.adapter import apply_
-from octavo.store.files import fsync_folder, new_folder
+from octavo.store.files import new_folder
 from octavo.store.folder import WrittenLayer, check_free, write_folder
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, Source, fingerprint
 from octavo.store.weights import PAIR_ENDS, check_finite, entries, stored_scheme
-from octavo.system import rename_over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -153,7 +152,4 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
         found = replace(found, origin={"version": __version__, "base": base})
         modules = places(build(source.config))
         peft.write(temporary / "adapter", found, modules=modules, biases=True, base=str(out / "base"), card=card)
-        fsync_folder(temporary)
-        rename_over(temporary, out)  # an empty folder of that name gives way
-        fsync_folder(out.parent)
     return found
