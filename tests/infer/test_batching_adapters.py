@@ -156,6 +156,28 @@ def test_an_adapter_in_use_stays(llama: Family) -> None:
         assert caught.value.hint == "There are: base, tables."
 
 
+def test_a_draining_adapter_finishes_what_it_has_and_takes_no_more(llama: Family) -> None:
+    engine = serving(llama, slots=1)
+    streams = [engine.submit(Request(PROMPT, GREEDY, adapter="blocks")) for _ in range(2)]
+    engine.step()
+    assert engine.drain_adapter("blocks") is engine.drain_adapter("blocks")
+    assert (list(engine.adapters()), list(engine.draining())) == (["tables"], ["blocks"])
+    with pytest.raises(AdapterError, match="no adapter 'blocks' here"):
+        engine.submit(streams[0].request)
+    with pytest.raises(AdapterError, match="taken"):
+        engine.load_adapter("blocks", llama.adapter("blocks"))
+    with pytest.raises(AdapterError, match="2 requests are using"):
+        engine.remove_adapter("blocks")
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(stream.request) for stream in streams]
+    engine.remove_adapter("blocks")
+    assert (engine.draining(), on(engine.model)) == ({}, {"tables"})
+    with pytest.raises(AdapterError, match="no adapter 'blocks' here"):
+        engine.drain_adapter("blocks")
+    engine.load_adapter("blocks", llama.adapter("blocks"))
+    assert engine.adapters().keys() == {"tables", "blocks"}
+
+
 def test_nothing_of_one_adapter_is_reused_for_another_nor_for_its_successor(llama: Family) -> None:
     engine = serving(llama, slots=2)
     for count, name in enumerate(["tables", None, "blocks"], 1):

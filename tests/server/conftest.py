@@ -56,6 +56,7 @@ class FakeEngine:
     misfits: dict[str, str | Exception] = field(default_factory=dict)  # folders that do not fit, and why
 
     def __post_init__(self) -> None:
+        self.leaving: dict[str, ServedAdapter] = {}
         hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
         self.held = {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
 
@@ -128,10 +129,20 @@ class FakeEngine:
         self.held[name] = ServedAdapter(name, sha256_of(folder / peft.TENSORS), folder, 2000.5, base)
         return self.held[name]
 
+    def draining(self) -> dict[str, ServedAdapter]:
+        return dict(self.leaving)
+
+    def drain_adapter(self, name: str) -> ServedAdapter:
+        if name in self.held:
+            self.leaving[name] = self.held.pop(name)
+        if name not in self.leaving:
+            raise AdapterError(f"There is no adapter {name!r} here.")
+        return self.leaving[name]
+
     def remove_adapter(self, name: str) -> None:
         if users := sum(run.stream.request.adapter == name for run in self.runs):
             raise AdapterError(f"{users} requests are using the adapter {name!r}.", hint="Try later.")
-        del self.held[name]
+        del self.leaving[name]
 
     def stats(self) -> Stats:
         running = min(len(self.runs), self.slots)

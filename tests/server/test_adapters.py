@@ -218,22 +218,57 @@ def test_comings_and_goings_are_logged(setting: Any, caplog: pytest.LogCaptureFi
     assert all("adapter a" in line and sha256 in line for line in (loaded, unloaded))
 
 
-def test_one_that_is_used_stays_until_its_requests_are_done(opened: Open, shelf: Path) -> None:
+def test_one_that_is_used_takes_no_more_and_goes_when_its_requests_are_done(opened: Open, shelf: Path) -> None:
     async def scene() -> None:
         setting = opened(adapters_from=shelf, engine={"by_hand": True})
+        asked = {"model": "king", "prompt": "the", "max_tokens": 2}
+        running = [Client(setting.app, "/v1/completions", asked) for _ in range(2)]
+        await until(lambda: len(setting.engine.runs) == 2)
+        unloads = [Client(setting.app, UNLOAD, {"lora_name": "king"}) for _ in range(2)]
+        await until(lambda: list(setting.engine.leaving) == ["king"])
+        for path, body, status, words in (
+            ("/v1/completions", asked, 404, b"being unloaded"),
+            (LOAD, {"lora_name": "king", "lora_path": "hamlet"}, 409, b"being unloaded"),
+            ("/tokenize", {"prompt": "the"}, 200, b'"dddd'),  # the first adapter is now another one
+        ):
+            client = Client(setting.app, path, body)
+            await client.task
+            assert client.status == status
+            assert words in client.received
+        assert not any(unload.task.done() for unload in unloads)
+        for _ in range(2):
+            setting.engine.step()
+        for client in [*running, *unloads]:
+            await client.task
+            assert client.status == 200
+        assert (setting.engine.leaving, list(setting.engine.held)) == ({}, ["queen"])
+        again = Client(setting.app, LOAD, {"lora_name": "king", "lora_path": "hamlet"})
+        await again.task
+        assert again.status == 200
+
+    play(scene())
+
+
+def test_one_that_is_used_for_longer_than_the_grace_time_goes_on_draining(opened: Open, shelf: Path) -> None:
+    async def scene() -> None:
+        setting = opened(adapters_from=shelf, grace_seconds=0, max_adapters=2, engine={"by_hand": True})
         running = Client(setting.app, "/v1/completions", {"model": "king", "prompt": "the", "max_tokens": 2})
         await until(lambda: len(setting.engine.runs) == 1)
         early = Client(setting.app, UNLOAD, {"lora_name": "king"})
         await early.task
-        assert early.status == 409
+        assert (early.status, early.headers[b"retry-after"]) == (409, b"2")
         assert b"adapter_in_use" in early.received
-        setting.engine.step()
-        setting.engine.step()
+        assert b"takes no more" in early.received
+        full = Client(setting.app, LOAD, {"lora_name": "new", "lora_path": "hamlet"})
+        await full.task
+        assert (full.status, b"adapters_full" in full.received) == (409, True), "a draining one is still held"
+        for _ in range(2):
+            setting.engine.step()
         await running.task
         assert running.status == 200
         late = Client(setting.app, UNLOAD, {"lora_name": "king"})
         await late.task
-        assert (late.status, list(setting.engine.held)) == (200, ["queen"])
+        assert (late.status, setting.engine.leaving) == (200, {})
 
     play(scene())
 

@@ -348,3 +348,41 @@ def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:
     out, err = process.communicate(timeout=PATIENCE)
     assert "/v1/completions" in err, "every request is logged"
     assert not [words for words in ("very-secre", "the king", "Traceback") if words in out + err]
+
+
+def test_a_second_ctrl_c_ends_at_once_without_an_abort_or_a_traceback(start: Start) -> None:
+    """The first one waits for the answers at work, which here go on for longer than anybody waits."""
+    process, port = start(writes=True)
+    clients = []
+    for _ in range(2):
+        body = json.dumps({"prompt": "the king", "max_tokens": 50_000, "stream": True}).encode()
+        clients.append(socket.create_connection(("127.0.0.1", port)))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        clients[-1].sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        assert clients[-1].recv(1)
+    wait_for_running(port, 2)
+    process.send_signal(signal.SIGINT)
+    while b"Shutting down" not in (line := os.read(process.stderr.fileno(), 65536)):  # type: ignore[union-attr]
+        assert line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    for client in clients:
+        client.close()
+    assert process.returncode == 130
+    assert "Stopped at once." in err
+    assert "Traceback" not in err
+    assert "ended" not in out
+
+
+def test_a_console_that_goes_away_ends_it_as_sigterm_does(start: Start) -> None:
+    process, port = start()
+    answers: list[tuple[int, str]] = []
+    client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))
+    client.start()
+    wait_for_running(port, 1)
+    process.send_signal(signal.SIGHUP)
+    client.join()
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (answers[0][0], process.returncode) == (200, 0)
+    assert out.startswith("ended")
+    assert "Traceback" not in err

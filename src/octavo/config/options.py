@@ -187,7 +187,9 @@ class ServeOptions(Section):
     max_prompt_tokens: int | None = Field(None, ge=1, description="Tokens of a prompt; default: --room less one.")
     max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
     request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")
-    grace_seconds: float = Field(30.0, ge=0, description="Time to finish answers in when told to stop.")
+    grace_seconds: float = Field(
+        30.0, ge=0, description="Time to finish answers in when told to stop, or to unload an adapter."
+    )
     max_body_bytes: int = Field(2**21, ge=1024, description="Bytes of a request's body.")
     max_connections: int = Field(512, ge=1, le=100_000, description="Connections that may be open at once.")
     log_level: Literal["error", "warning", "info", "debug"] = Field(

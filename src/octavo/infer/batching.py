@@ -66,6 +66,7 @@ class Engine:
         self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
         self._reader = Reader(model, tokenizer, self._slots, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
+        self._draining: dict[str, ServedAdapter] = {}  # those that take no more requests and are to be removed
         self._running: list[Run] = []
         self._ahead: list[Run] = []  # whose last token a step is reading
         self._waiting: deque[Stream] = deque()
@@ -112,15 +113,30 @@ class Engine:
                 self._adapters[name] = served
         return served
 
+    def draining(self) -> dict[str, ServedAdapter]:
+        """The adapters that take no more requests and are not yet removed."""
+        with self._changed:
+            return dict(self._draining)
+
+    def drain_adapter(self, name: str) -> ServedAdapter:
+        """Takes no more requests for an adapter from now on; AdapterError if there is none."""
+        with self._changed:
+            if name in self._adapters:
+                self._draining[name] = self._adapters.pop(name)
+            if name not in self._draining:
+                raise self._unknown(name)
+            return self._draining[name]
+
     def remove_adapter(self, name: str) -> None:
-        """Takes an adapter away. AdapterError if there is none, or a request is using it."""
+        """Takes an adapter away, draining or not. AdapterError if there is none, or a request is using it."""
         with self._alone(), self._changed:
-            if name not in self._adapters:
+            held = self._draining if name in self._draining else self._adapters
+            if name not in held:
                 raise self._unknown(name)
             users = [run.adapter for run in self._at_work()] + [stream.request.adapter for stream in self._waiting]
             if name in users:
                 raise AdapterError(f"{users.count(name)} requests are using the adapter {name!r}.", hint="Try later.")
-            del self._adapters[name]
+            del held[name]
             remove_(self.model, self._routing, name)
             self._slots.forget(name)
 
@@ -328,7 +344,7 @@ class Engine:
         return [*self._running, *self._reader.runs]
 
     def _check_free(self, name: str) -> None:
-        if name == self.base or name in self.adapters():
+        if name == self.base or name in self.adapters() or name in self.draining():
             raise AdapterError(
                 f"The name {name!r} is taken.", hint="Remove that adapter first, or choose another name."
             )

@@ -1,5 +1,7 @@
 """Adapters that come and go while the server runs, on the routes that vLLM's clients know; with --adapters-from alone.
 
+One that is unloaded takes no more requests at once, and goes when the last of those that it has is answered.
+
 What is loaded lies below that folder. Of all else a client learns nothing, not even whether it is there.
 """
 
@@ -11,6 +13,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -18,13 +21,15 @@ from fastapi.responses import PlainTextResponse
 from octavo.errors import AdapterError
 from octavo.infer.requests import ServedAdapter
 from octavo.server.answers import TEXT_REFUSALS
-from octavo.server.refusals import RefusedError, told, wrong
+from octavo.server.refusals import RETRY_SECONDS, RefusedError, told, wrong
 from octavo.server.schemas import LoadAdapter, UnloadAdapter
 from octavo.server.service import Service
 from octavo.store import peft
 
+T = TypeVar("T")
 LOG = logging.getLogger("octavo.server")
 # What files that are no adapter's make their reader raise, besides the error that it is made to raise.
+POLL_SECONDS = 0.1  # until it is looked again whether a draining adapter is still in use
 BROKEN = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, re.error)
 
 
@@ -77,17 +82,32 @@ class Exchange:
         return await self._in_thread(lambda: self._load(name, asked))
 
     async def unload(self, name: str) -> PlainTextResponse:
-        """Serves it no more. 404 if there is none, 409 while requests use it."""
-        return await self._in_thread(lambda: self._unload(name))
+        """Serves it no more: no new requests, and gone once those at work are answered. 404 if there is none.
 
-    async def _in_thread(self, work: Callable[[], PlainTextResponse]) -> PlainTextResponse:
+        409 if that takes longer than the grace time. It goes on draining then, and is to be unloaded once more.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._service.options.grace_seconds
+        served = await self._in_thread(lambda: self._drain(name))
+        while True:
+            try:
+                return await self._in_thread(lambda: self._remove(served))
+            except _InUseError as error:
+                if loop.time() >= deadline:
+                    raise error.refusal from error
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         """Files are read and hashed, and a step of the engine is waited for: nothing for the event loop."""
         async with self._turn:
             self._service.check_open()
             return await asyncio.to_thread(work)
 
     def _load(self, name: str, asked: str) -> PlainTextResponse:
-        held, most = self._engine.adapters(), self._service.options.max_adapters
+        draining, most = self._engine.draining(), self._service.options.max_adapters
+        held = {**draining, **self._engine.adapters()}
+        if name in draining:
+            raise _draining(f"The adapter `{name}` is being unloaded: load it again once it is gone.")
         if name == self._engine.base or name in held:
             raise wrong(f"The name `{name}` is taken.", code="adapter_exists", param="lora_name")
         if len(held) >= most:
@@ -106,16 +126,38 @@ class Exchange:
         LOG.warning("the adapter %s was trained on other base weights than these", name)
         return _success(served, "added", " It was trained on other base weights than these.")
 
-    def _unload(self, name: str) -> PlainTextResponse:
-        served = self._engine.adapters().get(name)
-        if served is None:
-            raise RefusedError(404, f"There is no adapter `{name}`.", code="model_not_found", param="lora_name")
+    def _drain(self, name: str) -> ServedAdapter:
         try:
-            self._engine.remove_adapter(name)
+            return self._engine.drain_adapter(name)
         except AdapterError as error:
-            raise RefusedError(409, told(error), code="adapter_in_use", param="lora_name") from error
-        LOG.info("unloaded the adapter %s (%s)", name, served.sha256)
+            message = f"There is no adapter `{name}`."
+            raise RefusedError(404, message, code="model_not_found", param="lora_name") from error
+
+    def _remove(self, served: ServedAdapter) -> PlainTextResponse:
+        if self._engine.draining().get(served.name) is not served:  # another request to unload it was faster
+            return _success(served, "removed")
+        try:
+            self._engine.remove_adapter(served.name)
+        except AdapterError as error:
+            raise _InUseError(
+                _draining(f"{error.message} It takes no more and is unloaded once they are done: ask once more.")
+            ) from error
+        LOG.info("unloaded the adapter %s (%s)", served.name, served.sha256)
         return _success(served, "removed")
+
+
+class _InUseError(Exception):
+    """A draining adapter still has requests at work."""
+
+    def __init__(self, refusal: RefusedError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+def _draining(message: str) -> RefusedError:
+    return RefusedError(
+        409, message, code="adapter_in_use", param="lora_name", headers={"Retry-After": str(RETRY_SECONDS)}
+    )
 
 
 def router(service: Service, folder: Path) -> APIRouter:

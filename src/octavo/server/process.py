@@ -1,15 +1,22 @@
-"""The server's process: the socket, uvicorn, and how both end."""
+"""The server's process: the socket, uvicorn, and how both end.
+
+SIGTERM, SIGHUP and Ctrl-C finish the answers at work within the grace time. A second Ctrl-C ends the process at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,7 +24,9 @@ from fastapi import FastAPI
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
 from octavo.server.connections import Connection
+from octavo.stopping import INTERRUPTED, handled
 
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 # What uvicorn still waits for answers after the engine has ended them all: they have only to be sent.
 SENDING_SECONDS = 5
 
@@ -45,8 +54,10 @@ def run(
     options: ServeOptions,
     listening: Callable[[], None],
     stop_engine: Callable[[float], None],
-) -> None:
-    """Serves `app` until SIGTERM or Ctrl-C; answers at work are finished within the grace time.
+) -> bool:
+    """Serves `app` until SIGTERM, SIGHUP or Ctrl-C; answers at work are finished within the grace time.
+
+    True if it was Ctrl-C. A second one ends the process with exit code 130, without returning.
 
     `listening` is called once requests can come, `stop_engine` with the grace time once no more do.
     """
@@ -57,18 +68,30 @@ def run(
         timeout_graceful_shutdown=int(options.grace_seconds) + SENDING_SECONDS,
     )  # fmt: skip
     _log_to_stderr(options.log_level)
-    with _signals_end_quietly():
-        _Server(config, listening, lambda: _drain(app, stop_engine, options.grace_seconds)).run([held])
+    server = _Server(config, listening, lambda: _drain(app, stop_engine, options.grace_seconds))
+    with _signals_end_quietly(), handled(server.handle_exit, HANGUP):
+        server.run([held])
+    return signal.SIGINT in server.received
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which tells when it listens, and has the engine stop while it waits for the last answers."""
+    """uvicorn's, which calls `listening`, and has the engine stop while it waits for the last answers.
+
+    `received` are the signals that have asked it to stop.
+    """
 
     def __init__(
         self, config: uvicorn.Config, listening: Callable[[], None], drain: Callable[[], threading.Thread]
     ) -> None:
         super().__init__(config)
         self._listening, self._drain = listening, drain
+        self.received: list[int] = []
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGINT and signal.SIGINT in self.received:
+            _end_now()
+        self.received.append(sig)
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -77,8 +100,21 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         stopping = self._drain()
         await super().shutdown(sockets)
-        while stopping.is_alive() and not self.force_exit:  # a second Ctrl-C does not wait
+        while stopping.is_alive():
             await asyncio.sleep(0.02)
+
+
+def _end_now() -> NoReturn:
+    """Ends the process in the midst of whatever its threads do.
+
+    The interpreter's own end would wait for some of them, cancel what answers with a traceback each, and abort where
+    the engine's thread is within a matmul: that is C++, which must not be unwound.
+    """
+    with suppress(OSError):
+        os.write(2, b"octavo: Stopped at once.\n")  # not print: the signal may have come amid another one's
+    with suppress(Exception):
+        sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 def _drain(app: FastAPI, stop_engine: Callable[[float], None], grace_seconds: float) -> threading.Thread:

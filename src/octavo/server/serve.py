@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.config import Config, ModelOptions, ServeOptions
-from octavo.errors import AdapterError, UsageError
+from octavo.errors import AdapterError, OctavoError, UsageError
 from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits
 from octavo.report import Report
@@ -25,8 +25,9 @@ _KEY = re.compile(r"[\x21-\x7e]+")
 
 
 def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]], None]) -> None:
-    """Serves until SIGTERM or Ctrl-C. `listening` gets the address and the names once requests can come.
+    """Serves until SIGTERM or SIGHUP, or until Ctrl-C, which is raised again once the last answers are given.
 
+    `listening` gets the address and the names once requests can come.
     UsageError before anything is loaded if the options are wrong or the address is taken; AdapterError if an adapter
     does not fit the model: a server that lacks one of those it was told to serve does not start.
     """
@@ -52,7 +53,10 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
             models = [engine.base, *engine.adapters()]
             asks = "asks for a key" if key else "asks for no key"
             report.say(f"Serving {', '.join(models)} on {url}: {asks}, {options.slots} slots.")
-            listening({"url": url, "models": models})
+            try:
+                listening({"url": url, "models": models})
+            except (OctavoError, OSError, ValueError) as error:  # whoever reads has left: the clients have not
+                report.warn(f"The address cannot be written to standard output: {error}")
 
         if pieces := engine.preparations():
             with report.progress(len(pieces), "Preparing the card") as bar:
@@ -60,7 +64,8 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
                     piece()
                     bar.advance()
         engine.start()
-        run(app, held, options=options, listening=ready, stop_engine=engine.stop)
+        if run(app, held, options=options, listening=ready, stop_engine=engine.stop):
+            raise KeyboardInterrupt  # as after Ctrl-C in any other command
     finally:
         held.close()
 
