@@ -48,7 +48,8 @@ from pathlib import Path
 import torch
 from octavo.models import build, places
 from octavo.store.sources import FolderSource
-from octavo.store.weights import load, stored_scheme
+from octavo.store.contents import stored_scheme
+from octavo.store.weights import load
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
@@ -146,7 +147,7 @@ def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, An
     import torch
 
     from octavo.models import build
-    from octavo.store.weights import items_of
+    from octavo.store.contents import items_of
 
     for seed, (name, item) in enumerate(items_of(build(config))):
         if item.is_matrix:

@@ -15,7 +15,8 @@ from octavo.models import Model
 from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
 from octavo.store.adapter import AdapterPlan, create_, trained
-from octavo.store.weights import allocated, items_of, put_rows_, row_blocks
+from octavo.store.contents import items_of
+from octavo.store.weights import allocated, put_rows_, row_blocks
 from octavo.train.compute import compute_in_eight_
 from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import Plan, Planner

@@ -23,7 +23,7 @@ from octavo.errors import UsageError
 from octavo.finetune import finetune
 from octavo.report import Report
 from octavo.speak import open_speaker
-from octavo.store.sources import load_tokenizer
+from octavo.store.tokenizer_files import load_tokenizer
 from octavo.texts import read_documents, to_text
 from octavo.train.optim import LossScaler
 

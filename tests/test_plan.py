@@ -26,9 +26,10 @@ from octavo.ops import attention, twins
 from octavo.ops.branch import Keep
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.report import Report
+from octavo.store.contents import items_of
 from octavo.store.folder import write_folder
 from octavo.store.sources import FolderSource
-from octavo.store.weights import allocated, items_of
+from octavo.store.weights import allocated
 from octavo.train.memory import MARGIN, WORKSPACE_BYTES, Plan
 
 Octavo = Callable[..., Any]

@@ -17,7 +17,8 @@ from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
 from octavo.report import Report
-from octavo.store.sources import FolderSource, load_tokenizer
+from octavo.store.sources import FolderSource
+from octavo.store.tokenizer_files import load_tokenizer
 
 QUANTIZE = (ModelOptions, QuantizeOptions)
 CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")

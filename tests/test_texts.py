@@ -13,7 +13,7 @@ from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import IGNORED
 from octavo.errors import DataError, UsageError
 from octavo.report import Report
-from octavo.store.sources import load_tokenizer
+from octavo.store.tokenizer_files import load_tokenizer
 from octavo.texts import LEDGER_COLUMNS, Text, marked, read_documents, show_data, to_text
 
 KINDS = (ModelOptions, DataOptions, TextOptions)

@@ -31,7 +31,14 @@ class JsonError(ValueError):
     """The text is not JSON, or is not within the bounds. The message says what and where."""
 
 
-def parse(text: str | bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH, strict: bool = True) -> Any:
+def parse(
+    text: str | bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
+    strict: bool = True,
+) -> Any:
     """The value of a JSON text (UTF-8 if bytes). JsonError if it is broken or out of bounds, never RecursionError.
 
     All integers fit a float, no object held a key twice, and with `strict` all numbers are finite and all strings can
@@ -43,8 +50,8 @@ def parse(text: str | bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         openings = text.count("[") + text.count("{")  # those in strings too: the sums are upper bounds
-        if openings + text.count(",") > MAX_VALUES:
-            raise JsonError(f"it holds more than {MAX_VALUES:,} values")
+        if openings + text.count(",") > max_values:
+            raise JsonError(f"it holds more than {max_values:,} values")
         value = (_DECODER if strict else _LENIENT_DECODER).decode(text)
         if openings > max_depth:
             _check_depth(value, max_depth)
@@ -67,6 +74,7 @@ def read_object(
     error: type[OctavoError],
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
+    max_values: int = MAX_VALUES,
     strict: bool = True,
 ) -> dict[str, Any]:
     """The object in a JSON file. Raises `error`, naming the file, if it is missing, no regular file, not JSON, out of
@@ -78,7 +86,7 @@ def read_object(
             raise error(f"{path} is not a regular file.")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
-        value = parse(content, max_bytes=max_bytes, max_depth=max_depth, strict=strict)
+        value = parse(content, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values, strict=strict)
     except OSError as problem:
         raise error(f"{path} cannot be read ({problem.strerror or problem}).") from problem
     except JsonError as problem:

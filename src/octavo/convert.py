@@ -15,11 +15,11 @@ from octavo.config import Config, ConvertOptions
 from octavo.errors import UsageError
 from octavo.ops.quantize import Scheme
 from octavo.report import Report
+from octavo.store.contents import stored_scheme
 from octavo.store.folder import WrittenLayer, weight_names
 from octavo.store.opening import open_source
 from octavo.store.peft import Adapter
 from octavo.store.seed import base_of, split
-from octavo.store.weights import stored_scheme
 
 
 def convert(config: Config, report: Report) -> dict[str, Any]:

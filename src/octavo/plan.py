@@ -30,8 +30,9 @@ from octavo.report import Report
 from octavo.run import check_context, chosen_scheme, open_model
 from octavo.store import adapter
 from octavo.store.adapter import AdapterPlan
+from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
-from octavo.store.weights import allocated, stored_scheme
+from octavo.store.weights import allocated
 from octavo.train.compute import compute_in_eight_
 from octavo.train.memory import MARGIN, Plan, Planner
 

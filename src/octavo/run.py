@@ -15,12 +15,13 @@ from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
 from octavo.store import peft
+from octavo.store.contents import refuse_pairs, stored_scheme
 from octavo.store.folder import WrittenLayer, weight_names, write_folder
 from octavo.store.opening import open_source
 from octavo.store.peft import Adapter
 from octavo.store.seed import base_of, put_own_pairs_
 from octavo.store.sources import Source, fingerprint
-from octavo.store.weights import load, refuse_pairs, stored_scheme
+from octavo.store.weights import load
 
 
 def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False, weights: bool = True) -> Source:

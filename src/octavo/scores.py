@@ -26,10 +26,10 @@ from octavo.report import Report
 from octavo.run import check_context, chosen_scheme, end_ids, load_model, opened, read_adapter
 from octavo.speak import Speaker
 from octavo.store.adapter import apply_
+from octavo.store.contents import stored_scheme
 from octavo.store.folder import written_bytes
 from octavo.store.seed import base_of, carries_pairs
 from octavo.store.sources import Source
-from octavo.store.weights import stored_scheme
 from octavo.texts import read_documents, to_text
 
 if TYPE_CHECKING:

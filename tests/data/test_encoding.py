@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from octavo.data import encoding
-from octavo.data.encoding import block_ends, coder_of, plain_codes
+from octavo.data.encoding import begin_ids, block_ends, coder_of, plain_codes
 from octavo.errors import UsageError
 
 
@@ -71,3 +74,27 @@ def test_a_text_without_any_space_is_cut_all_the_same(monkeypatch: pytest.Monkey
     assert list(block_ends("x" * 45)) == [20, 40, 45]
     assert list(block_ends("x" * 12 + " y" * 10)) == [12, 32]
     assert list(block_ends("")) == [0]
+
+
+def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer, whose unknown token may be its begin token as in a hivemind folder's tests."""
+    backend = Tokenizer(WordLevel({"<s>": 0, "the": 1, "king": 2, "<x>": 3}, unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if post:
+        number = backend.token_to_id(begins or "<x>")
+        backend.post_processor = TemplateProcessing(
+            single=f"{begins or '<x>'} $A", pair="$A $B", special_tokens=[(begins or "<x>", number)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begins, eos_token="<s>", unk_token=unknown)
+
+
+@pytest.mark.parametrize("unknown", [None, "<s>"])
+@pytest.mark.parametrize("begins", [None, "<s>"])
+@pytest.mark.parametrize("post", [False, True])
+def test_what_comes_before_a_text_is_what_the_tokenizer_itself_puts_there(
+    unknown: str | None, begins: str | None, post: bool
+) -> None:
+    tokenizer = words(unknown=unknown, begins=begins, post=post)
+    for text in ("the king", "king") + (("a duke",) if unknown else ()):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert [*begin_ids(tokenizer), *plain] == tokenizer(text)["input_ids"]

@@ -20,7 +20,7 @@ from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats,
 from octavo.server.app import create_app
 from octavo.store import peft
 from octavo.store.files import sha256_of
-from octavo.store.sources import load_tokenizer
+from octavo.store.tokenizer_files import load_tokenizer
 
 BASE_SHA, KING_SHA, QUEEN_SHA = "b" * 64, "c" * 64, "d" * 64
 

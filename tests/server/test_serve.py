@@ -176,7 +176,7 @@ from conftest import FakeEngine
 from octavo.config import ServeOptions
 from octavo.server.app import create_app
 from octavo.server.process import bind, run
-from octavo.store.sources import load_tokenizer
+from octavo.store.tokenizer_files import load_tokenizer
 from pathlib import Path
 
 engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True, context=100_000)

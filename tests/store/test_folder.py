@@ -24,9 +24,10 @@ from octavo.models import Model, build, places
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import folder as folder_module
 from octavo.store import weights as weights_module
+from octavo.store.contents import items_of
 from octavo.store.folder import WrittenLayer, weight_names, write_folder, written_bytes
 from octavo.store.sources import FolderSource
-from octavo.store.weights import items_of, load
+from octavo.store.weights import load
 
 FAMILIES = ["llama", "llama-tied", "gptj"]
 IDS = torch.arange(1, 41).view(2, 20)

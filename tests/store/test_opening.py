@@ -24,8 +24,20 @@ def test_home_is_understood(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert open_source(f"~/{own_folder.name}").names()
 
 
-def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], "is empty"),
+        (["notes.txt"], r"no config\.json"),
+        (["pytorch_model.bin"], r"no config\.json(.|\n)*EleutherAI/gpt-j-6B"),
+        (["b c.gguf"], r"--model '.*/b c\.gguf'\."),
+        (["a.gguf", "b.gguf", "README.md"], r"--model .*/a\.gguf \(or another of the 2\)"),
+    ],
+)
+def test_a_folder_without_a_config_is_refused_by_what_it_holds(files: list[str], told: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=told):
         open_source(str(tmp_path))
 
 
@@ -55,22 +67,73 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, mo
     assert "HF_TOKEN" in caught.value.hint
 
 
+class Hub:
+    """Stands for huggingface_hub over a folder, and notes what is asked for."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.asked: list[object] = []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.file)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot)
+
+    def file(self, repo: str, file: str, *, revision: str | None) -> str:
+        self.asked.append((repo, file, revision))
+        return str(self.folder / file)
+
+    def snapshot(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((repo, allow_patterns, revision))
+        return str(self.folder)
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
     allowed: bool, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: dict[str, object] = {}
-
-    def download(repo: str, **options: object) -> str:
-        asked.update(options, repo=repo)
-        return str(own_folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    hub = Hub(own_folder, monkeypatch)
     source = open_source("owner/name", revision="abc", allow_pickle=allowed)
     assert isinstance(source, FolderSource)
     assert source.allow_pickle is allowed
     patterns = [*HUB_PATTERNS, "*.bin"] if allowed else HUB_PATTERNS
-    assert asked == {"repo": "owner/name", "revision": "abc", "allow_patterns": patterns}
+    assert hub.asked == [("owner/name", "config.json", "abc"), ("owner/name", patterns, "abc")]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, "GPTNeoXForCausalLM"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+        ({"hidden_size": -4}, "hidden_size is -4"),
+    ],
+)
+def test_no_weights_are_fetched_of_a_model_that_octavo_does_not_support(
+    change: dict[str, object], told: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((own_folder / "config.json").read_text())
+    (own_folder / "config.json").write_text(json.dumps({**config, **change}))
+    hub = Hub(own_folder, monkeypatch)
+    with pytest.raises(ModelError, match=told):
+        open_source("owner/name")
+    assert hub.asked == [("owner/name", "config.json", None)]
+    with pytest.raises(ModelError, match=told):
+        open_source(str(own_folder))
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
+    for error, told in (
+        (RepositoryNotFoundError("no", response=response), "There is no folder models/mine here, and no such model"),
+        (RemoteEntryNotFoundError("no", response=response), r"has no config\.json(.|\n)*\.gguf"),
+    ):
+
+        def download(*_: object, error: Exception = error, **__: object) -> str:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        with pytest.raises(ModelError, match=told):
+            open_source("models/mine")
 
 
 def test_without_weights_the_config_alone_is_fetched(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

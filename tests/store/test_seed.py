@@ -25,12 +25,13 @@ from octavo.models import Model, places
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft as peft_module
 from octavo.store.adapter import apply_
+from octavo.store.contents import stored_scheme
 from octavo.store.folder import WrittenLayer, write_folder
 from octavo.store.opening import open_source
 from octavo.store.peft import read
 from octavo.store.seed import base_of, carries_pairs, put_own_pairs_, read_pairs, split
 from octavo.store.sources import FolderSource, fingerprint
-from octavo.store.weights import load, stored_scheme
+from octavo.store.weights import load
 
 pytestmark = [
     # peft 0.21 and the torch that it calls.

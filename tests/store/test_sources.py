@@ -20,7 +20,8 @@ from torch import Tensor
 
 from octavo.errors import ModelError
 from octavo.models import build
-from octavo.store.sources import FolderSource, fingerprint, load_pickle, load_tokenizer, read_json
+from octavo.store.sources import FolderSource, fingerprint, load_pickle, read_json
+from octavo.store.tokenizer_files import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -96,10 +97,32 @@ def test_what_lies_beside_a_single_pickle_is_not_read(own_folder: Path) -> None:
     assert FolderSource(own_folder, allow_pickle=True).files == [own_folder / PICKLE]
 
 
-def test_a_missing_shard_is_named(own_folder: Path) -> None:
+def test_missing_shards_are_counted_and_named(own_folder: Path) -> None:
     file = shard(own_folder)["model.norm.weight"]
     (own_folder / file).unlink()
-    with pytest.raises(ModelError, match=file):
+    with pytest.raises(ModelError, match=f"lacks 1 of the 2 files that {INDEX} names: {file}"):
+        FolderSource(own_folder).names()
+
+
+def test_shapes_are_told_without_reading(own_folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in load_file(own_folder / WEIGHTS).items()}
+    shard(own_folder)
+    source = FolderSource(own_folder)
+    assert {name: source.shape(name) for name in source.names()} == expected
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, PICKLE])
+def test_a_git_lfs_pointer_is_said_to_be_one(file: str, own_folder: Path) -> None:
+    (own_folder / WEIGHTS).unlink()
+    (own_folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4096\n")
+    with pytest.raises(ModelError, match=r"Git LFS pointer(.|\n)*git lfs pull"):
+        FolderSource(own_folder, allow_pickle=True).names()
+
+
+def test_a_pipe_called_like_weights_is_not_opened(own_folder: Path) -> None:
+    (own_folder / WEIGHTS).unlink()
+    os.mkfifo(own_folder / WEIGHTS)
+    with pytest.raises(ModelError, match="holds no weights"):
         FolderSource(own_folder).names()
 
 
@@ -235,10 +258,18 @@ def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("change", [{"architectures": ["GPT2LMHeadModel"]}, {"architectures": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": None, "model_type": "gpt2"},
+        {"model_type": "gpt2"},
+        {"architectures": [], "model_type": None},
+    ],
+)
 def test_an_unknown_architecture_is_named_with_the_known_ones(change: dict[str, Any], folders: dict[str, Path]) -> None:
     config = {**FolderSource(folders["llama"]).config, **change}
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel|none named") as caught:
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel|gpt2|neither") as caught:
         build(config)
     assert "LlamaForCausalLM" in caught.value.hint
 

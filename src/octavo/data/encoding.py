@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from octavo.errors import UsageError
+from octavo.bounded_json import shortened
+from octavo.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,15 +71,41 @@ def coder_of(tokenizer: PreTrainedTokenizerFast) -> Coder:
 
 
 def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The begin token that the model's texts start with ([id]), or [] for a model that has none.
+    """The ids that the tokenizer itself puts before a text: the begin token of a Llama, of others mostly [].
 
-    A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none. The
-    tokenizer itself tells: it puts it before a text. Not an empty one: behind that stands an end token, which in
-    some models is the begin token too.
+    A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none.
     """
-    added = tokenizer("a", add_special_tokens=True)["input_ids"]
-    begin = tokenizer.bos_token_id
-    return [int(begin)] if begin is not None and added and added[0] == begin else []
+    # Not an empty text: behind that stands an end token, which in some models is the begin token too. The mask tells
+    # what was added from a token of the text: an unknown word may be the begin token.
+    special = set(tokenizer.all_special_tokens)
+    known = islice((token for token in tokenizer.get_vocab() if token not in special), 16)
+    for text in chain(("a", " the", "0"), known):
+        try:
+            with name_panics("The tokenizer"):
+                added = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
+        except ModelError:  # of a vocabulary of words, without one for those that are unknown
+            continue
+        if 0 in (mask := added["special_tokens_mask"]):
+            return [int(number) for number in added["input_ids"][: mask.index(0)]]
+    return []
+
+
+@contextmanager
+def name_panics(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises on a text into a ModelError about `what`: a panic, which no
+    `except Exception` sees, or an Exception of no class of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and type(error) is not Exception:
+            raise
+        hint = "A regular expression in its tokenizer.json may have no end. " if panic else ""
+        raise ModelError(
+            f"{what} fails on a text ({shortened(str(error))}).",
+            hint=hint + "Take the tokenizer files of the model's publisher.",
+        ) from error
 
 
 def _copies(backend: Tokenizer) -> Coder:
@@ -99,7 +128,8 @@ def plain_codes(texts: Iterable[str], coder: Coder) -> Iterator[Code]:
     parts: list[npt.NDArray[np.int32]] = []
     first = 0
     for group in _groups(texts):
-        encodings = coder.plain.encode_batch([block for block, _ in group], add_special_tokens=False)
+        with name_panics("The tokenizer"):
+            encodings = coder.plain.encode_batch([block for block, _ in group], add_special_tokens=False)
         for encoding, (_, is_last) in zip(encodings, group, strict=True):
             if not parts:
                 _, first = (encoding.token_to_chars(0) if encoding.ids else None) or (0, 0)

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.models import gptj, llama
+from octavo.models.config_fields import ConfigFields
 
-FAMILIES: dict[str, ModuleType] = {
-    "GPTJForCausalLM": gptj,
-    "LlamaForCausalLM": llama,
-    "MistralForCausalLM": llama,
-    "Qwen2ForCausalLM": llama,
+# The architectures of a config.json, each with its model_type, and the family that computes it.
+FAMILIES: dict[str, tuple[str, ModuleType]] = {
+    "GPTJForCausalLM": ("gptj", gptj),
+    "LlamaForCausalLM": ("llama", llama),
+    "MistralForCausalLM": ("mistral", llama),
+    "Qwen2ForCausalLM": ("qwen2", llama),
 }
+_BY_TYPE: dict[str, ModuleType] = dict(FAMILIES.values())
 
 Model = gptj.Model | llama.Model
 
@@ -73,28 +77,49 @@ class Place:
         return parameter.detach() if isinstance(parameter, nn.Parameter) else None
 
 
-def family(config: Mapping[str, Any]) -> ModuleType:
-    """The family's module for a config.json; ModelError lists what octavo knows."""
-    for architecture in config.get("architectures") or []:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-    names = ", ".join(config.get("architectures") or ["none named"])
-    raise ModelError(
-        f"octavo does not know this model's architecture: {names}.",
-        hint=f"It knows {', '.join(sorted(FAMILIES))}.",
-    )
+def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
+    """(model_type, the family's module) of a config.json; ModelError lists what octavo supports.
+
+    `model_type` decides, as in transformers, if `architectures` is missing or is one of the supported ones too;
+    where `model_type` is missing, `architectures` decides.
+    """
+    fields = ConfigFields(config)
+    architectures, model_type = fields.texts("architectures"), fields.text("model_type", default="")
+    known = [name for name in architectures if name in FAMILIES]
+    hint = f"octavo supports {', '.join(sorted(FAMILIES))}."
+    if architectures and not known:
+        raise ModelError(
+            f"octavo does not support this model's architecture: {shortened(', '.join(architectures))}.", hint=hint
+        )
+    if model_type and model_type not in _BY_TYPE:
+        raise ModelError(f"octavo does not support this model's type: model_type is {shown(model_type)}.", hint=hint)
+    if not model_type and not known:
+        raise ModelError("The model's config.json names neither architectures nor a model_type.", hint=hint)
+    if not model_type:
+        return FAMILIES[known[0]]
+    return model_type, _BY_TYPE[model_type]
+
+
+def parse(config: Mapping[str, Any]) -> gptj.Config | llama.Config:
+    """The sizes of a config.json, checked; ModelError names a field that is missing, mistyped or out of bounds."""
+    model_type, module = family(config)
+    parsed: gptj.Config | llama.Config = module.Config.from_dict({**config, "model_type": model_type})
+    return parsed
 
 
 def build(config: Mapping[str, Any]) -> Model:
-    """The model of a config.json, without weights (its parameters are on the meta device)."""
-    module = family(config)
-    try:
-        parsed = module.Config.from_dict(config)
-    except KeyError as error:
-        raise ModelError(f"The model's config.json lacks {error}.", hint="Is the file complete?") from error
+    """The model of a config.json, without weights (its parameters are on the meta device). Raises as `parse` does."""
+    parsed = parse(config)
     with torch.device("meta"):
-        model: Model = module.Model(parsed)
+        model = gptj.Model(parsed) if isinstance(parsed, gptj.Config) else llama.Model(parsed)
     return model.eval()
+
+
+def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
+    """(name of the embedding, name of the head) in a checkpoint of this config's family."""
+    weights: dict[str, str] = family(config)[1].WEIGHTS
+    names = {path: name for name, path in weights.items()}
+    return names["embed"], names["head"]
 
 
 def places(model: Model) -> dict[str, Place]:

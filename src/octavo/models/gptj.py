@@ -20,10 +20,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from octavo.bounded_json import shown
 from octavo.errors import ModelError
 from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import LayerNorm, levels, residual
+from octavo.models.config_fields import (
+    MOST_HEAD_SIZE,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_MLP_WIDTH,
+    MOST_POSITIONS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    ConfigFields,
+)
 from octavo.ops.attention import INTERLEAVED, Documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Gelu
@@ -67,20 +78,26 @@ class Config:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
-        act = source.get("activation_function", "gelu_new")
+        fields = ConfigFields(source)
+        act = fields.text("activation_function", default="gelu_new")
         if act != "gelu_new":
-            raise ModelError(f"The model's config asks for the activation {act!r}; a GPT-J block has gelu_new.")
-        width, heads = int(source["n_embd"]), int(source["n_head"])
+            raise ModelError(f"The model's config asks for the activation {shown(act)}; a GPT-J block has gelu_new.")
+        width, heads = fields.size("n_embd", most=MOST_WIDTH), fields.size("n_head", most=MOST_HEADS)
+        if width % heads:
+            raise fields.wrong(f"n_embd is {width}, which n_head {heads} does not divide")
+        rotary = fields.size("rotary_dim", most=MOST_HEAD_SIZE, default=width // heads)
+        if rotary % 2 or rotary > width // heads:
+            raise fields.wrong(f"rotary_dim is {rotary}; it must be even and at most {width // heads}, a head's size")
         return cls(
-            vocabulary=int(source["vocab_size"]),
+            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
             width=width,
-            mlp_width=int(source.get("n_inner") or 4 * width),
-            layers=int(source["n_layer"]),
+            mlp_width=fields.size("n_inner", most=MOST_MLP_WIDTH, default=4 * width),
+            layers=fields.size("n_layer", most=MOST_LAYERS),
             heads=heads,
-            rotary=int(source.get("rotary_dim") or width // heads),
-            norm_eps=float(source.get("layer_norm_epsilon", 1e-5)),
-            tied=bool(source.get("tie_word_embeddings", False)),
-            context=int(source.get("n_positions", 2048)),
+            rotary=rotary,
+            norm_eps=fields.number("layer_norm_epsilon", least=0.0, most=1.0, default=1e-5),
+            tied=fields.flag("tie_word_embeddings"),
+            context=fields.size("n_positions", most=MOST_POSITIONS, default=2048),
         )
 
 

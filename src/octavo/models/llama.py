@@ -20,10 +20,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from octavo.bounded_json import shown
 from octavo.errors import ModelError
 from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.residual import RmsNorm, levels, residual
+from octavo.models.config_fields import (
+    MOST_HEAD_SIZE,
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_MLP_WIDTH,
+    MOST_POSITIONS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    ConfigFields,
+)
 from octavo.ops.attention import HALF, Documents, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Swiglu
@@ -46,6 +57,8 @@ WEIGHTS = {
 }
 
 DEFAULT_ROPE_THETA = 10000.0
+MOST_THETA = 1e15
+MOST_FACTOR = 1e6
 
 
 @dataclass(frozen=True)
@@ -70,29 +83,36 @@ class Config:
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
-        if (act := source.get("hidden_act", "silu")) != "silu":
-            raise ModelError(f"The model's config asks for the activation {act!r}; a Llama block has silu.")
+        fields = ConfigFields(source)
+        if (act := fields.text("hidden_act", default="silu")) != "silu":
+            raise ModelError(f"The model's config asks for the activation {shown(act)}; a Llama block has silu.")
         qwen = source.get("model_type") == "qwen2"
-        bias = bool(source.get("attention_bias", False))
-        heads = int(source["num_attention_heads"])
-        head_size = int(source.get("head_dim") or int(source["hidden_size"]) // heads)
-        context = int(source.get("max_position_embeddings", 2048))
-        window = source.get("sliding_window") if source.get("use_sliding_window", True) else None
+        bias = fields.flag("attention_bias")
+        width, heads = fields.size("hidden_size", most=MOST_WIDTH), fields.size("num_attention_heads", most=MOST_HEADS)
+        key_heads = fields.size("num_key_value_heads", most=MOST_HEADS, default=heads)
+        if heads % key_heads:
+            raise fields.wrong(f"num_attention_heads is {heads}, which num_key_value_heads {key_heads} does not divide")
+        head_size = fields.size("head_dim", most=MOST_HEAD_SIZE, default=width // heads)
+        if head_size % 2:
+            raise fields.wrong(f"head_dim is {head_size}; it must be an even number")
+        context = fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
+        if fields.flag("use_sliding_window", default=True):
+            # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
+            context = min(context, fields.size("sliding_window", most=MOST_POSITIONS, default=context))
         return cls(
-            vocabulary=int(source["vocab_size"]),
-            width=int(source["hidden_size"]),
-            mlp_width=int(source["intermediate_size"]),
-            layers=int(source["num_hidden_layers"]),
+            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
+            width=width,
+            mlp_width=fields.size("intermediate_size", most=MOST_MLP_WIDTH),
+            layers=fields.size("num_hidden_layers", most=MOST_LAYERS),
             heads=heads,
-            key_value_heads=int(source.get("num_key_value_heads") or heads),
+            key_value_heads=key_heads,
             head_size=head_size,
-            norm_eps=float(source.get("rms_norm_eps", 1e-6)),
-            tied=bool(source.get("tie_word_embeddings", False)),
+            norm_eps=fields.number("rms_norm_eps", least=0.0, most=1.0, default=1e-6),
+            tied=fields.flag("tie_word_embeddings"),
             qkv_bias=qwen or bias,
             out_bias=bias and not qwen,
-            mlp_bias=bool(source.get("mlp_bias", False)),
-            # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
-            context=min(context, int(window)) if window else context,
+            mlp_bias=fields.flag("mlp_bias"),
+            context=context,
             frequencies=tuple(rotary_frequencies(source, head_size).tolist()),
         )
 
@@ -197,26 +217,34 @@ def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
     """(D/2,) angles a position turns each pair by: theta^(-2i/D), stretched as the config's rope type says."""
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or source.get("rope_theta") or DEFAULT_ROPE_THETA)
+    fields = ConfigFields(source)
+    rope = fields.object("rope_parameters") or fields.object("rope_scaling") or ConfigFields({})
+    theta = fields.number("rope_theta", least=1.0, most=MOST_THETA, default=DEFAULT_ROPE_THETA)
+    theta = rope.number("rope_theta", least=1.0, most=MOST_THETA, default=theta)
     base = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.text("rope_type", default=rope.text("type", default="default"))
     if kind == "default":
         return base
     if kind == "linear":
-        return base / float(rope["factor"])
+        return base / rope.number("factor", least=1e-3, most=MOST_FACTOR)
     if kind == "llama3":
-        return _llama3_frequencies(base, rope)
+        return _llama3_frequencies(
+            base, rope, fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
+        )
     raise ModelError(
-        f"The model's config asks for rotary positions of type {kind!r}.",
+        f"The model's config asks for rotary positions of type {shown(kind)}.",
         hint="octavo knows default, linear and llama3. Use a model with one of these.",
     )
 
 
-def _llama3_frequencies(base: Tensor, rope: Mapping[str, Any]) -> Tensor:
+def _llama3_frequencies(base: Tensor, rope: ConfigFields, context: int) -> Tensor:
     """Llama 3.1's stretch: long waves by the whole factor, short ones not at all, a ramp between."""
-    original = float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    factor = rope.number("factor", least=1e-3, most=MOST_FACTOR)
+    original = rope.size("original_max_position_embeddings", most=MOST_POSITIONS, default=context)
+    low = rope.number("low_freq_factor", least=1e-3, most=MOST_FACTOR)
+    high = rope.number("high_freq_factor", least=1e-3, most=MOST_FACTOR)
+    if low >= high:
+        raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
     turns = original * base / (2 * math.pi)  # of each pair over the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * keep + base / float(rope["factor"]) * (1 - keep)
+    return base * keep + base / factor * (1 - keep)

@@ -22,18 +22,10 @@ from octavo._version import __version__
 from octavo.errors import UsageError
 from octavo.models import build
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
+from octavo.store.contents import check_shapes, entries, scheme_at, stored_scheme
 from octavo.store.files import json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
-from octavo.store.weights import (
-    Item,
-    entries,
-    full_rows,
-    matrix_parts,
-    put_rows_,
-    row_blocks,
-    scheme_at,
-    stored_scheme,
-)
+from octavo.store.weights import full_rows, matrix_parts, put_rows_, row_blocks
 
 SHARD_BYTES = 2**29  # held in memory until it is written
 
@@ -131,11 +123,13 @@ def _write_tensors(
 ) -> None:
     model = build(source.config)
     stored = stored_scheme(source)
-    for name, item in entries(source, model).items():
+    items = entries(source, model)
+    check_shapes(source, items)
+    for name, item in items.items():
         if not item.is_matrix:
             shards.add(name, source.tensor(name))
             continue
-        shape, own, wanted = _shape(item), scheme_at(item.place, stored), scheme_at(item.place, scheme)
+        shape, own, wanted = item.shape, scheme_at(item.place, stored), scheme_at(item.place, scheme)
         parts, error = matrix_parts(source, name, item.place, own), 0.0
         if own is not wanted:
             parts, error = _requantised(parts, shape, own, wanted)
@@ -183,16 +177,11 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _shape(item: Item) -> Shape:
-    assert item.place.matrix is not None
-    return item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features
-
-
 def written_bytes(source: Source, scheme: Scheme) -> int:
     """The bytes of the tensors that `write_folder` would write."""
     as_they_are = stored_scheme(source).name == scheme.name == "none"
     return sum(
-        stored_bytes(scheme_at(item.place, scheme), _shape(item), dtype=torch.float32)
+        stored_bytes(scheme_at(item.place, scheme), item.shape, dtype=torch.float32)
         if item.is_matrix and not as_they_are
         else source.tensor(name).nbytes
         for name, item in entries(source, build(source.config)).items()

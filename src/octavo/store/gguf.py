@@ -60,6 +60,10 @@ class GgufSource:
         """Hugging Face tensor names, in the order of the forward pass; a tied head has none of its own."""
         return list(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor called `name`."""
+        return self._shapes[name]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor called `name` (one of `names()`), dequantised to float32, rows in Hugging Face order.
 

@@ -8,6 +8,7 @@ owner/name             a model on the Hugging Face hub; HF_HOME, HF_TOKEN and HF
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from octavo.errors import ModelError, UsageError
 from octavo.report import Report
 from octavo.store.builtin import open_smollm2
+from octavo.store.foreign import check_config, refuse_pointer
 from octavo.store.gguf import open_gguf
-from octavo.store.sources import GPTJ_FILES, ConfigSource, FolderSource, Source, read_json
+from octavo.store.sources import ConfigSource, FolderSource, Source, read_json
+from octavo.store.tokenizer_files import GPTJ_FILES
 
 CONFIG = "config.json"
 
@@ -39,7 +42,7 @@ def open_source(
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     if model == "smollm2" and not path.exists():
         return open_smollm2(report)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise UsageError(f"There is no file {path}.")
         return open_gguf(path)
@@ -52,10 +55,10 @@ def open_source(
             f"There is no model {model!r}.",
             hint="Give a folder, a .gguf file, a hub id (owner/name), or smollm2 for the demo's model.",
         )
+    config = read_json(_fetched(model, lambda hub: hub.hf_hub_download(model, CONFIG, revision=revision)))
+    check_config(config, model)  # before gigabytes of another family are downloaded
     if not weights:
-        return ConfigSource(
-            read_json(_fetched(model, lambda hub: hub.hf_hub_download(model, CONFIG, revision=revision)))
-        )
+        return ConfigSource(config)
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     found = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     return _open_folder(found, allow_pickle=allow_pickle)
@@ -63,24 +66,64 @@ def open_source(
 
 def _open_folder(folder: Path, *, allow_pickle: bool) -> FolderSource:
     if not (folder / CONFIG).is_file():
-        weights = any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
-        missing = (
-            f"Put config.json and the tokenizer's files of the model into a folder with the weights; {GPTJ_FILES}."
-        )
-        raise ModelError(
-            f"{folder} has no config.json.", hint=missing if weights else "Give the folder of a Hugging Face model."
-        )
+        raise _without_config(folder)
+    refuse_pointer(folder / CONFIG)
+    check_config(read_json(folder / CONFIG), str(folder))
     return FolderSource(folder, allow_pickle)
+
+
+def _without_config(folder: Path) -> ModelError:
+    """The error for a folder that has no config.json, by what it has instead."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return ModelError(f"{folder} cannot be read ({error.strerror}).")
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return ModelError(
+            f"{folder} holds GGUF files and no config.json.",
+            hint=f"Name the file: --model {shlex.quote(str(folder / ggufs[0]))}"
+            + (f" (or another of the {len(ggufs):,})." if len(ggufs) > 1 else "."),
+        )
+    if any(name.endswith((".bin", ".safetensors")) for name in names):
+        return ModelError(
+            f"{folder} has no config.json.",
+            hint="Put config.json and the tokenizer's files of the model into a folder with the weights; "
+            f"{GPTJ_FILES}.",
+        )
+    return ModelError(
+        f"{folder} {'has no config.json' if names else 'is empty'}.", hint="Give the folder of a Hugging Face model."
+    )
 
 
 def _fetched(model: str, fetch: Callable[[Any], str]) -> Path:
     """What `fetch` brings by way of huggingface_hub."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(fetch(huggingface_hub))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is no folder {model} here, and no such model on the hub that this account may see.",
+            hint="Check the name and, for a private or gated model, HF_TOKEN.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"The model {model} could not be fetched from the hub, and is not in its cache ({type(error).__name__}).",
+            hint="Check the network (HF_HUB_OFFLINE, HF_TOKEN), or give a local folder.",
+        ) from error
+    except EntryNotFoundError as error:
+        raise ModelError(
+            f"The model {model} on the hub has no config.json.",
+            hint="Is it an adapter, or GGUF files alone? Give the base model, or download one .gguf and name it.",
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"The model {model} could not be fetched from the hub ({type(error).__name__}).",
             hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder.",

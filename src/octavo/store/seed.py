@@ -25,11 +25,12 @@ from octavo.layers.lora import LoraSpec
 from octavo.models import Model, Place, build, places
 from octavo.store import peft
 from octavo.store.adapter import apply_
+from octavo.store.contents import PAIR_ENDS, entries, stored_scheme
 from octavo.store.files import new_folder
 from octavo.store.folder import WrittenLayer, check_free, write_folder
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, Source, fingerprint
-from octavo.store.weights import PAIR_ENDS, check_finite, entries, stored_scheme
+from octavo.store.weights import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,6 +56,9 @@ class Base:
 
     def names(self) -> list[str]:
         return [name for name in self.whole.names() if not name.endswith(PAIR_ENDS)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.whole.shape(name)
 
     def tensor(self, name: str) -> Tensor:
         return self.whole.tensor(name)

@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,9 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from octavo.bounded_json import read_object
+from octavo.bounded_json import read_object, shortened, shown
 from octavo.errors import ModelError
+from octavo.models import parse
 from octavo.store.files import sha256_of
+from octavo.store.foreign import refuse_pointer
+from octavo.store.tied import has_own_head, names_of_head
+from octavo.store.tokenizer_files import check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,10 +37,6 @@ WEIGHT_FILES = (
     (SAFETENSORS_INDEX, "model.safetensors", ".safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
 )
-# Where a tokenizer's vocabulary may stand. transformers makes one without any word of a folder that has none of them.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-# For hints: hivemind/gpt-j-6B-8bit is weights alone, without config.json and tokenizer.
-GPTJ_FILES = "for hivemind/gpt-j-6B-8bit and what was tuned from it, they are in EleutherAI/gpt-j-6B"
 # What torch.load raises on a damaged file: its unpickler trusts that the program is whole.
 BROKEN_PICKLE = (
     pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
@@ -44,8 +45,8 @@ BROKEN_PICKLE = (
 
 
 class Source(Protocol):
-    """An opened checkpoint. `config` is what its config.json says, `generation_config` what generation_config.json
-    says ({} without one), `files` are those that hold weights.
+    """An opened checkpoint. `config` is what its config.json says, but that a head which differs from the embedding is
+    not tied to it; `generation_config` what generation_config.json says ({} without one); `files` hold weights.
     """
 
     @property
@@ -59,6 +60,10 @@ class Source(Protocol):
 
     def names(self) -> list[str]:
         """The names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor as stored, without reading it."""
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -84,6 +89,9 @@ class ConfigSource:
     def names(self) -> list[str]:
         return []
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        raise ModelError(f"{name} was not fetched: the config alone was.")
+
     def tensor(self, name: str) -> Tensor:
         raise ModelError(f"{name} was not fetched: the config alone was.")
 
@@ -98,9 +106,20 @@ class FolderSource:
     folder: Path
     allow_pickle: bool = False
     _shard: tuple[Path, dict[str, Tensor]] | None = field(default=None, repr=False)
+    _headers: dict[Path, dict[str, tuple[int, ...]]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """config.json; a model without weights, or of another family, is for whoever reads those to refuse."""
+        stored = self._stored_config
+        if stored.get("tie_word_embeddings") is True:
+            with suppress(ModelError):
+                if has_own_head(stored, self._file_of.keys(), self._stored):
+                    return {**stored, "tie_word_embeddings": False}
+        return stored
+
+    @cached_property
+    def _stored_config(self) -> dict[str, Any]:
         return read_json(self.folder / "config.json")
 
     @cached_property
@@ -116,7 +135,8 @@ class FolderSource:
                 return self._indexed(index)
             # Beside the model's own file may lie others: training_args.bin, consolidated.safetensors.
             own = self.folder / single
-            found = [own] if own.is_file() else sorted(self.folder.glob(f"*{suffix}"))
+            others = (path for path in sorted(self.folder.glob(f"*{suffix}")) if path.is_file())
+            found = [own] if own.is_file() else list(others)
             if found:
                 return {name: path for path in found for name in self._names_in(path)}
         raise ModelError(
@@ -128,10 +148,32 @@ class FolderSource:
     def files(self) -> list[Path]:
         return sorted(set(self._file_of.values()))
 
+    @cached_property
+    def _stored_name(self) -> dict[str, str]:
+        """Tensor name -> what the file calls it."""
+        names = {name: name for name in self._file_of}
+        if (self.folder / "config.json").is_file() and self._stored_config.get("tie_word_embeddings") is True:
+            for name, stored in names_of_head(self._stored_config, self._file_of.keys()).items():
+                names[name] = names.pop(stored)
+        return names
+
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._stored_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        stored = self._stored_name[name]
+        path = self._file_of[stored]
+        if path.suffix != ".safetensors":
+            return tuple(self._stored(stored).shape)
+        shapes = self._shapes_in(path)
+        if stored not in shapes:
+            raise _lacks(path, stored)
+        return shapes[stored]
 
     def tensor(self, name: str) -> Tensor:
+        return self._stored(self._stored_name[name])
+
+    def _stored(self, name: str) -> Tensor:
         path = self._file_of[name]
         if path.suffix == ".safetensors":
             try:
@@ -142,11 +184,14 @@ class FolderSource:
                 raise _broken(path, error) from error
         tensors = self._pickle(path)
         if name not in tensors:
-            raise ModelError(f"{path} lacks {name}.", hint="Is the file complete? Fetch it again.")
+            raise _lacks(path, name)
         return tensors[name]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return load_tokenizer(self.folder)
+        vocabulary = parse(self._stored_config).vocabulary  # first: transformers prints what it finds in a config
+        tokenizer = load_tokenizer(self.folder)
+        check_ids(tokenizer, vocabulary, where=str(self.folder))
+        return tokenizer
 
     def _check_allowed(self, path: Path) -> None:
         """Whatever an index calls it: what is no safetensors file would be read as a pickle."""
@@ -161,24 +206,38 @@ class FolderSource:
         files = read_json(self.folder / index).get("weight_map")
         if not isinstance(files, dict):
             raise ModelError(f"{self.folder / index} has no weight_map.", hint="Fetch the file again.")
-        return {name: self._inside(file) for name, file in files.items()}
+        named = {file: self._inside(file, index) for file in dict.fromkeys(map(str, files.values()))}
+        if absent := [file for file, path in named.items() if not path.is_file()]:
+            raise ModelError(
+                f"{self.folder} lacks {len(absent):,} of the {len(named):,} files that {index} names: "
+                f"{shortened(', '.join(absent))}.",
+                hint="The download is not complete: fetch the missing files.",
+            )
+        return {name: named[str(file)] for name, file in files.items()}
 
-    def _inside(self, file: object) -> Path:
-        path = self.folder / str(file)
+    def _inside(self, file: str, index: str) -> Path:
+        path = self.folder / file
+        if path.name != file or "\0" in file:
+            raise ModelError(f"{self.folder}: {index} names {shown(file)}, which is not a file of the folder.")
         self._check_allowed(path)
-        if path.name != file or not path.is_file():
-            raise ModelError(f"{self.folder}: the index names {file!r}, which is not a file of the folder.")
         return path
 
     def _names_in(self, path: Path) -> list[str]:
         self._check_allowed(path)
         if path.suffix == ".bin":
             return list(self._pickle(path))
-        try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise _broken(path, error) from error
+        return list(self._shapes_in(path))
+
+    def _shapes_in(self, path: Path) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of the header of a safetensors file; read once."""
+        if path not in self._headers:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise _broken(path, error) from error
+            self._headers[path] = shapes
+        return self._headers[path]
 
     def _pickle(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a .bin, mapped from the file where its format allows; one file is kept open."""
@@ -229,38 +288,16 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder. Never runs code from it."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        raise ModelError(
-            f"{folder} has no tokenizer (none of {', '.join(VOCABULARY_FILES)}).",
-            hint="Copy tokenizer.json and tokenizer_config.json of the model that the weights come from into it; "
-            f"{GPTJ_FILES}.",
-        )
-    try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{folder}: its tokenizer cannot be loaded ({error}).",
-            hint="The folder needs tokenizer.json, or the vocabulary files of the model's tokenizer.",
-        ) from error
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{folder}: its tokenizer {'names no end token' if tokenizer.is_fast else 'has no fast form'}.",
-            hint="octavo needs a tokenizer.json, and eos_token in tokenizer_config.json.",
-        )
-    return tokenizer
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder; ModelError if it is missing, broken or out of bounds."""
     return read_object(path, error=ModelError)
 
 
+def _lacks(path: Path, name: str) -> ModelError:
+    return ModelError(f"{path} lacks {shortened(name)}.", hint="Is the file complete? Fetch it again.")
+
+
 def _broken(path: Path, error: Exception) -> ModelError:
+    refuse_pointer(path)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ModelError(f"{path} cannot be read: {reason}", hint="Is the file complete? Fetch it again.")
+    return ModelError(f"{path} cannot be read: {shortened(reason)}", hint="Is the file complete? Fetch it again.")

@@ -8,9 +8,7 @@ NAME.weight holds the codes, NAME.absmax the scales, NAME.code the code table of
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,44 +16,14 @@ from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.models import Model, Place, build, places
-from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, scheme_named
+from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
+from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
 
-SCALE_KINDS = ("absmax", "code")
 PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights under no scheme
 # Numbers that are quantised at a time. A copy of them in float32, 4 MiB, stays in a core's cache and in memory that
 # is handed out again: ten times as fast as whole tensors, whose copies come from the system page by page.
 BLOCK_NUMBERS = 2**20
-# Adapters that a checkpoint carries itself, the ends of A's and B's names; store/seed.py reads them.
-PAIR_ENDS = (".adapter.0.weight", ".adapter.1.weight")
-# Buffers that older checkpoints carry and that are computed here.
-IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One entry of a checkpoint that belongs to a place: a frozen weight, or a norm's or bias's numbers."""
-
-    place: Place
-    kind: str  # "weight" or "bias"
-
-    @property
-    def is_matrix(self) -> bool:
-        return self.place.matrix is not None and self.kind == "weight"
-
-
-def stored_scheme(source: Source) -> Scheme:
-    """The scheme that the source's frozen weights are stored under."""
-    own = source.config.get("octavo")
-    if isinstance(own, dict):
-        return scheme_named(str(own.get("scheme")))
-    coded = any(name.endswith(".code") for name in source.names())
-    return scheme_named("dynamic8" if coded else "none")
-
-
-def scheme_at(place: Place, scheme: Scheme) -> Scheme:
-    """The scheme of one weight of a model that is under `scheme`."""
-    return scheme_named(scheme.for_tables) if place.is_table else scheme
 
 
 def load(
@@ -73,9 +41,11 @@ def load(
     mapped file, as of safetensors, lends without taking any). ModelError names what is missing, unknown, misshapen
     or not finite.
     """
-    model = allocated(source.config, scheme, dtype=dtype, device=device)
+    model = build(source.config)
     stored = stored_scheme(source)
     items = entries(source, model)
+    check_shapes(source, items)
+    _allocate_(model, scheme, dtype=dtype, device=device)
     for done, (name, item) in enumerate(items.items()):
         if item.is_matrix:
             own, wanted = scheme_at(item.place, stored), scheme_at(item.place, scheme)
@@ -90,11 +60,15 @@ def load(
 def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Model:
     """The model of a config.json with room for its numbers under `scheme`; on the meta device their shapes alone."""
     model = build(config)
+    _allocate_(model, scheme, dtype=dtype, device=device)
+    return model
+
+
+def _allocate_(model: Model, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
     _make_room_(model, device)
     for place in {id(place.matrix): place for place in places(model).values()}.values():
         if place.matrix is not None:
             place.matrix.allocate(scheme_at(place, scheme), dtype, device)
-    return model
 
 
 def _make_room_(model: Model, device: torch.device) -> None:
@@ -103,39 +77,6 @@ def _make_room_(model: Model, device: torch.device) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
-
-
-def entries(source: Source, model: Model) -> dict[str, Item]:
-    """Tensor name -> what it is, in the model's order. Everything needed is there, nothing is left over."""
-    refuse_pairs(source)
-    wanted = dict(items_of(model))
-    present = set(source.names())
-    needless = {"lm_head.weight"} if model.config.tied else set()
-    missing = [name for name in wanted if name not in present]
-    unknown = [
-        name
-        for name in present - wanted.keys() - needless
-        if not name.endswith(IGNORED) and name.rpartition(".")[2] not in SCALE_KINDS
-    ]
-    if missing or unknown:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(sorted(unknown))} too many"] * bool(unknown)
-        raise ModelError(
-            f"The checkpoint {source.files[0].parent} does not fit its config.json: it {' and '.join(parts)}.",
-            hint="Is the download complete, and is config.json the one that belongs to it?",
-        )
-    return wanted
-
-
-def refuse_pairs(source: Source) -> None:
-    """ModelError if the source carries adapters: to read or write its weights alone would lose them."""
-    carried = [name for name in source.names() if name.endswith(PAIR_ENDS)]
-    if carried:
-        folder, allow = source.files[0].parent, " --allow-pickle" * (source.files[0].suffix == ".bin")
-        raise ModelError(
-            f"{folder} holds trained adapters beside its frozen weights ({len(carried):,} tensors like {carried[0]}).",
-            hint=f"Split it once with `octavo convert {shlex.quote(str(folder))}{allow} --out NEW_FOLDER`: "
-            "NEW_FOLDER/base is then a model like any other, and NEW_FOLDER/adapter its adapter.",
-        )
 
 
 def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Parts:
@@ -152,7 +93,7 @@ def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Par
         if part == "weight" and stored.name == "nf4":
             tensor = tensor.reshape(-1)
         if tuple(tensor.shape) != tuple(size):
-            raise _misshapen(key, tensor, size)
+            raise misshapen(key, tensor.shape, size)
         if tensor.dtype != dtype and not (stored.name == "none" and tensor.dtype in PLAIN_TYPES):
             raise ModelError(
                 f"{key} is {tensor.dtype}, but the scheme {stored.name} stores {dtype}.",
@@ -234,7 +175,7 @@ def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
     target = item.place.parameter(item.kind)
     assert target is not None
     if tensor.shape != target.shape:
-        raise _misshapen(name, tensor, tuple(target.shape))
+        raise misshapen(name, tensor.shape, target.shape)
     check_finite(name, tensor)
     target.copy_(tensor)
 
@@ -244,27 +185,3 @@ def check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is da
     # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise ModelError(f"{name} holds numbers that are not finite.", hint=hint)
-
-
-def _has(place: Place, kind: str) -> bool:
-    return (kind == "weight" and place.matrix is not None) or place.parameter(kind) is not None
-
-
-def _misshapen(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> ModelError:
-    return ModelError(
-        f"{name} has the shape {tuple(tensor.shape)}, but the model's config.json makes it {tuple(wanted)}."
-    )
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
-
-
-def items_of(model: Model) -> Iterator[tuple[str, Item]]:
-    """(tensor name, item) of all that a checkpoint holds, in order; a tied head has no weight of its own."""
-    tied = model.config.tied
-    for place in places(model).values():
-        for kind in ("weight", "bias"):
-            if _has(place, kind) and not (tied and place.is_head and kind == "weight"):
-                yield f"{place.name}.{kind}", Item(place, kind)

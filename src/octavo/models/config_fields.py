@@ -1,0 +1,76 @@
+"""The fields of a config.json, each with a type and bounds: the file comes with a model and may say anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.bounded_json import JsonError, flag, integer, number, shown, text
+from octavo.errors import ModelError
+
+# Far above every published model, and low enough that no product of two overflows a tensor's size.
+MOST_LAYERS = 1000
+MOST_HEADS = 2**14
+MOST_HEAD_SIZE = 2**13
+MOST_WIDTH = 2**20
+MOST_MLP_WIDTH = 2**23
+MOST_TOKENS = 2**24
+MOST_POSITIONS = 2**31
+
+
+class ConfigFields:
+    """Reads typed fields; ModelError names the key, its value and what it must be. `where` names the object."""
+
+    def __init__(self, source: Mapping[str, Any], where: str = "The model's config.json") -> None:
+        self.source = source
+        self.where = where
+
+    def size(self, key: str, *, most: int, least: int = 1, default: int | None = None) -> int:
+        """An integer from `least` to `most`; `default` for a key that is absent or null."""
+        try:
+            return integer(self.source, key, least=least, most=most, default=default)
+        except JsonError as error:
+            raise self.wrong(str(error)) from error
+
+    def number(self, key: str, *, most: float, least: float, default: float | None = None) -> float:
+        """A number from `least` to `most`; `default` for a key that is absent or null."""
+        try:
+            return float(number(self.source, key, least=least, most=most, default=default))
+        except JsonError as error:
+            raise self.wrong(str(error)) from error
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """A truth value; `default` for a key that is absent or null."""
+        try:
+            return flag(self.source, key, default=default)
+        except JsonError as error:
+            raise self.wrong(str(error)) from error
+
+    def text(self, key: str, *, default: str) -> str:
+        """A string; `default` for a key that is absent or null."""
+        try:
+            return text(self.source, key, default=default)
+        except JsonError as error:
+            raise self.wrong(str(error)) from error
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings; [] for a key that is absent or null."""
+        value = self.source.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(f"{key} is {shown(value)}; it must be a list of strings")
+        return value
+
+    def object(self, key: str) -> ConfigFields | None:
+        """The fields of an object; None for a key that is absent, null or an empty object."""
+        value = self.source.get(key)
+        if value is None or value == {}:
+            return None
+        if not isinstance(value, Mapping):
+            raise self.wrong(f"{key} is {shown(value)}; it must be an object")
+        return ConfigFields(value, f"{self.where}, {key}")
+
+    def wrong(self, message: str) -> ModelError:
+        """The error of a field."""
+        return ModelError(f"{self.where}: {message}.", hint="Is the file complete, and is it the model's own?")

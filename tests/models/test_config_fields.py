@@ -1,0 +1,112 @@
+"""config.json is untrusted: every field has a type and bounds, and the family is found as transformers finds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
+
+from octavo.errors import ModelError
+from octavo.models import build, gptj, llama, parse
+
+SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA = LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]).to_dict()
+GPTJ = GPTJConfig(
+    vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, architectures=["GPTJForCausalLM"]
+).to_dict()
+WRONG_SIZES = [10**12, -4, 0, "x", None, float("nan"), float("inf"), [], {}, True, 2.5, 10**400]
+REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+@pytest.mark.parametrize("value", WRONG_SIZES, ids=lambda value: repr(value)[:20])
+def test_a_size_of_a_wrong_type_or_out_of_bounds_is_named(key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"config\.json: {key} is ") as caught:
+        build({**LLAMA, key: value})
+    assert len(caught.value.message) < 400
+
+
+OPTIONAL = [
+    ("head_dim", 10**9), ("head_dim", 7), ("head_dim", "8"), ("num_key_value_heads", 3), ("num_key_value_heads", -1),
+    ("rms_norm_eps", float("nan")), ("rms_norm_eps", float("inf")), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", -1e-5),
+    ("rope_theta", "nan"), ("rope_theta", 0), ("max_position_embeddings", -1), ("max_position_embeddings", 2**80),
+    ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("mlp_bias", []), ("hidden_act", 5),
+    ("model_type", ["llama"]),
+    ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("sliding_window", "x"), ("use_sliding_window", "x"),
+    ("rope_parameters", []), ("rope_parameters", "linear"), ("rope_parameters", {"rope_type": 3}),
+    ("rope_parameters", {"rope_type": "linear"}), ("rope_parameters", {"rope_type": "linear", "factor": 0}),
+    ("rope_parameters", {**LLAMA3, "low_freq_factor": 4.0}), ("rope_parameters", {**LLAMA3, "factor": float("nan")}),
+    ("rope_parameters", {"rope_theta": float("inf")}), ("num_hidden_layers", 10**7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), OPTIONAL, ids=lambda value: repr(value)[:30])
+def test_a_field_that_may_be_left_out_is_checked_too(key: str, value: Any) -> None:
+    config = {name: field for name, field in LLAMA.items() if name != "rope_parameters"}
+    with pytest.raises(ModelError, match=r"config\.json") as caught:
+        build({**config, key: value})
+    assert key in caught.value.message or next(iter(value)) in caught.value.message or key.startswith("num_key")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_embd", 33), ("n_head", 0), ("n_layer", 10**7), ("n_inner", "x"), ("rotary_dim", 3), ("rotary_dim", 10),
+        ("layer_norm_epsilon", float("nan")), ("n_positions", 0), ("activation_function", None.__class__),
+    ],
+)  # fmt: skip
+def test_gptjs_fields_are_checked(key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=key):
+        build({**GPTJ, key: value})
+
+
+def test_long_values_are_cut() -> None:
+    for change in ({"hidden_size": "x" * 10**6}, {"architectures": ["y" * 10**6]}, {"hidden_act": "z" * 10**6}):
+        with pytest.raises(ModelError) as caught:
+            build({**LLAMA, **change})
+        assert len(str(caught.value)) < 600
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(key=st.sampled_from([*LLAMA, "head_dim", "rope_scaling", "sliding_window"]), value=JSON)
+def test_whatever_a_field_holds_is_a_config_or_a_model_error(key: str, value: Any) -> None:
+    try:
+        parsed = parse({**LLAMA, key: value})
+    except ModelError:
+        return
+    assert isinstance(parsed, llama.Config)
+
+
+@pytest.mark.parametrize("theirs", [LlamaConfig, MistralConfig, Qwen2Config, GPTJConfig])
+@pytest.mark.parametrize("written", [None, []])
+def test_without_architectures_the_model_type_decides(theirs: Any, written: Any) -> None:
+    config = theirs().to_dict()  # as config.save_pretrained writes it
+    assert not config.get("architectures")
+    parsed = parse({**config, "architectures": written})
+    assert isinstance(parsed, gptj.Config if theirs is GPTJConfig else llama.Config)
+    if isinstance(parsed, llama.Config):
+        assert parsed.qkv_bias is (theirs is Qwen2Config)
+
+
+def test_the_model_type_decides_between_supported_ones_as_in_transformers() -> None:
+    biased = parse({**LLAMA, "model_type": "qwen2"})
+    assert isinstance(biased, llama.Config)
+    assert biased.qkv_bias
+    by_name = parse({**LLAMA, "model_type": None, "architectures": ["Qwen2ForCausalLM"]})
+    assert by_name == biased
+    with pytest.raises(ModelError, match="gemma"):
+        parse({**LLAMA, "model_type": "gemma"})

@@ -1,0 +1,60 @@
+"""Weights of other programs are refused by the name of their format, before any is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo.errors import ModelError
+from octavo.models import build
+from octavo.store.contents import entries
+from octavo.store.opening import open_source
+from octavo.store.sources import FolderSource
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+    ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+    ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "FP8"),
+    ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ({"quantization_config": {"quant_method": "x" * 10000}}, "xxx"),
+    ({"quantization_config": {"bits": 4}}, "does not name"),
+    ({"quantization_config": ["awq"]}, "a list of 1"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), CONFIGS)
+def test_a_quantization_config_is_named(change: dict[str, Any], told: str, own_folder: Path) -> None:
+    config = json.loads((own_folder / "config.json").read_text())
+    (own_folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=f"quantized with .*{told}") as caught:
+        open_source(str(own_folder))
+    assert "16 or 32 bits" in caught.value.hint
+    assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_a_quantization_config_that_says_nothing_is_none(value: Any, own_folder: Path) -> None:
+    config = json.loads((own_folder / "config.json").read_text())
+    (own_folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    assert open_source(str(own_folder)).names()
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [("qweight", "GPTQ"), ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"), ("weight_scale_inv", "FP8")],
+)
+def test_tensors_of_other_formats_are_named_where_the_config_is_silent(end: str, told: str, own_folder: Path) -> None:
+    tensors = load_file(own_folder / "model.safetensors")
+    tensors[f"model.layers.0.mlp.up_proj.{end}"] = torch.ones(4)
+    save_file(tensors, own_folder / "model.safetensors")
+    source = FolderSource(own_folder)
+    with pytest.raises(ModelError, match=f"quantized with .*{told}"):
+        entries(source, build(source.config))
