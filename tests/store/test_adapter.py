@@ -242,11 +242,16 @@ def test_an_adapter_of_another_model_is_refused_by_names_and_by_shapes(folders: 
     for name in ("transformer.h.0.attn.q_proj", "model.layers.2.self_attn.q_proj", "model.norm"):
         with pytest.raises(AdapterError, match="no place for " + name):
             apply_(model_of(folders["llama"]), adapter(name))
-    for key in ("model.layers.0.ln_1.weight", "model.norm.bias", "lm_head.bias", "model.embed_tokens.weight"):
+    for key in ("model.layers.0.ln_1.weight", "model.norm.bias", "lm_head.bias", "score.weight"):
         with pytest.raises(AdapterError, match="no place for " + key):
             apply_(model_of(folders["llama"]), adapter("", pairs={}, full={key: torch.ones(64)}))
     for name in ("model.layers.0.self_attn.k_proj", "model.embed_tokens", "lm_head"):
         with pytest.raises(AdapterError, match=f"{name} is"):
             apply_(model_of(folders["llama"]), adapter(name))
+    for shape in ((64,), (300, 63), (0, 64)):
+        with pytest.raises(AdapterError, match=r"model\.embed_tokens\.weight is \("):
+            apply_(
+                model_of(folders["llama"]), adapter("", pairs={}, full={"model.embed_tokens.weight": torch.ones(shape)})
+            )
     with pytest.raises(AdapterError, match=r"model\.norm\.weight is \(63,\)"):
         apply_(model_of(folders["llama"]), adapter("", pairs={}, full={"model.norm.weight": torch.ones(63)}))

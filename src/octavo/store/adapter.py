@@ -6,8 +6,8 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.bounded_json import shortened, shown
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
 from octavo.layers.lora import LoraSpec, attach_, put_
 from octavo.layers.served import Bank, Routing
 from octavo.models import Model, Place, layer_of, places
 from octavo.store import peft
+from octavo.store.full_weights import changed_keys, put_weights_
 from octavo.store.peft import Adapter
 
 ALL_LINEAR = "all-linear"
@@ -34,6 +36,7 @@ class AdapterPlan:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     norms: bool = False
     biases: bool = False
+    loaded: Adapter | None = None  # the adapter that is on the model: `save` keeps what of it is not trained on
 
 
 def select(model: Model, targets: Sequence[str]) -> list[Place]:
@@ -78,8 +81,7 @@ def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[Place]) -> N
         layer.pairs.requires_grad_(True)
         if plan.biases and isinstance(layer, FrozenLinear) and place.parameter("bias") is not None:
             assert layer.bias is not None
-            lacking = [key for key in layer.bias_names if not _targeted(key, place, names)]
-            if lacking:
+            if lacking := _lacking(place, names):
                 raise AdapterError(
                     f"The bias of {place.key} is stored with those of {', '.join(lacking)}.",
                     hint="To train biases, target all of them or none.",
@@ -134,21 +136,25 @@ def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = 
 def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
     """Writes the adapter of `model` into `folder`, whole or not at all; `origin` is octavo.json's content."""
     found = collect(model, plan.spec, origin=origin)
+    if plan.loaded is not None:
+        before = plan.loaded
+        found = replace(
+            found, full={**before.full, **found.full}, tokens=before.tokens, separate=before.separate,
+            base_layers=before.base_layers,
+        )  # fmt: skip
     peft.write(folder, found, modules=places(model), biases=plan.biases, base=base, card=card)
 
 
 def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
-    """Puts an adapter on `model` and returns its plan; AdapterError if a tensor finds no place."""
+    """Puts an adapter on `model` and returns its plan; AdapterError if a tensor finds no place.
+
+    Its LoRA pairs, norms and biases are trained on from there where all biases of a matrix are the adapter's; full
+    weights of linears, embedding and head stay as they are.
+    """
     table = _checked(model, adapter)
+    put_weights_(model, adapter, table)
     for name in adapter.pairs:
         put_(_layer(table[name]), table[name].rows_key, _pair_for(table[name], adapter), dropout=adapter.spec.dropout)
-    for key, tensor in adapter.full.items():
-        name, _, kind = key.rpartition(".")
-        target = table[name].parameter(kind)
-        assert target is not None
-        if target.shape != tensor.shape:
-            raise AdapterError(f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}.")
-        target.copy_(tensor)
     plan = _plan_of(adapter, table)
     mark_trained_(model, plan, [table[name] for name in adapter.pairs])
     return plan
@@ -157,14 +163,16 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
 def serve_(model: Model, routing: Routing, adapter: Adapter, name: str) -> None:
     """Holds an adapter beside others under `name`, for the rows that the routing sends through its number.
 
-    AdapterError if a tensor finds no place, or if it is a trained norm or bias: those all rows share.
+    AdapterError if a tensor finds no place, or if a norm, a bias or a full weight differs from the model's: those all
+    rows share.
     """
     table = _checked(model, adapter)
-    if adapter.full:
+    if changed := changed_keys(adapter, table):
         raise AdapterError(
-            f"The adapter {name} has trained norms or biases ({next(iter(adapter.full))}); only pairs can be served "
-            "beside other adapters.",
-            hint="Train without --train-norms and --train-biases, or use `octavo generate --adapter`.",
+            f"The adapter {name} has trained norms, biases or full weights ({_some(changed)}); only LoRA pairs can be "
+            "served beside other adapters.",
+            hint="Use `octavo generate --adapter`, or merge it into its base with PEFT and serve that. An adapter "
+            "trained without --train-norms, --train-biases and modules_to_save can be served.",
         )
     pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
     before = _bank_places(model)
@@ -228,13 +236,34 @@ def _checked(model: Model, adapter: Adapter) -> dict[str, Place]:
     table = places(model)
     lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
     lost += [key for key in adapter.full if not _fits_full(table, key)]
+    lost += [name for name in adapter.tokens if name not in table or not table[name].is_table]
     if lost:
+        reason = _reason(model, table, lost[0])
         raise AdapterError(
-            f"The adapter does not belong to this model: there is no place for {lost[0]}"
-            + (f" and {len(lost) - 1} more." if len(lost) > 1 else "."),
-            hint="Give the model that it was trained on.",
+            f"The adapter does not belong to this model: there is no place for {_some(lost)} ({reason}).",
+            hint=f"It names {shown(adapter.base)} as its base: give that with --model."
+            if adapter.base
+            else "Give the model that it was trained on.",
         )
     return table
+
+
+def _some(names: Sequence[str]) -> str:
+    return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _reason(model: Model, table: Mapping[str, Place], key: str) -> str:
+    """Why a tensor of an adapter has no place."""
+    name, _, kind = key.rpartition(".")
+    if name in table:
+        return f"this model's {table[name].key} has no {kind}"
+    layer, count = layer_of(key), len(model.blocks)
+    first = next(name for name in table if layer_of(name) is not None)
+    if layer is not None and layer >= count and key.partition(".")[0] == first.partition(".")[0]:
+        return f"this model has {count} layers"
+    if layer is not None and key.partition(f".{layer}.")[0] != first.partition(".0.")[0]:
+        return f"this model's layers are called {first.partition('.0.')[0]}"
+    return f"this model has no module {shortened(name if kind in ('weight', 'bias') else key)}"
 
 
 def _pair_for(place: Place, adapter: Adapter) -> LowRankPair:
@@ -255,13 +284,24 @@ def _pair_for(place: Place, adapter: Adapter) -> LowRankPair:
 
 def _plan_of(adapter: Adapter, table: Mapping[str, Place]) -> AdapterPlan:
     norms = any(table[key.rpartition(".")[0]].matrix is None for key in adapter.full)
-    biases = any(table[key.rpartition(".")[0]].matrix is not None for key in adapter.full)
-    return AdapterPlan(adapter.spec, tuple(adapter.pairs), norms=norms, biases=biases)
+    owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")} & adapter.pairs.keys()
+    # Trained on only where they are complete: linears that share a matrix have their biases in one parameter.
+    biases = bool(owners) and not any(_lacking(table[name], owners) for name in owners)
+    return AdapterPlan(adapter.spec, tuple(adapter.pairs), norms=norms, biases=biases, loaded=adapter)
 
 
 def _fits_full(table: Mapping[str, Place], key: str) -> bool:
     name, _, kind = key.rpartition(".")
+    if name in table and kind == "weight" and table[name].matrix is not None:
+        return True
     return name in table and table[name].parameter(kind) is not None
+
+
+def _lacking(place: Place, names: Collection[str]) -> list[str]:
+    """The keys of the biases that are stored with the bias of `place`, and whose modules `names` lacks."""
+    layer = _layer(place)
+    assert isinstance(layer, FrozenLinear)
+    return [key for key in layer.bias_names if not _targeted(key, place, names)]
 
 
 def _targeted(key: str, place: Place, names: Iterable[str]) -> bool:

@@ -7,12 +7,14 @@ model card).
 Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. In the file, all
 stands under base_model.model.NAME: lora_A.weight (r, K) and lora_B.weight (N, r) of a linear,
 lora_embedding_A (r, V) and lora_embedding_B (d, r) of an embedding, base_layer.bias of a linear with a
-trained bias, and weight and bias of a trained norm (PEFT's modules_to_save).
+trained bias, weight and bias of a norm, linear or embedding that is trained whole (PEFT's modules_to_save), and
+token_adapter.trainable_tokens_delta (n, d) of an embedding of which n tokens are trained.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,19 +24,24 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.bounded_json import read_object
+from octavo.bounded_json import read_object, shown
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.store.adapter_file import TENSORS as TENSORS
 from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
 from octavo.store.files import json_bytes, new_folder
 from octavo.store.peft_config import CONFIG as CONFIG
-from octavo.store.peft_config import read_config
+from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
 HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
+ENDS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", TOKENS: "tokens"}
+ENDS |= {f".{kind}": kind for kind in ("lora_embedding_A", "lora_embedding_B")}
+# PEFT's modules around a model's own. What stands in them is the module's own number or a trained copy of it.
+WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|token_adapter\.base_layer)\.")
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,14 @@ class Adapter:
 
     spec: LoraSpec
     pairs: dict[str, tuple[Tensor, Tensor, float]]  # A, B, scaling
-    full: dict[str, Tensor]  # NAME.weight or NAME.bias of norms, NAME.bias of linears
+    full: dict[str, Tensor]  # NAME.weight or NAME.bias, of norms, linears and embeddings
     origin: dict[str, Any] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()  # the names among `pairs` that are embeddings'
     sha256: str = ""  # of the file of its tensors, where it was read from one
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # NAME -> token ids, their rows
+    separate: frozenset[str] = frozenset()  # the modules whose weight is a copy of their own (modules_to_save)
+    base_layers: frozenset[str] = frozenset()  # the keys of `full` that PEFT saved along with a pair, not trained
+    base: str = ""  # what it names as its base (base_model_name_or_path)
 
     @property
     def trained_on(self) -> str | None:
@@ -66,7 +77,11 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         tensors[name + ends[0]], tensors[name + ends[1]] = a, b
     for key, tensor in adapter.full.items():
         name, _, kind = key.rpartition(".")
-        tensors[f"{name}.base_layer.{kind}" if name in adapter.pairs else key] = tensor
+        within = "base_layer." if name in adapter.pairs else ""
+        if name in adapter.tokens and kind == "weight":
+            within = "token_adapter.base_layer."
+        tensors[f"{name}.{within}{kind}"] = tensor
+    tensors |= {f"{name}{TOKENS}": rows for name, (_, rows) in adapter.tokens.items()}
     return {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
@@ -106,33 +121,50 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
         )
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
-    embeddings = set()
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    embeddings, base_layers = set(), set()
     for key, tensor in tensors.items():
+        if ".original_module." in key:
+            continue  # what a module of modules_to_save was before: PEFT saves it along
         name, kind = _parse(folder, key)
-        if ".base_layer." in key and (kind == "weight" or not config.biases):
-            continue  # PEFT saves a targeted embedding's or head's frozen layer along with its pair
         if kind in HALVES and (other := key.replace(kind, HALVES[kind])) not in tensors:
             raise AdapterError(f"The adapter in {folder} lacks {other}.")
         if kind in ("lora_A", "lora_embedding_A"):
-            own = config.spec_of(name)
-            if tensor.ndim != 2 or tensors[other].ndim != 2:
-                raise AdapterError(f"{folder}: the pair of {name} is not two matrices.")
-            if own.rank != tensor.shape[0]:
-                raise AdapterError(f"{folder}: {name} has rank {tensor.shape[0]}, {CONFIG} says {own.rank}.")
-            pairs[name] = (tensor, tensors[other], own.scaling)
+            pairs[name] = _pair(folder, config, name, tensor, tensors[other])
             if kind == "lora_embedding_A":
                 embeddings.add(name)
+        elif kind == "tokens":
+            if (indices := config.indices_of(name)) is None:
+                raise AdapterError(f"The adapter in {folder} trains tokens of {name}, and {CONFIG} does not say which.")
+            tokens[name] = (indices, tensor)
         elif kind not in HALVES:
             full[f"{name}.{kind}"] = tensor
-    if not pairs and not full:
+            if ".base_layer." in key:
+                base_layers.add(f"{name}.{kind}")
+    if not pairs and not full and not tokens:
         raise AdapterError(f"The adapter in {folder} holds nothing that was trained.")
-    return Adapter(config.spec, pairs, full, origin, frozenset(embeddings), sha256)
+    separate = frozenset(name for key in full if config.saves(name := key.rpartition(".")[0]))
+    return Adapter(
+        config.spec, pairs, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
+        config.base,
+    )  # fmt: skip
+
+
+def _pair(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    own = config.spec_of(name)
+    if a.ndim != 2 or b.ndim != 2:
+        raise AdapterError(f"{folder}: the pair of {name} is not two matrices.")
+    if own.rank != a.shape[0]:
+        raise AdapterError(f"{folder}: {name} has rank {a.shape[0]}, {CONFIG} says {own.rank}.")
+    return a, b, own.scaling
 
 
 def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: str) -> dict[str, Any]:
     # A last name stands for all layers of that name; if some of them have no pair, whole names are needed.
     unpaired = {_last(name) for name in modules if name not in adapter.pairs}
-    owners = dict.fromkeys(key.rpartition(".")[0] for key in adapter.full)
+    whole = [name for key in adapter.full if key.endswith(".weight") and (name := key.removesuffix(".weight"))]
+    owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")}
+    elsewhere = owners - adapter.pairs.keys() - set(whole)  # biases of modules that are trained in nothing else
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -144,8 +176,9 @@ def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: s
         "use_rslora": adapter.spec.rslora,
         **_patterns(adapter),
         "target_modules": sorted({name if _last(name) in unpaired else _last(name) for name in adapter.pairs}),
-        "modules_to_save": [name for name in owners if name not in adapter.pairs] or None,
-        "bias": "lora_only" if biases else "none",
+        "modules_to_save": [name for name in whole if name not in adapter.pairs.keys() | adapter.tokens] or None,
+        "trainable_token_indices": {name: list(indices) for name, (indices, _) in adapter.tokens.items()} or None,
+        "bias": "all" if elsewhere else "lora_only" if biases or owners & adapter.pairs.keys() else "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -171,13 +204,16 @@ def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
 
 
 def _parse(folder: Path, key: str) -> tuple[str, str]:
-    """(module name, kind) of a tensor's name in the file."""
+    """(module name, kind) of a tensor's name in the file. A kind is weight, bias, tokens or one of HALVES."""
     name = key.removeprefix(PREFIX)
-    for kind in ("lora_A", "lora_B"):
-        if name.endswith(f".{kind}.weight"):
-            return name.removesuffix(f".{kind}.weight"), kind
-    name = name.replace(".base_layer.", ".")
+    for end, kind in ENDS.items():
+        if name.endswith(end):
+            return name.removesuffix(end), kind
+    name = WRAPPERS.sub(".", name)
     module, _, kind = name.rpartition(".")
-    if not key.startswith(PREFIX) or not module:
-        raise AdapterError(f"The adapter in {folder} holds {key!r}, which is not a name of PEFT's format.")
+    if not key.startswith(PREFIX) or not module or kind not in ("weight", "bias") or ".lora_" in name:
+        raise AdapterError(
+            f"The adapter in {folder} holds {shown(key)}, which octavo does not read.",
+            hint="It reads the low-rank matrices, weights, biases and trained tokens that PEFT writes for LoRA.",
+        )
     return module, kind

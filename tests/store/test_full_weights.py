@@ -1,0 +1,266 @@
+"""Adapters of PEFT's with full weights, resized vocabularies, trained tokens and biases: the same logits here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tests.store.conftest import LLAMA, write_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from octavo.errors import AdapterError
+from octavo.layers.served import Routing
+from octavo.models import Model, Place, places
+from octavo.ops.quantize import dequantise, scheme_named
+from octavo.store.adapter import apply_, route_, save, serve_
+from octavo.store.peft import TENSORS, Adapter, read
+from octavo.store.sources import FolderSource
+from octavo.store.weights import load
+
+pytestmark = [
+    # peft 0.21 and the torch that it calls.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You passed `ensure_weight_tying=True`:UserWarning"),
+]
+
+IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+TOLERANCE = 3e-4  # of float32 logits of about 7, as test_adapter.py derives it
+BOTH = ["embed_tokens", "lm_head"]
+Written = Callable[[str], tuple[Path, Tensor]]
+
+# The family, LoraConfig's options, and "resize" and "save" for what is done before and at the end.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "head": ("llama", {"modules_to_save": ["lm_head"]}),
+    "embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
+    "both": ("llama", {"modules_to_save": BOTH}),
+    "linears": ("llama", {"modules_to_save": ["down_proj", "k_proj", "up_proj"]}),
+    "an mlp": ("llama", {"modules_to_save": ["mlp"]}),
+    "one linear": ("llama", {"modules_to_save": ["model.layers.1.mlp.gate_proj"]}),
+    "norm and head": ("llama", {"modules_to_save": ["model.norm", "lm_head"], "bias": "lora_only"}),
+    "all biases": ("llama", {"bias": "all"}),
+    "saved along": ("llama", {"save": True}),
+    "resized": ("llama", {"resize": 310}),
+    "shrunk": ("llama", {"resize": 280}),
+    "resized and trained": ("llama", {"resize": 310, "modules_to_save": BOTH}),
+    "resized embedding with a pair": ("llama", {"resize": 310, "target_modules": ["q_proj", *BOTH]}),
+    "tokens": ("llama", {"trainable_token_indices": [7, 3, 250]}),
+    "tokens of both": ("llama", {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [4]}}),
+    "tokens resized": ("llama", {"trainable_token_indices": [7, 305], "resize": 310}),
+    "tied head": ("llama-tied", {"modules_to_save": ["lm_head"]}),
+    "tied embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied both": ("llama-tied", {"modules_to_save": BOTH}),
+    "tied kept": ("llama-tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied saved along": ("llama-tied", {"save": True}),
+    "tied resized": ("llama-tied", {"resize": 310}),
+    "tied resized head": ("llama-tied", {"resize": 310, "target_modules": ["q_proj", "lm_head"]}),
+    "tied resized embedding": ("llama-tied", {"resize": 310, "target_modules": ["q_proj", "embed_tokens"]}),
+    "tied resized and trained": ("llama-tied", {"resize": 310, "modules_to_save": BOTH}),
+    "tied tokens": ("llama-tied", {"trainable_token_indices": [7, 3, 250]}),
+    "gptj linears": ("gptj", {"modules_to_save": ["fc_in", "fc_out", "lm_head"]}),
+    "gptj q": ("gptj", {"modules_to_save": ["v_proj", "ln_1"]}),
+    "gptj all biases": ("gptj", {"bias": "all"}),
+    "gptj resized": ("gptj", {"resize": 310}),
+    "gptj tokens": ("gptj", {"trainable_token_indices": {"wte": [5, 2]}}),
+    "some biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
+    "one bias": ("qwen2", {"target_modules": ["k_proj"], "bias": "lora_only"}),
+    "qwen2 all biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
+    "rslora and head": ("qwen2", {"use_rslora": True, "modules_to_save": ["lm_head"]}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of `folders`, and one whose q, k and v alone have biases, in one parameter here."""
+    qwen2 = write_model(tmp_path_factory.mktemp("models") / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
+    return {**folders, "qwen2": qwen2}
+
+
+def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+    return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=torch.device("cpu"))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found = model(IDS.clamp(max=279))
+    return found if isinstance(found, Tensor) else found.logits
+
+
+def base_of(folder: Path, resize: int | None) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    if resize:
+        base.resize_token_embeddings(resize)
+        tables = {
+            id(layer.weight): layer.weight for layer in (base.get_input_embeddings(), base.get_output_embeddings())
+        }
+        for table in tables.values():
+            new = table.data[min(resize, 300) - 5 :]
+            torch.nn.init.normal_(new, std=0.2, generator=torch.Generator().manual_seed(8))
+    return base
+
+
+def shake_(parameters: Iterator[torch.nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters:
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def written(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Writes PEFT's adapter of a case, once: (its folder, not to be changed; the logits of PEFT's model)."""
+
+    @cache
+    def write(case: str) -> tuple[Path, Tensor]:
+        family, options = CASES[case]
+        own = {key: value for key, value in options.items() if key not in ("resize", "save")}
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], **own})
+        model = get_peft_model(base_of(families[family], options.get("resize")), config)
+        shake_(parameter for parameter in model.parameters() if parameter.requires_grad)
+        out = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(out, **({"save_embedding_layers": True} if options.get("save") else {}))
+        return out, logits(model.eval())
+
+    return write
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_with_full_weights_gives_pefts_logits(
+    case: str, families: dict[str, Path], written: Written
+) -> None:
+    folder, theirs = written(case)
+    model = model_of(families[CASES[case][0]])
+    untouched = logits(model)
+    apply_(model, read(folder))
+    ours = logits(model)
+    assert ours.shape == theirs.shape
+    assert model.config.vocabulary == theirs.shape[-1]
+    assert untouched.shape != theirs.shape or (theirs - untouched).abs().max() > 0.1
+    assert (theirs - ours).abs().max() <= TOLERANCE
+
+
+SAVED = (
+    "both", "linears", "all biases", "resized and trained", "resized embedding with a pair", "tokens resized",
+    "tied head", "tied resized embedding", "gptj q", "some biases",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in SAVED else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
+)
+def test_saved_again_nothing_of_it_is_lost(
+    case: str, families: dict[str, Path], written: Written, tmp_path: Path
+) -> None:
+    folder, wanted = written(case)
+    family, options = CASES[case]
+    model = model_of(families[family])
+    plan = apply_(model, read(folder))
+    save(tmp_path / "ours", model, plan, base=str(families[family]), origin={}, card="")
+    again = model_of(families[family])
+    apply_(again, read(tmp_path / "ours"))
+    assert torch.equal(logits(again), logits(model))
+    ours, theirs = (load_file(path / TENSORS).keys() for path in (tmp_path / "ours", folder))
+    assert ours >= {key for key in theirs if ".modules_to_save." not in key and ".original_module." not in key}
+    peft = PeftModel.from_pretrained(base_of(families[family], options.get("resize")), tmp_path / "ours")
+    assert (logits(peft) - wanted).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("case", ["both", "linears", "tied head", "tied embedding", "tied tokens", "gptj q"])
+def test_under_a_scheme_the_trained_weights_alone_are_not_quantised(
+    case: str, scheme: str, families: dict[str, Path], written: Written
+) -> None:
+    """They replace rows of what the scheme stores; all other rows are what they were."""
+    folder, adapter = families[CASES[case][0]], read(written(case)[0])
+    before, after = places(model_of(folder, scheme)), model_of(folder, scheme)
+    apply_(after, adapter)
+    for name, place in places(after).items():
+        if place.matrix is None:
+            continue
+        own, wanted = numbers(place), adapter.full.get(f"{name}.weight", numbers(before[name]))
+        for tokens, (indices, rows) in adapter.tokens.items():
+            if tokens == name or before[tokens].matrix is before[name].matrix:
+                wanted[list(indices)] = rows
+        assert torch.equal(own, wanted), name
+
+
+def numbers(place: Place) -> Tensor:
+    assert place.matrix is not None
+    shape = place.matrix.outputs[place.rows_key], place.matrix.in_features
+    return dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), shape).clone()
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("case", ["saved along", "tied saved along"])
+def test_what_equals_the_base_is_not_taken_for_trained(
+    case: str, scheme: str, families: dict[str, Path], written: Written
+) -> None:
+    """So such adapters are served beside others, and tables keep their scheme."""
+    model, adapter = model_of(families[CASES[case][0]], scheme), read(written(case)[0])
+    assert [key for key in adapter.full if "embed" in key]
+    routing = Routing()
+    route_(model, routing)
+    serve_(model, routing, adapter, "new")
+    assert routing.served
+    alone = model_of(families[CASES[case][0]], scheme)
+    apply_(alone, adapter)
+    assert alone.embed.matrix.scheme.name == scheme_named(scheme).for_tables
+    assert alone.config == model.config
+
+
+@pytest.mark.parametrize("case", ["head", "resized", "tokens", "some biases", "gptj q", "tied embedding"])
+def test_what_all_rows_share_is_not_served_beside_others(
+    case: str, families: dict[str, Path], written: Written
+) -> None:
+    model, routing = model_of(families[CASES[case][0]]), Routing()
+    before = logits(model)
+    route_(model, routing)
+    with pytest.raises(AdapterError, match="only LoRA pairs can be served") as caught:
+        serve_(model, routing, read(written(case)[0]), "new")
+    assert "generate --adapter" in caught.value.hint
+    assert not routing.served
+    assert torch.equal(logits(model), before)
+
+
+def changed(folder: Path, out: Path, change: Callable[[str, Tensor], Tensor | None]) -> Adapter:
+    """An adapter with other tensors, or without some."""
+    shutil.copytree(folder, out)
+    tensors = {key: change(key, tensor) for key, tensor in load_file(folder / TENSORS).items()}
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, out / TENSORS)
+    return read(out)
+
+
+MISFITS: dict[str, tuple[str, str, str]] = {  # the case, what is taken out of it, the message
+    "one table": ("resized", "lm_head", "embedding has 310 rows and the head 300"),
+    "a head without its bias": ("gptj resized", "lm_head.bias", "head has 310 rows, and no bias"),
+    "tokens": ("tokens resized", "m.weight|layer.weight|lm_head", "the last of which is 305"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_vocabulary_that_was_saved_in_part_is_named(
+    misfit: str, families: dict[str, Path], written: Written, tmp_path: Path
+) -> None:
+    case, gone, message = MISFITS[misfit]
+    adapter = changed(written(case)[0], tmp_path / "x", lambda key, t: None if re.search(gone, key) else t)
+    with pytest.raises(AdapterError, match=message):
+        apply_(model_of(families[CASES[case][0]]), adapter)
+
+
+def test_weights_too_large_for_the_compute_type_are_named(
+    families: dict[str, Path], written: Written, tmp_path: Path
+) -> None:
+    adapter = changed(written("head")[0], tmp_path / "x", lambda key, t: t * 1e6 if "lm_head" in key else t)
+    with pytest.raises(AdapterError, match=r"lm_head\.weight holds numbers that are too large for torch.float16"):
+        apply_(model_of(families["llama"], dtype=torch.float16), adapter)
