@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Fa
         (
             "new",
             llama.adapter("norms"),
-            r"adapter new has trained norms, biases or full weights \(model.*only pairs can be served",
+            r"adapter new has trained norms, biases or full weights \(model.*only LoRA pairs can be served",
         ),
         ("new", tmp_path, "holds no adapter"),
         ("base", llama.adapter("blocks"), "name 'base' is taken"),
