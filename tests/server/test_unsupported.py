@@ -168,7 +168,8 @@ def test_a_name_that_is_unknown_to_everybody_is_logged_once_and_not_without_end(
     assert [line.split("'")[1] for line in lines] == ["frobnicate", "colour"]
     assert "/v1/completions" in lines[0]
     setting.ask("/v1/completions", prompt="the", **{"\x1b]0;" + "x" * 1000: 1})
-    setting.ask("/v1/completions", prompt="the", **{f"made_up_{number}": 1 for number in range(500)})
+    for more in range(2):
+        setting.ask("/v1/completions", prompt="the", **{f"made_up_{more}_{number}": 1 for number in range(200)})
     lines = [record.getMessage() for record in caplog.records if record.name == "octavo.server"]
     assert len(lines) == MOST_NAMED + 1, "and one that says that there are more"
     assert all(len(line) < 200 and line.isprintable() for line in lines)
@@ -187,3 +188,11 @@ def test_so_it_is_with_adapters(opened: Any, tmp_path: Any, more: dict[str, Any]
     setting = opened(adapters_from=tmp_path)
     status, error = setting.refusal("/v1/load_lora_adapter", lora_name="new", lora_path="new", **more)
     assert (status, error["param"]) == (400, param)
+
+
+def test_more_fields_than_anybody_has_are_refused_at_once(setting: Any) -> None:
+    status, error = setting.refusal("/v1/completions", prompt="the", **{f"field_{n}": 1 for n in range(20_000)})
+    assert (status, error["message"]) == (400, "`body` has more than 256 unknown fields.")
+    turn = {"role": "user", "content": "the", **{f"field_{n}": 1 for n in range(300)}}
+    status, error = setting.refusal("/v1/chat/completions", messages=[turn])
+    assert (status, error["param"]) == (400, "messages")

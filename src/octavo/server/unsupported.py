@@ -34,6 +34,7 @@ from octavo.server.schemas import (
 LOG = logging.getLogger("octavo.server")
 MOST_NAMED = 64  # unknown names in the log: a client that makes names up fills neither log nor memory
 LONGEST_NAMED = 60
+MOST_OTHERS = 256  # fields of one object that its schema does not have: each is looked at
 
 OFF = (False, 0)
 EMPTY: tuple[object, ...] = ([], {}, "")
@@ -188,11 +189,21 @@ MESSAGE_HARMLESS = frozenset((
 
 @dataclass(frozen=True)
 class Rules:
-    """What one kind of object may hold beside its schema's fields. `closed`: refuse every other name too."""
+    """What one kind of object may hold beside its schema's fields. `closed`: refuse every other name too.
+
+    `spelt`: by what is left of them without case and separators, the fields whose misspellings are refused.
+    """
 
     refused: Mapping[str, tuple[tuple[object, ...], str]]
     harmless: frozenset[str]
     closed: str = ""
+    spelt: Mapping[str, str] = field(default_factory=dict)
+
+
+def _plain(name: str) -> str:
+    """A name without case and separators, as maxTokens and max_tokens have it in common; short ones as they are."""
+    plain = re.sub(r"[_.\s-]", "", name[:LONGEST_NAMED]).lower()
+    return plain if len(plain) > 3 else name[:LONGEST_NAMED]
 
 
 def _rules(
@@ -204,7 +215,8 @@ def _rules(
         for name in other.model_fields.keys() - PROMPTS - harmless:
             refused.setdefault(name, (ELSEWHERE.get(name, NEVER), "This route does not have it."))
     own = model.model_fields
-    return Rules({name: row for name, row in refused.items() if name not in own}, harmless - own.keys())
+    spelt = {_plain(name): name for name in [*refused, *own]}
+    return Rules({name: row for name, row in refused.items() if name not in own}, harmless - own.keys(), spelt=spelt)
 
 
 _GENERATION = (CompletionRequest, ChatRequest)
@@ -278,6 +290,8 @@ def check_fields(asked: BaseModel, unknown: UnknownNames, *, where: str) -> None
     """400 for a field, at any depth, that would change the answer and is not supported."""
     for top, path, found in _objects(asked, "", ""):
         rules = RULES[type(found)]
+        if len(found.model_extra or ()) > MOST_OTHERS:
+            raise wrong(f"`{path or 'body'}` has more than {MOST_OTHERS} unknown fields.", param=top or None)
         for name, value in (found.model_extra or {}).items():
             param, shown = top or name, f"{path}.{name}" if path else name
             if name in rules.refused:
@@ -291,7 +305,7 @@ def check_fields(asked: BaseModel, unknown: UnknownNames, *, where: str) -> None
                     if value is None:
                         continue
                     raise _unsupported(shown, "Answers are free text.", param=param)
-                if meant := _misspelt(name, found, rules):
+                if meant := rules.spelt.get(_plain(name)):
                     message = f"`{_cut(shown)}` is not known here. Is `{meant}` meant?"
                     raise wrong(message, param=_cut(param), code="unknown_parameter")
                 unknown.note(name, where)
@@ -329,19 +343,6 @@ def _is_neutral(value: Any, neutral: tuple[object, ...]) -> bool:
     return value is None or any(
         value == each and (isinstance(value, bool) == isinstance(each, bool) or neutral == OFF) for each in neutral
     )
-
-
-def _misspelt(name: str, found: BaseModel, rules: Rules) -> str | None:
-    """The field that differs from `name` in case and separators alone, as maxTokens does from max_tokens."""
-    plain = _plain(name)
-    if len(plain) < 4:  # too short to be sure of
-        return None
-    known = [*type(found).model_fields, *rules.refused]
-    return next((each for each in known if _plain(each) == plain), None)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[_.\s-]", "", name[:LONGEST_NAMED]).lower()
 
 
 def _cut(name: str) -> str:
