@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
 FLOORS = {
     8: ("octavo", "__main__"),
-    7: ("cli", "flags", "talk", "server", "web"),
+    7: ("cli", "exits", "flags", "talk", "server", "web"),
     6: ("config", "texts", "run", "speak", "scores", "plan", "finetune", "convert", "harness"),
     5: ("train", "infer", "evaluate", "objective", "page"),
     4: ("store",),
@@ -81,6 +81,7 @@ SIDEWAYS = {
     ("plan", "config"),
     ("plan", "run"),
     ("finetune", "plan"),
+    ("cli", "exits"),
     ("cli", "flags"),
     ("cli", "talk"),
     ("cli", "server"),
@@ -111,6 +112,7 @@ ONLY_IMPORTS = {
     "cli": {
         *_COMMANDS,
         "config",
+        "exits",
         "flags",
         "talk",
         "errors",
@@ -119,6 +121,7 @@ ONLY_IMPORTS = {
         "server",
         "stopping",
         "streams",
+        "system",
         "_version",
     }
 }

@@ -105,7 +105,7 @@ def test_a_hivemind_folder_is_a_model_like_any_other_once_pickles_are_allowed(
     }
     asked = (command, *arguments[command], "--model", hivemind, "--json")
     refused = octavo(*asked)
-    assert (refused.code, refused.out) == (1, "")
+    assert refused.code == 1
     assert "--allow-pickle" in refused.err
     done = octavo(*asked, "--allow-pickle")
     assert done.code == 0

@@ -217,7 +217,8 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     assert told[-1] == "training: 60/60  loss 2.910  841.7 tokens/s  0 s left"
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_sentences_stand_above_it() -> None:
+def test_on_a_terminal_a_bar_is_drawn_and_sentences_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     screen = StringIO()
     report = Report()
     report._console = Console(file=screen, force_terminal=True, width=100, markup=False)
@@ -244,3 +245,52 @@ def test_a_column_of_numbers_stands_to_the_right(capsys: pytest.CaptureFixture[s
 )
 def test_durations_are_told_in_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("environ", "bars"), [({}, True), ({"TERM": "dumb"}, False), ({"JPY_PARENT_PID": "1"}, False)], ids=str
+)
+def test_a_bar_is_drawn_only_where_it_can_be_drawn_over(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], bars: bool
+) -> None:
+    """A notebook's terminal keeps every state of a bar: it gets a plain line now and then instead."""
+    for name in ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stream = StringIO()
+    report = Report()
+    report._console = Console(file=stream, force_terminal=True)
+    with report.progress(200, "work") as progress:
+        for _ in range(200):
+            progress.advance(loss=1.0)
+    assert ("\x1b[" in stream.getvalue()) == bars
+    if not bars:
+        assert stream.getvalue() == "work: 200/200  loss 1.000  0 s left\n"
+
+
+def test_bytes_are_shown_with_a_rate_and_may_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(module, "monotonic", lambda: float(next(clock)))
+    stream = StringIO()
+    report = Report()
+    report._console = Console(file=stream)
+    with report.progress(8_000_000, "fetching", done=4_000_000, unit="bytes") as progress:
+        progress.reach(6_000_000)
+        progress.reach(0)
+        progress.reach(8_000_000)
+    assert stream.getvalue().endswith("8.0/8.0 MB  1.3 MB/s  0 s left\n"), stream.getvalue()
+
+
+def test_results_go_to_stdout_unless_a_document_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for results in (True, False):
+        with Report(results=results) as report:
+            report.say("said")
+            report.result("found " + "x" * 300)
+            report.table("asked for", ["column"], [["y" * 300]], result=True)
+            report.table("on the way", ["column"], [[1]])
+        out, err = capsys.readouterr()
+        assert ("said" in err, "on the way" in err) == (True, True)
+        assert ("x" * 300 in out, "asked for" in out, "y" * 300 in out) == (results, results, results)
+        assert ("x" * 300 in err, "asked for" in err) == (not results, not results)

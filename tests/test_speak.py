@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,86 @@ def test_a_conversation_outgrows_its_first_cache_and_says_the_same(
     assert taken[0] == 8
     assert taken == sorted(set(taken))
     assert len(taken) > 1
+
+
+BREAK = {"repetition_penalty": 1e-320}  # makes numbers that are not finite, of this request alone
+
+
+def test_an_engine_that_fails_is_an_error(octavo: Octavo, tiny_llama: Path) -> None:
+    done = octavo("generate", "the king", "--model", tiny_llama, "--repetition-penalty", "1e-320")
+    assert done.code == 1
+    assert "not finite" in done.err
+    told = octavo("generate", "the king", "--model", tiny_llama, "--repetition-penalty", "1e-320", "--json")
+    assert told.code == 1
+    assert told.json["error"]["type"] == "ModelError"
+
+
+def test_a_prompt_that_fails_has_its_error_and_the_others_their_answers(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "prompts.jsonl", [PROMPTS[0], {"id": 8, "prompt": "the", **BREAK}, PROMPTS[2]])
+    common = ["generate", "--model", tiny_llama, "--max-new-tokens", 3, "--slots", 2]
+    done = octavo(*common, "--prompts", file)
+    assert done.code == 1
+    assert "1 of 3 prompts failed" in done.err
+    first, failed, last = [json.loads(line) for line in done.out.splitlines()]
+    assert first["token_ids"]
+    assert last["token_ids"]
+    assert (failed["id"], failed["text"], failed["token_ids"], failed["finish_reason"]) == (8, None, None, "error")
+    assert failed["error"]["type"] == "ModelError"
+    assert "not finite" in failed["error"]["message"]
+
+
+def test_a_failed_answer_does_not_end_a_conversation(
+    octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, "--dtype", "float32"]
+    alone = octavo(*common, stdin=b"the sea\n").out
+    whole = Engine.step
+    fails = iter([True])
+
+    def step(self: Engine) -> None:
+        if next(fails, False):
+            self._read()
+            self._fail(RuntimeError("CUDA out of memory"))
+        else:
+            whole(self)
+
+    monkeypatch.setattr(Engine, "step", step)
+    done = octavo(*common, stdin=b"the king\nthe sea\n")
+    assert done.code == 1
+    assert "There is no answer: Memory ran out" in done.err
+    assert done.out.endswith(alone)
+
+
+def test_an_unknown_command_is_refused_and_two_slashes_are_a_message(octavo: Octavo, tiny_llama: Path) -> None:
+    common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, "--dtype", "float32"]
+    done = octavo(*common, stdin=b"/rest\n/quti now\n/help\n")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.count("/save FILE") == 3
+    assert "no command /quti" in done.err
+    slashed = octavo(*common, stdin=b"//the king\n")
+    assert slashed.out != octavo(*common, stdin=b"the king\n").out
+    assert slashed.code == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(
+    octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo import cli
+
+    common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 20, "--dtype", "float32"]
+    whole = octavo(*common, stdin=b"the king\n").out
+    written: list[str] = []
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "_write", write)
+    done = octavo(*common, stdin=b"the king\nthe sea\n")
+    assert done.code == 0
+    assert written[3] == "\n"
+    assert whole.startswith("".join(written[:3]))
+    assert len(written) > 6

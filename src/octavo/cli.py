@@ -1,17 +1,17 @@
 """The command `octavo`. One short function a command; torch and transformers are imported inside it.
 
-Exit codes: 0 done, 1 failed, 2 the request itself was wrong; a signal that asked to stop: 128 + its number (130
-Ctrl-C, 143 SIGTERM, 129 SIGHUP). With `--json` one JSON document goes to stdout and
-nothing else; everything for people goes to stderr.
+Exit codes are in exits.py. Results go to stdout, progress and messages to stderr; with --json one document goes to
+stdout and nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -37,10 +37,11 @@ from octavo.config import (
     TrainOptions,
 )
 from octavo.errors import StoppedError, UsageError
-from octavo.failures import explained
+from octavo.exits import EXIT_CODES, exit_with
 from octavo.flags import command
 from octavo.stopping import INTERRUPTED, interrupts
-from octavo.streams import output, standard_streams
+from octavo.streams import in_notebook, output, standard_streams
+from octavo.system import optional_module
 
 FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions)
 PLAN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
@@ -56,6 +57,7 @@ app = typer.Typer(
     name="octavo",
     help="Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured.",
     no_args_is_help=True,
+    epilog=EXIT_CODES,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,7 +69,7 @@ def finetune(config: Config, as_json: bool) -> None:
     """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
     from octavo.finetune import finetune as run
 
-    _answer(run(config, console=True), as_json)
+    _answer(run(config, console=True, results=not as_json), as_json)
 
 
 @command(app, PLAN)
@@ -76,7 +78,7 @@ def plan(config: Config, as_json: bool) -> None:
     from octavo.plan import plan as run
     from octavo.report import Report
 
-    with Report() as report:
+    with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
 
 
@@ -86,8 +88,11 @@ def evaluate(config: Config, as_json: bool) -> None:
     from octavo.report import Report
     from octavo.scores import evaluate as run
 
-    with Report() as report:
-        _answer(run(config, report), as_json)
+    with Report(results=not as_json) as report:
+        document = run(config, report)
+        _answer(document, as_json)
+    if any(not math.isfinite(row["perplexity"]) for row in document["rows"]):
+        raise typer.Exit(1)  # the report has said so
 
 
 @command(app, GENERATE, positional="prompt")
@@ -114,14 +119,18 @@ def generate(config: Config, as_json: bool) -> None:
 
 @command(app, CHAT)
 def chat(config: Config, as_json: bool) -> None:
-    """Talk with a model. /reset begins anew, /quit or the end of input leaves."""
+    """Talk with a model: /help lists the commands. Exit code 1 if an answer failed, though the conversation went on."""
     from octavo.report import Report
     from octavo.talk import talk
 
     if as_json:
         raise UsageError("A conversation has no JSON document.", hint="Use `octavo generate --chat --json`.")
+    if sys.stdin.isatty():
+        optional_module("readline")  # history and editing of lines
     with Report() as report:
-        talk(config, report, read=_ask, write=_write)
+        failed = talk(config, report, read=_ask, write=_write)
+    if failed:
+        raise typer.Exit(1)
 
 
 @command(app, SERVE)
@@ -140,7 +149,7 @@ def quantize(config: Config, as_json: bool) -> None:
     from octavo.report import Report
     from octavo.run import quantize as run
 
-    with Report() as report:
+    with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
 
 
@@ -150,7 +159,7 @@ def convert(config: Config, as_json: bool) -> None:
     from octavo.convert import convert as run
     from octavo.report import Report
 
-    with Report() as report:
+    with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
 
 
@@ -161,7 +170,7 @@ def data(config: Config, as_json: bool) -> None:
     from octavo.run import open_model
     from octavo.texts import show_data
 
-    with Report() as report:
+    with Report(results=not as_json) as report:
         tokenizer = open_model(config[ModelOptions], report, own_adapters=True).tokenizer()
         _answer(show_data(config, tokenizer, report), as_json)
 
@@ -171,7 +180,7 @@ def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
     from octavo.finetune.demo import demo as run
 
-    _answer(run(config), as_json)
+    _answer(run(config, results=not as_json), as_json)
 
 
 def main() -> None:
@@ -184,10 +193,24 @@ def main() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         with standard_streams(), interrupts() as received:
+            _quiet_libraries()
             ended = _ended()
-            _exit(KeyboardInterrupt() if received and not isinstance(ended, StoppedError) else ended)
+            if received and not isinstance(ended, StoppedError):
+                ended = KeyboardInterrupt()
+            exit_with(ended, as_json="--json" in sys.argv[1:])
     except KeyboardInterrupt:  # one more while the first was reported
         sys.exit(INTERRUPTED)
+
+
+def _quiet_libraries() -> None:
+    """What libraries log of retries, fallbacks and model types is noise here: octavo says itself what fails, and how.
+
+    Each of these can be set from outside to hear more.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "LMEVAL_LOG_LEVEL"):
+        os.environ.setdefault(name, "ERROR" if name == "LMEVAL_LOG_LEVEL" else "error")
+    if not sys.stderr.isatty() or in_notebook():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _ended() -> BaseException | None:
@@ -206,28 +229,12 @@ def _ended() -> BaseException | None:
     return None
 
 
-def _exit(error: BaseException | None) -> NoReturn:
-    """Ends the process with the message and exit code of `error`. What nothing explains is octavo's own fault."""
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        _fail("Stopped.", "", INTERRUPTED)
-    if isinstance(error, BrokenPipeError):  # whoever read the results has left, as `head` does
-        sys.exit(1)
-    if error is None:
-        sys.exit(0)
-    if hasattr(error, "show"):
-        error.show()  # click's own errors about flags: usage and message, on stderr
-    elif (known := explained(error)) is not None:
-        _fail(known.message, known.hint, known.exit_code)
-    if (code := getattr(error, "exit_code", None)) is not None:
-        sys.exit(code)
-    raise error
-
-
 def _answer(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from octavo.report import jsonable
 
-        _write(json.dumps(jsonable(document), allow_nan=False) + "\n")  # at once: whoever started a server waits for it
+        # At once: whoever started a server waits for it.
+        _write(json.dumps(jsonable(document, not_finite=lambda _: None), allow_nan=False) + "\n")
 
 
 # A model may write what a terminal obeys, as escape sequences: there it is shown as a picture of the character.
@@ -265,11 +272,6 @@ def _text(read: Callable[[], str]) -> str:
     except UnicodeError as error:
         raise UsageError("The prompt is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
     return text
-
-
-def _fail(message: str, hint: str, code: int) -> NoReturn:
-    sys.stderr.write(f"octavo: {message}\n" + (f"{hint}\n" if hint else ""))
-    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)

@@ -40,8 +40,8 @@ def convert(config: Config, report: Report) -> dict[str, Any]:
 
         adapter = split(source, out, card=_card(model, out), on_layer=on_layer)
     rows = _rows(layers, scheme, adapter)
-    report.table(str(out), list(rows[0]), [list(row.values()) for row in rows])
-    report.say(f"Use it with --model {out / 'base'} --adapter {out / 'adapter'}.")
+    report.table(str(out), list(rows[0]), [list(row.values()) for row in rows], result=True)
+    report.result(f"Use it with --model {out / 'base'} --adapter {out / 'adapter'}.")
     return {"out": str(out), "base": str(out / "base"), "adapter": str(out / "adapter"), "contents": rows}
 
 

@@ -243,11 +243,13 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
     shown = ["scheme", "fits", "peak GiB", "least GiB", "host GiB", "rows", "full layers", "s a step", "tokens/s"]
     title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
-    report.table(title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows])
+    report.table(
+        title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows], result=True
+    )
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
         raise _too_small(config, source, SCHEMES[own], hardware, card, rows[0]["peak_bytes"], budget)
-    report.say(
+    report.result(
         f"octavo finetune --model {shlex.quote(asked.model)} --scheme {first['scheme']} "
         f"--seq-len {config[TextOptions].seq_len} --batch {config[TrainOptions].batch} --data YOUR_TEXTS"
     )

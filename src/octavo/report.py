@@ -1,15 +1,13 @@
-"""What a run tells: lines, bars and tables for people on stderr, and one JSON line an event in metrics.jsonl.
-
-Nothing here writes to stdout: that belongs to `--json` and to generated text.
-"""
+"""What a run reports: messages and progress on stderr, results on stdout, one JSON line an event in metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic
@@ -24,23 +22,38 @@ from rich.text import Text
 
 from octavo.bounded_json import JsonError, parse
 from octavo.metrics import MetricsFile
-from octavo.streams import standard_error
+from octavo.streams import in_notebook, output, standard_error
 
 # Without a terminal a bar would fill a log file: a plain line this often instead.
 PLAIN_SECONDS = 10.0
+WIDE = 10_000  # columns of a file or a pipe
 
 
 class Report:
     """The one place a run speaks through; a context manager that closes the metrics file.
 
-    `console=False` is silent; `metrics` is the JSON lines file, begun anew unless `append`. On append a last
-    line that a killed process left half written is removed. Raises UsageError if the file cannot be written.
+    Progress and messages go to stderr. `results`: what was asked for goes to stdout; else to stderr too, since stdout
+    has a JSON document. `console=False` is silent; `metrics` is the JSON lines file, begun anew unless `append`. On
+    append a last line that a killed process left half written is removed. Raises UsageError if the file cannot be
+    written.
     """
 
-    def __init__(self, *, console: bool = True, metrics: Path | None = None, append: bool = False) -> None:
+    def __init__(
+        self, *, console: bool = True, results: bool = False, metrics: Path | None = None, append: bool = False
+    ) -> None:
         # No markup: what is said holds file names and text of the user's, where "[b]" is just that.
         # Written through a stream that never fails: a terminal that is gone or a log on a full disk must not end a run.
-        self._console = Console(file=standard_error(), markup=False, highlight=False, emoji=False, quiet=not console)
+        plain: dict[str, Any] = {
+            "markup": False,
+            "highlight": False,
+            "emoji": False,
+            "force_jupyter": False,
+            "quiet": not console,
+        }
+        self._console = Console(file=standard_error(), **plain)
+        # In a file or a pipe nothing is folded: there is no edge of a screen.
+        wide = None if not results or sys.stdout.isatty() else WIDE
+        self._results = Console(width=wide, **plain) if results else self._console
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
 
     def __enter__(self) -> Report:
@@ -68,6 +81,16 @@ class Report:
         self._console.print(line, soft_wrap=True)
         self.event("warn", text=text)
 
+    def result(self, text: str) -> None:
+        """A part of what was asked for; recorded as the event "say"."""
+        with self._output():
+            self._results.print(Text(printable(text)), soft_wrap=True)
+        self.event("say", text=text)
+
+    def _output(self) -> AbstractContextManager[None]:
+        """Around results on stdout, where a failed write is an error."""
+        return nullcontext() if self._results is self._console else output()
+
     def event(self, name: str, /, **fields: object) -> None:
         """Record one JSON line: "event", "time" (UTC, ISO 8601), then `fields`; nothing is shown.
 
@@ -85,7 +108,7 @@ class Report:
 
         With `unit` "bytes" the numbers are bytes: they are shown as MB, with a rate.
         """
-        if self._console.quiet or not self._console.is_terminal:
+        if self._console.quiet or not self._console.is_terminal or self._console.is_dumb_terminal or in_notebook():
             plain = Progress(total, label, done=done, unit=unit, console=self._console)
             yield plain
             plain.finish()
@@ -98,15 +121,24 @@ class Report:
         with Bar(*columns, console=self._console, expand=True) as bar:
             yield Progress(total, label, done=done, unit=unit, console=self._console, bar=bar)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Show a table; a column of nothing but numbers stands to the right. Nothing is recorded."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, result: bool = False
+    ) -> None:
+        """Show a table; a column of nothing but numbers is aligned right. Nothing is recorded.
+
+        `result`: the table is what was asked for, not a part of the way there.
+        """
         table = Table(title=printable(title), title_justify="left", title_style="bold")
         for place, column in enumerate(columns):
             numbers = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
             table.add_column(printable(column), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(shown(cell) for cell in row))
-        self._console.print(table)
+        if not result:
+            self._console.print(table)
+            return
+        with self._output():
+            self._results.print(table)
 
     def resume_from(self, step: int) -> None:
         """Forget what was recorded after `step` and will be recorded again; all but what was said if `step` is -1.
@@ -233,14 +265,17 @@ def _line(record: Mapping[str, object]) -> bytes:
     return json.dumps(jsonable(record), allow_nan=False).encode() + b"\n"
 
 
-def jsonable(value: object) -> object:
-    """`value` with what JSON lacks as strings: paths, and "nan", "inf" and "-inf", which float() reads."""
+def jsonable(value: object, *, not_finite: Callable[[float], object] = str) -> object:
+    """`value` with paths as strings, and with what `not_finite` makes of NaN and infinities, which JSON lacks.
+
+    By default that is "nan", "inf" or "-inf", which float() reads.
+    """
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+        return not_finite(value)
     if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item, not_finite=not_finite) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
+        return [jsonable(item, not_finite=not_finite) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

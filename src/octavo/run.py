@@ -106,6 +106,7 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
         f"{out}: {total / 2**20:,.1f} MiB under {scheme.name}",
         ["layer", "shape", "MiB", "relative error"],
         [[x.name, f"{x.shape[0]} x {x.shape[1]}", x.stored_bytes / 2**20, x.error] for x in layers],
+        result=True,
     )
     return {
         "out": str(out),

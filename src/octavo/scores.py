@@ -5,6 +5,7 @@ Training runs measure rows of the first one too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,13 @@ def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
     if all("size_bytes" in row for row in rows):
         columns = [*columns, "MiB"]
         cells = [[*line, row["size_bytes"] / 2**20] for line, row in zip(cells, rows, strict=True)]
-    report.table("Perplexity", columns, cells)
+    report.table("Perplexity", columns, cells, result=True)
+    for row in rows:
+        if not math.isfinite(row["perplexity"]):
+            report.warn(
+                f"The perplexity of {row['name']} ({row['scheme']}) is not a finite number: its weights or its adapter "
+                "are broken, or too coarse for its scheme. In JSON it is null."
+            )
 
 
 def full_precision(hardware: Hardware) -> Hardware:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from octavo.bounded_json import JsonError, parse
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation, encode_prompt
-from octavo.errors import UsageError
+from octavo.errors import ModelError, OctavoError, UsageError
+from octavo.failures import cut, explained
 from octavo.infer.batching import Engine
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
@@ -52,15 +53,30 @@ def open_speaker(config: Config, report: Report) -> Speaker:
     return Speaker(model, source.tokenizer(), end_ids(source))
 
 
-def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Iterator[Token]:
-    """The tokens of one answer as they come; the engine works in this thread."""
+def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
+    """The tokens of one answer as they come; the engine works in this thread. Closing the generator ends the request.
+
+    Raises what the engine failed with.
+    """
     stream = engine.submit(Request(tuple(prompt), sampling))
-    while True:
-        engine.step()
-        for token in stream.ready():
-            yield token
-            if token.finish_reason is not None:
-                return
+    finished = False
+    try:
+        while not finished:
+            engine.step()
+            for token in stream.ready():
+                if token.finish_reason == "error":
+                    raise failure_of(stream)
+                finished = token.finish_reason is not None
+                yield token
+    finally:
+        if not finished:
+            stream.cancel()
+            engine.step()  # which drops it
+
+
+def failure_of(stream: Stream) -> Exception:
+    """What the engine failed with for a request, as it was raised."""
+    return stream.failure or ModelError(stream.error or "The engine failed.")
 
 
 def sampling_of(options: GenerateOptions) -> Sampling:
@@ -98,7 +114,9 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     """Continues every prompt of a JSONL file, many at once; `write` gets a JSON line for each, in the file's order.
 
     A line is {"prompt": ..} with max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop or seed where
-    they differ from the command's; whatever else it holds is handed on. UsageError names a line that is wrong.
+    they differ from the command's; whatever else it holds is handed on. UsageError names a line that is wrong. A
+    prompt that the engine fails at gets a line too, with the error, and null for text and ids; ModelError at the end
+    counts them.
     """
     options = config[PromptOptions]
     assert options.prompts is not None
@@ -112,13 +130,22 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     room = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     engine = speaker.engine(room=room, slots=min(options.slots, len(requests)), queue=len(requests))
     streams = [engine.submit(request) for request in requests]
-    total = 0
+    total = failed = 0
     with report.progress(len(streams), "Continuing") as bar:
         for line, stream in zip(lines, streams, strict=True):
             tokens = until_finished(engine, stream)
-            total += len(tokens)
-            write(json.dumps({**line, **_document(tokens)}, ensure_ascii=False) + "\n")
+            if tokens[-1].finish_reason == "error":
+                failed += 1
+                document = _failed(failure_of(stream))
+            else:
+                total += len(tokens)
+                document = _document(tokens)
+            write(json.dumps({**line, **document}, ensure_ascii=False) + "\n")
             bar.advance()
+    if failed:
+        raise ModelError(
+            f"{failed:,} of {len(lines):,} prompts failed.", hint='Their lines have the reason under "error".'
+        )
     return {"prompts": len(lines), "generated_tokens": total}
 
 
@@ -137,6 +164,13 @@ def _document(tokens: Sequence[Token]) -> dict[str, Any]:
         "token_ids": [token.token_id for token in tokens],
         "finish_reason": tokens[-1].finish_reason,
     }
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    known = explained(error) or error
+    message, hint = (known.message, known.hint) if isinstance(known, OctavoError) else (cut(known), "")
+    told = {"type": type(known).__name__, "message": message, "hint": hint}
+    return {"text": None, "token_ids": None, "finish_reason": "error", "error": told}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -47,6 +47,11 @@ def standard_error() -> TextIO:
     """What sys.stderr is at the time of each write."""
     # While a bar of rich's is shown, sys.stderr stands for its console, which would come back here.
     return cast(TextIO, Forgiving(lambda: getattr(sys.stderr, "rich_proxied_file", sys.stderr)))
+
+
+def in_notebook(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a notebook's kernel started this process: its terminal keeps every state of a bar as a line."""
+    return any(environ.get(name) for name in ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
 
 
 @contextmanager

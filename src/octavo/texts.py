@@ -91,27 +91,27 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
         report.warn(f"{source}: {count:,} bytes of text have no token in this model's vocabulary and are left out.")
 
 
-def show_ledger(ledger: Ledger, title: str, report: Report) -> None:
+def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
     """One line a file, and the sum."""
     rows: list[list[object]] = [
         [file.source, *(getattr(file, name) for name in LEDGER_COLUMNS)] for file in ledger.files
     ]
     if len(rows) > 1:
         rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS)])
-    report.table(f"{title}: {ledger.rows:,} rows", ["file", *LEDGER_COLUMNS], rows)
+    report.table(f"{title}: {ledger.rows:,} rows", ["file", *LEDGER_COLUMNS], rows, result=result)
 
 
 def show_data(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
     """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
     options = config[DataOptions]
     text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
-    show_ledger(text.ledger, "Tokens", report)
+    show_ledger(text.ledger, "Tokens", report, result=True)
     lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
     if lengths:
         filled = sum(lengths) / (len(lengths) * config[TextOptions].seq_len)
-        report.say(f"{text.ledger.documents:,} documents in {len(lengths):,} rows, {filled:.1%} filled.")
+        report.result(f"{text.ledger.documents:,} documents in {len(lengths):,} rows, {filled:.1%} filled.")
     for row in text.rows[: options.samples]:
-        report.say(f"\n{row.sources[0]} ([[..]] is read, not learned):\n{marked(row, tokenizer)}")
+        report.result(f"\n{row.sources[0]} ([[..]] is read, not learned):\n{marked(row, tokenizer)}")
     return text.ledger.to_dict()
 
 

@@ -233,7 +233,7 @@ def test_a_bad_file_is_named_and_leaves_no_half_run(
     (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", data=[], steps=1).to_yaml())
     command = ("finetune", "--config", file, "--data", good, "--json")
     failed = octavo(*command, "--data", bad)
-    assert (failed.code, failed.out) == (1, "")
+    assert (failed.code, failed.json["error"]["type"]) == (1, "DataError")
     assert str(bad) in failed.err
     assert "Traceback" not in failed.err
     assert set(contents(tmp_path / "run")) == set()
@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
     config = settings(tmp_path / "run", lr=1e30, clip=0, warmup=0, keep="last", eval_every=9)
     (file := tmp_path / "settings.yaml").write_text(config.to_yaml())
     done = octavo("finetune", "--config", file, "--json")
-    assert (done.code, done.out) == (1, "")
+    assert (done.code, done.json["error"]["type"]) == (1, "TrainingError")
     assert "The loss is nan at step 2" in done.err
     assert "play" in done.err.partition("at step 2")[2]
     assert "--lr" in done.err

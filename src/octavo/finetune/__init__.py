@@ -8,7 +8,6 @@ dropout are functions of the seed, and adapter, optimizer, scaler and the best r
 from __future__ import annotations
 
 import math
-import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,23 +28,26 @@ from octavo.report import Report
 from octavo.scores import show_scores
 from octavo.store import checkpoint
 from octavo.store.files import atomic_write, lock, write_json_atomically
+from octavo.system import own_command, quoted
 from octavo.train.loop import Step, train
 
 HELD_OUT_POINTS = 5  # held-out losses in a run that does not say how many
 
 
-def finetune(config: Config, *, console: bool = True, compare_full: bool = False) -> dict[str, Any]:
+def finetune(
+    config: Config, *, console: bool = True, results: bool = False, compare_full: bool = False
+) -> dict[str, Any]:
     """One run, from its start or from its newest checkpoint; returns what `--json` prints.
 
-    `compare_full` measures the unquantised base too. Raises the errors of errors.py; whatever happens, the
-    newest checkpoint is whole.
+    `results`: the closing table goes to stdout. `compare_full` measures the unquantised base too. Raises the errors of
+    errors.py; whatever happens, the newest checkpoint is whole.
     """
     options = config[RunOptions]
     _check_folder(options)
     metrics = options.out / "metrics.jsonl"
     with lock(options.out):
         fresh = not metrics.exists()
-        with Report(console=console, metrics=metrics, append=options.resume) as report:
+        with Report(console=console, results=results, metrics=metrics, append=options.resume) as report:
             checkpoint.sweep(options.out / "checkpoints")
             try:
                 run = prepare(config, report)
@@ -101,7 +103,7 @@ def _train(run: Run) -> None:
             if stopping:
                 break
     if found.done < run.total:
-        again = f"octavo finetune --resume --out {shlex.quote(str(run.folder))}"
+        again = f"{own_command()} finetune --resume {quoted(['--out', run.folder])}"
         if options.stop_after is None:
             raise TrainingError(f"Stopped after step {found.done:,}; the work is saved.", hint=f"Go on with: {again}")
         run.report.say(f"Stopped after step {found.done:,} as asked. Go on with: {again}")
@@ -154,7 +156,7 @@ def _finish(run: Run) -> dict[str, Any]:
     written = page.write(run.folder)
     if finished:
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
-        report.say(f"adapter  {run.adapter_folder}\nmetrics  {run.folder / 'metrics.jsonl'}\nreport   {written}")
+        report.result(f"adapter  {run.adapter_folder}\nmetrics  {run.folder / 'metrics.jsonl'}\nreport   {written}")
     return {
         "out": str(run.folder),
         "adapter": str(run.adapter_folder) if finished else None,

@@ -11,7 +11,7 @@ from octavo.report import Report
 from octavo.system import own_command, quoted
 
 
-def demo(config: Config) -> dict[str, Any]:
+def demo(config: Config, *, results: bool = False) -> dict[str, Any]:
     """Runs the demo; `config` was read over the defaults in config.DEMO.
 
     Without --out or --resume it takes a new folder each time. The last line that it prints is the command to go on
@@ -20,11 +20,11 @@ def demo(config: Config) -> dict[str, Any]:
     options = config[RunOptions]
     if options.out == Path(DEMO["out"]) and not options.resume:
         config = config.replace(out=_free_folder(options.out))
-    done = finetune(config, console=True, compare_full=True)
+    done = finetune(config, console=True, results=results, compare_full=True)
     if done["adapter"] is not None:
         chat = quoted(["chat", "--model", config[ModelOptions].model, "--adapter", done["adapter"]])
-        with Report() as report:
-            report.say(f"Talk with it: {own_command()} {chat}")
+        with Report(results=results) as report:
+            report.result(f"Talk with it: {own_command()} {chat}")
     return done
 
 

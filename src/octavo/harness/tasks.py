@@ -184,4 +184,6 @@ def show_tasks(rows: Sequence[dict[str, Any]], report: Report) -> None:
         error = "" if row["stderr"] is None else row["stderr"]
         return [row["name"], row["scheme"], row["task"], metric, row["value"], error]
 
-    report.table("Tasks", ["name", "scheme", "task", "metric", "value", "stderr"], [cells(row) for row in rows])
+    report.table(
+        "Tasks", ["name", "scheme", "task", "metric", "value", "stderr"], [cells(row) for row in rows], result=True
+    )

@@ -336,6 +336,7 @@ class Engine:
     def _give_up(self, run: Run, error: Exception) -> None:
         """Ends one request with an error."""
         run.limit = 0
+        run.stream.failure = error
         run.stream.error = f"{type(error).__name__}: {error}"
         self._count("failed_total")
         run.stream.put(Token(-1, "", "error"))

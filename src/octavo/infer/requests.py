@@ -75,6 +75,7 @@ class Stream:
     first_token: float | None = None  # perf_counter() when it came
     prompt: tuple[Token, ...] = ()  # with `prompt_logprobs`: set before the first token; the first has no logprob
     error: str = ""
+    failure: Exception | None = None  # what `error` tells of
     _tokens: SimpleQueue[Token] = field(default_factory=SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _on_token: Callable[[], None] | None = None

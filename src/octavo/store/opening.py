@@ -126,5 +126,6 @@ def _fetched(model: str, fetch: Callable[[Any], str]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"The model {model} could not be fetched from the hub ({type(error).__name__}).",
-            hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder.",
+            hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder. "
+            "HF_HUB_OFFLINE=1 takes what was fetched before and asks no network.",
         ) from error
