@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from octavo.errors import ModelError
+from octavo.models import llama, parse
+from octavo.ops.quantize import scheme_named
 from octavo.store.gguf import GgufSource, open_gguf
+from octavo.store.weights import load
 
 ALPHABET = sorted(ByteLevel.alphabet())
 TOKENS = ["<|endoftext|>", "<|im_end|>", *ALPHABET, "he"]
@@ -84,11 +88,12 @@ def write_gguf(
     architecture: str,
     *,
     metadata: dict[str, Any] | None = None,
-    tensors: dict[str, np.ndarray | None] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
     quantise: bool = False,
+    part_tensors: int = 0,
 ) -> Path:
     """Write `model`; `metadata` adds entries, `tensors` (GGUF names) replaces, adds or (None) leaves out."""
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=part_tensors)
     writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -208,9 +213,11 @@ def test_quantised_weights_lie_within_half_a_step_and_are_writable(tmp_path: Pat
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
     "scaling": ({"llama.rope.scaling.type": "yarn"}, {}, "yarn"),
     "scaling factor": ({"llama.rope.scaling.factor": 8.0}, {}, "8.0"),
-    "scaling tensor": ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, "rope_freqs.weight"),
+    "scaling tensor": ({}, {"rope_freqs.weight": np.array([1, 9, 2, 3], np.float32)}, "rope_freqs.weight"),
+    "scaling tensor of another size": ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, "rope_freqs.weight"),
+    "scaling tensor of nothing": ({}, {"rope_freqs.weight": np.full(4, np.nan, np.float32)}, "rope_freqs.weight"),
     "experts": ({"llama.expert_count": 8}, {}, "experts"),
-    "sliding window": ({"llama.attention.sliding_window": 64}, {}, "window of 64"),
+    "sliding window of text": ({"llama.attention.sliding_window": "64"}, {}, "sliding_window is '64'"),
     "partial rotary": ({"llama.rope.dimension_count": 4}, {}, "dimension_count"),
     "unknown tensor": ({}, {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}, "attn_q_norm"),
     "missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "ffn_up.weight is missing"),
@@ -233,6 +240,105 @@ def test_what_octavo_would_compute_wrongly_is_refused_by_name(case: str, tmp_pat
 def test_no_scaling_said_out_loud_is_no_scaling(tmp_path: Path) -> None:
     metadata = {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 128}
     open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata))
+
+
+def test_the_context_ends_with_a_sliding_window(tmp_path: Path) -> None:
+    metadata = {"llama.attention.sliding_window": 64}
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata))
+    assert source.config["max_position_embeddings"] == 64
+
+
+def llama3_factors(rope: dict[str, Any], size: int = 8, theta: float = 50_000.0) -> np.ndarray:
+    """What each frequency is divided by, as convert_hf_to_gguf.py computes it."""
+    frequencies = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    low = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    high = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    factors = []
+    for wave in (2 * np.pi / frequencies).tolist():
+        share = (rope["original_max_position_embeddings"] / wave - rope["low_freq_factor"]) / (
+            rope["high_freq_factor"] - rope["low_freq_factor"]
+        )
+        medium = 1 / ((1 - share) / rope["factor"] + share) if high <= wave <= low else 0.0
+        factors.append(1.0 if wave < high else rope["factor"] if wave > low else medium)
+    return np.array(factors, dtype=np.float32)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"factor": 32.0},
+        {"original_max_position_embeddings": 64},
+        {"original_max_position_embeddings": 300, "high_freq_factor": 60.0, "factor": 4.0},
+        {"original_max_position_embeddings": 4096, "low_freq_factor": 2.0, "high_freq_factor": 900.0},
+    ],
+)
+def test_the_rotary_factors_of_llama3_are_those_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+    rope = {**LLAMA3, **changes}
+    theirs = tiny_model("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 50_000.0, **rope}).eval()
+    path = write_gguf(tmp_path / "m.gguf", theirs, "llama", tensors={"rope_freqs.weight": llama3_factors(rope)})
+    source = open_gguf(path)
+    assert "rope_freqs.weight" not in source.names()
+    found = parse(source.config)
+    assert isinstance(found, llama.Config)
+    expected = theirs.model.rotary_emb.inv_freq
+    assert (llama3_factors(rope) != 1).any()
+    torch.testing.assert_close(torch.tensor(found.frequencies), expected, rtol=2e-5, atol=0)
+    if changes.keys() <= {"factor"}:
+        assert source.config["rope_parameters"] == {"rope_type": "llama3", "rope_theta": 50_000.0, **rope}
+        assert torch.equal(torch.tensor(found.frequencies), expected)
+    ours = load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_factors_of_one_are_no_scaling(tmp_path: Path) -> None:
+    tensors = {"rope_freqs.weight": np.ones(4, np.float32)}
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", tensors=tensors))
+    assert source.config["rope_parameters"]["rope_type"] == "default"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A model in parts of six tensors, as the gguf library writes them."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_gguf(folder / "m.gguf", tiny_model("llama"), "llama", part_tensors=6)
+    found = sorted(folder.iterdir())
+    assert len(found) > 3
+    assert found[0].name.startswith("m-00001-of-")
+    return found
+
+
+def test_a_model_in_parts_is_the_model_whichever_part_is_named(parts: list[Path]) -> None:
+    expected = dict(tiny_model("llama").named_parameters())
+    for path in (parts[0], parts[2]):
+        source = open_gguf(path)
+        assert source.files == parts
+        assert source.names()
+        assert len(source.tokenizer()) == len(TOKENS)
+        for name in source.names():
+            assert torch.equal(source.tensor(name), expected[name].detach()), name
+
+
+def test_a_part_that_is_missing_renamed_or_of_another_model_is_named(parts: list[Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(parts[0].parent, tmp_path / "parts"))
+    first, last = folder / parts[0].name, folder / parts[-1].name
+    (folder / "other.gguf").write_bytes(first.read_bytes())
+    with pytest.raises(ModelError, match="not named so"):
+        open_gguf(folder / "other.gguf")
+    last.unlink()
+    with pytest.raises(ModelError, match=f"missing beside it: {last.name}"):
+        open_gguf(first)
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(ModelError, match="part 0"):
+        open_gguf(first)
+    last.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match="Git LFS pointer"):
+        open_gguf(first)
 
 
 def test_another_architecture_is_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from octavo.errors import ModelError
 from octavo.store.gguf import GgufSource, open_gguf
 from octavo.store.gguf_header import read_header
-from octavo.store.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer, special_ids
+from octavo.store.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from octavo.store.gguf_vocabulary import special_ids
 
 ALPHABET = sorted(ByteLevel.alphabet())
 TEXT = (
@@ -186,7 +187,8 @@ def test_the_pad_token_is_the_end_token_only_if_nothing_else_will_do() -> None:
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "unknown split": ({"pre": "chatglm-bpe"}, "chatglm-bpe"),
     "no split": ({"pre": None}, "None"),
-    "sentencepiece": ({"model": "llama"}, "'llama'"),
+    "another model": ({"model": "t5"}, "'t5'"),
+    "sentencepiece without scores": ({"model": "llama"}, "scores"),
     "merge to nothing": ({"merges": ["h x"]}, "h x"),
     "merge without space": ({"merges": ["he"]}, "he"),
     "types missing": ({"token_type": [1]}, "token_type"),

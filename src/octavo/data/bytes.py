@@ -30,7 +30,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     for token, number in tokenizer.get_vocab().items():
         lengths[number] = len(token) if byte_level else _length(token)
     for number, added in tokenizer.added_tokens_decoder.items():
-        lengths[number] = 0 if added.special else len(added.content.encode())
+        # A word that is looked for in the normalized text stands there with SentencePiece's sign for spaces.
+        content = added.content.replace(SPACE, " ") if added.normalized and not byte_level else added.content
+        lengths[number] = 0 if added.special else len(content.encode())
     return lengths
 
 

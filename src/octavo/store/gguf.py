@@ -1,9 +1,8 @@
 """A GGUF file as a source of weights: Hugging Face names and row order, one tensor in memory at a time.
 
-GGUF is llama.cpp's format: one file holds the metadata, the tokenizer and block-quantised tensors. Read
-here are the architectures `llama` (Llama, SmolLM2, Mistral) and `qwen2`. What would change the model's
-numbers in a way that octavo does not compute (scaled rotary embeddings, experts, sliding windows) is
-refused by name.
+GGUF is llama.cpp's format: one file, or several parts, hold the metadata, the tokenizer and block-quantised tensors.
+Read here are the architectures `llama` (Llama 2 and 3, SmolLM2, Mistral) and `qwen2`. What would change the model's
+numbers in a way that octavo does not compute (other scaled rotary embeddings, experts) is refused by name.
 """
 
 from __future__ import annotations
@@ -17,9 +16,13 @@ import numpy as np
 import torch
 from gguf.quants import dequantize
 
+from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.store.gguf_header import Header, read_header
-from octavo.store.gguf_tokenizer import build_tokenizer, special_ids
+from octavo.store.gguf_header import Header, TensorPlace
+from octavo.store.gguf_rope import llama3_rope
+from octavo.store.gguf_split import read_parts
+from octavo.store.gguf_tokenizer import build_tokenizer
+from octavo.store.gguf_vocabulary import ELSEWHERE, special_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +42,7 @@ BLOCK_MODULES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_ELSEWHERE = "Give the Hugging Face folder or id of the same model instead of the GGUF file."
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,7 @@ class GgufSource:
         Raises ModelError if the file has become shorter since it was opened.
         """
         place = self._header.tensors[_gguf_name(name)]
-        with self._header.path.open("rb") as file:
-            file.seek(place.offset)
-            raw = file.read(place.size_bytes)
-        if len(raw) != place.size_bytes:
-            raise ModelError(f"{self._header.path}: the file changed while it was read ({name} is cut short).")
-        rows = np.frombuffer(raw, dtype=np.uint8).reshape(*place.shape[:-1], -1)
-        # The copy makes the result own writable memory: unquantised types come back as a view of `raw`.
-        values = torch.from_numpy(np.array(dequantize(rows, place.kind), dtype=np.float32)).reshape(place.shape)
+        values = _read(place, name)
         heads = self._permuted_heads(name)
         return _unpermute(values, heads) if heads else values
 
@@ -104,14 +100,26 @@ def open_gguf(path: Path) -> GgufSource:
     Raises ModelError if the file is broken, of an architecture other than ARCHITECTURES, uses something that
     octavo does not compute, or has a tensor too many, too few or of another shape than its metadata says.
     """
-    header = read_header(path)
+    header, files = read_parts(path)
     config = _config(header)
     shapes = _shapes(config)
     _check_tensors(header, shapes)
     tokens = len(header.metadata["tokenizer.ggml.tokens"])
     if tokens > config["vocab_size"]:
         raise ModelError(f"{path}: {tokens:,} tokens, but the embedding has {config['vocab_size']:,} rows.")
-    return GgufSource(config=config, files=[path], _header=header, _shapes=shapes)
+    return GgufSource(config=config, files=files, _header=header, _shapes=shapes)
+
+
+def _read(place: TensorPlace, name: str) -> torch.Tensor:
+    """A tensor dequantised to float32, in the file's row order."""
+    with place.path.open("rb") as file:
+        file.seek(place.offset)
+        raw = file.read(place.size_bytes)
+    if len(raw) != place.size_bytes:
+        raise ModelError(f"{place.path}: the file changed while it was read ({name} is cut short).")
+    rows = np.frombuffer(raw, dtype=np.uint8).reshape(*place.shape[:-1], -1)
+    # The copy makes the result own writable memory: unquantised types come back as a view of `raw`.
+    return torch.from_numpy(np.array(dequantize(rows, place.kind), dtype=np.float32)).reshape(place.shape)
 
 
 def _unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -136,7 +144,7 @@ def _config(header: Header) -> dict[str, Any]:
         raise ModelError(
             f"{header.path}: the GGUF architecture {architecture!r} is not supported; "
             f"{' and '.join(ARCHITECTURES)} are.",
-            hint=_ELSEWHERE,
+            hint=ELSEWHERE,
         )
     _refuse_uncomputed(header, architecture)
 
@@ -149,14 +157,14 @@ def _config(header: Header) -> dict[str, Any]:
         if size(key, head_dim) != head_dim:
             raise ModelError(
                 f"{header.path}: {architecture}.{key} is {size(key)}, but a head has {head_dim} dimensions.",
-                hint="Such heads are not supported. " + _ELSEWHERE,
+                hint="Such heads are not supported. " + ELSEWHERE,
             )
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
-        raise ModelError(f"{header.path}: the tensor token_embd.weight is missing.", hint=_ELSEWHERE)
+        raise ModelError(f"{header.path}: the tensor token_embd.weight is missing.", hint=ELSEWHERE)
     layers = size("block_count")
     if layers > len(header.tensors):
-        raise ModelError(f"{header.path}: {layers:,} layers, but only {len(header.tensors)} tensors.", hint=_ELSEWHERE)
+        raise ModelError(f"{header.path}: {layers:,} layers, but only {len(header.tensors)} tensors.", hint=ELSEWHERE)
     return {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -169,13 +177,32 @@ def _config(header: Header) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": _decimal(header, f"{architecture}.attention.layer_norm_rms_epsilon"),
-        "rope_theta": _decimal(header, f"{architecture}.rope.freq_base", default=10_000.0),
-        "max_position_embeddings": size("context_length"),
+        **_rope(header, architecture, head_dim),
+        # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
+        "max_position_embeddings": min(size("context_length"), _window(header, architecture)),
         **_options(header, architecture),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "dtype": "float32",
         **{f"{role}_token_id": number for role, number in special_ids(header.metadata, str(header.path)).items()},
     }
+
+
+def _rope(header: Header, architecture: str, head_dim: int) -> dict[str, Any]:
+    theta = _decimal(header, f"{architecture}.rope.freq_base", default=10_000.0)
+    place = header.tensors.get(ROPE_FACTORS)
+    if place is None:
+        return {"rope_theta": theta}
+    factors = _read(place, ROPE_FACTORS).flatten()
+    return {"rope_parameters": llama3_rope(factors, theta=theta, head_size=head_dim, path=header.path)}
+
+
+def _window(header: Header, architecture: str) -> int:
+    """The positions that attention may see; the context if there is no window."""
+    context = _size(header, f"{architecture}.context_length")
+    window = header.metadata.get(f"{architecture}.attention.sliding_window") or context
+    if type(window) is not int or window < 1:
+        raise ModelError(f"{header.path}: {architecture}.attention.sliding_window is {shown(window)}.", hint=ELSEWHERE)
+    return window
 
 
 def _options(header: Header, architecture: str) -> dict[str, Any]:
@@ -191,20 +218,15 @@ def _refuse_uncomputed(header: Header, architecture: str) -> None:
     metadata = header.metadata
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     factors = [metadata.get(f"{architecture}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear")]
-    window = metadata.get(f"{architecture}.attention.sliding_window", 0)
     found = ""
     if scaling != "none":
         found = f"rotary scaling ({architecture}.rope.scaling.type = {scaling!r})"
     elif any(factor not in (0.0, 1.0) for factor in factors):
         found = f"rotary scaling (factor {factors[0] if factors[0] not in (0.0, 1.0) else factors[1]})"
-    elif "rope_freqs.weight" in header.tensors:
-        found = "rotary scaling (the tensor rope_freqs.weight, as Llama 3.1 has)"
     elif metadata.get(f"{architecture}.expert_count", 0):
         found = f"a mixture of experts ({architecture}.expert_count)"
-    elif isinstance(window, int) and 0 < window < _size(header, f"{architecture}.context_length"):
-        found = f"attention over a sliding window of {window} tokens"
     if found:
-        raise ModelError(f"{header.path}: the model uses {found}, which is not supported.", hint=_ELSEWHERE)
+        raise ModelError(f"{header.path}: the model uses {found}, which is not supported.", hint=ELSEWHERE)
 
 
 def _size(header: Header, key: str, *, default: int | None = None) -> int:
@@ -213,7 +235,7 @@ def _size(header: Header, key: str, *, default: int | None = None) -> int:
     if isinstance(value, list) and value and len(set(value)) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE)
+        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=ELSEWHERE)
     return value
 
 
@@ -221,7 +243,7 @@ def _decimal(header: Header, key: str, *, default: float | None = None) -> float
     """A positive float of the metadata, as people write it: GGUF's float32 0.0000099999997 is 1e-05 again."""
     value = header.metadata.get(key, default)
     if not isinstance(value, float) or not 0 < value < float("inf"):
-        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=_ELSEWHERE)
+        raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=ELSEWHERE)
     return float(str(np.float32(value)))
 
 
@@ -265,15 +287,15 @@ def _check_tensors(header: Header, shapes: dict[str, tuple[int, ...]]) -> None:
     expected = {_gguf_name(name): shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         if name not in header.tensors:
-            raise ModelError(f"{header.path}: the tensor {name} is missing.", hint=_ELSEWHERE)
+            raise ModelError(f"{header.path}: the tensor {name} is missing.", hint=ELSEWHERE)
         if header.tensors[name].shape != shape:
             raise ModelError(
                 f"{header.path}: the tensor {name} has the shape {header.tensors[name].shape}, not {shape}.",
-                hint=_ELSEWHERE,
+                hint=ELSEWHERE,
             )
-    unknown = sorted(header.tensors.keys() - expected.keys())
+    unknown = sorted(header.tensors.keys() - expected.keys() - {ROPE_FACTORS})
     if unknown:
         raise ModelError(
             f"{header.path}: {len(unknown)} tensors that such a model lacks, the first is {unknown[0]}.",
-            hint=_ELSEWHERE,
+            hint=ELSEWHERE,
         )

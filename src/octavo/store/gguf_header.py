@@ -21,6 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from octavo.errors import ModelError
+from octavo.store.foreign import refuse_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -48,8 +49,9 @@ _NUMBERS = {
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """One tensor of the file. `shape` is in row order (GGUF writes it reversed); `offset` in bytes."""
+    """One tensor of `path`. `shape` is in row order (GGUF writes it reversed); `offset` in bytes."""
 
+    path: Path
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
     offset: int
@@ -71,6 +73,7 @@ def read_header(path: Path) -> Header:
     Raises ModelError if the file is missing, is not GGUF, is cut short, or contradicts itself: on return
     every tensor lies wholly inside the file and is of a type that can be dequantised.
     """
+    refuse_pointer(path)
     try:
         size_bytes = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
@@ -207,4 +210,4 @@ def _place(
     size_bytes = math.prod(shape) // block_elements * block_bytes
     if offset + size_bytes > end:
         raise cursor.broken(f"the tensor {name!r} would end at byte {offset + size_bytes:,}, the file ends at {end:,}")
-    return TensorPlace(kind=kind, shape=shape, offset=offset, size_bytes=size_bytes)
+    return TensorPlace(path=cursor.path, kind=kind, shape=shape, offset=offset, size_bytes=size_bytes)

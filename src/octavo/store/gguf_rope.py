@@ -1,0 +1,80 @@
+"""The rotary factors of Llama 3.1 and later in a GGUF file, as the parameters that they were computed from.
+
+llama.cpp's converter stores what each frequency is divided by (`rope_freqs.weight`, D/2 numbers for heads of size D);
+config.json names the formula and its four parameters. The parameters are found from the numbers and must give them
+again, so that a model computes with transformers' own formula, and a folder written from it says so.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.errors import ModelError
+from octavo.models.llama import rotary_frequencies
+from octavo.store.gguf_vocabulary import ELSEWHERE
+
+TOLERANCE = 1e-4  # relative; the converter computes in float32, and the factors of interest differ by much more
+PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all Llama 3.1 to 3.3 models
+
+
+def llama3_rope(factors: Tensor, *, theta: float, head_size: int, path: Path) -> dict[str, Any]:
+    """rope_parameters of a config.json that give these (D/2,) divisors of the frequencies; ModelError if none do."""
+    plain = {"rope_type": "default", "rope_theta": theta}
+    base = rotary_frequencies({"rope_parameters": plain}, head_size).double()
+    factors = factors.double()
+    if factors.shape != base.shape or not bool((factors.isfinite() & (factors > 0)).all()):
+        raise _unknown(path)
+    if bool(torch.isclose(factors, torch.ones_like(factors), rtol=TOLERANCE).all()):
+        return plain
+    candidates = [{**PUBLISHED, "original_max_position_embeddings": 2**power} for power in range(4, 25)]
+    for candidate in [*candidates, *_fitted(base, factors)]:
+        parameters = {**plain, "rope_type": "llama3", "factor": _round(float(factors.max())), **candidate}
+        try:
+            made = rotary_frequencies({"rope_parameters": parameters}, head_size).double()
+        except ModelError:  # fitted to other numbers, the parameters may be out of bounds
+            continue
+        if bool(torch.isclose(base / made, factors, rtol=TOLERANCE).all()):
+            return parameters
+    raise _unknown(path)
+
+
+def _fitted(base: Tensor, factors: Tensor) -> list[dict[str, Any]]:
+    """Parameters from the frequencies on the ramp, where 1/f - 1/F = s (1 - 1/F) and s is linear in the frequency.
+
+    Two of them determine the ratios of the three parameters, so the low factor is 1; for one the high factor is 4.
+    """
+    most = float(factors.max())
+    ramp = ((factors > 1 + TOLERANCE) & (factors < most * (1 - TOLERANCE))).nonzero().flatten().tolist()
+    if not ramp:
+        return []
+    i, j = ramp[0], ramp[-1]
+    shares = [(1 / float(factors[k]) - 1 / most) / (1 - 1 / most) for k in (i, j)]
+    if i == j:
+        width = PUBLISHED["high_freq_factor"] - PUBLISHED["low_freq_factor"]
+        original = (shares[0] * width + PUBLISHED["low_freq_factor"]) / float(base[i]) * 2 * math.pi
+        return [{**PUBLISHED, "original_max_position_embeddings": round(original)}]
+    slope = (shares[0] - shares[1]) / (float(base[i]) - float(base[j])) * 2 * math.pi
+    offset = shares[0] - slope * float(base[i]) / (2 * math.pi)  # -low / (high - low)
+    if not (slope > 0 > offset):
+        return []
+    high = 1.0 - 1.0 / offset
+    original = slope * (high - 1.0)
+    return [
+        {"low_freq_factor": 1.0, "high_freq_factor": _round(high), "original_max_position_embeddings": round(original)}
+    ]
+
+
+def _round(value: float) -> float:
+    """float32's 7.9999995 is 8 again."""
+    return round(value, 3) if math.isclose(value, round(value, 3), rel_tol=TOLERANCE) else value
+
+
+def _unknown(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: its rotary factors (the tensor rope_freqs.weight) are not those of Llama 3's formula.", hint=ELSEWHERE
+    )
