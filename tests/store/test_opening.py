@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from octavo.errors import ModelError, UsageError
 from octavo.store import opening
@@ -175,3 +177,32 @@ def test_a_folder_called_smollm2_comes_before_the_built_in_model(
     monkeypatch.chdir(own_folder.parent)
     own_folder.rename("smollm2")
     assert open_source("smollm2").names()
+
+
+@pytest.mark.parametrize("named", ["owner/a name", "", None, 3])
+def test_an_adapter_given_as_a_model_says_how_to_use_it(named: object, own_folder: Path) -> None:
+    """Also beside a config.json, which some trainers write along."""
+    for path in own_folder.glob("*.safetensors"):
+        path.rename(path.with_name("adapter_model.safetensors"))
+    (own_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    for _ in range(2):
+        with pytest.raises(ModelError, match="is an adapter, not a model") as caught:
+            open_source(str(own_folder))
+        base = "'owner/a name'" if named == "owner/a name" else "BASE"
+        assert f"--model {base} --adapter {own_folder}" in caught.value.hint
+        (own_folder / "config.json").unlink(missing_ok=True)
+
+
+def test_a_trainers_folder_given_as_a_model_names_its_newest_checkpoint(own_folder: Path, tmp_path: Path) -> None:
+    for step in (9, 1000, 80):
+        shutil.copytree(own_folder, tmp_path / "out" / f"checkpoint-{step}")
+    with pytest.raises(ModelError, match="checkpoints of a Trainer") as caught:
+        open_source(str(tmp_path / "out"))
+    assert caught.value.hint.endswith("checkpoint-1000")
+
+
+def test_a_weight_file_without_a_tensor_is_named(own_folder: Path) -> None:
+    for path in own_folder.glob("*.safetensors"):
+        save_file({}, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors holds no tensor"):
+        open_source(str(own_folder)).names()

@@ -92,9 +92,8 @@ def no_adapter(folder: Path) -> AdapterError:
     """The error for a folder without adapter_config.json: what is there instead, and what to give."""
     if not folder.is_dir():
         return AdapterError(f"There is no folder {folder}.", hint="Give a run's adapter/ folder.")
-    steps = [(int(found[1]), path) for path in folder.glob("checkpoint-*") if (found := _step(path.name))]
-    if steps := [(step, path) for step, path in steps if (path / CONFIG).is_file()]:
-        what, hint = "holds checkpoints of a Trainer", f"Give its newest adapter: {max(steps)[1]}"
+    if checkpoint := newest_checkpoint(folder, CONFIG):
+        what, hint = "holds checkpoints of a Trainer", f"Give its newest adapter: {checkpoint}"
     elif (folder / "adapter" / CONFIG).is_file():
         what, hint = "is a run's folder", f"Give {folder / 'adapter'}"
     elif (folder / "config.json").is_file():
@@ -106,5 +105,8 @@ def no_adapter(folder: Path) -> AdapterError:
     return AdapterError(f"{folder} {what}, not an adapter (no {CONFIG}).", hint=hint)
 
 
-def _step(name: str) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d{1,18})", name)
+def newest_checkpoint(folder: Path, *files: str) -> Path | None:
+    """The folder checkpoint-N of the highest N below `folder` that holds one of `files`, as a Trainer writes them."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    held = [path for path in found if any((path / name).is_file() for name in files)]
+    return max(held, key=lambda path: int(path.name.partition("-")[2]), default=None)

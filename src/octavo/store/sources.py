@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import struct
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,8 +22,8 @@ from torch import Tensor
 from octavo.bounded_json import read_object, shortened, shown
 from octavo.errors import ModelError
 from octavo.models import parse
-from octavo.store.files import sha256_of
 from octavo.store.foreign import refuse_pointer
+from octavo.store.manifest import read_manifest, sha256_of_state, verify
 from octavo.store.tied import has_own_head, names_of_head
 from octavo.store.tokenizer_files import check_ids, load_tokenizer
 
@@ -138,7 +137,10 @@ class FolderSource:
             others = (path for path in sorted(self.folder.glob(f"*{suffix}")) if path.is_file())
             found = [own] if own.is_file() else list(others)
             if found:
-                return {name: path for path in found for name in self._names_in(path)}
+                table = {name: path for path in found for name in self._names_in(path)}
+                if not table:
+                    raise ModelError(f"{found[0]} holds no tensor.", hint="Is the file complete? Fetch it again.")
+                return table
         raise ModelError(
             f"{self.folder} holds no weights (no *.safetensors).",
             hint="Is this a model's folder? If the hub has the model only as .bin, pass --allow-pickle.",
@@ -204,7 +206,7 @@ class FolderSource:
 
     def _indexed(self, index: str) -> dict[str, Path]:
         files = read_json(self.folder / index).get("weight_map")
-        if not isinstance(files, dict):
+        if not isinstance(files, dict) or not files:
             raise ModelError(f"{self.folder / index} has no weight_map.", hint="Fetch the file again.")
         named = {file: self._inside(file, index) for file in dict.fromkeys(map(str, files.values()))}
         if absent := [file for file, path in named.items() if not path.is_file()]:
@@ -250,28 +252,18 @@ def fingerprint(source: Source) -> str:
     """sha256 over the hashes of the weight files: the identity of a base, whatever its folder is called.
 
     A folder that octavo wrote says in its manifest.json what it was made from, and has that identity: an adapter
-    belongs to the folder and to its original alike. The files of other folders are read through.
+    belongs to the folder and to its original alike; ModelError if a file of it is not as it was written. The files of
+    other folders are read through.
     """
-    manifest = source.files[0].parent / "manifest.json"
-    if manifest.is_file():
-        content = read_json(manifest)
-        if "origin" in content and all(_has_size(manifest.parent / n, e) for n, e in content["files"].items()):
-            return str(content["origin"])
+    folder = source.files[0].parent
+    manifest = read_manifest(folder)
+    if manifest is not None and all(path.name in manifest.files for path in source.files):
+        verify(folder)
+        return manifest.origin
     digest = hashlib.sha256()
     for path in source.files:
-        found = path.stat()
-        digest.update(f"{path.name} {_sha256_of_state(path, found.st_size, found.st_mtime_ns)}\n".encode())
+        digest.update(f"{path.name} {sha256_of_state(path)}\n".encode())
     return digest.hexdigest()
-
-
-@cache
-def _sha256_of_state(path: Path, size: int, changed_ns: int) -> str:
-    """The hash of a file in the state that size and time tell: a run, or each of several adapters, asks once more."""
-    return sha256_of(path)
-
-
-def _has_size(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["size"]
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,154 @@
+"""Folders that octavo wrote: every file has its hash when they are opened. Other programs' manifests are none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.errors import ModelError
+from octavo.ops.quantize import scheme_named
+from octavo.store import files, manifest
+from octavo.store.folder import write_folder
+from octavo.store.opening import open_source
+from octavo.store.sources import FolderSource, fingerprint
+
+
+@pytest.fixture
+def quantised(folders: dict[str, Path], tmp_path: Path) -> Path:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "int8", scheme_named("int8"))
+    return tmp_path / "int8"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_folder_as_it_was_written_is_whole(quantised: Path, folders: dict[str, Path]) -> None:
+    source = open_source(str(quantised))
+    assert fingerprint(source) == fingerprint(FolderSource(folders["llama"]))
+    (quantised / "notes.txt").write_text("a file of the user's own")
+    assert open_source(str(quantised)).names() == source.names()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing"])
+def test_a_damaged_file_is_named_with_what_to_do(damage: str, quantised: Path) -> None:
+    names = sorted(path.name for path in quantised.iterdir() if path.name != "manifest.json")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
+    for name in names:
+        path, whole = quantised / name, (quantised / name).read_bytes()
+        if damage == "flipped":
+            flip(path)
+        elif damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(b"" if damage == "empty" else whole[:-1])
+        if name not in ("config.json", "model.safetensors"):  # these may be found to be broken before
+            with pytest.raises(ModelError, match=f"is damaged: {name}") as caught:
+                open_source(str(quantised))
+            assert "octavo quantize" in caught.value.hint
+        if name != "config.json" and (damage, name) != ("missing", "model.safetensors"):
+            with pytest.raises(ModelError, match=name):
+                fingerprint(FolderSource(quantised))
+        with pytest.raises(ModelError, match=name):
+            open_source(str(quantised))
+        path.write_bytes(whole)
+    open_source(str(quantised))
+
+
+def test_a_folder_that_was_changed_on_purpose_opens_without_its_manifest(quantised: Path) -> None:
+    (quantised / "generation_config.json").write_text('{"eos_token_id": 3}')
+    with pytest.raises(ModelError, match=r"generation_config\.json") as caught:
+        open_source(str(quantised))
+    assert "delete manifest.json" in caught.value.hint
+    (quantised / "manifest.json").unlink()
+    assert open_source(str(quantised)).generation_config == {"eos_token_id": 3}
+
+
+FOREIGN: list[Any] = [
+    {"name": "an app", "icons": []}, ["a", "list"], {"origin": 1}, {"origin": "x", "files": ["a"]}, "text", None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=str)
+def test_a_manifest_of_another_program_is_none(content: Any, own_folder: Path) -> None:
+    before = fingerprint(FolderSource(own_folder))
+    (own_folder / "manifest.json").write_text(json.dumps(content))
+    assert manifest.read_manifest(own_folder) is None
+    assert fingerprint(open_source(str(own_folder))) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
+def test_a_manifest_that_is_no_json_is_none_unless_octavo_wrote_the_folder(
+    content: bytes, own_folder: Path, quantised: Path
+) -> None:
+    before = fingerprint(FolderSource(own_folder))
+    (own_folder / "manifest.json").write_bytes(content)
+    assert fingerprint(open_source(str(own_folder))) == before
+    (quantised / "manifest.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"is damaged: .*manifest\.json is not valid JSON"):
+        open_source(str(quantised))
+
+
+BROKEN: dict[str, Any] = {
+    "no files": {"files": None},
+    "no entries": {"files": {}},
+    "files in a list": {"files": ["config.json"]},
+    "an entry of nothing": {"files": {"config.json": None}},
+    "a size of text": {"files": {"config.json": {"size": "big", "sha256": "0"}}},
+    "no hash": {"files": {"config.json": {"size": 1}}},
+    "a file outside": {"files": {"../config.json": {"size": 1, "sha256": "0"}}},
+    "a name with a null": {"files": {"config\0.json": {"size": 1, "sha256": "0"}}},
+    "no origin": {"origin": None},
+    "a number as origin": {"origin": 1},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_manifest_of_octavos_with_other_values_is_damaged(case: str, quantised: Path) -> None:
+    content = json.loads((quantised / "manifest.json").read_text()) | BROKEN[case]
+    (quantised / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"is damaged: manifest\.json is not what octavo writes"):
+        open_source(str(quantised))
+
+
+def test_the_manifest_of_another_model_beside_a_weight_file_is_not_its_identity(
+    quantised: Path, folders: dict[str, Path]
+) -> None:
+    other = quantised / "other.safetensors"
+    other.write_bytes((folders["gptj"] / "model.safetensors").read_bytes())
+
+    class Beside(FolderSource):
+        @property
+        def files(self) -> list[Path]:
+            return [other]
+
+    assert fingerprint(Beside(quantised)) != fingerprint(FolderSource(quantised))
+
+
+def test_a_file_is_hashed_once_in_a_process_and_again_after_a_change(
+    quantised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    whole = files.sha256_of
+
+    def sha256_of(path: Path) -> str:
+        hashed.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", sha256_of)
+    for path in quantised.iterdir():
+        os.utime(path, ns=(1, 1))  # long ago
+    open_source(str(quantised), weights=False)
+    assert not hashed
+    for _ in range(3):
+        fingerprint(open_source(str(quantised)))
+    assert len(hashed) == len(set(hashed)) == len(list(quantised.iterdir())) - 1
+    flip(quantised / "tokenizer.json")  # within the granularity of a file system's time, for all that is known
+    with pytest.raises(ModelError, match=r"tokenizer\.json has changed"):
+        open_source(str(quantised))
