@@ -83,6 +83,14 @@ def test_the_model_can_be_asked_for_its_ends(tiny_llama: Path) -> None:
     assert set(run.end_ids(FolderSource(tiny_llama))) == {2}
 
 
+@pytest.mark.parametrize("value", ["2", [2, None], [True], -1, 2**40, {}, [1.5], list(range(2000))])
+def test_end_ids_that_are_no_ids_are_an_error(value: object, tiny_llama: Path) -> None:
+    source = FolderSource(tiny_llama)
+    source.generation_config["eos_token_id"] = value
+    with pytest.raises(ModelError, match="eos_token_id is"):
+        run.end_ids(source)
+
+
 def test_a_loaded_model_is_in_eval_mode(tiny_llama: Path) -> None:
     with Report(console=False) as report:
         model: Model = run.load_model(FolderSource(tiny_llama), scheme_named("none"), CPU, report)

@@ -116,8 +116,12 @@ def number(source: Mapping[str, Any], key: str, *, least: float, most: float, de
         raise JsonError(f"{key} is missing")
     # bool is an int to Python; a NaN is neither under nor over a bound.
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise JsonError(f"{key} is {shown(value)}; it must be a number from {least:g} to {most:g}")
+        raise JsonError(f"{key} is {shown(value)}; it must be a number from {_bound(least)} to {_bound(most)}")
     return value
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def flag(source: Mapping[str, Any], key: str, *, default: bool = False) -> bool:

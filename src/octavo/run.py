@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, QuantizeOptions
-from octavo.errors import UsageError
+from octavo.errors import ModelError, UsageError
 from octavo.hardware import Hardware, pick
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
@@ -22,6 +23,8 @@ from octavo.store.peft import Adapter
 from octavo.store.seed import base_of, put_own_pairs_
 from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import load
+
+MOST_END_IDS = 1000
 
 
 def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False, weights: bool = True) -> Source:
@@ -79,11 +82,14 @@ def check_context(model_context: int, seq_len: int) -> None:
 
 
 def end_ids(source: Source) -> tuple[int, ...]:
-    """The end tokens that a model's configs name, besides the tokenizer's."""
+    """The end tokens that a model's configs name, besides the tokenizer's. ModelError if they are no ids."""
     found: list[int] = []
     for config in (source.config, source.generation_config):
         named = config.get("eos_token_id")
-        found += named if isinstance(named, list) else [named] if isinstance(named, int) else []
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if len(ids) > MOST_END_IDS or not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+            raise ModelError(f"The model's eos_token_id is {shown(named)}; it must be an id or a list of ids.")
+        found += ids
     return tuple(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -12,7 +13,7 @@ from octavo.data.documents import Document, Message
 from octavo.data.encoding import begin_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.data.tokens import encode
-from octavo.errors import UsageError
+from octavo.errors import ModelError, UsageError
 
 UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
 BEGIN, END = "<|im_start|>", "<|im_end|>"
@@ -53,9 +54,13 @@ def test_an_end_token_is_no_begin_token_though_they_be_the_same(
     assert begin_ids(add_around(own_tokenizer, f"{END} $A")) == [own_tokenizer.eos_token_id]
 
 
-def test_a_model_without_a_begin_token_has_none(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_a_tokenizer_puts_first_counts_whether_it_is_called_the_begin_token_or_not(
+    own_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     own_tokenizer.bos_token = None
-    assert begin_ids(add_around(own_tokenizer, f"{BEGIN} $A")) == []
+    assert begin_ids(own_tokenizer) == []
+    tokenizer = add_around(own_tokenizer, f"{BEGIN} $A")
+    assert encode_prompt("the rain", tokenizer) == tokenizer.encode("the rain")
 
 
 @pytest.mark.parametrize("template", ["$A", f"{BEGIN} $A"])
@@ -100,3 +105,16 @@ def test_a_conversation_without_a_template_is_an_error(own_tokenizer: PreTrained
     own_tokenizer.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
         encode_conversation([Message("user", "hello")], own_tokenizer)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_a_model_error(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    backend = own_tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(z+)+$"), behavior="isolated")
+    endless = "z" * 200 + "!"
+    assert encode_prompt("the quality of mercy", own_tokenizer)
+    with pytest.raises(ModelError, match="The tokenizer fails on a text"):
+        encode_prompt(endless, own_tokenizer)
+    with pytest.raises(ModelError, match="The tokenizer fails on a text"):
+        encode_conversation([Message("user", endless)], own_tokenizer)
+    with pytest.raises(ModelError, match="The tokenizer fails on a text"):
+        encode(Document("f", 1, text=endless), own_tokenizer, end_id=own_tokenizer.eos_token_id)

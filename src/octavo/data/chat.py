@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from octavo.data.encoding import Coder
+from octavo.data.encoding import Coder, name_panics
 from octavo.data.records import Document, Message
 from octavo.errors import DataError, UsageError
 
@@ -156,6 +156,7 @@ def _template_controls(rendered: str, contents: Sequence[_Span], coder: Coder) -
     return [_Span(match[0], *match.span()) for match in found]
 
 
+@name_panics("The tokenizer")
 def _encode(rendered: str, controls: Sequence[_Span], coder: Coder) -> tuple[_Ids, _Places, _Places]:
     """The ids of the rendered text, and the characters that each begins at and ends before."""
     everywhere = [match.span() for match in coder.controls.finditer(rendered)]

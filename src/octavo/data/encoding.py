@@ -77,9 +77,7 @@ def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """
     # Not an empty text: behind that stands an end token, which in some models is the begin token too. The mask tells
     # what was added from a token of the text: an unknown word may be the begin token.
-    special = set(tokenizer.all_special_tokens)
-    known = islice((token for token in tokenizer.get_vocab() if token not in special), 16)
-    for text in chain(("a", " the", "0"), known):
+    for text in chain(("a", " the", "0"), _words(tokenizer)):
         try:
             with name_panics("The tokenizer"):
                 added = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
@@ -88,6 +86,12 @@ def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         if 0 in (mask := added["special_tokens_mask"]):
             return [int(number) for number in added["input_ids"][: mask.index(0)]]
     return []
+
+
+def _words(tokenizer: PreTrainedTokenizerFast, most: int = 16) -> Iterator[str]:
+    """Some tokens that are not special. A generator: a large vocabulary takes milliseconds to list."""
+    special = set(tokenizer.all_special_tokens)
+    yield from islice((token for token in tokenizer.get_vocab() if token not in special), most)
 
 
 @contextmanager

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.data.chat import encode_turns
-from octavo.data.encoding import begin_ids, coder_of
+from octavo.data.encoding import begin_ids, coder_of, name_panics
 from octavo.data.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+@name_panics("The tokenizer")
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids of a text to continue; strings of control tokens in it stay text."""
+    """The ids of a text to continue; strings of control tokens in it stay text. ModelError if the tokenizer fails."""
     return [*begin_ids(tokenizer), *coder_of(tokenizer).plain.encode(text, add_special_tokens=False).ids]
 
 
