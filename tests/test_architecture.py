@@ -82,6 +82,7 @@ SIDEWAYS = {
     ("plan", "run"),
     ("finetune", "plan"),
     ("cli", "exits"),
+    ("flags", "exits"),
     ("cli", "flags"),
     ("cli", "talk"),
     ("cli", "server"),

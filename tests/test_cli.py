@@ -86,6 +86,59 @@ def test_every_promised_flag_is_there(octavo: Octavo, command: str) -> None:
     assert set(PROMISED[command].split()) <= flags
 
 
+def test_help_shows_ten_usual_options_then_panels_with_defaults_and_choices(
+    octavo: Octavo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = octavo("finetune", "--help").out
+    panels = re.findall(r"^╭─ ([\w ]+) ─", shown, re.MULTILINE)
+    assert panels == ["Options", "Model", "Data", "Adapter", "Training", "Memory", "Run", "Settings and output"]
+    first = shown.split("╭─ Model")[0]
+    assert re.findall(r"│ (--[a-z-]+)", first) == [
+        *(
+            f"--{name}"
+            for name in [
+                "model",
+                "data",
+                "test-data",
+                "out",
+                "scheme",
+                "rank",
+                "epochs",
+                "seq-len",
+                "batch",
+                "lr",
+                "help",
+            ]
+        )
+    ]
+    for text in (
+        "[default: 16]", "[auto|none|int8|dynamic8|nf4] [default: auto]", "[cosine|linear|constant] [default: cosine]",
+        "(needs octavo[clean])", "[default: on]", "the first GPU that PyTorch finds",
+    ):  # fmt: skip
+        assert text in shown
+    assert "(needs octavo[eval])" in octavo("evaluate", "--help").out
+    assert "0 done, 1 failed, 2 wrong request, 130 Ctrl-C" in octavo("--help").out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text_and_no_bracket_is_lost(
+    octavo: Octavo, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from octavo import cli
+    from octavo.config import DEMO, fields
+
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = octavo(command, "--help").out
+    kinds = cli.FINETUNE if command == "demo" else getattr(cli, command.upper())
+    for name, field in fields(kinds):
+        assert f"--{name.replace('_', '-')} " in shown
+        assert str(field.description) in shown
+        default = DEMO.get(name, field.default) if command == "demo" else field.default
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert f"{field.description} [default: {default}]" in shown
+
+
 def test_the_version_is_printed(octavo: Octavo) -> None:
     assert octavo("--version").out == f"{package.__version__}\n"
 

@@ -53,6 +53,10 @@ QUANTIZE = (ModelOptions, QuantizeOptions)
 CONVERT = (ConvertOptions,)
 DATA = (ModelOptions, DataOptions, TextOptions)
 
+# What --help shows first.
+TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch", "lr")
+SPEAKING = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "stop", "seed")
+
 app = typer.Typer(
     name="octavo",
     help="Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured.",
@@ -64,7 +68,7 @@ app = typer.Typer(
 )
 
 
-@command(app, FINETUNE)
+@command(app, FINETUNE, usual=TRAINING)
 def finetune(config: Config, as_json: bool) -> None:
     """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
     from octavo.finetune import finetune as run
@@ -72,7 +76,7 @@ def finetune(config: Config, as_json: bool) -> None:
     _answer(run(config, console=True, results=not as_json), as_json)
 
 
-@command(app, PLAN)
+@command(app, PLAN, usual=("model", "gpu_memory", "card", "scheme", "seq_len", "batch", "rank"))
 def plan(config: Config, as_json: bool) -> None:
     """Tell what a fine-tuning run would take of a card, without reading weights."""
     from octavo.plan import plan as run
@@ -82,7 +86,12 @@ def plan(config: Config, as_json: bool) -> None:
         _answer(run(config, report), as_json)
 
 
-@command(app, EVALUATE, positional="data")
+@command(
+    app,
+    EVALUATE,
+    usual=("model", "adapter", "data", "scheme", "compare", "tasks", "limit", "seq_len", "rows", "batch"),
+    positional="data",
+)
 def evaluate(config: Config, as_json: bool) -> None:
     """Measure perplexity on text, or tasks: the base, quantised, and tuned, or one scheme beside another."""
     from octavo.report import Report
@@ -95,7 +104,7 @@ def evaluate(config: Config, as_json: bool) -> None:
         raise typer.Exit(1)  # the report has said so
 
 
-@command(app, GENERATE, positional="prompt")
+@command(app, GENERATE, usual=(*SPEAKING, "prompt", "prompts", "chat"), positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
     """Continue a text, or every prompt of a file."""
     from octavo.report import Report
@@ -117,7 +126,7 @@ def generate(config: Config, as_json: bool) -> None:
         _write("\n")
 
 
-@command(app, CHAT)
+@command(app, CHAT, usual=(*SPEAKING, "system"))
 def chat(config: Config, as_json: bool) -> None:
     """Talk with a model: /help lists the commands. Exit code 1 if an answer failed, though the conversation went on."""
     from octavo.report import Report
@@ -133,7 +142,11 @@ def chat(config: Config, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@command(app, SERVE)
+@command(
+    app,
+    SERVE,
+    usual=("model", "adapter", "adapters_from", "scheme", "host", "port", "api_key", "slots", "room", "queue"),
+)
 def serve(config: Config, as_json: bool) -> None:
     """Serve a model and adapters on it over HTTP, in OpenAI's API. --json: one document once it listens."""
     from octavo.report import Report
@@ -143,7 +156,7 @@ def serve(config: Config, as_json: bool) -> None:
         run(config, report, listening=lambda document: _answer(document, as_json))
 
 
-@command(app, QUANTIZE)
+@command(app, QUANTIZE, usual=("model", "scheme", "out"))
 def quantize(config: Config, as_json: bool) -> None:
     """Write a model under a scheme, as a folder that loads without the original."""
     from octavo.report import Report
@@ -153,7 +166,7 @@ def quantize(config: Config, as_json: bool) -> None:
         _answer(run(config, report), as_json)
 
 
-@command(app, CONVERT, positional="model")
+@command(app, CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
 def convert(config: Config, as_json: bool) -> None:
     """Split a model that was tuned from hivemind/gpt-j-6B-8bit into a base and a PEFT adapter."""
     from octavo.convert import convert as run
@@ -163,7 +176,7 @@ def convert(config: Config, as_json: bool) -> None:
         _answer(run(config, report), as_json)
 
 
-@command(app, DATA, positional="data")
+@command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
 def data(config: Config, as_json: bool) -> None:
     """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
     from octavo.report import Report
@@ -175,7 +188,7 @@ def data(config: Config, as_json: bool) -> None:
         _answer(show_data(config, tokenizer, report), as_json)
 
 
-@command(app, FINETUNE, defaults=DEMO)
+@command(app, FINETUNE, usual=TRAINING, defaults=DEMO)
 def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
     from octavo.finetune.demo import demo as run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from octavo.config import Config, RunOptions, Section, fields
+from octavo.exits import EXIT_CODES
 from octavo.streams import output
 
 Command = Callable[[Config, bool], None]
@@ -22,11 +24,13 @@ def command(
     app: typer.Typer,
     kinds: tuple[type[Section], ...],
     *,
+    usual: tuple[str, ...],
     positional: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Command], Command]:
     """Registers a command on `app` whose flags are the fields of `kinds`; `positional` names the one that stands bare.
 
+    `usual` are the fields that most people need: --help shows them first, the others in a panel for each section.
     `defaults` are the command's own where they differ from the sections'. The function gets the checked Config and
     whether `--json` was given.
     """
@@ -48,34 +52,44 @@ def command(
                 return
             function(config, as_json)
 
-        run.__signature__ = _signature(kinds, positional, own)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(kinds, usual, positional, own)  # type: ignore[attr-defined]
         run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
-        app.command(name=function.__name__, help=function.__doc__)(run)
+        app.command(name=function.__name__, help=function.__doc__, epilog=EXIT_CODES)(run)
         return function
 
     return register
 
 
 def _signature(
-    kinds: tuple[type[Section], ...], positional: str | None, defaults: Mapping[str, Any]
+    kinds: tuple[type[Section], ...], usual: tuple[str, ...], positional: str | None, defaults: Mapping[str, Any]
 ) -> inspect.Signature:
     """The parameters that typer reads: one flag a field, unset unless given, then the common ones."""
     parameters = []
     if positional is not None:
         field = dict(fields(kinds))[positional]
         kind = str if field.annotation == (str | None) else list[str]
-        argument = typer.Argument(help=field.description, show_default=False, metavar=positional.upper())
+        argument = typer.Argument(help=_literal(str(field.description)), show_default=False, metavar=positional.upper())
         parameters.append(_parameter("bare", Annotated[kind | None, argument]))
-    for name, field in fields(kinds):
+    panels = {name: kind.panel for kind in kinds for name in kind.model_fields}
+    assert set(usual) <= panels.keys(), usual
+    known = dict(fields(kinds))
+    for name in [*usual, *(name for name in known if name not in usual)]:
+        field = known[name]
         option = typer.Option(
             f"--{_flag(name)}" + (f"/--no-{_flag(name)}" if field.annotation is bool else ""),
             help=_help(field, defaults.get(name, field.default)),
             show_default=False,
+            rich_help_panel=None if name in usual else panels[name],
         )
         parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
-    config = typer.Option("--config", help="A YAML file with these options.", show_default=False)
-    show = typer.Option("--print-config", help="Print all values as a YAML file and stop.")
-    as_json = typer.Option("--json", help="Print one JSON document on stdout, and nothing else there.")
+    panel = "Settings and output"
+    config = typer.Option("--config", help="A YAML file with these options.", show_default=False, rich_help_panel=panel)
+    show = typer.Option("--print-config", help="Print all values as a YAML file and stop.", rich_help_panel=panel)
+    as_json = typer.Option(
+        "--json",
+        help="Print one JSON document on stdout, an error too, and nothing else there.",
+        rich_help_panel=panel,
+    )
     parameters += [
         _parameter("config", Annotated[Path | None, config]),
         _parameter("print_config", Annotated[bool, show], default=False),
@@ -104,12 +118,21 @@ def _flag_type(field: FieldInfo) -> Any:
 
 
 def _help(field: FieldInfo, default: Any) -> str:
-    shown = ", ".join(default) if isinstance(default, list) else default
+    """The description, the choices, and the default; bool defaults as on and off."""
+    if isinstance(default, bool):
+        shown: object = "on" if default else "off"
+    else:
+        shown = ", ".join(default) if isinstance(default, list) else default
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
-    notes = ([f"one of {', '.join(choices)}"] if choices else []) + (
-        [f"default: {shown}"] if shown not in (None, "", PydanticUndefined) and default is not False else []
-    )
-    return f"{field.description} [{'; '.join(notes)}]" if notes else str(field.description)
+    notes = [f"[{'|'.join(choices)}]"] if choices else []
+    if shown not in (None, "", PydanticUndefined):
+        notes.append(f"[default: {shown}]")
+    return _literal(" ".join([str(field.description), *notes]))
+
+
+def _literal(text: str) -> str:
+    """`text` with its brackets kept: rich takes "[serve]" for a style."""
+    return re.sub(r"\[(?=[a-zA-Z#/@])", r"\\[", text)
 
 
 def _saved_config(kinds: tuple[type[Section], ...], flags: Mapping[str, Any]) -> Path | None:

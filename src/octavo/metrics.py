@@ -36,9 +36,11 @@ class MetricsFile:
 
     def replace(self, lines: Sequence[bytes]) -> None:
         """Replace the content by other lines: a crash leaves either the old or the new."""
-        atomic_write(self.path, b"".join(lines))
-        self._file.close()
-        self._open(truncate=False)
+        self._file.close()  # Windows replaces no file that is open
+        try:
+            atomic_write(self.path, b"".join(lines))
+        finally:
+            self._open(truncate=False)
 
     def restore(self) -> bool:
         """Write the file anew, from what this process still holds, if another one deleted it. Whether it was."""

@@ -13,13 +13,17 @@ from octavo.config.section import MemorySize, Names, Paths, Section, Texts
 class ModelOptions(Section):
     """The base model and what it runs on."""
 
+    panel = "Model"
+
     model: str = Field("smollm2", description="A folder, a .gguf file, a hub id, or smollm2.")
     scheme: Literal["auto", "none", "int8", "dynamic8", "nf4"] = Field(
         "auto", description="How frozen weights are stored; auto: as the folder has them, else int8."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto", description="auto, cpu, cuda or cuda:N; auto: the first GPU that PyTorch finds, else the CPU."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type that products are computed in; auto: the best that the hardware has."
     )
@@ -27,6 +31,8 @@ class ModelOptions(Section):
 
 class TextOptions(Section):
     """How text files become rows of tokens."""
+
+    panel = "Data"
 
     seq_len: int = Field(512, ge=2, description="Tokens in a row; longer documents go over several rows.")
     split_on: str | None = Field(None, description="Plain text: 'lines', or a separator between documents.")
@@ -40,6 +46,8 @@ class TextOptions(Section):
 class TrainingData(Section):
     """What to learn from, and what to measure on."""
 
+    panel = "Data"
+
     data: Paths = Field([], description="Text to learn from: file, folder or glob; may be repeated.")
     test_data: Paths = Field([], description="Text held out to measure on; may be repeated.")
     test_fraction: float = Field(
@@ -49,6 +57,8 @@ class TrainingData(Section):
 
 class LoraOptions(Section):
     """The adapter."""
+
+    panel = "Adapter"
 
     rank: int = Field(16, ge=1, description="LoRA rank.")
     alpha: float = Field(32.0, gt=0, description="LoRA alpha: the term is alpha / rank times B A x.")
@@ -63,6 +73,8 @@ class LoraOptions(Section):
 
 class TrainOptions(Section):
     """The training itself."""
+
+    panel = "Training"
 
     epochs: float = Field(1.0, gt=0, description="Passes over the data, unless --steps is given.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
@@ -80,6 +92,8 @@ class TrainOptions(Section):
 
 class MemoryOptions(Section):
     """What a step may take, and what it runs on; auto everywhere is the fastest that fits."""
+
+    panel = "Memory"
 
     gpu_memory: MemorySize = Field(
         "auto", description="Memory of the card to use, as 10GiB, beside CUDA's own 0.8 GiB; auto: what is free."
@@ -104,6 +118,8 @@ class MemoryOptions(Section):
 class RunOptions(Section):
     """The run folder and what happens along the way."""
 
+    panel = "Run"
+
     out: Path = Field(Path("runs/finetune"), description="The run folder.")
     resume: bool = Field(False, description="Go on from the newest valid checkpoint in --out.")
     force: bool = Field(False, description="Resume even if the settings or the data differ.")
@@ -120,6 +136,8 @@ class RunOptions(Section):
 
 class EvaluateOptions(Section):
     """What to measure."""
+
+    panel = "Measuring"
 
     data: Paths = Field([], description="Text to measure on: file, folder or glob; may be repeated.")
     tasks: Names = Field([], description="Tasks of lm-evaluation-harness, as hellaswag,mmlu_* (needs octavo[eval]).")
@@ -138,6 +156,8 @@ class EvaluateOptions(Section):
 class GenerateOptions(Section):
     """How text is continued."""
 
+    panel = "Generation"
+
     adapter: Path | None = Field(None, description="An adapter's folder.")
     max_new_tokens: int = Field(200, ge=1, description="New tokens at most.")
     temperature: float = Field(0.8, ge=0, description="0 is greedy.")
@@ -151,6 +171,8 @@ class GenerateOptions(Section):
 class PromptOptions(Section):
     """What to continue."""
 
+    panel = "Prompts"
+
     prompt: str | None = Field(None, description="The text to continue; without it, standard input.")
     prompts: Path | None = Field(None, description="A JSONL file of prompts to continue instead, many at once.")
     slots: int = Field(8, ge=1, le=256, description="Prompts of --prompts at work at once.")
@@ -160,11 +182,15 @@ class PromptOptions(Section):
 class ChatOptions(Section):
     """A conversation."""
 
+    panel = "Conversation"
+
     system: str | None = Field(None, description="The system message.")
 
 
 class ServeOptions(Section):
     """How a model is served."""
+
+    panel = "Server"
 
     host: str = Field(
         "127.0.0.1", min_length=1, description="Address to listen on; any but this machine's own needs a key."
@@ -200,17 +226,23 @@ class ServeOptions(Section):
 class PlanOptions(Section):
     """What to plan for."""
 
+    panel = "Plan"
+
     card: str | None = Field(None, description="A card to predict the time on, as 'RTX 3060'; default: the one here.")
 
 
 class QuantizeOptions(Section):
     """Where to write."""
 
+    panel = "Output"
+
     out: Path | None = Field(None, description="The new folder.")
 
 
 class ConvertOptions(Section):
     """What to split into a base and an adapter, and where to write."""
+
+    panel = "Output"
 
     model: str | None = Field(None, description="A folder or hub id with frozen weights and trained adapters in one.")
     allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
@@ -219,6 +251,8 @@ class ConvertOptions(Section):
 
 class DataOptions(Section):
     """What to look at."""
+
+    panel = "Data"
 
     data: Paths = Field([], description="Text files: file, folder or glob; may be repeated.")
     samples: int = Field(2, ge=0, description="Decoded samples to show.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
@@ -49,6 +49,8 @@ Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 class Section(BaseModel):
     """A group of options. Unknown keys are refused, and nothing is changed once it is read."""
+
+    panel: ClassVar[str] = "Options"  # the heading of the group in --help
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
