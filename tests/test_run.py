@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import Octavo
 
 from octavo import run, speak
 from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import ModelError, UsageError
 from octavo.evaluate import Score
 from octavo.hardware import Hardware
-from octavo.models import Model
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model, build, places
 from octavo.ops.quantize import scheme_named
 from octavo.report import Report
+from octavo.store import base_names, peft
 from octavo.store.sources import FolderSource
 from octavo.store.tokenizer_files import load_tokenizer
 
@@ -109,10 +113,40 @@ def test_the_base_is_hashed_only_for_an_adapter_that_names_one(
         hashed.append("base")
         return "another"
 
-    monkeypatch.setattr(run, "fingerprint", fingerprint)
+    monkeypatch.setattr(base_names, "fingerprint", fingerprint)
     with Report(console=False) as report:
         source = FolderSource(tiny_llama)
         assert run.read_adapter(foreign, source, report).trained_on is None
         assert not hashed
         assert run.read_adapter(adapter_folder, source, report).trained_on
         assert hashed == ["base"]
+
+
+def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The base lacks the rows of those tokens: it is left out of the table, with a warning."""
+    source = FolderSource(tiny_llama)
+    tables = {name: source.tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tokenizer = source.tokenizer()
+    tokenizer.add_tokens(["<extra_a>", "<extra_b>"])
+    rows = max(tokenizer.get_vocab().values()) + 1
+    generator = torch.Generator().manual_seed(0)
+    full = {
+        name: torch.cat([table, torch.randn(rows - len(table), table.shape[1], generator=generator)])
+        for name, table in tables.items()
+    }
+    adapter = peft.Adapter(LoraSpec(), {}, full)
+    peft.write(tmp_path / "adapter", adapter, modules=places(build(source.config)), biases=False, base="", card="")
+    (tmp_path / "text.txt").write_text("the king <extra_b> said")
+    ask = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")
+    without = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    assert [row["name"] for row in json.loads(without.out)["rows"]] == ["base", "tuned"], without.err
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    done = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    assert done.code == 0, done.err
+    assert [row["name"] for row in json.loads(done.out)["rows"]] == ["tuned"]
+    assert "base is not measured" in done.err
+    assert "its own tokenizer" in done.err
+    assert json.loads(done.out)["rows"][0]["tokens"] < json.loads(without.out)["rows"][0]["tokens"]
+    assert octavo("generate", *ask, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0

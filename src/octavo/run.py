@@ -6,7 +6,7 @@ Functions take a `Config` and a `Report` and return what `--json` prints.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, QuantizeOptions
@@ -16,13 +16,18 @@ from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
 from octavo.store import peft
+from octavo.store.base_names import base_warning
 from octavo.store.contents import refuse_pairs, stored_scheme
 from octavo.store.folder import WrittenLayer, weight_names, write_folder
 from octavo.store.opening import open_source
 from octavo.store.peft import Adapter
 from octavo.store.seed import base_of, put_own_pairs_
-from octavo.store.sources import Source, fingerprint
+from octavo.store.sources import Source
+from octavo.store.tokenizer_files import VOCABULARY_FILES, check_ids, load_tokenizer
 from octavo.store.weights import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MOST_END_IDS = 1000
 
@@ -67,9 +72,28 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
 def read_adapter(folder: Path, source: Source, report: Report, *, allow_pickle: bool = False) -> Adapter:
     """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
     read = peft.read(folder, allow_pickle=allow_pickle)
-    if read.trained_on is not None and read.trained_on != fingerprint(source):  # which reads all of the weights
-        report.warn(f"The adapter {folder} was trained on other base weights than these.")
+    if warning := base_warning(read, folder, source):
+        report.warn(warning)
     return read
+
+
+def tokenizer_with(
+    adapter: Adapter | None, folder: Path | None, source: Source, report: Report
+) -> PreTrainedTokenizerFast:
+    """The tokenizer for the model of `source` with an adapter on it.
+
+    An adapter that changes the vocabulary's tables may bring a tokenizer with more tokens or another chat template:
+    that one is taken then. ModelError if the tokenizer has tokens beyond the tables.
+    """
+    if adapter is None or folder is None or (rows := adapter.vocabulary) is None:
+        return source.tokenizer()
+    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        tokenizer = source.tokenizer()
+    else:
+        tokenizer = load_tokenizer(folder)
+        report.say(f"The adapter brings an embedding: its own tokenizer ({len(tokenizer):,} tokens) is used.")
+    check_ids(tokenizer, rows, where=str(folder))
+    return tokenizer
 
 
 def check_context(model_context: int, seq_len: int) -> None:

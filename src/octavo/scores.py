@@ -24,7 +24,7 @@ from octavo.models import Model, build
 from octavo.ops.foreign import bitsandbytes
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.report import Report
-from octavo.run import check_context, chosen_scheme, end_ids, load_model, opened, read_adapter
+from octavo.run import check_context, chosen_scheme, end_ids, load_model, opened, read_adapter, tokenizer_with
 from octavo.speak import Speaker
 from octavo.store.adapter import apply_
 from octavo.store.contents import stored_scheme
@@ -54,14 +54,14 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         raise UsageError("Nothing to measure on is named.", hint="Give text with --data, or tasks with --tasks.")
     tasks = load_tasks(options, report)
     hardware, source = opened(asked, report, own_adapters=options.adapter is None)
-    tokenizer = source.tokenizer()
+    found = None
+    if options.adapter:
+        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
+    tokenizer = tokenizer_with(found, options.adapter, source, report)
     rows = _rows(config, source, tokenizer, report) if options.data else []
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
-    found = None
-    if options.adapter:
-        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
     table: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
@@ -74,6 +74,9 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             folder = options.adapter if name == "tuned" else None
             if folder and found:
                 apply_(model, found)
+            if (beyond := _largest_id(rows)) >= model.config.vocabulary:
+                report.warn(f"{name} is not measured: the text has the token {beyond:,}, which it does not have.")
+                continue
             label = f"Measuring {name} ({candidate.scheme.name})"
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
@@ -102,6 +105,10 @@ def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, re
         raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
     check_context(build(source.config).config.context, config[TextOptions].seq_len)
     return rows
+
+
+def _largest_id(rows: Sequence[Row]) -> int:
+    return max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
 
 
 def _compared(options: EvaluateOptions, asked: ModelOptions) -> list[Scheme]:

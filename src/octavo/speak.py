@@ -19,7 +19,7 @@ from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, opened, read_adapter
+from octavo.run import chosen_scheme, end_ids, load_model, opened, read_adapter, tokenizer_with
 from octavo.store.adapter import apply_
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_speaker(config: Config, report: Report) -> Speaker:
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     if found is not None:
         apply_(model, found)
-    return Speaker(model, source.tokenizer(), end_ids(source))
+    return Speaker(model, tokenizer_with(found, options.adapter, source, report), end_ids(source))
 
 
 def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:

@@ -35,6 +35,7 @@ from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
+TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 TOKENS = ".token_adapter.trainable_tokens_delta"
 HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
 HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
@@ -58,6 +59,12 @@ class Adapter:
     separate: frozenset[str] = frozenset()  # the modules whose weight is a copy of their own (modules_to_save)
     base_layers: frozenset[str] = frozenset()  # the keys of `full` that PEFT saved along with a pair, not trained
     base: str = ""  # what it names as its base (base_model_name_or_path)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The rows of the embedding or the head that it brings, None if it brings neither."""
+        tables = [t for key, t in self.full.items() if key.endswith(TABLES) and t.ndim == 2]
+        return len(tables[0]) if tables else None
 
     @property
     def trained_on(self) -> str | None:

@@ -1,0 +1,63 @@
+"""Whether the base that an adapter names is the model at hand, where no hash of its weights says so.
+
+PEFT writes a hub id or a path, of the machine that it trained on, into base_model_name_or_path. The same model may be
+here under any path, quantized or as GGUF, so only what is sure is said: names that are alike are of the same model, a
+folder that is still there is compared by its weights, and for anything else the two names are shown.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from octavo.bounded_json import shown
+from octavo.errors import ModelError
+from octavo.store.peft import Adapter
+from octavo.store.sources import FolderSource, Source, fingerprint
+
+# Words in a model's name that say how its weights are stored, or who stored them so.
+STORED_AS = re.compile(
+    r"bnb|unsloth|gguf|gptq|awq|hf|fp?\d+|bf16|int[48]|nf4|dynamic8|[48]bits?|i?q\d\w*|k|m|s|l|xs|[01]"
+)
+HUB_CACHE = re.compile(r"models--(.+)--(.+)")  # the folder of a hub id in huggingface_hub's cache
+
+
+def base_warning(adapter: Adapter, folder: Path, source: Source) -> str:
+    """One sentence if the adapter was trained on another base than `source`, or names one that may be; else ""."""
+    if adapter.trained_on is not None:
+        named = f" ({shown(adapter.base)})" if adapter.base else ""
+        same = adapter.trained_on == fingerprint(source)
+        return "" if same else f"The adapter {folder} was trained on other base weights{named} than these."
+    if not adapter.base or not source.files:
+        return ""
+    here = source.files[0] if source.files[0].suffix == ".gguf" else source.files[0].parent
+    names = {_plain(name) for name in _names_of(here, source)}
+    if _plain(Path(adapter.base).name) in names:
+        return ""
+    there = Path(adapter.base)
+    if (there / "config.json").is_file():
+        with suppress(ModelError):
+            if there.samefile(here) or fingerprint(FolderSource(there)) == fingerprint(source):
+                return ""
+            return f"The adapter {folder} names {shown(adapter.base)} as its base; the weights of {here} are others."
+    return f"The adapter {folder} names {shown(adapter.base)} as its base; check that {here} is that model."
+
+
+def _names_of(here: Path, source: Source) -> list[str]:
+    """What the model at `here` may be called: by its path, the hub's cache, and its config."""
+    found = [here.stem if here.suffix == ".gguf" else here.resolve().name]
+    for part in here.parts:
+        if match := HUB_CACHE.fullmatch(part):
+            found.append(match[2])
+    named = source.config.get("_name_or_path")
+    return [*found, Path(named).name] if isinstance(named, str) else found
+
+
+def _plain(name: str) -> str:
+    """A model's name without what says how it is stored: unsloth/Llama-3.2-1B-bnb-4bit is llama 3 2 1b."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    # A version's digits stay: they stand before the end that says how it is stored.
+    while len(words) > 1 and STORED_AS.fullmatch(words[-1]):
+        words.pop()
+    return " ".join(word for word in words if word not in ("", "meta", "unsloth"))

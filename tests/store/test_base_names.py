@@ -1,0 +1,83 @@
+"""What is said of the base that an adapter names: nothing where it is this model, and no false warning."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from octavo.layers.lora import LoraSpec
+from octavo.ops.quantize import scheme_named
+from octavo.store.base_names import base_warning
+from octavo.store.folder import write_folder
+from octavo.store.peft import Adapter
+from octavo.store.sources import FolderSource, fingerprint
+
+
+def warning(base: str, folder: Path, sha256: str | None = None) -> str:
+    origin = {"base": {"sha256": sha256}} if sha256 else {}
+    return base_warning(Adapter(LoraSpec(), {}, {}, origin, base=base), Path("the-adapter"), FolderSource(folder))
+
+
+SAME = [
+    ("owner/Llama-3.2-1B", "Llama-3.2-1B"),
+    ("/home/somebody/models/Llama-3.2-1B/", "llama-3.2-1b"),
+    ("unsloth/llama-3.2-1b-unsloth-bnb-4bit", "Llama-3.2-1B"),
+    ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct"),
+    ("owner/Qwen2.5-0.5B", "qwen2.5_0.5b-int8"),
+    ("owner/Model", "models--owner--Model/snapshots/0123"),
+    ("", "anything"),
+]
+OTHER = [
+    ("owner/Llama-3.2-1B", "Llama-3.2-1B-Instruct"),
+    ("owner/Llama-3.2-1B", "Llama-3.2-3B"),
+    ("owner/Qwen2.5-0.5B", "Qwen2-0.5B"),
+    ("owner/Llama-3.2-1B", "my-model"),
+]
+
+
+@pytest.mark.parametrize(("named", "folder"), SAME)
+def test_names_of_the_same_model_are_not_warned_about(
+    named: str, folder: str, own_folder: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / folder
+    shutil.copytree(own_folder, here)
+    assert warning(named, here) == ""
+
+
+@pytest.mark.parametrize(("named", "folder"), OTHER)
+def test_another_name_is_said_with_both_names(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
+    here = tmp_path / folder
+    shutil.copytree(own_folder, here)
+    said = warning(named, here)
+    assert named in said
+    assert str(here) in said
+
+
+def test_a_folder_that_is_still_there_is_compared_by_its_weights(
+    folders: dict[str, Path], own_folder: Path, tmp_path: Path
+) -> None:
+    named = str(folders["llama"])
+    assert warning(named, own_folder) == ""  # a copy under another path
+    write_folder(FolderSource(own_folder), tmp_path / "q", scheme_named("int8"))
+    assert warning(named, tmp_path / "q") == ""  # made from it
+    weights = own_folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "the weights of" in warning(named, own_folder)
+
+
+def test_the_config_may_name_the_model(own_folder: Path) -> None:
+    config = json.loads((own_folder / "config.json").read_text())
+    (own_folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "owner/Some-Model"}))
+    assert warning("other/some-model", own_folder) == ""
+    assert warning("other/some-thing", own_folder)
+
+
+def test_a_hash_decides_where_there_is_one(own_folder: Path) -> None:
+    assert warning("any/name", own_folder, fingerprint(FolderSource(own_folder))) == ""
+    said = warning("any/name", own_folder, "0" * 64)
+    assert "other base weights ('any/name')" in said
