@@ -191,7 +191,7 @@ def _adapter_step(folder: Path) -> int | None:
     """The step of the adapter in a folder, None if it cannot be told."""
     try:
         return int(peft.read(folder).origin["step"])
-    except (AdapterError, KeyError):
+    except (AdapterError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
