@@ -13,7 +13,7 @@ from tests.conftest import Octavo
 
 from octavo import run, speak
 from octavo.config import Config, ModelOptions, QuantizeOptions
-from octavo.errors import ModelError, UsageError
+from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.evaluate import Score
 from octavo.hardware import Hardware
 from octavo.layers.lora import LoraSpec
@@ -150,3 +150,9 @@ def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
     assert "its own tokenizer" in done.err
     assert json.loads(done.out)["rows"][0]["tokens"] < json.loads(without.out)["rows"][0]["tokens"]
     assert octavo("generate", *ask, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0
+
+
+def test_an_adapter_with_fewer_rows_than_the_tokenizer_has_tokens_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = peft.Adapter(LoraSpec(), {}, {"model.embed_tokens.weight": torch.ones(3, 4)})
+    with Report(console=False) as report, pytest.raises(AdapterError, match="has 3 rows"):
+        run.tokenizer_with(adapter, tmp_path, FolderSource(tiny_llama), report)

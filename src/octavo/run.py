@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, QuantizeOptions
-from octavo.errors import ModelError, UsageError
+from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware, pick
 from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
@@ -83,16 +83,22 @@ def tokenizer_with(
     """The tokenizer for the model of `source` with an adapter on it.
 
     An adapter that changes the vocabulary's tables may bring a tokenizer with more tokens or another chat template:
-    that one is taken then. ModelError if the tokenizer has tokens beyond the tables.
+    that one is taken then. ModelError or AdapterError if the tokenizer has tokens beyond the tables.
     """
     if adapter is None or folder is None or (rows := adapter.vocabulary) is None:
         return source.tokenizer()
-    if not any((folder / name).is_file() for name in VOCABULARY_FILES):
-        tokenizer = source.tokenizer()
-    else:
+    if any((folder / name).is_file() for name in VOCABULARY_FILES):
         tokenizer = load_tokenizer(folder)
         report.say(f"The adapter brings an embedding: its own tokenizer ({len(tokenizer):,} tokens) is used.")
-    check_ids(tokenizer, rows, where=str(folder))
+        check_ids(tokenizer, rows, where=str(folder))
+        return tokenizer
+    tokenizer = source.tokenizer()
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        raise AdapterError(
+            f"The embedding in the adapter {folder} has {rows:,} rows; the model's tokenizer has tokens up to {last:,}.",
+            hint="Give the model that it was trained on, or put the tokenizer's files that it was trained with into "
+            "its folder.",
+        )
     return tokenizer
 
 
