@@ -95,7 +95,7 @@ def tokenizer_with(
     tokenizer = source.tokenizer()
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise AdapterError(
-            f"The embedding in the adapter {folder} has {rows:,} rows; the model's tokenizer has tokens up to {last:,}.",
+            f"The embedding in the adapter {folder} has {rows:,} rows; the model's tokenizer has the token {last:,}.",
             hint="Give the model that it was trained on, or put the tokenizer's files that it was trained with into "
             "its folder.",
         )
