@@ -17,7 +17,7 @@ from rich.console import Console
 
 from octavo import report as module
 from octavo.errors import UsageError
-from octavo.report import Report, duration, read_events
+from octavo.report import Report, duration, printable, read_events
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -294,3 +294,9 @@ def test_results_go_to_stdout_unless_a_document_does(capsys: pytest.CaptureFixtu
         assert ("said" in err, "on the way" in err) == (True, True)
         assert ("x" * 300 in out, "asked for" in out, "y" * 300 in out) == (results, results, results)
         assert ("x" * 300 in err, "asked for" in err) == (not results, not results)
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x9b", "\u202e", "\u2066", "\udcff"])
+def test_nothing_that_a_terminal_obeys_or_cannot_show_is_printed(character: str) -> None:
+    assert printable(f"a{character}b\tc\nd") == "a\N{REPLACEMENT CHARACTER}b\tc\nd"
+    printable(character).encode()

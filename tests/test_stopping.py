@@ -67,7 +67,7 @@ def test_a_library_that_swallows_it_changes_nothing(
 
 def test_one_more_while_the_first_is_reported(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.convert.convert", interrupt)
-    monkeypatch.setattr("octavo.cli._fail", interrupt)
+    monkeypatch.setattr("octavo.cli.exit_with", interrupt)
     assert octavo("convert", "m", "--out", "q").code == 130
 
 

@@ -6,8 +6,8 @@
     ├── ModelError            a checkpoint that is missing, broken, unsafe or of an unknown architecture
     ├── AdapterError          an adapter that does not fit the model it is put on
     ├── CheckpointError       a training checkpoint that cannot be written, read or resumed from
-    ├── TrainingError         training cannot go on: a loss that is not a number, a gradient that is missing
-    └── StoppedError          a signal stopped it; exit code 128 + its number: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP
+    └── TrainingError         training cannot go on: a loss that is not a number, a gradient that is missing
+        └── StoppedError      a signal stopped it; exit code 128 + its number: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP
 
 Every message says what happened and where; `hint` says what to do next. Errors of octavo's own logic are
 plain assertions: a user can do nothing about them.
@@ -62,7 +62,7 @@ class TrainingError(OctavoError, RuntimeError):
     """Training stopped because going on would waste the run."""
 
 
-class StoppedError(OctavoError):
+class StoppedError(TrainingError):
     """A signal asked to stop, and the work was put into order first. `number` is the signal's."""
 
     def __init__(self, message: str, *, number: int, hint: str = "") -> None:

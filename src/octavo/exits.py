@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 import typer
 
 from octavo.failures import cut, explained
-from octavo.stopping import INTERRUPTED
+from octavo.stopping import StopRequest
 from octavo.streams import output
 
 EXIT_CODES = (
@@ -32,7 +33,8 @@ def exit_with(error: BaseException | None, *, as_json: bool) -> NoReturn:
     if error is None:
         sys.exit(0)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        _fail("Interrupted", "Stopped.", "", INTERRUPTED, as_json=as_json)
+        number = error.number if isinstance(error, StopRequest) else signal.SIGINT
+        _fail("Interrupted", str(error) or "Stopped.", "", 128 + number, as_json=as_json)
     if isinstance(error, BrokenPipeError):  # whoever read the results has left, as `head` does
         sys.exit(1)
     if isinstance(error, SystemExit):

@@ -70,7 +70,8 @@ def explained(error: BaseException) -> OctavoError | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, in Python, in PyTorch's allocators or in a library."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    kind = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing it
+    return kind or isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def cut(text: object, most: int = MOST_SHOWN) -> str:

@@ -24,6 +24,7 @@ from octavo.bounded_json import JsonError, parse
 from octavo.metrics import MetricsFile
 from octavo.streams import in_notebook, output, standard_error
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Without a terminal a bar would fill a log file: a plain line this often instead.
 PLAIN_SECONDS = 10.0
 WIDE = 10_000  # columns of a file or a pipe
@@ -83,9 +84,9 @@ class Report:
 
     def result(self, text: str) -> None:
         """A part of what was asked for; recorded as the event "say"."""
+        self.event("say", text=text)
         with self._output():
             self._results.print(Text(printable(text)), soft_wrap=True)
-        self.event("say", text=text)
 
     def _output(self) -> AbstractContextManager[None]:
         """Around results on stdout, where a failed write is an error."""
@@ -257,8 +258,12 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which could move the cursor or recolour the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    """`text` without what could move the cursor, recolour the terminal or turn lines around, and in Unicode.
+
+    Control characters, controls of the direction of writing, and the halves of characters that stand for the bytes of a
+    file name that is not UTF-8 become replacement characters.
+    """
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _line(record: Mapping[str, object]) -> bytes:

@@ -47,3 +47,48 @@ def handled(handler: Handler, numbers: tuple[int, ...]) -> Iterator[None]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+class StopRequest(KeyboardInterrupt):
+    """A signal that asks to stop, where it is raised. `number` is the signal's; the text, if any, is for people."""
+
+    def __init__(self, number: int, *said: str) -> None:
+        super().__init__(*said)
+        self.number = number
+
+
+class StopSignals:
+    """Ctrl-C, SIGTERM and SIGHUP of a run. Each raises StopRequest at once; within `waits` the first one does not."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._waits = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signals."""
+        self.received.append(number)
+        if not self._waits or len(self.received) > 1:
+            raise StopRequest(number)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Within this somebody looks at `received` between two steps, and puts things into order first."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def check(self) -> None:
+        """StopRequest if a signal came, in case that a library swallowed it."""
+        if self.received:
+            raise StopRequest(self.received[0])
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Has the signals that ask to stop handled by what is yielded. A closed terminal sends SIGHUP; Windows has none."""
+    signals = StopSignals()
+    hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+    with handled(signals, (signal.SIGINT, signal.SIGTERM, *hangup)):
+        yield signals

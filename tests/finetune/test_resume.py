@@ -125,8 +125,8 @@ def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, opti
     assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (optimizer == "adamw8bit")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_exits_with_1(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_step_saves_and_exits_with_its_code(
     octavo: Octavo,
     settings: Settings,
     in_one_go: dict[str, Any],
@@ -138,7 +138,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_1(
     after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), number))
     (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **LONG).to_yaml())
     done = octavo("finetune", "--config", file, "--json")
-    assert (done.code, done.json["error"]["exit_code"]) == (1, 1)
+    assert (done.code, done.json["error"]["exit_code"]) == (128 + number, 128 + number)
     assert f"octavo finetune --resume --out {tmp_path / 'run'}" in done.err
     assert saved_steps(tmp_path / "run")[-1] == 5
     assert signal.getsignal(number) == before

@@ -196,7 +196,7 @@ def test_running_out_of_memory_changes_nothing_but_the_plan(
 def test_a_run_that_ran_out_of_memory_goes_on_as_if_it_had_begun_with_less(
     base: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def steps(trainer: Trainer) -> list[tuple[float, float]]:
+    def steps(trainer: Trainer) -> list[tuple[float | None, float]]:
         stream: Iterator[Batch] = (BATCHES[index % 3] for index in range(12))
         return [(step.loss, step.gradient_norm) for step in train(trainer, stream)]
 

@@ -180,7 +180,7 @@ def test_losses_are_those_of_a_plain_transformers_and_peft_loop(twins: Pair, kin
     theirs, ours = twins
     trainer, data = trainer_of(ours, total=20, kind=kind, accumulate=2), rows(10)
     plain = plain_loop(peft_model(theirs, trainer), data, steps=20, accumulate=2, batch=2)
-    losses = [step.loss for step in run(trainer, data, batch_size=2)]
+    losses = [step.loss for step in run(trainer, data, batch_size=2) if step.loss is not None]
     assert losses == pytest.approx(plain, rel=tolerance)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])  # something was learned
 

@@ -80,7 +80,7 @@ class TrainOptions(Section):
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
     batch: int = Field(4, ge=1, description="Rows in a micro-batch.")
     accumulate: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate over time.")
     warmup: float = Field(0.05, ge=0, description="Warm-up: a share of the steps, or a number of steps from 1 on.")
     lr_floor: float = Field(0.1, ge=0, le=1, description="Last learning rate over the peak.")
@@ -122,7 +122,7 @@ class RunOptions(Section):
 
     out: Path = Field(Path("runs/finetune"), description="The run folder.")
     resume: bool = Field(False, description="Go on from the newest valid checkpoint in --out.")
-    force: bool = Field(False, description="Resume even if the settings or the data differ.")
+    force: bool = Field(False, description="Resume even if model, data, adapter or batch differ from the checkpoint's.")
     checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep.")
     eval_every: int = Field(0, ge=0, description="Steps between held-out losses; 0: five times a run.")

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 from octavo import page
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
-from octavo.errors import TrainingError, UsageError
+from octavo.errors import StoppedError, TrainingError
 from octavo.finetune.compute import settle
-from octavo.finetune.measure import hold_out, measure_base, measure_tuned, read_back, sample, save_adapter
+from octavo.finetune.folder import RunFolder, restore, run_folder, write_settings
+from octavo.finetune.measure import (
+    hold_out,
+    keep_best_adapter,
+    measure_base,
+    measure_tuned,
+    read_back,
+    sample,
+    save_adapter,
+)
 from octavo.finetune.prepare import prepare
 from octavo.finetune.rehearse import rehearse
 from octavo.finetune.state import Run, resume, save_checkpoint
 from octavo.hardware import peak_memory_bytes
 from octavo.report import Report
 from octavo.scores import show_scores
+from octavo.stopping import StopRequest, StopSignals, stop_signals
 from octavo.store import checkpoint
-from octavo.store.files import atomic_write, lock, write_json_atomically
 from octavo.system import own_command, quoted
 from octavo.train.loop import Step, train
 
@@ -40,76 +46,98 @@ def finetune(
     """One run, from its start or from its newest checkpoint; returns what `--json` prints.
 
     `results`: the closing table goes to stdout. `compare_full` measures the unquantised base too. Raises the errors of
-    errors.py; whatever happens, the newest checkpoint is whole.
+    errors.py, and StopRequest for a signal outside of the loop; whatever happens, the newest checkpoint is whole.
     """
-    options = config[RunOptions]
-    _check_folder(options)
-    metrics = options.out / "metrics.jsonl"
-    with lock(options.out):
-        fresh = not metrics.exists()
-        with Report(console=console, results=results, metrics=metrics, append=options.resume) as report:
-            checkpoint.sweep(options.out / "checkpoints")
-            try:
-                run = prepare(config, report)
-                resumed = options.resume and resume(run)
-                settle(run, resumed=resumed)
-                rehearse(run)
-            except BaseException:
-                if fresh:  # nothing was begun: the same call with the fault mended must not meet a run
-                    metrics.unlink()
-                raise
-            _write_settings(run)
-            if not resumed:
-                measure_base(run, compare_full=compare_full)
-            _train(run)
-            return _finish(run)
+    with stop_signals() as signals:
+        try:
+            with (
+                run_folder(config) as folder,
+                Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
+            ):
+                run = _ready(config, report, folder)
+                if run.found.done == 0:
+                    measure_base(run, compare_full=compare_full)
+                _train(run, signals)
+                answer = _finish(run)
+                signals.check()
+                return answer
+        except KeyboardInterrupt as error:
+            number = signals.received[0] if signals.received else signal.SIGINT
+            raise StopRequest(number, f"Stopped. {_what_is_saved(config)}") from error
 
 
-def _check_folder(options: RunOptions) -> None:
-    held = [name for name in ("metrics.jsonl", "checkpoints", "adapter") if (options.out / name).exists()]
-    if held and not options.resume:
-        raise UsageError(
-            f"{options.out} already holds a run ({', '.join(held)}).",
-            hint="Go on with it with --resume, or choose another folder with --out.",
-        )
+def _ready(config: Config, report: Report, folder: RunFolder) -> Run:
+    """A run that has been rehearsed, with what its newest checkpoint holds if it goes on; its settings are written."""
+    if not config[RunOptions].resume:
+        report.resume_from(-1)  # of a call that was killed before its first step
+    run = prepare(config, report)
+    resumed = config[RunOptions].resume and resume(run)
+    settle(run, resumed=resumed)
+    rehearse(run)
+    write_settings(run, folder)
+    if resumed:
+        keep_best_adapter(run)
+    return run
 
 
-def _write_settings(run: Run) -> None:
-    """config.yaml, without what holds for this call alone, and ledger.json; only once it is sure that the run goes."""
-    settings = run.config.replace(resume=False, force=False, stop_after=None)
-    atomic_write(run.folder / "config.yaml", settings.to_yaml().encode())
-    ledgers = {"train": run.train.ledger.to_dict()}
-    if run.test:
-        ledgers["test"] = run.test.ledger.to_dict()
-    write_json_atomically(run.folder / "ledger.json", ledgers)
-
-
-def _train(run: Run) -> None:
+def _train(run: Run, signals: StopSignals) -> None:
     """The loop with all that happens around it: metrics, held-out losses, samples, checkpoints, stopping."""
     options, training, found = run.config[RunOptions], run.config[TrainOptions], run.found
     epochs = None if training.steps is not None else training.epochs
     stream = batches(run.train.rows, batch_size=training.batch, seed=training.seed, start=found.position, epochs=epochs)
     stop_at = min(run.total, found.done + (options.stop_after or run.total))
-    with _stop_signal() as signals, run.report.progress(run.total, "Training", done=found.done) as bar:
-        for step in train(run.trainer, stream, done=found.done):
-            found.done, found.position, found.last = step.number, step.following, step
-            bar.advance(loss=step.loss, tokens_per_second=round(step.tokens_per_second))
-            _record(run, step)
-            improved = _between(run, step)
-            stopping = bool(signals) or step.number >= stop_at
-            due = options.checkpoint_every > 0 and step.number % options.checkpoint_every == 0
-            if due or stopping or improved:  # the adapter in its folder always is one that a checkpoint knows
-                save_checkpoint(run)
-            if stopping:
-                break
+    untrained = 0
+    try:
+        with signals.waits(), run.report.progress(run.total, "Training", done=found.done) as bar:
+            for step in train(run.trainer, stream, done=found.done):
+                found.done, found.position, found.last = step.number, step.following, step
+                bar.advance(**_shown(step))
+                untrained += step.loss is None
+                _record(run, step, first_untrained=step.loss is None and untrained == 1)
+                improved = _between(run, step)
+                stopping = bool(signals.received) or step.number >= stop_at
+                due = options.checkpoint_every > 0 and step.number % options.checkpoint_every == 0
+                if due or stopping or improved:  # the adapter in its folder always is one that a checkpoint has
+                    restore(run)
+                    save_checkpoint(run)
+                if stopping:
+                    break
+    except TrainingError as error:
+        raise TrainingError(error.message, hint=f"{error.hint} {_what_is_saved(run.config)}".strip()) from error
+    if untrained > 1:
+        run.report.warn(f"{untrained:,} steps had no token to learn from: they record no loss and changed nothing.")
+    again = f"{own_command()} finetune --resume {quoted(['--out', run.folder])}"
+    if signals.received:
+        number = signals.received[0]
+        raise StoppedError(
+            f"Stopped after step {found.done:,}; the work is saved.", number=number, hint=f"Go on with: {again}"
+        )
     if found.done < run.total:
-        again = f"{own_command()} finetune --resume {quoted(['--out', run.folder])}"
         if options.stop_after is None:
-            raise TrainingError(f"Stopped after step {found.done:,}; the work is saved.", hint=f"Go on with: {again}")
+            raise TrainingError(
+                f"The data ended after step {found.done:,}; the work is saved.", hint=f"Go on with: {again}"
+            )
         run.report.say(f"Stopped after step {found.done:,} as asked. Go on with: {again}")
 
 
-def _record(run: Run, step: Step) -> None:
+def _what_is_saved(config: Config) -> str:
+    """From where an interrupted run goes on."""
+    out = config[RunOptions].out
+    again = f"{own_command()} finetune --resume {quoted(['--out', out])}"
+    step = checkpoint.newest_step(out / "checkpoints")
+    if step is None:
+        return f"There is no checkpoint yet: {again} begins anew."
+    return f"The newest checkpoint is that of step {step:,}. Go on with: {again}"
+
+
+def _shown(step: Step) -> dict[str, object]:
+    """What the bar shows of a step, as far as there is such a number."""
+    speed = step.tokens_per_second
+    values = {"loss": step.loss, "tokens_per_second": None if speed is None else round(speed)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
     run.report.event(
         "step",
         step=step.number,
@@ -123,6 +151,11 @@ def _record(run: Run, step: Step) -> None:
     if step.skipped:
         scale = run.trainer.scaler.scale
         run.report.warn(f"Step {step.number}: gradients overflowed float16, update left out, loss scale {scale:g}.")
+    if first_untrained:
+        run.report.warn(
+            f"Step {step.number} had no token to learn from: its rows are prompts alone, as where --truncate cuts "
+            "answers off. Such a step has no loss and changes nothing."
+        )
 
 
 def _between(run: Run, step: Step) -> bool:
@@ -143,19 +176,21 @@ def _finish(run: Run) -> dict[str, Any]:
     if finished:
         if found.best is None:
             save_adapter(run)
+        keep_best_adapter(run)
         read_back(run)
         rows = measure_tuned(run)
         if found.best is not None and found.best["step"] != found.done:
             report.say(f"The adapter of step {found.best['step']:,}, the best on the held-out text, is kept.")
         sample(run, which="tuned", step=found.done)
         report.event("evaluation", step=found.done, rows=rows)
-        if rows:
-            show_scores(rows, report)
     memory = peak_memory_bytes(run.hardware.device)
     report.event("memory", step=found.done, peak_bytes=memory)
+    restore(run)
     written = page.write(run.folder)
-    if finished:
+    if finished:  # the results last: standard output may be gone, and the run is whole all the same
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
+        if rows:
+            show_scores(rows, report)
         report.result(f"adapter  {run.adapter_folder}\nmetrics  {run.folder / 'metrics.jsonl'}\nreport   {written}")
     return {
         "out": str(run.folder),
@@ -167,30 +202,3 @@ def _finish(run: Run) -> dict[str, Any]:
         "rows": rows,
         "peak_memory_bytes": memory,
     }
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM puts itself into, so that the step at hand is finished and saved.
-
-    A second signal does what it would do without octavo.
-    """
-    received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job is not to hear Ctrl-C
-                before[number] = signal.signal(number, on_signal)
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        before.clear()
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

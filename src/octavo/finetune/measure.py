@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,58 @@ def hold_out(run: Run) -> bool:
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
         found.best = {"step": found.done, "loss": result.loss}
+        found.best_adapter = {name: p.detach().cpu().clone() for name, p in run.trainer.parameters.items()}
         save_adapter(run)
     return improved
 
 
 def save_adapter(run: Run) -> None:
     """Writes the adapter's folder, and remembers what the model says with it."""
-    base, step = run.config[ModelOptions].model, run.found.done
+    _write_adapter(run, step=run.found.done)
+    run.found.probe = _probe(run)
+
+
+def keep_best_adapter(run: Run) -> None:
+    """Writes the best adapter's folder anew, with a warning, unless it holds just that: it may be damaged or gone."""
+    found = run.found
+    if found.best is None or found.best_adapter is None:
+        return
+    with _with_parameters(run, found.best_adapter):
+        if not _is_in_folder(run, step=found.best["step"]):
+            run.report.warn(
+                f"{run.adapter_folder} does not hold the best adapter, that of step {found.best['step']:,}: it is "
+                "written anew from the checkpoint."
+            )
+            _write_adapter(run, step=found.best["step"])
+
+
+@contextmanager
+def _with_parameters(run: Run, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other trained parameters for a while."""
+    own = {name: parameter.detach().clone() for name, parameter in run.trainer.parameters.items()}
+    try:
+        for name, parameter in run.trainer.parameters.items():
+            parameter.data.copy_(values[name])
+        yield
+    finally:
+        for name, parameter in run.trainer.parameters.items():
+            parameter.data.copy_(own[name])
+
+
+def _is_in_folder(run: Run, *, step: int) -> bool:
+    """Whether the adapter's folder holds the model's adapter as that of `step`, bit for bit."""
+    try:
+        saved = peft.read(run.adapter_folder)
+    except (AdapterError, OSError):
+        return False
+    expected = peft.tensors_of(adapter.collect(run.model, run.plan.spec, origin={}))
+    found = peft.tensors_of(saved)
+    same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return same and saved.origin.get("step") == step
+
+
+def _write_adapter(run: Run, *, step: int) -> None:
+    base = run.config[ModelOptions].model
     origin = {
         "version": __version__,
         "base": {"name": base, "sha256": run.base_sha256, "scheme": run.scheme.name},
@@ -77,7 +124,6 @@ def save_adapter(run: Run) -> None:
     }
     card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
     adapter.save(run.adapter_folder, run.model, run.plan, base=base, origin=origin, card=card)
-    run.found.probe = _probe(run)
 
 
 def read_back(run: Run) -> None:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from octavo._version import __version__
 from octavo.config import Config, LoraOptions, MemoryOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import Position
 from octavo.data.packing import Row
-from octavo.errors import AdapterError, CheckpointError
+from octavo.errors import CheckpointError
 from octavo.hardware import Hardware
 from octavo.models import Model
 from octavo.ops.quantize import Scheme
 from octavo.plan import Fit, wants_eight
 from octavo.report import Report
-from octavo.store import checkpoint, peft
+from octavo.store import checkpoint
 from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import Source, fingerprint
 from octavo.texts import Text
@@ -41,6 +42,7 @@ class Found:
     position: Position = field(default_factory=Position)  # where the data go on
     base_rows: list[dict[str, Any]] = field(default_factory=list)  # the perplexity table before training
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
+    best_adapter: Mapping[str, Tensor] | None = None  # its trained parameters, float32, on the CPU
     probe: Tensor | None = None  # (T, V) logits of the model whose adapter is in the folder
     exact_products: list[str] | None = None  # those that are not in 8 bits; None: nothing is
     apart: dict[str, list[int]] = field(default_factory=dict)  # of products in 8 bits: inputs that stay out of that
@@ -116,7 +118,7 @@ def save_checkpoint(run: Run) -> None:
     """Everything that the run needs to go on from here."""
     tensors, state = state_of(run)
     keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(run.checkpoints, run.found.done, tensors=tensors, state=state, keep=keep)
+    checkpoint.save(run.checkpoints, run.found.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn)
 
 
 def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -128,6 +130,8 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     }
     if found.probe is not None:
         tensors["probe"] = {"logits": found.probe}
+    if found.best is not None and found.best_adapter is not None and found.best["step"] != found.done:
+        tensors["best"] = dict(found.best_adapter)  # so that damage to the adapter's folder is no dead end
     state = {
         "identity": run.identity,
         "position": {"epoch": found.position.epoch, "index": found.position.index},
@@ -145,12 +149,12 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 def resume(run: Run) -> bool:
     """Takes up the newest valid checkpoint; False, with a warning, if there is none.
 
-    CheckpointError if it belongs to another model, data or settings, unless forced.
+    CheckpointError if it belongs to another model, data or settings, unless forced, or does not fit all the same.
     """
     saved = checkpoint.newest(run.checkpoints, warn=run.report.warn)
     if saved is None:
-        run.report.warn(f"{run.folder} holds no checkpoint: starting from the beginning.")
         run.report.resume_from(-1)
+        run.report.warn(f"{run.folder} holds no checkpoint: starting from the beginning.")
         return False
     force = run.config[RunOptions].force
     checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
@@ -161,19 +165,41 @@ def resume(run: Run) -> bool:
         parameter.data.copy_(stored)
     run.trainer.optimizer.load_state(saved.tensors["optimizer"])
     run.trainer.scaler.load_state(saved.state["scaler"])
+    _take_up(run, saved)
+    run.report.resume_from(saved.step)
+    run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
+    _say_changes(run, saved.state)
+    return True
+
+
+def _take_up(run: Run, saved: checkpoint.Checkpoint) -> None:
     found = run.found
     found.done, found.position = saved.step, Position(**saved.state["position"])
     found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
     found.exact_products, found.apart = saved.state.get("exact_products"), saved.state.get("apart", {})
     found.probe = saved.tensors.get("probe", {}).get("logits")
-    if found.best is not None and _adapter_step(run.adapter_folder) != found.best["step"]:
-        run.report.warn("The adapter in the run folder is not the best one that the checkpoint knows: it is made anew.")
-        found.best = None
     if run.config[RunOptions].keep == "last":
         found.best = None
-    run.report.resume_from(saved.step)
-    run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
-    return True
+    if found.best is not None:
+        found.best_adapter = saved.tensors["adapter" if found.best["step"] == saved.step else "best"]
+
+
+def _say_changes(run: Run, state: dict[str, Any]) -> None:
+    """Steps, epochs and learning rates may change; a schedule that does is told with what it is now."""
+    saved = yaml.safe_load(state["config"]) or {}
+    options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.found.done
+    changes = [
+        f"--{name.replace('_', '-')} {saved.get(name)} is now {getattr(options, name)}"
+        for name in TrainOptions.model_fields
+        if name not in run.identity and saved.get(name) != getattr(options, name)
+    ]
+    if not changes:
+        return
+    now = f"steps {done + 1:,} to {run.total:,} have learning rates from {schedule.at(done + 1):.3g}"
+    now += f" to {schedule.at(run.total):.3g} ({schedule.kind})" if run.total > done else ""
+    if run.total <= done:
+        now = f"all {run.total:,} steps are done"
+    run.report.warn(f"The training settings differ from the checkpoint's: {', '.join(changes)}; {now}.")
 
 
 def versions() -> dict[str, str]:
@@ -185,14 +211,6 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _adapter_step(folder: Path) -> int | None:
-    """The step of the adapter in a folder, None if it cannot be told."""
-    try:
-        return int(peft.read(folder).origin["step"])
-    except (AdapterError, KeyError, TypeError, ValueError, OverflowError):
-        return None
 
 
 def _digest(rows: Sequence[Row]) -> str:

@@ -102,7 +102,12 @@ def write(folder: Path) -> Path:
 def summary(events: Sequence[Event]) -> str:
     """The run in one line: how far it came and what it changed."""
     losses = _points(events, "step", "loss")
-    told = [f"{int(losses[-1][0]):,} steps, training loss {smooth(losses)[-1][1]:.3f}"] if losses else []
+    steps = [number for event in events if event.get("event") == "step" and (number := _number(event.get("step")))]
+    told = [f"{int(steps[-1]):,} steps"] if steps else []
+    if told:
+        told[0] += (
+            f", training loss {smooth(losses)[-1][1]:.3f}" if losses else ", none of which had a token to learn from"
+        )
     rows = [row for row in _rows(events) if _number(row.get("perplexity"))]
     if len(rows) > 1:
         first, last = rows[0], rows[-1]

@@ -26,7 +26,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from octavo._version import __version__
 from octavo.atomic import exchange
@@ -121,6 +121,16 @@ def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
             hint="Start again without --resume, with another --out.",
         )
     return None
+
+
+def any_in(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`, whole or not, or a file in the folder's place."""
+    return bool(_candidates(folder)) or (folder.exists() and not folder.is_dir())
+
+
+def newest_step(folder: Path) -> int | None:
+    """The highest step of which there is a checkpoint by its name, or None; `newest` verifies it."""
+    return next((_step(path) for path in _candidates(folder)), None)
 
 
 def verify(path: Path) -> list[str]:
@@ -252,7 +262,8 @@ def _file_problems(folder: Path, name: str, *, size_bytes: int, digest: str) -> 
 def _load(path: Path) -> Checkpoint:
     """Read the verified checkpoint at `path`: only the files that its manifest vouches for."""
     names = sorted(read_object(path / MANIFEST, error=CheckpointError)["files"])
-    tensors = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    # By its bytes: safetensors opens no path that is not UTF-8.
+    tensors = {Path(name).stem: load((path / name).read_bytes()) for name in names if name.endswith(".safetensors")}
     state = read_object(path / STATE, error=CheckpointError, strict=False)  # a diverged run's losses
     return Checkpoint(step=_step(path), path=path, tensors=tensors, state=state)
 

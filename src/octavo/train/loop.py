@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
+from octavo.failures import out_of_memory as out_of_memory
 from octavo.layers.lora import gradients_in_place
 from octavo.models import Model
 from octavo.train.micro import MicroStep
@@ -25,10 +26,10 @@ from octavo.train.optim import Adam, LossScaler, Schedule
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `loss` is the mean over the step's trained tokens, in nats."""
+    """One optimizer step. `loss` is the mean over the step's trained tokens, in nats; None of a step that has none."""
 
     number: int  # counted from 1
-    loss: float
+    loss: float | None
     learning_rate: float
     gradient_norm: float  # before clipping
     trained_tokens: int
@@ -38,8 +39,9 @@ class Step:
     skipped: bool  # float16 only: the gradients overflowed and the update was left out
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """None where the clock did not move, as some virtual machines' do not."""
+        return self.tokens / self.seconds if self.seconds > 0 else None
 
 
 @dataclass
@@ -104,7 +106,7 @@ def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool
     scaler.update(finite=finite)
     return Step(
         number=number,
-        loss=math.fsum(values),
+        loss=math.fsum(values) if trained_tokens else None,
         learning_rate=learning_rate,
         gradient_norm=norm,
         trained_tokens=trained_tokens,
@@ -135,15 +137,8 @@ def gradients(trainer: Trainer, chosen: Sequence[Batch], number: int, *, seed: f
         if not trainer.micro_step.cheapen():
             raise TrainingError(
                 f"Step {number} does not fit into the card's memory, however little is kept.",
-                hint="The last checkpoint is whole. Try a smaller --seq-len or --scheme nf4, or end other programs "
-                "on the card.",
+                hint="Try a smaller --seq-len or --scheme nf4, or end other programs on the card.",
             )
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, in PyTorch's allocators or in a library's."""
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bool = True) -> None:
@@ -162,8 +157,15 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bo
     silent = [name for name, any_ in received.items() if not any_]
     if missing or silent:
         names = missing or silent
+        reached = f"No gradient reaches {names[0]}" + (f" and {len(names) - 1} more." if len(names) > 1 else ".")
+        if len(silent) == len(received):
+            raise TrainingError(
+                f"{reached} None of the trained parameters receives one.",
+                hint="The activations of the base model are zero or overflow: its weights may be damaged, all zero or "
+                "far too large. Measure it with `octavo evaluate`, or try --dtype float32.",
+            )
         raise TrainingError(
-            f"No gradient reaches {names[0]}" + (f" and {len(names) - 1} more." if len(names) > 1 else "."),
+            reached,
             hint="The first batch must train something through each of them: leave them out with --targets, or "
             "check with `octavo data` that the data have trained tokens.",
         )
@@ -186,7 +188,7 @@ def _not_finite(value: float, number: int, batch: Batch, scaler: LossScaler) -> 
         advice += ", or --dtype float32 or bfloat16 instead of float16"
     return TrainingError(
         f"The loss is {value} at step {number}, in the batch with {_named(batch.sources)}.",
-        hint=f"The adapter of the last checkpoint is untouched. Try {advice}; then go on with --resume.",
+        hint=f"Try {advice}.",
     )
 
 
@@ -194,8 +196,7 @@ def _gradient_not_finite(number: int, chosen: Sequence[Batch]) -> TrainingError:
     sources = tuple(dict.fromkeys(source for batch in chosen for source in batch.sources))
     return TrainingError(
         f"The gradient is not finite at step {number}, in the batch with {_named(sources)}.",
-        hint="The adapter of the last checkpoint is untouched. Try a smaller --lr or --dtype float32; then go on "
-        "with --resume.",
+        hint="Try a smaller --lr or --dtype float32.",
     )
 
 

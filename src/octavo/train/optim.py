@@ -21,6 +21,7 @@ from octavo.ops.adam import Moments, Rates, adam8_, adam_, no_moments
 OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 STATE = ("state1", "state2", "absmax1", "absmax2")  # of 8-bit Adam: bitsandbytes' names
+TORCH_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of torch.optim.AdamW
 FEW = 4096  # numbers: the moments of fewer stay in 32 bits, as bitsandbytes has it
 
 
@@ -144,6 +145,11 @@ class _Torch:
         return dict(self._adamw.state[self.values])
 
     def load_state(self, own: Mapping[str, Tensor]) -> None:
+        if own and own.keys() != TORCH_STATE:
+            raise CheckpointError(
+                "The optimizer's state in the checkpoint is not that of --optimizer adamw.",
+                hint="Go on with the optimizer of the checkpoint.",
+            )
         device = self.values.device
         self._adamw.state[self.values] = {
             key: tensor.clone() if key == "step" else tensor.to(device, copy=True) for key, tensor in own.items()
@@ -181,7 +187,10 @@ class _Eight:
         self.steps = int(own.get("step", 0))
         for name, tensor in zip(STATE, self.held, strict=False):
             if own and (name not in own or own[name].numel() != tensor.numel()):
-                raise CheckpointError(f"The optimizer's state in the checkpoint lacks {name} of the trained numbers.")
+                raise CheckpointError(
+                    f"The optimizer's state in the checkpoint lacks {name} of the trained numbers.",
+                    hint="Go on with the optimizer of the checkpoint.",
+                )
             tensor.copy_(own[name].view_as(tensor)) if own else tensor.zero_()
 
 
