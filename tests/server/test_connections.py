@@ -17,7 +17,7 @@ from tests.server.clients import PATIENCE, play, until
 from uvicorn.server import ServerState
 
 from octavo.server import connections
-from octavo.server.connections import Connection
+from octavo.server.connections import HEAD_SECONDS, LINGER_SECONDS, UNREAD_SECONDS, Connection
 
 Loop = Callable[[], asyncio.AbstractEventLoop]
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -27,6 +27,48 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 def loop(request: pytest.FixtureRequest) -> Any:
     """Makes an event loop: uvicorn takes uvloop's where it is installed."""
     return request.param
+
+
+class Clock:
+    """What the bounds of connections go by: it stands still until a scene lets time pass, however busy the machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[HandTimer] = []
+
+    def runs(self, seconds: float) -> bool:
+        """Whether a bound of so many seconds is waited for."""
+        return any(timer.due is not None and timer.seconds == seconds for timer in self.timers)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in self.timers[:]:
+            if timer.due is not None and timer.due <= self.now:
+                timer.due = None
+                timer.call()
+
+
+class HandTimer:
+    """connections._Timer by a Clock."""
+
+    def __init__(self, clock: Clock, _: object, seconds: float, call: Callable[[], None]) -> None:
+        self.clock, self.seconds, self.call = clock, seconds, call
+        self.due: float | None = None
+        clock.timers.append(self)
+
+    def start(self) -> None:
+        if self.due is None:
+            self.due = self.clock.now + self.seconds
+
+    def stop(self) -> None:
+        self.due = None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(connections, "_Timer", partial(HandTimer, found))
+    return found
 
 
 class App:
@@ -57,6 +99,7 @@ class Site:
 
     port: int
     state: ServerState
+    received: list[int]
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -65,15 +108,25 @@ class Site:
         self.writers.append(writer)
         return reader, writer
 
+    async def arrived(self, count: int) -> None:
+        """Waits until so many bytes have arrived, of all connections."""
+        await until(lambda: sum(self.received) >= count)
+
 
 @asynccontextmanager
 async def serving(app: Any, *, most: int = 8) -> AsyncIterator[Site]:
     config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off", timeout_keep_alive=9)
     config.load()
-    state = ServerState()
-    protocol = partial(Connection, config=config, server_state=state, app_state={}, most=most)
+    state, received = ServerState(), list[int]()
+
+    class Counted(Connection):
+        def data_received(self, data: bytes) -> None:
+            received.append(len(data))
+            super().data_received(data)
+
+    protocol = partial(Counted, config=config, server_state=state, app_state={}, most=most)
     server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
-    site = Site(server.sockets[0].getsockname()[1], state)
+    site = Site(server.sockets[0].getsockname()[1], state, received)
     try:
         yield site
     finally:
@@ -89,9 +142,7 @@ async def ended(reader: asyncio.StreamReader) -> bytes:
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", REQUEST + b"GET /"])
-def test_a_head_that_does_not_come_is_not_waited_for(loop: Loop, begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.05)
-
+def test_a_head_that_does_not_come_is_not_waited_for(loop: Loop, begun: bytes, clock: Clock) -> None:
     async def scene() -> None:
         async with serving(App()) as site:
             reader, writer = await site.connect()
@@ -99,42 +150,46 @@ def test_a_head_that_does_not_come_is_not_waited_for(loop: Loop, begun: bytes, m
                 writer.write(REQUEST)
                 await reader.readuntil(b"hello")
             writer.write(begun.removeprefix(REQUEST))
+            await site.arrived(len(begun))
+            clock.passes(HEAD_SECONDS)
             assert await ended(reader) == b""
+            clock.passes(LINGER_SECONDS)
             await until(lambda: not site.state.connections)
 
     play(scene(), loop)
 
 
-def test_a_head_that_comes_byte_by_byte_has_no_longer(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
-
+def test_a_head_that_comes_byte_by_byte_has_no_longer(loop: Loop, clock: Clock) -> None:
     async def scene() -> None:
         app = App()
         async with serving(app) as site:
             reader, writer = await site.connect()
-            whole = asyncio.create_task(ended(reader))
-            writer.write(b"GET / HTTP/1.1\r\nHost: ")
-            while not whole.done():
+            writer.write(begun := b"GET / HTTP/1.1\r\nHost: ")
+            await site.arrived(len(begun))
+            for number in range(8):  # an eighth of a number is exact
+                assert not reader.at_eof()
                 writer.write(b"x")
-                await asyncio.wait([whole], timeout=0.01)
-            assert (app.begun, whole.exception() or whole.result()) == (0, b"")
+                await site.arrived(len(begun) + number + 1)
+                clock.passes(HEAD_SECONDS / 8)
+            assert await ended(reader) == b""
+            clock.passes(LINGER_SECONDS)
+            await until(lambda: not site.state.connections)
+            assert app.begun == 0
 
     play(scene(), loop)
 
 
-def test_a_head_that_came_in_time_leaves_the_body_its_own(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.02)
-
+def test_a_head_that_came_in_time_leaves_the_body_its_own(loop: Loop, clock: Clock) -> None:
     async def scene() -> None:
         app = App()
         async with serving(app) as site:
             reader, writer = await site.connect()
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\n")
             await until(lambda: app.begun == 1)
-            late = asyncio.get_running_loop().call_later(0.06, writer.write, b"prompt")
+            clock.passes(2 * HEAD_SECONDS)
+            writer.write(b"prompt")
             assert (await asyncio.wait_for(reader.readuntil(b"hello"), PATIENCE)).startswith(b"HTTP/1.1 200")
             assert app.bodies == [b"prompt"]
-            late.cancel()
 
     play(scene(), loop)
 
@@ -159,16 +214,21 @@ def test_connections_beyond_the_limit_are_told_to_come_again(loop: Loop) -> None
     play(scene(), loop)
 
 
-def test_a_client_that_reads_nothing_is_cut_off(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_nothing_is_cut_off(loop: Loop, clock: Clock) -> None:
     """Else its answer, and its place among the requests, would be held for as long as it likes."""
-    monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.05)
 
     async def scene() -> None:
         app = App(b"x" * 2**20, pieces=64)
         async with serving(app) as site:
             _, writer = await site.connect()
             writer.write(REQUEST)
-            await until(lambda: app.gone == 1)
+            await until(lambda: clock.runs(UNREAD_SECONDS))
+
+            def is_cut_off() -> bool:
+                clock.passes(UNREAD_SECONDS)  # in the first of which the system may still take some
+                return app.gone == 1
+
+            await until(is_cut_off)
             await until(lambda: not site.state.tasks and not site.state.connections)
 
     play(scene(), loop)
@@ -311,21 +371,23 @@ BODIES = {
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"POST"])
 @pytest.mark.parametrize("name", BODIES)
 def test_an_answer_ends_the_connection_of_a_body_that_drips_on(
-    loop: Loop, name: str, method: bytes, monkeypatch: pytest.MonkeyPatch
+    loop: Loop, name: str, method: bytes, clock: Clock
 ) -> None:
-    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.05)
-
     async def scene() -> None:
         app = Refuses()
         async with serving(app) as site:
             reader, writer = await site.connect()
             whole = asyncio.create_task(reader.read())
             writer.write(method + b" / HTTP/1.1\r\n" + HOST + BODIES[name])
-            async with asyncio.timeout(PATIENCE):
-                while site.state.connections or not app.begun:
-                    writer.write(b"x")
-                    await asyncio.sleep(0.005)
-            said = await whole
+            said = await asyncio.wait_for(whole, PATIENCE)
+            assert app.begun == 1
+            for _ in range(8):  # an eighth of a number is exact
+                assert site.state.connections
+                arrived = sum(site.received)
+                writer.write(b"x")
+                await site.arrived(arrived + 1)
+                clock.passes(LINGER_SECONDS / 8)
+            await until(lambda: not site.state.connections)
             assert said.startswith(b"HTTP/1.1 403 ")
             assert b"connection: close" in said.lower()
 
@@ -463,10 +525,11 @@ def test_what_is_still_to_be_sent_at_the_end_is_not_waited_for_without_end(
     monkeypatch.setattr(connections, "UNREAD_SECONDS", 0.05)
 
     async def scene() -> None:
-        async with serving(App(b"x" * 2**23)) as site:
+        app = App(b"x" * 2**23)
+        async with serving(app) as site:
             _, writer = await site.connect()
             writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
-            await until(lambda: bool(site.state.connections))
+            await until(lambda: app.begun == 1)
             await until(lambda: not site.state.connections)
 
     play(scene(), loop)
