@@ -13,6 +13,7 @@ import pytest
 
 from octavo import atomic
 from octavo.atomic import atomic_write, new_folder, sweep
+from octavo.failures import explained
 from octavo.system import held_folder
 
 OPERATIONS = ("force_to_disk", "fsync_file", "fsync_folder", "rename_over")
@@ -81,7 +82,22 @@ def test_an_error_names_the_file_that_was_written(tmp_path: Path, monkeypatch: p
     fail_at(1, monkeypatch)
     with pytest.raises(OSError, match="output error") as caught:
         atomic_write(tmp_path / "config.yaml", b"x")
-    assert "config.yaml" in str(caught.value.filename)
+    assert caught.value.filename == str(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("fails", ["open", "library"])
+def test_an_error_within_a_new_folder_names_its_place(fails: str, tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        if fails == "library":
+            raise Exception("cannot be saved: No space left on device (os error 28)")  # as tokenizers
+        (folder / "no" / "y").write_bytes(b"")
+
+    with pytest.raises(Exception, match=r"cannot be saved|No such file") as caught, new_folder(tmp_path / "x") as made:
+        write(made)
+    assert caught.value.filename == str(tmp_path / "x")  # type: ignore[attr-defined]
+    found = explained(caught.value)
+    assert found is not None
+    assert found.message.startswith(f"{tmp_path / 'x'} cannot be read or written")
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])

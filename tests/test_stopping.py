@@ -98,7 +98,7 @@ def test_the_process_says_so_before_and_after_the_command_too(moment: str, tmp_p
         (tmp_path / "typer.py").write_text(kill)
         code += f"sys.path.insert(0, {str(tmp_path)!r})\n"
     else:
-        code += "atexit.register(os.kill, os.getpid(), 2)\n"
+        code += "import octavo.cli\noctavo.cli.main = lambda: atexit.register(os.kill, os.getpid(), 2)\n"
     code += "sys.argv = ['octavo', '--version']\nfrom octavo.__main__ import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 130

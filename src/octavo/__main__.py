@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from contextlib import suppress
@@ -13,6 +14,9 @@ def main() -> None:
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not in a shell's background job
     if heard:
         signal.signal(signal.SIGINT, _stop)
+        # Once all else is done: Python gives the signal back to the system while it takes itself apart, and then a
+        # Ctrl-C would put "killed" in place of the exit code that the command has by now.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     from octavo.cli import main as run
 
     try:

@@ -21,7 +21,7 @@ _LEFT_FOLDER = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)")
 
 def durable_write(path: Path, data: bytes) -> None:
     """Write `data` to `path` and force it to disk; only for a path that nobody reads yet."""
-    with named(path), path.open("wb") as file:
+    with path.open("wb") as file:
         file.write(data)
         file.flush()
         force_to_disk(file.fileno())
@@ -34,13 +34,14 @@ def atomic_write(path: Path, data: bytes) -> None:
     """
     path = _behind_links(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        durable_write(temporary, data)
-        rename_over(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    with named(path, instead_of=temporary):
+        try:
+            durable_write(temporary, data)
+            rename_over(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
 
 
 @contextmanager
@@ -56,14 +57,14 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     _sweep_beside(target)
     temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)  # where nothing is locked, of an earlier process of this number
-    temporary.mkdir()
+    with named(target, instead_of=temporary):
+        temporary.mkdir()
     try:
-        with held_folder(temporary):
-            with named(target):
-                yield temporary
-                for path in sorted(temporary.rglob("*")):
-                    fsync_folder(path) if path.is_dir() else fsync_file(path)
-                fsync_folder(temporary)
+        with held_folder(temporary), named(target, instead_of=temporary):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                fsync_folder(path) if path.is_dir() else fsync_file(path)
+            fsync_folder(temporary)
             if replace and target.exists():
                 exchange(temporary, target, old=target.with_name(f".old-{target.name}-{os.getpid()}"))
             else:
@@ -120,13 +121,19 @@ def sweep(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """An OSError within this names `path` if it names nothing: writing to an open file does not."""
+def named(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """An error within this names `path` if it names nothing, or a file below `instead_of`, which nobody has heard of.
+
+    Writing to an open file names nothing, nor do the errors of libraries, which have no such field.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
+    except Exception as error:
+        names = [str(name) for key in ("filename", "filename2") if (name := getattr(error, key, None)) is not None]
+        unnumbered = isinstance(error, OSError) and error.errno is None  # its text would be replaced by the name
+        if not unnumbered and (not names or (instead_of is not None and names[0].startswith(str(instead_of)))):
+            with suppress(AttributeError):
+                error.filename = str(path)  # type: ignore[attr-defined]
         raise
 
 

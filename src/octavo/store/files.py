@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from octavo.atomic import atomic_write as atomic_write
 from octavo.atomic import durable_write as durable_write
+from octavo.atomic import named
 from octavo.atomic import new_folder as new_folder
 from octavo.errors import CheckpointError
 from octavo.failures import explained
@@ -60,9 +61,10 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
             try:
                 if not _is(file, path):  # removed by its holder while this process waited, perhaps made anew by a third
                     continue
-                file.truncate(0)
-                file.write(f"{os.getpid()}\n")
-                file.flush()
+                with named(path):
+                    file.truncate(0)
+                    file.write(f"{os.getpid()}\n")
+                    file.flush()
                 yield
                 return
             finally:
