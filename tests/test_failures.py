@@ -104,6 +104,9 @@ def test_a_full_disk_behind_another_error_is_what_counts() -> None:
 def test_a_fault_of_the_program_is_not_explained() -> None:
     met = KeyError("a fault that met another on its way")
     met.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "x")
+    handled = KeyError("a fault after an error that was handled")
+    handled.__context__ = DataError("handled")
+    assert explained(handled) is None
     for error in (
         met,
         AssertionError("x"),

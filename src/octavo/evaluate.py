@@ -27,8 +27,8 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean nats a token."""
-        return self.nats / self.tokens
+        """Mean nats a token; not a number of a text without any."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:

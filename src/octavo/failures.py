@@ -60,9 +60,9 @@ def explained(error: BaseException) -> OctavoError | None:
 
     Of a chain of exceptions the first that can be explained counts. Any OSError can; other classes by their words.
     """
+    if isinstance(error, OctavoError):
+        return error
     for each in _chain(error):
-        if isinstance(each, OctavoError):
-            return each
         if (found := _explained(each, first=each is error)) is not None:
             return found
     return None

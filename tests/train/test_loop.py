@@ -281,6 +281,21 @@ def test_the_check_waits_for_the_first_step_with_something_to_learn(base: Model)
         next(steps)
 
 
+@pytest.mark.parametrize("factor", [0.0, 1e30])
+def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Model, factor: float) -> None:
+    """No target is to blame where no parameter at all receives a gradient."""
+    trainer, data = trainer_of(base, total=1), rows(2)
+    with torch.no_grad():
+        for name, tensor in (*trainer.model.named_parameters(), *trainer.model.named_buffers()):
+            if "lora" not in name and tensor.is_floating_point():
+                tensor.mul_(factor)
+    with pytest.raises(TrainingError, match=r"None of the trained parameters|loss is nan|not finite") as caught:
+        next(train(trainer, batches(data, batch_size=2, seed=SEED)))
+    if factor == 0:
+        assert "weights may be damaged" in caught.value.hint
+    assert "--targets" not in caught.value.hint
+
+
 def cut_off(model: Model) -> None:
     """Takes the pair of one layer out of the forward pass, while the optimizer still holds it."""
     layer = places(model)["model.layers.1.mlp.down_proj"].layer
