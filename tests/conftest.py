@@ -73,6 +73,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, 8)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes that no one can read are named by their number: all workers must give a test one name, and a gzip file
+    holds the time."""
+    if isinstance(val, bytes) and not (val.isascii() and val.decode("ascii").isprintable()):
+        return f"{len(val)} bytes"
+    return None
+
+
 Twins = Callable[[Any], "tuple[Any, Model]"]
 
 WORDS = [
