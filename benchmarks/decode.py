@@ -59,6 +59,7 @@ def main() -> None:
     add("--peer-tokens", type=int, default=32, help="new tokens of a peer: they are slow")
     add("--room", type=int, default=512, help="positions of a slot")
     add("--adapters", type=int, default=0)
+    add("--deterministic", action="store_true", help="octavo: a row's bits do not depend on the number of rows")
     add("--tiny", action="store_true")
     add("--profile", action="store_true")
     add("--commit", default="")
@@ -104,7 +105,9 @@ def octavo_rows(
 ) -> Iterator[tuple[int, Row]]:  # fmt: skip
     names: list[str | None] = list(adapters) or [None]
     for batch in batches(asked):
-        limits = Limits(slots=batch, room=asked.room, chunk=4 * asked.prompt, queue=batch)
+        limits = Limits(
+            slots=batch, room=asked.room, chunk=4 * asked.prompt, queue=batch, deterministic=asked.deterministic
+        )
         engine = Engine(model, tokenizer, base="base", limits=limits)
         for name, own in adapters.items():
             engine.load_adapter(name, own)

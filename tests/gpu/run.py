@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     cores = len(os.sched_getaffinity(0))
     workers = max(1, min(MOST, cores - 2))
     if workers > 1 and find_spec("xdist") is not None:
-        return run(["-n", str(workers), "--dist", "worksteal", *arguments, FOLDER, *OTHERS])
+        return run(["-p", "no:benchmark", "-n", str(workers), "--dist", "worksteal", *arguments, FOLDER, *OTHERS])
     files = [*OTHERS, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / FOLDER).glob("test_*.py"))]
     with ThreadPoolExecutor(workers) as pool:
         codes = list(pool.map(lambda file: run([*arguments, file]), files))

@@ -161,6 +161,42 @@ def test_answers_are_those_of_each_request_alone(folder: Path, adapters: list[Pa
     assert len(set(answers[0])) == len(requests)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_answer_has_the_same_bits_in_any_batch(folder: Path, adapters: list[Path], scheme: str) -> None:
+    """In bfloat16, with prompts read whole and in chunks, and with log-probabilities to show the last digit."""
+    model = loaded(folder, scheme, torch.bfloat16)
+    draw = torch.Generator().manual_seed(1)
+    whole = torch.randint(WORDS, (ROOM,), generator=draw).tolist()
+    requests = [
+        Request(
+            tuple(whole[n % 3 : n % 3 + 1 + 43 * n % 380]), Sampling(temperature=0.0, max_new_tokens=16),
+            (None, "a", "b")[n % 3], logprobs=1,
+        )
+        for n in range(20)
+    ]  # fmt: skip
+    answers = []
+    for slots, chunk, graphs in ((1, 64, False), (20, 128, True), (7, 256, False)):
+        engine = Engine(model, numbers(), base="base", limits=Limits(slots=slots, room=ROOM, chunk=chunk))
+        for name, path in zip("ab", adapters, strict=True):
+            engine.load_adapter(name, path)
+        for piece in engine.preparations() if graphs else []:  # short prompts as graphs too
+            piece()
+        for asked in (
+            [[request] for request in requests for _ in range(2)] if slots == 1 else [requests, requests[::-1]]
+        ):
+            streams = [engine.submit(request) for request in asked]
+            while engine.stats().running or engine.stats().waiting:
+                engine.step()
+            answers += [
+                (request, tuple((token.token_id, token.logprob) for token in stream.ready()))
+                for request, stream in zip(asked, streams, strict=True)
+            ]
+        for name in "ab":
+            engine.remove_adapter(name)
+    assert len(answers) == 6 * len(requests)
+    assert len(set(answers)) == len(requests)
+
+
 def test_adapters_that_come_and_go_are_in_the_next_step(folder: Path, adapters: list[Path]) -> None:
     engine = Engine(loaded(folder, "int8", torch.float32), numbers(), base="base", limits=Limits(slots=2, room=ROOM))
     asked = [Request((5, 6, 7), Sampling(temperature=0.0, max_new_tokens=12), name) for name in (None, "a")]

@@ -18,6 +18,7 @@ from octavo.infer.engine import Continuation, complete
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
+from octavo.ops import tiles
 from octavo.ops.quantize import scheme_named
 from octavo.store.adapter import AdapterPlan, apply_, create_, save, trained
 from octavo.store.peft import read
@@ -41,6 +42,12 @@ CONFIGS: dict[str, Any] = {
 }
 TABLES = {"llama": ("embed_tokens", "lm_head"), "tied": ("embed_tokens",), "gptj": ("wte", "lm_head")}
 SPEC = LoraSpec(rank=4, alpha=12.0)
+
+
+@pytest.fixture(autouse=True)
+def prefill_tiles_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contexts here are shorter than a tile; with the smallest one chunks and reused prompts end anywhere."""
+    monkeypatch.setattr(tiles, "PREFILL_TILE", 1)
 
 
 @dataclass(repr=False)

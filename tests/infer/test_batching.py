@@ -225,7 +225,7 @@ def test_a_prompt_that_begins_like_another_is_not_read_again(family: Family) -> 
         engine.submit(Request(LONG[:20], Sampling(temperature=0.0, max_new_tokens=1)))  # holds slot 0 a while
         engine.submit(Request(LONG, GREEDY))
         family.run_out(engine)
-    assert reused == [0, 29, 20, 40, 0, 0]
+    assert reused == [0, 29, 20, 30, 0, 0]  # an answer was decoded, with other bits than a prompt would have
 
 
 def test_a_prompt_is_taken_over_from_a_request_that_is_still_running(family: Family) -> None:

@@ -6,7 +6,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ MIXED = [
 ]
 
 
-def serving(family: Family, scheme: str = "none", **limits: int) -> Engine:
+def serving(family: Family, scheme: str = "none", **limits: Any) -> Engine:
     """An engine that holds the adapters "blocks" and "tables"."""
     engine = family.engine(Limits(**{"slots": 4, "room": 48, "chunk": 6, **limits}), family.model(scheme))
     for name in ("blocks", "tables"):

@@ -10,6 +10,7 @@ import torch
 
 from octavo.infer.decoding import Decoder, _sizes, chosen
 from octavo.layers.served import Routing
+from octavo.ops.tiles import Phase
 from octavo.store.adapter import route_, serve_
 from octavo.store.peft import read
 
@@ -37,7 +38,7 @@ def test_a_step_is_what_each_row_says_alone(family: Family, scheme: str) -> None
         for row, prompt in enumerate(PROMPTS):
             routing.numbers = torch.tensor(numbers[row : row + 1])
             hidden = model.hidden(torch.tensor([[*prompt, row + 1]]), cache=model.new_cache(batch=1, room=20))
-            wanted = model.head(hidden[:, -1:])[0, 0, :260]
+            wanted = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :260]
             torch.testing.assert_close(found.logits[row], wanted, rtol=1e-4, atol=1e-4)
             assert found.greedy[row] == int(wanted.argmax())
             assert found.best[row] == pytest.approx(float(wanted.max()), abs=1e-4)

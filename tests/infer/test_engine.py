@@ -19,6 +19,7 @@ from octavo.errors import UsageError
 from octavo.infer.engine import Continuation, complete, generate
 from octavo.infer.sample import Sampling
 from octavo.models import Model
+from octavo.ops.tiles import Phase
 
 UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
 GREEDY = Sampling(temperature=0.0)
@@ -134,9 +135,9 @@ class Scripted(nn.Module):
         self.fed.append(ids[0].tolist())
         return torch.zeros(*ids.shape, 1)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        logits = torch.zeros(len(hidden), self.words)
-        logits[:, self.script[len(self.fed) - 1]] = 1.0
+    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
+        logits = torch.zeros(*hidden.shape[:2], self.words)
+        logits[..., self.script[len(self.fed) - 1]] = 1.0
         return logits
 
 

@@ -58,7 +58,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     return made
 
 
-def serving(family: Family, **limits: int) -> Engine:
+def serving(family: Family, **limits: Any) -> Engine:
     engine = family.engine(Limits(**{"slots": 4, "room": 48, "chunk": 16, **limits}))
     for name in ADAPTERS[1:]:
         engine.load_adapter(name, family.adapter(name))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.infer.slots import Slots
 from octavo.layers.cache import SlotCache
+from octavo.ops import tiles
+from octavo.ops.tiles import Phase
 
-SLOTS, ROOM = 3, 12
+SLOTS, ROOM, TILE = 3, 12, 2
 ADAPTERS = (None, "a", "b")
 Held = tuple[str | None, list[int]]
 
@@ -20,7 +23,7 @@ def fresh() -> Slots:
     )
 
 
-def write(slots: Slots, slot: int, tokens: list[int]) -> None:
+def write(slots: Slots, slot: int, tokens: list[int], phase: Phase = Phase.PREFILL) -> None:
     """As a pass over the model does. The keys of a token say which it is, and so do its values."""
     if tokens:
         over = slots.cache.slot(slot).next(len(tokens))
@@ -28,7 +31,7 @@ def write(slots: Slots, slot: int, tokens: list[int]) -> None:
         for layer in range(2):
             over.attend(layer, numbers, numbers + 100 * layer, numbers + 100 * layer + 10)
         over.finish()
-        slots.wrote(slot, tokens)
+        slots.wrote(slot, tokens, phase)
 
 
 def stored(slots: Slots, slot: int, count: int) -> list[list[float]]:
@@ -41,12 +44,18 @@ def stored(slots: Slots, slot: int, count: int) -> list[list[float]]:
 
 
 def longest(held: list[Held], adapter: str | None, prompt: list[int]) -> int:
+    """The most tokens of a prompt, in whole tiles, that any slot holds of a prompt of its own."""
     return max(
         n
         for own, tokens in held
-        for n in range(len(prompt) + 1)
+        for n in range(0, len(prompt) + 1, TILE)
         if n == 0 or (own == adapter and tokens[:n] == prompt[:n])
     )
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "PREFILL_TILE", TILE)
 
 
 STEPS = st.lists(
@@ -55,7 +64,8 @@ STEPS = st.lists(
             st.just("serve"),
             st.integers(0, SLOTS - 1),
             st.sampled_from(ADAPTERS),
-            st.lists(st.integers(1, 2), max_size=ROOM),
+            st.lists(st.integers(1, 2), max_size=ROOM - 2),
+            st.integers(0, 2),
         ),
         st.tuples(st.just("move"), st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1)),
         st.tuples(st.just("forget"), st.sampled_from(ADAPTERS)),
@@ -72,11 +82,12 @@ def test_the_longest_common_start_of_any_slot_is_found(steps: list[tuple[str, *t
     held: list[Held] = [(None, [])] * SLOTS
     for step in steps:
         match step:
-            case ("serve", int(slot), None | str() as adapter, list(prompt)):
+            case ("serve", int(slot), None | str() as adapter, list(prompt), int(answer)):
                 wanted = longest(held, adapter, prompt)
                 assert slots.begin(slot, adapter, prompt) == wanted
                 assert slots.cache.lengths[slot] == wanted
                 write(slots, slot, prompt[wanted:])
+                write(slots, slot, [1] * answer, Phase.DECODE)  # which no prompt finds again
                 held[slot] = adapter, list(prompt)
             case ("move", int(source), int(target)):
                 slots.move(source, target)
@@ -99,22 +110,32 @@ def test_the_longest_of_several_is_taken_and_cut_where_they_part() -> None:
         write(slots, slot, tokens)
     assert slots.begin(2, None, [1, 2, 3, 4, 5, 6, 8, 8]) == 6
     assert stored(slots, 2, 6) == [[1, 2, 3, 4, 5, 6]] * 4
-    assert slots.begin(0, None, [1, 2, 3]) == 3  # of its own
-    assert slots.begin(0, None, [1, 2, 3, 4, 5]) == 5  # and what it had behind them, from another slot
+    assert slots.begin(0, None, [1, 2, 3]) == 2  # of its own, in whole tiles
+    assert slots.begin(0, None, [1, 2, 3, 4, 5]) == 4  # and what it had behind them, from another slot
     assert slots.begin(0, "a", [1, 2, 3]) == 0
-    assert slots.begin(0, None, [1, 2, 3]) == 3
+    assert slots.begin(0, None, [1, 2, 3]) == 2
     assert slots.begin(1, None, [2, 3]) == 0
+
+
+def test_an_answer_and_a_tile_that_is_not_whole_are_not_used_again() -> None:
+    slots = fresh()
+    slots.begin(0, None, [])
+    write(slots, 0, [1, 2, 3])
+    write(slots, 0, [4, 5], Phase.DECODE)
+    assert slots.begin(1, None, [1, 2, 3, 4, 5, 6]) == 2
+    with pytest.raises(AssertionError):
+        slots.wrote(0, [6], Phase.PREFILL)
 
 
 def test_one_adapter_is_forgotten_or_all() -> None:
     slots = fresh()
     for slot, adapter in enumerate(ADAPTERS):
         slots.begin(slot, adapter, [])
-        write(slots, slot, [1, 2, 3])
+        write(slots, slot, [1, 2, 3, 4])
     slots.forget("a")
-    assert [slots.begin(1, adapter, [1, 2, 3]) for adapter in ("a", "b", None)] == [0, 3, 3]
+    assert [slots.begin(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 4, 4]
     slots.forget()
-    assert [slots.begin(1, adapter, [1, 2, 3]) for adapter in ("a", "b", None)] == [0, 0, 0]
+    assert [slots.begin(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 0, 0]
 
 
 def test_what_a_slot_took_over_is_its_own_to_go_on_from() -> None:
@@ -130,5 +151,5 @@ def test_what_a_slot_took_over_is_its_own_to_go_on_from() -> None:
         [1, 2, 5, 6, 8],
         [1, 2, 5, 6, 7],
     ]
-    assert slots.begin(0, None, [1, 2, 5, 6, 8]) == 5
-    assert slots.begin(0, None, [1, 2, 5, 6, 7]) == 5
+    assert slots.begin(0, None, [1, 2, 5, 6, 8]) == 4
+    assert slots.begin(0, None, [1, 2, 5, 6, 7]) == 4

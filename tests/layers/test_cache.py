@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -143,8 +144,9 @@ def read(
         for slot, row in live.items():
             own[slot] = torch.cat((own[slot][0], k[row])), torch.cat((own[slot][1], v[row]))
             seen = torch.ones(new, starts[slot] + new, dtype=torch.bool).tril(starts[slot])
-            wanted = causal_attention(q[row, None], own[slot][0][None], own[slot][1][None], mask=seen)
-            torch.testing.assert_close(found[row, None], wanted)
+            whole_k, whole_v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in own[slot])  # (2 G, S, D)
+            wanted = F.scaled_dot_product_attention(q[row].transpose(0, 1), whole_k, whole_v, attn_mask=seen)
+            torch.testing.assert_close(found[row], wanted.transpose(0, 1))
         assert not any(found[row].any() for row in range(rows) if row not in live.values())
     assert cache.lengths == starts  # until all layers have stored theirs
     over.finish()

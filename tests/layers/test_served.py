@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.layers.served import Bank, Routing
+from octavo.layers.served import RANKS, Bank, Routing
+from octavo.ops.inference import matmul
+from octavo.ops.tiles import Phase
 
 K = 12
 OUTPUTS = {"q": 5, "k": 3, "v": 4}
@@ -63,16 +65,17 @@ def test_each_row_gets_its_own_adapter_whatever_came_and_went(
     numbers = torch.tensor([0, 3, 1, 4, 2, 3])
     x = torch.randn(len(numbers), 2, K)
     wanted = torch.stack([alone(held, own, int(number)) for own, number in zip(x, numbers, strict=True)])
-    y = torch.ones(len(numbers), 2, N)
-    here.add_(y, x, numbers)
-    torch.testing.assert_close(y - 1, wanted, rtol=1e-5, atol=1e-5)
-    assert torch.equal(y[0], torch.ones(2, N))  # the base's row
-    thin = here.thin(x[:, 0], numbers)
-    assert [thin.names[start:stop].unique().tolist() for start, stop in thin.spans] == [[0], [1], [2]]
-    for place, (start, stop) in enumerate(thin.spans):
-        inner = thin.inner[:, place * here.rank : (place + 1) * here.rank]
-        own = torch.einsum("mr,mrn->mn", inner, thin.b[numbers])[:, start:stop]
-        torch.testing.assert_close(own, wanted[:, 0, start:stop], rtol=1e-5, atol=1e-5)
+    assert here.rank % RANKS == 0
+    for position in range(2):
+        lora = here.lora(x[:, position], numbers, Phase.DECODE)
+        y = matmul(x[:, position], torch.zeros(N, K), phase=Phase.DECODE, residual=torch.ones(len(x), N), lora=lora)
+        torch.testing.assert_close(y - 1, wanted[:, position], rtol=1e-5, atol=1e-5)
+        assert torch.equal(y[0], torch.ones(N))  # the base's row
+        assert [lora.names[start:stop].unique().tolist() for start, stop in lora.spans] == [[0], [1], [2]]
+        for place, (start, stop) in enumerate(lora.spans):
+            inner = lora.inner[:, place * here.rank : (place + 1) * here.rank]
+            own = torch.einsum("mr,mrn->mn", inner, lora.b[numbers])[:, start:stop]
+            torch.testing.assert_close(own, wanted[:, position, start:stop], rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_a_table_get_their_own_adapter() -> None:

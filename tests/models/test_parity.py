@@ -245,7 +245,7 @@ def test_an_unknown_architecture_names_the_known() -> None:
 def test_a_config_that_lacks_a_size_says_which() -> None:
     config = GPTJConfig(**like_gptj(4, 4)).to_dict() | {"architectures": ["GPTJForCausalLM"]}
     del config["n_head"]
-    with pytest.raises(ModelError, match=r"config\.json lacks 'n_head'"):
+    with pytest.raises(ModelError, match=r"config\.json: n_head is missing"):
         build(config)
 
 

@@ -14,7 +14,7 @@ from octavo.ops.attention import (
     HALF,
     INTERLEAVED,
     Documents,
-    cache_mask,
+    cached_rotary_table,
     causal_attention,
     find_documents,
     rotary_table,
@@ -23,6 +23,8 @@ from octavo.ops.attention import (
     rotate_interleaved,
     rotate_into,
 )
+from octavo.ops.cached_attention import prefill_attention
+from octavo.ops.tiles import Phase
 
 CPU = torch.device("cpu")
 HEADS, SIZE = 4, 8  # H, D
@@ -230,16 +232,18 @@ def test_attention_over_a_cache_in_pieces_is_attention_at_once(pieces: list[int]
     q, k, v = three(sum(pieces), groups=2)
     start, outputs = 0, []
     for length in pieces:
-        end = start + length
-        mask = cache_mask(start, length, CPU)
-        outputs.append(causal_attention(q[:, start:end], k[:, :end], v[:, :end], mask=mask))
-        start = end
+        outputs.append(prefill_attention(q[:, start : start + length], k, v, torch.full((len(q),), start)))
+        start += length
     torch.testing.assert_close(torch.cat(outputs, dim=1), causal_attention(q, k, v))
 
 
-def test_first_pieces_and_single_positions_need_no_cache_mask() -> None:
-    assert cache_mask(0, 5, CPU) is None
-    assert cache_mask(5, 1, CPU) is None
-    mask = cache_mask(2, 2, CPU)
-    assert mask is not None
-    assert mask[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
+@pytest.mark.parametrize("phase", Phase)
+def test_the_table_over_a_cache_is_that_of_all_positions_at_once(phase: Phase) -> None:
+    """Up to the last digit, in which a vectorised cosine and its scalar remainder may differ."""
+    decode = phase is Phase.DECODE
+    positions = torch.tensor([[3], [200], [0]]) if decode else torch.arange(5, 140)[None]
+    frequencies = torch.logspace(0, -3, 5)
+    for found, wanted in zip(
+        cached_rotary_table(positions, frequencies, phase=phase), rotary_table(positions, frequencies), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2**-23)

@@ -15,10 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import adam, attention, decode, eight, learn, loss, pointwise, quantize, twins  # noqa: F401  (they fill TWINS)
+from octavo.ops import (  # noqa: F401  (they fill TWINS)
+    adam,
+    attention,
+    cached_attention,
+    eight,
+    inference,
+    learn,
+    loss,
+    pointwise,
+    quantize,
+    twins,
+)
 from octavo.ops.attention import rotary_table
 from octavo.ops.linear import LowRank
 from octavo.ops.quantize import SCHEMES
+from octavo.ops.tiles import Phase
 from octavo.ops.twins import TWINS, kernels_missing, kernels_run_on, use_kernels
 
 Case = Callable[[torch.dtype], tuple[tuple[object, ...], dict[str, object], Tensor]]
@@ -171,24 +183,29 @@ def losses(vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool =
     return make
 
 
-def few(m: int, k: int, n: int, *, bias: bool = False, rank: int = 0, onto: bool = False) -> Case:
-    """A product of m rows with 8-bit codes; with `rank` two names, and the base and two adapters."""
+def inferred(
+    m: int, k: int, n: int, *, bias: bool = False, rank: int = 0, residual: bool = False, phase: Phase = Phase.DECODE,
+    weight: str = "int8", wide: bool = False,
+) -> Case:  # fmt: skip
+    """A matmul of m rows; with `rank` two names, and the base and two adapters. `wide`: its result is float32."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        # The definition rounds whatever is added; of many numbers some cancel to less than that, so they are small.
+        # The reference rounds whatever is added; of many numbers some cancel to less than that, so they are small.
         x, size = columns(m, k, dtype), 0.3 if m > 64 else 1.0
-        parts = SCHEMES["int8"].quantise(torch.randn(n, k) * k**-0.5 * size)
-        named: dict[str, object] = {}
+        matrix = torch.randn(n, k) * k**-0.5 * size
+        parts = SCHEMES["int8"].quantise(matrix)
+        given = (parts["weight"], parts["absmax"]) if weight == "int8" else (matrix.to(dtype), None)
+        named: dict[str, object] = {"phase": phase} | ({"dtype": torch.float32} if wide else {})
         if bias:
-            named = {"bias": torch.randn(n // 2), "bias_start": n // 4}
+            named |= {"bias": torch.randn(n // 2), "bias_start": n // 4}
         if rank:
             numbers, b, names = torch.arange(m) % 3, torch.randn(3, rank, n).to(dtype), torch.zeros(n).int()
             b[0], names[n // 3 :] = 0, 1
             inner = torch.randn(m, 2 * rank).mul_(rank**-0.5 * size)
-            named["thin"] = decode.Thin(inner, b, numbers, names, ((0, n // 3), (n // 3, n)))
-        if onto:
-            named["onto"] = columns(m, n, dtype) * size
-        return (x, parts["weight"], parts["absmax"]), named, x
+            named["lora"] = inference.BatchedLora(inner, b, numbers, names, ((0, n // 3), (n // 3, n)))
+        if residual:
+            named["residual"] = columns(m, n, dtype) * size
+        return (x, *given), named, x
 
     return make
 
@@ -259,7 +276,7 @@ def shrunk(m: int, k: int, j: int) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, a = columns(m, k, dtype), (torch.randn(3, j, k) * k**-0.5).to(dtype)
         a[0] = 0
-        return (x, a, torch.arange(m) % 3), {}, x
+        return (x, a, torch.arange(m) % 3, Phase.DECODE), {}, x
 
     return make
 
@@ -280,6 +297,25 @@ def slots(lengths: list[int], room: int, *, heads: int, groups: int, size: int) 
     return make
 
 
+def prefilled(
+    length: int, starts: list[int], slots: list[int] | None = None, *, heads: int, groups: int, size: int
+) -> Case:
+    """New positions of some slots of one layer of a cache of two; what is behind them is far from anything."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        places, room = slots or list(range(len(starts))), max(starts) + length + 9
+        cache = torch.randn(2, 2, max(places) + 1, room, groups, size).to(dtype)
+        for place, start in zip(places, starts, strict=True):
+            cache[:, :, place, start + length :] = 1000
+        u = columns(len(starts) * length, (heads + 2 * groups) * size, dtype)[:, : heads * size]
+        q = u.unflatten(0, (len(starts), length)).unflatten(-1, (heads, size))
+        # Columns of a wider tensor, as they come out of a CUDA graph's one input.
+        wide = torch.tensor([starts, places]).T.contiguous()
+        return (q, *cache[:, 1], wide[:, 0], None if slots is None else wide[:, 1]), {}, u
+
+    return make
+
+
 def step_of_adam(n: int) -> Case:
     """From moments that are there already; its numbers lie within a wider row."""
 
@@ -296,13 +332,23 @@ def step_of_adam(n: int) -> Case:
 
 CASES: dict[str, list[Case]] = {
     "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
-    "decode.int8_rows": [
-        few(1, 1300, 70), few(1, 70, 33, bias=True, rank=3, onto=True), few(2, 1300, 70, bias=True),
-        few(5, 2100, 70, onto=True), few(17, 1300, 70, rank=5), few(33, 520, 70, bias=True, rank=3, onto=True),
-        few(5, 700, 70, rank=5), few(70, 200, 70, onto=True), few(130, 200, 140, rank=5, onto=True),
+    "inference.matmul": [
+        inferred(1, 1300, 70), inferred(1, 70, 33, bias=True, rank=3, residual=True), inferred(2, 1300, 70, bias=True),
+        inferred(5, 2100, 70, residual=True), inferred(17, 1300, 70, rank=5), inferred(5, 700, 70, rank=5),
+        inferred(33, 520, 70, bias=True, rank=3, residual=True), inferred(70, 200, 70, residual=True),
+        inferred(130, 200, 140, rank=5, residual=True), inferred(3, 300, 70, weight="float", bias=True, residual=True),
+        inferred(3, 2100, 70, wide=True), inferred(5, 300, 70, phase=Phase.PREFILL, rank=5, residual=True),
+        inferred(70, 1300, 140, phase=Phase.PREFILL, weight="float"),
+        inferred(130, 200, 140, phase=Phase.PREFILL, rank=3, bias=True, residual=True),
+        inferred(40, 1300, 140, phase=Phase.WIDE, rank=5, residual=True), inferred(70, 200, 140, phase=Phase.WIDE),
     ],
-    "decode.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
-    "decode.slot_attention": [
+    "inference.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
+    "cached_attention.prefill_attention": [
+        prefilled(5, [0, 9], heads=4, groups=2, size=24),
+        prefilled(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16),
+        prefilled(1, [130], heads=2, groups=2, size=8), prefilled(64, [0], [1], heads=2, groups=1, size=136),
+    ],
+    "cached_attention.decode_attention": [
         slots([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
         slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 384, heads=6, groups=1, size=16),
         slots([70, -1, 63, 64], 130, heads=18, groups=2, size=8), slots([600], 640, heads=2, groups=1, size=8),
@@ -387,12 +433,44 @@ def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
 def test_an_adapter_that_is_not_finite_hurts_no_other_row(dtype: torch.dtype, m: int) -> None:
     """Requests of several adapters, and of none, share a product."""
     torch.manual_seed(0)
-    given, named, _ = few(m, 200, 70, rank=5)(dtype)
-    thin = named["thin"]
-    assert isinstance(thin, decode.Thin)
-    thin.b[2, 1, 3::5] = torch.nan
-    found = import_module("octavo.kernels.decode").int8_rows(*given, **named)
-    assert torch.equal(found.isfinite().all(dim=1), thin.numbers != 2)
+    given, named, _ = inferred(m, 200, 70, rank=5)(dtype)
+    lora = named["lora"]
+    assert isinstance(lora, inference.BatchedLora)
+    lora.b[2, 1, 3::5] = torch.nan
+    found = import_module("octavo.kernels.inference").matmul(*given, **named)
+    assert torch.equal(found.isfinite().all(dim=1), lora.numbers != 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("weight", ["int8", "float"])
+@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE])
+def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: str, dtype: torch.dtype) -> None:
+    """Through every tile of rows that there is, with a sum that is parted and one that is not."""
+    kernel = import_module("octavo.kernels.inference")
+    for k, n in ((1100, 70), (200, 140)):
+        torch.manual_seed(0)
+        (x, *given), named, _ = inferred(130, k, n, rank=5, bias=True, residual=True, weight=weight, phase=phase)(dtype)
+        lora, residual = named.pop("lora"), named.pop("residual")
+        assert isinstance(lora, inference.BatchedLora)
+        whole = kernel.matmul(x, *given, lora=lora, residual=residual, **named)
+        for rows in (slice(7, 8), slice(7, 23), slice(3, 35), slice(0, 64), slice(6, 71)):
+            own = lora._replace(inner=lora.inner[rows], numbers=lora.numbers[rows])
+            found = kernel.matmul(x[rows], *given, lora=own, residual=residual[rows], **named)  # type: ignore[index]
+            assert torch.equal(found, whole[rows])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_query_has_the_same_bits_in_any_chunk_and_batch(dtype: torch.dtype) -> None:
+    kernel = import_module("octavo.kernels.cached_attention")
+    torch.manual_seed(0)
+    given: Any = prefilled(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16)(dtype)[0]
+    q, keys, values, starts, slots = given
+    whole = kernel.prefill_attention(q, keys, values, starts, slots)
+    for row in range(3):
+        for cut in (1, 37, 64):
+            one = slice(row, row + 1)
+            found = kernel.prefill_attention(q[one, cut:], keys, values, starts[one] + cut, slots[one])
+            assert torch.equal(found, whole[one, cut:])
 
 
 def eight_kernels() -> Any:

@@ -210,6 +210,11 @@ class ServeOptions(Section):
     slots: int = Field(8, ge=1, le=1024, description="Requests that run at once.")
     room: int = Field(2048, ge=2, description="Tokens of a prompt and its answer together, at most the context.")
     queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot.")
+    deterministic: bool = Field(
+        False,
+        description="Give a request the same answer beside any others also where a GPU decodes more than 32 of them at "
+        "once; with fewer, and on a CPU, it always has one answer.",
+    )
     max_prompt_tokens: int | None = Field(None, ge=1, description="Tokens of a prompt; default: --room less one.")
     max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
     request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")

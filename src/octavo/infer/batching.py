@@ -6,8 +6,9 @@ slots 0, 1, .. without gaps, so that their part of the cache is one view; reques
 (infer/reading.py) stand behind them. The cache is taken once: requests beyond its slots wait, and beyond the queue's
 limit they are refused.
 
-A greedy answer is that of infer/engine.generate for the same request alone, the naive twin that tests compare with, up
-to rounding: in short types the sums of other shapes may tip a choice between two nearly equal tokens.
+An answer has the same bits whatever requests run beside it and whatever the cache holds of its prompt: those of
+infer/engine.generate, the reference that tests compare with. Only where a GPU decodes more than 32 requests at once
+does that take `Limits.deterministic` (docs/design/batch-invariance.md).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from octavo.infer.slots import Slots
 from octavo.infer.telling import tell
 from octavo.layers.served import Routing
 from octavo.models import Model
+from octavo.ops import tiles
+from octavo.ops.tiles import Phase
 from octavo.store import peft
 from octavo.store.adapter import remove_, route_, serve_
 
@@ -63,7 +66,9 @@ class Engine:
         self._slots = Slots(model.new_slots(slots=self.limits.slots, room=self.limits.room))
         self._routing = Routing()
         route_(model, self._routing)
-        self._decoder = Decoder(model, self._slots.cache, self._routing, self._words)
+        self._decoder = Decoder(
+            model, self._slots.cache, self._routing, self._words, deterministic=self.limits.deterministic
+        )
         self._reader = Reader(model, tokenizer, self._slots, self._routing, self._words)
         self._adapters: dict[str, ServedAdapter] = {}
         self._draining: dict[str, ServedAdapter] = {}  # those that take no more requests and are to be removed
@@ -206,8 +211,8 @@ class Engine:
 
     def _read(self) -> None:
         """As much of the oldest waiting prompts as one chunk holds; what is read at once counts as a quarter of it."""
-        left = self.limits.chunk
-        while left > 0:
+        left = max(self.limits.chunk, tiles.PREFILL_TILE)
+        while left >= tiles.PREFILL_TILE:
             self._admit()
             if not self._reader.runs:
                 return
@@ -243,7 +248,7 @@ class Engine:
         self._decoder.launch(new, [self._reader.number(run) for run in self._running])
         for slot, (run, token) in enumerate(zip(self._running, new, strict=True)):
             run.done += 1
-            self._slots.wrote(slot, [token])
+            self._slots.wrote(slot, [token], Phase.DECODE)
         self._ahead = list(self._running)
 
     def _decode(self) -> None:

@@ -18,7 +18,7 @@ from octavo.infer.graphs import Graphs, record
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
-from octavo.ops.decode import few_rows
+from octavo.ops.tiles import WIDE_FROM, Phase
 from octavo.ops.twins import kernels_run_on
 
 IDLE = -1  # the length of a slot that has no token to read
@@ -56,9 +56,15 @@ class Launched(NamedTuple):
 
 
 class Decoder:
-    """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not."""
+    """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not.
 
-    def __init__(self, model: Model, cache: SlotCache, routing: Routing, words: int) -> None:
+    `deterministic`: a row's bits do not depend on the number of rows, however many there are.
+    """
+
+    def __init__(
+        self, model: Model, cache: SlotCache, routing: Routing, words: int, *, deterministic: bool = False
+    ) -> None:
+        self.deterministic = deterministic
         self.model, self.cache, self.routing, self.words = model, cache, routing, words
         self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
         self._launched: Launched | None = None
@@ -76,7 +82,7 @@ class Decoder:
         """
         if not self.records:
             return []
-        counts = sorted({17, 33, 65, few_rows(self.cache.keys) + 1})  # tiles of more rows; products with the matrix
+        counts = 1, 65  # prefill has a tile for up to 64 rows, and one for more
         return [
             *(partial(self._recorded, rows) for rows in _sizes(len(self.cache.lengths))),
             *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.room),
@@ -122,9 +128,9 @@ class Decoder:
         """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
         tokens, lengths, numbers = given
         self.routing.numbers = numbers if adapters else None
-        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest))
-        logits: Tensor = self.model.head(hidden)
-        return logits[:, 0, : self.words].float()
+        phase = Phase.WIDE if len(tokens) >= WIDE_FROM and not self.deterministic else Phase.DECODE
+        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase))
+        return self.model.infer_logits(hidden, phase)[:, 0, : self.words]
 
 
 class _Recorded:

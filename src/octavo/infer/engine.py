@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from octavo.errors import UsageError
 from octavo.infer.sample import Sampling, choose
 from octavo.models import Model
+from octavo.ops.tiles import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,7 +118,7 @@ def _tokens(model: Model, ids: list[int], sampling: Sampling, *, limit: int, wor
         for _ in range(limit):
             with torch.no_grad():
                 hidden = model.hidden(torch.tensor([new], device=device), cache=cache)
-                logits: Tensor = model.head(hidden[0, -1:])[0, :words]
+                logits = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :words]
             token = choose(logits, torch.tensor(ids, device=device), sampling, generator=generator)
             ids.append(token)
             new = [token]

@@ -18,6 +18,7 @@ from octavo.infer.graphs import Graphs, record
 from octavo.layers.cache import SlotCache
 from octavo.layers.served import Routing
 from octavo.models import Model
+from octavo.ops.tiles import Phase
 from octavo.ops.twins import kernels_run_on
 
 SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt
@@ -93,7 +94,7 @@ class Prompts:
         over = self.cache.prompts(slots, counts)
         hidden = self.model.hidden(ids, cache=over)
         last = hidden[torch.arange(len(ids), device=ids.device), counts - 1]  # (rows, d)
-        logits: Tensor = self.model.head(last[:, None])[:, 0, : self.words].float()
+        logits = self.model.infer_logits(last[:, None], Phase.DECODE)[:, 0, : self.words]  # one row of each prompt
         finite = over.finite & last.isfinite().all(dim=1)
         return logits.masked_fill(~finite[:, None], torch.nan)
 

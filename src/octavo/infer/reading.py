@@ -15,6 +15,8 @@ from octavo.infer.slots import Slots
 from octavo.infer.telling import tell_prompt
 from octavo.layers.served import Routing
 from octavo.models import Model
+from octavo.ops import tiles
+from octavo.ops.tiles import Phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +49,8 @@ class Reader:
         run.done = self.slots.begin(slot, run.adapter, () if whole else request.prompt[:-1])
 
     def read(self, first: int, most: int) -> tuple[int, Tensor | None]:
-        """Reads short prompts whole, or up to `most` tokens of a long one. The runs stand in the slots from `first` on.
+        """Reads short prompts whole, or up to `most` tokens of a long one, in whole tiles but for its end. The runs are
+        in the slots from `first` on.
 
         Returns how many tokens that were, and logits (runs, words) float32 if the prompts' ends were reached; NaN,
         and at once, where something that was computed of a prompt is not finite.
@@ -55,7 +58,7 @@ class Reader:
         if self._whole([run.stream.request for run in self.runs]):
             return self._read_whole(first)
         (run,) = self.runs
-        new = run.ids[run.done : run.done + most]
+        new = run.ids[run.done : run.done + most // tiles.PREFILL_TILE * tiles.PREFILL_TILE]
         return len(new), self._read_chunk(run, new, first)
 
     def _read_whole(self, first: int) -> tuple[int, Tensor]:
@@ -63,7 +66,7 @@ class Reader:
         logits = self.prompts.read(prompts)
         for run, prompt in zip(self.runs, prompts, strict=True):
             run.done = len(run.ids)
-            self.slots.wrote(prompt.slot, prompt.ids)
+            self.slots.wrote(prompt.slot, prompt.ids, Phase.PREFILL)
         return sum(len(prompt.ids) for prompt in prompts), logits
 
     def _read_chunk(self, run: Run, new: list[int], slot: int) -> Tensor | None:
@@ -71,15 +74,14 @@ class Reader:
         if not bool(hidden[-1].isfinite().all() & self.slots.cache.keys_finite(slot, len(new))):
             return hidden.new_full((1, self.words), torch.nan, dtype=torch.float32)
         if run.stream.request.prompt_logprobs:
-            logits = self.model.head(hidden[None])[0][:, : self.words].float()
+            logits = self.model.infer_logits(hidden[None], Phase.PREFILL)[0, :, : self.words]
             run.told += tell_prompt(self.tokenizer, run.ids, run.done, logits, run.stream.request.logprobs or 0)
         run.done += len(new)
-        self.slots.wrote(slot, new)
+        self.slots.wrote(slot, new, Phase.PREFILL)
         if run.done < len(run.ids):
             return None
         run.stream.prompt = tuple(run.told)
-        last: Tensor = self.model.head(hidden[None, -1:])
-        return last[0, :, : self.words].float()
+        return self.model.infer_logits(hidden[None, -1:], Phase.DECODE)[0, :, : self.words]
 
     def _hidden(self, run: Run, new: list[int], slot: int) -> Tensor:
         """(T, d): what the model makes of the next tokens of a prompt."""

@@ -130,13 +130,15 @@ class Stream:
 @dataclass(frozen=True)
 class Limits:
     """What is taken at once: slots, positions of each (prompt and answer), prompt tokens a step, and how many requests
-    may wait beyond those that free slots will take.
+    may wait beyond those that free slots will take. `deterministic`: no answer's bits depend on other requests, even
+    where a GPU decodes more than 32 of them at once.
     """
 
     slots: int = 8
     room: int = 2048
     chunk: int = 256
     queue: int = 64
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.ops.attention import cache_mask, causal_attention
-from octavo.ops.decode import slot_attention
+from octavo.ops.cached_attention import decode_attention, prefill_attention
+from octavo.ops.tiles import Phase
 
 
 class Pass(Protocol):
     """New positions on their way through the blocks."""
+
+    @property
+    def phase(self) -> Phase:
+        """Whether they are positions of prompts, or one new token of each row."""
+        ...
 
     @property
     def positions(self) -> Tensor:
@@ -51,7 +56,8 @@ class KeyValueCache:
         self.length = 0
 
     def next(self, count: int) -> Pass:
-        return _Behind(self.keys, self.values, self.length, count, self._filled)
+        phase = Phase.DECODE if self.length and count == 1 else Phase.PREFILL
+        return _Behind(self.keys, self.values, self.length, count, self._filled, phase)
 
     def _filled(self, length: int) -> None:
         self.length = length
@@ -78,9 +84,9 @@ class SlotCache:
         """Empty slots (B,), for a prompt of `counts` (B,) tokens each; both int64 on the cache's device."""
         return Prompts(self, slots, counts)
 
-    def step(self, lengths: Tensor, longest: int) -> Step:
+    def step(self, lengths: Tensor, longest: int, phase: Phase = Phase.DECODE) -> Step:
         """The first slots, for one new token each: `lengths` (B,) int64 on the cache's device, -1 for an idle one."""
-        return Step(self, lengths, longest)
+        return Step(self, lengths, longest, phase)
 
     def copy_(self, source: int, target: int, length: int) -> None:
         """The first `length` positions of one slot into another, which then has that length."""
@@ -109,7 +115,7 @@ class Slot:
     def next(self, count: int) -> Pass:
         own = slice(self.number, self.number + 1)
         held = self.cache.lengths[self.number]
-        return _Behind(self.cache.keys[:, own], self.cache.values[:, own], held, count, self._filled)
+        return _Behind(self.cache.keys[:, own], self.cache.values[:, own], held, count, self._filled, Phase.PREFILL)
 
     def _filled(self, length: int) -> None:
         self.cache.lengths[self.number] = length
@@ -119,12 +125,15 @@ class Prompts:
     """Whole prompts, each into an empty slot, filled up behind its end to the T positions that all of them take.
 
     All that differs from call to call is in tensors, as in `Step`. `finite` (B,) tells whether every block's keys of
-    a prompt are: attention without a mask may make zeros of NaN keys. Behind a prompt's end zeros are stored.
+    a prompt are: a kernel may make zeros of NaN keys. Behind a prompt's end zeros are stored.
     """
+
+    phase = Phase.PREFILL
 
     def __init__(self, cache: SlotCache, slots: Tensor, counts: Tensor) -> None:
         self.cache, self.slots, self.counts = cache, slots, counts
         self.finite = torch.ones_like(slots, dtype=torch.bool)
+        self._starts = torch.zeros_like(slots)
 
     def next(self, count: int) -> Pass:
         self.positions = torch.arange(count, device=self.slots.device)[None]
@@ -135,7 +144,8 @@ class Prompts:
         for store, new in ((self.cache.keys, k), (self.cache.values, v)):
             store[layer, :, : new.shape[1]].index_copy_(0, self.slots, new.masked_fill(self._behind, 0))
         self.finite &= (k.isfinite() | self._behind).flatten(1).all(dim=1)
-        return causal_attention(q, k, v)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return prefill_attention(q, keys, values, self._starts, self.slots)
 
     def finish(self) -> None:
         return
@@ -148,8 +158,8 @@ class Step:
     counts up the cache's own lengths.
     """
 
-    def __init__(self, cache: SlotCache, lengths: Tensor, longest: int) -> None:
-        self.cache, self.lengths, self.longest = cache, lengths, longest
+    def __init__(self, cache: SlotCache, lengths: Tensor, longest: int, phase: Phase) -> None:
+        self.cache, self.lengths, self.longest, self.phase = cache, lengths, longest, phase
 
     def next(self, count: int) -> Pass:
         assert count == 1
@@ -162,7 +172,7 @@ class Step:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.lengths)
         held = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]
-        return slot_attention(q[:, 0], k[:, 0], v[:, 0], *held, self.lengths, self.longest)[:, None]
+        return decode_attention(q[:, 0], k[:, 0], v[:, 0], *held, self.lengths, self.longest)[:, None]
 
     def finish(self) -> None:
         return
@@ -171,18 +181,22 @@ class Step:
 class _Behind:
     """`count` new positions behind `start` held ones, the same for all rows."""
 
-    def __init__(self, keys: Tensor, values: Tensor, start: int, count: int, filled: Callable[[int], None]) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, start: int, count: int, filled: Callable[[int], None], phase: Phase
+    ) -> None:
         self.end = start + count
         assert self.end <= keys.shape[2], f"{self.end} positions in a cache with room for {keys.shape[2]}"
-        self.keys, self.values, self.start, self.filled = keys, values, start, filled
+        self.keys, self.values, self.start, self.filled, self.phase = keys, values, start, filled, phase
         self.positions = torch.arange(start, self.end, device=keys.device)[None]
-        self.mask = cache_mask(start, count, keys.device)
+        self._starts = torch.full((keys.shape[1],), start, device=keys.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        if self.phase is Phase.DECODE:
+            return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start)[:, None]
         keys[:, self.start : self.end] = k
         values[:, self.start : self.end] = v
-        return causal_attention(q, keys[:, : self.end], values[:, : self.end], mask=self.mask)
+        return prefill_attention(q, keys, values, self._starts)
 
     def finish(self) -> None:
         self.filled(self.end)

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.layers.served import Bank, Routing
-from octavo.ops import eight
-from octavo.ops.decode import few_rows, int8_rows
+from octavo.ops import eight, inference
 from octavo.ops.frozen import Apart, Frozen, Trial
 from octavo.ops.linear import LowRank, frozen_linear
 from octavo.ops.offload import on_card, on_host
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
+from octavo.ops.tiles import Phase
 from octavo.ops.wide import turned_codes
 
 
@@ -97,6 +97,14 @@ class FrozenMatrix(nn.Module):
         ]
         assert all(scale is None for _, scale in pieces)  # schemes with a row scale always join
         return torch.cat([matrix for matrix, _ in pieces]), None
+
+    def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(weight (N, K), absmax (N,)): the int8 weight as it is stored, or a matrix in `dtype` and None."""
+        if self.scheme.straight:
+            return self.parts["weight"], self.parts["absmax"]
+        matrix, scale = self.unpack(dtype)
+        assert scale is None  # only int8 has a scale for each row
+        return matrix, None
 
     def fill(self, out: Tensor) -> None:
         """Writes the matrix into `out` (N, K), which may be columns of a wider one."""
@@ -215,8 +223,6 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""
         pairs = self.low_rank()
-        if not torch.is_grad_enabled() and self.matrix.scheme.straight and x.numel() <= few_rows(x) * x.shape[-1]:
-            return self._few(x, onto, pairs)
         dropping = bool(pairs) and self.training and self.dropout > 0
         y = frozen_linear(
             x,
@@ -226,29 +232,37 @@ class FrozenLinear(nn.Module):
             pairs=pairs,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
-        if self.bank is not None and self.routing.numbers is not None:
-            self.bank.add_(y, x, self.routing.numbers)
         return y if onto is None else onto + y
 
-    def _few(self, x: Tensor, onto: Tensor | None, pairs: tuple[LowRank, ...]) -> Tensor:
-        """`forward` for few rows, where no gradient is wanted: the codes are multiplied as they are stored."""
+    def infer(
+        self, x: Tensor, *, phase: Phase, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """(B, T, K) -> (B, T, N) in `dtype`, x's own if left out, added to `residual`; served adapters included.
+
+        No gradient flows. A row's bits depend neither on B nor on T (ops/tiles.py).
+        """
         rows, numbers = x.reshape(-1, x.shape[-1]), self.routing.numbers
-        thin = None
+        lora = None
         if self.bank is not None and numbers is not None:
             each = numbers if len(numbers) == len(rows) else numbers.repeat_interleave(len(rows) // len(numbers))
-            thin = self.bank.thin(rows, each)
-        y = int8_rows(
+            lora = self.bank.lora(rows, each, phase)
+        weight, absmax = self.matrix.stored(x.dtype)
+        y = inference.matmul(
             rows,
-            self.matrix.parts["weight"],
-            self.matrix.parts["absmax"],
+            weight,
+            absmax,
+            phase=phase,
             bias=self.bias,
             bias_start=self.bias_start,
-            thin=thin,
-            onto=None if onto is None else onto.reshape(len(rows), -1),
+            lora=lora,
+            residual=None if residual is None else residual.reshape(len(rows), -1),
+            dtype=dtype,
         )
-        for pair in pairs:
-            inner = F.linear(rows, pair.a.to(x.dtype))
-            y[:, pair.start : pair.stop].addmm_(inner, pair.b.to(x.dtype).T, alpha=pair.scaling)
+        for pair in self.low_rank():
+            inner = inference.matmul(rows, pair.a.to(x.dtype), phase=phase, dtype=torch.float32) * pair.scaling
+            y[:, pair.start : pair.stop] += inference.matmul(
+                inner.to(x.dtype), pair.b.to(x.dtype), phase=phase, dtype=dtype
+            )
         return y.view(*x.shape[:-1], -1)
 
     @property

@@ -71,9 +71,10 @@ def residual(
 ) -> Tensor:
     """(B, T, d) -> (B, T, d). Each piece takes its columns of inner's output and feeds its own layer of `outer`."""
     if attend is not None:
-        u = inner(norm(x)).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
+        u = inner.infer(norm(x), phase=context.phase).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
         for piece, own, layer in zip(pieces, u, outer, strict=True):
-            x = layer(piece.over_cache(own, context, attend).view(*x.shape[:2], -1), x)
+            mixed = piece.over_cache(own, context, attend).view(*x.shape[:2], -1)
+            x = layer.infer(mixed, phase=context.phase, residual=x)
         return x
     parts = Wide((inner.frozen(),)), Wide(tuple(layer.frozen() for layer in outer))
     return branch(x, Branch(norm.norm(), parts[0], pieces, parts[1]), context, keep=keep)

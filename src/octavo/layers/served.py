@@ -15,9 +15,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from octavo.ops.decode import Thin, shrink
+from octavo.ops.inference import BatchedLora, shrink
+from octavo.ops.tiles import Phase
 
 Spans = dict[str, tuple[int, int]]
+
+RANKS = 16  # values that a tensor core adds up at once
 
 
 @dataclass
@@ -71,23 +74,28 @@ class Bank:
         if number < len(self.a):
             self.a[number], self.b[number] = 0, 0
 
-    def add_(self, y: Tensor, x: Tensor, numbers: Tensor) -> None:
-        """Adds to y (B, T, N) what the adapters of the rows make of x (B, T, K)."""
-        inner, b = torch.bmm(x, self.a[numbers].mT), self.b[numbers]
-        for (start, stop), part in zip(self.spans.values(), inner.split(self.rank, dim=-1), strict=True):
-            y[..., start:stop] += torch.bmm(part, b[:, :, start:stop])
-
     def add_rows_(self, y: Tensor, ids: Tensor, numbers: Tensor) -> None:
-        """The same for a table, whose K inputs are the ids (B, T) of its rows."""
-        y += torch.bmm(self.a[numbers[:, None], :, ids], self.b[numbers])
+        """Adds to y (B, T, N) what the adapters of the rows make of an embedding's ids (B, T), its K inputs.
 
-    def thin(self, x: Tensor, numbers: Tensor) -> Thin:
-        """What the adapters of rows x (M, K) add, as a product of few rows takes it."""
-        return Thin(shrink(x, self.a, numbers), self.b, numbers, self.names, tuple(self.spans.values()))
+        One rank after another: these sums have one order, whatever B and T are.
+        """
+        inner, b = self.a[numbers[:, None], :, ids].float(), self.b[numbers].float()  # (B, T, R), (B, R, N)
+        total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+        for r in range(self.rank):
+            total += inner[:, :, r, None] * b[:, r, None]
+        y += total.to(y.dtype)
+
+    def lora(self, x: Tensor, numbers: Tensor, phase: Phase) -> BatchedLora:
+        """What the adapters of rows x (M, K) add to a matmul."""
+        return BatchedLora(shrink(x, self.a, numbers, phase), self.b, numbers, self.names, tuple(self.spans.values()))
 
     def make_room(self, count: int, rank: int = 0) -> None:
-        """Room for so many adapters, up to such a rank. Those that have no pair here have zeros."""
-        count, rank = max(count, len(self.a)), max(rank, self.rank)
+        """Room for so many adapters, up to such a rank. Those that have no pair here have zeros.
+
+        The rank is rounded up to RANKS: so a name's factors begin at a multiple of what tensor cores add up at once,
+        and an adapter of a higher rank that joins moves no sum of another one.
+        """
+        count, rank = max(count, len(self.a)), max(-(-rank // RANKS) * RANKS, self.rank)
         if (count, rank) == (len(self.a), self.rank):
             return
         names, old, held = len(self.spans), self.rank, len(self.a)

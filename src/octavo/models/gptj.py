@@ -35,10 +35,11 @@ from octavo.models.config_fields import (
     MOST_WIDTH,
     ConfigFields,
 )
-from octavo.ops.attention import INTERLEAVED, Documents, rotary_table
+from octavo.ops.attention import INTERLEAVED, Documents, cached_rotary_table, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Gelu
 from octavo.ops.offload import Away
+from octavo.ops.tiles import Phase
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -154,8 +155,10 @@ class Model(nn.Module):
         if positions is None:
             positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
-        rotary = rotary_table(positions, 1.0 / ROTARY_BASE**exponents)
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away)
+        phase = over.phase if over is not None else Phase.PREFILL
+        make = rotary_table if over is None else partial(cached_rotary_table, phase=phase)
+        rotary = make(positions, 1.0 / ROTARY_BASE**exponents)
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away, phase)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
             x = block(x, context, keep=kept, over=over)
@@ -168,6 +171,10 @@ class Model(nn.Module):
         """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
         logits: Tensor = self.head(self.hidden(ids, **context))
         return logits
+
+    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
+        """(B, T, d) -> (B, T, V) float32, as they were accumulated; served adapters included."""
+        return self.head.infer(hidden, phase=phase, dtype=torch.float32)
 
     @property
     def table(self) -> FrozenMatrix | None:

@@ -35,10 +35,11 @@ from octavo.models.config_fields import (
     MOST_WIDTH,
     ConfigFields,
 )
-from octavo.ops.attention import HALF, Documents, rotary_table
+from octavo.ops.attention import HALF, Documents, cached_rotary_table, rotary_table
 from octavo.ops.branch import Keep
 from octavo.ops.mix import Attention, Context, Swiglu
 from octavo.ops.offload import Away
+from octavo.ops.tiles import Phase
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -175,8 +176,10 @@ class Model(nn.Module):
         over = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
             positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        rotary = rotary_table(positions, _frequencies(self.config.frequencies, ids.device))
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away)
+        phase = over.phase if over is not None else Phase.PREFILL
+        make = rotary_table if over is None else partial(cached_rotary_table, phase=phase)
+        rotary = make(positions, _frequencies(self.config.frequencies, ids.device))
+        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away, phase)
         x = self.embed(ids)
         for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
             x = block(x, context, keep=kept, over=over)
@@ -189,6 +192,10 @@ class Model(nn.Module):
         """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
         logits: Tensor = self.head(self.hidden(ids, **context))
         return logits
+
+    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
+        """(B, T, d) -> (B, T, V) float32, as they were accumulated; served adapters included."""
+        return self.head.infer(hidden, phase=phase, dtype=torch.float32)
 
     @property
     def table(self) -> FrozenMatrix | None:

@@ -1,6 +1,6 @@
-"""Rotary positions and causal attention, over packed documents or over a key/value cache.
+"""Rotary positions, and causal attention over packed documents.
 
-Legend: B rows of a batch, T positions, S cached positions, H query heads, G key/value heads (G divides H),
+Legend: B rows of a batch, T positions, H query heads, G key/value heads (G divides H),
 D the size of a head, R how many numbers of a head are rotated, M = B T.
 """
 
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.ops import tiles
+from octavo.ops.tiles import Phase
 from octavo.ops.transfer import sent
 from octavo.ops.twins import OBSERVERS, twin
 
@@ -31,6 +33,18 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> Table:
     """(cos, sin), each (B, T, 1, R/2) float32, of positions (B, T) times R/2 frequencies (RoFormer, 2104.09864)."""
     angles = positions.float()[..., None] * frequencies.float()
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase) -> Table:
+    """`rotary_table` of new positions over a cache: on a CPU in tiles, so that no position moves between the vectorised
+    loop and its remainder (ops/tiles.py)."""
+    if positions.is_cuda:
+        return rotary_table(positions, frequencies)
+    dim = 1 if phase is Phase.PREFILL else 0
+    parts = positions.split(tiles.PREFILL_TILE if dim else 1, dim=dim)
+    tables = [rotary_table(part, frequencies) for part in parts]
+    cos, sin = (torch.cat(each, dim=dim) for each in zip(*tables, strict=True))
+    return cos, sin
 
 
 def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
@@ -98,14 +112,6 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
     return Documents(sent(document, device), sent(offsets, device), longest)
 
 
-def cache_mask(start: int, length: int, device: torch.device) -> Tensor | None:
-    """(1, 1, length, start + length) for new positions after `start` cached ones; None if one mask-free call does."""
-    if length == 1 or start == 0:
-        return None
-    new = torch.arange(start, start + length, device=device)
-    return (torch.arange(start + length, device=device)[None, :] <= new[:, None])[None, None]
-
-
 def use_attention(wanted: str) -> None:
     """Which implementation cards use in this process: one of ATTENTIONS. auto is the fastest that takes the call."""
     global _wanted
@@ -113,22 +119,18 @@ def use_attention(wanted: str) -> None:
     _wanted = wanted
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None, mask: Tensor | None = None
-) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, T, H, D), each position looking at itself and before.
 
-    q is (B, T, H, D), k and v are (B, S, G, D). With `documents` each position sees its own document alone. Without
-    them and without a mask S is T and the whole row is one document, or T is 1 and the position sees all of the
-    cache. `mask` comes from `cache_mask`.
+    q is (B, T, H, D), k and v are (B, T, G, D). With `documents` each position sees its own document alone; without
+    them the whole row is one document. Over a cache: ops/cached_attention.py.
     """
     if q.is_meta:
         rehearsed: Tensor = _Rehearsed.apply(q, k, v)  # type: ignore[no-untyped-call]
         return rehearsed
     if documents is not None and _varlen_takes(q):
         return _varlen(q, k, v, documents)
-    if documents is not None:
-        mask = documents.mask
+    mask = documents.mask if documents is not None else None
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     shared = groups > 1 and mask is None and _shares_keys(q)

@@ -24,20 +24,22 @@ from octavo.ops.learn import Learnt, Sides, gelu_learn_, swiglu_learn_
 from octavo.ops.offload import Away
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
 from octavo.ops.room import Room
+from octavo.ops.tiles import Phase, elementwise_tiles
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
 
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows, and where their inputs
-    wait for backward if not on the device."""
+    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows, where their inputs
+    wait for backward if not on the device, and over a cache what is computed."""
 
     batch: int
     length: int
     rotary: tuple[Tensor, Tensor]
     documents: Documents | None = None
     away: Away | None = None
+    phase: Phase = Phase.PREFILL
 
 
 @dataclass
@@ -198,7 +200,9 @@ class _Activation:
 
     def over_cache(self, u: Tensor, context: Context, attend: Attend) -> Tensor:
         out = u.new_empty(len(u), self.width)
-        self.write(u, out)
+        tiles = elementwise_tiles(u, context.phase), elementwise_tiles(out, context.phase)
+        for source, target in zip(*tiles, strict=True):
+            self.write(source, target)
         return out
 
     def write(self, u: Tensor, out: Tensor) -> None:

@@ -113,7 +113,9 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     engine = Engine(
         model, source.tokenizer(), base=base, base_sha256=fingerprint(source), ends=end_ids(source),
-        limits=Limits(slots=options.slots, room=options.room, queue=options.queue),
+        limits=Limits(
+            slots=options.slots, room=options.room, queue=options.queue, deterministic=options.deterministic
+        ),
     )  # fmt: skip
     for name, folder in adapters.items():
         try:

@@ -1,0 +1,183 @@
+"""Attention over a key/value cache, batch-invariant. Reference: ops/cached_attention.py.
+
+Decode parts a slot's positions into spans, one program each, which a second kernel joins in order. Prefill goes over
+the positions of a slot in tiles from the first one on, so a query meets the same tiles in the same order wherever its
+chunk begins. Neither depends on the number of rows or slots.
+
+Legend as there. `*_stride` is the pitch of a row, slot or position in elements.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPAN, DECODE_TILE = 32, 32  # positions that a program of decode takes, and how many it holds at once
+CHUNK = 16  # spans of a slot that are joined at once
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
+) -> Tensor:
+    (m, h, d), (room, g) = q.shape, keys.shape[1:3]
+    out = q.new_empty(m, h, d)
+    spans = triton.cdiv(room, SPAN)
+    found = q.new_empty(m, h, spans, d, dtype=torch.float32)
+    weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # the largest score, the sum of exponentials over it
+    width = triton.next_power_of_2(d)
+    _attend[(m, h, spans)](
+        q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), SPAN, DECODE_TILE, width, num_warps=2,
+    )  # fmt: skip
+    _join[(m, h)](found, weights, lengths, out, d, spans, SPAN, CHUNK, width, num_warps=4)
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, keys, values, lengths, found, weights, scale, shared, d, spans,
+    q_stride, k_stride, v_stride, slot_stride, position_stride,
+    SPAN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    slot, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + slot)
+    first = span * SPAN
+    if first > length:  # an idle slot's is -1
+        return
+    group = head // shared
+    column = tl.arange(0, WIDTH)
+    wide = column < d
+    query = tl.load(q + slot * q_stride + head * d + column, mask=wide, other=0).to(tl.float32) * scale
+    new_key = tl.load(k + slot * k_stride + group * d + column, mask=wide, other=0)
+    new_value = tl.load(v + slot * v_stride + group * d + column, mask=wide, other=0)
+    place = slot * slot_stride + group * d
+    highest = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
+    mix = tl.zeros((WIDTH,), dtype=tl.float32)
+    for start in range(first, tl.minimum(first + SPAN, length + 1), TILE):
+        position = start + tl.arange(0, TILE)
+        at = place + position[:, None] * position_stride + column[None, :]
+        held = (position[:, None] < length) & wide[None, :]
+        key, value = tl.load(keys + at, mask=held, other=0), tl.load(values + at, mask=held, other=0)
+        fresh = position[:, None] == length  # what no other program can be sure to read from the cache yet
+        key = tl.where(fresh, new_key[None, :], key).to(tl.float32)
+        value = tl.where(fresh, new_value[None, :], value).to(tl.float32)
+        score = tl.sum(key * query[None, :], axis=1)
+        score = tl.where(position <= length, score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, axis=0))
+        share = tl.exp(score - higher)
+        fade = tl.exp(highest - higher)
+        mix = mix * fade + tl.sum(share[:, None] * value, axis=0)
+        total = total * fade + tl.sum(share, axis=0)
+        highest = higher
+    cell = (slot * tl.num_programs(1) + head) * spans + span
+    tl.store(found + cell * d + column, mix, mask=wide)
+    pair = tl.arange(0, 1)
+    tl.store(weights + cell * 2 + pair, highest)
+    tl.store(weights + cell * 2 + 1 + pair, total)
+    if (length < first + SPAN) & (head % shared == 0):  # one program of each key head
+        there = place + length * position_stride + column
+        tl.store(keys + there, new_key, mask=wide)
+        tl.store(values + there, new_value, mask=wide)
+
+
+@triton.jit
+def _join(
+    found, weights, lengths, out, d, spans, SPAN: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + slot)
+    cell = (slot * tl.num_programs(1) + head) * spans
+    column = tl.arange(0, WIDTH)
+    wide = column < d
+    live = length // SPAN + 1
+    highest = tl.full((1,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((1,), dtype=tl.float32)
+    mix = tl.zeros((WIDTH,), dtype=tl.float32)
+    for start in range(0, tl.where(length < 0, 0, live), CHUNK):
+        span = start + tl.arange(0, CHUNK)
+        there = span < live
+        score = tl.load(weights + (cell + span) * 2, mask=there, other=float("-inf"))
+        sums = tl.load(weights + (cell + span) * 2 + 1, mask=there, other=0)
+        part = tl.load(
+            found + (cell + span[:, None]) * d + column[None, :], mask=there[:, None] & wide[None, :], other=0
+        )
+        higher = tl.maximum(highest, tl.max(score, axis=0))
+        share, fade = tl.exp(score - higher), tl.exp(highest - higher)
+        mix = mix * fade + tl.sum(share[:, None] * part, axis=0)
+        total = total * fade + tl.sum(share * sums, axis=0)
+        highest = higher
+    mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)
+    tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)
+
+
+def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, slots: Tensor | None = None) -> Tensor:
+    (b, t, h, d), g = q.shape, keys.shape[2]
+    out = q.new_empty(b, t, h, d)
+    tile = prefill_tile(d, q.dtype)
+    _prefill[(triton.cdiv(t, tile.rows), h, b)](
+        q, keys, values, starts, slots if slots is not None else starts, out, d**-0.5, h // g, d, t,
+        starts.stride(0), slots.stride(0) if slots is not None else 0, q.stride(0), q.stride(1),
+        out.stride(0), out.stride(1), keys.stride(0), keys.stride(1),
+        slots is not None, tile.rows, tile.positions, triton.next_power_of_2(max(16, d)),
+        num_warps=tile.warps, num_stages=2, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+class PrefillTile(NamedTuple):
+    """What a program holds at once: queries and positions of the cache."""
+
+    rows: int
+    positions: int
+    warps: int
+
+
+def prefill_tile(head_size: int, dtype: torch.dtype) -> PrefillTile:
+    """The tile for heads of a size: so that queries, keys, values and sums fit into registers and shared memory."""
+    if dtype == torch.float32:
+        return PrefillTile(16, 16, 4)
+    return PrefillTile(64, 64 if head_size <= 128 else 32, 4)
+
+
+@triton.jit
+def _prefill(
+    q, keys, values, starts, slots, out, scale, shared, d, length,
+    starts_stride, slots_stride, q_stride, q_position_stride,
+    out_stride, out_position_stride, slot_stride, position_stride,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head, each = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = tl.load(starts + each * starts_stride)
+    slot = tl.load(slots + each * slots_stride).to(tl.int64) if SLOTS else each
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    wide = column < d
+    inside = (row[:, None] < length) & wide[None, :]
+    at = row[:, None].to(tl.int64)
+    query = tl.load(q + each * q_stride + at * q_position_stride + head * d + column[None, :], mask=inside, other=0)
+    end = start + tl.minimum(tl.program_id(0) * ROWS + ROWS, length)  # what the tile's last query may look at
+    place = slot * slot_stride + (head // shared) * d
+    highest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    mix = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for first in range(0, end, TILE):
+        position = first + tl.arange(0, TILE)
+        held = position < end
+        pitch = position.to(tl.int64) * position_stride
+        key = tl.load(keys + place + pitch[None, :] + column[:, None], mask=held[None, :] & wide[:, None], other=0)
+        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.where(position[None, :] <= start + row[:, None], score, float("-inf"))
+        higher = tl.maximum(highest, tl.max(score, axis=1))
+        share, fade = tl.exp(score - higher[:, None]), tl.exp(highest - higher)
+        value = tl.load(values + place + pitch[:, None] + column[None, :], mask=held[:, None] & wide[None, :], other=0)
+        mix = tl.dot(share.to(value.dtype), value, mix * fade[:, None], input_precision="ieee")
+        total = total * fade + tl.sum(share, axis=1)
+        highest = higher
+    mix = mix / total[:, None]
+    target = out + each * out_stride + at * out_position_stride + head * d + column[None, :]
+    tl.store(target, mix.to(out.dtype.element_ty), mask=inside)

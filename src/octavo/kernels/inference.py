@@ -1,0 +1,254 @@
+"""Matmuls of inference, batch-invariant: a row's sums have one order, whatever the number of rows.
+
+Reference: ops/inference.py. A program takes a strip of outputs and a tile of rows. Where strips alone would leave
+multiprocessors idle, several programs share the inputs of a strip, and a second kernel adds up their sums in one
+order; how many depends on the weight's shape alone. Tensor cores have two instructions here, whose sums differ in
+their last bits: decode takes `mma`, in dots of up to 32 rows, for every number of rows, since it is the faster one for
+few; prefill, and decode of many rows where the last bits may differ (WIDE), take `wgmma` on a Hopper. Within one
+instruction tiles do not change the order of sums.
+
+Legend as there. `*_stride` is a row's pitch in elements.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.inference import BatchedLora
+from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.tiles import Phase
+
+PROGRAMS = 256  # that keep a GPU busy: two for each multiprocessor of an H100
+STRIP, WIDTH = 64, 128  # outputs and inputs by which a weight is parted
+# Without it a product and the sum after it may become one instruction, with one rounding less, but only in variants
+# of a kernel where nothing is between the two: with adapters in the batch a row of the base would get other bits.
+EXACT = {"enable_fp_fusion": False}
+SHRINK_ROWS, SHRINK_WIDTH = 4, 1024  # of A, that a program of `shrink` holds at once
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None = None,
+    *,
+    phase: Phase,
+    bias: Tensor | None = None,
+    bias_start: int = 0,
+    lora: BatchedLora | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    (m, k), n = x.shape, len(weight)
+    out = x.new_empty(m, n, dtype=dtype or x.dtype)
+    tile = tile_for(m, x.dtype, phase, lora=lora is not None)
+    parts, span = parts_for(n, k, tile.strip if phase is Phase.WIDE else STRIP)
+    sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
+    assert lora is None or lora.numbers.is_contiguous()
+    assert lora is None or lora.b.numel() < 2**31  # offsets in it are 32-bit integers: with 64 bits registers spill
+    after = (
+        absmax if absmax is not None else x, bias if bias is not None else x, bias_start,
+        bias_start + (bias.numel() if bias is not None else 0),
+        *((lora.inner, lora.b, lora.numbers, lora.names) if lora is not None else (x,) * 4),
+        residual if residual is not None else x, lora.inner.shape[1] if lora is not None else 0,
+        len(lora.b) if lora is not None else 0, n, residual.stride(0) if residual is not None else 0,
+    )  # fmt: skip
+    levels = INT8_LEVELS if absmax is not None else 0
+    between = triton.next_power_of_2(max(16, lora.inner.shape[1])) if lora is not None else 0
+    has = bias is not None, lora.b.shape[1] if lora is not None else 0, residual is not None
+    _matmul[(triton.cdiv(n, tile.strip), parts, triton.cdiv(m, tile.rows * tile.halves))](
+        x, weight, sums, out, *after, m, k, span, x.stride(0), weight.stride(0),
+        *has, parts > 1, levels, tile.rows, tile.halves, tile.strip, tile.width, between,
+        num_warps=tile.warps, num_stages=tile.stages, **EXACT,
+    )  # fmt: skip
+    if parts > 1:
+        width = 1024
+        _add_parts[(m, triton.cdiv(n, width))](sums, out, *after, m, parts, *has, levels, width, num_warps=4, **EXACT)
+    return out
+
+
+def parts_for(n: int, k: int, strip: int = STRIP) -> tuple[int, int]:
+    """(parts, inputs of each) of a sum over k inputs for n outputs: a function of the weight's shape alone."""
+    parts = max(1, min(PROGRAMS // triton.cdiv(n, strip), k // (4 * WIDTH)))
+    span = triton.cdiv(triton.cdiv(k, parts), WIDTH) * WIDTH
+    return triton.cdiv(k, span), span
+
+
+class Tile(NamedTuple):
+    """What a program of a matmul holds at once: rows, outputs (a strip) and inputs. With two halves it takes twice the
+    rows, in two dots with the same weights."""
+
+    rows: int
+    strip: int
+    width: int
+    warps: int
+    stages: int
+    halves: int = 1
+
+
+def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
+    """The tile for so many rows: the fastest of those that keep a row's bits (one H200, docs/log.md).
+
+    float32, which tensor cores do not multiply, takes rows by 16: a tile of 64 rows is 64,000 instructions, which
+    take 10 s to compile, for each shape.
+    """
+    if dtype == torch.float32:
+        return Tile(16, 32, 128, 4, 3)
+    if phase is Phase.PREFILL:
+        return Tile(64, 128, 64, 4, 4) if m <= 64 else Tile(128, 128, 64, 8, 3)
+    if phase is Phase.WIDE:
+        if m <= 64:
+            return Tile(64, 64 if lora else 128, 128, 4, 3)  # more would not fit into registers
+        return Tile(128, 64, 64, 8, 3) if lora else Tile(128, 128, 64, 4, 3)
+    if m <= 16:
+        return Tile(16, 64, 128, 4, 4)
+    return Tile(16, 64, 128, 2, 4, halves=2) if m <= 32 else Tile(32, 128, 64, 4, 4, halves=2)
+
+
+@triton.jit(do_not_specialize=["m", "j", "adapters", "bias_start", "bias_stop"])
+def _matmul(
+    x, weight, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    j, adapters, n, residual_stride, m, k, span, x_stride, weight_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
+    ROWS: tl.constexpr, HALVES: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr,
+):  # fmt: skip
+    strip = tl.program_id(0) * STRIP + tl.arange(0, STRIP)
+    row = tl.program_id(2) * ROWS * HALVES + tl.arange(0, ROWS)
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, k)
+    place = weight + strip[None, :].to(tl.int64) * weight_stride
+    total = tl.zeros((ROWS, STRIP), dtype=tl.float32)
+    lower = tl.zeros((ROWS, STRIP), dtype=tl.float32)
+    for start in range(first, last, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        value = tl.load(place + column[:, None], mask=(strip[None, :] < n) & (column[:, None] < last), other=0)
+        there = (row[:, None] < m) & (column[None, :] < last)
+        source = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
+        own = tl.load(source, mask=there, other=0)
+        value = value.to(own.dtype)
+        total = tl.dot(own, value, total, input_precision="ieee")
+        if HALVES == 2:  # the same weights once more, for the rows of another `mma`
+            there = (row[:, None] + ROWS < m) & (column[None, :] < last)
+            own = tl.load(source + ROWS * x_stride, mask=there, other=0)
+            lower = tl.dot(own, value, lower, input_precision="ieee")
+    _finish(
+        total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+        j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
+    )  # fmt: skip
+    if HALVES == 2:
+        _finish(
+            lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+            residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    j, adapters, m, n, residual_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
+    BETWEEN: tl.constexpr,
+):  # fmt: skip
+    # Stores a tile: as a part of a sum, or with all that is added to it.
+    at = row[:, None].to(tl.int64) * n + strip[None, :]
+    inside = (row[:, None] < m) & (strip[None, :] < n)
+    if PARTED:
+        tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
+    else:
+        total = _added(
+            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+            residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
+        )  # fmt: skip
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m", "j", "adapters", "parts", "bias_start", "bias_stop"])
+def _add_parts(
+    sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    j, adapters, n, residual_stride, m, parts,
+    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = column < n
+    total = tl.zeros((1, WIDTH), dtype=tl.float32)
+    for part in range(parts):
+        total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
+    total = _added(
+        total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+        residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, 0,
+    )  # fmt: skip
+    tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _added(
+    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    j, adapters, m, n, residual_stride,
+    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
+):  # fmt: skip
+    if LEVELS:
+        total *= tl.load(absmax + column, mask=column < n, other=0) / LEVELS
+    if BIAS:
+        total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
+    if BETWEEN:
+        total = _routed(total, row, column, inner, b, numbers, names, j, adapters, m, n, R, BETWEEN)
+    elif R:
+        number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
+        name = tl.load(names + column, mask=column < n, other=0)
+        live = inside & (number > 0)
+        for r in range(R):
+            factor = tl.load(inner + row * j + name * R + r, mask=live, other=0)
+            total += factor * tl.load(b + (number * R + r) * n + column, mask=live, other=0).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
+    return total
+
+
+def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
+    (m, k), j = x.shape, a.shape[1]
+    assert numbers.is_contiguous()
+    out = x.new_empty(m, j, dtype=torch.float32)
+    _shrink[(m, triton.cdiv(j, SHRINK_ROWS))](
+        x, a, numbers, out, j, k, x.stride(0), SHRINK_ROWS, SHRINK_WIDTH, num_warps=8
+    )
+    return out
+
+
+@triton.jit
+def _routed(
+    total, row, column, inner, b, numbers, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
+):  # fmt: skip
+    # Many rows: one product for each adapter that any of them goes through, with zeros for the other rows.
+    line = tl.arange(0, BETWEEN)
+    number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
+    own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
+    reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
+    for adapter in range(1, adapters):  # 0 is the base
+        through = number == adapter
+        if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
+            factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
+            part = tl.where(through, own, 0).to(factor.dtype)
+            # Zeros times what is not finite are NaN, and other rows' answers are not to suffer from this adapter.
+            total = tl.where(through, tl.dot(part, factor, total, input_precision="ieee"), total)
+    return total
+
+
+@triton.jit
+def _shrink(x, a, numbers, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    line = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(numbers + row).to(tl.int64)
+    products = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    if number > 0:  # 0 is the base
+        for start in range(0, k, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            own = tl.load(x + row * x_stride + column, mask=column < k, other=0).to(tl.float32)
+            inside = (line[:, None] < j) & (column[None, :] < k)
+            factor = tl.load(a + (number * j + line[:, None]) * k + column[None, :], mask=inside, other=0)
+            products += factor.to(tl.float32) * own[None, :]
+    tl.store(out + row * j + line, tl.sum(products, axis=1), mask=line < j)

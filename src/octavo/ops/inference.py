@@ -1,0 +1,115 @@
+"""Matmuls of inference, whose rows are batch-invariant: by frozen weights, and by the LoRA adapters of the rows.
+
+With few rows a matmul is bound by reading its weight, so int8 weights are multiplied as they are stored. Bias, LoRA
+terms and the residual join before the result is rounded.
+
+Legend: M rows (positions of prompts, or one token of each request); K inputs and N outputs; n adapters side by side
+of rank R, for J = R x names of the matrix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.tiles import Phase, matmul_in_tiles
+from octavo.ops.twins import twin
+
+PIECE = 2**20  # weights that are converted to another type at once, so that they stay in the cache
+
+
+class BatchedLora(NamedTuple):
+    """What the adapters of the rows add to a matmul: inner[m, name of output] B[numbers[m]]."""
+
+    inner: Tensor  # (M, J) float32, from `shrink`
+    b: Tensor  # (n, R, N)
+    numbers: Tensor  # (M,) the adapter of each row; 0 is the base, whose factors are zero
+    names: Tensor  # (N,) int32: which R columns of `inner` an output reads
+    spans: tuple[tuple[int, int], ...]  # the outputs of each name
+
+
+@twin
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None = None,
+    *,
+    phase: Phase,
+    bias: Tensor | None = None,
+    bias_start: int = 0,
+    lora: BatchedLora | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """residual + x W^T + bias + LoRA terms, (M, N) in `dtype`, x's own if left out; x is (M, K).
+
+    W is `weight` (N, K) in a float type, or int8 with W = weight * absmax / 127 by rows. `bias` is added to the outputs
+    from `bias_start` on; `residual` is (M, N). In float32 a matmul of shorter inputs is kept as it was accumulated.
+    """
+    dtype = dtype or x.dtype
+    y = _matmul(x.to(dtype), weight, absmax, phase)
+    if bias is not None:
+        y[:, bias_start : bias_start + bias.numel()] += bias
+    if lora is not None:
+        _add_lora_(y, lora, phase)
+    return y if residual is None else residual + y
+
+
+@twin
+def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
+    """(M, J) float32: x (M, K) times A (n, J, K) of each row's own adapter."""
+    inner = torch.zeros(len(x), a.shape[1], dtype=torch.float32, device=x.device)
+    for number, rows in _rows_by_adapter(numbers):
+        factor = a[number].to(x.dtype)
+        inner[rows] = matmul_in_tiles(x[rows], phase, lambda tile, factor=factor: F.linear(tile, factor)).float()  # type: ignore[misc]
+    return inner
+
+
+def _add_lora_(y: Tensor, lora: BatchedLora, phase: Phase) -> None:
+    rank = lora.b.shape[1]
+    for number, rows in _rows_by_adapter(lora.numbers):
+        inner = lora.inner[rows].to(lora.b.dtype)
+        for (start, stop), part in zip(lora.spans, inner.split(rank, dim=1), strict=True):
+            factor = lora.b[number, :, start:stop]
+            y[rows, start:stop] += matmul_in_tiles(part, phase, lambda tile, factor=factor: tile @ factor)  # type: ignore[misc]
+
+
+def _rows_by_adapter(numbers: Tensor) -> list[tuple[int, Tensor]]:
+    """(adapter, the indices of its rows) for each adapter among the rows but the base."""
+    return [(number, (numbers == number).nonzero()[:, 0]) for number in numbers.unique().tolist() if number != 0]
+
+
+def _matmul(x: Tensor, weight: Tensor, absmax: Tensor | None, phase: Phase) -> Tensor:
+    """(M, K) times W^T, in tiles of rows."""
+    if absmax is None:
+        return _linear(x, weight, phase, scale=1.0)
+    if x.dtype == torch.float16:  # sums of whole int8 values would pass 65504; a power of two costs no digit
+        return _linear(x, weight, phase, scale=2.0**-7).mul_(absmax / INT8_LEVELS * 2**7)
+    if phase is not Phase.PREFILL and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _aligned(weight):
+        # PyTorch's own kernel: at one row 4 to 17 times as fast as writing the weight out in bfloat16 first. It takes
+        # the rows one after another, each in the same order of sums, so no tiles are needed.
+        x = x.clone(memory_format=torch.contiguous_format)  # it reads aligned, and crashes where rows are not
+        return torch._weight_int8pack_mm(x, weight, x.new_ones(len(weight))).mul_(absmax / INT8_LEVELS)
+    return _linear(x, weight, phase, scale=1.0).mul_(absmax / INT8_LEVELS)
+
+
+def _linear(x: Tensor, weight: Tensor, phase: Phase, *, scale: float) -> Tensor:
+    """x times scale * weight^T; a weight of another type is converted piece by piece."""
+    if weight.dtype == x.dtype and scale == 1:
+        return matmul_in_tiles(x, phase, lambda rows: F.linear(rows, weight))
+    pieces = []
+    for piece in weight.split(max(1, PIECE // weight.shape[1])):
+        factor = piece.to(x.dtype)
+        if scale != 1:
+            factor = factor * scale
+        pieces.append(matmul_in_tiles(x, phase, lambda rows, factor=factor: F.linear(rows, factor)))  # type: ignore[misc]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _aligned(weight: Tensor) -> bool:
+    """Whether rows of as many 2-byte values, one after another, all begin at a multiple of 32 bytes; and the weight."""
+    return weight.shape[1] % 16 == 0 and weight.data_ptr() % 64 == 0 and weight.is_contiguous()

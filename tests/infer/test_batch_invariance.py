@@ -1,0 +1,82 @@
+"""An answer and its log-probabilities have the same bits alone, again, in any batch and in any chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from octavo.infer.batching import Engine
+from octavo.infer.requests import Limits, Request, Token
+from octavo.infer.sample import Sampling
+from octavo.ops import tiles
+
+if TYPE_CHECKING:
+    from tests.infer.conftest import Family
+
+WORDS, CONTEXT, TILE = 258, 48, 4
+Answer = list[tuple[int, float | None]]
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_four_tokens(prefill_tiles_of_one_token: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that prompts here have several tiles, and a last one that is cut short."""
+    monkeypatch.setattr(tiles, "PREFILL_TILE", TILE)
+
+
+def requests() -> list[Request]:
+    """Prompts of 1 to 33 tokens, half of which begin like another one, to the base and two adapters in turn."""
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randint(1, WORDS, (64,), generator=draw).tolist()
+    asked = []
+    for number, length in enumerate((1, 4, 5, 9, 16, 17, 23, 30, 33)):
+        start = 0 if number % 2 else 3 * number
+        sampling = Sampling(temperature=0.0 if number % 3 else 0.8, max_new_tokens=9, seed=number)
+        adapter = (None, "blocks", "tables")[number % 3]
+        asked.append(Request(tuple(whole[start : start + length]), sampling, adapter, logprobs=2))
+    return asked
+
+
+def serving(family: Family, scheme: str, dtype: torch.dtype, **limits: Any) -> Engine:
+    engine = family.engine(Limits(room=CONTEXT, queue=64, **limits), family.model(scheme, dtype))
+    for name in ("blocks", "tables"):
+        engine.load_adapter(name, family.adapter(name))
+    return engine
+
+
+def bits(tokens: list[Token]) -> Answer:
+    return [(token.token_id, token.logprob) for token in tokens]
+
+
+def asked_at_once(engine: Engine, family: Family, asked: list[Request]) -> list[Answer]:
+    streams = [engine.submit(request) for request in asked]
+    family.run_out(engine)
+    return [bits(stream.ready()) for stream in streams]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_an_answer_has_the_same_bits_alone_again_and_in_any_batch(
+    family: Family, scheme: str, dtype: torch.dtype
+) -> None:
+    asked = requests()
+    one = serving(family, scheme, dtype, slots=1, chunk=TILE)
+    alone = [asked_at_once(one, family, [request])[0] for request in asked]
+    assert len({tuple(answer) for answer in alone}) == len(asked)
+    again = [asked_at_once(one, family, [request, request]) for request in asked]
+    assert again == [[answer, answer] for answer in alone]
+    assert one.stats().reused_tokens_total > 0  # so part of it was found in the cache
+    several = serving(family, scheme, dtype, slots=5, chunk=3 * TILE)
+    assert asked_at_once(several, family, asked) == alone
+    assert asked_at_once(several, family, asked[::-1]) == alone[::-1]
+
+
+def test_an_adapter_that_joins_changes_no_bit_of_another(family: Family) -> None:
+    """Even one of a higher rank, for which the banks of all layers become larger."""
+    asked = [request for request in requests() if request.adapter != "tables"]
+    engine = family.engine(Limits(slots=3, room=CONTEXT, queue=64), family.model("int8", torch.bfloat16))
+    engine.load_adapter("blocks", family.adapter("blocks"))
+    before = asked_at_once(engine, family, asked)
+    engine.load_adapter("tables", family.adapter("tables"))
+    assert asked_at_once(engine, family, asked) == before

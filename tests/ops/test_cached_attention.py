@@ -1,0 +1,84 @@
+"""Attention over a cache against the formula; and no bit of a row depends on chunks or on the other slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.ops.cached_attention import decode_attention, prefill_attention
+from octavo.ops.tiles import PREFILL_TILE
+
+SIZE = 8
+
+
+def formula(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """q (T, H, D) at positions `start` and on, over keys and values (L, G, D)."""
+    shared = q.shape[1] // keys.shape[1]
+    k, v = (x.repeat_interleave(shared, dim=1).float() for x in (keys, values))
+    scores = torch.einsum("thd,shd->hts", q.float(), k) / SIZE**0.5
+    seen = torch.arange(len(keys)) <= start + torch.arange(len(q))[:, None]
+    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+def test_a_slots_token_looks_at_what_its_slot_holds_and_itself(heads: int, groups: int) -> None:
+    torch.manual_seed(heads)
+    lengths, room = [0, 4, -1, 9, 1], 10
+    m = len(lengths)
+    q, k, v = torch.randn(m, heads, SIZE), torch.randn(m, groups, SIZE), torch.randn(m, groups, SIZE)
+    keys, values = torch.randn(2, m, room, groups, SIZE)
+    before = keys.clone(), values.clone()
+    found = decode_attention(q, k, v, keys, values, torch.tensor(lengths), max(lengths))
+    for slot, length in enumerate(lengths):
+        if length < 0:
+            assert not found[slot].any()
+        for store, old, new in ((keys, before[0], k), (values, before[1], v)):
+            wanted = old[slot].clone()
+            if length >= 0:
+                wanted[length] = new[slot]
+            assert torch.equal(store[slot], wanted)  # and nothing else was written
+        if length >= 0:
+            wanted = formula(q[slot, None], keys[slot, : length + 1], values[slot, : length + 1], length)
+            torch.testing.assert_close(found[slot, None], wanted)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 2, PREFILL_TILE, PREFILL_TILE + 3])
+def test_a_chunk_looks_at_what_is_before_it_in_its_own_slot(heads: int, groups: int, length: int) -> None:
+    torch.manual_seed(length)
+    starts, slots, room = [0, 5, PREFILL_TILE], [2, 0, 3], 2 * PREFILL_TILE + 8
+    q, (keys, values) = torch.randn(3, length, heads, SIZE), torch.randn(2, 4, room, groups, SIZE)
+    found = prefill_attention(q, keys, values, torch.tensor(starts), torch.tensor(slots))
+    for row, (start, slot) in enumerate(zip(starts, slots, strict=True)):
+        end = start + length
+        torch.testing.assert_close(found[row], formula(q[row], keys[slot, :end], values[slot, :end], start))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    m, room, heads, groups = 9, 300, 6, 3
+    lengths = torch.tensor([0, 5, 299, 128, 127, 1, 64, 200, 33])
+    q, k, v = (torch.randn(m, n, SIZE).to(dtype) for n in (heads, groups, groups))
+    keys, values = torch.randn(2, m, room, groups, SIZE).to(dtype)
+    together = decode_attention(q, k, v, keys.clone(), values.clone(), lengths, 299)
+    for row, length in enumerate(lengths.tolist()):
+        one = slice(row, row + 1)
+        stores = keys[one].clone(), values[one].clone()
+        assert torch.equal(decode_attention(q[one], k[one], v[one], *stores, lengths[one], length), together[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prefill_has_the_same_bits_in_any_chunks(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    length, heads, groups = 3 * PREFILL_TILE + 7, 4, 2
+    q = torch.randn(1, length, heads, SIZE).to(dtype)
+    keys, values = torch.randn(2, 1, length, groups, SIZE).to(dtype)
+    whole = prefill_attention(q, keys, values, torch.tensor([0]))
+    for cut in (PREFILL_TILE, 3 * PREFILL_TILE):
+        parts = [
+            prefill_attention(q[:, :cut], keys, values, torch.tensor([0])),
+            prefill_attention(q[:, cut:], keys, values, torch.tensor([cut])),
+        ]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
