@@ -39,12 +39,17 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if find_spec("hypothesis") is not None:  # tests/gpu do without
     from hypothesis import settings
+    from hypothesis.internal.conjecture import providers
 
     # The same examples each time: a run that passes passes again. OCTAVO_EXPLORE=1 looks for new ones. None has to be
     # done within a time: other processes may hold a machine up.
     settings.register_profile("same", derandomize=True, deadline=None)
     settings.register_profile("explore", deadline=None)
     settings.load_profile("explore" if os.environ.get("OCTAVO_EXPLORE") else "same")
+    if not os.environ.get("OCTAVO_EXPLORE") and hasattr(providers, "_get_local_constants"):
+        # Hypothesis also tries the constants of all modules that happen to be imported by then: other examples for each
+        # order of tests and each worker.
+        vars(providers)["_get_local_constants"] = providers.Constants
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every call in bfloat16
 
 if TYPE_CHECKING:
