@@ -49,7 +49,7 @@ if find_spec("hypothesis") is not None:  # tests/gpu do without
     if not os.environ.get("OCTAVO_EXPLORE") and hasattr(providers, "_get_local_constants"):
         # Hypothesis also tries the constants of all modules that happen to be imported by then: other examples for each
         # order of tests and each worker.
-        vars(providers)["_get_local_constants"] = providers.Constants
+        vars(providers)["_get_local_constants"] = vars(providers)["Constants"]
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every call in bfloat16
 
 if TYPE_CHECKING:
