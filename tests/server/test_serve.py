@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -334,6 +335,17 @@ def test_a_client_that_is_killed_leaves_nothing_at_work(start: Start) -> None:
     assert "octavo_requests_total 4\n" in counts
     status, _ = ask(port, {"prompt": "the king", "n": 4, "max_tokens": 2})
     assert status == 200
+
+
+def test_a_stderr_that_nobody_reads_holds_up_no_answer_and_no_end(start: Start) -> None:
+    process, port = start(writes=True)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    for _ in range(1200):  # each is a line of the log; a pipe holds 64 KiB
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().read()
+    connection.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
 
 
 def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -28,9 +27,9 @@ from octavo.store import peft
 
 T = TypeVar("T")
 LOG = logging.getLogger("octavo.server")
-# What files that are no adapter's make their reader raise, besides the error that it is made to raise.
 POLL_SECONDS = 0.1  # until it is looked again whether a draining adapter is still in use
-BROKEN = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, re.error)
+# What files that are no adapter's make their reader raise, besides the error that it is made to raise.
+BROKEN = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 
 
 class Shelf:

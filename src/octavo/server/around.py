@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from octavo._version import __version__
 from octavo.server.answers import REFUSALS, TEXT_REFUSALS, Index, ModelCard, ModelList, State, Text, Tokens, Version
 from octavo.server.metrics import CONTENT_TYPE
+from octavo.server.reference import reference_page
 from octavo.server.schemas import Detokenize, TokenizeChat, TokenizeText
 from octavo.server.service import Served, Service
 
@@ -75,8 +76,13 @@ def _add_state(routes: APIRouter, service: Service) -> None:
         return Index(
             version=__version__,
             models=[served.name for served in service.names()],
-            routes=[*paths, "GET /openapi.json"],
+            routes=[*paths, "GET /docs", "GET /openapi.json"],
         )
+
+    @routes.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        """All routes and fields, for people."""
+        return HTMLResponse(reference_page(request.app.openapi(), str(request.base_url)))
 
     @routes.get("/version", tags=["the server"])
     async def version() -> Version:

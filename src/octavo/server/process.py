@@ -6,14 +6,14 @@ SIGTERM, SIGHUP and Ctrl-C finish the answers at work within the grace time. A s
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import select
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -24,11 +24,15 @@ from fastapi import FastAPI
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
 from octavo.server.connections import Connection
+from octavo.server.log import log_to_stderr
 from octavo.stopping import INTERRUPTED, handled
 
 HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 # What uvicorn still waits for answers after the engine has ended them all: they have only to be sent.
 SENDING_SECONDS = 5
+# A server that ended a moment ago is no obstacle. On Windows that is so by itself, and SO_REUSEADDR would let two
+# processes have one address.
+_SHARING: int = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -36,7 +40,7 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
     try:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that ended a moment ago is no obstacle
+        held.setsockopt(socket.SOL_SOCKET, _SHARING, 1)
         held.bind((host, port))
     except OSError as error:
         held.close()
@@ -67,9 +71,8 @@ def run(
         ws="none", server_header=False, proxy_headers=False,
         timeout_graceful_shutdown=int(options.grace_seconds) + SENDING_SECONDS,
     )  # fmt: skip
-    _log_to_stderr(options.log_level)
     server = _Server(config, listening, lambda: _drain(app, stop_engine, options.grace_seconds))
-    with _signals_end_quietly(), handled(server.handle_exit, HANGUP):
+    with closing(log_to_stderr(options.log_level)), _signals_end_quietly(), handled(server.handle_exit, HANGUP):
         server.run([held])
     return signal.SIGINT in server.received
 
@@ -111,7 +114,9 @@ def _end_now() -> NoReturn:
     the engine's thread is within a matmul: that is C++, which must not be unwound.
     """
     with suppress(OSError):
-        os.write(2, b"octavo: Stopped at once.\n")  # not print: the signal may have come amid another one's
+        # A pipe that nobody empties would hold us up. Windows selects among sockets alone.
+        if os.name == "nt" or select.select([], [2], [], 0)[1]:
+            os.write(2, b"octavo: Stopped at once.\n")  # not print: the signal may have come amid another one's
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(INTERRUPTED)
@@ -134,14 +139,3 @@ def _signals_end_quietly() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-
-
-def _log_to_stderr(level: str) -> None:
-    """uvicorn's own setting would write requests to stdout, which is --json's."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name in ("uvicorn", "octavo.server"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-        logger.setLevel(level.upper())
