@@ -152,7 +152,7 @@ def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
     paths = [str(plays / "train"), str(long_line)]
     with Report(console=False) as report:
         options = TextOptions.model_validate({"seq_len": 32})
-        text = to_text(*read_documents(paths, options), options, tokenizer, report)
+        text = to_text(read_documents(paths, options), options, tokenizer, report)
     written = [path.read_text() for path in [*sorted((plays / "train").iterdir()), long_line]]
     learned = [int(label) for row in text.rows for label in row.labels if label >= 0]
     assert max(len(tokenizer.encode(text)) for text in written) > 2 * 128

@@ -27,7 +27,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 def text_of(paths: list[Path], tokenizer: Any, **options: Any) -> Text:
     chosen = TextOptions.model_validate(options)
     with Report(console=False) as report:
-        return to_text(*read_documents([str(path) for path in paths], chosen), chosen, tokenizer, report)
+        return to_text(read_documents([str(path) for path in paths], chosen), chosen, tokenizer, report)
 
 
 def records(folder: Path, *lines: object) -> Path:
@@ -76,7 +76,7 @@ def test_what_was_skipped_is_said_by_file_and_by_line_where_there_is_one(
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     options = TextOptions.model_validate({"skip_bad": True})
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
-        to_text(*read_documents([str(broken), str(binary)], options), options, tokenizer, report)
+        to_text(read_documents([str(broken), str(binary)], options), options, tokenizer, report)
     events = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     warnings = [event["text"] for event in events if event["event"] == "warn"]
     assert warnings[0].startswith(f"Skipped {broken}:2: ")
@@ -130,5 +130,6 @@ def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: py
     assert shown.out == ""
     assert {*LEDGER_COLUMNS, "files"} <= counted.keys()
     assert f"{counted['trained']:,}" in shown.err
-    assert str(plays / "train" / "play0.txt") in shown.err
+    assert f"file in {plays / 'train'}" in shown.err
+    assert "play0.txt" in shown.err
     assert shown.err.count("is read, not learned") == 1

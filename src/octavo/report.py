@@ -24,10 +24,11 @@ from octavo.bounded_json import JsonError, parse
 from octavo.metrics import MetricsFile
 from octavo.streams import in_notebook, output, standard_error
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Without a terminal a bar would fill a log file: a plain line this often instead.
 PLAIN_SECONDS = 10.0
 WIDE = 10_000  # columns of a file or a pipe
+FIRST_SECONDS = 1.5  # after which a line says that something goes on at all
 
 
 class Report:
@@ -131,7 +132,7 @@ class Report:
         """
         table = Table(title=printable(title), title_justify="left", title_style="bold")
         for place, column in enumerate(columns):
-            numbers = bool(rows) and all(isinstance(row[place], int | float) for row in rows)
+            numbers = bool(rows) and all(isinstance(row[place], int | float) or row[place] == "" for row in rows)
             table.add_column(printable(column), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(shown(cell) for cell in row))
@@ -185,7 +186,7 @@ class Progress:
         self._fields.update(shown)
         if self._bar:
             self._bar.update(self._task, completed=self._done, shown=self._text())
-        elif monotonic() - self._told >= PLAIN_SECONDS:
+        elif monotonic() - self._told >= (FIRST_SECONDS if self._told_done < 0 else PLAIN_SECONDS):
             self.finish()
 
     def reach(self, done: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,8 @@ import numpy as np
 from octavo.config import Config, DataOptions, TextOptions
 from octavo.data import documents, packing, tokens
 from octavo.data.bytes import token_bytes
-from octavo.data.documents import Document, ReadOptions, Skipped
-from octavo.data.ledger import Ledger
+from octavo.data.documents import Document, Reading, ReadOptions, Skipped, counted
+from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.report import Report
@@ -23,6 +25,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LEDGER_COLUMNS = ("tokens", "trained", "masked", "cut", "padded")
+MOST_FILES = 11  # in a table for people: more are folded into one row; ledger.json and --json have all
+MOST_SKIPPED = 20  # records that are named one by one
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as tokens, and what was lost on the way."""
+
+    documents: list[Document]
+    tokens: list[tokens.Tokens]
+    skipped: list[Skipped]
+    left_out: Counter[str]
+    unused: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -39,44 +54,70 @@ class Text:
         return rows[: most or None]
 
 
-def read_documents(paths: Sequence[str], options: TextOptions) -> tuple[list[Document], list[Skipped]]:
+def read_documents(paths: Sequence[str], options: TextOptions) -> Reading:
     """The documents of the files that a user names."""
     if not paths:
         raise UsageError("No text files are named.", hint="Give files, folders or globs with --data.")
-    return documents.read(paths, ReadOptions(split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy))
+    return documents.read(
+        paths,
+        ReadOptions(
+            split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy, columns=tuple(options.columns)
+        ),
+    )
 
 
-def to_text(
-    read: Sequence[Document],
-    skipped: Sequence[Skipped],
-    options: TextOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    report: Report,
-) -> Text:
-    """Documents to rows, and the ledger; a bar while tokens are counted."""
-    lost = list(skipped)
-    with report.progress(len(read), "Encoding documents") as bar:
+def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Encoded:
+    """Documents as tokens; a bar of characters. What cannot be read or is not used is said."""
+    lost, unused = list(reading.skipped), Counter(reading.unused)
+    total = sum(map(tokens.characters, reading.documents))
+    with report.progress(total, "Encoding characters") as bar:
         encoded = tokens.encode_all(
-            read,
+            reading.documents,
             tokenizer,
             end_id=int(tokenizer.eos_token_id),
             progress=bar.advance,
             skipped=lost if options.skip_bad else None,
+            unused=unused,
         )
+    for bad in lost[:MOST_SKIPPED]:
+        report.warn(f"Skipped {bad.source}{f':{bad.line}' if bad.line else ''}: {bad.reason}")
+    if len(lost) > MOST_SKIPPED:
+        report.warn(f"Skipped {len(lost) - MOST_SKIPPED:,} more records; the ledger counts them by file.")
+    if unused:
+        named = ", ".join(f"{name[:80]} ({count:,})" for name, count in unused.most_common(MOST_SKIPPED))
+        more = f" and {len(unused) - MOST_SKIPPED:,} more" if len(unused) > MOST_SKIPPED else ""
+        report.say(f"Fields of the records that are not used: {named}{more}.")
+    _warn_of_lost_bytes(encoded, tokenizer, report)
+    return Encoded(list(reading.documents), encoded, lost, reading.left_out, unused)
+
+
+def to_rows(
+    encoded: Encoded,
+    options: TextOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    excluded: Encoded | None = None,
+) -> Text:
+    """Tokens to rows, and the ledger; the documents of `excluded` are counted there and in no row."""
+    apart = excluded.tokens if excluded else []
     rows, ledger = packing.pack(
-        encoded,
+        [*encoded.tokens, *apart],
         seq_len=options.seq_len,
         pad_id=_pad_id(tokenizer),
         truncate=options.truncate,
         deduplicate=options.deduplicate,
         min_unique_tokens=options.min_unique_tokens,
-        skipped=lost,
+        skipped=[*encoded.skipped, *(excluded.skipped if excluded else [])],
+        excluded=range(len(encoded.tokens), len(encoded.tokens) + len(apart)),
     )
     ledger.check()
-    for bad in lost:
-        report.warn(f"Skipped {bad.source}{f':{bad.line}' if bad.line else ''}: {bad.reason}")
-    _warn_of_lost_bytes(encoded, tokenizer, report)
-    return Text(rows, ledger, list(read))
+    ledger = replace(ledger, left_out=dict(encoded.left_out), unused=dict(encoded.unused))
+    return Text(rows, ledger, encoded.documents)
+
+
+def to_text(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Text:
+    """Documents to rows, and the ledger."""
+    return to_rows(encode(reading, options, tokenizer, report), options, tokenizer)
 
 
 def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
@@ -92,19 +133,44 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
 
 
 def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
-    """One line a file, and the sum."""
+    """One line a file, of many files the largest ones; the sum; and what in the folders is not read."""
+    files = list(ledger.files)
+    folded: list[FileLedger] = []
+    if len(files) > MOST_FILES:
+        largest = sorted(files, key=lambda file: -file.tokens)[: MOST_FILES - 1]
+        shown = {file.source for file in largest}
+        folded = [file for file in files if file.source not in shown]
+        files = [file for file in files if file.source in shown]
+    folder = _common_folder([file.source for file in ledger.files])
     rows: list[list[object]] = [
-        [file.source, *(getattr(file, name) for name in LEDGER_COLUMNS)] for file in ledger.files
+        [file.source.removeprefix(folder), *(getattr(file, name) for name in LEDGER_COLUMNS)] for file in files
     ]
-    if len(rows) > 1:
+    if folded:
+        sums = [sum(getattr(file, name) for file in folded) for name in LEDGER_COLUMNS]
+        rows.append([f"and {len(folded):,} smaller files", *sums])
+    if len(ledger.files) > 1:
         rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS)])
-    report.table(f"{title}: {ledger.rows:,} rows", ["file", *LEDGER_COLUMNS], rows, result=result)
+    if ledger.left_out:
+        rows.append([f"not read: {counted(ledger.left_out)}", *("" for _ in LEDGER_COLUMNS)])
+    first = f"file in {folder}" if folder else "file"
+    report.table(f"{title}: {ledger.rows:,} rows", [first, *LEDGER_COLUMNS], rows, result=result)
+
+
+def _common_folder(sources: Sequence[str]) -> str:
+    """The folder, with its separator, that more than one file lies in; "" where there is none."""
+    if len(sources) < 2:
+        return ""
+    try:
+        folder = os.path.commonpath([os.path.dirname(source) for source in sources])
+    except ValueError:  # some from the root, some from here
+        return ""
+    return os.path.join(folder, "") if folder else ""
 
 
 def show_data(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
     """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
     options = config[DataOptions]
-    text = to_text(*read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
+    text = to_text(read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
     lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
     if lengths:

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data import encoding
-from octavo.data.encoding import begin_ids, block_ends, coder_of, plain_codes
+from octavo.data.encoding import begin_ids, coder_of
 from octavo.errors import UsageError
 
 
@@ -41,39 +38,6 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(UsageError, match=r"no fast form.*\n.*tokenizer\.json"):
         coder_of(Slow())
-
-
-@given(text=st.text("ab .\n\té世", max_size=400), block=st.integers(1, 30), batch=st.integers(1, 50))
-def test_blocks_lose_nothing_of_any_text(tokenizer: PreTrainedTokenizerFast, text: str, block: int, batch: int) -> None:
-    coder = coder_of(tokenizer)
-    texts = ["hello", text, "", text]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "BLOCK_CHARACTERS", block)
-        patch.setattr(encoding, "BATCH_CHARACTERS", batch)
-        codes = list(plain_codes(texts, coder))
-    assert [coder.plain.decode(code.ids.tolist()) for code in codes] == texts
-
-
-@pytest.mark.parametrize("text", ["you? \n  I am\n\n\n\tThe rain.\n \nI.\n", "are  you   hello \t\t "])
-@pytest.mark.parametrize("block", range(25, 41))
-def test_blocks_have_the_ids_of_the_whole_text(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, text: str, block: int
-) -> None:
-    coder = coder_of(tokenizer)
-    text = (text + "I am well. ") * 20
-    monkeypatch.setattr(encoding, "BLOCK_CHARACTERS", block)
-    (code,) = plain_codes([text], coder)
-    whole = coder.plain.encode(text)
-    assert len(list(block_ends(text))) > 4
-    assert code.ids.tolist() == whole.ids
-    assert code.first_characters == whole.offsets[0][1]
-
-
-def test_a_text_without_any_space_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BLOCK_CHARACTERS", 10)
-    assert list(block_ends("x" * 45)) == [20, 40, 45]
-    assert list(block_ends("x" * 12 + " y" * 10)) == [12, 32]
-    assert list(block_ends("")) == [0]
 
 
 def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedTokenizerFast:

@@ -10,10 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.data import files
-from octavo.data.files import Piece, decode, find_files, pieces, suffix
-from octavo.errors import DataError, UsageError
-
-SUFFIXES = [".txt", ".jsonl"]
+from octavo.data.files import Piece, decode, pieces, suffix
+from octavo.errors import DataError
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -25,39 +23,6 @@ def write(path: Path, data: bytes) -> Path:
 def whole(path: Path) -> str:
     (piece,) = pieces(path, None)
     return decode(piece, str(path))
-
-
-def test_a_folder_gives_known_files_sorted_and_no_hidden_ones(tmp_path: Path) -> None:
-    names = ["b.txt", "a.jsonl.gz", "deep/er/c.TXT", "picture.png", ".hidden.txt", ".git/d.txt"]
-    for name in names:
-        write(tmp_path / name, b"x")
-    found = find_files([str(tmp_path)], SUFFIXES)
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.txt", "deep/er/c.TXT"]
-
-
-def test_a_file_is_found_once_in_the_order_given(tmp_path: Path) -> None:
-    first, second = write(tmp_path / "b.txt", b"x"), write(tmp_path / "a.txt", b"x")
-    assert find_files([str(first), str(tmp_path / "*.txt"), str(tmp_path)], SUFFIXES) == [first, second]
-
-
-def test_a_named_file_is_taken_whatever_its_suffix(tmp_path: Path) -> None:
-    path = write(tmp_path / "[odd] name", b"x")
-    assert find_files([str(path)], SUFFIXES) == [path]
-
-
-def test_a_missing_path_names_the_nearest_existing_one(tmp_path: Path) -> None:
-    write(tmp_path / "plays" / "hamlet.txt", b"x")
-    with pytest.raises(UsageError, match=r"plays.hamlte\.txt: no such.*\n.*plays.hamlet\.txt\?"):
-        find_files([str(tmp_path / "plays" / "hamlte.txt")], SUFFIXES)
-    with pytest.raises(UsageError, match=r"mean .*plays\?"):
-        find_files([str(tmp_path / "play" / "hamlet.txt")], SUFFIXES)
-
-
-@pytest.mark.parametrize("name", ["*.txt", "empty"])
-def test_what_means_no_file_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no file"):
-        find_files([str(tmp_path / name)], SUFFIXES)
 
 
 def test_the_suffix_is_the_one_before_the_compression() -> None:

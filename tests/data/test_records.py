@@ -74,9 +74,9 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"messages": ["a"]}, "`messages[0]` must be an object, not a str"),
         (
             {"messages": [{"role": "user", "content": None}]},
-            "`messages[0].content` must be a string, not null",
+            "`messages[0].content` is null",
         ),
-        ({"messages": [{"content": "a"}]}, "`messages[0].role` must be a string, not null"),
+        ({"messages": [{"content": "a"}]}, "`messages[0]` has no `role`"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
         ({"conversations": [{"from": "gpt", "value": 1}]}, "`conversations[0].value` must be a string"),
     ],

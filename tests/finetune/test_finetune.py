@@ -192,7 +192,8 @@ def test_the_adapter_that_stays_is_the_best_on_the_held_out_text_or_the_last(
 def test_without_held_out_text_a_run_says_so_and_keeps_its_last_adapter(
     tune: Tune, plays: Path, tmp_path: Path
 ) -> None:
-    answer = tune(tmp_path / "run", data=[str(plays / "train" / "play0.txt")], test_data=[], steps=2)
+    data = [str(plays / "train" / "play0.txt")]
+    answer = tune(tmp_path / "run", data=data, test_data=[], test_fraction=0, steps=2)
     assert (answer["rows"], answer["best_step"]) == ([], None)
     assert Path(answer["adapter"], "adapter_config.json").is_file()
     assert any("held out" in event["text"] for event in events(tmp_path / "run", "warn"))

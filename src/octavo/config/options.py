@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from octavo.config.section import MemorySize, Names, Paths, Section, Texts
+from octavo.config.section import Columns, MemorySize, Names, Paths, Section, Texts
 
 
 class ModelOptions(Section):
@@ -36,6 +36,9 @@ class TextOptions(Section):
 
     seq_len: int = Field(512, ge=2, description="Tokens in a row; longer documents go over several rows.")
     split_on: str | None = Field(None, description="Plain text: 'lines', or a separator between documents.")
+    columns: Columns = Field(
+        [], description="Which fields of records are meant, as prompt=question,completion=answer or text=body."
+    )
     truncate: bool = Field(False, description="Cut documents at --seq-len instead of splitting them.")
     skip_bad: bool = Field(False, description="Count what cannot be read and go on, instead of stopping.")
     ftfy: bool = Field(False, description="Repair wrongly decoded text (needs octavo[clean]).")
@@ -51,7 +54,7 @@ class TrainingData(Section):
     data: Paths = Field([], description="Text to learn from: file, folder or glob; may be repeated.")
     test_data: Paths = Field([], description="Text held out to measure on; may be repeated.")
     test_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Without --test-data: this share of the documents is held out."
+        0.05, ge=0, lt=1, description="Without --test-data: share of the documents, or of a lone text, to hold out."
     )
 
 

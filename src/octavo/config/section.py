@@ -19,6 +19,18 @@ def _split_commas(value: object) -> object:
     return value
 
 
+def _columns(value: object) -> object:
+    """prompt=question,completion=answer, a list of such, and a mapping are the same list."""
+    if isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair):
+        return [f"{name}={field}" for name, field in value.items()]
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        # A comma ends a pair only where another begins: fields may have commas in their names.
+        return [part.strip() for item in value for part in re.split(r",(?=\s*\w+\s*=)", item) if part.strip()]
+    return value
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -42,6 +54,7 @@ def size_in_bytes(value: str) -> int | None:
 
 
 MemorySize = Annotated[str, BeforeValidator(_memory_size)]
+Columns = Annotated[list[str], BeforeValidator(_columns)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many)]

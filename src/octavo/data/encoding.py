@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -18,31 +18,61 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from octavo.bounded_json import shortened
+from octavo.data.cuts import Cuts, cuts_of
+from octavo.data.panics import name_panics
 from octavo.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A tokenizer holds about a hundred bytes for each token of a call until it returns, so a book is cut up;
-# blocks of this size also take half the time of blocks of a megabyte.
-BLOCK_CHARACTERS = 2**17
-BATCH_CHARACTERS = 2**22
-BATCH_TEXTS = 4096
+BATCH_CHARACTERS = 2**20  # of text in hand at once; also how often progress is shown
+MOST_WORDS = 2**20  # that are remembered with their ids, and
+MOST_CHARACTERS = 2**26  # of all of them together
+FIRST_CHARACTERS = 4096  # of a text that are looked at for its first token
 
-# A single line break between two characters that are not white space, and a single space likewise.
-_LINE_END = re.compile(r"\S\n(?=\S)")
-_WORD_END = re.compile(r"\S(?=\s\S)")
+
+@dataclass(eq=False)
+class Words:
+    """Stretches of text that were met, with their ids: ids[starts[n] : starts[n] + lengths[n]] are those of word n."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    characters: int = 0
+
+    def learn_(self, words: Iterable[str], tokenizer: Tokenizer) -> None:
+        """Encodes those of `words` that are new."""
+        new = list(set(words).difference(self.numbers))
+        with name_panics("The tokenizer"):
+            codes = tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        for word, code in zip(new, codes, strict=True):
+            ids = code.ids
+            self.numbers[word] = len(self.starts)
+            self.starts.append(len(self.ids))
+            self.lengths.append(len(ids))
+            self.ids.extend(ids)
+        self.characters += sum(map(len, new))
+
+    def joined(self, words: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """The ids of `words` one after the other, and how many each has."""
+        numbers = np.fromiter(map(self.numbers.__getitem__, words), np.int64, len(words))
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)[numbers]
+        starts = np.frombuffer(self.starts, dtype=np.int64)[numbers]
+        ends = np.cumsum(lengths)
+        places = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
+        return np.frombuffer(self.ids, dtype=np.int32)[places], lengths
 
 
 @dataclass(frozen=True, eq=False)
 class Coder:
-    """Two private copies of one tokenizer; neither cuts or pads. Never changed, so threads may share it."""
+    """Two private copies of one tokenizer; neither cuts or pads. The tokenizers are never changed."""
 
     plain: Tokenizer  # the strings of control tokens are text
     control: Tokenizer  # the strings of control tokens are control tokens
     controls: re.Pattern[str]  # finds the strings of control tokens
     control_ids: dict[str, int]
+    cuts: Cuts  # where a text may be cut without a change of its ids
 
 
 @dataclass(frozen=True)
@@ -94,24 +124,6 @@ def _words(tokenizer: PreTrainedTokenizerFast, most: int = 16) -> Iterator[str]:
     yield from islice((token for token in tokenizer.get_vocab() if token not in special), most)
 
 
-@contextmanager
-def name_panics(what: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises on a text into a ModelError about `what`: a panic, which no
-    `except Exception` sees, or an Exception of no class of its own.
-    """
-    try:
-        yield
-    except BaseException as error:
-        panic = type(error).__name__ == "PanicException"
-        if not panic and type(error) is not Exception:
-            raise
-        hint = "A regular expression in its tokenizer.json may have no end. " if panic else ""
-        raise ModelError(
-            f"{what} fails on a text ({shortened(str(error))}).",
-            hint=hint + "Take the tokenizer files of the model's publisher.",
-        ) from error
-
-
 def _copies(backend: Tokenizer) -> Coder:
     text = backend.to_str()
     plain, control = Tokenizer.from_str(text), Tokenizer.from_str(text)
@@ -124,54 +136,57 @@ def _copies(backend: Tokenizer) -> Coder:
     control_ids = {token.content: number for number, token in added if token.special}
     # The longest first, as the tokenizer matches; with none, a pattern that matches nothing.
     names = sorted(control_ids, key=lambda name: (-len(name), name))
-    return Coder(plain, control, re.compile("|".join(map(re.escape, names)) or r"(?!)"), control_ids)
+    controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    return Coder(plain, control, controls, control_ids, cuts_of(plain))
 
 
-def plain_codes(texts: Iterable[str], coder: Coder) -> Iterator[Code]:
-    """The code of each text in order, none of it a control token; many texts are encoded at once."""
+def plain_codes(texts: Iterable[str], coder: Coder, progress: Callable[[int], None] | None = None) -> Iterator[Code]:
+    """The code of each text in order, none of it a control token. `progress` is told of the characters done.
+
+    A text is cut where the tokenizer cuts it itself before anything else (`Coder.cuts`), and each different stretch is
+    encoded once: a text of a hundred megabytes has a million of them. The ids are those of the whole text. A tokenizer
+    that has no such places gets each text whole.
+    """
+    known = Words()
     parts: list[npt.NDArray[np.int32]] = []
-    first = 0
-    for group in _groups(texts):
-        with name_panics("The tokenizer"):
-            encodings = coder.plain.encode_batch([block for block, _ in group], add_special_tokens=False)
-        for encoding, (_, is_last) in zip(encodings, group, strict=True):
-            if not parts:
-                _, first = (encoding.token_to_chars(0) if encoding.ids else None) or (0, 0)
-            parts.append(np.array(encoding.ids, dtype=np.int32))
+    first = ""
+    for group in _groups(texts, coder.cuts):
+        if len(known.numbers) > MOST_WORDS or known.characters > MOST_CHARACTERS:
+            known = Words()
+        words = list(chain.from_iterable(stretches for stretches, _ in group))
+        known.learn_(words, coder.plain)
+        ids, lengths = known.joined(words)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        at = 0
+        for stretches, is_last in group:
+            first = first if parts else stretches[0]
+            parts.append(ids[ends[at] : ends[at + len(stretches)]])
+            at += len(stretches)
+            if progress:
+                progress(sum(map(len, stretches)))
             if is_last:
-                yield Code(np.concatenate(parts), first)
+                yield Code(np.concatenate(parts) if len(parts) > 1 else parts[0], _first_characters(first, coder))
                 parts = []
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Blocks to encode in one call, each with whether it is the last of its text."""
-    group: list[tuple[str, bool]] = []
+def _first_characters(word: str, coder: Coder) -> int:
+    """How many characters the first token stands for, of a text that begins with `word`."""
+    with name_panics("The tokenizer"):
+        code = coder.plain.encode(word[:FIRST_CHARACTERS], add_special_tokens=False)
+    _, end = (code.token_to_chars(0) if code.ids else None) or (0, 0)
+    return end
+
+
+def _groups(texts: Iterable[str], cuts: Cuts) -> Iterator[list[tuple[list[str], bool]]]:
+    """Stretches of texts, some BATCH_CHARACTERS together, each list with whether it is the last of its text."""
+    group: list[tuple[list[str], bool]] = []
     size = 0
     for text in texts:
-        start = 0
-        for end in block_ends(text):
-            group.append((text[start:end], end == len(text)))
-            size += end - start
-            start = end
-            if size >= BATCH_CHARACTERS or len(group) >= BATCH_TEXTS:
+        for words, is_last in cuts.words(text, BATCH_CHARACTERS):
+            group.append((words, is_last))
+            size += sum(map(len, words)) + 64
+            if size >= BATCH_CHARACTERS:
                 yield group
                 group, size = [], 0
     if group:
         yield group
-
-
-def block_ends(text: str) -> Iterator[int]:
-    """Where to cut a text into blocks of 1 to 2 times BLOCK_CHARACTERS, the last one aside; then its end.
-
-    The cut is behind a line break, else before a space, that stands alone between two visible characters.
-    Byte-level tokenizers (GPT-2, GPT-J, Llama 3, Qwen, SmolLM2) split there before they merge anything, so
-    the ids are those of the whole text. Where a text has no such place, or a tokenizer does not split there
-    (SentencePiece style), a block may begin with one token more or less than the whole text would have.
-    """
-    start = 0
-    while len(text) - start > 2 * BLOCK_CHARACTERS:
-        low, high = start + BLOCK_CHARACTERS, start + 2 * BLOCK_CHARACTERS
-        found = _LINE_END.search(text, low, high) or _WORD_END.search(text, low, high)
-        start = found.end() if found else high
-        yield start
-    yield len(text)

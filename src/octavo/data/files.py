@@ -1,4 +1,4 @@
-"""Files on disk: which ones a user means, and their bytes as UTF-8, however they were stored.
+"""Files on disk: their bytes as UTF-8, however they were stored.
 
 A file is read as a stream of pieces, so a compressed file is never held whole unless it is one document.
 """
@@ -6,20 +6,19 @@ A file is read as a stream of pieces, so a compressed file is never held whole u
 from __future__ import annotations
 
 import codecs
-import difflib
-import glob
 import gzip
 import io
 import lzma
 import os
+import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-from octavo.errors import DataError, UsageError
+from octavo.errors import DataError
 
 COMPRESSIONS: dict[str, Callable[..., object]] = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -27,6 +26,10 @@ CHUNK_BYTES = 2**20
 SAMPLE_BYTES = 4096
 # One document may be as large as a shelf of books, but a small compressed file must not fill the memory.
 MAX_DOCUMENT_BYTES = 2**30
+# Text is compressed to a twentieth at best, tables of repeated words to a hundredth; gzip's most is a thousandth.
+MAX_RATIO = 200
+SURE_BYTES = 2**26  # so much is decompressed whatever the ratio
+MAX_DOCUMENTS = 5_000_000  # of all files together: each takes some 200 bytes of memory beside its text
 
 # The longest mark first: UTF-32 little-endian begins with the mark of UTF-16 little-endian.
 _MARKS = (
@@ -43,7 +46,13 @@ _BINARY = (
     (b"\xfd7zXZ\x00", "xz data whose name does not end in .xz"),
     (b"\x28\xb5\x2f\xfd", "zstd data"),
     (b"PAR1", "parquet data whose name does not end in .parquet"),
+    (b"{\\rtf", "RTF"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document of the old kind"),
+    (b"%!PS", "PostScript"),
+    (b"SQLite format 3", "a database"),
+    (b"\x93NUMPY", "an array of numpy"),
     (b"\x89PNG", "an image"),
+    (b"GIF89a", "an image"),
     (b"\xff\xd8\xff", "an image"),
 )
 _AS_TEXT = "Convert it to a text file in UTF-8, take it out of the data, or skip such files with --skip-bad."
@@ -64,66 +73,74 @@ def suffix(path: Path) -> str:
     return inner.suffix.lower()
 
 
-def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The files that `paths` mean, each once, in the order given.
-
-    A file is taken whatever its suffix, a glob gives its matches in sorted order, and a folder gives every
-    file below it whose suffix is in `suffixes`, sorted; hidden files and folders are passed over there.
-    Raises UsageError for a path that means nothing.
-    """
-    found: dict[Path, None] = {}
-    for given in paths:
-        name = os.path.expanduser(given)
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not matches:
-            _nothing_there(name)
-        files = [file for match in matches for file in _below(Path(match), suffixes)]
-        if not files:
-            kinds = ", ".join(suffixes)
-            raise UsageError(f"{given}: no file here that octavo reads.", hint=f"In a folder it reads {kinds}.")
-        found |= dict.fromkeys(files)
-    return list(found)
+def name_of(path: Path) -> str:
+    """The path as messages and records name it: bytes that are no UTF-8 are written as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _below(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files: list[Path] = []
-    for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if suffix(file) in suffixes)
-
-
-def _unreadable_folder(error: OSError) -> NoReturn:
-    raise UsageError(f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions.") from error
-
-
-def _nothing_there(name: str) -> NoReturn:
-    if glob.has_magic(name):
-        raise UsageError(f"{name}: matches no file.", hint="`**` matches folders at any depth.")
-    missing = Path(name)
-    while not missing.parent.exists():
-        missing = missing.parent
-    neighbours = os.listdir(missing.parent) if missing.parent.is_dir() else []
-    nearest = difflib.get_close_matches(missing.name, sorted(neighbours), n=1)
-    hint = f"Did you mean {missing.parent / nearest[0]}?" if nearest else "Check the path."
-    raise UsageError(f"{missing}: no such file or folder.", hint=hint)
+def sort_of(mode: int) -> str:
+    """What a file that is not regular is, from its mode."""
+    sorts = (
+        (stat.S_ISDIR, "folder"),
+        (stat.S_ISFIFO, "pipe (FIFO)"),
+        (stat.S_ISSOCK, "socket"),
+        (stat.S_ISCHR, "character device"),
+        (stat.S_ISBLK, "block device"),
+    )
+    return next((name for test, name in sorts if test(mode)), "special file")
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed as they are read. Raises DataError for damage in the compressed data."""
-    opener = COMPRESSIONS.get(path.suffix.lower(), open)
+    """The file's bytes, decompressed as they are read.
+
+    Raises DataError for what is no regular file, for damage in the compressed data, and for data that swell to more
+    than MAX_RATIO times their size in the file, which no text does.
+    """
+    source, compression = name_of(path), path.suffix.lower()
+    opener = COMPRESSIONS.get(compression)
     try:
-        with cast(BinaryIO, opener(path, "rb")) as stream:
-            yield stream
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            hint = "Only regular files are read: write what it gives into one."
+            raise DataError(f"cannot be read: it is a {sort_of(mode)}.", source=source, hint=hint)
+        with path.open("rb") as raw:
+            if opener is None:
+                yield raw
+            else:
+                with cast(BinaryIO, opener(raw, "rb")) as stream:
+                    yield cast(BinaryIO, _Bounded(stream, raw, source))
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         hint = "The file was cut short or damaged: fetch or compress it again."
-        raise DataError(f"cannot be decompressed: {error}", source=str(path), hint=hint) from error
+        raise DataError(f"cannot be decompressed: {error}", source=source, hint=hint) from error
     except OSError as error:
         hint = "Check that it is a file and that you may read it."
-        raise DataError(f"cannot be read: {error.strerror}", source=str(path), hint=hint) from error
+        raise DataError(f"cannot be read: {error.strerror}", source=source, hint=hint) from error
+
+
+class _Bounded:
+    """A stream that decompresses, and stops where the data swell beyond belief: a small file must not fill the disk's
+    worth of memory."""
+
+    def __init__(self, stream: BinaryIO, raw: BinaryIO, source: str) -> None:
+        self._stream, self._raw, self._source, self._given = stream, raw, source, 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes; all that is left for -1."""
+        parts, wanted = [], size
+        while wanted:
+            part = self._stream.read(CHUNK_BYTES if wanted < 0 else min(CHUNK_BYTES, wanted))
+            if not part:
+                break
+            parts.append(part)
+            wanted -= len(part) if wanted > 0 else 0
+            self._given += len(part)
+            if self._given > max(SURE_BYTES, MAX_RATIO * self._raw.tell()):
+                message = f"the compressed data swell to more than {MAX_RATIO} times their size."
+                raise DataError(
+                    message, source=self._source, hint="Decompress the file yourself if it is what it should be."
+                )
+        return b"".join(parts)
 
 
 def read_whole(stream: BinaryIO, source: str) -> bytes:
@@ -140,7 +157,7 @@ def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
     A byte-order mark is removed and UTF-16 and UTF-32 become UTF-8. An empty file has no pieces.
     Raises DataError for a binary file and for a piece of more than MAX_DOCUMENT_BYTES.
     """
-    source = str(path)
+    source = name_of(path)
     with open_bytes(path) as stream:
         head = stream.read(CHUNK_BYTES)
         encoding, mark = _encoding(head, source)
@@ -182,7 +199,10 @@ def decode(piece: Piece, source: str) -> str:
     except UnicodeDecodeError as error:
         line = piece.line + piece.data.count(b"\n", 0, error.start)
         at, byte = piece.offset + error.start, piece.data[error.start]
-        hint = "Save the file as UTF-8, or skip such documents with --skip-bad."
+        hint = (
+            "Save the file as UTF-8, or skip such documents with --skip-bad. Text of old Windows programs: "
+            "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
+        )
         raise DataError(f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint) from error
     if "\0" in text:
         nul = piece.data.index(b"\0")

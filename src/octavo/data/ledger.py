@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 COUNTS = ("tokens", "trained", "masked", "cut", "padded", "documents", "dropped", "skipped")
 
@@ -19,7 +19,7 @@ class FileLedger:
     cut: int = 0  # neither seen nor learned
     padded: int = 0  # empty places of the rows whose last document is of this file
     documents: int = 0  # documents that were read
-    dropped: int = 0  # those of them that were cut whole: too short, copies, too few different tokens
+    dropped: int = 0  # those that were cut whole: too short, held out as well, copies, too few different tokens
     skipped: int = 0  # records that could not be read, or the file itself; they are in no other count
 
     def plus(self, **counts: int) -> FileLedger:
@@ -41,6 +41,11 @@ class Ledger:
     skipped: int
     rows: int
     files: tuple[FileLedger, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)  # kinds of files in the folders that are not read
+    unused: Mapping[str, int] = field(
+        default_factory=dict
+    )  # fields of records that are not used, with how many records
+    overlap: Mapping[str, object] = field(default_factory=dict)  # of a held-out text: what the training text has of it
 
     def to_dict(self) -> dict[str, object]:
         """Plain numbers, lists and dicts, for JSON."""

@@ -7,7 +7,7 @@ attention can stay within a piece. T is the row's length.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,7 @@ def pack(
     deduplicate: bool = False,
     min_unique_tokens: int = 0,
     skipped: Sequence[Skipped] = (),
+    excluded: Collection[int] = (),
 ) -> tuple[list[Row], Ledger]:
     """Rows of `seq_len` places, and the ledger.
 
@@ -59,12 +60,14 @@ def pack(
     Pieces are put, the longest first, into the fullest row that still has room (best-fit decreasing). Rows
     come in the order of their first documents, and the same input gives the same rows.
 
-    Cut whole are documents of fewer than two tokens, and on request copies of earlier documents and documents
-    of fewer than `min_unique_tokens` different tokens. `pad_id` may be any token.
+    Cut whole are documents of fewer than two tokens, those whose numbers are `excluded`, and on request copies of
+    earlier documents and documents of fewer than `min_unique_tokens` different tokens. `pad_id` may be any token.
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
     kept = [len(one.ids) >= 2 and _enough(one.ids, min_unique_tokens) for one in tokens]
+    for index in excluded:
+        kept[index] = False
     if deduplicate:
         _drop_copies(tokens, kept)
     pieces = [

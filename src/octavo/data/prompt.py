@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.data.chat import encode_turns
-from octavo.data.encoding import begin_ids, coder_of, name_panics
+from octavo.data.encoding import begin_ids, coder_of
+from octavo.data.panics import name_panics
 from octavo.data.records import Message
 
 if TYPE_CHECKING:

@@ -1,37 +1,24 @@
 """What a record means: plain text, a prompt with its completion, or a conversation.
 
-SHAPES lists the field names that octavo knows, the more telling ones first: data sets often carry a rendered
-`text` beside the fields it was made of.
+SHAPES lists the field names that octavo knows, the more telling ones first: data sets often carry a rendered `text`
+beside the fields it was made of. Other names are mapped with `columns`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from octavo.errors import DataError
+from octavo.data.fields import Record, is_blank, shortened
+from octavo.data.turns import Message, conversation, tools_of
+from octavo.errors import DataError, UsageError
 
-_SKIP = "Correct the record, or skip such records with --skip-bad."
-# The names that ShareGPT's exporters give to the speakers; every other name is kept.
-_SPEAKERS = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
+__all__ = ["Document", "Message", "check_columns", "from_fields", "from_text"]
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text to learn from. Exactly one of text, prompt with completion, and messages is given."""
 
@@ -41,6 +28,7 @@ class Document:
     prompt: str | None = None  # with `completion`: only the completion is trained
     completion: str | None = None
     messages: tuple[Message, ...] = ()  # a conversation: only the assistant's turns are trained
+    tools: str = ""  # of a conversation: the tools that the chat template is given, a JSON list
 
     @property
     def where(self) -> str:
@@ -48,110 +36,222 @@ class Document:
         return f"{self.source}:{self.line}"
 
 
-@dataclass(frozen=True)
-class _Record:
-    fields: Mapping[str, object]
-    source: str
-    line: int
-
-    def error(self, message: str, hint: str = _SKIP) -> DataError:
-        return DataError(message, source=self.source, line=self.line, hint=hint)
-
-
 def from_text(text: str, *, source: str, line: int) -> Document:
     """A document of plain text."""
     return Document(source, line, text=text)
 
 
-def from_fields(fields: Mapping[str, object], *, source: str, line: int) -> Document:
+def from_fields(
+    fields: Mapping[str, object],
+    *,
+    source: str,
+    line: int,
+    columns: Mapping[str, str] | None = None,
+    unused: Counter[str] | None = None,
+) -> Document:
     """A document from named fields, by the first of SHAPES whose fields are all there and not null.
 
-    Raises DataError for a record of no known shape, and one that names the field for a wrong type or no text.
+    `columns` maps octavo's names to the record's: with it, those fields alone count. Names of fields that are not used
+    are counted in `unused`. Raises DataError for a record of no known shape, one that names the field for a wrong type
+    or no text, and one for a field that would change the training and has no place in the shape.
     """
-    record = _Record(fields, source, line)
-    for names, build in SHAPES.items():
-        if all(fields.get(name) is not None for name in names):
-            return build(record)
-    known = "; ".join(" + ".join(names) for names in SHAPES)
-    found = ", ".join(fields) or "none"
-    raise record.error(f"no field that octavo knows; the record has: {found}.", hint=f"It reads: {known}.")
+    unused = Counter() if unused is None else unused
+    record = _renamed(fields, columns, source, line) if columns else Record(_lowered(fields), source, line)
+    for shape in SHAPES:
+        names = [next((name for name in one if record.get(name) is not None), None) for one in shape.needs]
+        if None in names:
+            continue
+        found = [name for name in names if name]
+        document = shape.build(record, found, unused)
+        _account(record, fields, columns, [*found, *shape.uses], shape, unused)
+        return document
+    raise _unknown(record, fields, columns)
 
 
-def _plain(record: _Record) -> Document:
-    return Document(record.source, record.line, text=_filled(record, "text"))
+def check_columns(columns: Sequence[str]) -> dict[str, str]:
+    """`name=field` pairs as a mapping from octavo's names to the record's. UsageError for one that is none."""
+    mapping: dict[str, str] = {}
+    for pair in columns:
+        name, equals, field = pair.partition("=")
+        name, field = name.strip(), field.strip()
+        if not equals or not field or name not in _TARGETS:
+            hint = f"A column is NAME=FIELD, as in prompt=question; NAME is one of {', '.join(_TARGETS)}."
+            raise UsageError(f"--columns {shortened(pair)}: no mapping of a column.", hint=hint)
+        if name in mapping:
+            raise UsageError(f"--columns names {name} twice.", hint="Give one field for each name.")
+        mapping[name] = field
+    if mapping and not any(all(any(name in mapping for name in one) for one in shape.needs) for shape in SHAPES):
+        raise UsageError("--columns names too few columns for a record.", hint=f"Name those of one kind: {_KNOWN}.")
+    return mapping
 
 
-def _completion(record: _Record) -> Document:
-    prompt, completion = _string(record, "prompt"), _filled(record, "completion")
+def _renamed(fields: Mapping[str, object], columns: Mapping[str, str], source: str, line: int) -> Record:
+    record = Record(fields, source, line)
+    for name, field in columns.items():
+        if field not in fields and name in _REQUIRED:
+            found = shortened(", ".join(fields)) or "none"
+            raise record.error(f"no field `{field}`, which --columns names; the record has: {found}.")
+    return Record({name: fields.get(field) for name, field in columns.items()}, source, line)
+
+
+def _lowered(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields also under their names in small letters, as people's tables say Question and Answer."""
+    lowered = {name.strip().lower(): value for name, value in fields.items()}
+    for name in _SYSTEM:
+        if name in lowered:
+            lowered.setdefault("system", lowered[name])
+    return {**lowered, **fields}
+
+
+def _plain(record: Record, names: list[str], unused: Counter[str]) -> Document:
+    if names[0] == "content" and record.get("role") is not None:
+        raise record.error("the record is one turn, with a role: a record holds a whole conversation, as `messages`.")
+    return Document(record.source, record.line, text=_filled(record, names[0]))
+
+
+def _completion(record: Record, names: list[str], unused: Counter[str]) -> Document:
+    """A prompt and its completion, or two lists of turns: then only those of the completion are learned."""
+    values = [record.get(name) for name in names]
+    if all(isinstance(value, list) for value in values):
+        asked = [replace(message, learned=False) for message in conversation(record, names[0], unused)]
+        return _talk(record, [*asked, *conversation(record, names[1], unused)], names[1])
+    prompt, completion = _string(record, names[0]), _filled(record, names[1])
+    if tools := next((name for name in ("tools", "functions") if not is_blank(record.get(name))), None):
+        raise record.error(f"field `{tools}` needs a conversation: without a chat template nothing shows the tools.")
+    if not is_blank(record.get("system")):
+        prompt = f"{_filled(record, 'system')}\n\n{prompt}"
     return Document(record.source, record.line, prompt=prompt, completion=completion)
 
 
-def _alpaca(record: _Record) -> Document:
-    """Alpaca's three fields under three headings, which a base model can follow without a chat template."""
-    prompt = f"### Instruction:\n{_filled(record, 'instruction')}\n\n"
-    if record.fields.get("input") is not None and (given := _string(record, "input")).strip():
-        prompt += f"### Input:\n{given}\n\n"
-    completion = _filled(record, "output")
+def _alpaca(record: Record, names: list[str], unused: Counter[str]) -> Document:
+    """Alpaca's fields under headings, which a base model can follow without a chat template."""
+    prompt = f"{_filled(record, 'system')}\n\n" if not is_blank(record.get("system")) else ""
+    prompt += f"### Instruction:\n{_filled(record, names[0])}\n\n"
+    inputs = [name for name in ("input", "context") if record.get(name) is not None and _string(record, name).strip()]
+    if len(inputs) > 1:
+        raise record.error("both `input` and `context` hold text.", hint=_MAP_HINT)
+    if inputs:
+        prompt += f"### Input:\n{_string(record, inputs[0])}\n\n"
+    completion = _filled(record, names[1])
     return Document(record.source, record.line, prompt=prompt + "### Response:\n", completion=completion)
 
 
-def _chat(record: _Record) -> Document:
-    return _conversation(record, "messages", "role", "content")
+def _chat(record: Record, names: list[str], unused: Counter[str]) -> Document:
+    return _talk(record, conversation(record, names[0], unused), names[0])
 
 
-def _sharegpt(record: _Record) -> Document:
-    return _conversation(record, "conversations", "from", "value")
-
-
-def _conversation(record: _Record, name: str, role_key: str, content_key: str) -> Document:
-    turns = record.fields[name]
-    if isinstance(turns, str):
-        # A cell of a CSV file can hold a list only as JSON.
-        try:
-            turns = json.loads(turns)
-        except ValueError as error:
-            raise record.error(f"field `{name}` is not a JSON list of turns: {error}.") from error
-    if not isinstance(turns, list) or not turns:
-        raise record.error(f"field `{name}` must be a list of turns, not {_kind(turns)}.")
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise record.error(f"`{name}[{number}]` must be an object, not {_kind(turn)}.")
-        at = f"{name}[{number}]."
-        inner = _Record({at + key: turn.get(key) for key in (role_key, content_key)}, record.source, record.line)
-        role = _filled(inner, at + role_key)
-        messages.append(Message(_SPEAKERS.get(role, role), _string(inner, at + content_key)))
-    if not any(message.role == "assistant" and message.content for message in messages):
+def _talk(record: Record, messages: Sequence[Message], name: str) -> Document:
+    messages = list(messages)
+    if not is_blank(record.get("system")):
+        system = _filled(record, "system")
+        given = next((message.content for message in messages if message.role == "system"), None)
+        if given is None:
+            messages.insert(0, Message("system", system))
+        elif given != system:
+            raise record.error(f"field `system` and a turn of `{name}` give two system messages.")
+    if not any(m.role == "assistant" and (m.content or m.fields) for m in messages):
         raise record.error(f"field `{name}` has no turn of the assistant: there is nothing to learn.")
-    return Document(record.source, record.line, messages=tuple(messages))
+    if not any(m.role == "assistant" and m.learned and (m.content or m.fields) for m in messages):
+        raise record.error(f"field `{name}` has no turn of the assistant that is to be learned: all have weight 0.")
+    return Document(record.source, record.line, messages=tuple(messages), tools=tools_of(record))
 
 
-SHAPES: dict[tuple[str, ...], Callable[[_Record], Document]] = {
-    ("messages",): _chat,
-    ("conversations",): _sharegpt,
-    ("prompt", "completion"): _completion,
-    ("instruction", "output"): _alpaca,
-    ("text",): _plain,
-}
+@dataclass(frozen=True)
+class _Shape:
+    needs: tuple[tuple[str, ...], ...]  # one name of each group must be there; the first is the usual one
+    build: Callable[[Record, list[str], Counter[str]], Document]
+    uses: tuple[str, ...] = ()  # further fields that it takes in
+    is_synonym: bool = False  # other names for a prompt and its completion, which more than one field may have
 
 
-def _string(record: _Record, name: str) -> str:
-    value = record.fields[name]
-    if not isinstance(value, str):
-        raise record.error(f"field `{name}` must be a string, not {_kind(value)}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise record.error(f"field `{name}` holds half a character (a lone surrogate) at {error.start}.") from error
-    return value
+_KNOWN = "messages; prompt + completion; instruction + output; text"
+_MAP_HINT = "Say which fields count with --columns, as --columns prompt=question,completion=answer."
+_ANSWERS = ("completion", "response", "answer", "output", "outputs", "target", "targets", "solution")
+SHAPES = (
+    _Shape((("messages", "conversations", "conversation"),), _chat, ("system", "tools", "functions")),
+    _Shape((("prompt",), ("completion",)), _completion, ("system", "tools", "functions")),
+    _Shape((("instruction",), ("output", "response", "completion")), _alpaca, ("input", "context", "system")),
+    _Shape((("prompt", "question", "query", "input", "inputs", "problem"), _ANSWERS), _completion, ("system",), True),
+    _Shape((("user", "human"), ("assistant", "gpt", "bot")), _completion, ("system",), True),
+    _Shape((("source",), ("target",)), _completion, (), True),
+    _Shape((("article",), ("summary",)), _completion, (), True),
+    _Shape((("text", "content"),), _plain),
+)
+_TARGETS = ("text", "prompt", "completion", "instruction", "input", "output", "messages", "system", "tools")
+_REQUIRED = ("text", "prompt", "completion", "instruction", "output", "messages")
+_SYSTEM = ("system_prompt", "system_message")
+# Fields that change what is learned. Where a shape has no use for one that is filled, the record is refused: nothing of
+# this kind is dropped. The second row counts where the prompt goes by another name than `prompt`.
+_WEIGHTY = ("system", *_SYSTEM, "tools", "functions", "history", "weight", "chat_template_kwargs")
+_WEIGHTY_ASIDE = ("context", "input", "instruction")
+_MOST_NAMES = 1000
 
 
-def _filled(record: _Record, name: str) -> str:
-    value = _string(record, name)
-    if not value.strip():
-        raise record.error(f"field `{name}` is empty.")
-    return value
+def _account(
+    record: Record,
+    fields: Mapping[str, object],
+    columns: Mapping[str, str] | None,
+    used: Sequence[str],
+    shape: _Shape,
+    unused: Counter[str],
+) -> None:
+    """Every field is used, counted as unused, or refused by name."""
+    if columns:
+        taken = {columns[name] for name in used if name in columns}
+        unused.update(field for field in fields if field not in taken and len(unused) < _MOST_NAMES)
+        return
+    taken = {*used, *(_SYSTEM if "system" in used else ())}
+    weighty = {*_WEIGHTY, *(_WEIGHTY_ASIDE if shape.is_synonym else ())} if shape.build is not _plain else {"weight"}
+    rivals = {name for one in shape.needs for name in one} if shape.is_synonym else set()
+    for field, value in fields.items():
+        name = field.strip().lower()
+        if name in taken or field in taken or is_blank(value):
+            continue
+        if name in rivals:
+            raise record.error(f"fields {_listed(used, shape)} and `{field}` could all be meant.", hint=_MAP_HINT)
+        if name in weighty and not (name == "weight" and str(value).strip() in ("1", "1.0")):
+            raise record.error(
+                f"field `{field}` would change what is learned, and octavo has no use for it here.",
+                hint="Take it out of the records, or say which fields count with --columns.",
+            )
+        if len(unused) < _MOST_NAMES or field in unused:
+            unused[field] += 1
 
 
-def _kind(value: object) -> str:
-    return "null" if value is None else "an empty list" if value == [] else f"a {type(value).__name__}"
+def _listed(used: Sequence[str], shape: _Shape) -> str:
+    return ", ".join(f"`{name}`" for name in used if any(name in one for one in shape.needs))
+
+
+def _unknown(record: Record, fields: Mapping[str, object], columns: Mapping[str, str] | None) -> DataError:
+    """Why the record has no shape, with the flag that maps its own names."""
+    names = [columns[name] for name in record.fields] if columns else list(fields)
+    nulls = [name for name in names if fields.get(name) is None]
+    known = {name for shape in SHAPES for one in shape.needs for name in one}
+    null = next((name for name in nulls if columns or name.strip().lower() in known), None)
+    if null is not None:
+        return record.error(f"field `{shortened(null)}` is null: there is nothing to learn.")
+    found = shortened(", ".join(fields)) or "none"
+    return record.error(f"no field that octavo knows; the record has: {found}.", hint=_suggestion(fields))
+
+
+def _suggestion(fields: Mapping[str, object]) -> str:
+    """The --columns that would read the record, filled with its own names."""
+    texts = [name for name, value in fields.items() if isinstance(value, str) and len(name) <= 60]
+    turns = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if turns:
+        flag = f"messages={turns[0]}"
+    elif len(texts) > 1:
+        flag = f"prompt={texts[0]},completion={texts[1]}"
+    elif texts:
+        flag = f"text={texts[0]}"
+    else:
+        return f"It reads: {_KNOWN}."
+    return f"Say what they are: --columns {shlex.quote(flag)}. Without it octavo reads: {_KNOWN}."
+
+
+def _string(record: Record, name: str) -> str:
+    return record.string(record.fields[name], name)
+
+
+def _filled(record: Record, name: str) -> str:
+    return record.filled(record.fields[name], name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,32 +46,35 @@ def encode_all(
     end_id: int,
     progress: Callable[[int], None] | None = None,
     skipped: list[Skipped] | None = None,
+    unused: Counter[str] | None = None,
 ) -> list[Tokens]:
     """All documents in order, encoded many at a time. `end_id` is the end token: tokenizer.eos_token_id.
 
     Strings of control tokens in a text stay text. The model's begin token comes first where it has one
     (`begin_ids`); a chat template writes its own. A text that ends in the end token's string already gets no
     second one. Prompt and completion are encoded apart, as generation will meet them. `progress` is called with
-    1 for each document done. A conversation that the template refuses raises DataError, or is added to `skipped`
-    where that is given.
+    the characters that are done. A conversation that the template refuses raises DataError, or is added to `skipped`
+    where that is given; fields that it does not write are counted in `unused`.
     """
     coder = coder_of(tokenizer)
     end = coder.control.id_to_token(end_id)
     if end is None:
         raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
-    codes = plain_codes((text for document in documents for text in _texts(document, end)), coder)
+    codes = plain_codes((text for document in documents for text in _texts(document, end)), coder, progress)
     begin = np.array(begin_ids(tokenizer), dtype=np.int32)
     encoded: list[Tokens] = []
     for document in documents:
         try:
-            encoded.append(_tokens(document, tokenizer, coder, codes, begin=begin, end_id=end_id, end=end))
+            encoded.append(
+                _tokens(document, tokenizer, coder, codes, begin=begin, end_id=end_id, end=end, unused=unused)
+            )
         except DataError as error:
             if skipped is None:
                 raise
             n_bytes = sum(len(message.content.encode()) for message in document.messages)
             skipped.append(skip(error, n_bytes))
-        if progress:
-            progress(1)
+        if progress and document.messages:
+            progress(characters(document))
     return encoded
 
 
@@ -83,9 +87,10 @@ def _tokens(
     begin: npt.NDArray[np.int32],
     end_id: int,
     end: str,
+    unused: Counter[str] | None,
 ) -> Tokens:
     if document.messages:
-        chat = encode_chat(document, tokenizer, coder)
+        chat = encode_chat(document, tokenizer, coder, unused)
         ids, trained, n_bytes = chat.ids, chat.trained, chat.n_bytes
         if not len(ids) or ids[-1] != end_id:
             ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
@@ -101,6 +106,12 @@ def _tokens(
         n_bytes = len((text if len(prompt) else text[learned.first_characters :]).encode())
     trained[0] = False
     return Tokens(document.source, document.line, ids, trained, n_bytes)
+
+
+def characters(document: Document) -> int:
+    """How much text a document is: what progress is counted in."""
+    own = len(document.text) + len(document.prompt or "") + len(document.completion or "")
+    return own + sum(len(message.content) for message in document.messages)
 
 
 def _texts(document: Document, end: str) -> tuple[str, ...]:

@@ -200,5 +200,6 @@ def _finish(run: Run) -> dict[str, Any]:
         "loss": found.last.loss if found.last else None,
         "best_step": found.best["step"] if found.best else None,
         "rows": rows,
+        "held_out": dict(run.test.ledger.overlap) if run.test else None,
         "peak_memory_bytes": memory,
     }

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from octavo.config import (
     Config,
     LoraOptions,
     MemoryOptions,
     ModelOptions,
-    TextOptions,
-    TrainingData,
     TrainOptions,
 )
-from octavo.data import documents
 from octavo.data.loader import batches_per_epoch
-from octavo.errors import UsageError
+from octavo.finetune.sides import read_sides
 from octavo.finetune.state import Found, Run, fingerprint_of
 from octavo.hardware import Hardware
 from octavo.layers.lora import flatten_
@@ -26,13 +21,9 @@ from octavo.plan import Fit, adapter_plan, choose_road, fit
 from octavo.report import Report
 from octavo.run import chosen_scheme, load_model, opened
 from octavo.store import adapter
-from octavo.texts import Text, read_documents, show_ledger, to_text
 from octavo.train.loop import Trainer
 from octavo.train.micro import Fitted
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def prepare(config: Config, report: Report) -> Run:
@@ -41,7 +32,7 @@ def prepare(config: Config, report: Report) -> Run:
     hardware, source = opened(asked, report)
     choose_road(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
-    text, held_out = _read(config, tokenizer, report)
+    text, held_out = read_sides(config, tokenizer, report)
     fitting = fit(config, source, scheme, hardware)
     base_sha256 = fingerprint_of(source, report)
     model = load_model(source, scheme, hardware, report)
@@ -91,27 +82,3 @@ def total_steps(options: TrainOptions, rows: int) -> int:
     if options.steps is not None:
         return options.steps
     return math.ceil(math.ceil(batches_per_epoch(rows, options.batch) * options.epochs) / options.accumulate)
-
-
-def _read(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
-    """The training text and the held-out one, their ledgers shown."""
-    data, options = config[TrainingData], config[TextOptions]
-    learned, skipped = read_documents(data.data, options)
-    held: Sequence[documents.Document] = ()
-    held_skipped: Sequence[documents.Skipped] = ()
-    if data.test_data:
-        held, held_skipped = read_documents(data.test_data, options)
-    elif data.test_fraction > 0 and len(learned) > 1:
-        seed = config[TrainOptions].seed
-        learned, held = documents.split(learned, fraction=data.test_fraction, seed=seed)
-    text = to_text(learned, skipped, options, tokenizer, report)
-    if text.ledger.trained == 0:
-        raise UsageError("The data hold no token to learn.", hint="Look at them with `octavo data`.")
-    show_ledger(text.ledger, "Training text", report)
-    held_out = to_text(held, held_skipped, options, tokenizer, report) if held else None
-    if held_out is not None:
-        show_ledger(held_out.ledger, "Held-out text", report)
-    if held_out is None or held_out.ledger.trained == 0:
-        held_out = None
-        report.warn("Nothing is held out to show whether the tuned model is better: give --test-data.")
-    return text, held_out

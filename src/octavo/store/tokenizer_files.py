@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.bounded_json import read_object, shortened, shown
-from octavo.data.encoding import begin_ids, name_panics
+from octavo.data.encoding import begin_ids
+from octavo.data.panics import name_panics
 from octavo.errors import ModelError
 from octavo.store.foreign import refuse_pointer
 from octavo.store.tokenizer_limits import check_pipeline

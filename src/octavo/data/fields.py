@@ -1,0 +1,82 @@
+"""A record's named fields, and the errors about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from octavo.errors import DataError
+
+MOST_SHOWN = 200  # characters of a record's own words in a message
+_SKIP = "Correct the record, or skip such records with --skip-bad."
+
+
+@dataclass(frozen=True)
+class Record:
+    """The fields of one record, and where it stands."""
+
+    fields: Mapping[str, object]
+    source: str
+    line: int
+
+    def error(self, message: str, hint: str = _SKIP) -> DataError:
+        """What is wrong with the record; long words of its own are cut."""
+        return DataError(shortened(message, 2 * MOST_SHOWN), source=self.source, line=self.line, hint=hint)
+
+    def get(self, name: str) -> object:
+        """A field's value; None where it is null or absent."""
+        return self.fields.get(name)
+
+    def string(self, value: object, at: str) -> str:
+        """`value`, which stands at `at`, as text. Raises DataError for anything but a string of whole characters."""
+        if value is None:
+            raise self.error(f"{_named(at)} is null, where a string is expected.")
+        if not isinstance(value, str):
+            raise self.error(f"{_named(at)} must be a string, not {kind(value)}.")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            message = f"{_named(at)} holds half a character (a lone surrogate) at {error.start}."
+            raise self.error(message) from error
+        return value
+
+    def filled(self, value: object, at: str) -> str:
+        """As `string`, and not blank."""
+        text = self.string(value, at)
+        if not text.strip():
+            raise self.error(f"{_named(at)} is empty.")
+        return text
+
+    def parsed(self, name: str) -> object:
+        """A field that holds a list or an object, also one written as JSON: a cell of a CSV file cannot else."""
+        value = self.fields[name]
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"field `{name}` is not a JSON list: {error}.") from error
+
+
+def is_blank(value: object) -> bool:
+    """Whether a field says nothing: null, an empty or blank string, an empty list or object; not the number 0."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or value == [] or value == {}
+
+
+def kind(value: object) -> str:
+    """What a value is, for a message."""
+    if value is None:
+        return "null"
+    return "an empty list" if value == [] else f"a {type(value).__name__}"
+
+
+def shortened(text: str, most: int = MOST_SHOWN) -> str:
+    """`text`, or its beginning where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}.."
+
+
+def _named(at: str) -> str:
+    return f"`{at}`" if "[" in at else f"field `{at}`"

@@ -1,0 +1,145 @@
+"""Which files a user means, and what in their folders is not read, counted by kind."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from octavo.data.files import COMPRESSIONS, sort_of, suffix
+from octavo.errors import UsageError
+
+LINK_AWAY = "link that leads out of the folder"
+
+
+@dataclass
+class Found:
+    """The files to read, in order, and the kinds of what was left out in folders, with how many of each."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
+    """The files that `paths` mean, each once, in the order given, and what was left out.
+
+    A file that is named is taken whatever its suffix, a glob gives its matches in sorted order, a folder gives every
+    regular file below it whose suffix is in `suffixes`, sorted. All else in a folder is counted: other suffixes, hidden
+    files and folders, linked folders, links that are broken or lead out of the folder, devices and pipes, and second
+    names of a file that is read already. Raises UsageError for a path that means nothing.
+    """
+    found = Found()
+    known: set[tuple[int, int]] = set()
+    for given in paths:
+        name = os.path.expanduser(given)
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        broken = [match for match in matches if not os.path.exists(match)]
+        if len(matches) == len(broken):
+            _nothing_there(name)
+        matches = [match for match in matches if match not in broken]
+        left_out: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
+        files = [file for match in matches for file in _below(Path(match), suffixes, left_out)]
+        found.left_out += left_out
+        if not files:
+            _nothing_to_read(given, suffixes, left_out)
+        for file in files:
+            status = file.stat()
+            if (identity := (status.st_dev, status.st_ino)) not in known or not status.st_ino:
+                known.add(identity)
+                found.files.append(file)
+            elif file not in found.files:
+                found.left_out["second name of a file that is read"] += 1
+    return found
+
+
+def _below(path: Path, suffixes: Sequence[str], left_out: Counter[str]) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files: list[Path] = []
+    root = os.path.realpath(path)
+    for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
+        left_out["hidden folder"] += sum(name.startswith(".") for name in folders)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        left_out["linked folder"] += len(linked)
+        for name in names:
+            file = Path(folder, name)
+            kind = _why_not(file, root, suffixes)
+            if kind:
+                left_out[kind] += 1
+            else:
+                files.append(file)
+    left_out += Counter()  # drops the kinds that were counted 0 times
+    return sorted(files)
+
+
+def _why_not(file: Path, root: str, suffixes: Sequence[str]) -> str:
+    """The kind under which a file of a folder is left out; "" for one to read."""
+    if file.name.startswith("."):
+        return "hidden file"
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        return "broken link" if file.is_symlink() else "file that cannot be reached"
+    if not stat.S_ISREG(mode):
+        return sort_of(mode)
+    if suffix(file) not in suffixes:
+        return _shown_suffix(file)
+    if file.is_symlink() and os.path.commonpath([root, os.path.realpath(file)]) != root:
+        return LINK_AWAY
+    return ""
+
+
+def _shown_suffix(file: Path) -> str:
+    """`.docx`, `.tar.gz`; long ones are no suffixes but parts of names."""
+    compression = file.suffix.lower() if file.suffix.lower() in COMPRESSIONS else ""
+    ending = suffix(file) + compression
+    return ending if 1 < len(ending) <= 12 and ending.isascii() and ending.isprintable() else "file without a suffix"
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """`2 .docx, 1 linked folder`, the most frequent first; of very many kinds the rest in one number."""
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count:,} {_plural(kind) if count > 1 and kind[0] != '.' else kind}" for kind, count in kinds[:12]]
+    if len(kinds) > 12:
+        words.append(f"{sum(count for _, count in kinds[12:]):,} of other kinds")
+    return ", ".join(words)
+
+
+def _plural(kind: str) -> str:
+    noun, rest = re.fullmatch(r"(.*?)((?: of | that | without ).*)?", kind).groups("")  # type: ignore[union-attr]
+    return f"{noun}s{rest.replace('leads', 'lead')}"
+
+
+def _unreadable_folder(error: OSError) -> NoReturn:
+    raise UsageError(f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions.") from error
+
+
+def _nothing_to_read(given: str, suffixes: Sequence[str], left_out: Counter[str]) -> NoReturn:
+    hint = f"In a folder it reads {', '.join(suffixes)}."
+    if left_out:
+        hint += f" Here are: {counted(left_out)}."
+    if left_out[LINK_AWAY] or left_out["linked folder"]:
+        hint += " Links are read where they are named, as with FOLDER/*."
+    raise UsageError(f"{given}: no file here that octavo reads.", hint=hint)
+
+
+def _nothing_there(name: str) -> NoReturn:
+    if os.path.islink(name):
+        raise UsageError(f"{name}: a link that leads nowhere.", hint="Name the file that is meant.")
+    if glob.has_magic(name):
+        raise UsageError(f"{name}: matches no file.", hint="`**` matches folders at any depth.")
+    missing = Path(name)
+    while not missing.parent.exists():
+        missing = missing.parent
+    neighbours = os.listdir(missing.parent) if missing.parent.is_dir() else []
+    nearest = difflib.get_close_matches(missing.name, sorted(neighbours), n=1)
+    hint = f"Did you mean {missing.parent / nearest[0]}?" if nearest else "Check the path."
+    raise UsageError(f"{missing}: no such file or folder.", hint=hint)

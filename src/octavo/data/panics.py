@@ -1,0 +1,27 @@
+"""What the tokenizers library raises on a text, as an error for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from octavo.bounded_json import shortened
+from octavo.errors import ModelError
+
+
+@contextmanager
+def name_panics(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises on a text into a ModelError about `what`: a panic, which no
+    `except Exception` sees, or an Exception of no class of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and type(error) is not Exception:
+            raise
+        hint = "A regular expression in its tokenizer.json may have no end. " if panic else ""
+        raise ModelError(
+            f"{what} fails on a text ({shortened(str(error))}).",
+            hint=hint + "Take the tokenizer files of the model's publisher.",
+        ) from error

@@ -1,0 +1,128 @@
+"""Tables as text: comma-separated values and their like, with a header."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+from octavo.data.entries import Entry
+from octavo.data.fields import shortened
+from octavo.data.files import CHUNK_BYTES, MAX_DOCUMENT_BYTES, Piece, decode, name_of, open_bytes, pieces
+from octavo.errors import DataError
+
+SEPARATORS = ",;\t|"
+MAX_COLUMNS = 2048
+_SNIFFED_LINES = 50
+
+
+def read_csv(path: Path, split_on: str | None) -> Iterator[Entry]:
+    """Values in columns with a header; the separator is the one of SEPARATORS that the header and the rows share."""
+    return _read(path, None)
+
+
+def read_tsv(path: Path, split_on: str | None) -> Iterator[Entry]:
+    """Values separated by tabs."""
+    return _read(path, "\t")
+
+
+def _read(path: Path, separator: str | None) -> Iterator[Entry]:
+    """A quoted field may hold line breaks, which become `\\n` as in a text file."""
+    source = name_of(path)
+    line = 0
+
+    def text(piece: Piece) -> str:
+        nonlocal line
+        line = piece.line
+        return decode(piece, source).removesuffix("\r") + "\n"
+
+    # The module's own limit of 128 KiB a field is less than an essay, and can only be set for the process.
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    stream = pieces(path, b"\r" if _is_of_old_macs(path) else b"\n")
+    first = list(islice(stream, _SNIFFED_LINES))
+    separator = _declared(first) or separator or _sniffed([piece.data.decode("utf-8", "replace") for piece in first])
+    # `map` goes on behind a line that raised, as a generator would not; so does csv.reader behind a bad row.
+    rows = csv.reader(map(text, chain(first, stream)), strict=True, delimiter=separator)
+    header: list[str] = []
+    while True:
+        start = line + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            hint = "Quote fields that hold separators, quotes or line breaks, and double the quotes inside."
+            yield Entry(start, DataError(f"not valid CSV: {error}.", source=source, line=start, hint=hint), 0)
+        except DataError as error:
+            if not error.line:
+                raise
+            yield Entry(error.line, error, 0)
+        else:
+            if not row:
+                continue
+            if header:
+                yield Entry(start, _row(header, row, source, start), 0)
+            else:
+                header = _header(row, source, start)
+
+
+def _is_of_old_macs(path: Path) -> bool:
+    """Whether lines end in a bare carriage return."""
+    with open_bytes(path) as stream:
+        head = stream.read(CHUNK_BYTES)
+    return b"\n" not in head and b"\r" in head
+
+
+def _declared(first: list[Piece]) -> str | None:
+    """The separator that Excel writes as a line of its own, `sep=;`, which is taken out of `first`."""
+    found = re.fullmatch(rb"sep=(.)\r?", first[0].data) if first else None
+    if found is None:
+        return None
+    first.pop(0)
+    return found[1].decode("latin-1")
+
+
+def _sniffed(lines: Sequence[str]) -> str:
+    """The separator under which most rows have as many fields as the header, of more than one; a comma else."""
+
+    def fit(separator: str) -> tuple[float, int]:
+        rows: list[int] = []
+        reader = csv.reader((line.removesuffix("\r") + "\n" for line in lines), delimiter=separator, strict=True)
+        while True:
+            try:
+                if row := next(reader):
+                    rows.append(len(row))
+            except StopIteration:
+                break
+            except csv.Error:
+                rows.append(0)
+        if not rows or rows[0] < 2:
+            return 0.0, 0
+        # The last row may be cut where the lines end.
+        body = rows[1:-1] if len(lines) == _SNIFFED_LINES else rows[1:]
+        return (sum(count == rows[0] for count in body) / len(body) if body else 1.0), rows[0]
+
+    fits = {separator: fit(separator) for separator in SEPARATORS}
+    return max(SEPARATORS, key=lambda separator: (*fits[separator], -SEPARATORS.index(separator)))
+
+
+def _header(row: list[str], source: str, line: int) -> list[str]:
+    if len(row) > MAX_COLUMNS:
+        message = f"the header names {len(row):,} columns, more than {MAX_COLUMNS:,}."
+        raise DataError(message, source=source, line=line, hint="Keep the columns that are to be learned.")
+    header = [name.strip() for name in row]
+    twice = next((name for place, name in enumerate(header) if name and name in header[:place]), None)
+    if twice is not None:
+        message = f"the header names the column {shortened(twice)!r} twice."
+        raise DataError(message, source=source, line=line, hint="Rename one of them.")
+    return header
+
+
+def _row(header: list[str], row: list[str], source: str, line: int) -> Mapping[str, object] | DataError:
+    if len(row) == len(header):
+        cells = (cell.replace("\r\n", "\n").replace("\r", "\n") for cell in row)
+        return dict(zip(header, cells, strict=True))
+    message = f"{len(row):,} fields, but the header names {len(header):,}."
+    return DataError(message, source=source, line=line, hint="Quote fields that hold separators or line breaks.")
