@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections import Counter
+from typing import Any
 
 import pytest
 
-from octavo.data.records import Document, Message, from_fields
-from octavo.errors import DataError
+from octavo.data.records import Document, Message, check_columns, from_fields
+from octavo.errors import DataError, UsageError
 
 TALK = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"))
 
@@ -53,6 +56,94 @@ def test_each_shape_gives_its_document(fields: dict[str, object], expected: Docu
     assert read(fields) == expected
 
 
+TALK_AS: dict[str, Any] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+QA = Document("f.jsonl", 7, prompt="q", completion="a")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *("question answer", "query response", "input output", "prompt response", "inputs targets", "problem solution"),
+        *("Question Answer", "user assistant", "human bot", "source target", "article summary", " Prompt  COMPLETION "),
+    ],
+)
+def test_the_usual_names_of_a_prompt_and_its_completion_need_no_mapping(names: str) -> None:
+    prompt, completion = names.strip().split()
+    assert read({prompt: "q", completion: "a", "id": None}) == QA
+
+
+def test_dollys_fields_are_an_instruction() -> None:
+    record = {"instruction": "Add.", "context": "1 2", "response": "3"}
+    assert read(record) == read({"instruction": "Add.", "input": "1 2", "output": "3"})
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "System"])
+def test_a_system_column_is_used_in_every_shape(name: str) -> None:
+    turns = TALK_AS["messages"]
+    assert read({"messages": turns, name: "s"}).messages == TALK[:1] + read(TALK_AS).messages
+    assert read({"prompt": "q", "completion": "a", name: "s"}).prompt == "s\n\nq"
+    prompt = read({"instruction": "i", "output": "o", name: "s"}).prompt
+    assert prompt == "s\n\n### Instruction:\ni\n\n### Response:\n"
+    system = [{"role": "system", "content": "s"}]
+    assert read({"messages": system + turns, name: "s"}) == read({"messages": system + turns})
+    with pytest.raises(DataError, match="two system messages"):
+        read({"messages": system + turns, name: "other"})
+
+
+def test_columns_map_any_record_and_then_alone_count() -> None:
+    unused: Counter[str] = Counter()
+    columns = check_columns(["prompt=my, question", "completion=b=c"])
+    fields = {"my, question": "q", "b=c": "a", "system": "s", "weight": 3}
+    assert from_fields(fields, source="f.jsonl", line=7, columns=columns, unused=unused) == QA
+    assert unused == {"system": 1, "weight": 1}
+    columns = check_columns(["messages=talk", "system=lead"])
+    assert from_fields({"talk": TALK_AS["messages"], "lead": "s"}, source="f", line=1, columns=columns).messages == TALK
+    with pytest.raises(DataError, match=r"no field `b=c`, which --columns names; the record has: x"):
+        from_fields({"x": 1}, source="f", line=1, columns={"prompt": "b=c", "completion": "x"})
+    with pytest.raises(DataError, match="field `x` is null"):
+        from_fields({"x": None}, source="f", line=1, columns={"text": "x"})
+
+
+@pytest.mark.parametrize("columns", [["prompt"], ["prompt="], ["nothing=a"], ["prompt=a"], ["text=a", "text=b"]])
+def test_columns_that_map_nothing_are_a_wrong_request(columns: list[str]) -> None:
+    with pytest.raises(UsageError, match="--columns"):
+        check_columns(columns)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"frage": "q", "antwort": "a"},
+        {"die frage": "q", "it's": "a", "n": 3},
+        {"body": "t"},
+        {"talk": TALK_AS["messages"], "id": "x"},
+    ],
+)
+def test_the_error_of_an_unknown_record_prints_the_flag_that_reads_it(fields: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        read(fields)
+    words = shlex.split(caught.value.hint.split(". Without")[0].removeprefix("Say what they are: "))
+    assert words[0] == "--columns"
+    # The command line parts the pairs, as the configuration does.
+    from octavo.config import TextOptions
+
+    columns = check_columns(TextOptions.model_validate({"columns": words[1:]}).columns)
+    assert from_fields(fields, source="f", line=1, columns=columns)
+
+
+def test_messages_about_a_record_are_short() -> None:
+    with pytest.raises(DataError) as caught:
+        read({f"field {number}": 1 for number in range(10_000)})
+    assert len(str(caught.value)) < 1000
+
+
+def test_fields_that_change_nothing_are_counted_and_empty_ones_are_not() -> None:
+    unused: Counter[str] = Counter()
+    fields = {"text": "t", "id": 3, "category": "x", "system": "", "tools": [], "history": "[]", "weight": 1.0}
+    assert from_fields(fields, source="f", line=1, unused=unused).text == "t"
+    assert unused == {"id": 1, "category": 1}
+
+
 def test_turns_may_be_json_in_a_cell() -> None:
     cell = json.dumps([{"role": m.role, "content": m.content} for m in TALK])
     assert read({"messages": cell}).messages == TALK
@@ -61,6 +152,14 @@ def test_turns_may_be_json_in_a_cell() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"text": None}, "field `text` is null"),
+        ({"question": None, "answer": None}, "field `question` is null"),
+        ({"text": "t", "weight": 0.5}, "field `weight` would change what is learned"),
+        ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "field `history` would change"),
+        ({"question": "q", "answer": "a", "context": "c"}, "field `context` would change"),
+        ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "field `tools` needs a conversation"),
+        ({"problem": "q", "solution": "s", "answer": "a"}, "`problem`, `answer` and `solution` could all be meant"),
+        ({"role": "user", "content": "hello"}, "the record is one turn"),
         ({"body": "t", "id": 1}, "no field that octavo knows; the record has: body, id"),
         ({}, "the record has: none"),
         ({"text": 5}, "field `text` must be a string, not a int"),

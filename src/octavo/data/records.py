@@ -205,11 +205,11 @@ def _account(
     rivals = {name for one in shape.needs for name in one} if shape.is_synonym else set()
     for field, value in fields.items():
         name = field.strip().lower()
-        if name in taken or field in taken or is_blank(value):
+        if name in taken or field in taken or is_blank(value) or (name == "weight" and str(value) in ("1", "1.0")):
             continue
         if name in rivals:
             raise record.error(f"fields {_listed(used, shape)} and `{field}` could all be meant.", hint=_MAP_HINT)
-        if name in weighty and not (name == "weight" and str(value).strip() in ("1", "1.0")):
+        if name in weighty:
             raise record.error(
                 f"field `{field}` would change what is learned, and octavo has no use for it here.",
                 hint="Take it out of the records, or say which fields count with --columns.",

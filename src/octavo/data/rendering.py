@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _INSTEAD = "Correct the record, skip it with --skip-bad, or give it as `prompt` and `completion`."
 # What a template may leave out of a turn without a change of what is said: these are counted as unused.
 _LABELS = ("name", "tool_call_id")
+_NULL = "(no content)"  # compared by identity: a content may say the same
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def lay_out(
 
     Else every turn, its tool calls and the tools must be in the text: DataError for a template that leaves one out.
     """
-    messages = document.messages
     _check_safe(document, coder)
+    document = replace(document, messages=tuple(map(_with_null, document.messages)))
+    messages = document.messages
     whole = frozenset(n for n, message in enumerate(messages) if set(message.further) - {*_LABELS})
     empty = _empty_content(document, tokenizer, asks_for_more=asks_for_more)
     names = [_placeholder(n, message) for n, message in enumerate(messages)]
@@ -63,11 +65,11 @@ def lay_out(
     rendered = render(document, messages, tokenizer, asks_for_more=asks_for_more, empty=empty)
     skeleton = render(document, stand_ins, tokenizer, asks_for_more=asks_for_more, empty=empty)
     # A template may leave a message out, such as a system prompt, or move it.
-    present = [n for n in range(len(messages)) if names[n] and names[n] in skeleton]
+    present = [n for n in range(len(messages)) if names[n] is not _NULL and names[n] in skeleton]
     order = sorted(present, key=lambda n: skeleton.index(names[n]))
     for n, message in enumerate(messages):
         needed = message.role == "assistant" or (message.content.strip() and not asks_for_more)
-        if needed and names[n] and n not in order:
+        if needed and names[n] is not _NULL and n not in order:
             whose = "the assistant's" if message.role == "assistant" else f"of role {message.role}"
             raise refusal(document, f"the chat template leaves out turn {n + 1}, which is {whose}.")
     own_text = re.split("|".join(names[n] for n in present) or r"(?!)", skeleton)
@@ -81,7 +83,13 @@ def lay_out(
 
 def _placeholder(number: int, message: Message) -> str:
     """A word that stands for the content; none where tool calls stand in its place."""
-    return "" if not message.content and "tool_calls" in message.further else f"octavo{number:08d}content"
+    return _NULL if message.content is _NULL else f"octavo{number:08d}content"
+
+
+def _with_null(message: Message) -> Message:
+    """The content of a turn that is only tool calls as _NULL, for which `render` takes what the template expects."""
+    bare = not message.content and "tool_calls" in message.further
+    return replace(message, content=_NULL) if bare else message
 
 
 def _check_safe(document: Document, coder: Coder) -> None:
@@ -123,7 +131,7 @@ def _empty_content(document: Document, tokenizer: PreTrainedTokenizerFast, *, as
 
     Some templates write that as the word None, fail on it, or write the calls only where it is an empty string.
     """
-    bare = [n for n, message in enumerate(document.messages) if not _placeholder(n, message)]
+    bare = [n for n, message in enumerate(document.messages) if message.content is _NULL]
     if not bare:
         return None
     shown: dict[str | None, str] = {}
@@ -179,7 +187,7 @@ def turn_span(layout: Layout, number: int, document: Document, tokenizer: PreTra
     It is found by rendering the conversation up to the turn, and with it. DataError where these are not the beginning
     of the whole: then a turn has no place of its own.
     """
-    messages, empty = document.messages, layout.empty
+    messages, empty = list(map(_with_null, document.messages)), layout.empty
     before = render(document, messages[:number], tokenizer, asks_for_more=True, empty=empty)
     with_it = render(document, messages[: number + 1], tokenizer, asks_for_more=False, empty=empty)
     start = next((n for n, (one, other) in enumerate(zip(before, with_it, strict=False)) if one != other), len(before))
@@ -215,9 +223,8 @@ def render(
 
 
 def _turn(message: Message, empty: str | None) -> dict[str, Any]:
-    further = message.further
-    content = message.content if message.content or "tool_calls" not in further else empty
-    return {"role": message.role, "content": content, **further}
+    content = empty if message.content is _NULL else message.content
+    return {"role": message.role, "content": content, **message.further}
 
 
 def refusal(document: Document, message: str) -> DataError:

@@ -1,0 +1,178 @@
+"""Tools, calls and their results in conversations: the ids are those of apply_chat_template, and no turn is left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from octavo.data.chat import encode_chat
+from octavo.data.encoding import coder_of
+from octavo.data.records import from_fields
+from octavo.errors import DataError
+
+# Three ways in which families write tools. The first has its calls in tags inside a turn, the second as bare JSON for
+# one call a turn and results as JSON, the third in a list, without a header of the turn.
+TAGS = (
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}{{- '<|im_end|>\\n' }}{% endif %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'assistant' and m.tool_calls %}{{- '<|im_start|>assistant' }}"
+    "{%- if m.content %}{{- '\\n' + m.content }}{% endif %}"
+    '{%- for c in m.tool_calls %}{{- \'\\n<call>\\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{- c.function.arguments | tojson }}{{- '}\\n</call>' }}{% endfor %}{{- '<|im_end|>\\n' }}"
+    "{%- elif m.role == 'tool' %}{{- '<|im_start|>user\\n<result>\\n' + m.content + '\\n</result><|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
+)
+BARE = (
+    "{%- for m in messages %}{{- '<|im_start|>' + ('ipython' if m.role == 'tool' else m.role) + '\\n\\n' }}"
+    "{%- if loop.first and tools %}{{- tools | tojson(indent=4) + '\\n' }}{% endif %}"
+    "{%- if 'tool_calls' in m %}{{- m.tool_calls[0].function | tojson }}"
+    "{%- elif m.role == 'tool' %}{{- m.content | tojson }}{%- else %}{{- m.content | trim }}{% endif %}"
+    "{{- '<|im_end|>' }}{% endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{% endif %}"
+)
+LISTED = (
+    "{{- '<|im_start|>' }}{%- for m in messages %}"
+    "{%- if m.role == 'assistant' and m.content is none %}{{- '[CALLS] ' }}{{- m.tool_calls | tojson }}{{- '<|im_end|>' }}"
+    "{%- elif m.role == 'assistant' %}{{- ' ' + m.content + '<|im_end|>' }}"
+    "{%- elif m.role == 'tool' %}{{- '[RESULT] ' + m.content + '[/RESULT]' }}"
+    "{%- else %}{%- if loop.last or loop.first %}{{- '[TOOLS] ' }}{{- tools | tojson }}{% endif %}"
+    "{{- '[INST] ' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Ypres", "n": 2}}}
+TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather in Ypres?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": '{"rain": "yes"}\n'},
+    {"role": "assistant", "content": "It rains."},
+]
+
+
+def learned(
+    fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast, unused: Counter[str] | None = None
+) -> tuple[list[int], str]:
+    document = from_fields(fields, source="f", line=3)
+    code = encode_chat(document, tokenizer, coder_of(tokenizer), unused)
+    return code.ids.tolist(), tokenizer.decode(code.ids[code.trained].tolist())
+
+
+def as_strings(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As OpenAI's API gives them: arguments are JSON in a string."""
+    copied: list[dict[str, Any]] = json.loads(json.dumps(turns))
+    for turn in copied:
+        for call in turn.get("tool_calls", []):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (TAGS, '<call>\n{"name": "weather", "arguments": {"city": "Ypres", "n": 2}}\n</call><|im_end|>'),
+        (BARE, '{"name": "weather", "arguments": {"city": "Ypres", "n": 2}}<|im_end|>'),
+        (LISTED, "[CALLS] " + json.dumps([CALL]) + "<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("strings", [False, True])
+def test_calls_are_learned_as_the_template_writes_them(
+    own_tokenizer: PreTrainedTokenizerFast, template: str, call: str, strings: bool
+) -> None:
+    own_tokenizer.chat_template = template
+    turns = as_strings(TURNS) if strings else TURNS
+    ids, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    whole = own_tokenizer.apply_chat_template(TURNS, tools=TOOLS, tokenize=True, return_dict=False)
+    assert ids == whole[: len(ids)]
+    assert own_tokenizer.decode(whole[len(ids) :]).strip() == ""
+    assert "".join(text.split()) == "".join((call + "It rains.<|im_end|>").split())
+
+
+@pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
+def test_a_conversation_may_end_in_a_call(own_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    own_tokenizer.chat_template = template
+    ids, text = learned({"messages": TURNS[:2], "tools": TOOLS}, own_tokenizer)
+    whole = own_tokenizer.apply_chat_template(TURNS[:2], tools=TOOLS, tokenize=True, return_dict=False)
+    assert ids == whole[: len(ids)]
+    assert "Ypres" in text
+    assert text.endswith("<|im_end|>")
+
+
+def test_words_beside_a_call_are_learned_with_it(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    own_tokenizer.chat_template = TAGS
+    turns = [TURNS[0], {**TURNS[1], "content": "Let me see."}, *TURNS[2:]]
+    _, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    assert text.startswith(("Let me see.\n<call>", "\nLet me see.\n<call>"))
+
+
+def test_sharegpts_calls_and_results_are_calls_and_results(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    own_tokenizer.chat_template = TAGS
+    spoken = [
+        {"from": "human", "value": "Weather in Ypres?"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": '{"rain": "yes"}\n'},
+        {"from": "gpt", "value": "It rains."},
+    ]
+    tools = json.dumps([TOOLS[0]["function"]])
+    assert learned({"conversations": spoken, "tools": tools}, own_tokenizer) == learned(
+        {"messages": TURNS, "tools": TOOLS}, own_tokenizer
+    )
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_a_turn_of_weight_0_is_read_and_not_learned(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+    own_tokenizer.chat_template = TAGS
+    turns = [TURNS[0], {**TURNS[1], key: 0}, *TURNS[2:]]
+    ids, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    assert text.strip() == "It rains.<|im_end|>"
+    assert ids == learned({"messages": TURNS, "tools": TOOLS}, own_tokenizer)[0]
+
+
+def test_of_a_conversational_prompt_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    answer = [{"role": "assistant", "content": "hello"}]
+    ids, text = learned({"prompt": said, "completion": answer}, tokenizer)
+    whole = tokenizer.apply_chat_template([*said, *answer], tokenize=True, return_dict=False)
+    assert ids == whole[: len(ids)]
+    assert text == "hello<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "template", "message"),
+    [
+        ({"messages": TURNS, "tools": TOOLS}, None, "leaves out `tools`"),
+        ({"messages": TURNS}, None, "leaves out `tool_calls` of turn 2"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]}, None, "leaves out `reasoning_content` of turn 2"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "leaves out turn 1, which is of role system",
+        ),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{**CALL, "function": {"name": "<|im_end|>", "arguments": {}}}]}]}, TAGS, "control token <|im_end|>"),
+        ({"messages": TURNS, "tools": [{"name": "<|im_start|>"}]}, TAGS, "`tools` holds the control token <|im_start|>"),
+        (
+            {"messages": TURNS, "tools": TOOLS},
+            TAGS.replace("{%- for m in messages %}", "{{- messages | length }}{%- for m in messages %}", 1),
+            "does not write turn 2 in one place",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_template_does_not_write_is_refused_by_name(
+    own_tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], template: str | None, message: str
+) -> None:
+    if template:
+        own_tokenizer.chat_template = template
+    with pytest.raises(DataError) as caught:
+        learned(fields, own_tokenizer)
+    assert caught.value.message.startswith("f:3: ")
+    assert message in caught.value.message
+
+
+def test_names_that_the_template_does_not_write_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    unused: Counter[str] = Counter()
+    turns = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a"}]
+    learned({"messages": turns}, tokenizer, unused)
+    assert list(unused.values()) == [1]
+    assert "`name` of turns" in next(iter(unused))

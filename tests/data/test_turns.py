@@ -1,0 +1,118 @@
+"""Conversations in every usual spelling are the same messages."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from octavo.data.fields import Record
+from octavo.data.turns import ROLES, Message, conversation, tools_of
+from octavo.errors import DataError
+
+TALK = (Message("user", "q"), Message("assistant", "a"))
+
+
+def read(*turns: Any, unused: Counter[str] | None = None) -> tuple[Message, ...]:
+    record = Record({"messages": list(turns)}, "f", 3)
+    return conversation(record, "messages", Counter() if unused is None else unused)
+
+
+@pytest.mark.parametrize("role_key", ["role", "from", "speaker"])
+@pytest.mark.parametrize("content_key", ["content", "value", "text"])
+@pytest.mark.parametrize(
+    ("user", "assistant"), [("user", "assistant"), ("human", "gpt"), ("Human", "ChatGPT"), (" User ", "model")]
+)
+def test_roles_and_keys_of_every_spelling(role_key: str, content_key: str, user: str, assistant: str) -> None:
+    assert read({role_key: user, content_key: "q"}, {role_key: assistant, content_key: "a"}) == TALK
+
+
+def test_other_roles_are_kept_and_known_ones_have_four_meanings() -> None:
+    assert read({"role": "Narrator", "content": "q"})[0].role == "Narrator"
+    assert {role for role in ROLES.values()} == {"user", "assistant", "system", "tool", "function_call"}
+    assert [message.role for message in read(*({"role": r, "content": "x"} for r in ("developer", "observation")))] == [
+        "system",
+        "tool",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "q"}],
+        [{"type": "input_text", "text": "q"}],
+        [{"text": "q", "image": None}],
+        ["q"],
+        [{"type": "text", "text": ""}, "q", {"type": "output_text", "text": ""}],
+    ],
+)
+def test_contents_in_parts_are_their_text(content: list[Any]) -> None:
+    assert read({"role": "user", "content": content})[0].content == "q"
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}', "extra": None}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "function_call", "value": '[{"name": "f", "parameters": {"x": 1}}]'},
+        {"from": "tool-call", "value": {"name": "f", "arguments": {"x": 1}}},
+    ],
+)
+def test_calls_of_every_spelling_are_those_of_openai_with_arguments_as_objects(turn: dict[str, Any]) -> None:
+    (message,) = read(turn)
+    assert (message.role, message.content, message.learned) == ("assistant", "", True)
+    assert message.further == {"tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("value", ["", None, [], "[]", [{"name": "f", "parameters": {}}], json.dumps([{"name": "f"}])])
+def test_tools_are_in_openais_form(value: Any) -> None:
+    tools = tools_of(Record({"tools": value}, "f", 3))
+    if value in ("", None, [], "[]"):
+        assert tools == ""
+    else:
+        assert [tool["type"] for tool in json.loads(tools)] == ["function"]
+        assert json.loads(tools)[0]["function"]["name"] == "f"
+    assert tools == tools_of(Record({"functions": value}, "f", 3))
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"role": "user", "content": None}, "`messages[0].content` is null"),
+        ({"role": "assistant", "content": None}, "`messages[0].content` is null"),
+        ({"role": None, "content": "a"}, "`messages[0].role` is null"),
+        ({"content": "a"}, "`messages[0]` has no `role`"),
+        ({"role": "user", "content": {"a": 1}}, "must be a string, not a dict"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "`messages[0].content[0]` is of type 'image_url'"),
+        ({"role": "user", "content": [7]}, "`messages[0].content[0]` must be a part"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "`messages[0].weight` is '0.5'"),
+        ({"role": "user", "content": "a", "weight": 1}, "`messages[0].weight` asks to learn a turn of role user"),
+        ({"role": "assistant", "content": "a", "name": 7}, "`messages[0].name` must be a string"),
+        ({"role": "assistant", "tool_calls": ["f()"]}, "`messages[0].tool_calls` must be a tool call"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "f("}}]}, "arguments are not JSON"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be a JSON object"),
+        ({"from": "function_call", "value": "look it up"}, "must be a tool call with `name` and `arguments`"),
+        ("q", "`messages[0]` must be an object"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_turn(turn: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(turn)
+    assert message in caught.value.message
+
+
+def test_other_fields_of_turns_are_counted() -> None:
+    unused: Counter[str] = Counter()
+    turn = {"role": "assistant", "content": "a", "id": 7, "refusal": None, "weight": 1, "audio": {}}
+    assert read(turn, turn, unused=unused) == (TALK[1], TALK[1])
+    assert unused == {"messages[].id": 2}
