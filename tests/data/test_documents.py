@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from octavo.data import documents as documents_module
 from octavo.data.documents import Message, ReadOptions, find, read
 from octavo.errors import DataError, UsageError
 
@@ -100,3 +101,30 @@ def test_ftfy_missing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(UsageError, match=r"pip install 'octavo\[clean\]'"):
         read([write(tmp_path / "a.txt", "a")], ReadOptions(ftfy=True))
+
+
+def test_there_is_a_limit_to_the_number_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "MAX_DOCUMENTS", 3)
+    path = write(tmp_path / "a.txt", "one\ntwo\nthree\n")
+    assert len(read([path], ReadOptions(split_on="lines")).documents) == 3
+    write(tmp_path / "b.jsonl", "broken")
+    with pytest.raises(UsageError, match="more than 3 documents"):
+        read([str(tmp_path)], ReadOptions(split_on="lines", skip_bad=True))
+
+
+def test_a_record_nested_too_deep_is_an_error(tmp_path: Path) -> None:
+    deep = (
+        '{"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {"a": DEEP}}]}]}'
+    )
+    path = write(tmp_path / "a.jsonl", deep.replace("DEEP", "[" * 900 + "]" * 900))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*(nested too deep|cannot be read)"):
+        read([path])
+
+
+def test_what_is_not_used_is_counted_over_all_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "t", "id": 1}\n{"text": "t", "id": 2, "more": 3}\n')
+    write(tmp_path / "b.csv", "text,id\nt,1\n")
+    write(tmp_path / "c.docx", "PK")
+    reading = read([str(tmp_path)])
+    assert reading.unused == {"id": 3, "more": 1}
+    assert reading.left_out == {".docx": 1}

@@ -124,3 +124,42 @@ def test_pieces_and_separators_are_the_file_at_any_chunk_size(
         line += (part + separator).count(b"\n")
         offset += len(part + separator)
     assert found == (expected if expected[-1].data else expected[:-1])
+
+
+@pytest.mark.parametrize("compression", [".gz", ".xz"])
+def test_data_that_swell_beyond_belief_are_refused_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    """Whether in one document or in endless lines, and before much of it is held."""
+    monkeypatch.setattr(files, "SURE_BYTES", 2**21)
+    compress = gzip.compress if compression == ".gz" else lzma.compress
+    for data, separator in ((b"x" * 2**23, None), (b"a\n" * 2**22, b"\n")):
+        path = write(tmp_path / f"a.txt{compression}", compress(data))
+        found: list[Piece] = []
+        with pytest.raises(DataError, match="swell to more than 200 times their size"):
+            found.extend(pieces(path, separator))
+        assert sum(len(piece.data) for piece in found) < 2**22
+    text = "".join(f"line {number} of some text\n" for number in range(200_000)).encode()
+    assert len(text) > 2**21
+    assert sum(
+        len(piece.data) + 1 for piece in pieces(write(tmp_path / "b.txt.gz", gzip.compress(text)), b"\n")
+    ) == len(text)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "folder"])
+def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    what = {"pipe": r"pipe \(FIFO\)", "folder": "folder", "link to a device": "character device"}[kind]
+    with pytest.raises(DataError, match=f"cannot be read: it is a {what}"):
+        list(pieces(path, None))
+
+
+def test_a_name_that_is_not_utf_8_is_shown_escaped() -> None:
+    assert files.name_of(Path(os.fsdecode(b"d/caf\xe9.txt"))) == r"d/caf\xe9.txt"
+    assert files.name_of(Path("d/café.txt")) == "d/café.txt"

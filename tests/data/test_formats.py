@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from octavo.data import formats
 from octavo.data.formats import Entry, entries
 from octavo.errors import DataError, UsageError
 
@@ -147,3 +148,16 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pip install 'octavo\[parquet\]'"):
         values(write(tmp_path / "a.parquet", b""))
+
+
+def test_a_parquet_table_that_swells_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long word, which the file holds once for all rows."""
+    parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 5_000}), tmp_path / "a.parquet")
+    monkeypatch.setattr(formats, "SURE_BYTES", 2**20)
+    read: list[Entry] = []
+    with pytest.raises(DataError, match="the table swells to more than 200 times"):
+        read.extend(entries(tmp_path / "a.parquet"))
+    assert len(read) < 1000
+    monkeypatch.setattr(formats, "MAX_GROUP_BYTES", 1000)
+    with pytest.raises(DataError, match=r"row group 1 holds [\d,]+ bytes, more than 1,000"):
+        list(entries(tmp_path / "a.parquet"))

@@ -1,4 +1,4 @@
-"""Tools, calls and their results in conversations: the ids are those of apply_chat_template, and no turn is left out."""
+"""Tools, calls and their results in conversations: ids as of apply_chat_template, and no turn is left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from octavo.errors import DataError
 # Three ways in which families write tools. The first has its calls in tags inside a turn, the second as bare JSON for
 # one call a turn and results as JSON, the third in a list, without a header of the turn.
 TAGS = (
-    "{%- if tools %}{{- '<|im_start|>system\\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}{{- '<|im_end|>\\n' }}{% endif %}"
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}"
+    "{{- '<|im_end|>\\n' }}{% endif %}"
     "{%- for m in messages %}"
     "{%- if m.role == 'assistant' and m.tool_calls %}{{- '<|im_start|>assistant' }}"
     "{%- if m.content %}{{- '\\n' + m.content }}{% endif %}"
@@ -36,7 +37,8 @@ BARE = (
 )
 LISTED = (
     "{{- '<|im_start|>' }}{%- for m in messages %}"
-    "{%- if m.role == 'assistant' and m.content is none %}{{- '[CALLS] ' }}{{- m.tool_calls | tojson }}{{- '<|im_end|>' }}"
+    "{%- if m.role == 'assistant' and m.content is none %}{{- '[CALLS] ' }}{{- m.tool_calls | tojson }}"
+    "{{- '<|im_end|>' }}"
     "{%- elif m.role == 'assistant' %}{{- ' ' + m.content + '<|im_end|>' }}"
     "{%- elif m.role == 'tool' %}{{- '[RESULT] ' + m.content + '[/RESULT]' }}"
     "{%- else %}{%- if loop.last or loop.first %}{{- '[TOOLS] ' }}{{- tools | tojson }}{% endif %}"
@@ -139,26 +141,34 @@ def test_of_a_conversational_prompt_only_the_completion_is_learned(tokenizer: Pr
     assert text == "hello<|im_end|>"
 
 
+ASKED = {"role": "user", "content": "q"}
+NAMED_BY_A_CONTROL = {**CALL, "function": {"name": "<|im_end|>", "arguments": {}}}
+
+
 @pytest.mark.parametrize(
     ("fields", "template", "message"),
     [
         ({"messages": TURNS, "tools": TOOLS}, None, "leaves out `tools`"),
         ({"messages": TURNS}, None, "leaves out `tool_calls` of turn 2"),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]}, None, "leaves out `reasoning_content` of turn 2"),
         (
-            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"messages": [ASKED, {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+            None,
+            "leaves out `reasoning_content` of turn 2",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "s"}, ASKED, {"role": "assistant", "content": "a"}]},
             "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
             "leaves out turn 1, which is of role system",
         ),
-        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{**CALL, "function": {"name": "<|im_end|>", "arguments": {}}}]}]}, TAGS, "control token <|im_end|>"),
-        ({"messages": TURNS, "tools": [{"name": "<|im_start|>"}]}, TAGS, "`tools` holds the control token <|im_start|>"),
+        ({"messages": [ASKED, {**TURNS[1], "tool_calls": [NAMED_BY_A_CONTROL]}]}, TAGS, "control token <|im_end|>"),
+        ({"messages": TURNS, "tools": [{"name": "<|im_end|>"}]}, TAGS, "`tools` holds the control token <|im_end|>"),
         (
             {"messages": TURNS, "tools": TOOLS},
             TAGS.replace("{%- for m in messages %}", "{{- messages | length }}{%- for m in messages %}", 1),
             "does not write turn 2 in one place",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_the_template_does_not_write_is_refused_by_name(
     own_tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], template: str | None, message: str
 ) -> None:

@@ -31,7 +31,7 @@ def test_roles_and_keys_of_every_spelling(role_key: str, content_key: str, user:
 
 def test_other_roles_are_kept_and_known_ones_have_four_meanings() -> None:
     assert read({"role": "Narrator", "content": "q"})[0].role == "Narrator"
-    assert {role for role in ROLES.values()} == {"user", "assistant", "system", "tool", "function_call"}
+    assert set(ROLES.values()) == {"user", "assistant", "system", "tool", "function_call"}
     assert [message.role for message in read(*({"role": r, "content": "x"} for r in ("developer", "observation")))] == [
         "system",
         "tool",
@@ -93,14 +93,14 @@ def test_tools_are_in_openais_form(value: Any) -> None:
         ({"role": None, "content": "a"}, "`messages[0].role` is null"),
         ({"content": "a"}, "`messages[0]` has no `role`"),
         ({"role": "user", "content": {"a": 1}}, "must be a string, not a dict"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "`messages[0].content[0]` is of type 'image_url'"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "`messages[0].content[0]` is of type 'image_url'"),
         ({"role": "user", "content": [7]}, "`messages[0].content[0]` must be a part"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "`messages[0].weight` is '0.5'"),
         ({"role": "user", "content": "a", "weight": 1}, "`messages[0].weight` asks to learn a turn of role user"),
         ({"role": "assistant", "content": "a", "name": 7}, "`messages[0].name` must be a string"),
         ({"role": "assistant", "tool_calls": ["f()"]}, "`messages[0].tool_calls` must be a tool call"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "f("}}]}, "arguments are not JSON"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, "arguments must be a JSON object"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "f("}]}, "arguments are not JSON"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}, "arguments must be a JSON object"),
         ({"from": "function_call", "value": "look it up"}, "must be a tool call with `name` and `arguments`"),
         ("q", "`messages[0]` must be an object"),
     ],
