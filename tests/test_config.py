@@ -115,7 +115,7 @@ def test_what_yaml_reads_as_something_else_than_text_is_said_with_the_remedy(
         ("- rank\n- 4\n", "key: value"),
         ("rank: [4\n", "not valid YAML"),
         ("revision: 2020-13-45\n", "not valid YAML"),
-        ("rank: &a [*a\n", "not valid YAML"),
+        ("rank: &a [*a\n", "aliases (*a) are not read"),
         ("rank: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
@@ -129,6 +129,44 @@ def test_a_file_that_is_missing_a_folder_or_no_text_is_named(tmp_path: Path) -> 
     (binary := tmp_path / "binary.yaml").write_bytes(b"rank: \xff\xfe")
     for path in (tmp_path / "nothing.yaml", tmp_path, binary):
         assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\ndata: [*b, *b]\n", "line 2: aliases (*a) are not read"),
+        ("data: " + "[" * 20_000 + "]" * 20_000, "nested more than 16 deep"),
+        ("".join(f"{' ' * n}a:\n" for n in range(200)), "nested more than 16 deep"),
+        ("{" * 5000, "nested more than 16 deep"),
+        ("data: " + "x" * 2**20, "larger than 1,048,576 bytes"),
+        ("data:\n" + "- [a]\n" * 5000, "data: "),
+        ("x" * 1000 + ": 1", "there is no option"),
+        ("lr: [" + "'" + "y" * 5000 + "']", "lr: "),
+        ("lr: '" + "y" * 5000, "not valid YAML"),
+    ],
+)
+def test_a_file_out_of_bounds_is_a_short_error(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        Config.read(KINDS["finetune"], {}, tmp_path / "a.yaml")
+    assert said in caught.value.message
+    assert len(caught.value.message) < 6000
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("columns: prompt=q,completion=a", ["prompt=q", "completion=a"]),
+        ("columns: {prompt: 'my, question', completion: a}", ["prompt=my, question", "completion=a"]),
+        ("columns: [prompt=q, 'completion=a']", ["prompt=q", "completion=a"]),
+    ],
+)
+def test_columns_may_be_written_as_text_list_or_mapping(tmp_path: Path, content: str, columns: list[str]) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    config = Config.read((TextOptions,), {}, tmp_path / "a.yaml")
+    assert config[TextOptions].columns == columns
+    (tmp_path / "b.yaml").write_text(config.to_yaml())
+    assert Config.read((TextOptions,), {}, tmp_path / "b.yaml")[TextOptions].columns == columns
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

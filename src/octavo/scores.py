@@ -177,6 +177,9 @@ def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
     """The perplexity table; with the size of the frozen weights where the rows have one."""
     columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
     cells = [[row[column] for column in columns] for row in rows]
+    if all("also_in_training" in row for row in rows):  # a share of the held-out text
+        columns = [*columns, "also in training"]
+        cells = [[*line, f"{row['also_in_training']:.1%}"] for line, row in zip(cells, rows, strict=True)]
     if all("size_bytes" in row for row in rows):
         columns = [*columns, "MiB"]
         cells = [[*line, row["size_bytes"] / 2**20] for line, row in zip(cells, rows, strict=True)]

@@ -73,7 +73,7 @@ def test_the_usual_names_of_a_prompt_and_its_completion_need_no_mapping(names: s
 
 
 def test_dollys_fields_are_an_instruction() -> None:
-    record = {"instruction": "Add.", "context": "1 2", "response": "3"}
+    record: dict[str, object] = {"instruction": "Add.", "context": "1 2", "response": "3"}
     assert read(record) == read({"instruction": "Add.", "input": "1 2", "output": "3"})
 
 
@@ -94,7 +94,7 @@ def test_columns_map_any_record_and_then_alone_count() -> None:
     unused: Counter[str] = Counter()
     columns = check_columns(["prompt=my, question", "completion=b=c"])
     fields = {"my, question": "q", "b=c": "a", "system": "s", "weight": 3}
-    assert from_fields(fields, source="f.jsonl", line=7, columns=columns, unused=unused) == QA
+    assert from_fields({**fields}, source="f.jsonl", line=7, columns=columns, unused=unused) == QA
     assert unused == {"system": 1, "weight": 1}
     columns = check_columns(["messages=talk", "system=lead"])
     assert from_fields({"talk": TALK_AS["messages"], "lead": "s"}, source="f", line=1, columns=columns).messages == TALK

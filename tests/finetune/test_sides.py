@@ -13,7 +13,7 @@ from octavo.data.packing import IGNORED
 from octavo.errors import UsageError
 from octavo.finetune.sides import read_sides
 from octavo.report import Report
-from octavo.store.sources import load_tokenizer
+from octavo.store.tokenizer_files import load_tokenizer
 from octavo.texts import Text
 
 KINDS = (TrainingData, TextOptions, TrainOptions)

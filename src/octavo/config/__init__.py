@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from octavo.bounded_json import shortened
 from octavo.config.options import (
     DEMO,
     ChatOptions,
@@ -36,6 +37,7 @@ from octavo.config.options import (
     TrainOptions,
 )
 from octavo.config.section import Section, fields, size_in_bytes
+from octavo.config.settings import read_settings
 from octavo.errors import UsageError
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "fields",
     "size_in_bytes",
 ]
+
+MOST_PROBLEMS = 20  # of a section that are named: a list may have thousands
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -103,7 +107,8 @@ class Config:
             try:
                 sections[kind] = kind.model_validate(own)
             except ValidationError as error:
-                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in error.errors()]
+                found = error.errors()[:MOST_PROBLEMS]
+                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in found]
         if problems:
             raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
         return cls(sections)
@@ -127,16 +132,7 @@ class Config:
 
 
 def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The configuration {path} cannot be read ({error}).") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date and is none, as 2020-13-45
-        raise UsageError(f"The configuration {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"The configuration {path} must hold lines of `key: value`.")
+    content = read_settings(path)
     known = [name for name, _ in fields(kinds)]
     values = {}
     for key, value in content.items():
@@ -144,7 +140,7 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise UsageError(
-                f"{path}: there is no option {key!r} here.",
+                f"{path}: there is no option {shortened(repr(key))} here.",
                 hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
             )
         values[name] = value
@@ -161,4 +157,4 @@ def _problem(key: object, message: str, value: object) -> str:
             hint = f" (YAML reads it as the number {value}: put it in quotes)"
         elif isinstance(value, date):
             hint = f" (YAML reads it as the date {value}: put it in quotes)"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {value!r}{hint}."
+    return f"{key}: {message[0].lower()}{message[1:]}, not {shortened(repr(value))}{hint}."

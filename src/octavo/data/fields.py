@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from octavo.bounded_json import shortened
 from octavo.errors import DataError
 
-MOST_SHOWN = 200  # characters of a record's own words in a message
 _SKIP = "Correct the record, or skip such records with --skip-bad."
 
 
@@ -22,7 +22,7 @@ class Record:
 
     def error(self, message: str, hint: str = _SKIP) -> DataError:
         """What is wrong with the record; long words of its own are cut."""
-        return DataError(shortened(message, 2 * MOST_SHOWN), source=self.source, line=self.line, hint=hint)
+        return DataError(shortened(message, 400), source=self.source, line=self.line, hint=hint)
 
     def get(self, name: str) -> object:
         """A field's value; None where it is null or absent."""
@@ -71,11 +71,6 @@ def kind(value: object) -> str:
     if value is None:
         return "null"
     return "an empty list" if value == [] else f"a {type(value).__name__}"
-
-
-def shortened(text: str, most: int = MOST_SHOWN) -> str:
-    """`text`, or its beginning where it is longer than `most` characters."""
-    return text if len(text) <= most else f"{text[:most]}.."
 
 
 def _named(at: str) -> str:

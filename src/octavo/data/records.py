@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from octavo.data.fields import Record, is_blank, shortened
+from octavo.bounded_json import shortened
+from octavo.data.fields import Record, is_blank
 from octavo.data.turns import Message, conversation, tools_of
 from octavo.errors import DataError, UsageError
 

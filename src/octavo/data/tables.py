@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from octavo.bounded_json import shortened
 from octavo.data.entries import Entry
-from octavo.data.fields import shortened
 from octavo.data.files import CHUNK_BYTES, MAX_DOCUMENT_BYTES, Piece, decode, name_of, open_bytes, pieces
 from octavo.errors import DataError
 

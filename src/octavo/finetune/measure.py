@@ -155,7 +155,8 @@ def sample(run: Run, *, which: str, step: int) -> None:
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, Any]:
     """A row of the perplexity table."""
     folder: Path | None = run.adapter_folder if name == "tuned" else None
-    return score_row(name, scheme, folder, result)
+    row = score_row(name, scheme, folder, result)
+    return {**row, "also_in_training": run.test.ledger.overlap["share"]} if run.test else row
 
 
 def _score(run: Run, model: Model, label: str) -> Score:

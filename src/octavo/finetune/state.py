@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from octavo._version import __version__
 from octavo.config import Config, LoraOptions, MemoryOptions, RunOptions, TextOptions, TrainOptions
+from octavo.config.settings import parse_settings
 from octavo.data.loader import Position
 from octavo.data.packing import Row
 from octavo.errors import CheckpointError
@@ -186,7 +186,7 @@ def _take_up(run: Run, saved: checkpoint.Checkpoint) -> None:
 
 def _say_changes(run: Run, state: dict[str, Any]) -> None:
     """Steps, epochs and learning rates may change; a schedule that does is told with what it is now."""
-    saved = yaml.safe_load(state["config"]) or {}
+    saved = parse_settings(state["config"], "The configuration in the checkpoint")
     options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.found.done
     changes = [
         f"--{name.replace('_', '-')} {saved.get(name)} is now {getattr(options, name)}"

@@ -155,7 +155,22 @@ def _perplexities(events: Sequence[Event]) -> str:
         numbers = [row.get(key, "") for key in ("perplexity", "bits_per_byte", "tokens")]
         table.append([*("" if cell is None else cell for cell in cells), *numbers, change])
     columns = ("model", "scheme", "adapter", "perplexity", "bits per byte", "tokens", "against the first")
-    return _section("Held-out perplexity", _table(columns, table, text_columns=3))
+    return _section("Held-out perplexity", _table(columns, table, text_columns=3) + _overlap(events))
+
+
+def _overlap(events: Sequence[Event]) -> str:
+    """How far the held-out text is kept from the training text."""
+    event = _last(events, "overlap")
+    share = _number(event.get("share")) if event else None
+    if event is None or share is None:
+        return ""
+    words = [
+        f"{100 * share:.1f} % of the held-out text is also in the training text, in runs of {event.get('ngram')} tokens"
+    ]
+    for key, what in (("removed_documents", "taken out of training"), ("near_copies", "near copies")):
+        if count := _number(event.get(key)):
+            words.append(f"{what}: {count:,.0f} {'document' if count == 1 else 'documents'}")
+    return f'<p class="lead">{_text("; ".join(words))}.</p>'
 
 
 def _change(own: float, base: float) -> str:
@@ -207,6 +222,10 @@ def _ledger(path: Path) -> str:
         rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MOST_FILES]]
         if len(files) > MOST_FILES:
             rows.append([f"and {len(files) - MOST_FILES:,} smaller files", *("" for _ in keys)])
+        left_out = part.get("left_out")
+        if isinstance(left_out, dict) and left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+            rows.append([f"not read: {kinds}", *("" for _ in keys)])
         rows.append(["all", *(part[key] for key in keys)])
         head = "file" if not name else f"{name} file"
         blocks.append(_table([head, *keys], rows, text_columns=1, total=True))

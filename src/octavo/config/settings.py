@@ -1,0 +1,69 @@
+"""A settings file in YAML, read within bounds: its size, its depth, and no aliases.
+
+An alias stands for a whole value, and a value of aliases to aliases is larger than any memory once it is written out.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from octavo.bounded_json import shortened
+from octavo.errors import UsageError
+
+MAX_BYTES = 2**20
+MAX_DEPTH = 16
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The `key: value` lines of a file. UsageError that names the file if it is missing, no text, or out of bounds."""
+    source = f"The configuration {path}"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UsageError(f"{source} is not a regular file.")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UsageError(f"{source} is larger than {MAX_BYTES:,} bytes.", hint="Settings are a few lines.")
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source} cannot be read ({error}).") from error
+    return parse_settings(text, source)
+
+
+def parse_settings(text: str, source: str) -> dict[str, Any]:
+    """The `key: value` lines of a text; `source` begins the messages. UsageError for what is no such thing."""
+    try:
+        _check_bounds(text, source)
+        content = yaml.safe_load(text)
+    # ValueError: what looks like a date and is none, as 2020-13-45.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{source} is not valid YAML: {shortened(str(error), 400)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{source} must hold lines of `key: value`.")
+    return content
+
+
+def _check_bounds(text: str, source: str) -> None:
+    """Before anything is built: the events of the text one by one."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if depth > MAX_DEPTH:
+            raise UsageError(f"{source}, line {line}: nested more than {MAX_DEPTH} deep.")
+        if isinstance(event, yaml.AliasEvent):
+            hint = "Write the value out where it is meant."
+            raise UsageError(
+                f"{source}, line {line}: aliases (*{shortened(str(event.anchor))}) are not read.", hint=hint
+            )
