@@ -295,7 +295,7 @@ def test_convert_says_why_it_does_nothing(octavo: Octavo, seed: Any, tiny_gptj: 
 def test_json_of_data(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
     done = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32, "--json")
     assert done.code == 0
-    counts = ("trained", "masked", "cut", "padded")
+    counts = ("learned", "read_only", "left_out")
     assert done.json["tokens"] == sum(done.json[name] for name in counts) > 0
     assert len(done.json["files"]) == 6
 
@@ -320,9 +320,9 @@ def test_without_json_results_are_on_stdout_and_nothing_else(
     told = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
     assert text.out == told.json["text"] + "\n"
     data = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32)
-    assert {"[[", "padded", "documents in"} <= {part for part in ("[[", "padded", "documents in") if part in data.out}
+    assert {"[[", "read only", "documents in"} <= {part for part in ("[[", "read only", "documents in") if part in data.out}
     assert "Encoding" in data.err
-    assert "padded" not in data.err
+    assert "read only" not in data.err
     for arguments, result in (
         (("evaluate", plays / "test", "--seq-len", 32), "Perplexity"),
         (("quantize", "--out", tmp_path / "small"), "relative error"),

@@ -162,7 +162,7 @@ def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
     assert any("\n" in tokenizer.decode(row.ids.tolist()[4:-4]) for row in text.rows)
     tune(tmp_path / "run", data=paths)
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
-    assert (ledger["trained"], ledger["cut"], ledger["documents"]) == (len(learned), 0, 7)
+    assert (ledger["learned"], ledger["left_out"], ledger["documents"]) == (len(learned), 0, 7)
 
 
 def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Path, tune: Tune, tmp_path: Path) -> None:

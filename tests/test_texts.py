@@ -43,12 +43,12 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
     text = text_of([plays / "train"], tokenizer, **{"seq_len": 32, **options})
     both: list[FileLedger | Ledger] = [text.ledger, *text.ledger.files]
     for counted in both:
-        assert counted.tokens == counted.trained + counted.masked + counted.cut + counted.padded
-    assert text.ledger.trained == sum(int((row.labels != IGNORED).sum()) for row in text.rows) > 0
-    assert (text.ledger.cut > 0) == ("truncate" in options)
+        assert counted.tokens == counted.learned + counted.read_only + counted.left_out
+    assert text.ledger.learned == sum(int((row.labels != IGNORED).sum()) for row in text.rows) > 0
+    assert (text.ledger.left_out > 0) == ("truncate" in options)
     expected = sum(len(tokenizer.encode(path.read_text())) + 1 for path in (plays / "train").iterdir())
     if "split_on" not in options:
-        assert text.ledger.tokens - text.ledger.padded == expected, "all tokens of the files and an end for each"
+        assert text.ledger.tokens == expected, "all tokens of the files and an end for each"
 
 
 def test_no_paths_is_a_wrong_request() -> None:
@@ -88,7 +88,7 @@ def test_duplicates_and_poor_documents_are_left_out_and_counted(tokenizer: Any, 
     path = records(tmp_path, {"text": "the king of york"}, {"text": "the king of york"}, {"text": "aaaaaaaa"})
     ledger = text_of([path], tokenizer, deduplicate=True, min_unique_tokens=4).ledger
     assert (ledger.documents, ledger.dropped) == (3, 2)
-    assert ledger.cut > 0
+    assert ledger.left_out > 0
 
 
 def test_a_prompt_is_marked_and_its_completion_is_not(tokenizer: Any, tmp_path: Path) -> None:

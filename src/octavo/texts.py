@@ -24,7 +24,7 @@ from octavo.report import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LEDGER_COLUMNS = ("tokens", "trained", "masked", "cut", "padded")
+LEDGER_COLUMNS = {"text": "tokens", "learned": "learned", "read only": "read_only", "left out": "left_out"}
 MOST_FILES = 11  # in a table for people: more are folded into one row; ledger.json and --json have all
 MOST_SKIPPED = 20  # records that are named one by one
 
@@ -36,7 +36,7 @@ class Encoded:
     documents: list[Document]
     tokens: list[tokens.Tokens]
     skipped: list[Skipped]
-    left_out: Counter[str]
+    not_read: Counter[str]
     unused: Counter[str]
 
 
@@ -88,7 +88,7 @@ def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenize
         more = f" and {len(unused) - MOST_SKIPPED:,} more" if len(unused) > MOST_SKIPPED else ""
         report.say(f"Fields of the records that are not used: {named}{more}.")
     _warn_of_lost_bytes(encoded, tokenizer, report)
-    return Encoded(list(reading.documents), encoded, lost, reading.left_out, unused)
+    return Encoded(list(reading.documents), encoded, lost, reading.not_read, unused)
 
 
 def to_rows(
@@ -111,7 +111,7 @@ def to_rows(
         excluded=range(len(encoded.tokens), len(encoded.tokens) + len(apart)),
     )
     ledger.check()
-    ledger = replace(ledger, left_out=dict(encoded.left_out), unused=dict(encoded.unused))
+    ledger = replace(ledger, not_read=dict(encoded.not_read), unused=dict(encoded.unused))
     return Text(rows, ledger, encoded.documents)
 
 
@@ -133,7 +133,10 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
 
 
 def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
-    """One line a file, of many files the largest ones; the sum; and what in the folders is not read."""
+    """One line a file, of many files the largest ones; the sum; and what in the folders is not read.
+
+    All columns count tokens of the text: text = learned + read only + left out. Padding is in the title.
+    """
     files = list(ledger.files)
     folded: list[FileLedger] = []
     if len(files) > MOST_FILES:
@@ -143,17 +146,18 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
         files = [file for file in files if file.source in shown]
     folder = _common_folder([file.source for file in ledger.files])
     rows: list[list[object]] = [
-        [file.source.removeprefix(folder), *(getattr(file, name) for name in LEDGER_COLUMNS)] for file in files
+        [file.source.removeprefix(folder), *(getattr(file, name) for name in LEDGER_COLUMNS.values())] for file in files
     ]
     if folded:
-        sums = [sum(getattr(file, name) for file in folded) for name in LEDGER_COLUMNS]
+        sums = [sum(getattr(file, name) for file in folded) for name in LEDGER_COLUMNS.values()]
         rows.append([f"and {len(folded):,} smaller files", *sums])
     if len(ledger.files) > 1:
-        rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS)])
-    if ledger.left_out:
-        rows.append([f"not read: {counted(ledger.left_out)}", *("" for _ in LEDGER_COLUMNS)])
+        rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS.values())])
+    if ledger.not_read:
+        rows.append([f"not read: {counted(ledger.not_read)}", *("" for _ in LEDGER_COLUMNS)])
     first = f"file in {folder}" if folder else "file"
-    report.table(f"{title}: {ledger.rows:,} rows", [first, *LEDGER_COLUMNS], rows, result=result)
+    padding = f", {ledger.padding:,} places of them padding" if ledger.padding else ""
+    report.table(f"{title}: {ledger.rows:,} rows{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
 
 
 def _common_folder(sources: Sequence[str]) -> str:

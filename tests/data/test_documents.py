@@ -127,4 +127,4 @@ def test_what_is_not_used_is_counted_over_all_files(tmp_path: Path) -> None:
     write(tmp_path / "c.docx", "PK")
     reading = read([str(tmp_path)])
     assert reading.unused == {"id": 3, "more": 1}
-    assert reading.left_out == {".docx": 1}
+    assert reading.not_read == {".docx": 1}

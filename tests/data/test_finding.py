@@ -81,7 +81,7 @@ def test_all_that_a_folder_holds_is_read_or_counted_by_kind(tmp_path: Path) -> N
         os.chdir(here)
         found = find_files([str(folder)], SUFFIXES)
     assert [path.name for path in found.files] == ["a.txt"]
-    assert found.left_out == {
+    assert found.not_read == {
         ".docx": 2,
         ".pdf": 1,
         ".tar.gz": 1,
@@ -96,7 +96,7 @@ def test_all_that_a_folder_holds_is_read_or_counted_by_kind(tmp_path: Path) -> N
         "socket": 1,
     }
     everything = sum(len(names) for _, _, names in os.walk(folder)) - 2  # those in the hidden folder
-    assert sum(found.left_out.values()) + len(found.files) == everything + 2  # and two folders
+    assert sum(found.not_read.values()) + len(found.files) == everything + 2  # and two folders
 
 
 def test_a_link_is_read_where_it_is_named_and_inside_its_folder(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_every_token_but_a_first_is_a_target_exactly_once(documents: list[Tokens
     labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORED)
     expected = [number for one in documents if len(one.ids) > 1 for number in one.ids[one.trained].tolist()]
     assert labels == expected
-    assert ledger.trained == len(expected)
+    assert ledger.learned == len(expected)
     # Inputs are every token but a document's last, each once.
     inputs = sorted(number for row in rows for ids, _, _ in segments(row) for number in ids)
     assert inputs == [number for one in documents for number in one.ids[:-1].tolist()]
@@ -111,17 +111,17 @@ def test_the_ledger_counts_what_is_in_the_rows(
     ledger.check()
     padded = sum(int(np.count_nonzero(row.document == -1)) for row in rows)
     trained = sum(int(np.count_nonzero(row.labels != IGNORED)) for row in rows)
-    assert (ledger.padded, ledger.trained, ledger.rows) == (padded, trained, len(rows))
-    assert ledger.tokens == sum(len(one.ids) for one in documents) + padded
+    assert (ledger.padding, ledger.learned, ledger.rows) == (padded, trained, len(rows))
+    assert ledger.tokens == sum(len(one.ids) for one in documents)
     assert (ledger.documents, ledger.skipped) == (len(documents), len(bad))
     seen = {number for row in rows for ids, _, _ in segments(row) for number in ids}
     for file in ledger.files:
         own = [one for one in documents if one.source == file.source]
         whole = [one for one in own if not (len(one.ids) and int(one.ids[0]) in seen)]
-        assert file.tokens - file.padded == sum(len(one.ids) for one in own)
+        assert file.tokens == sum(len(one.ids) for one in own)
         assert (file.documents, file.dropped) == (len(own), len(whole))
         if not truncate:
-            assert file.cut == sum(len(one.ids) for one in whole)
+            assert file.left_out == sum(len(one.ids) for one in whole)
         assert file.skipped == bad.count(file.source)
 
 
@@ -136,16 +136,16 @@ def test_a_long_document_is_split_with_the_last_target_as_next_input() -> None:
     ]
     assert [row.positions.tolist() for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
     assert rows[2].document.tolist() == [0, -1, -1]
-    assert (ledger.tokens, ledger.trained, ledger.masked, ledger.cut, ledger.padded) == (10, 7, 1, 0, 2)
+    assert (ledger.tokens, ledger.learned, ledger.read_only, ledger.left_out, ledger.padding) == (8, 7, 1, 0, 2)
 
 
 def test_truncation_cuts_and_counts_the_rest() -> None:
     rows, ledger = pack(numbered([8, 3]), seq_len=3, pad_id=PAD, truncate=True)
     assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [108, 109, PAD]]
-    assert (ledger.trained, ledger.masked, ledger.cut, ledger.padded, ledger.dropped) == (5, 2, 4, 1, 0)
+    assert (ledger.learned, ledger.read_only, ledger.left_out, ledger.padding, ledger.dropped) == (5, 2, 4, 1, 0)
     # What is cut was trained or masked before: a masked rest is cut too.
     _, masked = pack(numbered([8], [True, False]), seq_len=3, pad_id=PAD, truncate=True)
-    assert (masked.trained, masked.masked, masked.cut) == (1, 3, 4)
+    assert (masked.learned, masked.read_only, masked.left_out) == (1, 3, 4)
 
 
 def test_the_fullest_row_with_room_is_filled_first() -> None:
@@ -153,7 +153,7 @@ def test_the_fullest_row_with_room_is_filled_first() -> None:
     rows, ledger = pack(numbered([8, 6, 5, 4, 3]), seq_len=8, pad_id=PAD)
     assert [[len(ids) for ids, _, _ in segments(row)] for row in rows] == [[7], [5, 3], [4, 2]]
     assert [row.sources for row in rows] == [("file0:0",), ("file1:1", "file0:3"), ("file2:2", "file1:4")]
-    assert {file.source: file.padded for file in ledger.files} == {"file0": 1, "file1": 2, "file2": 0}
+    assert {file.source: file.padding for file in ledger.files} == {"file0": 1, "file1": 2, "file2": 0}
 
 
 def test_rows_come_in_the_order_of_their_first_documents() -> None:
@@ -171,29 +171,29 @@ def test_packing_wastes_little_and_is_repeatable(lengths: list[int]) -> None:
     assert len(used) < 2 or used[0] + used[1] > 16
 
 
-def test_copies_are_cut_and_counted() -> None:
+def test_copies_are_left_out_and_counted() -> None:
     one, other = numbered([5, 4])
     masked = Tokens("file1", 9, one.ids, np.array([False] * 4 + [True]), 1)
     copy = Tokens("file2", 7, one.ids.copy(), one.trained.copy(), 5)
     rows, ledger = pack([one, other, copy, masked], seq_len=8, pad_id=PAD, deduplicate=True)
     assert {source for row in rows for source in row.sources} == {"file0:0", "file1:1", "file1:9"}
-    assert (ledger.cut, ledger.dropped) == (5, 1)
-    assert pack([one, copy], seq_len=8, pad_id=PAD)[1].cut == 0
+    assert (ledger.left_out, ledger.dropped) == (5, 1)
+    assert pack([one, copy], seq_len=8, pad_id=PAD)[1].left_out == 0
 
 
-def test_documents_of_few_different_tokens_are_cut() -> None:
+def test_documents_of_few_different_tokens_are_left_out() -> None:
     dull = Tokens("file0", 1, np.array([5, 5, 5, 6], dtype=np.int32), np.array([False, True, True, True]), 4)
-    assert pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=2)[1].cut == 0
+    assert pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=2)[1].left_out == 0
     rows, ledger = pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=3)
-    assert (rows, ledger.cut, ledger.tokens, ledger.dropped) == ([], 4, 4, 1)
+    assert (rows, ledger.left_out, ledger.tokens, ledger.dropped) == ([], 4, 4, 1)
 
 
 def test_the_ledger_is_plain_json_and_notices_a_lost_token() -> None:
     _, ledger = pack(numbered([5, 4]), seq_len=4, pad_id=PAD)
     again = json.loads(json.dumps(ledger.to_dict()))
-    assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (10, 2, "file1")
+    assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (9, 2, "file1")
     with pytest.raises(AssertionError, match="accounted for"):
-        total([FileLedger("f", tokens=3, trained=1, masked=1)], rows=1).check()
+        total([FileLedger("f", tokens=3, learned=1, read_only=1)], rows=1).check()
 
 
 def test_a_row_without_places_is_refused() -> None:

@@ -43,7 +43,7 @@ class Reading:
 
     documents: list[Document] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)  # always empty without `skip_bad`
-    left_out: Counter[str] = field(default_factory=Counter)  # kinds of files in folders that are not read
+    not_read: Counter[str] = field(default_factory=Counter)  # kinds of files in folders that are not read
     unused: Counter[str] = field(default_factory=Counter)  # fields of records that are not used, with how many records
 
 
@@ -68,7 +68,7 @@ def read(paths: Sequence[str], options: ReadOptions | None = None) -> Reading:
     columns = check_columns(options.columns)
     repair = _repair if options.ftfy else None
     found = find(paths)
-    reading = Reading(left_out=found.left_out)
+    reading = Reading(not_read=found.not_read)
     for path in found.files:
         _read_file(path, options, columns, repair, reading)
     if not reading.documents:

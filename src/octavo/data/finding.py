@@ -24,7 +24,7 @@ class Found:
     """The files to read, in order, and the kinds of what was left out in folders, with how many of each."""
 
     files: list[Path] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    not_read: Counter[str] = field(default_factory=Counter)
 
 
 def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
@@ -44,39 +44,39 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
         if len(matches) == len(broken):
             _nothing_there(name)
         matches = [match for match in matches if match not in broken]
-        left_out: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
-        files = [file for match in matches for file in _below(Path(match), suffixes, left_out)]
-        found.left_out += left_out
+        not_read: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
+        files = [file for match in matches for file in _below(Path(match), suffixes, not_read)]
+        found.not_read += not_read
         if not files:
-            _nothing_to_read(given, suffixes, left_out)
+            _nothing_to_read(given, suffixes, not_read)
         for file in files:
             status = file.stat()
             if (identity := (status.st_dev, status.st_ino)) not in known or not status.st_ino:
                 known.add(identity)
                 found.files.append(file)
             elif file not in found.files:
-                found.left_out["second name of a file that is read"] += 1
+                found.not_read["second name of a file that is read"] += 1
     return found
 
 
-def _below(path: Path, suffixes: Sequence[str], left_out: Counter[str]) -> list[Path]:
+def _below(path: Path, suffixes: Sequence[str], not_read: Counter[str]) -> list[Path]:
     if not path.is_dir():
         return [path]
     files: list[Path] = []
     root = os.path.realpath(path)
     for folder, folders, names in os.walk(path, onerror=_unreadable_folder):
-        left_out["hidden folder"] += sum(name.startswith(".") for name in folders)
+        not_read["hidden folder"] += sum(name.startswith(".") for name in folders)
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        left_out["linked folder"] += len(linked)
+        not_read["linked folder"] += len(linked)
         for name in names:
             file = Path(folder, name)
             kind = _why_not(file, root, suffixes)
             if kind:
-                left_out[kind] += 1
+                not_read[kind] += 1
             else:
                 files.append(file)
-    left_out += Counter()  # drops the kinds that were counted 0 times
+    not_read += Counter()  # drops the kinds that were counted 0 times
     return sorted(files)
 
 
@@ -104,9 +104,9 @@ def _shown_suffix(file: Path) -> str:
     return ending if 1 < len(ending) <= 12 and ending.isascii() and ending.isprintable() else "file without a suffix"
 
 
-def counted(left_out: Mapping[str, int]) -> str:
+def counted(not_read: Mapping[str, int]) -> str:
     """`2 .docx, 1 linked folder`, the most frequent first; of very many kinds the rest in one number."""
-    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    kinds = sorted(not_read.items(), key=lambda item: (-item[1], item[0]))
     words = [f"{count:,} {_plural(kind) if count > 1 and kind[0] != '.' else kind}" for kind, count in kinds[:12]]
     if len(kinds) > 12:
         words.append(f"{sum(count for _, count in kinds[12:]):,} of other kinds")
@@ -122,11 +122,11 @@ def _unreadable_folder(error: OSError) -> NoReturn:
     raise UsageError(f"{error.filename}: {error.strerror}.", hint="Check the folder's permissions.") from error
 
 
-def _nothing_to_read(given: str, suffixes: Sequence[str], left_out: Counter[str]) -> NoReturn:
+def _nothing_to_read(given: str, suffixes: Sequence[str], not_read: Counter[str]) -> NoReturn:
     hint = f"In a folder it reads {', '.join(suffixes)}."
-    if left_out:
-        hint += f" Here are: {counted(left_out)}."
-    if left_out[LINK_AWAY] or left_out["linked folder"]:
+    if not_read:
+        hint += f" Here are: {counted(not_read)}."
+    if not_read[LINK_AWAY] or not_read["linked folder"]:
         hint += " Links are read where they are named, as with FOLDER/*."
     raise UsageError(f"{given}: no file here that octavo reads.", hint=hint)
 

@@ -1,11 +1,11 @@
-"""Where every token of the data went: tokens = trained + masked + cut + padded, for each file and in all."""
+"""Where every token of the data went: tokens = learned + read_only + left_out, for each file and in all."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-COUNTS = ("tokens", "trained", "masked", "cut", "padded", "documents", "dropped", "skipped")
+COUNTS = ("tokens", "learned", "read_only", "left_out", "padding", "documents", "dropped", "skipped")
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,13 @@ class FileLedger:
     """The counts of one file: tokens, but for the last three."""
 
     source: str
-    tokens: int = 0  # all tokens of its documents, and the padding booked on it
-    trained: int = 0  # learned as targets
-    masked: int = 0  # seen, not learned: prompts, the users' turns, and the first token of each document
-    cut: int = 0  # neither seen nor learned
-    padded: int = 0  # empty places of the rows whose last document is of this file
+    tokens: int = 0  # all tokens of its documents
+    learned: int = 0  # targets of the loss
+    read_only: int = 0  # inputs that are no targets: prompts, the users' turns, and the first token of each document
+    left_out: int = 0  # in no row
+    padding: int = 0  # empty places of the rows whose last document is of this file; not in `tokens`
     documents: int = 0  # documents that were read
-    dropped: int = 0  # those that were cut whole: too short, held out as well, copies, too few different tokens
+    dropped: int = 0  # those that are left out whole: too short, held out as well, copies, too few different tokens
     skipped: int = 0  # records that could not be read, or the file itself; they are in no other count
 
     def plus(self, **counts: int) -> FileLedger:
@@ -32,19 +32,17 @@ class Ledger:
     """The counts of all files together, and of each."""
 
     tokens: int
-    trained: int
-    masked: int
-    cut: int
-    padded: int
+    learned: int
+    read_only: int
+    left_out: int
+    padding: int
     documents: int
     dropped: int
     skipped: int
     rows: int
     files: tuple[FileLedger, ...]
-    left_out: Mapping[str, int] = field(default_factory=dict)  # kinds of files in the folders that are not read
-    unused: Mapping[str, int] = field(
-        default_factory=dict
-    )  # fields of records that are not used, with how many records
+    not_read: Mapping[str, int] = field(default_factory=dict)  # kinds of files in the folders that are not read
+    unused: Mapping[str, int] = field(default_factory=dict)  # fields that are not used, with how many records
     overlap: Mapping[str, object] = field(default_factory=dict)  # of a held-out text: what the training text has of it
 
     def to_dict(self) -> dict[str, object]:
@@ -55,7 +53,7 @@ class Ledger:
         """Assert that every token is accounted for, in each file and in all."""
         both: list[FileLedger | Ledger] = [*self.files, self]
         for counted in both:
-            parts = counted.trained + counted.masked + counted.cut + counted.padded
+            parts = counted.learned + counted.read_only + counted.left_out
             assert counted.tokens == parts, f"{counted}: {counted.tokens} tokens, but {parts} accounted for"
         for name in COUNTS:
             assert getattr(self, name) == sum(getattr(file, name) for file in self.files), name

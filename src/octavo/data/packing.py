@@ -167,16 +167,15 @@ def _ledger(
             learned = tokens[piece.tokens].trained[piece.start + 1 : piece.start + piece.length + 1]
             trained[piece.tokens] += int(np.count_nonzero(learned))
         last = tokens[group[-1].tokens].source
-        padded = seq_len - sum(piece.length for piece in group)
-        files[last] = files[last].plus(tokens=padded, padded=padded)
+        files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in group))
     for index, one in enumerate(tokens):
         # The first token of a document that is in a row is an input there, and predicted by nothing.
         first = 1 if targets[index] else 0
         files[one.source] = files[one.source].plus(
             tokens=len(one.ids),
-            trained=trained[index],
-            masked=targets[index] - trained[index] + first,
-            cut=len(one.ids) - targets[index] - first,
+            learned=trained[index],
+            read_only=targets[index] - trained[index] + first,
+            left_out=len(one.ids) - targets[index] - first,
             documents=1,
             dropped=1 - first,
         )

@@ -33,14 +33,14 @@ class _Sides:
 def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
     """The training text and the held-out one, their ledgers shown.
 
-    Documents of which the held-out side has a copy are counted in the training ledger as cut, and are in no row. The
+    Documents of which the held-out side has a copy are counted in the training ledger as left out, and are in no row. The
     held-out ledger's `overlap` says how many these were and how much of the held-out text the training text still has.
     UsageError if nothing is left to learn.
     """
     sides = _sides(config, tokenizer, report)
     options = config[TextOptions]
     text = to_rows(sides.train, options, tokenizer, excluded=sides.removed)
-    if text.ledger.trained == 0:
+    if text.ledger.learned == 0:
         if sides.removed:
             raise UsageError(
                 "All of the training text is held out too: nothing is left to learn.",
@@ -56,7 +56,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
     share = overlap["share"]
     show_ledger(held_out.ledger, f"Held-out text ({share:.1%} of it also in the training text)", report)
-    if held_out.ledger.trained == 0:
+    if held_out.ledger.learned == 0:
         report.warn("The held-out text holds no token to measure on: give other text with --test-data.")
         return text, None
     return text, held_out

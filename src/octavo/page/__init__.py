@@ -217,18 +217,18 @@ def _ledger(path: Path) -> str:
     for name, part in parts.items():
         if not part:
             continue
-        keys = [key for key in ("documents", "tokens", "trained", "masked", "cut", "padded") if key in part]
+        keys = [key for key in ("documents", "tokens", "learned", "read_only", "left_out", "padding") if key in part]
         files = sorted(part.get("files", ()), key=lambda file: -file.get("tokens", 0))
         rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MOST_FILES]]
         if len(files) > MOST_FILES:
             rows.append([f"and {len(files) - MOST_FILES:,} smaller files", *("" for _ in keys)])
-        left_out = part.get("left_out")
-        if isinstance(left_out, dict) and left_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        not_read = part.get("not_read")
+        if isinstance(not_read, dict) and not_read:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in not_read.items())
             rows.append([f"not read: {kinds}", *("" for _ in keys)])
         rows.append(["all", *(part[key] for key in keys)])
         head = "file" if not name else f"{name} file"
-        blocks.append(_table([head, *keys], rows, text_columns=1, total=True))
+        blocks.append(_table([head, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
     return _section("Where every token went", "".join(blocks))
 
 
