@@ -320,7 +320,9 @@ def test_without_json_results_are_on_stdout_and_nothing_else(
     told = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
     assert text.out == told.json["text"] + "\n"
     data = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32)
-    assert {"[[", "read only", "documents in"} <= {part for part in ("[[", "read only", "documents in") if part in data.out}
+    assert {"[[", "read only", "documents in"} <= {
+        part for part in ("[[", "read only", "documents in") if part in data.out
+    }
     assert "Encoding" in data.err
     assert "read only" not in data.err
     for arguments, result in (

@@ -186,7 +186,7 @@ def test_the_test_files_are_what_is_measured(tune: Tune, plays: Path, tmp_path: 
     for name in runs:
         quantised, tuned = rows[name]
         held_out = json.loads((tmp_path / name / "ledger.json").read_text())["test"]
-        assert quantised["tokens"] == tuned["tokens"] == held_out["trained"] > 0
+        assert quantised["tokens"] == tuned["tokens"] == held_out["learned"] > 0
         assert tuned["perplexity"] != quantised["perplexity"]
         assert events(tmp_path / name, "heldout")
     assert rows["plays"][0]["perplexity"] != pytest.approx(rows["other"][0]["perplexity"], rel=0.01)

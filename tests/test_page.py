@@ -52,7 +52,7 @@ class Reader(HTMLParser):
 
 
 def ledger(*sources: str) -> dict[str, Any]:
-    counts = {"documents": 1, "tokens": 1234, "trained": 1200, "masked": 4, "cut": 10, "padded": 20}
+    counts = {"documents": 1, "tokens": 1214, "learned": 1200, "read_only": 4, "left_out": 10, "padding": 20}
     return {**counts, "rows": 3, "files": [{"source": source, **counts} for source in sources]}
 
 
@@ -62,6 +62,7 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
     with Report(console=False, metrics=folder / "metrics.jsonl") as report:
         report.event("hardware", name=text, device="cpu")
         report.event("versions", torch="2.13.0", **{text: text})
+        report.event("overlap", share=0.0312, ngram=13, removed_documents=1, near_copies=2, removed=[text])
         report.warn(text)
         report.event("sample", step=0, prompt=f"PROMPT {text}", text=f"first {text}", which="base")
         for step in range(1, steps + 1):
@@ -108,6 +109,12 @@ def test_the_summary_says_how_far_and_what_it_changed(tmp_path: Path) -> None:
     assert "30 steps, training loss 3.0" in text
     assert "perplexity 60.00 (tuned plain), 25.0 % under base plain" in text
     assert "\N{MINUS SIGN}25.0 %" in text
+
+
+def test_what_of_the_held_out_text_was_trained_on_stands_below_its_table(tmp_path: Path) -> None:
+    text = read(run_folder(tmp_path / "run")).text
+    assert "3.1 % of the held-out text is also in the training text, in runs of 13 tokens" in text
+    assert "taken out of training: 1 document; near copies: 2 documents." in text
 
 
 def test_a_users_text_is_shown_and_never_becomes_markup(tmp_path: Path) -> None:

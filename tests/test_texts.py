@@ -128,8 +128,8 @@ def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: py
         counted = show_data(config, tokenizer, report)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert {*LEDGER_COLUMNS, "files"} <= counted.keys()
-    assert f"{counted['trained']:,}" in shown.err
+    assert {*LEDGER_COLUMNS.values(), "files"} <= counted.keys()
+    assert f"{counted['learned']:,}" in shown.err
     assert f"file in {plays / 'train'}" in shown.err
     assert "play0.txt" in shown.err
     assert shown.err.count("is read, not learned") == 1

@@ -87,6 +87,15 @@ def test_every_step_is_recorded_and_the_loss_falls(finished: tuple[Path, dict[st
     assert tuned["perplexity"] < 0.75 * quantised["perplexity"]
 
 
+def test_how_much_of_the_held_out_text_was_trained_on_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, answer = finished
+    (event,) = events(out, "overlap")
+    overlap = json.loads((out / "ledger.json").read_text())["test"]["overlap"]
+    assert overlap["tokens"] > 100
+    assert overlap.items() <= event.items()
+    assert [row["also_in_training"] for row in answer["rows"]] == [overlap["share"]] * 2
+
+
 def test_held_out_losses_and_samples_come_when_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     assert [event["step"] for event in events(out, "heldout")] == [2, 4, 6]

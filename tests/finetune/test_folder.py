@@ -383,5 +383,5 @@ def test_a_file_name_that_is_not_utf8(octavo: Octavo, settings: Settings, plays:
     done = octavo("finetune", "--config", file, "--stop-after", 1)
     assert (done.code, done.out) == (0, "")
     assert octavo("finetune", "--resume", "--out", out).code == 0
-    assert json.loads((out / "ledger.json").read_bytes())["train"]["files"][0]["source"].endswith("caf\udce9.txt")
+    assert json.loads((out / "ledger.json").read_bytes())["train"]["files"][0]["source"].endswith(r"caf\xe9.txt")
     assert Counter(kind for kind, _ in recorded(out))["step"] == 2

@@ -35,6 +35,8 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
     report, hardware = run.report, run.hardware
     report.event("hardware", device=str(hardware.device), name=hardware.name, dtype=str(hardware.dtype))
     report.event("versions", **versions())
+    if run.test:
+        report.event("overlap", **run.test.ledger.overlap)
     quantised = run.scheme.name != "none"
     if run.test_rows and compare_full and quantised:
         plain = scheme_named("none")

@@ -33,8 +33,9 @@ class _Sides:
 def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
     """The training text and the held-out one, their ledgers shown.
 
-    Documents of which the held-out side has a copy are counted in the training ledger as left out, and are in no row. The
-    held-out ledger's `overlap` says how many these were and how much of the held-out text the training text still has.
+    Documents of which the held-out side has a copy are counted in the training ledger as left out, and are in no row.
+    The held-out ledger's `overlap` says how many these were and how much of the held-out text the training text still
+    has.
     UsageError if nothing is left to learn.
     """
     sides = _sides(config, tokenizer, report)
@@ -132,7 +133,7 @@ def _overlap(sides: _Sides, report: Report) -> dict[str, object]:
             f"{shared.share:.1%} of the held-out text also stands in the training text, in runs of {holdout.NGRAM} "
             "tokens or more."
         )
-    overlap: dict[str, object] = {
+    return {
         "held_out": sides.how,
         "removed_documents": len(removed_names),
         "removed_tokens": removed_tokens,
@@ -144,8 +145,6 @@ def _overlap(sides: _Sides, report: Report) -> dict[str, object]:
         "shared_tokens": shared.shared,
         "share": shared.share,
     }
-    report.event("overlap", **overlap)
-    return overlap
 
 
 def _counted(names: Sequence[str]) -> str:
