@@ -162,7 +162,7 @@ def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
 def test_a_run_killed_in_the_middle_of_a_line_has_a_page(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_bytes(b"".join(lines[:12]) + lines[12][:30])
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:30])
     html = page.write(folder).read_text("utf-8")
     assert "8 steps" in html
     assert "not evaluated yet" in html
