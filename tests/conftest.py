@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import pytest
+from tests.forks import Forks
 
 FROM_OUTSIDE = (
     "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "FORCE_COLOR", "LINES", "NO_COLOR", "OCTAVO_API_KEY", "OCTAVO_CACHE",
@@ -224,6 +225,14 @@ def octavo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Outcome(int(str(code or 0)), shown.out, shown.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes that have imported torch, transformers and the server already."""
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

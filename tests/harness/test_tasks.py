@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
+from tests.forks import Forks, Process
 from tests.harness.conftest import Write, asked
 from transformers import AutoModelForCausalLM
 
@@ -99,23 +98,18 @@ def smollm2(smollm2_cache: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def server(smollm2: Path) -> Iterator[subprocess.Popen[str]]:
+def server(smollm2: Path, forks: Forks) -> Iterator[Process]:
     """A server of the model, unquantised in float32, that is starting: it writes a line when it listens."""
-    command = [
-        sys.executable, "-m", "octavo", "serve", "--model", smollm2, "--port", 0, "--scheme", "none",
-        "--dtype", "float32", "--room", 512, "--json",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = forks.octavo(
+        "serve", "--model", smollm2, "--port", 0, "--scheme", "none", "--dtype", "float32", "--room", 512, "--json"
     )
     yield process
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate()
+    process.close()
 
 
-def test_octavo_lm_eval_and_lm_eval_over_http_agree(
-    smollm2: Path, server: subprocess.Popen[str], write_task: Write
-) -> None:
+def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Process, write_task: Write) -> None:
     """Bits per byte to four digits, and all other numbers with them."""
     write_task("speech", SPEECHES, **ROLLING)
     write_task("choose", QUESTIONS, **CHOICE)
@@ -123,7 +117,6 @@ def test_octavo_lm_eval_and_lm_eval_over_http_agree(
     names = ("speech", "choose", "write")
     model = asked(smollm2)
     inside = with_lm_eval(model, folder, *names)
-    assert server.stdout is not None
     line = server.stdout.readline()
     assert line, server.communicate()[1]
     client = LocalCompletionsAPI(

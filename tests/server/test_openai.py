@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import pytest
 import torch
 from openai import OpenAI
 from safetensors.torch import load_file, save_file
+from tests.forks import Forks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.store.files import sha256_of
@@ -42,34 +40,27 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_llama: Path, plays: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tiny_llama: Path, plays: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of some steps of training, far enough from the base to show."""
     out = tmp_path_factory.mktemp("run")
-    command = [
-        sys.executable, "-m", "octavo", "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data",
+    process = forks.octavo(
+        "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data",
         plays / "test", "--out", out, "--steps", 8, "--batch", 2, "--seq-len", 32, "--rank", 4, "--lr", 0.05,
         "--scheme", "none", "--dtype", "float32", "--sample-tokens", 1, "--keep", "last",
-    ]  # fmt: skip
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    )  # fmt: skip
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     return out / "adapter"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tiny_llama: Path, adapter: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shelf = tmp_path_factory.mktemp("shelf")
-    command = [
-        sys.executable, "-m", "octavo", "serve", "--model", tiny_llama, "--adapter", f"king={adapter}", "--port", 0,
+    process = forks.octavo(
+        "serve", "--model", tiny_llama, "--adapter", f"king={adapter}", "--port", 0,
         "--scheme", "none", "--dtype", "float32", "--room", 128, "--slots", 4, "--queue", 4,
-        "--adapters-from", shelf, "--json",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OCTAVO_API_KEY": KEY},
-    )
-    assert process.stdout is not None
+        "--adapters-from", shelf, "--json", environment={"OCTAVO_API_KEY": KEY},
+    )  # fmt: skip
     line = process.stdout.readline()
     assert line, process.communicate()[1]
     told = json.loads(line)
@@ -77,7 +68,8 @@ def server(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFac
     with OpenAI(base_url=f"{told['url']}/v1", api_key=KEY, max_retries=0, timeout=120) as client:
         yield Server(told["url"], client, tiny_llama, adapter, shelf)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
+    process.close()
     assert (process.returncode, out) == (0, "")
     assert "Traceback" not in err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ from time import monotonic, sleep
 from typing import Any
 
 import pytest
+from tests.forks import Forks, Process
 
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
@@ -89,6 +91,24 @@ def test_an_address_that_is_taken_is_a_wrong_request() -> None:
     with pytest.raises(UsageError, match=str(port)):
         bind("127.0.0.1", port)
     held.close()
+
+
+def test_a_short_answer_does_not_wait_for_the_one_before_to_be_acknowledged() -> None:
+    """Nagle's algorithm: 40 ms for each piece of a stream. Both event loops switch it off for what they know as TCP."""
+
+    async def accepted() -> int:
+        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=bind("127.0.0.1", 0))
+        async with server:
+            _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
+            writer = await found
+            option: int = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for each in (writer, client):
+                each.close()
+                await each.wait_closed()
+        return option
+
+    assert asyncio.run(accepted())
 
 
 def test_importing_the_commands_loads_no_server() -> None:
@@ -171,10 +191,11 @@ def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
 # A server over an engine that answers only once it is told to stop, and then takes 0.1 seconds of its grace time; or
 # one that writes, on and on.
 PROCESS = """
-import sys, threading, time
+import asyncio, sys, threading, time
 sys.path.insert(0, {folder!r})
 from conftest import FakeEngine
 from octavo.config import ServeOptions
+from octavo.server import connections
 from octavo.server.app import create_app
 from octavo.server.process import bind, run
 from octavo.store.tokenizer_files import load_tokenizer
@@ -182,6 +203,7 @@ from pathlib import Path
 
 engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True, context=100_000)
 grace = []
+connections.PROBE_SECONDS = 0.5  # until a client that has not been sent anything is found to be gone
 
 def stop(seconds):
     grace.append((seconds, app.state.service.draining))
@@ -191,6 +213,9 @@ def stop(seconds):
             each.stream.cancel()
     while engine.runs:
         engine.step()
+
+def listening():
+    print("listening", type(asyncio.get_running_loop()).__module__.partition(".")[0], flush=True)
 
 def write():
     while True:
@@ -203,43 +228,33 @@ held = bind("127.0.0.1", 0)
 options = ServeOptions(grace_seconds=7, max_new_tokens=50_000, log_level="debug")
 print(held.getsockname()[1], flush=True)
 app = create_app(engine, options, key={key!r})
-run(app, held, options=options, listening=lambda: print("listening", flush=True), stop_engine=stop)
+run(app, held, options=options, listening=listening, stop_engine=stop)
 print("ended", grace, flush=True)
 """
 
 PATIENCE = 120  # seconds until a process counts as stuck
-Start = Callable[..., tuple[subprocess.Popen[str], int]]
+Start = Callable[..., tuple[Process, int]]
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
-def start(request: pytest.FixtureRequest, tiny_llama: Path) -> Iterator[Start]:
+def start(request: pytest.FixtureRequest, tiny_llama: Path, forks: Forks) -> Iterator[Start]:
     """Starts the process above, with either event loop; gives it and its port. uvicorn takes uvloop where it is."""
     started = []
     hidden = "import sys; sys.modules['uvloop'] = None\n" if request.param == "asyncio" else "import uvloop\n"
 
-    def make(
-        *, cancel: bool = False, writes: bool = False, key: str | None = None
-    ) -> tuple[subprocess.Popen[str], int]:
+    def make(*, cancel: bool = False, writes: bool = False, key: str | None = None) -> tuple[Process, int]:
         code = PROCESS.format(
             folder=str(Path(__file__).parent), model=str(tiny_llama), cancel=cancel, writes=writes, key=key
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", hidden + code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ,
-        )
+        process = forks.run(hidden + code)
         started.append(process)
-        assert process.stdout is not None
         port = process.stdout.readline()
-        assert process.stdout.readline() == "listening\n"
+        assert process.stdout.readline() == f"listening {request.param}\n"
         return process, int(port)
 
     yield make
     for process in started:
-        process.kill()
-        process.communicate()
+        process.close()
 
 
 def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
@@ -374,7 +389,7 @@ def test_a_second_ctrl_c_ends_at_once_without_an_abort_or_a_traceback(start: Sta
         assert clients[-1].recv(1)
     wait_for_running(port, 2)
     process.send_signal(signal.SIGINT)
-    while b"Shutting down" not in (line := os.read(process.stderr.fileno(), 65536)):  # type: ignore[union-attr]
+    while b"Shutting down" not in (line := os.read(process.stderr.fileno(), 65536)):
         assert line
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)

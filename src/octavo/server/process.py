@@ -38,7 +38,9 @@ _SHARING: int = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the address and does not listen yet. UsageError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    held = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends at once (TCP_NODELAY) only on sockets whose protocol is named: else each piece of a stream may wait
+    # 40 ms for the client's acknowledgement of the piece before.
+    held = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         held.setsockopt(socket.SOL_SOCKET, _SHARING, 1)
         held.bind((host, port))
