@@ -211,7 +211,7 @@ def test_a_process_is_alive_until_it_ends() -> None:
 
 
 HIDE = f"""
-import os, psutil, runpy, signal, sys  # psutil, which others import, chooses by sys.platform
+import json, os, psutil, runpy, signal, sys  # psutil, which others import, chooses by sys.platform
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
 for name in {POSIX_CALLS!r} + ("fchmod", "chown", "sched_getaffinity"):
@@ -220,8 +220,13 @@ for name in {POSIX_CALLS!r} + ("fchmod", "chown", "sched_getaffinity"):
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "SIGPIPE", "SIGALRM", "pthread_sigmask"):
     if hasattr(signal, name):
         delattr(signal, name)
-sys.argv = ["octavo", *sys.argv[1:]]
-runpy.run_module("octavo", run_name="__main__")
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["octavo", *arguments, "--json"]
+    try:
+        runpy.run_module("octavo", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 
 
@@ -229,19 +234,20 @@ def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
     tiny_llama: Path, plays: Path, tmp_path: Path
 ) -> None:
     """In a process of its own, where nothing imported the hidden modules before: torch and transformers included."""
-
-    def octavo(*arguments: object) -> Any:
-        command = [sys.executable, "-c", HIDE, *map(str, arguments), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
     run = ("finetune", "--out", tmp_path / "run")
     small = ("--seq-len", 32, "--batch", 2, "--rank", 2, "--sample-tokens", 2, "--steps", 3, "--stop-after", 2)
-    assert octavo(*run, "--model", tiny_llama, "--data", plays / "train", *small)["steps"] == 2
-    assert octavo(*run, "--resume")["steps"] == 3
-    octavo("quantize", "--model", tiny_llama, "--out", tmp_path / "small")
-    assert octavo("generate", "the", "--model", tmp_path / "small", "--max-new-tokens", 2)["token_ids"]
+    commands: list[tuple[object, ...]] = [
+        (*run, "--model", tiny_llama, "--data", plays / "train", *small),
+        (*run, "--resume"),
+        ("quantize", "--model", tiny_llama, "--out", tmp_path / "small"),
+        ("generate", "the", "--model", tmp_path / "small", "--max-new-tokens", 2),
+    ]
+    given = json.dumps([[str(argument) for argument in arguments] for arguments in commands])
+    done = subprocess.run([sys.executable, "-c", HIDE, given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, resumed, _, generated = map(json.loads, done.stdout.splitlines())
+    assert (first["steps"], resumed["steps"]) == (2, 3)
+    assert generated["token_ids"]
     assert not list(tmp_path.glob(".tmp*"))
 
 

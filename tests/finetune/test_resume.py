@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.forks import Forks
 
 from octavo.config import Config
 from octavo.errors import CheckpointError, TrainingError
@@ -159,7 +158,7 @@ def test_a_second_signal_does_not_wait(
 
 
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(
-    octavo: Octavo, settings: Settings, in_one_go: dict[str, Any], tmp_path: Path
+    octavo: Octavo, settings: Settings, in_one_go: dict[str, Any], tmp_path: Path, forks: Forks
 ) -> None:
     """kill -9 after step 7 was recorded: its metrics are taken back, and each step is recorded once."""
     (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **LONG).to_yaml())
@@ -171,9 +170,9 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "Report.event = event\nfrom octavo.cli import main\nmain()"
     )
-    command = [sys.executable, "-c", code, "finetune", "--config", str(file)]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
+    process = forks.run(code, "finetune", "--config", file)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert events(tmp_path / "run", "step")[-1]["step"] == 7
     assert saved_steps(tmp_path / "run")[-1] == 6
     assert octavo("finetune", "--resume", "--out", tmp_path / "run").code == 0

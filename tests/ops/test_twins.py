@@ -350,9 +350,9 @@ CASES: dict[str, list[Case]] = {
     ],
     "cached_attention.decode_attention": [
         slots([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
-        slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 384, heads=6, groups=1, size=16),
-        slots([70, -1, 63, 64], 130, heads=18, groups=2, size=8), slots([600], 640, heads=2, groups=1, size=8),
-        slots([130, 127, 128], 300, heads=90, groups=9, size=8),
+        slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 288, heads=6, groups=1, size=16),
+        slots([70, -1, 63, 64], 90, heads=18, groups=2, size=8), slots([600], 640, heads=2, groups=1, size=8),
+        slots([130, 127, 128], 150, heads=15, groups=3, size=8),
     ],
     "eight.code_rows_into": [
         rounded(5, 100, torch.int8), rounded(3, 2100, torch.int8, fold=True),
@@ -370,7 +370,7 @@ CASES: dict[str, list[Case]] = {
         product(130, 272, 144, eight.FP8, rank=16), product(300, 32, 1040, eight.FP8, scaled=True, bias=True, rank=8),
         product(130, 400, 144, torch.int8, rank=16, spans=True), product(7, 128, 32, torch.int8, spans=True),
         product(9, 272, 48, torch.int8, bias=True, onto="own", spans=True),
-        product(300, 1040, 1040, torch.int8, scaled=True, bias=True, rank=80, onto="own"),
+        product(300, 1040, 400, torch.int8, scaled=True, bias=True, rank=80, onto="own"),
     ],
     "quantize.codes_into": [plain_codes(9, 1111, 1.0), plain_codes(2, 4500, 2.0**-7)],
     "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
@@ -453,13 +453,13 @@ def same_bits(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: str, dtype: torch.dtype) -> None:
     """Through every tile of rows that there is, with a sum that is parted and one that is not."""
     kernel = import_module("octavo.kernels.inference")
-    for k, n in ((1100, 70), (200, 140)):
+    for m, k, n in ((71, 1100, 70), (130, 200, 140)):
         torch.manual_seed(0)
-        (x, *given), named, _ = inferred(130, k, n, rank=5, bias=True, residual=True, weight=weight, phase=phase)(dtype)
+        (x, *given), named, _ = inferred(m, k, n, rank=3, bias=True, residual=True, weight=weight, phase=phase)(dtype)
         lora, residual = named.pop("lora"), named.pop("residual")
         assert isinstance(lora, inference.BatchedLora)
         whole = kernel.matmul(x, *given, lora=lora, residual=residual, **named)
-        for rows in (slice(7, 8), slice(7, 23), slice(3, 35), slice(0, 64), slice(6, 71)):
+        for rows in (slice(7, 8), slice(7, 23), slice(3, 35), slice(0, 33), slice(6, 71)):
             own = lora._replace(inner=lora.inner[rows], numbers=lora.numbers[rows])
             found = kernel.matmul(x[rows], *given, lora=own, residual=residual[rows], **named)  # type: ignore[index]
             same_bits(found, whole[rows], dtype)

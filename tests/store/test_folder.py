@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.forks import Forks
 from tests.store.watching import WATCHING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -293,11 +294,11 @@ write_folder(source, out, scheme_named("int8"), on_layer=lambda layer: os.kill(o
 
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], tmp_path: Path, forks: Forks
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", DIE, folders["llama"], out], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    killed = forks.run(DIE, folders["llama"], out)
+    assert killed.wait() == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".tmp-out-")
     (living := tmp_path / ".tmp-out-1").mkdir()
