@@ -133,3 +133,15 @@ def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: py
     assert f"file in {plays / 'train'}" in shown.err
     assert "play0.txt" in shown.err
     assert shown.err.count("is read, not learned") == 1
+
+
+def test_before_many_megabytes_are_read_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("the king " * 120_000)
+    options = Config.read(KINDS, {"seq_len": 32})[TextOptions]
+    for least, said in ((1_080_001, ""), (1_080_000, "Reading 1 MB from 1 file.\n")):
+        monkeypatch.setattr("octavo.texts.MANY_BYTES", least)
+        with Report() as report:
+            assert len(read_documents([str(tmp_path)], options, report).documents) == 1
+        assert capsys.readouterr().err == said

@@ -98,7 +98,10 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
     """The rows to measure perplexity on. UsageError if there are none, or they are longer than the model's context."""
     text = to_text(
-        read_documents(config[EvaluateOptions].data, config[TextOptions]), config[TextOptions], tokenizer, report
+        read_documents(config[EvaluateOptions].data, config[TextOptions], report),
+        config[TextOptions],
+        tokenizer,
+        report,
     )
     rows = text.measurable(config[EvaluateOptions].rows)
     if not rows:

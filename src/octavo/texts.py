@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 LEDGER_COLUMNS = {"text": "tokens", "learned": "learned", "read only": "read_only", "left out": "left_out"}
 MOST_FILES = 11  # in a table for people: more are folded into one row; ledger.json and --json have all
+MANY_BYTES = 20_000_000  # that take seconds to read
 MOST_SKIPPED = 20  # records that are named one by one
 
 
@@ -54,8 +56,8 @@ class Text:
         return rows[: most or None]
 
 
-def read_documents(paths: Sequence[str], options: TextOptions) -> Reading:
-    """The documents of the files that a user names."""
+def read_documents(paths: Sequence[str], options: TextOptions, report: Report | None = None) -> Reading:
+    """The documents of the files that a user names. Before many megabytes are read the report says so."""
     if not paths:
         raise UsageError("No text files are named.", hint="Give files, folders or globs with --data.")
     return documents.read(
@@ -63,7 +65,13 @@ def read_documents(paths: Sequence[str], options: TextOptions) -> Reading:
         ReadOptions(
             split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy, columns=tuple(options.columns)
         ),
+        begins=partial(_say_size, report=report) if report else None,
     )
+
+
+def _say_size(files: int, n_bytes: int, *, report: Report) -> None:
+    if n_bytes >= MANY_BYTES:
+        report.say(f"Reading {n_bytes / 1e6:,.0f} MB from {files:,} file{'' if files == 1 else 's'}.")
 
 
 def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Encoded:
@@ -174,12 +182,14 @@ def _common_folder(sources: Sequence[str]) -> str:
 def show_data(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
     """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
     options = config[DataOptions]
-    text = to_text(read_documents(options.data, config[TextOptions]), config[TextOptions], tokenizer, report)
+    text = to_text(read_documents(options.data, config[TextOptions], report), config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
     lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
     if lengths:
         filled = sum(lengths) / (len(lengths) * config[TextOptions].seq_len)
-        report.result(f"{text.ledger.documents:,} documents in {len(lengths):,} rows, {filled:.1%} filled.")
+        documents = f"{text.ledger.documents:,} document{'' if text.ledger.documents == 1 else 's'}"
+        rows = f"{len(lengths):,} row{'' if len(lengths) == 1 else 's'}"
+        report.result(f"{documents} in {rows}, {filled:.1%} filled.")
     for row in text.rows[: options.samples]:
         report.result(f"\n{row.sources[0]} ([[..]] is read, not learned):\n{marked(row, tokenizer)}")
     return text.ledger.to_dict()

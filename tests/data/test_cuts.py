@@ -163,15 +163,17 @@ TEXTS = st.lists(st.one_of(BORDERS, WORDS, st.text(max_size=3)), max_size=30).ma
 
 
 @pytest.mark.parametrize("name", MAKES)
-@given(text=TEXTS, most=st.integers(1, 40))
-@example(text=" the", most=1)
+@given(text=TEXTS, most=st.integers(1, 40), many=st.sampled_from([1, 4096]))
+@example(text=" the", most=1, many=4096)
+@example(text="it's 12\u2009x\u00a0\u0301 \n\n\t'll 世界", most=40, many=1)
 @settings(max_examples=60)
-def test_ids_are_those_of_the_whole_text(name: str, text: str, most: int) -> None:
+def test_ids_are_those_of_the_whole_text(name: str, text: str, most: int, many: int) -> None:
     coder = coder_of(made(name))
     texts = [text, "the king", "", text[::-1], text]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "BATCH_CHARACTERS", most)
         patch.setattr(encoding, "MOST_WORDS", 3)
+        patch.setattr(encoding, "MANY_WORDS", many)
         codes = list(plain_codes(texts, coder))
     assert [code.ids.tolist() for code in codes] == [coder.plain.encode(one).ids for one in texts]
 

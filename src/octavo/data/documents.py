@@ -56,8 +56,12 @@ def find(paths: Sequence[str]) -> Found:
     return find_files(paths, list(READERS))
 
 
-def read(paths: Sequence[str], options: ReadOptions | None = None) -> Reading:
+def read(
+    paths: Sequence[str], options: ReadOptions | None = None, begins: Callable[[int, int], None] | None = None
+) -> Reading:
     """All documents of all files, in order, and what was left out, skipped, or not used.
+
+    `begins` is called before the first file is read, with how many files and how many bytes there are.
 
     Raises DataError with file and line for what cannot be read, or for files without any document, and
     UsageError for paths that mean nothing and for a missing optional package.
@@ -69,6 +73,8 @@ def read(paths: Sequence[str], options: ReadOptions | None = None) -> Reading:
     repair = _repair if options.ftfy else None
     found = find(paths)
     reading = Reading(not_read=found.not_read)
+    if begins:
+        begins(len(found.files), sum(map(_size, found.files)))
     for path in found.files:
         _read_file(path, options, columns, repair, reading)
     if not reading.documents:
@@ -106,6 +112,13 @@ def _read_file(
         if not options.skip_bad:
             raise
         skipped.append(skip(error, os.path.getsize(path)))
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # whoever reads it says so
+        return 0
 
 
 def _document(entry: Entry, source: str, columns: Mapping[str, str], unused: Counter[str]) -> Document:

@@ -11,6 +11,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from octavo.data.cuts import Cuts, cuts_of
 from octavo.data.panics import name_panics
+from octavo.data.pieces import Pieces
 from octavo.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS = 2**20  # of text in hand at once; also how often progress is shown
 MOST_WORDS = 2**20  # that are remembered with their ids, and
 MOST_CHARACTERS = 2**26  # of all of them together
+MANY_WORDS = 4096  # that are new at once: from here on it pays to find out how the tokenizer splits them
 FIRST_CHARACTERS = 4096  # of a text that are looked at for its first token
 
 
@@ -36,23 +39,28 @@ class Words:
     """Stretches of text that were met, with their ids: ids[starts[n] : starts[n] + lengths[n]] are those of word n."""
 
     numbers: dict[str, int] = field(default_factory=dict)
-    ids: array[int] = field(default_factory=lambda: array("i"))
+    pieces: dict[str, bytes] = field(default_factory=dict)  # what words are made of, with the ids of each as int32
+    ids: bytearray = field(default_factory=bytearray)  # int32
     starts: array[int] = field(default_factory=lambda: array("q"))
     lengths: array[int] = field(default_factory=lambda: array("q"))
     characters: int = 0
 
-    def learn_(self, words: Iterable[str], tokenizer: Tokenizer) -> None:
+    def learn_(self, words: Iterable[str], coder: Coder) -> None:
         """Encodes those of `words` that are new."""
         new = list(set(words).difference(self.numbers))
+        split = list(coder.pieces.split(new)) if len(new) >= MANY_WORDS else [[word] for word in new]
+        pieces = list(set(chain.from_iterable(split)).difference(self.pieces))
         with name_panics("The tokenizer"):
-            codes = tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        for word, code in zip(new, codes, strict=True):
-            ids = code.ids
+            codes = coder.plain.encode_batch_fast(pieces, add_special_tokens=False)
+        self.pieces.update((piece, array("i", code.ids).tobytes()) for piece, code in zip(pieces, codes, strict=True))
+        ids_of = self.pieces.__getitem__
+        for word, parts in zip(new, split, strict=True):
+            ids = b"".join(map(ids_of, parts))
             self.numbers[word] = len(self.starts)
-            self.starts.append(len(self.ids))
-            self.lengths.append(len(ids))
-            self.ids.extend(ids)
-        self.characters += sum(map(len, new))
+            self.starts.append(len(self.ids) // 4)
+            self.lengths.append(len(ids) // 4)
+            self.ids += ids
+        self.characters += sum(map(len, new)) + sum(map(len, pieces))
 
     def joined(self, words: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """The ids of `words` one after the other, and how many each has."""
@@ -64,7 +72,7 @@ class Words:
         return np.frombuffer(self.ids, dtype=np.int32)[places], lengths
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Coder:
     """Two private copies of one tokenizer; neither cuts or pads. The tokenizers are never changed."""
 
@@ -73,6 +81,11 @@ class Coder:
     controls: re.Pattern[str]  # finds the strings of control tokens
     control_ids: dict[str, int]
     cuts: Cuts  # where a text may be cut without a change of its ids
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """What `plain` splits a text into: found at the first long text."""
+        return Pieces(self.plain)
 
 
 @dataclass(frozen=True)
@@ -144,8 +157,8 @@ def plain_codes(texts: Iterable[str], coder: Coder, progress: Callable[[int], No
     """The code of each text in order, none of it a control token. `progress` is told of the characters done.
 
     A text is cut where the tokenizer cuts it itself before anything else (`Coder.cuts`), and each different stretch is
-    encoded once: a text of a hundred megabytes has a million of them. The ids are those of the whole text. A tokenizer
-    that has no such places gets each text whole.
+    encoded once: a text of a hundred megabytes has a million of them. They in turn are made of some ten thousand pieces
+    (`Coder.pieces`). The ids are those of the whole text. A tokenizer that has no such places gets each text whole.
     """
     known = Words()
     parts: list[npt.NDArray[np.int32]] = []
@@ -154,7 +167,7 @@ def plain_codes(texts: Iterable[str], coder: Coder, progress: Callable[[int], No
         if len(known.numbers) > MOST_WORDS or known.characters > MOST_CHARACTERS:
             known = Words()
         words = list(chain.from_iterable(stretches for stretches, _ in group))
-        known.learn_(words, coder.plain)
+        known.learn_(words, coder)
         ids, lengths = known.joined(words)
         ends = np.concatenate([[0], np.cumsum(lengths)])
         at = 0

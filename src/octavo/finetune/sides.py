@@ -65,7 +65,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
 
 def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> _Sides:
     data, options = config[TrainingData], config[TextOptions]
-    learned = read_documents(data.data, options)
+    learned = read_documents(data.data, options, report)
     seed = config[TrainOptions].seed
 
     def encoded(reading: Reading) -> Encoded:
@@ -75,7 +75,7 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return encoded(Reading(documents=list(some)))
 
     if data.test_data:
-        held = read_documents(data.test_data, options)
+        held = read_documents(data.test_data, options, report)
         numbers = set(holdout.copies(learned.documents, held.documents))
         kept = [one for number, one in enumerate(learned.documents) if number not in numbers]
         twice = [one for number, one in enumerate(learned.documents) if number in numbers]
