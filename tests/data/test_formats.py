@@ -161,3 +161,35 @@ def test_a_parquet_table_that_swells_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(formats, "MAX_GROUP_BYTES", 1000)
     with pytest.raises(DataError, match=r"row group 1 holds [\d,]+ bytes, more than 1,000"):
         list(entries(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        (pyarrow.array([b"a", b"\xff\xfe", b"b"]).view(pyarrow.string()), "UnicodeDecodeError"),
+        (pyarrow.array([0, 2**62, 1]).view(pyarrow.timestamp("us")), "OverflowError"),
+        (pyarrow.array([0, 2**30, 1], pyarrow.int32()).view(pyarrow.date32()), "OverflowError"),
+    ],
+)
+def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path: Path, cells: Any, reason: str) -> None:
+    table = pyarrow.table({"text": ["one", "two", "three"], "other": cells})
+    parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    first, bad, last = entries(tmp_path / "a.parquet")
+    assert isinstance(first.value, dict)
+    assert isinstance(last.value, dict)
+    assert (first.value["text"], last.value["text"], last.line) == ("one", "three", 3)
+    assert f"a.parquet:2: column 'other' holds what cannot be read ({reason}" in error_of(bad)
+
+
+def test_a_time_zone_that_nobody_knows_is_a_bad_row(tmp_path: Path) -> None:
+    zone = pyarrow.timestamp("us", "Mars/Phobos")
+    parquet.write_table(pyarrow.table({"text": ["a"], "t": pyarrow.array([1], zone)}), tmp_path / "a.parquet")
+    (bad,) = entries(tmp_path / "a.parquet")
+    assert "a.parquet:1: column 't' holds what cannot be read" in error_of(bad)
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["A"]), pyarrow.array(["B"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns of the name 'text'"):
+        values(tmp_path / "a.parquet")

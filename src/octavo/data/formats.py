@@ -7,9 +7,12 @@ place of a record that it cannot read and goes on behind it; it raises one when 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from octavo.bounded_json import shortened
 from octavo.data.entries import Entry
 from octavo.data.files import (
     MAX_RATIO,
@@ -91,6 +94,7 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
         data = stream if suffix(path) == path.suffix.lower() else pyarrow.BufferReader(read_whole(stream, source))
         try:
             table = parquet.ParquetFile(data)
+            _check_names(table.schema_arrow.names, source)
             _check_groups(table.metadata, source)
             most = max(SURE_BYTES, MAX_RATIO * path.stat().st_size)
             for batch in table.iter_batches(batch_size=256):
@@ -98,12 +102,48 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
                 if given > most:  # one long word, written once for all rows
                     message = f"the table swells to more than {MAX_RATIO} times the file's size."
                     raise DataError(message, source=source, line=number, hint="Write the rows that are meant anew.")
-                for record in batch.to_pylist():
+                for record in _records(batch, source, number):
                     number += 1
                     yield Entry(number, record, 0)
         except (pyarrow.ArrowException, OSError, MemoryError) as error:
             hint = "The file was cut short or damaged: fetch it again."
             raise DataError(f"not valid parquet: {error}", source=source, line=number, hint=hint) from error
+
+
+def _records(batch: Any, source: str, before: int) -> list[dict[str, object] | DataError]:
+    """The rows of a batch as Python's objects; `before` is the number of rows in front of it.
+
+    A cell may hold what Python cannot: bytes that are no UTF-8 in a string, a date behind the year 9999, a time zone
+    that this machine lacks. Then a DataError with the column is in the place of the row.
+    """
+    try:
+        return list(batch.to_pylist())
+    except MemoryError:
+        raise
+    except Exception:  # pyarrow, datetime and the library of time zones each raise their own
+        return [_record(batch.slice(n, 1), source, before + n + 1) for n in range(batch.num_rows)]
+
+
+def _record(row: Any, source: str, number: int) -> dict[str, object] | DataError:
+    record = {}
+    for name in row.schema.names:
+        try:
+            record[name] = row.column(name).to_pylist()[0]
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = shortened(f"{type(error).__name__}: {error}")
+            message = f"column {shortened(name)!r} holds what cannot be read ({reason})."
+            hint = "Take out the column or the row, or skip such rows with --skip-bad."
+            return DataError(message, source=source, line=number, hint=hint)
+    return record
+
+
+def _check_names(names: Sequence[str], source: str) -> None:
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        message = f"the table has two columns of the name {shortened(twice)!r}."
+        raise DataError(message, source=source, hint="Rename one of them.")
 
 
 def _check_groups(metadata: object, source: str) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
+from octavo import bounded_json
+from octavo.bounded_json import JsonError, shortened
 from octavo.data.entries import Entry
-from octavo.data.files import Piece, decode, name_of, pieces
+from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces, suffix
 from octavo.errors import DataError
 
+# Of one JSON text: it bounds the memory. An empty object takes 3 bytes of text and 72 bytes of memory.
+MAX_VALUES = 10_000_000
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 # Where one object holds all records: Alpaca's and pandas' "data", the hub's "rows", and their like.
 _LISTS = ("data", "rows", "records", "examples", "train", "instances", "items")
 # Names that say that an object is a record itself.
@@ -18,12 +24,19 @@ _OF_RECORDS = {
     *("text", "content", "prompt", "completion", "messages", "conversations", "conversation", "instruction", "output"),
     *("question", "answer", "input"),
 }
+# What may be beside the list of records without being a part of them. Numbers, true, false and null may be too.
+_METADATA = {
+    *("schema", "features", "columns", "column_names", "index", "index_names", "version", "license", "licence"),
+    *("name", "title", "description", "author", "authors", "date", "created", "created_at", "updated", "updated_at"),
+    *("source", "url", "homepage", "citation", "language", "lang", "info", "meta", "metadata", "dataset", "id"),
+    *("dataset_name", "dataset_info", "config", "split", "type", "format", "status", "next", "previous", "model"),
+}
 
 
 def read_jsonl(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """One JSON object, or one string, a line. Only `\\n` ends a line: U+2028 and its like may stand inside a string.
+    """One JSON object, or one string, a line. U+2028 and its like may be inside a string.
 
-    A file that begins with a list, or with an object that goes on behind its first line, is read as `read_json` does.
+    A file that holds one list, one table, or one object over several lines, is read as `read_json` does.
     """
     if _is_one_value(path):
         yield from read_json(path, split_on)
@@ -34,51 +47,119 @@ def read_jsonl(path: Path, split_on: str | None) -> Iterator[Entry]:
 
 
 def _is_one_value(path: Path) -> bool:
-    """Whether the first line is the beginning of one value that takes the whole file."""
-    first = next((piece.data.strip() for piece in pieces(path, b"\n") if piece.data.strip()), b"")
+    """Whether the whole file is one list, one table, or one object over several lines."""
+    lines = list(islice((piece for piece in pieces(path, b"\n") if piece.data.strip()), 2))
+    first, second = (lines[0].data.strip() if lines else b""), (lines[1].data.strip() if len(lines) > 1 else b"")
     if first in (b"{", b"["):
         return True
-    if not first.startswith(b"[") or first.startswith(b"[["):
+    if not first.startswith((b"[", b"{")) or first.startswith(b"[["):
         return False
-    try:  # a list in one line is the whole file; where more lines follow, each should have been an object
-        return isinstance(json.loads(first), list) and sum(1 for p in pieces(path, b"\n") if p.data.strip()) == 1
-    except (ValueError, RecursionError):
-        return first.endswith((b",", b"{"))
+    if second:  # where more lines follow a whole value, each should have been an object
+        opens = first.endswith((b",", b"{", b"[", b":"))
+        return opens and (first.startswith(b"[") or not second.startswith(b"{"))
+    source = name_of(path)
+    try:
+        value = parse(decode(lines[0], source), source)
+        return isinstance(value, list) or (isinstance(value, dict) and table_rows(value) is not None)
+    except DataError as error:
+        return isinstance(error.__cause__, _TableError)
 
 
 def read_json(path: Path, split_on: str | None) -> Iterator[Entry]:
     """A list of objects or strings, a table, or a single object; an entry's line is its number in the list.
 
-    A table is {"data": [..]} or its like, or what pandas' to_json writes: columns, index, split or records.
+    A table is {"data": [..]} or its like, or what pandas' to_json writes: columns, index, split or records. Beside the
+    list of records an object may hold metadata (numbers, and the names in _METADATA): DataError names all else.
     """
     source = name_of(path)
     for piece in pieces(path, None):
-        value = parse(decode(piece, source), source)
+        value = parse(decode(piece, source), source, of_lines=suffix(path) != ".json")
         rows = table_rows(value, source) if isinstance(value, dict) else value
         for number, record in enumerate(rows if isinstance(rows, list) else [value], start=1):
             yield Entry(number, _fields(record, source, number), 0)
 
 
+class _TableError(ValueError):
+    """The cause of a DataError about a table as a whole."""
+
+
 def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | None:
-    """The rows of a table in one object; None for an object that is a record itself."""
+    """The rows of a table in one object; None for an object that is a record itself.
+
+    A DataError is in the place of a row that cannot be read. Raises DataError for a table with more than its rows.
+    """
+    columns = value.get("columns")
     for name in _LISTS:
         rows = value.get(name)
         if not isinstance(rows, list) or not rows:
             continue
-        columns = value.get("columns")
-        if all(isinstance(row, list) for row in rows) and isinstance(columns, list):
-            return [dict(zip(map(str, columns), row, strict=False)) for row in rows]
-        if all(isinstance(row, dict | str) for row in rows) and not _OF_RECORDS & value.keys():
-            return [row["row"] if isinstance(row, dict) and "row_idx" in row and "row" in row else row for row in rows]
-    columns_or_index = list(value.values())
-    if columns_or_index and all(isinstance(inner, dict) and inner for inner in columns_or_index):
+        if isinstance(columns, list) and any(isinstance(row, list) for row in rows):
+            _check_beside(value, name, source)
+            return _cells_named(columns, rows, source)
+        is_list = any(isinstance(row, dict) for row in rows) or all(isinstance(row, str) for row in rows)
+        if is_list and not _OF_RECORDS & value.keys() and not _is_columns(value):
+            _check_beside(value, name, source)
+            return [_unwrapped(row, source, number) for number, row in enumerate(rows, start=1)]
+    inner = list(value.values())
+    if inner and all(isinstance(column, dict) and column for column in inner):
         return _by_labels(value)
-    if columns_or_index and all(isinstance(inner, list) for inner in columns_or_index):
-        lengths = {len(inner) for inner in columns_or_index if isinstance(inner, list)}
-        scalars = all(isinstance(item, str) for inner in columns_or_index if isinstance(inner, list) for item in inner)
-        if len(lengths) == 1 and scalars:
-            return [dict(zip(value, row, strict=True)) for row in zip(*columns_or_index, strict=True)]
+    if _is_columns(value):
+        return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
     return None
+
+
+def _is_columns(value: Mapping[str, object]) -> bool:
+    """Whether each field is a column: lists of one length, of which none is the turns of one conversation."""
+    columns = [column for column in value.values() if isinstance(column, list)]
+    turns = [column for name, column in value.items() if name in _OF_RECORDS or name == "tools"]
+    return (
+        bool(_OF_RECORDS & value.keys())
+        and len(columns) == len(value)
+        and len({len(column) for column in columns}) == 1
+        and not any(isinstance(item, dict) for column in turns if isinstance(column, list) for item in column)
+    )
+
+
+def _check_beside(value: Mapping[str, object], name: str, source: str) -> None:
+    """Nothing of the object may vanish: DataError for what is beside the list of records and no metadata."""
+    for other, content in value.items():
+        if other == name or other.strip().lower() in _METADATA or not content or isinstance(content, int | float):
+            continue
+        shown = shortened(repr(other))
+        if isinstance(content, list) and any(isinstance(item, dict) for item in content):
+            message = f"the object holds more than one list of records: {name!r} and {shown}."
+            hint = "Write each list to a file of its own, and give octavo those that are meant."
+        else:
+            message = f"the object holds {shown} beside the records in {name!r}, and octavo has no use for it there."
+            hint = "Take it out, or write it into each record that it belongs to."
+        raise DataError(message, source=source, hint=hint) from _TableError()
+
+
+def _cells_named(columns: Sequence[object], rows: Sequence[object], source: str) -> list[object]:
+    names = [str(column) for column in columns]
+    if len(set(names)) != len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        message = f"the table has two columns of the name {shortened(twice)!r}."
+        raise DataError(message, source=source, hint="Rename one of them.") from _TableError()
+    named: list[object] = []
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, list) and len(row) == len(names):
+            named.append(dict(zip(names, row, strict=True)))
+            continue
+        held = f"{len(row):,} cells" if isinstance(row, list) else "no list of cells"
+        message = f"row {number:,} holds {held}, but the table has {len(names):,} columns."
+        named.append(DataError(message, source=source, line=number, hint="Correct the row, or use --skip-bad."))
+    return named
+
+
+def _unwrapped(row: object, source: str, number: int) -> object:
+    """The record in a row of the hub's, which also says its number and which cells are cut."""
+    if not isinstance(row, dict) or "row_idx" not in row or "row" not in row:
+        return row
+    if row.get("truncated_cells"):
+        message = f"row {number:,} has cells that were cut: {shortened(str(row['truncated_cells']))}."
+        return DataError(message, source=source, line=number, hint="Fetch the data set's files in place of its pages.")
+    return row["row"]
 
 
 def _by_labels(value: Mapping[str, object]) -> list[object] | None:
@@ -100,30 +181,43 @@ def _json_line(piece: Piece, source: str) -> Mapping[str, object] | str | DataEr
     return _fields(value, source, piece.line)
 
 
-def parse(text: str, source: str, line: int = 0) -> object:
-    """`line` is the line of a JSON Lines record; 0 for a whole file, whose errors know their own line."""
+def parse(text: str, source: str, line: int = 0, *, of_lines: bool = False) -> object:
+    """`line` is the line of a JSON Lines record; 0 for a whole file, whose errors know their own line.
+
+    Raises DataError for what is not JSON, a key that an object holds twice, and more than MAX_VALUES values.
+    """
     try:
-        value: object = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and not line:
-            _lines_of_json(source, error)
-        message = f"not valid JSON: {error.msg}, at character {error.colno}."
+        _check_count(text)
+        return bounded_json.parse(text, max_bytes=MAX_DOCUMENT_BYTES, max_values=len(text), strict=False)
+    except JsonError as error:
+        cause = error.__cause__
         hint = "Correct the record, or skip such records with --skip-bad."
-        raise DataError(message, source=source, line=line or error.lineno, hint=hint) from error
-    except (RecursionError, ValueError) as error:
-        # Deeper nesting, or longer numbers, than Python takes.
-        raise DataError(f"JSON that cannot be read: {error}.", source=source, line=line) from error
-    return value
+        if not isinstance(cause, json.JSONDecodeError):
+            raise DataError(f"JSON that cannot be read: {error}.", source=source, line=line, hint=hint) from error
+        message = f"not valid JSON: {cause.msg}, at character {cause.colno}."
+        if cause.msg == "Extra data" and not line and of_lines:
+            message = "more than one JSON value, of which one takes several lines."
+            hint = "Write one record a line: jq -c . OLD > NEW."
+        elif cause.msg == "Extra data" and not line:
+            message, hint = (
+                "more than one JSON value in a .json file.",
+                "If it holds one record a line, name it .jsonl.",
+            )
+        raise DataError(message, source=source, line=line or cause.lineno, hint=hint) from error
 
 
-def _lines_of_json(source: str, error: json.JSONDecodeError) -> NoReturn:
-    message = "more than one JSON value in a .json file."
-    hint = "If it holds one record a line, name it .jsonl."
-    raise DataError(message, source=source, line=error.lineno, hint=hint) from error
+def _check_count(text: str) -> None:
+    """JsonError for more than MAX_VALUES values, before any of them takes memory."""
+
+    def upper_bound(text: str) -> int:
+        return text.count(",") + text.count("[") + text.count("{")
+
+    if upper_bound(text) > MAX_VALUES and upper_bound(_STRING.sub("", text)) > MAX_VALUES:
+        raise JsonError(f"it holds more than {MAX_VALUES:,} values; a .jsonl file of one record a line has no limit")
 
 
 def _fields(value: object, source: str, line: int) -> Mapping[str, object] | str | DataError:
-    if isinstance(value, dict):
+    if isinstance(value, dict | DataError):
         return value
     if isinstance(value, str):
         return value if value.strip() else DataError("the record is an empty string.", source=source, line=line)
