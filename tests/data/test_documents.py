@@ -128,3 +128,12 @@ def test_what_is_not_used_is_counted_over_all_files(tmp_path: Path) -> None:
     reading = read([str(tmp_path)])
     assert reading.unused == {"id": 3, "more": 1}
     assert reading.not_read == {".docx": 1}
+
+
+def test_a_column_that_no_record_has_is_an_error_and_one_that_some_have_is_not(tmp_path: Path) -> None:
+    (file := tmp_path / "a.jsonl").write_text('{"q": "A", "a": "B"}\n{"q": "A", "a": "B", "sys": "S"}\n')
+    columns = ["prompt=q", "completion=a"]
+    found = read([str(file)], ReadOptions(columns=[*columns, "system=sys"])).documents
+    assert [document.prompt for document in found] == ["A", "S\n\nA"]
+    with pytest.raises(UsageError, match="names sytem, which no record has"):
+        read([str(file)], ReadOptions(columns=[*columns, "system=sytem"]))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.data import holdout
 from octavo.data.holdout import NGRAM, copies, cut, digest, shared_text, split
-from octavo.data.records import Document, Message
+from octavo.data.records import Document, Message, from_fields
 from octavo.data.tokens import encode
 from octavo.errors import UsageError
 
@@ -132,3 +132,9 @@ def test_a_lone_text_is_cut_into_a_beginning_and_an_end(tokenizer: PreTrainedTok
     assert rest.trained[1:].all()
     opening = len(tokenizer.decode(rest.ids[:1].tolist()))
     assert first.n_bytes + opening + rest.n_bytes == whole.n_bytes
+
+
+def test_alpacas_fields_and_a_conversation_are_copies_of_each_other() -> None:
+    alpaca = from_fields({"instruction": "Add up.", "input": "1 2", "output": "3"}, source="a", line=1)
+    turns = [{"role": "user", "content": "Add up.\n1  2"}, {"role": "assistant", "content": "3"}]
+    assert digest(alpaca) == digest(from_fields({"messages": turns}, source="b", line=1))

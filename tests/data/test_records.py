@@ -185,3 +185,77 @@ def test_a_record_that_is_wrong_is_named_with_its_field(fields: dict[str, object
         read(fields)
     assert caught.value.message.startswith("f.jsonl:7: ")
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"system": None, "system_prompt": "s"},
+        {"system": " ", "system_message": "s"},
+        {"System": "s", "system_prompt": "s"},
+    ],
+)
+def test_a_system_message_is_the_name_that_is_filled(fields: dict[str, object]) -> None:
+    assert read({**TALK_AS, **fields}).messages == TALK
+    assert read({"prompt": "q", "completion": "a", **fields}).prompt == "s\n\nq"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({**TALK_AS, "system": "s", "system_prompt": "t"}, "`system` and `system_prompt` give two"),
+        ({"prompt": "q", "completion": "a", "system_prompt": "s", "system_message": "t"}, "give two system"),
+        ({"Text": "A", "text": "B"}, "`Text` and `text` are one name"),
+        ({"prompt": "q", "completion": "c", "Completion ": "d"}, "are one name in two spellings"),
+        ({**TALK_AS, "tools": [{"name": "x"}], "functions": [{"name": "y"}]}, "`tools` and `functions`"),
+        ({**TALK_AS, "tools": [{"name": "\ud83d"}]}, "lone surrogate"),
+        ({"text": "hi", "role": "prompter", "message_id": "1"}, "is one turn"),
+    ],
+)
+def test_of_two_meanings_none_is_dropped(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"messages": "", "text": "hello"}, "hello"),
+        ({"text": "a long body", "source": "wikipedia", "target": "train"}, "a long body"),
+        ({"user": "alice", "bot": False, "text": "body"}, "body"),
+        ({"text": "body", "role": "editor in chief"}, "body"),
+    ],
+)
+def test_fields_about_a_text_do_not_stand_in_for_it(fields: dict[str, object], expected: str) -> None:
+    assert read(fields).text == expected
+
+
+def test_a_blank_cell_leaves_its_place_to_one_that_is_filled() -> None:
+    assert read({"question": "q", "completion": "", "answer": "a"}) == QA
+    with pytest.raises(DataError, match="`completion` is empty"):
+        read({"prompt": "q", "completion": " "})
+
+
+def test_turns_in_the_cells_of_a_table_are_turns() -> None:
+    asked, answered = TALK_AS["messages"][:1], TALK_AS["messages"][1:]
+    found = read({"prompt": json.dumps(asked), "completion": json.dumps(answered)})
+    assert found == read({"prompt": asked, "completion": answered})
+    assert [message.role for message in found.messages] == ["user", "assistant"]
+    assert read({"prompt": "[{x}]", "completion": "a"}).prompt == "[{x}]"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {" q ": "A question", " r ": "An answer"},
+        {"id": "abc", "frage": "Welche Farbe?", "antwort": "Sie ist blau."},
+        {"prompt": "q", "chosen": TALK_AS["messages"], "rejected": TALK_AS["messages"]},
+    ],
+)
+def test_the_columns_that_an_error_suggests_read_the_record(fields: dict[str, object]) -> None:
+    with pytest.raises(DataError) as caught:
+        read(fields)
+    flag = shlex.split((caught.value.hint or "").partition("--columns ")[2].partition(". ")[0])[0]
+    document = from_fields(fields, source="f", line=1, columns=check_columns(flag.split(",")))
+    assert "abc" not in (document.prompt or "")
+    assert (document.completion or "").strip() or document.messages

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from octavo.data.documents import Document, Message, Skipped
-from octavo.data.tokens import Tokens, encode, encode_all
+from octavo.data.packing import pack
+from octavo.data.tokens import Tokens, _without_end, encode, encode_all
 from octavo.errors import DataError, UsageError
+from octavo.store.tokenizer_files import load_tokenizer
 
 ANY_TEXT = st.lists(
     st.one_of(
@@ -102,3 +106,24 @@ def test_a_refused_conversation_is_counted_where_asked(tokenizer: PreTrainedToke
 def test_an_end_token_that_is_not_there_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="50256"):
         encode(Document("f", 1, text="a"), tokenizer, end_id=50256)
+
+
+def test_turns_behind_the_last_learned_one_are_counted_as_left_out(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    talk = (Message("user", "the king"), Message("assistant", "the queen"))
+    behind = (Message("user", "the storm"), Message("assistant", "the duke", learned=False))
+    end = int(tokenizer.eos_token_id)
+    short, long = (encode(Document("f", 1, messages=turns), tokenizer, end_id=end) for turns in (talk, talk + behind))
+    assert long.ids.tolist() == short.ids.tolist()
+    assert (short.behind, long.behind) == (
+        0,
+        len(tokenizer("the storm").input_ids) + len(tokenizer("the duke").input_ids),
+    )
+    _, ledger = pack([long], seq_len=64, pad_id=0)
+    assert (ledger.tokens, ledger.left_out) == (len(long.ids) + long.behind, long.behind)
+    ledger.check()
+
+
+def test_an_end_that_is_written_many_times_is_taken_off_whole() -> None:
+    assert _without_end("a <e> b" + "<e> \n" * 5000, "<e>") == "a <e> b"
+    assert _without_end("a  ", "<e>") == "a  "

@@ -116,3 +116,26 @@ def test_other_fields_of_turns_are_counted() -> None:
     turn = {"role": "assistant", "content": "a", "id": 7, "refusal": None, "weight": 1, "audio": {}}
     assert read(turn, turn, unused=unused) == (TALK[1], TALK[1])
     assert unused == {"messages[].id": 2}
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"content": [{"type": "text", "text": "what", "image_url": "a.png"}]}, "`image_url` beside its text"),
+        ({"content": [{"text": "what", "image": "a.png"}]}, "`image` beside its text"),
+        ({"content": "x", "weight": 1, "train": False}, "contradict"),
+        ({"content": None, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}, "lone surrogate"),
+    ],
+)
+def test_what_a_turn_holds_is_used_or_named(turn: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read({"role": "user", "content": "q"}, {"role": "assistant", **turn})
+
+
+def test_a_part_whose_other_fields_say_nothing_is_its_text() -> None:
+    part = {"type": None, "text": "a", "image_url": None, "cache_control": {"type": "ephemeral"}}
+    assert read({"role": "user", "content": "q"}, {"role": "assistant", "content": [part]}) == TALK
+
+
+def test_a_loss_of_false_leaves_a_turn_unlearned() -> None:
+    assert not read({"role": "assistant", "content": "a", "loss": False})[0].learned

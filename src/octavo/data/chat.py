@@ -34,6 +34,7 @@ class ChatCode:
     ids: npt.NDArray[np.int32]  # (n,)
     trained: npt.NDArray[np.bool_]  # (n,) the tokens of the assistant's contents and of its turns' ends
     n_bytes: int  # UTF-8 bytes of the trained text; a turn's end has none
+    behind: int = 0  # tokens of the contents that stand behind the last learned turn, and are left out
 
 
 def encode_chat(
@@ -54,6 +55,9 @@ def encode_chat(
     tools.
     """
     last = max(n for n, message in enumerate(document.messages) if message.role == "assistant" and message.learned)
+    behind = [message.content for message in document.messages[last + 1 :]]
+    with name_panics("The tokenizer"):
+        left_out = sum(len(code.ids) for code in coder.plain.encode_batch_fast(behind, add_special_tokens=False))
     document = replace(document, messages=document.messages[: last + 1])
     layout = lay_out(document, tokenizer, coder, unused=Counter() if unused is None else unused)
     rendered, controls = layout.rendered, _template_controls(layout, coder)
@@ -66,7 +70,7 @@ def encode_chat(
         trained[first:length] = True
         n_bytes += len(rendered[span.start : span.end].encode())
         n_bytes -= sum(len(c.name.encode()) for c in controls if span.start <= c.start and c.end <= span.end)
-    return ChatCode(ids[:length], trained[:length], n_bytes)
+    return ChatCode(ids[:length], trained[:length], n_bytes, left_out)
 
 
 def encode_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast, coder: Coder) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from octavo.bounded_json import shortened
 from octavo.data.files import MAX_DOCUMENTS, name_of
 from octavo.data.finding import Found, counted, find_files
 from octavo.data.formats import READERS, Entry, entries
@@ -15,6 +16,9 @@ from octavo.data.records import Document, Message, check_columns, from_fields, f
 from octavo.errors import DataError, UsageError
 
 __all__ = ["READERS", "Document", "Message", "ReadOptions", "Reading", "Skipped", "counted", "find", "read", "skip"]
+
+
+MOST_FIELDS = 1000  # different names of fields that are remembered
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,19 @@ def read(
     if options.split_on == "":
         raise UsageError("the separator of documents is empty.", hint='Give "lines" or a separator.')
     columns = check_columns(options.columns)
+    met: set[str] = set()
     repair = _repair if options.ftfy else None
     found = find(paths)
     reading = Reading(not_read=found.not_read)
     if begins:
         begins(len(found.files), sum(map(_size, found.files)))
     for path in found.files:
-        _read_file(path, options, columns, repair, reading)
+        _read_file(path, options, columns, repair, reading, met)
+    if unmet := sorted(field for field in columns.values() if not {field, field.strip()} & met):
+        raise UsageError(
+            f"--columns names {', '.join(map(shortened, unmet))}, which no record has.",
+            hint=f"The records have: {shortened(', '.join(sorted(met))) or 'no fields'}.",
+        )
     if not reading.documents:
         reasons = "; ".join(f"{bad.source}: {bad.reason}" for bad in reading.skipped[:3])
         raise DataError(f"no document could be read. {reasons}", hint="Run without --skip-bad to see the first error.")
@@ -89,6 +99,7 @@ def _read_file(
     columns: Mapping[str, str],
     repair: Callable[[Document], Document] | None,
     reading: Reading,
+    met: set[str],
 ) -> None:
     source = name_of(path)
     documents, skipped = reading.documents, reading.skipped
@@ -98,6 +109,8 @@ def _read_file(
             if len(documents) + len(skipped) >= MAX_DOCUMENTS:
                 message = f"more than {MAX_DOCUMENTS:,} documents."
                 raise UsageError(f"{source}: {message}", hint="Take a part of the data, or longer documents.")
+            if columns and isinstance(entry.value, Mapping):
+                met.update(name for name in entry.value if len(met) < MOST_FIELDS or name in columns.values())
             try:
                 document = _document(entry, source, columns, reading.unused)
             except DataError as error:

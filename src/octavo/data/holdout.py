@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from octavo.data.bytes import token_bytes
 from octavo.data.encoding import begin_ids
-from octavo.data.records import Document
+from octavo.data.records import ALPACA_HEADINGS, Document
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
@@ -31,9 +31,12 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\uf
 def digest(document: Document) -> bytes:
     """16 bytes that are the same for documents of the same text, whatever their white space and Unicode form.
 
-    How the text is parted into prompt and completion or turns makes no difference.
+    How the text is parted into prompt and completion, turns or Alpaca's fields makes no difference.
     """
-    parts = [document.text, document.prompt or "", document.completion or ""]
+    prompt = document.prompt or ""
+    for heading in ALPACA_HEADINGS:
+        prompt = prompt.replace(heading, " ")
+    parts = [document.text, prompt, document.completion or ""]
     parts += [part for message in document.messages for part in (message.content, message.fields)]
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", " ".join(parts)))
     return hashlib.blake2b(" ".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()

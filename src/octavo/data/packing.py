@@ -172,10 +172,10 @@ def _ledger(
         # The first token of a document that is in a row is an input there, and predicted by nothing.
         first = 1 if targets[index] else 0
         files[one.source] = files[one.source].plus(
-            tokens=len(one.ids),
+            tokens=len(one.ids) + one.behind,
             learned=trained[index],
             read_only=targets[index] - trained[index] + first,
-            left_out=len(one.ids) - targets[index] - first,
+            left_out=len(one.ids) - targets[index] - first + one.behind,
             documents=1,
             dropped=1 - first,
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from octavo.bounded_json import shortened
 from octavo.data.fields import Record, is_blank
-from octavo.data.turns import Message, conversation, tools_of
+from octavo.data.turns import ROLES, Message, conversation, has_answer, is_turns, tools_of
 from octavo.errors import DataError, UsageError
 
 __all__ = ["Document", "Message", "check_columns", "from_fields", "from_text"]
@@ -50,23 +50,33 @@ def from_fields(
     columns: Mapping[str, str] | None = None,
     unused: Counter[str] | None = None,
 ) -> Document:
-    """A document from named fields, by the first of SHAPES whose fields are all there and not null.
+    """A document from named fields, by the first of SHAPES whose fields are all there, the learned one not blank.
 
     `columns` maps octavo's names to the record's: with it, those fields alone count. Names of fields that are not used
     are counted in `unused`. Raises DataError for a record of no known shape, one that names the field for a wrong type
     or no text, and one for a field that would change the training and has no place in the shape.
     """
     unused = Counter() if unused is None else unused
-    record = _renamed(fields, columns, source, line) if columns else Record(_lowered(fields), source, line)
-    for shape in SHAPES:
-        names = [next((name for name in one if record.get(name) is not None), None) for one in shape.needs]
-        if None in names:
-            continue
-        found = [name for name in names if name]
-        document = shape.build(record, found, unused)
-        _account(record, fields, columns, [*found, *shape.uses], shape, unused)
-        return document
-    raise _unknown(record, fields, columns)
+    record = _renamed(fields, columns, source, line) if columns else _lowered(fields, source, line)
+    found = [(shape, names) for shape in SHAPES if (names := _names_in(record, shape))]
+    if not found:
+        raise _unknown(record, fields, columns)
+    # A table of several kinds of rows leaves cells blank: what is learned decides.
+    shape, names = next(((s, n) for s, n in found if not is_blank(record.get(n[-1]))), found[0])
+    document = shape.build(record, names, unused)
+    _account(record, fields, columns, [*names, *shape.uses], shape, unused)
+    return document
+
+
+def _names_in(record: Record, shape: _Shape) -> list[str]:
+    """The record's name for each field that the shape needs, one that is filled if there is any; [] if one lacks."""
+    names = []
+    for group in shape.needs:
+        present = [name for name in group if record.get(name) is not None]
+        if not present:
+            return []
+        names.append(next((name for name in present if not is_blank(record.get(name))), present[0]))
+    return names
 
 
 def check_columns(columns: Sequence[str]) -> dict[str, str]:
@@ -74,8 +84,8 @@ def check_columns(columns: Sequence[str]) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for pair in columns:
         name, equals, field = pair.partition("=")
-        name, field = name.strip(), field.strip()
-        if not equals or not field or name not in _TARGETS:
+        name = name.strip()
+        if not equals or not field.strip() or name not in _TARGETS:
             hint = f"A column is NAME=FIELD, as in prompt=question; NAME is one of {', '.join(_TARGETS)}."
             raise UsageError(f"--columns {shortened(pair)}: no mapping of a column.", hint=hint)
         if name in mapping:
@@ -88,24 +98,41 @@ def check_columns(columns: Sequence[str]) -> dict[str, str]:
 
 def _renamed(fields: Mapping[str, object], columns: Mapping[str, str], source: str, line: int) -> Record:
     record = Record(fields, source, line)
-    for name, field in columns.items():
+    named = {name: field_named(fields, field) for name, field in columns.items()}
+    for name, field in named.items():
         if field not in fields and name in _REQUIRED:
             found = shortened(", ".join(fields)) or "none"
-            raise record.error(f"no field `{field}`, which --columns names; the record has: {found}.")
-    return Record({name: fields.get(field) for name, field in columns.items()}, source, line)
+            raise record.error(f"no field `{shortened(field)}`, which --columns names; the record has: {found}.")
+    return Record({name: fields.get(field) for name, field in named.items()}, source, line)
 
 
-def _lowered(fields: Mapping[str, object]) -> Mapping[str, object]:
+def field_named(fields: Collection[str], name: str) -> str:
+    """The field that --columns means by `name`: with its spaces where there is such a one, else without."""
+    return name if name in fields else name.strip()
+
+
+def _lowered(fields: Mapping[str, object], source: str, line: int) -> Record:
     """The fields also under their names in small letters, as people's tables say Question and Answer."""
-    lowered = {name.strip().lower(): value for name, value in fields.items()}
-    for name in _SYSTEM:
-        if name in lowered:
-            lowered.setdefault("system", lowered[name])
-    return {**lowered, **fields}
+    record = Record(fields, source, line)
+    lowered: dict[str, object] = {}
+    spelt: dict[str, str] = {}
+    for field, value in fields.items():
+        name = field.strip().lower()
+        if not is_blank(value) and not is_blank(lowered.get(name)) and value != lowered[name]:
+            raise record.error(f"fields `{spelt[name]}` and `{field}` are one name in two spellings.", hint=_MAP_HINT)
+        if name not in lowered or not is_blank(value):
+            lowered[name], spelt[name] = value, field
+    systems = [name for name in ("system", *_SYSTEM) if not is_blank(lowered.get(name))]
+    if len({str(lowered[name]) for name in systems}) > 1:
+        raise record.error(f"fields {' and '.join(f'`{name}`' for name in systems)} give two system messages.")
+    if systems:
+        lowered["system"] = lowered[systems[0]]
+    return Record({**fields, **lowered}, source, line)
 
 
 def _plain(record: Record, names: list[str], unused: Counter[str]) -> Document:
-    if names[0] == "content" and record.get("role") is not None:
+    role = record.get("role")
+    if role is not None and (names[0] == "content" or str(role).strip().lower() in ROLES):
         raise record.error("the record is one turn, with a role: a record holds a whole conversation, as `messages`.")
     return Document(record.source, record.line, text=_filled(record, names[0]))
 
@@ -113,7 +140,7 @@ def _plain(record: Record, names: list[str], unused: Counter[str]) -> Document:
 def _completion(record: Record, names: list[str], unused: Counter[str]) -> Document:
     """A prompt and its completion, or two lists of turns: then only those of the completion are learned."""
     values = [record.get(name) for name in names]
-    if all(isinstance(value, list) for value in values):
+    if all(map(is_turns, values)):
         asked = [replace(message, learned=False) for message in conversation(record, names[0], unused)]
         return _talk(record, [*asked, *conversation(record, names[1], unused)], names[1])
     prompt, completion = _string(record, names[0]), _filled(record, names[1])
@@ -127,14 +154,15 @@ def _completion(record: Record, names: list[str], unused: Counter[str]) -> Docum
 def _alpaca(record: Record, names: list[str], unused: Counter[str]) -> Document:
     """Alpaca's fields under headings, which a base model can follow without a chat template."""
     prompt = f"{_filled(record, 'system')}\n\n" if not is_blank(record.get("system")) else ""
-    prompt += f"### Instruction:\n{_filled(record, names[0])}\n\n"
+    instruction, given, response = ALPACA_HEADINGS
+    prompt += f"{instruction}\n{_filled(record, names[0])}\n\n"
     inputs = [name for name in ("input", "context") if record.get(name) is not None and _string(record, name).strip()]
     if len(inputs) > 1:
         raise record.error("both `input` and `context` hold text.", hint=_MAP_HINT)
     if inputs:
-        prompt += f"### Input:\n{_string(record, inputs[0])}\n\n"
+        prompt += f"{given}\n{_string(record, inputs[0])}\n\n"
     completion = _filled(record, names[1])
-    return Document(record.source, record.line, prompt=prompt + "### Response:\n", completion=completion)
+    return Document(record.source, record.line, prompt=f"{prompt}{response}\n", completion=completion)
 
 
 def _chat(record: Record, names: list[str], unused: Counter[str]) -> Document:
@@ -165,6 +193,7 @@ class _Shape:
     is_synonym: bool = False  # other names for a prompt and its completion, which more than one field may have
 
 
+ALPACA_HEADINGS = ("### Instruction:", "### Input:", "### Response:")
 _KNOWN = "messages; prompt + completion; instruction + output; text"
 _MAP_HINT = "Say which fields count with --columns, as --columns prompt=question,completion=answer."
 _ANSWERS = ("completion", "response", "answer", "output", "outputs", "target", "targets", "solution")
@@ -173,10 +202,11 @@ SHAPES = (
     _Shape((("prompt",), ("completion",)), _completion, ("system", "tools", "functions")),
     _Shape((("instruction",), ("output", "response", "completion")), _alpaca, ("input", "context", "system")),
     _Shape((("prompt", "question", "query", "input", "inputs", "problem"), _ANSWERS), _completion, ("system",), True),
+    _Shape((("text",),), _plain),
     _Shape((("user", "human"), ("assistant", "gpt", "bot")), _completion, ("system",), True),
     _Shape((("source",), ("target",)), _completion, (), True),
     _Shape((("article",), ("summary",)), _completion, (), True),
-    _Shape((("text", "content"),), _plain),
+    _Shape((("content",),), _plain),
 )
 _TARGETS = ("text", "prompt", "completion", "instruction", "input", "output", "messages", "system", "tools")
 _REQUIRED = ("text", "prompt", "completion", "instruction", "output", "messages")
@@ -198,7 +228,7 @@ def _account(
 ) -> None:
     """Every field is used, counted as unused, or refused by name."""
     if columns:
-        taken = {columns[name] for name in used if name in columns}
+        taken = {field_named(fields, columns[name]) for name in used if name in columns}
         unused.update(field for field in fields if field not in taken and len(unused) < _MOST_NAMES)
         return
     taken = {*used, *(_SYSTEM if "system" in used else ())}
@@ -225,7 +255,7 @@ def _listed(used: Sequence[str], shape: _Shape) -> str:
 
 def _unknown(record: Record, fields: Mapping[str, object], columns: Mapping[str, str] | None) -> DataError:
     """Why the record has no shape, with the flag that maps its own names."""
-    names = [columns[name] for name in record.fields] if columns else list(fields)
+    names = [field_named(fields, columns[name]) for name in record.fields] if columns else list(fields)
     nulls = [name for name in names if fields.get(name) is None]
     known = {name for shape in SHAPES for one in shape.needs for name in one}
     null = next((name for name in nulls if columns or name.strip().lower() in known), None)
@@ -238,7 +268,9 @@ def _unknown(record: Record, fields: Mapping[str, object], columns: Mapping[str,
 def _suggestion(fields: Mapping[str, object]) -> str:
     """The --columns that would read the record, filled with its own names."""
     texts = [name for name, value in fields.items() if isinstance(value, str) and len(name) <= 60]
-    turns = [name for name, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    longest = sorted(texts, key=lambda name: -len(str(fields[name])))[:2]  # not an id or a date
+    texts = [name for name in texts if name in longest]
+    turns = [name for name, value in fields.items() if is_turns(value) and has_answer(value)]
     if turns:
         flag = f"messages={turns[0]}"
     elif len(texts) > 1:

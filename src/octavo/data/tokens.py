@@ -32,6 +32,7 @@ class Tokens:
     ids: npt.NDArray[np.int32]  # (n,)
     trained: npt.NDArray[np.bool_]  # (n,)
     n_bytes: int  # UTF-8 bytes of the text of the trained tokens, for bits per byte; an end token has none
+    behind: int = 0  # tokens of the document that teach nothing and are not in `ids`: turns behind the last learned one
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, *, end_id: int) -> Tokens:
@@ -94,8 +95,9 @@ def _tokens(
         ids, trained, n_bytes = chat.ids, chat.trained, chat.n_bytes
         if not len(ids) or ids[-1] != end_id:
             ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
+        behind = chat.behind
     else:
-        prompt = begin
+        prompt, behind = begin, 0
         if document.completion is not None:
             prompt = np.concatenate([begin, next(codes).ids])
         learned = next(codes)
@@ -105,7 +107,7 @@ def _tokens(
         # Where no prompt comes first, nothing predicts the first token.
         n_bytes = len((text if len(prompt) else text[learned.first_characters :]).encode())
     trained[0] = False
-    return Tokens(document.source, document.line, ids, trained, n_bytes)
+    return Tokens(document.source, document.line, ids, trained, n_bytes, behind)
 
 
 def characters(document: Document) -> int:
@@ -125,6 +127,11 @@ def _texts(document: Document, end: str) -> tuple[str, ...]:
 
 def _without_end(text: str, end: str) -> str:
     """The text without end tokens' strings at its end, nor the white space behind them."""
-    while (bare := text.rstrip()).endswith(end):
-        text = bare.removesuffix(end)
-    return text
+    stop = len(text)
+    while True:
+        bare = stop
+        while bare and text[bare - 1].isspace():
+            bare -= 1
+        if not text.endswith(end, 0, bare):
+            return text[:stop]
+        stop = bare - len(end)

@@ -7,6 +7,7 @@ holds beside text goes to the chat template as it is; what octavo cannot use is 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 # What the chat template gets beside role and content, where a turn has it.
 _PASSED = ("tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_SWITCHES = ("weight", "train", "training")
+_SWITCHES = ("weight", "train", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_HARMLESS_PARTS = ("cache_control", "annotations", "logprobs", "id", "index")  # of a part of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +64,41 @@ def conversation(record: Record, name: str, unused: Counter[str]) -> tuple[Messa
     return tuple(messages)
 
 
+def is_turns(value: object) -> bool:
+    """Whether a value is a list of turns, also one written as JSON, as in a cell of a table."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, list) and all(
+            isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value
+        )
+    return isinstance(value, list)
+
+
+def has_answer(turns: object) -> bool:
+    """Whether a list of turns has one of an assistant's."""
+    turns = json.loads(turns) if isinstance(turns, str) else turns
+    roles = (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))  # type: ignore[union-attr]
+    return any(ROLES.get(str(role).strip().lower()) == "assistant" for role in roles)
+
+
 def tools_of(record: Record) -> str:
     """The record's tools as a JSON list in OpenAI's form, from `tools` or the older `functions`; "" for none."""
-    name = next((name for name in ("tools", "functions") if not is_blank(record.get(name))), None)
-    if name is None:
+    filled = [name for name in ("tools", "functions") if not is_blank(record.get(name))]
+    if not filled:
         return ""
+    if len(filled) > 1:
+        raise record.error("fields `tools` and `functions` both list tools: give one of them.")
+    (name,) = filled
     tools = record.parsed(name)
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise record.error(f"field `{name}` must be a list of objects, one a tool.")
-    return _json([tool if "function" in tool else _wrapped(tool) for tool in map(_without_nulls, tools)])
+    told = _json([tool if "function" in tool else _wrapped(tool) for tool in map(_without_nulls, tools)])
+    return record.string(told, name)  # half a character is no text
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +126,7 @@ def _message(record: Record, at: str, turn: Mapping[str, Any], unused: Counter[s
     learned = _is_learned(record, at, turn, role)
     used = {role_key, content_key, "function_call", *_PASSED, *_SWITCHES}
     unused.update(f"{at.partition('[')[0]}[].{key}" for key in turn if key not in used and not is_blank(turn[key]))
-    return Message(role, content, learned, _json(passed) if passed else "")
+    return Message(role, content, learned, record.string(_json(passed), f"{at}.tool_calls") if passed else "")
 
 
 def _first(names: Iterable[str], turn: Mapping[str, Any], *, but: str = "") -> str:
@@ -122,9 +148,12 @@ def content_of(record: Record, value: object, at: str) -> str:
             continue
         if not isinstance(part, Mapping):
             raise record.error(f"`{here}` must be a part with text, not {kind(part)}.")
-        sort = part.get("type", "text")
+        sort = part.get("type") or "text"
         if sort not in _TEXT_PARTS:
             raise record.error(f"`{here}` is of type {sort!r}: octavo reads parts of text only.")
+        beside = [key for key in part if key not in ("type", "text", *_HARMLESS_PARTS) and not is_blank(part[key])]
+        if beside:
+            raise record.error(f"`{here}` holds `{beside[0]}` beside its text: octavo reads parts of text only.")
         texts.append(record.string(part.get("text"), f"{here}.text"))
     return "".join(texts)
 
@@ -170,17 +199,19 @@ def _call(record: Record, at: str, value: object) -> dict[str, Any]:
 
 def _is_learned(record: Record, at: str, turn: Mapping[str, Any], role: str) -> bool:
     """Whether the turn is learned: OpenAI's `weight` of 0 or 1, or a `train` of true or false."""
+    switched: dict[str, bool] = {}
     for key in _SWITCHES:
         if is_blank(turn.get(key)):
             continue
         switch = str(turn[key]).strip().lower()
         if switch not in ("0", "0.0", "false", "1", "1.0", "true"):
             raise record.error(f"`{at}.{key}` is {str(turn[key])[:40]!r}: a turn is learned (1) or not (0).")
-        if role == "assistant":
-            return switch.startswith(("1", "t"))
-        if switch.startswith(("1", "t")):
+        switched[key] = switch.startswith(("1", "t"))
+        if role != "assistant" and switched[key]:
             raise record.error(f"`{at}.{key}` asks to learn a turn of role {role}: octavo learns the assistant's.")
-    return True
+    if len(set(switched.values())) > 1:
+        raise record.error(f"{' and '.join(f'`{at}.{key}`' for key in switched)} contradict each other.")
+    return next(iter(switched.values()), True)
 
 
 def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:

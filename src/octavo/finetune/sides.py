@@ -75,6 +75,8 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return encoded(Reading(documents=list(some)))
 
     if data.test_data:
+        if data.test_fraction not in (0, TrainingData().test_fraction):
+            report.say("--test-fraction is not used: what --test-data names is held out.")
         held = read_documents(data.test_data, options, report)
         numbers = set(holdout.copies(learned.documents, held.documents))
         kept = [one for number, one in enumerate(learned.documents) if number not in numbers]
