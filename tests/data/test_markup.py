@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo.data import markup
 from octavo.data.formats import entries
 from octavo.data.markup import REFUSED, text_of_html
 from octavo.errors import DataError
@@ -28,6 +30,21 @@ from octavo.errors import DataError
         ("<svg><text>no</text></svg>seen<img alt='no'>", "seen"),
         ("<div><div><p>deep</p></div></div><template>no</template></b></p>", "deep"),
         ("", ""),
+        ("<table><tr><td></td><td>b</td></tr>\n<tr><td>c</td> <td></td> <td>d</td></tr></table>", "\tb\nc\t\td"),
+        ("<tr><td><p>a</p></td><td>b</td></tr>", "a\n\nb"),
+        ("<p>Let <math><mi>x</mi><annotation>TeX</annotation></math> be.</p>", "Let x be."),
+        ("<p>a</p><select><p>b", "a\n\nb"),
+        ("<p>a</p><iframe src=x><p>b", "a\n\nb"),
+        ("<title>T<p>b", "T\n\nb"),
+        ("a<svg><select></svg>b", "ab"),
+        ("a<svg><svg></svg>no</svg>b", "ab"),
+        ("<TITLE>a</p></TITLE ><b title='>' class=\"</b>\">c</b>", "c"),
+        ("<p title=it's>a</p>b<i x='>c", "a\n\nbc"),
+        ("<!-- a > b -->c<!-->d<!---->e<!-- f", "cde f"),
+        ("<?xml version='1.0'?><!DOCTYPE html>a</ b>c<script/>d", "acd"),
+        ("a <b 3 < 4 <", "a <b 3 < 4 <"),
+        ("a<script>no", "a"),
+        ("&#" + "9" * 5000 + ";&#65;", "\ufffdA"),
     ],
 )
 def test_a_page_is_what_a_reader_sees(html: str, text: str) -> None:
@@ -44,6 +61,46 @@ def test_any_page_gives_its_words_without_tags(parts: list[str]) -> None:
     assert "<p>" not in text
     assert "\n\n\n" not in text
     assert text == text.strip()
+
+
+class Counted(str):
+    """A string that counts the characters that searches in it look at."""
+
+    looked_at = 0
+
+    def find(self, part: str, start: int = 0, end: int | None = None) -> int:  # type: ignore[override]
+        found = super().find(part, start)
+        self.looked_at += (found if found >= 0 else len(self)) - start
+        return found
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        *("<a " * 2000, '<a b="' * 2000, "<a b='\"" * 2000, "<!--" * 2000, "<" * 2000, "</" * 2000, "<a" * 2000),
+        *("<svg>" * 2000 + "</p>" * 2000, "<svg><select></p>" * 2000, '<a b="<i>"' * 2000, "<a =" * 2000 + ">"),
+        *("<title>" * 2000, "<title></title>" * 2000, "<iframe><title>" * 2000 + "</iframe>", "<!-- -- >" * 2000),
+        *("<? " * 2000, "<![CDATA[" * 2000, "<a\t" * 2000 + "'", "<p>" * 2000 + "</pre>" * 2000, "<td>" * 2000),
+    ],
+)
+def test_no_page_is_searched_more_often_than_a_few_times(monkeypatch: pytest.MonkeyPatch, html: str) -> None:
+    page = Counted(html)
+    for name in ("_tag_end", "_closing"):
+        search = getattr(markup, name)
+
+        def counted(text: str, *where: Any, search: Any = search) -> int:
+            found: int = search(text, *where)
+            page.looked_at += (found if found >= 0 else len(page)) - where[-1]
+            return found
+
+        monkeypatch.setattr(markup, name, counted)
+    text_of_html(page)
+    assert page.looked_at <= 12 * len(page)
+
+
+def test_white_space_in_a_page_is_looked_at_once() -> None:
+    """Not an assertion on time: what was quadratic here took minutes."""
+    assert text_of_html("<pre>a" + "\t" * 1_000_000 + "x" + " " * 1_000_000 + "\ny</pre>").endswith("x\ny")
 
 
 @pytest.mark.parametrize("name", ["a.html", "a.HTM", "a.xhtml", "page", "a.asp"])

@@ -16,7 +16,7 @@ from octavo.errors import DataError
 
 # Of one JSON text: it bounds the memory. An empty object takes 3 bytes of text and 72 bytes of memory.
 MAX_VALUES = 10_000_000
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # Where one object holds all records: Alpaca's and pandas' "data", the hub's "rows", and their like.
 _LISTS = ("data", "rows", "records", "examples", "train", "instances", "items")
 # Names that say that an object is a record itself.

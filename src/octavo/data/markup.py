@@ -1,10 +1,15 @@
-"""Text out of HTML, with the standard library's parser: what a reader of the page sees, a line a block."""
+"""Text out of HTML: what a reader of the page sees, a line a block.
+
+The time is linear in the length of the page, whatever it holds: the standard library's parser looks at the rest of the
+page again for each tag that never ends.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 from octavo.data.entries import Entry
@@ -28,12 +33,14 @@ _HIDDEN = {
     "template",
     "noscript",
     "svg",
-    "math",
+    "annotation",
+    "annotation-xml",
     "iframe",
     "object",
     "select",
     "textarea",
 }
+_RAW = {"script", "style", "title", "textarea", "iframe"}  # their content is no markup
 _OF_HEAD = {"meta", "link", "base"}
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _INLINE = {
@@ -56,7 +63,24 @@ _INLINE = {
         "i",
     ),
     *("img", "ins", "kbd", "label", "mark", "q", "rp", "rt", "ruby", "s", "samp", "small", "span", "strike", "strong"),
-    *("sub", "sup", "time", "tt", "u", "var", "wbr", "input"),
+    *(
+        "sub",
+        "sup",
+        "time",
+        "tt",
+        "u",
+        "var",
+        "wbr",
+        "input",
+        "math",
+        "semantics",
+        "menclose",
+        "mfenced",
+        "mfrac",
+        "mi",
+    ),
+    *("mmultiscripts", "mn", "mo", "mover", "mpadded", "mphantom", "mroot", "mrow", "ms", "mspace", "msqrt", "mstyle"),
+    *("msub", "msubsup", "msup", "mtext", "munder", "munderover"),
 }
 _PARAGRAPHS = {
     "p",
@@ -94,69 +118,164 @@ def refuse_markup(path: Path, ending: str) -> None:
 
 
 def text_of_html(html: str) -> str:
-    """The visible text of a page."""
-    parser = _Text()
-    parser.feed(html)
-    parser.close()
-    text = "".join(parser.parts)
-    text = re.sub(r"[ \t]*\n[ \t]*", "\n", text) if not parser.has_pre else re.sub(r"[ \t]+\n", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    """The visible text of a page. A hidden element that is never closed, such as <select>, hides nothing."""
+    closed = _closed(html)
+    page = _Text()
+    for number, (kind, name) in enumerate(_tokens(html)):
+        if kind == "text":
+            page.text(name)
+        elif kind == "end":
+            page.end(name)
+        elif kind == "start" and number in closed:
+            page.hidden.append(name)
+        else:
+            page.start(name)
+    text = "\n".join(line.rstrip(" \t") for line in "".join(page.parts).split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).lstrip(" \n").rstrip()
 
 
-class _Text(HTMLParser):
+def _closed(html: str) -> set[int]:
+    """The numbers of the tokens that begin a hidden element which ends somewhere."""
+    found: set[int] = set()
+    begun: list[tuple[str, int]] = []
+    counts: Counter[str] = Counter()
+    for number, (kind, name) in enumerate(_tokens(html)):
+        if kind == "start" and name in _HIDDEN:
+            begun.append((name, number))
+            counts[name] += 1
+        elif kind == "end" and counts[name]:
+            last = ""
+            while last != name:
+                last, at = begun.pop()
+                counts[last] -= 1
+            found.add(at)
+    return found
+
+
+_NAME = re.compile(r"[a-zA-Z][^\s/>]*")
+_STOP = re.compile(r"""=\s*["']|>""")
+
+
+def _tokens(html: str) -> Iterator[tuple[str, str]]:
+    """("text", characters) and ("start" | "end" | "empty", name of the tag), in the order of the page.
+
+    Every search either goes on from where the last one ended or, where it found nothing, is never made again.
+    """
+    at, quotes, comments = 0, True, True
+    closings: dict[str, int] = {}
+    while (begin := html.find("<", at)) >= 0:
+        if at < begin:
+            yield "text", html[at:begin]
+        at = begin
+        if comments and html.startswith("<!--", at):
+            short = next((mark for mark in ("<!-->", "<!--->") if html.startswith(mark, at)), "")
+            end = html.find("-->", at + 4) if not short else at
+            comments = end >= 0
+            at = at + len(short) if short else end + 3 if comments else at + 4
+            continue
+        is_end = html.startswith("</", at)
+        name = _NAME.match(html, at + 1 + is_end)
+        if name is None and html[at + 1 : at + 2] not in ("!", "?", "/"):
+            yield "text", "<"
+            at += 1
+            continue
+        end = _tag_end(html, name.end()) if name and quotes and not is_end else -1
+        if end < 0:
+            quotes = quotes and (name is None or is_end)
+            end = html.find(">", at) + 1
+        if not end:
+            break  # no tag ends from here on
+        tag, at, begin = (name[0].lower() if name else ""), end, at
+        if not tag:
+            continue
+        if is_end or html[end - 2] == "/":
+            yield "end" if is_end else "empty", tag
+            continue
+        if tag in _RAW:
+            if 0 <= closings.get(tag, 0) < end:
+                closings[tag] = _closing(html, tag, end)
+            if closings[tag] < 0 and tag in ("script", "style"):
+                return  # the rest is code
+            at = max(end, closings[tag])
+        yield "start", tag
+    if at < len(html):
+        yield "text", html[at:]
+
+
+def _tag_end(html: str, at: int) -> int:
+    """The place behind the `>` that ends a tag, as one in a quoted value does not; -1 for none."""
+    while found := _STOP.search(html, at):
+        if found[0] == ">":
+            return found.end()
+        closing = html.find(found[0][-1], found.end())
+        at = closing + 1 if closing >= 0 else found.end()
+    return -1
+
+
+def _closing(html: str, tag: str, at: int) -> int:
+    """The place of the next end tag of this name; -1 for none."""
+    found = re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE).search(html, at)
+    return found.start() if found else -1
+
+
+class _Text:
     """Collects text; `parts` end up with at most one space or line break between words, but for <pre>."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self.has_pre = False
-        self._hidden: list[str] = []
+        self.hidden: list[str] = []
         self._pre = 0
+        self._cells = 0  # of the row so far
+        self._row_has_text = False
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _HIDDEN and tag not in _VOID:
-            self._hidden.append(tag)
-            return
-        if self._hidden == ["head"] and tag not in _OF_HEAD:
-            self._hidden.clear()  # a head need not be closed
+    def start(self, tag: str) -> None:
+        if self.hidden == ["head"] and tag not in _OF_HEAD and tag not in _HIDDEN:
+            self.hidden.clear()  # a head need not be closed
+        self._pre += tag == "pre"
+        self._break(tag)
+
+    def end(self, tag: str) -> None:
+        if self.hidden and self.hidden[-1] == tag:
+            self.hidden.pop()
         if tag == "pre":
-            self._pre, self.has_pre = self._pre + 1, True
-        self._break(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._break(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            while self._hidden.pop() != tag:
-                pass
-        elif tag == "pre":
             self._pre = max(0, self._pre - 1)
-        self._break(tag)
+        if tag not in ("td", "th"):
+            self._break(tag)
 
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
+    def text(self, data: str) -> None:
+        if self.hidden:
             return
-        if self._pre:
-            self.parts.append(data)
-            return
-        data = re.sub(r"[ \t\r\n\f]+", " ", data)
-        last = self.parts[-1] if self.parts else "\n"
-        if last.endswith((" ", "\n")):
-            data = data.removeprefix(" ")
+        # Python refuses to read longer numbers.
+        data = unescape(re.sub(r"&#[0-9]{1000,};?", "\ufffd", data))
+        if not self._pre:
+            data = re.sub(r"[ \t\r\n\f]+", " ", data)
+            if not self.parts or self.parts[-1].endswith((" ", "\n", "\t")):
+                data = data.removeprefix(" ")
         if data:
             self.parts.append(data)
+            self._row_has_text = self._row_has_text or not data.isspace()
 
     def _break(self, tag: str) -> None:
         """What a tag does to the line: blocks begin one, paragraphs leave one free, cells are told apart."""
-        if self._hidden or tag in _INLINE:
+        if self.hidden or tag in _INLINE or tag in _HIDDEN:
             return
         if tag in ("td", "th"):
-            if self.parts and not self.parts[-1].endswith(("\n", "\t")):
-                self.parts.append("\t")
+            self._cell()
             return
-        ends = "".join(self.parts[-2:])
-        wanted = 2 if tag in _PARAGRAPHS else 1
+        if tag == "tr":
+            self._cells, self._row_has_text = 0, False
+        wanted = 1 if tag == "br" else 2 if tag in _PARAGRAPHS else 1
+        ends = "".join(part[-2:] for part in self.parts[-2:])
         present = len(ends) - len(ends.rstrip("\n"))
-        if self.parts:
-            self.parts.append("\n" * (1 if tag == "br" else max(0, wanted - present)))
+        if self.parts and (tag == "br" or present < wanted):
+            self.parts.append("\n" * (1 if tag == "br" else wanted - present))
+
+    def _cell(self) -> None:
+        """A tab before each cell but the first, also behind empty ones; a block in a cell ends its line itself."""
+        self._cells += 1
+        last = self.parts[-1] if self.parts else ""
+        if self._cells == 1 or (self._row_has_text and last.endswith("\n")):
+            return
+        if last == " ":
+            self.parts.pop()
+        self.parts.append("\t")
