@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from octavo.data.packing import IGNORED
 from octavo.errors import UsageError
 from octavo.finetune.sides import read_sides
 from octavo.report import Report
+from octavo.store.opening import open_source
 from octavo.store.tokenizer_files import load_tokenizer
 from octavo.texts import Text
 
@@ -145,3 +148,23 @@ def test_a_lone_record_or_a_word_is_not_parted(tmp_path: Path, tokenizer: Any, r
     found = Outcome(tmp_path, tokenizer, data=[str(data)])
     assert found.test is None
     assert "Nothing is held out" in found.said
+
+
+@pytest.mark.parametrize("how", ["as it is", "wrapped at 50", "double spaces", "indented"])
+def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(tmp_path: Path, how: str) -> None:
+    """With a vocabulary of a real model, in which a word that begins a line is often another token."""
+    tokenizer = open_source("smollm2").tokenizer()
+    play = next(files("octavo").joinpath("shakespeare", "test").iterdir()).read_text()
+    words = play[20_000:40_000].split()
+    chapter = " ".join(words[1000:1800])
+    copy = {
+        "as it is": chapter,
+        "wrapped at 50": textwrap.fill(chapter, 50),
+        "double spaces": chapter.replace(" ", "  "),
+        "indented": textwrap.indent(textwrap.fill(chapter, 70), "\t"),
+    }[how]
+    data = write(tmp_path / "data", a_txt=" ".join(words))
+    held = write(tmp_path / "held", c_txt=f"Another beginning.\n{copy}")
+    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
+    assert found.overlap["near_copies"] == 1
+    assert found.overlap["share"] > 0.7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NGRAM = 13  # tokens that both sides share in a row: as in the GPT-3 paper (arXiv 2005.14165, appendix C)
 NEAR_COPY = 0.5  # a document is a near copy if so much of its learned text is in the training text
 _CHUNK_TOKENS = 2**20
+_WRITTEN_SPACES = " \t\r\n\u2581\u0120\u010a\u0109\u010d"  # white space as vocabularies write it
 # Signs that change nothing of what is read: zero-width ones, the byte-order mark, the soft hyphen.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
@@ -97,6 +98,20 @@ def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[To
     return next(sides), next(sides)
 
 
+def bare_tokens(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
+    """(V,) for each token the one that its text is without white space around it; -1 for white space alone.
+
+    So a text that is wrapped at other columns, or indented, has the same tokens but for words that begin a line and
+    are split otherwise there.
+    """
+    vocabulary = tokenizer.get_vocab()
+    bare = np.arange(len(tokenizer), dtype=np.int32)
+    for token, number in vocabulary.items():
+        text = token.strip(_WRITTEN_SPACES)
+        bare[number] = vocabulary.get(text, number) if text else -1
+    return bare
+
+
 @dataclass(frozen=True)
 class Shared:
     """How much of the held-out text is in the training text as well, in runs of NGRAM tokens or more."""
@@ -112,7 +127,7 @@ class Shared:
 
 
 def shared_text(
-    train: Sequence[npt.NDArray[np.int32]],
+    train: Iterable[npt.NDArray[np.int32]],
     test: Sequence[npt.NDArray[np.int32]],
     learned: Sequence[npt.NDArray[np.bool_]],
 ) -> Shared:
@@ -149,7 +164,7 @@ def shared_text(
     return Shared(tokens, shared, tuple(near))
 
 
-def _chunks(texts: Sequence[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
+def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
     """All runs of the texts in arrays of about _CHUNK_TOKENS: long texts cut with an overlap, short ones put together
     with an id between them that no token has."""
     between = np.array([-1], dtype=np.int32)

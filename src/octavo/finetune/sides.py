@@ -53,7 +53,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
         report.warn("Nothing is held out to show whether the tuned model is better: give --test-data.")
         return text, None
     held_out = to_rows(sides.test, options, tokenizer)
-    overlap = _overlap(sides, report)
+    overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
     share = overlap["share"]
     show_ledger(held_out.ledger, f"Held-out text ({share:.1%} of it also in the training text)", report)
@@ -109,12 +109,15 @@ def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast,
     return _Sides(replace(encoded, tokens=[first]), test, None, "the end of the one document")
 
 
-def _overlap(sides: _Sides, report: Report) -> dict[str, object]:
-    """What the training text has of the held-out one; in words where it is worth them."""
+def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, object]:
+    """What the training text has of the held-out one, white space aside; in words where it is worth them."""
     assert sides.test is not None
     test = sides.test.tokens
+    bare = holdout.bare_tokens(tokenizer)
     shared = holdout.shared_text(
-        [one.ids for one in sides.train.tokens], [one.ids for one in test], [one.trained for one in test]
+        (ids[ids >= 0] for ids in (bare[one.ids] for one in sides.train.tokens)),
+        [ids[ids >= 0] for ids in (bare[one.ids] for one in test)],
+        [one.trained[bare[one.ids] >= 0] for one in test],
     )
     removed = sides.removed
     removed_names = [one.where for one in removed.documents] if removed else []
