@@ -126,6 +126,28 @@ def test_pieces_and_separators_are_the_file_at_any_chunk_size(
     assert found == (expected if expected[-1].data else expected[:-1])
 
 
+@given(
+    data=st.lists(st.sampled_from([b"\r", b"\n", b"a", b"b"]), max_size=30).map(b"".join),
+    separator=st.sampled_from([b"\n", b"\n\n", b"a\n", b"\nb", b"a"]),
+    chunk=st.integers(1, 9),
+)
+def test_every_line_end_counts_in_a_separator_at_any_chunk_size(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, separator: bytes, chunk: int
+) -> None:
+    def normal(data: bytes) -> bytes:
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    path = write(tmp_path_factory.getbasetemp() / "ends.txt", data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK_BYTES", chunk)
+        found = list(pieces(path, separator))
+    expected = normal(data).split(separator)
+    assert [normal(piece.data) for piece in found] == (expected if expected[-1] else expected[:-1])
+    for piece in found:
+        assert data[piece.offset :].startswith(piece.data)
+        assert piece.line == normal(data[: piece.offset]).count(b"\n") + 1
+
+
 @pytest.mark.parametrize("compression", [".gz", ".xz"])
 def test_data_that_swell_beyond_belief_are_refused_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
@@ -163,3 +185,19 @@ def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path: Path, kind:
 def test_a_name_that_is_not_utf_8_is_shown_escaped() -> None:
     assert files.name_of(Path(os.fsdecode(b"d/caf\xe9.txt"))) == r"d/caf\xe9.txt"
     assert files.name_of(Path("d/café.txt")) == "d/café.txt"
+
+
+@pytest.mark.parametrize("text", ["Привет", "Привет, как дела? " * 9, "Γειά", "שלום עולם", "สวัสดี"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_its_mark_is_read_or_named(tmp_path: Path, text: str, encoding: str) -> None:
+    """Where it holds no NUL, some of it is valid UTF-8."""
+    path = write(tmp_path / "a.txt", text.encode(encoding))
+    with pytest.raises(DataError, match=r"UTF-16|is not UTF-8"):
+        whole(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["a\tb\r\n\f\x1b[31mred\x1b[0m\x07" * 50, "a\x1fb\x1fc\x1e" * 50, "x\x02", "x" * 200 + "\x03" * 4]
+)
+def test_some_control_characters_are_text(tmp_path: Path, text: str) -> None:
+    assert whole(write(tmp_path / "a.txt", text.encode())) == text

@@ -193,3 +193,64 @@ def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="two columns of the name 'text'"):
         values(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_line_end_parts_lines_and_records(tmp_path: Path, end: str) -> None:
+    def written(name: str, text: str) -> Path:
+        return write(tmp_path / name, text.replace("\n", end))
+
+    lines = [(entry.line, entry.value) for entry in entries(written("a.txt", "one\n\ntwo\n"), "lines")]
+    assert lines == [(1, "one"), (3, "two")]
+    records = list(entries(written("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')))
+    assert [(entry.line, entry.value) for entry in records] == [(1, {"text": "a"}), (3, {"text": "b"})]
+    assert values(written("a.csv", 'text\n"a\nb"\nc\n')) == [{"text": "a\nb"}, {"text": "c"}]
+
+
+def test_a_separator_is_found_whatever_line_ends_it_is_written_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\n\ntwo\r\nthree\n\nfour\r\n\r\nfive\r\rsix\r\n\nseven\r\neight")
+    found = [(entry.line, entry.value) for entry in entries(path, "\n\n")]
+    assert found == [(1, "one"), (3, "two\nthree"), (6, "four"), (8, "five"), (10, "six"), (12, "seven\neight")]
+
+
+@pytest.mark.parametrize("name", ["a.jl", "a.jsonlines", "a.ndjson", "a.JSONL.gz"])
+def test_json_lines_go_by_several_names(tmp_path: Path, name: str) -> None:
+    data = b'{"text": "a"}\n{"text": "b"}\n'
+    path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
+    assert values(path) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_table_of_tabs_goes_by_two_names(tmp_path: Path) -> None:
+    assert values(write(tmp_path / "a.tab", "text\tn\na\t1\n")) == [{"text": "a", "n": "1"}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.txt", "a", "a.data", "a.md"])
+@pytest.mark.parametrize("split_on", [None, "lines"])
+def test_json_lines_that_are_named_as_text_are_refused(tmp_path: Path, name: str, split_on: str | None) -> None:
+    with pytest.raises(DataError, match=r"each line is a JSON object.*\n.*Name the file \.jsonl"):
+        values(write(tmp_path / name, '{"text": "a"}\n\n {"text": "b"}\r\n'), split_on)
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"},\n{"text": "b"}]', '{\n "text": "a"\n}'])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_that_is_named_as_text_is_refused(tmp_path: Path, text: str, encoding: str) -> None:
+    with pytest.raises(DataError, match=r"the file is one JSON value.*\n.*Name the file \.json,"):
+        values(write(tmp_path / "a.txt", text.encode(encoding)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"text": "a"}\nis a record.\n',
+        '{"text": "a"}\n' * 100 + "and so on.",
+        "{braces} are no JSON, {but} {prose}",
+        "{}",
+        "[1]\n",
+        '"said"\n',
+        "{\n}\n",
+        '[{"a": 1}, "and prose"]',
+        '[{"a": 1}] {says the author}',
+    ],
+)
+def test_prose_with_json_in_it_is_text(tmp_path: Path, text: str) -> None:
+    assert values(write(tmp_path / "a.txt", text)) == [text]

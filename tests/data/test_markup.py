@@ -109,6 +109,22 @@ def test_html_is_read_as_text_by_its_name_or_its_beginning(tmp_path: Path, name:
     assert [entry.value for entry in entries(tmp_path / name)] == ["The tide came in."]
 
 
+@pytest.mark.parametrize(
+    "before", ["<!-- a\n-->\n", "<?xml version='1.0'?>\n", "\ufeff<!--a--> <?xml version='1.0'?><!--b-->"]
+)
+@pytest.mark.parametrize("begin", ["<!DOCTYPE html><html>", "<HTML lang='en'>"])
+def test_html_is_known_behind_comments_and_declarations(tmp_path: Path, before: str, begin: str) -> None:
+    (tmp_path / "page").write_text(f"{before}{begin}<body><p>The tide</p></body></html>")
+    assert [entry.value for entry in entries(tmp_path / "page")] == ["The tide"]
+
+
+@pytest.mark.parametrize("rest", ["<book/>", "<!DOCTYPE svg><svg/>", "<!-- open"])
+def test_xml_is_known_by_its_beginning(tmp_path: Path, rest: str) -> None:
+    (tmp_path / "page").write_text(f"<?xml version='1.0'?>\n{rest}")
+    with pytest.raises(DataError, match="is XML, not plain text"):
+        list(entries(tmp_path / "page"))
+
+
 def test_html_in_a_text_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("<html>a lesson</html>")
     assert [entry.value for entry in entries(tmp_path / "a.txt")] == ["<html>a lesson</html>"]

@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ _BINARY = (
     (b"GIF89a", "an image"),
     (b"\xff\xd8\xff", "an image"),
 )
+# Text has tabs, line ends, form feeds, escapes and bells, and tables have separators of their own.
+_CONTROLS = bytes([*range(0x02, 0x07), *range(0x0E, 0x1B)])
 _AS_TEXT = "Convert it to a text file in UTF-8, take it out of the data, or skip such files with --skip-bad."
 
 
@@ -154,6 +157,7 @@ def read_whole(stream: BinaryIO, source: str) -> bytes:
 def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
     """The file cut at each `separator`, which is removed; without one, the whole file as one piece.
 
+    `\\n` in `separator` is any line end: `\\n`, `\\r\\n` or `\\r`. Line ends inside of pieces are left as they are.
     A byte-order mark is removed and UTF-16 and UTF-32 become UTF-8. An empty file has no pieces.
     Raises DataError for a binary file and for a piece of more than MAX_DOCUMENT_BYTES.
     """
@@ -166,8 +170,6 @@ def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
             data = head[mark:] + read_whole(stream, source)
             stream, head, mark = io.BytesIO(_as_utf8(data, encoding, mark, source)), b"", 0
             head = stream.read(CHUNK_BYTES)
-        if separator and b"\r\n" in head and separator != b"\n":
-            separator = separator.replace(b"\n", b"\r\n")
         yield from _cut(stream, head[mark:], separator, offset=mark, source=source)
 
 
@@ -175,12 +177,12 @@ def _cut(stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int,
     line = 1
     while True:
         if separator:
-            *parts, held = held.split(separator)
-            lines_each = separator.count(b"\n")
-            for part in parts:
-                yield Piece(line, offset, part)
-                line += part.count(b"\n") + lines_each
-                offset += len(part) + len(separator)
+            begin = 0
+            for start, end in _separators(held, separator):
+                yield Piece(line, offset + begin, held[begin:start])
+                line += line_ends(held, begin, end)
+                begin = end
+            held, offset = held[begin:], offset + begin
         if len(held) > MAX_DOCUMENT_BYTES:
             _too_large(source, line)
         # Reading as much again as is held keeps a file without separators linear: the held bytes double.
@@ -188,8 +190,36 @@ def _cut(stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int,
         if not more:
             break
         held += more
+    if separator and held.endswith(b"\r") and (found := [*_separators(held + b"\0", separator)]):
+        start, end = found[-1]  # with the carriage return, behind which more could have come
+        yield Piece(line, offset, held[:start])
+        line += line_ends(held, 0, end)
+        held, offset = held[end:], offset + end
     if held:
         yield Piece(line, offset, held)
+
+
+_LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
+
+
+def _separators(held: bytes, separator: bytes) -> Iterator[tuple[int, int]]:
+    """Where each separator begins and ends. A carriage return at the very end is left: a line feed may follow."""
+    normal = separator.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b"\n" in normal and b"\r" in held:
+        pattern = re.compile(_LINE_END.join(map(re.escape, normal.split(b"\n"))))
+        whole = len(held) - held.endswith(b"\r")
+        yield from (found.span() for found in pattern.finditer(held, 0, whole))
+        return
+    at = 0
+    while (start := held.find(normal, at)) >= 0:
+        at = start + len(normal)
+        yield start, at
+
+
+def line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
+    """How many lines end in data[start:end]: with `\\n`, `\\r\\n` or `\\r`."""
+    end = len(data) if end is None else end
+    return data.count(b"\n", start, end) + data.count(b"\r", start, end) - data.count(b"\r\n", start, end)
 
 
 def decode(piece: Piece, source: str) -> str:
@@ -197,7 +227,7 @@ def decode(piece: Piece, source: str) -> str:
     try:
         text = piece.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = piece.line + piece.data.count(b"\n", 0, error.start)
+        line = piece.line + line_ends(piece.data, 0, error.start)
         at, byte = piece.offset + error.start, piece.data[error.start]
         hint = (
             "Save the file as UTF-8, or skip such documents with --skip-bad. Text of old Windows programs: "
@@ -206,10 +236,19 @@ def decode(piece: Piece, source: str) -> str:
         raise DataError(f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint) from error
     if "\0" in text:
         nul = piece.data.index(b"\0")
-        line = piece.line + piece.data.count(b"\n", 0, nul)
+        line = piece.line + line_ends(piece.data, 0, nul)
         at = piece.offset + nul
         raise DataError(f"byte {at} is NUL: this is not text.", source=source, line=line, hint=_AS_TEXT)
+    _check_controls(piece.data, source, piece.line)
     return text
+
+
+def _check_controls(data: bytes, source: str, line: int) -> None:
+    """Letters of other scripts in UTF-16 are valid UTF-8 at times: then they hold a control character each."""
+    if len(data) - len(data.translate(None, _CONTROLS)) > max(2, len(data) // 50):
+        message = "it holds many control characters: this is no text in UTF-8, but may be in UTF-16 without its mark."
+        hint = "Save it as UTF-8: iconv -f UTF-16LE -t UTF-8 OLD > NEW (or UTF-16BE), or skip it with --skip-bad."
+        raise DataError(message, source=source, line=line, hint=hint)
 
 
 def _encoding(head: bytes, source: str) -> tuple[str, int]:
@@ -232,7 +271,8 @@ def _encoding(head: bytes, source: str) -> tuple[str, int]:
             text = sample.decode(encoding, errors="ignore")
             if all(character.isprintable() or character.isspace() for character in text):
                 return encoding, 0
-    raise DataError("is binary: it holds NUL bytes.", source=source, hint=_AS_TEXT)
+    hint = f"{_AS_TEXT} Text in UTF-16: iconv -f UTF-16LE -t UTF-8 OLD > NEW."
+    raise DataError("is binary: it holds NUL bytes.", source=source, hint=hint)
 
 
 def _as_utf8(data: bytes, encoding: str, mark: int, source: str) -> bytes:

@@ -6,6 +6,7 @@ place of a record that it cannot read and goes on behind it; it raises one when 
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from octavo.bounded_json import shortened
 from octavo.data.entries import Entry
 from octavo.data.files import (
+    CHUNK_BYTES,
     MAX_RATIO,
     SAMPLE_BYTES,
     SURE_BYTES,
@@ -25,7 +27,7 @@ from octavo.data.files import (
     read_whole,
     suffix,
 )
-from octavo.data.json_records import read_json, read_jsonl
+from octavo.data.json_records import parse, read_json, read_jsonl
 from octavo.data.markup import read_html, refuse_markup
 from octavo.data.tables import read_csv, read_tsv
 from octavo.errors import DataError, UsageError
@@ -34,6 +36,7 @@ __all__ = ["READERS", "Entry", "entries"]
 
 Reader = Callable[[Path, str | None], Iterator[Entry]]
 MAX_GROUP_BYTES = 2**30
+_JSON_LINES = 20  # so many are parsed; of the rest the first and last character are looked at
 
 
 def entries(path: Path, split_on: str | None = None) -> Iterator[Entry]:
@@ -47,20 +50,36 @@ def entries(path: Path, split_on: str | None = None) -> Iterator[Entry]:
     if ending in READERS:
         return READERS[ending](path, split_on)
     refuse_markup(path, ending)
-    return read_html(path, split_on) if _begins_as_html(path) else read_text(path, split_on)
+    root = _root(path)
+    if root.startswith((b"<!doctype html", b"<html")):
+        return read_html(path, split_on)
+    if root == b"<?xml":
+        refuse_markup(path, ".xml")
+    return read_text(path, split_on)
 
 
-def _begins_as_html(path: Path) -> bool:
+def _root(path: Path) -> bytes:
+    """How a file begins: the first tag behind comments, in small letters, if it is HTML's, else the first 5 bytes."""
     with open_bytes(path) as stream:
-        head = stream.read(SAMPLE_BYTES)
-    return re.match(rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html[\s>])", head, re.IGNORECASE) is not None
+        head = stream.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    at = 0
+    while head.startswith((b"<?", b"<!--"), at):
+        ends = b"-->" if head.startswith(b"<!--", at) else b"?>"
+        at = head.find(ends, at) + len(ends)
+        if at < len(ends):
+            return head[:5]
+        at += len(head[at : at + SAMPLE_BYTES]) - len(head[at : at + SAMPLE_BYTES].lstrip())
+    tag = head[at : at + 15].lower()
+    return tag if tag.startswith((b"<!doctype html", b"<html")) else head[:5]
 
 
 def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
     """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank stretches between separators are left out.
 
-    The line breaks around a separator belong to the separator, not to the documents.
+    The line breaks around a separator belong to the separator, not to the documents. Raises DataError for a file of
+    JSON records.
     """
+    _refuse_json(path)
     by_line = split_on == "lines"
     separator = b"\n" if by_line else split_on.encode() if split_on else None
     source = name_of(path)
@@ -77,6 +96,47 @@ def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
             text = start.rstrip("\n")
         if text.strip():
             yield Entry(line, text, len(piece.data))
+
+
+def _refuse_json(path: Path) -> None:
+    """Records in JSON under another name would be learned with their braces and names of fields."""
+    with open_bytes(path) as stream:
+        head = stream.read(SAMPLE_BYTES)
+    begin = re.match(rb"(?:\xef\xbb\xbf)?\s*(\{|\[\s*\{)|\xff\xfe|\xfe\xff", head)
+    if begin is None:
+        return
+    if _each_line_is_an_object(path):
+        what, ending = "each line is a JSON object: this is JSON Lines.", ".jsonl"
+    elif path.stat().st_size <= SURE_BYTES and any(_is_records(piece.data) for piece in pieces(path, None)):
+        what, ending = "the file is one JSON value.", ".json"
+    else:
+        return
+    hint = (
+        f"Name the file {ending}, so that its fields are read. To train on the JSON itself, put each text into the "
+        'field `text` of a .jsonl file: jq -cR "{text: .}" OLD > NEW.'
+    )
+    raise DataError(what, source=name_of(path), hint=hint)
+
+
+def _each_line_is_an_object(path: Path) -> bool:
+    n_lines = 0
+    for piece in pieces(path, b"\n"):
+        line = piece.data.strip()
+        if not line:
+            continue
+        n_lines += 1
+        if not (line.startswith(b"{") and line.endswith(b"}")) or (n_lines <= _JSON_LINES and not _is_records(line)):
+            return False
+    return n_lines > 0
+
+
+def _is_records(data: bytes) -> bool:
+    """Whether the bytes are a JSON object with fields, or a list of such objects."""
+    try:
+        value = parse(data.decode("utf-8"), "")
+    except (DataError, UnicodeDecodeError):
+        return False
+    return bool(value) and all(isinstance(one, dict) and one for one in (value if isinstance(value, list) else [value]))
 
 
 def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
@@ -160,9 +220,12 @@ READERS: dict[str, Reader] = {
     ".md": read_text,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
+    ".jsonlines": read_jsonl,
+    ".jl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
+    ".tab": read_tsv,
     ".parquet": read_parquet,
     ".html": read_html,
     ".htm": read_html,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo.bounded_json import shortened
 from octavo.data.entries import Entry
-from octavo.data.files import CHUNK_BYTES, MAX_DOCUMENT_BYTES, Piece, decode, name_of, open_bytes, pieces
+from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces
 from octavo.errors import DataError
 
 SEPARATORS = ",;\t|"
@@ -36,11 +36,11 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
     def text(piece: Piece) -> str:
         nonlocal line
         line = piece.line
-        return decode(piece, source).removesuffix("\r") + "\n"
+        return decode(piece, source) + "\n"
 
     # The module's own limit of 128 KiB a field is less than an essay, and can only be set for the process.
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    stream = pieces(path, b"\r" if _is_of_old_macs(path) else b"\n")
+    stream = pieces(path, b"\n")
     first = list(islice(stream, _SNIFFED_LINES))
     separator = _declared(first) or separator or _sniffed([piece.data.decode("utf-8", "replace") for piece in first])
     # `map` goes on behind a line that raised, as a generator would not; so does csv.reader behind a bad row.
@@ -68,16 +68,9 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
                 header = _header(row, source, start)
 
 
-def _is_of_old_macs(path: Path) -> bool:
-    """Whether lines end in a bare carriage return."""
-    with open_bytes(path) as stream:
-        head = stream.read(CHUNK_BYTES)
-    return b"\n" not in head and b"\r" in head
-
-
 def _declared(first: list[Piece]) -> str | None:
     """The separator that Excel writes as a line of its own, `sep=;`, which is taken out of `first`."""
-    found = re.fullmatch(rb"sep=(.)\r?", first[0].data) if first else None
+    found = re.fullmatch(rb"sep=(.)", first[0].data) if first else None
     if found is None:
         return None
     first.pop(0)
@@ -89,7 +82,7 @@ def _sniffed(lines: Sequence[str]) -> str:
 
     def fit(separator: str) -> tuple[float, int]:
         rows: list[int] = []
-        reader = csv.reader((line.removesuffix("\r") + "\n" for line in lines), delimiter=separator, strict=True)
+        reader = csv.reader((line + "\n" for line in lines), delimiter=separator, strict=True)
         while True:
             try:
                 if row := next(reader):
@@ -122,7 +115,6 @@ def _header(row: list[str], source: str, line: int) -> list[str]:
 
 def _row(header: list[str], row: list[str], source: str, line: int) -> Mapping[str, object] | DataError:
     if len(row) == len(header):
-        cells = (cell.replace("\r\n", "\n").replace("\r", "\n") for cell in row)
-        return dict(zip(header, cells, strict=True))
+        return dict(zip(header, row, strict=True))
     message = f"{len(row):,} fields, but the header names {len(header):,}."
     return DataError(message, source=source, line=line, hint="Quote fields that hold separators or line breaks.")
