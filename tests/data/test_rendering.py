@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from octavo.data import rendering
 from octavo.data.chat import encode_chat
 from octavo.data.encoding import coder_of
 from octavo.data.records import from_fields
@@ -186,3 +187,105 @@ def test_names_that_the_template_does_not_write_are_counted(tokenizer: PreTraine
     learned({"messages": turns}, tokenizer, unused)
     assert list(unused.values()) == [1]
     assert "`name` of turns" in next(iter(unused))
+
+
+def counted_renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of turns of each rendering."""
+    calls: list[int] = []
+    render = rendering.render
+
+    def counted(document: Any, messages: Any, *rest: Any, **options: Any) -> str:
+        calls.append(len(messages))
+        return render(document, messages, *rest, **options)
+
+    monkeypatch.setattr(rendering, "render", counted)
+    return calls
+
+
+def long_talk(n_calls: int) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = [TURNS[0]]
+    for n in range(n_calls):
+        turns += [{**TURNS[1], "tool_calls": [{**CALL, "id": f"c{n}"}]}, {**TURNS[2], "name": "weather"}]
+    return [*turns, TURNS[3]]
+
+
+def test_whether_fields_are_written_takes_as_many_renderings_for_many_turns_as_for_few(
+    own_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_tokenizer.chat_template = TAGS
+    calls = counted_renderings(monkeypatch)
+    counts = []
+    for n_calls in (2, 8):
+        calls.clear()
+        unused: Counter[str] = Counter()
+        document = from_fields({"messages": long_talk(n_calls), "tools": TOOLS}, source="f", line=3)
+        rendering.lay_out(document, own_tokenizer, coder_of(own_tokenizer), unused=unused)
+        counts.append(len(calls))
+        assert list(unused.values()) == [n_calls]
+    assert counts[0] == counts[1] <= 10
+
+
+def test_a_template_that_writes_the_thoughts_of_the_last_turn_alone_is_refused(
+    own_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    own_tokenizer.chat_template = (
+        "{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.reasoning_content %}"
+        "{{ m.reasoning_content }}\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    with pytest.raises(DataError, match="leaves out `reasoning_content` of turn 2"):
+        learned({"messages": [ASKED, answer, ASKED, answer]}, own_tokenizer)
+    learned({"messages": [ASKED, answer]}, own_tokenizer)
+
+
+@pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
+def test_many_turns_with_calls_take_as_many_renderings_as_few(
+    own_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    own_tokenizer.chat_template = template
+    calls = counted_renderings(monkeypatch)
+    counts = []
+    for n_calls in (3, 9):
+        calls.clear()
+        learned({"messages": long_talk(n_calls), "tools": TOOLS}, own_tokenizer)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 16
+
+
+SPOKEN = {"role": "assistant", "content": "I ask.", "tool_calls": [CALL]}
+MIXED = [
+    ASKED,
+    TURNS[1],
+    TURNS[2],
+    SPOKEN,
+    TURNS[2],
+    TURNS[2],
+    SPOKEN,
+    {**TURNS[2], "content": " "},
+    *TURNS[1:3],
+    ASKED,
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (TAGS, MIXED),
+        (TAGS.replace("assistant' }}", "assistant ' ~ loop.index }}"), MIXED),
+        (TAGS.replace("</call>' }}", "</call>' ~ loop.index }}"), MIXED),
+        (BARE, [ASKED, *TURNS[1:3], *TURNS[1:3]]),
+        (LISTED, []),
+    ],
+)
+def test_turns_are_where_rendering_up_to_each_shows_them(
+    own_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    turns: list[dict[str, Any]],
+) -> None:
+    own_tokenizer.chat_template = template
+    fields = {"messages": [*long_talk(3), *turns, *turns, TURNS[3]], "tools": TOOLS}
+    found = learned(fields, own_tokenizer)
+    monkeypatch.setattr(rendering, "_gap", lambda *_: None)
+    assert found == learned(fields, own_tokenizer)

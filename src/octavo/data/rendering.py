@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from octavo.data.records import Document, Message
@@ -41,6 +41,7 @@ class Layout:
     order: list[int]  # the number of the message that each content is of
     whole: frozenset[int]  # messages of which the template writes more than a content: tool calls, thoughts
     empty: str | None  # what templates get for the content of a turn that is only tool calls
+    edges: dict[tuple[object, ...], tuple[str, str]] = field(default_factory=dict)  # filled by `turn_span`
 
 
 def lay_out(
@@ -151,25 +152,68 @@ def _empty_content(document: Document, tokenizer: PreTrainedTokenizerFast, *, as
 def _check_used(
     document: Document, tokenizer: PreTrainedTokenizerFast, rendered: str, empty: str | None, unused: Counter[str]
 ) -> None:
-    """The rendering must change when something is taken out; else the template does not write it."""
+    """The rendering must change when something is taken out; else the template does not write it.
 
-    def is_written(changed: Document) -> bool:
+    One rendering, with a mark in the fields of all turns, shows most of what is written. Only fields whose mark is not
+    there are taken out: first all of one name, then, if that changes the rendering, one after the other.
+    """
+
+    def is_written(numbers: Sequence[int], key: str) -> bool:
+        changed = replace(document, tools="") if key == "tools" else document
+        without = _without(document.messages, numbers, key)
         try:
-            return render(changed, changed.messages, tokenizer, asks_for_more=False, empty=empty) != rendered
+            return render(changed, without, tokenizer, asks_for_more=False, empty=empty) != rendered
         except DataError:
             return True
 
-    if document.tools and not is_written(replace(document, tools="")):
+    if document.tools and not is_written([], "tools"):
         raise refusal(document, "the chat template leaves out `tools`.")
-    for n, message in enumerate(document.messages):
-        for key in message.further:
-            without = replace(document, messages=tuple(_without(document.messages, [n], key)))
-            if is_written(without):
+    unsure: dict[str, list[int]] = {}
+    for n, key in _unmarked(document, tokenizer, rendered, empty):
+        unsure.setdefault(key, []).append(n)
+    for key, numbers in unsure.items():
+        some = is_written(numbers, key)
+        left_out = numbers if not some else [n for n in numbers if len(numbers) > 1 and not is_written([n], key)]
+        if left_out and key not in _LABELS:
+            raise refusal(document, f"the chat template leaves out `{key}` of turn {left_out[0] + 1}.")
+        if left_out:
+            unused["`name` of turns, which the chat template does not write"] += len(left_out)
+
+
+def _unmarked(
+    document: Document, tokenizer: PreTrainedTokenizerFast, rendered: str, empty: str | None
+) -> list[tuple[int, str]]:
+    """The fields of turns (number, key) of which a mark in their place is not in the rendering."""
+    mark = "octavofield"
+    while mark in rendered:
+        mark += "x"
+    marks: dict[tuple[int, str], str] = {}
+    messages = list(document.messages)
+    for n, message in enumerate(messages):
+        fields = message.further
+        for key, value in fields.items():
+            if key == "tool_call_id":  # an id only ties calls and answers together, and some templates check its form
                 continue
-            if key not in _LABELS:
-                raise refusal(document, f"the chat template leaves out `{key}` of turn {n + 1}.")
-            if key == "name":  # an id only ties calls and answers together
-                unused["`name` of turns, which the chat template does not write"] += 1
+            marks[n, key] = f"{mark}{len(marks):08d}"
+            fields[key] = _marked(value, marks[n, key])
+        if fields:
+            messages[n] = replace(message, fields=json.dumps(fields, ensure_ascii=False))
+    if not marks:
+        return []
+    try:
+        text = render(document, messages, tokenizer, asks_for_more=False, empty=empty)
+    except DataError:
+        return list(marks)
+    found = set(re.findall(rf"{mark}[0-9]{{8}}", text))
+    return [place for place, word in marks.items() if word not in found]
+
+
+def _marked(value: Any, mark: str) -> Any:
+    """The mark in place of a text, or of the names of the functions that are called."""
+    if not isinstance(value, list):
+        return mark if isinstance(value, str) else value
+    calls = [call for call in value if isinstance(call, dict) and isinstance(call.get("function"), dict)]
+    return [{**call, "function": {**call["function"], "name": mark}} for call in calls]
 
 
 def _without(messages: Sequence[Message], numbers: Sequence[int], key: str) -> list[Message]:
@@ -184,8 +228,46 @@ def _without(messages: Sequence[Message], numbers: Sequence[int], key: str) -> l
 def turn_span(layout: Layout, number: int, document: Document, tokenizer: PreTrainedTokenizerFast) -> Span:
     """All that the template writes for a turn, between what begins an assistant's turn and the next turn.
 
-    It is found by rendering the conversation up to the turn, and with it. DataError where these are not the beginning
-    of the whole: then a turn has no place of its own.
+    It is found by `_rendered_span` for the first turn between turns of its kind. What the template wrote around that
+    one is then looked for around the others: a rendering for each turn would take time by the square of their number.
+    """
+    gap = _gap(layout, number, document)
+    if gap is None:
+        return _rendered_span(layout, number, document, tokenizer)
+    kind, start, end = gap
+    if kind in layout.edges:
+        head, tail = layout.edges[kind]
+        inner = Span(document.messages[number].role, start + len(head), end - len(tail))
+        around = layout.rendered[start : inner.start], layout.rendered[inner.end : end]
+        if inner.start < inner.end and around == (head, tail):
+            return inner
+    span = _rendered_span(layout, number, document, tokenizer)
+    if start <= span.start and span.end <= end:
+        layout.edges.setdefault(kind, (layout.rendered[start : span.start], layout.rendered[span.end : end]))
+    return span
+
+
+def _gap(layout: Layout, number: int, document: Document) -> tuple[tuple[object, ...], int, int] | None:
+    """The kind of a turn and its neighbours, and the characters between these two's contents.
+
+    None where one of them has no content in the text, or where another turn's is between.
+    """
+    messages = document.messages[max(0, number - 1) : number + 2]
+    places = {n: place for place, n in enumerate(layout.order)}
+    if number - 1 not in places or number + 1 not in places:
+        return None
+    first, last = places[number - 1], places[number + 1]
+    if last - first != (2 if number in places else 1) or (number in places and places[number] != first + 1):
+        return None
+    is_last = number + 2 == len(document.messages)
+    kind = tuple((m.role, not m.content.strip(), m.content[:1].isspace(), tuple(m.further)) for m in messages)
+    return (*kind, is_last), layout.contents[first].end, layout.contents[last].start
+
+
+def _rendered_span(layout: Layout, number: int, document: Document, tokenizer: PreTrainedTokenizerFast) -> Span:
+    """The place of a turn, by rendering the conversation up to it, and with it.
+
+    DataError where these are not the beginning of the whole: then a turn has no place of its own.
     """
     messages, empty = list(map(_with_null, document.messages)), layout.empty
     before = render(document, messages[:number], tokenizer, asks_for_more=True, empty=empty)
