@@ -128,6 +128,7 @@ def test_the_number_of_values_is_bounded_before_they_are_made(tmp_path: Path, mo
         ({"data": [{"text": "A"}]}, [{"text": "A"}]),
         ({"text": {"0": "A", "1": "B"}}, [{"text": "A"}, {"text": "B"}]),
         ({"text": ["a", "b"], "n": [1, None]}, [{"text": "a", "n": 1}, {"text": "b", "n": None}]),
+        ({"Frage": ["a", "b"], "n": [1, 2]}, [{"Frage": "a", "n": 1}, {"Frage": "b", "n": 2}]),
         ({"text": ["a"], "meta": [{"n": 1}]}, [{"text": "a", "meta": {"n": 1}}]),
         ({"text": ["a"], "items": [{"n": 1}]}, [{"text": "a", "items": {"n": 1}}]),
         ({"messages": [[{"role": "user"}], []]}, [{"messages": [{"role": "user"}]}, {"messages": []}]),

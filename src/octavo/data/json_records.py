@@ -111,13 +111,13 @@ def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | 
 def _is_columns(value: Mapping[str, object]) -> bool:
     """Whether each field is a column: lists of one length, of which none is the turns of one conversation."""
     columns = [column for column in value.values() if isinstance(column, list)]
-    turns = [column for name, column in value.items() if name in _OF_RECORDS or name == "tools"]
-    return (
-        bool(_OF_RECORDS & value.keys())
-        and len(columns) == len(value)
-        and len({len(column) for column in columns}) == 1
-        and not any(isinstance(item, dict) for column in turns if isinstance(column, list) for item in column)
-    )
+    if not columns or len(columns) < len(value) or len({len(column) for column in columns}) > 1:
+        return False
+    names = {name.strip().lower() for name in value}
+    if not names & _OF_RECORDS:
+        return not names & {*_LISTS} and not any(isinstance(item, dict) for column in columns for item in column)
+    turns = [column for name, column in zip(value, columns, strict=True) if name in _OF_RECORDS or name == "tools"]
+    return not any(isinstance(item, dict) for column in turns for item in column)
 
 
 def _check_beside(value: Mapping[str, object], name: str, source: str) -> None:
