@@ -52,7 +52,7 @@ PASSES = {
     "again": Pass("again", 4, 256, 0.0, again=True),
     "8 slots": Pass("8 slots", 8, 256, 0.3),
     "64 slots": Pass("64 slots", 64, 128, 4.0),
-    "16 slots, chunk 512": Pass("16 slots, chunk 512", 16, 512, 1.0),
+    "16 slots": Pass("16 slots", 16, 512, 1.0),
 }
 
 
