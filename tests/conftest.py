@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ os.environ.update(
     no_proxy="*",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process below them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if find_spec("hypothesis") is not None:  # tests/gpu do without
     from hypothesis import settings
     from hypothesis.internal.conjecture import providers

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +121,7 @@ def test_one_that_does_not_fit_is_refused_with_the_reason_and_nothing_of_it_stay
     assert names(setting) == ["tiny", "king", "queen"]
 
 
-@pytest.mark.parametrize("error", [IndexError("x"), TypeError("x"), re.error("x"), OSError("x"), RecursionError()])
+@pytest.mark.parametrize("error", [IndexError("x"), TypeError("x"), OSError("x"), RecursionError()])
 def test_broken_files_are_the_clients_fault(setting: Any, error: Exception) -> None:
     setting.engine.misfits["hamlet"] = error
     status, told = setting.refusal(LOAD, lora_name="new", lora_path="hamlet")
