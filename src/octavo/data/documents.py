@@ -12,7 +12,7 @@ from octavo.bounded_json import shortened
 from octavo.data.files import MAX_DOCUMENTS, name_of
 from octavo.data.finding import Found, counted, find_files
 from octavo.data.formats import READERS, Entry, entries
-from octavo.data.records import Document, Message, check_columns, from_fields, from_text
+from octavo.data.records import Document, Message, check_columns, field_named, from_fields, from_text
 from octavo.errors import DataError, UsageError
 
 __all__ = ["READERS", "Document", "Message", "ReadOptions", "Reading", "Skipped", "counted", "find", "read", "skip"]
@@ -82,7 +82,7 @@ def read(
         begins(len(found.files), sum(map(_size, found.files)))
     for path in found.files:
         _read_file(path, options, columns, repair, reading, met)
-    if unmet := sorted(field for field in columns.values() if not {field, field.strip()} & met):
+    if unmet := sorted(field for field in columns.values() if field_named(met, field) not in met):
         raise UsageError(
             f"--columns names {', '.join(map(shortened, unmet))}, which no record has.",
             hint=f"The records have: {shortened(', '.join(sorted(met))) or 'no fields'}.",
@@ -110,7 +110,8 @@ def _read_file(
                 message = f"more than {MAX_DOCUMENTS:,} documents."
                 raise UsageError(f"{source}: {message}", hint="Take a part of the data, or longer documents.")
             if columns and isinstance(entry.value, Mapping):
-                met.update(name for name in entry.value if len(met) < MOST_FIELDS or name in columns.values())
+                wanted = {field_named(entry.value, field) for field in columns.values()}
+                met.update(name for name in entry.value if len(met) < MOST_FIELDS or name in wanted)
             try:
                 document = _document(entry, source, columns, reading.unused)
             except DataError as error:
