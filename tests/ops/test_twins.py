@@ -191,7 +191,7 @@ def inferred(
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         # The reference rounds whatever is added; of many numbers some cancel to less than that, so they are small.
-        x, size = columns(m, k, dtype), 0.3 if m > 64 else 1.0
+        x, size = columns(m, k, dtype), 0.3 if m * n > 4000 else 1.0
         matrix = torch.randn(n, k) * k**-0.5 * size
         parts = SCHEMES["int8"].quantise(matrix)
         given = (parts["weight"], parts["absmax"]) if weight == "int8" else (matrix.to(dtype), None)

@@ -28,7 +28,8 @@ STRIP, WIDTH = 64, 128  # outputs and inputs by which a weight is parted
 # Without it a product and the sum after it may become one instruction, with one rounding less, but only in variants
 # of a kernel where nothing is between the two: with adapters in the batch a row of the base would get other bits.
 EXACT = {"enable_fp_fusion": False}
-SHRINK_ROWS, SHRINK_WIDTH = 4, 1024  # of A, that a program of `shrink` holds at once
+SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # of A, that a program of `shrink` holds at once
+ADD_WIDTH = 128  # outputs of a program of `_add_parts`: one a thread, so that the loads of the adapters overlap
 
 
 def matmul(
@@ -66,8 +67,9 @@ def matmul(
         num_warps=tile.warps, num_stages=tile.stages, **EXACT,
     )  # fmt: skip
     if parts > 1:
-        width = 1024
-        _add_parts[(m, triton.cdiv(n, width))](sums, out, *after, m, parts, *has, levels, width, num_warps=4, **EXACT)
+        _add_parts[(m, triton.cdiv(n, ADD_WIDTH))](
+            sums, out, *after, m, parts, *has, levels, ADD_WIDTH, num_warps=4, **EXACT
+        )
     return out
 
 
@@ -201,9 +203,12 @@ def _added(
         number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
         live = inside & (number > 0)
-        for r in range(R):
-            factor = tl.load(inner + row * j + name * R + r, mask=live, other=0)
-            total += factor * tl.load(b + (number * R + r) * n + column, mask=live, other=0).to(tl.float32)
+        for start in range(0, R, 16):
+            for step in tl.static_range(16):  # written out, so that their loads are under way at once
+                r = start + step
+                factor = tl.load(inner + row * j + name * R + r, mask=live & (r < R), other=0)
+                own = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
+                total += factor * own.to(tl.float32)
     if RESIDUAL:
         total += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
     return total
@@ -223,12 +228,14 @@ def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
 def _routed(
     total, row, column, inner, b, numbers, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
 ):  # fmt: skip
-    # Many rows: one product for each adapter that any of them goes through, with zeros for the other rows.
+    # One product for each adapter that any of the rows goes through, with zeros for the other rows.
     line = tl.arange(0, BETWEEN)
     number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
     own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
     reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
-    for adapter in range(1, adapters):  # 0 is the base
+    lowest = tl.min(tl.min(tl.where(number > 0, number, adapters), axis=1), axis=0)  # 0 is the base
+    highest = tl.max(tl.max(number, axis=1), axis=0)
+    for adapter in range(lowest, highest + 1):
         through = number == adapter
         if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
             factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
