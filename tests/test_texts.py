@@ -125,7 +125,8 @@ def test_rows_without_targets_are_not_measured(tokenizer: Any, tmp_path: Path) -
 def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.read(KINDS, {"data": [str(plays / "train")], "seq_len": 32, "samples": 1})
     with Report() as report:
-        counted = show_data(config, tokenizer, report)
+        reading = read_documents([str(plays / "train")], config[TextOptions], report)
+        counted = show_data(config, reading, tokenizer, report)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert {*LEDGER_COLUMNS.values(), "files"} <= counted.keys()

@@ -181,11 +181,13 @@ def data(config: Config, as_json: bool) -> None:
     """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
     from octavo.report import Report
     from octavo.run import open_model
-    from octavo.texts import show_data
+    from octavo.texts import read_documents, show_data
 
     with Report(results=not as_json) as report:
-        tokenizer = open_model(config[ModelOptions], report, own_adapters=True).tokenizer()
-        _answer(show_data(config, tokenizer, report), as_json)
+        source = open_model(config[ModelOptions], report, own_adapters=True)
+        # Before the tokenizer: to import its library takes seconds in which nothing is said.
+        reading = read_documents(config[DataOptions].data, config[TextOptions], report)
+        _answer(show_data(config, reading, source.tokenizer(), report), as_json)
 
 
 @command(app, FINETUNE, usual=TRAINING, defaults=DEMO)

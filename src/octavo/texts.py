@@ -179,10 +179,10 @@ def _common_folder(sources: Sequence[str]) -> str:
     return os.path.join(folder, "") if folder else ""
 
 
-def show_data(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
+def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
     """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
     options = config[DataOptions]
-    text = to_text(read_documents(options.data, config[TextOptions], report), config[TextOptions], tokenizer, report)
+    text = to_text(reading, config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
     lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
     if lengths:

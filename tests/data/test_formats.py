@@ -105,7 +105,7 @@ def test_csv_gives_any_field_back(tmp_path_factory: pytest.TempPathFactory, rows
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("prompt", "completion"), *rows])
     path = write(tmp_path_factory.getbasetemp() / "any.csv", table.getvalue())
-    assert values(path) == [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+    assert values(path) == [{"prompt": a, "completion": b} for a, b in rows if a.strip() or b.strip()]
 
 
 def test_csv_rows_know_the_line_they_start_at_and_bad_ones_are_passed(tmp_path: Path) -> None:
@@ -142,6 +142,12 @@ def test_parquet_gives_rows_with_nested_fields(tmp_path: Path, name: str) -> Non
     assert values(path) == rows
     with pytest.raises(DataError, match="not valid parquet"):
         values(write(tmp_path / "broken.parquet", data[:-20]))
+
+
+def test_what_an_object_of_a_parquet_table_lacks_is_not_null(tmp_path: Path) -> None:
+    calls: list[Any] = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": [None, "b"]}}]
+    parquet.write_table(pyarrow.table({"calls": [calls], "other": [None]}), tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [{"calls": calls, "other": None}]
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ def test_the_separator_is_found(tmp_path: Path, separator: str, name: str, end: 
         ('text\n"one\r\ntwo\rthree"\n', [{"text": "one\ntwo\nthree"}]),
         ("a,b\r1,2\r3,4\r", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
         ("\ufeffa;b\n1;2\n", [{"a": "1", "b": "2"}]),
+        (";;\na;b\n\n1;2\n;\n ;\t\n;;;\n", [{"a": "1", "b": "2"}]),
     ],
 )
 def test_tables_as_people_have_them(tmp_path: Path, table: str, expected: list[object]) -> None:
@@ -67,7 +68,9 @@ def test_any_table_of_quoted_cells_is_read(
     writer.writerows([("prompt", "completion"), *rows])
     plain = [[cell.replace("\r\n", "\n").replace("\r", "\n") for cell in row] for row in rows]
     path = tmp_path_factory.getbasetemp() / "any.csv"
-    assert values(path, table.getvalue()) == [{"prompt": a, "completion": b} for a, b in plain]
+    assert values(path, table.getvalue()) == [
+        {"prompt": a, "completion": b} for a, b in plain if a.strip() or b.strip()
+    ]
 
 
 def test_a_table_too_wide_or_with_one_name_twice_is_an_error(tmp_path: Path) -> None:

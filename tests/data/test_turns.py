@@ -61,7 +61,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None},
         {"role": "assistant", "tool_calls": [CALL]},
         {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}', "extra": None}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
         {"from": "function_call", "value": '[{"name": "f", "parameters": {"x": 1}}]'},
@@ -72,6 +72,14 @@ def test_calls_of_every_spelling_are_those_of_openai_with_arguments_as_objects(t
     (message,) = read(turn)
     assert (message.role, message.content, message.learned) == ("assistant", "", True)
     assert message.further == {"tool_calls": [CALL]}
+
+
+def test_an_argument_of_null_stays() -> None:
+    calls = [{"name": "f", "arguments": {"x": None, "y": [None, {"z": None}]}}]
+    (message,) = read({"role": "assistant", "tool_calls": calls})
+    assert message.further["tool_calls"][0]["function"]["arguments"] == calls[0]["arguments"]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": {"default": None}}}}]
+    assert json.loads(tools_of(Record({"tools": tools}, "f", 3))) == tools
 
 
 @pytest.mark.parametrize("value", ["", None, [], "[]", [{"name": "f", "parameters": {}}], json.dumps([{"name": "f"}])])

@@ -140,7 +140,10 @@ def _is_records(data: bytes) -> bool:
 
 
 def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """A parquet table, row by row; an entry's line is the number of its row. Needs pyarrow."""
+    """A parquet table, row by row; an entry's line is the number of its row. Needs pyarrow.
+
+    All objects of a column have one set of fields there: what one of them lacks is null, and left out again.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -177,7 +180,7 @@ def _records(batch: Any, source: str, before: int) -> list[dict[str, object] | D
     that this machine lacks. Then a DataError with the column is in the place of the row.
     """
     try:
-        return list(batch.to_pylist())
+        return [{name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()]
     except MemoryError:
         raise
     except Exception:  # pyarrow, datetime and the library of time zones each raise their own
@@ -188,7 +191,7 @@ def _record(row: Any, source: str, number: int) -> dict[str, object] | DataError
     record = {}
     for name in row.schema.names:
         try:
-            record[name] = row.column(name).to_pylist()[0]
+            record[name] = _without_nulls(row.column(name).to_pylist()[0])
         except MemoryError:
             raise
         except Exception as error:
@@ -197,6 +200,13 @@ def _record(row: Any, source: str, number: int) -> dict[str, object] | DataError
             hint = "Take out the column or the row, or skip such rows with --skip-bad."
             return DataError(message, source=source, line=number, hint=hint)
     return record
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the null fields of objects, at every depth; null items of a list say something and stay."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_names(names: Sequence[str], source: str) -> None:

@@ -60,7 +60,7 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
                 raise
             yield Entry(error.line, error, 0)
         else:
-            if not row:
+            if not any(cell.strip() for cell in row):  # a blank line, or `;;` as Excel fills one up
                 continue
             if header:
                 yield Entry(start, _row(header, row, source, start), 0)

@@ -97,7 +97,7 @@ def tools_of(record: Record) -> str:
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise record.error(f"field `{name}` must be a list of objects, one a tool.")
-    told = _json([tool if "function" in tool else _wrapped(tool) for tool in map(_without_nulls, tools)])
+    told = _json([tool if "function" in tool else _wrapped(tool) for tool in map(dict, tools)])
     return record.string(told, name)  # half a character is no text
 
 
@@ -177,7 +177,7 @@ def _many(value: object) -> list[object]:
 
 
 def _call(record: Record, at: str, value: object) -> dict[str, Any]:
-    call = _without_nulls(value) if isinstance(value, Mapping) else {}
+    call = dict(value) if isinstance(value, Mapping) else {}
     function = call.get("function", call)
     if isinstance(value, str) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise record.error(f"`{at}` must be a tool call with `name` and `arguments`, not {kind(value)}.")
@@ -212,17 +212,6 @@ def _is_learned(record: Record, at: str, turn: Mapping[str, Any], role: str) -> 
     if len(set(switched.values())) > 1:
         raise record.error(f"{' and '.join(f'`{at}.{key}`' for key in switched)} contradict each other.")
     return next(iter(switched.values()), True)
-
-
-def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables fill up what a record lacks with null, at every depth: a template must not see that."""
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {key: clean(inner) for key, inner in item.items() if inner is not None}
-        return [clean(inner) for inner in item] if isinstance(item, list) else item
-
-    return dict(clean(value))
 
 
 def _json(value: object) -> str:
