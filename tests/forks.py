@@ -127,6 +127,11 @@ class Process:
             file.close()
 
 
+def _environment() -> dict[str, str]:
+    """This process's, where Triton compiles: Triton's interpreter is for the kernels that this process itself runs."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 class Forks:
     """The template process: one for each session, started by the first process that is asked for."""
 
@@ -138,7 +143,7 @@ class Forks:
             self._template = subprocess.Popen(
                 [sys.executable, "-c", TEMPLATE, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**_environment(), "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
     def run(self, program: str, *arguments: object, environment: dict[str, str] | None = None) -> Process:
@@ -147,7 +152,7 @@ class Forks:
             "program": program,
             "arguments": [str(argument) for argument in arguments],
             "folder": os.getcwd(),
-            "environment": {**os.environ, **(environment or {})},
+            "environment": {**_environment(), **(environment or {})},
         }
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
         life, their_life = socket.socketpair()

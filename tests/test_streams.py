@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tests.forks import OCTAVO, Forks
 
 from octavo.report import Report
 from octavo.streams import Forgiving
@@ -64,12 +65,26 @@ def test_results_that_cannot_be_written_are_an_error(stream: str) -> None:
     assert b"Exception ignored" not in done.stderr
 
 
+GENERATE = ("generate", "--prompt", "a", "--max-new-tokens", 2, "--model")
+
+
 @needs_full
-@pytest.mark.parametrize("stream", ["2> /dev/full", "2>&-", "0<&- 2>&-"])
-def test_messages_that_cannot_be_written_end_nothing(stream: str, tiny_llama: Path) -> None:
-    done = shell(f'"$@" {stream}', "generate", "--model", tiny_llama, "--prompt", "a", "--max-new-tokens", 2)
+def test_messages_that_cannot_be_written_end_nothing(tiny_llama: Path) -> None:
+    done = shell('"$@" 0<&- 2>&-', *GENERATE, tiny_llama)
     assert done.returncode == 0
     assert done.stdout
+
+
+@needs_full
+@pytest.mark.parametrize(
+    "streams",
+    ["os.dup2(os.open('/dev/full', os.O_WRONLY), 2)", "os.close(2)", "os.close(2); sys.stderr = sys.__stderr__ = None"],
+)
+def test_messages_of_a_process_whose_stderr_goes_away_end_nothing(streams: str, tiny_llama: Path, forks: Forks) -> None:
+    process = forks.run(f"import os, sys; {streams}; {OCTAVO}", *GENERATE, tiny_llama)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert out
 
 
 @needs_full

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from tests.forks import Forks
 
 # Prints, for every choice of row pitches that are multiples of 16 or not, the loads (l), barriers (b) and stores (s) of
 # global memory in the order of the program. A pitch decides which thread takes which numbers.
@@ -31,15 +28,12 @@ for even in product([False, True], repeat=2):
 
 
 @pytest.mark.parametrize("kernel", ["_gelu_backward", "_swiglu_backward"])
-def test_no_number_is_written_over_before_all_are_read(kernel: str) -> None:
+def test_no_number_is_written_over_before_all_are_read(kernel: str, forks: Forks) -> None:
     """A thread may write over what another one reads: with pitches of two kinds gradients were lost on an H100."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILED.format(kernel=kernel)], env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    orders = ran.stdout.split()
+    ran = forks.run(COMPILED.format(kernel=kernel))
+    out, err = ran.communicate()
+    assert ran.returncode == 0, err[-2000:]
+    orders = out.split()
     assert len(orders) == 4
     for order in orders:
         assert "s" in order

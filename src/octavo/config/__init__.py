@@ -120,7 +120,8 @@ class Config:
             title = f"# {(type(section).__doc__ or '').strip()}"
             values = section.model_dump(mode="json")
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            if yaml.safe_load(text) != values:  # Unicode's rarer line ends are written as they are and read as spaces
+            # Unicode's rarer line ends are written as they are and read as spaces.
+            if not text.isascii() and yaml.safe_load(text) != values:
                 text = yaml.safe_dump(values, sort_keys=False)
             blocks.append(f"{title}\n{text}")
         return "\n".join(blocks)

@@ -8,6 +8,7 @@ of and by trying it on words of many kinds; where neither gives certainty, a tex
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -71,9 +72,19 @@ _WAYS = (
 )
 
 
+_FOUND: dict[bytes, Cuts] = {}  # by the digest of a tokenizer's content: a process opens the same one several times
+
+
 def cuts_of(tokenizer: Tokenizer) -> Cuts:
     """Where `tokenizer` allows a text to be cut: at most places, or nowhere (WHOLE)."""
-    parts: dict[str, Any] = json.loads(tokenizer.to_str())
+    content = tokenizer.to_str()
+    digest = hashlib.sha256(content.encode()).digest()
+    if digest not in _FOUND:
+        _FOUND[digest] = _found(tokenizer, json.loads(content))
+    return _FOUND[digest]
+
+
+def _found(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
     if not _is_local(parts.get("normalizer")) or any(map(_crosses, parts.get("added_tokens") or [])):
         return WHOLE
     with name_panics("The tokenizer"):

@@ -80,7 +80,11 @@ class Coder:
     control: Tokenizer  # the strings of control tokens are control tokens
     controls: re.Pattern[str]  # finds the strings of control tokens
     control_ids: dict[str, int]
-    cuts: Cuts  # where a text may be cut without a change of its ids
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """Where a text may be cut without a change of its ids: found at the first text."""
+        return cuts_of(self.plain)
 
     @cached_property
     def pieces(self) -> Pieces:
@@ -150,7 +154,7 @@ def _copies(backend: Tokenizer) -> Coder:
     # The longest first, as the tokenizer matches; with none, a pattern that matches nothing.
     names = sorted(control_ids, key=lambda name: (-len(name), name))
     controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    return Coder(plain, control, controls, control_ids, cuts_of(plain))
+    return Coder(plain, control, controls, control_ids)
 
 
 def plain_codes(texts: Iterable[str], coder: Coder, progress: Callable[[int], None] | None = None) -> Iterator[Code]:

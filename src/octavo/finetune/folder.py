@@ -69,10 +69,12 @@ def restore(run: Run) -> None:
     lost = []
     if run.report.restore():
         lost.append(METRICS)
-    for name, content in _written(run).items():
-        if not (run.folder / name).exists():
-            atomic_write(run.folder / name, content)
-            lost.append(name)
+    missing = [name for name in (SETTINGS, LEDGER) if not (run.folder / name).exists()]
+    if missing:
+        content = _written(run)
+        for name in missing:
+            atomic_write(run.folder / name, content[name])
+    lost += missing
     if lost:
         run.report.warn(
             f"{', '.join(lost)} of {run.folder} {'were' if len(lost) > 1 else 'was'} deleted or moved while the model "

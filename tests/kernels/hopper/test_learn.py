@@ -5,11 +5,8 @@ Its results are compared with those of its steps on a card (tests/gpu/test_learn
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from tests.forks import Forks
 
 # Prints the shared memory that a program takes, in bytes, and how many different multiplications it is made of.
 COMPILED = """
@@ -39,14 +36,11 @@ print(len(set(re.findall(r"wgmma\\.mma_async\\S*(m64n\\d+k16\\.f32\\.bf16)", mad
 
 
 @pytest.mark.parametrize(("parts", "rank"), [(1, 16), (2, 16), (1, 64)])
-def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(parts: int, rank: int) -> None:
+def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(parts: int, rank: int, forks: Forks) -> None:
     """Where the choice of its shape counts too few bytes, it could not be launched."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILED.format(parts=parts, rank=rank)], env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    shared, kinds = map(int, ran.stdout.split())
+    ran = forks.run(COMPILED.format(parts=parts, rank=rank))
+    out, err = ran.communicate()
+    assert ran.returncode == 0, err[-2000:]
+    shared, kinds = map(int, out.split())
     assert shared <= 227 * 1024
     assert kinds == 2  # the sums of B and of A are as wide as the rank, two groups share the gradient to t

@@ -5,13 +5,11 @@ Its results are compared with the definition on a card (tests/ops/test_twins.py)
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
 import torch
+from tests.forks import Forks
 
 from octavo.ops import twins
 
@@ -58,14 +56,13 @@ print(" ".join(each.strip(". ") for each in told))
         ("fp8e4nv", "float8_e4m3fn", 1, "m64n128k32.f32.e4m3.e4m3"),
     ],
 )
-def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(kind: str, name: str, which: int, told: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMPILED.format(kind=kind, type=name, which=which, int8=kind == "i8")], env=environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    shared, instructions = ran.stdout.strip().splitlines()
+def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(
+    kind: str, name: str, which: int, told: str, forks: Forks
+) -> None:
+    ran = forks.run(COMPILED.format(kind=kind, type=name, which=which, int8=kind == "i8"))
+    out, err = ran.communicate()
+    assert ran.returncode == 0, err[-2000:]
+    shared, instructions = out.strip().splitlines()
     assert int(shared) <= 227 * 1024
     assert told in instructions
     assert "bf16.bf16" in instructions  # the thin product
