@@ -168,6 +168,11 @@ NAMED_BY_A_CONTROL = {**CALL, "function": {"name": "<|im_end|>", "arguments": {}
             TAGS.replace("{%- for m in messages %}", "{{- messages | length }}{%- for m in messages %}", 1),
             "does not write turn 2 in one place",
         ),
+        (
+            {"messages": [ASKED, {**TURNS[1], "tool_calls": [CALL, CALL, CALL]}], "tools": TOOLS},
+            TAGS.replace("m.tool_calls %}", "m.tool_calls[:2] %}"),
+            "writes 2 of the 3 tool calls of turn 2",
+        ),
     ],
 )
 def test_what_the_template_does_not_write_is_refused_by_name(

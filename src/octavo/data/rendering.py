@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from octavo.data.records import Document, Message
@@ -183,19 +184,24 @@ def _check_used(
 def _unmarked(
     document: Document, tokenizer: PreTrainedTokenizerFast, rendered: str, empty: str | None
 ) -> list[tuple[int, str]]:
-    """The fields of turns (number, key) of which a mark in their place is not in the rendering."""
+    """The fields of turns (number, key) of which no mark in their place is in the rendering.
+
+    DataError for a turn of which the template writes some tool calls and not all.
+    """
     mark = "octavofield"
     while mark in rendered:
         mark += "x"
-    marks: dict[tuple[int, str], str] = {}
+    numbers = count()
+    marks: dict[tuple[int, str], list[str]] = {}
     messages = list(document.messages)
     for n, message in enumerate(messages):
         fields = message.further
         for key, value in fields.items():
             if key == "tool_call_id":  # an id only ties calls and answers together, and some templates check its form
                 continue
-            marks[n, key] = f"{mark}{len(marks):08d}"
-            fields[key] = _marked(value, marks[n, key])
+            some = [f"{mark}{next(numbers):08d}" for _ in (value if isinstance(value, list) else [value])]
+            marks[n, key] = some
+            fields[key] = _named(value, some) if isinstance(value, list) else some[0]
         if fields:
             messages[n] = replace(message, fields=json.dumps(fields, ensure_ascii=False))
     if not marks:
@@ -205,15 +211,17 @@ def _unmarked(
     except DataError:
         return list(marks)
     found = set(re.findall(rf"{mark}[0-9]{{8}}", text))
-    return [place for place, word in marks.items() if word not in found]
+    for (n, _), some in marks.items():
+        if found.isdisjoint(some) or found.issuperset(some):
+            continue
+        written = len(found.intersection(some))
+        raise refusal(document, f"the chat template writes {written} of the {len(some)} tool calls of turn {n + 1}.")
+    return [place for place, some in marks.items() if found.isdisjoint(some)]
 
 
-def _marked(value: Any, mark: str) -> Any:
-    """The mark in place of a text, or of the names of the functions that are called."""
-    if not isinstance(value, list):
-        return mark if isinstance(value, str) else value
-    calls = [call for call in value if isinstance(call, dict) and isinstance(call.get("function"), dict)]
-    return [{**call, "function": {**call["function"], "name": mark}} for call in calls]
+def _named(calls: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Tool calls, of which each calls another function."""
+    return [{**call, "function": {**call["function"], "name": name}} for call, name in zip(calls, names, strict=True)]
 
 
 def _without(messages: Sequence[Message], numbers: Sequence[int], key: str) -> list[Message]:
