@@ -97,9 +97,27 @@ def words() -> Tokenizer:
     return tokenizer
 
 
-def with_added(*tokens: AddedToken) -> Tokenizer:
-    tokenizer = byte_level()
+def literal_spaces() -> Tokenizer:
+    """Without normalizer and pre-tokenizer: tokens hold spaces as they are."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(["ACGT GATTACA CCGT TTGA " * 40], trainer)
+    return tokenizer
+
+
+def with_added(*tokens: AddedToken, to: Callable[[], Tokenizer] = byte_level) -> Tokenizer:
+    tokenizer = to()
     tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def gemma() -> Tokenizer:
+    """Spaces as in SentencePiece, none before a text, and added tokens that are not special."""
+    tokenizer = sentencepiece(prepend=True)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    added = [AddedToken(name, normalized=False) for name in ("\n", "\n\n", "▁▁", "<h1>", "king")]
+    tokenizer.add_tokens(added)
     return tokenizer
 
 
@@ -125,6 +143,15 @@ MAKES: dict[str, tuple[Callable[[], Tokenizer], bool]] = {
     "added words": (lambda: with_added(AddedToken("the"), AddedToken("  "), AddedToken("\n\n")), True),
     "greedy added": (lambda: with_added(AddedToken("king", rstrip=True)), False),
     "added phrase": (lambda: with_added(AddedToken("the king")), False),
+    "added phrase of pieces": (lambda: with_added(AddedToken("the▁king"), to=gemma), False),
+    "added to llama 2": (
+        lambda: with_added(AddedToken("the", normalized=False), to=lambda: sentencepiece(prepend=True)),
+        False,
+    ),
+    "added to metaspace": (lambda: with_added(AddedToken("\n"), to=lambda: sentencepiece(prepend=False)), True),
+    "added to unigram": (lambda: with_added(AddedToken("queen"), to=lambda: unigram(splits=True)), True),
+    "gemma": (gemma, True),
+    "literal spaces": (literal_spaces, False),
 }
 
 
@@ -165,6 +192,7 @@ TEXTS = st.lists(st.one_of(BORDERS, WORDS, st.text(max_size=3)), max_size=30).ma
 @pytest.mark.parametrize("name", MAKES)
 @given(text=TEXTS, most=st.integers(1, 40), many=st.sampled_from([1, 4096]))
 @example(text=" the", most=1, many=4096)
+@example(text="a the b GATTACA CCGT ACGT", most=1, many=1)
 @example(text="it's 12\u2009x\u00a0\u0301 \n\n\t'll 世界", most=40, many=1)
 @settings(max_examples=60)
 def test_ids_are_those_of_the_whole_text(name: str, text: str, most: int, many: int) -> None:

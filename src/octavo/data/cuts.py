@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,13 @@ _SPACE = re.compile(r"\S(?= (?!\Z))")  # a lone space at the end belongs to the 
 _SPACE_OR_LINE = re.compile(r"\S(?= (?!\Z))|\S\n(?=\w)")
 
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Prepend"}
-_SPACES = "\u2581\u0120"  # a space as SentencePiece and byte-level vocabularies write it
+_SPACES = " \u2581\u0120"  # a space as it is, and as SentencePiece and byte-level vocabularies write it
 _TRIED_WORDS = """
 a The king it's don't we'll 12 1234567 3.14 x1 0 00 end. end, so: so; what?! A.B.C. I ( (a) [b] {c} - -- — … _ a_b / a/b
 * # ' " "quoted" “left” ’ <b> </b> &amp; @you $5 50% ~ `code` = == http://x.y/z?a=b \\n <|x|> é naïve ß
 İ Σ e\u0301 ² ½ Ⅷ 世界 。 日本語 한국 ไทย नमस्ते عربي שלום 🙂 👍🏽
 """
+_TRIED_ADDED = 64  # added tokens
 _TRIED = (*_TRIED_WORDS.split(), "a\tb", "a\n\nb", "a  b", "a" * 40)
 
 
@@ -85,15 +86,19 @@ def cuts_of(tokenizer: Tokenizer) -> Cuts:
 
 
 def _found(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
-    if not _is_local(parts.get("normalizer")) or any(map(_crosses, parts.get("added_tokens") or [])):
+    added = [token for token in parts.get("added_tokens") or [] if not token["special"]]  # special ones are text here
+    if not _is_local(parts.get("normalizer")) or any(map(_crosses, added)):
         return WHOLE
     with name_panics("The tokenizer"):
         pieces = tokenizer.pre_tokenizer.pre_tokenize_str("ab cd ef") if tokenizer.pre_tokenizer else []
     splits = len(pieces) >= 3
     if not splits and not _has_no_token_across_spaces(parts["model"]):
         return WHOLE
+    # Behind an added token a text begins anew, and what a tokenizer puts before every text it may put there too.
+    ways = [way for way in (_WAYS if splits else _WAYS[1:]) if not (way.drops_space and added)]
+    names = [token["content"] for token in added[:_TRIED_ADDED]]
     try:
-        return next((way for way in (_WAYS if splits else _WAYS[1:]) if _holds(way, tokenizer)), WHOLE)
+        return next((way for way in ways if _holds(way, tokenizer, names)), WHOLE)
     except ModelError:  # it fails on unknown words
         return WHOLE
 
@@ -105,15 +110,14 @@ def _is_local(normalizer: dict[str, Any] | None) -> bool:
     if normalizer["type"] == "Sequence":
         return all(map(_is_local, normalizer["normalizers"]))
     if normalizer["type"] == "Replace":
-        return bool(normalizer["pattern"] == {"String": " "})
+        return bool(normalizer["pattern"] == {"String": " "} and normalizer["content"] in tuple(_SPACES))
     return normalizer["type"] in _LOCAL_NORMALIZERS
 
 
 def _crosses(token: dict[str, Any]) -> bool:
-    """Whether an added token may reach over a cut. Special ones are text here."""
-    if token["special"]:
-        return False
-    return bool(token["lstrip"] or token["rstrip"] or re.search(r"\S\s|\s\S", token["content"]))
+    """Whether an added token may reach over a cut."""
+    content = token["content"].translate(dict.fromkeys(map(ord, _SPACES), " "))
+    return bool(token["lstrip"] or token["rstrip"] or re.search(r"\S\s|\s\S", content))
 
 
 def _has_no_token_across_spaces(model: dict[str, Any]) -> bool:
@@ -124,9 +128,10 @@ def _has_no_token_across_spaces(model: dict[str, Any]) -> bool:
     return not any(across.search(token) for token in model["vocab"])
 
 
-def _holds(way: Cuts, tokenizer: Tokenizer) -> bool:
-    """Whether pairs of words of many kinds have the ids of the two, cut so."""
+def _holds(way: Cuts, tokenizer: Tokenizer, added: Sequence[str]) -> bool:
+    """Whether pairs of words of many kinds, and of these and `added` tokens, have the ids of the two, cut so."""
     pairs = [(left, right) for left in _TRIED for right in _TRIED]
+    pairs += [pair for name in added for word in (*_TRIED[:8], name) for pair in ((name, word), (word, name))]
     texts = [f"{left} {right}" for left, right in pairs]
     if way.end is _SPACE_OR_LINE:
         texts += [f"{left}\n{right}" for left, right in pairs]
