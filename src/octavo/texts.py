@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -60,13 +61,17 @@ def read_documents(paths: Sequence[str], options: TextOptions, report: Report | 
     """The documents of the files that a user names. Before many megabytes are read the report says so."""
     if not paths:
         raise UsageError("No text files are named.", hint="Give files, folders or globs with --data.")
-    return documents.read(
+    reading = documents.read(
         paths,
         ReadOptions(
             split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy, columns=tuple(options.columns)
         ),
         begins=partial(_say_size, report=report) if report else None,
     )
+    if options.template_date:
+        now = datetime.fromisoformat(options.template_date)
+        reading.documents = [replace(one, now=now) if one.messages else one for one in reading.documents]
+    return reading
 
 
 def _say_size(files: int, n_bytes: int, *, report: Report) -> None:

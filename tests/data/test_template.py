@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ TOOLS: list[dict[str, Any]] = [
 ]
 # The constructs of templates in use: tool lists, macros, namespaces, loops that stop, white-space control.
 TEMPLATES = {
+    "date": "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}",
     "tools": "{% if tools %}{{ tools | tojson }}|{{ tools | tojson(indent=4) }}{% for t in tools %}"
     "{{- t.function.name }}:{{ t['function'] | tojson(indent=2, sort_keys=true) }}{% endfor %}{% endif %}",
     "namespace": "{% set ns = namespace(text='', last=none) %}{% for m in messages %}"
@@ -47,6 +49,13 @@ TEMPLATES = {
     "recursive": "{% for x in [[1, [2]], [3]] recursive %}{{ x if x is number else loop(x) }},{% endfor %}",
     "prompt": "{% if add_generation_prompt %}go{% endif %}{{ eos_token }}{{ documents is none }}{{ tools is none }}",
 }
+
+
+def test_the_date_is_the_one_that_is_given(own_tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = with_template(
+        own_tokenizer, "{% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}{{ day('%d %b %Y') }}"
+    )
+    assert render(tokenizer, TALK, now=datetime(2024, 2, 29)) == "29 Feb 2024"
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:

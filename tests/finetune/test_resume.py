@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +318,28 @@ def test_a_stop_before_the_end_is_an_error_that_says_how_to_go_on(
     with pytest.raises(TrainingError) as caught:
         tune(tmp_path / "a folder", **LONG)
     assert caught.value.hint.endswith(f"--out '{tmp_path / 'a folder'}'")
+
+
+def test_a_run_goes_on_on_another_day_though_its_template_writes_the_date(
+    octavo: Octavo, tune: Tune, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "where is my lord"}, {"role": "assistant", "content": "the king of york"}]
+    (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+
+    class Yesterday(date):
+        @classmethod
+        def today(cls) -> date:
+            return date(2024, 2, 29)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("octavo.finetune.date", Yesterday)
+        talks = {"model": str(model), "data": [str(tmp_path / "talks.jsonl")], "test_fraction": 0.0, "test_data": []}
+        tune(tmp_path / "run", **talks, steps=2, stop_after=1)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["template_date"] == "2024-02-29"
+    done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
+    assert (done.code, done.json["steps"]) == (0, 2)

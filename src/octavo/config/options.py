@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from octavo.config.section import Columns, MemorySize, Names, Paths, Section, Texts
+from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Texts
 
 
 class ModelOptions(Section):
@@ -38,6 +38,9 @@ class TextOptions(Section):
     split_on: str | None = Field(None, description="Plain text: 'lines', or a separator between documents.")
     columns: Columns = Field(
         [], description="Which fields of records are meant, as prompt=question,completion=answer or text=body."
+    )
+    template_date: Date = Field(
+        None, description="The day that chat templates which write a date are given: 2026-11-28; a run keeps its first."
     )
     truncate: bool = Field(False, description="Cut documents at --seq-len instead of splitting them.")
     skip_bad: bool = Field(False, description="Count what cannot be read and go on, instead of stopping.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import date
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -53,7 +54,16 @@ def size_in_bytes(value: str) -> int | None:
     return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(letter) + 1))
 
 
+def _date(value: object) -> object:
+    """2026-11-28, also as YAML reads it."""
+    try:
+        return value if value is None else date.fromisoformat(str(value)).isoformat()
+    except ValueError as error:
+        raise ValueError("must be a date like 2026-11-28") from error
+
+
 MemorySize = Annotated[str, BeforeValidator(_memory_size)]
+Date = Annotated[str | None, BeforeValidator(_date)]
 Columns = Annotated[list[str], BeforeValidator(_columns)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,7 @@ def encode_chat(
     behind = [message.content for message in document.messages[last + 1 :]]
     with name_panics("The tokenizer"):
         left_out = sum(len(code.ids) for code in coder.plain.encode_batch_fast(behind, add_special_tokens=False))
-    document = replace(document, messages=document.messages[: last + 1])
+    document = replace(document, messages=document.messages[: last + 1], now=document.now or datetime.now())
     layout = lay_out(document, tokenizer, coder, unused=Counter() if unused is None else unused)
     rendered, controls = layout.rendered, _template_controls(layout, coder)
     ids, starts, ends = _encode(rendered, controls, coder)
@@ -78,7 +79,7 @@ def encode_turns(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast
 
     As in training, a control token's string in a content stays text. Raises as `encode_chat` does.
     """
-    document = Document("the conversation", 1, messages=tuple(messages))
+    document = Document("the conversation", 1, messages=tuple(messages), now=datetime.now())
     layout = lay_out(document, tokenizer, coder, asks_for_more=True)
     ids, _, _ = _encode(layout.rendered, _template_controls(layout, coder), coder)
     return [int(number) for number in ids]

@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from octavo.bounded_json import shortened
 from octavo.data.fields import Record, is_blank
@@ -30,6 +31,7 @@ class Document:
     completion: str | None = None
     messages: tuple[Message, ...] = ()  # a conversation: only the assistant's turns are trained
     tools: str = ""  # of a conversation: the tools that the chat template is given, a JSON list
+    now: datetime | None = None  # of a conversation: what its chat template takes for now; None: the time itself
 
     @property
     def where(self) -> str:

@@ -307,7 +307,7 @@ def render(
     from octavo.data.template import render as render_template
 
     try:
-        return render_template(tokenizer, turns, tools=tools, add_generation_prompt=asks_for_more)
+        return render_template(tokenizer, turns, tools=tools, add_generation_prompt=asks_for_more, now=document.now)
     except TemplateRefusalError as error:
         raise refusal(document, f"{error}.") from error
 

@@ -45,8 +45,9 @@ def render(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    now: datetime | None = None,
 ) -> str:
-    """The text that tokenizer.apply_chat_template(.., tokenize=False) gives for the conversation.
+    """The text that tokenizer.apply_chat_template(.., tokenize=False) gives for the conversation, at the time `now`.
 
     Raises TemplateRefusalError for a conversation that the template refuses or cannot render, ModelError for a template
     that is no Jinja or uses more than its budget of steps, characters and seconds.
@@ -64,6 +65,7 @@ def render(
         "tools": tool_list,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
+        "strftime_now": (now or datetime.now()).strftime,
     }
     _ENVIRONMENT.budget = budget
     try:
@@ -169,7 +171,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
     @property
     def budget(self) -> Budget:
