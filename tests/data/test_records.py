@@ -139,9 +139,19 @@ def test_messages_about_a_record_are_short() -> None:
 
 def test_fields_that_change_nothing_are_counted_and_empty_ones_are_not() -> None:
     unused: Counter[str] = Counter()
-    fields = {"text": "t", "id": 3, "category": "x", "system": "", "tools": [], "history": "[]", "weight": 1.0}
+    fields = {
+        "text": "t",
+        "id": 3,
+        "category": "x",
+        "system": "",
+        "tools": [],
+        "history": "[]",
+        "weight": 1.0,
+        "train": True,
+        "label": 0,
+    }
     assert from_fields(fields, source="f", line=1, unused=unused).text == "t"
-    assert unused == {"id": 1, "category": 1}
+    assert unused == {"id": 1, "category": 1, "label": 1}
 
 
 def test_turns_may_be_json_in_a_cell() -> None:
@@ -155,6 +165,9 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"text": None}, "field `text` is null"),
         ({"question": None, "answer": None}, "field `question` is null"),
         ({"text": "t", "weight": 0.5}, "field `weight` would change what is learned"),
+        ({"prompt": "p", "completion": "c", "train": False}, "field `train` would change what is learned"),
+        ({"prompt": "p", "completion": "c", "sample_weight": "0"}, "field `sample_weight` would change"),
+        ({"prompt": "p", "completion": "c", "label": False}, "field `label` would change what is learned"),
         ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "field `history` would change"),
         ({"question": "q", "answer": "a", "context": "c"}, "field `context` would change"),
         ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "field `tools` needs a conversation"),

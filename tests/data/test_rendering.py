@@ -124,7 +124,7 @@ def test_sharegpts_calls_and_results_are_calls_and_results(own_tokenizer: PreTra
     )
 
 
-@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "trainable"])
 def test_a_turn_of_weight_0_is_read_and_not_learned(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     own_tokenizer.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], key: 0}, *TURNS[2:]]

@@ -105,6 +105,7 @@ def test_tools_are_in_openais_form(value: Any) -> None:
         ({"role": "user", "content": [7]}, "`messages[0].content[0]` must be a part"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "`messages[0].weight` is '0.5'"),
         ({"role": "user", "content": "a", "weight": 1}, "`messages[0].weight` asks to learn a turn of role user"),
+        ({"role": "assistant", "content": "a", "mask": False}, "`messages[0].mask` is not clear: give `weight`"),
         ({"role": "assistant", "content": "a", "name": 7}, "`messages[0].name` must be a string"),
         ({"role": "assistant", "tool_calls": ["f()"]}, "`messages[0].tool_calls` must be a tool call"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "f("}]}, "arguments are not JSON"),

@@ -251,7 +251,7 @@ def test_a_stream_tells_its_usage_at_the_end_if_asked(setting: Any) -> None:
         ({"temperature": "1"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),

@@ -215,7 +215,8 @@ _REQUIRED = ("text", "prompt", "completion", "instruction", "output", "messages"
 _SYSTEM = ("system_prompt", "system_message")
 # Fields that change what is learned. Where a shape has no use for one that is filled, the record is refused: nothing of
 # this kind is dropped. The second row counts where the prompt goes by another name than `prompt`.
-_WEIGHTY = ("system", *_SYSTEM, "tools", "functions", "history", "weight", "chat_template_kwargs")
+_WEIGHTY = ("system", *_SYSTEM, "tools", "functions", "history", "chat_template_kwargs")
+_WEIGHTS = ("weight", "sample_weight", "loss_weight", "train", "trainable")  # 1 and true say nothing new
 _WEIGHTY_ASIDE = ("context", "input", "instruction")
 _MOST_NAMES = 1000
 
@@ -234,15 +235,18 @@ def _account(
         unused.update(field for field in fields if field not in taken and len(unused) < _MOST_NAMES)
         return
     taken = {*used, *(_SYSTEM if "system" in used else ())}
-    weighty = {*_WEIGHTY, *(_WEIGHTY_ASIDE if shape.is_synonym else ())} if shape.build is not _plain else {"weight"}
+    weighty = {*_WEIGHTY, *(_WEIGHTY_ASIDE if shape.is_synonym else ())} if shape.build is not _plain else set()
     rivals = {name for one in shape.needs for name in one} if shape.is_synonym else set()
     for field, value in fields.items():
         name = field.strip().lower()
-        if name in taken or field in taken or is_blank(value) or (name == "weight" and str(value) in ("1", "1.0")):
+        is_weight = name in _WEIGHTS or (name == "label" and value is False)  # of an answer that was rejected
+        if name in taken or field in taken or is_blank(value):
+            continue
+        if is_weight and str(value).strip().lower() in ("1", "1.0", "true"):
             continue
         if name in rivals:
             raise record.error(f"fields {_listed(used, shape)} and `{field}` could all be meant.", hint=_MAP_HINT)
-        if name in weighty:
+        if name in weighty or is_weight:
             raise record.error(
                 f"field `{field}` would change what is learned, and octavo has no use for it here.",
                 hint="Take it out of the records, or say which fields count with --columns.",

@@ -27,7 +27,8 @@ _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 # What the chat template gets beside role and content, where a turn has it.
 _PASSED = ("tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-_SWITCHES = ("weight", "train", "training", "loss")
+_SWITCHES = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
+_MASKS = ("mask", "masked", "loss_mask")  # some write 1 for what is learned, others for what is not
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _HARMLESS_PARTS = ("cache_control", "annotations", "logprobs", "id", "index")  # of a part of text
 
@@ -199,6 +200,8 @@ def _call(record: Record, at: str, value: object) -> dict[str, Any]:
 
 def _is_learned(record: Record, at: str, turn: Mapping[str, Any], role: str) -> bool:
     """Whether the turn is learned: OpenAI's `weight` of 0 or 1, or a `train` of true or false."""
+    if masks := [key for key in _MASKS if not is_blank(turn.get(key))]:
+        raise record.error(f"`{at}.{masks[0]}` is not clear: give `weight` in its place, 1 for a turn that is learned.")
     switched: dict[str, bool] = {}
     for key in _SWITCHES:
         if is_blank(turn.get(key)):

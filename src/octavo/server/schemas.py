@@ -101,7 +101,7 @@ class Sampled(Fields):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] | None = None
     temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**20), WHOLE] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**20), WHOLE] | None = None
     repetition_penalty: Annotated[float, Field(strict=True, ge=0.1, le=10, allow_inf_nan=False)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS), WHOLE] | None = None

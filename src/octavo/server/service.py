@@ -187,7 +187,7 @@ class Service:
         return [
             Sampling(
                 temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_k=asked.top_k or 0,
+                top_k=max(asked.top_k or 0, 0),
                 top_p=1.0 if asked.top_p is None else asked.top_p,
                 repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
                 max_new_tokens=max(new_tokens, 1),  # the engine writes one; whoever asked for none drops it

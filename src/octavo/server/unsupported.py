@@ -45,7 +45,7 @@ NO_THOUGHT = (False, 0, {"type": "disabled"})
 PROMPTS = frozenset(("prompt", "messages", "input"))
 # Fields that other routes have: the values that change nothing on one that lacks them.
 ELSEWHERE: Mapping[str, tuple[object, ...]] = {
-    "stream": OFF, "stream_options": EMPTY, "n": ONE, "echo": OFF, "top_p": ONE, "top_k": OFF, "logprobs": (False,),
+    "stream": OFF, "stream_options": EMPTY, "n": ONE, "echo": OFF, "top_p": ONE, "top_k": (*OFF, -1), "logprobs": (False,),
     "repetition_penalty": ONE, "stop": EMPTY, "top_logprobs": OFF,
 }  # fmt: skip
 
@@ -67,6 +67,7 @@ ANYWHERE: tuple[Row, ...] = (
     ("Use `stop`, a text.", {
         "stop_token_ids": EMPTY, "stop_sequences": EMPTY, "stop_strings": EMPTY, "stop_words": EMPTY,
         "stop_regex": EMPTY, "stop_token": EMPTY, "stop_tokens": EMPTY, "custom_stopping_strings": EMPTY,
+        "stopping_strings": EMPTY,
         "include_stop_str_in_output": OFF, "no_stop_trim": OFF,
     }),
     ("An answer ends with the model's end token; `max_tokens` bounds it.", {
