@@ -7,6 +7,7 @@ costs; OMP_NUM_THREADS from outside wins.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -80,6 +81,16 @@ def pytest_xdist_auto_num_workers() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
+
+
+gc.disable()  # until the modules are imported: half a million objects that stay
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector is not to look at what was imported again and again."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -91,11 +91,11 @@ def test_the_last_line_is_the_next_command_as_the_shell_knows_octavo(
 def test_the_demo_on_its_real_model_tunes_in_a_few_steps(
     octavo: Octavo, smollm2_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2 and the plays, cut to a few short rows and three steps; `make demo` is the whole."""
+    """SmolLM2 and the plays, cut to a few short rows and two steps; `make demo` is the whole."""
     monkeypatch.setenv("OCTAVO_CACHE", str(smollm2_cache))
     done = octavo(
-        "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 3, "--batch", 2,
-        "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 4, "--json",
+        "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 2, "--batch", 4,
+        "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--json",
     )  # fmt: skip
     assert done.code == 0
     base, quantised, tuned = (row["perplexity"] for row in done.json["rows"])

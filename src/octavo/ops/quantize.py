@@ -259,8 +259,11 @@ class Nf4:
 @twin
 def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to out's type."""
-    # The codes are exact in bfloat16, from which a CPU multiplies seven times as fast as from int8.
-    out.copy_(codes.to(torch.bfloat16) * (absmax / INT8_LEVELS)[:, None])
+    # In place in float32: a CPU converts and multiplies apart several times as fast as in one operation of two types.
+    values = out.copy_(codes) if out.dtype == torch.float32 else codes.float()
+    values.mul_((absmax / INT8_LEVELS)[:, None])
+    if values is not out:
+        out.copy_(values)
 
 
 @twin
