@@ -153,16 +153,17 @@ def test_data_that_swell_beyond_belief_are_refused_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
     """Whether in one document or in endless lines, and before much of it is held."""
-    monkeypatch.setattr(files, "SURE_BYTES", 2**21)
+    monkeypatch.setattr(files, "SURE_BYTES", 2**19)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 2**17)
     compress = gzip.compress if compression == ".gz" else lzma.compress
-    for data, separator in ((b"x" * 2**23, None), (b"a\n" * 2**22, b"\n")):
+    for data, separator in ((b"x" * 2**21, None), (b"a\n" * 2**20, b"\n")):
         path = write(tmp_path / f"a.txt{compression}", compress(data))
         found: list[Piece] = []
         with pytest.raises(DataError, match="swell to more than 200 times their size"):
             found.extend(pieces(path, separator))
-        assert sum(len(piece.data) for piece in found) < 2**22
-    text = "".join(f"line {number} of some text\n" for number in range(200_000)).encode()
-    assert len(text) > 2**21
+        assert sum(len(piece.data) for piece in found) < 2**20
+    text = "".join(f"line {number} of some text\n" for number in range(40_000)).encode()
+    assert len(text) > 2**19
     assert sum(
         len(piece.data) + 1 for piece in pieces(write(tmp_path / "b.txt.gz", gzip.compress(text)), b"\n")
     ) == len(text)

@@ -89,8 +89,14 @@ def same(folder: Path, whole: Path) -> None:
 BEFORE_A_STEP = ("prepare", "settle", "rehearse", "write_settings", "measure_base")
 
 
-@pytest.mark.parametrize("place", BEFORE_A_STEP)
-@pytest.mark.parametrize("again", ["resume alone", "the same call"])
+# The same call begins anew or goes on by what is in the folder alone, as the first and the last place leave it.
+SAME_CALL = [
+    pytest.param(place, "the same call", marks=[pytest.mark.exhaustive] if place in BEFORE_A_STEP[1:-1] else [])
+    for place in BEFORE_A_STEP
+]
+
+
+@pytest.mark.parametrize(("place", "again"), [*((place, "resume alone") for place in BEFORE_A_STEP), *SAME_CALL])
 def test_a_kill_before_the_first_checkpoint(
     place: str, again: str, octavo: Octavo, settings: Settings, whole: Path, tmp_path: Path
 ) -> None:
@@ -213,28 +219,42 @@ def damage(folder: Path, how: str) -> None:
         path.write_text(json.dumps({**json.loads(path.read_bytes()), "step": 99}))
 
 
-@pytest.mark.parametrize("how", ["gone", "a bit", "cut", "another step"])
-def test_damage_to_the_best_adapter_is_mended_from_the_checkpoint(
-    how: str, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The best one is of an earlier step than the checkpoint: held-out losses of 1, 2, 3, 4 make it the first."""
-    losses: Iterator[float] = iter(())
-    monkeypatch.setattr(measure, "score_rows", lambda *_, **__: Score(nats=next(losses), tokens=1, n_bytes=1))
-    values = {**SHORT, "eval_every": 1}
-    with monkeypatch.context() as patch:
+@contextmanager
+def worse_and_worse(steps: int) -> Iterator[None]:
+    """Held-out losses of 1, 2, 3 .. at the steps make the first adapter the best."""
+    losses = iter(range(1, steps + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "score_rows", lambda *_, **__: Score(nats=float(next(losses)), tokens=1, n_bytes=1))
         patch.setattr(package, "measure_base", lambda *_, **__: None)
         patch.setattr(package, "measure_tuned", lambda _: [])
-        losses = iter([1.0, 2.0, 3.0, 4.0])
-        tune(tmp_path / "whole", **values)
-        expected = tree(tmp_path / "whole")
-        losses = iter([1.0, 2.0, 3.0, 4.0])
-        assert tune(tmp_path / "run", **values, stop_after=3)["best_step"] == 1
-        damage(tmp_path / "run", how)
-        assert tune(tmp_path / "run", **values, resume=True)["best_step"] == 1
-        assert "does not hold the best adapter" in warnings(tmp_path / "run")
-        found = tree(tmp_path / "run")
-        assert found["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
-        assert json.loads(found["adapter/octavo.json"])["step"] == 1
+        yield
+
+
+@pytest.fixture(scope="module")
+def best_is_first(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Path]:
+    """(The files of a run whose best adapter is that of step 1, the same run stopped after step 3)."""
+    folder = tmp_path_factory.mktemp("best")
+    with worse_and_worse(4):
+        tune(folder / "whole" / "run", **SHORT)
+    with worse_and_worse(3):
+        assert tune(folder / "stopped" / "run", **SHORT, stop_after=3)["best_step"] == 1
+    return tree(folder / "whole" / "run"), folder / "stopped" / "run"
+
+
+@pytest.mark.parametrize("how", ["gone", "a bit", "cut", "another step"])
+def test_damage_to_the_best_adapter_is_mended_from_the_checkpoint(
+    how: str, tune: Tune, best_is_first: tuple[dict[str, bytes], Path], tmp_path: Path
+) -> None:
+    """The best one is of an earlier step than the checkpoint."""
+    expected, stopped = best_is_first
+    shutil.copytree(stopped, tmp_path / "run")
+    damage(tmp_path / "run", how)
+    with worse_and_worse(4):
+        assert tune(tmp_path / "run", **SHORT, resume=True)["best_step"] == 1
+    assert "does not hold the best adapter" in warnings(tmp_path / "run")
+    found = tree(tmp_path / "run")
+    assert found["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
+    assert json.loads(found["adapter/octavo.json"])["step"] == 1
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:

@@ -66,21 +66,38 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
 
 
 @pytest.fixture(scope="module")
-def in_one_go(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The outcome of the long run without a stop."""
+def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The long run without a stop, in a folder that is to be copied, and what it answered."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    tune(out, **LONG)
-    return outcome(out)
+    return out, tune(out, **LONG)
 
 
-@pytest.fixture
-def halfway(tune: Tune, tmp_path: Path) -> Path:
-    """The long run, stopped after step 4, with checkpoints of steps 3 (a best one) and 4."""
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def in_one_go(whole: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of the long run without a stop."""
+    return outcome(whole[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The long run, stopped after step 4, with checkpoints of steps 3 (a best one) and 4. To be copied."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     answer = tune(out, **LONG, stop_after=4)
     assert (answer["steps"], answer["adapter"]) == (4, None)
     assert saved_steps(out) == [3, 4]
     return out
+
+
+@pytest.fixture
+def halfway(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """All but the metrics, where each call says something, and the lock."""
+    left_out = ("metrics.jsonl", ".lock")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in left_out}
 
 
 def test_the_long_run_crosses_epochs_within_a_step_and_uses_dropout(
@@ -93,7 +110,7 @@ def test_the_long_run_crosses_epochs_within_a_step_and_uses_dropout(
     assert -(-rows // 4) == 7
 
 
-@pytest.mark.parametrize("stops", [(2,), (3,), (1, 4), (7,)])
+@pytest.mark.parametrize("stops", [pytest.param((2,), marks=pytest.mark.exhaustive), (3,), (1, 4), (7,)])
 def test_calls_that_stop_and_resume_give_what_one_call_gives(
     tune: Tune, in_one_go: dict[str, Any], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
@@ -109,6 +126,7 @@ def test_calls_that_stop_and_resume_give_what_one_call_gives(
 def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, optimizer: str) -> None:
     more = {
         **LONG,
+        "steps": 4,
         "rank": 8,  # bitsandbytes keeps the state of fewer than 4096 numbers in 32 bits
         "optimizer": optimizer,
         "weight_decay": 0.1,
@@ -119,10 +137,10 @@ def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, opti
         "scheme": "none",
     }
     tune(tmp_path / "whole", **more)
-    tune(tmp_path / "parts", **more, stop_after=3)
+    tune(tmp_path / "parts", **more, stop_after=2)
     tune(tmp_path / "parts", **more, resume=True)
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
-    state = load_file(tmp_path / "parts" / "checkpoints" / "step-00000008" / "optimizer.safetensors")
+    state = load_file(tmp_path / "parts" / "checkpoints" / "step-00000004" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (optimizer == "adamw8bit")
 
 
@@ -211,15 +229,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tune: Tune, halfway: Path, i
 
 @pytest.mark.parametrize("resumes", [1, 2])
 def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
-    tune: Tune, tmp_path: Path, resumes: int
+    tune: Tune, whole: tuple[Path, dict[str, Any]], in_one_go: dict[str, Any], tmp_path: Path, resumes: int
 ) -> None:
-    first = tune(tmp_path / "run", **LONG)
-    before = outcome(tmp_path / "run")
+    run, first = shutil.copytree(whole[0], tmp_path / "run"), whole[1]
     for _ in range(resumes):
-        again = tune(tmp_path / "run", **LONG, resume=True)
-    assert again["rows"] == first["rows"]
+        again = tune(run, **LONG, resume=True)
+    assert json.loads(json.dumps(again["rows"]).replace(str(run), str(whole[0]))) == first["rows"]
     assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
-    assert outcome(tmp_path / "run") == before
+    assert outcome(run) == in_one_go
 
 
 def test_a_finished_run_can_be_made_longer(tune: Tune, tmp_path: Path) -> None:
@@ -261,12 +278,18 @@ def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, di
 def test_another_run_is_not_gone_on_with_and_nothing_is_touched(
     tune: Tune, halfway: Path, tiny_gptj: Path, plays: Path, tmp_path: Path, key: str
 ) -> None:
-    before = {name: (halfway / name).read_bytes() for name in ("config.yaml", "ledger.json")}
+    before = files_of(halfway)
     with pytest.raises(CheckpointError, match=rf"(?m)^  {key}: "):
         tune(halfway, **{**LONG, **other_settings(tiny_gptj, plays, tmp_path)[key]}, resume=True)
-    assert {name: (halfway / name).read_bytes() for name in before} == before
-    assert saved_steps(halfway) == [3, 4]
+    assert files_of(halfway) == before
+    assert len(before) > 9
+
+
+def test_a_run_goes_on_after_another_one_was_refused(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError):
+        tune(halfway, **{**LONG, "seed": 1}, resume=True)
     tune(halfway, **LONG, resume=True)
+    assert outcome(halfway) == in_one_go
 
 
 def test_force_goes_on_nevertheless_where_the_shapes_allow_it(tune: Tune, halfway: Path) -> None:

@@ -150,10 +150,16 @@ def test_a_lone_record_or_a_word_is_not_parted(tmp_path: Path, tokenizer: Any, r
     assert "Nothing is held out" in found.said
 
 
+@pytest.fixture(scope="module")
+def real_tokenizer() -> Any:
+    return open_source("smollm2").tokenizer()
+
+
 @pytest.mark.parametrize("how", ["as it is", "wrapped at 50", "double spaces", "indented"])
-def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(tmp_path: Path, how: str) -> None:
+def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(
+    tmp_path: Path, how: str, real_tokenizer: Any
+) -> None:
     """With a vocabulary of a real model, in which a word that begins a line is often another token."""
-    tokenizer = open_source("smollm2").tokenizer()
     play = next(files("octavo").joinpath("shakespeare", "test").iterdir()).read_text()
     words = play[20_000:40_000].split()
     chapter = " ".join(words[1000:1800])
@@ -165,6 +171,6 @@ def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(tmp_path: 
     }[how]
     data = write(tmp_path / "data", a_txt=" ".join(words))
     held = write(tmp_path / "held", c_txt=f"Another beginning.\n{copy}")
-    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
+    found = Outcome(tmp_path, real_tokenizer, data=[str(data)], test_data=[str(held)])
     assert found.overlap["near_copies"] == 1
     assert found.overlap["share"] > 0.7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tests.infer.conftest import Family
 
 WORDS, CONTEXT, TILE = 258, 48, 4
+TYPES = torch.float32, torch.bfloat16
 Answer = list[tuple[int, float | None]]
 
 
@@ -32,7 +34,7 @@ def requests() -> list[Request]:
     asked = []
     for number, length in enumerate((1, 4, 5, 9, 16, 17, 23, 30, 33)):
         start = 0 if number % 2 else 3 * number
-        sampling = Sampling(temperature=0.0 if number % 3 else 0.8, max_new_tokens=9, seed=number)
+        sampling = Sampling(temperature=0.0 if number % 3 else 0.8, max_new_tokens=6, seed=number)
         adapter = (None, "blocks", "tables")[number % 3]
         asked.append(Request(tuple(whole[start : start + length]), sampling, adapter, logprobs=2))
     return asked
@@ -55,8 +57,20 @@ def asked_at_once(engine: Engine, family: Family, asked: list[Request]) -> list[
     return [bits(stream.ready()) for stream in streams]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+# Each scheme with each type, and each family with each of them.
+USUAL = [
+    ("llama", "none", torch.float32), ("llama", "int8", torch.bfloat16), ("llama", "nf4", torch.bfloat16),
+    ("gptj", "none", torch.bfloat16), ("gptj", "int8", torch.float32), ("gptj", "nf4", torch.float32),
+]  # fmt: skip
+OTHERS = [case for case in product(("llama", "gptj"), ("none", "int8", "nf4"), TYPES) if case not in USUAL]
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "dtype"),
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHERS)],
+    ids=str,
+    indirect=["family"],
+)
 def test_an_answer_has_the_same_bits_alone_again_and_in_any_batch(
     family: Family, scheme: str, dtype: torch.dtype
 ) -> None:

@@ -51,15 +51,16 @@ CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
 ]
 
 
+@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: str(value).replace("GenerationMode.", ""))
-def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: GenerationMode) -> None:
+def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: GenerationMode, examples: int) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
     method, path = name.split()
     operation = schema[path][method]
 
     @seed(0)
     @settings(
-        max_examples=30, deadline=None, database=None, phases=[Phase.generate],
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode))
