@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -356,8 +356,8 @@ def test_a_run_goes_on_on_another_day_though_its_template_writes_the_date(
 
     class Yesterday(date):
         @classmethod
-        def today(cls) -> date:
-            return date(2024, 2, 29)
+        def today(cls) -> Self:
+            return cls(2024, 2, 29)
 
     with monkeypatch.context() as patch:
         patch.setattr("octavo.finetune.date", Yesterday)

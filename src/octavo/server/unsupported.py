@@ -45,8 +45,8 @@ NO_THOUGHT = (False, 0, {"type": "disabled"})
 PROMPTS = frozenset(("prompt", "messages", "input"))
 # Fields that other routes have: the values that change nothing on one that lacks them.
 ELSEWHERE: Mapping[str, tuple[object, ...]] = {
-    "stream": OFF, "stream_options": EMPTY, "n": ONE, "echo": OFF, "top_p": ONE, "top_k": (*OFF, -1), "logprobs": (False,),
-    "repetition_penalty": ONE, "stop": EMPTY, "top_logprobs": OFF,
+    "stream": OFF, "stream_options": EMPTY, "n": ONE, "echo": OFF, "top_p": ONE, "top_k": (*OFF, -1),
+    "logprobs": (False,), "repetition_penalty": ONE, "stop": EMPTY, "top_logprobs": OFF,
 }  # fmt: skip
 
 Row = tuple[str, dict[str, tuple[object, ...]]]
