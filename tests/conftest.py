@@ -197,6 +197,14 @@ def kept_by() -> KeptBy:
     return measure
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_cut() -> Iterator[None]:
+    """Data need not reach the disk itself: that takes milliseconds each time, and a killed process loses none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths of temporary folders are long on some machines, and no line is to be wrapped within one."""

@@ -48,12 +48,13 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.parametrize("examples", [25, pytest.param(150, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", ["llama", "gptj"])
-def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family], name: str) -> None:
+def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family], name: str, examples: int) -> None:
     family = families[name]
     model = family.model(dtype=torch.float64)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(steps=STEPS, slots=st.integers(1, 4), chunk=st.sampled_from([1, 3, 5, 64]), ahead=st.booleans())
     def check(steps: list[tuple[str, int | str]], slots: int, chunk: int, ahead: bool) -> None:
         engine = family.engine(Limits(slots=slots, room=48, chunk=chunk, queue=5), model)
