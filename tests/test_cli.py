@@ -414,9 +414,10 @@ def test_a_prompt_may_stand_bare_behind_a_flag_or_on_standard_input(octavo: Octa
     common = ("--model", tiny_llama, *GREEDY, "--json")
     bare = octavo("generate", "the queen", *common)
     flag = octavo("generate", "--prompt", "the queen", *common)
-    piped = octavo("generate", *common, stdin=b"the queen")
+    piped = octavo("generate", *common, stdin=b"the queen\n")
+    dash = octavo("generate", "--prompt", "-", *common, stdin=b"the queen")
     other = octavo("generate", "of york", *common)
-    assert bare.json == flag.json == piped.json != other.json
+    assert bare.json == flag.json == piped.json == dash.json != other.json
 
 
 def test_data_may_stand_bare_and_behind_a_flag(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
@@ -430,6 +431,13 @@ def test_a_prompt_that_is_none_is_a_wrong_request(octavo: Octavo, tiny_llama: Pa
     done = octavo("generate", "--model", tiny_llama, stdin=stdin)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+    assert "Loading weights" not in done.err
+
+
+def test_without_a_command_there_is_help_and_no_message(octavo: Octavo) -> None:
+    done = octavo()
+    assert (done.code, done.err) == (2, "")
+    assert "finetune" in done.out
 
 
 def test_a_prompt_of_bytes_that_are_no_text_is_refused_too(octavo: Octavo, tiny_llama: Path) -> None:

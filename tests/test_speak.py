@@ -67,6 +67,12 @@ def test_a_file_that_is_not_there(octavo: Octavo, tiny_llama: Path, tmp_path: Pa
     assert "none.jsonl" in ran.err
 
 
+def test_prompts_are_read_from_regular_files_alone(octavo: Octavo, tiny_llama: Path) -> None:
+    ran = octavo("generate", "--model", tiny_llama, "--prompts", "/dev/zero")
+    assert (ran.code, ran.out) == (2, "")
+    assert "/dev/zero: cannot be read: it is a character device" in ran.err
+
+
 def test_another_system_message_begins_anew(octavo: Octavo, tiny_llama: Path) -> None:
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
     told = octavo(*common, stdin=b"of storm\n/system the king of storm\nthe sea\n").out.splitlines()

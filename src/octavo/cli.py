@@ -263,12 +263,12 @@ def _write(text: str) -> None:
 
 
 def _prompt(given: str | None) -> str:
-    """The prompt as given, or else standard input."""
-    if given is not None:
+    """The prompt as given, or else standard input, without the line break that ends its last line."""
+    if given is not None and given != "-":
         return _text(lambda: given)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and given is None:
         raise UsageError("There is no prompt.", hint="Give one with --prompt, or on standard input.")
-    return _text(sys.stdin.read)
+    return _text(sys.stdin.read).removesuffix("\n")
 
 
 def _ask() -> str | None:

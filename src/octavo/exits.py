@@ -42,6 +42,8 @@ def exit_with(error: BaseException | None, *, as_json: bool) -> NoReturn:
     if hasattr(error, "show") and hasattr(error, "format_message"):  # the command line's own, about flags
         shown: Any = error
         usage, hint = _usage(shown)
+        if not shown.format_message():  # of a bare `octavo`, whose help is printed
+            sys.exit(shown.exit_code)
         _fail("UsageError", shown.format_message(), hint, shown.exit_code, as_json=as_json, before=usage)
     if (known := explained(error)) is not None:
         _fail(type(known).__name__, known.message, known.hint, known.exit_code, as_json=as_json)

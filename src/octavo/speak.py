@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from octavo.bounded_json import JsonError, parse
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.documents import Message
+from octavo.data.files import name_of, open_bytes, read_whole
 from octavo.data.prompt import encode_conversation, encode_prompt
-from octavo.errors import ModelError, OctavoError, UsageError
+from octavo.errors import DataError, ModelError, OctavoError, UsageError
 from octavo.failures import cut, explained
 from octavo.infer.batching import Engine
+from octavo.infer.engine import check_prompt
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
 from octavo.models import Model
@@ -40,17 +42,22 @@ class Speaker:
         return Engine(self.model, self.tokenizer, base="model", limits=limits, ends=self.ends)
 
 
-def open_speaker(config: Config, report: Report) -> Speaker:
-    """The model of a configuration, its adapter on it if one is named."""
+def open_speaker(
+    config: Config, report: Report, *, before: Callable[[PreTrainedTokenizerFast], None] | None = None
+) -> Speaker:
+    """The model of a configuration, its adapter on it if one is named. `before` is called before weights are loaded."""
     asked, options = config[ModelOptions], config[GenerateOptions]
     hardware, source = opened(asked, report, own_adapters=options.adapter is None)
     found = None
     if options.adapter is not None:  # before the weights: what is wrong with it shows at once
         found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
+    tokenizer, ends = tokenizer_with(found, options.adapter, source, report), end_ids(source)
+    if before:
+        before(tokenizer)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     if found is not None:
         apply_(model, found)
-    return Speaker(model, tokenizer_with(found, options.adapter, source, report), end_ids(source))
+    return Speaker(model, tokenizer, ends)
 
 
 def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
@@ -100,9 +107,15 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> 
 def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
     """Continues the prompt; `write` gets the text as it comes."""
     options, sampling = config[PromptOptions], sampling_of(config[GenerateOptions])
-    speaker = open_speaker(config, report)
-    assert options.prompt is not None
-    ids = prompt_ids(options.prompt, speaker.tokenizer, chat=options.chat)
+    prompt = options.prompt
+    assert prompt is not None
+    ids: list[int] = []
+
+    def encode(tokenizer: PreTrainedTokenizerFast) -> None:
+        ids.extend(prompt_ids(prompt, tokenizer, chat=options.chat))
+        check_prompt(ids, room=len(ids) + 1)
+
+    speaker = open_speaker(config, report, before=encode)
     tokens = []
     for token in answer(speaker.engine(room=len(ids) + sampling.max_new_tokens), ids, sampling):
         tokens.append(token)
@@ -175,9 +188,11 @@ def _failed(error: Exception) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts {path} cannot be read ({error}).") from error
+        with open_bytes(path) as stream:
+            lines = read_whole(stream, name_of(path)).decode("utf-8-sig").splitlines()
+    except (DataError, UnicodeDecodeError) as error:
+        reason, hint = (error.message, error.hint) if isinstance(error, DataError) else (f"{path}: {error}", "")
+        raise UsageError(f"The prompts are not read: {reason}", hint=hint) from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -169,7 +169,7 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
     if ledger.not_read:
         rows.append([f"not read: {counted(ledger.not_read)}", *("" for _ in LEDGER_COLUMNS)])
     first = f"file in {folder}" if folder else "file"
-    padding = f", {ledger.padding:,} places of them padding" if ledger.padding else ""
+    padding = f", {ledger.padding:,} padding tokens" if ledger.padding else ""
     report.table(f"{title}: {ledger.rows:,} rows{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
 
 

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.errors import ModelError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
 from octavo.layers.lora import put_
 from octavo.models import Model, Place, build, places
+from octavo.models.llama import rotary_frequencies
 from octavo.ops.attention import find_documents
 from octavo.ops.loss import IGNORE, cross_entropy_sum
 from octavo.ops.wide import Wide
@@ -220,6 +222,13 @@ def test_gradients_are_those_of_transformers_and_peft(twins: Twins) -> None:
             assert (mine - other).norm() <= TOLERANCE * other.norm(), (place.name, kind)
             compared += 1
     assert compared == sum(parameter.requires_grad for parameter in theirs.parameters())
+
+
+def test_where_two_forms_of_rotary_settings_are_given_the_one_of_transformers_counts() -> None:
+    both = like_llama(4, 2, head_dim=16) | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    both |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1000.0}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**both)).inv_freq
+    torch.testing.assert_close(rotary_frequencies(both, 16), theirs, rtol=1e-6, atol=0)
 
 
 REFUSED = {

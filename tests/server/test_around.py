@@ -132,3 +132,11 @@ def test_the_root_says_what_is_here_and_which_octavo(setting: Any) -> None:
         assert setting.client.request(method, path.replace("{model}", "tiny"), json={}).status_code in (200, 400)
     assert setting.client.get("/version").json() == {"version": __version__} == {"version": index["version"]}
     assert setting.client.get("/ping").json() == {"status": "ok"}
+
+
+def test_a_route_that_is_not_there_says_where_routes_are_listed(setting: Any) -> None:
+    status, error = setting.refusal("/v1/nothing")
+    assert (status, error["message"]) == (404, "There is no POST /v1/nothing here. GET /docs lists the routes.")
+    answer = setting.client.delete("/v1/models")
+    assert answer.status_code == 405
+    assert "GET /docs" in answer.json()["error"]["message"]

@@ -146,6 +146,11 @@ def test_what_cannot_be_answered_is_refused_by_name(setting: Any, body: dict[str
     assert setting.engine.seen == []
 
 
+def test_the_message_at_fault_is_named(setting: Any) -> None:
+    _, error = setting.refusal(PATH, messages=[*HELLO, {"role": "assistant"}])
+    assert error["message"].startswith(f"`messages[{len(HELLO)}].content`: ")
+
+
 def test_what_openais_clients_send_along_is_taken(setting: Any) -> None:
     setting.ask(
         PATH, messages=[{"role": "user", "content": "the", "name": "me"}], tools=[], tool_choice="auto", store=True,

@@ -59,6 +59,13 @@ def test_its_examples_are_requests_that_are_answered(opened: Open) -> None:
     assert setting.client.get("/docs").status_code == 401
 
 
+def test_a_routes_own_fields_come_first_and_refused_ones_are_folded_away(setting: Any) -> None:
+    html = setting.client.get("/docs").text
+    section = html[html.index("POST /v1/completions") :]
+    own, refused = section.index("<code>prompt</code>"), section.index("fields of other servers that are refused")
+    assert own < section.index("<code>temperature</code>") < refused < section.index("<code>mirostat</code>")
+
+
 def test_types_and_bounds_are_words() -> None:
     fields = {
         "n": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2048}, {"type": "null"}]},

@@ -179,7 +179,7 @@ class PromptOptions(Section):
 
     panel = "Prompts"
 
-    prompt: str | None = Field(None, description="The text to continue; without it, standard input.")
+    prompt: str | None = Field(None, description="The text to continue; without it, or as -, standard input.")
     prompts: Path | None = Field(None, description="A JSONL file of prompts to continue instead, many at once.")
     slots: int = Field(8, ge=1, le=256, description="Prompts of --prompts at work at once.")
     chat: bool = Field(False, description="Put the prompt into the model's chat template as a user's message.")

@@ -41,7 +41,9 @@ def prepare(config: Config, report: Report) -> Run:
     micro_step = _micro_step(config, model, hardware, fitting, report)
     trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=len(text.rows))
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
-    report.say(f"Training {count:,} numbers in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps.")
+    report.say(
+        f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps."
+    )
     return Run(
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
         micro_step, base_sha256, Found(),

@@ -225,7 +225,8 @@ def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
 def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
     """(D/2,) angles a position turns each pair by: theta^(-2i/D), stretched as the config's rope type says."""
     fields = ConfigFields(source)
-    rope = fields.object("rope_parameters") or fields.object("rope_scaling") or ConfigFields({})
+    # In transformers too an older config's `rope_scaling` counts where both are given.
+    rope = fields.object("rope_scaling") or fields.object("rope_parameters") or ConfigFields({})
     theta = fields.number("rope_theta", least=1.0, most=MOST_THETA, default=DEFAULT_ROPE_THETA)
     theta = rope.number("rope_theta", least=1.0, most=MOST_THETA, default=theta)
     base = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)

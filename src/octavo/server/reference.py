@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from octavo.page import POLICY, STYLE
+from octavo.server.unsupported import REFUSED_MARK
 
 Schema = Mapping[str, Any]
 
@@ -77,10 +78,20 @@ def _forms(body: Schema, schema: Schema) -> Iterator[Schema]:
 
 
 def _fields(form: Schema, schema: Schema) -> str:
+    """The table of a form's fields, and a closed one of those that are refused."""
+    fields = {name: _resolved(field, schema) for name, field in form.get("properties", {}).items()}
+    refused = {name: field for name, field in fields.items() if field.get(REFUSED_MARK)}
+    own = _table({name: field for name, field in fields.items() if name not in refused}, form, schema)
+    if not refused:
+        return own
+    summary = f"{len(refused):,} fields of other servers that are refused unless they change nothing"
+    return f"{own}\n<details><summary>{summary}</summary>\n{_table(refused, form, schema)}\n</details>"
+
+
+def _table(fields: Mapping[str, Schema], form: Schema, schema: Schema) -> str:
     required = form.get("required", ())
     rows = []
-    for name, field in form.get("properties", {}).items():
-        field = _resolved(field, schema)
+    for name, field in sorted(fields.items(), key=lambda item: item[0] not in required):
         default = "required" if name in required else json.dumps(field.get("default"))
         cells = [f"<code>{escape(name)}</code>", escape(_kind(field, schema)), escape(default)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in [*cells, escape(field.get("description", ""))]))

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from octavo.bounded_json import shortened
 from octavo.errors import OctavoError
 from octavo.server.schemas import UNSUPPORTED
 
@@ -78,8 +79,11 @@ def install(app: FastAPI) -> None:
         return _invalid(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        message = str(error.detail) or HTTPStatus(error.status_code).phrase
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        phrase = HTTPStatus(error.status_code).phrase
+        message = str(error.detail) or phrase
+        if message == phrase and error.status_code in (404, 405):
+            message = f"There is no {request.method} {shortened(request.url.path)} here. GET /docs lists the routes."
         return RefusedError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
@@ -104,7 +108,7 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
     what = "; ".join(list(said)[:4])
     if not name:
         return wrong("The body must be a JSON object, sent as `Content-Type: application/json`.")
-    return wrong(f"`{name}`: {what}.", param=name)
+    return wrong(f"`{_place(first['loc']) if name == 'messages' else name}`: {what}.", param=name)
 
 
 def _name(place: Sequence[str | int]) -> str:

@@ -31,6 +31,7 @@ from octavo.server.schemas import (
     UnloadAdapter,
 )
 
+REFUSED_MARK = "x-refused"  # marks a field that is refused in the OpenAPI schema
 LOG = logging.getLogger("octavo.server")
 MOST_NAMED = 64  # unknown names in the log: a client that makes names up fills neither log nor memory
 LONGEST_NAMED = 60
@@ -318,9 +319,11 @@ def describe_fields(components: dict[str, Any]) -> None:
         if (schema := components.get(model.__name__)) is None:
             continue
         refused = {
-            name: {"enum": [None, *neutral], "description": why} for name, (neutral, why) in rules.refused.items()
+            name: {"enum": [None, *neutral], "description": why, REFUSED_MARK: True}
+            for name, (neutral, why) in rules.refused.items()
+            if name not in schema["properties"]
         }
-        schema["properties"] = {**refused, **schema["properties"]}
+        schema["properties"] = {**schema["properties"], **refused}
         if rules.closed:
             schema["additionalProperties"] = {"type": "null"}
         else:
