@@ -220,7 +220,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_its_key(key: str, value: object) -> None:
-    with pytest.raises(UsageError, match=rf"^{key}: .*not {value!r}\."):
+    with pytest.raises(UsageError, match=rf"^--{key.replace('_', '-')}: .*not {value!r}\."):
         Config.read(cli.FINETUNE, {key: value})
 
 

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from octavo.config import Config, RunOptions, Section, fields
+from octavo.config.settings import read_settings
+from octavo.errors import UsageError
 from octavo.exits import EXIT_CODES
 from octavo.streams import output
 
@@ -139,5 +141,11 @@ def _saved_config(kinds: tuple[type[Section], ...], flags: Mapping[str, Any]) ->
     """A resumed run goes on with its own settings unless a file is named."""
     if RunOptions in kinds and flags.get("resume"):
         saved = Path(flags.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
-        return saved if saved.is_file() else None
+        if not saved.is_file():
+            return None
+        last = list(kinds[-1].model_fields)[-1]
+        if last not in read_settings(saved):
+            hint = "Give the run's settings with --config FILE, or as flags once you have deleted it."
+            raise UsageError(f"{saved} is cut short: it lacks `{last}`, which ends it.", hint=hint)
+        return saved
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,8 +54,8 @@ class Report:
             "quiet": not console,
         }
         self._console = Console(file=standard_error(), **plain)
-        # In a file or a pipe nothing is folded: there is no edge of a screen.
-        wide = None if not results or sys.stdout.isatty() else WIDE
+        # In a file or a pipe nothing is folded: there is no edge of a screen, unless one is asked for.
+        wide = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
         self._results = Console(width=wide, **plain) if results else self._console
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
 

@@ -166,11 +166,12 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
         rows.append([f"and {len(folded):,} smaller files", *sums])
     if len(ledger.files) > 1:
         rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS.values())])
-    if ledger.not_read:
-        rows.append([f"not read: {counted(ledger.not_read)}", *("" for _ in LEDGER_COLUMNS)])
     first = f"file in {folder}" if folder else "file"
     padding = f", {ledger.padding:,} padding tokens" if ledger.padding else ""
-    report.table(f"{title}: {ledger.rows:,} rows{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
+    count = f"{ledger.rows:,} row{'' if ledger.rows == 1 else 's'}"
+    report.table(f"{title}: {count}{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
+    if ledger.not_read:
+        (report.result if result else report.say)(f"Not read: {counted(ledger.not_read)}.")
 
 
 def _common_folder(sources: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ def test_a_json_list_gives_numbered_records(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[{"text": "a"}, 7]')
     first, second = entries(path)
     assert (first.line, first.value, second.line) == (1, {"text": "a"}, 2)
-    assert "a.json:2: the record is a int" in error_of(second)
+    assert "a.json:2: the record is a number" in error_of(second)
 
 
 def test_json_lines_named_json_are_explained(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_rows_of_a_wrong_length_or_type_are_errors_with_their_number(tmp_path: P
     cut = {"rows": [{"row_idx": 0, "row": {"text": "a"}, "truncated_cells": ["text"]}]}
     assert "row 1 has cells that were cut" in str(values(tmp_path / "b.json", cut)[0])
     _, mixed = values(tmp_path / "c.json", {"data": [{"text": "a"}, 7]})
-    assert "c.json:2: the record is a int" in str(mixed)
+    assert "c.json:2: the record is a number" in str(mixed)
 
 
 def test_a_key_that_occurs_twice_is_an_error(tmp_path: Path) -> None:

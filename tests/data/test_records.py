@@ -131,6 +131,12 @@ def test_the_error_of_an_unknown_record_prints_the_flag_that_reads_it(fields: di
     assert from_fields(fields, source="f", line=1, columns=columns)
 
 
+def test_what_an_error_cannot_know_it_leaves_open() -> None:
+    with pytest.raises(DataError) as caught:
+        read({"context": "a long text", "question": "q", "answers": {"text": ["a"]}})
+    assert "--columns prompt=question,completion=FIELD." in caught.value.hint
+
+
 def test_messages_about_a_record_are_short() -> None:
     with pytest.raises(DataError) as caught:
         read({f"field {number}": 1 for number in range(10_000)})
@@ -165,6 +171,8 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"text": None}, "field `text` is null"),
         ({"question": None, "answer": None}, "field `question` is null"),
         ({"text": "t", "weight": 0.5}, "field `weight` would change what is learned"),
+        ({"prompt": "p", "completion": "c", "suffix": "s"}, "field `suffix` would change what is learned"),
+        ({"question": "p", "answer": "c", "reasoning": "r"}, "field `reasoning` would change what is learned"),
         ({"prompt": "p", "completion": "c", "train": False}, "field `train` would change what is learned"),
         ({"prompt": "p", "completion": "c", "sample_weight": "0"}, "field `sample_weight` would change"),
         ({"prompt": "p", "completion": "c", "label": False}, "field `label` would change what is learned"),
@@ -175,7 +183,7 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"role": "user", "content": "hello"}, "the record is one turn"),
         ({"body": "t", "id": 1}, "no field that octavo knows; the record has: body, id"),
         ({}, "the record has: none"),
-        ({"text": 5}, "field `text` must be a string, not a int"),
+        ({"text": 5}, "field `text` must be a string, not a number"),
         ({"text": " \n"}, "field `text` is empty"),
         ({"text": "a\ud800"}, "field `text` holds half a character"),
         ({"prompt": ["p"], "completion": "c"}, "field `prompt` must be a string, not a list"),
@@ -183,7 +191,7 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"instruction": "i", "input": 1, "output": "o"}, "field `input` must be a string"),
         ({"messages": []}, "field `messages` must be a list of turns, not an empty list"),
         ({"messages": "hello"}, "field `messages` is not a JSON list"),
-        ({"messages": ["a"]}, "`messages[0]` must be an object, not a str"),
+        ({"messages": ["a"]}, "`messages[0]` must be an object, not a string"),
         (
             {"messages": [{"role": "user", "content": None}]},
             "`messages[0].content` is null",
@@ -263,6 +271,7 @@ def test_turns_in_the_cells_of_a_table_are_turns() -> None:
         {" q ": "A question", " r ": "An answer"},
         {"id": "abc", "frage": "Welche Farbe?", "antwort": "Sie ist blau."},
         {"prompt": "q", "chosen": TALK_AS["messages"], "rejected": TALK_AS["messages"]},
+        {"prompt": "q", "chosen": "good", "rejected": "bad, abc"},
     ],
 )
 def test_the_columns_that_an_error_suggests_read_the_record(fields: dict[str, object]) -> None:
@@ -270,5 +279,5 @@ def test_the_columns_that_an_error_suggests_read_the_record(fields: dict[str, ob
         read(fields)
     flag = shlex.split((caught.value.hint or "").partition("--columns ")[2].partition(". ")[0])[0]
     document = from_fields(fields, source="f", line=1, columns=check_columns(flag.split(",")))
-    assert "abc" not in (document.prompt or "")
+    assert "abc" not in f"{document.prompt}{document.completion}"
     assert (document.completion or "").strip() or document.messages

@@ -100,7 +100,7 @@ def test_tools_are_in_openais_form(value: Any) -> None:
         ({"role": "assistant", "content": None}, "`messages[0].content` is null"),
         ({"role": None, "content": "a"}, "`messages[0].role` is null"),
         ({"content": "a"}, "`messages[0]` has no `role`"),
-        ({"role": "user", "content": {"a": 1}}, "must be a string, not a dict"),
+        ({"role": "user", "content": {"a": 1}}, "must be a string, not an object"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "`messages[0].content[0]` is of type 'image_url'"),
         ({"role": "user", "content": [7]}, "`messages[0].content[0]` must be a part"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "`messages[0].weight` is '0.5'"),

@@ -325,6 +325,15 @@ def test_a_run_without_a_name_is_resumed_without_one(
     assert (done.code, done.json["steps"]) == (0, 2)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_settings_that_are_cut_short_are_said_to_be(octavo: Octavo, halfway: Path, share: float) -> None:
+    settings = halfway / "config.yaml"
+    settings.write_text(settings.read_text()[: int(share * settings.stat().st_size)].rpartition("\n")[0])
+    done = octavo("finetune", "--resume", "--out", halfway)
+    assert done.code == 2
+    assert f"{settings} is cut short" in done.err
+
+
 def test_a_run_that_is_going_on_elsewhere_is_left_alone(
     tune: Tune, halfway: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

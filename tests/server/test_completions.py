@@ -369,3 +369,12 @@ def test_a_text_that_no_prompt_can_hold_is_refused_unread(setting: Any, monkeypa
 def test_without_adapters_the_base_answers(opened: Open) -> None:
     setting = opened(engine={"names": ()})
     assert setting.ask(PATH, prompt="the")["model"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "\xff"}']
+)
+def test_a_body_that_json_cannot_be_read_from_says_what_may_be_wrong(setting: Any, body: bytes) -> None:
+    answer = setting.client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "no UTF-8, or its JSON is nested too deep" in answer.json()["error"]["message"]

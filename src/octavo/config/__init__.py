@@ -108,7 +108,7 @@ class Config:
                 sections[kind] = kind.model_validate(own)
             except ValidationError as error:
                 found = error.errors()[:MOST_PROBLEMS]
-                problems += [_problem(entry["loc"][0], entry["msg"], entry["input"]) for entry in found]
+                problems += [_problem(_name(entry["loc"][0], flags), entry["msg"], entry["input"]) for entry in found]
         if problems:
             raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
         return cls(sections)
@@ -148,8 +148,13 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
     return values
 
 
+def _name(key: object, flags: Mapping[str, Any]) -> object:
+    """An option as it was given: `--seq-len`, or `seq_len` in a file."""
+    return f"--{str(key).replace('_', '-')}" if key in flags else key
+
+
 def _problem(key: object, message: str, value: object) -> str:
-    message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     hint = ""
     if any(kind in message for kind in ("string", "list", "path")):
         if isinstance(value, bool):

@@ -30,7 +30,8 @@ def read_settings(path: Path) -> dict[str, Any]:
             raise UsageError(f"{source} is larger than {MAX_BYTES:,} bytes.", hint="Settings are a few lines.")
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source} cannot be read ({error}).") from error
+        reason = error.strerror if isinstance(error, OSError) else f"{error}"
+        raise UsageError(f"{source} cannot be read: {reason}.", hint="Check the path.") from error
     return parse_settings(text, source)
 
 

@@ -59,6 +59,17 @@ class Record:
             raise self.error(f"field `{name}` is not a JSON list: {error}.") from error
 
 
+# As JSON calls them.
+_KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
+    ((type(None),), "null"),
+    ((bool,), "true or false"),
+    ((int, float), "a number"),
+    ((str,), "a string"),
+    ((list, tuple), "a list"),
+    ((Mapping,), "an object"),
+)
+
+
 def is_blank(value: object) -> bool:
     """Whether a field says nothing: null, an empty or blank string, an empty list or object; not the number 0."""
     if isinstance(value, str):
@@ -68,9 +79,12 @@ def is_blank(value: object) -> bool:
 
 def kind(value: object) -> str:
     """What a value is, for a message."""
-    if value is None:
-        return "null"
-    return "an empty list" if value == [] else f"a {type(value).__name__}"
+    if value == []:
+        return "an empty list"
+    for kinds, words in _KINDS:
+        if isinstance(value, kinds):
+            return words
+    return f"a {type(value).__name__}"
 
 
 def _named(at: str) -> str:

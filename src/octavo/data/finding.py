@@ -49,13 +49,15 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
         found.not_read += not_read
         if not files:
             _nothing_to_read(given, suffixes, not_read)
-        for file in files:
+        kept: set[Path] = set()
+        for file in sorted(files, key=Path.is_symlink):  # a file goes by its own name, not by that of a link to it
             status = file.stat()
             if (identity := (status.st_dev, status.st_ino)) not in known or not status.st_ino:
                 known.add(identity)
-                found.files.append(file)
+                kept.add(file)
             elif file not in found.files:
                 found.not_read["second name of a file that is read"] += 1
+        found.files += [file for file in files if file in kept]
     return found
 
 

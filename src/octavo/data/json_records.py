@@ -11,6 +11,7 @@ from pathlib import Path
 from octavo import bounded_json
 from octavo.bounded_json import JsonError, shortened
 from octavo.data.entries import Entry
+from octavo.data.fields import kind
 from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces, suffix
 from octavo.errors import DataError
 
@@ -222,4 +223,4 @@ def _fields(value: object, source: str, line: int) -> Mapping[str, object] | str
     if isinstance(value, str):
         return value if value.strip() else DataError("the record is an empty string.", source=source, line=line)
     hint = 'A record looks like {"text": "..."}.'
-    return DataError(f"the record is a {type(value).__name__}, not an object.", source=source, line=line, hint=hint)
+    return DataError(f"the record is {kind(value)}, not an object.", source=source, line=line, hint=hint)

@@ -198,12 +198,13 @@ class _Shape:
 ALPACA_HEADINGS = ("### Instruction:", "### Input:", "### Response:")
 _KNOWN = "messages; prompt + completion; instruction + output; text"
 _MAP_HINT = "Say which fields count with --columns, as --columns prompt=question,completion=answer."
+_PROMPTS = ("prompt", "question", "query", "input", "inputs", "problem")
 _ANSWERS = ("completion", "response", "answer", "output", "outputs", "target", "targets", "solution")
 SHAPES = (
     _Shape((("messages", "conversations", "conversation"),), _chat, ("system", "tools", "functions")),
     _Shape((("prompt",), ("completion",)), _completion, ("system", "tools", "functions")),
     _Shape((("instruction",), ("output", "response", "completion")), _alpaca, ("input", "context", "system")),
-    _Shape((("prompt", "question", "query", "input", "inputs", "problem"), _ANSWERS), _completion, ("system",), True),
+    _Shape((_PROMPTS, _ANSWERS), _completion, ("system",), True),
     _Shape((("text",),), _plain),
     _Shape((("user", "human"), ("assistant", "gpt", "bot")), _completion, ("system",), True),
     _Shape((("source",), ("target",)), _completion, (), True),
@@ -215,7 +216,10 @@ _REQUIRED = ("text", "prompt", "completion", "instruction", "output", "messages"
 _SYSTEM = ("system_prompt", "system_message")
 # Fields that change what is learned. Where a shape has no use for one that is filled, the record is refused: nothing of
 # this kind is dropped. The second row counts where the prompt goes by another name than `prompt`.
-_WEIGHTY = ("system", *_SYSTEM, "tools", "functions", "history", "chat_template_kwargs")
+_WEIGHTY = (
+    "system", *_SYSTEM, "tools", "functions", "history", "chat_template_kwargs", "suffix", "reasoning",
+    "reasoning_content", "thinking", "image", "images", "audio",
+)  # fmt: skip
 _WEIGHTS = ("weight", "sample_weight", "loss_weight", "train", "trainable")  # 1 and true say nothing new
 _WEIGHTY_ASIDE = ("context", "input", "instruction")
 _MOST_NAMES = 1000
@@ -272,19 +276,23 @@ def _unknown(record: Record, fields: Mapping[str, object], columns: Mapping[str,
 
 
 def _suggestion(fields: Mapping[str, object]) -> str:
-    """The --columns that would read the record, filled with its own names."""
-    texts = [name for name, value in fields.items() if isinstance(value, str) and len(name) <= 60]
+    """The --columns that would read the record, filled with its own names where these say enough."""
+    if turns := next((name for name, value in fields.items() if is_turns(value) and has_answer(value)), None):
+        return _say(f"messages={turns}")
+    texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip() and len(name) <= 60]
+    asks = next((name for name in texts if name.strip().lower() in _PROMPTS), None)
+    answers = next((name for name in texts if name.strip().lower() in (*_ANSWERS, "chosen")), None)
+    if asks or answers:
+        hint = _say(f"prompt={asks or 'FIELD'},completion={answers or 'FIELD'}")
+        return hint if answers != "chosen" else f"{hint} Answers that were rejected are not learned."
     longest = sorted(texts, key=lambda name: -len(str(fields[name])))[:2]  # not an id or a date
     texts = [name for name in texts if name in longest]
-    turns = [name for name, value in fields.items() if is_turns(value) and has_answer(value)]
-    if turns:
-        flag = f"messages={turns[0]}"
-    elif len(texts) > 1:
-        flag = f"prompt={texts[0]},completion={texts[1]}"
-    elif texts:
-        flag = f"text={texts[0]}"
-    else:
+    if not texts:
         return f"It reads: {_KNOWN}."
+    return _say(f"prompt={texts[0]},completion={texts[1]}" if len(texts) > 1 else f"text={texts[0]}")
+
+
+def _say(flag: str) -> str:
     return f"Say what they are: --columns {shlex.quote(flag)}. Without it octavo reads: {_KNOWN}."
 
 

@@ -84,6 +84,8 @@ def restore(run: Run) -> None:
 
 def _check(config: Config) -> None:
     options = config[RunOptions]
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out} is not a folder.", hint="Choose another path for the run's folder.")
     held = _run_in(options.out)
     if held and not options.resume:
         raise UsageError(

@@ -44,6 +44,7 @@ class RefusedError(Exception):
         return JSONResponse(self.document, self.status, self.headers)
 
 
+UNREADABLE = "There was an error parsing the body"  # FastAPI's word for whatever json.loads raised
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -82,6 +83,8 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         phrase = HTTPStatus(error.status_code).phrase
         message = str(error.detail) or phrase
+        if message == UNREADABLE:
+            message = "The body is not read: it is no UTF-8, or its JSON is nested too deep or holds too long a number."
         if message == phrase and error.status_code in (404, 405):
             message = f"There is no {request.method} {shortened(request.url.path)} here. GET /docs lists the routes."
         return RefusedError(error.status_code, message, headers=error.headers).response()
