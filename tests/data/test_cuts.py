@@ -236,3 +236,11 @@ def test_a_normalizer_that_looks_far_keeps_texts_whole() -> None:
     assert cuts_of(tokenizer) is WHOLE
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     assert cuts_of(tokenizer) is not WHOLE
+
+
+def test_a_token_that_is_added_later_is_seen() -> None:
+    """What was found is remembered by a tokenizer's content, not by the object."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    assert coder_of(tokenizer).cuts is coder_of(made("gpt-2")).cuts is not WHOLE
+    tokenizer.add_tokens([AddedToken("king", rstrip=True)])
+    assert coder_of(tokenizer).cuts is WHOLE

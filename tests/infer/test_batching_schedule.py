@@ -48,7 +48,7 @@ STEPS = st.lists(
 )
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(150, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", [25, pytest.param(100, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", ["llama", "gptj"])
 def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family], name: str, examples: int) -> None:
     family = families[name]

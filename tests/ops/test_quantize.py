@@ -17,6 +17,7 @@ from octavo.ops.quantize import (
     SCHEMES,
     Shape,
     dequantise,
+    int8_into,
     scheme_named,
     stored_bytes,
 )
@@ -173,3 +174,14 @@ def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_inst
     assert (dequantise(scheme, parts, (3, 64)) - weight).abs().max() < 0.05
     with pytest.raises(UsageError, match=r"not installed(.|\n)*octavo\[dynamic8\]"):
         scheme.quantise(weight)
+
+
+@every_type
+def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    """From the product in float32, also into the columns of a wider matrix."""
+    codes, absmax = torch.randint(-127, 128, (9, 70), dtype=torch.int8), torch.rand(9)
+    wide = torch.zeros(9, 75, dtype=dtype)
+    int8_into(codes, absmax, wide[:, 2:72])
+    assert torch.equal(wide[:, 2:72], (codes.float() * (absmax / 127)[:, None]).to(dtype))
+    assert not wide[:, :2].any()
+    assert not wide[:, 72:].any()

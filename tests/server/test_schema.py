@@ -51,7 +51,7 @@ CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
 ]
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: str(value).replace("GenerationMode.", ""))
 def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: GenerationMode, examples: int) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
