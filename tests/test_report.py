@@ -218,6 +218,20 @@ def test_without_a_terminal_progress_is_a_line_within_two_seconds_and_every_ten(
     assert told[-1] == "training: 60/60  loss 2.910  841.7 tokens/s  0 s left"
 
 
+def test_no_time_left_is_told_from_a_first_slow_moment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    with Report() as report, report.progress(7221, "encoding") as progress:
+        now += 2.0
+        progress.advance(23)
+        now += 10.0
+        progress.advance(7000)
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["encoding: 23/7,221", "encoding: 7,023/7,221  0 s left"]
+
+
 def test_on_a_terminal_a_bar_is_drawn_and_sentences_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen = StringIO()

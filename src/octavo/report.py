@@ -30,6 +30,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-
 PLAIN_SECONDS = 10.0
 WIDE = 10_000  # columns of a file or a pipe
 FIRST_SECONDS = 1.5  # after which a line says that something goes on at all
+SURE_SECONDS, SURE_SHARE = 5.0, 0.02  # of the work: before either the time left is not told
 
 
 class Report:
@@ -203,11 +204,11 @@ class Progress:
         self._console.print(Text(f"{self._label}: {self._text()}"), soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first step."""
-        taken = self._done - self._done_at_start
-        if taken <= 0:
+        """At the pace so far; None before the first step, and while there is too little of it to tell."""
+        taken, seconds = self._done - self._done_at_start, monotonic() - self._started
+        if taken <= 0 or (seconds < SURE_SECONDS and taken < SURE_SHARE * self._total):
             return None
-        return (monotonic() - self._started) / taken * max(0, self._total - self._done)
+        return seconds / taken * max(0, self._total - self._done)
 
     def _text(self) -> str:
         left = self.seconds_left()
