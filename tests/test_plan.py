@@ -174,7 +174,7 @@ def test_memory_may_be_written_in_every_usual_form(tiny_llama: Path, size: str, 
 def test_other_words_for_memory_are_refused(octavo: Octavo, hollow: Path, size: str) -> None:
     done = octavo("plan", "--model", hollow, f"--gpu-memory={size}")
     assert done.code == 2
-    assert "gpu_memory" in done.err
+    assert "--gpu-memory" in done.err
     assert "11GiB" in done.err
 
 
