@@ -139,7 +139,13 @@ def test_a_share_of_documents_is_exact_and_said(tmp_path: Path, tokenizer: Any) 
     assert found.test is not None
     assert (found.train.ledger.documents, found.test.ledger.documents) == (24, 6)
     assert "Held out: 6 of 30 documents" in found.said
+    assert "asks for" not in found.said
     assert found.overlap["held_out"] == "a share of the documents"
+    copied = write(tmp_path / "copied", a_jsonl=lines + lines.splitlines(keepends=True)[0] * 30)
+    found = Outcome(tmp_path, tokenizer, data=[str(copied)], test_fraction=0.6)
+    assert found.test is not None
+    assert (found.train.ledger.documents, found.test.ledger.documents) == (31, 29)
+    assert "--test-fraction 0.6 asks for 36 documents. Copies of one text stay on one side" in found.said
 
 
 @pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a b c d e f"}, {"text": "a"}])

@@ -89,6 +89,12 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return _tail(encoded(learned), data.test_fraction, tokenizer, report)
     kept, rest = holdout.split(learned.documents, fraction=data.test_fraction, seed=seed)
     report.say(f"Held out: {len(rest):,} of {len(learned.documents):,} documents, drawn by their content and the seed.")
+    asked = max(1, round(data.test_fraction * len(learned.documents)))
+    if abs(len(rest) - asked) > 1:
+        report.warn(
+            f"--test-fraction {data.test_fraction:g} asks for {asked:,} documents. Copies of one text stay on one side, "
+            "so that no text is both learned and measured."
+        )
     return _Sides(encoded(replace(learned, documents=kept)), part(rest), None, "a share of the documents")
 
 
