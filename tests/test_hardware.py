@@ -36,6 +36,7 @@ def fake_cuda(
 def fake_cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "read_cpu", lambda: ("Test CPU", frozenset(flags)))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16"])
@@ -44,6 +45,17 @@ def test_auto_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.Mon
     chosen = hardware.pick()
     assert (chosen.device, chosen.dtype, chosen.name) == (torch.device("cpu"), torch.bfloat16, "Test CPU")
     assert flag in chosen.reason
+
+
+def test_auto_takes_float32_where_pytorch_may_not_use_the_cpus_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cpu(monkeypatch, "amx_bf16")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    found = hardware.pick("cpu")
+    assert found.dtype == torch.float32
+    assert "ATEN_CPU_CAPABILITY" in found.reason
+    fake_cpu(monkeypatch, "bf16")  # of an Arm CPU, whose kernels are the default ones
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert hardware.pick("cpu").dtype == torch.bfloat16
 
 
 def test_auto_takes_float32_on_any_other_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Words of /proc/cpuinfo that stand for matrix instructions on bfloat16: two of x86, one of Arm.
-BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+X86_FLAGS = ("amx_bf16", "avx512_bf16")
+BFLOAT16_FLAGS = (*X86_FLAGS, "bf16")
 
 
 # CUDA's compute capability: RTX 30 and A100; RTX 40, L4, H100 and newer.
@@ -111,6 +112,9 @@ def _pick_cpu(dtype: str, *, asked: bool) -> Hardware:
     name, flags = read_cpu()
     flag = next((flag for flag in BFLOAT16_FLAGS if flag in flags), None)
     able = f"this CPU multiplies bfloat16 ({flag})" if flag else "this CPU has no bfloat16 instructions"
+    if flag in X86_FLAGS and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        # oneDNN would use the instructions; PyTorch's attention asks it to, and then lacks its own part.
+        flag, able = None, "PyTorch is kept from using this CPU's vector instructions (ATEN_CPU_CAPABILITY)"
     chosen = dtype if dtype != "auto" else "bfloat16" if flag else "float32"
     if dtype == "auto":
         why = able

@@ -92,8 +92,8 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
     asked = max(1, round(data.test_fraction * len(learned.documents)))
     if abs(len(rest) - asked) > 1:
         report.warn(
-            f"--test-fraction {data.test_fraction:g} asks for {asked:,} documents. Copies of one text stay on one side, "
-            "so that no text is both learned and measured."
+            f"--test-fraction {data.test_fraction:g} asks for {asked:,} documents. Copies of one text stay on one "
+            "side, so that no text is both learned and measured."
         )
     return _Sides(encoded(replace(learned, documents=kept)), part(rest), None, "a share of the documents")
 
