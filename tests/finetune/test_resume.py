@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -369,7 +370,7 @@ def test_a_run_goes_on_on_another_day_though_its_template_writes_the_date(
             return cls(2024, 2, 29)
 
     with monkeypatch.context() as patch:
-        patch.setattr("octavo.finetune.date", Yesterday)
+        patch.setattr(import_module("octavo.finetune.prepare"), "date", Yesterday)
         talks = {"model": str(model), "data": [str(tmp_path / "talks.jsonl")], "test_fraction": 0.0, "test_data": []}
         tune(tmp_path / "run", **talks, steps=2, stop_after=1)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["template_date"] == "2024-02-29"

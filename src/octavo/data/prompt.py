@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+def writes_date(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a chat template asks for the time."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 @name_panics("The tokenizer")
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The ids of a text to continue; strings of control tokens in it stay text. ModelError if the tokenizer fails."""

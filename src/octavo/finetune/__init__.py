@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import signal
-from datetime import date
 from typing import Any
 
 from octavo import page
-from octavo.config import Config, RunOptions, TextOptions, TrainOptions
+from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.errors import StoppedError, TrainingError
 from octavo.finetune.compute import settle
@@ -49,8 +48,6 @@ def finetune(
     `results`: the closing table goes to stdout. `compare_full` measures the unquantised base too. Raises the errors of
     errors.py, and StopRequest for a signal outside of the loop; whatever happens, the newest checkpoint is whole.
     """
-    if config[TextOptions].template_date is None:  # else a run could not go on on another day
-        config = config.replace(template_date=date.today().isoformat())
     with stop_signals() as signals:
         try:
             with (

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from datetime import date
 
 from octavo.config import (
     Config,
     LoraOptions,
     MemoryOptions,
     ModelOptions,
+    TextOptions,
     TrainOptions,
 )
 from octavo.data.loader import batches_per_epoch
+from octavo.data.prompt import writes_date
 from octavo.finetune.sides import read_sides
 from octavo.finetune.state import Found, Run, fingerprint_of
 from octavo.hardware import Hardware
@@ -32,6 +35,9 @@ def prepare(config: Config, report: Report) -> Run:
     hardware, source = opened(asked, report)
     choose_road(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
+    if config[TextOptions].template_date is None and writes_date(tokenizer):
+        # Else the run could not go on on another day: its texts would be others.
+        config = config.replace(template_date=date.today().isoformat())
     text, held_out = read_sides(config, tokenizer, report)
     fitting = fit(config, source, scheme, hardware)
     base_sha256 = fingerprint_of(source, report)
