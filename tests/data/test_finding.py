@@ -117,6 +117,13 @@ def test_a_named_link_that_leads_nowhere_is_named_so(tmp_path: Path) -> None:
         find_files([str(tmp_path / "a.txt")], SUFFIXES)
 
 
+def test_a_glob_that_gives_folders_and_what_is_below_them_reads_each_file_once(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.txt"), write(tmp_path / "sub" / "b.txt")]
+    found = find_files([str(tmp_path / "**")], SUFFIXES)
+    assert found.files == files
+    assert not found.not_read
+
+
 def test_kinds_are_counted_in_words() -> None:
     assert counted({".pdf": 1, ".docx": 2, "linked folder": 1}) == "2 .docx, 1 .pdf, 1 linked folder"
     assert counted({"link that leads out of the folder": 3}) == "3 links that lead out of the folder"

@@ -45,7 +45,8 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
             _nothing_there(name)
         matches = [match for match in matches if match not in broken]
         not_read: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
-        files = [file for match in matches for file in _below(Path(match), suffixes, not_read)]
+        # `**` gives a folder and all that is below it.
+        files = list(dict.fromkeys(file for match in matches for file in _below(Path(match), suffixes, not_read)))
         found.not_read += not_read
         if not files:
             _nothing_to_read(given, suffixes, not_read)
