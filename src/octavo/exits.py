@@ -41,10 +41,10 @@ def exit_with(error: BaseException | None, *, as_json: bool) -> NoReturn:
         sys.exit(error.code)
     if hasattr(error, "show") and hasattr(error, "format_message"):  # the command line's own, about flags
         shown: Any = error
-        usage, hint = _usage(shown)
-        if not shown.format_message():  # of a bare `octavo`, whose help is printed
+        if not (message := shown.format_message()):  # of a bare `octavo`, whose help is printed
             sys.exit(shown.exit_code)
-        _fail("UsageError", shown.format_message(), hint, shown.exit_code, as_json=as_json, before=usage)
+        usage, hint = _usage(shown)
+        _fail("UsageError", message, hint, shown.exit_code, as_json=as_json, before=usage)
     if (known := explained(error)) is not None:
         _fail(type(known).__name__, known.message, known.hint, known.exit_code, as_json=as_json)
     if (code := getattr(error, "exit_code", None)) is not None:

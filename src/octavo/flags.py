@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from octavo.config import Config, RunOptions, Section, fields
+from octavo.config.section import flag_of
 from octavo.config.settings import read_settings
 from octavo.errors import UsageError
 from octavo.exits import EXIT_CODES
@@ -78,7 +79,7 @@ def _signature(
     for name in [*usual, *(name for name in known if name not in usual)]:
         field = known[name]
         option = typer.Option(
-            f"--{_flag(name)}" + (f"/--no-{_flag(name)}" if field.annotation is bool else ""),
+            flag_of(name) + (f"/{flag_of(f'no_{name}')}" if field.annotation is bool else ""),
             help=_help(field, defaults.get(name, field.default)),
             show_default=False,
             rich_help_panel=None if name in usual else panels[name],
@@ -102,10 +103,6 @@ def _signature(
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _flag_type(field: FieldInfo) -> Any:

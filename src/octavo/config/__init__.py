@@ -36,7 +36,7 @@ from octavo.config.options import (
     TrainingData,
     TrainOptions,
 )
-from octavo.config.section import Section, fields, size_in_bytes
+from octavo.config.section import Section, fields, flag_of, size_in_bytes
 from octavo.config.settings import read_settings
 from octavo.errors import UsageError
 
@@ -150,7 +150,7 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
 
 def _name(key: object, flags: Mapping[str, Any]) -> object:
     """An option as it was given: `--seq-len`, or `seq_len` in a file."""
-    return f"--{str(key).replace('_', '-')}" if key in flags else key
+    return flag_of(str(key)) if key in flags else key
 
 
 def _problem(key: object, message: str, value: object) -> str:

@@ -78,6 +78,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+def flag_of(name: str) -> str:
+    """The flag of an option, as --seq-len of seq_len."""
+    return f"--{name.replace('_', '-')}"
+
+
 def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:
     """Every option of some sections, in order."""
     for kind in kinds:

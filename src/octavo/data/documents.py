@@ -149,7 +149,7 @@ def _document(entry: Entry, source: str, columns: Mapping[str, str], unused: Cou
 def skip(error: DataError, n_bytes: int) -> Skipped:
     """What is counted in the place of what `error` says cannot be used."""
     where = f"{error.source}:{error.line}: " if error.line else f"{error.source}: "
-    hint = f" {error.hint}" if "--columns" in error.hint else ""  # which skips no more
+    hint = f" {error.hint}" if "--columns" in error.hint else ""  # a flag with which the record is read
     return Skipped(error.source, error.line, error.message.removeprefix(where) + hint, n_bytes)
 
 

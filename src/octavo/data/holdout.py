@@ -49,6 +49,11 @@ def copies(documents: Sequence[Document], of: Sequence[Document]) -> list[int]:
     return [number for number, document in enumerate(documents) if digest(document) in known]
 
 
+def share_of(count: int, fraction: float) -> int:
+    """How many of `count` documents a fraction above 0 is: at least one on either side."""
+    return min(max(1, round(fraction * count)), count - 1)
+
+
 def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """A training and a test side; `fraction` of the documents are test, exact to one document.
 
@@ -70,7 +75,7 @@ def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple
             hint="Give other text with --test-data, or hold nothing out with --test-fraction 0.",
         )
     ordered = sorted(groups, key=lambda content: hashlib.blake2b(b"%d\0" % seed + content).digest())
-    wanted = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    wanted = share_of(len(documents), fraction)
     test: set[int] = set()
     taken = 0
     for content in ordered:

@@ -98,8 +98,8 @@ def tools_of(record: Record) -> str:
         tools = [tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise record.error(f"field `{name}` must be a list of objects, one a tool.")
-    told = _json([tool if "function" in tool else _wrapped(tool) for tool in map(dict, tools)])
-    return record.string(told, name)  # half a character is no text
+    listed = _json([tool if "function" in tool else _wrapped(tool) for tool in map(dict, tools)])
+    return record.string(listed, name)  # half a character is no text
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:

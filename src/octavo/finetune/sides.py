@@ -89,7 +89,7 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return _tail(encoded(learned), data.test_fraction, tokenizer, report)
     kept, rest = holdout.split(learned.documents, fraction=data.test_fraction, seed=seed)
     report.say(f"Held out: {len(rest):,} of {len(learned.documents):,} documents, drawn by their content and the seed.")
-    asked = max(1, round(data.test_fraction * len(learned.documents)))
+    asked = holdout.share_of(len(learned.documents), data.test_fraction)
     if abs(len(rest) - asked) > 1:
         report.warn(
             f"--test-fraction {data.test_fraction:g} asks for {asked:,} documents. Copies of one text stay on one "

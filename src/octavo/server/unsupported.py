@@ -321,7 +321,6 @@ def describe_fields(components: dict[str, Any]) -> None:
         refused = {
             name: {"enum": [None, *neutral], "description": why, REFUSED_MARK: True}
             for name, (neutral, why) in rules.refused.items()
-            if name not in schema["properties"]
         }
         schema["properties"] = {**schema["properties"], **refused}
         if rules.closed:
