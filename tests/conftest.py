@@ -40,8 +40,10 @@ os.environ.update(
     no_proxy="*",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell that starts the tests in the background has them ignore Ctrl-C, and every process below them.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and nohup has them ignore SIGHUP, as every
+# process below them would.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if find_spec("hypothesis") is not None:  # tests/gpu do without
     from hypothesis import settings
     from hypothesis.internal.conjecture import providers

@@ -17,8 +17,10 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Which columns may be empty: what only a card has, what nobody asked for.
 OPTIONAL = {"seconds", "device_used_gib", "pinned_gib", "cap_gib", "commit", "note"}
-# Gradients of 4-bit weights are those of other weights; all else rounds at 8 bits or more.
+# Gradients of 4-bit weights are those of other weights, and so is their loss, by as much as octavo's own nf4 differs
+# from the reference; all else rounds at 8 bits or more.
 COSINES = {"peft-bf16": 0.999, "peft-bf16-sdpa": 0.999, "peft-int8": 0.999, "article": 0.998, "peft-nf4": 0.95}
+LOSS_GAPS = dict.fromkeys(COSINES, 2e-3) | {"peft-nf4": 1e-2}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +58,7 @@ def test_a_peer_has_the_references_loss_and_gradients_and_fills_its_row(
     row = measure.measured(setting(measure, way, model, reference=references[model]))
     assert row["note"] == ""
     assert row["cosine_min"] > COSINES[way]
-    assert abs(row["loss_gap"]) < 2e-3
+    assert abs(row["loss_gap"]) < LOSS_GAPS[way]
     table = import_module("table")
     table.append(tmp_path / "results.csv", row)
     with (tmp_path / "results.csv").open(newline="") as file:
