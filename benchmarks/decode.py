@@ -1,7 +1,7 @@
 """Generation on one device, octavo beside its peers in one run: `python benchmarks/decode.py [--batches 1,8,32,64]`.
 
 Each way holds the same random weights (shapes.py) and continues prompts of random tokens, greedily, so many of them at
-once. octavo runs as it serves: the engine of infer/batching.py with its queue, its text and its slots; `--adapters`
+once. octavo runs as it serves: the engine of infer/engine.py with its queue, its text and its slots; `--adapters`
 puts so many adapters on it, one for each request in turn. The peers are transformers' `generate` on transformers' and
 bitsandbytes' layers. `tokens_per_s` counts the tokens after the first one of every request, over the time from the
 last first token to the end; `first_s` is how long all prompts took. Rows are appended to `decode.csv` with card,
@@ -27,14 +27,14 @@ from transformers import PreTrainedTokenizerFast
 
 import peers
 from measure import PACKAGES, version_of
+from octavo.adapters import AdapterPlan, create_, save, trained
 from octavo.hardware import Hardware, pick
-from octavo.infer.batching import Engine
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
-from octavo.store.adapter import AdapterPlan, create_, save, trained
 from octavo_way import random_model
 from shapes import MODELS, RANK, shapes
 from table import append
@@ -106,12 +106,12 @@ def octavo_rows(
     names: list[str | None] = list(adapters) or [None]
     for batch in batches(asked):
         limits = Limits(
-            slots=batch, room=asked.room, chunk=4 * asked.prompt, queue=batch, deterministic=asked.deterministic
+            slots=batch, max_len=asked.max_len, chunk=4 * asked.prompt, queue=batch, deterministic=asked.deterministic
         )
         engine = Engine(model, tokenizer, base="base", limits=limits)
         for name, own in adapters.items():
             engine.load_adapter(name, own)
-        for piece in engine.preparations():
+        for piece in engine.warmup_tasks():
             piece()
         sampling = Sampling(temperature=0.0, max_new_tokens=asked.tokens)
         figures: Row = {}

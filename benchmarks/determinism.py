@@ -23,12 +23,12 @@ from transformers import PreTrainedTokenizerFast
 from decode import numbers, saved_adapters
 from measure import PACKAGES, version_of
 from octavo.hardware import Hardware, pick
-from octavo.infer.batching import Engine
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
-from octavo.store.opening import open_source
+from octavo.store.resolve import open_source
 from octavo.store.weights import load
 from octavo_way import random_model
 from shapes import MODELS, shapes
@@ -141,7 +141,7 @@ def asking(
     """(number of the request, tokens of its answer) of one pass, through an engine of its own."""
     limits = Limits(
         slots=way.slots,
-        room=asked.longest + asked.tokens,
+        max_len=asked.longest + asked.tokens,
         chunk=way.chunk,
         queue=len(requests),
         deterministic=asked.deterministic,
@@ -149,7 +149,7 @@ def asking(
     engine = Engine(model, tokenizer, base="base", limits=limits)
     for name, folder in adapters.items():
         engine.load_adapter(name, folder)
-    for piece in engine.preparations():
+    for piece in engine.warmup_tasks():
         piece()
     draw = random.Random(f"{asked.seed} {way.name}")
     order = list(range(len(requests)))

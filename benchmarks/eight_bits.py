@@ -91,7 +91,7 @@ def make_model(folder: Path, steps: int) -> None:
 
 
 def compare(asked: argparse.Namespace) -> None:
-    """Two runs that differ in --compute alone."""
+    """Two runs that differ in --matmul alone."""
     losses: dict[str, list[float]] = {}
     for compute in ("exact", "8bit"):
         out = asked.out / compute
@@ -102,7 +102,7 @@ def compare(asked: argparse.Namespace) -> None:
             "--test-data", str(PLAYS / "test"), "--seq-len", str(LENGTH), "--batch", str(asked.batch),
             "--steps", str(asked.steps), "--eval-every", str(max(1, asked.steps // 3)), "--lr", str(asked.lr),
             "--rank", "8", "--alpha", "16", "--eval-rows", "96", "--checkpoint-every", "0", "--sample-tokens", "1",
-            "--keep", "last", "--compute", compute, *asked.extra,
+            "--keep", "last", "--matmul", compute, *asked.extra,
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

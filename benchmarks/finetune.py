@@ -99,7 +99,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--budget-s", type=float, default=float("inf"), help="seconds for all rows: those that do not fit are left out")
     add("--alloc", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF, the same for all")
     add("--no-prefetch", action="store_true", help="import the next row's libraries only when its turn has come")
-    add("--out", type=Path, default=table.RESULTS)
+    add("--out", type=Path, default=table.META_RESULTS)
     add("--commit", help="what to note as octavo's commit; default: what git says")
     add("--job", choices=["article"], help="the article's own job, from files to a saved adapter")
     add("--model-dir", type=Path)

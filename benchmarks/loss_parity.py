@@ -17,17 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from octavo import adapters
 from octavo.data import documents, packing, tokens
 from octavo.data.loader import Batch, batches
+from octavo.fused.branch import Save
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.ops.branch import Keep
 from octavo.ops.quantize import scheme_named
-from octavo.store import adapter, peft
+from octavo.store import peft
 from octavo.store.builtin import open_smollm2
 from octavo.store.weights import load
 from octavo.train.loop import Trainer, train
-from octavo.train.micro import Launched
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+from octavo.train.step import EagerStep
 
 PLAYS = Path(__file__).parents[1] / "src" / "octavo" / "shakespeare" / "train"
 RANK, ALPHA, LEARNING_RATE, TOLERANCE = 8, 16.0, 1e-3, 0.01
@@ -48,16 +49,16 @@ def main() -> None:
 
     model = load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
     spec = LoraSpec(RANK, ALPHA)
-    adapter.create_(model, adapter.AdapterPlan(spec), seed=0)
-    start = peft.tensors_of(adapter.collect(model, spec))
-    parameters = adapter.trained(model)
+    adapters.create_(model, adapters.AdapterPlan(spec), seed=0)
+    start = peft.tensors_of(adapters.collect(model, spec))
+    parameters = adapters.trained(model)
     trainer = Trainer(
         model,
         parameters,
         Adam(flatten_(parameters), OptimizerSettings("adamw")),
         Schedule(LEARNING_RATE, asked.steps, kind="constant"),
         LossScaler(torch.float32),
-        Launched(model, Keep.INPUT),
+        EagerStep(model, Save.INPUT),
         seed=0,
     )
     ours = [step.loss for step in train(trainer, iter(chosen))]

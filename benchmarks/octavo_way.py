@@ -8,20 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from octavo.adapters import AdapterPlan, create_, trained
 from octavo.data.loader import Batch
+from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import free_memory_bytes, peak, pick
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Model
-from octavo.ops.loss import IGNORE
 from octavo.ops.quantize import scheme_named
-from octavo.store.adapter import AdapterPlan, create_, trained
 from octavo.store.contents import items_of
 from octavo.store.weights import allocated, put_rows_, row_blocks
-from octavo.train.compute import compute_in_eight_
 from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import Plan, Planner
-from octavo.train.micro import Fitted
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+from octavo.train.precision import set_precision_
+from octavo.train.step import PlannedStep
 from shapes import ALPHA, RANK, lora, shapes, weight
 
 ADAPTER = AdapterPlan(LoraSpec(RANK, ALPHA))
@@ -51,11 +51,11 @@ def build(
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
     if device.type == "cuda" and "card" not in more:
         planner.offloads = (False, True)
-    compute_in_eight_(planner.model, wanted=compute == "8bit")
+    set_precision_(planner.model, wanted=compute == "8bit")
     plan = planner.best(budget) or planner.least()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
-    compute_in_eight_(model, wanted=compute == "8bit")
+    set_precision_(model, wanted=compute == "8bit")
     return Way(model, plan, planner)
 
 
@@ -65,7 +65,7 @@ class Way:
     def __init__(self, model: Model, plan: Plan, planner: Planner) -> None:
         parameters = trained(model)
         self.plan = plan
-        self.micro_step = Fitted(
+        self.micro_step = PlannedStep(
             model,
             plan,
             record=model.embed.matrix.parts["weight"].is_cuda,
@@ -147,7 +147,7 @@ def with_adapters_(model: Model, *, seed: int, zero_b: bool = False) -> None:
 def make_batch(ids: Tensor) -> Batch:
     """Rows of one document each: every token but the first is predicted."""
     ids = ids.cpu()
-    labels = torch.full_like(ids, IGNORE)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     trained_tokens = labels.numel() - len(labels)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.ops.branch import Keep
+from octavo.fused.branch import Save
 from octavo_way import Way, planner_of, random_model, with_adapters_
 from shapes import batch_ids
 
@@ -86,7 +86,7 @@ def measured(model: str, scheme: str, batch: int, seq_len: int, budget: float | 
     peak = torch.cuda.max_memory_reserved()
     seconds = way.last.seconds
     way.micro_step.release()
-    levels = {level.name.lower(): plan.keep.count(level) for level in Keep}
+    levels = {level.name.lower(): plan.keep.count(level) for level in Save}
     return {
         "model": model, "scheme": scheme, "batch": batch, "seq_len": seq_len, "budget_gib": budget or "",
         "rows": plan.rows, **levels,

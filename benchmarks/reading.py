@@ -19,7 +19,7 @@ from measure import PACKAGES, version_of
 from octavo.data.documents import read
 from octavo.data.tokens import characters, encode_all
 from octavo.hardware import pick
-from octavo.store.opening import open_source
+from octavo.store.resolve import open_source
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 

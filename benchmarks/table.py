@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results.csv"
+META_RESULTS = ROOT / "benchmarks" / "results.csv"
 MARKER = "<!-- benchmark table -->"
 COLUMNS = (
     "date", "way", "model", "scheme", "batch", "seq_len", "tokens_per_second", "p10", "p90", "seconds",
@@ -38,7 +38,7 @@ Row = Mapping[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=META_RESULTS)
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     asked = parser.parse_args()
     rows = read(asked.results)

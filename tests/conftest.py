@@ -148,7 +148,7 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
         for name, parameter in theirs.named_parameters():
             is_norm = parameter.ndim == 1 and name.endswith("weight")
             torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
-        folder = tmp_path_factory.mktemp("twins")
+        folder = tmp_path_factory.mktemp("kernels")
         theirs.save_pretrained(folder)
         source = FolderSource(folder)
         return theirs, load(source, scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
@@ -286,43 +286,43 @@ def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A random adapter of the tiny Llama, strong enough to change what it says and how well it predicts."""
     import torch
 
-    from octavo import run
+    from octavo import adapters
+    from octavo.commands import loading
     from octavo.hardware import Hardware
     from octavo.layers.lora import LoraSpec
     from octavo.ops.quantize import scheme_named
-    from octavo.report import Report
-    from octavo.store import adapter
+    from octavo.reporting import Report
     from octavo.store.sources import FolderSource, fingerprint
 
     source, folder = FolderSource(tiny_llama), tmp_path_factory.mktemp("adapter") / "adapter"
     hardware = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
     with Report(console=False) as report:
-        model = run.load_model(source, scheme_named("none"), hardware, report)
-    plan = adapter.AdapterPlan(LoraSpec(2, 4.0))
-    adapter.create_(model, plan, seed=0)
+        model = loading.load_model(source, scheme_named("none"), hardware, report)
+    plan = adapters.AdapterPlan(LoraSpec(2, 4.0))
+    adapters.create_(model, plan, seed=0)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapter.trained(model).items():
+    for name, parameter in adapters.trained(model).items():
         if name.endswith("lora_B"):
             parameter.data.normal_(generator=generator)
     origin = {"base": {"sha256": fingerprint(source)}}
-    adapter.save(folder, model, plan, base=str(tiny_llama), origin=origin, card="")
+    adapters.save(folder, model, plan, base=str(tiny_llama), origin=origin, card="")
     return folder
 
 
 @pytest.fixture
 def loaded_models(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Weak references to what `octavo evaluate` loads. All that came before is gone then: two may not fit in memory."""
-    from octavo import run, scores
+    from octavo.commands import evaluate, loading
 
     loaded: list[Any] = []
 
     def load_model(*arguments: Any) -> Any:
         assert [reference() for reference in loaded] == [None] * len(loaded)
-        model = run.load_model(*arguments)
+        model = loading.load_model(*arguments)
         loaded.append(ref(model))
         return model
 
-    monkeypatch.setattr(scores, "load_model", load_model)
+    monkeypatch.setattr(evaluate, "load_model", load_model)
     return loaded
 
 
@@ -399,7 +399,7 @@ def _freeze_in_8_bits_with_adapters_(model: Any, rank: int = 5) -> None:
     from bitsandbytes import functional as bnb
     from torch import nn
 
-    class Frozen(nn.Module):
+    class LinearSpec(nn.Module):
         def __init__(self, weight: Tensor, bias: nn.Parameter | None, adapter: nn.Sequential) -> None:
             super().__init__()
             codes, state = bnb.quantize_blockwise(weight, code=bnb.create_dynamic_map(), blocksize=4096)
@@ -412,12 +412,12 @@ def _freeze_in_8_bits_with_adapters_(model: Any, rank: int = 5) -> None:
             table: Tensor = bnb.dequantize_blockwise(self.weight, state)
             return table
 
-    class FrozenLinear(Frozen):
+    class FrozenLinear(LinearSpec):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = F.linear(x, self.read(), self.bias) + self.adapter(x)
             return y
 
-    class FrozenEmbedding(Frozen):
+    class FrozenEmbedding(LinearSpec):
         def forward(self, ids: Tensor) -> Tensor:
             y: Tensor = F.embedding(ids, self.read()) + self.adapter(ids)
             return y

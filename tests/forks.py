@@ -32,8 +32,8 @@ import gc, json, os, signal, socket, sys
 # transformers imports it where it is, as lm-eval's requirement, and with it pandas, pyarrow and a thread of theirs.
 sys.modules["sklearn"] = None
 import pytest, starlette.testclient, torch, transformers.models.auto.tokenization_auto
-import octavo.cli, octavo.finetune, octavo.run, octavo.server.app, octavo.server.process, octavo.server.serve
-import octavo.speak
+import octavo.cli, octavo.commands.finetune, octavo.commands.loading, octavo.commands.generate
+import octavo.server.app, octavo.server.process, octavo.server.serve
 
 del sys.modules["sklearn"]
 if os.path.isdir("/proc/self/task"):

@@ -1,4 +1,4 @@
-"""The plan of the house, checked: who imports whom, how long things get, what `import octavo` costs.
+"""The layout of the code, checked: who imports whom, how long things get, what `import octavo` costs.
 
 All imports count: at the top, inside a function, under TYPE_CHECKING. The plan is in ARCHITECTURE.md; when
 the code shows that the plan is wrong, both change together with the tables here.
@@ -18,107 +18,80 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
-FLOORS = {
+LEVELS = {
     8: ("octavo", "__main__"),
-    7: ("cli", "exits", "flags", "talk", "server", "web"),
-    6: ("config", "texts", "run", "speak", "scores", "plan", "finetune", "convert", "harness"),
-    5: ("train", "infer", "evaluate", "objective", "page"),
-    4: ("store",),
+    7: ("cli", "exits", "flags", "server", "web"),
+    6: ("config", "commands", "harness"),
+    5: ("train", "infer", "metrics", "objective", "html_report"),
+    4: ("store", "adapters"),
     3: ("models",),
-    2: ("layers",),
-    1: ("ops", "kernels", "data"),
+    2: ("layers", "fused"),
+    1: ("ops", "kernels", "runtime", "data"),
     0: (
         "errors",
         "atomic",
         "bounded_json",
         "failures",
         "hardware",
-        "metrics",
-        "report",
+        "metrics_file",
+        "reporting",
         "stopping",
         "streams",
         "system",
         "_version",
     ),
 }
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+LEVEL_OF = {package: level for level, packages in LEVELS.items() for package in packages}
 
-# Arrows that stay on their floor. Every other one is a fault, train <-> infer above all.
+# Imports within a level. Every other one is an error, train <-> infer above all.
 SIDEWAYS = {
     ("hardware", "errors"),
     ("hardware", "system"),
-    ("report", "errors"),
-    ("report", "streams"),
-    ("report", "metrics"),
-    ("metrics", "atomic"),
-    ("metrics", "errors"),
-    ("metrics", "failures"),
+    ("reporting", "errors"),
+    ("reporting", "streams"),
+    ("reporting", "metrics_file"),
+    ("reporting", "bounded_json"),
+    ("metrics_file", "atomic"),
+    ("metrics_file", "errors"),
+    ("metrics_file", "failures"),
     ("atomic", "system"),
     ("failures", "errors"),
     ("bounded_json", "errors"),
-    ("report", "bounded_json"),
-    ("ops", "kernels"),
-    ("kernels", "ops"),  # the constants of their definitions
+    ("ops", "runtime"),
+    ("runtime", "kernels"),
+    ("kernels", "ops"),  # the constants of their references
+    ("kernels", "runtime"),
+    ("layers", "fused"),
+    ("adapters", "store"),
+    ("store", "adapters"),
     ("train", "objective"),
-    ("evaluate", "objective"),
-    ("texts", "config"),
-    ("run", "config"),
-    ("speak", "config"),
-    ("speak", "run"),
-    ("run", "texts"),
-    ("scores", "config"),
-    ("scores", "texts"),
-    ("scores", "run"),
-    ("scores", "speak"),
-    ("scores", "harness"),
+    ("metrics", "objective"),
+    ("commands", "config"),
+    ("commands", "harness"),
     ("harness", "config"),
-    ("harness", "speak"),
-    ("finetune", "config"),
-    ("finetune", "texts"),
-    ("finetune", "run"),
-    ("finetune", "scores"),
-    ("convert", "config"),
-    ("plan", "config"),
-    ("plan", "run"),
-    ("finetune", "plan"),
+    ("harness", "commands"),
     ("cli", "exits"),
     ("flags", "exits"),
     ("cli", "flags"),
-    ("cli", "talk"),
     ("cli", "server"),
     ("server", "web"),
     ("__main__", "octavo"),
 }
 
-# Who alone may import a room, and what alone a room may import. Narrower than the floors say.
+# Who alone may import a package, and what alone a package may import. Narrower than the levels say.
 ONLY_IMPORTED_BY = {
-    "config": {
-        "cli",
-        "flags",
-        "talk",
-        "server",
-        "texts",
-        "run",
-        "speak",
-        "scores",
-        "plan",
-        "finetune",
-        "convert",
-        "harness",
-    },
-    "kernels": {"ops"},
+    "config": {"cli", "flags", "server", "commands", "harness"},
+    "kernels": {"ops", "runtime"},
 }
-_COMMANDS = {"run", "speak", "scores", "plan", "finetune", "convert", "texts"}
 ONLY_IMPORTS = {
     "cli": {
-        *_COMMANDS,
+        "commands",
         "config",
         "exits",
         "flags",
-        "talk",
         "errors",
         "failures",
-        "report",
+        "reporting",
         "server",
         "stopping",
         "streams",
@@ -155,7 +128,7 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
@@ -200,18 +173,18 @@ def _deepest(name: str, known: dict[str, Path]) -> str:
 
 def fault(arrow: Arrow) -> str:
     """What is wrong with an arrow, or ""."""
-    source, target = room(arrow.source), room(arrow.target)
+    source, target = package_of(arrow.source), package_of(arrow.target)
     for name in (source, target):
-        if name not in FLOOR_OF:
-            return f"{arrow}: {name} stands on no floor: give it one in FLOORS"
+        if name not in LEVEL_OF:
+            return f"{arrow}: {name} is on no level: give it one in LEVELS"
     if any(arrow.target == name or arrow.target.startswith(f"{name}.") for name in UNKNOWN_TO.get(source, ())):
-        return f"{arrow}: {source} knows nothing of {arrow.target}"
+        return f"{arrow}: {source} must not import {arrow.target}"
     if source == target:
         return ""
-    if FLOOR_OF[source] < FLOOR_OF[target]:
-        return f"{arrow}: runs up, from floor {FLOOR_OF[source]} to floor {FLOOR_OF[target]}"
-    if FLOOR_OF[source] == FLOOR_OF[target] and (source, target) not in SIDEWAYS:
-        return f"{arrow}: runs sideways on floor {FLOOR_OF[source]}"
+    if LEVEL_OF[source] < LEVEL_OF[target]:
+        return f"{arrow}: imports upward, from level {LEVEL_OF[source]} to level {LEVEL_OF[target]}"
+    if LEVEL_OF[source] == LEVEL_OF[target] and (source, target) not in SIDEWAYS:
+        return f"{arrow}: imports sideways on level {LEVEL_OF[source]}"
     if source not in ONLY_IMPORTED_BY.get(target, {source}):
         return f"{arrow}: {target} is only for {sorted(ONLY_IMPORTED_BY[target])}"
     if target not in ONLY_IMPORTS.get(source, {target}):
@@ -251,13 +224,13 @@ def too_long(package: Path) -> list[str]:
     return found
 
 
-def test_every_import_runs_down() -> None:
+def test_every_import_goes_down() -> None:
     assert arrows(PACKAGE)
     assert faults(PACKAGE) == []
 
 
-def test_every_file_stands_on_a_floor() -> None:
-    assert {room(module) for module in modules(PACKAGE)} <= FLOOR_OF.keys()
+def test_every_file_has_a_level() -> None:
+    assert {package_of(module) for module in modules(PACKAGE)} <= LEVEL_OF.keys()
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -268,7 +241,7 @@ def test_functions_and_files_stay_readable() -> None:
     assert too_long(PACKAGE) == []
 
 
-LIGHT = [name for name in ("octavo", "octavo.cli", "octavo.hardware", "octavo.page") if name in modules(PACKAGE)]
+LIGHT = [name for name in ("octavo", "octavo.cli", "octavo.hardware", "octavo.html_report") if name in modules(PACKAGE)]
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -278,15 +251,15 @@ def test_importing_loads_neither_torch_nor_transformers(module: str) -> None:
     assert ran.stdout.split() == []
 
 
-def house(folder: Path, files: dict[str, str]) -> Path:
-    """A package named octavo that holds `files`, path -> text, and an empty file for every other room."""
+def package_with(folder: Path, files: dict[str, str]) -> Path:
+    """A package named octavo that holds `files`, path -> text, and an empty file for every other package."""
     package = folder / "octavo"
     package.mkdir()
     for name, text in files.items():
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).parent.joinpath("__init__.py").touch()
         (package / name).write_text(text)
-    for name in FLOOR_OF.keys() - {"octavo"}:
+    for name in LEVEL_OF.keys() - {"octavo"}:
         if not (package / name).is_dir():
             (package / f"{name}.py").touch()
     return package
@@ -295,34 +268,33 @@ def house(folder: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
-        ("ops/loss.py", "import octavo.layers", "octavo.ops.loss:1 -> octavo.layers: runs up"),
-        ("ops.py", "\nfrom octavo.layers import x", "octavo.ops:2 -> octavo.layers: runs up"),
-        ("errors.py", "from octavo import report", "octavo.errors:1 -> octavo.report: runs sideways"),
-        ("errors.py", "from octavo import __version__", "octavo.errors:1 -> octavo: runs up"),
-        ("train/loop.py", "from ..infer import x", "octavo.train.loop:1 -> octavo.infer: runs sideways"),
-        ("train/__init__.py", "from .. import infer", "octavo.train:1 -> octavo.infer: runs sideways"),
-        ("infer.py", "def f():\n    import octavo.train", "octavo.infer:2 -> octavo.train: runs sideways"),
+        ("ops/loss.py", "import octavo.layers", "octavo.ops.loss:1 -> octavo.layers: imports upward"),
+        ("ops.py", "\nfrom octavo.layers import x", "octavo.ops:2 -> octavo.layers: imports upward"),
+        ("errors.py", "from octavo import reporting", "octavo.errors:1 -> octavo.reporting: imports sideways"),
+        ("errors.py", "from octavo import __version__", "octavo.errors:1 -> octavo: imports upward"),
+        ("train/loop.py", "from ..infer import x", "octavo.train.loop:1 -> octavo.infer: imports sideways"),
+        ("train/__init__.py", "from .. import infer", "octavo.train:1 -> octavo.infer: imports sideways"),
+        ("infer.py", "def f():\n    import octavo.train", "octavo.infer:2 -> octavo.train: imports sideways"),
         (
             "store.py",
-            "if TYPE_CHECKING:\n    from octavo import run",
-            "octavo.store:2 -> octavo.run: runs up",
+            "if TYPE_CHECKING:\n    from octavo import commands",
+            "octavo.store:2 -> octavo.commands: imports upward",
         ),
-        ("data.py", "import_module('octavo.models')", "octavo.data:1 -> octavo.models: runs up"),
+        ("data.py", "import_module('octavo.models')", "octavo.data:1 -> octavo.models: imports upward"),
         (
             "web.py",
             "import octavo.config",
-            "config is only for ['cli', 'convert', 'finetune', 'flags', 'harness', 'plan', "
-            "'run', 'scores', 'server', 'speak', 'talk', 'texts']",
+            "config is only for ['cli', 'commands', 'flags', 'harness', 'server']",
         ),
         ("cli.py", "import octavo.train", "cli imports only"),
-        ("layers.py", "def f():\n    import octavo.kernels", "kernels is only for ['ops']"),
-        ("ops.py", "from octavo.kernels import linear", "imported inside a function"),
-        ("models.py", "import octavo.data", "models knows nothing of octavo.data"),
-        ("helpers.py", "import octavo.errors", "helpers stands on no floor"),
+        ("layers.py", "def f():\n    import octavo.kernels", "kernels is only for ['ops', 'runtime']"),
+        ("runtime.py", "from octavo.kernels import linear", "imported inside a function"),
+        ("models.py", "import octavo.data", "models must not import octavo.data"),
+        ("helpers.py", "import octavo.errors", "helpers is on no level"),
     ],
 )
 def test_a_forbidden_arrow_is_named(tmp_path: Path, file: str, text: str, told: str) -> None:
-    found = faults(house(tmp_path, {file: text}))
+    found = faults(package_with(tmp_path, {file: text}))
     assert len(found) == 1
     assert told in found[0]
 
@@ -330,21 +302,21 @@ def test_a_forbidden_arrow_is_named(tmp_path: Path, file: str, text: str, told: 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("run.py", "import octavo.train, octavo.infer, octavo.config, octavo.errors, torch"),
-        ("ops.py", "def f():\n    from octavo.kernels import linear"),
+        ("commands.py", "import octavo.train, octavo.infer, octavo.config, octavo.errors, torch"),
+        ("runtime.py", "def f():\n    from octavo.kernels import linear"),
         ("train/loop.py", "from octavo.train.optim import x\nfrom .optim import y\nfrom octavo.ops import z"),
-        ("__init__.py", "def f():\n    from octavo.run import finetune"),
-        ("models.py", "from octavo.layers.cache import Cache"),
+        ("__init__.py", "def f():\n    from octavo.commands.loading import finetune"),
+        ("models.py", "from octavo.layers.kv_cache import Cache"),
     ],
 )
 def test_an_arrow_of_the_plan_is_not_a_fault(tmp_path: Path, file: str, text: str) -> None:
-    package = house(tmp_path, {file: text, "train/optim.py": "", "layers/cache.py": ""})
+    package = package_with(tmp_path, {file: text, "train/optim.py": "", "layers/kv_cache.py": ""})
     assert arrows(package)
     assert faults(package) == []
 
 
 def test_a_circle_is_named_even_when_half_of_it_is_lazy(tmp_path: Path) -> None:
-    package = house(
+    package = package_with(
         tmp_path,
         {
             "train/a.py": "from octavo.train import b",
@@ -362,7 +334,7 @@ def test_a_function_and_a_file_one_line_too_long_are_named(tmp_path: Path) -> No
         return "def f():\n" + "    pass\n" * (lines - 1)
 
     fits = {"ops.py": function(LONGEST_FUNCTION), "data.py": "\n" * LONGEST_FILE}
-    assert too_long(house(tmp_path, fits)) == []
+    assert too_long(package_with(tmp_path, fits)) == []
     (tmp_path / "octavo" / "ops.py").write_text(function(LONGEST_FUNCTION + 1))
     (tmp_path / "octavo" / "data.py").write_text("\n" * (LONGEST_FILE + 1))
     assert too_long(tmp_path / "octavo") == [

@@ -25,16 +25,16 @@ Octavo = Callable[..., Any]
 
 COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan", "serve")
 PROMISED = {
-    "finetune": "model data test-data out scheme rank alpha targets seq-len batch accumulate epochs steps lr seed "
+    "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch accumulate epochs steps lr seed "
     "checkpoint-every resume config print-config json",
     "evaluate": "model scheme compare adapter tasks include-path limit fewshot json",
     "generate": "model scheme adapter temperature top-k top-p repetition-penalty stop seed json",
     "chat": "model scheme adapter temperature",
-    "serve": "model scheme host port adapter api-key no-auth origins hosts slots room queue max-prompt-tokens "
+    "serve": "model scheme host port adapter api-key no-auth origins hosts slots max-model-len queue max-prompt-tokens "
     "max-new-tokens request-seconds grace-seconds max-body-bytes json",
     "quantize": "model scheme out json",
     "convert": "model allow-pickle out json",
-    "plan": "model gpu-memory seq-len batch scheme card json",
+    "plan": "model gpu-memory seq-len batch scheme gpu json",
     "data": "model seq-len split-on skip-bad json",
     "demo": "out steps json",
 }
@@ -153,12 +153,22 @@ def test_a_printed_configuration_is_accepted_and_prints_the_same(octavo: Octavo,
 
 
 def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_path: Path) -> None:
-    (file := tmp_path / "settings.yaml").write_text("clip: 2\nrecord: true\nseed: 5\ndata: [a]\n")
+    (file := tmp_path / "settings.yaml").write_text("max_grad_norm: 2\ncuda_graphs: true\nseed: 5\ndata: [a]\n")
     done = octavo(
-        "finetune", "--config", file, "--clip", 0, "--no-record", "--data", "b", "--data", "c", "--print-config"
+        "finetune",
+        "--config",
+        file,
+        "--max-grad-norm",
+        0,
+        "--no-cuda-graphs",
+        "--data",
+        "b",
+        "--data",
+        "c",
+        "--print-config",
     )
     values = yaml.safe_load(done.out)
-    assert (values["clip"], values["record"], values["seed"]) == (0.0, False, 5)
+    assert (values["max_grad_norm"], values["cuda_graphs"], values["seed"]) == (0.0, False, 5)
     assert values["data"] == ["b", "c"]
 
 
@@ -375,7 +385,7 @@ def test_errors_are_json_too(
 def test_what_nobody_expected_is_json_too(
     octavo: Octavo, monkeypatch: pytest.MonkeyPatch, raised: BaseException, kind: Any
 ) -> None:
-    from octavo import convert
+    from octavo.commands import convert
 
     def run(*_: Any) -> None:
         raise raised
@@ -401,9 +411,9 @@ def test_nothing_of_an_argument_reaches_the_terminal_as_a_command(octavo: Octavo
 def test_a_perplexity_that_is_no_number_is_null_and_exit_code_1(
     octavo: Octavo, tiny_llama: Path, plays: Path, monkeypatch: pytest.MonkeyPatch, broken: float
 ) -> None:
-    from octavo import evaluate
+    from octavo import metrics
 
-    monkeypatch.setattr(evaluate, "batch_loss", lambda *_: broken)
+    monkeypatch.setattr(metrics, "batch_loss", lambda *_: broken)
     done = octavo("evaluate", plays / "test", "--model", tiny_llama, "--seq-len", 32, "--no-base", "--json")
     assert done.code == 1
     assert [row["perplexity"] for row in done.json["rows"]] == [None]

@@ -92,7 +92,7 @@ def test_every_way_to_write_a_small_number_is_read(tmp_path: Path, number: str) 
     ("line", "read_as"),
     [
         ("split_on: no", "False"),
-        ("targets: off", "False"),
+        ("lora_targets: off", "False"),
         ("out: yes", "True"),
         ("split_on: 12:30", "750"),
         ("sample_prompt: [12:30]", "750"),
@@ -196,7 +196,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("lr", float("inf")),
         ("schedule", "cosin"),
         ("lr_floor", 1.1),
-        ("clip", -1),
+        ("max_grad_norm", -1),
         ("optimizer", "sgd"),
         ("seed", -1),
         ("seed", 2**63),
@@ -205,10 +205,10 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("keep_checkpoints", 0),
         ("keep", "first"),
         ("stop_after", 0),
-        ("activations", "some"),
+        ("recompute", "some"),
         ("attention", "triton"),
         ("kernels", "perhaps"),
-        ("record", 2),
+        ("cuda_graphs", 2),
         ("gpu_memory", "big"),
         ("gpu_memory", "0GiB"),
         ("gpu_memory", -1),
@@ -265,10 +265,10 @@ def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
 
 def test_by_default_a_run_is_as_fast_as_what_is_there_allows() -> None:
     options = Config.read(cli.FINETUNE, {})[MemoryOptions]
-    assert (options.gpu_memory, options.activations, options.attention) == ("auto", "auto", "auto")
+    assert (options.gpu_memory, options.recompute, options.attention) == ("auto", "auto", "auto")
     assert options.kernels
-    assert options.record
-    assert Config.read(cli.PLAN, {})[PlanOptions].card is None
+    assert options.cuda_graphs
+    assert Config.read(cli.PLAN, {})[PlanOptions].gpu is None
 
 
 def test_a_plan_takes_every_setting_of_a_run_that_memory_depends_on() -> None:
@@ -284,11 +284,11 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 
 def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path) -> None:
-    file = written(tmp_path, "data: a, b.txt\nsample_prompt: Yes, my lord\ntargets: [q_proj, 'v_proj, lm_head']\n")
+    file = written(tmp_path, "data: a, b.txt\nsample_prompt: Yes, my lord\nlora_targets: [q_proj, 'v_proj, lm_head']\n")
     config = Config.read(cli.FINETUNE, {}, file)
     assert config[TrainingData].data == ["a, b.txt"]
     assert config[RunOptions].sample_prompt == ["Yes, my lord"]
-    assert config[LoraOptions].targets == ["q_proj", "v_proj", "lm_head"]
+    assert config[LoraOptions].lora_targets == ["q_proj", "v_proj", "lm_head"]
 
 
 @settings(deadline=None)  # a disk may be slow

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo import cli
+from octavo.commands.data import read_documents, to_text
+from octavo.commands.finetune import finetune
+from octavo.commands.generate import open_speaker
 from octavo.config import Config, TextOptions
 from octavo.errors import UsageError
-from octavo.finetune import finetune
-from octavo.report import Report
-from octavo.speak import open_speaker
+from octavo.reporting import Report
 from octavo.store.tokenizer_files import load_tokenizer
-from octavo.texts import read_documents, to_text
 from octavo.train.optim import LossScaler
 
 Octavo = Callable[..., Any]
@@ -116,10 +116,10 @@ def test_checkpointing_computes_blocks_again_in_training(tune: Tune, tmp_path: P
             products[name] += 1
 
     counts, adapters = [], []
-    for kept in ("all", "input"):
+    for kept in ("none", "full"):
         products.update(dict.fromkeys(products, 0))
         with Watch(count):
-            tune(tmp_path / kept, activations=kept, steps=2, test_data=[], test_fraction=0)
+            tune(tmp_path / kept, recompute=kept, steps=2, test_data=[], test_fraction=0)
         counts.append(sum(products.values()))
         adapters.append(load_file(tmp_path / kept / "adapter" / "adapter_model.safetensors"))
     assert counts[1] >= counts[0] + 2 * 2, "in two steps of two blocks, a product or more in each"
@@ -170,7 +170,7 @@ def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Pat
     (data := tmp_path / "short").mkdir()
     for number in range(8):
         (data / f"{number}.txt").write_text("my lord the duke of york")
-    tune(tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0, steps=60, lr=0.02, targets=EVERY_LAYER)
+    tune(tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0, steps=60, lr=0.02, lora_targets=EVERY_LAYER)
     done = octavo(
         "generate", "my lord", "--model", tiny_gptj, "--adapter", tmp_path / "run" / "adapter", "--temperature", 0,
         "--max-new-tokens", 40, "--json",
@@ -227,10 +227,10 @@ def test_float16_gradients_neither_vanish_nor_overflow_unseen(
     assert answers["float16"]["loss"] == pytest.approx(answers["float32"]["loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("kept", ["all", "input"])
+@pytest.mark.parametrize("kept", ["none", "full"])
 def test_every_adapter_trains_beside_stacked_frozen_layers(tune: Tune, tmp_path: Path, kept: str) -> None:
     """`output += adapter(x)` changed a view in place, which newer versions of PyTorch refuse in training."""
-    tune(tmp_path / "run", targets=EVERY_LAYER, activations=kept, scheme="dynamic8", dropout=0.1)
+    tune(tmp_path / "run", lora_targets=EVERY_LAYER, recompute=kept, scheme="dynamic8", dropout=0.1)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     began_at_zero = [name for name in saved if name.endswith(("lora_B.weight", "lora_embedding_A"))]
     assert len(began_at_zero) == 2 * 6 + 2

@@ -1,117 +1,136 @@
-"""metrics.jsonl holds whole lines, also after a disk that filled up, a kill within a line, and its deletion."""
+"""Perplexity against transformers on the same windows; bits per byte; scoring leaves the model as it was."""
 
 from __future__ import annotations
 
-import os
-import resource
-from pathlib import Path
+import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import GPTJConfig, LlamaConfig
 
-from octavo.errors import UsageError
-from octavo.metrics import MetricsFile
-from octavo.report import Report, read_events
+from octavo import adapters
+from octavo.adapters import AdapterPlan
+from octavo.data.packing import Row, pack
+from octavo.data.tokens import Tokens
+from octavo.layers.lora import LoraSpec
+from octavo.metrics import Score, score
+from octavo.models import Model
 
-
-def lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines()
-
-
-@pytest.mark.parametrize(
-    ("torn", "kept"),
-    [
-        (b'{"a": 1}\n{"b": [{"c": 1}', [b'{"a": 1}']),
-        (b'{"a": 1}\n{"b": {}}', [b'{"a": 1}', b'{"b": {}}']),
-        (b'{"a": 1}\n', [b'{"a": 1}']),
-        (b"{" + b"[" * 100_000, []),
-        (b"", []),
-    ],
-    ids=["torn at a brace", "no line end", "whole", "deep", "empty"],
-)
-def test_a_torn_last_line_is_cut_off(torn: bytes, kept: list[bytes], tmp_path: Path) -> None:
-    (path := tmp_path / "m").write_bytes(torn)
-    file = MetricsFile(path, append=True)
-    file.write(b'{"z": 0}\n')
-    file.close()
-    assert lines(path) == [*kept, b'{"z": 0}']
+VOCABULARY, SEQ_LEN = 61, 24
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+}
+LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
 
 
-def test_what_did_not_fit_is_an_error_once_and_never_written_later(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    file = MetricsFile(path, append=False)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
-    try:
-        with pytest.raises(OSError, match="too large") as caught:
-            file.write(b'{"a": 1}\n')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.filename == str(path)
-    file.close()
-    MetricsFile(path, append=True).close()
-    assert lines(path) == []
+@pytest.fixture(scope="module", params=CONFIGS)
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+    return twins_of(CONFIGS[request.param])
 
 
-@pytest.mark.parametrize("how", ["deleted", "replaced", "folder deleted"])
-def test_a_deleted_file_is_written_anew(how: str, tmp_path: Path) -> None:
-    path = tmp_path / "run" / "m"
-    report = Report(console=False, metrics=path)
-    report.event("first")
-    assert not report.restore()
-    path.unlink()
-    if how == "replaced":
-        path.write_bytes(b"other")
-    elif how == "folder deleted":
-        path.parent.rmdir()
-    report.event("second")
-    assert report.restore()
-    report.event("third")
-    assert not report.restore()
-    report.close()
-    assert [event["event"] for event in read_events(path)[0]] == ["first", "second", "third"]
-    assert os.listdir(path.parent) == ["m"]
+def texts() -> list[Tokens]:
+    """Of very unequal lengths; of some only the second half counts, as of a prompt with its completion."""
+    generator = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate(LENGTHS):
+        ids = generator.integers(0, VOCABULARY, length).astype(np.int32)
+        trained = np.arange(length) >= (length // 2 if number % 3 == 2 else 1)
+        made.append(Tokens(f"f{number}", 1, ids, trained, 3 * length))
+    return made
 
 
-def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "m", tmp_path):
-        with pytest.raises(UsageError, match="cannot write"):
-            MetricsFile(path, append=True)
+def rows() -> list[Row]:
+    return pack(texts(), seq_len=SEQ_LEN, pad_id=0)[0]
 
 
-def test_going_on_forgets_what_is_recorded_once_more(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    with Report(console=False, metrics=path) as report:
-        report.event("hardware")
-        report.event("sample", step=0, which="base")
-        for step in (1, 2, 3):
-            report.event("step", step=step)
-        report.event("heldout", step=3)
-        report.event("sample", step=3, which="training")
-        report.event("sample", step=3, which="tuned")
-        report.event("evaluation", step=3)
-        report.event("memory", step=3)
-        report.event("step", step=4)
-    with Report(console=False, metrics=path, append=True) as report:
-        report.resume_from(3)
-    kept = [(event["event"], event.get("which")) for event in read_events(path)[0]]
-    assert kept == [
-        ("hardware", None),
-        ("sample", "base"),
-        *[("step", None)] * 3,
-        ("heldout", None),
-        ("sample", "training"),
-    ]
-    with Report(console=False, metrics=path, append=True) as report:
-        report.say("said")
-        report.resume_from(-1)
-    assert [event["event"] for event in read_events(path)[0]] == ["say"]
+def scored(model: Model, batch_size: int = 3) -> Score:
+    return score(model, rows(), n_bytes=500, batch_size=batch_size)
 
 
-def test_steps_that_are_not_recorded_are_missed(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    with Report(console=False, metrics=path) as report:
-        report.event("step", step=2)
-        report.resume_from(4)
-    (warning,) = (event for event in read_events(path)[0] if event["event"] == "warn")
-    assert "lacks 3 of the steps 1 to 4" in warning["text"]
+@torch.no_grad()
+def window_losses(theirs: Any) -> list[tuple[float, int]]:
+    """(mean loss, tokens) of each window, as transformers computes it from unshifted labels."""
+    found = []
+    for text in texts():
+        for start in range(0, len(text.ids) - 1, SEQ_LEN):
+            window = slice(start, start + SEQ_LEN + 1)
+            ids = torch.from_numpy(text.ids[window].astype(np.int64))[None]
+            labels = ids.masked_fill(~torch.from_numpy(text.trained[window])[None], -100)
+            tokens = int((labels[:, 1:] != -100).sum())
+            if tokens:
+                found.append((float(theirs(ids, labels=labels).loss), tokens))
+    return found
+
+
+def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[Any, Model]) -> None:
+    theirs, ours = kernels
+    windows = window_losses(theirs)
+    tokens = sum(count for _, count in windows)
+    expected = math.exp(sum(loss * count for loss, count in windows) / tokens)
+    result = scored(ours)
+    assert result.tokens == tokens
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_means_of_window_means_are_another_number(kernels: tuple[Any, Model]) -> None:
+    theirs, ours = kernels
+    windows = window_losses(theirs)
+    perplexity = scored(ours).perplexity
+    mean_of_means = math.exp(sum(loss for loss, _ in windows) / len(windows))
+    mean_of_perplexities = sum(math.exp(loss) for loss, _ in windows) / len(windows)
+    assert abs(mean_of_means / perplexity - 1) > 0.01
+    assert abs(mean_of_perplexities / perplexity - 1) > 0.01
+
+
+def test_the_batch_size_changes_nothing(kernels: tuple[Any, Model]) -> None:
+    one, *others = (scored(kernels[1], batch_size) for batch_size in (1, 2, 100))
+    for other in others:
+        assert other.tokens == one.tokens
+        assert other.nats == pytest.approx(one.nats, rel=1e-6)
+
+
+def test_bits_per_byte_are_nats_over_the_log_of_2_and_the_bytes() -> None:
+    result = Score(nats=1000 * math.log(2), tokens=400, n_bytes=1600)
+    assert result.bits_per_byte == pytest.approx(0.625)
+    assert result.loss == pytest.approx(2.5 * math.log(2))
+    assert result.perplexity == pytest.approx(2**2.5)
+    assert math.isnan(Score(1.0, 1, 0).bits_per_byte)
+
+
+@pytest.mark.parametrize(("nats", "expected"), [(5000.0, math.inf), (math.inf, math.inf)])
+def test_a_model_that_fell_apart_has_an_infinite_perplexity(nats: float, expected: float) -> None:
+    assert Score(nats, 2, 10).perplexity == expected
+
+
+def test_scoring_leaves_training_and_gradients_as_they_were(
+    twins_of: Callable[[Any], tuple[Any, Model]],
+) -> None:
+    _, model = twins_of(CONFIGS["llama"])
+    adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.5)), seed=0)
+    parameters = adapters.trained(model)
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter)
+        parameter.grad = torch.full_like(parameter, 3.0)
+    evaluated = scored(model.eval())
+    assert not model.training
+    assert scored(model.train()) == evaluated  # dropout is off
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is not None and bool((p.grad == 3.0).all()) for p in parameters.values())
+
+
+def test_progress_is_told_of_every_row(kernels: tuple[Any, Model]) -> None:
+    done: list[int] = []
+    score(kernels[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
+    assert sum(done) == len(rows())
+    assert max(done) == 4

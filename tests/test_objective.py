@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPTJConfig, LlamaConfig
 
+from octavo import adapters
+from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
+from octavo.data.packing import IGNORE_INDEX
+from octavo.fused import loss
+from octavo.fused.branch import Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.objective import batch_loss, inputs_of, loss_of
-from octavo.ops import loss
-from octavo.ops.branch import Keep
-from octavo.ops.loss import IGNORE
-from octavo.store import adapter
-from octavo.store.adapter import AdapterPlan
+from octavo.ops import loss as ops_loss
 
 VOCABULARY, LENGTH, CPU = 61, 9, torch.device("cpu")
 CONFIGS = {
@@ -37,9 +38,9 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
     theirs, ours = twins_of(CONFIGS[request.param])
-    adapter.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
+    adapters.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
     return theirs, ours
 
 
@@ -53,8 +54,8 @@ def batch_of(*, packed: bool, learned: float = 0.5) -> Batch:
         positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 0, 1, 2]])
     ids = torch.randint(VOCABULARY, (2, LENGTH))
     labels = torch.randint(VOCABULARY, (2, LENGTH))
-    labels[(torch.rand(2, LENGTH) >= learned) | (document < 0)] = IGNORE
-    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE).sum()), epoch=0, index=0)
+    labels[(torch.rand(2, LENGTH) >= learned) | (document < 0)] = IGNORE_INDEX
+    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=0)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def plain_loss(theirs: Any, batch: Batch) -> Tensor:
     for number in range(int(batch.document.max()) + 1):
         own = batch.document == number
         logits = theirs(batch.ids[own][None]).logits[0]
-        total += F.cross_entropy(logits, batch.labels[own], reduction="sum", ignore_index=IGNORE)
+        total += F.cross_entropy(logits, batch.labels[own], reduction="sum", ignore_index=IGNORE_INDEX)
     return total
 
 
@@ -74,17 +75,19 @@ both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row",
 @both
 @pytest.mark.parametrize("learned", [0.5, 1.0])
 def test_the_loss_is_that_of_transformers_on_each_document(
-    twins: tuple[Any, Model], packed: bool, learned: float
+    kernels: tuple[Any, Model], packed: bool, learned: float
 ) -> None:
     batch = batch_of(packed=packed, learned=learned)
-    expected = plain_loss(twins[0], batch)
-    torch.testing.assert_close(batch_loss(twins[1], batch).detach(), expected, rtol=1e-5, atol=0)
+    expected = plain_loss(kernels[0], batch)
+    torch.testing.assert_close(batch_loss(kernels[1], batch).detach(), expected, rtol=1e-5, atol=0)
     assert (inputs_of(batch, CPU).documents is not None) == packed
 
 
-def test_only_what_is_learned_goes_through_the_head(twins: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_learned_goes_through_the_head(
+    kernels: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows: list[int] = []
-    definition = loss.cross_entropy_
+    definition = ops_loss.cross_entropy_
 
     def noted(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
         rows.append(len(logits))
@@ -93,7 +96,7 @@ def test_only_what_is_learned_goes_through_the_head(twins: tuple[Any, Model], mo
 
     monkeypatch.setattr(loss, "cross_entropy_", noted)
     batch = batch_of(packed=True)
-    batch_loss(twins[1], batch)
+    batch_loss(kernels[1], batch)
     assert 0 < batch.trained_tokens < 2 * LENGTH
     assert sum(rows) == batch.trained_tokens
 
@@ -106,31 +109,33 @@ def test_where_all_is_learned_nothing_is_gathered() -> None:
 
 
 @both
-def test_padding_and_what_it_holds_change_nothing(twins: tuple[Any, Model], packed: bool) -> None:
+def test_padding_and_what_it_holds_change_nothing(kernels: tuple[Any, Model], packed: bool) -> None:
     batch = batch_of(packed=packed)
     other = replace(batch, ids=torch.where(batch.document < 0, 7, batch.ids))
     assert not torch.equal(batch.ids, other.ids)
-    assert torch.equal(batch_loss(twins[1], batch), batch_loss(twins[1], other))
+    assert torch.equal(batch_loss(kernels[1], batch), batch_loss(kernels[1], other))
 
 
 @both
 def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
-    twins: tuple[Any, Model], packed: bool
+    kernels: tuple[Any, Model], packed: bool
 ) -> None:
     # As they do in a recorded step, whose shapes cannot depend on the data.
     batch = batch_of(packed=packed)
     inputs = inputs_of(batch, CPU)
     every = replace(inputs, labels=batch.labels.flatten(), learned=None)
-    parameters = list(adapter.trained(twins[1]).values())
-    one, other = loss_of(twins[1], inputs), loss_of(twins[1], every, keep=Keep.INPUT)
+    parameters = list(adapters.trained(kernels[1]).values())
+    one, other = loss_of(kernels[1], inputs), loss_of(kernels[1], every, save=Save.INPUT)
     torch.testing.assert_close(one, other)
     for mine, theirs in zip(torch.autograd.grad(one, parameters), torch.autograd.grad(other, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_learned_is_no_failure(twins: tuple[Any, Model]) -> None:
+def test_nothing_learned_is_no_failure(kernels: tuple[Any, Model]) -> None:
     batch = batch_of(packed=False, learned=0.0)
     assert batch.trained_tokens == 0
-    total = batch_loss(twins[1], batch)
+    total = batch_loss(kernels[1], batch)
     assert total.item() == 0
-    assert not any(gradient.any() for gradient in torch.autograd.grad(total, list(adapter.trained(twins[1]).values())))
+    assert not any(
+        gradient.any() for gradient in torch.autograd.grad(total, list(adapters.trained(kernels[1]).values()))
+    )

@@ -24,15 +24,15 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("place", "arguments"),
     [
-        ("octavo.scores.evaluate", ["evaluate", "x.txt"]),
-        ("octavo.speak.generate_text", ["generate", "--prompt", "a"]),
-        ("octavo.run.quantize", ["quantize", "--out", "q"]),
-        ("octavo.convert.convert", ["convert", "m", "--out", "q"]),
-        ("octavo.plan.plan", ["plan"]),
-        ("octavo.run.open_model", ["data", "x.txt"]),
-        ("octavo.talk.talk", ["chat"]),
-        ("octavo.finetune.finetune", ["finetune", "--data", "x.txt"]),
-        ("octavo.finetune.demo.demo", ["demo"]),
+        ("octavo.commands.evaluate.evaluate", ["evaluate", "x.txt"]),
+        ("octavo.commands.generate.generate_text", ["generate", "--prompt", "a"]),
+        ("octavo.commands.quantize.quantize", ["quantize", "--out", "q"]),
+        ("octavo.commands.convert.convert", ["convert", "m", "--out", "q"]),
+        ("octavo.commands.plan.plan", ["plan"]),
+        ("octavo.commands.loading.open_model", ["data", "x.txt"]),
+        ("octavo.commands.chat.talk", ["chat"]),
+        ("octavo.commands.finetune.finetune", ["finetune", "--data", "x.txt"]),
+        ("octavo.commands.finetune.demo.demo", ["demo"]),
         ("octavo.cli._answer", ["convert", "m", "--out", "q"]),  # at the very end of the work
     ],
 )
@@ -40,7 +40,7 @@ def test_every_command_says_that_it_was_stopped(
     place: str, arguments: list[str], octavo: Octavo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("octavo.convert.convert", lambda *_: {})
+    monkeypatch.setattr("octavo.commands.convert.convert", lambda *_: {})
     monkeypatch.setattr(place, interrupt)
     done = octavo(*arguments)
     assert (done.code, done.out) == (130, "")
@@ -60,13 +60,13 @@ def test_a_library_that_swallows_it_changes_nothing(
                 raise then from None
         return {}
 
-    monkeypatch.setattr("octavo.convert.convert", swallow)
+    monkeypatch.setattr("octavo.commands.convert.convert", swallow)
     done = octavo("convert", "m", "--out", "q", "--json")
     assert (done.code, done.err) == (130, "octavo: Stopped.\n")
 
 
 def test_one_more_while_the_first_is_reported(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.convert.convert", interrupt)
+    monkeypatch.setattr("octavo.commands.convert.convert", interrupt)
     monkeypatch.setattr("octavo.cli.exit_with", interrupt)
     assert octavo("convert", "m", "--out", "q").code == 130
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.forks import OCTAVO, Forks
 
-from octavo.report import Report
+from octavo.reporting import Report
 from octavo.streams import Forgiving
 
 FULL = Path("/dev/full")

@@ -71,16 +71,16 @@ app = typer.Typer(
 @command(app, FINETUNE, usual=TRAINING)
 def finetune(config: Config, as_json: bool) -> None:
     """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
-    from octavo.finetune import finetune as run
+    from octavo.commands.finetune import finetune as run
 
     _answer(run(config, console=True, results=not as_json), as_json)
 
 
-@command(app, PLAN, usual=("model", "gpu_memory", "card", "scheme", "seq_len", "batch", "rank"))
+@command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch", "rank"))
 def plan(config: Config, as_json: bool) -> None:
     """Tell what a fine-tuning run would take of a card, without reading weights."""
-    from octavo.plan import plan as run
-    from octavo.report import Report
+    from octavo.commands.plan import plan as run
+    from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
@@ -94,8 +94,8 @@ def plan(config: Config, as_json: bool) -> None:
 )
 def evaluate(config: Config, as_json: bool) -> None:
     """Measure perplexity on text, or tasks: the base, quantised, and tuned, or one scheme beside another."""
-    from octavo.report import Report
-    from octavo.scores import evaluate as run
+    from octavo.commands.evaluate import evaluate as run
+    from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         document = run(config, report)
@@ -107,16 +107,16 @@ def evaluate(config: Config, as_json: bool) -> None:
 @command(app, GENERATE, usual=(*SPEAKING, "prompt", "prompts", "chat"), positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
     """Continue a text, or every prompt of a file."""
-    from octavo.report import Report
+    from octavo.reporting import Report
 
     if config[PromptOptions].prompts is not None:
-        from octavo.speak import generate_many
+        from octavo.commands.generate import generate_many
 
         with Report() as report:  # --json has nothing to add: the answers are JSON lines
             generate_many(config, report, write=_write)
         return
     config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
-    from octavo.speak import generate_text
+    from octavo.commands.generate import generate_text
 
     with Report(console=not as_json) as report:
         document = generate_text(config, report, write=_write if not as_json else lambda _: None)
@@ -129,8 +129,8 @@ def generate(config: Config, as_json: bool) -> None:
 @command(app, CHAT, usual=(*SPEAKING, "system"))
 def chat(config: Config, as_json: bool) -> None:
     """Talk with a model: /help lists the commands. Exit code 1 if an answer failed, though the conversation went on."""
-    from octavo.report import Report
-    from octavo.talk import talk
+    from octavo.commands.chat import talk
+    from octavo.reporting import Report
 
     if as_json:
         raise UsageError("A conversation has no JSON document.", hint="Use `octavo generate --chat --json`.")
@@ -145,11 +145,11 @@ def chat(config: Config, as_json: bool) -> None:
 @command(
     app,
     SERVE,
-    usual=("model", "adapter", "adapters_from", "scheme", "host", "port", "api_key", "slots", "room", "queue"),
+    usual=("model", "adapter", "adapters_from", "scheme", "host", "port", "api_key", "slots", "max_model_len", "queue"),
 )
 def serve(config: Config, as_json: bool) -> None:
     """Serve a model and adapters on it over HTTP, in OpenAI's API. --json: one document once it listens."""
-    from octavo.report import Report
+    from octavo.reporting import Report
     from octavo.server.serve import serve as run
 
     with Report() as report:
@@ -159,8 +159,8 @@ def serve(config: Config, as_json: bool) -> None:
 @command(app, QUANTIZE, usual=("model", "scheme", "out"))
 def quantize(config: Config, as_json: bool) -> None:
     """Write a model under a scheme, as a folder that loads without the original."""
-    from octavo.report import Report
-    from octavo.run import quantize as run
+    from octavo.commands.quantize import quantize as run
+    from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
@@ -169,8 +169,8 @@ def quantize(config: Config, as_json: bool) -> None:
 @command(app, CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
 def convert(config: Config, as_json: bool) -> None:
     """Split a model that was tuned from hivemind/gpt-j-6B-8bit into a base and a PEFT adapter."""
-    from octavo.convert import convert as run
-    from octavo.report import Report
+    from octavo.commands.convert import convert as run
+    from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         _answer(run(config, report), as_json)
@@ -179,9 +179,9 @@ def convert(config: Config, as_json: bool) -> None:
 @command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
 def data(config: Config, as_json: bool) -> None:
     """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
-    from octavo.report import Report
-    from octavo.run import open_model
-    from octavo.texts import read_documents, show_data
+    from octavo.commands.data import read_documents, show_data
+    from octavo.commands.loading import open_model
+    from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         source = open_model(config[ModelOptions], report, own_adapters=True)
@@ -193,7 +193,7 @@ def data(config: Config, as_json: bool) -> None:
 @command(app, FINETUNE, usual=TRAINING, defaults=DEMO)
 def demo(config: Config, as_json: bool) -> None:
     """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
-    from octavo.finetune.demo import demo as run
+    from octavo.commands.finetune.demo import demo as run
 
     _answer(run(config, results=not as_json), as_json)
 
@@ -246,7 +246,7 @@ def _ended() -> BaseException | None:
 
 def _answer(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        from octavo.report import jsonable
+        from octavo.reporting import jsonable
 
         # At once: whoever started a server waits for it.
         _write(json.dumps(jsonable(document, not_finite=lambda _: None), allow_nan=False) + "\n")

@@ -66,7 +66,7 @@ def _fail(kind: str, message: str, hint: str, code: int, *, as_json: bool, befor
 
     File names, keys and arguments of strangers are in messages: nothing of them may steer the terminal.
     """
-    from octavo.report import printable
+    from octavo.reporting import printable
 
     sys.stderr.write(printable(f"{before}octavo: {message}\n" + (f"{hint}\n" if hint else "")))
     sys.stderr.flush()

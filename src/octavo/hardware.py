@@ -25,7 +25,7 @@ BFLOAT16_FLAGS = (*X86_FLAGS, "bf16")
 
 
 # CUDA's compute capability: RTX 30 and A100; RTX 40, L4, H100 and newer.
-EIGHT_FROM, FP8_FROM = (8, 0), (8, 9)
+MATMUL_8BIT_FROM, FP8_FROM = (8, 0), (8, 9)
 HOPPER = 9
 
 
@@ -153,7 +153,7 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
     reason = f"Computing on {name} ({chosen_device}) in {chosen}: {has if dtype == 'auto' else 'as asked'}."
     capability = torch.cuda.get_device_capability(chosen_device)
     kind = getattr(torch, chosen)
-    return Hardware(chosen_device, kind, reason, name, capability >= EIGHT_FROM, capability[0] == HOPPER)
+    return Hardware(chosen_device, kind, reason, name, capability >= MATMUL_8BIT_FROM, capability[0] == HOPPER)
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:

@@ -1,81 +1,62 @@
-"""The file metrics.jsonl: whole lines that reach the system at once, and survive kills and the file's deletion."""
+"""How well a model predicts text: token-weighted perplexity, and bits per byte, which tokenizers do not change.
+
+Nats are summed over all tokens and divided once; averaging the means of windows would weigh short ones too much.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from octavo.atomic import atomic_write, named
-from octavo.errors import UsageError
-from octavo.failures import explained
+import torch
+
+from octavo.data.loader import batches
+from octavo.data.packing import Row
+from octavo.models import Model
+from octavo.objective import batch_loss
 
 
-class MetricsFile:
-    """Lines at the end of a file, begun anew unless `append`. UsageError if it cannot be written."""
+@dataclass(frozen=True)
+class Score:
+    """The cost of a text under a model. `n_bytes` are the UTF-8 bytes of the text that the tokens stand for."""
 
-    def __init__(self, path: Path, *, append: bool) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(truncate=not append)
-        except OSError as error:
-            known = explained(error)
-            raise UsageError(
-                f"cannot write {path}: {error.strerror}",
-                hint=(known and known.hint) or "choose a folder you may write to with --out",
-            ) from error
+    nats: float
+    tokens: int
+    n_bytes: int
 
-    def write(self, line: bytes) -> None:
-        """Hand a line to the system. OSError names the file; a part of a line is cut off when it is opened again."""
-        left = memoryview(line)
-        with named(self.path):
-            while left:
-                left = left[self._file.write(left) or 0 :]
+    @property
+    def loss(self) -> float:
+        """Mean nats a token; not a number of a text without any."""
+        return self.nats / self.tokens if self.tokens else math.nan
 
-    def replace(self, lines: Sequence[bytes]) -> None:
-        """Replace the content by other lines: a crash leaves either the old or the new."""
-        self._file.close()  # Windows replaces no file that is open
-        try:
-            atomic_write(self.path, b"".join(lines))
-        finally:
-            self._open(truncate=False)
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is more than a float holds."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
 
-    def restore(self) -> bool:
-        """Write the file anew, from what this process still holds, if another one deleted it. Whether it was."""
-        try:
-            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
-                return False
-        except FileNotFoundError:
-            pass
-        with named(self.path):
-            self._file.seek(0)
-            content = self._file.readall()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.replace([content])
-        return True
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
-    def close(self) -> None:
-        """Close the file; nothing is written any more."""
-        self._file.close()
 
-    def _open(self, *, truncate: bool) -> None:
-        # Without a buffer: what did not fit on a full disk must not be written once more on closing.
-        self._file = self.path.open("a+b", buffering=0)
-        self._file.truncate(0) if truncate else self._repair_last_line()
-
-    def _repair_last_line(self) -> None:
-        """Cuts off a torn last line; gives a whole one the line end that it lacks."""
-        self._file.seek(0)
-        whole, newline, last = self._file.readall().rpartition(b"\n")
-        if not last:
-            return
-        try:
-            torn = not isinstance(json.loads(last), dict)
-        except (ValueError, RecursionError):
-            torn = True
-        if torn:
-            self._file.truncate(len(whole) + len(newline))
-        else:
-            self.write(b"\n")
+def score(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    n_bytes: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> Score:
+    """The score of all labelled tokens of `rows`, in eval mode. `progress` is told of the rows done."""
+    was_training = model.training
+    model.eval()
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
+            nats += float(batch_loss(model, batch))
+            tokens += batch.trained_tokens
+            if progress:
+                progress(len(batch.ids))
+    model.train(was_training)
+    return Score(nats, tokens, n_bytes)

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from octavo.data.loader import Batch
+from octavo.data.packing import IGNORE_INDEX
+from octavo.fused.branch import Save
+from octavo.fused.linear import FusedLinear
+from octavo.fused.loss import cross_entropy_sum
 from octavo.models import Model
 from octavo.ops.attention import Documents, find_documents
-from octavo.ops.branch import Keep
-from octavo.ops.loss import IGNORE, cross_entropy_sum
-from octavo.ops.offload import Away
-from octavo.ops.transfer import sent
-from octavo.ops.wide import Wide
+from octavo.runtime.offload import ActivationOffload
+from octavo.runtime.transfer import to_device
 
-Kept = Keep | Sequence[Keep]
+Kept = Save | Sequence[Save]
 
 
 @dataclass(frozen=True)
@@ -34,31 +35,31 @@ class Inputs:
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
     """What depends on the data is worked out on the CPU, where the batch is, so that a card is never waited for."""
     labels = batch.labels.flatten()
-    learned = (labels != IGNORE).nonzero()[:, 0]
+    learned = (labels != IGNORE_INDEX).nonzero()[:, 0]
     every = len(learned) == len(labels)
     return Inputs(
-        sent(batch.ids, device),
-        sent(batch.positions, device),
-        sent(labels if every else labels[learned], device),
-        None if every else sent(learned, device),
+        to_device(batch.ids, device),
+        to_device(batch.positions, device),
+        to_device(labels if every else labels[learned], device),
+        None if every else to_device(learned, device),
         find_documents(batch.document, device),
     )
 
 
-def loss_of(model: Model, inputs: Inputs, *, keep: Kept = Keep.ALL, offload: bool = False) -> Tensor:
+def loss_of(model: Model, inputs: Inputs, *, save: Kept = Save.ALL, offload: bool = False) -> Tensor:
     """Sum of the cross-entropy over the labelled tokens, in nats, a float32 scalar.
 
     To `offload` is to let the inputs of layers wait for backward in the host's memory.
     """
-    away = Away() if offload else None
+    activations = ActivationOffload() if offload else None
     hidden = model.hidden(
-        inputs.ids, positions=inputs.positions, documents=inputs.documents, keep=keep, away=away
+        inputs.ids, positions=inputs.positions, documents=inputs.documents, save=save, offload=activations
     ).flatten(0, 1)
     if inputs.learned is not None:
         hidden = hidden[inputs.learned]
-    return cross_entropy_sum(hidden, inputs.labels, Wide((model.head.frozen(),)))
+    return cross_entropy_sum(hidden, inputs.labels, FusedLinear((model.head.frozen(),)))
 
 
-def batch_loss(model: Model, batch: Batch, *, keep: Kept = Keep.ALL) -> Tensor:
+def batch_loss(model: Model, batch: Batch, *, save: Kept = Save.ALL) -> Tensor:
     """`loss_of` a batch as the loader gives it."""
-    return loss_of(model, inputs_of(batch, model.embed.matrix.device), keep=keep)
+    return loss_of(model, inputs_of(batch, model.embed.matrix.device), save=save)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.data.loader import Batch, Position, batches, batches_per_epoch, order
-from octavo.data.packing import IGNORED, Row
+from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import DataError, UsageError
 
 # Written down once: an order that changes breaks every run that is to be resumed.
@@ -20,7 +20,7 @@ EXPECTED = [3, 4, 2, 6, 0, 7, 1, 5]
 def rows(count: int) -> list[Row]:
     def row(number: int) -> Row:
         ids = np.array([number, number], dtype=np.int32)
-        labels = np.array([number, IGNORED], dtype=np.int32)
+        labels = np.array([number, IGNORE_INDEX], dtype=np.int32)
         zeros = np.zeros(2, dtype=np.int32)
         return Row(ids, labels, zeros, zeros, (f"f:{number}", "f:0"))
 
@@ -92,7 +92,7 @@ def test_a_batch_is_int64_and_knows_its_documents_and_trained_tokens() -> None:
     for tensor in (batch.ids, batch.labels, batch.positions, batch.document):
         assert tensor.dtype == torch.int64
         assert tensor.shape == (3, 2)
-    assert batch.labels.tolist() == [[0, IGNORED], [1, IGNORED], [2, IGNORED]]
+    assert batch.labels.tolist() == [[0, IGNORE_INDEX], [1, IGNORE_INDEX], [2, IGNORE_INDEX]]
     assert (batch.trained_tokens, batch.sources) == (3, ("f:0", "f:1", "f:2"))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from octavo.data.documents import Skipped
 from octavo.data.ledger import FileLedger, total
-from octavo.data.packing import IGNORED, Row, pack
+from octavo.data.packing import IGNORE_INDEX, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
@@ -55,7 +55,7 @@ DOCUMENTS = st.builds(
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 16))
 def test_every_token_but_a_first_is_a_target_exactly_once(documents: list[Tokens], seq_len: int) -> None:
     rows, ledger = pack(documents, seq_len=seq_len, pad_id=PAD)
-    labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORED)
+    labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORE_INDEX)
     expected = [number for one in documents if len(one.ids) > 1 for number in one.ids[one.trained].tolist()]
     assert labels == expected
     assert ledger.learned == len(expected)
@@ -70,7 +70,7 @@ def test_a_piece_is_one_stretch_of_one_document_and_padding_is_inert(
 ) -> None:
     rows, _ = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate)
     following = {
-        int(a): (int(b) if learned else IGNORED)
+        int(a): (int(b) if learned else IGNORE_INDEX)
         for one in documents
         for a, b, learned in zip(one.ids[:-1], one.ids[1:], one.trained[1:], strict=True)
     }
@@ -84,7 +84,7 @@ def test_a_piece_is_one_stretch_of_one_document_and_padding_is_inert(
         padding = row.document == -1
         assert not np.any(np.diff(padding.astype(int)) < 0), "padding stands at the end"
         assert set(row.ids[padding].tolist()) <= {PAD}
-        assert set(row.labels[padding].tolist()) <= {IGNORED}
+        assert set(row.labels[padding].tolist()) <= {IGNORE_INDEX}
         assert set(row.positions[padding].tolist()) <= {0}
         assert np.all(np.diff(row.document[~padding]) >= 0)
 
@@ -110,7 +110,7 @@ def test_the_ledger_counts_what_is_in_the_rows(
     )
     ledger.check()
     padded = sum(int(np.count_nonzero(row.document == -1)) for row in rows)
-    trained = sum(int(np.count_nonzero(row.labels != IGNORED)) for row in rows)
+    trained = sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows)
     assert (ledger.padding, ledger.learned, ledger.rows) == (padded, trained, len(rows))
     assert ledger.tokens == sum(len(one.ids) for one in documents)
     assert (ledger.documents, ledger.skipped) == (len(documents), len(bad))
@@ -132,7 +132,7 @@ def test_a_long_document_is_split_with_the_last_target_as_next_input() -> None:
     assert [row.labels.tolist() for row in rows] == [
         [101, 102, 103],
         [104, 105, 106],
-        [107, IGNORED, IGNORED],
+        [107, IGNORE_INDEX, IGNORE_INDEX],
     ]
     assert [row.positions.tolist() for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
     assert rows[2].document.tolist() == [0, -1, -1]

@@ -11,17 +11,17 @@ from tests.gpu.cases import matrix
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from octavo.infer.batching import Engine
+from octavo.adapters import AdapterPlan, create_, route_, save, serve_, trained
 from octavo.infer.decoding import Decoder
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
-from octavo.layers.served import Routing
+from octavo.layers.multi_lora import AdapterIds
 from octavo.models import Model
 from octavo.ops.quantize import SCHEMES, scheme_named
-from octavo.ops.twins import use_kernels
-from octavo.store.adapter import AdapterPlan, create_, route_, save, serve_, trained
+from octavo.runtime.dispatch import use_kernels
 from octavo.store.peft import read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -78,20 +78,20 @@ def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Model:
 
 def logits_of(model: Model, adapters: list[Path], *, slots: int, live: int) -> tuple[torch.Tensor, list[int], bool]:
     """(logits of the last of three steps over prompts of all lengths, the slots' lengths, whether it was recorded)."""
-    routing = Routing()
+    routing = AdapterIds()
     route_(model, routing)
     for number, path in enumerate(adapters):
         serve_(model, routing, read(path), str(number))
-    cache = model.new_slots(slots=slots, room=ROOM)
+    cache = model.new_slots(slots=slots, max_len=ROOM)
     decoder = Decoder(model, cache, routing, WORDS)
     draw = torch.Generator().manual_seed(0)
     for slot in range(live):
-        routing.numbers = torch.tensor([slot % 3], device=CARD)
+        routing.adapter_ids = torch.tensor([slot % 3], device=CARD)
         prompt = torch.randint(WORDS, (1, 1 + 37 * slot % 390), generator=draw)
         model.hidden(prompt.to(CARD), cache=cache.slot(slot))
-    numbers = [slot % 3 for slot in range(live)]
+    adapter_ids = [slot % 3 for slot in range(live)]
     for _ in range(3):
-        found = decoder.step(torch.randint(WORDS, (live,), generator=draw).tolist(), numbers)
+        found = decoder.step(torch.randint(WORDS, (live,), generator=draw).tolist(), adapter_ids)
     assert found.greedy == found.logits.argmax(dim=1).tolist()
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
@@ -120,7 +120,7 @@ def test_a_recorded_step_is_the_definitions(
     assert (ours - theirs).abs().max() < NEAR[dtype] * theirs.abs().max()
 
 
-def numbers() -> PreTrainedTokenizerFast:
+def adapter_ids() -> PreTrainedTokenizerFast:
     table = {f"w{number}": number for number in range(WORDS)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(table, unk_token="w0")))
 
@@ -148,10 +148,10 @@ def test_answers_are_those_of_each_request_alone(folder: Path, adapters: list[Pa
     ]
     answers = []
     for slots in (6, 1):
-        engine = Engine(model, numbers(), base="base", limits=Limits(slots=slots, room=ROOM, chunk=64))
+        engine = Engine(model, adapter_ids(), base="base", limits=Limits(slots=slots, max_len=ROOM, chunk=64))
         for name, path in zip("ab", adapters, strict=True):
             engine.load_adapter(name, path)
-        for piece in engine.preparations():  # short prompts as graphs too
+        for piece in engine.warmup_tasks():  # short prompts as graphs too
             piece()
         answers.append(run_out(engine, requests) if slots > 1 else [run_out(engine, [one])[0] for one in requests])
         for name in "ab":
@@ -176,10 +176,10 @@ def test_an_answer_has_the_same_bits_in_any_batch(folder: Path, adapters: list[P
     ]  # fmt: skip
     answers = []
     for slots, chunk, graphs in ((1, 64, False), (20, 128, True), (7, 256, False)):
-        engine = Engine(model, numbers(), base="base", limits=Limits(slots=slots, room=ROOM, chunk=chunk))
+        engine = Engine(model, adapter_ids(), base="base", limits=Limits(slots=slots, max_len=ROOM, chunk=chunk))
         for name, path in zip("ab", adapters, strict=True):
             engine.load_adapter(name, path)
-        for piece in engine.preparations() if graphs else []:  # short prompts as graphs too
+        for piece in engine.warmup_tasks() if graphs else []:  # short prompts as graphs too
             piece()
         for asked in (
             [[request] for request in requests for _ in range(2)] if slots == 1 else [requests, requests[::-1]]
@@ -198,7 +198,9 @@ def test_an_answer_has_the_same_bits_in_any_batch(folder: Path, adapters: list[P
 
 
 def test_adapters_that_come_and_go_are_in_the_next_step(folder: Path, adapters: list[Path]) -> None:
-    engine = Engine(loaded(folder, "int8", torch.float32), numbers(), base="base", limits=Limits(slots=2, room=ROOM))
+    engine = Engine(
+        loaded(folder, "int8", torch.float32), adapter_ids(), base="base", limits=Limits(slots=2, max_len=ROOM)
+    )
     asked = [Request((5, 6, 7), Sampling(temperature=0.0, max_new_tokens=12), name) for name in (None, "a")]
     (base,) = run_out(engine, asked[:1])
     engine.load_adapter("a", adapters[0])
@@ -211,7 +213,9 @@ def test_adapters_that_come_and_go_are_in_the_next_step(folder: Path, adapters: 
 
 
 def test_steps_take_no_memory(folder: Path) -> None:
-    engine = Engine(loaded(folder, "int8", torch.bfloat16), numbers(), base="base", limits=Limits(slots=4, room=ROOM))
+    engine = Engine(
+        loaded(folder, "int8", torch.bfloat16), adapter_ids(), base="base", limits=Limits(slots=4, max_len=ROOM)
+    )
     asked = [Request((5, 6, n), Sampling(temperature=0.0, max_new_tokens=60)) for n in range(4)]
     run_out(engine, asked)
     held = torch.cuda.memory_allocated()

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops import eight
-from octavo.ops.twins import gluon_runs_on
+from octavo.ops import matmul8
+from octavo.runtime.dispatch import hopper_kernels_run_on
 
 pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
 CARD = torch.device("cuda")
 
 
 def test_this_card_has_it() -> None:
-    assert gluon_runs_on(CARD) == (torch.cuda.get_device_capability()[0] == 9)
+    assert hopper_kernels_run_on(CARD) == (torch.cuda.get_device_capability()[0] == 9)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, eight.FP8], ids=str)
+@pytest.mark.parametrize("kind", [torch.int8, matmul8.FP8], ids=str)
 @pytest.mark.parametrize(
     ("m", "k", "n", "rank", "onto"),
     [
@@ -32,26 +32,26 @@ def test_this_card_has_it() -> None:
     ],
 )
 def test_its_product_is_that_of_the_general_kernel(
-    m: int, k: int, n: int, rank: int, onto: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    m: int, k: int, n: int, rank: int, residual: bool, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=CARD)
 
-    codes, scale = eight.coded(random(m, k), kind)
-    weight, absmax = eight.coded(random(n, k), torch.int8)
-    if kind == eight.FP8:
+    codes, scale = matmul8.quantize_rows(random(m, k), kind)
+    weight, absmax = matmul8.quantize_rows(random(n, k), torch.int8)
+    if kind == matmul8.FP8:
         weight = weight.float().to(kind)
     named: dict[str, Any] = {"absmax": absmax * 127, "bias": random(n // 2), "bias_start": n // 4}
     if rank:
-        named["beside"] = eight.Beside(random(m, rank).bfloat16(), random(n, rank).bfloat16())
-    if onto:
+        named["beside"] = matmul8.LowRankTerm(random(m, rank).bfloat16(), random(n, rank).bfloat16())
+    if residual:
         named["onto"] = random(m, n).bfloat16()
     found, wanted = (torch.full((m, n), torch.nan, device=CARD, dtype=torch.bfloat16) for _ in range(2))
-    eight.product_into(codes, scale, weight, found, **named)
-    monkeypatch.setattr(import_module("octavo.kernels.eight"), "gluon_runs_on", lambda _: False)
-    eight.product_into(codes, scale, weight, wanted, **named)
+    matmul8.matmul_8bit_into(codes, scale, weight, found, **named)
+    monkeypatch.setattr(import_module("octavo.kernels.matmul8"), "hopper_kernels_run_on", lambda _: False)
+    matmul8.matmul_8bit_into(codes, scale, weight, wanted, **named)
     assert bool(found.isfinite().all())  # and so all are written
     # The same sums, of which the tensor cores hold 14 digits (binary) for fp8, rounded to 8 digits at the end.
     difference = (found.float() - wanted.float()).abs()

@@ -14,12 +14,12 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from octavo.commands.generate import Speaker
+from octavo.commands.loading import end_ids, load_model
 from octavo.hardware import Hardware
 from octavo.harness.model import OctavoLM
 from octavo.ops.quantize import scheme_named
-from octavo.report import Report
-from octavo.run import end_ids, load_model
-from octavo.speak import Speaker
+from octavo.reporting import Report
 from octavo.store.sources import FolderSource
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")

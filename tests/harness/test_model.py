@@ -19,7 +19,7 @@ from tests.harness.conftest import asked
 from octavo.errors import UsageError
 from octavo.harness import model
 from octavo.harness.model import OctavoLM
-from octavo.report import Report
+from octavo.reporting import Report
 
 CONTEXT = 128  # of the tiny models
 LONG = " ".join(random.Random(1).choice(WORDS) for _ in range(300))

@@ -22,13 +22,13 @@ from tests.forks import Forks, Process
 from tests.harness.conftest import Write, asked
 from transformers import AutoModelForCausalLM
 
-from octavo import evaluate as measure
+from octavo import metrics as measure
 from octavo.config import EvaluateOptions
 from octavo.data.packing import pack
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 from octavo.harness import tasks
-from octavo.report import Report
+from octavo.reporting import Report
 from octavo.store.builtin import open_smollm2
 
 Octavo = Callable[..., Any]
@@ -101,7 +101,18 @@ def smollm2(smollm2_cache: Path) -> Iterator[Path]:
 def server(smollm2: Path, forks: Forks) -> Iterator[Process]:
     """A server of the model, unquantised in float32, that is starting: it writes a line when it listens."""
     process = forks.octavo(
-        "serve", "--model", smollm2, "--port", 0, "--scheme", "none", "--dtype", "float32", "--room", 512, "--json"
+        "serve",
+        "--model",
+        smollm2,
+        "--port",
+        0,
+        "--scheme",
+        "none",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        512,
+        "--json",
     )
     yield process
     process.send_signal(signal.SIGTERM)

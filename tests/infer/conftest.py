@@ -1,4 +1,4 @@
-"""What the tests of the engine stand on: tiny models on disk, adapters for them, and the answers of the twin."""
+"""What the tests of the engine stand on: tiny models on disk, adapters for them, and the answers of the kernel."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from octavo.infer.batching import Engine
-from octavo.infer.engine import Continuation, complete
+from octavo.adapters import AdapterPlan, apply_, create_, save, trained
+from octavo.infer.engine import Engine
+from octavo.infer.generate import Continuation, complete
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.ops import tiles
 from octavo.ops.quantize import scheme_named
-from octavo.store.adapter import AdapterPlan, apply_, create_, save, trained
 from octavo.store.peft import read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -52,7 +52,7 @@ def prefill_tiles_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(repr=False)
 class Family:
-    """A tiny model in a folder, float32 with wide weights, with adapters of any kind and the answers of the twin."""
+    """A tiny model in a folder, float32 with wide weights, with adapters of any kind and the answers of the kernel."""
 
     name: str
     folder: Path
@@ -84,18 +84,18 @@ class Family:
             save(folder, model, plan, base="base", origin={}, card="")
         return folder
 
-    def engine(self, limits: Limits, model: Model | None = None, *, ends: Sequence[int] = ()) -> Engine:
-        return Engine(model or self.model(), self.tokenizer, base="base", limits=limits, ends=ends)
+    def engine(self, limits: Limits, model: Model | None = None, *, stop_ids: Sequence[int] = ()) -> Engine:
+        return Engine(model or self.model(), self.tokenizer, base="base", limits=limits, stop_ids=stop_ids)
 
     def alone(
         self,
         request: Request,
         scheme: str = "none",
         dtype: torch.dtype = torch.float32,
-        ends: tuple[int, ...] = (),
+        stop_ids: tuple[int, ...] = (),
     ) -> Continuation:
         """The answer to a request with nothing beside it: by infer/engine, with its adapter put on by `apply_`."""
-        key = request, scheme, dtype, ends
+        key = request, scheme, dtype, stop_ids
         if key not in self._answers:
             owner = request.adapter, scheme, dtype
             if owner not in self._models:
@@ -103,7 +103,7 @@ class Family:
                 if request.adapter is not None:
                     apply_(self._models[owner], read(self.adapter(request.adapter)))
             model = self._models[owner]
-            self._answers[key] = complete(model, self.tokenizer, request.prompt, request.sampling, ends=ends)
+            self._answers[key] = complete(model, self.tokenizer, request.prompt, request.sampling, stop_ids=stop_ids)
         return self._answers[key]
 
     @staticmethod

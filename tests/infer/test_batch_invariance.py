@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from octavo.infer.batching import Engine
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Token
 from octavo.infer.sample import Sampling
 from octavo.ops import tiles
@@ -41,7 +41,7 @@ def requests() -> list[Request]:
 
 
 def serving(family: Family, scheme: str, dtype: torch.dtype, **limits: Any) -> Engine:
-    engine = family.engine(Limits(room=CONTEXT, queue=64, **limits), family.model(scheme, dtype))
+    engine = family.engine(Limits(max_len=CONTEXT, queue=64, **limits), family.model(scheme, dtype))
     for name in ("blocks", "tables"):
         engine.load_adapter(name, family.adapter(name))
     return engine
@@ -89,7 +89,7 @@ def test_an_answer_has_the_same_bits_alone_again_and_in_any_batch(
 def test_an_adapter_that_joins_changes_no_bit_of_another(family: Family) -> None:
     """Even one of a higher rank, for which the banks of all layers become larger."""
     asked = [request for request in requests() if request.adapter != "tables"]
-    engine = family.engine(Limits(slots=3, room=CONTEXT, queue=64), family.model("int8", torch.bfloat16))
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, queue=64), family.model("int8", torch.bfloat16))
     engine.load_adapter("blocks", family.adapter("blocks"))
     before = asked_at_once(engine, family, asked)
     engine.load_adapter("tables", family.adapter("tables"))

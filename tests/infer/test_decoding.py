@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from octavo.adapters import route_, serve_
 from octavo.infer.decoding import Decoder, _sizes, chosen
-from octavo.layers.served import Routing
+from octavo.layers.multi_lora import AdapterIds
 from octavo.ops.tiles import Phase
-from octavo.store.adapter import route_, serve_
 from octavo.store.peft import read
 
 if TYPE_CHECKING:
@@ -22,22 +22,22 @@ PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45], [7, 7]]
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_a_step_is_what_each_row_says_alone(family: Family, scheme: str) -> None:
-    model, routing = family.model(scheme), Routing()
+    model, routing = family.model(scheme), AdapterIds()
     route_(model, routing)
     serve_(model, routing, read(family.adapter("tables")), "tables")
-    cache = model.new_slots(slots=6, room=20)
+    cache = model.new_slots(slots=6, max_len=20)
     decoder = Decoder(model, cache, routing, 260)
-    numbers = [0, 1, 1, 0]
+    adapter_ids = [0, 1, 1, 0]
     with torch.no_grad():
         for slot, prompt in enumerate(PROMPTS):
-            routing.numbers = torch.tensor(numbers[slot : slot + 1])
+            routing.adapter_ids = torch.tensor(adapter_ids[slot : slot + 1])
             model.hidden(torch.tensor([prompt]), cache=cache.slot(slot))
-        found = decoder.step([1, 2, 3, 4], numbers)
+        found = decoder.step([1, 2, 3, 4], adapter_ids)
         assert cache.lengths == [4, 2, 7, 3, 0, 0]
         assert found.logits.shape == (4, 260)
         for row, prompt in enumerate(PROMPTS):
-            routing.numbers = torch.tensor(numbers[row : row + 1])
-            hidden = model.hidden(torch.tensor([[*prompt, row + 1]]), cache=model.new_cache(batch=1, room=20))
+            routing.adapter_ids = torch.tensor(adapter_ids[row : row + 1])
+            hidden = model.hidden(torch.tensor([[*prompt, row + 1]]), cache=model.new_cache(batch=1, max_len=20))
             wanted = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :260]
             torch.testing.assert_close(found.logits[row], wanted, rtol=1e-4, atol=1e-4)
             assert found.greedy[row] == int(wanted.argmax())

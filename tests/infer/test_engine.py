@@ -1,309 +1,403 @@
-"""Greedy tokens are those of transformers; streamed text is the text of all tokens, up to a stop string."""
+"""Every answer out of a full engine is the one that its request gets alone, whatever runs beside it and whenever."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+import gc
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
-from torch import Tensor, nn
-from transformers import GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+from torch import Tensor
 
-from octavo.errors import UsageError
-from octavo.infer.engine import Continuation, complete, generate
+from octavo.errors import AdapterError, UsageError
+from octavo.infer.generate import complete
+from octavo.infer.requests import Limits, QueueFullError, Request, Stats, Stream, Token
 from octavo.infer.sample import Sampling
-from octavo.models import Model
-from octavo.ops.tiles import Phase
 
-UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
-GREEDY = Sampling(temperature=0.0)
-CONTEXT = 64
-TEXT = st.text(st.sampled_from("ab .\n世界é😀👩‍👧\N{REPLACEMENT CHARACTER}"), max_size=25)
+if TYPE_CHECKING:
+    from tests.infer.conftest import Family
 
-
-def byte_level() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges, some of which join a space, or a letter, and half a character."""
-    backend = Tokenizer(tokenizer_models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270,
-        special_tokens=["<|end|>", "<|other|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["ab ab abab aab 世 世世 a界 a畍 a畎 b 界 😀 a😀"] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+WORDS, CONTEXT = 258, 48
+PROMPTS = [
+    tuple(torch.randint(1, WORDS, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+    for length in (1, 2, 3, 7, 11, 16, 30, 41)
+]
+LONG = PROMPTS[-2]
+GREEDY = Sampling(temperature=0.0, max_new_tokens=14)
+SAMPLINGS = [
+    GREEDY,
+    Sampling(temperature=1.0, top_p=0.9, max_new_tokens=9, seed=3),
+    Sampling(temperature=2.0, top_k=40, top_p=1.0, max_new_tokens=17, seed=4),
+    Sampling(temperature=0.0, repetition_penalty=1.5, max_new_tokens=12),
+    Sampling(temperature=0.7, repetition_penalty=1.2, max_new_tokens=1),
+]
+MIXED = [Request(prompt, SAMPLINGS[number % 5]) for number, prompt in enumerate([*PROMPTS, *PROMPTS[:5]])]
 
 
-def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a sign for the space that is dropped at the start, and unknown characters byte by byte."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab.", "▁a", "▁ab"]
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    merges = [("▁", "a"), ("▁a", "b")]
-    backend = Tokenizer(tokenizer_models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1),
-        ]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+def counted(stats: Stats) -> int:
+    return stats.finished_total + stats.cancelled_total + stats.failed_total
 
 
-BYTES, PIECES = byte_level(), byte_fallback()
-END = int(BYTES.eos_token_id)
-WORDS = len(BYTES)
-ORDINARY = st.integers(0, WORDS - 1).filter(lambda token: token != END)
-CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-    ),
-    "gptj": GPTJConfig(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT),
-}
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+def test_every_answer_is_that_of_its_request_alone(family: Family, scheme: str) -> None:
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=4), family.model(scheme))
+    streams = [engine.submit(request) for request in MIXED]
+    family.run_out(engine)
+    wanted = [family.alone(request, scheme) for request in MIXED]
+    assert [family.answer(stream) for stream in streams] == wanted
+    assert len({answer.token_ids for answer in wanted}) == len(wanted)
+    stats = engine.stats()
+    assert (stats.requests_total, stats.finished_total) == (len(MIXED), len(MIXED))
+    assert stats.prompt_tokens_total == sum(len(request.prompt) for request in MIXED)
+    assert stats.generated_tokens_total == sum(len(answer.token_ids) for answer in wanted)
+    assert (stats.cache_tokens_used, stats.running, stats.waiting) == (0, 0, 0)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
-    return twins_of(CONFIGS[request.param])
+@pytest.mark.parametrize("chunk", range(1, 12))
+def test_the_size_of_chunks_changes_nothing_but_the_steps(family: Family, chunk: int) -> None:
+    prompt = PROMPTS[4]
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT, chunk=chunk))
+    stream = engine.submit(Request(prompt, GREEDY))
+    while stream.first_token is None:
+        engine.step()
+    assert engine.stats().steps_total == -(-len(prompt) // chunk)
+    family.run_out(engine)
+    assert family.answer(stream) == family.alone(Request(prompt, GREEDY))
 
 
-def theirs_greedy(theirs: Any, prompt: Sequence[int], *, ends: Sequence[int], penalty: float) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = theirs.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=30,
-        repetition_penalty=penalty,
-        eos_token_id=list(ends),
-        pad_token_id=END,
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
+def test_requests_join_while_others_run_and_are_read(family: Family) -> None:
+    engine = family.engine(Limits(slots=4, max_len=CONTEXT, chunk=5))
+    requests = [Request(LONG, GREEDY), *MIXED[:6]]
+    streams = []
+    for request in requests:
+        streams.append(engine.submit(request))
+        for _ in range(3):
+            engine.step()
+    family.run_out(engine)
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("prompt", [[5], [40, 41, 200, 7, 7, 90]])
-def test_greedy_tokens_are_those_of_transformers(twins: tuple[Any, Model], prompt: list[int], penalty: float) -> None:
-    theirs, ours = twins
-    sampling = Sampling(temperature=0.0, repetition_penalty=penalty, max_new_tokens=30)
-    expected = theirs_greedy(theirs, prompt, ends=[END], penalty=penalty)
-    assert len(set(expected)) > 3
-    found = complete(ours, BYTES, prompt, sampling)
-    assert list(found.token_ids) == expected
-    # Now an end token in the midst of it, besides the tokenizer's own.
-    end = next(token for place, token in enumerate(expected) if place > 1 and token not in expected[:place])
-    expected = theirs_greedy(theirs, prompt, ends=[END, end], penalty=penalty)
-    found = complete(ours, BYTES, prompt, sampling, ends=[end])
-    assert list(found.token_ids) == expected
-    assert found.token_ids[-1] == end
-    assert found.finish_reason == "stop"
-    assert found.text == BYTES.decode(found.token_ids[:-1], skip_special_tokens=True)
+@pytest.mark.parametrize("gone", [gone for n in range(1, 6) for gone in combinations(range(5), n)], ids=str)
+def test_whoever_is_cancelled_the_others_go_on(llama: Family, gone: tuple[int, ...]) -> None:
+    """0, 1 and 2 run, 3 is being read, 4 waits."""
+    engine = llama.engine(Limits(slots=4, max_len=CONTEXT, chunk=8))
+    requests = [Request(prompt, GREEDY) for prompt in (*PROMPTS[1:4], LONG, PROMPTS[4])]
+    streams = [engine.submit(request) for request in requests]
+    for _ in range(3):
+        engine.step()
+    before = engine.stats()
+    assert (before.running, before.waiting) == (4, 1)
+    for number in gone:
+        streams[number].cancel()
+    engine.step()
+    stats = engine.stats()
+    admitted = 3 in gone and 4 not in gone  # only one is read at a time
+    assert (stats.cancelled_total, stats.running) == (len(gone), len({0, 1, 2, 3} - {*gone}) + admitted)
+    llama.run_out(engine)
+    for number, (request, stream) in enumerate(zip(requests, streams, strict=True)):
+        found, wanted = llama.answer(stream), llama.alone(request)
+        if number in gone:
+            assert found.finish_reason == "cancelled"
+            assert found.token_ids == wanted.token_ids[: (4, 4, 3, 0, 0)[number]]
+        else:
+            assert found == wanted
+    assert counted(engine.stats()) == 5
+    assert engine.stats().cache_tokens_used == 0
 
 
-class Scripted(nn.Module):
-    """Stands in for a model that wants to say `script`, token by token, and notes what it is fed."""
-
-    def __init__(self, script: Sequence[int], *, words: int = WORDS, context: int = 10_000) -> None:
-        super().__init__()
-        self.script, self.words = list(script), words
-        self.config = SimpleNamespace(context=context)
-        self.embed = SimpleNamespace(matrix=SimpleNamespace(device=torch.device("cpu")))
-        self.fed: list[list[int]] = []
-        self.room = 0
-
-    def new_cache(self, *, batch: int, room: int) -> None:
-        self.room = room
-
-    def hidden(self, ids: Tensor, *, cache: None) -> Tensor:
-        self.fed.append(ids[0].tolist())
-        return torch.zeros(*ids.shape, 1)
-
-    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
-        logits = torch.zeros(*hidden.shape[:2], self.words)
-        logits[..., self.script[len(self.fed) - 1]] = 1.0
-        return logits
+def test_a_request_that_is_cancelled_before_its_first_step_takes_no_slot(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=1, max_len=CONTEXT))
+    streams = [engine.submit(Request(LONG, GREEDY)) for _ in range(2)]
+    for stream in streams:
+        stream.cancel()
+    engine.step()
+    assert [llama.answer(stream).finish_reason for stream in streams] == ["cancelled"] * 2
+    assert engine.stats().prompt_tokens_total == 0
+    assert streams[0].first_token is None
 
 
-def pieces_of(
-    script: Sequence[int], tokenizer: PreTrainedTokenizerFast = BYTES, stop: tuple[str, ...] = ()
-) -> tuple[list[str], Continuation]:
-    """(the text of each piece, the whole) of a model that says `script`."""
-    sampling = Sampling(temperature=0.0, max_new_tokens=len(script), stop=stop)
-
-    def model() -> Model:
-        return cast(Model, Scripted(script, words=len(tokenizer)))
-
-    pieces = list(generate(model(), tokenizer, [3], sampling))
-    whole = complete(model(), tokenizer, [3], sampling)
-    assert "".join(piece.text for piece in pieces) == whole.text
-    assert tuple(piece.token_id for piece in pieces) == whole.token_ids
-    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    return [piece.text for piece in pieces], whole
+def test_a_cancellation_after_the_end_comes_too_late(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=1, max_len=CONTEXT))
+    stream = engine.submit(MIXED[0])
+    llama.run_out(engine)
+    stream.cancel()
+    engine.step()
+    assert llama.answer(stream) == llama.alone(MIXED[0])
+    assert engine.stats().cancelled_total == 0
 
 
-@UNHURRIED
-@given(script=st.lists(ORDINARY, min_size=1, max_size=30), ends=st.booleans())
-def test_any_tokens_stream_as_the_text_of_them_all(script: list[int], ends: bool) -> None:
-    _, whole = pieces_of([*script, END] if ends else script)
-    assert whole.text == BYTES.decode(script, skip_special_tokens=True)
-    assert whole.finish_reason == ("stop" if ends else "length")
+def test_stop_strings_end_tokens_and_full_contexts_end_as_alone(family: Family) -> None:
+    whole = family.alone(Request(PROMPTS[3], SAMPLINGS[2]))
+    stop = whole.text[3:5]
+    end = next(token for place, token in enumerate(whole.token_ids) if place > 3 and token < WORDS)
+    requests = [
+        Request(PROMPTS[3], Sampling(temperature=2.0, top_k=40, top_p=1.0, max_new_tokens=17, seed=4, stop=(stop,))),
+        Request(PROMPTS[3], SAMPLINGS[2]),
+        Request(PROMPTS[-1], Sampling(temperature=0.0, max_new_tokens=500)),
+        Request(PROMPTS[-1] + PROMPTS[2] + PROMPTS[1] + (9,), Sampling(temperature=0.0, max_new_tokens=500)),
+        MIXED[0],
+    ]
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT, chunk=6), stop_ids=[end])
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    found = [family.answer(stream) for stream in streams]
+    assert found == [family.alone(request, stop_ids=(end,)) for request in requests]
+    assert [answer.finish_reason for answer in found] == ["stop", "stop", "length", "length", "length"]
+    assert stop not in found[0].text
+    assert found[1].token_ids[-1] == end
+    assert [len(answer.token_ids) for answer in found[2:4]] == [CONTEXT - 41, 1]
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte level", "byte fallback"])
-@UNHURRIED
-@given(text=TEXT)
-def test_any_text_streams_as_itself(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces, whole = pieces_of([*ids, int(tokenizer.eos_token_id)], tokenizer)
-    assert whole.text == tokenizer.decode(ids, skip_special_tokens=True)
-    if "\N{REPLACEMENT CHARACTER}" not in text:
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-def test_a_characters_bytes_are_held_until_it_is_whole() -> None:
-    script = [token for character in "a😀😀b" for token in PIECES.encode(character, add_special_tokens=False)]
-    script = [token for token in script if PIECES.convert_ids_to_tokens(token) != "▁"]
-    pieces, _ = pieces_of(script, PIECES)
-    assert pieces == ["a", "", "", "", "😀", "", "", "", "😀", "b"]
-
-
-def test_a_control_token_between_words_takes_no_space_away() -> None:
-    script = PIECES.convert_tokens_to_ids(["▁ab", "<s>", "▁ab", "<unk>", "<s>", "▁a"])
-    assert pieces_of(script, PIECES)[0] == ["ab", "", " ab", "", "", " a"]
-
-
-A_AND_A_HALF = BYTES.encode(" a界")[0]  # the letter and a part of the character, as one token
-BUILDING = sorted({*BYTES.encode("ab 世 a界 b😀 ba"), *BYTES.convert_tokens_to_ids(["a", "b"]), A_AND_A_HALF})
-STOPS = st.lists(st.text("ab 世", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
-
-
-@UNHURRIED
-@given(
-    script=st.lists(st.sampled_from(BUILDING), min_size=1, max_size=25),
-    stop=STOPS,
-    ends=st.booleans(),
-)
-def test_no_character_of_a_stop_string_leaks(script: list[int], stop: tuple[str, ...], ends: bool) -> None:
-    text = BYTES.decode(script)
-    cut = min((at for at in (text.find(word) for word in stop) if at >= 0), default=None)
-    pieces, whole = pieces_of([*script, END] if ends else script, stop=stop)
-    if cut is None:
-        assert whole.text == text
-    else:
-        # Of two stop strings, the one that is complete first counts, which may begin later.
-        assert text.startswith(whole.text)
-        assert len(whole.text) >= cut
-        assert any(text.startswith(word, len(whole.text)) for word in stop)
-    shown = ""
-    for piece in pieces:
-        shown += piece
-        assert not any(word in shown for word in stop)
-
-
-def test_a_stop_string_across_tokens_ends_the_text_before_it() -> None:
-    script = BYTES.convert_tokens_to_ids(["a", "b", "a", "b", ".", "a", "b", "a"])
-    pieces, whole = pieces_of(script, stop=("b.a",))
-    assert pieces == ["a", "", "ba", "", "", ""]
-    assert (whole.text, whole.finish_reason) == ("aba", "stop")
-    assert len(whole.token_ids) == 6
-    # What is longest and could still become a stop string is held, or its first letters would be out.
-    assert pieces_of(BYTES.convert_tokens_to_ids(["a", "a", "b"]), stop=("aab",))[0] == ["", "", ""]
-    # The start of a stop string that never ends is shown after all.
-    assert pieces_of(script, stop=("bax",))[1].text == "abab.aba"
-
-
-def test_a_stop_string_within_what_is_held_at_the_end_does_not_leak() -> None:
-    assert BYTES.decode([A_AND_A_HALF]) == " a\N{REPLACEMENT CHARACTER}"
-    assert pieces_of([10, A_AND_A_HALF, END], stop=("a",))[1].text == BYTES.decode([10]) + " "
-
-
-def test_an_end_token_wins_over_the_limit_and_is_no_text() -> None:
-    script = [*BYTES.encode("ab"), END]
-    pieces, whole = pieces_of(script)
-    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("ab", "stop", END)
-    assert pieces[-1] == ""
-    assert pieces_of(script[:-1])[1].finish_reason == "length"
-
-
-def test_the_prompt_runs_once_and_then_each_token_alone() -> None:
-    model = Scripted([10, 11, 12])
-    complete(cast(Model, model), BYTES, [1, 2, 3], Sampling(temperature=0.0, max_new_tokens=3))
-    assert model.fed == [[1, 2, 3], [10], [11]]
-    assert model.room == 6
-
-
-def test_generation_ends_where_the_context_is_full(twins: tuple[Any, Model]) -> None:
-    _, model = twins
-    sampling = Sampling(temperature=0.0, max_new_tokens=500)
-    prompt = [5] * (CONTEXT - 7)
-    found = complete(model, no_end(), prompt, sampling)
-    assert len(prompt) + len(found.token_ids) == CONTEXT
+def test_the_room_of_a_slot_ends_an_answer_too(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=2, max_len=20, chunk=6))
+    assert engine.context == 20
+    stream = engine.submit(Request(PROMPTS[4], SAMPLINGS[2]))
+    llama.run_out(engine)
+    found = llama.answer(stream)
+    assert found.token_ids == llama.alone(Request(PROMPTS[4], SAMPLINGS[2])).token_ids[:9]
     assert found.finish_reason == "length"
-    with pytest.raises(UsageError, match=f"prompt has {CONTEXT} tokens; the model's context holds {CONTEXT}"):
-        complete(model, BYTES, [5] * CONTEXT, sampling)
-    with pytest.raises(UsageError, match="prompt is empty"):
-        complete(model, BYTES, [], sampling)
+    with pytest.raises(UsageError, match="prompt has 30 tokens"):
+        engine.submit(Request(LONG, GREEDY))
+    assert llama.engine(Limits(slots=1, max_len=10_000)).context == CONTEXT
 
 
-def no_end() -> PreTrainedTokenizerFast:
-    tokenizer = byte_level()
-    tokenizer.eos_token = None
-    return tokenizer
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_log_probabilities_are_those_of_transformers(family: Family, chunk: int) -> None:
+    # Logits of about 10 in float32, whose sums both take in another order: they differ by up to 2e-5 here.
+    close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-4)
+    requests = [
+        Request(PROMPTS[4], GREEDY, logprobs=5, prompt_logprobs=True),
+        Request(PROMPTS[3], SAMPLINGS[3], logprobs=0, prompt_logprobs=True),
+        Request(PROMPTS[3], SAMPLINGS[2], logprobs=WORDS),
+        Request(PROMPTS[5], SAMPLINGS[2], prompt_logprobs=True),
+    ]
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=chunk))
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    for request, stream in zip(requests, streams, strict=True):
+        tokens = list(stream)
+        ids = torch.tensor([*request.prompt, *(token.token_id for token in tokens)])
+        assert tuple(ids[len(request.prompt) :].tolist()) == family.alone(request).token_ids
+        with torch.no_grad():
+            scores = family.theirs(ids[None, :-1]).logits[0, :, :WORDS].log_softmax(-1)
+        told = [*stream.prompt, *tokens] if request.prompt_logprobs else [None] * len(request.prompt) + tokens
+        assert len(told) == len(ids)
+        for place, (token, row) in enumerate(zip(told[1:], scores, strict=True), 1):
+            if token is None:
+                continue
+            top = request.logprobs if place >= len(request.prompt) else request.logprobs or 0
+            assert token.token_id == ids[place]
+            if top is None:
+                assert (token.logprob, token.top) == (None, ())
+                continue
+            assert token.logprob is not None
+            close(torch.tensor(token.logprob), row[token.token_id])
+            assert len(token.top) == top
+            close(torch.tensor([score for _, score in token.top]), row.topk(top).values)
+            named = row[torch.tensor([number for number, _ in token.top], dtype=torch.long)]
+            close(named, row.topk(top).values)
+        if request.prompt_logprobs:
+            assert (stream.prompt[0].token_id, stream.prompt[0].logprob) == (request.prompt[0], None)
+            assert [token.text for token in stream.prompt] == [family.tokenizer.decode([i]) for i in request.prompt]
 
 
-def test_a_tokenizer_without_an_end_token_generates() -> None:
-    model = cast(Model, Scripted([10, END, 11]))
-    sampling = Sampling(temperature=0.0, max_new_tokens=3)
-    assert complete(model, no_end(), [3], sampling).finish_reason == "length"
+def test_a_prompt_that_begins_like_another_is_not_read_again(family: Family) -> None:
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
+    first = Request(LONG, GREEDY)
+    followers = [
+        Request(LONG, GREEDY),  # all but its last token, which is read for its logits
+        Request((*LONG[:20], 5, 6, 7), GREEDY),
+        Request((*LONG, *family.alone(first).token_ids[:10], 7), GREEDY),  # on from the answer, as a conversation goes
+        Request(LONG, GREEDY, prompt_logprobs=True),  # all of its logits are asked for
+        Request((LONG[0] + 1, *LONG[1:]), GREEDY),
+    ]
+    reused = []
+    for request in (first, *followers):
+        before = engine.stats()
+        stream = engine.submit(request)
+        family.run_out(engine)
+        reused.append(engine.stats().reused_tokens_total - before.reused_tokens_total)
+        assert family.answer(stream) == family.alone(request)
+        assert engine.stats().prompt_tokens_total - before.prompt_tokens_total == len(request.prompt)
+        engine.submit(Request(LONG[:20], Sampling(temperature=0.0, max_new_tokens=1)))  # holds slot 0 a while
+        engine.submit(Request(LONG, GREEDY))
+        family.run_out(engine)
+    assert reused == [0, 29, 20, 30, 0, 0]  # an answer was decoded, with other bits than a prompt would have
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_past_the_tokenizer_are_never_chosen(
-    twins_of: Callable[[Any], tuple[Any, Model]], temperature: float
+def test_a_prompt_is_taken_over_from_a_request_that_is_still_running(family: Family) -> None:
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
+    requests = [Request(LONG, GREEDY), Request((*LONG[:25], 3), GREEDY), Request(LONG, SAMPLINGS[2])]
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    assert engine.stats().reused_tokens_total == 25 + 29
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
+
+
+def test_more_than_may_wait_are_refused(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=1, max_len=CONTEXT, queue=2))
+    engine.submit(MIXED[0])
+    engine.step()
+    streams = [engine.submit(MIXED[n]) for n in (1, 2)]
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        engine.submit(MIXED[3])
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(MIXED[n]) for n in (1, 2)]
+    assert engine.stats().requests_total == 3
+    engine.submit(MIXED[3])
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_card_reads_a_token_while_the_host_tells_of_it(
+    family: Family, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
 ) -> None:
-    config = GPTJConfig(vocab_size=WORDS + 14, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=CONTEXT)
-    _, model = twins_of(config)
-    assert model.head.bias is not None
-    model.head.bias.data[WORDS:] = 1000.0
-    assert int(model(torch.tensor([[5]]))[0, -1].argmax()) >= WORDS
-    found = complete(model, BYTES, [5], Sampling(temperature=temperature, max_new_tokens=40))
-    assert max(found.token_ids) < WORDS
+    """But not where the logits of the last step are still to be looked at."""
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT))
+    engine._decoder.runs_ahead = True
+    streams = [engine.submit(Request(prompt, GREEDY, logprobs=logprobs)) for prompt in PROMPTS[:2]]
+    launch, heard = engine._decoder.launch, [0, 0]
+    early = []
+
+    def watched(tokens: list[int], adapter_ids: list[int]) -> None:
+        for number, stream in enumerate(streams):
+            heard[number] += len(stream.ready())
+        early.append(engine._running[0].answered - heard[0])  # tokens that are being read and were not told yet
+        launch(tokens, adapter_ids)
+
+    monkeypatch.setattr(engine._decoder, "launch", watched)
+    family.run_out(engine)
+    assert set(early[1:]) == ({1} if logprobs is None else {0})
+    assert [heard[n] + len(stream.ready()) for n, stream in enumerate(streams)] == [GREEDY.max_new_tokens] * 2
+    assert len(early) == GREEDY.max_new_tokens - 1  # no step for nothing
 
 
-def test_a_seed_repeats_a_continuation(twins: tuple[Any, Model]) -> None:
-    _, model = twins
-    first, again, other = (
-        complete(model, BYTES, [5], Sampling(temperature=2.0, top_p=1.0, max_new_tokens=20, seed=seed))
-        for seed in (1, 1, 2)
-    )
-    assert first == again
-    assert first.token_ids != other.token_ids
+def test_an_answer_that_ends_while_the_card_goes_on_is_whole_and_the_others_too(family: Family) -> None:
+    """A stop string is found only when the token is told; what was read behind it is nobody's."""
+    whole = family.alone(MIXED[2])
+    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+    requests = [MIXED[0], Request(MIXED[2].prompt, replace(MIXED[2].sampling, stop=(stop,))), MIXED[5], MIXED[9]]
+    engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=64))
+    engine._decoder.runs_ahead = True
+    streams = [engine.submit(request) for request in requests]
+    family.run_out(engine)
+    assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
+    assert family.alone(requests[1]).finish_reason == "stop"
+    assert (engine.stats().running, engine.stats().cache_tokens_used) == (0, 0)
 
 
-def test_a_model_in_training_goes_on_training_even_if_the_reader_leaves(twins: tuple[Any, Model]) -> None:
-    _, model = twins
-    model.train()
-    pieces = generate(model, BYTES, [5], GREEDY)
-    next(pieces)
-    during = model.training
-    pieces.close()  # type: ignore[attr-defined]
-    after = model.training
-    model.eval()
-    assert (during, after) == (False, True)
+def test_who_asks_while_the_card_goes_on_is_read_in_the_step_after(family: Family) -> None:
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT))
+    engine._decoder.runs_ahead = True
+    engine.submit(Request(PROMPTS[3], Sampling(temperature=0.0, max_new_tokens=30)))
+    for _ in range(3):
+        engine.step()
+    late = engine.submit(Request(PROMPTS[4], GREEDY))
+    for _ in range(2):  # one for what is under way
+        engine.step()
+    assert late.first_token is not None
+    family.run_out(engine)
+    assert family.answer(late) == family.alone(late.request)
+
+
+def test_an_answer_that_ended_while_the_card_goes_on_can_be_cancelled_no_more(family: Family) -> None:
+    whole = family.alone(Request(PROMPTS[2], GREEDY))
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT))
+    engine._decoder.runs_ahead = True
+    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+    stream = engine.submit(Request(PROMPTS[2], replace(GREEDY, stop=(stop,))))
+    other = engine.submit(Request(PROMPTS[3], GREEDY))
+    tokens: list[Token] = []
+    while not tokens or tokens[-1].finish_reason is None:
+        engine.step()
+        tokens += stream.ready()
+    assert engine._in_flight
+    stream.cancel()
+    family.run_out(engine)
+    assert not stream.ready()
+    assert tokens[-1].finish_reason == "stop"
+    assert (engine.stats().cancelled_total, engine.stats().finished_total) == (0, 2)
+    assert family.answer(other) == family.alone(other.request)
+
+
+def test_without_a_queue_free_slots_still_take_requests(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=2, max_len=CONTEXT, queue=0))
+    streams = [engine.submit(MIXED[n]) for n in (0, 1)]
+    for _ in range(2):
+        with pytest.raises(QueueFullError):
+            engine.submit(MIXED[2])
+        engine.step()
+    llama.run_out(engine)
+    streams.append(engine.submit(MIXED[2]))
+    llama.run_out(engine)
+    assert [llama.answer(stream) for stream in streams] == [llama.alone(MIXED[n]) for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "match"),
+    [
+        (Request((), GREEDY), UsageError, "prompt is empty"),
+        (Request((5,) * CONTEXT, GREEDY), UsageError, "48 tokens; the model's context holds 48"),
+        (Request((5, WORDS), GREEDY), UsageError, "no token 258"),
+        (Request((-1,), GREEDY), UsageError, "no token -1"),
+        (Request((5,), GREEDY, logprobs=WORDS + 1), UsageError, "259 .*log-probabilities"),
+        (Request((5,), GREEDY, logprobs=-1), UsageError, "-1 .*log-probabilities"),
+        (Request((5,), Sampling(seed=2**64)), UsageError, "seed"),
+        (Request((5,), Sampling(seed=-(2**63) - 1)), UsageError, "seed"),
+        (Request((5,), GREEDY, adapter="none"), AdapterError, "no adapter 'none' here.\nThere are: base"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_at_once(
+    llama: Family, request_: Request, error: type[Exception], match: str
+) -> None:
+    engine = llama.engine(Limits(slots=2, max_len=CONTEXT))
+    with pytest.raises(error, match=match):
+        engine.submit(request_)
+    assert engine.stats().requests_total == 0
+    for seed in (-(2**63), 2**64 - 1):
+        engine.submit(Request((5,), Sampling(seed=seed, max_new_tokens=1)))
+    llama.run_out(engine)
+
+
+def test_a_request_whose_token_cannot_be_drawn_fails_alone(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=3, max_len=CONTEXT))
+    broken = Request(PROMPTS[2], Sampling(repetition_penalty=1e-300))  # its logits become infinite
+    streams = [engine.submit(request) for request in (MIXED[0], broken, MIXED[2])]
+    llama.run_out(engine)
+    assert llama.answer(streams[1]).finish_reason == "error"
+    assert "repetition penalty" in streams[1].error
+    assert [llama.answer(streams[n]) for n in (0, 2)] == [llama.alone(MIXED[n]) for n in (0, 2)]
+    assert (engine.stats().failed_total, counted(engine.stats())) == (1, 3)
+
+
+def alive() -> dict[int, int]:
+    """The storages of all tensors, with their sizes."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def test_memory_is_taken_once(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
+    kept: list[Stream] = []
+
+    def serve(count: int) -> int:
+        for number in range(count):
+            request = MIXED[number % len(MIXED)]
+            kept.append(engine.submit(Request(request.prompt, request.sampling, logprobs=2, prompt_logprobs=True)))
+        kept[-1].cancel()
+        llama.run_out(engine)
+        return sum(alive().values())
+
+    assert serve(50) == serve(3)
+
+
+def test_an_idle_step_does_nothing(llama: Family) -> None:
+    engine = llama.engine(Limits(slots=1, max_len=CONTEXT))
+    engine.step()
+    assert engine.stats().running == engine.stats().requests_total == 0
+    model = llama.model().train()
+    assert not llama.engine(Limits(slots=1, max_len=CONTEXT), model).model.training
+    assert complete(model, llama.tokenizer, MIXED[0].prompt, GREEDY) == llama.alone(MIXED[0])

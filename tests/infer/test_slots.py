@@ -1,4 +1,4 @@
-"""What slots hold and find again, against a twin that keeps plain lists and looks through all of them."""
+"""What slots hold and find again, against a kernel that keeps plain lists and looks through all of them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.infer.slots import Slots
-from octavo.layers.cache import SlotCache
+from octavo.layers.kv_cache import SlotCache
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
 
 SLOTS, ROOM, TILE = 3, 12, 2
 ADAPTERS = (None, "a", "b")
-Held = tuple[str | None, list[int]]
+SavedAttention = tuple[str | None, list[int]]
 
 
 def fresh() -> Slots:
     return Slots(
-        SlotCache(2, slots=SLOTS, room=ROOM, heads=1, head_size=1, dtype=torch.float32, device=torch.device("cpu"))
+        SlotCache(2, slots=SLOTS, max_len=ROOM, heads=1, head_size=1, dtype=torch.float32, device=torch.device("cpu"))
     )
 
 
@@ -27,9 +27,9 @@ def write(slots: Slots, slot: int, tokens: list[int], phase: Phase = Phase.PREFI
     """As a pass over the model does. The keys of a token say which it is, and so do its values."""
     if tokens:
         over = slots.cache.slot(slot).next(len(tokens))
-        numbers = torch.tensor(tokens).view(1, -1, 1, 1).float()
+        adapter_ids = torch.tensor(tokens).view(1, -1, 1, 1).float()
         for layer in range(2):
-            over.attend(layer, numbers, numbers + 100 * layer, numbers + 100 * layer + 10)
+            over.attend(layer, adapter_ids, adapter_ids + 100 * layer, adapter_ids + 100 * layer + 10)
         over.finish()
         slots.wrote(slot, tokens, phase)
 
@@ -43,7 +43,7 @@ def stored(slots: Slots, slot: int, count: int) -> list[list[float]]:
     ]
 
 
-def longest(held: list[Held], adapter: str | None, prompt: list[int]) -> int:
+def longest(held: list[SavedAttention], adapter: str | None, prompt: list[int]) -> int:
     """The most tokens of a prompt, in whole tiles, that any slot holds of a prompt of its own."""
     return max(
         n
@@ -79,7 +79,7 @@ STEPS = st.lists(
 @given(steps=STEPS)
 def test_the_longest_common_start_of_any_slot_is_found(steps: list[tuple[str, *tuple[object, ...]]]) -> None:
     slots = fresh()
-    held: list[Held] = [(None, [])] * SLOTS
+    held: list[SavedAttention] = [(None, [])] * SLOTS
     for step in steps:
         match step:
             case ("serve", int(slot), None | str() as adapter, list(prompt), int(answer)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix, LowRankPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix, LoraPair
 from octavo.layers.lora import put_
 from octavo.ops.quantize import SCHEMES, dequantise
 
@@ -34,10 +34,10 @@ def matrix_of(weights: Mapping[str, Tensor], scheme: str = "none", dtype: torch.
     return matrix
 
 
-def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> LowRankPair:
+def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> LoraPair:
     generator = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
-    return LowRankPair(a, b, scaling)
+    return LoraPair(a, b, scaling)
 
 
 @every_scheme
@@ -256,9 +256,9 @@ def test_a_tied_head_is_the_embeddings_own_table() -> None:
     table.put("wte", {"weight": torch.full((9, 6), 2.0)})
     torch.testing.assert_close(model["head"](x), 2 * x.sum(dim=-1, keepdim=True).expand(2, 9))
     assert torch.equal(model["embed"](torch.tensor([[4]])), torch.full((1, 1, 6), 2.0))
-    twin = copy.deepcopy(model)
-    assert twin["head"].matrix is twin["embed"].matrix
-    assert twin["head"].matrix is not table
+    kernel = copy.deepcopy(model)
+    assert kernel["head"].matrix is kernel["embed"].matrix
+    assert kernel["head"].matrix is not table
 
 
 def test_pairs_on_a_tied_head_leave_the_embedding_alone() -> None:

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.lora import (
-    FlatGroup,
-    LoraSpec,
-    attach_,
-    flatten_,
-    gradients_in_place,
-    merged_rows,
-    pairs_of,
-)
+from octavo.layers.lora import FlatGroup, LoraSpec, attach_, flatten_, gradients_in_place, merged_rows, pairs_of
 from octavo.ops.quantize import SCHEMES
 
 COLUMNS = 8
@@ -137,16 +129,16 @@ def test_parameters_follow_their_buffer() -> None:
 
 def test_gradients_are_added_up_in_their_buffer() -> None:
     layer, groups = flattened()
-    twin = attached()
-    randomise(twin)
-    assert twin.bias is not None
-    twin.bias.requires_grad_()
+    kernel = attached()
+    randomise(kernel)
+    assert kernel.bias is not None
+    kernel.bias.requires_grad_()
     for seed in (0, 1):  # two micro-batches
         x = torch.randn(4, COLUMNS, generator=torch.Generator().manual_seed(seed))
         torch.autograd.backward(layer(x).square().sum())
-        torch.autograd.backward(twin(x).square().sum())
+        torch.autograd.backward(kernel(x).square().sum())
         assert gradients_in_place(groups)
-    plain = dict(twin.named_parameters())
+    plain = dict(kernel.named_parameters())
     for group in groups:
         wanted = [plain[name].grad for name in group.names]
         assert group.values.grad is not None

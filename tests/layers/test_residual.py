@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LowRankPair
+from octavo.fused.branch import Save
+from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LoraPair
 from octavo.layers.lora import put_
-from octavo.layers.residual import LayerNorm, RmsNorm, levels, plain_residual, residual
+from octavo.layers.residual import LayerNorm, RmsNorm, plain_residual, residual, save_levels
 from octavo.ops.attention import HALF, INTERLEAVED, causal_attention, find_documents, rotary_table
-from octavo.ops.branch import Keep
-from octavo.ops.mix import Attention, Context, Gelu, Piece, Swiglu
 from octavo.ops.quantize import SCHEMES
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
@@ -29,7 +29,7 @@ class Layers:
 
     norm: LayerNorm | RmsNorm
     inner: FrozenLinear
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Mixer, ...]
     outer: tuple[FrozenLinear, ...]
 
     @property
@@ -40,14 +40,14 @@ class Layers:
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.all.named_parameters() if p.requires_grad}
 
-    def run(self, x: Tensor, *, keep: Keep | None, packed: bool) -> Tensor:
+    def run(self, x: Tensor, *, save: Save | None, packed: bool) -> Tensor:
         """By `residual`, or where `keep` is None by the definition."""
         documents = find_documents(DOCUMENT, DOCUMENT.device) if packed else None
         frequencies = torch.tensor([0.9, 0.4, 0.2, 0.1, 0.05])[: 2 if isinstance(self.norm, LayerNorm) else 5]
         table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
-        context = Context(BATCH, LENGTH, table, documents)
+        context = ForwardContext(BATCH, LENGTH, table, documents)
         parts = self.norm, self.inner, self.pieces, self.outer
-        return plain_residual(x, *parts, context) if keep is None else residual(x, *parts, context, keep=keep)
+        return plain_residual(x, *parts, context) if save is None else residual(x, *parts, context, save=save)
 
 
 def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtype, **biases: Any) -> FrozenLinear:
@@ -61,17 +61,17 @@ def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtyp
         if name != "k_proj":
             rank = 2 + number
             a, b = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / rank
-            put_(layer, name, LowRankPair(a, b, 0.5), dropout=0.0)
+            put_(layer, name, LoraPair(a, b, 0.5), dropout=0.0)
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
     return layer
 
 
 def gptj(scheme: str, dtype: torch.dtype) -> Layers:
-    stacked = {"q_proj": WIDTH, "k_proj": WIDTH, "v_proj": WIDTH, "fc_in": MLP_WIDTH}
+    stack_a = {"q_proj": WIDTH, "k_proj": WIDTH, "v_proj": WIDTH, "fc_in": MLP_WIDTH}
     return Layers(
         LayerNorm(WIDTH, 1e-5),
-        linear(WIDTH, stacked, scheme, dtype, bias=["fc_in"]),
+        linear(WIDTH, stack_a, scheme, dtype, bias=["fc_in"]),
         (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
         (
             linear(WIDTH, {"out_proj": WIDTH}, scheme, dtype),
@@ -81,10 +81,10 @@ def gptj(scheme: str, dtype: torch.dtype) -> Layers:
 
 
 def llama_attention(scheme: str, dtype: torch.dtype) -> Layers:
-    stacked = {"q_proj": WIDTH, "k_proj": 2 * HEAD_SIZE, "v_proj": 2 * HEAD_SIZE}
+    stack_a = {"q_proj": WIDTH, "k_proj": 2 * HEAD_SIZE, "v_proj": 2 * HEAD_SIZE}
     return Layers(
         RmsNorm(WIDTH, 1e-5),
-        linear(WIDTH, stacked, scheme, dtype, bias=list(stacked)),
+        linear(WIDTH, stack_a, scheme, dtype, bias=list(stack_a)),
         (Attention(HEADS, 2, HEAD_SIZE, HALF),),
         (linear(WIDTH, {"o_proj": WIDTH}, scheme, dtype),),
     )
@@ -101,7 +101,7 @@ def llama_mlp(scheme: str, dtype: torch.dtype) -> Layers:
 
 KINDS = {"gptj": gptj, "llama's attention": llama_attention, "llama's MLP": llama_mlp}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_keep = pytest.mark.parametrize("keep", list(Keep))
+every_keep = pytest.mark.parametrize("save", list(Save))
 both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed, with padding"])
 
 
@@ -123,10 +123,10 @@ def x_and_dy(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return x.to(dtype).requires_grad_(), dy.to(dtype)
 
 
-def results(layers: Layers, x: Tensor, dy: Tensor, *, keep: Keep | None, packed: bool) -> dict[str, Tensor]:
+def results(layers: Layers, x: Tensor, dy: Tensor, *, save: Save | None, packed: bool) -> dict[str, Tensor]:
     """The output and the gradients of all that takes one, by name."""
     leaves: dict[str, Tensor] = {**({"x": x} if x.requires_grad else {}), **layers.trained}
-    y = layers.run(x, keep=keep, packed=packed)
+    y = layers.run(x, save=save, packed=packed)
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
 
 
@@ -143,23 +143,23 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("scheme", SCHEMES)
 @every_keep
 @both
-def test_output_and_gradients_are_those_of_the_definition(kind: str, scheme: str, keep: Keep, packed: bool) -> None:
+def test_output_and_gradients_are_those_of_the_definition(kind: str, scheme: str, save: Save, packed: bool) -> None:
     layers, (x, dy) = layers_of(kind, scheme), x_and_dy()
     names = {name.rpartition(".")[2] for name in layers.trained}
     assert names >= {"weight", "bias", "a", "b"}  # norms and biases too
-    theirs = results(layers, x, dy, keep=None, packed=packed)
-    assert_near(results(layers, x, dy, keep=keep, packed=packed), theirs, 1e-5)
+    theirs = results(layers, x, dy, save=None, packed=packed)
+    assert_near(results(layers, x, dy, save=save, packed=packed), theirs, 1e-5)
 
 
 @every_kind
 @every_keep
 @both
-def test_the_first_layers_input_needs_no_gradient(kind: str, keep: Keep, packed: bool) -> None:
+def test_the_first_layers_input_needs_no_gradient(kind: str, save: Save, packed: bool) -> None:
     for all_trained in (False, True):
         layers, (x, dy) = layers_of(kind, all_trained=all_trained), x_and_dy()
-        theirs = results(layers, x.detach(), dy, keep=None, packed=packed)
+        theirs = results(layers, x.detach(), dy, save=None, packed=packed)
         assert ("x" in theirs, "0.weight" in theirs) == (False, all_trained)
-        assert_near(results(layers, x.detach(), dy, keep=keep, packed=packed), theirs, 1e-5)
+        assert_near(results(layers, x.detach(), dy, save=save, packed=packed), theirs, 1e-5)
 
 
 @every_kind
@@ -171,9 +171,9 @@ def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme:
         if scheme == "none":
             parts = frozen.matrix.parts
             parts["weight"] = parts["weight"].bfloat16().float()
-    expected = results(exact, x.detach().float().requires_grad_(), dy.float(), keep=None, packed=True)
-    theirs = results(layers, x, dy, keep=None, packed=True)
-    ours = results(layers, x, dy, keep=Keep.ATTENTION, packed=True)
+    expected = results(exact, x.detach().float().requires_grad_(), dy.float(), save=None, packed=True)
+    theirs = results(layers, x, dy, save=None, packed=True)
+    ours = results(layers, x, dy, save=Save.ATTENTION, packed=True)
     for name, true in expected.items():
         assert ours[name].dtype == theirs[name].dtype
         own, other = ((found[name].float() - true).norm() / true.norm() for found in (ours, theirs))
@@ -191,10 +191,10 @@ def test_over_a_cache_it_is_the_definition(kind: str) -> None:
         return causal_attention(q, k, v)
 
     table = rotary_table(torch.arange(LENGTH)[None], torch.rand(2 if kind == "gptj" else 5))
-    context = Context(BATCH, LENGTH, table)
+    context = ForwardContext(BATCH, LENGTH, table)
     parts = layers.norm, layers.inner, layers.pieces, layers.outer
     with torch.no_grad():
-        cached = residual(x, *parts, context, keep=Keep.ALL, attend=attend)
+        cached = residual(x, *parts, context, save=Save.ALL, attend=attend)
         torch.testing.assert_close(cached, plain_residual(x, *parts, context))
     assert len(seen) == (0 if kind == "llama's MLP" else 1)
 
@@ -212,6 +212,6 @@ def test_norms_are_torchs_in_float32_and_take_their_weights_in_the_type_of_x() -
 
 
 def test_one_level_is_that_of_every_block() -> None:
-    assert levels(Keep.INPUT, 3) == [Keep.INPUT] * 3
-    mixed = [Keep.INPUT, Keep.ALL, Keep.ATTENTION]
-    assert levels(mixed, 3) == mixed
+    assert save_levels(Save.INPUT, 3) == [Save.INPUT] * 3
+    mixed = [Save.INPUT, Save.ALL, Save.ATTENTION]
+    assert save_levels(mixed, 3) == mixed

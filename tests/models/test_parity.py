@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import ModelError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
+from octavo.fused.linear import FusedLinear
+from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.lora import put_
-from octavo.models import Model, Place, build, places
+from octavo.models import Model, WeightEntry, build, weight_map
 from octavo.models.llama import rotary_frequencies
 from octavo.ops.attention import find_documents
-from octavo.ops.loss import IGNORE, cross_entropy_sum
-from octavo.ops.wide import Wide
 
 VOCABULARY, LENGTH = 97, 40
 TOLERANCE = 1e-5  # of logits, absolute; of a gradient, the difference's norm over its own
@@ -91,7 +92,7 @@ class Twins(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Twins:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Twins:
     return Twins(*twins_of(CASES[request.param]))
 
 
@@ -100,64 +101,64 @@ def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_transformers(twins: Twins) -> None:
+def test_logits_are_transformers(kernels: Twins) -> None:
     ids = some_ids()
-    expected = twins.theirs(ids).logits
+    expected = kernels.theirs(ids).logits
     assert expected.std() > 0.5  # wide enough for a difference to show
-    torch.testing.assert_close(twins.ours(ids), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(kernels.ours(ids), expected, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_logits_far_from_the_start_are_transformers(twins: Twins) -> None:
+def test_logits_far_from_the_start_are_transformers(kernels: Twins) -> None:
     # Angles are near 2000 there, so that a frequency that is off by one unit in the last place shows.
     ids, positions = some_ids(rows=1), torch.arange(2000, 2000 + LENGTH)[None]
-    expected = twins.theirs(ids, position_ids=positions).logits
-    torch.testing.assert_close(twins.ours(ids, positions=positions), expected, rtol=0, atol=TOLERANCE)
+    expected = kernels.theirs(ids, position_ids=positions).logits
+    torch.testing.assert_close(kernels.ours(ids, positions=positions), expected, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_packed_documents_are_what_transformers_makes_of_each_alone(twins: Twins) -> None:
+def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Twins) -> None:
     lengths, padding = [9, 1, 14, 6], 3
     ids = some_ids(rows=1, length=sum(lengths) + padding)
     document = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * padding])
     positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])[None]
     documents = find_documents(document, ids.device)
     assert documents is not None
-    packed = twins.ours(ids, positions=positions, documents=documents)
+    packed = kernels.ours(ids, positions=positions, documents=documents)
     for number in range(len(lengths)):
-        alone = twins.theirs(ids[document == number][None]).logits
+        alone = kernels.theirs(ids[document == number][None]).logits
         torch.testing.assert_close(packed[document == number][None], alone, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_a_cache_filled_in_pieces_gives_the_same_logits(twins: Twins) -> None:
-    ids, model = some_ids(), twins.ours
-    cache = model.new_cache(batch=2, room=LENGTH + 5)
+def test_a_cache_filled_in_pieces_gives_the_same_logits(kernels: Twins) -> None:
+    ids, model = some_ids(), kernels.ours
+    cache = model.new_cache(batch=2, max_len=LENGTH + 5)
     pieces = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
     logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
     assert cache.length == LENGTH
-    torch.testing.assert_close(logits, twins.theirs(ids).logits, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(logits, kernels.theirs(ids).logits, rtol=0, atol=TOLERANCE)
 
 
-def tuned(twins: Twins) -> Twins:
+def tuned(kernels: Twins) -> Twins:
     """Copies of both with the same random pairs on everything that may have one, all of it trained.
 
     A tied table stays without: PEFT warns of pairs on one.
     """
-    table = places(twins.ours)
+    table = weight_map(kernels.ours)
     named = {p.key for p in table.values() if p.matrix is not None}
-    if twins.ours.config.tied:
+    if kernels.ours.config.tied:
         named -= {"lm_head", "wte", "embed_tokens"}
     torch.manual_seed(2)
     spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(named), init_lora_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(twins.theirs), spec).eval()
-    ours = copy.deepcopy(twins.ours)
-    for place in places(ours).values():
+    theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()
+    ours = copy.deepcopy(kernels.ours)
+    for place in weight_map(ours).values():
         module = theirs.base_model.model.get_submodule(place.name)
         if place.key in named:
             assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
             a, b = (factor.detach().clone() for factor in factors(module))
-            put_(place.layer, place.rows_key, LowRankPair(a, b, 4 / 3), dropout=0.0)
+            put_(place.layer, place.rows_key, LoraPair(a, b, 4 / 3), dropout=0.0)
         elif place.matrix is None:
             module.requires_grad_()
             place.layer.requires_grad_()
@@ -174,7 +175,7 @@ def factors(module: Any) -> tuple[Tensor, Tensor]:
     return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
-def biases(place: Place, module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
+def biases(place: WeightEntry, module: Any) -> tuple[nn.Parameter, nn.Parameter] | None:
     """(octavo's bias of all the layer's rows, transformers' of this name's), of a linear that has one."""
     if not isinstance(place.layer, FrozenLinear) or place.rows_key not in place.layer.bias_names:
         return None
@@ -182,7 +183,7 @@ def biases(place: Place, module: Any) -> tuple[nn.Parameter, nn.Parameter] | Non
     return place.layer.bias, getattr(module, "base_layer", module).bias
 
 
-def gradients(place: Place, module: Any) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+def gradients(place: WeightEntry, module: Any) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
     """(what, octavo's gradient, transformers' and PEFT's) of all that is trained under one name."""
     layer = place.layer
     if place.matrix is None:
@@ -192,7 +193,7 @@ def gradients(place: Place, module: Any) -> Iterator[tuple[str, Tensor | None, T
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
     if place.rows_key in layer.pairs:
         pair = layer.pairs[place.rows_key]
-        assert isinstance(pair, LowRankPair)
+        assert isinstance(pair, LoraPair)
         a, b = factors(module)
         yield "a", pair.a.grad, a.grad
         yield "b", pair.b.grad, b.grad
@@ -203,18 +204,18 @@ def gradients(place: Place, module: Any) -> Iterator[tuple[str, Tensor | None, T
         yield "bias", both[0].grad[start : start + len(both[1])], both[1].grad
 
 
-def test_gradients_are_those_of_transformers_and_peft(twins: Twins) -> None:
-    theirs, ours = tuned(twins)
+def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
+    theirs, ours = tuned(kernels)
     ids, labels = some_ids(), some_ids().roll(-1, dims=1)
-    labels[:, ::5] = IGNORE
+    labels[:, ::5] = IGNORE_INDEX
     expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.autograd.backward(expected)
     hidden = ours.hidden(ids).flatten(0, 1)
-    loss = cross_entropy_sum(hidden, labels.flatten(), Wide((ours.head.frozen(),)))
+    loss = cross_entropy_sum(hidden, labels.flatten(), FusedLinear((ours.head.frozen(),)))
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
-    for place in places(ours).values():
+    for place in weight_map(ours).values():
         for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(place.name)):
             assert mine is not None, (place.name, kind)
             assert other is not None, (place.name, kind)

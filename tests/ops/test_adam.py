@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from octavo.ops import adam
 from octavo.ops.adam import BLOCK, Moments, Rates, adam8_, no_moments
 from octavo.ops.dynamic import ladder
-from octavo.ops.twins import TWINS
+from octavo.runtime.dispatch import KERNELS
 
 ONE = torch.ones(())
 CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,7 +121,7 @@ def test_parts_of_a_buffer_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
     n = BLOCK + 7
-    for step in (TWINS["adam.adam8_"], kernel):
+    for step in (KERNELS["adam.adam8_"], kernel):
         values, moments = torch.zeros(n, device=CARD), no_moments(torch.zeros(n, device=CARD))
         moments.first.fill_(150)  # no code is large, so that nothing of the block is as large as its absmax was
         moments.second.fill_(90)
@@ -139,7 +139,7 @@ def test_the_twin_chooses_the_same_codes() -> None:
     moments, found = no_moments(values), no_moments(values)
     for step in range(1, 5):
         gradient = gradients(values.numel(), step).to(CARD)
-        TWINS["adam.adam8_"](values, gradient, moments, ONE.to(CARD), rates(step))
+        KERNELS["adam.adam8_"](values, gradient, moments, ONE.to(CARD), rates(step))
         kernel(fast, gradient, found, ONE.to(CARD), rates(step))
         torch.testing.assert_close(fast, values, rtol=1e-5, atol=1e-5 * LR)
         for codes, expected in zip(found[:2], moments[:2], strict=True):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.linear import LowRank, Unpack, frozen_linear
+from octavo.ops.linear import LoraSlice, Unpack, frozen_linear
 from octavo.ops.quantize import SCHEMES
 
 ROWS, OUT, IN = 5, 11, 6  # M, N, K
@@ -32,10 +32,10 @@ class Case:
     bias: Tensor
     factors: list[Tensor]
 
-    def pairs(self, factors: list[Tensor] | None = None) -> list[LowRank]:
+    def pairs(self, factors: list[Tensor] | None = None) -> list[LoraSlice]:
         flat = factors or self.factors
         return [
-            LowRank(start, stop, flat[2 * i], flat[2 * i + 1], scaling)
+            LoraSlice(start, stop, flat[2 * i], flat[2 * i + 1], scaling)
             for i, (start, stop, _, scaling) in enumerate(SPANS)
         ]
 
@@ -172,7 +172,7 @@ def watched(matrix: Tensor) -> tuple[Unpack, list[weakref.ref[Tensor]]]:
     return unpack, made
 
 
-def saved_by(case: Case, unpack: Unpack, pairs: list[LowRank]) -> tuple[Tensor, list[tuple[int, ...]]]:
+def saved_by(case: Case, unpack: Unpack, pairs: list[LoraSlice]) -> tuple[Tensor, list[tuple[int, ...]]]:
     """The output, and the shapes of what it keeps for backward."""
     shapes: list[tuple[int, ...]] = []
 

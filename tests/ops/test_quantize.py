@@ -170,7 +170,7 @@ def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_inst
     scheme = SCHEMES["dynamic8"]
     weight = weight_of((3, 64))
     parts = scheme.quantise(weight)
-    monkeypatch.setattr("octavo.ops.foreign.find_spec", lambda _: None)
+    monkeypatch.setattr("octavo.runtime.optional.find_spec", lambda _: None)
     assert (dequantise(scheme, parts, (3, 64)) - weight).abs().max() < 0.05
     with pytest.raises(UsageError, match=r"not installed(.|\n)*octavo\[dynamic8\]"):
         scheme.quantise(weight)

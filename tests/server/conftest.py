@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.config import ServeOptions
 from octavo.errors import AdapterError
-from octavo.infer.engine import TextStream
+from octavo.infer.generate import TextStream
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream, Token
 from octavo.server.app import create_app
 from octavo.store import peft

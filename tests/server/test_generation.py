@@ -14,9 +14,9 @@ from tests.server.clients import PATIENCE, Client, play, skip, until
 from octavo.infer.requests import Request, Stream, Token
 from octavo.infer.sample import Sampling
 from octavo.server import generation
+from octavo.server.errors import ApiError
 from octavo.server.generation import Generation
 from octavo.server.metrics import Metrics
-from octavo.server.refusals import RefusedError
 
 Open = Callable[..., Any]
 
@@ -188,7 +188,7 @@ def test_time_runs_out_even_while_tokens_keep_coming() -> None:
 
         with Generation([stream], receive, fingerprint="", metrics=Metrics(), seconds=900) as work:
             stream.put(Token(5, "a"))
-            with pytest.raises(RefusedError, match="longer"):
+            with pytest.raises(ApiError, match="longer"):
                 await read_on(work)
         assert stream.cancelled
 

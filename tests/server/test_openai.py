@@ -58,7 +58,7 @@ def server(tiny_llama: Path, adapter: Path, forks: Forks, tmp_path_factory: pyte
     shelf = tmp_path_factory.mktemp("shelf")
     process = forks.octavo(
         "serve", "--model", tiny_llama, "--adapter", f"king={adapter}", "--port", 0,
-        "--scheme", "none", "--dtype", "float32", "--room", 128, "--slots", 4, "--queue", 4,
+        "--scheme", "none", "--dtype", "float32", "--max-model-len", 128, "--slots", 4, "--queue", 4,
         "--adapters-from", shelf, "--json", environment={"OCTAVO_API_KEY": KEY},
     )  # fmt: skip
     line = process.stdout.readline()

@@ -151,7 +151,10 @@ def test_a_server_of_this_machine_alone_looks_no_names_up(
     monkeypatch.setattr(socket, "getfqdn", look_up)
     monkeypatch.setattr("octavo.server.process.run", lambda *_, **__: None)
     for arguments in ([], ["--host", "0.0.0.0", "--no-auth"]):
-        assert octavo("serve", "--model", tiny_llama, "--port", 0, "--slots", 1, "--room", 8, *arguments).code == 0
+        assert (
+            octavo("serve", "--model", tiny_llama, "--port", 0, "--slots", 1, "--max-model-len", 8, *arguments).code
+            == 0
+        )
         assert len(asked) == (1 if arguments else 0)
 
 
@@ -195,7 +198,7 @@ import asyncio, sys, threading, time
 sys.path.insert(0, {folder!r})
 from conftest import FakeEngine
 from octavo.config import ServeOptions
-from octavo.server import connections
+from octavo.server import protocol
 from octavo.server.app import create_app
 from octavo.server.process import bind, run
 from octavo.store.tokenizer_files import load_tokenizer
@@ -203,7 +206,7 @@ from pathlib import Path
 
 engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True, context=100_000)
 grace = []
-connections.PROBE_SECONDS = 0.5  # until a client that has not been sent anything is found to be gone
+protocol.PROBE_SECONDS = 0.5  # until a client that has not been sent anything is found to be gone
 
 def stop(seconds):
     grace.append((seconds, app.state.service.draining))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from octavo.server.schemas import ChatRequest, CompletionRequest
+from octavo.server.requests import ChatRequest, CompletionRequest
 from octavo.server.unsupported import ANYWHERE, HARMLESS, MOST_NAMED, RULES
 
 BODIES: dict[str, dict[str, Any]] = {

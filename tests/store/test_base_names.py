@@ -11,7 +11,7 @@ import pytest
 from octavo.layers.lora import LoraSpec
 from octavo.ops.quantize import scheme_named
 from octavo.store.base_names import base_warning
-from octavo.store.folder import write_folder
+from octavo.store.hf_folder import write_folder
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, fingerprint
 

@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from octavo.errors import ModelError
-from octavo.models import Model, places
+from octavo.models import Model, weight_map
 from octavo.ops.quantize import scheme_named
-from octavo.report import Report
+from octavo.reporting import Report
 from octavo.store import builtin
 from octavo.store.builtin import cache_folder, open_smollm2
 from octavo.store.files import sha256_of
-from octavo.store.folder import write_folder
+from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.weights import BLOCK_NUMBERS, load
 
@@ -107,7 +107,7 @@ def test_it_loads_in_8_bits_with_each_tensor_read_once_and_quantised_a_block_at_
 
 def distinct(model: Model) -> list[Any]:
     """The places of a model, one for each matrix."""
-    return list({id(place.matrix): place for place in places(model).values() if place.matrix is not None}.values())
+    return list({id(place.matrix): place for place in weight_map(model).values() if place.matrix is not None}.values())
 
 
 def test_it_is_the_model_that_it_should_be(source: FolderSource) -> None:

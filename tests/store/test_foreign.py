@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from octavo.errors import ModelError
 from octavo.models import build
 from octavo.store.contents import entries
-from octavo.store.opening import open_source
+from octavo.store.resolve import open_source
 from octavo.store.sources import FolderSource
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [

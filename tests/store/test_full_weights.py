@@ -17,11 +17,11 @@ from tests.store.conftest import LLAMA, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from octavo.adapters import apply_, route_, save, serve_
 from octavo.errors import AdapterError
-from octavo.layers.served import Routing
-from octavo.models import Model, Place, places
+from octavo.layers.multi_lora import AdapterIds
+from octavo.models import Model, WeightEntry, weight_map
 from octavo.ops.quantize import dequantise, scheme_named
-from octavo.store.adapter import apply_, route_, save, serve_
 from octavo.store.peft import TENSORS, Adapter, read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -183,9 +183,9 @@ def test_under_a_scheme_the_trained_weights_alone_are_not_quantised(
 ) -> None:
     """They replace rows of what the scheme stores; all other rows are what they were."""
     folder, adapter = families[CASES[case][0]], read(written(case)[0])
-    before, after = places(model_of(folder, scheme)), model_of(folder, scheme)
+    before, after = weight_map(model_of(folder, scheme)), model_of(folder, scheme)
     apply_(after, adapter)
-    for name, place in places(after).items():
+    for name, place in weight_map(after).items():
         if place.matrix is None:
             continue
         own, wanted = numbers(place), adapter.full.get(f"{name}.weight", numbers(before[name]))
@@ -195,7 +195,7 @@ def test_under_a_scheme_the_trained_weights_alone_are_not_quantised(
         assert torch.equal(own, wanted), name
 
 
-def numbers(place: Place) -> Tensor:
+def numbers(place: WeightEntry) -> Tensor:
     assert place.matrix is not None
     shape = place.matrix.outputs[place.rows_key], place.matrix.in_features
     return dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), shape).clone()
@@ -209,13 +209,13 @@ def test_what_equals_the_base_is_not_taken_for_trained(
     """So such adapters are served beside others, and tables keep their scheme."""
     model, adapter = model_of(families[CASES[case][0]], scheme), read(written(case)[0])
     assert [key for key in adapter.full if "embed" in key]
-    routing = Routing()
+    routing = AdapterIds()
     route_(model, routing)
     serve_(model, routing, adapter, "new")
     assert routing.served
     alone = model_of(families[CASES[case][0]], scheme)
     apply_(alone, adapter)
-    assert alone.embed.matrix.scheme.name == scheme_named(scheme).for_tables
+    assert alone.embed.matrix.scheme.name == scheme_named(scheme).embedding_scheme
     assert alone.config == model.config
 
 
@@ -223,7 +223,7 @@ def test_what_equals_the_base_is_not_taken_for_trained(
 def test_what_all_rows_share_is_not_served_beside_others(
     case: str, families: dict[str, Path], written: Written
 ) -> None:
-    model, routing = model_of(families[CASES[case][0]]), Routing()
+    model, routing = model_of(families[CASES[case][0]]), AdapterIds()
     before = logits(model)
     route_(model, routing)
     with pytest.raises(AdapterError, match="only LoRA pairs can be served") as caught:

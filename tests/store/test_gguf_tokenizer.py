@@ -136,7 +136,7 @@ def test_other_tokenizers_survive_saving_beside_their_config(split: str, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def twins() -> list[tuple[Any, Any]]:
+def kernels() -> list[tuple[Any, Any]]:
     """Ours and transformers' tokenizer of the same vocabulary, merges and split."""
     entries = metadata("gpt-2")
     vocabulary = {token: i for i, token in enumerate(entries["tokenizer.ggml.tokens"][:-2])}
@@ -149,8 +149,8 @@ def twins() -> list[tuple[Any, Any]]:
 @given(text=st.text() | st.text("'sStT rRlL 12\n\t.,\r"))
 @example(text=TEXT.replace("<|im_end|>", ""))
 @example(text="e\u0301 is composed to é by Qwen2 alone")
-def test_gpt2_and_qwen2_ids_are_those_of_transformers(twins: list[tuple[Any, Any]], text: str) -> None:
-    for ours, theirs in twins:
+def test_gpt2_and_qwen2_ids_are_those_of_transformers(kernels: list[tuple[Any, Any]], text: str) -> None:
+    for ours, theirs in kernels:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 

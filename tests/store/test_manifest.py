@@ -12,8 +12,8 @@ import pytest
 from octavo.errors import ModelError
 from octavo.ops.quantize import scheme_named
 from octavo.store import files, manifest
-from octavo.store.folder import write_folder
-from octavo.store.opening import open_source
+from octavo.store.hf_folder import write_folder
+from octavo.store.resolve import open_source
 from octavo.store.sources import FolderSource, fingerprint
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
 from octavo.models import Model
 from octavo.ops.quantize import scheme_named
-from octavo.store.folder import write_folder
+from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 

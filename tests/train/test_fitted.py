@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from octavo import adapters
+from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
+from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import TrainingError
+from octavo.fused.branch import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Model
 from octavo.objective import Inputs, loss_of
-from octavo.ops.branch import Keep
-from octavo.ops.loss import IGNORE
-from octavo.store import adapter
-from octavo.store.adapter import AdapterPlan
-from octavo.train import micro
-from octavo.train.compute import compute_in_eight_, layers
+from octavo.train import step
 from octavo.train.loop import Trainer, gradients, out_of_memory, train
-from octavo.train.memory import Plan
-from octavo.train.micro import Fitted, Launched
+from octavo.train.memory import MemoryPlan
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+from octavo.train.precision import layers, set_precision_
+from octavo.train.step import EagerStep, PlannedStep
 
 VOCABULARY, ROWS, LENGTH = 61, 4, 10
 CONFIG = LlamaConfig(
@@ -41,9 +41,9 @@ CONFIG = LlamaConfig(
 )
 # Each for less memory than the one before.
 PLANS = [
-    Plan((Keep.ALL,) * 2, 4, 3 * 2**30, None),
-    Plan((Keep.INPUT, Keep.ALL), 2, 2 * 2**30, None),
-    Plan((Keep.INPUT,) * 2, 1, 2**30, None),
+    MemoryPlan((Save.ALL,) * 2, 4, 3 * 2**30, None),
+    MemoryPlan((Save.INPUT, Save.ALL), 2, 2 * 2**30, None),
+    MemoryPlan((Save.INPUT,) * 2, 1, 2**30, None),
 ]
 
 
@@ -59,27 +59,27 @@ def batch_of(seed: int) -> Batch:
     document, positions = torch.zeros_like(ids), torch.arange(LENGTH).repeat(ROWS, 1)
     document[1, 4:], positions[1, 4:] = 1, torch.arange(LENGTH - 4)
     document[2, 7:] = -1
-    labels[torch.rand(ROWS, LENGTH, generator=generator) < 0.4] = IGNORE
-    labels[document < 0] = IGNORE
-    labels[3] = IGNORE
-    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE).sum()), epoch=0, index=seed)
+    labels[torch.rand(ROWS, LENGTH, generator=generator) < 0.4] = IGNORE_INDEX
+    labels[document < 0] = IGNORE_INDEX
+    labels[3] = IGNORE_INDEX
+    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=seed)
 
 
 BATCHES = [batch_of(seed) for seed in range(3)]
 
 
-def next_plan(plan: Plan) -> Plan | None:
+def next_plan(plan: MemoryPlan) -> MemoryPlan | None:
     return dict(zip(PLANS, [*PLANS[1:], None], strict=True))[plan]
 
 
-def trainer_of(base: Model, plan: Plan = PLANS[0], told: list[str] | None = None) -> Trainer:
+def trainer_of(base: Model, plan: MemoryPlan = PLANS[0], told: list[str] | None = None) -> Trainer:
     """A run from its start, on its own copy of `base`."""
     model = copy.deepcopy(base)
-    adapter.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
-    parameters = adapter.trained(model)
+    adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
+    parameters = adapters.trained(model)
     optimizer = Adam(flatten_(parameters), OptimizerSettings("adamw"))
     warn = (told if told is not None else []).append
-    micro_step = Fitted(model, plan, record=False, cheaper=next_plan, warn=warn)
+    micro_step = PlannedStep(model, plan, record=False, cheaper=next_plan, warn=warn)
     schedule = Schedule(1e-2, 4, kind="constant")
     return Trainer(model, parameters, optimizer, schedule, LossScaler(torch.float32), micro_step, 0, accumulate=3)
 
@@ -93,32 +93,34 @@ def found(trainer: Trainer, seed: float = 0.5) -> tuple[Tensor, Tensor]:
 
 def test_weights_are_kept_transposed_while_the_plan_says_so(base: Model) -> None:
     model = copy.deepcopy(base).train()
-    compute_in_eight_(model)
-    micro_step = Fitted(model, replace(PLANS[0], turned=True), record=False, cheaper=next_plan, warn=pytest.fail)
+    set_precision_(model)
+    micro_step = PlannedStep(
+        model, replace(PLANS[0], transposed=True), record=False, cheaper=next_plan, warn=pytest.fail
+    )
     for _ in range(2):
         micro_step(BATCHES[0], 1.0)
-        assert all(layer.turned is not None for _, layer in layers(model))
+        assert all(layer.transposed is not None for _, layer in layers(model))
         micro_step.release()
-        assert all(layer.turned is None for _, layer in layers(model))
+        assert all(layer.transposed is None for _, layer in layers(model))
     micro_step.take(PLANS[1])
     micro_step(BATCHES[0], 1.0)
-    assert all(layer.turned is None for _, layer in layers(model))
+    assert all(layer.transposed is None for _, layer in layers(model))
 
 
 def test_what_cannot_be_kept_transposed_leads_to_a_cheaper_plan(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trainer_of(base, PLANS[1])
-    compute_in_eight_(plain.model)
+    set_precision_(plain.model)
     wanted = found(plain)
     told: list[str] = []
     trainer = trainer_of(base, PLANS[0], told)
-    compute_in_eight_(trainer.model)
-    trainer.micro_step.take(replace(PLANS[0], turned=True))  # type: ignore[attr-defined]
+    set_precision_(trainer.model)
+    trainer.micro_step.take(replace(PLANS[0], transposed=True))  # type: ignore[attr-defined]
     monkeypatch.setattr(trainer.micro_step, "_cheaper", lambda _: PLANS[1])
 
     def lacking(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("octavo.layers.frozen.turned_codes", lacking)
+    monkeypatch.setattr("octavo.layers.frozen.transposed_weight", lacking)
     assert all(torch.equal(own, other) for own, other in zip(found(trainer), wanted, strict=True))
     assert len(told) == 1
 
@@ -127,13 +129,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[]
     """Has the passes of these numbers fail in forward, counted from 0 over plans; what each keeps, as they come."""
     seen: list[Any] = []
 
-    def loss(model: Model, inputs: Inputs, *, keep: Any, offload: bool) -> Tensor:
-        seen.append(keep)
+    def loss(model: Model, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
+        seen.append(save)
         if len(seen) - 1 in calls:
             raise error()
-        return loss_of(model, inputs, keep=keep, offload=offload)
+        return loss_of(model, inputs, save=save, offload=offload)
 
-    monkeypatch.setattr(micro, "loss_of", loss)
+    monkeypatch.setattr(step, "loss_of", loss)
     return seen
 
 
@@ -141,10 +143,12 @@ def exhausted() -> Exception:
     return torch.OutOfMemoryError("Tried to allocate 394.00 MiB.")
 
 
-@pytest.mark.parametrize("plan", [*PLANS, Plan((Keep.ATTENTION,) * 2, 3, 0, None), Plan((Keep.ALL,) * 2, 9, 0, None)])
-def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: Plan) -> None:
+@pytest.mark.parametrize(
+    "plan", [*PLANS, MemoryPlan((Save.ATTENTION,) * 2, 3, 0, None), MemoryPlan((Save.ALL,) * 2, 9, 0, None)]
+)
+def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: MemoryPlan) -> None:
     whole = trainer_of(base)
-    whole.micro_step = Launched(whole.model, Keep.ALL)
+    whole.micro_step = EagerStep(whole.model, Save.ALL)
     (losses, grads), (others, theirs) = (found(trainer) for trainer in (trainer_of(base, plan), whole))
     assert float(theirs.abs().max()) > 0.01
     torch.testing.assert_close(losses, others)
@@ -153,7 +157,7 @@ def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: Pl
 
 def test_a_part_of_which_nothing_is_learned_adds_nothing(base: Model) -> None:
     trainer = trainer_of(base, PLANS[2])
-    *_, last = micro.parts_of(BATCHES[0], 1)
+    *_, last = step.parts_of(BATCHES[0], 1)
     assert last.trained_tokens == 0
     assert float(trainer.micro_step(last, 1.0)) == 0
     assert not any(p.grad is not None and p.grad.any() for p in trainer.parameters.values())
@@ -185,8 +189,8 @@ def test_running_out_of_memory_changes_nothing_but_the_plan(
     assert torch.equal(losses, expected[0])
     assert torch.equal(grads, expected[1])
     passes = 3 * ROWS // PLANS[plan].rows
-    assert seen[max(calls) + 1 :] == [PLANS[plan].keep] * passes
-    assert isinstance(trainer.micro_step, Fitted)
+    assert seen[max(calls) + 1 :] == [PLANS[plan].save] * passes
+    assert isinstance(trainer.micro_step, PlannedStep)
     assert trainer.micro_step.plan == PLANS[plan]
     assert len(told) == plan
     assert all("ran out of memory" in line and f"{PLANS[n + 1].rows} rows" in line for n, line in enumerate(told))
@@ -226,7 +230,7 @@ def test_a_step_that_no_plan_fits_ends_the_run_and_says_what_to_do(
 
 def test_a_step_that_knows_no_plans_ends_the_run_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(base)
-    trainer.micro_step = Launched(trainer.model, Keep.INPUT)
+    trainer.micro_step = EagerStep(trainer.model, Save.INPUT)
     failing(monkeypatch, {0}, exhausted)
     with pytest.raises(TrainingError, match="does not fit"):
         found(trainer)
@@ -240,7 +244,7 @@ def test_another_error_is_not_taken_for_it(base: Model, monkeypatch: pytest.Monk
         found(trainer)
     assert caught.value is error
     assert len(seen) == 2
-    assert isinstance(trainer.micro_step, Fitted)
+    assert isinstance(trainer.micro_step, PlannedStep)
     assert trainer.micro_step.plan == PLANS[0]
 
 
@@ -271,25 +275,25 @@ def test_what_the_failed_call_held_is_free_before_anything_else_is_done(
     held: list[weakref.ref[Tensor]] = []
     order: list[str] = []
 
-    def loss(model: Model, inputs: Inputs, *, keep: Any, offload: bool) -> Tensor:
+    def loss(model: Model, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
         if held:
-            return loss_of(model, inputs, keep=keep, offload=offload)
+            return loss_of(model, inputs, save=save, offload=offload)
         large = torch.ones(1000, requires_grad=True)
-        own = loss_of(model, inputs, keep=keep, offload=offload) + large.exp().sum()
+        own = loss_of(model, inputs, save=save, offload=offload) + large.exp().sum()
         held.append(weakref.ref(large))
         if where == "forward":
             raise exhausted()
         result: Tensor = FailsInBackward.apply(own)  # type: ignore[no-untyped-call]
         return result
 
-    def cheaper(plan: Plan) -> Plan | None:
+    def cheaper(plan: MemoryPlan) -> MemoryPlan | None:
         order.append("held" if held[0]() is not None else "free")
         return next_plan(plan)
 
-    monkeypatch.setattr(micro, "loss_of", loss)
-    monkeypatch.setattr(Launched, "release", lambda self: order.append("released"))
+    monkeypatch.setattr(step, "loss_of", loss)
+    monkeypatch.setattr(EagerStep, "release", lambda self: order.append("released"))
     trainer = trainer_of(base)
-    trainer.micro_step = Fitted(trainer.model, PLANS[0], record=False, cheaper=cheaper, warn=order.append)
+    trainer.micro_step = PlannedStep(trainer.model, PLANS[0], record=False, cheaper=cheaper, warn=order.append)
     gc.disable()
     try:
         found(trainer)

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTJConfig, LlamaConfig
 
+from octavo import adapters
+from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch, Position, batches
-from octavo.data.packing import IGNORED, Row, pack
+from octavo.data.packing import IGNORE_INDEX, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import TrainingError
-from octavo.layers.frozen import FrozenLinear, LowRankPair
+from octavo.fused.branch import Save
+from octavo.layers.frozen import FrozenLinear, LoraPair
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Model, places
-from octavo.ops.branch import Keep
+from octavo.models import Model, weight_map
 from octavo.ops.quantize import scheme_named
-from octavo.store import adapter
-from octavo.store.adapter import AdapterPlan
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 from octavo.train.loop import Step, Trainer, check_gradients, train
-from octavo.train.micro import Launched
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+from octavo.train.step import EagerStep
 
 VOCABULARY, SEQ_LEN, RANK, ALPHA, SEED = 61, 24, 8, 16.0, 3
 CONFIGS = {
@@ -54,7 +54,7 @@ Pair = tuple[Any, Model]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def twins(request: pytest.FixtureRequest, twins_of: Callable[[Any], Pair]) -> Pair:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], Pair]) -> Pair:
     return twins_of(CONFIGS[request.param])
 
 
@@ -94,13 +94,13 @@ def trainer_of(
 ) -> Trainer:
     """A run from its start, on its own copy of `base`."""
     model = copy.deepcopy(base)
-    adapter.create_(model, AdapterPlan(LoraSpec(RANK, ALPHA, dropout)), seed=SEED)
-    parameters = adapter.trained(model)
-    settings = OptimizerSettings(kind, weight_decay=0.01, clip=clip)
+    adapters.create_(model, AdapterPlan(LoraSpec(RANK, ALPHA, dropout)), seed=SEED)
+    parameters = adapters.trained(model)
+    settings = OptimizerSettings(kind, weight_decay=0.01, max_grad_norm=clip)
     optimizer = Adam(flatten_(parameters), settings)
     schedule = Schedule(lr, total, warmup=2, kind="constant")
     scaler = LossScaler(base.embed.matrix.dtype)
-    micro_step = Launched(model, Keep.INPUT)
+    micro_step = EagerStep(model, Save.INPUT)
     return Trainer(model, parameters, optimizer, schedule, scaler, micro_step, SEED, accumulate)
 
 
@@ -125,7 +125,7 @@ def timeless(steps: Sequence[Step]) -> list[Step]:
 
 def peft_model(theirs: Any, trainer: Trainer) -> Any:
     """A copy of transformers' model with octavo's pairs on it through PEFT."""
-    table = [p for p in places(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
+    table = [p for p in weight_map(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
     spec = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=sorted({place.key for place in table})
     )
@@ -133,7 +133,7 @@ def peft_model(theirs: Any, trainer: Trainer) -> Any:
     for place in table:
         assert isinstance(place.layer, FrozenLinear)
         pair, module = place.layer.pairs[place.rows_key], model.base_model.model.get_submodule(place.name)
-        assert isinstance(pair, LowRankPair)
+        assert isinstance(pair, LoraPair)
         module.lora_A["default"].weight.data.copy_(pair.a)
         module.lora_B["default"].weight.data.copy_(pair.b)
     return model.train()
@@ -176,8 +176,8 @@ def plain_loop(model: Any, data: Sequence[Row], *, steps: int, accumulate: int, 
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("adamw8bit", 5e-3)])
-def test_losses_are_those_of_a_plain_transformers_and_peft_loop(twins: Pair, kind: str, tolerance: float) -> None:
-    theirs, ours = twins
+def test_losses_are_those_of_a_plain_transformers_and_peft_loop(kernels: Pair, kind: str, tolerance: float) -> None:
+    theirs, ours = kernels
     trainer, data = trainer_of(ours, total=20, kind=kind, accumulate=2), rows(10)
     plain = plain_loop(peft_model(theirs, trainer), data, steps=20, accumulate=2, batch=2)
     losses = [step.loss for step in run(trainer, data, batch_size=2) if step.loss is not None]
@@ -246,7 +246,7 @@ def test_batch_times_accumulation_alone_counts(base: Model) -> None:
 
 
 def ignoring(row: Row) -> Row:
-    return replace(row, labels=np.full_like(row.labels, IGNORED))
+    return replace(row, labels=np.full_like(row.labels, IGNORE_INDEX))
 
 
 def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Model) -> None:
@@ -293,12 +293,12 @@ def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Model, fa
         next(train(trainer, batches(data, batch_size=2, seed=SEED)))
     if factor == 0:
         assert "weights may be damaged" in caught.value.hint
-    assert "--targets" not in caught.value.hint
+    assert "--lora-targets" not in caught.value.hint
 
 
 def cut_off(model: Model) -> None:
     """Takes the pair of one layer out of the forward pass, while the optimizer still holds it."""
-    layer = places(model)["model.layers.1.mlp.down_proj"].layer
+    layer = weight_map(model)["model.layers.1.mlp.down_proj"].layer
     assert isinstance(layer, FrozenLinear)
     layer.pairs = nn.ModuleDict()
 
@@ -372,7 +372,7 @@ class Failing:
     """A micro-step that runs out of memory at its second call, in backward, until a cheaper way is taken."""
 
     def __init__(self, model: Model, error: RuntimeError, cheaper: int) -> None:
-        self.own, self.error, self.cheaper, self.calls = Launched(model, Keep.ALL), error, cheaper, 0
+        self.own, self.error, self.cheaper, self.calls = EagerStep(model, Save.ALL), error, cheaper, 0
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
         self.calls += 1
@@ -384,7 +384,7 @@ class Failing:
     def release(self) -> None:
         return
 
-    def cheapen(self) -> bool:
+    def reduce_memory(self) -> bool:
         self.cheaper -= 1
         return self.cheaper >= 0
 

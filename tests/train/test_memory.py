@@ -14,20 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo import adapters
+from octavo.adapters import AdapterPlan
+from octavo.fused.branch import Save
 from octavo.hardware import CARDS
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.ops.branch import Keep
-from octavo.ops.offload import pinned_bytes
 from octavo.ops.quantize import scheme_named
-from octavo.store import adapter
-from octavo.store.adapter import AdapterPlan
+from octavo.runtime.offload import pinned_bytes
 from octavo.store.weights import allocated
-from octavo.train.compute import compute_in_eight_, layers
-from octavo.train.memory import MARGIN, Plan, Planner, _halvings
-from octavo.train.rehearsal import BUS_BYTES_PER_SECOND, Forecast
+from octavo.train.memory import MARGIN, MemoryPlan, Planner, _halvings
+from octavo.train.precision import layers, set_precision_
+from octavo.train.simulate import BUS_BYTES_PER_SECOND, Forecast
 
 GIB = 2**30
-ALL, ATTENTION, INPUT = Keep.ALL, Keep.ATTENTION, Keep.INPUT
+ALL, ATTENTION, INPUT = Save.ALL, Save.ATTENTION, Save.INPUT
 # EleutherAI/gpt-j-6B; Llama-3-8B with a vocabulary cut to a quarter.
 GPTJ: dict[str, Any] = {
     "architectures": ["GPTJForCausalLM"], "vocab_size": 50400, "n_positions": 2048, "n_embd": 4096, "n_layer": 28,
@@ -50,7 +50,7 @@ SHAPES = {
 
 # (model, scheme, rows, tokens, [(layers, what they keep)]) -> GiB that PyTorch 2.11 reserved on an H100 (80 GB HBM3)
 # and, for int8, milliseconds of a recorded step. LoRA of rank 16 on all linears, 8-bit Adam, bfloat16.
-MEASURED: tuple[tuple[str, str, int, int, list[tuple[int, Keep]], float, float], ...] = (
+MEASURED: tuple[tuple[str, str, int, int, list[tuple[int, Save]], float, float], ...] = (
     ("gptj", "int8", 1, 2048, [(28, ALL)], 10.83, 116),
     ("gptj", "int8", 1, 2048, [(4, INPUT), (24, ALL)], 10.36, 120),
     ("gptj", "int8", 1, 2048, [(8, INPUT), (20, ALL)], 9.88, 125),
@@ -69,18 +69,18 @@ MEASURED: tuple[tuple[str, str, int, int, list[tuple[int, Keep]], float, float],
 def planner(shape: str, scheme: str = "int8", *, length: int, batch: int = 1, card: str | None = None) -> Planner:
     """Of a model without weights. Forecasts are remembered, so tests of one planner share them."""
     model = allocated(SHAPES[shape], scheme_named(scheme), dtype=torch.bfloat16, device=torch.device("meta"))
-    adapter.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
-    flatten_(adapter.trained(model))
+    adapters.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
+    flatten_(adapters.trained(model))
     return Planner(model, length, batch, 2, CARDS[card] if card else None)
 
 
-def levels(runs: Sequence[tuple[int, Keep]]) -> tuple[Keep, ...]:
-    return tuple(keep for count, keep in runs for _ in range(count))
+def levels(runs: Sequence[tuple[int, Save]]) -> tuple[Save, ...]:
+    return tuple(save for count, save in runs for _ in range(count))
 
 
 @pytest.mark.parametrize(("shape", "scheme", "rows", "length", "runs", "gib", "milliseconds"), MEASURED)
 def test_the_forecast_is_what_an_h100_was_asked_for(
-    shape: str, scheme: str, rows: int, length: int, runs: list[tuple[int, Keep]], gib: float, milliseconds: float
+    shape: str, scheme: str, rows: int, length: int, runs: list[tuple[int, Save]], gib: float, milliseconds: float
 ) -> None:
     """The memory to 4 %, of which half a per cent is how far two runs of one setting lay apart; seconds to 5 %."""
     found = planner(shape, scheme, length=length, batch=rows, card="H100").plan(levels(runs), rows)
@@ -95,26 +95,26 @@ def short(shape: str, card: str | None = "RTX 3090") -> Planner:
     return planner(shape, length=length, batch=batch, card=card)
 
 
-def all_of(keep: Keep) -> tuple[Keep, ...]:
-    return (keep,) * LAYERS
+def all_of(save: Save) -> tuple[Save, ...]:
+    return (save,) * LAYERS
 
 
 def bounds(this: Planner) -> tuple[float, float]:
     """Budgets in which nothing and everything fits."""
-    return 0.97 * this.least().peak_bytes / MARGIN, 1.02 * this.plan(all_of(ALL), this.batch).peak_bytes / MARGIN
+    return 0.97 * this.smallest().peak_bytes / MARGIN, 1.02 * this.plan(all_of(ALL), this.batch).peak_bytes / MARGIN
 
 
 @pytest.mark.parametrize("shape", ["gptj-4", "llama-4"])
 def test_more_kept_takes_more_memory_and_less_work(shape: str) -> None:
     this = short(shape)
-    roads = [[levels([(LAYERS - n, INPUT), (n, ALL)]) for n in range(LAYERS + 1)], [all_of(keep) for keep in Keep]]
+    roads = [[levels([(LAYERS - n, INPUT), (n, ALL)]) for n in range(LAYERS + 1)], [all_of(save) for save in Save]]
     for road in roads:
-        for less, more in pairwise(this._forecast(this.batch, keep) for keep in road):
+        for less, more in pairwise(this._forecast(this.batch, save) for save in road):
             assert more.peak_bytes > less.peak_bytes
             assert more.product_flops + more.attention_flops < less.product_flops + less.attention_flops
             assert more.product_flops <= less.product_flops
             assert more.moved_bytes <= less.moved_bytes
-    lean, middle, full = (this._forecast(this.batch, keep) for keep in roads[1])
+    lean, middle, full = (this._forecast(this.batch, save) for save in roads[1])
     assert lean.attention_flops / middle.attention_flops == pytest.approx(4.5 / 3.5)  # once more in backward
     assert middle.attention_flops == full.attention_flops
     assert lean.product_flops == middle.product_flops > full.product_flops
@@ -130,7 +130,7 @@ def test_weights_gradients_and_the_optimizer_stand_all_the_time() -> None:
     assert this.fixed_bytes == matrices + frozen + trained * (4 + 4 + 2)
     other = Planner(this.model, this.length, this.batch, optimizer_bytes=8)
     assert other.fixed_bytes - this.fixed_bytes == 6 * trained
-    assert this.least().peak_bytes > this.fixed_bytes + this._forecast(1, all_of(INPUT)).peak_bytes
+    assert this.smallest().peak_bytes > this.fixed_bytes + this._forecast(1, all_of(INPUT)).peak_bytes
 
 
 @pytest.mark.parametrize("shape", ["gptj-4", "llama-4"])
@@ -144,13 +144,13 @@ def test_a_plan_fits_and_more_memory_is_never_slower(shape: str, shares: list[fl
     for budget in budgets:
         found = this.best(budget)
         if found is None:
-            assert this.least().peak_bytes > MARGIN * budget
+            assert this.smallest().peak_bytes > MARGIN * budget
             seconds.append(math.inf)
             continue
         assert found.peak_bytes <= MARGIN * budget
-        assert found == this.plan(found.keep, found.rows)
-        assert len(found.keep) == LAYERS
-        assert list(found.keep) == sorted(found.keep)  # most in the last layers, whose backward comes first
+        assert found == this.plan(found.save, found.rows)
+        assert len(found.save) == LAYERS
+        assert list(found.save) == sorted(found.save)  # most in the last layers, whose backward comes first
         assert 1 <= found.rows <= this.batch
         assert found.seconds is not None
         seconds.append(found.seconds)
@@ -162,9 +162,9 @@ def test_no_other_plan_is_faster_by_more_than_a_layers_worth() -> None:
     this = short("llama-4")
     runs = [(a, b, LAYERS - a - b) for a in range(LAYERS + 1) for b in range(LAYERS + 1 - a)]
     plans = [this.plan(levels([(a, INPUT), (b, ATTENTION), (c, ALL)]), 1) for a, b, c in runs]
-    assert len({plan.keep for plan in plans}) == 15
+    assert len({plan.save for plan in plans}) == 15
     low, high = bounds(this)
-    paces = [this._pace(this.plan(all_of(keep), 1)) for keep in Keep]
+    paces = [this._pace(this.plan(all_of(save), 1)) for save in Save]
     for share in range(1, 41):
         budget = low + share / 40 * (high - low)
         fitting = [this._pace(plan) for plan in plans if plan.peak_bytes <= MARGIN * budget]
@@ -179,11 +179,11 @@ def test_everything_fits_or_nothing_does() -> None:
     low, high = bounds(this)
     assert this.best(low) is None
     assert this.best(0) is None
-    most, least = this.best(high), this.best(this.least().peak_bytes / MARGIN + 1)
+    most, smallest = this.best(high), this.best(this.smallest().peak_bytes / MARGIN + 1)
     assert most == this.plan(all_of(ALL), 8)
-    assert least is not None
-    assert least.peak_bytes <= this.least().peak_bytes
-    assert (this.least().keep, this.least().rows) == (all_of(INPUT), 1)
+    assert smallest is not None
+    assert smallest.peak_bytes <= this.smallest().peak_bytes
+    assert (this.smallest().save, this.smallest().rows) == (all_of(INPUT), 1)
 
 
 def test_attention_is_kept_first_where_rows_are_long() -> None:
@@ -191,12 +191,12 @@ def test_attention_is_kept_first_where_rows_are_long() -> None:
     long = short("llama-4")
     found = long.best(long.plan(all_of(ATTENTION), 1).peak_bytes / MARGIN + 1)
     assert found is not None
-    assert found.keep == all_of(ATTENTION)
+    assert found.save == all_of(ATTENTION)
     wide = short("gptj-4")
     half = (wide.plan(all_of(INPUT), 8).peak_bytes + wide.plan(all_of(ALL), 8).peak_bytes) / 2
     found = wide._fullest(8, half, offload=False)
     assert found is not None
-    assert set(found.keep) == {INPUT, ALL}
+    assert set(found.save) == {INPUT, ALL}
 
 
 def test_rows_are_halved_where_that_is_faster() -> None:
@@ -207,9 +207,9 @@ def test_rows_are_halved_where_that_is_faster() -> None:
     assert found is not None
     assert wide.seconds is not None
     assert found.seconds is not None
-    assert (found.keep, found.rows) == (all_of(ALL), 2)
+    assert (found.save, found.rows) == (all_of(ALL), 2)
     assert found.seconds < wide.seconds
-    assert found.seconds == 4 * this._forecast(found.rows, found.keep).seconds(CARDS["RTX 3090"])
+    assert found.seconds == 4 * this._forecast(found.rows, found.save).seconds(CARDS["RTX 3090"])
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, [1]), (4, [4, 2, 1]), (5, [5, 3, 2, 1]), (7, [7, 4, 2, 1])])
@@ -225,9 +225,9 @@ def test_a_card_that_is_not_known_gets_the_plan_of_one_that_is() -> None:
     assert ours is not None
     assert ours.rows == 2
     assert theirs == replace(ours, seconds=None)
-    assert [unknown._pace(replace(plan, seconds=None)) for plan in (ours, known.least())] == [
+    assert [unknown._pace(replace(plan, seconds=None)) for plan in (ours, known.smallest())] == [
         ours.seconds,
-        known.least().seconds,
+        known.smallest().seconds,
     ]
 
 
@@ -236,12 +236,12 @@ def test_offload_takes_the_inputs_and_the_embedding_off_the_card() -> None:
     for shape, rows, branches, words in (("gptj", 1, 28, 50400), ("llama", 4, 64, 32768)):
         this = replace(planner(shape, length=2048, batch=rows, card="H100"), offloads=(False, True))
         one, table = 2 * 4096 * rows * 2048, words * 4096
-        keep = (INPUT,) * len(this.model.blocks)
-        here, away = (this.plan(keep, rows, offload=offload) for offload in (False, True))
+        save = (INPUT,) * len(this.model.blocks)
+        here, away = (this.plan(save, rows, offload=offload) for offload in (False, True))
         assert (here.host_bytes, away.host_bytes) == (0, branches * one + pinned_bytes(table))
         assert here.peak_bytes - away.peak_bytes > 0.98 * ((branches - 2) * one + table)  # and gaps between them
-        assert this.least() == this.plan(keep, 1, offload=True)
-        assert replace(this, host_bytes=this.least().host_bytes - 1).least() == this.plan(keep, 1, offload=False)
+        assert this.smallest() == this.plan(save, 1, offload=True)
+        assert replace(this, host_bytes=this.smallest().host_bytes - 1).smallest() == this.plan(save, 1, offload=False)
 
 
 def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:
@@ -278,27 +278,27 @@ def test_what_is_asked_for_offloads_where_it_fits_that_way_alone() -> None:
 def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -> None:
     exact = short("gptj-4")
     this = planner.__wrapped__("gptj-4", length=exact.length, batch=exact.batch, card="RTX 3090")  # of its own
-    compute_in_eight_(this.model.train())
-    plain, turned = (this.plan(all_of(ALL), 8, turned=turned) for turned in (False, True))
+    set_precision_(this.model.train())
+    plain, transposed = (this.plan(all_of(ALL), 8, transposed=transposed) for transposed in (False, True))
     weights = LAYERS * (4 * 4096**2 + 2 * 4096 * 16384)
     scratch = 4096 * 28672  # what one of them takes while it is written
-    assert weights - scratch <= turned.peak_bytes - plain.peak_bytes <= weights
-    assert turned.seconds is not None
+    assert weights - scratch <= transposed.peak_bytes - plain.peak_bytes <= weights
+    assert transposed.seconds is not None
     assert plain.seconds is not None
-    assert turned.seconds < plain.seconds
-    assert this.best(turned.peak_bytes / MARGIN + 1) == turned
-    halved = this.plan(all_of(ALL), 4, turned=True)  # which takes less, and here is faster than eight rows without
-    assert turned.seconds < halved.seconds < plain.seconds  # type: ignore[operator]
-    assert this.best(turned.peak_bytes / MARGIN - 1) == halved
+    assert transposed.seconds < plain.seconds
+    assert this.best(transposed.peak_bytes / MARGIN + 1) == transposed
+    halved = this.plan(all_of(ALL), 4, transposed=True)  # which takes less, and here is faster than eight rows without
+    assert transposed.seconds < halved.seconds < plain.seconds  # type: ignore[operator]
+    assert this.best(transposed.peak_bytes / MARGIN - 1) == halved
     assert this.best(halved.peak_bytes / MARGIN - 1) == plain
     assert this.asked(all_of(ALL), math.inf) == plain  # as it was asked for
-    least, most = this.least().peak_bytes / MARGIN, turned.peak_bytes / MARGIN
-    plans = [this.best(least + share / 12 * (most - least) + 1) for share in range(13)]
+    smallest, most = this.smallest().peak_bytes / MARGIN, transposed.peak_bytes / MARGIN
+    plans = [this.best(smallest + share / 12 * (most - smallest) + 1) for share in range(13)]
     paces = [this._pace(plan) for plan in plans if plan is not None]
     assert len(paces) == 13
     assert paces == sorted(paces, reverse=True)  # more memory is never slower
     assert exact.best(math.inf) == exact.plan(all_of(ALL), 8)
-    assert all(layer.turned is None for _, layer in layers(this.model))
+    assert all(layer.transposed is None for _, layer in layers(this.model))
 
 
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
@@ -315,10 +315,10 @@ def test_a_setting_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_is_told_in_words() -> None:
-    mixed = Plan((INPUT, INPUT, ATTENTION, ALL, ALL, ALL), 2, GIB, None)
+    mixed = MemoryPlan((INPUT, INPUT, ATTENTION, ALL, ALL, ALL), 2, GIB, None)
     assert mixed.describe() == "of 6 layers 3 keep all, 1 keep attention's output, 2 keep the input"
-    assert Plan((ALL,) * 4, 1, GIB, 0.5).describe() == "of 4 layers 4 keep all"
-    away = Plan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
+    assert MemoryPlan((ALL,) * 4, 1, GIB, 0.5).describe() == "of 4 layers 4 keep all"
+    away = MemoryPlan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
     assert away == "of 4 layers 4 keep the input; their inputs and the embedding in 0.50 GiB of the host's memory"
-    turned = Plan((ALL,) * 4, 1, GIB, None, turned=True).describe()
-    assert turned == "of 4 layers 4 keep all; weights are kept transposed as well"
+    transposed = MemoryPlan((ALL,) * 4, 1, GIB, None, transposed=True).describe()
+    assert transposed == "of 4 layers 4 keep all; weights are kept transposed as well"

@@ -16,7 +16,7 @@ from octavo.train.optim import OPTIMIZERS, SCHEDULES, Adam, LossScaler, Optimize
 # Over 4096 numbers that decay, so that their moments really are held in 8 bits; the biases' are not.
 SHAPES = {"a": (64, 80), "bias": (30,), "b": (7, 11), "norm": (5,)}
 DECAYING = ("a", "b")
-UNCLIPPED = OptimizerSettings(weight_decay=0.1, clip=0.0)
+UNCLIPPED = OptimizerSettings(weight_decay=0.1, max_grad_norm=0.0)
 
 
 def fresh_parameters() -> dict[str, nn.Parameter]:
@@ -79,7 +79,7 @@ def test_the_state_of_8_bits_is_in_bitsandbytes_format() -> None:
 
 
 def test_flat_32_bit_adam_is_torchs_on_separate_tensors() -> None:
-    ours, parameters = optimizer_of(OptimizerSettings("adamw", weight_decay=0.1, clip=0.0)), fresh_parameters()
+    ours, parameters = optimizer_of(OptimizerSettings("adamw", weight_decay=0.1, max_grad_norm=0.0)), fresh_parameters()
     theirs = torch.optim.AdamW(
         [
             {"params": [parameters[name] for name in DECAYING], "weight_decay": 0.1},
@@ -100,7 +100,7 @@ def test_flat_32_bit_adam_is_torchs_on_separate_tensors() -> None:
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
 def test_clipping_is_torchs_over_all_groups_together(clip: float) -> None:
-    optimizer, parameters = optimizer_of(OptimizerSettings("adamw", clip=clip)), fresh_parameters()
+    optimizer, parameters = optimizer_of(OptimizerSettings("adamw", max_grad_norm=clip)), fresh_parameters()
     for name, gradient in gradients_of(0).items():
         parameters[name].grad = gradient
     expected_norm = nn.utils.clip_grad_norm_(list(parameters.values()), clip)

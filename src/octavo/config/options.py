@@ -25,7 +25,7 @@ class ModelOptions(Section):
         "auto", description="auto, cpu, cuda or cuda:N; auto: the first GPU that PyTorch finds, else the CPU."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type that products are computed in; auto: the best that the hardware has."
+        "auto", description="Type that matmuls are computed in; auto: the best that the hardware has."
     )
 
 
@@ -70,7 +70,7 @@ class LoraOptions(Section):
     alpha: float = Field(32.0, gt=0, description="LoRA alpha: the term is alpha / rank times B A x.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank).")
-    targets: Names = Field(
+    lora_targets: Names = Field(
         ["all-linear"], description="Layers with LoRA: all-linear, or names like q_proj,v_proj,lm_head."
     )
     train_norms: bool = Field(False, description="Train the norms too.")
@@ -91,7 +91,7 @@ class TrainOptions(Section):
     warmup: float = Field(0.05, ge=0, description="Warm-up: a share of the steps, or a number of steps from 1 on.")
     lr_floor: float = Field(0.1, ge=0, le=1, description="Last learning rate over the peak.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
     optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8- or 32-bit state.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of adapters, data order and dropout.")
 
@@ -102,23 +102,25 @@ class MemoryOptions(Section):
     panel = "Memory"
 
     gpu_memory: MemorySize = Field(
-        "auto", description="Memory of the card to use, as 10GiB, beside CUDA's own 0.8 GiB; auto: what is free."
+        "auto", description="GPU memory to use, as 10GiB, without CUDA's own 0.8 GiB; auto: what is free."
     )
-    activations: Literal["auto", "all", "attention", "input"] = Field(
-        "auto", description="What layers keep for backward; the less, the more is computed again."
+    recompute: Literal["auto", "none", "selective", "full"] = Field(
+        "auto", description="What backward computes again instead of saving it; selective: all but attention."
     )
     offload: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Have layers' inputs and the embedding in the host's memory; auto: if a card lacks its own.",
+        description="Offload activations and the embedding to CPU memory; auto: when GPU memory is short.",
     )
-    compute: Literal["auto", "exact", "8bit"] = Field(
-        "auto", description="Products in training; auto: in 8 bits where a trial on the card finds that fast and fair."
+    matmul: Literal["auto", "exact", "8bit"] = Field(
+        "auto",
+        description="Matmuls in training; auto: 8 bits for layers whose measured error is under 6 %, if faster on this "
+        "GPU.",
     )
-    kernels: bool = Field(True, description="Use the Triton kernels on a card that runs them.")
+    kernels: bool = Field(True, description="Use the Triton kernels on a GPU that runs them.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
-        "auto", description="Implementation of attention on a card; auto: the fastest that takes the call."
+        "auto", description="Implementation of attention on a GPU; auto: the fastest that takes the call."
     )
-    record: bool = Field(True, description="Record a step as CUDA graphs and replay them.")
+    cuda_graphs: bool = Field(True, description="Capture a step as CUDA graphs and replay them.")
 
 
 class RunOptions(Section):
@@ -214,14 +216,18 @@ class ServeOptions(Section):
     origins: Names = Field([], description="Origins whose web pages may use the server, as https://name; or '*'.")
     hosts: Names = Field([], description="More names that the server goes by (the Host header); '*': any.")
     slots: int = Field(8, ge=1, le=1024, description="Requests that run at once.")
-    room: int = Field(2048, ge=2, description="Tokens of a prompt and its answer together, at most the context.")
+    max_model_len: int = Field(
+        2048, ge=2, description="Tokens of a prompt and its answer together, at most the context."
+    )
     queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot.")
     deterministic: bool = Field(
         False,
         description="Give a request the same answer beside any others also where a GPU decodes more than 32 of them at "
         "once; with fewer, and on a CPU, it always has one answer.",
     )
-    max_prompt_tokens: int | None = Field(None, ge=1, description="Tokens of a prompt; default: --room less one.")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="Tokens of a prompt; default: --max-model-len less one."
+    )
     max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
     request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")
     grace_seconds: float = Field(
@@ -239,7 +245,7 @@ class PlanOptions(Section):
 
     panel = "Plan"
 
-    card: str | None = Field(None, description="A card to predict the time on, as 'RTX 3060'; default: the one here.")
+    gpu: str | None = Field(None, description="The GPU to predict the time on, as 'RTX 3060'; default: the one here.")
 
 
 class QuantizeOptions(Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from octavo.data.packing import IGNORED, Row
+from octavo.data.packing import IGNORE_INDEX, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +39,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
 def target_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
     """Bytes of the text of all learned targets of `rows`."""
     lengths = token_bytes(tokenizer)
-    return int(sum(lengths[row.labels[row.labels != IGNORED]].sum() for row in rows))
+    return int(sum(lengths[row.labels[row.labels != IGNORE_INDEX]].sum() for row in rows))
 
 
 def _length(token: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from octavo.data.packing import IGNORED, Row
+from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import DataError, UsageError
 
 
@@ -31,7 +31,7 @@ class Batch:
     """B rows of T places; see Row for what the places hold. An epoch's last batch may have fewer rows."""
 
     ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64, already shifted; IGNORED where nothing is learned
+    labels: torch.Tensor  # (B, T) int64, already shifted; IGNORE_INDEX where nothing is learned
     positions: torch.Tensor  # (B, T) int64
     document: torch.Tensor  # (B, T) int64, -1 on padding
     sources: tuple[str, ...]  # "file:line" of each document within, once, in order
@@ -118,7 +118,7 @@ def _batch(rows: Sequence[Row], *, epoch: int, index: int) -> Batch:
         positions,
         document,
         sources=tuple(dict.fromkeys(source for row in rows for source in row.sources)),
-        trained_tokens=int((labels != IGNORED).sum()),
+        trained_tokens=int((labels != IGNORE_INDEX).sum()),
         epoch=epoch,
         index=index,
     )

@@ -18,7 +18,7 @@ from octavo.data.ledger import FileLedger, Ledger, total
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
-IGNORED = -100  # the label of a place that is not learned: the default of torch's cross_entropy
+IGNORE_INDEX = -100  # the label of a place that is not learned: the default of torch's cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class Row:
     """T places of input, each with its target. The arrays are views into one table of all rows."""
 
     ids: npt.NDArray[np.int32]  # (T,) input
-    labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t], or IGNORED
+    labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t], or IGNORE_INDEX
     positions: npt.NDArray[np.int32]  # (T,) place within the piece; 0 on padding
     document: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
     sources: tuple[str, ...]  # "file:line" of each document within, once, in order
@@ -129,7 +129,7 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
 def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
     shape = (len(groups), seq_len)
     ids = np.full(shape, pad_id, dtype=np.int32)
-    labels = np.full(shape, IGNORED, dtype=np.int32)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int32)
     positions = np.zeros(shape, dtype=np.int32)
     document = np.full(shape, -1, dtype=np.int32)
     counting = np.arange(seq_len, dtype=np.int32)
@@ -142,7 +142,7 @@ def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_l
             inputs = slice(piece.start, piece.start + piece.length)
             targets = slice(inputs.start + 1, inputs.stop + 1)
             ids[row, here] = one.ids[inputs]
-            labels[row, here] = np.where(one.trained[targets], one.ids[targets], IGNORED)
+            labels[row, here] = np.where(one.trained[targets], one.ids[targets], IGNORE_INDEX)
             positions[row, here] = counting[: piece.length]
             document[row, here] = number
             at += piece.length

@@ -21,14 +21,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from octavo.commands.generate import Speaker, until_finished
 from octavo.data.encoding import begin_ids, coder_of
 from octavo.errors import ModelError, UsageError
-from octavo.infer.batching import Engine
+from octavo.fused.loss import CHUNK_BYTES
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
-from octavo.ops.loss import CHUNK_BYTES
-from octavo.report import Report
-from octavo.speak import Speaker, until_finished
+from octavo.reporting import Report
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -45,7 +45,7 @@ class _Asked:
     """An answer to write: the tokens that end it, and how many its prompt has too many (0 or less: it fits)."""
 
     request: Request
-    ends: frozenset[int]
+    stop_ids: frozenset[int]
     cut: int
 
 
@@ -54,7 +54,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(self, speaker: Speaker, *, batch: int, report: Report) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.ends = speaker.model.eval(), speaker.tokenizer, speaker.ends
+        self.model, self.tokenizer, self.stop_ids = speaker.model.eval(), speaker.tokenizer, speaker.stop_ids
         self.batch, self.report = batch, report
         self._begin = begin_ids(speaker.tokenizer)
         self._told: set[str] = set()  # what was warned of: once is enough
@@ -161,21 +161,21 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._warn_of_cut([one.cut for one in asked], "prompt")
         together: dict[frozenset[int], list[int]] = {}
         for number, one in enumerate(asked):
-            together.setdefault(one.ends, []).append(number)
+            together.setdefault(one.stop_ids, []).append(number)
         answers = [""] * len(asked)
         with self.report.progress(len(asked), "Writing answers") as bar:
-            for ends, numbers in together.items():
-                engine = self._engine([asked[number].request for number in numbers], ends)
+            for stop_ids, numbers in together.items():
+                engine = self._engine([asked[number].request for number in numbers], stop_ids)
                 streams = [engine.submit(asked[number].request) for number in numbers]
                 for number, stream in zip(numbers, streams, strict=True):
                     answers[number] = _answer(engine, stream)
                     bar.advance()
         return answers
 
-    def _engine(self, requests: Sequence[Request], ends: frozenset[int]) -> Engine:
-        room = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-        limits = Limits(slots=min(self.batch, len(requests)), room=room, queue=len(requests))
-        return Engine(self.model, self.tokenizer, base="model", limits=limits, ends=ends)
+    def _engine(self, requests: Sequence[Request], stop_ids: frozenset[int]) -> Engine:
+        max_len = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+        limits = Limits(slots=min(self.batch, len(requests)), max_len=max_len, queue=len(requests))
+        return Engine(self.model, self.tokenizer, base="model", limits=limits, stop_ids=stop_ids)
 
     def _asked(self, prompt: str, asked: Mapping[str, Any], *, seed: int) -> _Asked:
         """A prompt with a task's `generation_kwargs`.
@@ -187,8 +187,8 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         for name in sorted(options.keys() - _KNOWN - self._told):
             self._told.add(name)
             self.report.warn(f"A task asks for generation with {name}, which octavo does not know and leaves out.")
-        room = self.max_length - options["max_gen_toks"]
-        if room < 1:
+        max_len = self.max_length - options["max_gen_toks"]
+        if max_len < 1:
             raise UsageError(
                 f"A task asks for {options['max_gen_toks']:,} new tokens; the model's context is {self.max_length:,}.",
                 hint="Lower max_gen_toks in the task's generation_kwargs.",
@@ -204,8 +204,10 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             stop=tuple(word for word in options["until"] if word),
             seed=seed,
         )
-        ends = {control[word] for word in options["until"] if word in control}
-        return _Asked(Request(tuple(ids[-room:]), sampling), frozenset({*self.ends, *ends}), len(ids) - room)
+        stop_ids = {control[word] for word in options["until"] if word in control}
+        return _Asked(
+            Request(tuple(ids[-max_len:]), sampling), frozenset({*self.stop_ids, *stop_ids}), len(ids) - max_len
+        )
 
     def _warn_of_cut(self, excess: Sequence[int], what: str) -> None:
         """Says how many texts or prompts lost their beginning."""

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from octavo.commands.generate import Speaker
 from octavo.config import EvaluateOptions
 from octavo.errors import OctavoError, UsageError
-from octavo.report import Report
-from octavo.speak import Speaker
+from octavo.reporting import Report
 
 LISTED = "`lm-eval ls tasks` lists the known ones; --include-path names a folder with your own."
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from octavo.infer.graphs import Graphs, record
-from octavo.layers.cache import SlotCache
-from octavo.layers.served import Routing
+from octavo.layers.kv_cache import SlotCache
+from octavo.layers.multi_lora import AdapterIds
 from octavo.models import Model
 from octavo.ops.tiles import WIDE_FROM, Phase
-from octavo.ops.twins import kernels_run_on
+from octavo.runtime.dispatch import kernels_run_on
 
 IDLE = -1  # the length of a slot that has no token to read
 BASE = 0  # the number of a row that goes through no adapter
@@ -47,7 +47,7 @@ def _summary(logits: Tensor) -> Tensor:
     return torch.stack([best.double(), greedy.double()])
 
 
-class Launched(NamedTuple):
+class EagerStep(NamedTuple):
     """A step under way: its logits (B, V) and their summary, and how many rows count."""
 
     logits: Tensor
@@ -62,12 +62,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Model, cache: SlotCache, routing: Routing, words: int, *, deterministic: bool = False
+        self, model: Model, cache: SlotCache, routing: AdapterIds, vocab_size: int, *, deterministic: bool = False
     ) -> None:
         self.deterministic = deterministic
-        self.model, self.cache, self.routing, self.words = model, cache, routing, words
+        self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
         self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
-        self._launched: Launched | None = None
+        self._launched: EagerStep | None = None
         self.runs_ahead = self.records  # whether a step is worth launching before the last one was told
 
     @property
@@ -75,7 +75,7 @@ class Decoder:
         """Whether steps are CUDA graphs: on a card where the kernels run. The definitions ask the card for numbers."""
         return kernels_run_on(self.cache.keys)
 
-    def preparations(self) -> list[Callable[[], object]]:
+    def warmup_tasks(self) -> list[Callable[[], object]]:
         """What would make a request wait, piece by piece: every graph that a step can need, kernels for prompts.
 
         The first piece has nearly all kernels compiled, unless that was done once on this machine.
@@ -85,28 +85,28 @@ class Decoder:
         counts = 1, 65  # prefill has a tile for up to 64 rows, and one for more
         return [
             *(partial(self._recorded, rows) for rows in _sizes(len(self.cache.lengths))),
-            *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.room),
+            *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.max_len),
         ]
 
     @torch.no_grad()
     def _rehearse_prompt(self, count: int) -> None:
         """Reads a prompt of so many tokens into the first slot and forgets it."""
-        self.routing.numbers = None
+        self.routing.adapter_ids = None
         ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
         self.model.hidden(ids, cache=self.cache.slot(0))
         self.cache.lengths[0] = 0
 
-    def launch(self, tokens: Sequence[int], numbers: Sequence[int]) -> None:
+    def launch(self, tokens: Sequence[int], adapter_ids: Sequence[int]) -> None:
         """Reads one token into each of the first slots, through the adapters of these numbers. No wait on a card."""
         rows = len(tokens)
         lengths = self.cache.lengths[:rows]
         if self.records:
             recorded = self._recorded(next(size for size in _sizes(len(self.cache.lengths)) if size >= rows))
-            self._launched = recorded.run([tokens, lengths, numbers])
+            self._launched = recorded.run([tokens, lengths, adapter_ids])
         else:
-            given = torch.tensor([list(tokens), lengths, list(numbers)], device=self.cache.keys.device)
-            logits = self._logits(given, max(lengths), any(numbers))
-            self._launched = Launched(logits, _summary(logits), rows)
+            given = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.keys.device)
+            logits = self._logits(given, max(lengths), any(adapter_ids))
+            self._launched = EagerStep(logits, _summary(logits), rows)
         for slot in range(rows):
             self.cache.lengths[slot] += 1
 
@@ -116,9 +116,9 @@ class Decoder:
         launched, self._launched = self._launched, None
         return chosen(launched.logits, launched.rows, launched.summary)
 
-    def step(self, tokens: Sequence[int], numbers: Sequence[int]) -> Chosen:
+    def step(self, tokens: Sequence[int], adapter_ids: Sequence[int]) -> Chosen:
         """Both at once."""
-        self.launch(tokens, numbers)
+        self.launch(tokens, adapter_ids)
         return self.found()
 
     def _recorded(self, rows: int) -> _Recorded:
@@ -126,11 +126,11 @@ class Decoder:
 
     def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
         """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
-        tokens, lengths, numbers = given
-        self.routing.numbers = numbers if adapters else None
+        tokens, lengths, adapter_ids = given
+        self.routing.adapter_ids = adapter_ids if adapters else None
         phase = Phase.WIDE if len(tokens) >= WIDE_FROM and not self.deterministic else Phase.DECODE
         hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase))
-        return self.model.infer_logits(hidden, phase)[:, 0, : self.words]
+        return self.model.infer_logits(hidden, phase)[:, 0, : self.vocab_size]
 
 
 class _Recorded:
@@ -140,7 +140,7 @@ class _Recorded:
         device = decoder.cache.keys.device
         self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
         self._given = self._sent.to(device)
-        longest, adapters = decoder.cache.room - 1, bool(decoder.routing.served)
+        longest, adapters = decoder.cache.max_len - 1, bool(decoder.routing.served)
 
         def step() -> tuple[Tensor, Tensor]:
             logits = decoder._logits(self._given, longest, adapters)
@@ -148,13 +148,13 @@ class _Recorded:
 
         self.graph, (self._logits, self._summary) = record(step, device, pool)
 
-    def run(self, given: Sequence[Sequence[int]]) -> Launched:
+    def run(self, given: Sequence[Sequence[int]]) -> EagerStep:
         rows = len(given[0])
         self._sent[1, rows:] = IDLE  # the step before was waited for, so nobody reads this any more
         self._sent[:, :rows] = torch.tensor([list(line) for line in given])
         self._given.copy_(self._sent, non_blocking=True)
         self.graph.replay()
-        return Launched(self._logits, self._summary, rows)
+        return EagerStep(self._logits, self._summary, rows)
 
 
 def _sizes(slots: int) -> list[int]:

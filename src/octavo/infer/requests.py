@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from time import perf_counter
 
 from octavo.errors import OctavoError, UsageError
-from octavo.infer.engine import check_prompt
+from octavo.infer.generate import check_prompt
 from octavo.infer.sample import Sampling
 
 SEEDS = -(2**63), 2**64 - 1  # what PyTorch's generators take
@@ -37,13 +37,13 @@ class Request:
     prompt_logprobs: bool = False
 
 
-def check_request(request: Request, *, context: int, words: int) -> None:
+def check_request(request: Request, *, context: int, vocab_size: int) -> None:
     """UsageError for what would fail in the midst of a step, where others are at work too."""
     check_prompt(request.prompt, context)
-    if wrong := [token for token in request.prompt if not 0 <= token < words]:
-        raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {words - 1}.")
-    if not 0 <= (request.logprobs or 0) <= words:
-        raise UsageError(f"There are no {request.logprobs} log-probabilities.", hint=f"Ask for 0 to {words}.")
+    if wrong := [token for token in request.prompt if not 0 <= token < vocab_size]:
+        raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {vocab_size - 1}.")
+    if not 0 <= (request.logprobs or 0) <= vocab_size:
+        raise UsageError(f"There are no {request.logprobs} log-probabilities.", hint=f"Ask for 0 to {vocab_size}.")
     if not SEEDS[0] <= request.sampling.seed <= SEEDS[1]:
         raise UsageError(f"The seed {request.sampling.seed} has more than 64 bits.", hint="Give a smaller one.")
 
@@ -135,7 +135,7 @@ class Limits:
     """
 
     slots: int = 8
-    room: int = 2048
+    max_len: int = 2048
     chunk: int = 256
     queue: int = 64
     deterministic: bool = False

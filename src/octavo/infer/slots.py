@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.layers.cache import SlotCache
+from octavo.layers.kv_cache import SlotCache
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
 

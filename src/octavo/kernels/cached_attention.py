@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPAN, DECODE_TILE = 32, 32  # positions that a program of decode takes, and how many it holds at once
+GROUP_SIZE, DECODE_TILE = 32, 32  # positions that a program of decode takes, and how many it holds at once
 CHUNK = 16  # spans of a slot that are joined at once
 
 
@@ -25,15 +25,16 @@ def decode_attention(
 ) -> Tensor:
     (m, h, d), (room, g) = q.shape, keys.shape[1:3]
     out = q.new_empty(m, h, d)
-    spans = triton.cdiv(room, SPAN)
+    spans = triton.cdiv(room, GROUP_SIZE)
     found = q.new_empty(m, h, spans, d, dtype=torch.float32)
     weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # the largest score, the sum of exponentials over it
     width = triton.next_power_of_2(d)
     _attend[(m, h, spans)](
         q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
-        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), SPAN, DECODE_TILE, width, num_warps=2,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), GROUP_SIZE, DECODE_TILE, width,
+        num_warps=2,
     )  # fmt: skip
-    _join[(m, h)](found, weights, lengths, out, d, spans, SPAN, CHUNK, width, num_warps=4)
+    _join[(m, h)](found, weights, lengths, out, d, spans, GROUP_SIZE, CHUNK, width, num_warps=4)
     return out
 
 
@@ -41,11 +42,11 @@ def decode_attention(
 def _attend(
     q, k, v, keys, values, lengths, found, weights, scale, shared, d, spans,
     q_stride, k_stride, v_stride, slot_stride, position_stride,
-    SPAN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     slot, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + slot)
-    first = span * SPAN
+    first = span * GROUP_SIZE
     if first > length:  # an idle slot's is -1
         return
     group = head // shared
@@ -58,7 +59,7 @@ def _attend(
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
-    for start in range(first, tl.minimum(first + SPAN, length + 1), TILE):
+    for start in range(first, tl.minimum(first + GROUP_SIZE, length + 1), TILE):
         position = start + tl.arange(0, TILE)
         at = place + position[:, None] * position_stride + column[None, :]
         held = (position[:, None] < length) & wide[None, :]
@@ -79,7 +80,7 @@ def _attend(
     pair = tl.arange(0, 1)
     tl.store(weights + cell * 2 + pair, highest)
     tl.store(weights + cell * 2 + 1 + pair, total)
-    if (length < first + SPAN) & (head % shared == 0):  # one program of each key head
+    if (length < first + GROUP_SIZE) & (head % shared == 0):  # one program of each key head
         there = place + length * position_stride + column
         tl.store(keys + there, new_key, mask=wide)
         tl.store(values + there, new_value, mask=wide)
@@ -87,14 +88,14 @@ def _attend(
 
 @triton.jit
 def _join(
-    found, weights, lengths, out, d, spans, SPAN: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+    found, weights, lengths, out, d, spans, GROUP_SIZE: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + slot)
     cell = (slot * tl.num_programs(1) + head) * spans
     column = tl.arange(0, WIDTH)
     wide = column < d
-    live = length // SPAN + 1
+    live = length // GROUP_SIZE + 1
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)

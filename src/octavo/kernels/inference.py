@@ -49,12 +49,12 @@ def matmul(
     tile = tile_for(m, x.dtype, phase, lora=lora is not None)
     parts, span = parts_for(n, k, tile.strip if phase is Phase.WIDE else STRIP)
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
-    assert lora is None or lora.numbers.is_contiguous()
+    assert lora is None or lora.adapter_ids.is_contiguous()
     assert lora is None or lora.b.numel() < 2**31  # offsets in it are 32-bit integers: with 64 bits registers spill
     after = (
         absmax if absmax is not None else x, bias if bias is not None else x, bias_start,
         bias_start + (bias.numel() if bias is not None else 0),
-        *((lora.inner, lora.b, lora.numbers, lora.names) if lora is not None else (x,) * 4),
+        *((lora.inner, lora.b, lora.adapter_ids, lora.names) if lora is not None else (x,) * 4),
         residual if residual is not None else x, lora.inner.shape[1] if lora is not None else 0,
         len(lora.b) if lora is not None else 0, n, residual.stride(0) if residual is not None else 0,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
 
 @triton.jit(do_not_specialize=["m", "j", "adapters", "bias_start", "bias_stop"])
 def _matmul(
-    x, weight, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    x, weight, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
     j, adapters, n, residual_stride, m, k, span, x_stride, weight_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, HALVES: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr,
@@ -138,19 +138,19 @@ def _matmul(
             own = tl.load(source + ROWS * x_stride, mask=there, other=0)
             lower = tl.dot(own, value, lower, input_precision="ieee")
     _finish(
-        total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+        total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
         j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
     )  # fmt: skip
     if HALVES == 2:
         _finish(
-            lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-            residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
+            lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids,
+            names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
     j, adapters, m, n, residual_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
     BETWEEN: tl.constexpr,
@@ -162,15 +162,15 @@ def _finish(
         tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
     else:
         total = _added(
-            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
-            residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
+            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids,
+            names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
         )  # fmt: skip
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["m", "j", "adapters", "parts", "bias_start", "bias_stop"])
 def _add_parts(
-    sums, out, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
     j, adapters, n, residual_stride, m, parts,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _add_parts(
     for part in range(parts):
         total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
     total = _added(
-        total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names,
+        total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names,
         residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, 0,
     )  # fmt: skip
     tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
@@ -189,7 +189,7 @@ def _add_parts(
 
 @triton.jit
 def _added(
-    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, numbers, names, residual,
+    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
     j, adapters, m, n, residual_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
 ):  # fmt: skip
@@ -198,9 +198,9 @@ def _added(
     if BIAS:
         total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
     if BETWEEN:
-        total = _routed(total, row, column, inner, b, numbers, names, j, adapters, m, n, R, BETWEEN)
+        total = _routed(total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
     elif R:
-        number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
+        number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
         live = inside & (number > 0)
         for start in range(0, R, 16):
@@ -214,23 +214,23 @@ def _added(
     return total
 
 
-def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
+def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
     (m, k), j = x.shape, a.shape[1]
-    assert numbers.is_contiguous()
+    assert adapter_ids.is_contiguous()
     out = x.new_empty(m, j, dtype=torch.float32)
     _shrink[(m, triton.cdiv(j, SHRINK_ROWS))](
-        x, a, numbers, out, j, k, x.stride(0), SHRINK_ROWS, SHRINK_WIDTH, num_warps=8
+        x, a, adapter_ids, out, j, k, x.stride(0), SHRINK_ROWS, SHRINK_WIDTH, num_warps=8
     )
     return out
 
 
 @triton.jit
 def _routed(
-    total, row, column, inner, b, numbers, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
+    total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
 ):  # fmt: skip
     # One product for each adapter that any of the rows goes through, with zeros for the other rows.
     line = tl.arange(0, BETWEEN)
-    number = tl.load(numbers + row, mask=row < m, other=0).to(tl.int32)
+    number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
     own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
     reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
     lowest = tl.min(tl.min(tl.where(number > 0, number, adapters), axis=1), axis=0)  # 0 is the base
@@ -246,10 +246,10 @@ def _routed(
 
 
 @triton.jit
-def _shrink(x, a, numbers, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _shrink(x, a, adapter_ids, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     line = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    number = tl.load(numbers + row).to(tl.int64)
+    number = tl.load(adapter_ids + row).to(tl.int64)
     products = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     if number > 0:  # 0 is the base
         for start in range(0, k, WIDTH):

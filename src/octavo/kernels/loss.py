@@ -22,7 +22,7 @@ def _cross_entropy(logits, labels, losses, V: tl.constexpr, stride, GRADIENT: tl
     row = tl.program_id(0).to(tl.int64)
     own = logits + row * stride
     label = tl.load(labels + row)
-    counts = label >= 0  # IGNORE is negative
+    counts = label >= 0  # a negative label is ignored
     largest = tl.full((WIDTH,), float("-inf"), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, V, WIDTH):

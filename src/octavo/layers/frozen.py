@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.layers.served import Bank, Routing
-from octavo.ops import eight, inference
-from octavo.ops.frozen import Apart, Frozen, Trial
-from octavo.ops.linear import LowRank, frozen_linear
-from octavo.ops.offload import on_card, on_host
+from octavo.fused.linear import transposed_weight
+from octavo.layers.multi_lora import AdapterBank, AdapterIds
+from octavo.ops import inference, matmul8
+from octavo.ops.linear import LoraSlice, frozen_linear
+from octavo.ops.linear_spec import LinearSpec, Outliers, QuantErrorProbe
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
 from octavo.ops.tiles import Phase
-from octavo.ops.wide import turned_codes
+from octavo.runtime.offload import on_card, on_host
 
 
 class FrozenMatrix(nn.Module):
@@ -124,7 +124,7 @@ class FrozenMatrix(nn.Module):
                 return found
         matrix = like.new_empty(self.shape)
         self.fill(matrix)
-        made = eight.coded(matrix, torch.int8)
+        made = matmul8.quantize_rows(matrix, torch.int8)
         return made.codes, made.scale * INT8_LEVELS
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class FrozenMatrix(nn.Module):
             self.parts[part] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def lie_on_host_(self, wanted: bool) -> None:
+    def set_host_resident_(self, wanted: bool) -> None:
         """Moves the weight into the host's memory, or back to the card. On a CPU it is there anyway."""
         if wanted != self.on_host:
             # The scales stay: they are small, and a code table is read for every number.
@@ -149,7 +149,7 @@ class FrozenMatrix(nn.Module):
         return f"{self.outputs}, in_features={self.in_features}, scheme={self.scheme.name}"
 
 
-class LowRankPair(nn.Module):
+class LoraPair(nn.Module):
     """A and B of one name: adds scaling * (x A^T) B^T to that name's rows. A is (r, K), B is (rows, r)."""
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
@@ -180,47 +180,47 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0
-        self.in_eight = False  # whether training multiplies in 8 bits
-        self.apart: Apart | None = None  # inputs that stay out of that
-        self.turned: tuple[Tensor, Tensor] | None = None  # codes and scales for backward, where these are kept
-        self.trial: Trial | None = None  # where training writes what that would cost
-        self.bank: Bank | None = None  # of served adapters, beside `pairs`
-        self.routing = Routing()
+        self.use_8bit = False  # whether training multiplies in 8 bits
+        self.outliers: Outliers | None = None  # inputs that stay out of that
+        self.transposed: tuple[Tensor, Tensor] | None = None  # codes and scales for backward, where these are kept
+        self.probe: QuantErrorProbe | None = None  # where training writes what that would cost
+        self.bank: AdapterBank | None = None  # of served adapters, beside `pairs`
+        self.routing = AdapterIds()
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
         assert self.bias is not None
         return self.bias.detach().narrow(0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name])
 
-    def low_rank(self) -> tuple[LowRank, ...]:
+    def low_rank(self) -> tuple[LoraSlice, ...]:
         """The pairs, with the rows that they are for."""
         pairs = []
         for name, pair in self.pairs.items():
-            assert isinstance(pair, LowRankPair)
+            assert isinstance(pair, LoraPair)
             start = self.matrix.starts[name]
-            pairs.append(LowRank(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
+            pairs.append(LoraSlice(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
         return tuple(pairs)
 
-    def keep_turned_(self, wanted: bool) -> None:
+    def keep_transposed_(self, wanted: bool) -> None:
         """Keeps the codes transposed, for backward in 8 bits: a byte a number more, and no pass over them each time."""
         if not wanted:
-            self.turned = None
-        elif self.turned is None:
-            self.turned = turned_codes(
+            self.transposed = None
+        elif self.transposed is None:
+            self.transposed = transposed_weight(
                 self.matrix.codes, torch.empty(0, dtype=self.matrix.dtype, device=self.matrix.device)
             )
 
-    def frozen(self) -> Frozen:
+    def frozen(self) -> LinearSpec:
         """This layer as a wide product reads it."""
         rows, columns = self.matrix.shape
         dropout = self.dropout if self.training else 0.0
-        codes = self.matrix.codes if self.training and (self.in_eight or self.trial) else None
-        return Frozen(
-            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.trial,
-            self.apart, self.turned,
+        codes = self.matrix.codes if self.training and (self.use_8bit or self.probe) else None
+        return LinearSpec(
+            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.probe,
+            self.outliers, self.transposed,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""
         pairs = self.low_rank()
         dropping = bool(pairs) and self.training and self.dropout > 0
@@ -232,7 +232,7 @@ class FrozenLinear(nn.Module):
             pairs=pairs,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
-        return y if onto is None else onto + y
+        return y if residual is None else residual + y
 
     def infer(
         self, x: Tensor, *, phase: Phase, residual: Tensor | None = None, dtype: torch.dtype | None = None
@@ -241,10 +241,14 @@ class FrozenLinear(nn.Module):
 
         No gradient flows. A row's bits depend neither on B nor on T (ops/tiles.py).
         """
-        rows, numbers = x.reshape(-1, x.shape[-1]), self.routing.numbers
+        rows, adapter_ids = x.reshape(-1, x.shape[-1]), self.routing.adapter_ids
         lora = None
-        if self.bank is not None and numbers is not None:
-            each = numbers if len(numbers) == len(rows) else numbers.repeat_interleave(len(rows) // len(numbers))
+        if self.bank is not None and adapter_ids is not None:
+            each = (
+                adapter_ids
+                if len(adapter_ids) == len(rows)
+                else adapter_ids.repeat_interleave(len(rows) // len(adapter_ids))
+            )
             lora = self.bank.lora(rows, each, phase)
         weight, absmax = self.matrix.stored(x.dtype)
         y = inference.matmul(
@@ -280,20 +284,20 @@ class FrozenEmbedding(nn.Module):
         self.matrix = matrix
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
-        self.bank: Bank | None = None
-        self.routing = Routing()
+        self.bank: AdapterBank | None = None
+        self.routing = AdapterIds()
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, K) in the compute type."""
         x = self.matrix.rows(ids)
         for pair in self.pairs.values():
-            assert isinstance(pair, LowRankPair)
+            assert isinstance(pair, LoraPair)
             x = x + self._added(ids, pair, x.dtype)
-        if self.bank is not None and self.routing.numbers is not None:
-            self.bank.add_rows_(x, ids, self.routing.numbers)
+        if self.bank is not None and self.routing.adapter_ids is not None:
+            self.bank.add_rows_(x, ids, self.routing.adapter_ids)
         return x
 
-    def _added(self, ids: Tensor, pair: LowRankPair, dtype: torch.dtype) -> Tensor:
+    def _added(self, ids: Tensor, pair: LoraPair, dtype: torch.dtype) -> Tensor:
         inner = F.embedding(ids, pair.a.T).to(dtype)
         return (inner @ pair.b.T.to(dtype)) * pair.scaling
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LowRankPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 
 MAX_RANK = 2**16  # more than the inputs of any layer in use
 MAX_ALPHA = 1e6  # bounds the scaling: B A x times it must not overflow float32
@@ -62,10 +62,10 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
         bound = 1 / math.sqrt(columns)
         a = torch.empty(spec.rank, columns).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(rows, spec.rank)
-    put_(layer, key, LowRankPair(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
+    put_(layer, key, LoraPair(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
 
 
-def put_(layer: FrozenLinear | FrozenEmbedding, key: str, pair: LowRankPair, *, dropout: float) -> None:
+def put_(layer: FrozenLinear | FrozenEmbedding, key: str, pair: LoraPair, *, dropout: float) -> None:
     """Puts a given pair on the rows `key` of `layer`. Pairs of one layer keep the order of its rows."""
     pairs = {**dict(layer.pairs.items()), key: pair}
     layer.pairs = nn.ModuleDict({name: pairs[name] for name in layer.matrix.outputs if name in pairs})
@@ -122,17 +122,17 @@ def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor)
     if key not in layer.pairs:
         return weight.float()
     pair = layer.pairs[key]
-    assert isinstance(pair, LowRankPair)
+    assert isinstance(pair, LoraPair)
     product = pair.b.detach() @ pair.a.detach()
     return weight.float() + pair.scaling * (product.T if isinstance(layer, FrozenEmbedding) else product)
 
 
-def pairs_of(layers: Iterable[nn.Module]) -> list[LowRankPair]:
+def pairs_of(layers: Iterable[nn.Module]) -> list[LoraPair]:
     """All pairs on the given layers."""
     return [
         pair
         for layer in layers
         if isinstance(layer, FrozenLinear | FrozenEmbedding)
         for pair in layer.pairs.values()
-        if isinstance(pair, LowRankPair)
+        if isinstance(pair, LoraPair)
     ]

@@ -1,7 +1,7 @@
 """A residual branch made of layers: y = x + sum of outer_i(mix_i(inner(norm(x)))), and the norms in front of it.
 
 `plain_residual` is the definition, under autograd. `residual` computes the same, with a backward of its own
-(ops/branch.py), or over a cache, where no gradient is wanted.
+(fused/branch.py), or over a cache, where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from octavo.fused.branch import Branch, Norm, Save, branch
+from octavo.fused.linear import FusedLinear
+from octavo.fused.mixers import Attend, ForwardContext, Mixer
 from octavo.layers.frozen import FrozenLinear
 from octavo.ops import pointwise
-from octavo.ops.branch import Branch, Keep, Norm, branch
-from octavo.ops.mix import Attend, Context, Piece
-from octavo.ops.wide import Wide
 
 
 class LayerNorm(nn.Module):
@@ -62,39 +62,39 @@ def residual(
     x: Tensor,
     norm: LayerNorm | RmsNorm,
     inner: FrozenLinear,
-    pieces: Sequence[Piece],
+    mixers: Sequence[Mixer],
     outer: Sequence[FrozenLinear],
-    context: Context,
+    context: ForwardContext,
     *,
-    keep: Keep,
+    save: Save,
     attend: Attend | None = None,
 ) -> Tensor:
     """(B, T, d) -> (B, T, d). Each piece takes its columns of inner's output and feeds its own layer of `outer`."""
     if attend is not None:
-        u = inner.infer(norm(x), phase=context.phase).flatten(0, 1).split([piece.inputs for piece in pieces], dim=-1)
-        for piece, own, layer in zip(pieces, u, outer, strict=True):
-            mixed = piece.over_cache(own, context, attend).view(*x.shape[:2], -1)
+        u = inner.infer(norm(x), phase=context.phase).flatten(0, 1).split([mixer.inputs for mixer in mixers], dim=-1)
+        for mixer, own, layer in zip(mixers, u, outer, strict=True):
+            mixed = mixer.over_cache(own, context, attend).view(*x.shape[:2], -1)
             x = layer.infer(mixed, phase=context.phase, residual=x)
         return x
-    parts = Wide((inner.frozen(),)), Wide(tuple(layer.frozen() for layer in outer))
-    return branch(x, Branch(norm.norm(), parts[0], pieces, parts[1]), context, keep=keep)
+    parts = FusedLinear((inner.frozen(),)), FusedLinear(tuple(layer.frozen() for layer in outer))
+    return branch(x, Branch(norm.norm(), parts[0], mixers, parts[1]), context, save=save)
 
 
 def plain_residual(
     x: Tensor,
     norm: LayerNorm | RmsNorm,
     inner: FrozenLinear,
-    pieces: Sequence[Piece],
+    mixers: Sequence[Mixer],
     outer: Sequence[FrozenLinear],
-    context: Context,
+    context: ForwardContext,
 ) -> Tensor:
     """The definition of `residual`, under autograd."""
-    u = inner(norm(x)).split([piece.inputs for piece in pieces], dim=-1)
-    for piece, own, layer in zip(pieces, u, outer, strict=True):
-        x = x + layer(piece.plain(own, context))
+    u = inner(norm(x)).split([mixer.inputs for mixer in mixers], dim=-1)
+    for mixer, own, layer in zip(mixers, u, outer, strict=True):
+        x = x + layer(mixer.plain(own, context))
     return x
 
 
-def levels(keep: Keep | Sequence[Keep], blocks: int) -> Sequence[Keep]:
+def save_levels(save: Save | Sequence[Save], blocks: int) -> Sequence[Save]:
     """What each of so many blocks keeps."""
-    return [keep] * blocks if isinstance(keep, Keep) else keep
+    return [save] * blocks if isinstance(save, Save) else save

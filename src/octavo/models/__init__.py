@@ -34,7 +34,7 @@ Model = gptj.Model | llama.Model
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightEntry:
     """Where one named module of a checkpoint lives: `layer`, and if it is a frozen layer, `key` among its rows."""
 
     name: str  # in the checkpoint, e.g. model.layers.3.self_attn.q_proj
@@ -61,7 +61,7 @@ class Place:
         return self.name == "lm_head"
 
     @property
-    def is_table(self) -> bool:
+    def is_embedding(self) -> bool:
         """Whether it is a vocabulary's table: the embedding or the head."""
         return isinstance(self.layer, FrozenEmbedding) or self.is_head
 
@@ -122,12 +122,12 @@ def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
     return names["embed"], names["head"]
 
 
-def places(model: Model) -> dict[str, Place]:
+def weight_map(model: Model) -> dict[str, WeightEntry]:
     """Every named module of the model's checkpoint format, in the order of the layers."""
     weights: dict[str, str] = _module_of(model).WEIGHTS
     found = {}
     for name, path in _expanded(weights, len(model.blocks)):
-        found[name] = Place(name, model.get_submodule(path), name.rpartition(".")[2])
+        found[name] = WeightEntry(name, model.get_submodule(path), name.rpartition(".")[2])
     return found
 
 

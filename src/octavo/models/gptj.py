@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
+from octavo.fused.branch import Save
+from octavo.fused.mixers import Attention, ForwardContext, Gelu
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.residual import LayerNorm, levels, residual
+from octavo.layers.kv_cache import Cache, CacheView, KeyValueCache, SlotCache
+from octavo.layers.residual import LayerNorm, residual, save_levels
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
     MOST_HEADS,
@@ -36,10 +38,8 @@ from octavo.models.config_fields import (
     ConfigFields,
 )
 from octavo.ops.attention import INTERLEAVED, Documents, cached_rotary_table, rotary_table
-from octavo.ops.branch import Keep
-from octavo.ops.mix import Attention, Context, Gelu
-from octavo.ops.offload import Away
 from octavo.ops.tiles import Phase
+from octavo.runtime.offload import ActivationOffload
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -112,15 +112,15 @@ class Block(nn.Module):
         self.norm = LayerNorm(d, c.norm_eps)
         stacked = {"q_proj": d, "k_proj": d, "v_proj": d, "fc_in": c.mlp_width}
         self.in_proj = FrozenLinear(FrozenMatrix(d, stacked), bias=["fc_in"])
-        self.pieces = (Attention(c.heads, c.heads, c.head_size, INTERLEAVED), Gelu(c.mlp_width))
+        self.mixers = (Attention(c.heads, c.heads, c.head_size, INTERLEAVED), Gelu(c.mlp_width))
         self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
         self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
 
-    def forward(self, x: Tensor, context: Context, *, keep: Keep, over: Pass | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext, *, save: Save, view: CacheView | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
         return residual(
-            x, self.norm, self.in_proj, self.pieces, (self.out_proj, self.fc_out), context,
-            keep=keep, attend=partial(over.attend, self.index) if over is not None else None,
+            x, self.norm, self.in_proj, self.mixers, (self.out_proj, self.fc_out), context,
+            save=save, attend=partial(view.attend, self.index) if view is not None else None,
         )  # fmt: skip
 
 
@@ -143,27 +143,27 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: Cache | None = None,
-        keep: Sequence[Keep] | Keep = Keep.ALL,
-        away: Away | None = None,
+        save: Sequence[Save] | Save = Save.ALL,
+        offload: ActivationOffload | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
 
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward, `away` where their inputs wait for it.
         """
-        over = cache.next(ids.shape[1]) if cache is not None else None
+        view = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
-            positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
+            positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
-        phase = over.phase if over is not None else Phase.PREFILL
-        make = rotary_table if over is None else partial(cached_rotary_table, phase=phase)
+        phase = view.phase if view is not None else Phase.PREFILL
+        make = rotary_table if view is None else partial(cached_rotary_table, phase=phase)
         rotary = make(positions, 1.0 / ROTARY_BASE**exponents)
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away, phase)
+        context = ForwardContext(ids.shape[0], ids.shape[1], rotary, documents, offload, phase)
         x = self.embed(ids)
-        for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
-            x = block(x, context, keep=kept, over=over)
-        if over is not None:
-            over.finish()
+        for block, kept in zip(self.blocks, save_levels(save, len(self.blocks)), strict=True):
+            x = block(x, context, save=kept, view=view)
+        if view is not None:
+            view.finish()
         normed: Tensor = self.norm(x)
         return normed
 
@@ -181,13 +181,13 @@ class Model(nn.Module):
         """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
         return None if self.config.tied else self.embed.matrix
 
-    def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
+    def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `room` positions."""
-        return KeyValueCache(self.config.layers, batch=batch, room=room, **self._cache_shape)
+        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
 
-    def new_slots(self, *, slots: int, room: int) -> SlotCache:
+    def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
         """An empty cache of `slots` requests of up to `room` positions each."""
-        return SlotCache(self.config.layers, slots=slots, room=room, **self._cache_shape)
+        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
 
     @property
     def _cache_shape(self) -> dict[str, Any]:

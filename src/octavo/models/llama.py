@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.layers.cache import Cache, KeyValueCache, Pass, SlotCache
+from octavo.fused.branch import Save
+from octavo.fused.mixers import Attention, ForwardContext, Swiglu
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.residual import RmsNorm, levels, residual
+from octavo.layers.kv_cache import Cache, CacheView, KeyValueCache, SlotCache
+from octavo.layers.residual import RmsNorm, residual, save_levels
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
     MOST_HEADS,
@@ -36,10 +38,8 @@ from octavo.models.config_fields import (
     ConfigFields,
 )
 from octavo.ops.attention import HALF, Documents, cached_rotary_table, rotary_table
-from octavo.ops.branch import Keep
-from octavo.ops.mix import Attention, Context, Swiglu
-from octavo.ops.offload import Away
 from octavo.ops.tiles import Phase
+from octavo.runtime.offload import ActivationOffload
 
 # The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
 WEIGHTS = {
@@ -137,12 +137,12 @@ class Block(nn.Module):
         self.activation = Swiglu(c.mlp_width)
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
-    def forward(self, x: Tensor, context: Context, *, keep: Keep, over: Pass | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext, *, save: Save, view: CacheView | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        attend = partial(over.attend, self.index) if over is not None else None
-        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, keep=keep, attend=attend)
+        attend = partial(view.attend, self.index) if view is not None else None
+        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, save=save, attend=attend)
         return residual(
-            x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, keep=keep, attend=attend
+            x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, save=save, attend=attend
         )
 
 
@@ -165,26 +165,26 @@ class Model(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: Cache | None = None,
-        keep: Sequence[Keep] | Keep = Keep.ALL,
-        away: Away | None = None,
+        save: Sequence[Save] | Save = Save.ALL,
+        offload: ActivationOffload | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), ready for the head.
 
         `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
         those packed in the rows; `keep` is what each block keeps for backward, `away` where their inputs wait for it.
         """
-        over = cache.next(ids.shape[1]) if cache is not None else None
+        view = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
-            positions = over.positions if over is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        phase = over.phase if over is not None else Phase.PREFILL
-        make = rotary_table if over is None else partial(cached_rotary_table, phase=phase)
+            positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
+        phase = view.phase if view is not None else Phase.PREFILL
+        make = rotary_table if view is None else partial(cached_rotary_table, phase=phase)
         rotary = make(positions, _frequencies(self.config.frequencies, ids.device))
-        context = Context(ids.shape[0], ids.shape[1], rotary, documents, away, phase)
+        context = ForwardContext(ids.shape[0], ids.shape[1], rotary, documents, offload, phase)
         x = self.embed(ids)
-        for block, kept in zip(self.blocks, levels(keep, len(self.blocks)), strict=True):
-            x = block(x, context, keep=kept, over=over)
-        if over is not None:
-            over.finish()
+        for block, kept in zip(self.blocks, save_levels(save, len(self.blocks)), strict=True):
+            x = block(x, context, save=kept, view=view)
+        if view is not None:
+            view.finish()
         normed: Tensor = self.norm(x)
         return normed
 
@@ -202,13 +202,13 @@ class Model(nn.Module):
         """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
         return None if self.config.tied else self.embed.matrix
 
-    def new_cache(self, *, batch: int, room: int) -> KeyValueCache:
+    def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `room` positions."""
-        return KeyValueCache(self.config.layers, batch=batch, room=room, **self._cache_shape)
+        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
 
-    def new_slots(self, *, slots: int, room: int) -> SlotCache:
+    def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
         """An empty cache of `slots` requests of up to `room` positions each."""
-        return SlotCache(self.config.layers, slots=slots, room=room, **self._cache_shape)
+        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
 
     @property
     def _cache_shape(self) -> dict[str, Any]:
@@ -254,5 +254,5 @@ def _llama3_frequencies(base: Tensor, rope: ConfigFields, context: int) -> Tenso
     if low >= high:
         raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
     turns = original * base / (2 * math.pi)  # of each pair over the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * keep + base / factor * (1 - keep)
+    save = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * save + base / factor * (1 - save)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.dynamic import ladder, nearest
-from octavo.ops.twins import twin
+from octavo.runtime.dispatch import kernel
 
 BLOCK = 256
 TINY = torch.finfo(torch.float32).tiny  # a block of zeros is divided by this and stays zero
@@ -57,7 +57,7 @@ def adam_(values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates
     values.mul_(rates.keep).addcdiv_(first, (second.sqrt() / rates.root).add_(rates.eps), value=-rates.size)
 
 
-@twin
+@kernel
 def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, rates: Rates) -> None:
     """The same with moments in 8 bits, and the gradient times `factor`, a scalar float32."""
     for start in range(0, values.numel(), _AT_ONCE):

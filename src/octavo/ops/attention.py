@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
-from octavo.ops.transfer import sent
-from octavo.ops.twins import OBSERVERS, twin
+from octavo.runtime.dispatch import OP_OBSERVERS, kernel
+from octavo.runtime.transfer import to_device
 
 INTERLEAVED, HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
 ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math")
@@ -68,7 +68,7 @@ def rotate(x: Tensor, table: Table, form: str) -> Tensor:
     return rotate_interleaved(x, table) if form == INTERLEAVED else rotate_half(x, table)
 
 
-@twin
+@kernel
 def rotate_into(
     x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str, out: Tensor, *, back: bool = False
 ) -> None:
@@ -109,7 +109,7 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
     starts = F.pad(change, (1, 0), value=True).flatten().nonzero()[:, 0]
     offsets = F.pad(starts, (0, 1), value=document.numel()).int()
     longest = int(offsets.diff().max())
-    return Documents(sent(document, device), sent(offsets, device), longest)
+    return Documents(to_device(document, device), to_device(offsets, device), longest)
 
 
 def use_attention(wanted: str) -> None:
@@ -217,7 +217,7 @@ class _Rehearsed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for observe in OBSERVERS:
+        for observe in OP_OBSERVERS:
             observe("attention", [q, k, v, q])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
@@ -226,7 +226,7 @@ class _Rehearsed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        for observe in OBSERVERS:
+        for observe in OP_OBSERVERS:
             observe("attention_backward", [q, k, v, q, q, k, v, q])
         wide = [q.new_empty(q.shape, dtype=torch.float32)]
         if k.shape[2] != q.shape[2]:

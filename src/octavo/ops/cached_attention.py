@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.ops import tiles
-from octavo.ops.twins import twin
+from octavo.runtime.dispatch import kernel
 
 
-@twin
+@kernel
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
 ) -> Tensor:
@@ -37,7 +37,7 @@ def decode_attention(
     return out
 
 
-@twin
+@kernel
 def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, slots: Tensor | None = None) -> Tensor:
     """Causal attention of T new positions of each row, whose keys and values are in the cache already.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.tiles import Phase, matmul_in_tiles
-from octavo.ops.twins import twin
+from octavo.runtime.dispatch import kernel
 
 PIECE = 2**20  # weights that are converted to another type at once, so that they stay in the cache
 
@@ -27,12 +27,12 @@ class BatchedLora(NamedTuple):
 
     inner: Tensor  # (M, J) float32, from `shrink`
     b: Tensor  # (n, R, N)
-    numbers: Tensor  # (M,) the adapter of each row; 0 is the base, whose factors are zero
+    adapter_ids: Tensor  # (M,) the adapter of each row; 0 is the base, whose factors are zero
     names: Tensor  # (N,) int32: which R columns of `inner` an output reads
     spans: tuple[tuple[int, int], ...]  # the outputs of each name
 
 
-@twin
+@kernel
 def matmul(
     x: Tensor,
     weight: Tensor,
@@ -59,11 +59,11 @@ def matmul(
     return y if residual is None else residual + y
 
 
-@twin
-def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
+@kernel
+def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
     """(M, J) float32: x (M, K) times A (n, J, K) of each row's own adapter."""
     inner = torch.zeros(len(x), a.shape[1], dtype=torch.float32, device=x.device)
-    for number, rows in _rows_by_adapter(numbers):
+    for number, rows in _rows_by_adapter(adapter_ids):
         factor = a[number].to(x.dtype)
         inner[rows] = matmul_in_tiles(x[rows], phase, lambda tile, factor=factor: F.linear(tile, factor)).float()  # type: ignore[misc]
     return inner
@@ -71,16 +71,18 @@ def shrink(x: Tensor, a: Tensor, numbers: Tensor, phase: Phase) -> Tensor:
 
 def _add_lora_(y: Tensor, lora: BatchedLora, phase: Phase) -> None:
     rank = lora.b.shape[1]
-    for number, rows in _rows_by_adapter(lora.numbers):
+    for number, rows in _rows_by_adapter(lora.adapter_ids):
         inner = lora.inner[rows].to(lora.b.dtype)
         for (start, stop), part in zip(lora.spans, inner.split(rank, dim=1), strict=True):
             factor = lora.b[number, :, start:stop]
             y[rows, start:stop] += matmul_in_tiles(part, phase, lambda tile, factor=factor: tile @ factor)  # type: ignore[misc]
 
 
-def _rows_by_adapter(numbers: Tensor) -> list[tuple[int, Tensor]]:
+def _rows_by_adapter(adapter_ids: Tensor) -> list[tuple[int, Tensor]]:
     """(adapter, the indices of its rows) for each adapter among the rows but the base."""
-    return [(number, (numbers == number).nonzero()[:, 0]) for number in numbers.unique().tolist() if number != 0]
+    return [
+        (number, (adapter_ids == number).nonzero()[:, 0]) for number in adapter_ids.unique().tolist() if number != 0
+    ]
 
 
 def _matmul(x: Tensor, weight: Tensor, absmax: Tensor | None, phase: Phase) -> Tensor:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 Unpack = Callable[[torch.dtype], tuple[Tensor, Tensor | None]]
 
 
-class LowRank(NamedTuple):
+class LoraSlice(NamedTuple):
     """A low-rank pair on rows [start, stop) of a matrix (LoRA, arXiv 2106.09685)."""
 
     start: int
@@ -56,7 +56,7 @@ def frozen_linear(
     *,
     bias: Tensor | None = None,
     bias_start: int = 0,
-    pairs: Sequence[LowRank] = (),
+    pairs: Sequence[LoraSlice] = (),
     dropped: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + low-rank terms, (..., N) in x's type.
@@ -157,18 +157,18 @@ def _pairs_backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of (source (M, K), [A, B, A, B, ..]) of the low-rank terms."""
     a, bs = _cast(factors, dy.dtype)
-    dinner = torch.empty_like(inner)
+    dt = torch.empty_like(inner)
     dbs: list[Tensor] = []
     column = 0
     for (start, stop, scaling), b in zip(spans, bs, strict=True):
         columns = slice(column, column + b.shape[1])
-        dinner[:, columns] = (dy[:, start:stop] @ b).mul_(scaling)
+        dt[:, columns] = (dy[:, start:stop] @ b).mul_(scaling)
         dbs.append((dy[:, start:stop].T @ inner[:, columns]).mul_(scaling))
         column += b.shape[1]
-    da = dinner.T @ source
+    da = dt.T @ source
     dfactors: list[Tensor] = []
     for part, db, pair_a, pair_b in zip(
         da.split([b.shape[1] for b in bs]), dbs, factors[::2], factors[1::2], strict=True
     ):
         dfactors += [part.to(pair_a.dtype), db.to(pair_b.dtype)]
-    return (dinner @ a if to_source else None), dfactors
+    return (dt @ a if to_source else None), dfactors

@@ -1,98 +1,31 @@
-"""The language-model head and its cross-entropy in one, in chunks of rows.
+"""Cross-entropy over the logits, in place.
 
-The full logits of GPT-J at 2048 tokens are 394 MiB in float32, and training holds two or three copies. Here a
-chunk's logits exist only while its loss is taken.
-
-Legend: hidden is (M, d), labels (M,), the head is (V, d).
+Legend: logits are (M, V), labels (M,).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from octavo.ops.twins import RESULTS, kernels_run_on, twin
-from octavo.ops.wide import Wide
-
-IGNORE = -100  # the label of a position that is not learned, as everywhere in the field
-CHUNK_BYTES = 96 * 2**20  # of one chunk's logits with all that is made of them
+from octavo.runtime.dispatch import META_RESULTS, kernel
 
 
-def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: Wide) -> Tensor:
-    """Sum over the labelled positions of -log softmax(head(hidden))[label], a float32 scalar.
-
-    A position labelled IGNORE costs nothing but its share of the products: leave such out where that is free.
-
-    Gradients are taken in forward, chunk by chunk while the logits exist: two products with the head instead of
-    three, and nothing kept but the gradient (M, d) and those of what the head trains. Without grad mode only the
-    sum is taken.
-    """
-    wants = torch.is_grad_enabled()
-    total: Tensor = _CrossEntropy.apply(hidden, labels, head, wants, *head.trained)  # type: ignore[no-untyped-call]
-    return total
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Wide, wants: bool, *trained: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        to_hidden = wants and hidden.requires_grad
-        any_trained = wants and any(tensor.requires_grad for tensor in trained)
-        matrix = head.matrix(hidden)
-        gradient = torch.empty_like(hidden) if to_hidden else None
-        factors: list[Tensor | None] = [None] * len(trained)
-        size = _chunk(hidden, head)
-        for start in range(0, len(hidden), size):
-            rows, seeds = hidden[start : start + size], head.seeds()
-            room = head.room(len(rows), hidden)
-            room.put(rows)
-            head.complete_(room, seeds)
-            logits = F.linear(room.whole, matrix)
-            total += cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained).sum()
-            if not (to_hidden or any_trained):
-                continue
-            dx, found = head.backward(logits, room, seeds, to_input=to_hidden, matrix=matrix)
-            if gradient is not None:
-                assert dx is not None
-                gradient[start : start + size] = dx[0]
-            factors = [
-                new if old is None or new is None else old + new for old, new in zip(factors, found, strict=True)
-            ]
-        ctx.gradients = [gradient, *factors]
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradient, *factors = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
-        ctx.gradients = []
-        return gradient, None, None, None, *factors
-
-
-@twin
+@kernel
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """-log softmax(logits)[label] of each row, (M,) float32, 0 for the label IGNORE.
+    """-log softmax(logits)[label] of each row, (M,) float32, 0 where the label is negative (ignored).
 
     With `gradient`, logits become its gradient to them.
     """
     log_softmax = F.log_softmax(logits.float(), dim=1)
-    losses = F.nll_loss(log_softmax, labels, reduction="none", ignore_index=IGNORE)
+    counts = labels >= 0
+    losses = F.nll_loss(log_softmax, labels.clamp_min(0), reduction="none").masked_fill_(~counts, 0.0)
     if gradient:
-        counts = labels != IGNORE
         slope = log_softmax.exp_().masked_fill_(~counts[:, None], 0.0)
         slope[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= counts.to(slope.dtype)
         logits.copy_(slope)
     return losses
 
 
-RESULTS["cross_entropy_"] = lambda logits: logits.new_empty(len(logits), dtype=torch.float32)
-
-
-def _chunk(hidden: Tensor, head: Wide) -> int:
-    """Rows whose logits fit CHUNK_BYTES; the definition has a float32 copy beside them."""
-    each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
-    return max(1, CHUNK_BYTES // (each * head.parts[0].rows))
+META_RESULTS["cross_entropy_"] = lambda logits: logits.new_empty(len(logits), dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.twins import twin
+from octavo.runtime.dispatch import kernel
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -27,13 +27,13 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
-@twin
+@kernel
 def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
     """`norm` of x (M, d), into out (M, d)."""
     out.copy_(norm(x, weight, bias, eps))
 
 
-@twin
+@kernel
 def norm_backward_into(
     x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor, out: Tensor, *, centred: bool
 ) -> None:
@@ -56,19 +56,19 @@ def norm_parameters_backward(x: Tensor, eps: float, dy: Tensor, *, centred: bool
     return dweight, dy.sum(dim=0, dtype=torch.float32) if centred else None
 
 
-@twin
+@kernel
 def copy_into(x: Tensor, out: Tensor) -> None:
     """out (M, n) = x: columns of one matrix into columns of another, at the speed of memory."""
     out.copy_(x)
 
 
-@twin
+@kernel
 def gelu_into(x: Tensor, out: Tensor) -> None:
     """out = gelu(x), (M, F), in the tanh form that GPT-2 and GPT-J use (arXiv 1606.08415)."""
     out.copy_(F.gelu(x, approximate="tanh"))
 
 
-@twin
+@kernel
 def gelu_backward_(x: Tensor, dy: Tensor) -> None:
     """Writes dy gelu'(x) over x and gelu(x) over dy, both (M, F): what comes next in backward needs both."""
     y = F.gelu(x, approximate="tanh")
@@ -76,14 +76,14 @@ def gelu_backward_(x: Tensor, dy: Tensor) -> None:
     dy.copy_(y)
 
 
-@twin
+@kernel
 def swiglu_into(x: Tensor, out: Tensor) -> None:
     """out (M, F) = silu(gate) * up, where x (M, 2F) is [gate | up] (arXiv 2002.05202)."""
     gate, up = x.chunk(2, dim=1)
     torch.mul(F.silu(gate), up, out=out)
 
 
-@twin
+@kernel
 def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
     """Writes the gradients of [gate | up] over these, x (M, 2F), and silu(gate) * up over its gradient dy (M, F)."""
     gate, up = x.chunk(2, dim=1)

@@ -11,7 +11,7 @@ Legend: a weight is (N, K), N output rows of K inputs. `parts` are the tensors t
 codes), "absmax" (the scales) and, for dynamic8, "code" (the value of each of the 256 codes). A scheme is
 stateless. To add one: a class with the members of `Scheme`, and a row in `SCHEMES`.
 
-Under nf4 the tables of the vocabulary, embedding and head, are under int8 (`for_tables`).
+Under nf4 the tables of the vocabulary, embedding and head, are under int8 (`embedding_scheme`).
 
 Reading back is `unpack`: a matrix in the compute type and, where the scheme has one scale a row, that scale on
 its own, so that W = scale[:, None] * matrix. The codes of int8 are exact in bfloat16 while their products with
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from octavo.errors import UsageError
 from octavo.ops.dynamic import dynamic_code
-from octavo.ops.foreign import bitsandbytes
-from octavo.ops.twins import twin
+from octavo.runtime.dispatch import kernel
+from octavo.runtime.optional import bitsandbytes
 
 Parts = dict[str, Tensor]
 Shape = tuple[int, int]
@@ -57,7 +57,7 @@ class Scheme(Protocol):
     def name(self) -> str: ...
 
     @property
-    def for_tables(self) -> str:
+    def embedding_scheme(self) -> str:
         """The name of the scheme that embedding and head are under where all else is under this one."""
         ...
 
@@ -98,7 +98,7 @@ class Scheme(Protocol):
 class Plain:
     """No quantisation: the number itself, in the type that it was loaded in."""
 
-    name = for_tables = "none"
+    name = embedding_scheme = "none"
     straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
@@ -129,7 +129,7 @@ class Int8:
     |W - dequantised| <= absmax / 254 everywhere, since a code is the nearest of evenly spaced levels.
     """
 
-    name = for_tables = "int8"
+    name = embedding_scheme = "int8"
     straight = True
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
@@ -171,7 +171,7 @@ class Dynamic8:
     500 is the neighbour of the nearest code, and only calling it gives the same bytes everywhere.
     """
 
-    name = for_tables = "dynamic8"
+    name = embedding_scheme = "dynamic8"
     straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
@@ -215,7 +215,7 @@ class Nf4:
     bits: every token passes through both, and in GPT-J they are 7 % of the numbers.
     """
 
-    name, for_tables = "nf4", "int8"
+    name, embedding_scheme = "nf4", "int8"
     straight = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
@@ -256,7 +256,7 @@ class Nf4:
         return prod(shape) % NF4_BLOCK == 0
 
 
-@twin
+@kernel
 def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to out's type."""
     # In place in float32: a CPU converts and multiplies apart several times as fast as in one operation of two types.
@@ -266,7 +266,7 @@ def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
         out.copy_(values)
 
 
-@twin
+@kernel
 def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
     """out (N, K) = int8 codes * step, a power of two, so that nothing is rounded."""
     out.copy_(codes)
@@ -274,20 +274,20 @@ def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
         out.mul_(step)
 
 
-@twin
+@kernel
 def dynamic8_into(codes: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> None:
     """out (N, K) = code[codes] * absmax by blocks of 4096 of the flattened matrix, rounded to out's type."""
     values = code.index_select(0, codes.reshape(-1).int())
     out.copy_(_times_blocks_(values, absmax, DYNAMIC8_BLOCK).view(out.shape))
 
 
-@twin
+@kernel
 def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     """out (N, K) = the 4-bit values * absmax by blocks of 64 of the flattened matrix, rounded to out's type."""
     out.copy_(_times_blocks_(_nf4_values(codes, out.numel()), absmax, NF4_BLOCK).view(out.shape))
 
 
-@twin
+@kernel
 def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
     """out (N, K) int8 = the 4-bit values as codes of row_absmax / 127 (N,); K in whole blocks of 64.
 

@@ -19,9 +19,9 @@ from fastapi.responses import PlainTextResponse
 
 from octavo.errors import AdapterError
 from octavo.infer.requests import ServedAdapter
-from octavo.server.answers import TEXT_REFUSALS
-from octavo.server.refusals import RETRY_SECONDS, RefusedError, told, wrong
-from octavo.server.schemas import LoadAdapter, UnloadAdapter
+from octavo.server.errors import RETRY_SECONDS, ApiError, told, wrong
+from octavo.server.requests import LoadAdapter, UnloadAdapter
+from octavo.server.responses import TEXT_REFUSALS
 from octavo.server.service import Service
 from octavo.store import peft
 
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1  # until it is looked again whether a draining adapter is sti
 BROKEN = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
 
 
-class Shelf:
+class AdapterDir:
     """The folder below which adapters may be loaded."""
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Shelf:
             )
         folder = (self._root / path).resolve()
         if not os.path.isdir(folder):  # which takes names that are too long for those of no folder
-            raise RefusedError(404, f"There is no folder {asked!r}.", code="adapter_not_found", param="lora_path")
+            raise ApiError(404, f"There is no folder {asked!r}.", code="adapter_not_found", param="lora_path")
         return folder
 
     def _holds(self, path: Path) -> bool:
@@ -69,10 +69,10 @@ class Shelf:
         return told(error).replace(f"{self._root}{os.sep}", "")
 
 
-class Exchange:
+class AdapterManager:
     """Loads adapters from a shelf and removes them: one after the other, so that what was checked still holds."""
 
-    def __init__(self, service: Service, shelf: Shelf) -> None:
+    def __init__(self, service: Service, shelf: AdapterDir) -> None:
         self._service, self._engine, self._shelf = service, service.engine, shelf
         self._turn = asyncio.Lock()
 
@@ -110,7 +110,7 @@ class Exchange:
         if name == self._engine.base or name in held:
             raise wrong(f"The name `{name}` is taken.", code="adapter_exists", param="lora_name")
         if len(held) >= most:
-            raise RefusedError(409, f"{len(held)} adapters are held; {most} may be. Unload one.", code="adapters_full")
+            raise ApiError(409, f"{len(held)} adapters are held; {most} may be. Unload one.", code="adapters_full")
         folder = self._shelf.find(asked)
         try:
             served = self._engine.load_adapter(name, folder)
@@ -130,7 +130,7 @@ class Exchange:
             return self._engine.drain_adapter(name)
         except AdapterError as error:
             message = f"There is no adapter `{name}`."
-            raise RefusedError(404, message, code="model_not_found", param="lora_name") from error
+            raise ApiError(404, message, code="model_not_found", param="lora_name") from error
 
     def _remove(self, served: ServedAdapter) -> PlainTextResponse:
         if self._engine.draining().get(served.name) is not served:  # another request to unload it was faster
@@ -148,21 +148,19 @@ class Exchange:
 class _InUseError(Exception):
     """A draining adapter still has requests at work."""
 
-    def __init__(self, refusal: RefusedError) -> None:
+    def __init__(self, refusal: ApiError) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
 
 
-def _draining(message: str) -> RefusedError:
-    return RefusedError(
-        409, message, code="adapter_in_use", param="lora_name", headers={"Retry-After": str(RETRY_SECONDS)}
-    )
+def _draining(message: str) -> ApiError:
+    return ApiError(409, message, code="adapter_in_use", param="lora_name", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def router(service: Service, folder: Path) -> APIRouter:
     """The routes, over the adapters below `folder`."""
     routes = APIRouter(tags=["adapters"], responses=TEXT_REFUSALS, default_response_class=PlainTextResponse)
-    exchange = Exchange(service, Shelf(folder))
+    exchange = AdapterManager(service, AdapterDir(folder))
 
     @routes.post("/v1/load_lora_adapter")
     async def load(asked: LoadAdapter) -> PlainTextResponse:

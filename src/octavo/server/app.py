@@ -9,10 +9,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from octavo._version import __version__
 from octavo.config import ServeOptions
-from octavo.server import adapters, around, article, chat, completions
+from octavo.server import adapters, chat, completions, legacy, status
 from octavo.server.addresses import LOOPBACK, is_loopback, is_wildcard
+from octavo.server.errors import install
 from octavo.server.guard import OPEN_PATHS, Guard, Rules
-from octavo.server.refusals import install
 from octavo.server.service import Engine, Service
 from octavo.server.unsupported import describe_fields
 
@@ -34,7 +34,7 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     install(app)
-    for routes in (completions.router(service), chat.router(service), article.router(service), around.router(service)):
+    for routes in (completions.router(service), chat.router(service), legacy.router(service), status.router(service)):
         app.include_router(routes)
     if options.adapters_from is not None:
         app.include_router(adapters.router(service, options.adapters_from))

@@ -14,7 +14,10 @@ from fastapi import APIRouter, Request
 
 from octavo.infer import requests
 from octavo.infer.requests import Token
-from octavo.server.answers import (
+from octavo.server.generation import DONE, EventStream, Generation, event_of
+from octavo.server.logprobs import chat_logprob
+from octavo.server.requests import ChatRequest
+from octavo.server.responses import (
     STREAMED,
     AnswerMessage,
     Chat,
@@ -24,9 +27,6 @@ from octavo.server.answers import (
     FinishReason,
     Usage,
 )
-from octavo.server.generation import DONE, EventStream, Generation, event_of
-from octavo.server.logprobs import chat_logprob
-from octavo.server.schemas import ChatRequest
 from octavo.server.service import Served, Service
 
 

@@ -16,10 +16,10 @@ from fastapi import APIRouter, Request
 
 from octavo.infer import requests
 from octavo.infer.requests import Token
-from octavo.server.answers import STREAMED, Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage
 from octavo.server.generation import DONE, EventStream, Generation, event_of
 from octavo.server.logprobs import Vocabulary, completion_logprobs
-from octavo.server.schemas import CompletionRequest
+from octavo.server.requests import CompletionRequest
+from octavo.server.responses import STREAMED, Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage
 from octavo.server.service import Served, Service
 
 NEW_TOKENS = 16  # OpenAI's default

@@ -14,15 +14,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.infer.requests import Stream, Token
+from octavo.server.errors import ApiError, unavailable
 from octavo.server.metrics import Metrics
-from octavo.server.refusals import RefusedError, unavailable
 
 LOG = logging.getLogger("octavo.server")
 # A client that reads nothing blocks the sending of its answer; this long after the answer's time it is cut off.
 SENDING_SECONDS = 5.0
 
 
-class ClientGoneError(RefusedError):
+class ClientGoneError(ApiError):
     """There is nobody left to answer: the status is for the counts (nginx's 499)."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Generation:
     async def tokens(self) -> AsyncGenerator[tuple[int, Token], None]:
         """(number of the stream, its next token) as they come, until all have finished.
 
-        ClientGoneError as soon as the client goes; RefusedError when time is up or the engine fails or stops.
+        ClientGoneError as soon as the client goes; ApiError when time is up or the engine fails or stops.
         """
         running = dict(enumerate(self.streams))
         first = True
@@ -99,12 +99,12 @@ class Generation:
             raise unavailable(message, code="timeout")
 
 
-def _failure(token: Token, stream: Stream) -> RefusedError:
+def _failure(token: Token, stream: Stream) -> ApiError:
     if token.finish_reason == "cancelled":
         return unavailable("The server is stopping.", code="stopping")
     # What failed may name files or sizes: the operator reads it in the log.
     LOG.error("the engine failed: %s", stream.error)
-    return RefusedError(500, "The engine failed while it answered this request.", code="engine_error")
+    return ApiError(500, "The engine failed while it answered this request.", code="engine_error")
 
 
 async def _until_gone(receive: Receive) -> None:
@@ -139,7 +139,7 @@ class EventStream(Response):
                 yield event.encode()
         except ClientGoneError:
             return
-        except RefusedError as error:
+        except ApiError as error:
             yield event_of(json.dumps(error.document)).encode()
 
 

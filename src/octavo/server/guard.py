@@ -15,8 +15,8 @@ from hmac import compare_digest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.addresses import host_name, is_address
+from octavo.server.errors import ApiError, busy
 from octavo.server.metrics import Metrics
-from octavo.server.refusals import RefusedError, busy
 
 OPEN_PATHS = ("/health", "/ready", "/ping")  # for whoever looks after the process and holds no key
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -64,7 +64,7 @@ class Guard:
             self._check(scope, changes=changes)
             body = await self._body(scope, receive) if changes else b""
             await self.app(inner, _replayed(body, receive), counted)
-        except RefusedError as error:
+        except ApiError as error:
             await error.response()(scope, receive, counted)
         finally:
             self._requests -= changes
@@ -86,7 +86,7 @@ class Guard:
         header = given[0] if len(given) == 1 else ""
         name = host_name(header)
         if not ({name, "*"} & self.rules.hosts or (self.rules.any_address and is_address(name))):
-            raise RefusedError(
+            raise ApiError(
                 403, f"This server does not go by the name {name!r}; --hosts names others.", code="host_not_allowed"
             )
         return header.lower()
@@ -96,7 +96,7 @@ class Guard:
         for origin in (origin.lower() for origin in given):
             own = origin.partition("://")[2] == host and origin.startswith(("http://", "https://"))
             if not own and not {origin, "*"} & self.rules.origins:
-                raise RefusedError(
+                raise ApiError(
                     403, f"Pages of {origin!r} may not use this server; --origins names those that may.",
                     code="origin_not_allowed",
                 )  # fmt: skip
@@ -108,7 +108,7 @@ class Guard:
         scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
         fits = compare_digest(key.strip().encode(), self.rules.key.encode())  # as long for a near miss as for a far one
         if scheme.lower() != "bearer" or not fits:
-            raise RefusedError(
+            raise ApiError(
                 401,
                 "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
@@ -128,20 +128,20 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RefusedError(400, "The request broke off.")
+                        raise ApiError(400, "The request broke off.")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > most:
                         raise _too_long(most)
         except TimeoutError:
-            raise RefusedError(408, "The body took too long to arrive.", headers={"Connection": "close"}) from None
+            raise ApiError(408, "The body took too long to arrive.", headers={"Connection": "close"}) from None
         return bytes(body)
 
 
-def _too_long(most: int) -> RefusedError:
+def _too_long(most: int) -> ApiError:
     # The rest is not read: the connection can serve nothing after this.
     message = f"The body is longer than this server's limit of {most:,} bytes."
-    return RefusedError(413, message, code="body_too_large", headers={"Connection": "close"})
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from octavo.data.bytes import SPACE
 from octavo.infer.requests import Token
-from octavo.server.answers import ChatLogprob, CompletionLogprobs, TopLogprob
+from octavo.server.responses import ChatLogprob, CompletionLogprobs, TopLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

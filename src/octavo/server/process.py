@@ -23,8 +23,8 @@ from fastapi import FastAPI
 
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
-from octavo.server.connections import Connection
 from octavo.server.log import log_to_stderr
+from octavo.server.protocol import Connection
 from octavo.stopping import INTERRUPTED, handled
 
 HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none

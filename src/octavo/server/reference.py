@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from octavo.page import POLICY, STYLE
+from octavo.html_report import POLICY, STYLE
 from octavo.server.unsupported import REFUSED_MARK
 
 Schema = Mapping[str, Any]

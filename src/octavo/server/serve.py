@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from octavo.commands.loading import chosen_scheme, end_ids, load_model, opened
 from octavo.config import Config, ModelOptions, ServeOptions
 from octavo.errors import AdapterError, OctavoError, UsageError
-from octavo.infer.batching import Engine
+from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits
-from octavo.report import Report
-from octavo.run import chosen_scheme, end_ids, load_model, opened
+from octavo.reporting import Report
 from octavo.server.addresses import is_loopback
-from octavo.server.schemas import ADAPTER_NAME
+from octavo.server.requests import ADAPTER_NAME
 from octavo.store.sources import fingerprint
 
 KEY_VARIABLE = "OCTAVO_API_KEY"
@@ -58,7 +58,7 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
             except (OctavoError, OSError, ValueError) as error:  # whoever reads has left: the clients have not
                 report.warn(f"The address cannot be written to standard output: {error}")
 
-        if pieces := engine.preparations():
+        if pieces := engine.warmup_tasks():
             with report.progress(len(pieces), "Preparing the card") as bar:
                 for piece in pieces:
                     piece()
@@ -112,9 +112,9 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     hardware, source = opened(asked, report, own_adapters=not adapters and options.adapters_from is None)
     model = load_model(source, chosen_scheme(asked, source), hardware, report)
     engine = Engine(
-        model, source.tokenizer(), base=base, base_sha256=fingerprint(source), ends=end_ids(source),
+        model, source.tokenizer(), base=base, base_sha256=fingerprint(source), stop_ids=end_ids(source),
         limits=Limits(
-            slots=options.slots, room=options.room, queue=options.queue, deterministic=options.deterministic
+            slots=options.slots, max_len=options.max_model_len, queue=options.queue, deterministic=options.deterministic
         ),
     )  # fmt: skip
     for name, folder in adapters.items():

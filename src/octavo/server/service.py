@@ -20,11 +20,11 @@ from octavo.data.records import Message
 from octavo.errors import AdapterError, DataError, UsageError
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream
 from octavo.infer.sample import Sampling
+from octavo.server.errors import ApiError, busy, told, unavailable, wrong
 from octavo.server.generation import Generation
 from octavo.server.logprobs import Vocabulary
 from octavo.server.metrics import Metrics
-from octavo.server.refusals import RefusedError, busy, told, unavailable, wrong
-from octavo.server.schemas import SEEDS, ChatMessage, Fields, Sampled
+from octavo.server.requests import SEEDS, ChatMessage, Fields, Sampled
 from octavo.server.unsupported import UnknownNames, check_fields
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class Service:
     @property
     def longest_prompt(self) -> int:
         """Tokens; one place of the context stays for an answer."""
-        room = self.engine.context - 1
-        return min(room, self.options.max_prompt_tokens or room)
+        max_len = self.engine.context - 1
+        return min(max_len, self.options.max_prompt_tokens or max_len)
 
     def names(self) -> list[Served]:
         """The base, then the adapters in the order they were loaded."""
@@ -99,10 +99,10 @@ class Service:
         found = next((served for served in names if served.name == model), None)
         if found is None and model in self.engine.draining():
             message = f"The adapter `{model}` is being unloaded and takes no more requests."
-            raise RefusedError(404, message, code="model_not_found", param="model")
+            raise ApiError(404, message, code="model_not_found", param="model")
         if found is None:
             there = ", ".join(served.name for served in names)
-            raise RefusedError(
+            raise ApiError(
                 404, f"The model `{model}` does not exist. There are: {there}.", code="model_not_found", param="model"
             )
         return found
@@ -226,6 +226,6 @@ class Service:
             if isinstance(error, UsageError):
                 raise wrong(told(error)) from error
             if isinstance(error, AdapterError):  # removed a moment ago
-                raise RefusedError(404, told(error), code="model_not_found", param="model") from error
+                raise ApiError(404, told(error), code="model_not_found", param="model") from error
             raise
         return streams

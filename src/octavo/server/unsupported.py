@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from octavo.server.refusals import RefusedError, wrong
-from octavo.server.schemas import (
+from octavo.server.errors import ApiError, wrong
+from octavo.server.requests import (
     ArticleRequest,
     ChatMessage,
     ChatRequest,
@@ -352,5 +352,5 @@ def _cut(name: str) -> str:
     return name[:LONGEST_NAMED]
 
 
-def _unsupported(shown: str, why: str, *, param: str) -> RefusedError:
+def _unsupported(shown: str, why: str, *, param: str) -> ApiError:
     return wrong(f"`{_cut(shown)}` is not supported here. {why}", param=_cut(param), code="unsupported_parameter")

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from octavo.errors import ModelError
 from octavo.ops.quantize import scheme_named
-from octavo.report import Report
+from octavo.reporting import Report
 from octavo.store.files import lock, sha256_of
-from octavo.store.folder import write_folder
 from octavo.store.gguf import open_gguf
+from octavo.store.hf_folder import write_folder
 from octavo.store.manifest import is_whole
 from octavo.store.package_index.client import FetchError
 from octavo.store.package_index.download import fetch

@@ -11,23 +11,23 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import Model, Place, places
+from octavo.models import Model, WeightEntry, weight_map
 from octavo.ops.quantize import SCHEMES, Scheme, Shape, scheme_named
 from octavo.store.foreign import refuse_tensors
 from octavo.store.sources import Source
 
 SCALE_KINDS = ("absmax", "code")
-# Adapters that a checkpoint carries itself, the ends of A's and B's names; store/seed.py reads them.
+# Adapters that a checkpoint carries itself, the ends of A's and B's names; store/embedded_adapter.py reads them.
 PAIR_ENDS = (".adapter.0.weight", ".adapter.1.weight")
 # Buffers that older checkpoints carry and that are computed here.
-IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
+UNUSED_TENSORS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class Item:
     """One entry of a checkpoint that belongs to a place: a frozen weight, or a norm's or bias's numbers."""
 
-    place: Place
+    place: WeightEntry
     kind: str  # "weight" or "bias"
 
     @property
@@ -57,9 +57,9 @@ def stored_scheme(source: Source) -> Scheme:
     return scheme_named("dynamic8" if coded else "none")
 
 
-def scheme_at(place: Place, scheme: Scheme) -> Scheme:
+def scheme_at(place: WeightEntry, scheme: Scheme) -> Scheme:
     """The scheme of one weight of a model that is under `scheme`."""
-    return scheme_named(scheme.for_tables) if place.is_table else scheme
+    return scheme_named(scheme.embedding_scheme) if place.is_embedding else scheme
 
 
 def entries(source: Source, model: Model) -> dict[str, Item]:
@@ -72,7 +72,7 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
     unknown = [
         name
         for name in present - wanted.keys() - needless
-        if not name.endswith(IGNORED) and name.rpartition(".")[2] not in SCALE_KINDS
+        if not name.endswith(UNUSED_TENSORS) and name.rpartition(".")[2] not in SCALE_KINDS
     ]
     if missing or unknown:
         refuse_tensors(sorted(unknown), str(source.files[0].parent))
@@ -119,13 +119,13 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
 def items_of(model: Model) -> Iterator[tuple[str, Item]]:
     """(tensor name, item) of all that a checkpoint holds, in order; a tied head has no weight of its own."""
     tied = model.config.tied
-    for place in places(model).values():
+    for place in weight_map(model).values():
         for kind in ("weight", "bias"):
             if _has(place, kind) and not (tied and place.is_head and kind == "weight"):
                 yield f"{place.name}.{kind}", Item(place, kind)
 
 
-def _has(place: Place, kind: str) -> bool:
+def _has(place: WeightEntry, kind: str) -> bool:
     return (kind == "weight" and place.matrix is not None) or place.parameter(kind) is not None
 
 

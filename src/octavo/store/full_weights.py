@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.models import Model, Place
+from octavo.models import Model, WeightEntry
 from octavo.ops.quantize import Scheme, dequantise, scheme_named
 from octavo.store.peft import Adapter
 from octavo.store.weights import full_rows, row_blocks
@@ -27,7 +27,7 @@ from octavo.store.weights import full_rows, row_blocks
 Matrices = dict[str, Tensor]  # a module's name -> its matrix (N, K) of any floating-point type
 
 
-def changed_keys(adapter: Adapter, table: Mapping[str, Place]) -> list[str]:
+def changed_keys(adapter: Adapter, table: Mapping[str, WeightEntry]) -> list[str]:
     """The adapter's tensors beside its LoRA pairs that differ from what the model has, e.g. lm_head.weight."""
     embed, head = _tables(table)
     matrices, _ = _wanted(adapter, table, embed, head)
@@ -39,7 +39,7 @@ def changed_keys(adapter: Adapter, table: Mapping[str, Place]) -> list[str]:
     return keys
 
 
-def put_weights_(model: Model, adapter: Adapter, table: Mapping[str, Place]) -> None:
+def put_weights_(model: Model, adapter: Adapter, table: Mapping[str, WeightEntry]) -> None:
     """Puts the adapter's full weights, norms and biases on the model. AdapterError names a shape that does not fit.
 
     The vocabulary becomes as large as the adapter's tables, and embedding and head are untied where those differ.
@@ -67,13 +67,15 @@ def put_weights_(model: Model, adapter: Adapter, table: Mapping[str, Place]) -> 
         _put_parameter_(table, key, tensor)
 
 
-def _tables(table: Mapping[str, Place]) -> tuple[Place, Place]:
+def _tables(table: Mapping[str, WeightEntry]) -> tuple[WeightEntry, WeightEntry]:
     """(the embedding's place, the head's)."""
     embed = next(place for place in table.values() if isinstance(place.layer, FrozenEmbedding))
     return embed, next(place for place in table.values() if place.is_head)
 
 
-def _wanted(adapter: Adapter, table: Mapping[str, Place], embed: Place, head: Place) -> tuple[Matrices, bool]:
+def _wanted(
+    adapter: Adapter, table: Mapping[str, WeightEntry], embed: WeightEntry, head: WeightEntry
+) -> tuple[Matrices, bool]:
     """(the matrices that differ from the model's, whether embedding and head are to be untied)."""
     given = {
         name: tensor
@@ -96,7 +98,7 @@ def _wanted(adapter: Adapter, table: Mapping[str, Place], embed: Place, head: Pl
     return {name: tensor for name, tensor in given.items() if not _is_own(table[name], tensor, adapter)}, untied
 
 
-def _with_tokens(place: Place, table: Tensor | None, indices: tuple[int, ...], rows: Tensor) -> Tensor:
+def _with_tokens(place: WeightEntry, table: Tensor | None, indices: tuple[int, ...], rows: Tensor) -> Tensor:
     """The adapter's `table` (V, K), or the place's own, with other rows for some tokens."""
     matrix, key = place.matrix, place.rows_key
     assert matrix is not None
@@ -114,10 +116,10 @@ def _with_tokens(place: Place, table: Tensor | None, indices: tuple[int, ...], r
     return changed
 
 
-def _check_shape(place: Place, tensor: Tensor) -> None:
+def _check_shape(place: WeightEntry, tensor: Tensor) -> None:
     assert place.matrix is not None
     shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
-    resized = place.is_table and tensor.ndim == 2 and tensor.shape[1] == shape[1] and len(tensor) > 0
+    resized = place.is_embedding and tensor.ndim == 2 and tensor.shape[1] == shape[1] and len(tensor) > 0
     if tuple(tensor.shape) != shape and not resized:
         raise AdapterError(
             f"The adapter's {place.name}.weight is {tuple(tensor.shape)}, this model's is {shape}.",
@@ -125,7 +127,7 @@ def _check_shape(place: Place, tensor: Tensor) -> None:
         )
 
 
-def _is_own(place: Place, tensor: Tensor, adapter: Adapter) -> bool:
+def _is_own(place: WeightEntry, tensor: Tensor, adapter: Adapter) -> bool:
     """Whether a matrix gives the very parts that the model has: then it is the base's."""
     assert place.matrix is not None
     matrix, key = place.matrix, place.rows_key
@@ -151,7 +153,7 @@ def _equal(own: Tensor, given: Tensor) -> bool:
     return torch.equal(own, given.to(own.device, own.dtype))
 
 
-def _replace_tables_(embed: Place, head: Place, matrices: Matrices, *, untied: bool) -> None:
+def _replace_tables_(embed: WeightEntry, head: WeightEntry, matrices: Matrices, *, untied: bool) -> None:
     tied = embed.matrix is head.matrix and not untied
     if tied and embed.name in matrices:
         assert isinstance(embed.layer, FrozenEmbedding)
@@ -164,7 +166,7 @@ def _replace_tables_(embed: Place, head: Place, matrices: Matrices, *, untied: b
             _replace_rows_(place, matrices)
 
 
-def _replace_rows_(place: Place, matrices: Matrices) -> None:
+def _replace_rows_(place: WeightEntry, matrices: Matrices) -> None:
     """Gives the place's layer an unquantised matrix: the adapter's rows for `place`, the old ones for other names."""
     layer = place.layer
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
@@ -184,7 +186,7 @@ def _replace_rows_(place: Place, matrices: Matrices) -> None:
     layer.matrix = new
 
 
-def _resize_head_bias_(head: Place, adapter: Adapter) -> None:
+def _resize_head_bias_(head: WeightEntry, adapter: Adapter) -> None:
     layer = head.layer
     assert isinstance(layer, FrozenLinear)
     rows = layer.matrix.shape[0]
@@ -196,13 +198,13 @@ def _resize_head_bias_(head: Place, adapter: Adapter) -> None:
     layer.bias = nn.Parameter(given.to(layer.bias.device, layer.bias.dtype), requires_grad=False)
 
 
-def _parameter(table: Mapping[str, Place], key: str) -> Tensor | None:
+def _parameter(table: Mapping[str, WeightEntry], key: str) -> Tensor | None:
     """The norm's number or the bias that a key names; None for a matrix."""
     name, _, kind = key.rpartition(".")
     return table[name].parameter(kind)
 
 
-def _put_parameter_(table: Mapping[str, Place], key: str, tensor: Tensor) -> None:
+def _put_parameter_(table: Mapping[str, WeightEntry], key: str, tensor: Tensor) -> None:
     target = _parameter(table, key)
     if target is None:
         return

@@ -1,7 +1,7 @@
 """What a checkpoint is to the loader: a config, names, one tensor in memory at a time; and the folder of one.
 
 `FolderSource` reads a Hugging Face folder. store/gguf.py reads a GGUF file in the same terms,
-store/opening.py chooses between them.
+store/resolve.py chooses between them.
 """
 
 from __future__ import annotations

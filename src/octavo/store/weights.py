@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.models import Model, Place, build, places
+from octavo.models import Model, WeightEntry, build, weight_map
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
@@ -66,7 +66,7 @@ def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, 
 
 def _allocate_(model: Model, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
     _make_room_(model, device)
-    for place in {id(place.matrix): place for place in places(model).values()}.values():
+    for place in {id(place.matrix): place for place in weight_map(model).values()}.values():
         if place.matrix is not None:
             place.matrix.allocate(scheme_at(place, scheme), dtype, device)
 
@@ -79,7 +79,7 @@ def _make_room_(model: Model, device: torch.device) -> None:
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
-def matrix_parts(source: Source, name: str, place: Place, stored: Scheme) -> Parts:
+def matrix_parts(source: Source, name: str, place: WeightEntry, stored: Scheme) -> Parts:
     """The stored parts of one frozen weight; shapes and types are as they must be, all numbers finite."""
     assert place.matrix is not None
     shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
@@ -145,7 +145,7 @@ def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: 
 def _put_matrix(
     source: Source,
     name: str,
-    place: Place,
+    place: WeightEntry,
     *,
     stored: Scheme,
     scheme: Scheme,

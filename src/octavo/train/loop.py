@@ -20,8 +20,8 @@ from octavo.errors import TrainingError
 from octavo.failures import out_of_memory as out_of_memory
 from octavo.layers.lora import gradients_in_place
 from octavo.models import Model
-from octavo.train.micro import MicroStep
 from octavo.train.optim import Adam, LossScaler, Schedule
+from octavo.train.step import MicroStep
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def gradients(trainer: Trainer, chosen: Sequence[Batch], number: int, *, seed: f
             if not out_of_memory(error):
                 raise
         # Only here, where the failed call's tensors are no longer held by its traceback.
-        if not trainer.micro_step.cheapen():
+        if not trainer.micro_step.reduce_memory():
             raise TrainingError(
                 f"Step {number} does not fit into the card's memory, however little is kept.",
                 hint="Try a smaller --seq-len or --scheme nf4, or end other programs on the card.",
@@ -166,7 +166,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bo
             )
         raise TrainingError(
             reached,
-            hint="The first batch must train something through each of them: leave them out with --targets, or "
+            hint="The first batch must train something through each of them: leave them out with --lora-targets, or "
             "check with `octavo data` that the data have trained tokens.",
         )
     if infinite and finite_needed:

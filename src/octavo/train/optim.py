@@ -34,7 +34,7 @@ class OptimizerSettings:
     beta_1: float = 0.9
     beta_2: float = 0.999
     eps: float = 1e-8
-    clip: float = 1.0  # largest norm of the gradient of all trained numbers; 0 for none
+    max_grad_norm: float = 1.0  # largest norm of the gradient of all trained numbers; 0 for none
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Adam:
     @torch.no_grad()
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
         """Clips by the given norm, then one update."""
-        if self.settings.clip > 0:
-            factor = (self.settings.clip / (gradient_norm + 1e-6)).clamp_max(1.0)
+        if self.settings.max_grad_norm > 0:
+            factor = (self.settings.max_grad_norm / (gradient_norm + 1e-6)).clamp_max(1.0)
         else:
             factor = torch.ones_like(gradient_norm)
         for update in self._updates:
@@ -131,7 +131,7 @@ class _Torch:
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         betas, decay = (settings.beta_1, settings.beta_2), settings.weight_decay if group.decays else 0.0
-        self.values, self.clips = group.values, settings.clip > 0
+        self.values, self.clips = group.values, settings.max_grad_norm > 0
         self._adamw = torch.optim.AdamW([self.values], lr=0.0, betas=betas, eps=settings.eps, weight_decay=decay)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""Kernels for one generation of cards, H100 and H200 (compute capability 9.0), in Gluon, Triton's experimental form.
+"""Kernels for Hopper GPUs (H100 and H200, compute capability 9.0) in Gluon, Triton's lower-level language.
 
-Its names change between versions of Triton, so these files are imported only where they run (ops/twins.gluon_runs_on).
+Gluon's names change between versions of Triton, so these files are imported only where they run
+(runtime/dispatch.hopper_kernels_run_on).
 """

@@ -1,0 +1,210 @@
+"""`octavo evaluate`: how well models predict a text, in one table, and do tasks, in another.
+
+Training runs measure rows of the first one too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from octavo.adapters import apply_
+from octavo.commands.data import read_documents, to_text
+from octavo.commands.generate import Speaker
+from octavo.commands.loading import (
+    check_context,
+    chosen_scheme,
+    end_ids,
+    load_model,
+    opened,
+    read_adapter,
+    tokenizer_with,
+)
+from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
+from octavo.data.bytes import target_bytes
+from octavo.data.packing import Row
+from octavo.errors import UsageError
+from octavo.hardware import Hardware
+from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
+from octavo.metrics import Score, score
+from octavo.models import Model, build
+from octavo.ops.quantize import Scheme, scheme_named
+from octavo.reporting import Report
+from octavo.runtime.optional import bitsandbytes
+from octavo.store.contents import stored_scheme
+from octavo.store.embedded_adapter import base_of, carries_pairs
+from octavo.store.hf_folder import written_bytes
+from octavo.store.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is loaded once. `names` are its rows in the table; for "tuned", the adapter asked for is put on."""
+
+    scheme: Scheme
+    hardware: Hardware
+    names: tuple[str, ...]
+
+
+def evaluate(config: Config, report: Report) -> dict[str, Any]:
+    """Perplexity, bits per byte and size of the base, the quantised base and the tuned model, or of some schemes."""
+    options, asked = config[EvaluateOptions], config[ModelOptions]
+    schemes = _compared(options, asked)
+    if not options.data and not options.tasks:
+        raise UsageError("Nothing to measure on is named.", hint="Give text with --data, or tasks with --tasks.")
+    tasks = load_tasks(options, report)
+    hardware, source = opened(asked, report, own_adapters=options.adapter is None)
+    found = None
+    if options.adapter:
+        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
+    tokenizer = tokenizer_with(found, options.adapter, source, report)
+    rows = _rows(config, source, tokenizer, report) if options.data else []
+    stored = stored_scheme(source)
+    if stored.name != "none" and any(scheme is not stored for scheme in schemes):
+        report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
+    table: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    candidates = _candidates(schemes, source, config, hardware)
+    if stored_scheme(source).name != "dynamic8" and any(one.scheme.name == "dynamic8" for one in candidates):
+        bitsandbytes()  # before anything is measured: what it is asked for comes late in a table
+    for candidate in candidates:
+        model = load_model(source, candidate.scheme, candidate.hardware, report)
+        size = written_bytes(base_of(source), candidate.scheme)
+        for name in candidate.names:
+            folder = options.adapter if name == "tuned" else None
+            if folder and found:
+                apply_(model, found)
+            if (beyond := _largest_id(rows)) >= model.config.vocabulary:
+                report.warn(f"{name} is not measured: the text has the token {beyond:,}, which it does not have.")
+                continue
+            label = f"Measuring {name} ({candidate.scheme.name})"
+            if rows:
+                result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
+                table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
+            if tasks:
+                report.say(f"{label} on tasks")
+                speaker = Speaker(model, tokenizer, end_ids(source))
+                told = run_tasks(tasks, speaker, batch=options.batch, report=report)
+                answers += [{**_named(name, candidate.scheme, folder), **row} for row in told]
+                del speaker
+        del model  # before the next one comes in
+    if rows:
+        show_scores(table, report)
+    if tasks:
+        show_tasks(answers, report)
+    return {"rows": table, **({"tasks": answers} if tasks else {})}
+
+
+def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
+    """The rows to measure perplexity on. UsageError if there are none, or they are longer than the model's context."""
+    text = to_text(
+        read_documents(config[EvaluateOptions].data, config[TextOptions], report),
+        config[TextOptions],
+        tokenizer,
+        report,
+    )
+    rows = text.measurable(config[EvaluateOptions].rows)
+    if not rows:
+        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
+    check_context(build(source.config).config.context, config[TextOptions].seq_len)
+    return rows
+
+
+def _largest_id(rows: Sequence[Row]) -> int:
+    return max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
+
+
+def _compared(options: EvaluateOptions, asked: ModelOptions) -> list[Scheme]:
+    """The schemes of --compare, each once, in order; UsageError for one that there is not."""
+    if options.compare and asked.scheme != "auto":
+        raise UsageError("--compare says which schemes to measure, and --scheme too.", hint="Give one of them.")
+    return [scheme_named(name) for name in dict.fromkeys(options.compare)]
+
+
+def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardware: Hardware) -> list[Candidate]:
+    """What is to be loaded, in the order of the table."""
+    options, asked = config[EvaluateOptions], config[ModelOptions]
+    plain, stored = scheme_named("none"), stored_scheme(source)
+    precise = full_precision(hardware) if asked.dtype == "auto" else hardware
+    tuned = ("tuned",) if options.adapter else ()
+
+    def untuned(scheme: Scheme) -> str:
+        if carries_pairs(source):
+            return "tuned"
+        return "base" if scheme.name == stored.name == "none" else "quantised"
+
+    def type_for(scheme: Scheme) -> Hardware:
+        # A base in full precision and alone is measured so; a tuned model in its own type.
+        return precise if scheme is plain and not tuned else hardware
+
+    if schemes:
+        return [Candidate(scheme, type_for(scheme), tuned or (untuned(scheme),)) for scheme in schemes]
+    scheme = chosen_scheme(asked, source)
+    base = options.base and scheme is not plain and stored is plain
+    return [
+        *([Candidate(plain, precise, ("base",))] if base else []),
+        Candidate(scheme, type_for(scheme), (untuned(scheme), *tuned)),
+    ]
+
+
+def score_rows(
+    model: Model,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: int,
+    label: str,
+    report: Report,
+) -> Score:
+    """The score of some rows, with a bar."""
+    with report.progress(len(rows), label) as bar:
+        return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
+
+
+def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:
+    """Which model a row is about."""
+    return {"name": name, "scheme": scheme.name, "adapter": str(folder) if folder else None}
+
+
+def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
+    """One row of the perplexity table, as `--json` and metrics.jsonl have it."""
+    return {
+        **_named(name, scheme, folder),
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+    }
+
+
+def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
+    """The perplexity table; with the size of the frozen weights where the rows have one."""
+    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
+    cells = [[row[column] for column in columns] for row in rows]
+    if all("also_in_training" in row for row in rows):  # a share of the held-out text
+        columns = [*columns, "also in training"]
+        cells = [[*line, f"{row['also_in_training']:.1%}"] for line, row in zip(cells, rows, strict=True)]
+    if all("size_bytes" in row for row in rows):
+        columns = [*columns, "MiB"]
+        cells = [[*line, row["size_bytes"] / 2**20] for line, row in zip(cells, rows, strict=True)]
+    report.table("Perplexity", columns, cells, result=True)
+    for row in rows:
+        if not math.isfinite(row["perplexity"]):
+            report.warn(
+                f"The perplexity of {row['name']} ({row['scheme']}) is not a finite number: its weights or its adapter "
+                "are broken, or too coarse for its scheme. In JSON it is null."
+            )
+
+
+def full_precision(hardware: Hardware) -> Hardware:
+    """What "full precision" is measured in: float32 on a CPU, the compute type on a card."""
+    if hardware.device.type != "cpu":
+        return hardware
+    return Hardware(hardware.device, torch.float32, hardware.reason, hardware.name)

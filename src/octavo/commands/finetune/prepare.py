@@ -1,0 +1,85 @@
+"""From a configuration to a run that is ready to train: text read and packed, model loaded, adapter attached."""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+
+from octavo import adapters
+from octavo.commands.finetune.sides import read_sides
+from octavo.commands.finetune.state import Found, Run, fingerprint_of
+from octavo.commands.loading import chosen_scheme, load_model, opened
+from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
+from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, TextOptions, TrainOptions
+from octavo.data.loader import batches_per_epoch
+from octavo.data.prompt import writes_date
+from octavo.hardware import Hardware
+from octavo.layers.lora import flatten_
+from octavo.models import Model
+from octavo.reporting import Report
+from octavo.train.loop import Trainer
+from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
+from octavo.train.step import PlannedStep
+
+
+def prepare(config: Config, report: Report) -> Run:
+    """A run at its beginning. The text is read first: what is wrong with it shows before anything long."""
+    asked = config[ModelOptions]
+    hardware, source = opened(asked, report)
+    configure_backends(config[MemoryOptions], hardware, report)
+    tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
+    if config[TextOptions].template_date is None and writes_date(tokenizer):
+        # Else the run could not go on on another day: its texts would be others.
+        config = config.replace(template_date=date.today().isoformat())
+    text, held_out = read_sides(config, tokenizer, report)
+    fitting = fit(config, source, scheme, hardware)
+    base_sha256 = fingerprint_of(source, report)
+    model = load_model(source, scheme, hardware, report)
+    plan = adapter_plan(config[LoraOptions])
+    adapters.create_(model, plan, seed=config[TrainOptions].seed)
+    micro_step = _micro_step(config, model, hardware, fitting, report)
+    trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=len(text.rows))
+    count = sum(parameter.numel() for parameter in trainer.parameters.values())
+    report.say(
+        f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps."
+    )
+    return Run(
+        config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
+        micro_step, base_sha256, Found(),
+    )  # fmt: skip
+
+
+def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: FittedPlan, report: Report) -> PlannedStep:
+    """Forward and backward by the plan, which is said."""
+    plan, on_card = fitting.plan, hardware.device.type == "cuda"
+    if on_card:
+        report.say(fitting.words(plan))
+    # A replayed graph would draw the same dropout mask again and again.
+    record = on_card and config[MemoryOptions].cuda_graphs and config[LoraOptions].dropout == 0
+    if on_card and config[MemoryOptions].cuda_graphs and not record:
+        report.say("Steps are launched kernel by kernel, since dropout cannot be recorded.")
+    return PlannedStep(model, plan, record=record, cheaper=fitting.cheaper, warn=report.warn)
+
+
+def _trainer(options: TrainOptions, model: Model, hardware: Hardware, micro_step: PlannedStep, *, rows: int) -> Trainer:
+    parameters = adapters.trained(model)
+    total = total_steps(options, rows)
+    warmup = round(options.warmup if options.warmup >= 1 else options.warmup * total)
+    settings = OptimizerSettings(options.optimizer, options.weight_decay, max_grad_norm=options.max_grad_norm)
+    return Trainer(
+        model=model,
+        parameters=parameters,
+        optimizer=Adam(flatten_(parameters), settings),
+        schedule=Schedule(options.lr, total, warmup=warmup, kind=options.schedule, floor=options.lr_floor),
+        scaler=LossScaler(hardware.dtype),
+        micro_step=micro_step,
+        seed=options.seed,
+        accumulate=options.accumulate,
+    )
+
+
+def total_steps(options: TrainOptions, rows: int) -> int:
+    """Optimizer steps of a run: as asked, or as many as the epochs take."""
+    if options.steps is not None:
+        return options.steps
+    return math.ceil(math.ceil(batches_per_epoch(rows, options.batch) * options.epochs) / options.accumulate)

@@ -1,0 +1,40 @@
+"""`octavo quantize`: writes a model under a scheme, as a folder that loads without the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo.commands.loading import chosen_scheme, open_model
+from octavo.config import Config, ModelOptions, QuantizeOptions
+from octavo.errors import UsageError
+from octavo.reporting import Report
+from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder
+
+
+def quantize(config: Config, report: Report) -> dict[str, Any]:
+    """Writes a model's folder under a scheme; tells the error of each layer and the size."""
+    asked, out = config[ModelOptions], config[QuantizeOptions].out
+    if out is None:
+        raise UsageError("Where to write is missing.", hint="Give a new folder with --out.")
+    source = open_model(asked, report)
+    scheme = chosen_scheme(asked, source)
+    layers: list[WrittenLayer] = []
+    with report.progress(len(weight_names(source)), f"Writing {out} ({scheme.name})") as bar:
+
+        def on_layer(layer: WrittenLayer) -> None:
+            layers.append(layer)
+            bar.advance()
+
+        total = write_folder(source, out, scheme, on_layer=on_layer)
+    report.table(
+        f"{out}: {total / 2**20:,.1f} MiB under {scheme.name}",
+        ["layer", "shape", "MiB", "relative error"],
+        [[x.name, f"{x.shape[0]} x {x.shape[1]}", x.stored_bytes / 2**20, x.error] for x in layers],
+        result=True,
+    )
+    return {
+        "out": str(out),
+        "scheme": scheme.name,
+        "bytes": total,
+        "layers": [{"name": x.name, "shape": list(x.shape), "bytes": x.stored_bytes, "error": x.error} for x in layers],
+    }

@@ -1,0 +1,295 @@
+"""A run folder as one page, report.html: curves, perplexities, ledger, samples, settings.
+
+The page holds everything itself and its policy forbids it to load anything. What comes from the run is
+escaped. What the folder lacks is left out: a run that was interrupted, or still goes on, has a page too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from octavo.atomic import atomic_write
+from octavo.bounded_json import JsonError, parse
+from octavo.errors import DataError, UsageError
+from octavo.html_report.chart import Points, Series, dots, draw, line, marks, smooth
+from octavo.reporting import printable, read_events, shown
+
+Event = Mapping[str, Any]
+
+MOST_FILES = 60
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+STRIPPED = ("event", "time")
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fbfaf7; --ink: #23272e; --dim: #6a7079; --line: #e0ddd5;
+  --card: #ffffff; --train: #2f6f9f; --held: #c2571a; }
+@media (prefers-color-scheme: dark) { :root { --page: #15171b; --ink: #e3e5e9; --dim: #969ca6;
+  --line: #30343b; --card: #1c1f24; --train: #6cb2e6; --held: #f0a35e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
+  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem; }
+h3 { font-size: .95rem; margin: 0 0 .4rem; }
+.lead { font-size: 1.1rem; color: var(--dim); margin: .5rem 0 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
+  overflow-x: auto; }
+.card + .card { margin-top: 1rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17.5rem, 100%), 1fr)); gap: 1rem; }
+.pair .card + .card { margin-top: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; color: var(--dim); }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em; }
+svg { display: block; width: 100%; height: auto; margin-top: .4rem; font: 12px system-ui, sans-serif; }
+svg text { fill: var(--dim); }
+.grid { stroke: var(--line); }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.dots { fill: none; stroke-width: 3.5; stroke-linecap: round; opacity: .4; }
+.tight { padding: .3rem 1.1rem; }
+.tight td:first-child { min-width: 9rem; }
+.facts td:first-child { color: var(--dim); white-space: nowrap; width: 1%; padding-right: 2rem; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--dim); white-space: nowrap; }
+th.number, td.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: .9rem; }
+tbody tr:last-child td { border-bottom: 0; }
+tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
+pre { margin: 0; white-space: pre-wrap; font: .85rem/1.5 ui-monospace, monospace; }
+.prompt { color: var(--dim); }
+details { margin-top: 1rem; } summary { cursor: pointer; color: var(--dim); margin-bottom: .6rem; }
+ul { margin: 0; padding-left: 1.1rem; }
+"""
+
+
+def write(folder: Path) -> Path:
+    """Write report.html into a run folder and return its path.
+
+    Reads metrics.jsonl, ledger.json and config.yaml there, each if it exists. Raises UsageError if there is
+    no such folder and DataError if ledger.json is not JSON. An unreadable line of metrics.jsonl is passed
+    over: a killed run may leave one.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder", hint="give the folder that --out named")
+    metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
+    events = read_events(metrics)[0] if metrics.is_file() else []
+    sections = [
+        _curves(events),
+        _perplexities(events),
+        _samples(events),
+        _ledger(folder / "ledger.json"),
+        _warnings(events),
+        _settings(settings.read_text("utf-8", "replace")) if settings.is_file() else "",
+        *(_facts(name.capitalize(), _last(events, name)) for name in ("hardware", "versions")),
+    ]
+    name = _text(folder.resolve().name)
+    html = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name} · octavo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>{name}</h1>\n<p class="lead">{_text(summary(events))}</p>\n'
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+    page = folder / "report.html"
+    atomic_write(page, html.encode("utf-8", "replace"))
+    return page
+
+
+def summary(events: Sequence[Event]) -> str:
+    """The run in one line: how far it came and what it changed."""
+    losses = _points(events, "step", "loss")
+    steps = [number for event in events if event.get("event") == "step" and (number := _number(event.get("step")))]
+    told = [f"{int(steps[-1]):,} steps"] if steps else []
+    if told:
+        told[0] += (
+            f", training loss {smooth(losses)[-1][1]:.3f}" if losses else ", none of which had a token to learn from"
+        )
+    rows = [row for row in _rows(events) if _number(row.get("perplexity"))]
+    if len(rows) > 1:
+        first, last = rows[0], rows[-1]
+        change = 100 * (last["perplexity"] / first["perplexity"] - 1)
+        told.append(
+            f"perplexity {shown(last['perplexity'])} ({last.get('name')}), "
+            f"{abs(change):.1f} % {'under' if change < 0 else 'over'} {first.get('name')}"
+        )
+    elif not rows:
+        told.append("not evaluated yet: this run is still going on or was interrupted")
+    return "; ".join(told)
+
+
+def _curves(events: Sequence[Event]) -> str:
+    training, heldout = _points(events, "step", "loss"), _points(events, "heldout", "loss")
+    series = [
+        Series("training, each step", training, "train", dots),
+        Series("training, smoothed", smooth(training), "train", line),
+        Series("held out", heldout, "held", marks),
+    ]
+    cards = [draw("Loss in nats per token", series, width=920, height=340)]
+    small = [
+        draw(title, [Series(title, _points(events, "step", key), "train", line)], width=300, height=190)
+        for key, title in (
+            ("learning_rate", "Learning rate"),
+            ("tokens_per_second", "Tokens per second"),
+            ("grad_norm", "Gradient norm"),
+        )
+    ]
+    if any(small):
+        cards.append(f'<div class="pair" style="margin-top:1rem">{"".join(small)}</div>')
+    return _section("Training", "".join(cards))
+
+
+def _perplexities(events: Sequence[Event]) -> str:
+    rows = _rows(events)
+    if not rows:
+        return ""
+    base = _number(rows[0].get("perplexity"))
+    table = []
+    for row in rows:
+        own = _number(row.get("perplexity"))
+        change = _change(own, base) if own and base and row is not rows[0] else ""
+        cells = [row.get(key, "") for key in ("name", "scheme", "adapter")]
+        numbers = [row.get(key, "") for key in ("perplexity", "bits_per_byte", "tokens")]
+        table.append([*("" if cell is None else cell for cell in cells), *numbers, change])
+    columns = ("model", "scheme", "adapter", "perplexity", "bits per byte", "tokens", "against the first")
+    return _section("Held-out perplexity", _table(columns, table, text_columns=3) + _overlap(events))
+
+
+def _overlap(events: Sequence[Event]) -> str:
+    """How far the held-out text is kept from the training text."""
+    event = _last(events, "overlap")
+    share = _number(event.get("share")) if event else None
+    if event is None or share is None:
+        return ""
+    words = [
+        f"{100 * share:.1f} % of the held-out text is also in the training text, in runs of {event.get('ngram')} tokens"
+    ]
+    for key, what in (("removed_documents", "taken out of training"), ("near_copies", "near copies")):
+        if count := _number(event.get(key)):
+            words.append(f"{what}: {count:,.0f} {'document' if count == 1 else 'documents'}")
+    return f'<p class="lead">{_text("; ".join(words))}.</p>'
+
+
+def _change(own: float, base: float) -> str:
+    return f"{100 * (own / base - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
+
+
+def _samples(events: Sequence[Event]) -> str:
+    by_prompt: dict[str, list[Event]] = {}
+    for event in events:
+        if event.get("event") == "sample":
+            by_prompt.setdefault(str(event.get("prompt", "")), []).append(event)
+    blocks = []
+    for samples in by_prompt.values():
+        ends = {which: _last_where(samples, which) for which in ("base", "tuned")}
+        cards = [_sample(title, ends[which]) for which, title in (("base", "Before"), ("tuned", "After"))]
+        between = [
+            _sample(f"Step {shown(one.get('step', '?'))}", one) for one in samples if one.get("which") == "training"
+        ]
+        more = f"<details><summary>While training</summary>{''.join(between)}</details>" if between else ""
+        blocks.append(f'<div class="pair">{"".join(cards)}</div>{more}')
+    return _section("Samples", "".join(blocks))
+
+
+def _sample(title: str, sample: Event | None) -> str:
+    if sample is None:
+        return ""
+    prompt = str(sample.get("prompt", ""))
+    text = str(sample.get("text", "")).removeprefix(prompt)
+    body = f'<pre><span class="prompt">{_text(prompt)}</span>{_text(text)}</pre>'
+    return f'<div class="card"><h3>{_text(title)}</h3>{body}</div>'
+
+
+def _ledger(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    try:
+        whole = parse(path.read_bytes(), strict=False)
+    except JsonError as error:
+        raise DataError(f"not JSON: {error}", source=str(path), hint="delete it, then ask again") from error
+    if not isinstance(whole, dict):
+        raise DataError("not a ledger", source=str(path), hint="delete it, then ask again")
+    parts = {"": whole} if "tokens" in whole else whole
+    blocks = []
+    for name, part in parts.items():
+        if not part:
+            continue
+        keys = [key for key in ("documents", "tokens", "learned", "read_only", "left_out", "padding") if key in part]
+        files = sorted(part.get("files", ()), key=lambda file: -file.get("tokens", 0))
+        rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MOST_FILES]]
+        if len(files) > MOST_FILES:
+            rows.append([f"and {len(files) - MOST_FILES:,} smaller files", *("" for _ in keys)])
+        not_read = part.get("not_read")
+        if isinstance(not_read, dict) and not_read:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in not_read.items())
+            rows.append([f"not read: {kinds}", *("" for _ in keys)])
+        rows.append(["all", *(part[key] for key in keys)])
+        head = "file" if not name else f"{name} file"
+        blocks.append(_table([head, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
+    return _section("Where every token went", "".join(blocks))
+
+
+def _warnings(events: Sequence[Event]) -> str:
+    told = [f"<li>{_text(event.get('text', ''))}</li>" for event in events if event.get("event") == "warn"]
+    return _section("Warnings", f'<div class="card"><ul>{"".join(told)}</ul></div>' if told else "")
+
+
+def _settings(text: str) -> str:
+    return _section("Settings", f'<div class="card"><pre>{_text(text.strip())}</pre></div>')
+
+
+def _facts(title: str, event: Event | None) -> str:
+    rows = [[key.replace("_", " "), value] for key, value in (event or {}).items() if key not in STRIPPED]
+    return _section(title, _table((), rows, text_columns=2) if rows else "")
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{_text(title)}</h2>\n{body}\n</section>" if body else ""
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int, total: bool = False) -> str:
+    rows = list(rows)
+
+    def cells_of(tag: str, cells: Sequence[object]) -> str:
+        kinds = ["" if place < text_columns else ' class="number"' for place in range(len(cells))]
+        return "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+
+    kind = "tight" if columns else "tight facts"
+    head = f"<thead><tr>{cells_of('th', columns)}</tr></thead>" if columns else ""
+    opens = ["<tr>" for _ in rows]
+    if total:
+        opens[-1] = '<tr class="total">'
+    body = "".join(f"{open_row}{cells_of('td', row)}</tr>" for open_row, row in zip(opens, rows, strict=True))
+    return f'<div class="card {kind}"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _text(value: object) -> str:
+    """A value of the run as HTML text: numbers made readable, everything escaped."""
+    return escape(printable(value) if isinstance(value, str) else shown(value))
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _points(events: Iterable[Event], name: str, key: str) -> Points:
+    pairs = ((_number(event.get("step")), _number(event.get(key))) for event in events if event.get("event") == name)
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def _rows(events: Sequence[Event]) -> list[Event]:
+    rows: list[Event] = (_last(events, "evaluation") or {}).get("rows", [])
+    return rows
+
+
+def _last(events: Sequence[Event], name: str) -> Event | None:
+    return next((event for event in reversed(events) if event.get("event") == name), None)
+
+
+def _last_where(samples: Sequence[Event], which: str) -> Event | None:
+    return next((sample for sample in reversed(samples) if sample.get("which") == which), None)

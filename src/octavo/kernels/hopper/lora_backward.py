@@ -1,0 +1,207 @@
+"""An activation's backward with the LoRA gradients of the layers around it, in one pass.
+
+Reference: ops/lora_backward.py.
+
+One warp has the copy engine fill stages of tiles; eight write dx and y over them, multiply them as they stand there,
+and send dx back to where x came from.
+
+Legend as there; a program has BN columns and some of the rows, BM at a time; `_up` is the second part of SwiGLU's.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.matmul8 import readable
+from octavo.kernels.pointwise import _gate, _gelu_slope, _sigmoid
+from octavo.ops.lora_backward import ROWS, LoraOperands, PartialSums
+
+WIDE = gl.NVMMASharedLayout(128, 16, 2)
+
+
+def lora_backward_into(
+    x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums, columns: int, stages: int
+) -> None:
+    """By programs of so many columns and stages; SwiGLU's if x (M, 2F) is twice as wide as dy (M, F), else GELU's."""
+    (m, f), parts = dy.shape, x.shape[1] // dy.shape[1]
+    rank, behind, splits = sides.t.shape[1] // parts, sides.after.shape[1], len(sums.b)
+    each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS
+    r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, behind))
+    xs = [_tiles(own, columns, WIDE) for own in x.chunk(parts, dim=1)]
+    ts = [_tiles(readable(own), r, thin(r)) for own in sides.t.chunk(parts, dim=1)]
+    bs = ts if sides.b is None else [_tiles(readable(own), r, thin(r), columns) for own in sides.b.chunk(parts)]
+    _learn[(triton.cdiv(f, columns), splits)](
+        xs[0], xs[-1], _tiles(dy, columns, WIDE), ts[0], ts[-1], bs[0], bs[-1],
+        _tiles(readable(sides.after), q, thin(q)), sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
+        rank, behind, parts, sums.t is not None, stages, num_warps=8,
+    )  # fmt: skip
+
+
+def thin(rank: int) -> gl.NVMMASharedLayout:
+    """Of tiles with so many columns."""
+    return gl.NVMMASharedLayout(min(128, 2 * rank), 16, 2)
+
+
+def _tiles(x: Tensor, wide: int, layout: gl.NVMMASharedLayout, high: int = ROWS) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [high, wide], layout)
+
+
+@gluon.jit
+def _learn(
+    x, x_up, dy, t, t_up, b, b_up, after, sum_t, sum_b, sum_a, m, f, each, rank, behind,
+    PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    BM: gl.constexpr = x.block_type.shape[0]
+    BN: gl.constexpr = x.block_type.shape[1]
+    R: gl.constexpr = t.block_type.shape[1]
+    Q: gl.constexpr = after.block_type.shape[1]
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, BM, BN], x.layout)
+    dys = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BN], dy.layout)
+    ts = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, BM, R], t.layout)
+    afters = gl.allocate_shared_memory(x.dtype, [STAGES, BM, Q], after.layout)
+    bs = gl.allocate_shared_memory(x.dtype, [PARTS, BN, R], t.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(empty.index(stage), count=1)
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(full.index(stage), count=1)
+    rows = gl.program_id(1) * each, gl.minimum((gl.program_id(1) + 1) * each, m)
+    ring = (xs, dys, ts, afters, bs, full, empty)
+    gl.warp_specialize([
+        (_add_up, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, behind, PARTS, TO_T, STAGES)),
+        (_bring, (ring, rows, x, x_up, dy, t, t_up, b, b_up, after, PARTS, TO_T, STAGES)),
+    ], [1], [24])  # fmt: skip
+
+
+@gluon.jit
+def _bring(
+    ring, rows, x, x_up, dy, t, t_up, b, b_up, after,
+    PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What one warp does: tiles, one after another, wherever a stage is empty."""
+    xs, dys, ts, afters, bs, full, empty = ring
+    BM: gl.constexpr = xs.shape[1]
+    BN: gl.constexpr = xs.shape[2]
+    R: gl.constexpr = ts.shape[2]
+    column = gl.program_id(0) * BN
+    if TO_T:
+        mbarrier.expect(full.index(STAGES), PARTS * BN * R * 2)
+        tma.async_copy_global_to_shared(b, [column, 0], full.index(STAGES), bs.index(0))
+        if PARTS == 2:
+            tma.async_copy_global_to_shared(b_up, [column, 0], full.index(STAGES), bs.index(1))
+    step = 0
+    for row in range(rows[0], rows[1], BM):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+        mbarrier.expect(full.index(stage), ((PARTS + 1) * BN + PARTS * R + afters.shape[2]) * BM * 2)
+        tma.async_copy_global_to_shared(x, [row, column], full.index(stage), xs.index(stage * PARTS))
+        tma.async_copy_global_to_shared(t, [row, 0], full.index(stage), ts.index(stage * PARTS))
+        if PARTS == 2:
+            tma.async_copy_global_to_shared(x_up, [row, column], full.index(stage), xs.index(stage * PARTS + 1))
+            tma.async_copy_global_to_shared(t_up, [row, 0], full.index(stage), ts.index(stage * PARTS + 1))
+        tma.async_copy_global_to_shared(dy, [row, column], full.index(stage), dys.index(stage))
+        tma.async_copy_global_to_shared(after, [row, 0], full.index(stage), afters.index(stage))
+        step += 1  # noqa: SIM113  (Gluon knows no enumerate)
+
+
+@gluon.jit
+def _add_up(
+    ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, behind,
+    PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What eight warps do: dx and y over the tiles, and what they add to the sums."""
+    xs, dys, ts, afters, bs, full, empty = ring
+    BM: gl.constexpr = xs.shape[1]
+    BN: gl.constexpr = xs.shape[2]
+    R: gl.constexpr = ts.shape[2]
+    Q: gl.constexpr = afters.shape[2]
+    of_b: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, R, 16])
+    of_a: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, Q, 16])
+    of_t: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
+    column = gl.program_id(0) * BN
+    sum_t += gl.program_id(0).to(gl.int64) * m * (PARTS * rank)
+    first, second = gl.zeros((BN, R), gl.float32, of_b), gl.zeros((BN, R), gl.float32, of_b)
+    last = gl.zeros((BN, Q), gl.float32, of_a)
+    if TO_T:
+        mbarrier.wait(full.index(STAGES), 0)
+    step = 0
+    for row in range(rows[0], rows[1], BM):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), step // STAGES & 1)
+        own, y = xs.index(stage * PARTS), dys.index(stage)
+        up = xs.index(stage * PARTS + PARTS - 1)
+        _backward_(own, up, y, PARTS)
+        fence_async_shared()
+        first = warpgroup_mma(own.permute((1, 0)), ts.index(stage * PARTS), first, is_async=True)
+        last = warpgroup_mma(y.permute((1, 0)), afters.index(stage), last, is_async=True)
+        tma.async_copy_shared_to_global(x, [row, column], own)
+        if PARTS == 2:
+            second = warpgroup_mma(up.permute((1, 0)), ts.index(stage * PARTS + 1), second, is_async=True)
+            tma.async_copy_shared_to_global(x_up, [row, column], up)
+        if TO_T:
+            none = gl.zeros((BM, R), gl.float32, of_t)
+            _store(warpgroup_mma(own, bs.index(0), none), sum_t, row, m, PARTS * rank, 1, rank)
+            if PARTS == 2:
+                _store(warpgroup_mma(up, bs.index(1), none), sum_t + rank, row, m, PARTS * rank, 1, rank)
+        first, last = warpgroup_mma_wait(0, deps=(first, last))
+        if PARTS == 2:
+            second = warpgroup_mma_wait(0, deps=(second,))
+        if STAGES > 2:  # this stage is sent while the next one is computed
+            tma.store_wait(PARTS)
+            if step > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        else:
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(stage), count=1)
+        step += 1  # noqa: SIM113  (Gluon knows no enumerate)
+    tma.store_wait(0)
+    sum_b += gl.program_id(1).to(gl.int64) * (PARTS * f * rank)
+    _store(first, sum_b, column, f, rank, 1, rank)
+    if PARTS == 2:
+        _store(second, sum_b + f * rank, column, f, rank, 1, rank)
+    _store(last, sum_a + gl.program_id(1).to(gl.int64) * (f * behind), column, f, 1, f, behind)
+
+
+@gluon.jit
+def _backward_(own, up, y, PARTS: gl.constexpr):
+    """Writes the gradients over tiles of x, and y over that of dy: a quarter of the rows at a time is in registers."""
+    HIGH: gl.constexpr = own.shape[0] // 4
+    kind: gl.constexpr = own.dtype
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    for quarter in gl.static_range(4):
+        own_part, y_part = own.slice(quarter * HIGH, HIGH), y.slice(quarter * HIGH, HIGH)
+        value, g = own_part.load(layout).to(gl.float32), y_part.load(layout).to(gl.float32)
+        if PARTS == 2:
+            up_part = up.slice(quarter * HIGH, HIGH)
+            other = up_part.load(layout).to(gl.float32)
+            s = _sigmoid(value)
+            own_part.store((g * other * s * (1 + value * (1 - s))).to(kind))
+            up_part.store((g * value * s).to(kind))
+            y_part.store((value * s * other).to(kind))
+        else:
+            s = _sigmoid(_gate(value))
+            own_part.store((g * _gelu_slope(value, s)).to(kind))
+            y_part.store((value * s).to(kind))
+
+
+@gluon.jit
+def _store(sums, to, row, rows, row_stride, column_stride, columns):
+    """Sums into columns of a matrix, where there are such rows and columns."""
+    HIGH: gl.constexpr = sums.shape[0]
+    WIDE: gl.constexpr = sums.shape[1]
+    r = row + gl.arange(0, HIGH, gl.SliceLayout(1, sums.type.layout))
+    c = gl.arange(0, WIDE, gl.SliceLayout(0, sums.type.layout))
+    at = to + r[:, None].to(gl.int64) * row_stride + c[None, :] * column_stride
+    gl.store(at, sums, mask=(r[:, None] < rows) & (c[None, :] < columns))

@@ -1,0 +1,247 @@
+"""The product in 8 bits by warps that have different work. Definition: ops/matmul8.py.
+
+One warp lets the copy engine fill a ring of stages; two groups of four multiply them, each for its half of a tile's
+rows, and always have one multiplication under way while they ask for the next. The ring runs on while a tile is scaled
+and stored. A thin product is one more stage: the same bytes hold half as many columns of a 2-byte type.
+
+Legend as there; a stage holds (BM, BK) inputs and (BN, BK) weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.ops.matmul8 import LowRankTerm
+from octavo.ops.quantize import INT8_LEVELS
+
+ROWS, INPUTS = 128, 128  # of a tile
+
+
+class Shape(NamedTuple):
+    """Columns of a tile, stages of the ring, and parts in which a tile's results leave: these fill shared memory."""
+
+    columns: int
+    stages: int
+    cuts: int
+
+
+# With int8 four stages are up to 13 % faster than three and a whole tile of results, with fp8 up to 5 % slower; with
+# fewer columns a program takes longer for as many numbers, but more programs are at work (one H100, docs/log.md).
+SHAPES = {
+    torch.int8: (Shape(256, 4, 2), Shape(128, 6, 1), Shape(64, 8, 1)),
+    torch.float8_e4m3fn: (Shape(256, 3, 1), Shape(128, 6, 1), Shape(64, 8, 1)),
+}
+BUSY = 0.75  # of the multiprocessors have a tile: else tiles become narrower
+GROUP_M = 16  # tiles of a column that follow each other; 8 was up to 8 % slower on 16,384 rows (one H100)
+BYTES = gl.NVMMASharedLayout(128, 8, 2)
+SHORTS = gl.NVMMASharedLayout(128, 16, 2)
+
+
+def fits(out: Tensor, scale: Tensor) -> bool:
+    """Whether a product is one of these: one scale a row, results of 2 bytes that the copy engine can store."""
+    aligned = out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and out.stride(1) == 1
+    return out.itemsize == 2 and scale.ndim == 1 and aligned
+
+
+def matmul_8bit_into(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    absmax: Tensor | None,
+    bias: Tensor | None,
+    bias_start: int,
+    low_rank: LowRankTerm | None,
+    residual: Tensor | None,
+) -> None:
+    (m, k), n = codes.shape, len(weight)
+    t, b = (out, out) if low_rank is None else low_rank
+    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    columns, stages, cuts = shape_of(m, n, codes.dtype, processors)
+    programs = min(_tiles(m, n, columns), processors)
+    read = [
+        TensorDescriptor.from_tensor(x, [high, wide], layout)
+        for x, high, wide, layout in (
+            (codes, ROWS, INPUTS, BYTES), (weight, columns, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
+            (b, columns, INPUTS // 2, SHORTS), (out, ROWS // 2, columns // cuts, SHORTS),
+        )
+    ]  # fmt: skip
+    _product[(programs,)](
+        *read, scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
+        bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
+        residual.stride(0) if residual is not None else 0, m, n, k, programs, codes.dtype == torch.int8,
+        absmax is not None, bias is not None, t.shape[1] if low_rank is not None else 0, residual is not None,
+        INT8_LEVELS, ROWS, columns, INPUTS, GROUP_M, stages, cuts, num_warps=4,
+    )  # fmt: skip
+
+
+def shape_of(m: int, n: int, kind: torch.dtype, processors: int) -> Shape:
+    """The widest tile that keeps so many multiprocessors busy with a result of (m, n)."""
+    shapes = SHAPES[kind]
+    return next((shape for shape in shapes if _tiles(m, n, shape.columns) >= BUSY * processors), shapes[-1])
+
+
+def _tiles(m: int, n: int, columns: int) -> int:
+    return -(-m // ROWS) * -(-n // columns)
+
+
+@gluon.jit
+def _product(
+    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, residual, onto_stride, m, n, k, programs,
+    INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, LOW_RANK: gl.constexpr, RESIDUAL: gl.constexpr,
+    LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, CUTS: gl.constexpr,
+):  # fmt: skip
+    own = gl.allocate_shared_memory(inputs.dtype, [STAGES, BM, BK], inputs.layout)
+    other = gl.allocate_shared_memory(weights.dtype, [STAGES, BN, BK], weights.layout)
+    results = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN // CUTS], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)  # both groups have to be done with it
+    ring, sizes = (own, other, full, empty), (m, n, k, programs)
+    joined = (scale, absmax, bias, bias_start, bias_stop, residual, onto_stride)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (0, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
+            ),
+            (
+                _multiply,
+                (1, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
+            ),
+            (_bring, (ring, inputs, weights, t, b, sizes, LOW_RANK, GROUP_M)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip  (warps of the second group and of the one that brings; registers of a thread)
+
+
+@gluon.jit
+def _place(tile, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
+    """(the first row, the first column) of a tile."""
+    high, wide = gl.cdiv(m, BM), gl.cdiv(n, BN)
+    band = tile // (GROUP_M * wide) * GROUP_M
+    tall = gl.minimum(high - band, GROUP_M)
+    return (band + tile % (GROUP_M * wide) % tall) * BM, tile % (GROUP_M * wide) // tall * BN
+
+
+@gluon.jit
+def _bring(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: gl.constexpr):
+    """What one warp does: stages of inputs and weights, one after another, wherever a stage is empty."""
+    own, other, full, empty = ring
+    m, n, k, programs = sizes
+    STAGES: gl.constexpr = own.shape[0]
+    BM: gl.constexpr = own.shape[1]
+    BN: gl.constexpr = other.shape[1]
+    BK: gl.constexpr = own.shape[2]
+    THIN: gl.constexpr = BK // 2
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
+        top, left = _place(tile, m, n, BM, BN, GROUP_M)
+        for start in range(0, k, BK):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (BM + BN) * BK)
+            tma.async_copy_global_to_shared(inputs, [top, start], full.index(stage), own.index(stage))
+            tma.async_copy_global_to_shared(weights, [left, start], full.index(stage), other.index(stage))
+            step += 1
+        for start in gl.static_range(0, LOW_RANK, THIN):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(stage), (BM + BN) * BK)
+            slim_own = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout)
+            slim_other = other.index(stage)._reinterpret(b.dtype, [BN, THIN], b.layout)
+            tma.async_copy_global_to_shared(t, [top, start], full.index(stage), slim_own)
+            tma.async_copy_global_to_shared(b, [left, start], full.index(stage), slim_other)
+            step += 1
+
+
+@gluon.jit
+def _multiply(
+    PART: gl.constexpr, ring, results, t, out, joined, sizes, INT8: gl.constexpr, SCALED: gl.constexpr,
+    BIAS: gl.constexpr, LOW_RANK: gl.constexpr, RESIDUAL: gl.constexpr, LEVELS: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """What a group of four warps does: half of the rows of each tile."""
+    own, other, full, empty = ring
+    scale, absmax, bias, bias_start, bias_stop, residual, onto_stride = joined
+    m, n, k, programs = sizes
+    STAGES: gl.constexpr = own.shape[0]
+    BM: gl.constexpr = own.shape[1]
+    BN: gl.constexpr = other.shape[1]
+    BK: gl.constexpr = own.shape[2]
+    HALF: gl.constexpr = BM // 2
+    THIN: gl.constexpr = BK // 2
+    WIDE: gl.constexpr = 128 if INT8 and BN > 128 else BN  # of an instruction: Triton makes none of int8 with 256
+    whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
+    slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    mine = results.index(PART)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
+        top, left = _place(tile, m, n, BM, BN, GROUP_M)
+        total = warpgroup_mma_init(gl.zeros((HALF, BN), gl.int32 if INT8 else gl.float32, whole))
+        for start in range(0, k, BK):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            rows = own.index(stage).slice(PART * HALF, HALF)
+            total = warpgroup_mma(rows, other.index(stage).permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(total,)))
+            if start > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        total = warpgroup_mma_wait(0, deps=(total,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        y = gl.convert_layout(total, slim, assert_trivial=True).to(gl.float32)
+        row = top + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, slim))
+        column = left + gl.arange(0, BN, gl.SliceLayout(0, slim))
+        y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
+        if SCALED:
+            y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
+        if BIAS:
+            there = (column >= bias_start) & (column < bias_stop)
+            y += gl.load(bias + column - bias_start, mask=there, other=0)[None, :]
+        for _ in gl.static_range(0, LOW_RANK, THIN):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), step // STAGES & 1)
+            rows = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout).slice(PART * HALF, HALF)
+            columns = other.index(stage)._reinterpret(t.dtype, [BN, THIN], t.layout)
+            y = warpgroup_mma(rows, columns.permute((1, 0)), y)
+            mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+        if RESIDUAL:
+            inside = (row[:, None] < m) & (column[None, :] < n)
+            at = residual + row[:, None].to(gl.int64) * onto_stride + column[None, :]
+            y += gl.load(at, mask=inside, other=0).to(gl.float32)
+        short = y.to(out.dtype)
+        if mine.shape[1] == BN:
+            _send(short, mine, out, top + PART * HALF, left)
+        else:
+            lower, upper = gl.split(short.reshape((HALF, 2, BN // 2)).permute((0, 2, 1)))
+            _send(gl.convert_layout(lower, slim), mine, out, top + PART * HALF, left)
+            _send(gl.convert_layout(upper, slim), mine, out, top + PART * HALF, left + BN // 2)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _send(results, through, out, row, column):
+    """Stores results by the copy engine, once what went the same way before has left."""
+    tma.store_wait(0)
+    through.store(results)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [row, column], through)

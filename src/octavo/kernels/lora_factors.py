@@ -1,0 +1,47 @@
+"""All B of a product into one matrix, with one launch instead of one for each and one for the zeros. Definition:
+ops/lora_factors.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.ops.linear import LoraSlice
+
+SIZE = 4096  # numbers that one program writes
+
+
+def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:
+    if not pairs:
+        out.zero_()
+        return
+    n, c = out.shape
+    width = triton.next_power_of_2(c)
+    high = max(1, SIZE // width)
+    ranks = [len(pair.a) for pair in pairs]
+    _pack_b[(triton.cdiv(n, high),)](
+        out, tuple(pair.b.detach().contiguous() for pair in pairs), tuple(pair.start for pair in pairs),
+        tuple(pair.stop for pair in pairs), tuple(accumulate(ranks[:-1], initial=0)), tuple(ranks),
+        tuple(float(pair.on_b) for pair in pairs), n, c, out.stride(0), high, width, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _pack_b(
+    out, factors, starts, stops, columns, ranks, scalings, n, c, out_stride, HIGH: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = (tl.program_id(0) * HIGH + tl.arange(0, HIGH))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    value = tl.zeros((HIGH, WIDTH), dtype=tl.float32)
+    for i in tl.static_range(len(factors)):
+        own_row, own_column = row - starts[i], column - columns[i]
+        inside = (own_row >= 0) & (row < stops[i]) & (own_column >= 0) & (own_column < ranks[i])
+        found = tl.load(factors[i] + own_row * ranks[i] + own_column, mask=inside, other=0).to(tl.float32)
+        value += found * scalings[i]
+    place = out + row.to(tl.int64) * out_stride + column
+    tl.store(place, value.to(out.dtype.element_ty), mask=(row < n) & (column < c))

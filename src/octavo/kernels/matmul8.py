@@ -1,0 +1,278 @@
+"""Products in 8 bits on the tensor cores, and the passes over memory around them. Definitions: ops/matmul8.py.
+
+A program of the product goes from tile to tile; the copy engine brings the next inputs while the tensor cores work.
+Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
+written twice. Cards without a copy engine get addresses instead: of these Triton makes loads that run ahead as well.
+A Hopper has a kernel of its own for the product, in hopper/product.py.
+
+Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from octavo.ops.matmul8 import FP8_LARGEST, GROUP_SIZE, LowRankTerm
+from octavo.ops.quantize import INT8_LEVELS
+from octavo.runtime.dispatch import hopper_kernels_run_on
+
+
+class Tile(NamedTuple):
+    """What a program of the product holds at once: rows, columns, and inputs of each stage."""
+
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
+# Of 2-byte results where rows have a scale for each span, since two sums are held; and on cards whose programs have
+# 99 KiB of shared memory, of which it takes 96. There it is compiled, and not measured.
+LITTLE = Tile(128, 128, 128, 8, 3)
+LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
+ROOMY = (9, 10)  # generations with 227 KiB of shared memory for a program: H100, B200
+THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
+GROUP_M = 8  # tiles of a column that follow each other, so that they find the same weights in cache
+LONGEST_ROW = 16384  # numbers that one program holds; GPT-J's 28,672: 0.72 ms held, 0.55 read twice (one H100, fp8)
+PIECE = 4096  # numbers of a longer row at a time
+SIDE = 128  # of the square that one program transposes
+TINY = torch.finfo(torch.float32).tiny
+
+
+def matmul_8bit_into(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    absmax: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_start: int = 0,
+    low_rank: LowRankTerm | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    if low_rank is not None:
+        low_rank = LowRankTerm(*map(readable, low_rank))
+    if hopper_kernels_run_on(out.device):
+        from octavo.kernels.hopper import matmul8
+
+        if matmul8.fits(out, scale):
+            matmul8.matmul_8bit_into(codes, scale, weight, out, absmax, bias, bias_start, low_rank, residual)
+            return
+    (m, k), n = codes.shape, len(weight)
+    groups = scale.ndim == 2
+    tile = _tile(out.device, out.itemsize, groups)
+    engine = has_engine(out.device)
+    read, count, width = [codes, weight, codes, weight], 0, tile.inputs  # the last two if there is no thin product
+    if low_rank is not None:
+        count = low_rank.t.shape[1]
+        width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
+        read[2:] = low_rank
+    shapes = [(high, wide) for wide in (tile.inputs, width) for high in (tile.rows, tile.columns)]
+    sources = [
+        TensorDescriptor.from_tensor(x, list(shape)) if engine else x for x, shape in zip(read, shapes, strict=True)
+    ]
+    tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
+    programs = min(tiles, _multiprocessors(codes.device))
+    _product[(programs,)](
+        *sources, *(x.stride(0) for x in read), out,
+        scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
+        bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
+        m, n, k, out.stride(0), residual.stride(0) if residual is not None else 0, scale.stride(0), programs,
+        engine, codes.dtype == torch.int8, GROUP_SIZE if groups else 0, absmax is not None, bias is not None, count,
+        width, residual is not None, INT8_LEVELS, *tile[:3], GROUP_M, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@cache
+def has_engine(device: torch.device) -> bool:
+    """Whether the card has a copy engine for tiles (TMA): from compute capability 9.0 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def readable(x: Tensor) -> Tensor:
+    """x (.., C), copied where its rows do not start at a multiple of 16 bytes."""
+    each = 16 // x.itemsize
+    if x.data_ptr() % 16 == 0 and x.stride(0) % each == 0 and x.stride(1) == 1:
+        return x
+    copied = x.new_empty(len(x), -(-x.shape[1] // each) * each)[:, : x.shape[1]]
+    return copied.copy_(x)
+
+
+@cache
+def _tile(device: torch.device, itemsize: int, groups: bool) -> Tile:
+    if itemsize > 2:
+        return LONG
+    if groups or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY):
+        return LITTLE
+    return SHORT
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def _product(
+    inputs, weights, t, b, inputs_stride, weights_stride, t_stride, b_stride,
+    out, scale, absmax, bias, bias_start, bias_stop, residual, m, n, k, out_stride, onto_stride, scale_stride, programs,
+    ENGINE: tl.constexpr, INT8: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr, THIN: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    high, wide = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    for tile in tl.range(tl.program_id(0), high * wide, programs, flatten=True):
+        band = tile // (GROUP_M * wide) * GROUP_M
+        tall = tl.minimum(high - band, GROUP_M)
+        top = (band + tile % (GROUP_M * wide) % tall) * BM
+        left = tile % (GROUP_M * wide) // tall * BN
+        row, column = top + tl.arange(0, BM), left + tl.arange(0, BN)
+        if GROUP_SIZE:
+            y = tl.zeros((BM, BN), dtype=tl.float32)
+            for start in range(0, k, BK):
+                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
+                part = tl.dot(own, weight.T, out_dtype=tl.int32).to(tl.float32)
+                y += part * tl.load(scale + row * scale_stride + start // GROUP_SIZE, mask=row < m, other=0)[:, None]
+        else:
+            total = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
+            for start in range(0, k, BK):
+                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
+                total = tl.dot(own, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
+            y = total.to(tl.float32) * tl.load(scale + row, mask=row < m, other=0)[:, None]
+        if SCALED:
+            y *= (tl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
+        if BIAS:
+            there = (column >= bias_start) & (column < bias_stop)
+            y += tl.load(bias + column - bias_start, mask=there, other=0)[None, :]
+        if LOW_RANK:
+            for first in tl.range(0, LOW_RANK, THIN, num_stages=1):
+                own = _read(t, t_stride, top, first, m, LOW_RANK, ENGINE, BM, THIN)
+                other = _read(b, b_stride, left, first, n, LOW_RANK, ENGINE, BN, THIN)
+                y = tl.dot(own, other.T, y, input_precision="ieee")
+        inside = (row[:, None] < m) & (column[None, :] < n)
+        if RESIDUAL:
+            at = residual + row[:, None].to(tl.int64) * onto_stride + column[None, :]
+            y += tl.load(at, mask=inside, other=0).to(tl.float32)
+        # An ordinary store: the copy engine's would take shared memory, and with it a stage or half of the tile.
+        at = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
+        tl.store(at, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _read(source, stride, top, left, rows, columns, ENGINE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
+    """A tile (HIGH, WIDE) of a matrix, zeros outside of it."""
+    if ENGINE:
+        found = source.load([top, left])
+    else:
+        row, column = top + tl.arange(0, HIGH)[:, None], left + tl.arange(0, WIDE)[None, :]
+        inside = (row < rows) & (column < columns)
+        found = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
+    return found
+
+
+def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
+    m, k = x.shape
+    groups = scale.shape[1] if scale.ndim == 2 else 0
+    scaled = prescale is not None
+    factor = prescale if prescale is not None else scale
+    width = triton.next_power_of_2(groups * GROUP_SIZE or k)
+    if width > LONGEST_ROW and not groups:
+        _code_long_rows[(m,)](
+            x, codes, scale, factor, k, x.stride(0), codes.stride(0), scaled,
+            codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, PIECE, num_warps=16, enable_fp_fusion=False,
+        )  # fmt: skip
+        return
+    _code_rows[(m,)](
+        x, codes, scale, factor, k, groups, x.stride(0), codes.stride(0), scaled,
+        codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width, GROUP_SIZE if groups else 0,
+        num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _code_rows(
+    x, codes, scale, prescale, k, groups, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr,
+    LEVELS: tl.constexpr, FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < k
+    value = _folded(x + row * x_stride, prescale, 0, k, FOLD, LEVELS, WIDTH)
+    largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
+    if GROUP_SIZE:
+        parts = tl.reshape(value, (WIDTH // GROUP_SIZE, GROUP_SIZE))
+        top = tl.maximum(tl.max(tl.abs(parts), axis=1), TINY * largest)
+        span = tl.arange(0, WIDTH // GROUP_SIZE)
+        tl.store(scale + row * groups + span, top / largest + tl.sum(parts * 0.0, axis=1), mask=span < groups)
+        code = tl.reshape(parts * tl.div_rn(largest, top)[:, None], (WIDTH,))
+    else:
+        top = tl.maximum(tl.max(tl.abs(value)), TINY * largest)
+        finite = tl.sum(value * 0.0)  # NaN if anything is not finite; a maximum forgets NaN
+        tl.store(scale + row, top / largest + finite)
+        code = value * tl.div_rn(largest, top)
+    _store_codes(codes + row * codes_stride + column, code, inside, INT8)
+
+
+@triton.jit
+def _store_codes(to, code, inside, INT8: tl.constexpr):
+    if INT8:
+        code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest whole number, halves to even
+    tl.store(to, code.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _code_long_rows(
+    x, codes, scale, prescale, k, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
+    FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    # A row is read twice, the second time from cache: held in registers, one program would take a multiprocessor.
+    row = tl.program_id(0).to(tl.int64)
+    largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
+    tops, finite = tl.zeros((PIECE,), dtype=tl.float32), tl.zeros((PIECE,), dtype=tl.float32)
+    for start in range(0, k, PIECE):
+        value = _folded(x + row * x_stride, prescale, start, k, FOLD, LEVELS, PIECE)
+        tops, finite = tl.maximum(tops, tl.abs(value)), finite + value * 0.0
+    top = tl.maximum(tl.max(tops), TINY * largest)
+    tl.store(scale + row, top / largest + tl.sum(finite))
+    for start in range(0, k, PIECE):
+        code = _folded(x + row * x_stride, prescale, start, k, FOLD, LEVELS, PIECE) * tl.div_rn(largest, top)
+        column = start + tl.arange(0, PIECE)
+        _store_codes(codes + row * codes_stride + column, code, column < k, INT8)
+
+
+@triton.jit
+def _folded(x, prescale, start, k, FOLD: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr):
+    """So many numbers of a row from `start` on in float32, times the fold."""
+    column = start + tl.arange(0, PIECE)
+    value = tl.load(x + column, mask=column < k, other=0).to(tl.float32)
+    if FOLD:
+        value *= tl.load(prescale + column, mask=column < k, other=0) / LEVELS
+    return value
+
+
+def transpose_into(codes: Tensor, out: Tensor) -> None:
+    n, k = codes.shape
+    _transpose[(triton.cdiv(n, SIDE), triton.cdiv(k, SIDE))](
+        codes, out, n, k, codes.stride(0), out.stride(0), SIDE, num_warps=8
+    )
+
+
+@triton.jit
+def _transpose(codes, out, n, k, codes_stride, out_stride, SIDE: tl.constexpr):
+    row, column = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    inside = (row[:, None] < n) & (column[None, :] < k)
+    code = tl.load(codes + row[:, None].to(tl.int64) * codes_stride + column[None, :], mask=inside, other=0)
+    value = tl.trans(code).to(tl.float32).to(out.dtype.element_ty)
+    place = out + column[:, None].to(tl.int64) * out_stride + row[None, :]
+    tl.store(place, value, mask=tl.trans(inside))

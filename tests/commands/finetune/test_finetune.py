@@ -1,0 +1,339 @@
+"""A whole run: what its folder holds, that the adapter is the one that was measured, and what stops it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from octavo import adapters, cli
+from octavo.commands import loading
+from octavo.commands.finetune import finetune
+from octavo.config import Config
+from octavo.errors import AdapterError, TrainingError, UsageError
+from octavo.hardware import Hardware
+from octavo.models import Model
+from octavo.ops.quantize import scheme_named
+from octavo.reporting import Report, shown
+from octavo.store import peft
+from octavo.store.sources import FolderSource, fingerprint
+
+Octavo = Callable[..., Any]
+Settings = Callable[..., Config]
+Tune = Callable[..., dict[str, Any]]
+
+EVERYTHING = {"train_norms": True, "train_biases": True}
+CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+IDS = torch.tensor([[2, 40, 41, 42, 43, 44, 45, 46, 47, 2, 90, 91]])
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def adapter_hash(folder: Path) -> str:
+    return sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def tuned_model(folder: Path, base: Path) -> Model:
+    """The base, unquantised, with the adapter of a run on it."""
+    with Report(console=False) as report:
+        model = loading.load_model(FolderSource(base), scheme_named("none"), CPU, report)
+        adapters.apply_(model, loading.read_adapter(folder / "adapter", FolderSource(base), report))
+    return model
+
+
+@pytest.fixture(scope="module")
+def finished(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that must not be changed, and what it answered."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, tune(out, checkpoint_every=3, eval_every=2, sample_every=4)
+
+
+def test_the_run_folder_holds_all_that_is_promised(finished: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
+    out, answer = finished
+    assert {path.name for path in out.iterdir()} - {".lock"} == {
+        "config.yaml", "ledger.json", "metrics.jsonl", "adapter", "checkpoints", "report.html",
+    }  # fmt: skip
+    origin = json.loads((out / "adapter" / "octavo.json").read_text())
+    assert origin["base"]["sha256"] == fingerprint(FolderSource(tiny_llama))
+    assert origin["base"]["sha256"] in (out / "adapter" / "README.md").read_text()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(contents(out / "adapter"))
+    assert (answer["adapter"], answer["report"]) == (str(out / "adapter"), str(out / "report.html"))
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert {side: len(ledger[side]["files"]) for side in ledger} == {"train": 6, "test": 1}
+
+
+def test_every_step_is_recorded_and_the_loss_falls(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, answer = finished
+    steps = events(out, "step")
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second"} <= steps[0].keys()
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    assert answer["loss"] == steps[-1]["loss"]
+    quantised, tuned = answer["rows"]
+    assert tuned["perplexity"] < 0.75 * quantised["perplexity"]
+
+
+def test_how_much_of_the_held_out_text_was_trained_on_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, answer = finished
+    (event,) = events(out, "overlap")
+    overlap = json.loads((out / "ledger.json").read_text())["test"]["overlap"]
+    assert overlap["tokens"] > 100
+    assert overlap.items() <= event.items()
+    assert [row["also_in_training"] for row in answer["rows"]] == [overlap["share"]] * 2
+
+
+def test_held_out_losses_and_samples_come_when_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    assert [event["step"] for event in events(out, "heldout")] == [2, 4, 6]
+    samples = [(event["which"], event["step"]) for event in events(out, "sample")]
+    assert samples == [("base", 0), ("training", 4), ("tuned", 6)]
+
+
+def test_the_page_says_the_numbers(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, answer = finished
+    page = (out / "report.html").read_text()
+    for row in answer["rows"]:
+        assert shown(row["perplexity"]) in page
+    assert "the king" in page
+    assert "<script" not in page
+
+
+def test_the_saved_configuration_gives_the_same_adapter_again(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, answer = finished
+    again = finetune(Config.read(cli.FINETUNE, {"out": str(tmp_path / "again")}, out / "config.yaml"), console=False)
+    assert adapter_hash(tmp_path / "again") == adapter_hash(out)
+    assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in answer["rows"]]
+
+
+def test_another_seed_gives_another_adapter(tune: Tune, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    tune(tmp_path / "run", seed=1)
+    assert adapter_hash(tmp_path / "run") != adapter_hash(finished[0])
+
+
+def test_an_existing_run_is_refused_and_nothing_of_it_is_lost(
+    octavo: Octavo, finished: tuple[Path, dict[str, Any]], tiny_llama: Path, plays: Path
+) -> None:
+    out, _ = finished
+    before = contents(out)
+    done = octavo("finetune", "--model", tiny_llama, "--data", plays / "train", "--out", out)
+    assert done.code == 2
+    assert "--resume" in done.err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gptj"])
+@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["linears", "everything"])
+def test_the_adapter_loads_in_peft_and_gives_the_same_logits(
+    tune: Tune, request: pytest.FixtureRequest, tmp_path: Path, family: str, more: dict[str, Any]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = request.getfixturevalue(family)
+    if more:
+        more = {**more, "lora_targets": ["all-linear", "lm_head", "embed_tokens" if family == "tiny_llama" else "wte"]}
+    answer = tune(tmp_path / "run", model=str(base), scheme="none", **more)
+    assert answer["rows"][1]["perplexity"] < 0.75 * answer["rows"][0]["perplexity"]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        untuned = plain(IDS).logits
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()(IDS).logits
+        ours = tuned_model(tmp_path / "run", base)(IDS)
+    assert float((theirs - untuned).abs().max()) > 0.05
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+def test_every_scheme_trains(tune: Tune, tmp_path: Path, scheme: str) -> None:
+    base, tuned = tune(tmp_path / "run", scheme=scheme)["rows"]
+    assert base["scheme"] == tuned["scheme"] == scheme
+    assert tuned["perplexity"] < 0.75 * base["perplexity"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_trains_on_a_cpu(tune: Tune, tmp_path: Path, dtype: str) -> None:
+    base, tuned = tune(tmp_path / "run", dtype=dtype)["rows"]
+    assert tuned["perplexity"] < 0.75 * base["perplexity"]
+
+
+def test_norms_and_biases_are_trained_saved_and_read_back(tune: Tune, tiny_llama: Path, tmp_path: Path) -> None:
+    tune(tmp_path / "run", scheme="none", **EVERYTHING)
+    saved = peft.read(tmp_path / "run" / "adapter")
+    kinds = {key.rpartition(".")[2] for key in saved.full}
+    assert kinds == {"weight", "bias"}
+    base = FolderSource(tiny_llama)
+    assert all(not torch.equal(saved.full[key], base.tensor(key)) for key in saved.full if "norm" in key)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_adapter_that_stays_is_the_best_on_the_held_out_text_or_the_last(
+    tune: Tune, tmp_path: Path, keep: str
+) -> None:
+    """The better the model knows the plays, the less it expects the held-out text, which is nothing like them."""
+    (held := tmp_path / "held.txt").write_text("0123456789 ZYXWVU " * 9)
+    answer = tune(tmp_path / "run", keep=keep, test_data=[str(held)], eval_every=1, steps=8)
+    losses = {event["step"]: event["loss"] for event in events(tmp_path / "run", "heldout")}
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 8, "else this shows nothing"
+    kept = best if keep == "best" else 8
+    assert answer["best_step"] == (best if keep == "best" else None)
+    assert json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["step"] == kept
+    tuned = answer["rows"][-1]["perplexity"]
+    assert tuned == pytest.approx(torch.tensor(losses[kept]).double().exp().item(), rel=1e-5)
+
+
+def test_without_held_out_text_a_run_says_so_and_keeps_its_last_adapter(
+    tune: Tune, plays: Path, tmp_path: Path
+) -> None:
+    data = [str(plays / "train" / "play0.txt")]
+    answer = tune(tmp_path / "run", data=data, test_data=[], test_fraction=0, steps=2)
+    assert (answer["rows"], answer["best_step"]) == ([], None)
+    assert Path(answer["adapter"], "adapter_config.json").is_file()
+    assert any("held out" in event["text"] for event in events(tmp_path / "run", "warn"))
+
+
+def test_a_share_of_the_documents_is_held_out_where_no_test_data_are_given(tune: Tune, tmp_path: Path) -> None:
+    answer = tune(tmp_path / "run", test_data=[], test_fraction=0.3, steps=1)
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    train, test = ({file["source"] for file in ledger[side]["files"]} for side in ("train", "test"))
+    assert train.isdisjoint(test)
+    assert len(train | test) == 6
+    assert answer["rows"]
+
+
+def test_epochs_count_passes_over_the_data(tune: Tune, tmp_path: Path) -> None:
+    answer = tune(tmp_path / "run", steps=None, epochs=1.5, accumulate=2)
+    rows = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["rows"]
+    micro_batches = -(-rows // 4) * 1.5
+    assert answer["steps"] == -(-micro_batches // 2)
+
+
+BAD = {
+    "binary.txt": bytes(range(256)) * 4,
+    "latin.txt": "Größe".encode("latin-1") * 9,
+    "empty.txt": b"",
+    "cut.jsonl": b'{"text": "the king"}\n{"text": "the que',
+    "cut.txt.gz": gzip.compress(b"the king of york\n" * 99)[:40],
+    "cut.parquet": b"PAR1 and no more",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_named_and_leaves_no_half_run(
+    octavo: Octavo, settings: Settings, tmp_path: Path, name: str
+) -> None:
+    (bad := tmp_path / name).write_bytes(BAD[name])
+    (good := tmp_path / "good.txt").write_text("where is my lord the duke of york\n" * 20)
+    (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", data=[], steps=1).to_yaml())
+    command = ("finetune", "--config", file, "--data", good, "--json")
+    failed = octavo(*command, "--data", bad)
+    assert (failed.code, failed.json["error"]["type"]) == (1, "DataError")
+    assert str(bad) in failed.err
+    assert "Traceback" not in failed.err
+    assert set(contents(tmp_path / "run")) == set()
+    skipping = octavo(*command, "--data", bad, "--skip-bad")
+    assert skipping.code == 0, "and the same folder takes the run once the fault is mended"
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
+    assert ledger["skipped"] >= 1
+    assert {file["source"]: file["skipped"] > 0 for file in ledger["files"]} == {str(good): False, str(bad): True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"lora_targets": ["q_porj"]}, AdapterError, "q_proj"),
+        ({"seq_len": 129}, UsageError, "--seq-len 128"),
+        ({"data": ["absent"]}, UsageError, "absent"),
+        ({"test_data": ["absent"]}, UsageError, "absent"),
+        ({"model": "absent"}, UsageError, "absent"),
+    ],
+)
+def test_a_wrong_setting_is_said_and_leaves_no_half_run(
+    tune: Tune, tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        tune(tmp_path / "run", **changes)
+    assert contents(tmp_path / "run") == {}
+
+
+def test_data_without_anything_to_learn_are_refused(tune: Tune, tmp_path: Path) -> None:
+    record = {"prompt": "q" * 99, "completion": "king"}
+    (path := tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UsageError, match="no token to learn"):
+        tune(tmp_path / "run", data=[str(path)], truncate=True)
+
+
+def test_held_out_rows_without_targets_are_passed_over(tune: Tune, tmp_path: Path) -> None:
+    lines = [{"prompt": "q" * 99, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
+    (path := tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answer = tune(tmp_path / "run", test_data=[str(path)], truncate=True, eval_rows=1, steps=1)
+    assert answer["rows"][0]["tokens"] > 0
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
+    octavo: Octavo, settings: Settings, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "run", lr=1e30, max_grad_norm=0, warmup=0, keep="last", eval_every=9)
+    (file := tmp_path / "settings.yaml").write_text(config.to_yaml())
+    done = octavo("finetune", "--config", file, "--json")
+    assert (done.code, done.json["error"]["type"]) == (1, "TrainingError")
+    assert "The loss is nan at step 2" in done.err
+    assert "play" in done.err.partition("at step 2")[2]
+    assert "--lr" in done.err
+
+
+def test_an_adapter_that_reads_back_as_something_else_is_an_error(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = peft.read
+
+    def damaged(folder: Path) -> peft.Adapter:
+        read = whole(folder)
+        pairs = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.pairs.items()}
+        return peft.Adapter(read.spec, pairs, read.full, read.origin)
+
+    monkeypatch.setattr(peft, "read", damaged)
+    with pytest.raises(AdapterError, match="other logits"):
+        finetune(settings(tmp_path / "run"), console=False)
+
+
+def test_a_run_that_learns_nothing_is_stopped_at_its_first_step(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a layer cut the way of the gradient."""
+    whole = adapters.trained
+
+    def with_a_dead_one(model: Model) -> dict[str, torch.nn.Parameter]:
+        named = whole(model)
+        device = next(iter(named.values())).device  # the run is planned on the meta device first
+        return {**named, "nowhere.lora_A": torch.nn.Parameter(torch.ones(2, 2, device=device))}
+
+    monkeypatch.setattr(adapters, "trained", with_a_dead_one)
+    with pytest.raises(TrainingError, match="No gradient reaches nowhere"):
+        tune(tmp_path / "run")
+
+
+def test_the_settings_are_those_of_the_run_and_not_of_one_call(
+    finished: tuple[Path, dict[str, Any]], tune: Tune, tmp_path: Path
+) -> None:
+    tune(tmp_path / "run", stop_after=1)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["stop_after"], saved["resume"], saved["force"]) == (None, False, False)
+    assert saved["rank"] == 2

@@ -1,0 +1,407 @@
+"""The run folder: after a kill, a signal or a fault at any moment the documented commands go on, nothing is left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import octavo.commands.finetune as package
+from octavo.commands.finetune import folder as run_folders
+from octavo.commands.finetune import measure
+from octavo.config import Config
+from octavo.errors import CheckpointError, TrainingError, UsageError
+from octavo.metrics import Score
+from octavo.reporting import Report, read_events
+from octavo.store import checkpoint, files
+from octavo.train import loop
+
+Octavo = Callable[..., Any]
+Settings = Callable[..., Config]
+Tune = Callable[..., dict[str, Any]]
+
+SHORT: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "eval_every": 1, "eval_rows": 2, "sample_tokens": 1}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a run that do not depend on time, and all names."""
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {
+        str(path.relative_to(folder)): b"" if path.name in ("metrics.jsonl", "report.html") else path.read_bytes()
+        for path in kept
+    }
+
+
+def recorded(folder: Path) -> list[tuple[str, Any]]:
+    """What is recorded, but for what was said and how much memory each call took."""
+    events = read_events(folder / "metrics.jsonl")[0]
+    return [(event["event"], event.get("step")) for event in events if event["event"] not in ("say", "warn", "memory")]
+
+
+def warnings(folder: Path) -> str:
+    return "\n".join(event["text"] for event in read_events(folder / "metrics.jsonl")[0] if event["event"] == "warn")
+
+
+class Died(BaseException):
+    """As kill -9: nothing is tidied up that a `finally` does not."""
+
+
+@contextmanager
+def dying(place: str) -> Iterator[None]:
+    """A run that is begun within this dies where it calls a function of octavo.commands.finetune's."""
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, place, die)
+        with pytest.raises(Died):
+            yield
+
+
+@pytest.fixture(scope="module")
+def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a disturbance, in a folder of the name that the others have."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    tune(out, **SHORT)
+    return out
+
+
+def same(folder: Path, whole: Path) -> None:
+    assert recorded(folder) == recorded(whole)
+    expected, found = tree(whole), tree(folder)
+    assert found.keys() == expected.keys()
+    for name in ("adapter/adapter_model.safetensors", "adapter/octavo.json", "ledger.json"):
+        assert found[name] == expected[name], name
+
+
+BEFORE_A_STEP = ("prepare", "choose_precision", "rehearse", "write_settings", "measure_base")
+
+
+# The same call begins anew or goes on by what is in the folder alone, as the first and the last place leave it.
+SAME_CALL = [
+    pytest.param(place, "the same call", marks=[pytest.mark.exhaustive] if place in BEFORE_A_STEP[1:-1] else [])
+    for place in BEFORE_A_STEP
+]
+
+
+@pytest.mark.parametrize(("place", "again"), [*((place, "resume alone") for place in BEFORE_A_STEP), *SAME_CALL])
+def test_a_kill_before_the_first_checkpoint(
+    place: str, again: str, octavo: Octavo, settings: Settings, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    (file := tmp_path / "settings.yaml").write_text(settings(out, **SHORT).to_yaml())
+    for _ in range(2):  # and once more when it goes on
+        with dying(place):
+            package.finetune(settings(out, **SHORT), console=False)
+    command = ["finetune", "--resume", "--out", out] if again == "resume alone" else ["finetune", "--config", file]
+    assert octavo(*command).code == 0
+    same(out, whole)
+
+
+@pytest.mark.parametrize("place", ["measure_tuned", "show_scores", "read_back"])
+def test_a_kill_after_the_last_step_records_nothing_twice(place: str, tune: Tune, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with dying(place):
+        tune(out, **SHORT)
+    for _ in range(2):  # a finished run is finished once more
+        tune(out, **SHORT, resume=True)
+        same(out, whole)
+
+
+def test_a_fault_before_the_run_begins_leaves_the_folder_as_it_was(tune: Tune, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    for out in (tmp_path / "run", tmp_path / "mine"):
+        with pytest.raises(UsageError):
+            tune(out, data=[str(tmp_path / "nowhere")])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_at_once(
+    number: signal.Signals, octavo: Octavo, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **SHORT).to_yaml())
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "rehearse", lambda _: signal.raise_signal(number))
+        done = octavo("finetune", "--config", file)
+    assert done.code == 128 + number
+    assert "octavo: Stopped." in done.err
+    assert "Traceback" not in done.err
+    assert octavo("finetune", "--config", file).code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_first_is_obeyed(
+    number: signal.Signals,
+    octavo: Octavo,
+    settings: Settings,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It interrupts the save: that is no success, and the earlier checkpoint is whole."""
+    out = tmp_path / "run"
+    (file := tmp_path / "settings.yaml").write_text(settings(out, **SHORT, keep="last").to_yaml())
+    event, publish = Report.event, checkpoint._publish
+
+    def interrupted(self: Report, name: str, /, **fields: object) -> None:
+        event(self, name, **fields)
+        if name == "step" and fields["step"] == 3:
+            signal.raise_signal(number)
+            monkeypatch.setattr(checkpoint, "_publish", lambda *_: signal.raise_signal(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "event", interrupted)
+        done = octavo("finetune", "--config", file)
+    monkeypatch.setattr(checkpoint, "_publish", publish)
+    assert done.code == 128 + number
+    assert "Stopped. The newest checkpoint is that of step 2. Go on with: octavo finetune --resume --out" in done.err
+    assert [path.name for path in (out / "checkpoints").glob("*0*")] == ["step-00000002"]
+    assert octavo("finetune", "--resume", "--out", out).code == 0
+    assert recorded(out) == recorded(whole)
+
+
+def test_the_folder_is_looked_at_again_under_the_lock(
+    tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that was held up before the lock while another one ran to its end."""
+    out, lock = tmp_path / "run", files.lock
+
+    @contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        shutil.copytree(whole, folder)
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr(run_folders, "lock", late)
+    with pytest.raises(UsageError, match="already holds a run"):
+        tune(out, **SHORT)
+    assert tree(out) == tree(whole)
+
+
+def test_what_killed_writers_left_in_the_run_folder_is_swept(tune: Tune, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, out := tmp_path / "run")
+    own = os.getpid()
+    for name in (f".tmp-adapter-{own}", f".old-adapter-{own}", f"checkpoints/.tmp-00000004-{own}"):
+        (out / name).mkdir()
+    for name in (f".config.yaml.{own}", f".ledger.json.{own}", f".report.html.{own}", f"checkpoints/.latest.{own}"):
+        (out / name).touch()
+    tune(out, **SHORT, resume=True)
+    assert tree(out).keys() == tree(whole).keys()
+    assert not list(out.rglob(f"*{own}"))
+
+
+def damage(folder: Path, how: str) -> None:
+    file = folder / "adapter" / "adapter_model.safetensors"
+    if how == "gone":
+        shutil.rmtree(folder / "adapter")
+    elif how == "a bit":
+        tensors = load_file(file)
+        name, tensor = next(iter(tensors.items()))
+        save_file({**tensors, name: tensor.view(torch.int32).bitwise_xor_(1).view(torch.float32)}, file)
+    elif how == "cut":
+        os.truncate(file, 100)
+    elif how == "another step":
+        path = folder / "adapter" / "octavo.json"
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "step": 99}))
+
+
+@contextmanager
+def worse_and_worse(steps: int) -> Iterator[None]:
+    """Held-out losses of 1, 2, 3 .. at the steps make the first adapter the best."""
+    losses = iter(range(1, steps + 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "score_rows", lambda *_, **__: Score(nats=float(next(losses)), tokens=1, n_bytes=1))
+        patch.setattr(package, "measure_base", lambda *_, **__: None)
+        patch.setattr(package, "measure_tuned", lambda _: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def best_is_first(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Path]:
+    """(The files of a run whose best adapter is that of step 1, the same run stopped after step 3)."""
+    folder = tmp_path_factory.mktemp("best")
+    with worse_and_worse(4):
+        tune(folder / "whole" / "run", **SHORT)
+    with worse_and_worse(3):
+        assert tune(folder / "stopped" / "run", **SHORT, stop_after=3)["best_step"] == 1
+    return tree(folder / "whole" / "run"), folder / "stopped" / "run"
+
+
+@pytest.mark.parametrize("how", ["gone", "a bit", "cut", "another step"])
+def test_damage_to_the_best_adapter_is_mended_from_the_checkpoint(
+    how: str, tune: Tune, best_is_first: tuple[dict[str, bytes], Path], tmp_path: Path
+) -> None:
+    """The best one is of an earlier step than the checkpoint."""
+    expected, stopped = best_is_first
+    shutil.copytree(stopped, tmp_path / "run")
+    damage(tmp_path / "run", how)
+    with worse_and_worse(4):
+        assert tune(tmp_path / "run", **SHORT, resume=True)["best_step"] == 1
+    assert "does not hold the best adapter" in warnings(tmp_path / "run")
+    found = tree(tmp_path / "run")
+    assert found["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
+    assert json.loads(found["adapter/octavo.json"])["step"] == 1
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    event = Report.event
+
+    def acting(self: Report, name: str, /, **fields: object) -> None:
+        event(self, name, **fields)
+        if name == "step" and fields["step"] == number:
+            act()
+
+    monkeypatch.setattr(Report, "event", acting)
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "config.yaml", "ledger.json", "adapter", "checkpoints", "."])
+def test_what_is_deleted_while_it_trains_is_written_anew(
+    lost: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def delete() -> None:
+        path = out / lost
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    after_step(monkeypatch, 3, delete)
+    tune(out, **SHORT)
+    assert recorded(out) == recorded(whole)
+    for name in ("metrics.jsonl", "config.yaml", "ledger.json", "report.html", "adapter/adapter_config.json"):
+        assert (out / name).is_file(), name
+    assert checkpoint.newest_step(out / "checkpoints") == 4
+    if lost not in ("adapter", "checkpoints"):
+        assert "written anew" in warnings(out)
+
+
+def test_a_link_to_another_disk_in_place_of_the_adapter(tune: Tune, whole: Path, tmp_path: Path) -> None:
+    (disk := tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    tune(tmp_path / "run", **SHORT, stop_after=1)
+    (tmp_path / "run" / "adapter").rename(disk / "adapter")
+    (tmp_path / "run" / "adapter").symlink_to(disk / "adapter")
+    tune(tmp_path / "run", **SHORT, resume=True)
+    assert (tmp_path / "run" / "adapter").is_symlink()
+    name = "adapter_model.safetensors"
+    assert (disk / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    assert [path.name for path in disk.iterdir()] == ["adapter"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted", "step-00000001")
+
+    monkeypatch.setattr(checkpoint, "_delete_earlier", refuse)
+    tune(tmp_path / "run", **SHORT)
+    assert "cannot be deleted" in warnings(tmp_path / "run")
+    assert recorded(tmp_path / "run") == recorded(whole)
+
+
+def test_other_settings_of_training_are_said_with_the_new_schedule(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tune(out, **SHORT, stop_after=2)
+    tune(out, **SHORT, resume=True, stop_after=1)
+    assert "training settings" not in warnings(out)
+    tune(out, **{**SHORT, "steps": 6}, lr=0.01, schedule="linear", resume=True)
+    assert "--steps 4 is now 6" in warnings(out)
+    assert "--lr 0.03 is now 0.01" in warnings(out)
+    assert "--schedule cosine is now linear" in warnings(out)
+    rates = [event["learning_rate"] for event in read_events(out / "metrics.jsonl")[0] if event["event"] == "step"]
+    assert f"steps 4 to 6 have learning rates from {rates[3]:.3g} to {rates[5]:.3g} (linear)" in warnings(out)
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw8bit", "adamw"), ("adamw", "adamw8bit")])
+def test_another_optimizers_state_is_refused_and_nothing_is_changed(
+    first: str, then: str, tune: Tune, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    values = {**SHORT, "rank": 8, "eval_every": 0}
+    tune(out, **values, optimizer=first, stop_after=2)
+    before = tree(out)
+    with pytest.raises(CheckpointError, match="optimizer's state"):
+        tune(out, **values, optimizer=then, resume=True, force=True)
+    assert tree(out) == before
+    tune(out, **values, optimizer=first, resume=True)
+
+
+def test_going_on_without_a_run_is_named(octavo: Octavo, tmp_path: Path) -> None:
+    done = octavo("finetune", "--resume", "--out", tmp_path / "nothing")
+    assert done.code == 2
+    assert "holds no run to go on with" in done.err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_metrics_that_were_lost_are_missed(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tune(out, **SHORT, stop_after=2)
+    (out / "metrics.jsonl").unlink()
+    tune(out, **SHORT, resume=True)
+    assert "lacks 2 of the steps 1 to 2" in warnings(out)
+
+
+def test_steps_without_a_token_to_learn_from_have_no_loss(tune: Tune, tmp_path: Path) -> None:
+    """Prompts that fill their rows, so that --truncate leaves nothing of the answers; one record that fits."""
+    long, short = {"prompt": "the king " * 30, "completion": "yes"}, {"prompt": "the", "completion": " king and queen"}
+    (data := tmp_path / "d.jsonl").write_text("\n".join(json.dumps(one) for one in (*[long] * 11, short)))
+    answer = tune(
+        tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0.0, truncate=True, batch=1, steps=12,
+        schedule="constant", checkpoint_every=0,
+    )  # fmt: skip
+    steps = [event for event in read_events(tmp_path / "run" / "metrics.jsonl")[0] if event["event"] == "step"]
+    assert {event["loss"] is None for event in steps if event["trained_tokens"] == 0} == {True}
+    assert [event["loss"] > 1 for event in steps if event["trained_tokens"]] == [True]
+    assert answer["loss"] is None or answer["loss"] > 1
+    assert "had no token to learn from" in warnings(tmp_path / "run")
+    assert f"{11} steps had no token to learn from" in warnings(tmp_path / "run")
+    assert "training loss 0.000" not in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("at", "advice"), [(1, "There is no checkpoint yet: "), (3, "that of step 2. Go on")])
+def test_a_loss_that_is_not_finite_names_the_checkpoint_that_there_is(
+    at: int, advice: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = loop.gradients
+
+    def broken(trainer: Any, chosen: Any, number: int, *, seed: float) -> list[torch.Tensor]:
+        losses = gradients(trainer, chosen, number, seed=seed)
+        return [loss * math.nan for loss in losses] if number == at else losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "gradients", broken)
+        with pytest.raises(TrainingError, match=f"loss is nan at step {at}") as caught:
+            tune(tmp_path / "run", **{**SHORT, "eval_every": 4})
+    assert advice in caught.value.hint
+    tune(tmp_path / "run", **{**SHORT, "eval_every": 4}, resume=True)
+    assert recorded(tmp_path / "run")[-1] == recorded(whole)[-1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_file_name_that_is_not_utf8(octavo: Octavo, settings: Settings, plays: Path, tmp_path: Path) -> None:
+    (data := tmp_path / "data").mkdir()
+    name = os.fsencode(data) + b"/caf\xe9.txt"
+    text = next((plays / "train").glob("*.txt")).read_bytes()
+    Path(os.fsdecode(name)).write_bytes(text)
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff"))
+    values = {**SHORT, "steps": 2, "data": [os.fsdecode(name)]}
+    (file := tmp_path / "settings.yaml").write_text(settings(out, **values).to_yaml())
+    done = octavo("finetune", "--config", file, "--stop-after", 1)
+    assert (done.code, done.out) == (0, "")
+    assert octavo("finetune", "--resume", "--out", out).code == 0
+    assert json.loads((out / "ledger.json").read_bytes())["train"]["files"][0]["source"].endswith(r"caf\xe9.txt")
+    assert Counter(kind for kind, _ in recorded(out))["step"] == 2

@@ -1,0 +1,199 @@
+"""Runs in 8 bits: tried once, told, kept in checkpoints, judged exactly; and what `--matmul` refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.commands.finetune.precision import _try
+from octavo.commands.finetune.prepare import prepare
+from octavo.commands.plan import planner_for, wants_eight
+from octavo.config import Config, MemoryOptions
+from octavo.errors import CheckpointError, UsageError
+from octavo.hardware import CARDS, Hardware
+from octavo.ops.quantize import SCHEMES
+from octavo.reporting import Report
+from octavo.store import checkpoint
+from octavo.store.sources import FolderSource
+from octavo.train.precision import layers
+
+Tune = Callable[..., dict[str, Any]]
+Settings = Callable[..., Config]
+CPU = Hardware(torch.device("cpu"), torch.float32, "", "a CPU")
+OLD = Hardware(torch.device("cuda"), torch.bfloat16, "", "Tesla T4")
+NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", eight=True)
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in events(folder, "step")]
+
+
+@pytest.fixture(scope="module")
+def use_8bit(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("eight") / "run"
+    tune(out, matmul="8bit", scheme="int8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def exact(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exact") / "run"
+    tune(out, scheme="int8")
+    return out
+
+
+def test_a_run_in_eight_bits_says_what_that_costs_and_learns(use_8bit: Path, exact: Path) -> None:
+    (told,) = events(use_8bit, "matmul")
+    assert told["exact"] == []
+    assert len(told["costs"]) == 8  # two blocks of four layers
+    assert all(0 < forward < 0.2 for forward, _, _ in told["costs"].values())
+    found, wanted = losses(use_8bit), losses(exact)
+    assert found != wanted
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_what_is_measured_is_measured_exactly(use_8bit: Path, exact: Path) -> None:
+    """Before training both are the same model; a table with a loss of 8 bits would differ."""
+    first = [events(folder, "evaluation")[-1]["rows"][0] for folder in (use_8bit, exact)]
+    assert first[0]["perplexity"] == first[1]["perplexity"]
+
+
+def test_on_a_cpu_auto_is_exact(exact: Path) -> None:
+    assert events(exact, "matmul") == []
+
+
+@pytest.fixture
+def half_fair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card, where only outer products and the first block are fair."""
+    monkeypatch.setattr("octavo.commands.finetune.state.wants_eight", lambda *_: True)
+    monkeypatch.setattr("octavo.commands.plan.wants_eight", lambda *_: True)
+    monkeypatch.setattr("octavo.train.precision.LIMIT", 0.0)
+
+
+@pytest.mark.usefixtures("half_fair")
+def test_layers_over_the_limit_stay_exact_and_a_resumed_run_keeps_that_without_another_trial(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune(tmp_path / "whole", scheme="int8", checkpoint_every=2)
+    tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, stop_after=3)
+    (told,) = events(tmp_path / "whole", "matmul")
+    assert told["exact"] == list(told["costs"])
+    saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
+    assert saved is not None
+    assert saved.state["exact_products"] == told["exact"]
+    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
+    tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("times", "said"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
+def test_a_card_that_is_no_faster_in_8_bits_computes_exactly(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, said: str
+) -> None:
+    """Nothing runs on the card that this machine says it is: it is timed, and if it is fast the trial begins."""
+    monkeypatch.setattr(
+        "octavo.commands.finetune.precision.speedup", lambda model, tokens: times if tokens == 4 * 32 else 0
+    )
+    tried: list[Any] = []
+
+    def trial(*given: Any) -> dict[str, Any]:
+        tried.append(given)
+        return {}
+
+    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", trial)
+    monkeypatch.setattr("octavo.commands.finetune.precision.gradient_type", lambda _: torch.int8)
+    with Report(console=False, metrics=tmp_path / "metrics") as report:
+        run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch=4), report)
+        run = replace(run, hardware=NEW)
+        _try(run)
+    assert said in (tmp_path / "metrics").read_text()
+    assert len(tried) == (1 if times > 1 else 0)
+    assert (run.found.exact_products == []) == (times > 1)
+    if times < 1:
+        assert run.found.exact_products == [name for name, _ in layers(run.model)]
+
+
+@pytest.mark.usefixtures("half_fair")
+def test_channels_that_are_apart_stay_so_in_a_resumed_run(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.train.precision.LIMIT", 1.0)
+    monkeypatch.setattr(
+        "octavo.train.precision.QuantError.splits_outliers", property(lambda cost: len(cost.channels) > 0)
+    )
+    tune(tmp_path / "whole", scheme="int8")
+    tune(tmp_path / "parts", scheme="int8", stop_after=3)
+    (told,) = events(tmp_path / "whole", "matmul")
+    assert told["exact"] == []
+    assert told["outliers"].keys() == told["costs"].keys()
+    saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
+    assert saved is not None
+    assert saved.state["outliers"] == told["outliers"]
+    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
+    tune(tmp_path / "parts", scheme="int8", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_in_eight_bits_that_was_stopped_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, use_8bit: Path) -> None:
+    out = tmp_path / "run"
+    tune(out, matmul="8bit", scheme="int8", stop_after=3)
+    tune(out, matmul="8bit", scheme="int8", resume=True)
+    assert losses(out) == losses(use_8bit)
+    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (out, use_8bit)]
+    assert adapters[0] == adapters[1]
+
+
+def test_another_compute_is_another_run(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    tune(out, matmul="8bit", scheme="int8", stop_after=2)
+    with pytest.raises(CheckpointError, match="matmul: '8bit' in the checkpoint, 'exact' now"):
+        tune(out, matmul="exact", scheme="int8", resume=True)
+    tune(out, matmul="exact", scheme="int8", resume=True, force=True)
+    saved = checkpoint.newest(out / "checkpoints", warn=pytest.fail)
+    assert saved is not None
+    assert saved.state["exact_products"] is None
+
+
+@pytest.mark.parametrize(("hardware", "card", "expected"), [
+    (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", False), (OLD, None, False),
+    (NEW, None, True),
+])  # fmt: skip
+def test_auto_takes_eight_bits_on_cards_for_them(
+    hardware: Hardware, card: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "")
+    assert wants_eight(MemoryOptions(), hardware, CARDS[card] if card else None) is expected
+    assert not wants_eight(MemoryOptions(matmul="exact"), hardware, CARDS[card] if card else None)
+
+
+def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not wants_eight(MemoryOptions(kernels=False), NEW)
+    monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "Triton is not installed")
+    assert not wants_eight(MemoryOptions(), NEW)
+
+
+def test_a_card_that_is_too_old_refuses_eight_bits_and_a_cpu_tries_them() -> None:
+    with pytest.raises(UsageError, match="too old"):
+        wants_eight(MemoryOptions(matmul="8bit"), OLD)
+    assert wants_eight(MemoryOptions(matmul="8bit"), CPU)
+    assert wants_eight(MemoryOptions(matmul="8bit"), NEW)
+
+
+def test_a_plan_in_eight_bits_is_for_less_time_and_no_more_memory(settings: Settings, tiny_llama: Path) -> None:
+    plans = {}
+    for compute in ("exact", "8bit"):
+        config = settings(Path("unused"), compute=compute, seq_len=32)
+        planner = planner_for(config, FolderSource(tiny_llama), SCHEMES["int8"], NEW, CARDS["H100"])
+        plans[compute] = planner.smallest()
+    assert plans["8bit"].peak_bytes <= plans["exact"].peak_bytes

@@ -1,0 +1,378 @@
+"""One run or several calls: the same adapter and the same metrics, bit for bit, however a call ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tests.forks import Forks
+
+from octavo.config import Config
+from octavo.errors import CheckpointError, TrainingError
+from octavo.reporting import Report
+from octavo.store.files import lock
+
+Octavo = Callable[..., Any]
+Settings = Callable[..., Config]
+Tune = Callable[..., dict[str, Any]]
+
+# Seven micro-batches make an epoch and three a step: each epoch's edge lies within a step.
+LONG = {"steps": 8, "accumulate": 3, "dropout": 0.2, "checkpoint_every": 2, "eval_every": 3, "scheme": "int8"}
+COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All of a run that must not depend on how many calls it took."""
+    return {
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "steps": [{key: event[key] for key in COMPARED} for event in events(folder, "step")],
+        "heldout": [(event["step"], event["loss"]) for event in events(folder, "heldout")],
+        "tables": [
+            {key: value for key, value in row.items() if key != "adapter"}
+            for row in events(folder, "evaluation")[-1]["rows"]
+        ],
+    }
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Has `act` done once, when the metrics of step `number` are recorded and its checkpoint is not yet saved."""
+    record, once = Report.event, [act]
+
+    def event(self: Report, name: str, /, **fields: object) -> None:
+        record(self, name, **fields)
+        if name == "step" and fields["step"] == number and once:
+            once.pop()()
+
+    monkeypatch.setattr(Report, "event", event)
+
+
+@pytest.fixture(scope="module")
+def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The long run without a stop, in a folder that is to be copied, and what it answered."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, tune(out, **LONG)
+
+
+@pytest.fixture(scope="module")
+def in_one_go(whole: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of the long run without a stop."""
+    return outcome(whole[0])
+
+
+@pytest.fixture(scope="module")
+def stopped(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The long run, stopped after step 4, with checkpoints of steps 3 (a best one) and 4. To be copied."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    answer = tune(out, **LONG, stop_after=4)
+    assert (answer["steps"], answer["adapter"]) == (4, None)
+    assert saved_steps(out) == [3, 4]
+    return out
+
+
+@pytest.fixture
+def halfway(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """All but the metrics, where each call says something, and the lock."""
+    left_out = ("metrics.jsonl", ".lock")
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in left_out}
+
+
+def test_the_long_run_crosses_epochs_within_a_step_and_uses_dropout(
+    tune: Tune, in_one_go: dict[str, Any], tmp_path: Path
+) -> None:
+    """What the tests below rest on."""
+    tune(tmp_path / "run", **{**LONG, "dropout": 0.0})
+    assert outcome(tmp_path / "run")["steps"][1:] != in_one_go["steps"][1:]
+    rows = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["rows"]
+    assert -(-rows // 4) == 7
+
+
+@pytest.mark.parametrize("stops", [pytest.param((2,), marks=pytest.mark.exhaustive), (3,), (1, 4), (7,)])
+def test_calls_that_stop_and_resume_give_what_one_call_gives(
+    tune: Tune, in_one_go: dict[str, Any], tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """Among the stops is the step in which the first epoch ends, and the last but one."""
+    out = tmp_path / "run"
+    for number, steps in enumerate(stops):
+        tune(out, **LONG, stop_after=steps, resume=number > 0)
+    tune(out, **LONG, resume=True)
+    assert outcome(out) == in_one_go
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, optimizer: str) -> None:
+    more = {
+        **LONG,
+        "steps": 4,
+        "rank": 8,  # bitsandbytes keeps the state of fewer than 4096 numbers in 32 bits
+        "optimizer": optimizer,
+        "weight_decay": 0.1,
+        "lora_targets": ["all-linear", "embed_tokens", "lm_head"],
+        "train_norms": True,
+        "train_biases": True,
+        "dtype": "float16",
+        "scheme": "none",
+    }
+    tune(tmp_path / "whole", **more)
+    tune(tmp_path / "parts", **more, stop_after=2)
+    tune(tmp_path / "parts", **more, resume=True)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    state = load_file(tmp_path / "parts" / "checkpoints" / "step-00000004" / "optimizer.safetensors")
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (optimizer == "adamw8bit")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_step_saves_and_exits_with_its_code(
+    octavo: Octavo,
+    settings: Settings,
+    in_one_go: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    before = signal.getsignal(number)
+    after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), number))
+    (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **LONG).to_yaml())
+    done = octavo("finetune", "--config", file, "--json")
+    assert (done.code, done.json["error"]["exit_code"]) == (128 + number, 128 + number)
+    assert f"octavo finetune --resume --out {tmp_path / 'run'}" in done.err
+    assert saved_steps(tmp_path / "run")[-1] == 5
+    assert signal.getsignal(number) == before
+    assert octavo("finetune", "--resume", "--out", tmp_path / "run").code == 0, "the advice alone is enough"
+    assert outcome(tmp_path / "run") == in_one_go
+
+
+def test_a_second_signal_does_not_wait(
+    settings: Settings, tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    after_step(monkeypatch, 2, interrupt_twice)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "run", **LONG)
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(
+    octavo: Octavo, settings: Settings, in_one_go: dict[str, Any], tmp_path: Path, forks: Forks
+) -> None:
+    """kill -9 after step 7 was recorded: its metrics are taken back, and each step is recorded once."""
+    (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **LONG).to_yaml())
+    code = (
+        "import os, signal\nfrom octavo.reporting import Report\nrecord = Report.event\n"
+        "def event(self, name, /, **fields):\n"
+        "    record(self, name, **fields)\n"
+        "    if name == 'step' and fields['step'] == 7:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Report.event = event\nfrom octavo.cli import main\nmain()"
+    )
+    process = forks.run(code, "finetune", "--config", file)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert events(tmp_path / "run", "step")[-1]["step"] == 7
+    assert saved_steps(tmp_path / "run")[-1] == 6
+    assert octavo("finetune", "--resume", "--out", tmp_path / "run").code == 0
+    assert outcome(tmp_path / "run") == in_one_go
+
+
+def test_a_crash_between_the_best_adapter_and_its_checkpoint_loses_nothing(
+    tune: Tune, in_one_go: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's folder is then newer than the newest checkpoint."""
+
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("no power")
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 6, lambda: patch.setattr("octavo.commands.finetune.save_checkpoint", crash))
+        with pytest.raises(RuntimeError, match="no power"):
+            tune(tmp_path / "run", **LONG)
+    assert json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["step"] == 6
+    assert saved_steps(tmp_path / "run")[-1] == 4
+    tune(tmp_path / "run", **LONG, resume=True)
+    assert outcome(tmp_path / "run") == in_one_go
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
+    file = halfway / "checkpoints" / "step-00000004" / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    tune(halfway, **LONG, resume=True)
+    assert any("damaged" in event["text"] for event in events(halfway, "warn"))
+    assert outcome(halfway) == in_one_go
+
+
+@pytest.mark.parametrize("resumes", [1, 2])
+def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
+    tune: Tune, whole: tuple[Path, dict[str, Any]], in_one_go: dict[str, Any], tmp_path: Path, resumes: int
+) -> None:
+    run, first = shutil.copytree(whole[0], tmp_path / "run"), whole[1]
+    for _ in range(resumes):
+        again = tune(run, **LONG, resume=True)
+    assert json.loads(json.dumps(again["rows"]).replace(str(run), str(whole[0]))) == first["rows"]
+    assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
+    assert outcome(run) == in_one_go
+
+
+def test_a_finished_run_can_be_made_longer(tune: Tune, tmp_path: Path) -> None:
+    short = {**LONG, "steps": 4, "schedule": "constant", "warmup": 0}
+    tune(tmp_path / "run", **short)
+    tune(tmp_path / "run", **{**short, "steps": 8}, resume=True)
+    tune(tmp_path / "whole", **{**short, "steps": 8})
+    assert outcome(tmp_path / "run")["steps"] == outcome(tmp_path / "whole")["steps"]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 8
+
+
+def test_resuming_where_there_is_no_checkpoint_begins_with_a_warning(
+    tune: Tune, in_one_go: dict[str, Any], tmp_path: Path
+) -> None:
+    tune(tmp_path / "run", **LONG, resume=True)
+    assert any("no checkpoint" in event["text"] for event in events(tmp_path / "run", "warn"))
+    assert outcome(tmp_path / "run") == in_one_go
+
+
+def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
+    (held := tmp_path / "held.txt").write_text("where is my lord of york\n" * 9)
+    return {
+        "rank": {"rank": 4},
+        "lora_targets": {"lora_targets": ["q_proj"]},
+        "dropout": {"dropout": 0.0},
+        "batch": {"batch": 2},
+        "seed": {"seed": 1},
+        "scheme": {"scheme": "none"},
+        "dtype": {"dtype": "bfloat16"},
+        "data": {"data": [str(plays / "train" / "play0.txt")]},
+        "test_data": {"test_data": [str(held)]},
+        "model": {"model": str(tiny_gptj)},
+    }
+
+
+@pytest.mark.parametrize(
+    "key", ["rank", "lora_targets", "dropout", "batch", "seed", "scheme", "dtype", "data", "test_data", "model"]
+)
+def test_another_run_is_not_gone_on_with_and_nothing_is_touched(
+    tune: Tune, halfway: Path, tiny_gptj: Path, plays: Path, tmp_path: Path, key: str
+) -> None:
+    before = files_of(halfway)
+    with pytest.raises(CheckpointError, match=rf"(?m)^  {key}: "):
+        tune(halfway, **{**LONG, **other_settings(tiny_gptj, plays, tmp_path)[key]}, resume=True)
+    assert files_of(halfway) == before
+    assert len(before) > 9
+
+
+def test_a_run_goes_on_after_another_one_was_refused(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError):
+        tune(halfway, **{**LONG, "seed": 1}, resume=True)
+    tune(halfway, **LONG, resume=True)
+    assert outcome(halfway) == in_one_go
+
+
+def test_force_goes_on_nevertheless_where_the_shapes_allow_it(tune: Tune, halfway: Path) -> None:
+    answer = tune(halfway, **{**LONG, "dropout": 0.0}, resume=True, force=True)
+    assert answer["steps"] == 8
+    assert any("dropout" in event["text"] for event in events(halfway, "warn"))
+
+
+def test_force_cannot_make_another_shape_fit(tune: Tune, halfway: Path) -> None:
+    with pytest.raises(CheckpointError, match="in this shape"):
+        tune(halfway, **{**LONG, "rank": 4}, resume=True, force=True)
+
+
+def test_keeping_the_last_adapter_can_be_chosen_on_resuming(tune: Tune, halfway: Path) -> None:
+    tune(halfway, **LONG, resume=True, keep="last")
+    assert json.loads((halfway / "adapter" / "octavo.json").read_text())["step"] == 8
+
+
+def test_a_stop_that_was_asked_for_holds_for_its_call_alone(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
+    tune(tmp_path / "run", **LONG, stop_after=3)
+    done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
+    assert (done.code, done.json["steps"]) == (0, 8)
+
+
+def test_a_run_without_a_name_is_resumed_without_one(
+    octavo: Octavo, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = settings(Path("runs/finetune"), stop_after=1, steps=2).to_yaml()
+    (file := tmp_path / "settings.yaml").write_text(text)
+    assert octavo("finetune", "--config", file).code == 0
+    done = octavo("finetune", "--resume", "--json")
+    assert (done.code, done.json["steps"]) == (0, 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_settings_that_are_cut_short_are_said_to_be(octavo: Octavo, halfway: Path, share: float) -> None:
+    settings = halfway / "config.yaml"
+    settings.write_text(settings.read_text()[: int(share * settings.stat().st_size)].rpartition("\n")[0])
+    done = octavo("finetune", "--resume", "--out", halfway)
+    assert done.code == 2
+    assert f"{settings} is cut short" in done.err
+
+
+def test_a_run_that_is_going_on_elsewhere_is_left_alone(
+    tune: Tune, halfway: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (halfway / "metrics.jsonl").read_bytes()
+    with lock(halfway), pytest.raises(CheckpointError, match="another process"):
+        tune(halfway, **LONG, resume=True)
+    assert (halfway / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stop_before_the_end_is_an_error_that_says_how_to_go_on(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(TrainingError) as caught:
+        tune(tmp_path / "a folder", **LONG)
+    assert caught.value.hint.endswith(f"--out '{tmp_path / 'a folder'}'")
+
+
+def test_a_run_goes_on_on_another_day_though_its_template_writes_the_date(
+    octavo: Octavo, tune: Tune, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "where is my lord"}, {"role": "assistant", "content": "the king of york"}]
+    (tmp_path / "talks.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 8)
+
+    class Yesterday(date):
+        @classmethod
+        def today(cls) -> Self:
+            return cls(2024, 2, 29)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("octavo.commands.finetune.prepare"), "date", Yesterday)
+        talks = {"model": str(model), "data": [str(tmp_path / "talks.jsonl")], "test_fraction": 0.0, "test_data": []}
+        tune(tmp_path / "run", **talks, steps=2, stop_after=1)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["template_date"] == "2024-02-29"
+    done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
+    assert (done.code, done.json["steps"]) == (0, 2)

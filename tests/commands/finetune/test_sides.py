@@ -1,0 +1,182 @@
+"""What is held out is not learned, and what both sides share is said."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.commands.data import Text
+from octavo.commands.finetune.sides import read_sides
+from octavo.config import Config, TextOptions, TrainingData, TrainOptions
+from octavo.data.packing import IGNORE_INDEX
+from octavo.errors import UsageError
+from octavo.reporting import Report
+from octavo.store.resolve import open_source
+from octavo.store.tokenizer_files import load_tokenizer
+
+KINDS = (TrainingData, TextOptions, TrainOptions)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(tiny_llama)
+
+
+class Outcome:
+    """Both sides, and the events that were recorded."""
+
+    def __init__(self, folder: Path, tokenizer: Any, **options: Any) -> None:
+        metrics = folder / "events.jsonl"
+        metrics.unlink(missing_ok=True)
+        with Report(console=False, metrics=metrics) as report:
+            self.train, self.test = read_sides(Config.read(KINDS, {"seq_len": 64, **options}), tokenizer, report)
+        self.events = [json.loads(line) for line in metrics.read_text().splitlines()]
+        self.said = "\n".join(event["text"] for event in self.events if event["event"] in ("say", "warn"))
+
+    @property
+    def overlap(self) -> dict[str, Any]:
+        assert self.test is not None
+        return dict(self.test.ledger.overlap)
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+def learned(text: Text) -> int:
+    return sum(int((row.labels != IGNORE_INDEX).sum()) for row in text.rows)
+
+
+@pytest.mark.parametrize("copy", ["same", "link", "content", "spaces", "record", "prompt"])
+def test_a_document_on_both_sides_is_taken_out_of_training(tmp_path: Path, tokenizer: Any, copy: str) -> None:
+    held = write(tmp_path / "held", b_txt="the queen spoke to the king\nof the storm\n") / "b.txt"
+    data = write(tmp_path / "data", a_txt="where is my lord of york and the duke of the sea\n")
+    if copy == "same":
+        held = held.rename(data / "b.txt")
+    elif copy == "link":
+        (data / "c.txt").hardlink_to(held)
+    elif copy == "content":
+        write(data, d_txt=held.read_text())
+    elif copy == "spaces":
+        write(data, d_txt="\ufeffthe queen  spoke to the\tking\r\n\r\nof the storm")
+    elif copy == "record":
+        write(data, d_jsonl=json.dumps({"text": held.read_text()}))
+    else:
+        write(data, d_jsonl=json.dumps({"prompt": "the queen spoke ", "completion": "to the king\nof the storm"}))
+    alone = Outcome(tmp_path, tokenizer, data=[str(data / "a.txt")], test_data=[str(held)])
+    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
+    assert [row.ids.tolist() for row in found.train.rows] == [row.ids.tolist() for row in alone.train.rows]
+    assert found.train.ledger.learned == learned(found.train)
+    assert (found.train.ledger.documents, found.train.ledger.dropped) == (2, 1)
+    overlap = found.overlap
+    assert (overlap["removed_documents"], overlap["near_copies"], overlap["share"]) == (1, 0, 0.0)
+    assert overlap["removed_tokens"] == found.train.ledger.left_out > 5
+    (name,) = overlap["removed"]
+    assert name in found.said
+    assert "Taken out of training" in found.said
+    assert alone.overlap["removed"] == []
+    assert "Taken out" not in alone.said
+
+
+def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -> None:
+    def talk(answer: str) -> str:
+        turns = [{"role": "user", "content": "where is my lord"}, {"role": "assistant", "content": answer}]
+        return json.dumps({"messages": turns}) + "\n"
+
+    data = write(tmp_path / "data", a_jsonl=talk("at sea") + talk("in york"))
+    held = write(tmp_path / "held", a_jsonl=talk("in  york"))
+    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
+    assert found.overlap["removed"] == [f"{data / 'a.jsonl'}:2"]
+    assert found.overlap["share"] == 0
+
+
+def test_near_copies_are_counted_and_warned_about(tmp_path: Path, tokenizer: Any) -> None:
+    story = " ".join(f"the king of {a} spoke to the queen of {b}" for a in "abcdef" for b in "uvwxyz")
+    data = write(tmp_path / "data", a_txt=f"where is my lord? {story} and so on", b_txt="storm and sea")
+    held = write(tmp_path / "held", c_txt=story.replace("a spoke", "k spoke"), d_txt="my duke, my duke is not here")
+    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
+    assert found.overlap["near"] == [f"{held / 'c.txt'}:1"]
+    assert found.overlap["removed_documents"] == 0
+    assert 0.5 < found.overlap["share"] < 1
+    assert found.overlap["shared_tokens"] == pytest.approx(found.overlap["share"] * found.overlap["tokens"])
+    assert "Near copies: of 1 document" in found.said
+
+
+def test_if_all_is_held_out_nothing_is_left_to_learn(tmp_path: Path, tokenizer: Any) -> None:
+    data = write(tmp_path / "data", a_txt="the king", b_txt="the queen")
+    with pytest.raises(UsageError, match=r"All of the training text is held out too.*\n.*--test-fraction"):
+        Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(data)])
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3])
+def test_of_a_lone_text_the_last_tokens_are_held_out(tmp_path: Path, tokenizer: Any, fraction: float) -> None:
+    text = "".join(f"the king spoke to queen {number}\n" for number in range(60))
+    path = write(tmp_path / "data", a_txt=text) / "a.txt"
+    found = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=fraction, seq_len=2000)
+    ids = tokenizer(text)["input_ids"]
+    held = round(fraction * len(ids))
+    assert found.test is not None
+    assert found.train.rows[0].ids.tolist()[: len(ids) - held - 1] == ids[: len(ids) - held - 1]
+    assert learned(found.train) == len(ids) - held - 1
+    assert found.test.rows[0].ids.tolist()[:held] == ids[len(ids) - held :]
+    assert learned(found.test) == held
+    assert f"the last {held:,} of {len(ids):,} tokens of {path}" in found.said
+    assert text.endswith(found.test.documents[0].text)
+
+
+def test_a_share_of_documents_is_exact_and_said(tmp_path: Path, tokenizer: Any) -> None:
+    lines = "".join(json.dumps({"text": f"the king {number}"}) + "\n" for number in range(30))
+    data = write(tmp_path / "data", a_jsonl=lines)
+    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.2)
+    assert found.test is not None
+    assert (found.train.ledger.documents, found.test.ledger.documents) == (24, 6)
+    assert "Held out: 6 of 30 documents" in found.said
+    assert "asks for" not in found.said
+    assert found.overlap["held_out"] == "a share of the documents"
+    copied = write(tmp_path / "copied", a_jsonl=lines + lines.splitlines(keepends=True)[0] * 30)
+    found = Outcome(tmp_path, tokenizer, data=[str(copied)], test_fraction=0.6)
+    assert found.test is not None
+    assert (found.train.ledger.documents, found.test.ledger.documents) == (31, 29)
+    assert "--test-fraction 0.6 asks for 36 documents. Copies of one text stay on one side" in found.said
+
+
+@pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a b c d e f"}, {"text": "a"}])
+def test_a_lone_record_or_a_word_is_not_parted(tmp_path: Path, tokenizer: Any, record: dict[str, str]) -> None:
+    data = write(tmp_path / "data", a_jsonl=json.dumps(record))
+    found = Outcome(tmp_path, tokenizer, data=[str(data)])
+    assert found.test is None
+    assert "Nothing is held out" in found.said
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer() -> Any:
+    return open_source("smollm2").tokenizer()
+
+
+@pytest.mark.parametrize("how", ["as it is", "wrapped at 50", "double spaces", "indented"])
+def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(
+    tmp_path: Path, how: str, real_tokenizer: Any
+) -> None:
+    """With a vocabulary of a real model, in which a word that begins a line is often another token."""
+    play = next(files("octavo").joinpath("shakespeare", "test").iterdir()).read_text()
+    words = play[20_000:40_000].split()
+    chapter = " ".join(words[1000:1800])
+    copy = {
+        "as it is": chapter,
+        "wrapped at 50": textwrap.fill(chapter, 50),
+        "double spaces": chapter.replace(" ", "  "),
+        "indented": textwrap.indent(textwrap.fill(chapter, 70), "\t"),
+    }[how]
+    data = write(tmp_path / "data", a_txt=" ".join(words))
+    held = write(tmp_path / "held", c_txt=f"Another beginning.\n{copy}")
+    found = Outcome(tmp_path, real_tokenizer, data=[str(data)], test_data=[str(held)])
+    assert found.overlap["near_copies"] == 1
+    assert found.overlap["share"] > 0.7

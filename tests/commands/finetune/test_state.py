@@ -1,0 +1,142 @@
+"""state.py: what a run has found, into a checkpoint and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.commands.finetune.prepare import prepare, total_steps
+from octavo.commands.finetune.state import Found, Run, resume, save_checkpoint
+from octavo.config import Config, TrainOptions
+from octavo.data.loader import Position
+from octavo.errors import CheckpointError
+from octavo.reporting import Report
+from octavo.store import checkpoint
+from octavo.store.files import sha256_of
+
+Settings = Callable[..., Config]
+
+
+@pytest.fixture
+def begin(settings: Settings, tmp_path: Path) -> Iterator[Callable[[], Run]]:
+    """Makes a run at its beginning, always the same."""
+    with Report(console=False) as report:
+        yield lambda: prepare(settings(tmp_path / "run", keep="last"), report)
+
+
+def filled(run: Run, *, step: int) -> Run:
+    """As if `run` had trained, with numbers that are easy to tell from a beginning's."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in run.trainer.parameters.values():
+        parameter.data.normal_(generator=generator)
+    run.found.done, run.found.position = step, Position(2, 5)
+    run.found.base_rows = [{"name": "base", "perplexity": 1 / 3}]
+    run.found.probe = torch.rand(4, 300, generator=generator)
+    run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
+    return run
+
+
+def test_what_was_found_comes_back_bit_for_bit(begin: Callable[[], Run]) -> None:
+    saved = filled(begin(), step=7)
+    save_checkpoint(saved)
+    fresh = begin()
+    assert resume(fresh)
+    assert (fresh.found.done, fresh.found.position) == (7, Position(2, 5))
+    assert fresh.found.base_rows == saved.found.base_rows
+    assert fresh.trainer.scaler.state() == {"scale": 2.0**7, "good_steps": 7}
+    assert torch.equal(torch.as_tensor(fresh.found.probe), torch.as_tensor(saved.found.probe))
+    for name, parameter in saved.trainer.parameters.items():
+        assert torch.equal(fresh.trainer.parameters[name], parameter), name
+
+
+def test_the_model_computes_with_what_came_back(begin: Callable[[], Run]) -> None:
+    """The parameters are views of the optimizer's buffers and parts of the model: all three are one."""
+    saved = filled(begin(), step=7)
+    save_checkpoint(saved)
+    fresh = begin()
+    ids = torch.tensor([[2, 40, 41, 42]])
+    with torch.no_grad():
+        before = fresh.model(ids)
+        resume(fresh)
+        assert torch.equal(fresh.model(ids), saved.model(ids))
+    assert not torch.equal(fresh.model(ids), before)
+    buffers = {group.values.untyped_storage().data_ptr() for group in fresh.trainer.optimizer.groups}
+    assert {p.untyped_storage().data_ptr() for p in fresh.trainer.parameters.values()} == buffers
+
+
+def test_the_seed_decides_the_numbers_that_pairs_begin_with(settings: Settings, tmp_path: Path) -> None:
+    with Report(console=False) as report:
+        runs = [prepare(settings(tmp_path / "run", seed=seed), report) for seed in (0, 0, 1)]
+    name = next(name for name in runs[0].trainer.parameters if name.endswith("lora_A"))
+    first, same, other = (run.trainer.parameters[name] for run in runs)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_an_empty_folder_has_nothing_to_go_on_from(begin: Callable[[], Run]) -> None:
+    run = begin()
+    assert not resume(run)
+    assert run.found == Found()
+
+
+def test_the_identity_is_that_of_the_data_and_not_of_their_place(
+    settings: Settings, plays: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (plays / "train").iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    with Report(console=False) as report:
+        save_checkpoint(filled(prepare(settings(tmp_path / "run"), report), step=1))
+        assert resume(prepare(settings(tmp_path / "run", data=[str(moved)]), report))
+        (moved / "play0.txt").write_text((moved / "play0.txt").read_text() + "the sea\n")
+        with pytest.raises(CheckpointError, match="data: "):
+            resume(prepare(settings(tmp_path / "run", data=[str(moved)]), report))
+
+
+def test_a_checkpoint_that_lacks_a_pair_is_refused_by_its_name(begin: Callable[[], Run], tmp_path: Path) -> None:
+    """A whole checkpoint by its manifest, but of a version that named its tensors otherwise."""
+    save_checkpoint(filled(begin(), step=1))
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints", warn=pytest.fail)
+    assert found is not None
+    name = next(iter(found.tensors["adapter"]))
+    del found.tensors["adapter"][name]
+    checkpoint.save(found.path.parent, 2, tensors=found.tensors, state=found.state)
+    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+        resume(begin())
+
+
+def test_only_as_many_checkpoints_as_asked_for_stay(settings: Settings, tmp_path: Path) -> None:
+    with Report(console=False) as report:
+        run = prepare(settings(tmp_path / "run", keep_checkpoints=2), report)
+        for step in (1, 2, 3):
+            save_checkpoint(filled(run, step=step))
+    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
+def test_saving_the_same_state_twice_writes_the_same_bytes(begin: Callable[[], Run], tmp_path: Path) -> None:
+    hashes = []
+    for _ in range(2):
+        save_checkpoint(filled(begin(), step=3))
+        files = sorted((tmp_path / "run" / "checkpoints" / "step-00000003").iterdir())
+        hashes.append([(file.name, sha256_of(file)) for file in files])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "steps"),
+    [
+        ({"steps": 3, "epochs": 9.0}, 10, 3),
+        ({"steps": None, "epochs": 1.0, "batch": 4}, 10, 3),
+        ({"steps": None, "epochs": 2.0, "batch": 4, "accumulate": 4}, 10, 2),
+        ({"steps": None, "epochs": 0.01, "batch": 4}, 10, 1),
+        ({"steps": None, "epochs": 1.0, "batch": 64}, 10, 1),
+    ],
+)
+def test_a_run_has_as_many_steps_as_its_epochs_take(
+    settings: Settings, options: dict[str, object], rows: int, steps: int
+) -> None:
+    assert total_steps(settings(Path("run"), **options)[TrainOptions], rows) == steps

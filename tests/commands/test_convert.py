@@ -1,0 +1,191 @@
+"""`octavo convert`, and the other commands on a folder that holds adapters: they serve them, or say what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo import cli
+from octavo.commands.convert import convert
+from octavo.commands.generate import open_speaker
+from octavo.config import Config
+from octavo.errors import ModelError, UsageError
+from octavo.reporting import Report
+
+Octavo = Callable[..., Any]
+
+IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+EXACT = 1e-5  # of float32 logits of about 1: the same sums in another order
+
+
+def converted(folder: Path, out: Path) -> dict[str, Any]:
+    config = Config.read(cli.CONVERT, {"model": str(folder), "out": str(out), "allow_pickle": True})
+    with Report(console=False) as report:
+        return convert(config, report)
+
+
+@pytest.fixture(scope="module")
+def made(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The seed's folder, converted. Not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    converted(seed.folder, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def hivemind(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as hivemind/gpt-j-6B-8bit is, with config.json and tokenizer: the seed's, without its adapters."""
+    folder = Path(shutil.copytree(seed.folder, tmp_path_factory.mktemp("hivemind") / "model"))
+    table = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: t for name, t in table.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
+    return folder
+
+
+@torch.no_grad()
+def logits(**options: Any) -> Tensor:
+    """What `octavo generate` computes with, in float32."""
+    config = Config.read(cli.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
+    with Report(console=False) as report:
+        found: Tensor = open_speaker(config, report).model(IDS)
+    return found
+
+
+@torch.no_grad()
+def wanted(seed: Any) -> Tensor:
+    found: Tensor = seed.model(IDS).logits
+    return found
+
+
+def test_the_folder_and_what_is_made_of_it_give_the_scripts_own_logits(seed: Any, made: Path) -> None:
+    base = logits(model=str(made / "base"))
+    assert float((base - wanted(seed)).abs().max()) > 1
+    for found in (
+        logits(model=str(seed.folder)),
+        logits(model=str(made / "base"), adapter=str(made / "adapter")),
+        logits(model=str(made / "base"), adapter=str(made / "adapter"), scheme="none"),
+    ):
+        assert float((found - wanted(seed)).abs().max()) <= EXACT
+
+
+def test_what_was_written_is_counted(seed: Any, tmp_path: Path) -> None:
+    answer = converted(seed.folder, tmp_path / "out")
+    out = str(tmp_path / "out")
+    assert [answer[key] for key in ("out", "base", "adapter")] == [out, f"{out}/base", f"{out}/adapter"]
+    block = 4 * 64 * 64 + 2 * 64 * 256
+    table = 300 * 64
+    frozen, pairs, full = answer["contents"]
+    assert (frozen["modules"], frozen["tensors"]) == (14, 42)
+    assert frozen["parameters"] == 2 * block + 2 * table
+    rank = 5
+    assert (pairs["modules"], pairs["tensors"]) == (14, 28)
+    assert pairs["parameters"] == rank * (2 * (4 * 128 + 2 * 320) + 2 * 364)
+    assert (full["modules"], full["tensors"]) == (3 + 5, 6 + 5)
+    assert full["parameters"] == 6 * 64 + 2 * (256 + 64) + 300
+    bytes_on_disk = (tmp_path / "out" / "base" / "model.safetensors").stat().st_size
+    assert 0 < bytes_on_disk - (frozen["MiB"] + full["MiB"]) * 2**20 < 10_000, "a header of names"
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "quantize"])
+def test_a_hivemind_folder_is_a_model_like_any_other_once_pickles_are_allowed(
+    octavo: Octavo, hivemind: Path, plays: Path, tmp_path: Path, command: str
+) -> None:
+    short = ("--steps", 2, "--batch", 2, "--seq-len", 32, "--sample-tokens", 2)
+    arguments = {
+        "finetune": (*short, "--data", plays / "train", "--test-data", plays / "test", "--out", tmp_path / "run"),
+        "evaluate": (plays / "test", "--seq-len", 32),
+        "generate": ("the king", "--max-new-tokens", 4),
+        "quantize": ("--out", tmp_path / "small"),
+    }
+    asked = (command, *arguments[command], "--model", hivemind, "--json")
+    refused = octavo(*asked)
+    assert refused.code == 1
+    assert "--allow-pickle" in refused.err
+    done = octavo(*asked, "--allow-pickle")
+    assert done.code == 0
+    if command in ("finetune", "evaluate"):
+        assert done.json["rows"][0]["scheme"] == "dynamic8"
+    if command == "quantize":
+        assert done.json["scheme"] == "dynamic8"
+        assert {layer["error"] for layer in done.json["layers"]} == {0.0}
+
+
+@pytest.mark.parametrize("missing", ["model", "out"])
+def test_a_request_without_a_folder_is_refused(seed: Any, tmp_path: Path, missing: str) -> None:
+    values = {"model": str(seed.folder), "out": str(tmp_path / "out")}
+    del values[missing]
+    with Report(console=False) as report, pytest.raises(UsageError, match="missing"):
+        convert(Config.read(cli.CONVERT, values), report)
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_copy(seed: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (folder / name).symlink_to(seed.folder / name)
+    with pytest.raises(ModelError, match="no tokenizer") as caught:
+        converted(folder, tmp_path / "out")
+    assert "tokenizer.json" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+def test_generating_says_once_that_the_adapters_are_on(octavo: Octavo, seed: Any, made: Path) -> None:
+    greedy = ("--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--allow-pickle")
+    tuned = octavo("generate", "the king", "--model", seed.folder, *greedy)
+    assert tuned.code == 0
+    assert tuned.err.count("holds trained adapters on 14 layers: they are on") == 1
+    apart = octavo("generate", "the king", "--model", made / "base", "--adapter", made / "adapter", *greedy)
+    base = octavo("generate", "the king", "--model", made / "base", *greedy)
+    assert tuned.out == apart.out != base.out
+    assert "adapters" not in base.err
+
+
+def test_evaluating_measures_the_model_with_its_adapters(octavo: Octavo, seed: Any, made: Path, plays: Path) -> None:
+    common = (plays / "test", "--seq-len", 32, "--dtype", "float32", "--json")
+    whole = octavo("evaluate", *common, "--model", seed.folder, "--allow-pickle")
+    apart = octavo("evaluate", *common, "--model", made / "base", "--adapter", made / "adapter")
+    (row,) = whole.json["rows"]
+    untuned, tuned = apart.json["rows"]
+    assert (row["name"], untuned["name"], tuned["name"]) == ("tuned", "quantised", "tuned")
+    assert row["perplexity"] == pytest.approx(tuned["perplexity"], rel=1e-5)
+    assert abs(row["perplexity"] - untuned["perplexity"]) > 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "quantize", "evaluate", "generate"])
+def test_what_would_lose_the_adapters_is_refused_before_any_work(
+    octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path, command: str
+) -> None:
+    """An adapter on an adapter cannot be written as one; codes written alone would be the untuned model."""
+    arguments = {
+        "finetune": ("--data", plays / "train", "--out", tmp_path / "run"),
+        "quantize": ("--out", tmp_path / "small", "--scheme", "int8"),
+        "evaluate": (plays / "test", "--adapter", made / "adapter"),
+        "generate": ("the", "--adapter", made / "adapter"),
+    }
+    done = octavo(command, *arguments[command], "--model", seed.folder, "--allow-pickle")
+    assert (done.code, done.out) == (1, "")
+    assert f"octavo convert {seed.folder} --allow-pickle --out" in done.err
+    assert "Measuring" not in done.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
+
+
+def test_the_base_trains_and_the_ledger_looks_at_the_folder_itself(
+    octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path
+) -> None:
+    looked = octavo("data", plays / "train", "--model", seed.folder, "--seq-len", 32, "--json")
+    assert looked.code == 0
+    tuned = octavo(
+        "finetune", "--model", made / "base", "--data", plays / "train", "--test-data", plays / "test", "--steps", 2,
+        "--batch", 2, "--seq-len", 32, "--sample-tokens", 2, "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert tuned.code == 0
+    origin = json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())
+    made_of = json.loads((made / "adapter" / "octavo.json").read_text())
+    assert origin["base"]["sha256"] == made_of["base"]["sha256"]
+    assert origin["base"]["scheme"] == "dynamic8"

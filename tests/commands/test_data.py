@@ -1,0 +1,148 @@
+"""texts.py: rows and their ledger from files, and the sight of them before any training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, to_text
+from octavo.config import Config, DataOptions, ModelOptions, TextOptions
+from octavo.data.ledger import FileLedger, Ledger
+from octavo.data.packing import IGNORE_INDEX
+from octavo.errors import DataError, UsageError
+from octavo.reporting import Report
+from octavo.store.tokenizer_files import load_tokenizer
+
+KINDS = (ModelOptions, DataOptions, TextOptions)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(tiny_llama)
+
+
+def text_of(paths: list[Path], tokenizer: Any, **options: Any) -> Text:
+    chosen = TextOptions.model_validate(options)
+    with Report(console=False) as report:
+        return to_text(read_documents([str(path) for path in paths], chosen), chosen, tokenizer, report)
+
+
+def records(folder: Path, *lines: object) -> Path:
+    path = folder / "records.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": True}, {"seq_len": 300}, {"split_on": "lines"}])
+def test_the_ledger_accounts_for_every_token_of_every_file(
+    plays: Path, tokenizer: Any, options: dict[str, Any]
+) -> None:
+    text = text_of([plays / "train"], tokenizer, **{"seq_len": 32, **options})
+    both: list[FileLedger | Ledger] = [text.ledger, *text.ledger.files]
+    for counted in both:
+        assert counted.tokens == counted.learned + counted.read_only + counted.left_out
+    assert text.ledger.learned == sum(int((row.labels != IGNORE_INDEX).sum()) for row in text.rows) > 0
+    assert (text.ledger.left_out > 0) == ("truncate" in options)
+    expected = sum(len(tokenizer.encode(path.read_text())) + 1 for path in (plays / "train").iterdir())
+    if "split_on" not in options:
+        assert text.ledger.tokens == expected, "all tokens of the files and an end for each"
+
+
+def test_no_paths_is_a_wrong_request() -> None:
+    with pytest.raises(UsageError, match="No text files"):
+        read_documents([], TextOptions.model_validate({}))
+
+
+def test_what_cannot_be_read_stops_or_is_counted(plays: Path, tokenizer: Any, tmp_path: Path) -> None:
+    good = plays / "train" / "play0.txt"
+    broken = records(tmp_path, {"text": "the king"}, '{"text": \n', {"text": "the queen"})
+    (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match=r"records\.jsonl:2: "):
+        text_of([good, broken], tokenizer)
+    with pytest.raises(DataError, match=r"binary\.txt"):
+        text_of([good, binary], tokenizer)
+    ledger = text_of([good, broken, binary], tokenizer, skip_bad=True).ledger
+    assert (ledger.documents, ledger.skipped) == (3, 2)
+    assert [file.skipped for file in ledger.files] == [0, 1, 1]
+
+
+def test_what_was_skipped_is_said_by_file_and_by_line_where_there_is_one(
+    plays: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    broken = records(tmp_path, {"text": "the king"}, '{"text": \n')
+    (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    options = TextOptions.model_validate({"skip_bad": True})
+    with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
+        to_text(read_documents([str(broken), str(binary)], options), options, tokenizer, report)
+    events = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    warnings = [event["text"] for event in events if event["event"] == "warn"]
+    assert warnings[0].startswith(f"Skipped {broken}:2: ")
+    assert warnings[1].startswith(f"Skipped {binary}")
+    assert ":0:" not in warnings[1]
+
+
+def test_duplicates_and_poor_documents_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+    path = records(tmp_path, {"text": "the king of york"}, {"text": "the king of york"}, {"text": "aaaaaaaa"})
+    ledger = text_of([path], tokenizer, deduplicate=True, min_unique_tokens=4).ledger
+    assert (ledger.documents, ledger.dropped) == (3, 2)
+    assert ledger.left_out > 0
+
+
+def test_a_prompt_is_marked_and_its_completion_is_not(tokenizer: Any, tmp_path: Path) -> None:
+    path = records(tmp_path, {"prompt": "where is my lord", "completion": " of york"})
+    text = text_of([path], tokenizer, seq_len=64)
+    assert marked(text.rows[0], tokenizer) == "[[where is my lord]] of york<|im_end|>"
+
+
+def test_in_a_conversation_all_but_the_assistants_words_and_their_end_is_marked(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [("user", "where"), ("assistant", "york"), ("user", "who"), ("assistant", "my lord")]
+    path = records(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
+    shown = marked(text_of([path], tokenizer, seq_len=128).rows[0], tokenizer)
+    assert "]]york<|im_end|>[[" in shown
+    assert shown.endswith("]]my lord<|im_end|>")
+    assert shown.startswith("[[<|im_start|>user\nwhere<|im_end|>")
+
+
+def test_documents_in_one_row_are_marked_one_by_one(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{word} ", "completion": "king"} for word in ("where", "who", "whose")]
+    text = text_of([records(tmp_path, *lines)], tokenizer, seq_len=128)
+    assert len(text.rows) == 1
+    assert marked(text.rows[0], tokenizer) == "".join(f"[[{line['prompt']}]]king<|im_end|>" for line in lines)
+
+
+def test_rows_without_targets_are_not_measured(tokenizer: Any, tmp_path: Path) -> None:
+    """A prompt that fills its row leaves nothing to learn there."""
+    lines = [{"prompt": "q" * 40, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
+    text = text_of([records(tmp_path, *lines)], tokenizer, seq_len=8, truncate=True)
+    assert len(text.rows) == 2
+    assert [row.sources for row in text.measurable(0)] == [text.rows[1].sources]
+    assert text.measurable(1) == text.measurable(0)
+
+
+def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = Config.read(KINDS, {"data": [str(plays / "train")], "seq_len": 32, "samples": 1})
+    with Report() as report:
+        reading = read_documents([str(plays / "train")], config[TextOptions], report)
+        counted = show_data(config, reading, tokenizer, report)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert {*LEDGER_COLUMNS.values(), "files"} <= counted.keys()
+    assert f"{counted['learned']:,}" in shown.err
+    assert f"file in {plays / 'train'}" in shown.err
+    assert "play0.txt" in shown.err
+    assert shown.err.count("is read, not learned") == 1
+
+
+def test_before_many_megabytes_are_read_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("the king " * 120_000)
+    options = Config.read(KINDS, {"seq_len": 32})[TextOptions]
+    for smallest, said in ((1_080_001, ""), (1_080_000, "Reading 1 MB from 1 file.\n")):
+        monkeypatch.setattr("octavo.commands.data.MANY_BYTES", smallest)
+        with Report() as report:
+            assert len(read_documents([str(tmp_path)], options, report).documents) == 1
+        assert capsys.readouterr().err == said

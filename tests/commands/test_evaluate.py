@@ -1,0 +1,236 @@
+"""commands/evaluate.py: the perplexity table of base, quantised and tuned model, and of one scheme beside another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo.commands import evaluate, loading, quantize
+from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions
+from octavo.errors import UsageError
+from octavo.hardware import Hardware
+from octavo.ops.quantize import SCHEMES
+from octavo.reporting import Report
+
+EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
+QUANTIZE = (ModelOptions, QuantizeOptions)
+CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+Evaluate = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> Path:
+    """Where a report of `evaluate` writes what it says."""
+    return tmp_path / "said.jsonl"
+
+
+@pytest.fixture(name="evaluate")
+def table_of(tiny_llama: Path, plays: Path, said: Path) -> Evaluate:
+    """The table of the tiny Llama on the held-out play, with some options."""
+
+    def table(**options: Any) -> list[dict[str, Any]]:
+        values = {"model": str(tiny_llama), "data": [str(plays / "test")], "seq_len": 32, **options}
+        said.unlink(missing_ok=True)
+        with Report(console=False, metrics=said) as report:
+            rows: list[dict[str, Any]] = evaluate.evaluate(Config.read(EVALUATE, values), report)["rows"]
+        return rows
+
+    return table
+
+
+def quantised(model: Path, out: Path, scheme: str) -> Path:
+    """The folder that `octavo quantize` writes."""
+    with Report(console=False) as report:
+        quantize.quantize(Config.read(QUANTIZE, {"model": str(model), "scheme": scheme, "out": str(out)}), report)
+    return out
+
+
+@pytest.fixture(scope="module")
+def int8_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised(tiny_llama, tmp_path_factory.mktemp("int8") / "model", "int8")
+
+
+def named(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(row["name"], row["scheme"]) for row in rows]
+
+
+def test_the_table_names_base_quantised_and_tuned(evaluate: Evaluate, adapter_folder: Path) -> None:
+    rows = evaluate(scheme="int8", adapter=str(adapter_folder))
+    assert named(rows) == [("base", "none"), ("quantised", "int8"), ("tuned", "int8")]
+    assert [row["adapter"] for row in rows] == [None, None, str(adapter_folder)]
+    assert len({row["tokens"] for row in rows}) == 1
+    base, quantised, tuned = (row["perplexity"] for row in rows)
+    assert quantised == pytest.approx(base, rel=0.02)
+    assert abs(tuned - quantised) > 0.1
+    sizes = [row["size_bytes"] for row in rows]
+    assert sizes[0] > 2 * sizes[1] == 2 * sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [("base", "none"), ("quantised", "int8")]),
+        ({"scheme": "nf4"}, [("base", "none"), ("quantised", "nf4")]),
+        ({"base": False}, [("quantised", "int8")]),
+        ({"scheme": "none"}, [("base", "none")]),
+        ({"scheme": "none", "base": False}, [("base", "none")]),
+        ({"compare": ["nf4", "none", "int8"]}, [("quantised", "nf4"), ("base", "none"), ("quantised", "int8")]),
+        ({"compare": "int8,none,int8"}, [("quantised", "int8"), ("base", "none")]),
+        ({"compare": "dynamic8", "base": True}, [("quantised", "dynamic8")]),
+    ],
+)
+def test_each_model_that_was_asked_for_has_its_row(
+    evaluate: Evaluate, options: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    assert named(evaluate(**options)) == expected
+
+
+def test_schemes_side_by_side_are_what_each_gives_alone(evaluate: Evaluate, adapter_folder: Path) -> None:
+    together = evaluate(compare=list(SCHEMES))
+    assert together == [evaluate(scheme=scheme, base=False)[-1] for scheme in SCHEMES]
+    assert len({row["perplexity"] for row in together}) == len(SCHEMES)
+    tuned = evaluate(compare=list(SCHEMES), adapter=str(adapter_folder))
+    assert tuned == [evaluate(scheme=scheme, base=False, adapter=str(adapter_folder))[-1] for scheme in SCHEMES]
+    assert {(row["name"], row["adapter"]) for row in tuned} == {("tuned", str(adapter_folder))}
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_measured(
+    evaluate: Evaluate, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantised(tiny_llama, tmp_path / "dynamic8", "dynamic8")
+    monkeypatch.setattr("octavo.runtime.optional.find_spec", lambda _: None)
+    assert named(evaluate(model=str(folder))) == [("quantised", "dynamic8")]
+    monkeypatch.setattr("octavo.commands.evaluate.score_rows", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UsageError, match="bitsandbytes, which is not installed"):
+        evaluate(compare="int8,dynamic8")
+
+
+def test_a_size_is_that_of_the_folder_that_quantize_writes(
+    evaluate: Evaluate, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """In 16 bits, too, which a CPU measures in float32."""
+    half = Path(shutil.copytree(tiny_llama, tmp_path / "half"))
+    tensors = load_file(half / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / "model.safetensors")
+    for model in (tiny_llama, half):
+        for row in evaluate(model=str(model), compare=list(SCHEMES)):
+            out = quantised(model, tmp_path / f"{model.name}-{row['scheme']}", row["scheme"])
+            written = load_file(out / "model.safetensors").values()
+            assert row["size_bytes"] == sum(tensor.nbytes for tensor in written)
+
+
+def test_schemes_are_loaded_one_after_another(evaluate: Evaluate, loaded_models: list[Any]) -> None:
+    evaluate(compare=list(SCHEMES))
+    assert len(loaded_models) == len(SCHEMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"compare": "none,int8"}, ["float32", "bfloat16"]),
+        ({"compare": "none,int8", "dtype": "bfloat16"}, ["bfloat16", "bfloat16"]),
+        ({"scheme": "none"}, ["float32"]),
+        ({"scheme": "nf4"}, ["float32", "bfloat16"]),
+        ({"scheme": "nf4", "dtype": "bfloat16"}, ["bfloat16", "bfloat16"]),
+    ],
+)
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_base_is_measured_in_full_precision_and_what_trains_in_its_own_type(
+    evaluate: Evaluate,
+    adapter_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    expected: list[str],
+    tuned: bool,
+) -> None:
+    used: list[str] = []
+
+    def load_model(source: Any, scheme: Any, hardware: Hardware, report: Report) -> Any:
+        used.append(str(hardware.dtype).removeprefix("torch."))
+        return loading.load_model(source, scheme, hardware, report)
+
+    monkeypatch.setattr(loading, "pick", lambda *_: Hardware(CPU.device, torch.bfloat16, "", "cpu"))
+    monkeypatch.setattr("octavo.commands.evaluate.load_model", load_model)
+    evaluate(**options, rows=1, **({"adapter": str(adapter_folder)} if tuned else {}))
+    own = tuned and options.get("scheme") != "nf4"  # there the first model is the base, without the adapter
+    assert used == (["bfloat16"] * len(expected) if own else expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [({"compare": ["int8", "int3"]}, "none, int8"), ({"compare": ["int8"], "scheme": "nf4"}, "one of them")],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_read(
+    evaluate: Evaluate, options: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        evaluate(**options, model="nowhere/at/all")
+    assert hint in caught.value.hint
+
+
+def test_a_quantised_folder_is_not_passed_off_as_the_base(evaluate: Evaluate, int8_folder: Path) -> None:
+    """Its full-precision weights are gone; what it decodes to is no base to compare with."""
+    rows = evaluate(model=str(int8_folder))
+    assert named(rows) == [("quantised", "int8")]
+    assert rows == evaluate(scheme="int8", base=False), "and it gives what quantising the original gives"
+
+
+def test_schemes_beside_the_stored_one_are_said_to_start_from_it(
+    evaluate: Evaluate, int8_folder: Path, said: Path
+) -> None:
+    own = evaluate(model=str(int8_folder), compare="int8")
+    assert "stored under int8" not in said.read_text()
+    assert own == evaluate(compare="int8")
+    rows = evaluate(model=str(int8_folder), compare="none,int8,nf4")
+    assert "stored under int8" in said.read_text()
+    assert named(rows) == [("quantised", "none"), ("quantised", "int8"), ("quantised", "nf4")]
+    assert rows[1] == own[0]
+    assert rows[0]["perplexity"] == pytest.approx(own[0]["perplexity"], rel=1e-3)
+    assert rows[2]["perplexity"] != evaluate(compare="nf4")[0]["perplexity"]
+
+
+def test_an_adapter_on_an_unquantised_base_has_two_rows(evaluate: Evaluate, adapter_folder: Path) -> None:
+    rows = evaluate(scheme="none", adapter=str(adapter_folder))
+    assert named(rows) == [("base", "none"), ("tuned", "none")]
+
+
+def test_an_adapter_of_other_weights_is_put_on_with_a_warning(
+    evaluate: Evaluate, adapter_folder: Path, tmp_path: Path, said: Path
+) -> None:
+    foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
+    (foreign / "octavo.json").write_text(json.dumps({"base": {"sha256": "0" * 64}}))
+    own = evaluate(compare="int8,nf4", adapter=str(adapter_folder))
+    assert "other base weights" not in said.read_text()
+    rows = evaluate(compare="int8,nf4", adapter=str(foreign))
+    assert said.read_text().count("other base weights") == 1
+    assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in own]
+
+
+def test_text_without_a_target_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+    record = {"prompt": "q" * 99, "completion": "king"}
+    (path := tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UsageError, match="no token to measure"):
+        evaluate(data=[str(path)], truncate=True)
+
+
+def test_rows_limits_what_is_measured(evaluate: Evaluate) -> None:
+    everything, little = evaluate(base=False), evaluate(base=False, rows=1)
+    assert 0 < little[0]["tokens"] <= 32 < everything[0]["tokens"]
+
+
+def test_rows_longer_than_the_context_are_refused_with_the_longest_that_fits(evaluate: Evaluate) -> None:
+    with pytest.raises(UsageError, match="--seq-len 128 or less"):
+        evaluate(seq_len=129)
+
+
+def test_full_precision_on_a_cpu_is_float32() -> None:
+    assert evaluate.full_precision(Hardware(CPU.device, torch.bfloat16, "", "cpu")).dtype == torch.float32
+    card = Hardware(torch.device("cuda"), torch.bfloat16, "", "card")
+    assert evaluate.full_precision(card) is card

@@ -1,0 +1,158 @@
+"""commands/loading.py and quantize.py: a model written under a scheme; what fits together and what does not."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import Octavo
+
+from octavo.commands import generate, loading, quantize
+from octavo.config import Config, ModelOptions, QuantizeOptions
+from octavo.errors import AdapterError, ModelError, UsageError
+from octavo.hardware import Hardware
+from octavo.layers.lora import LoraSpec
+from octavo.metrics import Score
+from octavo.models import Model, build, weight_map
+from octavo.ops.quantize import scheme_named
+from octavo.reporting import Report
+from octavo.store import base_names, peft
+from octavo.store.sources import FolderSource
+from octavo.store.tokenizer_files import load_tokenizer
+
+QUANTIZE = (ModelOptions, QuantizeOptions)
+CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+
+
+@pytest.fixture(scope="module")
+def int8_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama written under int8."""
+    out = tmp_path_factory.mktemp("int8") / "model"
+    with Report(console=False) as report:
+        quantize.quantize(Config.read(QUANTIZE, {"model": str(tiny_llama), "scheme": "int8", "out": str(out)}), report)
+    return out
+
+
+def test_quantising_tells_the_size_and_the_error_of_every_layer(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    with Report(console=False) as report:
+        config = Config.read(QUANTIZE, {"model": str(tiny_llama), "scheme": "int8", "out": str(out)})
+        told = quantize.quantize(config, report)
+    assert told["scheme"] == "int8"
+    assert {layer["name"] for layer in told["layers"]} >= {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert all(0 < layer["error"] < 0.02 for layer in told["layers"])
+    for layer in told["layers"]:
+        rows, columns = layer["shape"]
+        assert layer["bytes"] == rows * columns + 4 * rows, "a byte a weight, a float32 scale a row"
+    files = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert sum(layer["bytes"] for layer in told["layers"]) <= told["bytes"] <= files
+
+
+def test_quantising_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> None:
+    with Report(console=False) as report:
+        with pytest.raises(UsageError, match="--out"):
+            quantize.quantize(Config.read(QUANTIZE, {"model": str(tiny_llama)}), report)
+        before = sorted(file.stat().st_mtime_ns for file in int8_folder.iterdir())
+        with pytest.raises((UsageError, ModelError), match="already"):
+            quantize.quantize(Config.read(QUANTIZE, {"model": str(tiny_llama), "out": str(int8_folder)}), report)
+    assert sorted(file.stat().st_mtime_ns for file in int8_folder.iterdir()) == before
+
+
+def test_auto_takes_the_folders_own_scheme_and_else_int8(tiny_llama: Path, int8_folder: Path) -> None:
+    auto = ModelOptions.model_validate({})
+    assert loading.chosen_scheme(auto, FolderSource(tiny_llama)).name == "int8"
+    assert loading.chosen_scheme(auto, FolderSource(int8_folder)).name == "int8"
+    assert loading.chosen_scheme(ModelOptions.model_validate({"scheme": "nf4"}), FolderSource(tiny_llama)).name == "nf4"
+
+
+def test_a_prompt_is_encoded_as_text_or_as_a_users_message(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    plain = generate.prompt_ids("the king", tokenizer, chat=False)
+    chat = generate.prompt_ids("the king", tokenizer, chat=True)
+    assert tokenizer.decode(plain) == "the king"
+    assert tokenizer.decode(chat) == "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_perplexity_beyond_a_float_is_infinite() -> None:
+    """A model that has diverged is measured, not a crash at the end of the run."""
+    assert Score(nats=8000.0, tokens=10, n_bytes=10).perplexity == math.inf
+    assert Score(nats=8000.0, tokens=100, n_bytes=10).perplexity == pytest.approx(math.exp(80))
+
+
+def test_the_model_can_be_asked_for_its_ends(tiny_llama: Path) -> None:
+    assert set(loading.end_ids(FolderSource(tiny_llama))) == {2}
+
+
+@pytest.mark.parametrize("value", ["2", [2, None], [True], -1, 2**40, {}, [1.5], list(range(2000))])
+def test_end_ids_that_are_no_ids_are_an_error(value: object, tiny_llama: Path) -> None:
+    source = FolderSource(tiny_llama)
+    source.generation_config["eos_token_id"] = value
+    with pytest.raises(ModelError, match="eos_token_id is"):
+        loading.end_ids(source)
+
+
+def test_a_loaded_model_is_in_eval_mode(tiny_llama: Path) -> None:
+    with Report(console=False) as report:
+        model: Model = loading.load_model(FolderSource(tiny_llama), scheme_named("none"), CPU, report)
+    assert not model.training
+
+
+def test_the_base_is_hashed_only_for_an_adapter_that_names_one(
+    tiny_llama: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To hash it is to read all of its weights: half a minute for 12 GB."""
+    foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
+    (foreign / "octavo.json").unlink()
+    hashed: list[str] = []
+
+    def fingerprint(source: object) -> str:
+        hashed.append("base")
+        return "another"
+
+    monkeypatch.setattr(base_names, "fingerprint", fingerprint)
+    with Report(console=False) as report:
+        source = FolderSource(tiny_llama)
+        assert loading.read_adapter(foreign, source, report).trained_on is None
+        assert not hashed
+        assert loading.read_adapter(adapter_folder, source, report).trained_on
+        assert hashed == ["base"]
+
+
+def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The base lacks the rows of those tokens: it is left out of the table, with a warning."""
+    source = FolderSource(tiny_llama)
+    tables = {name: source.tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tokenizer = source.tokenizer()
+    tokenizer.add_tokens(["<extra_a>", "<extra_b>"])
+    rows = max(tokenizer.get_vocab().values()) + 1
+    generator = torch.Generator().manual_seed(0)
+    full = {
+        name: torch.cat([table, torch.randn(rows - len(table), table.shape[1], generator=generator)])
+        for name, table in tables.items()
+    }
+    adapter = peft.Adapter(LoraSpec(), {}, full)
+    peft.write(tmp_path / "adapter", adapter, modules=weight_map(build(source.config)), biases=False, base="", card="")
+    (tmp_path / "text.txt").write_text("the king <extra_b> said")
+    ask = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")
+    without = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    assert [row["name"] for row in json.loads(without.out)["rows"]] == ["base", "tuned"], without.err
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    done = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    assert done.code == 0, done.err
+    assert [row["name"] for row in json.loads(done.out)["rows"]] == ["tuned"]
+    assert "base is not measured" in done.err
+    assert "its own tokenizer" in done.err
+    assert json.loads(done.out)["rows"][0]["tokens"] < json.loads(without.out)["rows"][0]["tokens"]
+    assert octavo("generate", *ask, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0
+
+
+def test_an_adapter_with_fewer_rows_than_the_tokenizer_has_tokens_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = peft.Adapter(LoraSpec(), {}, {"model.embed_tokens.weight": torch.ones(3, 4)})
+    with Report(console=False) as report, pytest.raises(AdapterError, match="has 3 rows"):
+        loading.tokenizer_with(adapter, tmp_path, FolderSource(tiny_llama), report)

@@ -1,0 +1,314 @@
+"""A branch with a backward of its own: what it holds, what it computes again, and the dropout that both sides share.
+
+That its numbers are those of the definition is tests/layers/test_residual.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from octavo.fused.branch import Branch, Norm, Save, branch
+from octavo.fused.linear import FusedLinear
+from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.linear import LoraSlice
+from octavo.ops.linear_spec import LinearSpec
+from octavo.runtime.offload import ActivationOffload
+
+BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
+ROWS, HEADS, HEAD_SIZE = BATCH * LENGTH, 3, 4  # heads are wider than d on the whole, so that no size is another's
+PIECES: dict[str, tuple[Mixer, ...]] = {
+    "GPT-J's": (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
+    "attention": (Attention(HEADS, 1, HEAD_SIZE, HALF),),
+    "gated MLP": (Swiglu(MLP_WIDTH),),
+}
+PIECES |= {f"{kind}, by name": PIECES[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
+every_kind = pytest.mark.parametrize("kind", PIECES)
+every_keep = pytest.mark.parametrize("save", list(Save))
+RANK = 2
+
+KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+
+
+class Case:
+    """A branch with everything trained on it. `leaves` are x, then all that is trained, in its order.
+
+    "by name": a pair for every name instead of one for the inner product, and its bias is not trained, as people train:
+    then pairs learn in an activation's backward.
+    """
+
+    def __init__(self, kind: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int, scale: float = 0.5) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+        self.pieces, self.dropout = PIECES[kind], dropout
+        self.inner_rows = sum(piece.inputs for piece in self.pieces)
+        self.by_name, bias = "by name" in kind, "gated MLP" not in kind
+        self.weights = [random(self.inner_rows, WIDTH)] + [random(WIDTH, piece.outputs) for piece in self.pieces]
+        norm = [random(WIDTH) + 1] + ([random(WIDTH)] if bias else [])
+        self.groups = [self.inner_rows]
+        if self.by_name:
+            self.groups = [
+                n
+                for piece in self.pieces
+                for n in [piece.inputs // (piece.lora_chunks or 1)] * (piece.lora_chunks or 1)
+            ]
+        inner = [factor for n in self.groups for factor in (random(RANK, WIDTH), random(n, RANK))]
+        self.bias = random(self.inner_rows) if bias else None
+        if self.bias is not None and not self.by_name:
+            inner.append(self.bias)
+        outer = [factor for piece in self.pieces for factor in (random(RANK, piece.outputs), random(WIDTH, RANK))]
+        self.sizes = [len(norm), len(inner), len(outer)]
+        self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+        self.dy = random(BATCH, LENGTH, WIDTH)
+
+    def branch(self, *trained: Tensor) -> Branch:
+        norm, inner, outer = _split(list(trained), self.sizes)
+        stops = list(accumulate(self.groups))
+        low = tuple(
+            LoraSlice(stop - span, stop, a, b, 2.5 if self.by_name else 0.5)
+            for span, stop, a, b in zip(self.groups, stops, inner[::2], inner[1::2], strict=False)
+        )
+        bias = self.bias if self.by_name or self.bias is None else inner[-1]
+        first = LinearSpec(self.inner_rows, WIDTH, _filling(self.weights[0]), bias, 0, low, self.dropout)
+        parts = [
+            LinearSpec(WIDTH, piece.outputs, _filling(weight), None, 0, (LoraSlice(0, WIDTH, a, b, 2.0),), self.dropout)
+            for piece, weight, a, b in zip(self.pieces, self.weights[1:], outer[::2], outer[1::2], strict=True)
+        ]
+        norms = Norm(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
+        return Branch(norms, FusedLinear((first,)), self.pieces, FusedLinear(tuple(parts)))
+
+    def run(
+        self,
+        x: Tensor,
+        *trained: Tensor,
+        save: Save,
+        packed: bool = False,
+        seed: int = 3,
+        offload: ActivationOffload | None = None,
+    ) -> Tensor:
+        torch.manual_seed(seed)
+        return branch(x, self.branch(*trained), context_of(packed=packed, offload=offload), save=save)
+
+    def gradients(
+        self, *, save: Save, packed: bool = False, seed: int = 3, offload: ActivationOffload | None = None
+    ) -> tuple[Tensor, ...]:
+        y = self.run(*self.leaves, save=save, packed=packed, seed=seed, offload=offload)
+        return torch.autograd.grad(y, self.leaves, self.dy)
+
+
+def _split(flat: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [flat[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def _filling(weight: Tensor) -> Any:
+    return lambda out: out.copy_(weight)
+
+
+def context_of(*, packed: bool, offload: ActivationOffload | None = None) -> ForwardContext:
+    document = torch.tensor([[0, 0, 1, 1], [2, 3, 3, -1]]) if packed else None
+    positions = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]) if packed else torch.arange(LENGTH)[None]
+    table = rotary_table(positions, torch.tensor([0.7, 0.3]))
+    return ForwardContext(BATCH, LENGTH, table, find_documents(document, positions.device), offload)
+
+
+@every_kind
+@pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_finite_differences_under_one_seed(kind: str, packed: bool, dropout: float) -> None:
+    # With dropout, only if forward and backward drop the same.
+    case = Case(kind, dropout=dropout, dtype=torch.float64)
+
+    def run(*leaves: Tensor) -> Tensor:
+        return case.run(*leaves, save=Save.ALL, packed=packed)
+
+    assert torch.autograd.gradcheck(run, case.leaves, eps=1e-4, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+@every_kind
+@pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+@pytest.mark.parametrize("save", [Save.INPUT, Save.ATTENTION])
+def test_what_is_kept_changes_no_bit_with_dropout_on(kind: str, packed: bool, save: Save) -> None:
+    case = Case(kind, dropout=0.4)
+    everything = case.gradients(save=Save.ALL, packed=packed)
+    for one, other in zip(everything, case.gradients(save=save, packed=packed), strict=True):
+        assert torch.equal(one, other)
+        assert one.any()
+
+
+@every_kind
+@every_keep
+def test_an_input_that_was_away_changes_no_bit(kind: str, save: Save) -> None:
+    case = Case(kind, dropout=0.4)
+    for one, other in zip(
+        case.gradients(save=save), case.gradients(save=save, offload=ActivationOffload()), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_no_input_is_put_away_that_no_backward_takes_back() -> None:
+    case, offload = Case("GPT-J's"), ActivationOffload()
+    y = case.run(*(leaf.detach() for leaf in case.leaves), save=Save.ALL, offload=offload)
+    assert not y.requires_grad
+    with pytest.raises(IndexError):
+        offload.take()
+    with torch.no_grad():
+        case.run(*case.leaves, save=Save.ALL, offload=offload)
+    with pytest.raises(IndexError):
+        offload.take()
+
+
+@every_kind
+def test_another_seed_drops_others(kind: str) -> None:
+    case = Case(kind, dropout=0.4)
+    first, again, other = (case.run(*case.leaves, save=Save.INPUT, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@every_kind
+@every_keep
+def test_backward_draws_nothing_from_the_global_generator(kind: str, save: Save) -> None:
+    case = Case(kind, dropout=0.4)
+    y = case.run(*case.leaves, save=save)
+    state = torch.get_rng_state()
+    torch.autograd.backward(y, case.dy)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_kind
+@pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, packed: bool, kept_by: KeptBy) -> None:
+    case = Case(kind, dropout=0.4)
+    context = context_of(packed=packed)
+    if context.documents is not None:
+        assert context.documents.mask.any()  # made once for all blocks
+    held = {
+        save: kept_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context, save=save))[1]  # type: ignore[misc]
+        for save in Save
+    }
+    this = case.branch(*case.leaves[1:])
+    thin = ROWS * sum(wide.width - wide.inputs for wide in (this.inner, this.outer)) * 4
+    assert held[Save.INPUT] == thin  # beside x, which was there before
+    attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if "gated MLP" not in kind else 0  # its output and log-sums
+    if kind == "attention":
+        attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and holds the copies
+    if packed and "gated MLP" not in kind:
+        attention += BATCH * LENGTH * LENGTH * 4  # and takes the mask in numbers
+    assert held[Save.ATTENTION] == thin + attention
+    assert held[Save.ALL] == thin + attention + ROWS * case.inner_rows * 4  # and u
+
+
+@every_kind
+def test_without_grad_mode_nothing_is_held_and_the_numbers_are_the_same(kind: str, kept_by: KeptBy) -> None:
+    case = Case(kind, dropout=0.4)
+    expected = case.run(*case.leaves, save=Save.ALL)
+    with torch.no_grad():
+        y, held = kept_by(lambda: case.run(*case.leaves, save=Save.ALL))
+    assert held == 0
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+
+
+@every_kind
+@every_keep
+def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, save: Save, kept_by: KeptBy) -> None:
+    case, outputs = Case(kind), []
+
+    def both_ways() -> Tensor:
+        outputs.append(case.run(*case.leaves, save=save))
+        (gradient,) = torch.autograd.grad(outputs[0], case.leaves[0], case.dy)
+        return gradient
+
+    _, held = kept_by(both_ways)
+    assert held == outputs[0].nbytes + context_bytes()
+
+
+def context_bytes() -> int:
+    """Of what `run` makes besides: the rotary table, which the output's graph refers to."""
+    return sum(part.nbytes for part in context_of(packed=False).rotary)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by (rows, what is summed, columns)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.counts[a.shape[0], a.shape[1], b.shape[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@every_kind
+@every_keep
+def test_only_products_whose_output_is_needed_run_again(kind: str, save: Save) -> None:
+    case = Case(kind)
+    made = case.branch(*case.leaves[1:])
+    inner = ROWS, made.inner.width, case.inner_rows
+    outer = ROWS, made.outer.width, WIDTH
+    with Products() as forward:
+        y = case.run(*case.leaves, save=save)
+    assert (forward.counts[inner], forward.counts[outer]) == (1, 1)
+    with Products() as backward:
+        torch.autograd.backward(y, case.dy)
+    assert backward.counts[outer] == 0  # once is enough, whatever is kept
+    assert backward.counts[inner] == (0 if save is Save.ALL else 1)
+    # And the two products that give gradients to what the matrices read.
+    assert backward.counts[ROWS, WIDTH, made.outer.width] == 1
+    assert backward.counts[ROWS, case.inner_rows, made.inner.width] == 1
+
+
+@every_kind
+@every_keep
+def test_an_x_that_needs_no_gradient_costs_no_product_for_one(kind: str, save: Save) -> None:
+    case = Case(kind)
+    everything = case.gradients(save=save)
+    x, *leaves = case.leaves
+    norm, *others = _split(leaves, case.sizes)
+    still = [tensor.detach() for tensor in norm]
+    trained = [tensor for group in others for tensor in group]
+    y = case.run(x.detach(), *still, *trained, save=save)
+    with Products() as backward:
+        found = torch.autograd.grad(y, trained, case.dy)
+    for one, other in zip(found, everything[1 + len(norm) :], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    made = case.branch(*leaves)
+    assert backward.counts[ROWS, case.inner_rows, made.inner.width] == 0
+    # Norms in front of it may be trained all the same.
+    y = case.run(x.detach(), *leaves, save=save)
+    for one, other in zip(torch.autograd.grad(y, leaves, case.dy), everything[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@every_kind
+def test_the_gradient_that_comes_in_is_left_as_it_is(kind: str) -> None:
+    case = Case(kind)
+    before = case.dy.clone()
+    case.gradients(save=Save.ALL)
+    assert torch.equal(case.dy, before)
+
+
+@every_keep
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(save: Save) -> None:
+    case = Case("GPT-J's", dropout=0.4)
+    y = case.run(*case.leaves, save=save)
+    first = torch.autograd.grad(y, case.leaves, case.dy, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(y, case.leaves, case.dy), strict=True):
+        assert torch.equal(one, other)

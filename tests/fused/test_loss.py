@@ -1,0 +1,233 @@
+"""Cross-entropy in chunks: the number and gradients of the plain one, and never all logits at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.data.packing import IGNORE_INDEX
+from octavo.fused import loss
+from octavo.fused.linear import FusedLinear
+from octavo.fused.loss import cross_entropy_sum
+from octavo.ops.linear import LoraSlice
+from octavo.ops.linear_spec import LinearSpec
+from octavo.ops.loss import cross_entropy_
+
+TOKENS, WIDTH, VOCABULARY = 23, 6, 10  # M, d, V
+CHUNK_ROWS = 4
+KINDS = ["frozen", "trained"]
+both = pytest.mark.parametrize("kind", KINDS)
+
+KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+
+
+@dataclass
+class Head:
+    """A head with a bias and, if it is trained, a pair; it notes how often its matrix is written."""
+
+    weight: Tensor
+    bias: Tensor
+    factors: list[Tensor] = field(default_factory=list)
+    written: int = 0
+
+    def fill(self, out: Tensor) -> None:
+        self.written += 1
+        out.copy_(self.weight)
+
+    @property
+    def wide(self) -> FusedLinear:
+        pairs = (LoraSlice(0, VOCABULARY, self.factors[0], self.factors[1], 0.5),) if self.factors else ()
+        return FusedLinear((LinearSpec(VOCABULARY, WIDTH, self.fill, self.bias, 0, pairs),))
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [tensor for tensor in (*self.factors, self.bias) if tensor.requires_grad]
+
+    def plain(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        return logits + 0.5 * hidden @ self.factors[0].T @ self.factors[1].T if self.factors else logits
+
+
+def batch(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Head]:
+    """hidden (M, d), labels (M,) of which every third is ignored, a head."""
+    torch.manual_seed(0)
+    labels = torch.randint(VOCABULARY, (TOKENS,))
+    labels[::3] = IGNORE_INDEX
+    trained = kind == "trained"
+    weight, bias = torch.randn(VOCABULARY, WIDTH, dtype=dtype), torch.randn(VOCABULARY, dtype=dtype)
+    factors = [torch.randn(2, WIDTH, dtype=dtype), torch.randn(VOCABULARY, 2, dtype=dtype)] if trained else []
+    for tensor in (bias, *factors) if trained else ():
+        tensor.requires_grad_()
+    return torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True), labels, Head(weight, bias, factors)
+
+
+def plain_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+    return F.cross_entropy(head.plain(hidden), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes chunks small; the number of rows in each that was taken."""
+    taken: list[int] = []
+    monkeypatch.setattr(loss, "CHUNK_BYTES", (4 + 8) * (CHUNK_ROWS * VOCABULARY + VOCABULARY - 1))
+
+    def noted(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+        taken.append(len(logits))
+        assert logits.shape == (len(labels), VOCABULARY)
+        return cross_entropy_(logits, labels, gradient=gradient)
+
+    monkeypatch.setattr(loss, "cross_entropy_", noted)
+    return taken
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sum_and_gradients_are_those_of_cross_entropy(kind: str, dtype: torch.dtype) -> None:
+    hidden, labels, head = batch(kind, dtype)
+    ours, theirs = cross_entropy_sum(hidden, labels, head.wide), plain_loss(hidden, labels, head)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs.float())
+    leaves = [hidden, *head.trained]
+    assert len(leaves) == (4 if kind == "trained" else 1)
+    mine, other = torch.autograd.grad(0.5 * ours, leaves), torch.autograd.grad(0.5 * theirs, leaves)
+    for one, two in zip(mine, other, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # the loss is taken in float32
+
+
+def test_a_trained_head_gets_its_gradients_under_a_hidden_that_needs_none() -> None:
+    hidden, labels, head = batch("trained")
+    ours = torch.autograd.grad(cross_entropy_sum(hidden.detach(), labels, head.wide), head.trained)
+    theirs = torch.autograd.grad(plain_loss(hidden.detach(), labels, head), head.trained)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_frozen_bias_takes_no_gradient() -> None:
+    hidden, labels, head = batch("frozen")
+    torch.autograd.backward(cross_entropy_sum(hidden, labels, head.wide))
+    assert head.bias.grad is None
+    assert not cross_entropy_sum(hidden.detach(), labels, head.wide).requires_grad
+
+
+@both
+def test_what_stands_at_an_ignored_position_does_not_matter(kind: str) -> None:
+    hidden, labels, head = batch(kind)
+    expected = cross_entropy_sum(hidden, labels, head.wide)
+    spoiled = hidden.detach().clone()
+    spoiled[labels == IGNORE_INDEX] = 1e4
+    spoiled.requires_grad_()
+    total = cross_entropy_sum(spoiled, labels, head.wide)
+    assert torch.equal(total, expected)
+    mine = torch.autograd.grad(total, [spoiled, *head.trained])
+    theirs = torch.autograd.grad(expected, [hidden, *head.trained])
+    assert not mine[0][labels == IGNORE_INDEX].any()
+    assert mine[0][labels != IGNORE_INDEX].any(dim=1).all()
+    for one, two in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@both
+def test_all_ignored_costs_nothing_and_has_zero_gradients(kind: str) -> None:
+    hidden, labels, head = batch(kind)
+    total = cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), head.wide)
+    assert total.item() == 0
+    for gradient in torch.autograd.grad(total, [hidden, *head.trained]):
+        assert not gradient.any()
+
+
+@both
+def test_no_rows_at_all_are_no_failure(kind: str) -> None:
+    hidden, labels, head = batch(kind)
+    total = cross_entropy_sum(hidden[:0], labels[:0], head.wide)
+    assert total.item() == 0
+    (gradient,) = torch.autograd.grad(total, hidden)
+    assert not gradient.any()
+
+
+@both
+def test_the_logits_of_no_more_than_a_chunk_exist(kind: str, chunks: list[int]) -> None:
+    hidden, labels, head = batch(kind)
+    cross_entropy_sum(hidden, labels, head.wide)
+    assert chunks == [4, 4, 4, 4, 4, 3]
+
+
+@both
+def test_a_chunk_is_at_least_one_row(kind: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", VOCABULARY)
+    hidden, labels, head = batch(kind)
+    cross_entropy_sum(hidden, labels, head.wide)
+    assert chunks == [1] * TOKENS
+
+
+@both
+def test_the_matrix_is_written_once_and_no_chunk_is_computed_again(kind: str, chunks: list[int]) -> None:
+    hidden, labels, head = batch(kind)
+    total = cross_entropy_sum(hidden, labels, head.wide)
+    torch.autograd.backward(total)
+    assert head.written == 1
+    assert sum(chunks) == TOKENS
+
+
+@both
+def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
+    hidden, labels, head = batch(kind)
+    _, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide))
+    gradients = sum(tensor.nbytes for tensor in (hidden, *head.trained))
+    # Gradients of a bias and of B are columns of one product, whose other columns and padding are held with them.
+    assert gradients <= held <= gradients + 4 * 8 * VOCABULARY
+    assert held < TOKENS * VOCABULARY * 4
+
+
+@both
+def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: str, kept_by: KeptBy) -> None:
+    hidden, labels, head = batch(kind)
+    with torch.no_grad():
+        total, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide))
+    assert not total.requires_grad
+    assert held == 0
+    torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.wide).detach())
+
+
+@both
+def test_without_grad_mode_no_gradient_is_worked_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, labels, head = batch(kind)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("asked for gradients")
+
+    monkeypatch.setattr(FusedLinear, "backward", refuse)
+    with torch.no_grad():
+        cross_entropy_sum(hidden, labels, head.wide)
+    with pytest.raises(AssertionError, match="asked for gradients"):
+        cross_entropy_sum(hidden, labels, head.wide)
+
+
+@both
+def test_a_short_type_is_summed_in_float32_and_answered_in_kind(kind: str) -> None:
+    hidden, labels, head = batch(kind)
+    short = hidden.detach().bfloat16().requires_grad_()
+    total = cross_entropy_sum(short, labels, head.wide)
+    expected = plain_loss(hidden, labels, head)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected, rtol=0.02, atol=0)
+    mine = torch.autograd.grad(total, [short, *head.trained])
+    theirs = torch.autograd.grad(expected, [hidden, *head.trained])
+    assert [one.dtype for one in mine] == [torch.bfloat16, *[torch.float32] * len(head.trained)]
+    for one, two in zip(mine, theirs, strict=True):
+        assert (one.float() - two).norm() < 0.02 * two.norm()
+
+
+def test_a_dropout_on_the_heads_pair_draws_another_mask_for_every_chunk() -> None:
+    hidden, labels, head = batch("trained")
+    (part,) = head.wide.parts
+    dropping = FusedLinear((part._replace(dropout=0.5),))
+    same = hidden.detach()[:1].expand(8, -1).contiguous().requires_grad_()  # two chunks of the same rows
+    torch.manual_seed(0)
+    total = cross_entropy_sum(same, labels[1:2].expand(8).contiguous(), dropping)
+    (gradient,) = torch.autograd.grad(total, same)
+    assert len(gradient.unique(dim=0)) > CHUNK_ROWS

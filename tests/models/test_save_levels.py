@@ -1,0 +1,137 @@
+"""What blocks keep for backward must really act: little is held, inner products run again, and no gradient changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPTJConfig, LlamaConfig
+
+from octavo import adapters
+from octavo.adapters import AdapterPlan
+from octavo.fused.branch import Save
+from octavo.fused.gemm_input import GemmInput
+from octavo.fused.linear import FusedLinear
+from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.lora import LoraSpec
+from octavo.models import Model
+from octavo.ops.attention import find_documents
+from octavo.runtime.offload import ActivationOffload
+
+VOCABULARY, LENGTH, LAYERS, WIDTH, MLP_WIDTH = 61, 48, 4, 32, 64
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP_WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=MLP_WIDTH, n_layer=LAYERS, n_head=4, rotary_dim=4),
+}
+MIXED = [Save.INPUT, Save.ALL, Save.ATTENTION, Save.INPUT]
+
+KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+    _, ours = twins_of(CONFIGS[request.param])
+    adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8, dropout=0.3)), seed=0)
+    for parameter in adapters.trained(ours).values():
+        nn.init.normal_(parameter, std=0.1)
+    return ours.train()
+
+
+def loss_of(
+    model: Model, save: Save | Sequence[Save], *, packed: bool = True, offload: ActivationOffload | None = None
+) -> Tensor:
+    torch.manual_seed(5)  # of the dropout
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(VOCABULARY, (2, LENGTH), generator=generator) for _ in range(2))
+    document = torch.arange(LENGTH).expand(2, LENGTH) // 20 if packed else None
+    hidden = model.hidden(ids, documents=find_documents(document, ids.device), save=save, offload=offload)
+    return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), FusedLinear((model.head.frozen(),)))
+
+
+def gradients(model: Model, save: Save | Sequence[Save], offload: ActivationOffload | None = None) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.autograd.backward(loss_of(model, save, offload=offload))
+    trained = adapters.trained(model)
+    found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    assert found.keys() == trained.keys()
+    return found
+
+
+@pytest.mark.parametrize("save", [Save.INPUT, Save.ATTENTION, MIXED], ids=str)
+def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Model, save: Save | Sequence[Save]) -> None:
+    kept, again = gradients(model, Save.ALL), gradients(model, save)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+    assert all(gradient.any() for gradient in kept.values())
+
+
+def test_inputs_that_were_away_change_no_bit(model: Model) -> None:
+    kept, again = gradients(model, MIXED), gradients(model, MIXED, ActivationOffload())
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+
+
+def test_dropout_is_on_in_what_is_compared(model: Model) -> None:
+    quiet = copy.deepcopy(model).eval()
+    assert not torch.equal(loss_of(model, Save.ALL), loss_of(quiet, Save.ALL))
+
+
+@pytest.mark.parametrize(("save", "again"), [(Save.ALL, 0), (Save.ATTENTION, 4), (Save.INPUT, 4), (MIXED, 3)], ids=str)
+def test_a_blocks_inner_products_alone_run_once_more_in_backward(
+    model: Model, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []  # K of each product; an inner one has the width of the model
+    product = FusedLinear.product
+
+    def noted(self: FusedLinear, max_len: GemmInput, *, residual: Tensor | None = None) -> Tensor:
+        ran.append(self.inputs if residual is None else 0)
+        return product(self, max_len, residual=residual)
+
+    monkeypatch.setattr(FusedLinear, "product", noted)
+    branches = 1 if hasattr(model.blocks[0], "fc_out") else 2
+    loss = loss_of(model, save)
+    assert ran == [WIDTH, 0] * branches * LAYERS
+    ran.clear()
+    torch.autograd.backward(loss)
+    assert ran == [WIDTH] * branches * again
+
+
+def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Model, kept_by: KeptBy) -> None:
+    row = 2 * LENGTH * 4  # bytes of one number a token
+    held = {save: kept_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
+    gptj = hasattr(model.blocks[0], "fc_out")
+    # Beside the blocks': the input of the last norm, what that norm keeps, the head's gradient, the rotary table.
+    thin = 40  # what the pairs of a layer make of their inputs, in whole eights
+    inputs = LAYERS * ((1 if gptj else 2) * WIDTH + thin)
+    assert inputs <= held[Save.INPUT] <= inputs + 4 * WIDTH
+    # Attention's output with a log-sum for each head; on a CPU shared heads are repeated, and these copies held.
+    attention = LAYERS * (WIDTH + 4 + (0 if gptj else 2 * WIDTH))
+    assert held[Save.ATTENTION] - held[Save.INPUT] == attention
+    u = LAYERS * (3 * WIDTH + MLP_WIDTH if gptj else 2 * WIDTH + 2 * MLP_WIDTH)
+    assert held[Save.ALL] - held[Save.ATTENTION] == u
+
+
+@torch.no_grad()
+def test_without_gradients_nothing_is_computed_again(model: Model) -> None:
+    torch.testing.assert_close(loss_of(model, Save.INPUT), loss_of(model, Save.ALL), rtol=0, atol=0)
+
+
+def test_without_gradients_nothing_is_held(model: Model, kept_by: KeptBy) -> None:
+    with torch.no_grad():
+        _, held = kept_by(lambda: loss_of(model, Save.ALL))
+    assert held == 0
+
+
+def test_as_many_levels_as_blocks_are_asked_for(model: Model) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        loss_of(model, MIXED[:-1])

@@ -1,0 +1,176 @@
+"""What pairs around an activation learn in its backward: autograd's gradients, and when a branch takes this way.
+
+On a card the one pass is compared with the steps in tests/gpu/test_learn.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.fused import lora_operands, mixers
+from octavo.fused.branch import Branch, Norm, Save, branch
+from octavo.fused.linear import FusedLinear
+from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.ops import lora_backward
+from octavo.ops.attention import INTERLEAVED, rotary_table
+from octavo.ops.linear import LoraSlice
+from octavo.ops.linear_spec import LinearSpec
+from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, hopper_tile, swiglu_lora_backward_
+
+M, WIDTH, RANK, BEHIND = 7, 10, 3, 2
+
+
+def plain(x: Tensor, parts: int) -> Tensor:
+    """The activation."""
+    if parts == 1:
+        return F.gelu(x, approximate="tanh")
+    gate, up = x.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("to_t", [True, False])
+def test_gradients_are_those_of_autograd(parts: int, to_t: bool) -> None:
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    base, t, b = random(M, parts * WIDTH), random(M, parts * RANK), random(parts * WIDTH, RANK)
+    a, down = random(BEHIND, WIDTH), torch.randn(M, WIDTH, dtype=torch.float64)
+    after = torch.randn(M, BEHIND, dtype=torch.float64)
+    added = [own_t @ own_b.T for own_t, own_b in zip(t.chunk(parts, dim=1), b.chunk(parts), strict=True)]
+    x = base + torch.cat(added, dim=1)
+    y = plain(x, parts)
+    wanted = torch.autograd.grad((y * down).sum(), (x, t, b), retain_graph=True)
+    (wanted_a,) = torch.autograd.grad((y @ a.T * after).sum(), a)
+    dx, dy = x.detach().clone(), down.clone()
+    around = LoraOperands(t.detach(), b.detach() if to_t else None, after)
+    found = (gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_)(dx, dy, around)
+    near: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # sums are float32
+    torch.testing.assert_close(dx, wanted[0])
+    torch.testing.assert_close(found.b.double(), wanted[2], **near)
+    torch.testing.assert_close(found.a.double(), wanted_a, **near)
+    if to_t:
+        assert found.t is not None
+        torch.testing.assert_close(found.t.double(), wanted[1], **near)
+    else:
+        assert found.t is None
+
+
+def test_a_rehearsal_takes_room_for_the_sums_of_all_programs() -> None:
+    """Else forecasts of a card's memory would be too low."""
+    x, dy, t = (torch.empty(2048, n, dtype=torch.bfloat16, device="meta") for n in (16384, 16384, 16))
+    around = LoraOperands(t, torch.empty(16384, 16, dtype=torch.bfloat16, device="meta"), t)
+    assert hopper_tile(x, dy, around) == (256, 3)
+    sums = lora_backward._sums(x, dy, around)
+    assert sums.t is not None
+    assert (sums.t.shape, sums.b.shape, sums.a.shape) == ((64, 2048, 16), (2, 16384, 16), (2, 16, 16384))
+
+
+@pytest.mark.parametrize(
+    ("parts", "rank", "behind", "shape"),
+    [(1, 16, 16, (256, 3)), (2, 16, 16, (256, 2)), (1, 64, 64, (256, 2)), (2, 64, 64, (128, 2)), (2, 128, 128, None)],
+)
+def test_a_program_takes_what_fits_into_its_memory(
+    parts: int, rank: int, behind: int, shape: tuple[int, int] | None
+) -> None:
+    x, dy, t, after = (
+        torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in (parts * 512, 512, parts * rank, behind)
+    )
+    assert hopper_tile(x, dy, LoraOperands(t, None, after)) == shape
+
+
+# When a branch takes this way.
+
+
+class Model:
+    """A branch of d = 6 with pairs as a case changes them."""
+
+    def __init__(
+        self, piece: str, *, ranks: tuple[int, ...], behind: int = 2, dropout: float = 0, bias: str = ""
+    ) -> None:
+        torch.manual_seed(0)
+        pieces: dict[str, tuple[Mixer, ...]] = {
+            "gelu": (Attention(2, 2, 4, INTERLEAVED), Gelu(10)), "swiglu": (Swiglu(10),),
+        }  # fmt: skip
+        self.pieces = pieces[piece]
+        groups = [24, 10] if piece == "gelu" else [10, 10]
+        inner, start = [], 0
+        for span, rank in zip(groups, ranks, strict=True):
+            if rank:
+                inner.append(LoraSlice(start, start + span, parameter(rank, 6), parameter(span, rank), 2.0))
+            start += span
+        bias_of = {"": None, "frozen": torch.randn(start), "trained": parameter(start)}[bias]
+        first = LinearSpec(start, 6, filling(start, 6), bias_of, 0, tuple(inner))
+        outer = []
+        for own in self.pieces:
+            pairs = (LoraSlice(0, 6, parameter(behind, own.outputs), parameter(6, behind), 0.5),) if behind else ()
+            outer.append(LinearSpec(6, own.outputs, filling(6, own.outputs), None, 0, pairs, dropout))
+        self.made = Branch(
+            Norm(torch.ones(6), None, 1e-5), FusedLinear((first,)), self.pieces, FusedLinear(tuple(outer))
+        )
+
+    def gradients(self) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = torch.randn(1, 5, 6).requires_grad_()
+        y = branch(
+            x, self.made, ForwardContext(1, 5, rotary_table(torch.arange(5)[None], torch.ones(2))), save=Save.ALL
+        )
+        trained = [each for each in (*self.made.inner.trained, *self.made.outer.trained) if each.requires_grad]
+        return list(torch.autograd.grad(y.square().sum(), [x, *trained]))
+
+
+def parameter(*shape: int) -> Tensor:
+    return torch.randn(*shape).requires_grad_()
+
+
+def filling(*shape: int) -> Callable[[Tensor], None]:
+    weight = torch.randn(*shape)
+
+    def fill(out: Tensor) -> None:
+        out.copy_(weight)
+
+    return fill
+
+
+@pytest.mark.parametrize(
+    ("piece", "case", "taken"),
+    [
+        ("gelu", {"ranks": (3, 2)}, True),
+        ("gelu", {"ranks": (0, 2), "bias": "frozen"}, True),
+        ("gelu", {"ranks": (3, 0)}, False),
+        ("gelu", {"ranks": (3, 2), "behind": 0}, False),
+        ("gelu", {"ranks": (3, 2), "bias": "trained"}, False),
+        ("gelu", {"ranks": (3, 2), "dropout": 0.4}, False),
+        ("swiglu", {"ranks": (2, 2)}, True),
+        ("swiglu", {"ranks": (2, 3)}, False),
+        ("swiglu", {"ranks": (0, 2)}, False),
+        ("swiglu", {"ranks": (2, 0)}, False),
+    ],
+)
+def test_pairs_learn_in_the_pass_where_there_are_some_on_both_sides(
+    piece: str, case: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whichever way is taken, the gradients are the same."""
+    calls: list[LoraOperands] = []
+    real = getattr(mixers, f"{piece}_lora_backward_")
+
+    def watched(x: Tensor, dy: Tensor, around: LoraOperands) -> LoraGrads:
+        calls.append(around)
+        found: LoraGrads = real(x, dy, around)
+        return found
+
+    monkeypatch.setattr(mixers, f"{piece}_lora_backward_", watched)
+    found = Model(piece, **case).gradients()
+    assert len(calls) == taken
+    monkeypatch.setattr(lora_operands, "_in_front", lambda *_: None)
+    for one, other in zip(found, Model(piece, **case).gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(calls) == taken

@@ -1,0 +1,363 @@
+"""Products in 8 bits against exact ones, within what rounding to 8 bits may cost at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.fused.gemm_input import GemmInput
+from octavo.fused.linear import FusedLinear
+from octavo.ops import matmul8
+from octavo.ops.linear import LoraSlice
+from octavo.ops.linear_spec import LinearSpec, QuantErrorProbe, split_outliers
+from octavo.ops.matmul8 import FP8, quantize_rows
+from octavo.ops.quantize import SCHEMES
+
+M, N = 9, 32
+HALF_DIGIT = 2.0**-4  # fp8 (e4m3) has four significant binary digits: half of the last one
+LEAST = 2.0**-10  # half of its smallest number
+
+
+def rows(*shape: int) -> Tensor:
+    """Random rows of very different sizes."""
+    return torch.randn(*shape) * torch.logspace(-3, 3, shape[0])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_without_a_graph() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def test_int8_codes_are_within_half_a_step_and_use_all_levels() -> None:
+    x = rows(M, 50)
+    before = x.clone()
+    codes, scale = quantize_rows(x, torch.int8)
+    assert torch.equal(x, before)
+    assert bool(((codes * scale[:, None] - x).abs() <= scale[:, None] * (0.5 + 1e-4)).all())
+    assert bool((codes.abs().amax(1) == 127).all())
+
+
+def test_fp8_codes_are_within_half_a_digit_and_reach_the_largest_number() -> None:
+    x = rows(M, 50)
+    codes, scale = quantize_rows(x, FP8)
+    error, limit = (codes.float() * scale[:, None] - x).abs(), x.abs() * HALF_DIGIT + LEAST * scale[:, None]
+    assert bool((error <= limit * 1.0001).all())
+    assert bool((codes.float().abs().amax(1) == matmul8.FP8_LARGEST).all())
+
+
+@pytest.mark.parametrize("columns", [50, 128, 300])
+def test_spans_of_a_row_have_a_scale_each(columns: int) -> None:
+    """A number beside far ones elsewhere in its row keeps its digits."""
+    x = rows(M, columns)
+    x[:, 0] *= 1000
+    codes, scale = quantize_rows(x, torch.int8, groups=True)
+    for span in range(scale.shape[1]):
+        own = slice(span * matmul8.GROUP_SIZE, (span + 1) * matmul8.GROUP_SIZE)
+        step = scale[:, span, None]
+        assert bool(((codes[:, own] * step - x[:, own]).abs() <= step * (0.5 + 1e-4)).all())
+        assert bool((codes[:, own].abs().amax(1) == 127).all())
+
+
+def test_a_product_adds_up_spans_with_their_scales() -> None:
+    x, weight = rows(M, 300), torch.randint(-127, 128, (16, 300), dtype=torch.int8)
+    codes, scale = quantize_rows(x, torch.int8, groups=True)
+    out = torch.empty(M, 16)
+    matmul8.matmul_8bit_into(codes, scale, weight, out)
+    exact = codes * scale.repeat_interleave(matmul8.GROUP_SIZE, dim=1)[:, :300] @ weight.float().T
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_codes_are_transposed_as_they_are() -> None:
+    codes = torch.randint(-127, 128, (7, 5), dtype=torch.int8)
+    out = torch.empty(5, 7, dtype=torch.int8)
+    matmul8.transpose_into(codes, out)
+    assert torch.equal(out, codes.T)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"), [((8, 0), torch.int8), ((8, 6), torch.int8), ((8, 9), FP8), ((9, 0), FP8)]
+)
+def test_gradients_are_fp8_where_a_card_multiplies_that(
+    capability: tuple[int, int], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert matmul8.gradient_type.__wrapped__(torch.device("cuda")) is kind
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8])
+def test_a_fold_is_applied_before_rounding(kind: torch.dtype) -> None:
+    x, prescale = rows(M, 50), torch.rand(50) + 0.1
+    found, wanted = quantize_rows(x, kind, prescale=prescale), quantize_rows(x * (prescale / 127), kind)
+    assert torch.equal(found.codes.float(), wanted.codes.float())
+    assert torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FP8])
+def test_a_row_of_zeros_stays_zero_and_one_that_is_not_finite_stays_so(kind: torch.dtype) -> None:
+    x = rows(4, 50)
+    x[0], x[1, 3], x[2, 4] = 0, math.nan, math.inf
+    codes, scale = quantize_rows(x, kind)
+    assert bool((codes[0].float() == 0).all())
+    assert math.isfinite(scale[0])
+    out = torch.empty(4, 16)
+    matmul8.matmul_8bit_into(codes, scale, torch.ones(16, 50).to(kind), out)
+    assert bool((out[0] == 0).all())
+    assert not bool(out[1:3].isfinite().any())
+    assert bool(out[3].isfinite().all())
+
+
+def test_transposed_codes_keep_four_binary_digits() -> None:
+    codes = torch.arange(-127, 128, dtype=torch.int8).repeat(2, 1)
+    out = torch.empty(255, 2, dtype=FP8)
+    matmul8.transpose_into(codes, out)
+    found = out.float()[:, 0]
+    assert torch.equal(out.float()[:, 1], found)
+    small = codes[0].abs() <= 16
+    assert torch.equal(found[small], codes[0][small].float())
+    assert bool(((found - codes[0]).abs() <= codes[0].float().abs() * HALF_DIGIT).all())
+
+
+@pytest.mark.parametrize(("rows", "columns", "expected"), [(16, 32, True), (24, 32, False), (32, 40, False)])
+def test_what_a_copy_engine_cannot_read_is_not_multiplied_so(rows: int, columns: int, expected: bool) -> None:
+    assert matmul8.fits(rows, columns) is expected
+
+
+def filled_with(matrix: Tensor) -> Callable[[Tensor], None]:
+    def fill(out: Tensor) -> None:
+        out.copy_(matrix)
+
+    return fill
+
+
+def stored_codes(codes: Tensor, absmax: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda like: (codes, absmax)
+
+
+def wide_of(
+    columns: list[int], *, use_8bit: bool, rank: int = 3, dropout: float = 0.0, probe: QuantErrorProbe | None = None
+) -> tuple[FusedLinear, list[Tensor]]:
+    """(the product of matrices with so many columns, each with a bias and a pair; the float32 matrices)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    parts, matrices = [], []
+    for k in columns:
+        stored = SCHEMES["int8"].quantise(drawn(N, k) * torch.logspace(-1, 1, N)[:, None])
+        codes, absmax = stored["weight"], stored["absmax"]
+        matrix = codes * (absmax / 127)[:, None]
+        pair = LoraSlice(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)
+        bias = drawn(8).requires_grad_()
+        own = stored_codes(codes, absmax) if use_8bit or probe else None
+        parts.append(LinearSpec(N, k, filled_with(matrix), bias, 2, (pair,), dropout, own, probe))
+        matrices.append(matrix)
+    return FusedLinear(tuple(parts)), matrices
+
+
+def completed(wide: FusedLinear, x: Tensor, dropout_seeds: list[int]) -> GemmInput:
+    gemm_input = wide.gemm_input(len(x), x)
+    for part in x.split([part.columns for part in wide.parts], dim=1):
+        gemm_input.put(part)
+    wide.complete_(gemm_input, dropout_seeds)
+    return gemm_input
+
+
+def both(wide: FusedLinear, x: Tensor, dy: Tensor, dropout_seeds: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+    """Backward: (the gradient to all of the input, those of what is trained)."""
+    dx, found = wide.backward(dy, completed(wide, x, dropout_seeds), dropout_seeds, grad_input=True)
+    assert dx is not None
+    return torch.cat(dx, dim=1), found
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+@pytest.mark.parametrize("residual", [False, True])
+def test_forward_differs_from_the_exact_product_by_half_a_step_of_each_input(
+    columns: list[int], residual: bool
+) -> None:
+    fast, matrices = wide_of(columns, use_8bit=True)
+    exact, _ = wide_of(columns, use_8bit=False)
+    assert fast.use_8bit
+    assert not exact.use_8bit
+    x, base = rows(M, sum(columns)), torch.randn(M, N) if residual else None
+    wanted = exact.product(completed(exact, x, [0, 0][: len(columns)]), residual=base)
+    found = fast.product(completed(fast, x, [0, 0][: len(columns)]), residual=base)
+    limit = torch.zeros(M, N)
+    for part, matrix in zip(x.split(columns, dim=1), matrices, strict=True):
+        limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
+    error = (found - wanted).abs()
+    assert bool((error <= limit * 1.001 + 1e-5 * wanted.abs()).all())
+    assert float(error.max()) > 0
+    if base is not None:
+        assert not torch.equal(base, found)
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_input(
+    columns: list[int], dropout: float
+) -> None:
+    fast, matrices = wide_of(columns, use_8bit=True, dropout=dropout)
+    exact, _ = wide_of(columns, use_8bit=False, dropout=dropout)
+    dropout_seeds = [5, 6][: len(columns)]
+    x, dy = rows(M, sum(columns)), rows(M, N)
+    wanted, gradients = both(exact, x, dy, dropout_seeds)
+    found, own_gradients = both(fast, x, dy, dropout_seeds)
+    limit = []
+    for matrix in matrices:
+        absmax = matrix.abs().amax(1)
+        folded = (dy * absmax).abs()
+        tiny = folded.amax(1, keepdim=True) / 448 * LEAST  # what a number under the smallest code loses
+        limit.append(
+            (folded * ((1 + HALF_DIGIT) ** 2 - 1) + tiny * (1 + HALF_DIGIT)) @ (matrix.abs() / absmax[:, None])
+        )
+    assert bool(((found - wanted).abs() <= torch.cat(limit, 1) * 1.001 + 1e-5 * wanted.abs()).all())
+    assert not torch.equal(found, wanted)
+    for own, other in zip(own_gradients, gradients, strict=True):
+        assert own is not None
+        assert other is not None
+        torch.testing.assert_close(own, other, rtol=2e-5, atol=2e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+def test_a_gradient_in_int8_differs_by_half_a_step_of_its_spans(
+    columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on cards before fp8. The weight is multiplied as it is."""
+    monkeypatch.setattr(matmul8, "gradient_type", lambda _: torch.int8)
+    fast, matrices = wide_of(columns, use_8bit=True)
+    exact, _ = wide_of(columns, use_8bit=False)
+    dropout_seeds, x, dy = [0] * len(columns), rows(M, sum(columns)), rows(M, N)
+    wanted, _ = both(exact, x, dy, dropout_seeds)
+    found, _ = both(fast, x, dy, dropout_seeds)
+    limit = []
+    for matrix in matrices:
+        absmax = matrix.abs().amax(1)
+        step = (dy * absmax).abs().amax(1, keepdim=True) / 127
+        limit.append(step / 2 * (matrix.abs() / absmax[:, None]).sum(0))
+    assert bool(((found - wanted).abs() <= torch.cat(limit, 1) * 1.001 + 1e-5 * wanted.abs()).all())
+    assert not torch.equal(found, wanted)
+
+
+def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for use_8bit in (True, False):
+        wide, _ = wide_of([48], use_8bit=use_8bit)
+        x, dy = rows(M, 48), rows(M, N)
+        gemm_input = completed(wide, x, [0])
+        _, wanted = wide.backward(dy, gemm_input, [0], grad_input=True)
+        monkeypatch.setattr(FusedLinear, "matrix", lambda *_: pytest.fail("the matrix was written"))
+        monkeypatch.setattr(matmul8, "matmul_8bit_into", lambda *_: pytest.fail("a product was taken"))
+        dx, found = wide.backward(dy, gemm_input, [0], grad_input=False)
+        monkeypatch.undo()
+        assert dx is None
+        for own, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [[48], [32, 64]])
+def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_their_steps(columns: list[int]) -> None:
+    fast, matrices = wide_of(columns, use_8bit=True)
+    exact, _ = wide_of(columns, use_8bit=False)
+    far = torch.tensor([3, 17, 30])
+    parted = FusedLinear(tuple(part._replace(outliers=split_outliers(far, part.columns)) for part in fast.parts))
+    x = torch.randn(M, sum(columns))
+    near = x.clone()
+    start = 0
+    for k in columns:
+        x[:, start + far] *= 1000
+        near[:, start + far] = 0
+        start += k
+    dropout_seeds = [0] * len(columns)
+    wanted = exact.product(completed(exact, x, dropout_seeds))
+    limit = torch.zeros(M, N)  # as if the far channels were not there
+    for part, matrix in zip(near.split(columns, dim=1), matrices, strict=True):
+        limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
+    whole, found = (wide.product(completed(wide, x, dropout_seeds)) for wide in (fast, parted))
+    assert bool(((found - wanted).abs() <= limit * 1.001 + 1e-5 * wanted.abs()).all())
+    assert float((found - wanted).norm()) < 0.02 * float((whole - wanted).norm())
+
+
+def test_a_product_with_all_channels_apart_is_exact() -> None:
+    fast, _ = wide_of([32], use_8bit=True)
+    exact, _ = wide_of([32], use_8bit=False)
+    parted, x = FusedLinear((fast.parts[0]._replace(outliers=split_outliers(torch.arange(32), 32)),)), rows(M, 32)
+    found, wanted = parted.product(completed(parted, x, [0])), exact.product(completed(exact, x, [0]))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-3)
+
+
+def test_a_trial_finds_the_channels_with_the_largest_numbers() -> None:
+    probe = QuantErrorProbe()
+    tried, _ = wide_of([64], use_8bit=False, probe=probe)
+    x = torch.randn(M, 64).clamp(-1, 1)
+    x[2, 40], x[5, 7], x[:, 9] = -900.0, 700.0, 500.0
+    tried.product(completed(tried, x, [0]))
+    assert probe.channels is not None
+    assert {7, 9, 40} < set(probe.channels.tolist())
+    assert probe.channels.tolist() == sorted(set(probe.channels.tolist()))
+    assert len(probe.channels) == 16
+    parted = FusedLinear((tried.parts[0]._replace(probe=None, outliers=split_outliers(probe.channels, 64)),))
+    exact, _ = wide_of([64], use_8bit=False)
+    plain, found = exact.product(completed(exact, x, [0])), parted.product(completed(parted, x, [0]))
+    assert probe.outliers is not None
+    torch.testing.assert_close(probe.outliers, (found - plain).norm() / (plain - plain.mean(0)).norm())
+    assert probe.forward is not None
+    assert probe.outliers < 0.1 * probe.forward
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
+    probe = QuantErrorProbe()
+    tried, _ = wide_of([32, 64], use_8bit=False, probe=probe, dropout=dropout)
+    exact, _ = wide_of([32, 64], use_8bit=False, dropout=dropout)
+    fast, _ = wide_of([32, 64], use_8bit=True, dropout=dropout)
+    x, dy = rows(M, 96), rows(M, N)
+    rooms = [completed(wide, x, [0, 0]) for wide in (tried, exact, fast)]
+    base = torch.randn(M, N)
+    assert torch.equal(tried.product(rooms[0], residual=base), exact.product(rooms[1], residual=base))
+    plain, eighth = exact.product(rooms[1]), fast.product(rooms[2])
+    assert probe.forward is not None
+    torch.testing.assert_close(probe.forward, (eighth - plain).norm() / (plain - plain.mean(0)).norm())
+    found, wanted, rough = (both(wide, x, dy, [0, 0])[0] for wide in (tried, exact, fast))
+    assert probe.backward is not None
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(probe.backward, (rough - wanted).norm() / wanted.norm())
+
+
+def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> None:
+    probe = QuantErrorProbe()
+    tried, _ = wide_of([32, 64], use_8bit=False, probe=probe)
+    parts = (tried.parts[0], tried.parts[1]._replace(int8_weight=None, probe=None))
+    mixed, x = FusedLinear(parts), rows(M, 96)
+    gemm_input = completed(mixed, x, [0, 0])
+    mixed.product(gemm_input)
+    mixed.backward(rows(M, N), gemm_input, [0, 0], grad_input=True)
+    assert (mixed.probe, probe.forward, probe.backward) == (None, None, None)
+
+
+def test_the_scale_of_a_row_is_that_of_the_twin() -> None:
+    """The codes are compared in test_twins.py; the scale is written beside them."""
+    from octavo.kernels import matmul8 as kernels
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    for kind in (torch.int8, FP8):
+        x, prescale = rows(M, 70).to(place), torch.rand(70, device=place)
+        x[2, 5] = math.nan
+        wanted, codes, scale = (
+            quantize_rows(x, kind, prescale=prescale),
+            torch.empty(M, 70, dtype=kind, device=place),
+            x.new_empty(M),
+        )
+        with np.errstate(invalid="ignore"):  # NaN has no code; what counts is its scale
+            kernels.quantize_rows_into(x, codes, scale, prescale)
+        torch.testing.assert_close(scale, wanted.scale, rtol=1e-6, atol=0, equal_nan=True)
+        assert bool(scale[2].isnan())
+        assert not bool(scale[3].isnan())

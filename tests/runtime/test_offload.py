@@ -1,0 +1,139 @@
+"""What a pass puts away comes back as it was, last first, and takes no room on the device meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.errors import UsageError
+from octavo.runtime import offload
+from octavo.runtime.dispatch import OP_OBSERVERS
+from octavo.runtime.offload import LEAVING, ActivationOffload, on_host, pinned_bytes
+from octavo.train.simulate import rehearse
+
+SHAPE = 6, 5
+
+
+def tensors(number: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(number)]
+
+
+@pytest.mark.parametrize("number", [1, LEAVING, LEAVING + 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_put_is_taken_back_last_first(number: int, dtype: torch.dtype) -> None:
+    away, expected = ActivationOffload(), tensors(number, dtype=dtype)
+    for x in tensors(number, dtype=dtype):
+        away.put(x)
+    for x in reversed(expected):
+        assert torch.equal(away.take(), x)
+
+
+def test_what_was_let_go_may_be_written_over() -> None:
+    """As a layer does with memory that it is given."""
+    away, own, expected = ActivationOffload(), tensors(5), tensors(5)
+    for x in own:
+        away.put(x)
+    for x in own[: 5 - LEAVING]:
+        x.zero_()
+    assert all(torch.equal(away.take(), x) for x in reversed(expected))
+
+
+def test_passes_share_their_places_one_after_another() -> None:
+    taken = []
+    for seed in range(3):
+        away, own = ActivationOffload(), tensors(5)[seed:]
+        for x in own:
+            away.put(x)
+        taken.append(sum(len(rooms) for rooms in offload._PINNED.values()))
+        assert all(torch.equal(away.take(), x) for x in reversed(own))
+    assert taken == [taken[0]] * 3
+
+
+def test_another_size_has_a_place_of_its_own() -> None:
+    """A last batch has fewer rows, and the graphs of the others still write where theirs is."""
+    away, few, own = ActivationOffload(), ActivationOffload(), tensors(4)
+    for x in own:
+        away.put(x)
+    for x in tensors(4):
+        few.put(torch.cat([x, x]))  # larger than any before
+    assert all(torch.equal(away.take(), x) for x in reversed(own))
+    assert all(torch.equal(few.take(), torch.cat([x, x])) for x in reversed(own))
+
+
+def test_all_but_the_last_are_let_go() -> None:
+    away, held, gone = ActivationOffload(), [], []
+    for number in count():
+        if number == 6:
+            break
+        x = torch.ones(SHAPE)
+        held.append(weakref.ref(x))
+        away.put(x)
+        del x
+        gone.append([ref() is None for ref in held])
+    gc.collect()
+    assert gone[-1] == [True] * (6 - LEAVING) + [False] * LEAVING
+    assert gone[LEAVING] == [True, *[False] * LEAVING]
+
+
+def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
+    """Of twelve tensors of 64 MiB those that leave and the one at hand: three at a time, forward and backward."""
+    size, number = 64 * 2**20, 12
+    seen: list[str] = []
+
+    def step() -> None:
+        away = ActivationOffload()
+        for _ in range(number):
+            away.put(torch.empty(2**14, 2**11, dtype=torch.bfloat16, device="meta"))
+        for _ in range(number):
+            away.take()
+
+    OP_OBSERVERS.append(lambda name, _: seen.append(name))
+    try:
+        forecast = rehearse(step)
+    finally:
+        OP_OBSERVERS.pop()
+    assert forecast.peak_bytes == pytest.approx((LEAVING + 1) * size, rel=0.1)
+    assert forecast.host_bytes == number * size
+    assert seen == ["to_host"] * number + ["from_host"] * (number - LEAVING)
+
+
+def test_a_host_without_memory_to_pin_is_not_the_card_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UsageError, match="The host has no 2 MiB"):
+        offload._taken(torch.Size((2**20,)), torch.bfloat16, pinned=True)
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (2**24, 2**24), (2**24 + 1, 2**25), (206_438_400, 2**28)])
+def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
+    assert pinned_bytes(size) == taken
+
+
+def test_on_a_cpu_a_table_is_where_it_was() -> None:
+    x = torch.ones(3)
+    assert on_host(x) is x
+
+
+@pytest.mark.parametrize(("layers", "beside"), [(False, False), (True, True), (True, False), (False, True)])
+def test_a_recording_waits_for_its_own_copies_alone(
+    layers: bool, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To wait for others is an error of CUDA's, which would stand in place of the lack of memory that ended it."""
+    waited: list[str] = []
+    streams = {"layers": layers, "beside": beside}
+    current = SimpleNamespace(name="layers", wait_stream=lambda other: waited.append(other.name))
+    monkeypatch.setattr(offload, "_stream", lambda device: SimpleNamespace(name="beside"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(offload, "_recorded", lambda stream: streams[stream.name])
+    offload.join(torch.device("cuda"))
+    assert waited == (["beside"] if layers == beside else [])
+    offload.join(torch.device("cpu"))
+    assert len(waited) <= 1

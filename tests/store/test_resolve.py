@@ -1,0 +1,208 @@
+"""What `--model` may name, and what is said of everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from octavo.errors import ModelError, UsageError
+from octavo.store import resolve
+from octavo.store.resolve import HUB_PATTERNS, open_source
+from octavo.store.sources import FolderSource
+
+
+def test_a_folder_is_opened_without_reading_its_weights(own_folder: Path) -> None:
+    (own_folder / "model.safetensors").write_bytes(b"")
+    source = open_source(str(own_folder))
+    assert source.config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_home_is_understood(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(own_folder.parent))
+    assert open_source(f"~/{own_folder.name}").names()
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], "is empty"),
+        (["notes.txt"], r"no config\.json"),
+        (["pytorch_model.bin"], r"no config\.json(.|\n)*EleutherAI/gpt-j-6B"),
+        (["b c.gguf"], r"--model '.*/b c\.gguf'\."),
+        (["a.gguf", "b.gguf", "README.md"], r"--model .*/a\.gguf \(or another of the 2\)"),
+    ],
+)
+def test_a_folder_without_a_config_is_refused_by_what_it_holds(files: list[str], told: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=told):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model", ["no-such-model", "./no/such", "/no/such", "a/b/c", "~/no-such", "~nobody/x", "no.gguf"]
+)
+def test_a_name_that_names_nothing_is_a_usage_error(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="There is no"):
+        open_source(model)
+
+
+def test_a_file_that_is_no_model_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UsageError, match="neither"):
+        open_source(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
+def test_a_hub_id_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=model) as caught:
+        open_source(model)
+    assert "HF_TOKEN" in caught.value.hint
+
+
+class Hub:
+    """Stands for huggingface_hub over a folder, and notes what is asked for."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.asked: list[object] = []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.file)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot)
+
+    def file(self, repo: str, file: str, *, revision: str | None) -> str:
+        self.asked.append((repo, file, revision))
+        return str(self.folder / file)
+
+    def snapshot(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((repo, allow_patterns, revision))
+        return str(self.folder)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
+    allowed: bool, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(own_folder, monkeypatch)
+    source = open_source("owner/name", revision="abc", allow_pickle=allowed)
+    assert isinstance(source, FolderSource)
+    assert source.allow_pickle is allowed
+    patterns = [*HUB_PATTERNS, "*.bin"] if allowed else HUB_PATTERNS
+    assert hub.asked == [("owner/name", "config.json", "abc"), ("owner/name", patterns, "abc")]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, "GPTNeoXForCausalLM"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+        ({"hidden_size": -4}, "hidden_size is -4"),
+    ],
+)
+def test_no_weights_are_fetched_of_a_model_that_octavo_does_not_support(
+    change: dict[str, object], told: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((own_folder / "config.json").read_text())
+    (own_folder / "config.json").write_text(json.dumps({**config, **change}))
+    hub = Hub(own_folder, monkeypatch)
+    with pytest.raises(ModelError, match=told):
+        open_source("owner/name")
+    assert hub.asked == [("owner/name", "config.json", None)]
+    with pytest.raises(ModelError, match=told):
+        open_source(str(own_folder))
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
+    for error, told in (
+        (RepositoryNotFoundError("no", response=response), "There is no folder models/mine here, and no such model"),
+        (RemoteEntryNotFoundError("no", response=response), r"has no config\.json(.|\n)*\.gguf"),
+    ):
+
+        def download(*_: object, error: Exception = error, **__: object) -> str:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        with pytest.raises(ModelError, match=told):
+            open_source("models/mine")
+
+
+def test_without_weights_the_config_alone_is_fetched(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def download(repo: str, file: str, *, revision: str | None) -> str:
+        asked.extend((repo, file, revision))
+        return str(own_folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("weights"))
+    source = open_source("owner/name", revision="abc", weights=False)
+    assert asked == ["owner/name", "config.json", "abc"]
+    assert source.config == json.loads((own_folder / "config.json").read_text())
+    assert not source.names()
+    assert not source.files
+    for lacking in (lambda: source.tensor("x"), source.tokenizer):
+        with pytest.raises(ModelError, match="not fetched"):
+            lacking()
+    # What lies here is opened whole.
+    assert open_source(str(own_folder), weights=False).names()
+
+
+@pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
+def test_a_config_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=model):
+        open_source(model, weights=False)
+
+
+def test_nothing_that_runs_is_fetched_from_the_hub() -> None:
+    assert not [pattern for pattern in HUB_PATTERNS if pattern.endswith((".py", "*", ".bin", ".pt", ".pkl"))]
+
+
+def test_a_folder_called_smollm2_comes_before_the_built_in_model(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "open_smollm2", lambda *, say: pytest.fail("the built-in one"))
+    monkeypatch.chdir(own_folder.parent)
+    own_folder.rename("smollm2")
+    assert open_source("smollm2").names()
+
+
+@pytest.mark.parametrize("named", ["owner/a name", "", None, 3])
+def test_an_adapter_given_as_a_model_says_how_to_use_it(named: object, own_folder: Path) -> None:
+    """Also beside a config.json, which some trainers write along."""
+    for path in own_folder.glob("*.safetensors"):
+        path.rename(path.with_name("adapter_model.safetensors"))
+    (own_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    for _ in range(2):
+        with pytest.raises(ModelError, match="is an adapter, not a model") as caught:
+            open_source(str(own_folder))
+        base = "'owner/a name'" if named == "owner/a name" else "BASE"
+        assert f"--model {base} --adapter {own_folder}" in caught.value.hint
+        (own_folder / "config.json").unlink(missing_ok=True)
+
+
+def test_a_trainers_folder_given_as_a_model_names_its_newest_checkpoint(own_folder: Path, tmp_path: Path) -> None:
+    for step in (9, 1000, 80):
+        shutil.copytree(own_folder, tmp_path / "out" / f"checkpoint-{step}")
+    with pytest.raises(ModelError, match="checkpoints of a Trainer") as caught:
+        open_source(str(tmp_path / "out"))
+    assert caught.value.hint.endswith("checkpoint-1000")
+
+
+def test_a_weight_file_without_a_tensor_is_named(own_folder: Path) -> None:
+    for path in own_folder.glob("*.safetensors"):
+        save_file({}, path)
+    with pytest.raises(ModelError, match=r"model\.safetensors holds no tensor"):
+        open_source(str(own_folder)).names()

@@ -1,0 +1,272 @@
+"""The page of a run: whole, self-contained, harmless whatever the run's text holds, and drawn to scale."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from octavo import html_report
+from octavo.errors import DataError, UsageError
+from octavo.html_report import chart
+from octavo.reporting import Report
+
+EVIL = "</pre><script>alert('1')</script>\"'><img src=//x.test/a onerror=alert(2)>&lt;\x00"
+VOID = {"meta", "circle", "path"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order; keeps tags, attributes and text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def ledger(*sources: str) -> dict[str, Any]:
+    counts = {"documents": 1, "tokens": 1214, "learned": 1200, "read_only": 4, "left_out": 10, "padding": 20}
+    return {**counts, "rows": 3, "files": [{"source": source, **counts} for source in sources]}
+
+
+def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
+    """A run folder with everything in it; `text` stands wherever a user's text can."""
+    folder.mkdir(exist_ok=True)
+    with Report(console=False, metrics=folder / "metrics.jsonl") as report:
+        report.event("hardware", name=text, device="cpu")
+        report.event("versions", torch="2.13.0", **{text: text})
+        report.event("overlap", share=0.0312, ngram=13, removed_documents=1, near_copies=2, removed=[text])
+        report.warn(text)
+        report.event("sample", step=0, prompt=f"PROMPT {text}", text=f"first {text}", which="base")
+        for step in range(1, steps + 1):
+            speeds = {"learning_rate": 1e-3 / step, "tokens_per_second": 800.5, "grad_norm": 1.0}
+            loss = float("nan") if step == 2 else 4 - step / steps
+            report.event("step", step=step, loss=loss, tokens=512, **speeds)
+        report.event("sample", step=9, prompt=f"PROMPT {text}", text=f"midway {text}", which="training")
+        report.event("heldout", step=10, loss=3.9, perplexity=49.4)
+        report.event("sample", step=30, prompt=f"PROMPT {text}", text=f"PROMPT {text} last", which="tuned")
+        row = {"scheme": "int8", "bits_per_byte": 1.5, "tokens": 52123}
+        before = {"name": f"base {text}", "adapter": None, "perplexity": 80.0, **row}
+        after = {"name": f"tuned {text}", "adapter": text, "perplexity": 60.0, **row}
+        report.event("evaluation", rows=[before, after])
+    (folder / "ledger.json").write_text(json.dumps({"train": ledger(text, "b.txt"), "test": ledger("c.txt")}))
+    (folder / "config.yaml").write_text(f"model: {text}\n")
+    return folder
+
+
+def read(folder: Path) -> Reader:
+    return Reader(html_report.write(folder).read_text("utf-8"))
+
+
+def test_a_whole_run_has_every_section(tmp_path: Path) -> None:
+    written = html_report.write(run_folder(tmp_path / "run"))
+    assert written == tmp_path / "run" / "report.html"
+    html = written.read_text("utf-8")
+    titles = re.findall("<h2>(.*?)</h2>", html)
+    assert titles == [
+        "Training",
+        "Held-out perplexity",
+        "Samples",
+        "Where every token went",
+        "Warnings",
+        "Settings",
+        "Hardware",
+        "Versions",
+    ]
+    assert html.count("<svg") == 4
+    assert not (tmp_path / "run" / "report.html.aside").exists()
+
+
+def test_the_summary_says_how_far_and_what_it_changed(tmp_path: Path) -> None:
+    text = read(run_folder(tmp_path / "run")).text
+    assert "30 steps, training loss 3.0" in text
+    assert "perplexity 60.00 (tuned plain), 25.0 % under base plain" in text
+    assert "\N{MINUS SIGN}25.0 %" in text
+
+
+def test_what_of_the_held_out_text_was_trained_on_stands_below_its_table(tmp_path: Path) -> None:
+    text = read(run_folder(tmp_path / "run")).text
+    assert "3.1 % of the held-out text is also in the training text, in runs of 13 tokens" in text
+    assert "taken out of training: 1 document; near copies: 2 documents." in text
+
+
+def test_a_users_text_is_shown_and_never_becomes_markup(tmp_path: Path) -> None:
+    plain, evil = read(run_folder(tmp_path / "a")), read(run_folder(tmp_path / "b", text=EVIL))
+    assert evil.tags == plain.tags
+    assert {name for name, _ in evil.attributes} == {name for name, _ in plain.attributes}
+    shown = EVIL.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert evil.text.count(shown) == plain.text.count("plain")
+
+
+def test_a_folder_named_like_markup_is_harmless(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "<script>&")
+    found = read(folder)
+    assert "script" not in found.tags
+    assert "<script>&" in found.text
+
+
+def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
+    found = read(run_folder(tmp_path / "run"))
+    names = {name for name, _ in found.attributes}
+    assert names.isdisjoint({"src", "href", "srcset", "xlink:href", "action"})
+    assert found.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+    assert not re.search(r"url\(|@import|https?:", html_report.write(tmp_path / "run").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "title"),
+    [("ledger.json", "Where every token went"), ("config.yaml", "Settings"), ("metrics.jsonl", "Training")],
+)
+def test_a_missing_file_leaves_out_its_section_only(tmp_path: Path, missing: str, title: str) -> None:
+    folder = run_folder(tmp_path / "run")
+    whole = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
+    (folder / missing).unlink()
+    left = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
+    from_metrics = {"Training", "Held-out perplexity", "Samples", "Warnings", "Hardware", "Versions"}
+    gone = from_metrics if missing == "metrics.jsonl" else {title}
+    assert left == [name for name in whole if name not in gone]
+
+
+def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
+    assert "not evaluated yet" in read(tmp_path).text
+
+
+def test_a_run_killed_in_the_middle_of_a_line_has_a_page(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:30])
+    html = html_report.write(folder).read_text("utf-8")
+    assert "8 steps" in html
+    assert "not evaluated yet" in html
+    assert "Held-out perplexity" not in html
+
+
+def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+    values = ["3.5", "NaN", "1e999", '"inf"', "null", "true", "3.0"]
+    lines = [f'{{"event": "step", "step": {step}, "loss": {loss}}}\n' for step, loss in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    found = read(tmp_path)
+    [dots] = [value for name, value in found.attributes if name == "d" and "h0M" in value]
+    assert dots.count("M") == 2
+    assert "6 steps" in found.text
+
+
+def test_each_sample_shows_its_prompt_once(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    html = html_report.write(folder).read_text("utf-8")
+    assert html.count("PROMPT plain") == 3
+    assert html.index("first plain") < html.index(" last</pre>") < html.index("midway plain")
+
+
+def test_a_ledger_of_one_part_and_of_many_files_ends_in_its_total(tmp_path: Path) -> None:
+    sources = [f"{number}.txt" for number in range(100)]
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger(*sources)))
+    html = html_report.write(tmp_path).read_text("utf-8")
+    assert html.count(".txt") == 60
+    assert "and 40 smaller files" in html
+    assert html.count('<tr class="total"><td>all</td>') == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3"])
+def test_a_broken_ledger_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(DataError, match=r"ledger\.json"):
+        html_report.write(tmp_path)
+
+
+def test_no_folder_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="none"):
+        html_report.write(tmp_path / "none")
+
+
+def test_a_long_run_does_not_make_a_long_page(tmp_path: Path) -> None:
+    with Report(console=False, metrics=tmp_path / "metrics.jsonl") as report:
+        for step in range(1, 6001):
+            report.event("step", step=step, loss=3.0, learning_rate=1e-4)
+    assert html_report.write(tmp_path).stat().st_size < 100_000
+
+
+numbers = st.floats(-1e12, 1e12, allow_nan=False)
+
+
+@given(points=st.lists(st.tuples(st.integers(0, 10**7), numbers), min_size=1, max_size=40))
+def test_every_point_lies_inside_the_frame(points: list[tuple[int, float]]) -> None:
+    series = [chart.Series("s", [(float(x), y) for x, y in points], "train", chart.marks)]
+    svg = chart.draw("t", series, width=300, height=200)
+    circles = re.findall(r'cx="([^"]+)" cy="([^"]+)"', svg)
+    assert len(circles) == len(points)
+    for x, y in circles:
+        assert 58 <= float(x) <= 286
+        assert 10 <= float(y) <= 160
+
+
+def test_a_larger_value_stands_higher_and_a_later_step_further_right() -> None:
+    series = [chart.Series("s", [(1.0, 2.0), (2.0, 3.0)], "train", chart.marks)]
+    (x1, y1), (x2, y2) = re.findall(r'cx="([^"]+)" cy="([^"]+)"', chart.draw("t", series, width=300, height=200))
+    assert float(x1) < float(x2)
+    assert float(y1) > float(y2)
+
+
+@given(low=numbers, high=numbers, most=st.integers(1, 12))
+@example(low=1e12, high=1e12 + 2**-12, most=4)
+@example(low=0.0, high=0.0, most=4)
+def test_ticks_are_few_even_and_around_the_data(low: float, high: float, most: int) -> None:
+    low, high = min(low, high), max(low, high)
+    found = chart.ticks(low, high, most)
+    step = found[1] - found[0]
+    slack = step * 1e-6 + abs(high) * 1e-9 + abs(low) * 1e-9
+    assert found[0] <= low + slack
+    assert found[-1] >= high - slack
+    assert 2 <= len(found) <= most + 3
+    assert f"{step:.6e}"[0] in "1259"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.0, 0.002, ["0", "0.0005", "0.001", "0.0015", "0.002"]),
+        (2.87, 4.3, ["2.5", "3.0", "3.5", "4.0", "4.5"]),
+        (0.0, 4e-5, ["0", "1e-05", "2e-05", "3e-05", "4e-05"]),
+        (800.0, 2600.0, ["500", "1,000", "1,500", "2,000", "2,500", "3,000"]),
+    ],
+)
+def test_ticks_are_written_with_the_digits_they_need(low: float, high: float, labels: list[str]) -> None:
+    found = chart.ticks(low, high, 4)
+    assert [chart._tick(tick, found) for tick in found] == labels
+
+
+@given(values=st.lists(st.floats(0, 100), min_size=1, max_size=200))
+@example(values=[5.0] * 300)
+def test_smoothing_stays_within_the_values_and_starts_at_the_first(values: list[float]) -> None:
+    smoothed = [y for _, y in chart.smooth([(float(x), y) for x, y in enumerate(values)])]
+    assert len(smoothed) == len(values)
+    assert smoothed[0] == pytest.approx(values[0])
+    assert min(values) - 1e-6 <= min(smoothed) <= max(smoothed) <= max(values) + 1e-6

@@ -1,0 +1,117 @@
+"""metrics.jsonl holds whole lines, also after a disk that filled up, a kill within a line, and its deletion."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from octavo.errors import UsageError
+from octavo.metrics_file import MetricsFile
+from octavo.reporting import Report, read_events
+
+
+def lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("torn", "kept"),
+    [
+        (b'{"a": 1}\n{"b": [{"c": 1}', [b'{"a": 1}']),
+        (b'{"a": 1}\n{"b": {}}', [b'{"a": 1}', b'{"b": {}}']),
+        (b'{"a": 1}\n', [b'{"a": 1}']),
+        (b"{" + b"[" * 100_000, []),
+        (b"", []),
+    ],
+    ids=["torn at a brace", "no line end", "whole", "deep", "empty"],
+)
+def test_a_torn_last_line_is_cut_off(torn: bytes, kept: list[bytes], tmp_path: Path) -> None:
+    (path := tmp_path / "m").write_bytes(torn)
+    file = MetricsFile(path, append=True)
+    file.write(b'{"z": 0}\n')
+    file.close()
+    assert lines(path) == [*kept, b'{"z": 0}']
+
+
+def test_what_did_not_fit_is_an_error_once_and_never_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    file = MetricsFile(path, append=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            file.write(b'{"a": 1}\n')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path)
+    file.close()
+    MetricsFile(path, append=True).close()
+    assert lines(path) == []
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "folder deleted"])
+def test_a_deleted_file_is_written_anew(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "m"
+    report = Report(console=False, metrics=path)
+    report.event("first")
+    assert not report.restore()
+    path.unlink()
+    if how == "replaced":
+        path.write_bytes(b"other")
+    elif how == "folder deleted":
+        path.parent.rmdir()
+    report.event("second")
+    assert report.restore()
+    report.event("third")
+    assert not report.restore()
+    report.close()
+    assert [event["event"] for event in read_events(path)[0]] == ["first", "second", "third"]
+    assert os.listdir(path.parent) == ["m"]
+
+
+def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "m", tmp_path):
+        with pytest.raises(UsageError, match="cannot write"):
+            MetricsFile(path, append=True)
+
+
+def test_going_on_forgets_what_is_recorded_once_more(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with Report(console=False, metrics=path) as report:
+        report.event("hardware")
+        report.event("sample", step=0, which="base")
+        for step in (1, 2, 3):
+            report.event("step", step=step)
+        report.event("heldout", step=3)
+        report.event("sample", step=3, which="training")
+        report.event("sample", step=3, which="tuned")
+        report.event("evaluation", step=3)
+        report.event("memory", step=3)
+        report.event("step", step=4)
+    with Report(console=False, metrics=path, append=True) as report:
+        report.resume_from(3)
+    kept = [(event["event"], event.get("which")) for event in read_events(path)[0]]
+    assert kept == [
+        ("hardware", None),
+        ("sample", "base"),
+        *[("step", None)] * 3,
+        ("heldout", None),
+        ("sample", "training"),
+    ]
+    with Report(console=False, metrics=path, append=True) as report:
+        report.say("said")
+        report.resume_from(-1)
+    assert [event["event"] for event in read_events(path)[0]] == ["say"]
+
+
+def test_steps_that_are_not_recorded_are_missed(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with Report(console=False, metrics=path) as report:
+        report.event("step", step=2)
+        report.resume_from(4)
+    (warning,) = (event for event in read_events(path)[0] if event["event"] == "warn")
+    assert "lacks 3 of the steps 1 to 4" in warning["text"]
