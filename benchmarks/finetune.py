@@ -5,9 +5,9 @@
     python benchmarks/finetune.py --suite full --gate --budget-s 550 --out results.csv
     python benchmarks/finetune.py --job article --model-dir DIR --text-dir src/octavo/shakespeare/train
 
-Rows are appended to benchmarks/results.csv as they come; `python benchmarks/table.py` makes README.md's table of it.
-A way that fails has its error in its row, and the others go on. README.md beside this file says what is fixed and
-what each way is. --tiny runs the same code on two narrow layers, on a CPU too.
+Rows are appended to benchmarks/results.csv as they come; `python benchmarks/table.py` writes them into the table of
+benchmarks/README.md, which also describes each way and the common conditions. A way that fails has its error in its
+row, and the others continue. --tiny runs the same code on two narrow layers, on a CPU too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""benchmarks/results.csv -> the table of README.md.
+"""benchmarks/results.csv -> the table of benchmarks/README.md.
 
-    python benchmarks/table.py [--results benchmarks/results.csv] [--readme README.md]
+    python benchmarks/table.py [--results benchmarks/results.csv] [--readme benchmarks/README.md]
 
-Prints the newest row of each (way, model, batch, seq_len, cap), and puts the few columns that people look for between
-the two lines `<!-- benchmark table -->` of the readme if it has them, fastest first within a setting. Loads neither
+Prints the newest row of each (way, model, batch, seq_len, cap). Writes the most important columns between
+the two lines `<!-- benchmark table -->` of the readme if it has them, fastest first within a setting. Imports neither
 torch nor octavo.
 """
 
@@ -31,7 +31,7 @@ TITLES = (
     "model", "way", "batch x tokens", "cap GiB", "tokens/s", "p10-p90", "allocated GiB", "reserved GiB",
     "with loading GiB", "first loss", "least gradient cosine", "note",
 )  # fmt: skip
-BRIEF = ("model", "batch x tokens", "cap, GiB", "way", "tokens/s", "reserved GiB", "host GiB", "first loss")
+BRIEF = ("model", "batch x tokens", "cap GiB", "way", "tokens/s", "reserved GiB", "pinned GiB", "first loss", "commit")
 
 Row = Mapping[str, Any]
 
@@ -39,7 +39,7 @@ Row = Mapping[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=META_RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "benchmarks" / "README.md")
     asked = parser.parse_args()
     rows = read(asked.results)
     sys.stdout.write(markdown(rows))
@@ -107,8 +107,9 @@ def brief(rows: Sequence[Row]) -> str:
         cap = f"{float(row['cap_gib']):g}" if row["cap_gib"] else ""
         way = f"**{row['way']}**" if str(row["way"]).startswith("octavo") else str(row["way"])
         cells = [str(row["model"]), f"{row['batch']} x {row['seq_len']}", cap, way, speed]
-        host = _decimal(row["pinned_gib"], 2) if float(row["pinned_gib"] or 0) else ""
-        lines.append([*cells, _decimal(row["peak_reserved_gib"], 2), host, _decimal(row["first_loss"], 4)])
+        pinned = _decimal(row["pinned_gib"], 2) if float(row["pinned_gib"] or 0) else ""
+        loss = _decimal(row["first_loss"], 4)
+        lines.append([*cells, _decimal(row["peak_reserved_gib"], 2), pinned, loss, str(row["commit"])])
     cards = ", ".join(dict.fromkeys(str(row["card"]) for row in told))
     head = [f"{cards}:", "", _row(BRIEF), _row(["---"] * len(BRIEF))]
     return "\n".join([*head, *map(_row, lines)]) + "\n"
