@@ -1,4 +1,4 @@
-"""A client over ASGI that reads, stalls and leaves when a test says so, and the loop that tests of it run in."""
+"""An ASGI client that a test controls (read, stall, disconnect), and an event loop with an adjustable clock."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-PATIENCE = 60  # seconds until what does not come counts as never coming, however busy the machine is
+PATIENCE = 60  # seconds until a wait counts as failed, also on a busy machine
 
 
-class SkippingLoop(asyncio.SelectorEventLoop):
-    """A loop whose clock a scene can put forward: what takes long then takes no time, and what is quick has plenty."""
+class ManualClockLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock a test can advance, so that long timeouts expire without waiting."""
 
-    skipped = 0.0
+    offset = 0.0
 
     def time(self) -> float:
-        return super().time() + self.skipped
+        return super().time() + self.offset
 
 
-def skip(seconds: float) -> None:
-    """Puts the clock of the scene's loop forward."""
+def advance_clock(seconds: float) -> None:
+    """Advances the clock of the running ManualClockLoop."""
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, SkippingLoop)
-    loop.skipped += seconds
+    assert isinstance(loop, ManualClockLoop)
+    loop.offset += seconds
 
 
 @dataclass
 class Client:
-    """One request over ASGI, whose client reads, stalls and leaves when the test says so."""
+    """One request over ASGI. The test controls when the client reads, stalls and disconnects."""
 
     app: Any
     path: str
@@ -37,13 +37,13 @@ class Client:
     status: int = 0
     headers: dict[bytes, bytes] = field(default_factory=dict)
     received: bytes = b""
-    whole: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    reads: asyncio.Event = field(default_factory=asyncio.Event)
-    begun: bool = False
+    complete: bool = False
+    disconnected: asyncio.Event = field(default_factory=asyncio.Event)
+    reading: asyncio.Event = field(default_factory=asyncio.Event)
+    started: bool = False
 
     def __post_init__(self) -> None:
-        self.reads.set()
+        self.reading.set()
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -55,29 +55,31 @@ class Client:
         await self.app(scope, self._receive, self._send)
 
     async def _receive(self) -> dict[str, Any]:
-        if not self.begun:
-            self.begun = True
+        if not self.started:
+            self.started = True
             return {"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
-        await self.reads.wait()
+        await self.reading.wait()
         if message["type"] == "http.response.start":
             self.status, self.headers = message["status"], dict(message["headers"])
         else:
             self.received += message["body"]
-            self.whole = not message.get("more_body", False)
+            self.complete = not message.get("more_body", False)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Lets the other tasks and threads run until something is so, or they count as stuck."""
+    """Lets other tasks and threads run until `condition` is true. TimeoutError after PATIENCE seconds."""
     async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.001)
 
 
-def play(scene: Coroutine[Any, Any, None], loop: Callable[[], asyncio.AbstractEventLoop] = SkippingLoop) -> None:
-    """Runs a scene, with a loop that is made by `loop`."""
+def run_scenario(
+    scenario: Coroutine[Any, Any, None], loop: Callable[[], asyncio.AbstractEventLoop] = ManualClockLoop
+) -> None:
+    """Runs a scenario in an event loop made by `loop`."""
     with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(scene)
+        runner.run(scenario)

@@ -1,4 +1,4 @@
-"""What the tests of the server stand on: an engine without a model that says the prompt again, and apps over it."""
+"""Fixtures of the server tests: a fake engine that repeats the prompt, and apps that use it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BASE_SHA, KING_SHA, QUEEN_SHA = "b" * 64, "c" * 64, "d" * 64
 
 
 @dataclass
-class Run:
-    """One request at work: the ids that it is going to say."""
+class ActiveRequest:
+    """One running request and the ids that it will generate."""
 
     stream: Stream
     ids: list[int]
@@ -36,64 +36,67 @@ class Run:
 
 @dataclass
 class FakeEngine:
-    """Says the prompt's ids again, over and over; the end token (id 2) ends it.
+    """Generates the prompt's ids again and again; the EOS token (id 2) ends a request.
 
-    By itself an answer is whole as soon as it is asked for. With `by_hand` tokens come only with `step`.
+    A request finishes when it is submitted. With `manual` each call of `step` generates one token.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    by_hand: bool = False
+    manual: bool = False
     slots: int = 2
     queue_limit: int = 2
     context: int = 64
     base: str = "tiny"
     base_sha256: str = BASE_SHA
-    seen: list[Request] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    submitted: list[Request] = field(default_factory=list)
+    active: list[ActiveRequest] = field(default_factory=list)
     cancelled: int = 0
-    fails: bool = False
+    failing: bool = False
     names: tuple[str, ...] = ("king", "queen")
-    misfits: dict[str, str | Exception] = field(default_factory=dict)  # folders that do not fit, and why
+    load_errors: dict[str, str | Exception] = field(default_factory=dict)  # folder name -> error of load_adapter
 
     def __post_init__(self) -> None:
-        self.leaving: dict[str, ServedAdapter] = {}
+        self.draining_adapters: dict[str, ServedAdapter] = {}
         hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
-        self.held = {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
+        self.loaded = {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
 
     def submit(self, request: Request) -> Stream:
-        if request.adapter is not None and request.adapter not in self.held:
+        if request.adapter is not None and request.adapter not in self.loaded:
             raise AdapterError(f"There is no adapter {request.adapter!r} here.")
-        if len(self.runs) >= self.slots + self.queue_limit:
+        if len(self.active) >= self.slots + self.queue_limit:
             raise QueueFullError("2 requests are waiting already.", hint="Try again later.")
-        self.seen.append(request)
-        stream = Stream(request, self.held.get(request.adapter or ""))
+        self.submitted.append(request)
+        stream = Stream(request, self.loaded.get(request.adapter or ""))
         most = min(request.sampling.max_new_tokens, self.context - len(request.prompt))
         ids = [request.prompt[n % len(request.prompt)] for n in range(most)]
-        self.runs.append(Run(stream, ids, TextStream(self.tokenizer, request.sampling.stop)))
-        while self.runs and not self.by_hand:
+        self.active.append(ActiveRequest(stream, ids, TextStream(self.tokenizer, request.sampling.stop)))
+        while self.active and not self.manual:
             self.step()
         return stream
 
     def step(self) -> None:
-        """One token for each of the running; those whose clients went away leave."""
-        for run in self.runs[:]:
+        """Generates one token for each running request; removes cancelled requests."""
+        for run in self.active[:]:
             if run.stream.cancelled:
                 self.cancelled += 1
                 run.stream.put(Token(-1, "", "cancelled"))
-                self.runs.remove(run)
-        for run in self.runs[: self.slots]:
+                self.active.remove(run)
+        for run in self.active[: self.slots]:
             token = self._next(run)
             if token.finish_reason:
-                self.runs.remove(run)
+                self.active.remove(run)
             run.stream.put(token)
 
-    def _next(self, run: Run) -> Token:
-        if self.fails:
+    def _next(self, run: ActiveRequest) -> Token:
+        if self.failing:
             run.stream.error = "RuntimeError: /secret/path"
             return Token(-1, "", "error")
         request = run.stream.request
         if request.prompt_logprobs:
-            run.stream.prompt = (Token(request.prompt[0], ""), *(self.told(i, request) for i in request.prompt[1:]))
+            run.stream.prompt = (
+                Token(request.prompt[0], ""),
+                *(self.token_with_logprobs(i, request) for i in request.prompt[1:]),
+            )
         token = run.ids.pop(0)
         reason: str | None = None
         if token == 2:
@@ -102,11 +105,11 @@ class FakeEngine:
             text, stopped = run.text.push(token)
             reason = "stop" if stopped else None if run.ids else "length"
             text += "" if reason is None else run.text.finish()
-        return replace(self.told(token, request), text=text, finish_reason=reason)
+        return replace(self.token_with_logprobs(token, request), text=text, finish_reason=reason)
 
     @staticmethod
-    def told(token: int, request: Request) -> Token:
-        """Even ids are the likeliest; an odd one has the even one below it before it."""
+    def token_with_logprobs(token: int, request: Request) -> Token:
+        """An even id is the likeliest token; for an odd id the likeliest is the even id below it."""
         if request.logprobs is None:
             return Token(token, "")
         likeliest = [(token, -0.25)] if token % 2 == 0 else [(token - 1, -0.25), (token, -0.5)]
@@ -115,71 +118,71 @@ class FakeEngine:
         return Token(token, "", logprob=likeliest[-1][1], top=top)
 
     def adapters(self) -> dict[str, ServedAdapter]:
-        return dict(self.held)
+        return dict(self.loaded)
 
     def load_adapter(self, name: str, folder: Path) -> ServedAdapter:
-        """The hash is that of a file with the tensors' name."""
-        why = self.misfits.get(folder.name)
+        """The adapter's hash is that of the tensor file, which may have any content."""
+        why = self.load_errors.get(folder.name)
         if isinstance(why, Exception):
             raise why
         if why is not None:
             raise AdapterError(f"The adapter in {folder} {why}.", hint="Give another one.")
         origin = folder / "octavo.json"
         base = json.loads(origin.read_bytes())["base"]["sha256"] if origin.is_file() else None
-        self.held[name] = ServedAdapter(name, sha256_of(folder / peft.TENSORS), folder, 2000.5, base)
-        return self.held[name]
+        self.loaded[name] = ServedAdapter(name, sha256_of(folder / peft.TENSORS), folder, 2000.5, base)
+        return self.loaded[name]
 
     def draining(self) -> dict[str, ServedAdapter]:
-        return dict(self.leaving)
+        return dict(self.draining_adapters)
 
     def drain_adapter(self, name: str) -> ServedAdapter:
-        if name in self.held:
-            self.leaving[name] = self.held.pop(name)
-        if name not in self.leaving:
+        if name in self.loaded:
+            self.draining_adapters[name] = self.loaded.pop(name)
+        if name not in self.draining_adapters:
             raise AdapterError(f"There is no adapter {name!r} here.")
-        return self.leaving[name]
+        return self.draining_adapters[name]
 
     def remove_adapter(self, name: str) -> None:
-        if users := sum(run.stream.request.adapter == name for run in self.runs):
+        if users := sum(run.stream.request.adapter == name for run in self.active):
             raise AdapterError(f"{users} requests are using the adapter {name!r}.", hint="Try later.")
-        del self.leaving[name]
+        del self.draining_adapters[name]
 
     def stats(self) -> Stats:
-        running = min(len(self.runs), self.slots)
+        running = min(len(self.active), self.slots)
         return Stats(
-            self.slots, self.queue_limit, 128, running=running, waiting=len(self.runs) - running,
-            requests_total=len(self.seen), cancelled_total=self.cancelled,
+            self.slots, self.queue_limit, 128, running=running, waiting=len(self.active) - running,
+            requests_total=len(self.submitted), cancelled_total=self.cancelled,
         )  # fmt: skip
 
 
 @dataclass
-class Setting:
-    """An app with its engine, and a client that stands on this machine."""
+class AppServer:
+    """An app, its engine, and a client that connects from localhost."""
 
     app: FastAPI
     engine: FakeEngine
     client: TestClient
 
-    def ask(self, path: str, **body: Any) -> Any:
-        """The JSON of an answer that must be 200."""
-        answer = self.client.post(path, json=body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
+    def post(self, path: str, **body: Any) -> Any:
+        """The JSON of a response whose status must be 200."""
+        response = self.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
 
-    def refusal(self, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
-        """(status, error) of an answer in the shape of OpenAI's errors."""
-        answer = self.client.post(path, json=body)
-        document = answer.json()
+    def error(self, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+        """(status, error) of a response in OpenAI's error format."""
+        response = self.client.post(path, json=body)
+        document = response.json()
         assert document.keys() == {"error"}
         assert document["error"].keys() == {"message", "type", "param", "code"}
-        return answer.status_code, document["error"]
+        return response.status_code, document["error"]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(self.engine.tokenizer(text)["input_ids"])
 
 
-Open = Callable[..., Setting]
+OpenServer = Callable[..., AppServer]
 
 
 @pytest.fixture(scope="session")
@@ -188,15 +191,15 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def opened(tokenizer: PreTrainedTokenizerFast) -> Iterator[Open]:
-    """Makes a Setting. Options of the server by name; `engine` holds those of the FakeEngine."""
+def open_server(tokenizer: PreTrainedTokenizerFast) -> Iterator[OpenServer]:
+    """Makes an AppServer. Keywords are server options; `engine` has those of the FakeEngine."""
     clients = []
 
-    def make(*, key: str | None = None, engine: dict[str, Any] | None = None, **options: Any) -> Setting:
+    def make(*, key: str | None = None, engine: dict[str, Any] | None = None, **options: Any) -> AppServer:
         fake = FakeEngine(tokenizer, **(engine or {}))
         app = create_app(fake, ServeOptions(**options), key=key, names=("laptop",))
         clients.append(client := TestClient(app, base_url="http://localhost:8000", raise_server_exceptions=False))
-        return Setting(app, fake, client)
+        return AppServer(app, fake, client)
 
     yield make
     for client in clients:
@@ -204,6 +207,6 @@ def opened(tokenizer: PreTrainedTokenizerFast) -> Iterator[Open]:
 
 
 @pytest.fixture
-def setting(opened: Open) -> Setting:
-    """A server with the defaults."""
-    return opened()
+def server(open_server: OpenServer) -> AppServer:
+    """A server with default options."""
+    return open_server()

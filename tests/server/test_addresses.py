@@ -1,4 +1,4 @@
-"""Which hosts stand for this machine, and what a Host header names."""
+"""Loopback checks and parsing of the Host header."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pytest
 from octavo.server.addresses import host_name, is_loopback
 
 
-def test_a_host_name_is_read_without_port_and_brackets() -> None:
+def test_host_name_removes_port_and_brackets() -> None:
     assert [host_name(text) for text in ("A.b:80", "[::1]:80", "::1", "a.")] == ["a.b", "::1", "", "a"]
 
 
 @pytest.mark.parametrize(
-    ("host", "own"),
+    ("host", "expected"),
     [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
      ("192.168.1.5", False), ("", False), ("localhost.evil.example", False)],
 )  # fmt: skip
-def test_only_loopback_is_this_machine_alone(host: str, own: bool) -> None:
-    assert is_loopback(host) is own
+def test_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

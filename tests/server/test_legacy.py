@@ -1,4 +1,4 @@
-"""POST /prompt/: the article's service."""
+"""The legacy route POST /prompt/."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 
-Open = Callable[..., Any]
+OpenServer = Callable[..., Any]
 
 
 @pytest.mark.parametrize("path", ["/prompt/", "/prompt"])
 @pytest.mark.parametrize(("length", "temperature"), [("5", "0.5"), (5, 0.5), (" 5\n", ".5")])
-def test_the_answer_is_the_whole_text_and_length_counts_the_prompt(
-    setting: Any, path: str, length: object, temperature: object
+def test_the_output_includes_the_prompt_and_length_counts_it(
+    server: Any, path: str, length: object, temperature: object
 ) -> None:
-    answer = setting.client.post(path, json={"input": "the king", "length": length, "temperature": temperature})
-    assert answer.json() == {"output": "the kingthe kingthe"}
-    (request,) = setting.engine.seen
+    response = server.client.post(path, json={"input": "the king", "length": length, "temperature": temperature})
+    assert response.json() == {"output": "the kingthe kingthe"}
+    (request,) = server.engine.submitted
     assert (request.sampling.max_new_tokens, request.sampling.temperature) == (3, 0.5)
     assert request.sampling.top_p == 1
 
 
-def test_the_first_adapter_answers_and_the_header_has_its_hash(setting: Any) -> None:
-    answer = setting.client.post("/prompt/", json={"input": "the king"})
-    assert setting.engine.seen[0].adapter == "king"
-    assert answer.headers["X-System-Fingerprint"] == "c" * 64
+def test_the_first_adapter_is_used_and_the_header_has_its_hash(server: Any) -> None:
+    response = server.client.post("/prompt/", json={"input": "the king"})
+    assert server.engine.submitted[0].adapter == "king"
+    assert response.headers["X-System-Fingerprint"] == "c" * 64
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_the_first_adapter_answers_and_the_header_has_its_hash(setting: Any) -> 
         ({"input": "the king", "temperature": -1}, "temperature"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_by_name(setting: Any, body: dict[str, Any], param: str) -> None:
-    status, error = setting.refusal("/prompt/", **body)
+def test_invalid_fields_are_rejected_by_name(server: Any, body: dict[str, Any], param: str) -> None:
+    status, error = server.error("/prompt/", **body)
     assert (status, error["param"]) == (400, param)
-    assert setting.engine.seen == []
+    assert server.engine.submitted == []
 
 
-def test_a_page_of_a_named_origin_may_ask(opened: Open) -> None:
-    setting = opened(origins=["*"])
-    answer = setting.client.post("/prompt/", json={"input": "the"}, headers={"Origin": "https://page.example"})
-    assert answer.status_code == 200
-    assert answer.headers["access-control-allow-origin"] == "*"
+def test_an_allowed_origin_may_send_requests(open_server: OpenServer) -> None:
+    server = open_server(origins=["*"])
+    response = server.client.post("/prompt/", json={"input": "the"}, headers={"Origin": "https://page.example"})
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "*"

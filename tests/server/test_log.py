@@ -1,4 +1,4 @@
-"""The server's log: in order, complete where it is read, and never in the way where it is not."""
+"""The server's log: lines are in order, complete if stderr is read, and never block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATIENCE = 60
 
 
 class Unread(io.StringIO):
-    """A stream like a full pipe: a write returns once somebody reads."""
+    """A stream like a full pipe: a write blocks until it is read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def messages(stream: io.StringIO) -> list[str]:
     return [line.partition(" INFO ")[2] or line for line in stream.getvalue().splitlines()]
 
 
-def test_every_line_is_written_in_order_by_the_time_it_is_closed() -> None:
+def test_close_writes_all_lines_in_order() -> None:
     log = Log(stream := io.StringIO())
     for number in range(500):
         log.emit(record(number))
@@ -42,21 +42,21 @@ def test_every_line_is_written_in_order_by_the_time_it_is_closed() -> None:
     assert messages(stream) == [f"line {number}" for number in range(500)]
 
 
-def test_a_stream_that_is_not_read_holds_nobody_up_and_what_is_lost_is_counted() -> None:
-    log = Log(stream := Unread(), most=3)
+def test_an_unread_stream_does_not_block_and_dropped_lines_are_counted() -> None:
+    log = Log(stream := Unread(), max_lines=3)
     log.emit(record(0))
     assert stream.is_written_to.wait(PATIENCE)
-    for number in range(1, 9):  # would never return if it waited
+    for number in range(1, 9):  # would never return if emit blocked
         log.emit(record(number))
     stream.is_read.set()
     log.close()
-    told = messages(stream)
-    assert told == ["line 0", "line 1", "line 2", "line 3", "5 lines of the log are lost: stderr was not read."]
+    lines = messages(stream)
+    assert lines == ["line 0", "line 1", "line 2", "line 3", "5 log lines were dropped: stderr was not read."]
 
 
-def test_closing_does_not_wait_for_a_reader_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.server.log.LAST_SECONDS", 0.01)
-    log = Log(stream := Unread(), most=1)
+def test_close_does_not_wait_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.server.log.CLOSE_SECONDS", 0.01)
+    log = Log(stream := Unread(), max_lines=1)
     log.emit(record(0))
     assert stream.is_written_to.wait(PATIENCE)
     log.emit(record(1))
@@ -65,7 +65,7 @@ def test_closing_does_not_wait_for_a_reader_either(monkeypatch: pytest.MonkeyPat
     stream.is_read.set()
 
 
-def test_a_stream_that_is_gone_ends_no_thread() -> None:
+def test_a_closed_stream_does_not_end_the_thread() -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             if "line 0" in text:

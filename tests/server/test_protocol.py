@@ -1,4 +1,4 @@
-"""Connections over real sockets: how many there may be, and for how long they may dawdle."""
+"""Connection limits and timeouts over real sockets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 import uvloop
-from tests.server.clients import PATIENCE, play, until
+from tests.server.clients import PATIENCE, run_scenario, until
 from uvicorn.server import ServerState
 
 from octavo.server import protocol
@@ -25,22 +25,22 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Any:
-    """Makes an event loop: uvicorn takes uvloop's where it is installed."""
+    """Makes an event loop. uvicorn uses uvloop if it is installed, so both are tested."""
     return request.param
 
 
 class Clock:
-    """What the bounds of connections go by: it stands still until a scene lets time pass, however busy the machine."""
+    """A manual clock for the connection timers: it does not advance by itself, however busy the machine is."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.timers: list[HandTimer] = []
 
-    def runs(self, seconds: float) -> bool:
-        """Whether a bound of so many seconds is waited for."""
+    def is_running(self, seconds: float) -> bool:
+        """Whether a timer of `seconds` is running."""
         return any(timer.due is not None and timer.seconds == seconds for timer in self.timers)
 
-    def passes(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
         for timer in self.timers[:]:
             if timer.due is not None and timer.due <= self.now:
@@ -49,7 +49,7 @@ class Clock:
 
 
 class HandTimer:
-    """connections._Timer by a Clock."""
+    """Replacement of protocol._Timer that uses a Clock."""
 
     def __init__(self, clock: Clock, _: object, seconds: float, call: Callable[[], None]) -> None:
         self.clock, self.seconds, self.call = clock, seconds, call
@@ -66,36 +66,36 @@ class HandTimer:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(protocol, "_Timer", partial(HandTimer, found))
-    return found
+    manual_clock = Clock()
+    monkeypatch.setattr(protocol, "_Timer", partial(HandTimer, manual_clock))
+    return manual_clock
 
 
 class App:
-    """Answers with what it is told to, and notes who came and who went away."""
+    """Reads the body, responds with `body`, and counts requests and disconnects."""
 
-    def __init__(self, body: bytes = b"hello", *, pieces: int = 1) -> None:
-        self.body, self.pieces = body, pieces
-        self.begun, self.gone, self.bodies = 0, 0, list[bytes]()
+    def __init__(self, body: bytes = b"hello", *, chunks: int = 1) -> None:
+        self.body, self.chunks = body, chunks
+        self.started, self.disconnected, self.bodies = 0, 0, list[bytes]()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.begun += 1
+        self.started += 1
         body, more = b"", True
         while more:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
         self.bodies.append(body)
-        length = str(len(self.body) * self.pieces).encode()
+        length = str(len(self.body) * self.chunks).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-        for left in reversed(range(self.pieces)):
+        for left in reversed(range(self.chunks)):
             await send({"type": "http.response.body", "body": self.body, "more_body": left > 0})
-        self.gone += (await receive())["type"] == "http.disconnect"
+        self.disconnected += (await receive())["type"] == "http.disconnect"
 
 
 @dataclass
-class Site:
-    """A server of our connections: uvicorn's state of it, and the clients' ends."""
+class ConnectionServer:
+    """A server that uses Connection: its port, uvicorn's state, and the writers of the clients."""
 
     port: int
     state: ServerState
@@ -103,18 +103,18 @@ class Site:
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # A client that stops reading has taken little by then.
+        # A small limit: a client that stops reading has buffered little.
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1024)
         self.writers.append(writer)
         return reader, writer
 
-    async def arrived(self, count: int) -> None:
-        """Waits until so many bytes have arrived, of all connections."""
+    async def wait_for_bytes(self, count: int) -> None:
+        """Waits until `count` bytes have arrived over all connections."""
         await until(lambda: sum(self.received) >= count)
 
 
 @asynccontextmanager
-async def serving(app: Any, *, most: int = 8) -> AsyncIterator[Site]:
+async def serve(app: Any, *, max_connections: int = 8) -> AsyncIterator[ConnectionServer]:
     config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off", timeout_keep_alive=9)
     config.load()
     state, received = ServerState(), list[int]()
@@ -124,133 +124,133 @@ async def serving(app: Any, *, most: int = 8) -> AsyncIterator[Site]:
             received.append(len(data))
             super().data_received(data)
 
-    protocol = partial(Counted, config=config, server_state=state, app_state={}, most=most)
+    protocol = partial(Counted, config=config, server_state=state, app_state={}, max_connections=max_connections)
     server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
-    site = Site(server.sockets[0].getsockname()[1], state, received)
+    connection_server = ConnectionServer(server.sockets[0].getsockname()[1], state, received)
     try:
-        yield site
+        yield connection_server
     finally:
         server.close()
-        for writer in site.writers:
+        for writer in connection_server.writers:
             writer.transport.abort()
         await until(lambda: not state.connections and not state.tasks)
 
 
-async def ended(reader: asyncio.StreamReader) -> bytes:
-    """What is still sent until the server closes the connection."""
+async def read_until_closed(reader: asyncio.StreamReader) -> bytes:
+    """The remaining data until the server closes the connection."""
     return await asyncio.wait_for(reader.read(), PATIENCE)
 
 
-@pytest.mark.parametrize("begun", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", REQUEST + b"GET /"])
-def test_a_head_that_does_not_come_is_not_waited_for(loop: Loop, begun: bytes, clock: Clock) -> None:
-    async def scene() -> None:
-        async with serving(App()) as site:
-            reader, writer = await site.connect()
-            if begun.startswith(REQUEST):  # a second request on a connection that was used
+@pytest.mark.parametrize("started", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", REQUEST + b"GET /"])
+def test_head_timeout(loop: Loop, started: bytes, clock: Clock) -> None:
+    async def scenario() -> None:
+        async with serve(App()) as connection_server:
+            reader, writer = await connection_server.connect()
+            if started.startswith(REQUEST):  # a second request on the same connection
                 writer.write(REQUEST)
                 await reader.readuntil(b"hello")
-            writer.write(begun.removeprefix(REQUEST))
-            await site.arrived(len(begun))
-            clock.passes(HEAD_SECONDS)
-            assert await ended(reader) == b""
-            clock.passes(LINGER_SECONDS)
-            await until(lambda: not site.state.connections)
+            writer.write(started.removeprefix(REQUEST))
+            await connection_server.wait_for_bytes(len(started))
+            clock.advance(HEAD_SECONDS)
+            assert await read_until_closed(reader) == b""
+            clock.advance(LINGER_SECONDS)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_head_that_comes_byte_by_byte_has_no_longer(loop: Loop, clock: Clock) -> None:
-    async def scene() -> None:
+def test_head_timeout_of_a_slow_sender(loop: Loop, clock: Clock) -> None:
+    async def scenario() -> None:
         app = App()
-        async with serving(app) as site:
-            reader, writer = await site.connect()
-            writer.write(begun := b"GET / HTTP/1.1\r\nHost: ")
-            await site.arrived(len(begun))
-            for number in range(8):  # an eighth of a number is exact
+        async with serve(app) as connection_server:
+            reader, writer = await connection_server.connect()
+            writer.write(started := b"GET / HTTP/1.1\r\nHost: ")
+            await connection_server.wait_for_bytes(len(started))
+            for number in range(8):  # eighths are exact in floating point
                 assert not reader.at_eof()
                 writer.write(b"x")
-                await site.arrived(len(begun) + number + 1)
-                clock.passes(HEAD_SECONDS / 8)
-            assert await ended(reader) == b""
-            clock.passes(LINGER_SECONDS)
-            await until(lambda: not site.state.connections)
-            assert app.begun == 0
+                await connection_server.wait_for_bytes(len(started) + number + 1)
+                clock.advance(HEAD_SECONDS / 8)
+            assert await read_until_closed(reader) == b""
+            clock.advance(LINGER_SECONDS)
+            await until(lambda: not connection_server.state.connections)
+            assert app.started == 0
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_head_that_came_in_time_leaves_the_body_its_own(loop: Loop, clock: Clock) -> None:
-    async def scene() -> None:
+def test_the_head_timeout_does_not_apply_to_the_body(loop: Loop, clock: Clock) -> None:
+    async def scenario() -> None:
         app = App()
-        async with serving(app) as site:
-            reader, writer = await site.connect()
+        async with serve(app) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\n")
-            await until(lambda: app.begun == 1)
-            clock.passes(2 * HEAD_SECONDS)
+            await until(lambda: app.started == 1)
+            clock.advance(2 * HEAD_SECONDS)
             writer.write(b"prompt")
             assert (await asyncio.wait_for(reader.readuntil(b"hello"), PATIENCE)).startswith(b"HTTP/1.1 200")
             assert app.bodies == [b"prompt"]
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_connections_beyond_the_limit_are_told_to_come_again(loop: Loop) -> None:
-    async def scene() -> None:
-        async with serving(App(), most=2) as site:
-            held = [await site.connect() for _ in range(2)]
-            await until(lambda: len(site.state.connections) == 2)
-            reader, writer = await site.connect()
-            head, _, body = (await ended(reader)).partition(b"\r\n\r\n")
+def test_connections_beyond_the_limit_get_503(loop: Loop) -> None:
+    async def scenario() -> None:
+        async with serve(App(), max_connections=2) as connection_server:
+            connections = [await connection_server.connect() for _ in range(2)]
+            await until(lambda: len(connection_server.state.connections) == 2)
+            reader, writer = await connection_server.connect()
+            head, _, body = (await read_until_closed(reader)).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b"retry-after: 2" in head.lower()
             assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
             assert f"content-length: {len(body)}".encode() in head.lower()
-            held[0][1].close()
-            await until(lambda: len(site.state.connections) == 1)
-            reader, writer = await site.connect()
+            connections[0][1].close()
+            await until(lambda: len(connection_server.state.connections) == 1)
+            reader, writer = await connection_server.connect()
             writer.write(REQUEST)
             assert b"200 OK" in await reader.readuntil(b"hello")
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_client_that_reads_nothing_is_cut_off(loop: Loop, clock: Clock) -> None:
-    """Else its answer, and its place among the requests, would be held for as long as it likes."""
+def test_a_client_that_does_not_read_is_disconnected(loop: Loop, clock: Clock) -> None:
+    """Otherwise the client could hold the response and its request slot without limit."""
 
-    async def scene() -> None:
-        app = App(b"x" * 2**20, pieces=64)
-        async with serving(app) as site:
-            _, writer = await site.connect()
+    async def scenario() -> None:
+        app = App(b"x" * 2**20, chunks=64)
+        async with serve(app) as connection_server:
+            _, writer = await connection_server.connect()
             writer.write(REQUEST)
-            await until(lambda: clock.runs(UNREAD_SECONDS))
+            await until(lambda: clock.is_running(UNREAD_SECONDS))
 
             def is_cut_off() -> bool:
-                clock.passes(UNREAD_SECONDS)  # in the first of which the system may still take some
-                return app.gone == 1
+                clock.advance(UNREAD_SECONDS)  # at first the system may still buffer data
+                return app.disconnected == 1
 
             await until(is_cut_off)
-            await until(lambda: not site.state.tasks and not site.state.connections)
+            await until(lambda: not connection_server.state.tasks and not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_client_that_reads_slowly_but_reads_gets_it_all(loop: Loop) -> None:
-    async def scene() -> None:
-        app = App(b"x" * 2**20, pieces=8)
-        async with serving(app) as site:
-            reader, writer = await site.connect()
+def test_a_slow_reader_gets_the_whole_response(loop: Loop) -> None:
+    async def scenario() -> None:
+        app = App(b"x" * 2**20, chunks=8)
+        async with serve(app) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(REQUEST)
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
             assert await asyncio.wait_for(reader.readexactly(2**23), PATIENCE) == b"x" * 2**23
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
 HOST = b"Host: localhost\r\n"
 POST = b"POST / HTTP/1.1\r\n" + HOST
 BOTH = POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-REFUSED = {
+REJECTED = {
     "garbage": (400, b"GARBAGE\r\n\r\n"),
     "TLS": (400, b"\x16\x03\x01\x02\x00\x01\x00"),
     "HTTP/2": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
@@ -284,22 +284,22 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_http_is_refused_in_the_shape_of_all_errors_and_ends_there(loop: Loop, name: str) -> None:
-    status, garbage = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_invalid_http_is_rejected_in_openais_format(loop: Loop, name: str) -> None:
+    status, garbage = REJECTED[name]
 
-    async def scene() -> None:
-        async with serving(App()) as site:
-            reader, writer = await site.connect()
+    async def scenario() -> None:
+        async with serve(App()) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(garbage + REQUEST)
-            head, _, body = (await ended(reader)).partition(b"\r\n\r\n")
+            head, _, body = (await read_until_closed(reader)).partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 %d " % status), head
-            assert json.loads(body)["error"]["code"] == "invalid_http", "one answer and no more"
+            assert json.loads(body)["error"]["code"] == "invalid_http", "there is exactly one response"
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-TAKEN = {
+ACCEPTED = {
     "empty lines before it": b"\r\n\r\n" + REQUEST,
     "an empty line after a body": POST + b"Content-Length: 5\r\n\r\nhello\r\n" + REQUEST,
     "HTTP/1.0": b"GET / HTTP/1.0\r\n\r\n",
@@ -311,52 +311,50 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_what_is_http_is_answered(loop: Loop, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    async def scene() -> None:
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_valid_http_is_answered(loop: Loop, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
         app = App()
-        async with serving(app) as site:
-            _, writer = await site.connect()
-            writer.write(TAKEN[name])
-            await until(lambda: app.begun == TAKEN[name].count(b"HTTP/1"))
+        async with serve(app) as connection_server:
+            _, writer = await connection_server.connect()
+            writer.write(ACCEPTED[name])
+            await until(lambda: app.started == ACCEPTED[name].count(b"HTTP/1"))
             assert not caplog.records
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_garbage_amid_an_answer_ends_the_connection_and_nothing_else(
-    loop: Loop, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_garbage_during_a_response_closes_the_connection_only(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     async def early(scope: Any, receive: Any, send: Any) -> None:
-        """Begins to answer before the body is there."""
+        """Starts the response before the body has arrived."""
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"hello", "more_body": True})
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    async def scene() -> None:
-        async with serving(early) as site:
-            reader, writer = await site.connect()
+    async def scenario() -> None:
+        async with serve(early) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
             await asyncio.wait_for(reader.readuntil(b"hello"), PATIENCE)
             writer.write(b"GARBAGE\r\n\r\n")
-            assert b"HTTP" not in await ended(reader), "no second answer within the first"
-            await until(lambda: not site.state.tasks)
+            assert b"HTTP" not in await read_until_closed(reader), "there is no second response in the first"
+            await until(lambda: not connection_server.state.tasks)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-class Refuses:
-    """Answers before it has read the body, as the guard does where it refuses; and notes who went away."""
+class RejectingApp:
+    """Responds without reading the body, as the guard does when it rejects a request."""
 
     def __init__(self, *, stop_ids: bool = True) -> None:
-        self.begun, self.stop_ids = 0, stop_ids
+        self.started, self.stop_ids = 0, stop_ids
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.begun += 1
+        self.started += 1
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"5")]})
         await send({"type": "http.response.body", "body": b"never"})
 
@@ -370,186 +368,182 @@ BODIES = {
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD", b"POST"])
 @pytest.mark.parametrize("name", BODIES)
-def test_an_answer_ends_the_connection_of_a_body_that_drips_on(
+def test_an_early_response_closes_the_connection_of_a_slow_body(
     loop: Loop, name: str, method: bytes, clock: Clock
 ) -> None:
-    async def scene() -> None:
-        app = Refuses()
-        async with serving(app) as site:
-            reader, writer = await site.connect()
+    async def scenario() -> None:
+        app = RejectingApp()
+        async with serve(app) as connection_server:
+            reader, writer = await connection_server.connect()
             whole = asyncio.create_task(reader.read())
             writer.write(method + b" / HTTP/1.1\r\n" + HOST + BODIES[name])
-            said = await asyncio.wait_for(whole, PATIENCE)
-            assert app.begun == 1
-            for _ in range(8):  # an eighth of a number is exact
-                assert site.state.connections
-                arrived = sum(site.received)
+            response = await asyncio.wait_for(whole, PATIENCE)
+            assert app.started == 1
+            for _ in range(8):  # eighths are exact in floating point
+                assert connection_server.state.connections
+                wait_for_bytes = sum(connection_server.received)
                 writer.write(b"x")
-                await site.arrived(arrived + 1)
-                clock.passes(LINGER_SECONDS / 8)
-            await until(lambda: not site.state.connections)
-            assert said.startswith(b"HTTP/1.1 403 ")
-            assert b"connection: close" in said.lower()
+                await connection_server.wait_for_bytes(wait_for_bytes + 1)
+                clock.advance(LINGER_SECONDS / 8)
+            await until(lambda: not connection_server.state.connections)
+            assert response.startswith(b"HTTP/1.1 403 ")
+            assert b"connection: close" in response.lower()
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_who_sends_a_body_that_is_refused_reads_why_before_the_end(loop: Loop) -> None:
-    """A connection that is closed over unread bytes is reset, and the answer may be lost with it."""
+def test_a_client_whose_body_is_rejected_receives_the_response(loop: Loop) -> None:
+    """Closing a connection with unread input resets it, and the client may lose the response."""
 
-    async def scene() -> None:
-        async with serving(Refuses()) as site:
-            reader, writer = await site.connect()
+    async def scenario() -> None:
+        async with serve(RejectingApp()) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(POST + b"Content-Length: 8000000\r\n\r\n" + b"x" * 4_000_000)
             await writer.drain()
-            assert (await ended(reader)).endswith(b"never")
+            assert (await read_until_closed(reader)).endswith(b"never")
             writer.close()
-            await until(lambda: not site.state.connections)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_refused_request_that_has_arrived_in_full_leaves_the_connection_open(loop: Loop) -> None:
-    async def scene() -> None:
-        async with serving(Refuses()) as site:
-            reader, writer = await site.connect()
+def test_the_connection_stays_open_if_the_rejected_body_arrived(loop: Loop) -> None:
+    async def scenario() -> None:
+        async with serve(RejectingApp()) as connection_server:
+            reader, writer = await connection_server.connect()
             for _ in range(2):
                 writer.write(POST + b"Content-Length: 5\r\n\r\nhello")
-                said = await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)
-                assert b"connection: close" not in said.lower()
+                response = await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)
+                assert b"connection: close" not in response.lower()
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_connection_that_only_ends_makes_room_for_an_honest_one(loop: Loop) -> None:
-    async def scene() -> None:
-        async with serving(Refuses(), most=2) as site:
-            held = [await site.connect() for _ in range(2)]
-            for reader, writer in held:
+def test_a_closing_connection_is_evicted_for_a_new_one(loop: Loop) -> None:
+    async def scenario() -> None:
+        async with serve(RejectingApp(), max_connections=2) as connection_server:
+            connections = [await connection_server.connect() for _ in range(2)]
+            for reader, writer in connections:
                 writer.write(POST + b"Content-Length: 1000\r\n\r\n")
                 await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)
-            reader, writer = await site.connect()
+            reader, writer = await connection_server.connect()
             writer.write(REQUEST)
             assert (await asyncio.wait_for(reader.readuntil(b"never"), PATIENCE)).startswith(b"HTTP/1.1 403 ")
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_client_that_closes_its_sending_side_is_answered(loop: Loop) -> None:
-    async def scene() -> None:
+def test_a_half_closed_client_is_answered(loop: Loop) -> None:
+    async def scenario() -> None:
         for requests in (REQUEST, REQUEST * 50, POST + b"Content-Length: 5\r\n\r\nhello"):
-            async with serving(App()) as site:
-                reader, writer = await site.connect()
+            async with serve(App()) as connection_server:
+                reader, writer = await connection_server.connect()
                 writer.write(requests)
                 writer.write_eof()
-                assert (await ended(reader)).count(b"hello") == requests.count(b"HTTP/1.1")
-                await until(lambda: not site.state.connections)
+                assert (await read_until_closed(reader)).count(b"hello") == requests.count(b"HTTP/1.1")
+                await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-@pytest.mark.parametrize("begun", [b"", b"GET / HT", POST + b"Content-Length: 5\r\n\r\nhe", REQUEST + b"GET /"])
-def test_one_that_closes_it_amid_a_request_is_gone(loop: Loop, begun: bytes) -> None:
-    async def scene() -> None:
-        async with serving(App()) as site:
-            reader, writer = await site.connect()
-            writer.write(begun)
+@pytest.mark.parametrize("started", [b"", b"GET / HT", POST + b"Content-Length: 5\r\n\r\nhe", REQUEST + b"GET /"])
+def test_a_half_close_during_a_request_ends_the_connection(loop: Loop, started: bytes) -> None:
+    async def scenario() -> None:
+        async with serve(App()) as connection_server:
+            reader, writer = await connection_server.connect()
+            writer.write(started)
             writer.write_eof()
-            assert (await ended(reader)).count(b"hello") == begun.count(REQUEST)
-            await until(lambda: not site.state.connections)
+            assert (await read_until_closed(reader)).count(b"hello") == started.count(REQUEST)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-class Waits:
-    """Answers once it is told to, and notes whether the client goes away before that."""
+class WaitingApp:
+    """Responds when `response` is set, and records whether the client disconnects before."""
 
     def __init__(self) -> None:
-        self.begun, self.gone, self.answer = False, False, asyncio.Event()
+        self.started, self.disconnected, self.answer = False, False, asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.begun = True
-        waits = asyncio.create_task(self.answer.wait())
-        while not self.answer.is_set() and not self.gone:
-            asked = asyncio.create_task(receive())
-            await asyncio.wait([asked, waits], return_when=asyncio.FIRST_COMPLETED)
-            self.gone = asked.done() and asked.result()["type"] == "http.disconnect"
-            asked.cancel()
-        waits.cancel()
+        self.started = True
+        answer_task = asyncio.create_task(self.answer.wait())
+        while not self.answer.is_set() and not self.disconnected:
+            receive_task = asyncio.create_task(receive())
+            await asyncio.wait([receive_task, answer_task], return_when=asyncio.FIRST_COMPLETED)
+            self.disconnected = receive_task.done() and receive_task.result()["type"] == "http.disconnect"
+            receive_task.cancel()
+        answer_task.cancel()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
         await send({"type": "http.response.body", "body": b"hello"})
 
 
-def test_one_that_waits_long_with_its_sending_side_closed_is_answered_all_the_same(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_closed_client_is_answered_after_a_long_wait(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "PROBE_SECONDS", 0.02)
     monkeypatch.setattr(protocol, "RESET_SECONDS", 0.01)
 
-    async def scene() -> None:
-        app = Waits()
-        async with serving(app) as site:
-            reader, writer = await site.connect()
+    async def scenario() -> None:
+        app = WaitingApp()
+        async with serve(app) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(REQUEST)
             writer.write_eof()
-            for _ in range(2):  # interim answers: HTTP/1.1's clients pass over them
+            for _ in range(2):  # interim responses, which HTTP/1.1 clients skip
                 assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)).startswith(b"HTTP/1.1 100 ")
-            assert not app.gone
+            assert not app.disconnected
             app.answer.set()
-            assert (await ended(reader)).endswith(b"hello")
+            assert (await read_until_closed(reader)).endswith(b"hello")
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_one_that_has_closed_both_sides_is_noticed(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_client_is_detected(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "PROBE_SECONDS", 0.02)
     monkeypatch.setattr(protocol, "RESET_SECONDS", 0.02)
 
-    async def scene() -> None:
-        app = Waits()
-        async with serving(app) as site:
-            _, writer = await site.connect()
+    async def scenario() -> None:
+        app = WaitingApp()
+        async with serve(app) as connection_server:
+            _, writer = await connection_server.connect()
             writer.write(REQUEST)
-            await until(lambda: app.begun)
+            await until(lambda: app.started)
             writer.close()
-            await until(lambda: app.gone)
-            await until(lambda: not site.state.connections)
+            await until(lambda: app.disconnected)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_what_is_still_to_be_sent_at_the_end_is_not_waited_for_without_end(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Little enough not to stop the app, and more than the system takes for a client that reads nothing."""
+def test_unread_timeout_while_closing(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response is small enough not to pause the app, and larger than the system's buffers."""
     monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.05)
 
-    async def scene() -> None:
+    async def scenario() -> None:
         app = App(b"x" * 2**23)
-        async with serving(app) as site:
-            _, writer = await site.connect()
+        async with serve(app) as connection_server:
+            _, writer = await connection_server.connect()
             writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
-            await until(lambda: app.begun == 1)
-            await until(lambda: not site.state.connections)
+            await until(lambda: app.started == 1)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)
 
 
-def test_a_client_that_takes_an_answer_slowly_is_not_cut_off_before_it_stops(loop: Loop) -> None:
-    async def scene() -> None:
-        async with serving(App(b"x" * 2**25)) as site:
-            reader, writer = await site.connect()
+def test_a_slow_reader_is_disconnected_only_when_it_stops(loop: Loop) -> None:
+    async def scenario() -> None:
+        async with serve(App(b"x" * 2**25)) as connection_server:
+            reader, writer = await connection_server.connect()
             writer.write(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
-            connection: Any = next(iter(site.state.connections))
+            connection: Any = next(iter(connection_server.state.connections))
             for _ in range(3):
                 left = connection.transport.get_write_buffer_size()
                 while left - connection.transport.get_write_buffer_size() < protocol.UNREAD_BYTES:
                     await asyncio.wait_for(reader.readexactly(2**16), PATIENCE)
                 connection._check_unread()
-                assert site.state.connections
+                assert connection_server.state.connections
             for _ in range(2):
                 connection._check_unread()
-            await until(lambda: not site.state.connections)
+            await until(lambda: not connection_server.state.connections)
 
-    play(scene(), loop)
+    run_scenario(scenario(), loop)

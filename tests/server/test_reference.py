@@ -1,4 +1,4 @@
-"""/docs: everything that openapi.json has, in a page that loads nothing."""
+"""/docs: contains everything in openapi.json and loads no external resources."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from octavo.server.reference import reference_page
 
-Open = Callable[..., Any]
+OpenServer = Callable[..., Any]
 
 
 class Page(HTMLParser):
-    """What a page holds: its headings, its words, the addresses that it names."""
+    """Tags, text and URLs of an HTML page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -32,41 +32,44 @@ class Page(HTMLParser):
         self.words += data
 
 
-def test_every_route_and_field_of_the_schema_is_there_and_nothing_is_loaded(setting: Any) -> None:
-    answer = setting.client.get("/docs")
-    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    page, schema = Page(answer.text), setting.client.get("/openapi.json").json()
+def test_the_page_has_all_routes_and_fields_and_no_external_resources(server: Any) -> None:
+    response = server.client.get("/docs")
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    page, schema = Page(response.text), server.client.get("/openapi.json").json()
     for path, methods in schema["paths"].items():
         for method in methods:
-            assert f"<code>{method.upper()} {path}</code>" in answer.text
+            assert f"<code>{method.upper()} {path}</code>" in response.text
     for name in ("CompletionRequest", "ChatRequest"):
         for field in schema["components"]["schemas"][name]["properties"]:
-            assert f"<code>{field}</code>" in answer.text
+            assert f"<code>{field}</code>" in response.text
     assert page.addresses == ["openapi.json"]
     assert not {"script", "img", "link", "iframe"} & set(page.tags)
-    assert "GET /docs" in setting.client.get("/").json()["routes"]
+    assert "GET /docs" in server.client.get("/").json()["routes"]
 
 
-def test_its_examples_are_requests_that_are_answered(opened: Open) -> None:
-    setting = opened(key="secret")
-    page = setting.client.get("/docs", headers={"Authorization": "Bearer secret"})
+def test_the_examples_are_valid_requests(open_server: OpenServer) -> None:
+    server = open_server(key="secret")
+    page = server.client.get("/docs", headers={"Authorization": "Bearer secret"})
     examples = re.findall(r"curl http://localhost:8000(/\S+) .*?-d &#x27;(.*?)&#x27;</pre>", page.text, re.DOTALL)
     assert {path for path, _ in examples} >= {"/v1/completions", "/v1/chat/completions", "/tokenize"}
     assert page.text.count("-H &quot;Authorization: Bearer KEY&quot;") == len(examples)
     for path, body in examples:
-        sent = setting.client.post(path, json=json.loads(unescape(body)), headers={"Authorization": "Bearer secret"})
+        sent = server.client.post(path, json=json.loads(unescape(body)), headers={"Authorization": "Bearer secret"})
         assert sent.status_code == 200, sent.text
-    assert setting.client.get("/docs").status_code == 401
+    assert server.client.get("/docs").status_code == 401
 
 
-def test_a_routes_own_fields_come_first_and_refused_ones_are_folded_away(setting: Any) -> None:
-    html = setting.client.get("/docs").text
+def test_supported_fields_come_first_and_rejected_ones_are_collapsed(server: Any) -> None:
+    html = server.client.get("/docs").text
     section = html[html.index("POST /v1/completions") :]
-    own, refused = section.index("<code>prompt</code>"), section.index("fields of other servers that are refused")
-    assert own < section.index("<code>temperature</code>") < refused < section.index("<code>mirostat</code>")
+    supported, rejected = (
+        section.index("<code>prompt</code>"),
+        section.index("fields of other servers that are rejected"),
+    )
+    assert supported < section.index("<code>temperature</code>") < rejected < section.index("<code>mirostat</code>")
 
 
-def test_types_and_bounds_are_words() -> None:
+def test_types_and_bounds_are_text() -> None:
     fields = {
         "n": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 2048}, {"type": "null"}]},
         "stop": {"type": "array", "items": {"type": "string", "maxLength": 9}, "maxItems": 4, "default": []},

@@ -1,6 +1,6 @@
-"""The OpenAPI schema is true: what it allows is answered as it says, what it does not allow is refused.
+"""The OpenAPI schema is correct: valid requests get the documented responses, invalid ones are rejected.
 
-schemathesis makes the requests and judges the answers.
+schemathesis generates the requests and checks the responses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-Open = Callable[..., Any]
+OpenServer = Callable[..., Any]
 
 OPERATIONS = [
     "GET /v1/models", "GET /v1/models/{model}", "GET /health", "GET /ready", "GET /metrics",
@@ -26,9 +26,9 @@ OPERATIONS = [
 
 
 @pytest.fixture
-def setting(opened: Open, tmp_path: Path) -> Any:
-    """Room enough that a request within the schema's bounds is a request within the server's."""
-    return opened(
+def server(open_server: OpenServer, tmp_path: Path) -> Any:
+    """A server whose limits allow every request that is valid by the schema."""
+    return open_server(
         hosts=["*"],
         adapters_from=tmp_path,
         engine={"slots": 10_000, "context": 10_000},
@@ -37,15 +37,15 @@ def setting(opened: Open, tmp_path: Path) -> Any:
     )
 
 
-def test_the_schema_lists_every_route(setting: Any) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
-    listed = [f"{method.upper()} {path}" for path, methods in schema.raw_schema["paths"].items() for method in methods]
-    assert sorted(listed) == sorted(OPERATIONS)
+def test_the_schema_lists_every_route(server: Any) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
+    routes = [f"{method.upper()} {path}" for path, methods in schema.raw_schema["paths"].items() for method in methods]
+    assert sorted(routes) == sorted(OPERATIONS)
 
 
-# What no schema can say: how many tokens the model has, how many a prompt becomes, which `length` must exceed, and
-# where the adapters are.
-BEYOND = ("There is no token", "`length` is", "`lora_path` is not")
+# Errors that a schema cannot express: the vocab size, the number of prompt tokens that `length` must exceed, and the
+# folders of adapters.
+BEYOND = ("The token id", "`length` is", "`lora_path` is not")
 CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
     (name, GenerationMode.NEGATIVE) for name in OPERATIONS if name.startswith("POST")
 ]
@@ -53,8 +53,8 @@ CASES = [(name, GenerationMode.POSITIVE) for name in OPERATIONS] + [
 
 @pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("name", "mode"), CASES, ids=lambda value: str(value).replace("GenerationMode.", ""))
-def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: GenerationMode, examples: int) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", setting.app)
+def test_responses_match_the_schema(server: Any, name: str, mode: GenerationMode, examples: int) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app)
     method, path = name.split()
     operation = schema[path][method]
 
@@ -65,29 +65,29 @@ def test_what_is_served_is_what_the_schema_says(setting: Any, name: str, mode: G
     )  # fmt: skip
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
-        answer = case.call()
-        beyond = answer.status_code == 400 and any(words in answer.text for words in BEYOND)
-        case.validate_response(answer, excluded_checks=[positive_data_acceptance] if beyond else [])
+        response = case.call()
+        beyond = response.status_code == 400 and any(words in response.text for words in BEYOND)
+        case.validate_response(response, excluded_checks=[positive_data_acceptance] if beyond else [])
 
     check()
 
 
 @pytest.mark.parametrize("key", [None, "secret"])
-def test_bounds_of_whole_numbers_are_whole(opened: Open, key: str | None) -> None:
-    """As floats, those of a seed are the same for thousands of numbers on both sides."""
+def test_integer_bounds_are_integers(open_server: OpenServer, key: str | None) -> None:
+    """As floats, the bounds of a seed would be inexact by thousands."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    schema = opened(key=key).client.get("/openapi.json", headers=headers).json()
-    found: list[tuple[str, Any]] = []
+    schema = open_server(key=key).client.get("/openapi.json", headers=headers).json()
+    bounds: list[tuple[str, Any]] = []
 
-    def look(part: Any) -> None:
+    def collect(part: Any) -> None:
         if isinstance(part, dict):
-            found.extend(
+            bounds.extend(
                 (name, part[name]) for name in part if part.get("type") == "integer" and "imum" in name.lower()
             )
-        for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-            look(each)
+        for child in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            collect(child)
 
-    look(schema)
-    assert all(type(value) is int for _, value in found), found
-    assert ("exclusiveMaximum", 2**63) in found
-    assert ("minimum", -(2**63)) in found
+    collect(schema)
+    assert all(type(value) is int for _, value in bounds), bounds
+    assert ("exclusiveMaximum", 2**63) in bounds
+    assert ("minimum", -(2**63)) in bounds

@@ -1,4 +1,4 @@
-"""`octavo serve` up to the point where it listens: what is refused, and how a process ends."""
+"""`octavo serve`: option errors before it listens, and shutdown of the process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.forks import Forks, Process
 from octavo.config import ServeOptions
 from octavo.errors import UsageError
 from octavo.server.process import bind
-from octavo.server.serve import KEY_VARIABLE, key_of, named_folders, served_name
+from octavo.server.serve import KEY_VARIABLE, adapter_folders, api_key, served_name
 
 Octavo = Callable[..., Any]
 
@@ -35,73 +35,75 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_where_others_can_reach_it_a_server_needs_a_key_or_no_auth(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reachable_server_needs_a_key_or_no_auth(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=KEY_VARIABLE):
-        key_of(ServeOptions(host=host))
-    assert key_of(ServeOptions(host=host, auth=False)) is None
-    assert key_of(ServeOptions(host=host, api_key="secret")) == "secret"
+        api_key(ServeOptions(host=host))
+    assert api_key(ServeOptions(host=host, auth=False)) is None
+    assert api_key(ServeOptions(host=host, api_key="secret")) == "secret"
     monkeypatch.setenv(KEY_VARIABLE, "other")
-    assert key_of(ServeOptions(host=host)) == "other"
+    assert api_key(ServeOptions(host=host)) == "other"
 
 
-def test_a_key_on_this_machine_is_optional_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert key_of(ServeOptions()) is None
+def test_on_loopback_the_key_is_optional_and_the_option_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert api_key(ServeOptions()) is None
     assert ServeOptions().host == "127.0.0.1"
     monkeypatch.setenv(KEY_VARIABLE, "other")
-    assert key_of(ServeOptions()) == "other"
-    assert key_of(ServeOptions(api_key="secret")) == "secret"
+    assert api_key(ServeOptions()) == "other"
+    assert api_key(ServeOptions(api_key="secret")) == "secret"
     monkeypatch.setenv(KEY_VARIABLE, "")
-    assert key_of(ServeOptions()) is None
+    assert api_key(ServeOptions()) is None
 
 
 @pytest.mark.parametrize("key", ["", "two words", "línea", "a\n"])
-def test_a_key_that_no_header_can_carry_is_refused(key: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_rejected(key: str) -> None:
     with pytest.raises(UsageError, match="ASCII"):
-        key_of(ServeOptions(api_key=key))
+        api_key(ServeOptions(api_key=key))
 
 
-def test_a_key_and_no_auth_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="contradict"):
-        key_of(ServeOptions(api_key="secret", auth=False))
+def test_a_key_with_no_auth_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="cannot be combined"):
+        api_key(ServeOptions(api_key="secret", auth=False))
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    with pytest.raises(UsageError, match="contradict"):
-        key_of(ServeOptions(auth=False))
+    with pytest.raises(UsageError, match="cannot be combined"):
+        api_key(ServeOptions(auth=False))
 
 
-def test_adapters_are_names_with_folders() -> None:
-    assert named_folders(ServeOptions(adapter=["a=b=c", "x/y:1=/z"])) == {"a": Path("b=c"), "x/y:1": Path("/z")}
+def test_adapter_folders() -> None:
+    assert adapter_folders(ServeOptions(adapter=["a=b=c", "x/y:1=/z"])) == {"a": Path("b=c"), "x/y:1": Path("/z")}
     for wrong in ("folder", "=folder", "name=", "two words=x", "-a=x", "a" * 101 + "=x"):
         with pytest.raises(UsageError, match="NAME=FOLDER"):
-            named_folders(ServeOptions(adapter=[wrong]))
+            adapter_folders(ServeOptions(adapter=[wrong]))
     with pytest.raises(UsageError, match="two adapters"):
-        named_folders(ServeOptions(adapter=["a=b", "a=c"]))
+        adapter_folders(ServeOptions(adapter=["a=b", "a=c"]))
 
 
-def test_the_base_is_called_by_its_folders_name_and_not_by_the_way_there(tmp_path: Path) -> None:
+def test_the_served_name_is_the_folder_name(tmp_path: Path) -> None:
     assert served_name(str(tmp_path)) == tmp_path.name
     assert served_name("org/name") == "org/name"
 
 
-def test_an_address_that_is_taken_is_a_wrong_request() -> None:
-    held = bind("127.0.0.1", 0)
-    port = held.getsockname()[1]
+def test_an_address_in_use_is_a_usage_error() -> None:
+    bound_socket = bind("127.0.0.1", 0)
+    port = bound_socket.getsockname()[1]
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-        pass  # nobody waits at a server that is still loading
-    held.listen()
+        pass  # not listening yet while the model loads
+    bound_socket.listen()
     with pytest.raises(UsageError, match=str(port)):
         bind("127.0.0.1", port)
-    held.close()
+    bound_socket.close()
 
 
-def test_a_short_answer_does_not_wait_for_the_one_before_to_be_acknowledged() -> None:
-    """Nagle's algorithm: 40 ms for each piece of a stream. Both event loops switch it off for what they know as TCP."""
+def test_tcp_nodelay_is_set() -> None:
+    """Nagle's algorithm delays each event by 40 ms. Both event loops disable it if the protocol is IPPROTO_TCP."""
 
     async def accepted() -> int:
-        found: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        server = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=bind("127.0.0.1", 0))
+        accepted_writer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(
+            lambda _, writer: accepted_writer.set_result(writer), sock=bind("127.0.0.1", 0)
+        )
         async with server:
             _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
-            writer = await found
+            writer = await accepted_writer
             option: int = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             for each in (writer, client):
                 each.close()
@@ -111,12 +113,12 @@ def test_a_short_answer_does_not_wait_for_the_one_before_to_be_acknowledged() ->
     assert asyncio.run(accepted())
 
 
-def test_importing_the_commands_loads_no_server() -> None:
+def test_importing_the_cli_does_not_import_the_server() -> None:
     code = "import sys, octavo.cli; print(*sorted({'fastapi', 'uvicorn', 'starlette'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-def test_without_fastapi_it_says_what_to_install(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_fastapi_the_error_names_the_extra(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
     from octavo.server import serve
 
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
@@ -125,7 +127,7 @@ def test_without_fastapi_it_says_what_to_install(octavo: Octavo, monkeypatch: py
     assert "octavo[serve]" in done.err
 
 
-def test_without_fastapi_nothing_of_it_is_needed_to_say_so(tiny_llama: Path) -> None:
+def test_the_error_without_fastapi_needs_no_server_packages(tiny_llama: Path) -> None:
     code = """
 import sys
 sys.modules.update(dict.fromkeys(["fastapi", "starlette", "uvicorn", "h11"]))  # as if they were not there
@@ -138,14 +140,14 @@ main()
     assert "Traceback" not in done.stderr
 
 
-def test_a_server_of_this_machine_alone_looks_no_names_up(
+def test_a_loopback_server_does_not_look_up_host_names(
     octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a network that takes seconds."""
-    asked = []
+    """The look-up takes seconds without a network."""
+    look_ups = []
 
     def look_up() -> str:
-        asked.append("fqdn")
+        look_ups.append("fqdn")
         return "laptop.example"
 
     monkeypatch.setattr(socket, "getfqdn", look_up)
@@ -155,23 +157,23 @@ def test_a_server_of_this_machine_alone_looks_no_names_up(
             octavo("serve", "--model", tiny_llama, "--port", 0, "--slots", 1, "--max-model-len", 8, *arguments).code
             == 0
         )
-        assert len(asked) == (1 if arguments else 0)
+        assert len(look_ups) == (1 if arguments else 0)
 
 
-def test_what_is_wrong_is_said_before_the_model_is_loaded(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
-    for arguments, code, said in (
+def test_options_are_checked_before_the_model_is_loaded(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
+    for arguments, code, expected_message in (
         (["--host", "0.0.0.0"], 2, KEY_VARIABLE),
         (["--adapter", "x"], 2, "NAME=FOLDER"),
         (["--adapter", f"x={tmp_path}", "--port", "0"], 1, "holds no adapter"),
-        (["--adapter", f"llama={tmp_path}", "--port", "0"], 2, "base's name"),
-        (["--adapters-from", str(tmp_path / "missing")], 2, "no folder"),
+        (["--adapter", f"llama={tmp_path}", "--port", "0"], 2, "name of the base model"),
+        (["--adapters-from", str(tmp_path / "missing")], 2, "is not a folder"),
     ):
         done = octavo("serve", "--model", tiny_llama, *arguments)
         assert (done.code, done.out) == (code, "")
-        assert said in done.err
+        assert expected_message in done.err
 
 
-def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
+def test_the_server_does_not_start_if_an_adapter_does_not_match(
     octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -184,15 +186,15 @@ def test_a_server_with_an_adapter_that_does_not_fit_does_not_start(
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
-    (file.parent / "octavo.json").unlink()  # with the hash of what was there
+    (file.parent / "octavo.json").unlink()  # it has the hash of the original tensors
     done = octavo("serve", "--model", tiny_llama, "--adapter", f"king={tmp_path / 'adapter'}", "--port", 0)
     assert done.code == 1
     assert re.search(r"king: .*layers\.7", done.err, re.DOTALL)
     assert "Traceback" not in done.err
 
 
-# A server over an engine that answers only once it is told to stop, and then takes 0.1 seconds of its grace time; or
-# one that writes, on and on.
+# A server whose engine generates only during shutdown, after 0.1 seconds of the grace time; with `writes` it generates
+# all the time.
 PROCESS = """
 import asyncio, sys, threading, time
 sys.path.insert(0, {folder!r})
@@ -204,17 +206,17 @@ from octavo.server.process import bind, run
 from octavo.store.tokenizer_files import load_tokenizer
 from pathlib import Path
 
-engine = FakeEngine(load_tokenizer(Path({model!r})), by_hand=True, context=100_000)
+engine = FakeEngine(load_tokenizer(Path({model!r})), manual=True, context=100_000)
 grace = []
-protocol.PROBE_SECONDS = 0.5  # until a client that has not been sent anything is found to be gone
+protocol.PROBE_SECONDS = 0.5  # interval of checks whether a waiting client has disconnected
 
 def stop(seconds):
     grace.append((seconds, app.state.service.draining))
     time.sleep(0.1)
     if {cancel}:
-        for each in engine.runs:
-            each.stream.cancel()
-    while engine.runs:
+        for request in engine.active:
+            request.stream.cancel()
+    while engine.active:
         engine.step()
 
 def listening():
@@ -241,7 +243,7 @@ Start = Callable[..., tuple[Process, int]]
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def start(request: pytest.FixtureRequest, tiny_llama: Path, forks: Forks) -> Iterator[Start]:
-    """Starts the process above, with either event loop; gives it and its port. uvicorn takes uvloop where it is."""
+    """Starts PROCESS with each event loop; returns the process and its port. uvicorn uses uvloop if it is installed."""
     started = []
     hidden = "import sys; sys.modules['uvloop'] = None\n" if request.param == "asyncio" else "import uvloop\n"
 
@@ -264,26 +266,26 @@ def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
     headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode()
 
 
 def wait_for_running(port: int, count: int, *, waiting: int = 0) -> str:
-    """The metrics once so many requests run and wait."""
+    """Waits until `count` requests run and `waiting` wait; returns the metrics."""
     deadline = monotonic() + PATIENCE
     while monotonic() < deadline:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
-            text: str = answer.read().decode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as response:
+            text: str = response.read().decode()
         if f"octavo_running {count}\n" in text and f"octavo_waiting {waiting}\n" in text:
             return text
         sleep(0.01)
     raise AssertionError(text)
 
 
-def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
+def test_sigterm_finishes_running_requests_and_exits_with_0(start: Start) -> None:
     process, port = start()
     answers: dict[bool, tuple[int, str]] = {}
 
@@ -308,7 +310,7 @@ def test_sigterm_finishes_what_runs_then_ends_with_0(start: Start) -> None:
         pass
 
 
-def test_what_is_not_finished_in_the_grace_time_gets_503(start: Start) -> None:
+def test_requests_not_finished_in_the_grace_time_get_503(start: Start) -> None:
     process, port = start(cancel=True)
     answers: list[tuple[int, str]] = []
     client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))
@@ -322,7 +324,7 @@ def test_what_is_not_finished_in_the_grace_time_gets_503(start: Start) -> None:
     assert "Traceback" not in err
 
 
-# A client with a stream of two answers, one that waits for its stream, and one that waits for its answer.
+# A client with a stream of two choices, a stream in the queue, and a request without streaming in the queue.
 KILLED = """
 import json, socket, sys
 sockets = []
@@ -338,7 +340,7 @@ sys.stdin.read()
 """
 
 
-def test_a_client_that_is_killed_leaves_nothing_at_work(start: Start) -> None:
+def test_a_killed_client_frees_all_its_slots(start: Start) -> None:
     _, port = start(writes=True)
     client = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -355,10 +357,10 @@ def test_a_client_that_is_killed_leaves_nothing_at_work(start: Start) -> None:
     assert status == 200
 
 
-def test_a_stderr_that_nobody_reads_holds_up_no_answer_and_no_end(start: Start) -> None:
+def test_an_unread_stderr_blocks_neither_responses_nor_shutdown(start: Start) -> None:
     process, port = start(writes=True)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    for _ in range(1200):  # each is a line of the log; a pipe holds 64 KiB
+    for _ in range(1200):  # each request is a log line; a pipe holds 64 KiB
         connection.request("GET", "/metrics")
         assert connection.getresponse().read()
     connection.close()
@@ -373,15 +375,15 @@ def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:
     assert ask(port, {"prompt": "the king", "n": "very-secret"}, Authorization="Bearer very-secret")[0] == 400
     with socket.create_connection(("127.0.0.1", port)) as garbage:
         garbage.sendall(b"the king: very-secret\r\n\r\n")
-        assert b"invalid_http" in garbage.recv(4096), "the connections are ours"
+        assert b"invalid_http" in garbage.recv(4096), "the connection class is octavo's"
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE)
     assert "/v1/completions" in err, "every request is logged"
     assert not [words for words in ("very-secre", "the king", "Traceback") if words in out + err]
 
 
-def test_a_second_ctrl_c_ends_at_once_without_an_abort_or_a_traceback(start: Start) -> None:
-    """The first one waits for the answers at work, which here go on for longer than anybody waits."""
+def test_a_second_ctrl_c_exits_immediately_without_abort_or_traceback(start: Start) -> None:
+    """The first Ctrl-C waits for the running requests, which take very long here."""
     process, port = start(writes=True)
     clients = []
     for _ in range(2):
@@ -404,7 +406,7 @@ def test_a_second_ctrl_c_ends_at_once_without_an_abort_or_a_traceback(start: Sta
     assert "ended" not in out
 
 
-def test_a_console_that_goes_away_ends_it_as_sigterm_does(start: Start) -> None:
+def test_sighup_shuts_down_as_sigterm_does(start: Start) -> None:
     process, port = start()
     answers: list[tuple[int, str]] = []
     client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))

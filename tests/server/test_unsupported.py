@@ -1,4 +1,4 @@
-"""Fields that octavo does not have: what would change an answer is a 400 that names it, never a 200."""
+"""Unsupported request fields: one that would change the output is a 400 with its name, never a 200."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from octavo.server.requests import ChatRequest, CompletionRequest
-from octavo.server.unsupported import ANYWHERE, HARMLESS, MOST_NAMED, RULES
+from octavo.server.unsupported import EVERY_ROUTE, HARMLESS, MAX_LOGGED, RULES
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "the"},
@@ -38,33 +38,33 @@ NEUTRAL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_what_would_change_the_answer_is_refused_by_name(setting: Any, path: str) -> None:
-    wrongly_taken = []
+def test_fields_that_change_the_output_are_rejected_by_name(server: Any, path: str) -> None:
+    wrong = []
     for name, value in CHANGES.items():
         if path == "/tokenize" and name in ("Temperature", "maxTokens"):
-            continue  # whoever encodes a text generates none
-        answer = setting.client.post(path, json={**BODIES[path], name: value})
-        error = answer.json().get("error", {})
-        if answer.status_code != 400 or error["param"] != name or f"`{name}`" not in error["message"]:
-            wrongly_taken.append((name, answer.status_code, answer.text[:200]))
-    assert wrongly_taken == []
-    assert setting.engine.seen == []
+            continue  # /tokenize does not generate
+        response = server.client.post(path, json={**BODIES[path], name: value})
+        error = response.json().get("error", {})
+        if response.status_code != 400 or error["param"] != name or f"`{name}`" not in error["message"]:
+            wrong.append((name, response.status_code, response.text[:200]))
+    assert wrong == []
+    assert server.engine.submitted == []
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_what_changes_nothing_is_taken(setting: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_neutral_values_are_accepted(server: Any, path: str, caplog: pytest.LogCaptureFixture) -> None:
     for name, value in NEUTRAL.items():
-        answer = setting.client.post(path, json={**BODIES[path], name: value})
-        assert answer.status_code == 200, (name, answer.text)
+        response = server.client.post(path, json={**BODIES[path], name: value})
+        assert response.status_code == 200, (name, response.text)
     assert "unknown" not in caplog.text
 
 
-def test_every_name_is_in_one_table_and_none_is_a_field() -> None:
-    names = [name for _, row in ANYWHERE for name in row]
+def test_every_field_is_in_exactly_one_table() -> None:
+    names = [name for _, row in EVERY_ROUTE for name in row]
     assert len(names) == len(set(names))
     assert not set(names) & HARMLESS
     for model in (CompletionRequest, ChatRequest):
-        assert not RULES[model].refused.keys() & model.model_fields.keys()
+        assert not RULES[model].rejected.keys() & model.model_fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_every_name_is_in_one_table_and_none_is_a_field() -> None:
         ("/tokenize", "add_special", False),
     ],
 )
-def test_a_field_of_another_route_is_refused(setting: Any, path: str, name: str, value: Any) -> None:
-    status, error = setting.refusal(path, **{**BODIES[path], name: value})
+def test_fields_of_other_routes_are_rejected(server: Any, path: str, name: str, value: Any) -> None:
+    status, error = server.error(path, **{**BODIES[path], name: value})
     assert (status, error["param"]) == (400, name)
 
 
@@ -107,8 +107,8 @@ def test_a_field_of_another_route_is_refused(setting: Any, path: str, name: str,
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "tools"),
     ],
 )
-def test_so_is_one_within_an_object(setting: Any, more: dict[str, Any], param: str, words: str) -> None:
-    status, error = setting.refusal("/v1/chat/completions", **BODIES["/v1/chat/completions"], **more)
+def test_unsupported_nested_fields_are_rejected(server: Any, more: dict[str, Any], param: str, words: str) -> None:
+    status, error = server.error("/v1/chat/completions", **BODIES["/v1/chat/completions"], **more)
     assert (status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
     assert words in error["message"]
 
@@ -127,7 +127,7 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "
         ({"role": "assistant", "content": "x", "tool_calls": CALL}, "tool calls are not supported"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "tool calls are not supported"),
         ({"role": "user", "content": None}, "null"),
-        ({"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}, "content[1] is of the type 'image_url'"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}, IMAGE]}, "content[1] has the type 'image_url'"),
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "'input_audio'"),
         ({"role": "user", "content": [{"type": "file", "file": {}}]}, "'file'"),
         ({"role": "user", "content": "x", "prefix": True}, "messages[1].prefix"),
@@ -138,40 +138,36 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
-def test_a_message_that_is_no_text_is_refused_in_plain_words(
-    setting: Any, path: str, turn: dict[str, Any], words: str
-) -> None:
-    status, error = setting.refusal(path, messages=[{"role": "user", "content": "the"}, turn])
+def test_unsupported_messages_have_clear_errors(server: Any, path: str, turn: dict[str, Any], words: str) -> None:
+    status, error = server.error(path, messages=[{"role": "user", "content": "the"}, turn])
     assert (status, error["param"], error["code"]) == (400, "messages", "unsupported_parameter")
     assert "messages[1]" in error["message"]
     assert words in error["message"]
     assert "Input should" not in error["message"]
 
 
-def test_what_clients_send_back_of_an_answer_is_taken(setting: Any) -> None:
-    """OpenAI's client sends an assistant's message back with all of its fields."""
-    answer: dict[str, Any] = {
+def test_a_response_message_can_be_sent_back(server: Any) -> None:
+    """OpenAI's client sends an assistant message back with all of its fields."""
+    response: dict[str, Any] = {
         "role": "assistant", "content": "the", "refusal": None, "annotations": [], "audio": None, "tool_calls": None,
         "function_call": None, "reasoning_content": None,
     }  # fmt: skip
     part = {"type": "text", "text": "the", "cache_control": {"type": "ephemeral"}}
-    setting.ask("/v1/chat/completions", messages=[answer, {"role": "user", "content": [part], "name": "me"}])
+    server.post("/v1/chat/completions", messages=[response, {"role": "user", "content": [part], "name": "me"}])
 
 
-def test_a_name_that_is_unknown_to_everybody_is_logged_once_and_not_without_end(
-    setting: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_fields_are_logged_once_up_to_a_limit(server: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "octavo.server")
     for _ in range(2):
-        setting.ask("/v1/completions", prompt="the", frobnicate=1, stream_options={"colour": "red"})
+        server.post("/v1/completions", prompt="the", frobnicate=1, stream_options={"colour": "red"})
     lines = [record.getMessage() for record in caplog.records if record.name == "octavo.server"]
     assert [line.split("'")[1] for line in lines] == ["frobnicate", "colour"]
     assert "/v1/completions" in lines[0]
-    setting.ask("/v1/completions", prompt="the", **{"\x1b]0;" + "x" * 1000: 1})
+    server.post("/v1/completions", prompt="the", **{"\x1b]0;" + "x" * 1000: 1})
     for more in range(2):
-        setting.ask("/v1/completions", prompt="the", **{f"made_up_{more}_{number}": 1 for number in range(200)})
+        server.post("/v1/completions", prompt="the", **{f"made_up_{more}_{number}": 1 for number in range(200)})
     lines = [record.getMessage() for record in caplog.records if record.name == "octavo.server"]
-    assert len(lines) == MOST_NAMED + 1, "and one that says that there are more"
+    assert len(lines) == MAX_LOGGED + 1, "plus one line about further fields"
     assert all(len(line) < 200 and line.isprintable() for line in lines)
 
 
@@ -184,15 +180,17 @@ def test_a_name_that_is_unknown_to_everybody_is_logged_once_and_not_without_end(
         ({"loraPath": "x"}, "loraPath"),
     ],
 )
-def test_so_it_is_with_adapters(opened: Any, tmp_path: Any, more: dict[str, Any], param: str) -> None:
-    setting = opened(adapters_from=tmp_path)
-    status, error = setting.refusal("/v1/load_lora_adapter", lora_name="new", lora_path="new", **more)
+def test_unsupported_adapter_fields_are_rejected(
+    open_server: Any, tmp_path: Any, more: dict[str, Any], param: str
+) -> None:
+    server = open_server(adapters_from=tmp_path)
+    status, error = server.error("/v1/load_lora_adapter", lora_name="new", lora_path="new", **more)
     assert (status, error["param"]) == (400, param)
 
 
-def test_more_fields_than_anybody_has_are_refused_at_once(setting: Any) -> None:
-    status, error = setting.refusal("/v1/completions", prompt="the", **{f"field_{n}": 1 for n in range(20_000)})
+def test_too_many_unknown_fields_are_rejected(server: Any) -> None:
+    status, error = server.error("/v1/completions", prompt="the", **{f"field_{n}": 1 for n in range(20_000)})
     assert (status, error["message"]) == (400, "`body` has more than 256 unknown fields.")
     turn = {"role": "user", "content": "the", **{f"field_{n}": 1 for n in range(300)}}
-    status, error = setting.refusal("/v1/chat/completions", messages=[turn])
+    status, error = server.error("/v1/chat/completions", messages=[turn])
     assert (status, error["param"]) == (400, "messages")

@@ -1,4 +1,4 @@
-"""A model and its adapters behind HTTP: OpenAI's API, the article's /prompt/, and what keeps both within bounds.
+"""HTTP server for a base model and its LoRA adapters: OpenAI's API, the legacy /prompt/ route, and request limits.
 
-Needs `pip install octavo[serve]`. The engine is asked through `service.Engine`; nothing here touches a tensor.
+Needs `pip install octavo[serve]`. Routes call the engine through the protocol `service.Engine`; no tensors here.
 """

@@ -1,4 +1,4 @@
-"""Names and addresses of hosts: which stand for this machine alone, and what a Host header names."""
+"""Host names and addresses: loopback and wildcard checks, parsing of the Host header."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether a server that listens on `host` is reachable from this machine only."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -16,7 +16,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether `host` stands for all addresses of this machine."""
+    """Whether `host` is the wildcard address (0.0.0.0 or ::)."""
     try:
         return ip_address(host).is_unspecified
     except ValueError:
@@ -24,7 +24,7 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an address and no name."""
+    """Whether `host` is an IP address, not a name."""
     try:
         return bool(ip_address(host))
     except ValueError:
@@ -32,7 +32,7 @@ def is_address(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """The name of a Host header, without its port, an IPv6 address without its brackets."""
+    """The host of a Host header, without the port and without the brackets of an IPv6 address."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.partition(":")[0].lower().removesuffix(".")

@@ -1,4 +1,4 @@
-"""The app: routes over one service, errors in one shape, the guard before all of it."""
+"""Builds the FastAPI app: the routes, the error handlers, and the middleware (guard, CORS)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from octavo.server.guard import OPEN_PATHS, Guard, Rules
 from octavo.server.service import Engine, Service
 from octavo.server.unsupported import describe_fields
 
-# Requests that may be read and encoded beyond those that the engine holds, and those that only look.
+# Requests allowed in addition to the engine's slots and queue: those whose body is being read or whose prompt is being
+# tokenized, and those that need no generation.
 SPARE_REQUESTS = 16
 
 
 def create_app(
     engine: Engine, options: ServeOptions, *, key: str | None = None, names: tuple[str, ...] = ()
 ) -> FastAPI:
-    """The app that serves `engine`; `app.state.service` is its Service.
+    """The app that serves `engine`. `app.state.service` is its Service.
 
-    `key` is what clients must send, None for no key; `names` are this machine's, allowed as Host beside --hosts.
+    `key` is the API key that clients must send, or None. `names` are this machine's host names: the guard accepts them
+    in the Host header in addition to --hosts.
     """
     service = Service(engine, options)
     app = FastAPI(
@@ -38,27 +40,27 @@ def create_app(
         app.include_router(routes)
     if options.adapters_from is not None:
         app.include_router(adapters.router(service, options.adapters_from))
-    rules = rules_of(options, key=key, names=names)
+    rules = guard_rules(options, key=key, names=names)
     app.add_middleware(Guard, rules=rules, metrics=service.metrics)
     if rules.origins:
-        # The last to be added stands first: a preflight carries no key.
+        # Starlette runs the middleware added last first. CORS must precede the guard: a preflight carries no key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(rules.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # OpenAI's client in a page sends a dozen of its own
+            allow_headers=["*"],  # OpenAI's JavaScript client sends about twelve headers of its own
             expose_headers=["Retry-After", "X-System-Fingerprint"],
         )
     _describe(app, key=key is not None)
     return app
 
 
-def rules_of(options: ServeOptions, *, key: str | None, names: tuple[str, ...]) -> Rules:
-    """The guard's rules. The names of a server that only this machine reaches are the loopback's."""
-    own = {*LOOPBACK, options.host} if is_loopback(options.host) else {*LOOPBACK, options.host, *names}
+def guard_rules(options: ServeOptions, *, key: str | None, names: tuple[str, ...]) -> Rules:
+    """The guard's rules. A server on a loopback address accepts only loopback names in the Host header."""
+    allowed = {*LOOPBACK, options.host} if is_loopback(options.host) else {*LOOPBACK, options.host, *names}
     return Rules(
         key=key,
-        hosts=frozenset(name.lower() for name in (*own, *options.hosts) if name),
+        hosts=frozenset(name.lower() for name in (*allowed, *options.hosts) if name),
         origins=frozenset(origin.lower().rstrip("/") for origin in options.origins),
         requests=options.slots + options.queue + SPARE_REQUESTS,
         body_bytes=options.max_body_bytes,
@@ -70,36 +72,36 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def _describe(app: FastAPI, *, key: bool) -> None:
-    """Puts into the OpenAPI schema what FastAPI does not: the guard's key, fields that are refused, whole bounds.
+    """Adds to the OpenAPI schema what FastAPI omits: the API key, the rejected fields, and exact integer bounds.
 
-    FastAPI's own classes hold every bound as a float, which past 2^53 names more than one whole number.
+    FastAPI's schema classes store every bound as a float, which cannot represent all integers above 2^53.
     """
-    plain = app.openapi
-    known: dict[str, Any] = {}
+    fastapi_schema = app.openapi
+    cached: dict[str, Any] = {}
 
-    def described() -> dict[str, Any]:
-        if known:
-            return known
-        known.update(schema := _whole_bounds(plain()))
+    def openapi() -> dict[str, Any]:
+        if cached:
+            return cached
+        cached.update(schema := _integer_bounds(fastapi_schema()))
         describe_fields(schema["components"]["schemas"])
         if key:
             schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, methods in schema["paths"].items():
                 for operation in methods.values():
                     operation["security"] = [] if path in OPEN_PATHS else [{"key": []}]
-        return known
+        return cached
 
-    app.openapi = described  # type: ignore[method-assign]
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _whole_bounds(schema: Any) -> Any:
-    """The schema with every bound of an integer as an integer."""
+def _integer_bounds(schema: Any) -> Any:
+    """The schema, with the bounds of every integer field converted to int."""
     if isinstance(schema, list):
-        return [_whole_bounds(each) for each in schema]
+        return [_integer_bounds(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    whole = schema.get("type") == "integer"
+    is_integer = schema.get("type") == "integer"
     return {
-        name: int(value) if whole and name in BOUNDS and isinstance(value, float) else _whole_bounds(value)
+        name: int(value) if is_integer and name in BOUNDS and isinstance(value, float) else _integer_bounds(value)
         for name, value in schema.items()
     }

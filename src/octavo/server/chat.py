@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: a conversation through the model's own chat template, whole or in pieces."""
+"""POST /v1/chat/completions: applies the model's chat template and generates, with or without streaming."""
 
 from __future__ import annotations
 
@@ -32,52 +32,52 @@ from octavo.server.service import Served, Service
 
 @dataclass
 class _Job:
-    """One request at work."""
+    """One running request."""
 
-    asked: ChatRequest
+    body: ChatRequest
     served: Served
     prompt_tokens: int
     new_tokens: int
     service: Service
     generation: Generation
-    written: int = 0
+    generated: int = 0  # tokens over all choices
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid4().hex}")
     created: int = field(default_factory=lambda: int(time()))
 
     @property
     def usage(self) -> Usage:
-        read, written = self.prompt_tokens, self.written
-        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        prompt, generated = self.prompt_tokens, self.generated
+        return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token, ChatLogprob | None, FinishReason | None]]:
-        """(choice, its next token, the log-probabilities if asked for, why it is the last)."""
+        """Yields (choice index, token, logprob if requested, finish reason if it is the choice's last token)."""
         async with aclosing(self.generation.tokens()) as tokens:
-            async for number, token in tokens:
+            async for index, token in tokens:
                 if self.new_tokens == 0:
-                    yield number, Token(token.token_id, ""), None, "length"
+                    yield index, Token(token.token_id, ""), None, "length"
                     continue
-                self.written += 1
-                top = self.asked.wanted_logprobs
-                told = None if top is None else chat_logprob(token, self.service.vocabulary, top=top)
+                self.generated += 1
+                top = self.body.logprob_count
+                logprob = None if top is None else chat_logprob(token, self.service.vocabulary, top=top)
                 reason: FinishReason | None = None
                 if token.finish_reason is not None:
                     reason = "stop" if token.finish_reason == "stop" else "length"
-                yield number, token, told, reason
+                yield index, token, logprob, reason
 
-    async def whole(self) -> Chat:
+    async def response(self) -> Chat:
         texts = ["" for _ in self.generation.streams]
         logprobs: list[list[ChatLogprob]] = [[] for _ in texts]
         reasons: list[FinishReason] = ["length" for _ in texts]
         with self.generation:
-            async for number, token, told, reason in self.tokens():
-                texts[number] += token.text
-                logprobs[number] += [told] if told else []
-                reasons[number] = reason or reasons[number]
+            async for index, token, logprob, reason in self.tokens():
+                texts[index] += token.text
+                logprobs[index] += [logprob] if logprob else []
+                reasons[index] = reason or reasons[index]
         choices = [
             ChatChoice(
                 index=index,
                 message=AnswerMessage(content=text),
-                logprobs=None if self.asked.wanted_logprobs is None else ChatLogprobs(content=logprobs[index]),
+                logprobs=None if self.body.logprob_count is None else ChatLogprobs(content=logprobs[index]),
                 finish_reason=reasons[index],
             )
             for index, text in enumerate(texts)
@@ -94,12 +94,12 @@ class _Job:
     async def events(self) -> AsyncIterator[str]:
         for index in range(len(self.generation.streams)):
             yield self._event(index, {"role": "assistant", "content": ""})
-        async for index, token, told, reason in self.tokens():
-            if token.text or told:
-                yield self._event(index, {"content": token.text}, told)
+        async for index, token, logprob, reason in self.tokens():
+            if token.text or logprob:
+                yield self._event(index, {"content": token.text}, logprob)
             if reason is not None:
                 yield self._event(index, {}, reason=reason)
-        if self.asked.with_usage:
+        if self.body.with_usage:
             yield event_of(json.dumps({**self._chunk([]), "usage": self.usage.model_dump()}))
         yield DONE
 
@@ -107,10 +107,10 @@ class _Job:
         self,
         index: int,
         delta: dict[str, str],
-        told: ChatLogprob | None = None,
+        logprob: ChatLogprob | None = None,
         reason: FinishReason | None = None,
     ) -> str:
-        logprobs = ChatLogprobs(content=[told]).model_dump() if told else None
+        logprobs = ChatLogprobs(content=[logprob]).model_dump() if logprob else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return event_of(json.dumps(self._chunk([choice])))
 
@@ -127,27 +127,27 @@ class _Job:
 
 
 def router(service: Service) -> APIRouter:
-    """The route."""
+    """The route /v1/chat/completions."""
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", response_model=Chat, responses=STREAMED, tags=["OpenAI"])
-    async def chat_completions(asked: ChatRequest, request: Request) -> Chat | EventStream:
-        """Answers a conversation, n times."""
-        service.check_fields(asked, request.url.path)
-        job = await _begin(service, asked, request)
-        return EventStream(job.generation, job.events()) if asked.stream else await job.whole()
+    async def chat_completions(body: ChatRequest, request: Request) -> Chat | EventStream:
+        """Generates n answers to a conversation."""
+        service.check_fields(body, request.url.path)
+        job = await _begin(service, body, request)
+        return EventStream(job.generation, job.events()) if body.stream else await job.response()
 
     return routes
 
 
-async def _begin(service: Service, asked: ChatRequest, request: Request) -> _Job:
-    served = service.named(asked.model)
-    name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-    new_tokens = service.new_tokens(getattr(asked, name), service.options.max_new_tokens, param=name)
-    ids = await service.encode_chat(asked.messages)
+async def _begin(service: Service, body: ChatRequest, request: Request) -> _Job:
+    served = service.named(body.model)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    new_tokens = service.new_tokens(getattr(body, name), service.options.max_new_tokens, param=name)
+    ids = await service.encode_chat(body.messages)
     service.check_prompt(ids, param="messages")
-    wanted = [
-        requests.Request(tuple(ids), sampling, served.adapter, asked.wanted_logprobs)
-        for sampling in service.samplings(asked, new_tokens)
+    engine_requests = [
+        requests.Request(tuple(ids), sampling, served.adapter, body.logprob_count)
+        for sampling in service.samplings(body, new_tokens)
     ]
-    return _Job(asked, served, len(ids), new_tokens, service, service.begin(wanted, request.receive))
+    return _Job(body, served, len(ids), new_tokens, service, service.begin(engine_requests, request.receive))

@@ -1,6 +1,6 @@
-"""POST /v1/completions: text or token ids to continue, whole or in pieces, with echo and log-probabilities.
+"""POST /v1/completions: continues text or token ids, with or without streaming, with echo and logprobs.
 
-`echo` with `logprobs` and `max_tokens` 1 or 0 is how evaluation harnesses ask how likely a text is.
+Evaluation harnesses send `echo` with `logprobs` and `max_tokens` 0 or 1 to score a text.
 """
 
 from __future__ import annotations
@@ -22,62 +22,62 @@ from octavo.server.requests import CompletionRequest
 from octavo.server.responses import STREAMED, Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage
 from octavo.server.service import Served, Service
 
-NEW_TOKENS = 16  # OpenAI's default
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
 @dataclass(frozen=True)
 class _Prompt:
     ids: list[int]
-    text: str  # what echo gives back
+    text: str  # returned by echo
 
 
 @dataclass
-class _Writer:
-    """Makes one choice's pieces out of its tokens; its text and offsets go on from piece to piece."""
+class _ChoiceBuilder:
+    """Turns the tokens of one choice into response chunks. Tracks text offsets across chunks."""
 
-    asked: CompletionRequest
+    body: CompletionRequest
     prompt: _Prompt
     vocabulary: Vocabulary
     index: int
-    length: int = 0  # characters written
-    written: int = 0  # tokens that count as the answer's
-    begun: bool = False
-    parts: list[CompletionChoice] = field(default_factory=list)
+    length: int = 0  # characters so far
+    generated: int = 0  # tokens counted as completion tokens
+    started: bool = False
+    chunks: list[CompletionChoice] = field(default_factory=list)
 
-    def piece(self, token: Token, prompt: Sequence[Token]) -> CompletionChoice:
-        """What `token` adds; the first piece begins with the echo. `prompt` are the prompt's tokens, if asked for."""
+    def chunk(self, token: Token, prompt: Sequence[Token]) -> CompletionChoice:
+        """The chunk for `token`. The first chunk starts with the echo; `prompt` has its tokens if logprobs are on."""
         text, tokens, offsets = "", [], []
-        if self.asked.echo and not self.begun:
+        if self.body.echo and not self.started:
             text = self.prompt.text
             tokens = list(prompt)
             starts = accumulate((len(self.vocabulary.text_of(t.token_id)) for t in tokens), initial=0)
-            # Tokens that are parts of characters have texts of their own: the sum may overshoot.
+            # A token that holds part of a character has a longer text ("bytes:\xe2"), so the sum may exceed the length.
             offsets = [min(start, len(text)) for start, _ in zip(starts, tokens, strict=False)]
             self.length = len(text)
-        self.begun = True
-        if self.asked.max_tokens != 0:
+        self.started = True
+        if self.body.max_tokens != 0:
             text += token.text
             tokens.append(token)
             offsets.append(self.length)
             self.length += len(token.text)
-            self.written += 1
+            self.generated += 1
         return CompletionChoice(
             index=self.index, text=text, logprobs=self._logprobs(tokens, offsets), finish_reason=self._reason(token)
         )
 
     def _reason(self, token: Token) -> FinishReason | None:
-        if self.asked.max_tokens == 0:
+        if self.body.max_tokens == 0:
             return "length"
         return "stop" if token.finish_reason == "stop" else "length" if token.finish_reason == "length" else None
 
     def _logprobs(self, tokens: Sequence[Token], offsets: Sequence[int]) -> CompletionLogprobs | None:
-        if self.asked.logprobs is None:
+        if self.body.logprobs is None:
             return None
-        return completion_logprobs(tokens, offsets, vocabulary=self.vocabulary, top=self.asked.logprobs)
+        return completion_logprobs(tokens, offsets, vocabulary=self.vocabulary, top=self.body.logprobs)
 
-    def whole(self) -> CompletionChoice:
-        """All pieces as one."""
-        logprobs = [part.logprobs for part in self.parts if part.logprobs is not None]
+    def merged(self) -> CompletionChoice:
+        """All chunks joined into one choice."""
+        logprobs = [part.logprobs for part in self.chunks if part.logprobs is not None]
         joined = CompletionLogprobs(
             tokens=[x for part in logprobs for x in part.tokens],
             token_logprobs=[x for part in logprobs for x in part.token_logprobs],
@@ -86,25 +86,25 @@ class _Writer:
         )
         return CompletionChoice(
             index=self.index,
-            text="".join(part.text for part in self.parts),
+            text="".join(part.text for part in self.chunks),
             logprobs=joined if logprobs else None,
-            finish_reason=self.parts[-1].finish_reason,
+            finish_reason=self.chunks[-1].finish_reason,
         )
 
 
 @dataclass
 class _Job:
-    """One request at work."""
+    """One running request."""
 
-    asked: CompletionRequest
+    body: CompletionRequest
     served: Served
     prompts: list[_Prompt]
-    writers: list[_Writer]
+    builders: list[_ChoiceBuilder]
     generation: Generation
     id: str = field(default_factory=lambda: f"cmpl-{uuid4().hex}")
     created: int = field(default_factory=lambda: int(time()))
 
-    def answer(self, choices: Sequence[CompletionChoice], usage: Usage | None) -> Completion:
+    def document(self, choices: Sequence[CompletionChoice], usage: Usage | None) -> Completion:
         return Completion(
             id=self.id,
             created=self.created,
@@ -116,74 +116,75 @@ class _Job:
 
     @property
     def usage(self) -> Usage:
-        read = sum(len(prompt.ids) for prompt in self.prompts)
-        written = sum(writer.written for writer in self.writers)
-        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        generated = sum(builder.generated for builder in self.builders)
+        total = prompt_tokens + generated
+        return Usage(prompt_tokens=prompt_tokens, completion_tokens=generated, total_tokens=total)
 
-    async def pieces(self) -> AsyncIterator[CompletionChoice]:
+    async def chunks(self) -> AsyncIterator[CompletionChoice]:
         async with aclosing(self.generation.tokens()) as tokens:
-            async for number, token in tokens:
-                yield self.writers[number].piece(token, self.generation.streams[number].prompt)
+            async for index, token in tokens:
+                yield self.builders[index].chunk(token, self.generation.streams[index].prompt)
 
-    async def whole(self) -> Completion:
+    async def response(self) -> Completion:
         with self.generation:
-            async for piece in self.pieces():
-                self.writers[piece.index].parts.append(piece)
-        return self.answer([writer.whole() for writer in self.writers], self.usage)
+            async for chunk in self.chunks():
+                self.builders[chunk.index].chunks.append(chunk)
+        return self.document([builder.merged() for builder in self.builders], self.usage)
 
     async def events(self) -> AsyncIterator[str]:
-        async for piece in self.pieces():
-            if piece.text or piece.logprobs or piece.finish_reason:
-                yield event_of(self.answer([piece], None).model_dump_json())
-        if self.asked.with_usage:
-            yield event_of(self.answer([], self.usage).model_dump_json())
+        async for chunk in self.chunks():
+            if chunk.text or chunk.logprobs or chunk.finish_reason:
+                yield event_of(self.document([chunk], None).model_dump_json())
+        if self.body.with_usage:
+            yield event_of(self.document([], self.usage).model_dump_json())
         yield DONE
 
 
 def router(service: Service) -> APIRouter:
-    """The route."""
+    """The route /v1/completions."""
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=Completion, responses=STREAMED, tags=["OpenAI"])
-    async def completions(asked: CompletionRequest, request: Request) -> Completion | EventStream:
+    async def completions(body: CompletionRequest, request: Request) -> Completion | EventStream:
         """Continues one or several prompts, each n times."""
-        service.check_fields(asked, request.url.path)
-        job = await _begin(service, asked, request)
-        return EventStream(job.generation, job.events()) if asked.stream else await job.whole()
+        service.check_fields(body, request.url.path)
+        job = await _begin(service, body, request)
+        return EventStream(job.generation, job.events()) if body.stream else await job.response()
 
     return routes
 
 
-async def _begin(service: Service, asked: CompletionRequest, request: Request) -> _Job:
-    served = service.named(asked.model)
-    samplings = service.samplings(asked, service.new_tokens(asked.max_tokens, NEW_TOKENS))
-    prompts = await _prompts(service, asked)
-    scored = bool(asked.echo) and asked.logprobs is not None
-    wanted = [
-        requests.Request(tuple(prompt.ids), sampling, served.adapter, asked.logprobs, prompt_logprobs=scored)
+async def _begin(service: Service, body: CompletionRequest, request: Request) -> _Job:
+    served = service.named(body.model)
+    samplings = service.samplings(body, service.new_tokens(body.max_tokens, DEFAULT_MAX_TOKENS))
+    prompts = await _prompts(service, body)
+    score_prompt = bool(body.echo) and body.logprobs is not None
+    engine_requests = [
+        requests.Request(tuple(prompt.ids), sampling, served.adapter, body.logprobs, prompt_logprobs=score_prompt)
         for prompt in prompts
         for sampling in samplings
     ]
-    writers = [
-        _Writer(asked, prompt, service.vocabulary, index)
+    builders = [
+        _ChoiceBuilder(body, prompt, service.vocabulary, index)
         for index, prompt in enumerate(prompt for prompt in prompts for _ in samplings)
     ]
-    return _Job(asked, served, prompts, writers, service.begin(wanted, request.receive))
+    return _Job(body, served, prompts, builders, service.begin(engine_requests, request.receive))
 
 
-async def _prompts(service: Service, asked: CompletionRequest) -> list[_Prompt]:
-    """The prompts in their four forms: text, texts, ids, lists of ids."""
-    given = asked.prompt
-    several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+async def _prompts(service: Service, body: CompletionRequest) -> list[_Prompt]:
+    """The prompts of a request, which may be a string, a list of strings, a list of ids, or a list of such lists."""
+    value = body.prompt
+    inputs = value if isinstance(value, list) and not isinstance(value[0], int) else [value]
     prompts = []
-    for prompt in several:
+    for prompt in inputs:
         if isinstance(prompt, str):
             ids, text = await service.encode_text(prompt), prompt
         else:
             assert isinstance(prompt, list)
-            ids, text = [number for number in prompt if isinstance(number, int)], ""
+            ids, text = [token for token in prompt if isinstance(token, int)], ""
         service.check_prompt(ids, param="prompt")
-        if not isinstance(prompt, str) and asked.echo:
+        if not isinstance(prompt, str) and body.echo:
             text = service.engine.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         prompts.append(_Prompt(ids, text))
     return prompts

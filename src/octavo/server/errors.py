@@ -1,4 +1,4 @@
-"""Everything a client can get instead of an answer, in the shape of OpenAI's errors."""
+"""Error responses in OpenAI's format, and the exception handlers that produce them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from octavo.bounded_json import shortened
 from octavo.errors import OctavoError
 from octavo.server.requests import UNSUPPORTED
 
-# Seconds after which an overloaded server is worth asking again. Answers take seconds, so that slots free up as fast.
+# Value of Retry-After. A generation takes a few seconds, so a slot is likely to be free by then.
 RETRY_SECONDS = 2
 
 
 class ApiError(Exception):
-    """Ends a request with a status and OpenAI's error document; `param` names the field at fault."""
+    """Ends a request with an HTTP status and an error in OpenAI's format. `param` names the invalid field."""
 
     def __init__(
         self,
@@ -37,90 +37,96 @@ class ApiError(Exception):
 
     @property
     def document(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error_type = "server_error" if self.status >= 500 else ERROR_TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": error_type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.document, self.status, self.headers)
 
 
-UNREADABLE = "There was an error parsing the body"  # FastAPI's word for whatever json.loads raised
-KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNREADABLE = "There was an error parsing the body"  # FastAPI's message for every exception of json.loads
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def wrong(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request itself is at fault."""
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request is invalid."""
     return ApiError(400, message, param=param, code=code)
 
 
-def busy(message: str) -> ApiError:
-    """429: there are too many requests just now."""
+def overloaded(message: str) -> ApiError:
+    """429: too many requests at once."""
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def unavailable(message: str, *, code: str) -> ApiError:
-    """503: this server cannot answer now; it or another one can later."""
+    """503: the server cannot handle the request now; the client may retry."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
-def told(error: OctavoError) -> str:
-    """An error of octavo's as one line."""
+def one_line(error: OctavoError) -> str:
+    """Message and hint of an octavo error on one line."""
     return " ".join(part for part in (error.message, error.hint) if part)
 
 
 def install(app: FastAPI) -> None:
-    """Gives all of the app's errors OpenAI's shape: ours, validation's, the router's, and unforeseen ones."""
+    """Registers exception handlers that return every error in OpenAI's format."""
 
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> JSONResponse:
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         return _invalid(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         phrase = HTTPStatus(error.status_code).phrase
         message = str(error.detail) or phrase
         if message == UNREADABLE:
-            message = "The body is not read: it is no UTF-8, or its JSON is nested too deep or holds too long a number."
+            message = "The body is not UTF-8, or its JSON is nested too deeply or has a number with too many digits."
         if message == phrase and error.status_code in (404, 405):
-            message = f"There is no {request.method} {shortened(request.url.path)} here. GET /docs lists the routes."
+            message = f"There is no route {request.method} {shortened(request.url.path)}. GET /docs lists the routes."
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
-        # What it was is logged by the server; a client learns nothing of the inside.
+    async def unexpected_error(_: Request, error: Exception) -> JSONResponse:
+        # uvicorn logs the exception. The response does not contain internal details.
         return ApiError(500, "The server failed to answer this request.", code="internal_error").response()
 
 
 def _invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first field at fault, with all that was said about it: a field of several forms fails once for each."""
+    """The error for the first invalid field, with all its messages: a union field fails once for each member."""
     if any(problem["type"] == "json_invalid" for problem in problems):
-        return wrong("The body is not valid JSON.", code="invalid_json")
-    names = [_name(problem["loc"]) for problem in problems]
-    # Of a body of several forms, the one that lacks a field is not the one that was meant.
+        return bad_request("The body is not valid JSON.", code="invalid_json")
+    names = [_field_name(problem["loc"]) for problem in problems]
+    # A body that is a union (/tokenize) also fails as the other member, whose fields are missing: skip those.
     name = next((name for name, problem in zip(names, problems, strict=True) if problem["type"] != "missing"), names[0])
     if name in UNSUPPORTED:
-        return wrong(f"`{name}` is not supported here. {UNSUPPORTED[name]}", param=name, code="unsupported_parameter")
-    first = next(problem for problem, own in zip(problems, names, strict=True) if own == name)
+        message = f"`{name}` is not supported. {UNSUPPORTED[name]}"
+        return bad_request(message, param=name, code="unsupported_parameter")
+    first = next(problem for problem, field in zip(problems, names, strict=True) if field == name)
     if first["type"] == "unsupported":
-        return wrong(f"`{_place(first['loc'])}`: {first['msg']}.", param=name, code="unsupported_parameter")
-    said = dict.fromkeys(str(problem["msg"]) for problem, own in zip(problems, names, strict=True) if own == name)
-    what = "; ".join(list(said)[:4])
+        return bad_request(f"`{_field_path(first['loc'])}`: {first['msg']}.", param=name, code="unsupported_parameter")
+    messages = dict.fromkeys(
+        str(problem["msg"]) for problem, field in zip(problems, names, strict=True) if field == name
+    )
+    reasons = "; ".join(list(messages)[:4])
     if not name:
-        return wrong("The body must be a JSON object, sent as `Content-Type: application/json`.")
-    return wrong(f"`{_place(first['loc']) if name == 'messages' else name}`: {what}.", param=name)
+        return bad_request("The body must be a JSON object, sent as `Content-Type: application/json`.")
+    return bad_request(f"`{_field_path(first['loc']) if name == 'messages' else name}`: {reasons}.", param=name)
 
 
-def _name(place: Sequence[str | int]) -> str:
-    """The top field that a place in the body belongs to; "" for the body itself. Forms have names like classes."""
-    parts = [part for part in place[1:] if not (isinstance(part, str) and part[:1].isupper())]
+def _field_name(loc: Sequence[str | int]) -> str:
+    """The top-level field of a pydantic error location; "" for the body itself.
+
+    Capitalized parts are the class names of union members, not fields.
+    """
+    parts = [part for part in loc[1:] if not (isinstance(part, str) and part[:1].isupper())]
     return str(parts[0]) if parts and isinstance(parts[0], str) else ""
 
 
-def _place(place: Sequence[str | int]) -> str:
-    """The whole way to a place in the body, as in messages[0]."""
-    parts = [part for part in place[1:] if not (isinstance(part, str) and part[:1].isupper())]
+def _field_path(loc: Sequence[str | int]) -> str:
+    """The path of a pydantic error location, for example messages[0].content."""
+    parts = [part for part in loc[1:] if not (isinstance(part, str) and part[:1].isupper())]
     return str(parts[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts[1:])

@@ -1,4 +1,4 @@
-"""Streams of the engine read from the event loop, for as long as their client is there and their time lasts."""
+"""Reads the engine's token streams from the event loop until they end, the client disconnects, or time runs out."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from octavo.server.errors import ApiError, unavailable
 from octavo.server.metrics import Metrics
 
 LOG = logging.getLogger("octavo.server")
-# A client that reads nothing blocks the sending of its answer; this long after the answer's time it is cut off.
-SENDING_SECONDS = 5.0
+# A client that does not read blocks sending. The connection is closed this long after the request's deadline.
+SEND_SECONDS = 5.0
 
 
 class ClientGoneError(ApiError):
-    """There is nobody left to answer: the status is for the counts (nginx's 499)."""
+    """The client disconnected. Nobody receives the status; it is for the metrics (499, as in nginx)."""
 
     def __init__(self) -> None:
-        super().__init__(499, "The client went away.")
+        super().__init__(499, "The client disconnected.")
 
 
 class Generation:
-    """The streams of one HTTP request. A context: leaving it, for whatever reason, frees the slots that they hold.
+    """The engine streams of one HTTP request. A context manager: exiting it cancels the streams and frees their slots.
 
-    `fingerprint` is that of the weights that they come from.
+    `fingerprint` is the sha256 of the weights that generate: the adapter's, or the base model's.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Generation:
         self._seconds, self._metrics = seconds, metrics
         self._started = perf_counter()
         self._changed = asyncio.Event()
-        self._watch = loop.create_task(_until_gone(receive))
-        self._watch.add_done_callback(lambda _: self._changed.set())
+        self._disconnect = loop.create_task(_wait_for_disconnect(receive))
+        self._disconnect.add_done_callback(lambda _: self._changed.set())
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: nothing waits for the event
                 loop.call_soon_threadsafe(self._changed.set)
 
         for stream in streams:
@@ -60,60 +60,60 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watch.cancel()
+        self._disconnect.cancel()
         for stream in self.streams:
-            stream.cancel()  # one that has finished does not care
+            stream.cancel()  # no effect on a finished stream
 
     async def tokens(self) -> AsyncGenerator[tuple[int, Token], None]:
-        """(number of the stream, its next token) as they come, until all have finished.
+        """Yields (stream index, token) as tokens arrive, until all streams have finished.
 
-        ClientGoneError as soon as the client goes; ApiError when time is up or the engine fails or stops.
+        Raises ClientGoneError when the client disconnects, ApiError on timeout or when the engine fails or stops.
         """
         running = dict(enumerate(self.streams))
         first = True
         while running:
             self._changed.clear()
-            arrived = [(number, token) for number, stream in running.items() for token in stream.ready()]
-            if self._watch.done():
-                self._metrics.gone += 1
+            arrived = [(index, token) for index, stream in running.items() for token in stream.ready()]
+            if self._disconnect.done():
+                self._metrics.disconnected += 1
                 raise ClientGoneError
-            for number, token in arrived:
+            for index, token in arrived:
                 if first:
-                    self._metrics.first_token.observe(perf_counter() - self._started)
+                    self._metrics.time_to_first_token.observe(perf_counter() - self._started)
                     first = False
                 if token.finish_reason in ("error", "cancelled"):
-                    raise _failure(token, self.streams[number])
+                    raise _stream_error(token, self.streams[index])
                 if token.finish_reason is not None:
-                    del running[number]
-                yield number, token
+                    del running[index]
+                yield index, token
             if running:
-                await self._more()
-        self._metrics.whole_answer.observe(perf_counter() - self._started)
+                await self._wait()
+        self._metrics.total_time.observe(perf_counter() - self._started)
 
-    async def _more(self) -> None:
+    async def _wait(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self.deadline):
                 await self._changed.wait()
         if self._loop.time() >= self.deadline:
-            message = f"The answer took longer than this server's limit of {self._seconds:g} seconds."
+            message = f"The request took longer than this server's limit of {self._seconds:g} seconds."
             raise unavailable(message, code="timeout")
 
 
-def _failure(token: Token, stream: Stream) -> ApiError:
+def _stream_error(token: Token, stream: Stream) -> ApiError:
     if token.finish_reason == "cancelled":
         return unavailable("The server is stopping.", code="stopping")
-    # What failed may name files or sizes: the operator reads it in the log.
+    # The message may contain file names or sizes: it goes to the log only.
     LOG.error("the engine failed: %s", stream.error)
-    return ApiError(500, "The engine failed while it answered this request.", code="engine_error")
+    return ApiError(500, "The engine failed during this request.", code="engine_error")
 
 
-async def _until_gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStream(Response):
-    """Server-sent events made from a generation, whose slots are free once this has been sent or could not be."""
+    """Server-sent events of a generation. The slots are freed when sending ends or fails."""
 
     media_type = "text/event-stream"
 
@@ -126,14 +126,14 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         with self._generation as generation, suppress(TimeoutError, OSError):
-            async with asyncio.timeout_at(generation.deadline + SENDING_SECONDS), aclosing(self._bodies()) as bodies:
+            async with asyncio.timeout_at(generation.deadline + SEND_SECONDS), aclosing(self._bodies()) as bodies:
                 await send(start)
                 async for body in bodies:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _bodies(self) -> AsyncGenerator[bytes, None]:
-        """The events; a failure on the way becomes the last of them, since the status is long sent."""
+        """The encoded events. An error becomes the last event, because the status was already sent."""
         try:
             async for event in self._events:
                 yield event.encode()
@@ -144,7 +144,7 @@ class EventStream(Response):
 
 
 def event_of(data: str) -> str:
-    """One event."""
+    """One server-sent event."""
     return f"data: {data}\n\n"
 
 

@@ -1,8 +1,10 @@
-"""What stands before every route: who may ask, from where, how much, and how many at once.
+"""ASGI middleware before every route: checks Host, Origin, API key, number of requests and body size, in this order.
 
-Pure ASGI, so that a refused request costs neither its body nor a route. In order: the Host header against an
-allow-list (a web page that rebinds its name to this machine comes with that name), the Origin of what changes state
-(a web page of somebody else's), the key, the number of requests, the size of the body.
+It is pure ASGI, so a rejected request is neither read nor routed.
+
+- Host must be in an allow-list. This prevents DNS rebinding: a rebinding page sends its own name in the Host header.
+- Origin is checked for requests that change state. This prevents requests from web pages of other sites.
+- API key, number of concurrent requests, size of the body.
 """
 
 from __future__ import annotations
@@ -15,28 +17,28 @@ from hmac import compare_digest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.server.addresses import host_name, is_address
-from octavo.server.errors import ApiError, busy
+from octavo.server.errors import ApiError, overloaded
 from octavo.server.metrics import Metrics
 
-OPEN_PATHS = ("/health", "/ready", "/ping")  # for whoever looks after the process and holds no key
+OPEN_PATHS = ("/health", "/ready", "/ping")  # probes of orchestrators and load balancers: no API key needed
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-BODY_SECONDS = 30.0  # a body of a few megabytes takes less on any line that an answer is worth sending over
+BODY_SECONDS = 30.0  # enough for a few megabytes on a slow line
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a guard holds to. `hosts` and `origins` are in lower case; "*" among them allows all."""
+    """Settings of the guard. `hosts` and `origins` are lowercase; "*" in them allows all."""
 
     key: str | None
     hosts: frozenset[str]
     origins: frozenset[str]
-    requests: int  # that may be read or answered at once
+    requests: int  # limit of concurrent requests
     body_bytes: int
-    any_address: bool = False  # a Host that is an address and no name is right, whichever it is
+    any_address: bool = False  # accept every IP address in the Host header
 
 
 class Guard:
-    """The app behind the rules."""
+    """Middleware that enforces `rules` and counts responses in `metrics`."""
 
     def __init__(self, app: ASGIApp, *, rules: Rules, metrics: Metrics) -> None:
         self.app, self.rules, self.metrics = app, rules, metrics
@@ -47,67 +49,66 @@ class Guard:
             await self.app(scope, receive, send)
             return
         status = 500
-        looks = scope["method"] == "HEAD"  # answered as GET is, without the body
-        inner = {**scope, "method": "GET"} if looks else scope
+        is_head = scope["method"] == "HEAD"  # handled as GET; the body is dropped
+        get_scope = {**scope, "method": "GET"} if is_head else scope
 
-        async def counted(message: Message) -> None:
+        async def send_and_record(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif looks:
+            elif is_head:
                 message = {**message, "body": b""}
             await send(message)
 
-        changes = scope["method"] not in SAFE_METHODS
-        self._requests += changes
+        changes_state = scope["method"] not in SAFE_METHODS
+        self._requests += changes_state
         try:
-            self._check(scope, changes=changes)
-            body = await self._body(scope, receive) if changes else b""
-            await self.app(inner, _replayed(body, receive), counted)
+            self._check(scope, changes_state=changes_state)
+            body = await self._body(scope, receive) if changes_state else b""
+            await self.app(get_scope, _replay(body, receive), send_and_record)
         except ApiError as error:
-            await error.response()(scope, receive, counted)
+            await error.response()(scope, receive, send_and_record)
         finally:
-            self._requests -= changes
-            route = getattr(inner.get("route"), "path", "none")  # not the path: that would be a label without bounds
+            self._requests -= changes_state
+            # The label is the route, not the request's path: clients could send unlimited different paths.
+            route = getattr(get_scope.get("route"), "path", "none")
             method = scope["method"] if scope["method"] in (*SAFE_METHODS, "POST") else "other"
-            self.metrics.answers[route, method, status] += 1
+            self.metrics.responses[route, method, status] += 1
 
-    def _check(self, scope: Scope, *, changes: bool) -> None:
+    def _check(self, scope: Scope, *, changes_state: bool) -> None:
         host = self._host(scope)
-        if changes:
-            self._check_origin(_values(scope, b"origin"), host)
+        if changes_state:
+            self._check_origin(_header_values(scope, b"origin"), host)
         if scope["path"] not in OPEN_PATHS:
             self._check_key(scope)
-        if changes and self._requests > self.rules.requests:
-            raise busy(f"{self.rules.requests} requests are being answered already.")
+        if changes_state and self._requests > self.rules.requests:
+            raise overloaded(f"The server is already handling {self.rules.requests} requests.")
 
     def _host(self, scope: Scope) -> str:
-        given = _values(scope, b"host")
-        header = given[0] if len(given) == 1 else ""
+        values = _header_values(scope, b"host")
+        header = values[0] if len(values) == 1 else ""
         name = host_name(header)
         if not ({name, "*"} & self.rules.hosts or (self.rules.any_address and is_address(name))):
-            raise ApiError(
-                403, f"This server does not go by the name {name!r}; --hosts names others.", code="host_not_allowed"
-            )
+            raise ApiError(403, f"The Host {name!r} is not allowed. Allow it with --hosts.", code="host_not_allowed")
         return header.lower()
 
-    def _check_origin(self, given: list[str], host: str) -> None:
-        """A request without the header comes from no browser's page."""
-        for origin in (origin.lower() for origin in given):
-            own = origin.partition("://")[2] == host and origin.startswith(("http://", "https://"))
-            if not own and not {origin, "*"} & self.rules.origins:
+    def _check_origin(self, values: list[str], host: str) -> None:
+        """403 for a page of another origin. Requests without an Origin header do not come from a browser page."""
+        for origin in (origin.lower() for origin in values):
+            same_origin = origin.partition("://")[2] == host and origin.startswith(("http://", "https://"))
+            if not same_origin and not {origin, "*"} & self.rules.origins:
                 raise ApiError(
-                    403, f"Pages of {origin!r} may not use this server; --origins names those that may.",
+                    403, f"Requests from pages of {origin!r} are not allowed. Allow the origin with --origins.",
                     code="origin_not_allowed",
                 )  # fmt: skip
 
     def _check_key(self, scope: Scope) -> None:
         if self.rules.key is None:
             return
-        given = _values(scope, b"authorization")
-        scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
-        fits = compare_digest(key.strip().encode(), self.rules.key.encode())  # as long for a near miss as for a far one
-        if scheme.lower() != "bearer" or not fits:
+        values = _header_values(scope, b"authorization")
+        scheme, _, key = (values[0] if len(values) == 1 else "").partition(" ")
+        matches = compare_digest(key.strip().encode(), self.rules.key.encode())  # constant time
+        if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,
                 "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
@@ -116,11 +117,11 @@ class Guard:
             )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. 413 as soon as it is known to be too long, whatever its length was said to be."""
-        most = self.rules.body_bytes
-        said = _values(scope, b"content-length")
-        if said and said[0].isdecimal() and int(said[0][:20]) > most:
-            raise _too_long(most)
+        """The whole body. 413 as soon as Content-Length or the bytes received exceed the limit. 408 if it is slow."""
+        limit = self.rules.body_bytes
+        content_length = _header_values(scope, b"content-length")
+        if content_length and content_length[0].isdecimal() and int(content_length[0][:20]) > limit:
+            raise _body_too_large(limit)
         body = bytearray()
         more = True
         try:
@@ -128,36 +129,36 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "The request broke off.")
+                        raise ApiError(400, "The client disconnected before it sent the whole request.")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > most:
-                        raise _too_long(most)
+                    if len(body) > limit:
+                        raise _body_too_large(limit)
         except TimeoutError:
             raise ApiError(408, "The body took too long to arrive.", headers={"Connection": "close"}) from None
         return bytes(body)
 
 
-def _too_long(most: int) -> ApiError:
-    # The rest is not read: the connection can serve nothing after this.
-    message = f"The body is longer than this server's limit of {most:,} bytes."
+def _body_too_large(limit: int) -> ApiError:
+    # The rest of the body is not read, so the connection cannot be reused.
+    message = f"The body is longer than this server's limit of {limit:,} bytes."
     return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read, then what comes after it."""
-    given = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that first returns the body already read, then the messages after it."""
+    returned = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal returned
+        if returned:
             return await receive()
-        given = True
+        returned = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
 
 
-def _values(scope: Scope, name: bytes) -> list[str]:
+def _header_values(scope: Scope, name: bytes) -> list[str]:
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
     return [value.decode("latin-1") for key, value in headers if key == name]

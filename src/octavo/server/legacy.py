@@ -1,4 +1,4 @@
-"""POST /prompt/: the service of the article that octavo goes back to, as the clients of that service ask for it."""
+"""POST /prompt/: the legacy route of the article's service (see README), for clients written for it."""
 
 from __future__ import annotations
 
@@ -8,44 +8,45 @@ from fastapi import APIRouter, Request, Response
 
 from octavo.infer import requests
 from octavo.infer.sample import Sampling
-from octavo.server.errors import wrong
-from octavo.server.requests import SEEDS, ArticleRequest
-from octavo.server.responses import REFUSALS, ArticleAnswer
+from octavo.server.errors import bad_request
+from octavo.server.requests import SEED_LIMIT, ArticleRequest
+from octavo.server.responses import ERROR_RESPONSES, ArticleAnswer
 from octavo.server.service import Service
 
 
 def router(service: Service) -> APIRouter:
-    """The route, with and without the slash at its end."""
+    """The route /prompt/, with and without the trailing slash."""
     routes = APIRouter()
 
     @routes.post("/prompt", response_model=ArticleAnswer, include_in_schema=False)
-    @routes.post("/prompt/", response_model=ArticleAnswer, responses=REFUSALS, tags=["the article"])
-    async def prompt(asked: ArticleRequest, request: Request, response: Response) -> ArticleAnswer:
-        """The text and its continuation; `length` counts the tokens of both."""
-        service.check_fields(asked, request.url.path)
+    @routes.post("/prompt/", response_model=ArticleAnswer, responses=ERROR_RESPONSES, tags=["the article"])
+    async def prompt(body: ArticleRequest, request: Request, response: Response) -> ArticleAnswer:
+        """Returns the text and its continuation. `length` is the number of tokens of both together."""
+        service.check_fields(body, request.url.path)
         served = service.named(None)
-        if (asked.model_extra or {}).get("model") not in (None, served.name):
-            raise wrong(f"`model` cannot be chosen here: {served.name} answers. Ask /v1/completions.", param="model")
-        ids = await service.encode_text(asked.input, param="input")
+        if (body.model_extra or {}).get("model") not in (None, served.name):
+            message = f"This route always uses {served.name}. Use /v1/completions to choose a `model`."
+            raise bad_request(message, param="model")
+        ids = await service.encode_text(body.input, param="input")
         service.check_prompt(ids, param="input")
-        length = int(asked.length)
+        length = int(body.length)
         if length <= len(ids):
-            raise wrong(
-                f"`length` is {length} and counts the prompt too, which has {len(ids)} tokens: ask for more.",
+            raise bad_request(
+                f"`length` is {length}, but it includes the prompt, which has {len(ids)} tokens. Increase `length`.",
                 param="length",
             )
         sampling = Sampling(
-            temperature=float(asked.temperature),
+            temperature=float(body.temperature),
             top_p=1.0,
             max_new_tokens=service.new_tokens(length - len(ids), 0, param="length"),
-            seed=randbelow(SEEDS),
+            seed=randbelow(SEED_LIMIT),
         )
-        wanted = requests.Request(tuple(ids), sampling, served.adapter)
-        output = asked.input
-        with service.begin([wanted], request.receive) as generation:
+        engine_request = requests.Request(tuple(ids), sampling, served.adapter)
+        output = body.input
+        with service.begin([engine_request], request.receive) as generation:
             async for _, token in generation.tokens():
                 output += token.text
-        response.headers["X-System-Fingerprint"] = generation.fingerprint  # the clients expect one field and no more
+        response.headers["X-System-Fingerprint"] = generation.fingerprint  # the clients accept one field only
         return ArticleAnswer(output=output)
 
     return routes

@@ -1,7 +1,7 @@
-"""The server's log, on stderr. Who does not read it holds up no answer.
+"""The server's log on stderr, which never blocks a request.
 
-A pipe that nobody empties, or a terminal that is stopped, blocks whoever writes to it. So a thread of its own writes,
-and what it cannot write in time is counted instead of kept.
+A write blocks if stderr is a pipe that is not read or a stopped terminal. So a separate thread writes, and lines that
+do not fit in its queue are dropped and counted.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from logging.handlers import QueueHandler
 from typing import TextIO
 
 LOGGERS = ("uvicorn", "octavo.server")
-MOST_LINES = 10_000  # that wait to be written
-LAST_SECONDS = 1.0  # what is left gets these at the end
+MAX_LINES = 10_000  # in the queue
+CLOSE_SECONDS = 1.0  # to write the remaining lines when the log is closed
 
 
 class Log(QueueHandler):
-    """A handler that never waits: lines go through a queue of `MOST_LINES` to a thread that writes them to `stream`."""
+    """A non-blocking handler. Lines go through a queue of `max_lines` to a thread that writes them to `stream`."""
 
-    def __init__(self, stream: TextIO, most: int = MOST_LINES) -> None:
-        self._lines: queue.Queue[str | None] = queue.Queue(most)
+    def __init__(self, stream: TextIO, max_lines: int = MAX_LINES) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(max_lines)
         super().__init__(self._lines)
         self._stream, self._lost = stream, 0
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -34,32 +34,35 @@ class Log(QueueHandler):
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._lost += 1
-        except Exception:  # a record whose words do not fit its format: logging's own way to say so
+        except Exception:  # the record's arguments do not match its format
             self.handleError(record)
 
     def close(self) -> None:
-        """Waits for what is left to be written, for LAST_SECONDS at most."""
+        """Waits until the remaining lines are written, for CLOSE_SECONDS at most."""
         try:
-            self._lines.put(None, timeout=LAST_SECONDS)
-            self._thread.join(LAST_SECONDS)
+            self._lines.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(CLOSE_SECONDS)
         except queue.Full:
             pass
         super().close()
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            # All that were lost stood behind those that are in the queue now, and before what comes.
+            # Lines are dropped only while the queue is full. Once it is empty, the notice is in the right position.
             lost, self._lost = (self._lost, 0) if self._lines.empty() else (0, self._lost)
-            told = f"{lost:,} lines of the log are lost: stderr was not read.\n" if lost else ""
+            notice = f"{lost:,} log lines were dropped: stderr was not read.\n" if lost else ""
             try:
-                self._stream.write(f"{line}\n{told}")
+                self._stream.write(f"{line}\n{notice}")
                 self._stream.flush()
-            except (OSError, ValueError):  # nobody is there any more
+            except (OSError, ValueError):  # stderr is closed
                 continue
 
 
 def log_to_stderr(level: str) -> Log:
-    """uvicorn's own setting would write requests to stdout, which is --json's. The caller closes what it gets."""
+    """Sets up logging to stderr. The caller closes the handler returned.
+
+    uvicorn's default configuration writes requests to stdout, which is reserved for --json.
+    """
     handler = Log(sys.stderr)
     for name in LOGGERS:
         logger = logging.getLogger(name)

@@ -1,6 +1,7 @@
-"""The server's process: the socket, uvicorn, and how both end.
+"""The server process: the listening socket, uvicorn, and shutdown.
 
-SIGTERM, SIGHUP and Ctrl-C finish the answers at work within the grace time. A second Ctrl-C ends the process at once.
+SIGTERM, SIGHUP and Ctrl-C shut down gracefully: running requests may finish within the grace time. A second Ctrl-C
+ends the process immediately.
 """
 
 from __future__ import annotations
@@ -28,61 +29,61 @@ from octavo.server.protocol import Connection
 from octavo.stopping import INTERRUPTED, handled
 
 HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
-# What uvicorn still waits for answers after the engine has ended them all: they have only to be sent.
-SENDING_SECONDS = 5
-# A server that ended a moment ago is no obstacle. On Windows that is so by itself, and SO_REUSEADDR would let two
-# processes have one address.
-_SHARING: int = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+# Time for uvicorn to send the last responses after the engine has ended all requests.
+SEND_SECONDS = 5
+# Allows binding to the address of a server that just ended. Windows allows that by default, and there SO_REUSEADDR
+# would let two processes listen on one address.
+_ADDRESS_OPTION: int = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address and does not listen yet. UsageError if the address cannot be had."""
+    """A socket bound to the address, not yet listening. UsageError if the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends at once (TCP_NODELAY) only on sockets whose protocol is named: else each piece of a stream may wait
-    # 40 ms for the client's acknowledgement of the piece before.
-    held = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    # asyncio sets TCP_NODELAY only if the socket's protocol is IPPROTO_TCP. Without it each event of a stream may wait
+    # 40 ms for the client's delayed acknowledgement of the previous one.
+    bound_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        held.setsockopt(socket.SOL_SOCKET, _SHARING, 1)
-        held.bind((host, port))
+        bound_socket.setsockopt(socket.SOL_SOCKET, _ADDRESS_OPTION, 1)
+        bound_socket.bind((host, port))
     except OSError as error:
-        held.close()
+        bound_socket.close()
         raise UsageError(
-            f"The address {host}:{port} cannot be listened on ({error.strerror or error}).",
-            hint="Choose another one with --host and --port.",
+            f"Cannot listen on {host}:{port} ({error.strerror or error}).",
+            hint="Choose another address with --host and --port.",
         ) from error
-    return held
+    return bound_socket
 
 
 def run(
     app: FastAPI,
-    held: socket.socket,
+    bound_socket: socket.socket,
     *,
     options: ServeOptions,
     listening: Callable[[], None],
     stop_engine: Callable[[float], None],
 ) -> bool:
-    """Serves `app` until SIGTERM, SIGHUP or Ctrl-C; answers at work are finished within the grace time.
+    """Serves `app` until SIGTERM, SIGHUP or Ctrl-C; running requests may finish within the grace time.
 
-    True if it was Ctrl-C. A second one ends the process with exit code 130, without returning.
+    Returns True after Ctrl-C. A second Ctrl-C ends the process with exit code 130, without returning.
 
-    `listening` is called once requests can come, `stop_engine` with the grace time once no more do.
+    `listening` is called when the server accepts connections, `stop_engine` with the grace time when it shuts down.
     """
     config = uvicorn.Config(
-        app, http=partial(Connection, most=options.max_connections),  # type: ignore[arg-type]  # called like a class
+        app, http=partial(Connection, max_connections=options.max_connections),  # type: ignore[arg-type]  # called like a class
         log_config=None, log_level=options.log_level, access_log=options.log_level in ("info", "debug"),
         ws="none", server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=int(options.grace_seconds) + SENDING_SECONDS,
+        timeout_graceful_shutdown=int(options.grace_seconds) + SEND_SECONDS,
     )  # fmt: skip
     server = _Server(config, listening, lambda: _drain(app, stop_engine, options.grace_seconds))
-    with closing(log_to_stderr(options.log_level)), _signals_end_quietly(), handled(server.handle_exit, HANGUP):
-        server.run([held])
+    with closing(log_to_stderr(options.log_level)), _ignore_reraised_signals(), handled(server.handle_exit, HANGUP):
+        server.run([bound_socket])
     return signal.SIGINT in server.received
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which calls `listening`, and has the engine stop while it waits for the last answers.
+    """A uvicorn server that calls `listening` after startup and stops the engine during shutdown.
 
-    `received` are the signals that have asked it to stop.
+    `received` lists the stop signals received.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig == signal.SIGINT and signal.SIGINT in self.received:
-            _end_now()
+            _exit_now()
         self.received.append(sig)
         super().handle_exit(sig, frame)
 
@@ -109,16 +110,16 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.02)
 
 
-def _end_now() -> NoReturn:
-    """Ends the process in the midst of whatever its threads do.
+def _exit_now() -> NoReturn:
+    """Ends the process immediately, whatever its threads are doing.
 
-    The interpreter's own end would wait for some of them, cancel what answers with a traceback each, and abort where
-    the engine's thread is within a matmul: that is C++, which must not be unwound.
+    Python's regular exit would wait for some threads, cancel each request task with a traceback, and abort if the
+    engine thread is in a matmul: that is C++ code, which must not be unwound.
     """
     with suppress(OSError):
-        # A pipe that nobody empties would hold us up. Windows selects among sockets alone.
+        # Writing to a full pipe would block, so check first. On Windows select accepts only sockets.
         if os.name == "nt" or select.select([], [2], [], 0)[1]:
-            os.write(2, b"octavo: Stopped at once.\n")  # not print: the signal may have come amid another one's
+            os.write(2, b"octavo: Stopped at once.\n")  # not print, which is not reentrant in a signal handler
     with suppress(Exception):
         sys.stdout.flush()
     os._exit(INTERRUPTED)
@@ -132,12 +133,12 @@ def _drain(app: FastAPI, stop_engine: Callable[[float], None], grace_seconds: fl
 
 
 @contextmanager
-def _signals_end_quietly() -> Iterator[None]:
-    """uvicorn raises the signals that ended it again once it is done: they have had their effect by then."""
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.signal(name, lambda *_: None) for name in names}
+def _ignore_reraised_signals() -> Iterator[None]:
+    """Ignores the signals that uvicorn raises again after shutdown: they have already been handled."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in signals}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""/docs: the OpenAPI schema as one page that a browser reads without loading anything else."""
+"""/docs: renders the OpenAPI schema as one HTML page without external resources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from octavo.html_report import POLICY, STYLE
-from octavo.server.unsupported import REFUSED_MARK
+from octavo.server.unsupported import REJECTED_MARK
 
 Schema = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ CODE = "code { font: .85rem ui-monospace, monospace; } td { vertical-align: top;
 
 
 def reference_page(schema: Schema, address: str) -> str:
-    """The page of an OpenAPI schema; `address` is the server's, as in http://127.0.0.1:8000, for the examples."""
+    """The HTML page of an OpenAPI schema. `address` is the server's URL, used in the curl examples."""
     info = schema["info"]
     routes = [
         _route(path, method, operation, schema, address.rstrip("/"))
@@ -51,15 +51,15 @@ def reference_page(schema: Schema, address: str) -> str:
 
 
 def _route(path: str, method: str, operation: Schema, schema: Schema, address: str) -> str:
-    told = operation.get("description") or operation.get("summary") or ""
-    parts = [f"<h2><code>{method.upper()} {escape(path)}</code></h2>", f"<p>{escape(told)}</p>"]
+    text = operation.get("description") or operation.get("summary") or ""
+    html = [f"<h2><code>{method.upper()} {escape(path)}</code></h2>", f"<p>{escape(text)}</p>"]
     if needs_key := bool(operation.get("security")):
-        parts.append("<p>Needs the server's key: <code>Authorization: Bearer KEY</code>.</p>")
+        html.append("<p>Needs the server's key: <code>Authorization: Bearer KEY</code>.</p>")
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
     if body:
-        parts += [_fields(form, schema) for form in _forms(body, schema)]
-        parts.append(_example(address + path, EXAMPLES.get(path), needs_key))
-    return "<section>\n" + "\n".join(part for part in parts if part) + "\n</section>"
+        html += [_fields(model, schema) for model in _models(body, schema)]
+        html.append(_example(address + path, EXAMPLES.get(path), needs_key))
+    return "<section>\n" + "\n".join(part for part in html if part) + "\n</section>"
 
 
 def _example(url: str, body: Schema | None, needs_key: bool) -> str:
@@ -70,26 +70,26 @@ def _example(url: str, body: Schema | None, needs_key: bool) -> str:
     return f'<div class="card"><pre>{escape(command)}</pre></div>'
 
 
-def _forms(body: Schema, schema: Schema) -> Iterator[Schema]:
-    """The objects that a body may be."""
+def _models(body: Schema, schema: Schema) -> Iterator[Schema]:
+    """The object schemas of a body: one, or the members of a union."""
     body = _resolved(body, schema)
-    for form in body.get("anyOf", [body]):
-        yield _resolved(form, schema)
+    for model in body.get("anyOf", [body]):
+        yield _resolved(model, schema)
 
 
-def _fields(form: Schema, schema: Schema) -> str:
-    """The table of a form's fields, and a closed one of those that are refused."""
-    fields = {name: _resolved(field, schema) for name, field in form.get("properties", {}).items()}
-    refused = {name: field for name, field in fields.items() if field.get(REFUSED_MARK)}
-    own = _table({name: field for name, field in fields.items() if name not in refused}, form, schema)
-    if not refused:
-        return own
-    summary = f"{len(refused):,} fields of other servers that are refused unless they change nothing"
-    return f"{own}\n<details><summary>{summary}</summary>\n{_table(refused, form, schema)}\n</details>"
+def _fields(model: Schema, schema: Schema) -> str:
+    """The table of the supported fields of `model`, and a collapsed table of the rejected ones."""
+    fields = {name: _resolved(field, schema) for name, field in model.get("properties", {}).items()}
+    rejected = {name: field for name, field in fields.items() if field.get(REJECTED_MARK)}
+    supported_table = _table({name: field for name, field in fields.items() if name not in rejected}, model, schema)
+    if not rejected:
+        return supported_table
+    summary = f"{len(rejected):,} fields of other servers that are rejected unless their value has no effect"
+    return f"{supported_table}\n<details><summary>{summary}</summary>\n{_table(rejected, model, schema)}\n</details>"
 
 
-def _table(fields: Mapping[str, Schema], form: Schema, schema: Schema) -> str:
-    required = form.get("required", ())
+def _table(fields: Mapping[str, Schema], model: Schema, schema: Schema) -> str:
+    required = model.get("required", ())
     rows = []
     for name, field in sorted(fields.items(), key=lambda item: item[0] not in required):
         default = "required" if name in required else json.dumps(field.get("default"))
@@ -100,7 +100,7 @@ def _table(fields: Mapping[str, Schema], form: Schema, schema: Schema) -> str:
 
 
 def _kind(field: Schema, schema: Schema) -> str:
-    """A field's type and bounds in words."""
+    """Type and bounds of a field as text."""
     field = _resolved(field, schema)
     if choices := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(dict.fromkeys(_kind(choice, schema) for choice in choices))
@@ -111,15 +111,15 @@ def _kind(field: Schema, schema: Schema) -> str:
         kind = f"list of {_kind(field.get('items', {}), schema)}"
     elif kind == "object" and (names := field.get("properties")):
         kind = f"object of {', '.join(names)}"
-    bounds = [words.format(f"{field[name]:,}") for name, words in LIMITS.items() if name in field]
+    bounds = [phrase.format(f"{field[name]:,}") for name, phrase in LIMITS.items() if name in field]
     return f"{kind}, {', '.join(bounds)}" if bounds else str(kind)
 
 
 def _resolved(field: Schema, schema: Schema) -> Schema:
-    """The schema that a `$ref` names, with what stands beside it."""
+    """The schema that a `$ref` points to, updated with the keys next to it; any other schema unchanged."""
     if "$ref" not in field:
         return field
-    found: Any = schema
+    target: Any = schema
     for name in field["$ref"].removeprefix("#/").split("/"):
-        found = found[name]
-    return {**found, **{key: value for key, value in field.items() if key != "$ref"}}
+        target = target[name]
+    return {**target, **{key: value for key, value in field.items() if key != "$ref"}}

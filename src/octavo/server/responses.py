@@ -1,4 +1,4 @@
-"""What clients get: the answers' half of the OpenAPI schema, in OpenAI's shapes."""
+"""Response models in OpenAI's format. FastAPI derives the OpenAPI schema from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Fingerprint = Annotated[str, Field(description="The sha256 of the adapter's tens
 
 
 class Usage(BaseModel):
-    """Tokens read and written; an end token counts."""
+    """Token counts. The EOS token is included."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -19,16 +19,16 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """For each token its natural log-probability and the likeliest ones in its place; the first of all has none."""
+    """Logprob (natural logarithm) and top logprobs of each token; null for the first token of the prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="The character of `text` that each token begins at.")
+    text_offset: list[int] = Field(description="Character offset of each token in `text`.")
 
 
 class CompletionChoice(BaseModel):
-    """One continuation, or a piece of it."""
+    """One completion, or a chunk of it."""
 
     index: int
     text: str
@@ -37,7 +37,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer of /v1/completions, whole or in pieces."""
+    """Response of /v1/completions, or one chunk of the stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -49,7 +49,7 @@ class Completion(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood there."""
+    """A candidate token at a position."""
 
     token: str
     logprob: float
@@ -57,20 +57,20 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token that stands there."""
+    """The generated token at a position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The tokens of a message."""
+    """Logprobs of a message."""
 
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class AnswerMessage(BaseModel):
-    """The assistant's turn."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -78,7 +78,7 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One generated message."""
 
     index: int
     message: AnswerMessage
@@ -87,7 +87,7 @@ class ChatChoice(BaseModel):
 
 
 class Chat(BaseModel):
-    """The answer of /v1/chat/completions."""
+    """Response of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -99,7 +99,7 @@ class Chat(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The base, or an adapter (its `parent` is the base)."""
+    """The base model, or an adapter, whose `parent` is the base model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -107,11 +107,11 @@ class ModelCard(BaseModel):
     owned_by: Literal["octavo"] = "octavo"
     parent: str | None = None
     system_fingerprint: Fingerprint
-    max_model_len: int = Field(description="Tokens of a prompt and its answer together.")
+    max_model_len: int = Field(description="Maximum number of prompt and generated tokens together.")
 
 
 class ModelList(BaseModel):
-    """All names that `model` can have."""
+    """All served models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -124,7 +124,7 @@ class ArticleAnswer(BaseModel):
 
 
 class Tokens(BaseModel):
-    """The ids of a text or a conversation."""
+    """Token ids of a text or a conversation."""
 
     tokens: list[int]
     count: int
@@ -133,19 +133,19 @@ class Tokens(BaseModel):
 
 
 class Text(BaseModel):
-    """The text that token ids stand for."""
+    """Decoded text."""
 
     prompt: str
 
 
 class Version(BaseModel):
-    """Which octavo this is."""
+    """The version of octavo."""
 
     version: str
 
 
 class Index(BaseModel):
-    """What is here."""
+    """Version, models and routes of the server."""
 
     name: Literal["octavo"] = "octavo"
     version: str
@@ -154,13 +154,13 @@ class Index(BaseModel):
 
 
 class State(BaseModel):
-    """Whether the server runs."""
+    """Status of the server."""
 
     status: Literal["ok"] = "ok"
 
 
 class Refusal(BaseModel):
-    """Why there is no answer."""
+    """Details of an error."""
 
     message: str
     type: str
@@ -169,30 +169,31 @@ class Refusal(BaseModel):
 
 
 class RefusalAnswer(BaseModel):
-    """OpenAI's shape of errors."""
+    """An error in OpenAI's format."""
 
     error: Refusal
 
 
-# What every route may answer instead, as FastAPI takes it.
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": RefusalAnswer, "description": "The request is at fault, or one too many."},
-    "5XX": {"model": RefusalAnswer, "description": "The server cannot answer."},
+# Error responses of every route, for FastAPI's `responses` argument.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": RefusalAnswer, "description": "The request is invalid, or there are too many."},
+    "5XX": {"model": RefusalAnswer, "description": "The server cannot handle the request."},
 }
-# The same where an answer is plain text: beside `model` FastAPI would say that refusals are too.
-_REFUSAL = {"application/json": {"schema": {"$ref": "#/components/schemas/RefusalAnswer"}}}
-TEXT_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"content": _REFUSAL, "description": answer["description"]} for status, answer in REFUSALS.items()
+# The same for routes that return plain text: with `model` FastAPI would declare the errors as plain text too.
+_ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/RefusalAnswer"}}}
+TEXT_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"content": _ERROR_CONTENT, "description": answer["description"]}
+    for status, answer in ERROR_RESPONSES.items()
 }
 _EVENT = {
     "type": "object",
     "required": ["data"],
-    "properties": {"data": {"type": "string", "description": "A piece of the answer as JSON; at the end [DONE]."}},
+    "properties": {"data": {"type": "string", "description": "A chunk of the response as JSON; [DONE] at the end."}},
 }
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"text/event-stream": {"itemSchema": _EVENT}},
-        "description": "The whole answer, or with `stream` its pieces as server-sent events, then [DONE].",
+        "description": "The whole response, or with `stream` its chunks as server-sent events, then [DONE].",
     },
-    **REFUSALS,
+    **ERROR_RESPONSES,
 }

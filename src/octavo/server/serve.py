@@ -1,4 +1,4 @@
-"""`octavo serve`: checks what is asked, takes the address, loads the model and its adapters, and answers."""
+"""`octavo serve`: checks the options, binds the address, loads the model and its adapters, and serves them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _KEY = re.compile(r"[\x21-\x7e]+")
 
 
 def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]], None]) -> None:
-    """Serves until SIGTERM or SIGHUP, or until Ctrl-C, which is raised again once the last answers are given.
+    """Serves until SIGTERM, SIGHUP or Ctrl-C. Raises KeyboardInterrupt after a graceful shutdown by Ctrl-C.
 
-    `listening` gets the address and the names once requests can come.
-    UsageError before anything is loaded if the options are wrong or the address is taken; AdapterError if an adapter
-    does not fit the model: a server that lacks one of those it was told to serve does not start.
+    `listening` gets the URL and the model names when the server accepts requests. Raises UsageError before anything is
+    loaded if the options are invalid or the address is in use, AdapterError if an adapter does not match the model: the
+    server does not start without one of its adapters.
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise UsageError("Serving needs FastAPI and uvicorn.", hint="pip install 'octavo[serve]'")
@@ -37,80 +37,82 @@ def serve(config: Config, report: Report, *, listening: Callable[[dict[str, Any]
     from octavo.server.process import bind, run
 
     options = config[ServeOptions]
-    key = key_of(options)
-    adapters = named_folders(options)
+    key = api_key(options)
+    adapters = adapter_folders(options)
     if options.adapters_from is not None and not options.adapters_from.is_dir():
-        raise UsageError(f"--adapters-from {options.adapters_from} is no folder.", hint="Make it, or name another.")
-    held = bind(options.host, options.port)
+        message = f"--adapters-from {options.adapters_from} is not a folder."
+        raise UsageError(message, hint="Create it, or choose another folder.")
+    bound_socket = bind(options.host, options.port)
     try:
         engine = open_engine(config, report, adapters=adapters)
-        # Asked for only where others need them: without a network their look-up takes seconds.
+        # Only needed if other machines can connect. Without a network the look-up takes seconds.
         names = () if is_loopback(options.host) else (socket.gethostname(), socket.getfqdn())
         app = create_app(engine, options, key=key, names=names)
-        url = _url(options.host, held.getsockname()[1])
+        url = _url(options.host, bound_socket.getsockname()[1])
 
         def ready() -> None:
             models = [engine.base, *engine.adapters()]
-            asks = "asks for a key" if key else "asks for no key"
-            report.say(f"Serving {', '.join(models)} on {url}: {asks}, {options.slots} slots.")
+            auth = "API key required" if key else "no API key"
+            report.say(f"Serving {', '.join(models)} on {url}: {auth}, {options.slots} slots.")
             try:
                 listening({"url": url, "models": models})
-            except (OctavoError, OSError, ValueError) as error:  # whoever reads has left: the clients have not
-                report.warn(f"The address cannot be written to standard output: {error}")
+            except (OctavoError, OSError, ValueError) as error:  # serve anyway: clients can connect
+                report.warn(f"The URL cannot be written to standard output: {error}")
 
-        if pieces := engine.warmup_tasks():
-            with report.progress(len(pieces), "Preparing the card") as bar:
-                for piece in pieces:
-                    piece()
+        if tasks := engine.warmup_tasks():
+            with report.progress(len(tasks), "Warming up the GPU") as bar:
+                for task in tasks:
+                    task()
                     bar.advance()
         engine.start()
-        if run(app, held, options=options, listening=ready, stop_engine=engine.stop):
+        if run(app, bound_socket, options=options, listening=ready, stop_engine=engine.stop):
             raise KeyboardInterrupt  # as after Ctrl-C in any other command
     finally:
-        held.close()
+        bound_socket.close()
 
 
-def key_of(options: ServeOptions) -> str | None:
-    """The key that clients must send, or None. UsageError where one is needed or makes no sense."""
+def api_key(options: ServeOptions) -> str | None:
+    """The API key that clients must send, or None. UsageError if a key is missing, invalid or contradicts --no-auth."""
     key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE) or None
     if not options.auth:
         if key is not None:
-            raise UsageError("--no-auth and a key contradict each other.", hint=f"Leave out one; see {KEY_VARIABLE}.")
+            hint = f"Remove --no-auth, or remove --api-key and unset {KEY_VARIABLE}."
+            raise UsageError("--no-auth cannot be combined with an API key.", hint=hint)
         return None
     if key is None and not is_loopback(options.host):
         raise UsageError(
-            f"Other machines can reach a server on {options.host}: it needs a key.",
-            hint=f"Set {KEY_VARIABLE}, or say --no-auth to let everybody in.",
+            f"Other machines can connect to {options.host}, so an API key is required.",
+            hint=f"Set {KEY_VARIABLE}, or pass --no-auth to allow everyone.",
         )
     if key is not None and not _KEY.fullmatch(key):
-        raise UsageError("The key must be of visible ASCII characters, without spaces.")
+        raise UsageError("The API key may contain only visible ASCII characters, without spaces.")
     return key
 
 
-def named_folders(options: ServeOptions) -> dict[str, Path]:
-    """NAME=FOLDER, taken apart. UsageError for a name that is odd or given twice."""
+def adapter_folders(options: ServeOptions) -> dict[str, Path]:
+    """Parses --adapter NAME=FOLDER. UsageError for an invalid or repeated name."""
     folders: dict[str, Path] = {}
-    for given in options.adapter:
-        name, equals, folder = given.partition("=")
+    for argument in options.adapter:
+        name, equals, folder = argument.partition("=")
         if not equals or not folder or not re.fullmatch(ADAPTER_NAME, name):
             raise UsageError(
-                f"--adapter {given!r} is not NAME=FOLDER.",
-                hint="A name is of letters, digits and . _ : / -, as in --adapter hamlet=runs/demo/adapter.",
+                f"--adapter {argument!r} is not NAME=FOLDER.",
+                hint="A name has letters, digits and . _ : / -, for example --adapter hamlet=runs/demo/adapter.",
             )
         if name in folders:
-            raise UsageError(f"There are two adapters of the name {name!r}.")
+            raise UsageError(f"There are two adapters named {name!r}.", hint="Choose different names in --adapter.")
         folders[name] = Path(folder)
     return folders
 
 
 def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) -> Engine:
-    """The engine with its model and all adapters, not yet started."""
-    asked, options = config[ModelOptions], config[ServeOptions]
-    base = served_name(asked.model)
+    """The engine with the model and all adapters loaded, not yet started."""
+    model_options, options = config[ModelOptions], config[ServeOptions]
+    base = served_name(model_options.model)
     if base in adapters:
-        raise UsageError(f"{base!r} is the base's name: an adapter needs another.")
-    hardware, source = opened(asked, report, own_adapters=not adapters and options.adapters_from is None)
-    model = load_model(source, chosen_scheme(asked, source), hardware, report)
+        raise UsageError(f"{base!r} is the name of the base model.", hint="Choose another name in --adapter.")
+    hardware, source = opened(model_options, report, own_adapters=not adapters and options.adapters_from is None)
+    model = load_model(source, chosen_scheme(model_options, source), hardware, report)
     engine = Engine(
         model, source.tokenizer(), base=base, base_sha256=fingerprint(source), stop_ids=end_ids(source),
         limits=Limits(
@@ -119,16 +121,16 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     )  # fmt: skip
     for name, folder in adapters.items():
         try:
-            served = engine.load_adapter(name, folder, allow_pickle=asked.allow_pickle)
+            served = engine.load_adapter(name, folder, allow_pickle=model_options.allow_pickle)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
         if served.trained_on not in (None, engine.base_sha256):
-            report.warn(f"The adapter {name} was trained on other base weights than these.")
+            report.warn(f"The adapter {name} was trained on different base weights.")
     return engine
 
 
 def served_name(model: str) -> str:
-    """What clients call the base: a folder's or file's last name, a hub id as it is."""
+    """The model name of the base: the last part of a folder or file path, or the hub id."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 

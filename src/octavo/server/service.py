@@ -1,4 +1,4 @@
-"""What all routes share: the engine, the limits, names of models, the encoding of prompts."""
+"""Shared by all routes: the engine, limits, model names, tokenization of prompts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from octavo.data.records import Message
 from octavo.errors import AdapterError, DataError, UsageError
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream
 from octavo.infer.sample import Sampling
-from octavo.server.errors import ApiError, busy, told, unavailable, wrong
+from octavo.server.errors import ApiError, bad_request, one_line, overloaded, unavailable
 from octavo.server.generation import Generation
 from octavo.server.logprobs import Vocabulary
 from octavo.server.metrics import Metrics
-from octavo.server.requests import SEEDS, ChatMessage, Fields, Sampled
-from octavo.server.unsupported import UnknownNames, check_fields
+from octavo.server.requests import SEED_LIMIT, ChatMessage, Fields, GenerationRequest
+from octavo.server.unsupported import UnknownFieldLog, check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 class Engine(Protocol):
-    """What the server asks of an engine; infer/batching.Engine is one."""
+    """The engine's interface as the server uses it; implemented by infer/engine.py."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """A name that `model` can have. `adapter` is None for the base."""
+    """A served model. `adapter` is None for the base model."""
 
     name: str
     adapter: str | None
@@ -63,61 +63,64 @@ class Served:
 
 @dataclass
 class Service:
-    """One engine and how it is served. `draining` is set once the server is told to stop."""
+    """One engine and its serving options. `draining` is True while the server shuts down."""
 
     engine: Engine
     options: ServeOptions
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time()))
     draining: bool = False
-    unknown: UnknownNames = field(default_factory=UnknownNames)
+    unknown_fields: UnknownFieldLog = field(default_factory=UnknownFieldLog)
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.engine.tokenizer)
-        self._longest_token = max(map(len, self.engine.tokenizer.get_vocab()))  # characters, or bytes in its alphabet
-        # Long prompts take a tokenizer a second: that is for a thread. One alone, since tokenizers are not made to be
-        # shared, and so that the encoding of many prompts leaves the other cores to the engine.
+        self._longest_token = max(map(len, self.engine.tokenizer.get_vocab()))  # characters (byte-level: bytes)
+        # Tokenizing a long prompt takes a second, so it runs in a thread. There is only one: tokenizers are not thread
+        # safe, and the other cores remain available to the engine.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="octavo-encoder")
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens; one place of the context stays for an answer."""
+        """Maximum number of prompt tokens: at least one position of the context remains for a new token."""
         max_len = self.engine.context - 1
         return min(max_len, self.options.max_prompt_tokens or max_len)
 
     def names(self) -> list[Served]:
-        """The base, then the adapters in the order they were loaded."""
+        """The base model, then the adapters in the order of loading."""
         engine = self.engine
         base = Served(engine.base, None, engine.base_sha256, self.created)
         return [base, *(Served(a.name, a.name, a.sha256, int(a.loaded_at)) for a in engine.adapters().values())]
 
     def named(self, model: str | None) -> Served:
-        """What answers for `model`: None takes the first adapter, or the base where there is none. 404 if unknown."""
+        """The served model named `model`. None: the first adapter, else the base model. 404 for an unknown name."""
         names = self.names()
         if model is None:
             return names[1] if len(names) > 1 else names[0]
-        found = next((served for served in names if served.name == model), None)
-        if found is None and model in self.engine.draining():
-            message = f"The adapter `{model}` is being unloaded and takes no more requests."
+        match = next((served for served in names if served.name == model), None)
+        if match is None and model in self.engine.draining():
+            message = f"The adapter `{model}` is being unloaded and accepts no new requests."
             raise ApiError(404, message, code="model_not_found", param="model")
-        if found is None:
-            there = ", ".join(served.name for served in names)
+        if match is None:
+            available = ", ".join(served.name for served in names)
             raise ApiError(
-                404, f"The model `{model}` does not exist. There are: {there}.", code="model_not_found", param="model"
+                404,
+                f"The model `{model}` does not exist. Available: {available}.",
+                code="model_not_found",
+                param="model",
             )
-        return found
+        return match
 
     def check_open(self) -> None:
-        """503 once the server is told to stop."""
+        """503 while the server shuts down."""
         if self.draining:
             raise unavailable("The server is stopping.", code="stopping")
 
-    def check_fields(self, asked: Fields, where: str) -> None:
-        """400 for fields of a body that would change the answer and are not supported; `where` is the route."""
-        check_fields(asked, self.unknown, where=where)
+    def check_fields(self, body: Fields, route: str) -> None:
+        """400 for unsupported fields of a body that would change the output."""
+        check_fields(body, self.unknown_fields, route=route)
 
     async def encode_text(self, text: str, *, begin: bool = True, param: str = "prompt") -> list[int]:
-        """The ids of a text to continue; without `begin` no begin token."""
+        """Token ids of a text to continue, without the BOS token if `begin` is False."""
         tokenizer = self.engine.tokenizer
 
         def encode() -> list[int]:
@@ -127,80 +130,84 @@ class Service:
         return await self._encoded(encode, characters=len(text), param=param)
 
     async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The ids of a conversation through the model's own template, up to the assistant's next turn."""
-        turns = [Message("system" if m.role == "developer" else m.role, m.text) for m in messages]
+        """Token ids of a conversation, formatted with the model's template up to the next assistant message."""
+        conversation = [Message("system" if m.role == "developer" else m.role, m.text) for m in messages]
         return await self._encoded(
-            lambda: encode_conversation(turns, self.engine.tokenizer),
-            characters=sum(len(turn.content) for turn in turns),
+            lambda: encode_conversation(conversation, self.engine.tokenizer),
+            characters=sum(len(turn.content) for turn in conversation),
             param="messages",
         )
 
     async def _encoded(self, encode: Callable[[], list[int]], *, characters: int, param: str) -> list[int]:
-        """400 for what cannot be encoded, or cannot fit: megabytes would take the thread that all share seconds."""
+        """Runs `encode` in the tokenizer thread. 400 if it fails or if the text is certainly too long.
+
+        The length check comes first: megabytes of text would block the shared thread for seconds.
+        """
         if characters > self.longest_prompt * self._longest_token:
-            raise wrong(
-                f"The prompt has {characters:,} characters: more than {self.longest_prompt:,} tokens, the most that "
-                "this server takes, can hold.",
+            raise bad_request(
+                f"The prompt has {characters:,} characters, which is more than this server's limit of "
+                f"{self.longest_prompt:,} tokens.",
                 param=param,
                 code="context_length_exceeded",
             )
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         except (DataError, UsageError) as error:
-            raise wrong(error.message.removeprefix("the conversation:1: "), param=param) from error
+            raise bad_request(error.message.removeprefix("the conversation:1: "), param=param) from error
 
     def check_prompt(self, ids: Sequence[int], *, param: str) -> None:
-        """400 for a prompt that is empty, too long, or names tokens that there are not."""
+        """400 for a prompt that is empty, too long, or contains invalid token ids."""
         if not ids:
-            raise wrong("The prompt is empty: give at least one character to go on from.", param=param)
+            raise bad_request("The prompt is empty. Send at least one character.", param=param)
         if len(ids) > self.longest_prompt:
-            raise wrong(
-                f"The prompt has {len(ids):,} tokens; this server takes {self.longest_prompt:,} at most.",
+            raise bad_request(
+                f"The prompt has {len(ids):,} tokens; this server's limit is {self.longest_prompt:,}.",
                 param=param,
                 code="context_length_exceeded",
             )
         self.check_ids(ids, param=param)
 
     def check_ids(self, ids: Sequence[int], *, param: str) -> None:
-        """400 for tokens that there are not."""
+        """400 for token ids that are not in the vocabulary."""
         if ids and max(ids) >= self.vocabulary.size:
-            raise wrong(f"There is no token {max(ids)}: the model has {self.vocabulary.size:,}.", param=param)
+            message = f"The token id {max(ids)} is invalid: the vocab size is {self.vocabulary.size:,}."
+            raise bad_request(message, param=param)
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens included."""
+        """The text of token ids, including special tokens."""
 
         def decoded() -> str:
             return str(self.engine.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
         return await asyncio.get_running_loop().run_in_executor(self._encoder, decoded)
 
-    def new_tokens(self, asked: int | None, default: int, *, param: str = "max_tokens") -> int:
-        """How many new tokens a request gets. 400 if it asks for more than the server gives."""
-        most = self.options.max_new_tokens
-        if asked is not None and asked > most:
-            raise wrong(f"`{param}` is {asked:,}; this server gives {most:,} new tokens at most.", param=param)
-        return min(default, most) if asked is None else asked
+    def new_tokens(self, requested: int | None, default: int, *, param: str = "max_tokens") -> int:
+        """Maximum number of new tokens of a request. 400 if `requested` exceeds the server's limit."""
+        limit = self.options.max_new_tokens
+        if requested is not None and requested > limit:
+            raise bad_request(f"`{param}` is {requested:,}; this server's limit is {limit:,} new tokens.", param=param)
+        return min(default, limit) if requested is None else requested
 
-    def samplings(self, asked: Sampled, new_tokens: int) -> list[Sampling]:
-        """One for each of the n answers; they differ in their seeds, which count up from the request's own."""
-        seed = randbelow(SEEDS) if asked.seed is None else asked.seed
+    def samplings(self, body: GenerationRequest, new_tokens: int) -> list[Sampling]:
+        """Sampling parameters of the n choices. They differ only in the seed: seed, seed + 1, ..."""
+        seed = randbelow(SEED_LIMIT) if body.seed is None else body.seed
         return [
             Sampling(
-                temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_k=max(asked.top_k or 0, 0),
-                top_p=1.0 if asked.top_p is None else asked.top_p,
-                repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
-                max_new_tokens=max(new_tokens, 1),  # the engine writes one; whoever asked for none drops it
-                stop=asked.stops,
-                seed=(seed + number) % SEEDS,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_k=max(body.top_k or 0, 0),
+                top_p=1.0 if body.top_p is None else body.top_p,
+                repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+                max_new_tokens=max(new_tokens, 1),  # the engine generates at least 1; routes drop it for 0
+                stop=body.stops,
+                seed=(seed + number) % SEED_LIMIT,
             )
-            for number in range(asked.n or 1)
+            for number in range(body.n or 1)
         ]
 
     def begin(self, requests: Sequence[Request], receive: Receive) -> Generation:
-        """All of the requests at work for the client behind `receive`, or none of them: 400, 404, 429 or 503."""
+        """Submits all requests for the client of `receive`, or none of them: 400, 404, 429 or 503."""
         streams = self._submit(requests)
-        adapter = streams[0].adapter  # not what the name meant while the prompt was encoded
+        adapter = streams[0].adapter  # the adapter at submission: the name may be reloaded meanwhile
         return Generation(
             streams,
             receive,
@@ -212,8 +219,8 @@ class Service:
     def _submit(self, requests: Sequence[Request]) -> list[Stream]:
         self.check_open()
         stats = self.engine.stats()
-        if len(requests) > (most := stats.slots + stats.queue_limit):
-            raise wrong(f"{len(requests)} answers were asked for at once; this server takes {most} at most.")
+        if len(requests) > (limit := stats.slots + stats.queue_limit):
+            raise bad_request(f"The request needs {len(requests)} generations; this server's limit is {limit}.")
         streams: list[Stream] = []
         try:
             for request in requests:
@@ -222,10 +229,10 @@ class Service:
             for stream in streams:
                 stream.cancel()
             if isinstance(error, QueueFullError):
-                raise busy(told(error)) from error
+                raise overloaded(one_line(error)) from error
             if isinstance(error, UsageError):
-                raise wrong(told(error)) from error
-            if isinstance(error, AdapterError):  # removed a moment ago
-                raise ApiError(404, told(error), code="model_not_found", param="model") from error
+                raise bad_request(one_line(error)) from error
+            if isinstance(error, AdapterError):  # removed in the meantime
+                raise ApiError(404, one_line(error), code="model_not_found", param="model") from error
             raise
         return streams

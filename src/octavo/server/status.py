@@ -1,4 +1,4 @@
-"""What is not generation: an index, the names that are served, token ids, whether the server is well, its counts."""
+"""Routes other than generation: index, models, tokenize and detokenize, health, readiness, version, metrics, docs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from octavo._version import __version__
 from octavo.server.metrics import CONTENT_TYPE
 from octavo.server.reference import reference_page
 from octavo.server.requests import Detokenize, TokenizeChat, TokenizeText
-from octavo.server.responses import REFUSALS, TEXT_REFUSALS, Index, ModelCard, ModelList, State, Text, Tokens, Version
+from octavo.server.responses import (
+    ERROR_RESPONSES,
+    TEXT_ERROR_RESPONSES,
+    Index,
+    ModelCard,
+    ModelList,
+    State,
+    Text,
+    Tokens,
+    Version,
+)
 from octavo.server.service import Served, Service
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
-    routes = APIRouter(responses=REFUSALS)
+    """All routes of this module."""
+    routes = APIRouter(responses=ERROR_RESPONSES)
     engine = service.engine
 
-    def card(served: Served) -> ModelCard:
+    def model_card(served: Served) -> ModelCard:
         return ModelCard(
             id=served.name,
             created=served.created,
@@ -31,13 +41,13 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models", tags=["OpenAI"])
     async def models() -> ModelList:
-        """The base and the adapters on it."""
-        return ModelList(data=[card(served) for served in service.names()])
+        """Lists the base model and its adapters."""
+        return ModelList(data=[model_card(served) for served in service.names()])
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"])
     async def model(model: str) -> ModelCard:
-        """One of them."""
-        return card(service.named(model))
+        """Returns one model."""
+        return model_card(service.named(model))
 
     _add_tokens(routes, service)
     _add_state(routes, service)
@@ -48,31 +58,31 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
     engine = service.engine
 
     @routes.post("/tokenize", tags=["tokens"])
-    async def tokenize(asked: Annotated[TokenizeText | TokenizeChat, Body()]) -> Tokens:
-        """The ids that a prompt or a conversation becomes."""
-        service.check_fields(asked, "/tokenize")
-        served = service.named(asked.model)
-        if isinstance(asked, TokenizeText):
-            ids = await service.encode_text(asked.prompt, begin=asked.add_special_tokens)
+    async def tokenize(body: Annotated[TokenizeText | TokenizeChat, Body()]) -> Tokens:
+        """Returns the token ids of a prompt or a conversation."""
+        service.check_fields(body, "/tokenize")
+        served = service.named(body.model)
+        if isinstance(body, TokenizeText):
+            ids = await service.encode_text(body.prompt, begin=body.add_special_tokens)
         else:
-            ids = await service.encode_chat(asked.messages)
+            ids = await service.encode_chat(body.messages)
         return Tokens(tokens=ids, count=len(ids), max_model_len=engine.context, system_fingerprint=served.fingerprint)
 
     @routes.post("/detokenize", tags=["tokens"])
-    async def detokenize(asked: Detokenize) -> Text:
-        """The text that ids stand for, that of control tokens too."""
-        service.check_fields(asked, "/detokenize")
-        service.named(asked.model)
-        service.check_ids(asked.tokens, param="tokens")
-        return Text(prompt=await service.decode(asked.tokens))
+    async def detokenize(body: Detokenize) -> Text:
+        """Returns the text of token ids, including special tokens."""
+        service.check_fields(body, "/detokenize")
+        service.named(body.model)
+        service.check_ids(body.tokens, param="tokens")
+        return Text(prompt=await service.decode(body.tokens))
 
 
 def _add_state(routes: APIRouter, service: Service) -> None:
     @routes.get("/", tags=["the server"])
     async def index(request: Request) -> Index:
-        """Says what is here."""
-        listed: dict[str, dict[str, object]] = request.app.openapi()["paths"]
-        paths = [f"{method.upper()} {path}" for path, methods in listed.items() for method in methods]
+        """Returns the version, the models and the routes."""
+        paths_schema: dict[str, dict[str, object]] = request.app.openapi()["paths"]
+        paths = [f"{method.upper()} {path}" for path, methods in paths_schema.items() for method in methods]
         return Index(
             version=__version__,
             models=[served.name for served in service.names()],
@@ -81,29 +91,29 @@ def _add_state(routes: APIRouter, service: Service) -> None:
 
     @routes.get("/docs", response_class=HTMLResponse, include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        """All routes and fields, for people."""
+        """The API reference as an HTML page."""
         return HTMLResponse(reference_page(request.app.openapi(), str(request.base_url)))
 
     @routes.get("/version", tags=["the server"])
     async def version() -> Version:
-        """Says which octavo this is."""
+        """Returns the version of octavo."""
         return Version(version=__version__)
 
     @routes.get("/ping", tags=["the server"])
     @routes.get("/health", tags=["the server"])
     async def health() -> State:
-        """Says that the server runs."""
+        """Liveness: 200 while the server runs."""
         return State()
 
     @routes.get("/ready", tags=["the server"])
     async def ready() -> State:
-        """Says that the server takes requests: 503 once it is told to stop."""
+        """Readiness: 200 while the server accepts requests, 503 while it shuts down."""
         service.check_open()
         return State()
 
-    @routes.get("/metrics", responses=TEXT_REFUSALS, response_class=PlainTextResponse, tags=["the server"])
+    @routes.get("/metrics", responses=TEXT_ERROR_RESPONSES, response_class=PlainTextResponse, tags=["the server"])
     async def metrics() -> PlainTextResponse:
-        """Counts for Prometheus."""
+        """Metrics in Prometheus text format."""
         text = service.metrics.text(
             service.engine.stats(), [(served.name, served.fingerprint) for served in service.names()]
         )
