@@ -116,12 +116,12 @@ def write(folder: Path, family: str) -> dict[str, Any]:
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # before the next one is made
-    weight_map = {}
+    weight_entries = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{i}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_entries.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_entries}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     status = Path("/proc/self/status").read_text()
     return {

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from octavo import adapters
 from octavo.data import documents, packing, tokens
 from octavo.data.loader import Batch, batches
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo_way import Way, planner_of, random_model, with_adapters_
 from shapes import batch_ids
 

@@ -115,14 +115,14 @@ def write_checkpoint(folder: Path, model_name: str, *, seed: int, device: torch.
     settings = shapes(model_name, tiny=tiny)
     (folder / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}), "utf-8")
     write_tokenizer(folder, settings["vocab_size"])
-    weight_map: dict[str, str] = {}
+    weight_entries: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(_shards(model_name, seed=seed, device=torch.device(device), tiny=tiny)):
         file = f"model-{number:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
+        weight_entries.update(dict.fromkeys(tensors, file))
         total += _bytes(tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_entries}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
 
 

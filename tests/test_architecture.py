@@ -61,7 +61,7 @@ SIDEWAYS = {
     ("runtime", "kernels"),
     ("kernels", "ops"),  # the constants of their references
     ("kernels", "runtime"),
-    ("layers", "fused"),
+    ("fused", "layers"),
     ("adapters", "store"),
     ("store", "adapters"),
     ("train", "objective"),

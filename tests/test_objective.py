@@ -17,7 +17,7 @@ from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.objective import batch_loss, inputs_of, loss_of

@@ -19,8 +19,8 @@ from octavo.bounded_json import shortened, shown
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.lora import LoraSpec, attach_, put_
-from octavo.layers.multi_lora import AdapterBank, AdapterIds
-from octavo.models import Model, WeightEntry, layer_of, weight_map
+from octavo.layers.multi_lora import AdapterBank, ServedAdapters
+from octavo.models import Model, WeightEntry, layer_of, weight_entries
 from octavo.store import peft
 from octavo.store.full_weights import changed_keys, put_weights_
 from octavo.store.peft import Adapter
@@ -41,7 +41,7 @@ class AdapterPlan:
 
 def select(model: Model, targets: Sequence[str]) -> list[WeightEntry]:
     """The places that `targets` name: all-linear, a module's last name (q_proj, lm_head), or a whole name."""
-    table = [place for place in weight_map(model).values() if place.matrix is not None]
+    table = [place for place in weight_entries(model).values() if place.matrix is not None]
     chosen: dict[str, WeightEntry] = {}
     for target in targets:
         if target == ALL_LINEAR:
@@ -72,7 +72,7 @@ def create_(model: Model, plan: AdapterPlan, *, seed: int) -> None:
 def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]) -> None:
     """Makes the pairs, and norms and biases if planned, take gradients, and nothing else."""
     model.requires_grad_(False)
-    for place in weight_map(model).values():
+    for place in weight_entries(model).values():
         if place.matrix is None and plan.norms:
             place.layer.requires_grad_(True)
     names = {place.name for place in chosen}
@@ -93,7 +93,7 @@ def trained(model: Model) -> dict[str, nn.Parameter]:
     """Every trained parameter by a stable name: NAME.lora_A, NAME.lora_B, NAME.weight, NAME.bias."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for place in weight_map(model).values():
+    for place in weight_entries(model).values():
         if isinstance(place.layer, FrozenLinear | FrozenEmbedding):
             pair = _pair(place)
             if pair is not None and pair.a.requires_grad:
@@ -114,7 +114,7 @@ def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = 
     pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     embeddings = set()
-    for place in weight_map(model).values():
+    for place in weight_entries(model).values():
         pair = _pair(place)
         if pair is not None:
             pairs[place.name] = (pair.a, pair.b, pair.scaling)
@@ -142,7 +142,7 @@ def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Ma
             found, full={**before.full, **found.full}, tokens=before.tokens, separate=before.separate,
             base_layers=before.base_layers,
         )  # fmt: skip
-    peft.write(folder, found, modules=weight_map(model), biases=plan.biases, base=base, card=card)
+    peft.write(folder, found, modules=weight_entries(model), biases=plan.biases, base=base, card=card)
 
 
 def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
@@ -160,7 +160,7 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
     return plan
 
 
-def serve_(model: Model, routing: AdapterIds, adapter: Adapter, name: str) -> None:
+def serve_(model: Model, routing: ServedAdapters, adapter: Adapter, name: str) -> None:
     """Holds an adapter beside others under `name`, for the rows that the routing sends through its number.
 
     AdapterError if a tensor finds no place, or if a norm, a bias or a full weight differs from the model's: those all
@@ -177,7 +177,7 @@ def serve_(model: Model, routing: AdapterIds, adapter: Adapter, name: str) -> No
     pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
     before = _bank_places(model)
     _take_off_(model, routing, name)
-    number = routing.free_number()
+    number = routing.free_id()
     for place, pair in pairs.items():
         layer = _layer(table[place])
         if layer.bank is None:
@@ -190,14 +190,14 @@ def serve_(model: Model, routing: AdapterIds, adapter: Adapter, name: str) -> No
     routing.changes += _bank_places(model) != before
 
 
-def remove_(model: Model, routing: AdapterIds, name: str) -> None:
+def remove_(model: Model, routing: ServedAdapters, name: str) -> None:
     """Takes a served adapter off again."""
     before = _bank_places(model)
     _take_off_(model, routing, name)
     routing.changes += _bank_places(model) != before
 
 
-def _take_off_(model: Model, routing: AdapterIds, name: str) -> None:
+def _take_off_(model: Model, routing: ServedAdapters, name: str) -> None:
     number = routing.served.pop(name, None)
     if number is None:
         return
@@ -212,12 +212,6 @@ def _bank_places(model: Model) -> list[object]:
     """Where the tensors of all banks are, and how large: what a recorded step has taken down."""
     banks = [layer.bank for layer in _frozen_layers(model)]
     return [bank and (bank.a.data_ptr(), bank.a.shape, bank.b.data_ptr(), bank.b.shape) for bank in banks]
-
-
-def route_(model: Model, routing: AdapterIds) -> None:
-    """Makes all layers of the model look at one routing."""
-    for layer in _frozen_layers(model):
-        layer.routing = routing
 
 
 def _frozen_layers(model: Model) -> list[FrozenLinear | FrozenEmbedding]:
@@ -235,7 +229,7 @@ def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
 
 def _checked(model: Model, adapter: Adapter) -> dict[str, WeightEntry]:
     """The model's places; AdapterError if a tensor of the adapter finds none."""
-    table = weight_map(model)
+    table = weight_entries(model)
     lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
     lost += [key for key in adapter.full if not _fits_full(table, key)]
     lost += [name for name in adapter.tokens if name not in table or not table[name].is_embedding]

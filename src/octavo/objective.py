@@ -10,9 +10,9 @@ from torch import Tensor
 
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.fused.branch import Save
-from octavo.fused.linear import FusedLinear
 from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.context import Save
+from octavo.layers.fused_linear import FusedLinear
 from octavo.models import Model
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import ActivationOffload

@@ -17,7 +17,7 @@ from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score
-from octavo.models import Model, build, weight_map
+from octavo.models import Model, build, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store import base_names, peft
@@ -137,7 +137,9 @@ def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
         for name, table in tables.items()
     }
     adapter = peft.Adapter(LoraSpec(), {}, full)
-    peft.write(tmp_path / "adapter", adapter, modules=weight_map(build(source.config)), biases=False, base="", card="")
+    peft.write(
+        tmp_path / "adapter", adapter, modules=weight_entries(build(source.config)), biases=False, base="", card=""
+    )
     (tmp_path / "text.txt").write_text("the king <extra_b> said")
     ask = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")
     without = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")

@@ -23,8 +23,8 @@ from octavo import cli
 from octavo.commands import plan
 from octavo.config import Config, MemoryOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.fused.branch import Save
 from octavo.hardware import CARDS, Hardware
+from octavo.layers.context import Save
 from octavo.ops import attention
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.reporting import Report

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.fused.branch import Branch, Norm, Save, branch
-from octavo.fused.linear import FusedLinear
-from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.fused.branch import Branch, branch
+from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.layers.context import ForwardContext, Save
+from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.norm import NormSpec
 from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
@@ -87,7 +89,7 @@ class Case:
             LinearSpec(WIDTH, piece.outputs, _filling(weight), None, 0, (LoraSlice(0, WIDTH, a, b, 2.0),), self.dropout)
             for piece, weight, a, b in zip(self.pieces, self.weights[1:], outer[::2], outer[1::2], strict=True)
         ]
-        norms = Norm(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
+        norms = NormSpec(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
         return Branch(norms, FusedLinear((first,)), self.pieces, FusedLinear(tuple(parts)))
 
     def run(
@@ -100,7 +102,7 @@ class Case:
         offload: ActivationOffload | None = None,
     ) -> Tensor:
         torch.manual_seed(seed)
-        return branch(x, self.branch(*trained), context_of(packed=packed, offload=offload), save=save)
+        return branch(x, self.branch(*trained), context_of(packed=packed, offload=offload).at(0, save))
 
     def gradients(
         self, *, save: Save, packed: bool = False, seed: int = 3, offload: ActivationOffload | None = None
@@ -122,7 +124,7 @@ def context_of(*, packed: bool, offload: ActivationOffload | None = None) -> For
     document = torch.tensor([[0, 0, 1, 1], [2, 3, 3, -1]]) if packed else None
     positions = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0]]) if packed else torch.arange(LENGTH)[None]
     table = rotary_table(positions, torch.tensor([0.7, 0.3]))
-    return ForwardContext(BATCH, LENGTH, table, find_documents(document, positions.device), offload)
+    return ForwardContext(BATCH, LENGTH, table, find_documents(document, positions.device), offload=offload)
 
 
 @every_kind
@@ -197,7 +199,7 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, 
     if context.documents is not None:
         assert context.documents.mask.any()  # made once for all blocks
     held = {
-        save: kept_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context, save=save))[1]  # type: ignore[misc]
+        save: kept_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context.at(0, save)))[1]  # type: ignore[misc]
         for save in Save
     }
     this = case.branch(*case.leaves[1:])

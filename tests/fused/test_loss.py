@@ -12,8 +12,8 @@ from torch import Tensor
 
 from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
-from octavo.fused.linear import FusedLinear
 from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
 from octavo.ops.loss import cross_entropy_

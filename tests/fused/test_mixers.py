@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fused.plain import plain
 from torch import Tensor
 
-from octavo.fused.gemm_input import GemmInput
-from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.layers.context import ForwardContext
+from octavo.layers.gemm_input import GemmInput
 from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
 
 BATCH, LENGTH = 2, 6
@@ -55,7 +57,7 @@ def room_of(piece: Mixer, *, joined: bool = False) -> GemmInput:
 
 
 def plain_of(piece: Mixer, u: Tensor, context: ForwardContext) -> Tensor:
-    return piece.plain(u.unflatten(0, (BATCH, LENGTH)), context).flatten(0, 1)
+    return plain(piece, u.unflatten(0, (BATCH, LENGTH)), context).flatten(0, 1)
 
 
 def untouched_beside(own: Tensor) -> bool:

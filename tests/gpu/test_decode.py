@@ -11,14 +11,14 @@ from tests.gpu.cases import matrix
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from octavo.adapters import AdapterPlan, create_, route_, save, serve_, trained
+from octavo.adapters import AdapterPlan, create_, save, serve_, trained
 from octavo.infer.decoding import Decoder
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Model
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.runtime.dispatch import use_kernels
@@ -78,17 +78,16 @@ def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Model:
 
 def logits_of(model: Model, adapters: list[Path], *, slots: int, live: int) -> tuple[torch.Tensor, list[int], bool]:
     """(logits of the last of three steps over prompts of all lengths, the slots' lengths, whether it was recorded)."""
-    routing = AdapterIds()
-    route_(model, routing)
+    routing = ServedAdapters()
     for number, path in enumerate(adapters):
         serve_(model, routing, read(path), str(number))
     cache = model.new_slots(slots=slots, max_len=ROOM)
     decoder = Decoder(model, cache, routing, WORDS)
     draw = torch.Generator().manual_seed(0)
     for slot in range(live):
-        routing.adapter_ids = torch.tensor([slot % 3], device=CARD)
+        own = torch.tensor([slot % 3], device=CARD)
         prompt = torch.randint(WORDS, (1, 1 + 37 * slot % 390), generator=draw)
-        model.hidden(prompt.to(CARD), cache=cache.slot(slot))
+        model.hidden(prompt.to(CARD), cache=cache.slot(slot), adapter_ids=own)
     adapter_ids = [slot % 3 for slot in range(live)]
     for _ in range(3):
         found = decoder.step(torch.randint(WORDS, (live,), generator=draw).tolist(), adapter_ids)

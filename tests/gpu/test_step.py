@@ -17,8 +17,8 @@ from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.fused.branch import Save
 from octavo.kernels import matmul8 as kernels
+from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Model

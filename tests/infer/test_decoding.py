@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from octavo.adapters import route_, serve_
+from octavo.adapters import serve_
 from octavo.infer.decoding import Decoder, _sizes, chosen
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.ops.tiles import Phase
 from octavo.store.peft import read
 
@@ -22,23 +22,23 @@ PROMPTS = [[5, 6, 7], [9], [40, 41, 42, 43, 44, 45], [7, 7]]
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_a_step_is_what_each_row_says_alone(family: Family, scheme: str) -> None:
-    model, routing = family.model(scheme), AdapterIds()
-    route_(model, routing)
+    model, routing = family.model(scheme), ServedAdapters()
     serve_(model, routing, read(family.adapter("tables")), "tables")
     cache = model.new_slots(slots=6, max_len=20)
     decoder = Decoder(model, cache, routing, 260)
     adapter_ids = [0, 1, 1, 0]
     with torch.no_grad():
         for slot, prompt in enumerate(PROMPTS):
-            routing.adapter_ids = torch.tensor(adapter_ids[slot : slot + 1])
-            model.hidden(torch.tensor([prompt]), cache=cache.slot(slot))
+            own = torch.tensor(adapter_ids[slot : slot + 1])
+            model.hidden(torch.tensor([prompt]), cache=cache.slot(slot), adapter_ids=own)
         found = decoder.step([1, 2, 3, 4], adapter_ids)
         assert cache.lengths == [4, 2, 7, 3, 0, 0]
         assert found.logits.shape == (4, 260)
         for row, prompt in enumerate(PROMPTS):
-            routing.adapter_ids = torch.tensor(adapter_ids[row : row + 1])
-            hidden = model.hidden(torch.tensor([[*prompt, row + 1]]), cache=model.new_cache(batch=1, max_len=20))
-            wanted = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :260]
+            own = torch.tensor(adapter_ids[row : row + 1])
+            ids, alone = torch.tensor([[*prompt, row + 1]]), model.new_cache(batch=1, max_len=20)
+            hidden = model.hidden(ids, cache=alone, adapter_ids=own)
+            wanted = model.infer_logits(hidden[:, -1:], Phase.DECODE, own)[0, 0, :260]
             torch.testing.assert_close(found.logits[row], wanted, rtol=1e-4, atol=1e-4)
             assert found.greedy[row] == int(wanted.argmax())
             assert found.best[row] == pytest.approx(float(wanted.max()), abs=1e-4)

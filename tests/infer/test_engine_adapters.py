@@ -18,7 +18,6 @@ from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
-from octavo.models import Model
 from octavo.store.peft import TENSORS, read
 
 if TYPE_CHECKING:
@@ -44,15 +43,17 @@ def serving(family: Family, scheme: str = "none", **limits: Any) -> Engine:
     return engine
 
 
-def on(model: Model) -> set[str]:
+def on(engine: Engine) -> set[str]:
     """The adapters of which any layer of the model holds numbers."""
     layers = [
-        module for module in model.modules() if isinstance(module, FrozenLinear | FrozenEmbedding) and module.bank
+        module
+        for module in engine.model.modules()
+        if isinstance(module, FrozenLinear | FrozenEmbedding) and module.bank
     ]
     return {
         name
         for layer in layers
-        for name, number in layer.routing.served.items()
+        for name, number in engine._routing.served.items()
         if layer.bank is not None and layer.bank.b[number].any()
     }
 
@@ -123,7 +124,7 @@ def test_adapters_come_and_go_while_requests_run(family: Family) -> None:
     streams.append(engine.submit(requests[1]))
     engine.step()
     engine.load_adapter("tables", family.adapter("tables"))
-    assert engine.adapters().keys() == {"blocks", "tables"} == on(engine.model)
+    assert engine.adapters().keys() == {"blocks", "tables"} == on(engine)
     streams += [engine.submit(request) for request in MIXED]
     last = engine.submit(Request(PROMPT[3:], LONG))
     streams.append(last)
@@ -133,7 +134,7 @@ def test_adapters_come_and_go_while_requests_run(family: Family) -> None:
         with suppress(AdapterError):  # until its last request is done
             engine.remove_adapter("tables")
     assert engine.stats().running
-    assert engine.adapters().keys() == {"blocks"} == on(engine.model)
+    assert engine.adapters().keys() == {"blocks"} == on(engine)
     family.run_out(engine)
     assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
 
@@ -171,7 +172,7 @@ def test_a_draining_adapter_finishes_what_it_has_and_takes_no_more(llama: Family
     llama.run_out(engine)
     assert [llama.answer(stream) for stream in streams] == [llama.alone(stream.request) for stream in streams]
     engine.remove_adapter("blocks")
-    assert (engine.draining(), on(engine.model)) == ({}, {"tables"})
+    assert (engine.draining(), on(engine)) == ({}, {"tables"})
     with pytest.raises(AdapterError, match="no adapter 'blocks' here"):
         engine.drain_adapter("blocks")
     engine.load_adapter("blocks", llama.adapter("blocks"))
@@ -213,7 +214,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Fa
             engine.load_adapter(name, folder)
         assert caught.value.hint
         assert engine.adapters() == before
-        assert on(engine.model) == {"blocks", "tables"}
+        assert on(engine) == {"blocks", "tables"}
     with pytest.raises(AdapterError, match="no adapter 'new' here"):
         engine.submit(Request(PROMPT, GREEDY, adapter="new"))
     streams = [engine.submit(request) for request in MIXED[:3]]

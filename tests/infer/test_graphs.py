@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from octavo.infer.graphs import Graphs
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 
 
 class Pooled:
@@ -38,7 +38,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_each_size_is_recorded_once_and_all_share_a_pool(waits: list[Any]) -> None:
-    graphs: Graphs[Any] = Graphs(AdapterIds(), torch.device("cpu"))
+    graphs: Graphs[Any] = Graphs(ServedAdapters(), torch.device("cpu"))
     first, second = graphs.of(4, Made), graphs.of(16, Made)
     assert (first.size, second.size) == (4, 16)
     assert graphs.of(4, Made) is first
@@ -48,7 +48,7 @@ def test_each_size_is_recorded_once_and_all_share_a_pool(waits: list[Any]) -> No
 
 
 def test_other_tensors_make_them_be_recorded_anew_after_the_card_is_done(waits: list[Any]) -> None:
-    routing, device = AdapterIds(), torch.device("cpu")
+    routing, device = ServedAdapters(), torch.device("cpu")
     graphs: Graphs[Any] = Graphs(routing, device)
     before = graphs.of(4, Made)
     routing.changes += 1

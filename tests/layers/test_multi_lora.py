@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.layers.multi_lora import RANKS, AdapterBank, AdapterIds
+from octavo.layers.multi_lora import RANKS, AdapterBank, ServedAdapters
 from octavo.ops.inference import matmul
 from octavo.ops.tiles import Phase
 
@@ -95,9 +95,9 @@ def test_rows_of_a_table_get_their_own_adapter() -> None:
 
 
 def test_numbers_are_the_lowest_that_are_free_and_never_the_bases() -> None:
-    routing = AdapterIds()
+    routing = ServedAdapters()
     for name in "abc":
-        routing.served[name] = routing.free_number()
+        routing.served[name] = routing.free_id()
     assert routing.served == {"a": 1, "b": 2, "c": 3}
     del routing.served["b"]
-    assert routing.free_number() == 2
+    assert routing.free_id() == 2

@@ -19,11 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import ModelError
-from octavo.fused.linear import FusedLinear
 from octavo.fused.loss import cross_entropy_sum
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
+from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
-from octavo.models import Model, WeightEntry, build, weight_map
+from octavo.models import Model, WeightEntry, build, weight_entries
 from octavo.models.llama import rotary_frequencies
 from octavo.ops.attention import find_documents
 
@@ -145,7 +145,7 @@ def tuned(kernels: Twins) -> Twins:
 
     A tied table stays without: PEFT warns of pairs on one.
     """
-    table = weight_map(kernels.ours)
+    table = weight_entries(kernels.ours)
     named = {p.key for p in table.values() if p.matrix is not None}
     if kernels.ours.config.tied:
         named -= {"lm_head", "wte", "embed_tokens"}
@@ -153,7 +153,7 @@ def tuned(kernels: Twins) -> Twins:
     spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(named), init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()
     ours = copy.deepcopy(kernels.ours)
-    for place in weight_map(ours).values():
+    for place in weight_entries(ours).values():
         module = theirs.base_model.model.get_submodule(place.name)
         if place.key in named:
             assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
@@ -215,7 +215,7 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
-    for place in weight_map(ours).values():
+    for place in weight_entries(ours).values():
         for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(place.name)):
             assert mine is not None, (place.name, kind)
             assert other is not None, (place.name, kind)

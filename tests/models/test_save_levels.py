@@ -14,10 +14,10 @@ from transformers import GPTJConfig, LlamaConfig
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.fused.branch import Save
-from octavo.fused.gemm_input import GemmInput
-from octavo.fused.linear import FusedLinear
 from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.context import Save
+from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.gemm_input import GemmInput
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.ops.attention import find_documents

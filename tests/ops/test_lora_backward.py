@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.fused import lora_operands, mixers
-from octavo.fused.branch import Branch, Norm, Save, branch
-from octavo.fused.linear import FusedLinear
-from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.fused.branch import Branch, branch
+from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.layers.context import ForwardContext
+from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.norm import NormSpec
 from octavo.ops import lora_backward
 from octavo.ops.attention import INTERLEAVED, rotary_table
 from octavo.ops.linear import LoraSlice
@@ -114,15 +116,13 @@ class Model:
             pairs = (LoraSlice(0, 6, parameter(behind, own.outputs), parameter(6, behind), 0.5),) if behind else ()
             outer.append(LinearSpec(6, own.outputs, filling(6, own.outputs), None, 0, pairs, dropout))
         self.made = Branch(
-            Norm(torch.ones(6), None, 1e-5), FusedLinear((first,)), self.pieces, FusedLinear(tuple(outer))
+            NormSpec(torch.ones(6), None, 1e-5), FusedLinear((first,)), self.pieces, FusedLinear(tuple(outer))
         )
 
     def gradients(self) -> list[Tensor]:
         torch.manual_seed(1)
         x = torch.randn(1, 5, 6).requires_grad_()
-        y = branch(
-            x, self.made, ForwardContext(1, 5, rotary_table(torch.arange(5)[None], torch.ones(2))), save=Save.ALL
-        )
+        y = branch(x, self.made, ForwardContext(1, 5, rotary_table(torch.arange(5)[None], torch.ones(2))))
         trained = [each for each in (*self.made.inner.trained, *self.made.outer.trained) if each.requires_grad]
         return list(torch.autograd.grad(y.square().sum(), [x, *trained]))
 

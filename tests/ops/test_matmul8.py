@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.fused.gemm_input import GemmInput
-from octavo.fused.linear import FusedLinear
+from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.gemm_input import GemmInput
 from octavo.ops import matmul8
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec, QuantErrorProbe, split_outliers

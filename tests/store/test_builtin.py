@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from octavo.errors import ModelError
-from octavo.models import Model, weight_map
+from octavo.models import Model, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store import builtin
@@ -107,7 +107,9 @@ def test_it_loads_in_8_bits_with_each_tensor_read_once_and_quantised_a_block_at_
 
 def distinct(model: Model) -> list[Any]:
     """The places of a model, one for each matrix."""
-    return list({id(place.matrix): place for place in weight_map(model).values() if place.matrix is not None}.values())
+    return list(
+        {id(place.matrix): place for place in weight_entries(model).values() if place.matrix is not None}.values()
+    )
 
 
 def test_it_is_the_model_that_it_should_be(source: FolderSource) -> None:

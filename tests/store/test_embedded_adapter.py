@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from octavo.adapters import apply_
 from octavo.errors import ModelError, UsageError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model, weight_map
+from octavo.models import Model, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft as peft_module
 from octavo.store.contents import stored_scheme
@@ -127,7 +127,7 @@ def test_a_hivemind_folder_loads_to_the_bit(hivemind: Path) -> None:
     assert stored_scheme(source).name == "dynamic8"
     assert not carries_pairs(source)
     assert base_of(source) is source
-    for name, place in weight_map(model_of(hivemind)).items():
+    for name, place in weight_entries(model_of(hivemind)).items():
         if place.matrix is not None:
             for part, tensor in place.matrix.of(place.rows_key).items():
                 assert torch.equal(tensor, table[f"{name}.{part}"]), name
@@ -141,7 +141,7 @@ def test_the_files_own_code_table_counts(changed: Callable[..., Path], hivemind:
     halves = {f"{name}.code": source.tensor(f"{name}.code") * 0.5 for name in MODULES if name != "lm_head"}
     shutil.rmtree(hivemind)
     folder = changed({**{name + end: None for name in MODULES for end in ENDS}, **halves})
-    place = weight_map(model_of(folder))["transformer.h.0.mlp.fc_out"]
+    place = weight_entries(model_of(folder))["transformer.h.0.mlp.fc_out"]
     assert place.matrix is not None
     assert torch.equal(place.matrix.parts["code"], halves["transformer.h.0.mlp.fc_out.code"])
 

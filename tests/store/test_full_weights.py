@@ -17,10 +17,10 @@ from tests.store.conftest import LLAMA, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from octavo.adapters import apply_, route_, save, serve_
+from octavo.adapters import apply_, save, serve_
 from octavo.errors import AdapterError
-from octavo.layers.multi_lora import AdapterIds
-from octavo.models import Model, WeightEntry, weight_map
+from octavo.layers.multi_lora import ServedAdapters
+from octavo.models import Model, WeightEntry, weight_entries
 from octavo.ops.quantize import dequantise, scheme_named
 from octavo.store.peft import TENSORS, Adapter, read
 from octavo.store.sources import FolderSource
@@ -183,9 +183,9 @@ def test_under_a_scheme_the_trained_weights_alone_are_not_quantised(
 ) -> None:
     """They replace rows of what the scheme stores; all other rows are what they were."""
     folder, adapter = families[CASES[case][0]], read(written(case)[0])
-    before, after = weight_map(model_of(folder, scheme)), model_of(folder, scheme)
+    before, after = weight_entries(model_of(folder, scheme)), model_of(folder, scheme)
     apply_(after, adapter)
-    for name, place in weight_map(after).items():
+    for name, place in weight_entries(after).items():
         if place.matrix is None:
             continue
         own, wanted = numbers(place), adapter.full.get(f"{name}.weight", numbers(before[name]))
@@ -209,8 +209,7 @@ def test_what_equals_the_base_is_not_taken_for_trained(
     """So such adapters are served beside others, and tables keep their scheme."""
     model, adapter = model_of(families[CASES[case][0]], scheme), read(written(case)[0])
     assert [key for key in adapter.full if "embed" in key]
-    routing = AdapterIds()
-    route_(model, routing)
+    routing = ServedAdapters()
     serve_(model, routing, adapter, "new")
     assert routing.served
     alone = model_of(families[CASES[case][0]], scheme)
@@ -223,9 +222,8 @@ def test_what_equals_the_base_is_not_taken_for_trained(
 def test_what_all_rows_share_is_not_served_beside_others(
     case: str, families: dict[str, Path], written: Written
 ) -> None:
-    model, routing = model_of(families[CASES[case][0]]), AdapterIds()
+    model, routing = model_of(families[CASES[case][0]]), ServedAdapters()
     before = logits(model)
-    route_(model, routing)
     with pytest.raises(AdapterError, match="only LoRA pairs can be served") as caught:
         serve_(model, routing, read(written(case)[0]), "new")
     assert "generate --adapter" in caught.value.hint

@@ -21,7 +21,7 @@ from tests.store.watching import WATCHING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.errors import ModelError, UsageError
-from octavo.models import Model, build, weight_map
+from octavo.models import Model, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import hf_folder as folder_module
 from octavo.store import weights as weights_module
@@ -50,7 +50,7 @@ def write(source: Path, out: Path, scheme: str) -> list[WrittenLayer]:
 
 def assert_same_model(found: Model, wanted: Model) -> None:
     """Bit for bit: all parts of all matrices, all norms and biases."""
-    for a, b in zip(weight_map(found).values(), weight_map(wanted).values(), strict=True):
+    for a, b in zip(weight_entries(found).values(), weight_entries(wanted).values(), strict=True):
         assert (a.matrix is None) == (b.matrix is None)
         if a.matrix is not None and b.matrix is not None:
             assert a.matrix.parts.keys() == b.matrix.parts.keys()
@@ -102,7 +102,7 @@ def test_the_told_error_is_that_of_the_weights_that_are_read_back(folders: dict[
     model = loaded(tmp_path / "out", "nf4")
     for name, weight in load_file(folders["gptj"] / "model.safetensors").items():
         if name in layers:
-            place = weight_map(model)[name.removesuffix(".weight")]
+            place = weight_entries(model)[name.removesuffix(".weight")]
             assert place.matrix is not None
             rows, columns = weight.shape
             back = dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), (rows, columns))

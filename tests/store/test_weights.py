@@ -17,7 +17,7 @@ from tests.store.watching import WATCHING
 from torch import Tensor
 
 from octavo.errors import ModelError
-from octavo.models import Model, build, weight_map
+from octavo.models import Model, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import weights as weights_module
 from octavo.store.contents import entries, items_of, stored_scheme
@@ -52,7 +52,7 @@ def test_every_tensor_stands_in_its_place(
     stored = load_file(folders[family] / WEIGHTS)
     model = loaded(folders[family], scheme)
     seen = set()
-    for place in weight_map(model).values():
+    for place in weight_entries(model).values():
         for kind in ("weight", "bias"):
             name = f"{place.name}.{kind}"
             if name not in stored:
@@ -105,7 +105,7 @@ def test_a_checkpoint_in_16_bits_loads(
     name = next(name for name in load_file(folder / WEIGHTS) if "q_proj.weight" in name)
     stored = load_file(folder / WEIGHTS)[name]
     for scheme in SCHEMES:
-        place = weight_map(loaded(folder, scheme))[name.removesuffix(".weight")]
+        place = weight_entries(loaded(folder, scheme))[name.removesuffix(".weight")]
         assert place.matrix is not None
         wanted = scheme_named(scheme).quantise(stored.float())
         parts = place.matrix.of(place.rows_key)
@@ -115,7 +115,7 @@ def test_a_checkpoint_in_16_bits_loads(
 def test_the_compute_type_is_that_of_plain_weights_only(folders: dict[str, Path]) -> None:
     for scheme, kinds in (("none", {torch.bfloat16}), ("int8", {torch.int8, torch.float32})):
         model = loaded(folders["llama"], scheme, torch.bfloat16)
-        found = {t.dtype for p in weight_map(model).values() if p.matrix for t in p.matrix.parts.values()}
+        found = {t.dtype for p in weight_entries(model).values() if p.matrix for t in p.matrix.parts.values()}
         assert found == kinds
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # norms and biases
 
@@ -231,7 +231,7 @@ def test_a_folder_of_codes_without_octavos_config_is_taken_for_the_hivemind_form
     write_folder(FolderSource(folders["gptj"]), tmp_path / "q", scheme_named("dynamic8"))
     shutil.copy(folders["gptj"] / "config.json", tmp_path / "q")
     assert stored_scheme(FolderSource(tmp_path / "q")).name == "dynamic8"
-    found = weight_map(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
+    found = weight_entries(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
     assert found.matrix is not None
     original = load_file(folders["gptj"] / WEIGHTS)["transformer.h.1.mlp.fc_in.weight"]
     back = dequantise(scheme_named("dynamic8"), found.matrix.of("fc_in"), (256, 64))
@@ -300,7 +300,7 @@ MEASURE = (
     WATCHING
     + """
 import torch
-from octavo.models import build, weight_map
+from octavo.models import build, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store import weights
 from octavo.store.sources import FolderSource
@@ -312,7 +312,7 @@ def loaded(block_numbers):
     weights.BLOCK_NUMBERS = block_numbers
     start, where = anonymous(), {"dtype": torch.float32, "device": torch.device("cpu")}
     model, peak = watched(lambda: weights.load(source, scheme_named("int8"), **where))
-    matrices = {id(p.matrix): p.matrix for p in weight_map(model).values() if p.matrix is not None}.values()
+    matrices = {id(p.matrix): p.matrix for p in weight_entries(model).values() if p.matrix is not None}.values()
     return {
         "peak": peak,
         "kept": anonymous() - start,

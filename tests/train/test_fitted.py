@@ -19,7 +19,7 @@ from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import TrainingError
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Model
 from octavo.objective import Inputs, loss_of

@@ -22,10 +22,10 @@ from octavo.data.loader import Batch, Position, batches
 from octavo.data.packing import IGNORE_INDEX, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import TrainingError
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenLinear, LoraPair
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Model, weight_map
+from octavo.models import Model, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -125,7 +125,7 @@ def timeless(steps: Sequence[Step]) -> list[Step]:
 
 def peft_model(theirs: Any, trainer: Trainer) -> Any:
     """A copy of transformers' model with octavo's pairs on it through PEFT."""
-    table = [p for p in weight_map(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
+    table = [p for p in weight_entries(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
     spec = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=sorted({place.key for place in table})
     )
@@ -298,7 +298,7 @@ def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Model, fa
 
 def cut_off(model: Model) -> None:
     """Takes the pair of one layer out of the forward pass, while the optimizer still holds it."""
-    layer = weight_map(model)["model.layers.1.mlp.down_proj"].layer
+    layer = weight_entries(model)["model.layers.1.mlp.down_proj"].layer
     assert isinstance(layer, FrozenLinear)
     layer.pairs = nn.ModuleDict()
 

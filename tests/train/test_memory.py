@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.fused.branch import Save
 from octavo.hardware import CARDS
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.quantize import scheme_named
 from octavo.runtime.offload import pinned_bytes

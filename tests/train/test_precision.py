@@ -15,7 +15,7 @@ from transformers import GPTJConfig, LlamaConfig
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.objective import batch_loss

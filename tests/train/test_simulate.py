@@ -16,8 +16,8 @@ from torch import Tensor
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.fused.branch import Save
 from octavo.hardware import Peak
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, loss_of
 from octavo.ops.attention import causal_attention

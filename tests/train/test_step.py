@@ -17,7 +17,7 @@ from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Model
 from octavo.objective import Inputs, batch_loss, loss_of

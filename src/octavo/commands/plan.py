@@ -23,8 +23,8 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.errors import UsageError
-from octavo.fused.branch import Save
 from octavo.hardware import CARDS, Hardware, Peak, free_memory_bytes, peak, pick
+from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.attention import use_attention
 from octavo.ops.quantize import SCHEMES, Scheme

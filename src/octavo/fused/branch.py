@@ -14,53 +14,35 @@ and, always, what low-rank pairs made of the inputs of both products: 224 bytes 
 memory instead (`Context.away`).
 
 Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
-mix gives (M, sum of their outputs), which a piece adds to the input of W_out (fused/gemm_input.py).
+mix gives (M, sum of their outputs), which a piece adds to the input of W_out (layers/gemm_input.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from octavo.fused.gemm_input import GemmInput
-from octavo.fused.linear import EarlyGrads, FusedLinear
 from octavo.fused.lora_operands import LoraInput, lora_operands
-from octavo.fused.mixers import ForwardContext, Mixer, SavedAttention
+from octavo.fused.mixers import Mixer, SavedAttention
+from octavo.layers.context import ForwardContext, Save
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.fused_linear import EarlyGrads, FusedLinear
+from octavo.layers.gemm_input import GemmInput
+from octavo.layers.norm import LayerNorm, NormSpec, RmsNorm
 from octavo.ops.lora_backward import LoraGrads, LoraOperands
 from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
-
-
-class Save(IntEnum):
-    """What a branch keeps for backward; more is faster."""
-
-    INPUT = 0
-    ATTENTION = 1
-    ALL = 2
-
-
-class Norm(NamedTuple):
-    """LayerNorm with a bias, RMSNorm without."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-    @property
-    def trained(self) -> list[Tensor]:
-        return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
 
 
 @dataclass(frozen=True)
 class Branch:
     """What a branch computes. `pieces` read u from left to right, and each adds a part to the input of `outer`."""
 
-    norm: Norm
+    norm: NormSpec
     inner: FusedLinear
     mixers: Sequence[Mixer]
     outer: FusedLinear
@@ -70,9 +52,22 @@ class Branch:
         return list(u.split([mixer.inputs for mixer in self.mixers], dim=1))
 
 
-def branch(x: Tensor, this: Branch, context: ForwardContext, *, save: Save) -> Tensor:
+def residual_branch(
+    x: Tensor,
+    norm: LayerNorm | RmsNorm,
+    inner: FrozenLinear,
+    mixers: Sequence[Mixer],
+    outer: Sequence[FrozenLinear],
+    ctx: ForwardContext,
+) -> Tensor:
+    """x (B, T, d) + sum of outer_i(mixer_i(inner(norm(x)))): each mixer reads its columns of inner's output."""
+    parts = FusedLinear((inner.frozen(),)), FusedLinear(tuple(layer.frozen() for layer in outer))
+    return branch(x, Branch(norm.spec(), parts[0], mixers, parts[1]), ctx)
+
+
+def branch(x: Tensor, this: Branch, context: ForwardContext) -> Tensor:
     """(B, T, d) -> (B, T, d)."""
-    kept = save if torch.is_grad_enabled() else None
+    kept = context.save if torch.is_grad_enabled() else None
     trained = [*this.norm.trained, *this.inner.trained, *this.outer.trained]
     y: Tensor = _Branch.apply(x, this, context, kept, *trained)  # type: ignore[no-untyped-call]
     return y
@@ -122,7 +117,7 @@ class _Branch(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
         to_norm = wanted[0] or any(norm_trained)
-        # An exact product with the gradient gives that of its pairs besides (fused/linear.py).
+        # An exact product with the gradient gives that of its pairs besides (layers/fused_linear.py).
         lora_input = LoraInput(inner, to_pairs=this.inner.use_8bit or not to_norm)
         du, known, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner, lora_input)
         dn = None

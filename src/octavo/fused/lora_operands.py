@@ -1,7 +1,7 @@
 """Which pairs stand around the last piece of a branch, so that they learn in its backward (ops/lora_backward.py).
 
 Legend: u (M, U) is the output of the inner product, and the piece reads its last columns; C columns beside the input of
-a product (fused/linear.py).
+a product (layers/fused_linear.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from octavo.fused.linear import FusedLinear
 from octavo.fused.mixers import Mixer
+from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.linear import LoraSlice
 from octavo.ops.lora_backward import LoraOperands
 from octavo.ops.lora_factors import pack_b_into

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from octavo.fused.linear import FusedLinear
+from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.loss import cross_entropy_
 from octavo.runtime.dispatch import kernels_run_on
 

@@ -10,36 +10,18 @@ Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from octavo.fused.gemm_input import GemmInput
-from octavo.ops.attention import Documents, causal_attention, rotate, rotate_into
+from octavo.layers.context import ForwardContext
+from octavo.layers.gemm_input import GemmInput
+from octavo.ops.attention import causal_attention, rotate_into
 from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
 from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
-from octavo.ops.tiles import Phase, elementwise_tiles
-from octavo.runtime.offload import ActivationOffload
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of new positions -> attention over a cache and them
-
-
-@dataclass(frozen=True)
-class ForwardContext:
-    """What all blocks of a pass share: (B, T), the rotary table, the documents of packed rows, where their inputs
-    wait for backward if not on the device, and over a cache what is computed."""
-
-    batch: int
-    length: int
-    rotary: tuple[Tensor, Tensor]
-    documents: Documents | None = None
-    offload: ActivationOffload | None = None
-    phase: Phase = Phase.PREFILL
 
 
 @dataclass
@@ -59,14 +41,6 @@ class Mixer(Protocol):
 
     @property
     def outputs(self) -> int: ...
-
-    def plain(self, u: Tensor, context: ForwardContext) -> Tensor:
-        """The definition: (B, T, inputs) -> (B, T, outputs) under autograd."""
-        ...
-
-    def over_cache(self, u: Tensor, context: ForwardContext, attend: Attend) -> Tensor:
-        """(M, inputs) -> (M, outputs) for new positions, whose attention `attend` knows. u may be overwritten."""
-        ...
 
     def forward(
         self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool
@@ -118,19 +92,9 @@ class Attention:
     def outputs(self) -> int:
         return self.heads * self.head_size
 
-    def plain(self, u: Tensor, context: ForwardContext) -> Tensor:
-        q, k, v = self._heads(u)
-        q, k = rotate(q, context.rotary, self.form), rotate(k, context.rotary, self.form)
-        return causal_attention(q, k, v, documents=context.documents).flatten(2)
-
-    def over_cache(self, u: Tensor, context: ForwardContext, attend: Attend) -> Tensor:
-        self.prepare_(u, context)
-        q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
-        return attend(q, k, v).reshape(len(u), -1)
-
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:
-        transposed = u[:, : (self.heads + self.groups) * self.head_size]
-        rotate_into(transposed, *context.rotary, self.head_size, self.form, transposed)
+        rotated = u[:, : (self.heads + self.groups) * self.head_size]  # q and k
+        rotate_into(rotated, *context.rotary, self.head_size, self.form, rotated)
 
     def forward(
         self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool
@@ -212,13 +176,6 @@ class _Activation:
     def forward(self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool) -> None:
         self.write(u, gemm_input.add())
 
-    def over_cache(self, u: Tensor, context: ForwardContext, attend: Attend) -> Tensor:
-        out = u.new_empty(len(u), self.width)
-        tiles = elementwise_tiles(u, context.phase), elementwise_tiles(out, context.phase)
-        for source, target in zip(*tiles, strict=True):
-            self.write(source, target)
-        return out
-
     def write(self, u: Tensor, out: Tensor) -> None:
         raise NotImplementedError
 
@@ -231,9 +188,6 @@ class Gelu(_Activation):
     @property
     def inputs(self) -> int:
         return self.width
-
-    def plain(self, u: Tensor, context: ForwardContext) -> Tensor:
-        return F.gelu(u, approximate="tanh")
 
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
@@ -260,10 +214,6 @@ class Swiglu(_Activation):
     @property
     def inputs(self) -> int:
         return 2 * self.width
-
-    def plain(self, u: Tensor, context: ForwardContext) -> Tensor:
-        gate, up = u.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)

@@ -148,7 +148,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         costs, greedy = [], []
         size = max(1, CHUNK_BYTES // (8 * self.model.config.vocabulary))  # logits and their softmax, in float32
         for start in range(0, len(labels), size):
-            logits, own = self.model.head(picked[start : start + size]).float(), labels[start : start + size]
+            logits, own = self.model.logits(picked[start : start + size]).float(), labels[start : start + size]
             costs.append(F.cross_entropy(logits, own, reduction="none").double())
             greedy.append(logits.argmax(dim=1) == own)
         lengths = [len(own) for own in targets]

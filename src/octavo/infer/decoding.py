@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.infer.graphs import Graphs, record
 from octavo.layers.kv_cache import SlotCache
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Model
 from octavo.ops.tiles import WIDE_FROM, Phase
 from octavo.runtime.dispatch import kernels_run_on
@@ -62,7 +62,7 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Model, cache: SlotCache, routing: AdapterIds, vocab_size: int, *, deterministic: bool = False
+        self, model: Model, cache: SlotCache, routing: ServedAdapters, vocab_size: int, *, deterministic: bool = False
     ) -> None:
         self.deterministic = deterministic
         self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
@@ -91,7 +91,6 @@ class Decoder:
     @torch.no_grad()
     def _rehearse_prompt(self, count: int) -> None:
         """Reads a prompt of so many tokens into the first slot and forgets it."""
-        self.routing.adapter_ids = None
         ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
         self.model.hidden(ids, cache=self.cache.slot(0))
         self.cache.lengths[0] = 0
@@ -126,11 +125,11 @@ class Decoder:
 
     def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
         """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
-        tokens, lengths, adapter_ids = given
-        self.routing.adapter_ids = adapter_ids if adapters else None
+        tokens, lengths, adapter_ids = given  # (B,) each
+        ids = adapter_ids if adapters else None
         phase = Phase.WIDE if len(tokens) >= WIDE_FROM and not self.deterministic else Phase.DECODE
-        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase))
-        return self.model.infer_logits(hidden, phase)[:, 0, : self.vocab_size]
+        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase), adapter_ids=ids)
+        return self.model.infer_logits(hidden, phase, ids)[:, 0, : self.vocab_size]
 
 
 class _Recorded:

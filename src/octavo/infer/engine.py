@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.adapters import remove_, route_, serve_
+from octavo.adapters import remove_, serve_
 from octavo.errors import AdapterError, ModelError
 from octavo.infer.active import ActiveRequest, next_tokens
 from octavo.infer.decoding import Chosen, Decoder, chosen
@@ -33,7 +33,7 @@ from octavo.infer.logprobs import tell
 from octavo.infer.prefill import Prefiller
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
 from octavo.infer.slots import Slots
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Model
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
@@ -64,8 +64,7 @@ class Engine:
         self._stop_ids = all_stop_ids(tokenizer, stop_ids)
         self._vocab_size = min(len(tokenizer), model.config.vocabulary)
         self._slots = Slots(model.new_slots(slots=self.limits.slots, max_len=self.limits.max_len))
-        self._routing = AdapterIds()
-        route_(model, self._routing)
+        self._routing = ServedAdapters()
         self._decoder = Decoder(
             model, self._slots.cache, self._routing, self._vocab_size, deterministic=self.limits.deterministic
         )

@@ -7,7 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 
 
 class Recorded(Protocol):
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 class Graphs(Generic[R]):
     """One for each shape. All share one pool of memory: no two may run at a time."""
 
-    def __init__(self, routing: AdapterIds, device: torch.device) -> None:
+    def __init__(self, routing: ServedAdapters, device: torch.device) -> None:
         self._routing, self._device = routing, device
         self._made: dict[Hashable, R] = {}
         self._changes = routing.changes

@@ -13,7 +13,7 @@ from octavo.infer.logprobs import tell_prompt
 from octavo.infer.prefill_graphs import PrefillGraphs, Prompt
 from octavo.infer.requests import Request
 from octavo.infer.slots import Slots
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Model
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
@@ -29,7 +29,7 @@ class Prefiller:
     """
 
     def __init__(
-        self, model: Model, tokenizer: PreTrainedTokenizerFast, slots: Slots, routing: AdapterIds, vocab_size: int
+        self, model: Model, tokenizer: PreTrainedTokenizerFast, slots: Slots, routing: ServedAdapters, vocab_size: int
     ) -> None:
         self.model, self.tokenizer, self.slots, self.routing, self.vocab_size = (
             model,
@@ -76,24 +76,22 @@ class Prefiller:
         return sum(len(prompt.ids) for prompt in prompts), logits
 
     def _read_chunk(self, run: ActiveRequest, new: list[int], slot: int) -> Tensor | None:
-        hidden = self._hidden(run, new, slot)
+        number, device = self.number(run), self.slots.cache.keys.device
+        ids = None if number == BASE else torch.tensor([number], device=device)  # (1,)
+        hidden = self.model.hidden(
+            torch.tensor([new], device=device), cache=self.slots.cache.slot(slot), adapter_ids=ids
+        )[0]  # (T, d)
         if not bool(hidden[-1].isfinite().all() & self.slots.cache.keys_finite(slot, len(new))):
             return hidden.new_full((1, self.vocab_size), torch.nan, dtype=torch.float32)
         if run.stream.request.prompt_logprobs:
-            logits = self.model.infer_logits(hidden[None], Phase.PREFILL)[0, :, : self.vocab_size]
+            logits = self.model.infer_logits(hidden[None], Phase.PREFILL, ids)[0, :, : self.vocab_size]
             run.logprobs += tell_prompt(self.tokenizer, run.ids, run.done, logits, run.stream.request.logprobs or 0)
         run.done += len(new)
         self.slots.wrote(slot, new, Phase.PREFILL)
         if run.done < len(run.ids):
             return None
         run.stream.prompt = tuple(run.logprobs)
-        return self.model.infer_logits(hidden[None, -1:], Phase.DECODE)[0, :, : self.vocab_size]
-
-    def _hidden(self, run: ActiveRequest, new: list[int], slot: int) -> Tensor:
-        """(T, d): what the model makes of the next tokens of a prompt."""
-        number, device = self.number(run), self.slots.cache.keys.device
-        self.routing.adapter_ids = None if number == BASE else torch.tensor([number], device=device)
-        return self.model.hidden(torch.tensor([new], device=device), cache=self.slots.cache.slot(slot))[0]
+        return self.model.infer_logits(hidden[None, -1:], Phase.DECODE, ids)[0, :, : self.vocab_size]
 
     def number(self, run: ActiveRequest) -> int:
         """That of the run's adapter."""

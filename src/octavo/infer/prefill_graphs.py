@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.infer.graphs import Graphs, record
 from octavo.layers.kv_cache import SlotCache
-from octavo.layers.multi_lora import AdapterIds
+from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Model
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernels_run_on
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 class PrefillGraphs:
     """Reads whole prompts into empty slots of a cache. `words` are the logits that count."""
 
-    def __init__(self, model: Model, cache: SlotCache, routing: AdapterIds, vocab_size: int) -> None:
+    def __init__(self, model: Model, cache: SlotCache, routing: ServedAdapters, vocab_size: int) -> None:
         self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
         self.shapes: list[Shape] = []
         self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
@@ -90,11 +90,13 @@ class PrefillGraphs:
     def found(self, given: Tensor) -> Tensor:
         """`given` (rows, size + 3) int64: of each prompt its ids, how many of them count, its slot and its adapter."""
         ids, counts, slots, adapter_ids = given[:, :-3], given[:, -3], given[:, -2], given[:, -1]
-        self.routing.adapter_ids = adapter_ids if self.routing.served else None
+        own = adapter_ids if self.routing.served else None
         over = self.cache.prompts(slots, counts)
-        hidden = self.model.hidden(ids, cache=over)
+        hidden = self.model.hidden(ids, cache=over, adapter_ids=own)
         last = hidden[torch.arange(len(ids), device=ids.device), counts - 1]  # (rows, d)
-        logits = self.model.infer_logits(last[:, None], Phase.DECODE)[:, 0, : self.vocab_size]  # one row of each prompt
+        logits = self.model.infer_logits(last[:, None], Phase.DECODE, own)[
+            :, 0, : self.vocab_size
+        ]  # (rows, vocab_size)
         finite = over.finite & last.isfinite().all(dim=1)
         return logits.masked_fill(~finite[:, None], torch.nan)
 

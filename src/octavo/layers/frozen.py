@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.fused.linear import transposed_weight
-from octavo.layers.multi_lora import AdapterBank, AdapterIds
+from octavo.layers.context import ForwardContext
+from octavo.layers.fused_linear import FusedLinear, fused_linear, transposed_weight
+from octavo.layers.multi_lora import AdapterBank
 from octavo.ops import inference, matmul8
 from octavo.ops.linear import LoraSlice, frozen_linear
 from octavo.ops.linear_spec import LinearSpec, Outliers, QuantErrorProbe
@@ -185,7 +186,6 @@ class FrozenLinear(nn.Module):
         self.transposed: tuple[Tensor, Tensor] | None = None  # codes and scales for backward, where these are kept
         self.probe: QuantErrorProbe | None = None  # where training writes what that would cost
         self.bank: AdapterBank | None = None  # of served adapters, beside `pairs`
-        self.routing = AdapterIds()
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
@@ -220,8 +220,17 @@ class FrozenLinear(nn.Module):
             self.outliers, self.transposed,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(..., K) -> (..., N), added to `onto` if given. Names of one matrix share the dropout mask of their input."""
+    def forward(self, x: Tensor, ctx: ForwardContext | None = None, residual: Tensor | None = None) -> Tensor:
+        """(B, T, K) -> (B, T, N), plus `residual` if given: over a cache by `infer`, else under autograd.
+
+        Names of one matrix share the dropout mask of their input.
+        """
+        if ctx is not None and ctx.cache is not None:
+            return self.infer(x, phase=ctx.phase, adapter_ids=ctx.adapter_ids, residual=residual)
+        return fused_linear(x, FusedLinear((self.frozen(),)), residual)
+
+    def reference(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The reference of `forward`: one matmul after the other (ops/linear.py)."""
         pairs = self.low_rank()
         dropping = bool(pairs) and self.training and self.dropout > 0
         y = frozen_linear(
@@ -235,20 +244,18 @@ class FrozenLinear(nn.Module):
         return y if residual is None else residual + y
 
     def infer(
-        self, x: Tensor, *, phase: Phase, residual: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """(B, T, K) -> (B, T, N) in `dtype`, x's own if left out, added to `residual`; served adapters included.
+        self, x: Tensor, *, phase: Phase, adapter_ids: Tensor | None = None, residual: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, T, K) -> (B, T, N) in `dtype`, x's own if left out, plus `residual`.
 
-        No gradient flows. A row's bits depend neither on B nor on T (ops/tiles.py).
+        `adapter_ids` (B,) says which served adapter each sequence takes, 0 none. No gradient flows. A row's bits depend
+        neither on B nor on T (ops/tiles.py).
         """
-        rows, adapter_ids = x.reshape(-1, x.shape[-1]), self.routing.adapter_ids
+        rows = x.reshape(-1, x.shape[-1])  # (M, K)
         lora = None
         if self.bank is not None and adapter_ids is not None:
-            each = (
-                adapter_ids
-                if len(adapter_ids) == len(rows)
-                else adapter_ids.repeat_interleave(len(rows) // len(adapter_ids))
-            )
+            each = adapter_ids.repeat_interleave(x.shape[1]) if x.shape[1] > 1 else adapter_ids
             lora = self.bank.lora(rows, each, phase)
         weight, absmax = self.matrix.stored(x.dtype)
         y = inference.matmul(
@@ -285,16 +292,15 @@ class FrozenEmbedding(nn.Module):
         self.pairs = nn.ModuleDict()
         self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
         self.bank: AdapterBank | None = None
-        self.routing = AdapterIds()
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, K) in the compute type."""
+    def forward(self, ids: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, K) in the compute type; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
         x = self.matrix.rows(ids)
         for pair in self.pairs.values():
             assert isinstance(pair, LoraPair)
             x = x + self._added(ids, pair, x.dtype)
-        if self.bank is not None and self.routing.adapter_ids is not None:
-            self.bank.add_rows_(x, ids, self.routing.adapter_ids)
+        if self.bank is not None and adapter_ids is not None:
+            self.bank.add_rows_(x, ids, adapter_ids)
         return x
 
     def _added(self, ids: Tensor, pair: LoraPair, dtype: torch.dtype) -> Tensor:

@@ -24,20 +24,18 @@ RANKS = 16  # values that a tensor core adds up at once
 
 
 @dataclass
-class AdapterIds:
-    """What all layers of a model look at: the number of each served adapter, and which rows go through which.
+class ServedAdapters:
+    """The adapter id of each served adapter, by name; 0 is the base.
 
-    `numbers` is (B,) int64 for the batch at hand, 0 for the base; None if no row goes through an adapter.
-    `changes` counts how often the banks' tensors became others: what was recorded with them is of no use then. An
-    adapter that finds room in them leaves them where they are.
+    `changes` counts how often the banks' tensors were replaced, which invalidates CUDA graphs captured with them. An
+    adapter that fits into the tensors does not replace them.
     """
 
     served: dict[str, int] = field(default_factory=dict)
-    adapter_ids: Tensor | None = None
     changes: int = 0
 
-    def free_number(self) -> int:
-        """The lowest number that no adapter has; 0 is the base's."""
+    def free_id(self) -> int:
+        """The lowest id that no adapter has."""
         return min(set(range(1, len(self.served) + 2)) - set(self.served.values()))
 
 

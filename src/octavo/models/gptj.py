@@ -1,20 +1,19 @@
-"""GPT-J: one norm, and attention and MLP side by side.
+"""GPT-J: one norm, then attention and MLP in parallel.
 
-    y = x + out_proj(attention(rotary(q), rotary(k), v)) + fc_out(gelu(fc))      q, k, v, fc = in_proj(norm(x))
+    y = x + out_proj(attention(rope(q), rope(k), v)) + fc_out(gelu(up))      q, k, v, up = in_proj(norm(x))
 
 q, k, v and fc_in read the same input, so they are one matrix of stacked rows. Source: Mesh Transformer JAX
-(github.com/kingoflolz/mesh-transformer-jax); rotary positions (arXiv 2104.09864) on the first `rotary` numbers
+(github.com/kingoflolz/mesh-transformer-jax); rotary positions (arXiv 2104.09864) on the first `rotary` values
 of each head, in pairs (2i, 2i+1).
 
-Legend: B rows of a batch, T positions, d the width, H heads, D the size of a head, F the width of the MLP,
-V the vocabulary.
+Legend: B sequences of a batch, T positions, d the width, H heads, D the size of a head, F the width of the MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.fused.branch import Save
-from octavo.fused.mixers import Attention, ForwardContext, Gelu
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.kv_cache import Cache, CacheView, KeyValueCache, SlotCache
-from octavo.layers.residual import LayerNorm, residual, save_levels
+from octavo.layers.block import attention, gelu, rope, split_heads
+from octavo.layers.context import ForwardContext
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.norm import LayerNorm
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
     MOST_HEADS,
@@ -37,23 +35,8 @@ from octavo.models.config_fields import (
     MOST_WIDTH,
     ConfigFields,
 )
-from octavo.ops.attention import INTERLEAVED, Documents, cached_rotary_table, rotary_table
-from octavo.ops.tiles import Phase
-from octavo.runtime.offload import ActivationOffload
-
-# The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
-WEIGHTS = {
-    "transformer.wte": "embed",
-    "transformer.h.{i}.ln_1": "blocks.{i}.norm",
-    "transformer.h.{i}.attn.q_proj": "blocks.{i}.in_proj",
-    "transformer.h.{i}.attn.k_proj": "blocks.{i}.in_proj",
-    "transformer.h.{i}.attn.v_proj": "blocks.{i}.in_proj",
-    "transformer.h.{i}.mlp.fc_in": "blocks.{i}.in_proj",
-    "transformer.h.{i}.attn.out_proj": "blocks.{i}.out_proj",
-    "transformer.h.{i}.mlp.fc_out": "blocks.{i}.fc_out",
-    "transformer.ln_f": "norm",
-    "lm_head": "head",
-}
+from octavo.models.weight_map import WeightPath
+from octavo.ops.attention import INTERLEAVED
 
 ROTARY_BASE = 10000.0
 
@@ -73,8 +56,25 @@ class Config:
     context: int  # positions that the model was made for
 
     @property
+    def key_value_heads(self) -> int:
+        return self.heads
+
+    @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @cached_property
+    def frequencies(self) -> tuple[float, ...]:
+        """Angles a position turns each pair by, theta^(-2i/R)."""
+        exponents = torch.arange(0, self.rotary, 2) / self.rotary
+        return tuple((1.0 / ROTARY_BASE**exponents).tolist())
+
+    embedding = "wte"
+    head = "lm_head"
+    head_bias = True
+
+    def new_norm(self) -> LayerNorm:
+        return LayerNorm(self.width, self.norm_eps)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
@@ -102,94 +102,38 @@ class Config:
         )
 
 
+def weight_map(config: Config) -> dict[str, WeightPath]:
+    """Where each module of a checkpoint is in the decoder. Several names of one path are stacked rows."""
+    names = {"transformer.wte": "embed"}
+    for i in range(config.layers):
+        block = f"transformer.h.{i}"
+        names[f"{block}.ln_1"] = f"blocks.{i}.norm"
+        for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"):
+            names[f"{block}.{name}"] = f"blocks.{i}.in_proj"
+        names[f"{block}.attn.out_proj"] = f"blocks.{i}.out_proj"
+        names[f"{block}.mlp.fc_out"] = f"blocks.{i}.fc_out"
+    names |= {"transformer.ln_f": "norm", "lm_head": "head"}
+    return {name: WeightPath(path) for name, path in names.items()}
+
+
 class Block(nn.Module):
-    """One layer: one branch, whose mix is attention beside the activation of the MLP."""
-
-    def __init__(self, config: Config, index: int) -> None:
-        super().__init__()
-        c, d = config, config.width
-        self.index = index
-        self.norm = LayerNorm(d, c.norm_eps)
-        stacked = {"q_proj": d, "k_proj": d, "v_proj": d, "fc_in": c.mlp_width}
-        self.in_proj = FrozenLinear(FrozenMatrix(d, stacked), bias=["fc_in"])
-        self.mixers = (Attention(c.heads, c.heads, c.head_size, INTERLEAVED), Gelu(c.mlp_width))
-        self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
-        self.fc_out = FrozenLinear(FrozenMatrix(c.mlp_width, {"fc_out": d}), bias=["fc_out"])
-
-    def forward(self, x: Tensor, context: ForwardContext, *, save: Save, view: CacheView | None = None) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
-        return residual(
-            x, self.norm, self.in_proj, self.mixers, (self.out_proj, self.fc_out), context,
-            save=save, attend=partial(view.attend, self.index) if view is not None else None,
-        )  # fmt: skip
-
-
-class Model(nn.Module):
-    """Token ids to logits."""
+    """One layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config = config
-        self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"wte": config.vocabulary}))
-        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
-        self.norm = LayerNorm(config.width, config.norm_eps)
-        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
-        self.head = FrozenLinear(table, bias=[next(iter(table.outputs))])
+        d, mlp = config.width, config.mlp_width
+        self.heads, self.head_size, self.mlp_width = config.heads, config.head_size, mlp
+        self.norm = LayerNorm(d, config.norm_eps)
+        self.in_proj = FrozenLinear(
+            FrozenMatrix(d, {"q_proj": d, "k_proj": d, "v_proj": d, "fc_in": mlp}), bias=["fc_in"]
+        )
+        self.out_proj = FrozenLinear(FrozenMatrix(d, {"out_proj": d}))
+        self.fc_out = FrozenLinear(FrozenMatrix(mlp, {"fc_out": d}), bias=["fc_out"])
 
-    def hidden(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Documents | None = None,
-        cache: Cache | None = None,
-        save: Sequence[Save] | Save = Save.ALL,
-        offload: ActivationOffload | None = None,
-    ) -> Tensor:
-        """(B, T) ids -> (B, T, d), ready for the head.
-
-        `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
-        those packed in the rows; `keep` is what each block keeps for backward, `away` where their inputs wait for it.
-        """
-        view = cache.next(ids.shape[1]) if cache is not None else None
-        if positions is None:
-            positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        exponents = torch.arange(0, self.config.rotary, 2, device=ids.device) / self.config.rotary
-        phase = view.phase if view is not None else Phase.PREFILL
-        make = rotary_table if view is None else partial(cached_rotary_table, phase=phase)
-        rotary = make(positions, 1.0 / ROTARY_BASE**exponents)
-        context = ForwardContext(ids.shape[0], ids.shape[1], rotary, documents, offload, phase)
-        x = self.embed(ids)
-        for block, kept in zip(self.blocks, save_levels(save, len(self.blocks)), strict=True):
-            x = block(x, context, save=kept, view=view)
-        if view is not None:
-            view.finish()
-        normed: Tensor = self.norm(x)
-        return normed
-
-    def forward(self, ids: Tensor, **context: Any) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
-        logits: Tensor = self.head(self.hidden(ids, **context))
-        return logits
-
-    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
-        """(B, T, d) -> (B, T, V) float32, as they were accumulated; served adapters included."""
-        return self.head.infer(hidden, phase=phase, dtype=torch.float32)
-
-    @property
-    def table(self) -> FrozenMatrix | None:
-        """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
-        return None if self.config.tied else self.embed.matrix
-
-    def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
-        """An empty cache for `batch` rows of up to `room` positions."""
-        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
-
-    def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
-        """An empty cache of `slots` requests of up to `room` positions each."""
-        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
-
-    @property
-    def _cache_shape(self) -> dict[str, Any]:
-        c, table = self.config, self.embed.matrix
-        return {"heads": c.heads, "head_size": c.head_size, "dtype": table.dtype, "device": table.device}
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
+        qkv, up = self.in_proj(self.norm(x), ctx).split([3 * x.shape[-1], self.mlp_width], dim=-1)
+        qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2H, D), (B, T, H, D)
+        q, k = rope(qk, ctx, INTERLEAVED).chunk(2, dim=2)  # (B, T, H, D) each
+        x = self.out_proj(attention(q, k, v, ctx), ctx, residual=x)
+        y: Tensor = self.fc_out(gelu(up, ctx), ctx, residual=x)
+        return y

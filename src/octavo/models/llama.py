@@ -1,20 +1,19 @@
 """The Llama family: Llama, Mistral, Qwen2, SmolLM2 and others of the same block.
 
-    h = x + out(attention(rotary(q), rotary(k), v))      q, k, v = qkv(rms(x)), fewer heads for k and v (GQA)
-    y = h + down(silu(gate) * up)                        gate, up = gate_up(rms(h))
+    h = x + out(attention(rope(q), rope(k), v))      q, k, v = qkv(rms(x)), fewer heads for k and v (GQA)
+    y = h + down(silu(gate) * up)                    gate, up = gate_up(rms(h))
 
 Sources: Llama 2 (arXiv 2307.09288), GQA (2305.13245), SwiGLU (2002.05202), RMSNorm (1910.07467).
 
-Legend: B rows of a batch, T positions, d the width, H query heads, G key/value heads, D the size of a head,
-F the width of the MLP, V the vocabulary.
+Legend: B sequences of a batch, T positions, d the width, H query heads, G key/value heads, D the size of a head,
+F the width of the MLP.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.fused.branch import Save
-from octavo.fused.mixers import Attention, ForwardContext, Swiglu
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.kv_cache import Cache, CacheView, KeyValueCache, SlotCache
-from octavo.layers.residual import RmsNorm, residual, save_levels
+from octavo.layers.block import attention, rope, split_heads, swiglu
+from octavo.layers.context import ForwardContext
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.norm import RmsNorm
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
     MOST_HEADS,
@@ -37,25 +35,8 @@ from octavo.models.config_fields import (
     MOST_WIDTH,
     ConfigFields,
 )
-from octavo.ops.attention import HALF, Documents, cached_rotary_table, rotary_table
-from octavo.ops.tiles import Phase
-from octavo.runtime.offload import ActivationOffload
-
-# The name of each module in a checkpoint -> where it lives here. Several names on one place are stacked rows.
-WEIGHTS = {
-    "model.embed_tokens": "embed",
-    "model.layers.{i}.input_layernorm": "blocks.{i}.norm_1",
-    "model.layers.{i}.self_attn.q_proj": "blocks.{i}.qkv",
-    "model.layers.{i}.self_attn.k_proj": "blocks.{i}.qkv",
-    "model.layers.{i}.self_attn.v_proj": "blocks.{i}.qkv",
-    "model.layers.{i}.self_attn.o_proj": "blocks.{i}.out",
-    "model.layers.{i}.post_attention_layernorm": "blocks.{i}.norm_2",
-    "model.layers.{i}.mlp.gate_proj": "blocks.{i}.gate_up",
-    "model.layers.{i}.mlp.up_proj": "blocks.{i}.gate_up",
-    "model.layers.{i}.mlp.down_proj": "blocks.{i}.down",
-    "model.norm": "norm",
-    "lm_head": "head",
-}
+from octavo.models.weight_map import WeightPath
+from octavo.ops.attention import HALF
 
 DEFAULT_ROPE_THETA = 10000.0
 MOST_THETA = 1e15
@@ -80,6 +61,13 @@ class Config:
     mlp_bias: bool
     context: int  # positions that the model was made for
     frequencies: tuple[float, ...]  # of the rotary pairs, D/2 of them
+
+    embedding = "embed_tokens"
+    head = "lm_head"
+    head_bias = False
+
+    def new_norm(self) -> RmsNorm:
+        return RmsNorm(self.width, self.norm_eps)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
@@ -118,108 +106,48 @@ class Config:
         )
 
 
-class Block(nn.Module):
-    """One layer: attention, then the gated MLP, each behind its norm and added to its input."""
+def weight_map(config: Config) -> dict[str, WeightPath]:
+    """Where each module of a checkpoint is in the decoder. Several names of one path are stacked rows."""
+    names = {"model.embed_tokens": "embed"}
+    for i in range(config.layers):
+        block = f"model.layers.{i}"
+        names[f"{block}.input_layernorm"] = f"blocks.{i}.norm_1"
+        for name in ("q_proj", "k_proj", "v_proj"):
+            names[f"{block}.self_attn.{name}"] = f"blocks.{i}.qkv"
+        names[f"{block}.self_attn.o_proj"] = f"blocks.{i}.out"
+        names[f"{block}.post_attention_layernorm"] = f"blocks.{i}.norm_2"
+        names[f"{block}.mlp.gate_proj"] = names[f"{block}.mlp.up_proj"] = f"blocks.{i}.gate_up"
+        names[f"{block}.mlp.down_proj"] = f"blocks.{i}.down"
+    names |= {"model.norm": "norm", "lm_head": "head"}
+    return {name: WeightPath(path) for name, path in names.items()}
 
-    def __init__(self, config: Config, index: int) -> None:
+
+class Block(nn.Module):
+    """One layer: attention, then the gated MLP, each after its norm and added to its input."""
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
         c, d = config, config.width
-        self.index = index
+        self.heads, self.groups, self.head_size, self.mlp_width = c.heads, c.key_value_heads, c.head_size, c.mlp_width
         queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
         qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
         self.norm_1 = RmsNorm(d, c.norm_eps)
         self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=qkv if c.qkv_bias else ())
-        self.attention = Attention(c.heads, c.key_value_heads, c.head_size, HALF)
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
         self.norm_2 = RmsNorm(d, c.norm_eps)
         self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=gate_up if c.mlp_bias else ())
-        self.activation = Swiglu(c.mlp_width)
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
-    def forward(self, x: Tensor, context: ForwardContext, *, save: Save, view: CacheView | None = None) -> Tensor:
-        """(B, T, d) -> (B, T, d)."""
-        attend = partial(view.attend, self.index) if view is not None else None
-        x = residual(x, self.norm_1, self.qkv, (self.attention,), (self.out,), context, save=save, attend=attend)
-        return residual(
-            x, self.norm_2, self.gate_up, (self.activation,), (self.down,), context, save=save, attend=attend
-        )
-
-
-class Model(nn.Module):
-    """Token ids to logits."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = FrozenEmbedding(FrozenMatrix(config.width, {"embed_tokens": config.vocabulary}))
-        self.blocks = nn.ModuleList([Block(config, i) for i in range(config.layers)])
-        self.norm = RmsNorm(config.width, config.norm_eps)
-        table = self.embed.matrix if config.tied else FrozenMatrix(config.width, {"lm_head": config.vocabulary})
-        self.head = FrozenLinear(table)
-
-    def hidden(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        documents: Documents | None = None,
-        cache: Cache | None = None,
-        save: Sequence[Save] | Save = Save.ALL,
-        offload: ActivationOffload | None = None,
-    ) -> Tensor:
-        """(B, T) ids -> (B, T, d), ready for the head.
-
-        `positions` (B, T) count within each document, from the cache's end if left out; `documents` are
-        those packed in the rows; `keep` is what each block keeps for backward, `away` where their inputs wait for it.
-        """
-        view = cache.next(ids.shape[1]) if cache is not None else None
-        if positions is None:
-            positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        phase = view.phase if view is not None else Phase.PREFILL
-        make = rotary_table if view is None else partial(cached_rotary_table, phase=phase)
-        rotary = make(positions, _frequencies(self.config.frequencies, ids.device))
-        context = ForwardContext(ids.shape[0], ids.shape[1], rotary, documents, offload, phase)
-        x = self.embed(ids)
-        for block, kept in zip(self.blocks, save_levels(save, len(self.blocks)), strict=True):
-            x = block(x, context, save=kept, view=view)
-        if view is not None:
-            view.finish()
-        normed: Tensor = self.norm(x)
-        return normed
-
-    def forward(self, ids: Tensor, **context: Any) -> Tensor:
-        """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
-        logits: Tensor = self.head(self.hidden(ids, **context))
-        return logits
-
-    def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
-        """(B, T, d) -> (B, T, V) float32, as they were accumulated; served adapters included."""
-        return self.head.infer(hidden, phase=phase, dtype=torch.float32)
-
-    @property
-    def table(self) -> FrozenMatrix | None:
-        """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
-        return None if self.config.tied else self.embed.matrix
-
-    def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
-        """An empty cache for `batch` rows of up to `room` positions."""
-        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
-
-    def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
-        """An empty cache of `slots` requests of up to `room` positions each."""
-        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
-
-    @property
-    def _cache_shape(self) -> dict[str, Any]:
-        c, table = self.config, self.embed.matrix
-        return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": table.dtype, "device": table.device}
-
-
-@cache
-def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(D/2,), sent once: a copy from the host's plain memory makes a card wait, and cannot be in a CUDA graph."""
-    return torch.tensor(values, device=device)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
+        qkv = self.qkv(self.norm_1(x), ctx)
+        qk, v = split_heads(
+            qkv, self.heads + self.groups, self.groups, size=self.head_size
+        )  # (B, T, H+G, D), (.., G, D)
+        q, k = rope(qk, ctx, HALF).split([self.heads, self.groups], dim=2)  # (B, T, H, D), (B, T, G, D)
+        x = self.out(attention(q, k, v, ctx), ctx, residual=x)
+        y: Tensor = self.down(swiglu(self.gate_up(self.norm_2(x), ctx), ctx), ctx, residual=x)
+        return y
 
 
 def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
@@ -254,5 +182,5 @@ def _llama3_frequencies(base: Tensor, rope: ConfigFields, context: int) -> Tenso
     if low >= high:
         raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
     turns = original * base / (2 * math.pi)  # of each pair over the original context
-    save = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * save + base / factor * (1 - save)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return base * kept + base / factor * (1 - kept)

@@ -11,7 +11,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import Model, WeightEntry, weight_map
+from octavo.models import Model, WeightEntry, weight_entries
 from octavo.ops.quantize import SCHEMES, Scheme, Shape, scheme_named
 from octavo.store.foreign import refuse_tensors
 from octavo.store.sources import Source
@@ -119,7 +119,7 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
 def items_of(model: Model) -> Iterator[tuple[str, Item]]:
     """(tensor name, item) of all that a checkpoint holds, in order; a tied head has no weight of its own."""
     tied = model.config.tied
-    for place in weight_map(model).values():
+    for place in weight_entries(model).values():
         for kind in ("weight", "bias"):
             if _has(place, kind) and not (tied and place.is_head and kind == "weight"):
                 yield f"{place.name}.{kind}", Item(place, kind)

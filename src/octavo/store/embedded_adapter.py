@@ -23,7 +23,7 @@ from octavo._version import __version__
 from octavo.adapters import apply_
 from octavo.errors import ModelError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model, WeightEntry, build, weight_map
+from octavo.models import Model, WeightEntry, build, weight_entries
 from octavo.store import peft
 from octavo.store.contents import PAIR_ENDS, entries, stored_scheme
 from octavo.store.files import new_folder
@@ -92,7 +92,7 @@ def read_pairs(source: Source) -> Adapter:
     names what has no place, no other half, another shape or a number that is not finite, and what the base lacks.
     """
     model = build(source.config)
-    items, table = entries(Base(source), model), weight_map(model)
+    items, table = entries(Base(source), model), weight_entries(model)
     carried = [name for name in source.names() if name.endswith(PAIR_ENDS)]
     owners = {name.rpartition(".adapter.")[0] for name in carried}
     if lost := [name for name in carried if not _takes_pair(table.get(name.rpartition(".adapter.")[0]))]:
@@ -154,6 +154,6 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
         identity = fingerprint(FolderSource(temporary / "base"))
         base = {"name": str(out / "base"), "sha256": identity, "scheme": scheme.name}
         found = replace(found, origin={"version": __version__, "base": base})
-        modules = weight_map(build(source.config))
+        modules = weight_entries(build(source.config))
         peft.write(temporary / "adapter", found, modules=modules, biases=True, base=str(out / "base"), card=card)
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def put_weights_(model: Model, adapter: Adapter, table: Mapping[str, WeightEntry
         )
     _replace_tables_(embed, head, matrices, untied=untied)
     _resize_head_bias_(head, adapter)
-    model.config = replace(model.config, vocabulary=rows[embed.name], tied=model.config.tied and not untied)
+    config: Any = model.config  # a frozen dataclass of the family
+    model.config = replace(config, vocabulary=rows[embed.name], tied=config.tied and not untied)
     for place in table.values():
         if place not in (embed, head) and place.name in matrices:
             _replace_rows_(place, matrices)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.models import Model, WeightEntry, build, weight_map
+from octavo.models import Model, WeightEntry, build, weight_entries
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
@@ -66,7 +66,7 @@ def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, 
 
 def _allocate_(model: Model, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
     _make_room_(model, device)
-    for place in {id(place.matrix): place for place in weight_map(model).values()}.values():
+    for place in {id(place.matrix): place for place in weight_entries(model).values()}.values():
         if place.matrix is not None:
             place.matrix.allocate(scheme_at(place, scheme), dtype, device)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.fused.branch import Save
 from octavo.hardware import CARDS, Peak
+from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenMatrix
 from octavo.models import Model
 from octavo.objective import Inputs, loss_of

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.data.loader import Batch
-from octavo.fused.linear import FusedLinear
 from octavo.layers.frozen import FrozenLinear
+from octavo.layers.fused_linear import FusedLinear
 from octavo.models import Model
 from octavo.objective import inputs_of, loss_of
 from octavo.ops.linear_spec import QuantErrorProbe, split_outliers

@@ -24,7 +24,7 @@ from octavo.config import Config
 from octavo.data.loader import Position
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import CheckpointError, TrainingError
-from octavo.fused.branch import Save
+from octavo.layers.context import Save
 from octavo.objective import loss_of
 from octavo.reporting import Report
 from octavo.store import checkpoint, files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from octavo.fused.gemm_input import GemmInput
+from octavo.layers.gemm_input import GemmInput
 
 LIKE = torch.empty(0, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Where the input of a wide product (fused/linear.py) is put together.
+"""Where the input of a wide product (layers/fused_linear.py) is put together.
 
 Legend: M rows; parts are (M, K_i), K the sum of the K_i; C the columns beside them.
 """

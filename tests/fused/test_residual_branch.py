@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fused.plain import plain_branch
 from torch import Tensor, nn
 
-from octavo.fused.branch import Save
-from octavo.fused.mixers import Attention, ForwardContext, Gelu, Mixer, Swiglu
+from octavo.fused.branch import residual_branch
+from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.layers.context import ForwardContext, Save
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LoraPair
 from octavo.layers.lora import put_
-from octavo.layers.residual import LayerNorm, RmsNorm, plain_residual, residual, save_levels
-from octavo.ops.attention import HALF, INTERLEAVED, causal_attention, find_documents, rotary_table
+from octavo.layers.norm import LayerNorm, RmsNorm
+from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
 from octavo.ops.quantize import SCHEMES
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
@@ -47,7 +49,7 @@ class Layers:
         table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
         context = ForwardContext(BATCH, LENGTH, table, documents)
         parts = self.norm, self.inner, self.pieces, self.outer
-        return plain_residual(x, *parts, context) if save is None else residual(x, *parts, context, save=save)
+        return plain_branch(x, *parts, context) if save is None else residual_branch(x, *parts, context.at(0, save))
 
 
 def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtype, **biases: Any) -> FrozenLinear:
@@ -179,39 +181,3 @@ def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme:
         own, other = ((found[name].float() - true).norm() / true.norm() for found in (ours, theirs))
         assert own < 1.5 * other + 2e-3, name
         assert own < 0.03, name
-
-
-@every_kind
-def test_over_a_cache_it_is_the_definition(kind: str) -> None:
-    layers, (x, _) = layers_of(kind), x_and_dy()
-    seen: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append(q)
-        return causal_attention(q, k, v)
-
-    table = rotary_table(torch.arange(LENGTH)[None], torch.rand(2 if kind == "gptj" else 5))
-    context = ForwardContext(BATCH, LENGTH, table)
-    parts = layers.norm, layers.inner, layers.pieces, layers.outer
-    with torch.no_grad():
-        cached = residual(x, *parts, context, save=Save.ALL, attend=attend)
-        torch.testing.assert_close(cached, plain_residual(x, *parts, context))
-    assert len(seen) == (0 if kind == "llama's MLP" else 1)
-
-
-def test_norms_are_torchs_in_float32_and_take_their_weights_in_the_type_of_x() -> None:
-    x = torch.randn(3, WIDTH)
-    layer, rms = layers_of("gptj").norm, layers_of("llama's MLP").norm
-    for own, theirs in ((layer, nn.LayerNorm(WIDTH, 1e-5)), (rms, nn.RMSNorm(WIDTH, 1e-5))):
-        theirs.load_state_dict(own.state_dict())
-        torch.testing.assert_close(own(x), theirs(x))
-        short = own(x.bfloat16())
-        assert short.dtype == torch.bfloat16
-        assert torch.equal(short, theirs.bfloat16()(x.bfloat16()))
-        assert {p.dtype for p in own.parameters()} == {torch.float32}
-
-
-def test_one_level_is_that_of_every_block() -> None:
-    assert save_levels(Save.INPUT, 3) == [Save.INPUT] * 3
-    mixed = [Save.INPUT, Save.ALL, Save.ATTENTION]
-    assert save_levels(mixed, 3) == mixed

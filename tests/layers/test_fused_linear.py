@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.fused.gemm_input import GemmInput
-from octavo.fused.linear import ALIGNMENT, FusedLinear
+from octavo.layers.fused_linear import ALIGNMENT, FusedLinear
+from octavo.layers.gemm_input import GemmInput
 from octavo.ops.linear import LoraSlice, mm_float32
 from octavo.ops.linear_spec import LinearSpec
 

@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from octavo.fused.gemm_input import GemmInput
+from octavo.layers.gemm_input import GemmInput
 from octavo.ops import matmul8
 from octavo.ops.linear import LoraSlice, mm_float32
 from octavo.ops.linear_spec import OUTLIERS, LinearSpec, Outliers, QuantErrorProbe, split_outliers
@@ -282,6 +283,44 @@ class FusedLinear:
         """(part, its own of these, the first of its columns beside the input, its seed)."""
         columns = accumulate((part.rank for part in self.parts[:-1]), initial=0)
         return list(zip(self.parts, of, columns, dropout_seeds, strict=True))
+
+
+def fused_linear(x: Tensor, linear: FusedLinear, residual: Tensor | None = None) -> Tensor:
+    """x (.., K) through a linear of one part, plus `residual` (.., N) if given: (.., N). Saves x and x A^T."""
+    y: Tensor = _FusedLinear.apply(x, residual, linear, *linear.trained)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _FusedLinear(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T + bias + residual; with t = x A^T and dt = s dy B:
+
+    dx = dy W + dt A        dA = dt^T x        dB = s dy^T t        dbias = sum of dy        dresidual = dy
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, linear: FusedLinear, *trained: Tensor) -> Tensor:
+        rows, dropout_seeds = x.reshape(-1, x.shape[-1]), linear.dropout_seeds()  # (M, K)
+        gemm_input = linear.gemm_input(len(rows), rows)
+        gemm_input.put(rows)
+        linear.complete_(gemm_input, dropout_seeds)
+        y = linear.product(gemm_input, residual=None if residual is None else residual.reshape(len(rows), -1))  # (M, N)
+        ctx.save_for_backward(x, gemm_input.detach_extra())
+        ctx.linear, ctx.dropout_seeds, ctx.has_residual = linear, dropout_seeds, residual is not None
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        linear, dropout_seeds, (x, extra) = ctx.linear, ctx.dropout_seeds, ctx.saved_tensors
+        dy = grad.reshape(-1, grad.shape[-1])  # (M, N)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            (dx,), dt = linear.grad_input(dy, dropout_seeds)
+            dx = dx.view(x.shape)
+        else:
+            dt = linear.grad_t(dy)
+        gradients = linear.grad_trained(dy, [x.reshape(len(dy), -1)], extra, dt, dropout_seeds)
+        return dx, grad if ctx.has_residual else None, None, *gradients
 
 
 def transposed_weight(int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:

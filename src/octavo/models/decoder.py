@@ -1,0 +1,137 @@
+"""The decoder that all families share: embedding, blocks, final norm and head, with logits and caches.
+
+A family adds its `Config`, its weight map and its `Block` (models/__init__.py).
+
+Legend: B sequences of a batch, T positions, d the width of the model, V the vocabulary, R rotated values of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from octavo.layers.context import ForwardContext, Save, SaveLevels
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.layers.kv_cache import Cache, KeyValueCache, SlotCache
+from octavo.layers.norm import LayerNorm, RmsNorm
+from octavo.models.running import run_block
+from octavo.ops.attention import Documents, cached_rotary_table, rotary_table
+from octavo.ops.tiles import Phase
+from octavo.runtime.offload import ActivationOffload
+
+
+class DecoderConfig(Protocol):
+    """What the decoder reads of a family's config."""
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def key_value_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def tied(self) -> bool: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def frequencies(self) -> tuple[float, ...]: ...  # of the rotated pairs, R/2 of them
+    @property
+    def embedding(self) -> str: ...  # the last part of its name in a checkpoint
+    @property
+    def head(self) -> str: ...
+    @property
+    def head_bias(self) -> bool: ...
+    def new_norm(self) -> LayerNorm | RmsNorm: ...
+
+
+class Decoder(nn.Module):
+    """Token ids to logits."""
+
+    def __init__(self, config: DecoderConfig, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = FrozenEmbedding(FrozenMatrix(config.width, {config.embedding: config.vocabulary}))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = config.new_norm()
+        matrix = self.embed.matrix if config.tied else FrozenMatrix(config.width, {config.head: config.vocabulary})
+        self.head = FrozenLinear(matrix, bias=list(matrix.outputs) if config.head_bias else ())
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: Cache | None = None,
+        adapter_ids: Tensor | None = None,
+        save: SaveLevels = Save.ALL,
+        offload: ActivationOffload | None = None,
+        fused: bool = True,
+    ) -> Tensor:
+        """(B, T) ids -> (B, T, d), the input of the head.
+
+        `positions` (B, T) count within each document; by default from the end of the cache. `documents` are those
+        packed in the rows. Over a `cache` each sequence may take a served adapter, `adapter_ids` (B,). `save` is what
+        each block saves for backward, `offload` takes the blocks' inputs to CPU memory until then. Without `fused`
+        every block runs as plain PyTorch.
+        """
+        view = cache.next(ids.shape[1]) if cache is not None else None
+        if positions is None:
+            positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
+        table = rotary_table if view is None else partial(cached_rotary_table, phase=view.phase)
+        rotary = table(positions, _frequencies(self.config.frequencies, ids.device))
+        batch, length = ids.shape
+        context = ForwardContext(batch, length, rotary, documents, view, adapter_ids, offload, fused)
+        x = self.embed(ids, adapter_ids)  # (B, T, d)
+        levels = [save] * len(self.blocks) if isinstance(save, Save) else save
+        for layer, (block, level) in enumerate(zip(self.blocks, levels, strict=True)):
+            x = run_block(block, x, context.at(layer, level))
+        if view is not None:
+            view.finish()
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def forward(self, ids: Tensor, **context: Any) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""
+        return self.logits(self.hidden(ids, **context))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(.., d) -> (.., V) in the compute type, under autograd."""
+        logits: Tensor = self.head(hidden)
+        return logits
+
+    def infer_logits(self, hidden: Tensor, phase: Phase, adapter_ids: Tensor | None = None) -> Tensor:
+        """(B, T, d) -> (B, T, V) float32, as they were accumulated; `adapter_ids` (B,) as for `hidden`."""
+        return self.head.infer(hidden, phase=phase, adapter_ids=adapter_ids, dtype=torch.float32)
+
+    @property
+    def table(self) -> FrozenMatrix | None:
+        """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
+        return None if self.config.tied else self.embed.matrix
+
+    def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
+        """An empty cache for `batch` sequences of up to `max_len` positions."""
+        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
+
+    def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
+        """An empty cache of `slots` requests of up to `max_len` positions each."""
+        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
+
+    @property
+    def _cache_shape(self) -> dict[str, Any]:
+        c, matrix = self.config, self.embed.matrix
+        return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": matrix.dtype, "device": matrix.device}
+
+
+@cache
+def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(R/2,), copied once: a copy from pageable CPU memory makes a GPU wait, and cannot be in a CUDA graph."""
+    return torch.tensor(values, device=device)

@@ -1,0 +1,88 @@
+"""How the modules of a checkpoint map to a decoder's layers.
+
+A family's `weight_map(config)` gives a `WeightPath` for each name: the layer that holds it, and the order of its rows
+where that differs. Several names of one layer are stacked rows (layers/frozen.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+
+
+class RowOrder(NamedTuple):
+    """An order of rows: rows of the checkpoint, seen as `shape` + (-1,), have their axes permuted to `axes`.
+
+    GPT-NeoX stores [q|k|v] of one head after the other, (H, 3, D); here all q come first, (3, H, D): axes (1, 0, 2).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def from_checkpoint(self, rows: Tensor) -> Tensor:
+        """rows (N, ..) of the checkpoint in the decoder's order."""
+        return self._permuted(rows, self.shape, self.axes)
+
+    def to_checkpoint(self, rows: Tensor) -> Tensor:
+        """rows (N, ..) of the decoder in the checkpoint's order."""
+        inverse = tuple(self.axes.index(axis) for axis in range(len(self.axes)))
+        return self._permuted(rows, tuple(self.shape[axis] for axis in self.axes), inverse)
+
+    @staticmethod
+    def _permuted(rows: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
+        rest = rows.shape[1:]
+        last = range(len(axes), len(axes) + len(rest))
+        return rows.reshape(*shape, *rest).permute(*axes, *last).reshape(rows.shape)
+
+
+class WeightPath(NamedTuple):
+    """The path of the layer that holds a module of the checkpoint, and the order of the module's rows there."""
+
+    path: str
+    order: RowOrder | None = None
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One module of a checkpoint in a built decoder: its `layer`, and in a frozen layer the `key` of its rows."""
+
+    name: str  # in the checkpoint, e.g. model.layers.3.self_attn.q_proj
+    layer: nn.Module
+    key: str  # the last part of the name, q_proj
+    order: RowOrder | None = None
+    is_head: bool = False
+
+    @property
+    def matrix(self) -> FrozenMatrix | None:
+        """The matrix that holds the module's rows, or None for a norm."""
+        return self.layer.matrix if isinstance(self.layer, FrozenLinear | FrozenEmbedding) else None
+
+    @property
+    def rows_key(self) -> str:
+        """The key of the rows in the matrix: the embedding's for a tied head."""
+        assert self.matrix is not None
+        return self.key if self.key in self.matrix.outputs else next(iter(self.matrix.outputs))
+
+    @property
+    def is_linear(self) -> bool:
+        return isinstance(self.layer, FrozenLinear)
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the embedding or the head, which have a row for each token."""
+        return isinstance(self.layer, FrozenEmbedding) or self.is_head
+
+    def parameter(self, kind: str) -> Tensor | None:
+        """The full-precision "weight" or "bias" of this module, a view; None if it has none (or a frozen one)."""
+        if isinstance(self.layer, FrozenLinear):
+            if kind == "bias" and self.rows_key in self.layer.bias_names:
+                return self.layer.bias_of(self.rows_key)
+            return None
+        if isinstance(self.layer, FrozenEmbedding):
+            return None
+        parameter = getattr(self.layer, kind, None)
+        return parameter.detach() if isinstance(parameter, nn.Parameter) else None

@@ -1,0 +1,39 @@
+"""The references of mixers and residual branches: plain PyTorch under autograd, from the functions of a plain block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.layers.block import attention, gelu, rope, split_heads, swiglu
+from octavo.layers.context import ForwardContext
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.norm import LayerNorm, RmsNorm
+
+
+def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
+    """(B, T, inputs) -> (B, T, outputs)."""
+    with torch.enable_grad():  # without gradients these functions write in place
+        if isinstance(mixer, Attention):
+            q, k, v = split_heads(u, mixer.heads, mixer.groups, mixer.groups, size=mixer.head_size)
+            return attention(rope(q, ctx, mixer.form), rope(k, ctx, mixer.form), v, ctx)
+        assert isinstance(mixer, Gelu | Swiglu)
+        return gelu(u, ctx) if isinstance(mixer, Gelu) else swiglu(u, ctx)
+
+
+def plain_branch(
+    x: Tensor,
+    norm: LayerNorm | RmsNorm,
+    inner: FrozenLinear,
+    mixers: Sequence[Mixer],
+    outer: Sequence[FrozenLinear],
+    ctx: ForwardContext,
+) -> Tensor:
+    """(B, T, d) -> (B, T, d)."""
+    u = inner.reference(norm(x)).split([mixer.inputs for mixer in mixers], dim=-1)
+    for mixer, columns, layer in zip(mixers, u, outer, strict=True):
+        x = x + layer.reference(plain(mixer, columns, ctx))
+    return x
