@@ -42,8 +42,8 @@ def main() -> None:
     asked = parser.parse_args()
     source = open_smollm2()
     tokenizer = source.tokenizer()
-    read, _ = documents.read([str(PLAYS)])
-    encoded = tokens.encode_all(read, tokenizer, end_id=int(tokenizer.eos_token_id))
+    read = documents.read([str(PLAYS)])
+    encoded = tokens.encode_all(read.documents, tokenizer, end_id=int(tokenizer.eos_token_id))
     rows, _ = packing.pack(encoded, seq_len=asked.seq_len, pad_id=0)
     chosen = list(islice(batches(rows, batch_size=asked.rows, seed=0), asked.steps))
 

@@ -18,7 +18,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.store.contents import items_of
 from octavo.store.weights import allocated, put_rows_, row_blocks
 from octavo.train.loop import Trainer, gradients, train
-from octavo.train.memory import Plan, Planner
+from octavo.train.memory import MemoryPlan, Planner
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.precision import set_precision_
 from octavo.train.step import PlannedStep
@@ -52,7 +52,7 @@ def build(
     if device.type == "cuda" and "card" not in more:
         planner.offloads = (False, True)
     set_precision_(planner.model, wanted=compute == "8bit")
-    plan = planner.best(budget) or planner.least()
+    plan = planner.best(budget) or planner.smallest()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
     set_precision_(model, wanted=compute == "8bit")
@@ -62,7 +62,7 @@ def build(
 class Way:
     """A model that is trained by octavo's own loop, one batch at a time."""
 
-    def __init__(self, model: Model, plan: Plan, planner: Planner) -> None:
+    def __init__(self, model: Model, plan: MemoryPlan, planner: Planner) -> None:
         parameters = trained(model)
         self.plan = plan
         self.micro_step = PlannedStep(

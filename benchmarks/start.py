@@ -17,6 +17,7 @@ import torch
 from octavo.data.packing import pack
 from octavo.data.tokens import Tokens
 from octavo.ops.quantize import scheme_named
+from octavo.reporting import Report
 from octavo.store.builtin import open_smollm2
 from octavo.store.weights import load
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--times", type=int, default=3)
     asked = parser.parse_args()
-    open_smollm2(say=lambda text: sys.stderr.write(f"{text}\n"))
+    open_smollm2(Report())
     documents = drawn(round(asked.tokens / MEAN_LENGTH))
     works: dict[str, Callable[[], object]] = {
         "open": lambda: open_smollm2().config,
