@@ -57,7 +57,7 @@ def main() -> None:
     add("--prompt", type=int, default=128, help="tokens of a prompt")
     add("--tokens", type=int, default=128, help="new tokens of octavo")
     add("--peer-tokens", type=int, default=32, help="new tokens of a peer: they are slow")
-    add("--room", type=int, default=512, help="positions of a slot")
+    add("--max-len", type=int, default=512, help="positions of a slot")
     add("--adapters", type=int, default=0)
     add("--deterministic", action="store_true", help="octavo: a row's bits do not depend on the number of rows")
     add("--tiny", action="store_true")
