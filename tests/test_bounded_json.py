@@ -1,4 +1,4 @@
-"""JSON within bounds: what Python's own reader reads is read alike, what breaks callers later is a JsonError."""
+"""Parsing of JSON with limits: valid JSON is parsed as by Python's parser; unsafe input is a JsonError."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from octavo.errors import ModelError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
     max_leaves=20,
 )
 
 
 @given(VALUES)
-def test_what_json_writes_is_read_as_json_reads_it(value: object) -> None:
+def test_valid_json_is_parsed_as_by_the_json_module(value: object) -> None:
     for ascii_only in (True, False):
-        written = json.dumps(value, ensure_ascii=ascii_only)
-        assert parse(written) == parse(written.encode()) == json.loads(written)
+        text_of_value = json.dumps(value, ensure_ascii=ascii_only)
+        assert parse(text_of_value) == parse(text_of_value.encode()) == json.loads(text_of_value)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_json_writes_is_read_as_json_reads_it(value: object) -> None:
         ("[" + "1," * 2_000_001 + "1]", "values"),
     ],
 )
-def test_what_is_out_of_bounds_is_named(content: str | bytes, reason: str) -> None:
+def test_errors_for_limits_name_the_reason(content: str | bytes, reason: str) -> None:
     with pytest.raises(JsonError, match=reason) as caught:
         parse(content)
     assert len(str(caught.value)) < 300
@@ -67,34 +67,34 @@ def test_limits_are_inclusive_and_brackets_in_strings_do_not_count() -> None:
         parse("[12]", max_bytes=3)
 
 
-def test_files_of_octavos_own_may_hold_any_number_and_any_string() -> None:
+def test_not_strict_accepts_any_number_and_any_string() -> None:
     values = parse('[NaN, Infinity, 1e999, "\\ud800"]', strict=False)
     assert math.isnan(values[0])
     assert values[1:] == [math.inf, math.inf, "\ud800"]
-    for broken in ("[" * 200_000, '{"a": 1, "a": 2}', "1" * 400):
+    for invalid in ("[" * 200_000, '{"a": 1, "a": 2}', "1" * 400):
         with pytest.raises(JsonError):
-            parse(broken, strict=False)
+            parse(invalid, strict=False)
 
 
-def test_a_file_that_is_no_object_is_an_error_of_the_callers_kind_naming_it(tmp_path: Path) -> None:
+def test_read_object_raises_the_callers_error_with_the_file_name(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": 1}')
     assert read_object(path, error=ModelError) == {"a": 1}
     pipe, folder = tmp_path / "pipe", tmp_path / "folder"
-    os.mkfifo(pipe)  # opening it would wait for a writer
+    os.mkfifo(pipe)  # opening it would block
     folder.mkdir()
     path.write_text("[1]")
-    long = tmp_path / "long.json"
-    long.write_text(" " * 33 + "{}")
-    for broken, reason in ((pipe, "regular"), (folder, "regular"), (path, "object"), (tmp_path / "no", "cannot be")):
+    long_file = tmp_path / "long.json"
+    long_file.write_text(" " * 33 + "{}")
+    for invalid, reason in ((pipe, "regular"), (folder, "regular"), (path, "object"), (tmp_path / "no", "cannot be")):
         with pytest.raises(ModelError, match=reason) as caught:
-            read_object(broken, error=ModelError)
-        assert str(broken) in str(caught.value)
+            read_object(invalid, error=ModelError)
+        assert str(invalid) in str(caught.value)
     with pytest.raises(ModelError, match="limit of 32"):
-        read_object(long, error=ModelError, max_bytes=32)
+        read_object(long_file, error=ModelError, max_bytes=32)
 
 
-def test_fields_have_a_type_and_bounds() -> None:
+def test_field_types_and_bounds() -> None:
     source = {"r": 8, "f": 8.0, "h": 8.5, "b": True, "s": "x", "n": None, "inf": math.inf, "nan": math.nan, "l": [1]}
     assert integer(source, "r", least=1, most=8) == integer(source, "f", least=1, most=8) == 8
     for key in ("n", "absent"):
@@ -115,6 +115,6 @@ def test_fields_have_a_type_and_bounds() -> None:
         text(source, "r")
 
 
-def test_a_value_in_a_message_is_cut() -> None:
+def test_shown_truncates_values() -> None:
     for value in ("x" * 10**6, ["x"] * 10**6, {str(i): i for i in range(1000)}, 10**400):
         assert len(shown(value)) < 220

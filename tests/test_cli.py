@@ -1,6 +1,6 @@
-"""The command line: what stands on stdout, exit codes, and that --help is quick.
+"""The command line: content of stdout, exit codes, import time of --help.
 
-In this process where that says the same; through `python -m octavo` where pipes or imports are at stake.
+Most tests call the command in this process; tests of pipes and imports run `python -m octavo`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import octavo as package
 Octavo = Callable[..., Any]
 
 COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan", "serve")
-PROMISED = {
+DOCUMENTED_OPTIONS = {
     "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch accumulate epochs steps lr seed "
     "checkpoint-every resume config print-config json",
     "evaluate": "model scheme compare adapter tasks include-path limit fewshot json",
@@ -59,8 +59,8 @@ def run_folder(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_nothing_that_takes_long(command: str) -> None:
-    """0.35 s in all, of which torch alone would take two."""
+def test_help_imports_no_slow_modules(command: str) -> None:
+    """--help takes 0.35 s; importing torch alone would take two seconds."""
     arguments = [sys.executable, "-X", "importtime", "-m", "octavo", command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert f"octavo {command}" in done.stdout
@@ -70,7 +70,7 @@ def test_help_imports_nothing_that_takes_long(command: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["finetune", "--help"], ["demo", "--print-config"]])
-def test_help_and_configuration_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+def test_help_and_print_config_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom octavo.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -82,19 +82,19 @@ def test_help_and_configuration_load_neither_torch_nor_transformers(arguments: l
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_promised_flag_is_there(octavo: Octavo, command: str) -> None:
+def test_every_documented_option_exists(octavo: Octavo, command: str) -> None:
     flags = set(re.findall(r"--([a-z-]+)", octavo(command, "--help").out))
-    assert set(PROMISED[command].split()) <= flags
+    assert set(DOCUMENTED_OPTIONS[command].split()) <= flags
 
 
-def test_help_shows_ten_usual_options_then_panels_with_defaults_and_choices(
+def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
     octavo: Octavo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    shown = octavo("finetune", "--help").out
-    panels = re.findall(r"^╭─ ([\w ]+) ─", shown, re.MULTILINE)
+    help_text = octavo("finetune", "--help").out
+    panels = re.findall(r"^╭─ ([\w ]+) ─", help_text, re.MULTILINE)
     assert panels == ["Options", "Model", "Data", "Adapter", "Training", "Memory", "Run", "Settings and output"]
-    first = shown.split("╭─ Model")[0]
+    first = help_text.split("╭─ Model")[0]
     assert re.findall(r"│ (--[a-z-]+)", first) == [
         *(
             f"--{name}"
@@ -117,42 +117,42 @@ def test_help_shows_ten_usual_options_then_panels_with_defaults_and_choices(
         "[default: 16]", "[auto|none|int8|dynamic8|nf4] [default: auto]", "[cosine|linear|constant] [default: cosine]",
         "(needs octavo[clean])", "[default: on]", "the first GPU that PyTorch finds",
     ):  # fmt: skip
-        assert text in shown
+        assert text in help_text
     assert "(needs octavo[eval])" in octavo("evaluate", "--help").out
-    assert "0 done, 1 failed, 2 wrong request, 130 Ctrl-C" in octavo("--help").out
+    assert "0 success, 1 failure, 2 invalid usage, 130 Ctrl-C" in octavo("--help").out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_a_help_text_and_no_bracket_is_lost(
+def test_every_option_has_a_help_text_with_its_brackets(
     octavo: Octavo, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     from octavo import cli
     from octavo.config import DEMO, fields
 
     monkeypatch.setenv("COLUMNS", "1000")
-    shown = octavo(command, "--help").out
+    help_text = octavo(command, "--help").out
     kinds = cli.FINETUNE if command == "demo" else getattr(cli, command.upper())
     for name, field in fields(kinds):
-        assert f"--{name.replace('_', '-')} " in shown
-        assert str(field.description) in shown
+        assert f"--{name.replace('_', '-')} " in help_text
+        assert str(field.description) in help_text
         default = DEMO.get(name, field.default) if command == "demo" else field.default
         if isinstance(default, int | float) and not isinstance(default, bool):
-            assert f"{field.description} [default: {default}]" in shown
+            assert f"{field.description} [default: {default}]" in help_text
 
 
-def test_the_version_is_printed(octavo: Octavo) -> None:
+def test_version(octavo: Octavo) -> None:
     assert octavo("--version").out == f"{package.__version__}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_printed_configuration_is_accepted_and_prints_the_same(octavo: Octavo, tmp_path: Path, command: str) -> None:
+def test_print_config_round_trip(octavo: Octavo, tmp_path: Path, command: str) -> None:
     first = octavo(command, "--print-config", *(["--seed", 7] if command in ("finetune", "chat") else []))
     assert first.code == 0
     (file := tmp_path / "settings.yaml").write_text(first.out)
     assert octavo(command, "--config", file, "--print-config").out == first.out
 
 
-def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_path: Path) -> None:
+def test_options_override_the_config_file_including_zero_and_no(octavo: Octavo, tmp_path: Path) -> None:
     (file := tmp_path / "settings.yaml").write_text("max_grad_norm: 2\ncuda_graphs: true\nseed: 5\ndata: [a]\n")
     done = octavo(
         "finetune",
@@ -173,7 +173,7 @@ def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["nonsense"], "nonsense"),
         (["finetune", "--rnak", "3"], "--rank"),
@@ -186,29 +186,29 @@ def test_a_flag_wins_over_the_file_a_zero_and_a_no_included(octavo: Octavo, tmp_
         (["chat", "--json"], "generate"),
     ],
 )
-def test_a_wrong_request_exits_with_2_and_says_what_is_wrong(
-    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+def test_invalid_usage_exits_with_2_and_a_message(
+    octavo: Octavo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = octavo(*arguments)
     assert done.code == 2
-    assert said in done.err
+    assert expected in done.err
     assert done.out == "" or "--json" in arguments
     assert list(tmp_path.rglob("metrics.jsonl")) == []
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "data"])
-def test_missing_data_is_a_wrong_request(octavo: Octavo, tiny_llama: Path, tmp_path: Path, command: str) -> None:
+def test_missing_data_exits_with_2(octavo: Octavo, tiny_llama: Path, tmp_path: Path, command: str) -> None:
     out = ["--out", tmp_path / "run"] if command == "finetune" else []
-    unnamed = octavo(command, "--model", tiny_llama, *out)
-    assert (unnamed.code, unnamed.out) == (2, "")
-    assert "--data" in unnamed.err
-    absent = octavo(command, "--model", tiny_llama, "--data", tmp_path / "absent.txt", *out)
-    assert absent.code == 2
-    assert "absent.txt" in absent.err
+    without_data = octavo(command, "--model", tiny_llama, *out)
+    assert (without_data.code, without_data.out) == (2, "")
+    assert "--data" in without_data.err
+    missing_file = octavo(command, "--model", tiny_llama, "--data", tmp_path / "absent.txt", *out)
+    assert missing_file.code == 2
+    assert "absent.txt" in missing_file.err
 
 
-def test_what_fails_exits_with_1_and_says_what_to_do(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_failure_exits_with_1_and_a_hint(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
     done = octavo("generate", "the", "--model", tiny_llama, "--adapter", tmp_path)
     assert done.code == 1
     assert re.search(r"octavo: .*holds no adapter.*\n.*adapter/", done.err)
@@ -246,16 +246,16 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     assert all(row.keys() == keys for row in rows)
 
 
-def test_schemes_side_by_side(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+def test_compare_schemes(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
     arguments = ("evaluate", plays / "test", "--model", tiny_llama, "--seq-len", 32, "--compare", "none,nf4")
     done = octavo(*arguments, "--compare", "int8", "--json")
     assert done.code == 0
     assert [row["scheme"] for row in done.json["rows"]] == ["none", "nf4", "int8"]
     assert "MiB" in done.err
-    refused = octavo(*arguments, "--compare", "int3")
-    assert (refused.code, refused.out) == (2, "")
-    assert "'int3'" in refused.err
-    assert "dynamic8" in refused.err
+    rejected = octavo(*arguments, "--compare", "int3")
+    assert (rejected.code, rejected.out) == (2, "")
+    assert "'int3'" in rejected.err
+    assert "dynamic8" in rejected.err
 
 
 def test_json_of_generate(octavo: Octavo, tiny_llama: Path) -> None:
@@ -285,20 +285,20 @@ def test_json_of_convert(octavo: Octavo, seed: Any, tmp_path: Path) -> None:
     assert {"dynamic8 codes", "low-rank pairs", "14", "28"} <= set(re.split(r"\s*[│┃]\s*", done.err))
 
 
-def test_convert_says_why_it_does_nothing(octavo: Octavo, seed: Any, tiny_gptj: Path, tmp_path: Path) -> None:
-    (kept := tmp_path / "kept").mkdir()
-    (kept / "notes.txt").write_text("mine")
-    for arguments, code, said in (
+def test_convert_errors(octavo: Octavo, seed: Any, tiny_gptj: Path, tmp_path: Path) -> None:
+    (existing := tmp_path / "kept").mkdir()
+    (existing / "notes.txt").write_text("mine")
+    for arguments, code, expected in (
         ((seed.folder, "--out", tmp_path / "new"), 1, "--allow-pickle"),
         ((seed.folder, "--allow-pickle"), 2, "--out"),
-        ((seed.folder, "--allow-pickle", "--out", kept), 2, "already holds"),
+        ((seed.folder, "--allow-pickle", "--out", existing), 2, "already holds"),
         ((tiny_gptj, "--out", tmp_path / "new"), 1, "octavo quantize"),
         ((tmp_path / "absent", "--out", tmp_path / "new"), 2, "absent"),
         (("--out", tmp_path / "new"), 2, "What to convert"),
     ):
         done = octavo("convert", *arguments)
         assert (done.code, done.out) == (code, "")
-        assert said in done.err
+        assert expected in done.err
         assert "Traceback" not in done.err
     assert [path.name for path in tmp_path.rglob("*")] == ["kept", "notes.txt"]
 
@@ -312,7 +312,7 @@ def test_json_of_data(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
 
 
 def test_json_has_no_nan(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
-    """One character gives one target, the end token, which stands for no byte: bits per byte are undefined."""
+    """A text of one character has one target, the EOS token, which has no bytes: bits per byte are undefined."""
     (file := tmp_path / "one.txt").write_text("a")
     done = octavo("evaluate", file, "--model", tiny_llama, "--seq-len", 32, "--json")
 
@@ -324,12 +324,10 @@ def test_json_has_no_nan(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> No
     assert done.code == 0
 
 
-def test_without_json_results_are_on_stdout_and_nothing_else(
-    octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path
-) -> None:
+def test_without_json_stdout_has_results_only(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
     text = octavo("generate", "the king", "--model", tiny_llama, *GREEDY)
-    told = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
-    assert text.out == told.json["text"] + "\n"
+    with_json = octavo("generate", "the king", "--model", tiny_llama, *GREEDY, "--json")
+    assert text.out == with_json.json["text"] + "\n"
     data = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32)
     assert {"[[", "read only", "documents in"} <= {
         part for part in ("[[", "read only", "documents in") if part in data.out
@@ -349,7 +347,7 @@ def test_without_json_results_are_on_stdout_and_nothing_else(
 
 
 def errors_of(done: Any) -> Any:
-    """The error of a --json document, without the message."""
+    """(error type, exit code) of a --json document."""
     error = done.json["error"]
     assert error.keys() == {"type", "message", "hint", "exit_code"}
     assert error["exit_code"] == done.code
@@ -358,7 +356,7 @@ def errors_of(done: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "kind"),
+    ("arguments", "error_type"),
     [
         (["nonsense", "--json"], ("UsageError", 2)),
         (["finetune", "--rnak", "3", "--json"], ("UsageError", 2)),
@@ -370,45 +368,50 @@ def errors_of(done: Any) -> Any:
         (["generate", "a", "--json", "--model", "LLAMA", "--adapter", "."], ("AdapterError", 1)),
     ],
 )
-def test_errors_are_json_too(
-    octavo: Octavo, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], kind: Any
+def test_errors_are_json(
+    octavo: Octavo,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    error_type: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = octavo(*(tiny_llama if argument == "LLAMA" else argument for argument in arguments))
-    assert errors_of(done) == kind
+    assert errors_of(done) == error_type
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind"),
+    ("exception", "error_type"),
     [(ZeroDivisionError("by \x1b[2Jzero"), ("ZeroDivisionError", 1)), (KeyboardInterrupt(), ("Interrupted", 130))],
 )
-def test_what_nobody_expected_is_json_too(
-    octavo: Octavo, monkeypatch: pytest.MonkeyPatch, raised: BaseException, kind: Any
+def test_unexpected_exceptions_are_json(
+    octavo: Octavo, monkeypatch: pytest.MonkeyPatch, exception: BaseException, error_type: Any
 ) -> None:
     from octavo.commands import convert
 
     def run(*_: Any) -> None:
-        raise raised
+        raise exception
 
     monkeypatch.setattr(convert, "convert", run)
     done = octavo("convert", "x", "--out", "y", "--json")
-    assert (done.json["error"]["type"], done.code) == kind
+    assert (done.json["error"]["type"], done.code) == error_type
     assert "\x1b" not in done.err
-    assert ("Traceback" in done.err) == (kind[0] == "ZeroDivisionError")
+    assert ("Traceback" in done.err) == (error_type[0] == "ZeroDivisionError")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["x\x1b]0;owned\x07"], ["data", "--x\x1b[2J"], ["data", "--model", "m\x9b2J"], ["data", "--seq-len", "\x1b"]],
 )
-def test_nothing_of_an_argument_reaches_the_terminal_as_a_command(octavo: Octavo, arguments: list[str]) -> None:
+def test_control_characters_of_arguments_do_not_reach_the_terminal(octavo: Octavo, arguments: list[str]) -> None:
     done = octavo(*arguments)
     assert done.code == 2
     assert not set(done.err) & {"\x1b", "\x07", "\x9b"}
 
 
 @pytest.mark.parametrize("broken", [float("inf"), float("nan")])
-def test_a_perplexity_that_is_no_number_is_null_and_exit_code_1(
+def test_a_perplexity_that_is_not_finite_is_null_and_exit_code_1(
     octavo: Octavo, tiny_llama: Path, plays: Path, monkeypatch: pytest.MonkeyPatch, broken: float
 ) -> None:
     from octavo import metrics
@@ -420,52 +423,52 @@ def test_a_perplexity_that_is_no_number_is_null_and_exit_code_1(
     assert "not a finite number" in done.err
 
 
-def test_a_prompt_may_stand_bare_behind_a_flag_or_on_standard_input(octavo: Octavo, tiny_llama: Path) -> None:
+def test_a_prompt_from_an_argument_an_option_or_standard_input(octavo: Octavo, tiny_llama: Path) -> None:
     common = ("--model", tiny_llama, *GREEDY, "--json")
     bare = octavo("generate", "the queen", *common)
     flag = octavo("generate", "--prompt", "the queen", *common)
     piped = octavo("generate", *common, stdin=b"the queen\n")
     dash = octavo("generate", "--prompt", "-", *common, stdin=b"the queen")
-    other = octavo("generate", "of york", *common)
-    assert bare.json == flag.json == piped.json == dash.json != other.json
+    different = octavo("generate", "of york", *common)
+    assert bare.json == flag.json == piped.json == dash.json != different.json
 
 
-def test_data_may_stand_bare_and_behind_a_flag(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
+def test_data_from_arguments_and_options(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
     one, two = plays / "train" / "play0.txt", plays / "train" / "play1.txt"
     done = octavo("data", one, "--data", two, "--model", tiny_llama, "--json")
     assert [file["source"] for file in done.json["files"]] == [str(one), str(two)]
 
 
-@pytest.mark.parametrize(("stdin", "said"), [(b"", "empty"), (b"\xff\xfe", "UTF-8")])
-def test_a_prompt_that_is_none_is_a_wrong_request(octavo: Octavo, tiny_llama: Path, stdin: bytes, said: str) -> None:
+@pytest.mark.parametrize(("stdin", "expected"), [(b"", "empty"), (b"\xff\xfe", "UTF-8")])
+def test_an_empty_or_invalid_prompt_exits_with_2(octavo: Octavo, tiny_llama: Path, stdin: bytes, expected: str) -> None:
     done = octavo("generate", "--model", tiny_llama, stdin=stdin)
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert expected in done.err
     assert "Loading weights" not in done.err
 
 
-def test_without_a_command_there_is_help_and_no_message(octavo: Octavo) -> None:
+def test_without_a_command_only_the_help_is_printed(octavo: Octavo) -> None:
     done = octavo()
     assert (done.code, done.err) == (2, "")
     assert "finetune" in done.out
 
 
-def test_a_prompt_of_bytes_that_are_no_text_is_refused_too(octavo: Octavo, tiny_llama: Path) -> None:
-    """Python hands over such an argument with halves of surrogate pairs in it."""
+def test_a_prompt_argument_that_is_not_utf8_is_rejected(octavo: Octavo, tiny_llama: Path) -> None:
+    """Python decodes such an argument to lone surrogates."""
     done = octavo("generate", os.fsdecode(b"\xff"), "--model", tiny_llama)
     assert done.code == 2
     assert "UTF-8" in done.err
 
 
-def test_a_chat_prompt_goes_through_the_template(octavo: Octavo, tiny_llama: Path) -> None:
+def test_chat_prompts_use_the_chat_template(octavo: Octavo, tiny_llama: Path) -> None:
     as_chat = octavo("generate", "the king", "--chat", "--model", tiny_llama, *GREEDY, "--json")
-    spelt_out = "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
-    as_text = octavo("generate", spelt_out, "--model", tiny_llama, *GREEDY, "--json")
-    assert as_chat.json != as_text.json, "in a prompt, a control token's string is text"
+    formatted = "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
+    as_text = octavo("generate", formatted, "--model", tiny_llama, *GREEDY, "--json")
+    assert as_chat.json != as_text.json, "special token strings in a prompt are plain text"
     assert as_chat.code == as_text.code == 0
 
 
-def test_a_piped_conversation_answers_each_line_until_quit(octavo: Octavo, tiny_llama: Path) -> None:
+def test_chat_answers_each_line_of_standard_input_until_quit(octavo: Octavo, tiny_llama: Path) -> None:
     once = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n")
     both = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n\nof storm\n/quit\nthe sea\n")
     assert once.code == both.code == 0
@@ -473,15 +476,15 @@ def test_a_piped_conversation_answers_each_line_until_quit(octavo: Octavo, tiny_
     assert both.out.count("\n") > once.out.count("\n")
 
 
-def test_reset_forgets_the_conversation(octavo: Octavo, tiny_llama: Path) -> None:
+def test_reset_clears_the_conversation(octavo: Octavo, tiny_llama: Path) -> None:
     alone = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"of storm\n").out
     reset = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\n/reset\nof storm\n").out
-    kept = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\nof storm\n").out
+    existing = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"the king\nof storm\n").out
     assert reset.endswith(alone)
-    assert not kept.endswith(alone)
+    assert not existing.endswith(alone)
 
 
-def test_a_conversation_goes_on_after_a_message_that_is_too_long(octavo: Octavo, tiny_llama: Path) -> None:
+def test_chat_continues_after_a_message_that_is_too_long(octavo: Octavo, tiny_llama: Path) -> None:
     alone = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"of storm\n")
     done = octavo("chat", "--model", tiny_llama, *GREEDY, stdin=b"q" * 500 + b"\nof storm\n")
     assert done.code == 0
@@ -489,8 +492,8 @@ def test_a_conversation_goes_on_after_a_message_that_is_too_long(octavo: Octavo,
     assert done.out == alone.out
 
 
-def test_a_long_conversation_forgets_whole_turns_and_goes_on(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
-    """A template may refuse a conversation in which an answer comes first."""
+def test_a_long_conversation_drops_whole_turns(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    """A template may reject a conversation that starts with an answer."""
     strict = (
         "{% for m in messages %}{% if m['role'] == 'assistant' and loop.index0 % 2 == 0 %}"
         "{{ raise_exception('question and answer must take turns') }}{% endif %}{% endfor %}"
@@ -503,31 +506,31 @@ def test_a_long_conversation_forgets_whole_turns_and_goes_on(octavo: Octavo, tin
     assert "oldest turn is forgotten" in done.err
 
 
-# Standard output is a pipe that has no reader any more.
-UNREAD = "import os\nreading, writing = os.pipe()\nos.dup2(writing, 1)\nos.close(reading)\nos.close(writing)\n"
+# Standard output is a pipe whose reader has closed it.
+CLOSED_PIPE = "import os\nreading, writing = os.pipe()\nos.dup2(writing, 1)\nos.close(reading)\nos.close(writing)\n"
 
 
-def test_a_reader_that_goes_away_is_no_crash(tiny_llama: Path, forks: Forks) -> None:
-    """As `octavo generate ... | head` does, and `octavo finetune --print-config | head`."""
+def test_a_closed_pipe_is_not_a_crash(tiny_llama: Path, forks: Forks) -> None:
+    """As in `octavo generate ... | head` and `octavo finetune --print-config | head`."""
     for arguments in (
         ["finetune", "--print-config"],
         ["generate", "the", "--model", str(tiny_llama), "--max-new-tokens", "50"],
     ):
-        process = forks.run(UNREAD + OCTAVO, *arguments)
+        process = forks.run(CLOSED_PIPE + OCTAVO, *arguments)
         _, err = process.communicate()
         assert "Traceback" not in err
         assert "Exception ignored" not in err
         assert process.returncode == 1
 
 
-def test_what_a_terminal_would_obey_is_shown_there_and_kept_in_a_pipe(
+def test_control_characters_are_made_visible_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from octavo import cli
 
-    said = "one\x1b[2J\ttwo\r\x07\x9b1m\n"
-    cli._write(said)
-    assert capsys.readouterr().out == said
+    expected = "one\x1b[2J\ttwo\r\x07\x9b1m\n"
+    cli._write(expected)
+    assert capsys.readouterr().out == expected
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    cli._write(said)
+    cli._write(expected)
     assert capsys.readouterr().out == "one\u241b[2J\ttwo\u240d\u2407\ufffd1m\n"

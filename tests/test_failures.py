@@ -1,4 +1,4 @@
-"""Each failure of a disk, of memory or of a limit is one message with what to do, whichever library reported it."""
+"""Disk, memory and limit errors of every library become one message with a hint."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from tokenizers import Tokenizer, models
 from octavo.errors import DataError
 from octavo.failures import explained, out_of_memory
 
-NUMBERS = (
+ERROR_CODES = (
     "ENOSPC EDQUOT EIO EROFS EACCES EPERM EMFILE ENFILE ENAMETOOLONG EFBIG ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY ELOOP"
 )
 
 
-@pytest.mark.parametrize("name", NUMBERS.split())
-def test_a_number_of_the_system_names_the_file_and_what_to_do(name: str) -> None:
+@pytest.mark.parametrize("name", ERROR_CODES.split())
+def test_every_error_code_has_a_message_with_the_file_and_a_hint(name: str) -> None:
     number = getattr(errno, name)
-    found = explained(OSError(number, os.strerror(number), "runs/a/file"))
-    assert found is not None
-    assert found.exit_code == 1
-    assert found.message.startswith("runs/a/file cannot be read or written: ")
-    assert found.hint
+    explanation = explained(OSError(number, os.strerror(number), "runs/a/file"))
+    assert explanation is not None
+    assert explanation.exit_code == 1
+    assert explanation.message.startswith("runs/a/file cannot be read or written: ")
+    assert explanation.hint
 
 
-def test_a_number_without_a_file_is_explained_too() -> None:
-    found = explained(OSError(errno.ENOSPC, "No space left on device"))
-    assert found is not None
-    assert "the disk is full" in found.message
+def test_an_error_without_a_file_name_is_explained() -> None:
+    explanation = explained(OSError(errno.ENOSPC, "No space left on device"))
+    assert explanation is not None
+    assert "the disk is full" in explanation.message
 
 
 @contextmanager
 def limit(kind: int, most: int) -> Iterator[None]:
-    before = resource.getrlimit(kind)
-    resource.setrlimit(kind, (most, before[1]))
+    previous = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, previous[1]))
     try:
         yield
     finally:
-        resource.setrlimit(kind, before)
+        resource.setrlimit(kind, previous)
 
 
 @pytest.mark.parametrize(
@@ -57,58 +57,56 @@ def limit(kind: int, most: int) -> Iterator[None]:
     ],
     ids=["safetensors", "tokenizers", "python"],
 )
-def test_a_disk_that_takes_no_more_in_the_words_of_each_library(
-    write: Callable[[Path], object], tmp_path: Path
-) -> None:
+def test_a_full_disk_reported_by_each_library(write: Callable[[Path], object], tmp_path: Path) -> None:
     with limit(resource.RLIMIT_FSIZE, 100), pytest.raises(Exception, match="File too large") as caught:
         write(tmp_path / "file")
-    found = explained(caught.value)
-    assert found is not None
-    assert "a limit on the size of files" in found.message
-    assert "ulimit -f" in found.hint
+    explanation = explained(caught.value)
+    assert explanation is not None
+    assert "file size limit" in explanation.message
+    assert "ulimit -f" in explanation.hint
 
 
-@pytest.mark.parametrize("writes", [lambda path: torch.from_file(str(path), size=1), lambda path: path.read_bytes()])
-def test_too_many_open_files(writes: Callable[[Path], object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [lambda path: torch.from_file(str(path), size=1), lambda path: path.read_bytes()])
+def test_too_many_open_files(read: Callable[[Path], object], tmp_path: Path) -> None:
     (path := tmp_path / "numbers").write_bytes(b"0000")
     with limit(resource.RLIMIT_NOFILE, 3), pytest.raises((OSError, RuntimeError)) as caught:
-        writes(path)
-    found = explained(caught.value)
-    assert found is not None
-    assert "too many files are open" in found.message
+        read(path)
+    explanation = explained(caught.value)
+    assert explanation is not None
+    assert "too many files are open" in explanation.message
 
 
-def test_memory_that_ran_out_in_python_and_in_torch() -> None:
-    for ask in (lambda: bytearray(2**62), lambda: torch.empty(2**58, dtype=torch.uint8)):
+def test_out_of_memory_in_python_and_torch() -> None:
+    for allocate in (lambda: bytearray(2**62), lambda: torch.empty(2**58, dtype=torch.uint8)):
         with pytest.raises((MemoryError, RuntimeError)) as caught:
-            ask()
+            allocate()
         assert out_of_memory(caught.value)
-        found = explained(caught.value)
-        assert found is not None
-        assert found.message.startswith("Memory ran out")
-        assert "ulimit" in found.hint
+        explanation = explained(caught.value)
+        assert explanation is not None
+        assert explanation.message.startswith("Memory ran out")
+        assert "ulimit" in explanation.hint
 
 
-def test_a_full_disk_behind_another_error_is_what_counts() -> None:
+def test_the_cause_of_another_error_is_explained() -> None:
     try:
         try:
             raise OSError(errno.ENOSPC, "No space left on device", "x")
         except OSError as error:
             raise KeyError("consequence") from error
     except KeyError as error:
-        found = explained(error)
-    assert found is not None
-    assert "the disk is full" in found.message
+        explanation = explained(error)
+    assert explanation is not None
+    assert "the disk is full" in explanation.message
 
 
-def test_a_fault_of_the_program_is_not_explained() -> None:
-    met = KeyError("a fault that met another on its way")
-    met.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "x")
-    handled = KeyError("a fault after an error that was handled")
-    handled.__context__ = DataError("handled")
-    assert explained(handled) is None
+def test_a_bug_is_not_explained() -> None:
+    bug = KeyError("a bug raised during another error")
+    bug.__context__ = FileNotFoundError(errno.ENOENT, "No such file", "x")
+    after_handled_error = KeyError("a bug after a handled error")
+    after_handled_error.__context__ = DataError("handled")
+    assert explained(after_handled_error) is None
     for error in (
-        met,
+        bug,
         AssertionError("x"),
         ValueError("out of range"),
         RuntimeError("shapes differ"),
@@ -117,15 +115,15 @@ def test_a_fault_of_the_program_is_not_explained() -> None:
         assert explained(error) is None
 
 
-def test_an_error_of_octavos_stays_what_it_is() -> None:
+def test_an_octavo_error_is_returned_unchanged() -> None:
     error = DataError("not text", source="a.txt")
     assert explained(error) is error
 
 
-def test_long_words_are_cut() -> None:
-    found = explained(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000))
-    assert found is not None
-    assert len(found.message) < 300
-    found = explained(OSError("y" * 5000))
-    assert found is not None
-    assert len(found.message) < 300
+def test_long_texts_are_truncated() -> None:
+    explanation = explained(OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000))
+    assert explanation is not None
+    assert len(explanation.message) < 300
+    explanation = explained(OSError("y" * 5000))
+    assert explanation is not None
+    assert len(explanation.message) < 300

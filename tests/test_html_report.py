@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, harmless whatever the run's text holds, and drawn to scale."""
+"""report.html: complete, self-contained, safe for any text of the run, with correct charts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.errors import DataError, UsageError
 from octavo.html_report import chart
 from octavo.reporting import Report
 
-EVIL = "</pre><script>alert('1')</script>\"'><img src=//x.test/a onerror=alert(2)>&lt;\x00"
+MALICIOUS = "</pre><script>alert('1')</script>\"'><img src=//x.test/a onerror=alert(2)>&lt;\x00"
 VOID = {"meta", "circle", "path"}
 
 
@@ -57,7 +57,7 @@ def ledger(*sources: str) -> dict[str, Any]:
 
 
 def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
-    """A run folder with everything in it; `text` stands wherever a user's text can."""
+    """A complete run folder, with `text` in every place where the user's text can occur."""
     folder.mkdir(exist_ok=True)
     with Report(console=False, metrics=folder / "metrics.jsonl") as report:
         report.event("hardware", name=text, device="cpu")
@@ -81,11 +81,11 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
     return folder
 
 
-def read(folder: Path) -> Reader:
+def parse_report(folder: Path) -> Reader:
     return Reader(html_report.write(folder).read_text("utf-8"))
 
 
-def test_a_whole_run_has_every_section(tmp_path: Path) -> None:
+def test_a_complete_run_has_every_section(tmp_path: Path) -> None:
     written = html_report.write(run_folder(tmp_path / "run"))
     assert written == tmp_path / "run" / "report.html"
     html = written.read_text("utf-8")
@@ -94,7 +94,7 @@ def test_a_whole_run_has_every_section(tmp_path: Path) -> None:
         "Training",
         "Held-out perplexity",
         "Samples",
-        "Where every token went",
+        "Token ledger",
         "Warnings",
         "Settings",
         "Hardware",
@@ -104,62 +104,65 @@ def test_a_whole_run_has_every_section(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "report.html.aside").exists()
 
 
-def test_the_summary_says_how_far_and_what_it_changed(tmp_path: Path) -> None:
-    text = read(run_folder(tmp_path / "run")).text
+def test_summary(tmp_path: Path) -> None:
+    text = parse_report(run_folder(tmp_path / "run")).text
     assert "30 steps, training loss 3.0" in text
     assert "perplexity 60.00 (tuned plain), 25.0 % under base plain" in text
     assert "\N{MINUS SIGN}25.0 %" in text
 
 
-def test_what_of_the_held_out_text_was_trained_on_stands_below_its_table(tmp_path: Path) -> None:
-    text = read(run_folder(tmp_path / "run")).text
+def test_the_overlap_is_shown(tmp_path: Path) -> None:
+    text = parse_report(run_folder(tmp_path / "run")).text
     assert "3.1 % of the held-out text is also in the training text, in runs of 13 tokens" in text
-    assert "taken out of training: 1 document; near copies: 2 documents." in text
+    assert "removed from training: 1 document; near copies: 2 documents." in text
 
 
-def test_a_users_text_is_shown_and_never_becomes_markup(tmp_path: Path) -> None:
-    plain, evil = read(run_folder(tmp_path / "a")), read(run_folder(tmp_path / "b", text=EVIL))
-    assert evil.tags == plain.tags
-    assert {name for name, _ in evil.attributes} == {name for name, _ in plain.attributes}
-    shown = EVIL.replace("\x00", "\N{REPLACEMENT CHARACTER}")
-    assert evil.text.count(shown) == plain.text.count("plain")
+def test_text_is_escaped(tmp_path: Path) -> None:
+    harmless, malicious = (
+        parse_report(run_folder(tmp_path / "a")),
+        parse_report(run_folder(tmp_path / "b", text=MALICIOUS)),
+    )
+    assert malicious.tags == harmless.tags
+    assert {name for name, _ in malicious.attributes} == {name for name, _ in harmless.attributes}
+    shown = MALICIOUS.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    assert malicious.text.count(shown) == harmless.text.count("plain")
 
 
-def test_a_folder_named_like_markup_is_harmless(tmp_path: Path) -> None:
+def test_the_folder_name_is_escaped(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "<script>&")
-    found = read(folder)
-    assert "script" not in found.tags
-    assert "<script>&" in found.text
+    page = parse_report(folder)
+    assert "script" not in page.tags
+    assert "<script>&" in page.text
 
 
-def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
-    found = read(run_folder(tmp_path / "run"))
-    names = {name for name, _ in found.attributes}
+def test_the_page_loads_no_resources(tmp_path: Path) -> None:
+    page = parse_report(run_folder(tmp_path / "run"))
+    names = {name for name, _ in page.attributes}
     assert names.isdisjoint({"src", "href", "srcset", "xlink:href", "action"})
-    assert found.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
-    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
     assert not re.search(r"url\(|@import|https?:", html_report.write(tmp_path / "run").read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
     ("missing", "title"),
-    [("ledger.json", "Where every token went"), ("config.yaml", "Settings"), ("metrics.jsonl", "Training")],
+    [("ledger.json", "Token ledger"), ("config.yaml", "Settings"), ("metrics.jsonl", "Training")],
 )
-def test_a_missing_file_leaves_out_its_section_only(tmp_path: Path, missing: str, title: str) -> None:
+def test_a_missing_file_omits_its_section_only(tmp_path: Path, missing: str, title: str) -> None:
     folder = run_folder(tmp_path / "run")
-    whole = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
+    all_titles = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
     (folder / missing).unlink()
-    left = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
+    titles = re.findall("<h2>(.*?)</h2>", html_report.write(folder).read_text("utf-8"))
     from_metrics = {"Training", "Held-out perplexity", "Samples", "Warnings", "Hardware", "Versions"}
-    gone = from_metrics if missing == "metrics.jsonl" else {title}
-    assert left == [name for name in whole if name not in gone]
+    omitted = from_metrics if missing == "metrics.jsonl" else {title}
+    assert titles == [name for name in all_titles if name not in omitted]
 
 
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
-    assert "not evaluated yet" in read(tmp_path).text
+    assert "not evaluated yet" in parse_report(tmp_path).text
 
 
-def test_a_run_killed_in_the_middle_of_a_line_has_a_page(tmp_path: Path) -> None:
+def test_a_run_killed_during_a_write_has_a_page(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:30])
@@ -169,14 +172,14 @@ def test_a_run_killed_in_the_middle_of_a_line_has_a_page(tmp_path: Path) -> None
     assert "Held-out perplexity" not in html
 
 
-def test_what_is_no_number_is_not_drawn(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
     values = ["3.5", "NaN", "1e999", '"inf"', "null", "true", "3.0"]
     lines = [f'{{"event": "step", "step": {step}, "loss": {loss}}}\n' for step, loss in enumerate(values)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    found = read(tmp_path)
-    [dots] = [value for name, value in found.attributes if name == "d" and "h0M" in value]
+    page = parse_report(tmp_path)
+    [dots] = [value for name, value in page.attributes if name == "d" and "h0M" in value]
     assert dots.count("M") == 2
-    assert "6 steps" in found.text
+    assert "6 steps" in page.text
 
 
 def test_each_sample_shows_its_prompt_once(tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_each_sample_shows_its_prompt_once(tmp_path: Path) -> None:
     assert html.index("first plain") < html.index(" last</pre>") < html.index("midway plain")
 
 
-def test_a_ledger_of_one_part_and_of_many_files_ends_in_its_total(tmp_path: Path) -> None:
+def test_a_ledger_of_many_files_ends_with_its_total(tmp_path: Path) -> None:
     sources = [f"{number}.txt" for number in range(100)]
     (tmp_path / "ledger.json").write_text(json.dumps(ledger(*sources)))
     html = html_report.write(tmp_path).read_text("utf-8")
@@ -196,18 +199,18 @@ def test_a_ledger_of_one_part_and_of_many_files_ends_in_its_total(tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_a_broken_ledger_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+def test_an_invalid_ledger_is_an_error_with_the_file_name(tmp_path: Path, text: str) -> None:
     (tmp_path / "ledger.json").write_text(text)
     with pytest.raises(DataError, match=r"ledger\.json"):
         html_report.write(tmp_path)
 
 
-def test_no_folder_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none"):
         html_report.write(tmp_path / "none")
 
 
-def test_a_long_run_does_not_make_a_long_page(tmp_path: Path) -> None:
+def test_the_page_of_a_long_run_is_small(tmp_path: Path) -> None:
     with Report(console=False, metrics=tmp_path / "metrics.jsonl") as report:
         for step in range(1, 6001):
             report.event("step", step=step, loss=3.0, learning_rate=1e-4)
@@ -218,7 +221,7 @@ numbers = st.floats(-1e12, 1e12, allow_nan=False)
 
 
 @given(points=st.lists(st.tuples(st.integers(0, 10**7), numbers), min_size=1, max_size=40))
-def test_every_point_lies_inside_the_frame(points: list[tuple[int, float]]) -> None:
+def test_every_point_is_inside_the_frame(points: list[tuple[int, float]]) -> None:
     series = [chart.Series("s", [(float(x), y) for x, y in points], "train", chart.marks)]
     svg = chart.draw("t", series, width=300, height=200)
     circles = re.findall(r'cx="([^"]+)" cy="([^"]+)"', svg)
@@ -228,7 +231,7 @@ def test_every_point_lies_inside_the_frame(points: list[tuple[int, float]]) -> N
         assert 10 <= float(y) <= 160
 
 
-def test_a_larger_value_stands_higher_and_a_later_step_further_right() -> None:
+def test_larger_values_are_higher_and_later_steps_further_right() -> None:
     series = [chart.Series("s", [(1.0, 2.0), (2.0, 3.0)], "train", chart.marks)]
     (x1, y1), (x2, y2) = re.findall(r'cx="([^"]+)" cy="([^"]+)"', chart.draw("t", series, width=300, height=200))
     assert float(x1) < float(x2)
@@ -238,14 +241,14 @@ def test_a_larger_value_stands_higher_and_a_later_step_further_right() -> None:
 @given(low=numbers, high=numbers, most=st.integers(1, 12))
 @example(low=1e12, high=1e12 + 2**-12, most=4)
 @example(low=0.0, high=0.0, most=4)
-def test_ticks_are_few_even_and_around_the_data(low: float, high: float, most: int) -> None:
+def test_ticks_are_few_even_and_cover_the_data(low: float, high: float, most: int) -> None:
     low, high = min(low, high), max(low, high)
-    found = chart.ticks(low, high, most)
-    step = found[1] - found[0]
+    page = chart.ticks(low, high, most)
+    step = page[1] - page[0]
     slack = step * 1e-6 + abs(high) * 1e-9 + abs(low) * 1e-9
-    assert found[0] <= low + slack
-    assert found[-1] >= high - slack
-    assert 2 <= len(found) <= most + 3
+    assert page[0] <= low + slack
+    assert page[-1] >= high - slack
+    assert 2 <= len(page) <= most + 3
     assert f"{step:.6e}"[0] in "1259"
 
 
@@ -258,14 +261,14 @@ def test_ticks_are_few_even_and_around_the_data(low: float, high: float, most: i
         (800.0, 2600.0, ["500", "1,000", "1,500", "2,000", "2,500", "3,000"]),
     ],
 )
-def test_ticks_are_written_with_the_digits_they_need(low: float, high: float, labels: list[str]) -> None:
-    found = chart.ticks(low, high, 4)
-    assert [chart._tick(tick, found) for tick in found] == labels
+def test_tick_labels_have_enough_digits(low: float, high: float, labels: list[str]) -> None:
+    page = chart.ticks(low, high, 4)
+    assert [chart._tick(tick, page) for tick in page] == labels
 
 
 @given(values=st.lists(st.floats(0, 100), min_size=1, max_size=200))
 @example(values=[5.0] * 300)
-def test_smoothing_stays_within_the_values_and_starts_at_the_first(values: list[float]) -> None:
+def test_smoothing_is_within_the_values_and_starts_at_the_first(values: list[float]) -> None:
     smoothed = [y for _, y in chart.smooth([(float(x), y) for x, y in enumerate(values)])]
     assert len(smoothed) == len(values)
     assert smoothed[0] == pytest.approx(values[0])

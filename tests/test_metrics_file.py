@@ -1,4 +1,4 @@
-"""metrics.jsonl holds whole lines, also after a disk that filled up, a kill within a line, and its deletion."""
+"""metrics.jsonl has whole lines only, also after a full disk, a kill during a write, and its deletion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def lines(path: Path) -> list[bytes]:
     ],
     ids=["torn at a brace", "no line end", "whole", "deep", "empty"],
 )
-def test_a_torn_last_line_is_cut_off(torn: bytes, kept: list[bytes], tmp_path: Path) -> None:
+def test_a_partial_last_line_is_removed(torn: bytes, kept: list[bytes], tmp_path: Path) -> None:
     (path := tmp_path / "m").write_bytes(torn)
     file = MetricsFile(path, append=True)
     file.write(b'{"z": 0}\n')
@@ -36,32 +36,32 @@ def test_a_torn_last_line_is_cut_off(torn: bytes, kept: list[bytes], tmp_path: P
     assert lines(path) == [*kept, b'{"z": 0}']
 
 
-def test_what_did_not_fit_is_an_error_once_and_never_written_later(tmp_path: Path) -> None:
+def test_a_failed_write_is_not_repeated_on_close(tmp_path: Path) -> None:
     path = tmp_path / "m"
     file = MetricsFile(path, append=False)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[1]))
+    previous_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, previous_limit[1]))
     try:
         with pytest.raises(OSError, match="too large") as caught:
             file.write(b'{"a": 1}\n')
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous_limit)
     assert caught.value.filename == str(path)
     file.close()
     MetricsFile(path, append=True).close()
     assert lines(path) == []
 
 
-@pytest.mark.parametrize("how", ["deleted", "replaced", "folder deleted"])
-def test_a_deleted_file_is_written_anew(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deletion", ["deleted", "replaced", "folder deleted"])
+def test_a_deleted_file_is_restored(deletion: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "m"
     report = Report(console=False, metrics=path)
     report.event("first")
     assert not report.restore()
     path.unlink()
-    if how == "replaced":
+    if deletion == "replaced":
         path.write_bytes(b"other")
-    elif how == "folder deleted":
+    elif deletion == "folder deleted":
         path.parent.rmdir()
     report.event("second")
     assert report.restore()
@@ -72,14 +72,14 @@ def test_a_deleted_file_is_written_anew(how: str, tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["m"]
 
 
-def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "m", tmp_path):
         with pytest.raises(UsageError, match="cannot write"):
             MetricsFile(path, append=True)
 
 
-def test_going_on_forgets_what_is_recorded_once_more(tmp_path: Path) -> None:
+def test_resuming_removes_events_that_are_recorded_again(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with Report(console=False, metrics=path) as report:
         report.event("hardware")
@@ -108,7 +108,7 @@ def test_going_on_forgets_what_is_recorded_once_more(tmp_path: Path) -> None:
     assert [event["event"] for event in read_events(path)[0]] == ["say"]
 
 
-def test_steps_that_are_not_recorded_are_missed(tmp_path: Path) -> None:
+def test_missing_steps_are_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with Report(console=False, metrics=path) as report:
         report.event("step", step=2)

@@ -1,4 +1,4 @@
-"""What a run says stays on stderr and survives kills; what it records is one valid JSON line an event."""
+"""Messages go to stderr; every event is one valid JSON line, which survives a kill."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from octavo.reporting import Report, duration, printable, read_events
 
 
 def lines(path: Path) -> list[dict[str, object]]:
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line, parse_constant=reject) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_everything_said_goes_to_stderr_and_nothing_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_go_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
     with Report() as report, report.progress(2, "training") as progress:
         report.say("spoken")
         report.warn("warned")
@@ -39,7 +39,7 @@ def test_everything_said_goes_to_stderr_and_nothing_to_stdout(capsys: pytest.Cap
         assert text in captured.err
 
 
-def test_a_silent_report_still_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_without_console_records_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Report(console=False, metrics=tmp_path / "m.jsonl") as report:
         report.say("a")
         report.warn("b")
@@ -53,7 +53,7 @@ def test_a_silent_report_still_records(tmp_path: Path, capsys: pytest.CaptureFix
     ]
 
 
-def test_brackets_and_emoji_codes_in_a_users_text_are_shown_as_they_are(
+def test_markup_and_emoji_codes_are_printed_literally(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = "[bold]x[/bold] [/] :smile:"
@@ -66,7 +66,7 @@ def test_brackets_and_emoji_codes_in_a_users_text_are_shown_as_they_are(
     assert capsys.readouterr().err.count(text) == 7
 
 
-def test_a_long_sentence_and_a_long_cell_lose_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_messages_and_cells_are_not_truncated(capsys: pytest.CaptureFixture[str]) -> None:
     with Report() as report:
         report.say("word " * 60 + "end")
         report.table("t", ["path"], [["/" + "x" * 300]])
@@ -118,7 +118,7 @@ def test_numbers_that_json_lacks_become_strings_that_float_reads(tmp_path: Path)
     assert math.isnan(float(str(line["loss"])))
 
 
-def test_without_append_a_file_begins_anew_and_with_it_goes_on(tmp_path: Path) -> None:
+def test_append(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     for append, expected in [(False, 1), (True, 2), (False, 1)]:
         with Report(console=False, metrics=path, append=append) as report:
@@ -127,20 +127,20 @@ def test_without_append_a_file_begins_anew_and_with_it_goes_on(tmp_path: Path) -
 
 
 @given(cut=st.integers(0, 200))
-def test_a_line_torn_anywhere_is_repaired_on_append(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_partial_line_is_removed_on_append(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("r") / "m.jsonl"
     with Report(console=False, metrics=path) as report:
         report.event("step", step=1, text="ä")
         report.event("step", step=2, text="ö")
-    whole = path.read_bytes()
-    os.truncate(path, min(cut, len(whole)))
-    kept = [json.loads(line)["step"] for line in whole[:cut].splitlines() if line.endswith(b"}")]
+    content = path.read_bytes()
+    os.truncate(path, min(cut, len(content)))
+    complete_steps = [json.loads(line)["step"] for line in content[:cut].splitlines() if line.endswith(b"}")]
     with Report(console=False, metrics=path, append=True) as report:
         report.event("step", step=3)
-    assert [line["step"] for line in lines(path)] == [*kept, 3]
+    assert [line["step"] for line in lines(path)] == [*complete_steps, 3]
 
 
-def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
+def test_after_resuming_each_step_is_recorded_once(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     with Report(console=False, metrics=path) as report:
         report.event("versions", torch="2")
@@ -158,9 +158,7 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
-def test_resuming_keeps_the_old_file_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_replaces_the_file_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.jsonl"
     with Report(console=False, metrics=path) as report:
         report.event("step", step=1)
@@ -176,7 +174,7 @@ def test_resuming_keeps_the_old_file_until_the_new_one_is_whole(
     assert path.read_bytes() == before
 
 
-def test_an_unreadable_line_in_the_middle_is_dropped_with_a_warning(tmp_path: Path) -> None:
+def test_an_invalid_line_is_removed_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_text('{"event": "step", "step": 1}\n{"event": "st\n{"event": "step", "step": 2}\n')
     with Report(console=False, metrics=path, append=True) as report:
@@ -184,13 +182,13 @@ def test_an_unreadable_line_in_the_middle_is_dropped_with_a_warning(tmp_path: Pa
     assert [line["event"] for line in lines(path)] == ["step", "step", "warn"]
 
 
-def test_a_file_that_cannot_be_written_is_a_usage_error_that_names_it(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_a_usage_error_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"m\.jsonl"):
         Report(metrics=tmp_path / "file" / "m.jsonl")
 
 
-def test_a_killed_process_leaves_every_event_it_had_told(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_all_its_events(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, sys; from octavo.reporting import Report\n"
         "report = Report(console=False, metrics=pathlib.Path(sys.argv[1]))\n"
@@ -202,23 +200,21 @@ def test_a_killed_process_leaves_every_event_it_had_told(tmp_path: Path) -> None
     assert [line["step"] for line in lines(path)] == list(range(5))
 
 
-def test_without_a_terminal_progress_is_a_line_within_two_seconds_and_every_ten(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     monkeypatch.setattr(module, "monotonic", lambda: now)
     with Report() as report, report.progress(60, "training", done=20) as progress:
         for step in range(20, 60):
             now += 1.0
             progress.advance(loss=3.5 - step / 100, tokens_per_second=841.7)
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5
-    assert told[0] == "training: 22/60  loss 3.290  841.7 tokens/s  38 s left"
-    assert told[1] == "training: 32/60  loss 3.190  841.7 tokens/s  28 s left"
-    assert told[-1] == "training: 60/60  loss 2.910  841.7 tokens/s  0 s left"
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 5
+    assert printed[0] == "training: 22/60  loss 3.290  841.7 tokens/s  38 s left"
+    assert printed[1] == "training: 32/60  loss 3.190  841.7 tokens/s  28 s left"
+    assert printed[-1] == "training: 60/60  loss 2.910  841.7 tokens/s  0 s left"
 
 
-def test_no_time_left_is_told_from_a_first_slow_moment(
+def test_no_remaining_time_is_estimated_from_the_first_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
@@ -228,11 +224,11 @@ def test_no_time_left_is_told_from_a_first_slow_moment(
         progress.advance(23)
         now += 10.0
         progress.advance(7000)
-    told = capsys.readouterr().err.splitlines()
-    assert told == ["encoding: 23/7,221", "encoding: 7,023/7,221  0 s left"]
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == ["encoding: 23/7,221", "encoding: 7,023/7,221  0 s left"]
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_sentences_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_and_messages_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     screen = StringIO()
     report = Report()
@@ -241,14 +237,14 @@ def test_on_a_terminal_a_bar_is_drawn_and_sentences_stand_above_it(monkeypatch: 
         progress.advance(loss=2.0)
         report.say("halfway")
         progress.advance(3, loss=1.5)
-    drawn = screen.getvalue()
-    assert "halfway" in drawn
-    last = drawn[drawn.rindex("[training]") :]
+    screen_text = screen.getvalue()
+    assert "halfway" in screen_text
+    last = screen_text[screen_text.rindex("[training]") :]
     assert "4/4  loss 1.500" in last
     assert "━" in last
 
 
-def test_a_column_of_numbers_stands_to_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_numeric_columns_are_right_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     with Report() as report:
         report.table("t", ["name", "tokens"], [["a", 5], ["b", 1234567]])
     assert "│ a    │         5 │" in capsys.readouterr().err
@@ -258,17 +254,17 @@ def test_a_column_of_numbers_stands_to_the_right(capsys: pytest.CaptureFixture[s
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599.9, "1 h 00 min"), (7620, "2 h 07 min")],
 )
-def test_durations_are_told_in_two_units(seconds: float, text: str) -> None:
+def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("environ", "bars"), [({}, True), ({"TERM": "dumb"}, False), ({"JPY_PARENT_PID": "1"}, False)], ids=str
+    ("environ", "has_bar"), [({}, True), ({"TERM": "dumb"}, False), ({"JPY_PARENT_PID": "1"}, False)], ids=str
 )
-def test_a_bar_is_drawn_only_where_it_can_be_drawn_over(
-    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], bars: bool
+def test_a_bar_is_drawn_only_on_a_terminal_that_can_redraw(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], has_bar: bool
 ) -> None:
-    """A notebook's terminal keeps every state of a bar: it gets a plain line now and then instead."""
+    """A notebook keeps every state of a bar as output, so it gets progress lines instead."""
     for name in ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -280,15 +276,15 @@ def test_a_bar_is_drawn_only_where_it_can_be_drawn_over(
     with report.progress(200, "work") as progress:
         for _ in range(200):
             progress.advance(loss=1.0)
-    assert ("\x1b[" in stream.getvalue()) == bars
-    if not bars:
+    assert ("\x1b[" in stream.getvalue()) == has_bar
+    if not has_bar:
         assert stream.getvalue() == "work: 200/200  loss 1.000  0 s left\n"
 
 
-def test_bytes_are_shown_with_a_rate_and_may_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_shown_with_a_rate_and_may_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(module, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(module, "FIRST_SECONDS", module.PLAIN_SECONDS)
+    monkeypatch.setattr(module, "FIRST_LINE_SECONDS", module.LINE_SECONDS)
     stream = StringIO()
     report = Report()
     report._console = Console(file=stream)
@@ -299,7 +295,7 @@ def test_bytes_are_shown_with_a_rate_and_may_begin_again(monkeypatch: pytest.Mon
     assert stream.getvalue().endswith("8.0/8.0 MB  1.3 MB/s  0 s left\n"), stream.getvalue()
 
 
-def test_results_go_to_stdout_unless_a_document_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_go_to_stdout_unless_a_json_document_does(capsys: pytest.CaptureFixture[str]) -> None:
     for results in (True, False):
         with Report(results=results) as report:
             report.say("said")
@@ -313,6 +309,6 @@ def test_results_go_to_stdout_unless_a_document_does(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("character", ["\x1b", "\x9b", "\u202e", "\u2066", "\udcff"])
-def test_nothing_that_a_terminal_obeys_or_cannot_show_is_printed(character: str) -> None:
+def test_printable_replaces_control_characters(character: str) -> None:
     assert printable(f"a{character}b\tc\nd") == "a\N{REPLACEMENT CHARACTER}b\tc\nd"
     printable(character).encode()

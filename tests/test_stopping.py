@@ -1,4 +1,4 @@
-"""Ctrl-C ends every command with "Stopped." and exit code 130, wherever it comes and whatever swallows it."""
+"""Ctrl-C ends every command with "Stopped." and exit code 130, even if a library swallows the exception."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def interrupt(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "arguments"),
+    ("function", "arguments"),
     [
         ("octavo.commands.evaluate.evaluate", ["evaluate", "x.txt"]),
         ("octavo.commands.generate.generate_text", ["generate", "--prompt", "a"]),
@@ -33,31 +33,31 @@ def interrupt(*_: object, **__: object) -> None:
         ("octavo.commands.chat.talk", ["chat"]),
         ("octavo.commands.finetune.finetune", ["finetune", "--data", "x.txt"]),
         ("octavo.commands.finetune.demo.demo", ["demo"]),
-        ("octavo.cli._answer", ["convert", "m", "--out", "q"]),  # at the very end of the work
+        ("octavo.cli._print_json", ["convert", "m", "--out", "q"]),  # at the end of the command
     ],
 )
-def test_every_command_says_that_it_was_stopped(
-    place: str, arguments: list[str], octavo: Octavo, monkeypatch: pytest.MonkeyPatch
+def test_every_command_reports_ctrl_c(
+    function: str, arguments: list[str], octavo: Octavo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    previous_handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("octavo.commands.convert.convert", lambda *_: {})
-    monkeypatch.setattr(place, interrupt)
+    monkeypatch.setattr(function, interrupt)
     done = octavo(*arguments)
     assert (done.code, done.out) == (130, "")
     assert done.err == "octavo: Stopped.\n"
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == previous_handler
 
 
-@pytest.mark.parametrize("then", [None, ImportError("half imported"), SystemError("no reason was given")])
-def test_a_library_that_swallows_it_changes_nothing(
-    then: Exception | None, octavo: Octavo, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("next_error", [None, ImportError("half imported"), SystemError("no reason was given")])
+def test_ctrl_c_swallowed_by_a_library_still_stops(
+    next_error: Exception | None, octavo: Octavo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def swallow(*_: object) -> dict[str, Any]:
         try:
             interrupt()
         except BaseException:
-            if then:
-                raise then from None
+            if next_error:
+                raise next_error from None
         return {}
 
     monkeypatch.setattr("octavo.commands.convert.convert", swallow)
@@ -65,33 +65,33 @@ def test_a_library_that_swallows_it_changes_nothing(
     assert (done.code, done.err) == (130, "octavo: Stopped.\n")
 
 
-def test_one_more_while_the_first_is_reported(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_during_the_report(octavo: Octavo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.commands.convert.convert", interrupt)
     monkeypatch.setattr("octavo.cli.exit_with", interrupt)
     assert octavo("convert", "m", "--out", "q").code == 130
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    """So a shell starts jobs in the background; nohup does it with SIGHUP."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP ignored."""
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interrupts() as received:
             interrupt()
         assert received == []
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def test_handlers_are_put_back_and_errors_pass() -> None:
-    before = signal.getsignal(signal.SIGINT)
+def test_handlers_are_restored_and_errors_propagate() -> None:
+    previous_handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyError), handled(lambda *_: None, (signal.SIGINT, signal.SIGTERM)):
         raise KeyError
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == previous_handler
 
 
 @pytest.mark.parametrize("moment", ["import", "exit"])
-def test_the_process_says_so_before_and_after_the_command_too(moment: str, tmp_path: Path) -> None:
-    """A module that the command line imports interrupts its process, and a function that Python calls at its end."""
+def test_ctrl_c_before_and_after_the_command(moment: str, tmp_path: Path) -> None:
+    """The signal is sent while a module is imported, or by a function that Python calls at exit."""
     kill = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     code = "import atexit, os, sys\n"
     if moment == "import":

@@ -1,4 +1,4 @@
-"""Locks, renaming and memory where fcntl and resource do not exist: both are hidden, stubs replace Windows' calls."""
+"""Locks, renaming and memory on Windows: fcntl and resource are hidden, stubs replace the Windows calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POSIX_CALLS = (
 
 
 def _ofd_lock(descriptor: int, kind: int) -> None:
-    """Lock the byte at the file position, for this descriptor alone, as msvcrt does."""
+    """Locks the byte at the file position for this descriptor, as msvcrt does."""
     import struct
 
     position = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -49,8 +49,8 @@ def _msvcrt() -> SimpleNamespace:
 
 
 @pytest.fixture(params=["msvcrt", "neither"])
-def hidden(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process without the modules and calls that only POSIX has, with a stand-in for msvcrt or with none."""
+def hide_posix(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the modules and functions that only POSIX has; with or without a stub of msvcrt."""
     for name in POSIX_ONLY:
         monkeypatch.setitem(sys.modules, name, None)
     for name in POSIX_CALLS:
@@ -58,7 +58,7 @@ def hidden(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "msvcrt", _msvcrt() if request.param == "msvcrt" else None)
 
 
-def test_a_second_holder_is_refused_and_named_without_fcntl(hidden: None, tmp_path: Path) -> None:
+def test_a_second_lock_fails_and_names_the_holder_without_fcntl(hide_posix: None, tmp_path: Path) -> None:
     for _ in range(2):
         with files.lock(tmp_path):
             for _ in range(2):
@@ -68,9 +68,7 @@ def test_a_second_holder_is_refused_and_named_without_fcntl(hidden: None, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_whoever_waits_gets_the_lock_without_fcntl(
-    hidden: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_a_lock_without_fcntl(hide_posix: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with files.lock(tmp_path) as _, pytest.MonkeyPatch.context() as patch:
         waits: list[float] = []
 
@@ -87,9 +85,7 @@ def test_whoever_waits_gets_the_lock_without_fcntl(
         pass
 
 
-def test_a_lock_of_a_process_that_died_is_taken_over_where_there_are_no_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pid_lock_of_a_dead_process_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for name in ("fcntl", "msvcrt"):
@@ -99,7 +95,7 @@ def test_a_lock_of_a_process_that_died_is_taken_over_where_there_are_no_locks(
         assert (tmp_path / ".lock.pid").read_text() == str(os.getpid())
 
 
-def test_files_and_folders_are_written_without_fcntl(hidden: None, tmp_path: Path) -> None:
+def test_writing_files_and_folders_without_fcntl(hide_posix: None, tmp_path: Path) -> None:
     files.write_json_atomically(tmp_path / "a.json", {"a": 1})
     files.write_json_atomically(tmp_path / "a.json", {"a": 2})
     files.fsync_file(tmp_path / "a.json")
@@ -111,30 +107,28 @@ def test_files_and_folders_are_written_without_fcntl(hidden: None, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "out", "out2"]
 
 
-def test_a_folder_at_work_is_kept_and_one_left_behind_is_swept_without_fcntl(hidden: None, tmp_path: Path) -> None:
-    (left := tmp_path / ".tmp-out-1").mkdir()
+def test_sweep_keeps_locked_folders_without_fcntl(hide_posix: None, tmp_path: Path) -> None:
+    (leftover := tmp_path / ".tmp-out-1").mkdir()
     (tmp_path / ".tmp-out-2.lock").touch()
-    (busy := tmp_path / ".tmp-out-3").mkdir()
-    with system.held_folder(busy) as held:
-        assert held
+    (locked_folder := tmp_path / ".tmp-out-3").mkdir()
+    with system.held_folder(locked_folder) as locked:
+        assert locked
         with files.new_folder(tmp_path / "out"):
-            assert busy.is_dir()
-            assert not left.exists()
+            assert locked_folder.is_dir()
+            assert not leftover.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-out-3", "out"]
 
 
-def test_windows_renames_over_an_empty_folder_and_waits_for_a_virus_scanner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_rename_replaces_an_empty_folder_and_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "WINDOWS", True)
-    refusals = [PermissionError(13, "in use"), PermissionError(13, "in use")]
-    whole = Path.replace
+    errors = [PermissionError(13, "in use"), PermissionError(13, "in use")]
+    original_replace = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        if refusals:
-            raise refusals.pop()
+        if errors:
+            raise errors.pop()
         assert not target.is_dir()
-        return whole(self, target)
+        return original_replace(self, target)
 
     monkeypatch.setattr(Path, "replace", replace)
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -143,13 +137,13 @@ def test_windows_renames_over_an_empty_folder_and_waits_for_a_virus_scanner(
     (tmp_path / "out").mkdir()
     system.rename_over(tmp_path / "new", tmp_path / "out")
     assert (tmp_path / "out" / "file").exists()
-    refusals += [PermissionError(13, "in use")] * 99
+    errors += [PermissionError(13, "in use")] * 99
     with pytest.raises(PermissionError):
         system.rename_over(tmp_path / "out", tmp_path / "again")
 
 
-class Kernel:
-    """What octavo calls of Windows' kernel32: process 7 runs, 8 has ended and is still known."""
+class FakeKernel32:
+    """A stub of kernel32: process 7 is running, process 8 has ended but can still be opened."""
 
     GetCurrentProcess: Any
 
@@ -181,28 +175,28 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    found = Kernel()
-    monkeypatch.setattr(ctypes, "WinDLL", lambda name: {"kernel32": found}[name], raising=False)
-    return found
+def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel32:
+    fake_kernel = FakeKernel32()
+    monkeypatch.setattr(ctypes, "WinDLL", lambda name: {"kernel32": fake_kernel}[name], raising=False)
+    return fake_kernel
 
 
-def test_windows_asks_for_a_process_without_ending_it(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_alive_on_windows_does_not_end_the_process(kernel: FakeKernel32, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system, "WINDOWS", True)
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("os.kill ends a process on Windows"))
     assert [system.is_alive(pid) for pid in (7, 8, 9)] == [True, False, False]
     assert kernel.open == []
 
 
-def test_memory_where_neither_proc_nor_resource_exists(
-    hidden: None, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_without_proc_and_resource(
+    hide_posix: None, kernel: FakeKernel32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert hardware.free_ram_bytes(tmp_path) == 5 << 30
     monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "status")
     assert hardware.peak_memory_bytes() == 3 << 30
 
 
-def test_a_process_is_alive_until_it_ends() -> None:
+def test_is_alive() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert system.is_alive(process.pid)
     process.communicate(b"\n")
@@ -211,7 +205,7 @@ def test_a_process_is_alive_until_it_ends() -> None:
 
 
 HIDE = f"""
-import json, os, psutil, runpy, signal, sys  # psutil, which others import, chooses by sys.platform
+import json, os, psutil, runpy, signal, sys  # import psutil first: it selects modules by sys.platform
 for name in {POSIX_ONLY!r}:
     sys.modules[name] = None
 for name in {POSIX_CALLS!r} + ("fchmod", "chown", "sched_getaffinity"):
@@ -230,10 +224,8 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
-    tiny_llama: Path, plays: Path, tmp_path: Path
-) -> None:
-    """In a process of its own, where nothing imported the hidden modules before: torch and transformers included."""
+def test_finetune_and_resume_with_windows_modules_only(tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
+    """In a separate process, in which no library has imported the hidden modules yet."""
     run = ("finetune", "--out", tmp_path / "run")
     small = ("--seq-len", 32, "--batch", 2, "--rank", 2, "--sample-tokens", 2, "--steps", 3, "--stop-after", 2)
     commands: list[tuple[object, ...]] = [
@@ -242,8 +234,8 @@ def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
         ("quantize", "--model", tiny_llama, "--out", tmp_path / "small"),
         ("generate", "the", "--model", tmp_path / "small", "--max-new-tokens", 2),
     ]
-    given = json.dumps([[str(argument) for argument in arguments] for arguments in commands])
-    done = subprocess.run([sys.executable, "-c", HIDE, given], capture_output=True, text=True, check=False)
+    arguments_json = json.dumps([[str(argument) for argument in arguments] for arguments in commands])
+    done = subprocess.run([sys.executable, "-c", HIDE, arguments_json], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, resumed, _, generated = map(json.loads, done.stdout.splitlines())
     assert (first["steps"], resumed["steps"]) == (2, 3)
@@ -262,7 +254,7 @@ def test_a_run_and_its_resumption_work_where_only_windows_modules_are(
         ("src/octavo/__main__.py", "other", {}, "env/bin/python -m octavo"),
     ],
 )
-def test_the_own_command_is_what_the_shell_can_call(
+def test_own_command(
     argv0: str, path: str, environ: dict[str, str], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("env/bin/octavo", "env/bin/python", "a folder/octavo", "other/python"):

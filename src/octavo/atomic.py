@@ -1,7 +1,7 @@
-"""Writing files and folders so that a crash leaves the old content or the new: the one way that every writer takes.
+"""Atomic writes of files and folders: after a crash there is either the old content or the new. All writers use this.
 
-While it is written, it is the file `.NAME.PID` or the folder `.tmp-NAME-PID` beside its target; a replaced folder is
-called `.old-NAME-PID` between two renames. `sweep` removes what processes that died left behind.
+New content is written to the file `.NAME.PID` or the folder `.tmp-NAME-PID` next to its target and then renamed. A
+replaced folder is called `.old-NAME-PID` between two renames. `sweep` removes leftovers of processes that died.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LEFT_FOLDER = re.compile(r"\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)")
 
 
 def durable_write(path: Path, data: bytes) -> None:
-    """Write `data` to `path` and force it to disk; only for a path that nobody reads yet."""
+    """Writes `data` to `path` and forces it to disk. Not atomic: only for a path that no other process reads yet."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -28,11 +28,12 @@ def durable_write(path: Path, data: bytes) -> None:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: written beside it, forced to disk, renamed. A link stays a link.
+    """Replaces the content of `path` by `data`: writes a temporary file, forces it to disk, renames it.
 
-    Raises OSError that names the file; the old file is then as it was, and nothing is left beside it.
+    If `path` is a link, its target is replaced. Raises OSError with the file name; the old file is then unchanged and
+    the temporary file is removed.
     """
-    path = _behind_links(path)
+    path = _resolve_link(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with named(path, instead_of=temporary):
         try:
@@ -46,17 +47,17 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """An empty folder beside `target`, to be filled; at the end it is forced to disk and renamed to `target`.
+    """Yields an empty temporary folder for the caller to fill; then forces it to disk and renames it to `target`.
 
-    If that or the filling fails, what stood at `target` is as it was, and nothing is left beside it. Without `replace`
-    an empty folder is all that may stand there. Of a link to a folder, the folder is replaced. What processes that died
-    left beside `target` is removed first: the system released their locks.
+    If anything fails, `target` is unchanged and the temporary folder is removed. Without `replace`, `target` must be
+    missing or an empty folder. If `target` is a link, the folder it points to is replaced. Leftovers of processes that
+    died are removed first: the system has released their locks.
     """
-    target = _behind_links(target)
+    target = _resolve_link(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_beside(target)
+    _sweep_target(target)
     temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)  # where nothing is locked, of an earlier process of this number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier process with this id, if folders cannot be locked
     with named(target, instead_of=temporary):
         temporary.mkdir()
     try:
@@ -75,9 +76,10 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def exchange(new: Path, target: Path, *, old: Path) -> None:
-    """Rename the folder `new` to `target`, durably; what stood there is called `old` until the new one stands.
+    """Replaces the folder `target` by the folder `new`, durably. `target` is called `old` in between.
 
-    A folder cannot be renamed onto a full one. If the second rename fails, the first is taken back.
+    Two renames are needed, because a folder cannot be renamed over a non-empty one. If the second fails, the first is
+    undone.
     """
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(20, os.strerror(20), str(target))
@@ -97,24 +99,24 @@ def exchange(new: Path, target: Path, *, old: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what writers that died left in `folder`, and return it; never what a living process writes.
+    """Removes and returns the leftovers in `folder` of writers that died, never the files of a running process.
 
-    A folder that was being replaced is put back if its successor never arrived.
+    A folder that was being replaced is restored if its replacement is missing.
     """
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        left = _LEFT_FOLDER.fullmatch(path.name) if path.is_dir() and not path.is_symlink() else None
-        left = left or (_LEFT_FILE.fullmatch(path.name) if path.is_file() else None)
-        if left is None or (int(left["pid"]) != os.getpid() and is_alive(int(left["pid"]))):
+        leftover = _LEFT_FOLDER.fullmatch(path.name) if path.is_dir() and not path.is_symlink() else None
+        leftover = leftover or (_LEFT_FILE.fullmatch(path.name) if path.is_file() else None)
+        if leftover is None or (int(leftover["pid"]) != os.getpid() and is_alive(int(leftover["pid"]))):
             continue
-        target = folder / left["name"]
+        target = folder / leftover["name"]
         with suppress(OSError):
             if path.is_file():
                 path.unlink()
-            elif left["kind"] == "old" and not target.exists():
+            elif leftover["kind"] == "old" and not target.exists():
                 rename_over(path, target)
                 continue
-            elif not _removed(path):
+            elif not _remove_if_unlocked(path):
                 continue
             removed.append(path)
     return removed
@@ -122,45 +124,46 @@ def sweep(folder: Path) -> list[Path]:
 
 @contextmanager
 def named(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
-    """An error within this names `path` if it names nothing, or a file below `instead_of`, which nobody has heard of.
+    """Context that sets `path` as the file name of an error without one, or with one inside `instead_of`.
 
-    Writing to an open file names nothing, nor do the errors of libraries, which have no such field.
+    Errors from writing to an open file and from libraries have no file name, and the user does not know the temporary
+    path `instead_of`.
     """
     try:
         yield
     except Exception as error:
         names = [str(name) for key in ("filename", "filename2") if (name := getattr(error, key, None)) is not None]
-        unnumbered = isinstance(error, OSError) and error.errno is None  # its text would be replaced by the name
+        unnumbered = isinstance(error, OSError) and error.errno is None  # setting the name would replace its text
         if not unnumbered and (not names or (instead_of is not None and names[0].startswith(str(instead_of)))):
             with suppress(AttributeError):
                 error.filename = str(path)  # type: ignore[attr-defined]
         raise
 
 
-def _sweep_beside(target: Path) -> None:
-    """Removes what dead processes were to rename to `target`, and puts back what they were replacing."""
-    own = re.compile(rf"\.(?P<kind>tmp|old)-{re.escape(target.name)}-(?P<pid>\d+)(?P<lock>\.lock)?(\.pid)?")
-    for left in list(target.parent.iterdir()):
-        if (match := own.fullmatch(left.name)) is None:
+def _sweep_target(target: Path) -> None:
+    """Removes temporary folders of dead processes for `target`, and restores the folder that they were replacing."""
+    pattern = re.compile(rf"\.(?P<kind>tmp|old)-{re.escape(target.name)}-(?P<pid>\d+)(?P<lock>\.lock)?(\.pid)?")
+    for leftover in list(target.parent.iterdir()):
+        if (match := pattern.fullmatch(leftover.name)) is None:
             continue
         with suppress(OSError):
-            if match["lock"]:  # what stands for the lock of a folder on systems that lock no folders
-                if not left.with_name(left.name.partition(".lock")[0]).exists():
-                    left.unlink()
+            if match["lock"]:  # the lock file of a folder, on systems that cannot lock folders
+                if not leftover.with_name(leftover.name.partition(".lock")[0]).exists():
+                    leftover.unlink()
             elif match["kind"] == "tmp":
-                _removed(left)
+                _remove_if_unlocked(leftover)
             elif int(match["pid"]) == os.getpid() or not is_alive(int(match["pid"])):
-                shutil.rmtree(left) if target.exists() else rename_over(left, target)
+                shutil.rmtree(leftover) if target.exists() else rename_over(leftover, target)
 
 
-def _removed(folder: Path) -> bool:
-    """Removes a folder unless a process holds it; whether it did."""
+def _remove_if_unlocked(folder: Path) -> bool:
+    """Removes a folder unless a process has locked it. Returns whether it was removed."""
     with held_folder(folder) as abandoned:
         if abandoned:
             shutil.rmtree(folder)
         return abandoned
 
 
-def _behind_links(path: Path) -> Path:
-    """Where a link leads, itself for anything else: a link to another disk is there to stay."""
+def _resolve_link(path: Path) -> Path:
+    """The target of a link, or `path` itself. A link, for example to another disk, must not be replaced."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path

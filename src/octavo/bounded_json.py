@@ -1,10 +1,10 @@
-"""JSON from files that others wrote, read within bounds.
+"""Parses untrusted JSON with limits.
 
-Every reader of JSON calls `parse` (text) or `read_object` (a file that holds one object). Python's own reader lets
-through what breaks its callers later: nesting that ends in RecursionError, NaN and Infinity, 1e999 as infinity,
-integers too large for a float, a key twice, strings that are no Unicode text. Here each is a `JsonError`.
+All code that reads JSON calls `parse` (text) or `read_object` (a file with one object). Python's parser accepts input
+that breaks its callers later: nesting that ends in RecursionError, NaN and Infinity, 1e999 as infinity, integers too
+large for a float, duplicate keys, lone surrogates. Here each of them is a `JsonError`.
 
-`integer`, `number`, `flag` and `text` read one field of an object with its type and its bounds.
+`integer`, `number`, `flag` and `text` read one field of an object and check its type and bounds.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, NoReturn
 
 from octavo.errors import OctavoError
 
-MAX_BYTES = 2**25  # 32 MiB; the largest index of a sharded model seen has 9 MB
-MAX_VALUES = 2_000_000  # bounds the memory: an empty object takes 2 bytes of text and 64 of memory
+MAX_BYTES = 2**25  # 32 MiB; the largest known index of a sharded model has 9 MB
+MAX_VALUES = 2_000_000  # limits memory: an empty object has 2 bytes of text and takes 64 bytes
 MAX_DEPTH = 64
-MAX_DIGITS = 308  # of an integer: a longer one overflows as a float
-SHOWN_CHARACTERS = 200  # of a value in a message
+MAX_DIGITS = 308  # of an integer; longer ones overflow a float
+SHOWN_CHARACTERS = 200  # of a value in an error message
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
-    """The text is not JSON, or is not within the bounds. The message says what and where."""
+    """The text is not JSON or exceeds a limit."""
 
 
 def parse(
@@ -39,19 +39,19 @@ def parse(
     max_values: int = MAX_VALUES,
     strict: bool = True,
 ) -> Any:
-    """The value of a JSON text (UTF-8 if bytes). JsonError if it is broken or out of bounds, never RecursionError.
+    """The value of a JSON text (UTF-8 if bytes). JsonError if it is invalid or exceeds a limit, never RecursionError.
 
-    All integers fit a float, no object held a key twice, and with `strict` all numbers are finite and all strings can
-    be encoded. Files that octavo wrote itself are read without `strict`: a diverged loss or odd text is recorded too.
+    All integers fit a float and no object has duplicate keys. With `strict` all numbers are finite and all strings can
+    be encoded as UTF-8. Files written by octavo are parsed without `strict`: they may have a NaN loss or invalid text.
     """
     if len(text) > max_bytes:
         raise JsonError(f"{len(text):,} bytes are more than the limit of {max_bytes:,}")
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        openings = text.count("[") + text.count("{")  # those in strings too: the sums are upper bounds
+        openings = text.count("[") + text.count("{")  # upper bounds: brackets and commas in strings are counted too
         if openings + text.count(",") > max_values:
-            raise JsonError(f"it holds more than {max_values:,} values")
+            raise JsonError(f"it has more than {max_values:,} values")
         value = (_DECODER if strict else _LENIENT_DECODER).decode(text)
         if openings > max_depth:
             _check_depth(value, max_depth)
@@ -77,29 +77,30 @@ def read_object(
     max_values: int = MAX_VALUES,
     strict: bool = True,
 ) -> dict[str, Any]:
-    """The object in a JSON file. Raises `error`, naming the file, if it is missing, no regular file, not JSON, out of
-    bounds, or holds another value than an object.
+    """The object in a JSON file.
+
+    Raises `error` with the file name if it is missing, not a regular file, not JSON, too large, or not an object.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise error(f"{path} is not a regular file.")
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
         value = parse(content, max_bytes=max_bytes, max_depth=max_depth, max_values=max_values, strict=strict)
-    except OSError as problem:
-        raise error(f"{path} cannot be read ({problem.strerror or problem}).") from problem
-    except JsonError as problem:
-        raise error(f"{path} is not valid JSON ({shortened(str(problem))}).") from problem
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror or cause}).") from cause
+    except JsonError as cause:
+        raise error(f"{path} is not valid JSON ({shortened(str(cause))}).") from cause
     if not isinstance(value, dict):
-        raise error(f"{path} does not hold a JSON object.")
+        raise error(f"{path} is not a JSON object.")
     return value
 
 
 def integer(source: Mapping[str, Any], key: str, *, least: int, most: int, default: int | None = None) -> int:
-    """The integer under `key`; a float without a fraction counts. JsonError if it is another value or out of bounds.
+    """The integer at `key`; an integral float is accepted. JsonError for another type or a value out of bounds.
 
-    `default` is for a key that is absent or null; without one the key must be there.
+    A missing or null key has the value `default`, or is an error if there is no default.
     """
     value = number(source, key, least=least, most=most, default=default)
     if value != int(value):
@@ -108,13 +109,13 @@ def integer(source: Mapping[str, Any], key: str, *, least: int, most: int, defau
 
 
 def number(source: Mapping[str, Any], key: str, *, least: float, most: float, default: float | None = None) -> float:
-    """The number under `key`, from `least` to `most`, both included. Otherwise as `integer`."""
+    """The number at `key`, from `least` to `most` inclusive. Missing keys as in `integer`."""
     value = source.get(key)
     if value is None:
         value = default
     if value is None:
         raise JsonError(f"{key} is missing")
-    # bool is an int to Python; a NaN is neither under nor over a bound.
+    # bool is a subclass of int. Every comparison with NaN is False, so `not least <= value <= most` rejects it.
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise JsonError(f"{key} is {shown(value)}; it must be a number from {_bound(least)} to {_bound(most)}")
     return value
@@ -125,7 +126,7 @@ def _bound(value: float) -> str:
 
 
 def flag(source: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """The truth value under `key`; `default` for one that is absent or null. JsonError for any other value."""
+    """The boolean at `key`; `default` if it is missing or null. JsonError for another type."""
     value = source.get(key)
     if value is None:
         return default
@@ -135,7 +136,7 @@ def flag(source: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
 
 
 def text(source: Mapping[str, Any], key: str, *, default: str | None = None) -> str:
-    """The string under `key`; `default` for one that is absent or null. JsonError for any other value."""
+    """The string at `key`; `default` if it is missing or null. JsonError for another type."""
     value = source.get(key)
     if value is None:
         value = default
@@ -147,7 +148,7 @@ def text(source: Mapping[str, Any], key: str, *, default: str | None = None) -> 
 
 
 def shown(value: object) -> str:
-    """A value for a message: its repr, cut at 200 characters. Deep or wide values are not written out to be cut."""
+    """A value for an error message: its repr, truncated to 200 characters. Large containers show only their size."""
     if isinstance(value, str):
         return shortened(repr(value[: SHOWN_CHARACTERS + 1]))
     if isinstance(value, dict | list):
@@ -156,7 +157,7 @@ def shown(value: object) -> str:
 
 
 def shortened(message: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """The text, cut at `limit` characters."""
+    """The text, truncated to `limit` characters."""
     return message if len(message) <= limit else message[:limit] + " .."
 
 
@@ -185,7 +186,7 @@ def _int(digits: str) -> int:
 
 
 def _constant(name: str) -> NoReturn:
-    raise JsonError(f"{name} is not a number of JSON")
+    raise JsonError(f"{name} is not a valid JSON number")
 
 
 _DECODER = json.JSONDecoder(
@@ -195,21 +196,21 @@ _LENIENT_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse
 
 
 def _check_depth(value: Any, max_depth: int) -> None:
-    """JsonError if objects and lists are nested more than `max_depth` deep. Without recursion."""
+    """JsonError if objects and lists are nested more than `max_depth` deep. Not recursive."""
     level = [value]
     for depth in range(max_depth + 1):
-        level = [each for each in level if isinstance(each, dict | list)]
+        level = [item for item in level if isinstance(item, dict | list)]
         if not level:
             return
         if depth < max_depth:
-            level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+            level = [item for parent in level for item in (parent.values() if isinstance(parent, dict) else parent)]
     raise JsonError(f"it is nested more than {max_depth} deep")
 
 
 def _check_strings(value: Any) -> None:
-    """JsonError for a string with half of a surrogate pair. The depth is checked already."""
+    """JsonError for a string with a lone surrogate. Recursive: the depth has been checked before."""
     if isinstance(value, str) and not _encodable(value):
-        raise JsonError("a string holds half of a surrogate pair, which is not text")
+        raise JsonError("a string has a lone surrogate, which is not valid Unicode")
     if isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_strings(item)

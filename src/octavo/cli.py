@@ -1,7 +1,7 @@
-"""The command `octavo`. One short function a command; torch and transformers are imported inside it.
+"""The command `octavo`. Each subcommand is a short function that imports torch and transformers lazily.
 
-Exit codes are in exits.py. Results go to stdout, progress and messages to stderr; with --json one document goes to
-stdout and nothing else.
+Results go to stdout, progress and messages to stderr. With --json stdout gets one JSON document only. Exit codes are
+in exits.py.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ QUANTIZE = (ModelOptions, QuantizeOptions)
 CONVERT = (ConvertOptions,)
 DATA = (ModelOptions, DataOptions, TextOptions)
 
-# What --help shows first.
+# Options that --help shows first.
 TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch", "lr")
-SPEAKING = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "stop", "seed")
+GENERATION = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "stop", "seed")
 
 app = typer.Typer(
     name="octavo",
@@ -70,20 +70,20 @@ app = typer.Typer(
 
 @command(app, FINETUNE, usual=TRAINING)
 def finetune(config: Config, as_json: bool) -> None:
-    """Fine-tune a model on text files: a run folder with the adapter, metrics and a report."""
+    """Fine-tune a model on text files. Writes a run folder with the adapter, metrics and a report."""
     from octavo.commands.finetune import finetune as run
 
-    _answer(run(config, console=True, results=not as_json), as_json)
+    _print_json(run(config, console=True, results=not as_json), as_json)
 
 
 @command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch", "rank"))
 def plan(config: Config, as_json: bool) -> None:
-    """Tell what a fine-tuning run would take of a card, without reading weights."""
+    """Estimate the GPU memory of a fine-tuning run, without reading weights."""
     from octavo.commands.plan import plan as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
-        _answer(run(config, report), as_json)
+        _print_json(run(config, report), as_json)
 
 
 @command(
@@ -93,18 +93,18 @@ def plan(config: Config, as_json: bool) -> None:
     positional="data",
 )
 def evaluate(config: Config, as_json: bool) -> None:
-    """Measure perplexity on text, or tasks: the base, quantised, and tuned, or one scheme beside another."""
+    """Measure perplexity or lm-eval tasks of the base, quantized and tuned model, or compare schemes."""
     from octavo.commands.evaluate import evaluate as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         document = run(config, report)
-        _answer(document, as_json)
+        _print_json(document, as_json)
     if any(not math.isfinite(row["perplexity"]) for row in document["rows"]):
-        raise typer.Exit(1)  # the report has said so
+        raise typer.Exit(1)  # the report has already printed a warning
 
 
-@command(app, GENERATE, usual=(*SPEAKING, "prompt", "prompts", "chat"), positional="prompt")
+@command(app, GENERATE, usual=(*GENERATION, "prompt", "prompts", "chat"), positional="prompt")
 def generate(config: Config, as_json: bool) -> None:
     """Continue a text, or every prompt of a file."""
     from octavo.reporting import Report
@@ -112,32 +112,32 @@ def generate(config: Config, as_json: bool) -> None:
     if config[PromptOptions].prompts is not None:
         from octavo.commands.generate import generate_many
 
-        with Report() as report:  # --json has nothing to add: the answers are JSON lines
+        with Report() as report:  # --json changes nothing: the outputs are JSON lines
             generate_many(config, report, write=_write)
         return
-    config = config.replace(prompt=_prompt(config[PromptOptions].prompt))
+    config = config.replace(prompt=_read_prompt(config[PromptOptions].prompt))
     from octavo.commands.generate import generate_text
 
     with Report(console=not as_json) as report:
         document = generate_text(config, report, write=_write if not as_json else lambda _: None)
     if as_json:
-        _answer(document, as_json)
+        _print_json(document, as_json)
     else:
         _write("\n")
 
 
-@command(app, CHAT, usual=(*SPEAKING, "system"))
+@command(app, CHAT, usual=(*GENERATION, "system"))
 def chat(config: Config, as_json: bool) -> None:
-    """Talk with a model: /help lists the commands. Exit code 1 if an answer failed, though the conversation went on."""
+    """Chat with a model; /help lists the commands. Exit code 1 if any answer failed."""
     from octavo.commands.chat import talk
     from octavo.reporting import Report
 
     if as_json:
-        raise UsageError("A conversation has no JSON document.", hint="Use `octavo generate --chat --json`.")
+        raise UsageError("`octavo chat` does not support --json.", hint="Use `octavo generate --chat --json`.")
     if sys.stdin.isatty():
-        optional_module("readline")  # history and editing of lines
+        optional_module("readline")  # adds line editing and history to input()
     with Report() as report:
-        failed = talk(config, report, read=_ask, write=_write)
+        failed = talk(config, report, read=_read_line, write=_write)
     if failed:
         raise typer.Exit(1)
 
@@ -148,79 +148,79 @@ def chat(config: Config, as_json: bool) -> None:
     usual=("model", "adapter", "adapters_from", "scheme", "host", "port", "api_key", "slots", "max_model_len", "queue"),
 )
 def serve(config: Config, as_json: bool) -> None:
-    """Serve a model and adapters on it over HTTP, in OpenAI's API. --json: one document once it listens."""
+    """Serve a model and its adapters over HTTP with OpenAI's API. --json prints one document when it listens."""
     from octavo.reporting import Report
     from octavo.server.serve import serve as run
 
     with Report() as report:
-        run(config, report, listening=lambda document: _answer(document, as_json))
+        run(config, report, listening=lambda document: _print_json(document, as_json))
 
 
 @command(app, QUANTIZE, usual=("model", "scheme", "out"))
 def quantize(config: Config, as_json: bool) -> None:
-    """Write a model under a scheme, as a folder that loads without the original."""
+    """Quantize a model and write it to a folder that loads without the original."""
     from octavo.commands.quantize import quantize as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
-        _answer(run(config, report), as_json)
+        _print_json(run(config, report), as_json)
 
 
 @command(app, CONVERT, usual=("model", "out", "allow_pickle"), positional="model")
 def convert(config: Config, as_json: bool) -> None:
-    """Split a model that was tuned from hivemind/gpt-j-6B-8bit into a base and a PEFT adapter."""
+    """Split a model fine-tuned from hivemind/gpt-j-6B-8bit into a base model and a PEFT adapter."""
     from octavo.commands.convert import convert as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
-        _answer(run(config, report), as_json)
+        _print_json(run(config, report), as_json)
 
 
 @command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
 def data(config: Config, as_json: bool) -> None:
-    """Look at text files before training: the ledger of tokens, lengths, decoded samples."""
+    """Inspect text files before training: token ledger, document lengths, decoded samples."""
     from octavo.commands.data import read_documents, show_data
     from octavo.commands.loading import open_model
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
         source = open_model(config[ModelOptions], report, own_adapters=True)
-        # Before the tokenizer: to import its library takes seconds in which nothing is said.
+        # Files are read before the tokenizer is loaded, because importing its library takes seconds without output.
         reading = read_documents(config[DataOptions].data, config[TextOptions], report)
-        _answer(show_data(config, reading, source.tokenizer(), report), as_json)
+        _print_json(show_data(config, reading, source.tokenizer(), report), as_json)
 
 
 @command(app, FINETUNE, usual=TRAINING, defaults=DEMO)
 def demo(config: Config, as_json: bool) -> None:
-    """Fine-tune SmolLM2 on plays of Shakespeare, measured on Hamlet: the whole road in minutes."""
+    """Fine-tune SmolLM2 on Shakespeare's plays and evaluate it on Hamlet, in minutes."""
     from octavo.commands.finetune.demo import demo as run
 
-    _answer(run(config, results=not as_json), as_json)
+    _print_json(run(config, results=not as_json), as_json)
 
 
 def main() -> None:
-    """The entry point: what goes wrong becomes a message and an exit code."""
-    # OpenMP's threads by default wait for each other in busy loops: where another program wants a core, every
-    # product then takes several times as long. This must be set before torch is loaded.
+    """The entry point. Errors become a message and an exit code."""
+    # OpenMP threads spin while they wait for each other. If another program uses a core, spinning makes every matmul
+    # several times as slow. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Memory of a card that grows at its end instead of in blocks of fixed size leaves no gaps that nothing fits.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+    # Expandable segments avoid fragmentation of GPU memory: a segment grows instead of having a fixed size.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         with standard_streams(), interrupts() as received:
             _quiet_libraries()
-            ended = _ended()
-            if received and not isinstance(ended, StoppedError):
-                ended = KeyboardInterrupt()
-            exit_with(ended, as_json="--json" in sys.argv[1:])
-    except KeyboardInterrupt:  # one more while the first was reported
+            error = _run_command()
+            if received and not isinstance(error, StoppedError):
+                error = KeyboardInterrupt()
+            exit_with(error, as_json="--json" in sys.argv[1:])
+    except KeyboardInterrupt:  # a second Ctrl-C while the first is reported
         sys.exit(INTERRUPTED)
 
 
 def _quiet_libraries() -> None:
-    """What libraries log of retries, fallbacks and model types is noise here: octavo says itself what fails, and how.
+    """Silences library logs about retries, fallbacks and model types: octavo reports failures itself.
 
-    Each of these can be set from outside to hear more.
+    The user can override each of the variables.
     """
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "LMEVAL_LOG_LEVEL"):
         os.environ.setdefault(name, "ERROR" if name == "LMEVAL_LOG_LEVEL" else "error")
@@ -228,59 +228,59 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _ended() -> BaseException | None:
-    """Runs the command of sys.argv; what ended it, None if it is done.
+def _run_command() -> BaseException | None:
+    """Runs the command in sys.argv. Returns the exception that ended it, or None.
 
-    typer's own way to call a command would end the process for an OSError or Ctrl-C before we hear of it.
+    Typer's own entry point would exit the process on OSError or Ctrl-C before the exception reaches octavo.
     """
     try:
         group = typer.main.get_command(app)
         with group.make_context("octavo", sys.argv[1:]) as context:
             group.invoke(context)
         with output():
-            pass  # what was written without it
+            pass  # flushes text written without `output`
     except BaseException as error:
         return error
     return None
 
 
-def _answer(document: dict[str, Any], as_json: bool) -> None:
+def _print_json(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         from octavo.reporting import jsonable
 
-        # At once: whoever started a server waits for it.
+        # Flushed immediately: the program that started `octavo serve` waits for the document.
         _write(json.dumps(jsonable(document, not_finite=lambda _: None), allow_nan=False) + "\n")
 
 
-# A model may write what a terminal obeys, as escape sequences: there it is shown as a picture of the character.
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+# A model may generate control characters, such as escape sequences. On a terminal they are replaced by visible symbols.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def _write(text: str) -> None:
     with output():
-        sys.stdout.write(text.translate(_PICTURES) if sys.stdout.isatty() else text)
+        sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
 
 
-def _prompt(given: str | None) -> str:
-    """The prompt as given, or else standard input, without the line break that ends its last line."""
-    if given is not None and given != "-":
-        return _text(lambda: given)
-    if sys.stdin.isatty() and given is None:
+def _read_prompt(option: str | None) -> str:
+    """The prompt from the option or, if it is missing or "-", from standard input without the trailing newline."""
+    if option is not None and option != "-":
+        return _checked_text(lambda: option)
+    if sys.stdin.isatty() and option is None:
         raise UsageError("There is no prompt.", hint="Give one with --prompt, or on standard input.")
-    return _text(sys.stdin.read).removesuffix("\n")
+    return _checked_text(sys.stdin.read).removesuffix("\n")
 
 
-def _ask() -> str | None:
-    """One line of the user's, or None at the end of input."""
+def _read_line() -> str | None:
+    """One line from the user, or None at end of input."""
     try:
-        return _text(lambda: input("> " if sys.stdin.isatty() else ""))
+        return _checked_text(lambda: input("> " if sys.stdin.isatty() else ""))
     except EOFError:
         return None
 
 
-def _text(read: Callable[[], str]) -> str:
-    """What `read` gives. Bytes that are no UTF-8 make it raise, or reach us as halves of characters."""
+def _checked_text(read: Callable[[], str]) -> str:
+    """The text that `read` returns. UsageError if it is not UTF-8: then reading raises, or it has lone surrogates."""
     try:
         text = read()
         text.encode()
@@ -291,7 +291,7 @@ def _text(read: Callable[[], str]) -> str:
 
 @app.callback(invoke_without_command=True)
 def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured."""
     if show:

@@ -1,23 +1,23 @@
-"""Everything that can go wrong in a way a user may see, as one tree.
+"""The exceptions that a user may see.
 
     OctavoError               exit code 1
-    ├── UsageError            exit code 2: a flag, a configuration key, a path that does not exist
-    ├── DataError             a text file that cannot be read as asked; names the file and the line
-    ├── ModelError            a checkpoint that is missing, broken, unsafe or of an unknown architecture
-    ├── AdapterError          an adapter that does not fit the model it is put on
-    ├── CheckpointError       a training checkpoint that cannot be written, read or resumed from
-    └── TrainingError         training cannot go on: a loss that is not a number, a gradient that is missing
-        └── StoppedError      a signal stopped it; exit code 128 + its number: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP
+    ├── UsageError            exit code 2: an invalid option or configuration key, a path that does not exist
+    ├── DataError             a data file cannot be read; has the file and the line
+    ├── ModelError            a model is missing, corrupt, unsafe or of an unknown architecture
+    ├── AdapterError          an adapter does not match the model, or its files are corrupt
+    ├── CheckpointError       a training checkpoint cannot be written, read or resumed from
+    └── TrainingError         training cannot continue: a NaN loss, a missing gradient
+        └── StoppedError      a signal stopped training; exit code 128 + signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP
 
-Every message says what happened and where; `hint` says what to do next. Errors of octavo's own logic are
-plain assertions: a user can do nothing about them.
+Every message has what happened and where; `hint` has what to do next. Errors in octavo's own logic are assertions,
+because a user cannot fix them.
 """
 
 from __future__ import annotations
 
 
 class OctavoError(Exception):
-    """The root of the tree. `str(error)` is the message, followed by the hint on a line of its own."""
+    """Base class. `str(error)` is the message, followed by the hint on a second line."""
 
     exit_code = 1
 
@@ -31,13 +31,13 @@ class OctavoError(Exception):
 
 
 class UsageError(OctavoError, ValueError):
-    """The request itself is wrong: nothing was started."""
+    """Invalid usage. Nothing was started."""
 
     exit_code = 2
 
 
 class DataError(OctavoError, ValueError):
-    """A file of the user's cannot be read as asked. `source` is the file, `line` the 1-based line or record."""
+    """A data file cannot be read. `source` is the file, `line` the 1-based line or record."""
 
     def __init__(self, message: str, *, source: str = "", line: int = 0, hint: str = "") -> None:
         where = f"{source}:{line}: " if source and line else f"{source}: " if source else ""
@@ -47,11 +47,11 @@ class DataError(OctavoError, ValueError):
 
 
 class ModelError(OctavoError, ValueError):
-    """A model cannot be opened, or is not what it says it is."""
+    """A model cannot be loaded, or its files contradict each other."""
 
 
 class AdapterError(OctavoError, ValueError):
-    """An adapter and a model do not belong together, or an adapter's files are broken."""
+    """An adapter does not match the model, or its files are corrupt."""
 
 
 class CheckpointError(OctavoError, RuntimeError):
@@ -59,11 +59,11 @@ class CheckpointError(OctavoError, RuntimeError):
 
 
 class TrainingError(OctavoError, RuntimeError):
-    """Training stopped because going on would waste the run."""
+    """Training cannot continue."""
 
 
 class StoppedError(TrainingError):
-    """A signal asked to stop, and the work was put into order first. `number` is the signal's."""
+    """A signal stopped training after the state was saved. `number` is the signal number."""
 
     def __init__(self, message: str, *, number: int, hint: str = "") -> None:
         super().__init__(message, hint=hint)

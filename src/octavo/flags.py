@@ -1,4 +1,4 @@
-"""Makes a command's flags from the sections of its configuration, so that each option is written down once."""
+"""Derives the options of a command from the sections of its configuration, so that each option is defined once."""
 
 from __future__ import annotations
 
@@ -22,40 +22,43 @@ from octavo.streams import output
 
 Command = Callable[[Config, bool], None]
 
+POSITIONAL = "positional_value"  # the Python parameter of the positional argument
+
 
 def command(
     app: typer.Typer,
-    kinds: tuple[type[Section], ...],
+    sections: tuple[type[Section], ...],
     *,
     usual: tuple[str, ...],
     positional: str | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Command], Command]:
-    """Registers a command on `app` whose flags are the fields of `kinds`; `positional` names the one that stands bare.
+    """Registers a command on `app` whose options are the fields of `sections`.
 
-    `usual` are the fields that most people need: --help shows them first, the others in a panel for each section.
-    `defaults` are the command's own where they differ from the sections'. The function gets the checked Config and
-    whether `--json` was given.
+    `usual` are the fields that --help shows first; the others are in one panel for each section. `positional` names the
+    field that can also be a positional argument. `defaults` override those of the sections. The function gets the
+    validated Config and whether `--json` was passed.
     """
-    own = dict(defaults or {})
+    command_defaults = dict(defaults or {})
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
-        def run(**given: Any) -> None:
-            file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("as_json")
-            bare = given.pop("bare", None)
-            flags = {name: value for name, value in given.items() if value not in (None, [])}
-            if bare and positional:
-                flags[positional] = [*bare, *flags.get(positional, [])] if isinstance(bare, list) else bare
-            saved = None if file else _saved_config(kinds, {**own, **flags})
-            config = Config.read(kinds, flags, file or saved, defaults=own)
+        def run(**arguments: Any) -> None:
+            file, print_config = arguments.pop("config"), arguments.pop("print_config")
+            as_json = arguments.pop("as_json")
+            argument = arguments.pop(POSITIONAL, None)
+            flags = {name: value for name, value in arguments.items() if value not in (None, [])}
+            if argument and positional:
+                flags[positional] = [*argument, *flags.get(positional, [])] if isinstance(argument, list) else argument
+            saved = None if file else _saved_config(sections, {**command_defaults, **flags})
+            config = Config.read(sections, flags, file or saved, defaults=command_defaults)
             if print_config:
                 with output():
                     typer.echo(config.to_yaml(), nl=False)
                 return
             function(config, as_json)
 
-        run.__signature__ = _signature(kinds, usual, positional, own)  # type: ignore[attr-defined]
+        run.__signature__ = _signature(sections, usual, positional, command_defaults)  # type: ignore[attr-defined]
         run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}  # type: ignore[attr-defined]
         app.command(name=function.__name__, help=function.__doc__, epilog=EXIT_CODES)(run)
         return function
@@ -64,20 +67,20 @@ def command(
 
 
 def _signature(
-    kinds: tuple[type[Section], ...], usual: tuple[str, ...], positional: str | None, defaults: Mapping[str, Any]
+    sections: tuple[type[Section], ...], usual: tuple[str, ...], positional: str | None, defaults: Mapping[str, Any]
 ) -> inspect.Signature:
-    """The parameters that typer reads: one flag a field, unset unless given, then the common ones."""
+    """The parameters for typer: one option for each field, None unless passed, then --config and others."""
     parameters = []
     if positional is not None:
-        field = dict(fields(kinds))[positional]
-        kind = str if field.annotation == (str | None) else list[str]
-        argument = typer.Argument(help=_literal(str(field.description)), show_default=False, metavar=positional.upper())
-        parameters.append(_parameter("bare", Annotated[kind | None, argument]))
-    panels = {name: kind.panel for kind in kinds for name in kind.model_fields}
+        field = dict(fields(sections))[positional]
+        argument_type = str if field.annotation == (str | None) else list[str]
+        argument = typer.Argument(help=_escaped(str(field.description)), show_default=False, metavar=positional.upper())
+        parameters.append(_parameter(POSITIONAL, Annotated[argument_type | None, argument]))
+    panels = {name: section.panel for section in sections for name in section.model_fields}
     assert set(usual) <= panels.keys(), usual
-    known = dict(fields(kinds))
-    for name in [*usual, *(name for name in known if name not in usual)]:
-        field = known[name]
+    all_fields = dict(fields(sections))
+    for name in [*usual, *(name for name in all_fields if name not in usual)]:
+        field = all_fields[name]
         option = typer.Option(
             flag_of(name) + (f"/{flag_of(f'no_{name}')}" if field.annotation is bool else ""),
             help=_help(field, defaults.get(name, field.default)),
@@ -87,10 +90,10 @@ def _signature(
         parameters.append(_parameter(name, Annotated[_flag_type(field) | None, option]))
     panel = "Settings and output"
     config = typer.Option("--config", help="A YAML file with these options.", show_default=False, rich_help_panel=panel)
-    show = typer.Option("--print-config", help="Print all values as a YAML file and stop.", rich_help_panel=panel)
+    show = typer.Option("--print-config", help="Print all values as YAML and exit.", rich_help_panel=panel)
     as_json = typer.Option(
         "--json",
-        help="Print one JSON document on stdout, an error too, and nothing else there.",
+        help="Print one JSON document on stdout and nothing else; errors are JSON too.",
         rich_help_panel=panel,
     )
     parameters += [
@@ -106,43 +109,43 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 
 
 def _flag_type(field: FieldInfo) -> Any:
-    """The type that the command line reads; choices and bounds are checked with the rest, by the Config."""
+    """The type that typer parses; Config checks choices and bounds."""
     annotation: Any = field.annotation
-    plain = (bool, int, float, str, Path)
+    basic_types = (bool, int, float, str, Path)
     if get_origin(annotation) is list:
         return list[str]
-    if annotation in plain:
+    if annotation in basic_types:
         return annotation
-    return next((kind for kind in get_args(annotation) if kind in plain), str)
+    return next((member for member in get_args(annotation) if member in basic_types), str)
 
 
 def _help(field: FieldInfo, default: Any) -> str:
-    """The description, the choices, and the default; bool defaults as on and off."""
+    """The help text: description, choices and default; a bool default is shown as on or off."""
     if isinstance(default, bool):
-        shown: object = "on" if default else "off"
+        default_text: object = "on" if default else "off"
     else:
-        shown = ", ".join(default) if isinstance(default, list) else default
+        default_text = ", ".join(default) if isinstance(default, list) else default
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
     notes = [f"[{'|'.join(choices)}]"] if choices else []
-    if shown not in (None, "", PydanticUndefined):
-        notes.append(f"[default: {shown}]")
-    return _literal(" ".join([str(field.description), *notes]))
+    if default_text not in (None, "", PydanticUndefined):
+        notes.append(f"[default: {default_text}]")
+    return _escaped(" ".join([str(field.description), *notes]))
 
 
-def _literal(text: str) -> str:
-    """`text` with its brackets kept: rich takes "[serve]" for a style."""
+def _escaped(text: str) -> str:
+    """`text` with escaped brackets: rich would parse "[serve]" as a style."""
     return re.sub(r"\[(?=[a-zA-Z#/@])", r"\\[", text)
 
 
-def _saved_config(kinds: tuple[type[Section], ...], flags: Mapping[str, Any]) -> Path | None:
-    """A resumed run goes on with its own settings unless a file is named."""
-    if RunOptions in kinds and flags.get("resume"):
+def _saved_config(sections: tuple[type[Section], ...], flags: Mapping[str, Any]) -> Path | None:
+    """The config.yaml of the run to resume: its settings apply unless --config is passed."""
+    if RunOptions in sections and flags.get("resume"):
         saved = Path(flags.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
         if not saved.is_file():
             return None
-        last = list(kinds[-1].model_fields)[-1]
+        last = list(sections[-1].model_fields)[-1]
         if last not in read_settings(saved):
-            hint = "Give the run's settings with --config FILE, or as flags once you have deleted it."
-            raise UsageError(f"{saved} is cut short: it lacks `{last}`, which ends it.", hint=hint)
+            hint = "Pass the run's settings with --config FILE, or delete the file and pass them as options."
+            raise UsageError(f"{saved} is cut short: its last key `{last}` is missing.", hint=hint)
         return saved
     return None

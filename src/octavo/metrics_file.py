@@ -1,4 +1,4 @@
-"""The file metrics.jsonl: whole lines that reach the system at once, and survive kills and the file's deletion."""
+"""The file metrics.jsonl: unbuffered whole lines, which survive a killed process and a deleted file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from octavo.failures import explained
 
 
 class MetricsFile:
-    """Lines at the end of a file, begun anew unless `append`. UsageError if it cannot be written."""
+    """Appends lines to a file, which is truncated first unless `append`. UsageError if it cannot be written."""
 
     def __init__(self, path: Path, *, append: bool) -> None:
         self.path = path
@@ -21,29 +21,32 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open(truncate=not append)
         except OSError as error:
-            known = explained(error)
+            explanation = explained(error)
             raise UsageError(
                 f"cannot write {path}: {error.strerror}",
-                hint=(known and known.hint) or "choose a folder you may write to with --out",
+                hint=(explanation and explanation.hint) or "Choose a writable folder with --out.",
             ) from error
 
     def write(self, line: bytes) -> None:
-        """Hand a line to the system. OSError names the file; a part of a line is cut off when it is opened again."""
-        left = memoryview(line)
+        """Writes a line without buffering. OSError has the file name; reopening the file removes a partial line."""
+        remaining = memoryview(line)
         with named(self.path):
-            while left:
-                left = left[self._file.write(left) or 0 :]
+            while remaining:
+                remaining = remaining[self._file.write(remaining) or 0 :]
 
     def replace(self, lines: Sequence[bytes]) -> None:
-        """Replace the content by other lines: a crash leaves either the old or the new."""
-        self._file.close()  # Windows replaces no file that is open
+        """Replaces the content atomically: after a crash there are either the old or the new lines."""
+        self._file.close()  # Windows does not replace an open file
         try:
             atomic_write(self.path, b"".join(lines))
         finally:
             self._open(truncate=False)
 
     def restore(self) -> bool:
-        """Write the file anew, from what this process still holds, if another one deleted it. Whether it was."""
+        """Writes the file again if another process deleted it; the open descriptor still has the content.
+
+        Returns whether it was deleted.
+        """
         try:
             if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
                 return False
@@ -57,16 +60,16 @@ class MetricsFile:
         return True
 
     def close(self) -> None:
-        """Close the file; nothing is written any more."""
+        """Closes the file."""
         self._file.close()
 
     def _open(self, *, truncate: bool) -> None:
-        # Without a buffer: what did not fit on a full disk must not be written once more on closing.
+        # Unbuffered: a line that failed on a full disk must not be written again when the file is closed.
         self._file = self.path.open("a+b", buffering=0)
         self._file.truncate(0) if truncate else self._repair_last_line()
 
     def _repair_last_line(self) -> None:
-        """Cuts off a torn last line; gives a whole one the line end that it lacks."""
+        """Removes a partial last line; appends a missing newline to a complete one."""
         self._file.seek(0)
         whole, newline, last = self._file.readall().rpartition(b"\n")
         if not last:

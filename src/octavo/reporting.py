@@ -1,4 +1,4 @@
-"""What a run reports: messages and progress on stderr, results on stdout, one JSON line an event in metrics.jsonl."""
+"""Output of a run: messages and progress on stderr, results on stdout, events as JSON lines in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -26,38 +26,37 @@ from octavo.metrics_file import MetricsFile
 from octavo.streams import in_notebook, output, standard_error
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Without a terminal a bar would fill a log file: a plain line this often instead.
-PLAIN_SECONDS = 10.0
-WIDE = 10_000  # columns of a file or a pipe
-FIRST_SECONDS = 1.5  # after which a line says that something goes on at all
-SURE_SECONDS, SURE_SHARE = 5.0, 0.02  # of the work: before either the time left is not told
+# Without a terminal, progress is printed as a line at this interval instead of a bar, which would fill a log file.
+LINE_SECONDS = 10.0
+UNLIMITED_WIDTH = 10_000  # in columns, for a file or a pipe
+FIRST_LINE_SECONDS = 1.5  # until the first progress line
+MIN_ESTIMATE_SECONDS, MIN_ESTIMATE_SHARE = 5.0, 0.02  # of the work: before both, no remaining time is shown
 
 
 class Report:
-    """The one place a run speaks through; a context manager that closes the metrics file.
+    """All output of a run. A context manager that closes the metrics file.
 
-    Progress and messages go to stderr. `results`: what was asked for goes to stdout; else to stderr too, since stdout
-    has a JSON document. `console=False` is silent; `metrics` is the JSON lines file, begun anew unless `append`. On
-    append a last line that a killed process left half written is removed. Raises UsageError if the file cannot be
-    written.
+    Messages and progress go to stderr. With `results`, results go to stdout, otherwise to stderr, because stdout has a
+    JSON document. `console=False` prints nothing. `metrics` is the path of the JSON lines file. It is truncated unless
+    `append`; then a partial last line of a killed process is removed. Raises UsageError if the file cannot be written.
     """
 
     def __init__(
         self, *, console: bool = True, results: bool = False, metrics: Path | None = None, append: bool = False
     ) -> None:
-        # No markup: what is said holds file names and text of the user's, where "[b]" is just that.
-        # Written through a stream that never fails: a terminal that is gone or a log on a full disk must not end a run.
-        plain: dict[str, Any] = {
+        # No markup: messages contain file names and text of the user, where "[b]" is literal.
+        # The stream's writes never fail: a closed terminal or a log on a full disk must not end a run.
+        console_options: dict[str, Any] = {
             "markup": False,
             "highlight": False,
             "emoji": False,
             "force_jupyter": False,
             "quiet": not console,
         }
-        self._console = Console(file=standard_error(), **plain)
-        # In a file or a pipe nothing is folded: there is no edge of a screen, unless one is asked for.
-        wide = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
-        self._results = Console(width=wide, **plain) if results else self._console
+        self._console = Console(file=standard_error(), **console_options)
+        # Lines are not wrapped in a file or a pipe, unless COLUMNS is set.
+        width = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else UNLIMITED_WIDTH
+        self._results = Console(width=width, **console_options) if results else self._console
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
 
     def __enter__(self) -> Report:
@@ -69,53 +68,53 @@ class Report:
         self.close()
 
     def close(self) -> None:
-        """Close the metrics file; events after this are no longer recorded."""
+        """Closes the metrics file. Later events are not recorded."""
         if self._metrics:
             self._metrics.close()
             self._metrics = None
 
     def say(self, text: str) -> None:
-        """One sentence for people; recorded as the event "say"."""
+        """Prints a message; records it as the event "say"."""
         self._console.print(Text(printable(text)), soft_wrap=True)
         self.event("say", text=text)
 
     def warn(self, text: str) -> None:
-        """One sentence about something that is probably not as wished; recorded as the event "warn"."""
+        """Prints a warning; records it as the event "warn"."""
         line = Text.assemble(("warning: ", "bold yellow"), printable(text))
         self._console.print(line, soft_wrap=True)
         self.event("warn", text=text)
 
     def result(self, text: str) -> None:
-        """A part of what was asked for; recorded as the event "say"."""
+        """Prints a result; records it as the event "say"."""
         self.event("say", text=text)
         with self._output():
             self._results.print(Text(printable(text)), soft_wrap=True)
 
     def _output(self) -> AbstractContextManager[None]:
-        """Around results on stdout, where a failed write is an error."""
+        """Context for writing results: on stdout a failed write is an error."""
         return nullcontext() if self._results is self._console else output()
 
     def event(self, name: str, /, **fields: object) -> None:
-        """Record one JSON line: "event", "time" (UTC, ISO 8601), then `fields`; nothing is shown.
+        """Records one JSON line: "event", "time" (UTC, ISO 8601), then `fields`. Prints nothing.
 
-        JSON has no number for them, so NaN and the infinities become the strings "nan", "inf" and "-inf",
-        which Python's float() reads. The line is handed to the system before this returns.
+        JSON cannot represent NaN and infinities: they become the strings "nan", "inf" and "-inf", which float() parses.
+        The line is written without buffering.
         """
-        assert not fields.keys() & {"event", "time"}, "the two names are the report's own"
+        assert not fields.keys() & {"event", "time"}, "event and time are reserved"
         if self._metrics is not None:
             record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
             self._metrics.write(_line(record))
 
     @contextmanager
     def progress(self, total: int, label: str, *, done: int = 0, unit: str = "") -> Iterator[Progress]:
-        """A bar over `total` steps, `done` of them behind us; without a terminal a line now and then.
+        """A progress bar of `total` steps, of which `done` are done; without a terminal, lines at an interval.
 
-        With `unit` "bytes" the numbers are bytes: they are shown as MB, with a rate.
+        With `unit` "bytes" the steps are bytes, shown in MB with a rate.
         """
         if self._console.quiet or not self._console.is_terminal or self._console.is_dumb_terminal or in_notebook():
-            plain = Progress(total, label, done=done, unit=unit, console=self._console)
-            yield plain
-            plain.finish()
+            progress = Progress(total, label, done=done, unit=unit, console=self._console)
+            yield progress
+            progress.finish()
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -128,14 +127,14 @@ class Report:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, result: bool = False
     ) -> None:
-        """Show a table; a column of nothing but numbers is aligned right. Nothing is recorded.
+        """Prints a table; numeric columns are right-aligned. Records nothing.
 
-        `result`: the table is what was asked for, not a part of the way there.
+        `result`: the table is a result, not a message.
         """
         table = Table(title=printable(title), title_justify="left", title_style="bold")
-        for place, column in enumerate(columns):
-            numbers = bool(rows) and all(isinstance(row[place], int | float) or row[place] == "" for row in rows)
-            table.add_column(printable(column), justify="right" if numbers else "left", overflow="fold")
+        for index, column in enumerate(columns):
+            is_numeric = bool(rows) and all(isinstance(row[index], int | float) or row[index] == "" for row in rows)
+            table.add_column(printable(column), justify="right" if is_numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(shown(cell) for cell in row))
         if not result:
@@ -145,30 +144,30 @@ class Report:
             self._results.print(table)
 
     def resume_from(self, step: int) -> None:
-        """Forget what was recorded after `step` and will be recorded again; all but what was said if `step` is -1.
+        """Removes the events after `step`, which the resumed run records again; if `step` is -1, all but messages.
 
-        A crash leaves either the old file or the new one. Lines that cannot be read are dropped too, with a warning,
-        and there is one if steps up to `step` are not recorded.
+        Atomic: after a crash there is either the old or the new file. Invalid lines are removed with a warning. Also
+        warns if steps up to `step` are missing.
         """
         if self._metrics is None:
             return
         path = self._metrics.path
         events, unreadable = read_events(path)
-        kept = [event for event in events if not _comes_again(event, step)]
-        self._metrics.replace([_line(event) for event in kept])
+        remaining_events = [event for event in events if not _is_recorded_again(event, step)]
+        self._metrics.replace([_line(event) for event in remaining_events])
         if unreadable:
-            self.warn(f"{path}: dropped {unreadable} lines that could not be read")
-        recorded = {event.get("step") for event in kept if event.get("event") == "step"}
-        if missing := sum(number not in recorded for number in range(1, step + 1)):
-            self.warn(f"{path} lacks {missing:,} of the steps 1 to {step:,}: so does the report.")
+            self.warn(f"{path}: removed {unreadable} invalid lines")
+        recorded_steps = {event.get("step") for event in remaining_events if event.get("event") == "step"}
+        if missing := sum(number not in recorded_steps for number in range(1, step + 1)):
+            self.warn(f"{path} lacks {missing:,} of the steps 1 to {step:,}. They are missing in the report too.")
 
     def restore(self) -> bool:
-        """Write the metrics file anew if it was deleted while it was written. Whether it was."""
+        """Writes the metrics file again if it was deleted during the run. Returns whether it was."""
         return self._metrics is not None and self._metrics.restore()
 
 
 class Progress:
-    """How far a piece of work is. `advance` after each step; anything shown with it stays until replaced."""
+    """Progress of a task. Call `advance` after each step; values passed to it are shown until replaced."""
 
     def __init__(
         self, total: int, label: str, *, done: int, console: Console, unit: str = "", bar: Bar | None = None
@@ -176,58 +175,58 @@ class Progress:
         self._total, self._label, self._unit = total, printable(label), unit
         self._done = self._done_at_start = done
         self._console, self._bar = console, bar
-        self._started = self._told = monotonic()
-        self._told_done = -1
+        self._started = self._printed_at = monotonic()
+        self._printed_done = -1
         self._fields: dict[str, object] = {}
         if bar:
             self._task = bar.add_task(self._label, total=total, completed=done, shown=self._text())
 
     def advance(self, n: int = 1, /, **shown: object) -> None:
-        """`n` more steps are done. `shown` are named values, like loss=2.31, tokens_per_second=840."""
+        """Adds `n` steps. `shown` are values to show, for example loss=2.31, tokens_per_second=840."""
         self._done += n
         self._fields.update(shown)
         if self._bar:
             self._bar.update(self._task, completed=self._done, shown=self._text())
-        elif monotonic() - self._told >= (FIRST_SECONDS if self._told_done < 0 else PLAIN_SECONDS):
+        elif monotonic() - self._printed_at >= (FIRST_LINE_SECONDS if self._printed_done < 0 else LINE_SECONDS):
             self.finish()
 
     def reach(self, done: int) -> None:
-        """`done` steps of all are behind us: more than before, or fewer where work had to begin again."""
+        """Sets the number of steps done; it may decrease if the task restarts."""
         self._done_at_start = min(self._done_at_start, done)
         self.advance(done - self._done)
 
     def finish(self) -> None:
-        """Say where the work stands as a plain line, unless that was just said."""
-        if self._bar or self._told_done == self._done:
+        """Prints the progress as a line, unless it was just printed."""
+        if self._bar or self._printed_done == self._done:
             return
-        self._told, self._told_done = monotonic(), self._done
+        self._printed_at, self._printed_done = monotonic(), self._done
         self._console.print(Text(f"{self._label}: {self._text()}"), soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """At the pace so far; None before the first step, and while there is too little of it to tell."""
-        taken, seconds = self._done - self._done_at_start, monotonic() - self._started
-        if taken <= 0 or (seconds < SURE_SECONDS and taken < SURE_SHARE * self._total):
+        """Remaining seconds at the average speed so far; None while there are too few steps for an estimate."""
+        steps_done, seconds = self._done - self._done_at_start, monotonic() - self._started
+        if steps_done <= 0 or (seconds < MIN_ESTIMATE_SECONDS and steps_done < MIN_ESTIMATE_SHARE * self._total):
             return None
-        return seconds / taken * max(0, self._total - self._done)
+        return seconds / steps_done * max(0, self._total - self._done)
 
     def _text(self) -> str:
-        left = self.seconds_left()
-        values = [
+        remaining = self.seconds_left()
+        named_values = [
             f"{shown(value)} {name.removesuffix('_per_second')}/s"
             if name.endswith("_per_second")
             else f"{name.replace('_', ' ')} {shown(value)}"
             for name, value in self._fields.items()
         ]
-        clock = [] if left is None else [f"{duration(left)} left"]
+        time_left = [] if remaining is None else [f"{duration(remaining)} left"]
         if self._unit == "bytes":
-            taken, seconds = self._done - self._done_at_start, monotonic() - self._started
-            rate = [f"{taken / seconds / 1e6:.1f} MB/s"] if taken > 0 and seconds > 0 else []
-            return "  ".join([f"{self._done / 1e6:.1f}/{self._total / 1e6:.1f} MB", *rate, *clock])
-        return "  ".join([f"{self._done:,}/{self._total:,}", *values, *clock])
+            steps_done, seconds = self._done - self._done_at_start, monotonic() - self._started
+            rate = [f"{steps_done / seconds / 1e6:.1f} MB/s"] if steps_done > 0 and seconds > 0 else []
+            return "  ".join([f"{self._done / 1e6:.1f}/{self._total / 1e6:.1f} MB", *rate, *time_left])
+        return "  ".join([f"{self._done:,}/{self._total:,}", *named_values, *time_left])
 
 
 def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a metrics file in order, and the number of lines that are no JSON object."""
+    """The events of a metrics file in order, and the number of lines that are not a JSON object."""
     events, unreadable = [], 0
     for line in path.read_bytes().splitlines():
         event = _parse(line)
@@ -240,16 +239,16 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def duration(seconds: float) -> str:
     """`seconds` in the two largest units: "42 s", "3 min 05 s", "2 h 07 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    total_seconds = round(seconds)
+    if total_seconds < 60:
+        return f"{total_seconds} s"
+    if total_seconds < 3600:
+        return f"{total_seconds // 60} min {total_seconds % 60:02d} s"
+    return f"{total_seconds // 3600} h {total_seconds % 3600 // 60:02d} min"
 
 
 def shown(value: object) -> str:
-    """A value for people: whole numbers with commas, others to four digits, text made printable."""
+    """A value as text: integers with commas, floats with four digits, strings made printable."""
     if isinstance(value, float) and math.isfinite(value):
         whole_digits = len(str(int(abs(value))))
         if value == 0 or abs(value) >= 0.1:
@@ -261,10 +260,10 @@ def shown(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what could move the cursor, recolour the terminal or turn lines around, and in Unicode.
+    """`text` that is safe to print on a terminal.
 
-    Control characters, controls of the direction of writing, and the halves of characters that stand for the bytes of a
-    file name that is not UTF-8 become replacement characters.
+    Control characters, bidirectional controls and lone surrogates (bytes of a file name that is not UTF-8) become
+    replacement characters.
     """
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
@@ -274,9 +273,9 @@ def _line(record: Mapping[str, object]) -> bytes:
 
 
 def jsonable(value: object, *, not_finite: Callable[[float], object] = str) -> object:
-    """`value` with paths as strings, and with what `not_finite` makes of NaN and infinities, which JSON lacks.
+    """`value` with paths as strings, and with NaN and infinities, which JSON lacks, replaced by `not_finite`.
 
-    By default that is "nan", "inf" or "-inf", which float() reads.
+    The default replaces them by "nan", "inf" or "-inf", which float() parses.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return not_finite(value)
@@ -295,12 +294,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def _comes_again(event: Mapping[str, Any], step: int) -> bool:
-    """Whether a run that goes on after `step` will record the event once more."""
+def _is_recorded_again(event: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that resumes after `step` records the event again."""
     if step < 0:
         return event.get("event") not in ("say", "warn")
-    recorded = event.get("step")
-    if not isinstance(recorded, int | float):
+    step_of_event = event.get("step")
+    if not isinstance(step_of_event, int | float):
         return False
-    of_the_end = event.get("event") in ("evaluation", "memory") or event.get("which") == "tuned"
-    return recorded > step or (of_the_end and recorded == step)
+    is_final_event = event.get("event") in ("evaluation", "memory") or event.get("which") == "tuned"
+    return step_of_event > step or (is_final_event and step_of_event == step)

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: Ctrl-C in every command, and SIGTERM and SIGHUP too while a model is trained."""
+"""Signals that stop a process: Ctrl-C in every command, also SIGTERM and SIGHUP during training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """A list of the Ctrl-C that came meanwhile. Each raises KeyboardInterrupt too, which a library may swallow.
+    """Yields the list of Ctrl-C signals received so far. Each also raises KeyboardInterrupt.
 
-    Who handles Ctrl-C in another way has a handler of its own meanwhile, and then it is not in the list.
+    The list is needed because a library may swallow the exception. Signals that another handler receives are not in it.
     """
     received: list[int] = []
 
@@ -31,48 +31,48 @@ def interrupts() -> Iterator[list[int]]:
 
 @contextmanager
 def handled(handler: Handler, numbers: tuple[int, ...]) -> Iterator[None]:
-    """Has `handler` called for some signals; in the main thread only, and not for a signal that is ignored.
+    """Installs `handler` for some signals, except ignored ones. No effect outside the main thread.
 
-    A shell's background job is started with Ctrl-C ignored, and one under nohup with SIGHUP: so it stays.
+    Background jobs of a shell start with SIGINT ignored, and jobs under nohup with SIGHUP ignored: both stay ignored.
     """
-    before: dict[int, Any] = {}
+    previous_handlers: dict[int, Any] = {}
     try:
         for number in numbers:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, handler)
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        before.clear()
+                previous_handlers[number] = signal.signal(number, handler)
+    except ValueError:  # not in the main thread, which alone can set handlers
+        previous_handlers.clear()
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in previous_handlers.items():
+            signal.signal(number, previous)
 
 
 class StopRequest(KeyboardInterrupt):
-    """A signal that asks to stop, where it is raised. `number` is the signal's; the text, if any, is for people."""
+    """Raised by a stop signal. `number` is the signal number; the optional text is a message for the user."""
 
-    def __init__(self, number: int, *said: str) -> None:
-        super().__init__(*said)
+    def __init__(self, number: int, *message: str) -> None:
+        super().__init__(*message)
         self.number = number
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP of a run. Each raises StopRequest at once; within `waits` the first one does not."""
+    """Handles Ctrl-C, SIGTERM and SIGHUP of a run. Each raises StopRequest; within `waits` the first one does not."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self._waits = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals."""
+        """The signal handler."""
         self.received.append(number)
         if not self._waits or len(self.received) > 1:
             raise StopRequest(number)
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """Within this somebody looks at `received` between two steps, and puts things into order first."""
+        """Context in which the caller checks `received` between steps and saves its state before it stops."""
         self._waits = True
         try:
             yield
@@ -80,14 +80,14 @@ class StopSignals:
             self._waits = False
 
     def check(self) -> None:
-        """StopRequest if a signal came, in case that a library swallowed it."""
+        """Raises StopRequest if a signal was received whose exception a library swallowed."""
         if self.received:
             raise StopRequest(self.received[0])
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Has the signals that ask to stop handled by what is yielded. A closed terminal sends SIGHUP; Windows has none."""
+    """Yields a StopSignals that handles the stop signals. A closed terminal sends SIGHUP, which Windows lacks."""
     signals = StopSignals()
     hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
     with handled(signals, (signal.SIGINT, signal.SIGTERM, *hangup)):

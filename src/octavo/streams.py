@@ -1,7 +1,7 @@
-"""Standard streams that may be closed, full or gone: what is said to people never ends the work.
+"""Standard streams that may be closed or full: a failed write of a message never ends a run.
 
-Standard error carries progress: a terminal that was closed (EIO), a reader that left (EPIPE) or a log on a full disk
-(ENOSPC) lose what is said and nothing else. Standard output carries results: there a failure is an error.
+Standard error carries messages and progress. If its terminal was closed (EIO), its reader has exited (EPIPE) or its
+disk is full (ENOSPC), only the messages are lost. Standard output carries results: there a failed write is an error.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any, TextIO, cast
 
 
 class Forgiving:
-    """A text stream whose writes never fail; all else is the stream's own. `stream` gives it at each use, or None."""
+    """A text stream whose writes never fail. `stream` returns the wrapped stream, or None, at each use."""
 
     def __init__(self, stream: Callable[[], TextIO | None]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes `text` if that is possible; its length either way."""
+        """Writes `text` if possible; returns its length in any case."""
         if (stream := self._stream()) is not None:
             with suppress(OSError, ValueError):  # ValueError: the stream was closed
                 stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what is buffered if that is possible."""
+        """Flushes the stream if possible."""
         if (stream := self._stream()) is not None:
             with suppress(OSError, ValueError):
                 stream.flush()
 
     def isatty(self) -> bool:
-        """Whether a terminal reads."""
+        """Whether the stream is a terminal."""
         if (stream := self._stream()) is not None:
             with suppress(OSError, ValueError):
                 return stream.isatty()
@@ -44,43 +44,43 @@ class Forgiving:
 
 
 def standard_error() -> TextIO:
-    """What sys.stderr is at the time of each write."""
-    # While a bar of rich's is shown, sys.stderr stands for its console, which would come back here.
+    """A stream that writes to the current sys.stderr."""
+    # While a rich progress bar is shown, sys.stderr is a proxy of rich's console, which would write here again.
     return cast(TextIO, Forgiving(lambda: getattr(sys.stderr, "rich_proxied_file", sys.stderr)))
 
 
 def in_notebook(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a notebook's kernel started this process: its terminal keeps every state of a bar as a line."""
+    """Whether a notebook kernel started this process. Its output keeps every state of a progress bar as a line."""
     return any(environ.get(name) for name in ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"))
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """All three streams can be used, and sys.stderr is `Forgiving`, until the end of the context.
+    """Makes all three standard streams usable and sys.stderr `Forgiving` within the context.
 
-    A descriptor that is closed is taken up by /dev/null: else the next file that is opened, the weights of a checkpoint
-    perhaps, would get its number, and what libraries print would be written into it.
+    A closed descriptor is opened on /dev/null. Otherwise the next opened file, for example a checkpoint, would get its
+    number, and the output of libraries would be written into it.
     """
-    for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+    for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
-            os.fstat(number)
+            os.fstat(descriptor)
         except OSError:
             with suppress(OSError):
-                os.open(os.devnull, flags)  # gets the lowest free number, this one; results written to 1 still fail
-    before = sys.stdin, sys.stdout, sys.stderr
-    # Python gives no stream for a descriptor that was closed at its start.
+                os.open(os.devnull, flags)  # gets the lowest free number, which is this one; writes to 1 still fail
+    originals = sys.stdin, sys.stdout, sys.stderr
+    # Python sets a stream to None if its descriptor was closed at startup.
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = cast(TextIO, Forgiving(lambda: before[2]))
+    sys.stderr = cast(TextIO, Forgiving(lambda: originals[2]))
     try:
         yield
     finally:
-        sys.stdin, sys.stdout, sys.stderr = before
+        sys.stdin, sys.stdout, sys.stderr = originals
 
 
 @contextmanager
 def output() -> Iterator[None]:
-    """Results are written to standard output within this, and handed on at its end. OSError says that it was there."""
+    """Context for writing results to standard output; flushes at its end. An OSError names standard output."""
     try:
         yield
         sys.stdout.flush()
@@ -92,7 +92,7 @@ def output() -> Iterator[None]:
 
 
 def _discard_output() -> None:
-    """Sends what is still buffered to /dev/null: Python would try once more at its end, and complain."""
+    """Redirects stdout to /dev/null, so that Python does not flush the buffer again at exit and report an error."""
     with suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())

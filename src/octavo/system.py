@@ -1,7 +1,7 @@
-"""What operating systems do differently: file locks, forcing data to disk, renaming, processes, memory.
+"""Portability across operating systems: file locks, fsync, renaming, processes, memory.
 
-Linux and macOS have `fcntl` and `resource`, Windows has `msvcrt` and its own calls. A module that one system lacks is
-looked up when it is needed, so that importing octavo works everywhere.
+Linux and macOS have `fcntl` and `resource`, Windows has `msvcrt` and kernel32. These modules are imported when they are
+needed, so octavo can be imported on every system.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import IO, Any
 
 WINDOWS = os.name == "nt"
 
-# msvcrt locks bytes against reading, too: one far behind the end keeps the content of the file readable.
+# msvcrt locks also prevent reading. A byte far beyond the end is locked, so the content remains readable.
 _LOCKED_BYTE = 2**30
 _POLL_SECONDS = 0.1
-# A virus scanner or an indexer opens new files for a moment; Windows does not rename or replace an open file.
+# Windows does not rename or replace an open file, and virus scanners or indexers briefly open new files.
 _REPLACE_ATTEMPTS = 10
 
 
 def optional_module(name: str) -> Any | None:
-    """The module of the standard library called `name`, or None where this system has none."""
+    """The standard library module `name`, or None if this system does not have it."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -37,10 +37,10 @@ def optional_module(name: str) -> Any | None:
 
 
 def lock_file(file: IO[Any], path: Path, *, wait: bool) -> None:
-    """Lock `file`, opened for writing at `path`, for this process. BlockingIOError if another one holds it.
+    """Locks `file`, opened for writing at `path`, for this process. BlockingIOError if another process holds the lock.
 
-    The system releases the lock when the process ends, in whatever way. Where a system has neither fcntl nor msvcrt, a
-    second file that names the process stands for the lock.
+    The system releases the lock when the process ends, however it ends. On a system with neither fcntl nor msvcrt, a
+    second file with the process id is used as the lock.
     """
     if fcntl := optional_module("fcntl"):
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +56,7 @@ def lock_file(file: IO[Any], path: Path, *, wait: bool) -> None:
 
 
 def unlock_file(file: IO[Any], path: Path) -> None:
-    """Release what `lock_file` locked."""
+    """Releases the lock of `lock_file`."""
     if fcntl := optional_module("fcntl"):
         fcntl.flock(file, fcntl.LOCK_UN)
     elif msvcrt := optional_module("msvcrt"):
@@ -64,11 +64,11 @@ def unlock_file(file: IO[Any], path: Path) -> None:
         os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
     else:
-        _holder(path).unlink(missing_ok=True)
+        _pid_path(path).unlink(missing_ok=True)
 
 
 def _lock_now(file: IO[Any], path: Path) -> None:
-    """Lock without fcntl; OSError if another process holds the lock."""
+    """Locks without fcntl. OSError if another process holds the lock."""
     if msvcrt := optional_module("msvcrt"):
         os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
         try:
@@ -76,79 +76,79 @@ def _lock_now(file: IO[Any], path: Path) -> None:
         finally:
             file.seek(0)
         return
-    holder = _holder(path)
+    pid_path = _pid_path(path)
     with suppress(OSError, ValueError):
-        if not is_alive(int(holder.read_text(encoding="ascii"))):
-            holder.unlink()
-    with holder.open("x", encoding="ascii") as own:
-        own.write(str(os.getpid()))
+        if not is_alive(int(pid_path.read_text(encoding="ascii"))):
+            pid_path.unlink()
+    with pid_path.open("x", encoding="ascii") as pid_file:
+        pid_file.write(str(os.getpid()))
 
 
-def _holder(path: Path) -> Path:
+def _pid_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.pid")
 
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[bool]:
-    """Lock `folder` itself. Yields whether this process holds it: not if another one does, and not on a file system
-    that locks no folders (NFS).
+    """Locks `folder` itself. Yields whether this process got the lock.
 
-    Windows opens no folders and renames none that holds an open file: a file beside the folder is locked there.
+    It fails if another process holds the lock, or on a file system that cannot lock folders (NFS). Windows cannot open
+    folders, and does not rename a folder with an open file in it: there a file next to the folder is locked.
     """
     if fcntl := optional_module("fcntl"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
+                locked = True
             except OSError:
-                held = False
-            yield held
+                locked = False
+            yield locked
         finally:
             os.close(descriptor)
         return
-    beside = folder_lock(folder)
-    with beside.open("a+") as file:
+    lock_path = folder_lock(folder)
+    with lock_path.open("a+") as file:
         try:
-            lock_file(file, beside, wait=False)
+            lock_file(file, lock_path, wait=False)
         except BlockingIOError:
             yield False
             return
         try:
             yield True
         finally:
-            unlock_file(file, beside)
+            unlock_file(file, lock_path)
     with suppress(OSError):
-        beside.unlink()
+        lock_path.unlink()
 
 
 def folder_lock(folder: Path) -> Path:
-    """The file that `held_folder` locks in place of `folder` where folders cannot be locked."""
+    """The file that `held_folder` locks instead of `folder` on systems that cannot lock folders."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def force_to_disk(descriptor: int) -> None:
-    """Have the content of an open file on the disk itself. macOS's fsync stops at the drive's cache."""
+    """Forces the content of an open file to disk. On macOS fsync only writes to the drive's cache."""
     fcntl = optional_module("fcntl") if sys.platform == "darwin" else None
     if fcntl is not None:
         try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
-        except OSError:  # file systems of the network have no such call
+        except OSError:  # not supported by network file systems
             pass
     os.fsync(descriptor)
 
 
 def fsync_file(path: Path) -> None:
-    """Force the content of `path` to disk. Windows does that only through a descriptor that may write."""
+    """Forces the content of `path` to disk. Windows needs a writable descriptor for that."""
     with path.open("rb" if optional_module("fcntl") else "r+b") as file:
         force_to_disk(file.fileno())
 
 
 def fsync_folder(path: Path) -> None:
-    """Force the names in the folder `path` to disk: a rename is not durable before this.
+    """Forces the directory entries of the folder `path` to disk, which makes a rename durable.
 
-    Windows opens no folders; NTFS writes names through its journal.
+    Windows cannot open folders; NTFS writes directory entries through its journal.
     """
     if not hasattr(os, "O_DIRECTORY"):
         return
@@ -160,7 +160,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def rename_over(source: Path, target: Path) -> None:
-    """Rename `source` to `target`: a file over a file, a folder over nothing or over an empty folder."""
+    """Renames `source` to `target`. A file may replace a file, a folder may replace an empty folder."""
     if not WINDOWS:
         source.replace(target)
         return
@@ -177,7 +177,7 @@ def rename_over(source: Path, target: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number runs. On Windows os.kill would end it or send it Ctrl-C."""
+    """Whether a process with this id is running. On Windows os.kill would end it or send Ctrl-C."""
     if WINDOWS:
         synchronize, timeout = 0x00100000, 0x102
         kernel = _windows_library("kernel32")
@@ -217,7 +217,7 @@ class _ProcessMemory(ctypes.Structure):
 
 
 def available_ram_bytes() -> int:
-    """RAM that a new allocation can have, in bytes, on a system without /proc: free RAM on Windows, else all RAM."""
+    """RAM available for allocation in bytes, on a system without /proc: free RAM on Windows, else total RAM."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
@@ -226,10 +226,10 @@ def available_ram_bytes() -> int:
 
 
 def peak_ram_bytes() -> int:
-    """The most resident memory that this process has had, in bytes."""
+    """Peak resident memory of this process in bytes."""
     if resource := optional_module("resource"):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+        unit_bytes = 1 if sys.platform == "darwin" else 1024
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit_bytes
     counters = _ProcessMemory(length=ctypes.sizeof(_ProcessMemory))
     kernel = _windows_library("kernel32")
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
@@ -239,30 +239,30 @@ def peak_ram_bytes() -> int:
 
 
 def _windows_library(name: str) -> Any:
-    return getattr(ctypes, "WinDLL")(name)  # noqa: B009  # type checkers of other systems do not have the name
+    return getattr(ctypes, "WinDLL")(name)  # noqa: B009  # unknown to type checkers on other systems
 
 
 def own_command() -> str:
-    """How a shell calls octavo as this process was called: `octavo` where that is on the PATH, else a path or a module.
+    """The shell command that runs octavo like this process: `octavo` if it is on the PATH, else a path or `-m octavo`.
 
-    What it gives is quoted for the shell and can be followed by a command and its flags.
+    The result is quoted for the shell; a command and its options can be appended.
     """
-    if os.environ.get("UV_RUN_RECURSION_DEPTH"):  # uv changes the PATH for what it runs, and not for the shell
+    if os.environ.get("UV_RUN_RECURSION_DEPTH"):  # uv changes the PATH of its child processes, not the shell's
         return "uv run octavo"
-    called = Path(sys.argv[0])
-    if called.stem != "octavo":
+    argv0 = Path(sys.argv[0])
+    if argv0.stem != "octavo":
         python = shutil.which("python")
-        same = python is not None and Path(python).parent == Path(sys.executable).parent
-        return f"{'python' if same else _quoted(_short(Path(sys.executable)))} -m octavo"
-    found = shutil.which("octavo")
+        is_on_path = python is not None and Path(python).parent == Path(sys.executable).parent
+        return f"{'python' if is_on_path else _quoted(_short(Path(sys.executable)))} -m octavo"
+    on_path = shutil.which("octavo")
     with suppress(OSError):
-        if found is not None and Path(found).samefile(called.with_suffix(Path(found).suffix)):
+        if on_path is not None and Path(on_path).samefile(argv0.with_suffix(Path(on_path).suffix)):
             return "octavo"
-    return _quoted(_short(called))
+    return _quoted(_short(argv0))
 
 
 def quoted(arguments: Sequence[object]) -> str:
-    """Arguments as one line for a shell of this system."""
+    """Arguments quoted and joined for a shell of this system."""
     return " ".join(_quoted(str(argument)) for argument in arguments)
 
 
@@ -271,8 +271,8 @@ def _quoted(text: str) -> str:
 
 
 def _short(path: Path) -> str:
-    """A path from the working folder if it is below that, else in whole."""
-    path = Path(os.path.abspath(path))  # not resolved: an environment's python is a link out of it
+    """A path relative to the working directory if it is inside it, else the absolute path."""
+    path = Path(os.path.abspath(path))  # not resolved: the python of a virtual environment is a link to outside
     with suppress(ValueError, OSError):
         return str(path.relative_to(Path.cwd()))
     return str(path)

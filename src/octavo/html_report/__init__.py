@@ -1,7 +1,7 @@
-"""A run folder as one page, report.html: curves, perplexities, ledger, samples, settings.
+"""Writes report.html of a run folder: curves, perplexities, token ledger, samples, settings.
 
-The page holds everything itself and its policy forbids it to load anything. What comes from the run is
-escaped. What the folder lacks is left out: a run that was interrupted, or still goes on, has a page too.
+The page is self-contained; its content security policy forbids loading resources. All text of the run is escaped.
+Sections without data are omitted, so an interrupted or running run also has a report.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from octavo.reporting import printable, read_events, shown
 
 Event = Mapping[str, Any]
 
-MOST_FILES = 60
+MAX_FILES = 60
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-STRIPPED = ("event", "time")
+INTERNAL_FIELDS = ("event", "time")
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf7; --ink: #23272e; --dim: #6a7079; --line: #e0ddd5;
@@ -65,14 +65,13 @@ ul { margin: 0; padding-left: 1.1rem; }
 
 
 def write(folder: Path) -> Path:
-    """Write report.html into a run folder and return its path.
+    """Writes report.html into a run folder and returns its path.
 
-    Reads metrics.jsonl, ledger.json and config.yaml there, each if it exists. Raises UsageError if there is
-    no such folder and DataError if ledger.json is not JSON. An unreadable line of metrics.jsonl is passed
-    over: a killed run may leave one.
+    Reads metrics.jsonl, ledger.json and config.yaml if they exist. Raises UsageError if there is no such folder and
+    DataError if ledger.json is not JSON. Invalid lines of metrics.jsonl are ignored: a killed run may leave one.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder", hint="give the folder that --out named")
+        raise UsageError(f"{folder} is not a folder.", hint="Pass the folder of --out.")
     metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
     events = read_events(metrics)[0] if metrics.is_file() else []
     sections = [
@@ -94,31 +93,29 @@ def write(folder: Path) -> Path:
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
-    page = folder / "report.html"
-    atomic_write(page, html.encode("utf-8", "replace"))
-    return page
+    path = folder / "report.html"
+    atomic_write(path, html.encode("utf-8", "replace"))
+    return path
 
 
 def summary(events: Sequence[Event]) -> str:
-    """The run in one line: how far it came and what it changed."""
+    """The run in one line: number of steps, training loss, change of the perplexity."""
     losses = _points(events, "step", "loss")
     steps = [number for event in events if event.get("event") == "step" and (number := _number(event.get("step")))]
-    told = [f"{int(steps[-1]):,} steps"] if steps else []
-    if told:
-        told[0] += (
-            f", training loss {smooth(losses)[-1][1]:.3f}" if losses else ", none of which had a token to learn from"
-        )
+    parts = [f"{int(steps[-1]):,} steps"] if steps else []
+    if parts:
+        parts[0] += f", training loss {smooth(losses)[-1][1]:.3f}" if losses else " without a trained token"
     rows = [row for row in _rows(events) if _number(row.get("perplexity"))]
     if len(rows) > 1:
         first, last = rows[0], rows[-1]
         change = 100 * (last["perplexity"] / first["perplexity"] - 1)
-        told.append(
+        parts.append(
             f"perplexity {shown(last['perplexity'])} ({last.get('name')}), "
             f"{abs(change):.1f} % {'under' if change < 0 else 'over'} {first.get('name')}"
         )
     elif not rows:
-        told.append("not evaluated yet: this run is still going on or was interrupted")
-    return "; ".join(told)
+        parts.append("not evaluated yet: the run is still in progress or was interrupted")
+    return "; ".join(parts)
 
 
 def _curves(events: Sequence[Event]) -> str:
@@ -149,8 +146,8 @@ def _perplexities(events: Sequence[Event]) -> str:
     base = _number(rows[0].get("perplexity"))
     table = []
     for row in rows:
-        own = _number(row.get("perplexity"))
-        change = _change(own, base) if own and base and row is not rows[0] else ""
+        perplexity = _number(row.get("perplexity"))
+        change = _change(perplexity, base) if perplexity and base and row is not rows[0] else ""
         cells = [row.get(key, "") for key in ("name", "scheme", "adapter")]
         numbers = [row.get(key, "") for key in ("perplexity", "bits_per_byte", "tokens")]
         table.append([*("" if cell is None else cell for cell in cells), *numbers, change])
@@ -159,22 +156,22 @@ def _perplexities(events: Sequence[Event]) -> str:
 
 
 def _overlap(events: Sequence[Event]) -> str:
-    """How far the held-out text is kept from the training text."""
+    """Overlap between the held-out text and the training text."""
     event = _last(events, "overlap")
     share = _number(event.get("share")) if event else None
     if event is None or share is None:
         return ""
-    words = [
+    sentences = [
         f"{100 * share:.1f} % of the held-out text is also in the training text, in runs of {event.get('ngram')} tokens"
     ]
-    for key, what in (("removed_documents", "taken out of training"), ("near_copies", "near copies")):
+    for key, label in (("removed_documents", "removed from training"), ("near_copies", "near copies")):
         if count := _number(event.get(key)):
-            words.append(f"{what}: {count:,.0f} {'document' if count == 1 else 'documents'}")
-    return f'<p class="lead">{_text("; ".join(words))}.</p>'
+            sentences.append(f"{label}: {count:,.0f} {'document' if count == 1 else 'documents'}")
+    return f'<p class="lead">{_text("; ".join(sentences))}.</p>'
 
 
-def _change(own: float, base: float) -> str:
-    return f"{100 * (own / base - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
+def _change(perplexity: float, base: float) -> str:
+    return f"{100 * (perplexity / base - 1):+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def _samples(events: Sequence[Event]) -> str:
@@ -186,11 +183,17 @@ def _samples(events: Sequence[Event]) -> str:
     for samples in by_prompt.values():
         ends = {which: _last_where(samples, which) for which in ("base", "tuned")}
         cards = [_sample(title, ends[which]) for which, title in (("base", "Before"), ("tuned", "After"))]
-        between = [
-            _sample(f"Step {shown(one.get('step', '?'))}", one) for one in samples if one.get("which") == "training"
+        training_samples = [
+            _sample(f"Step {shown(sample.get('step', '?'))}", sample)
+            for sample in samples
+            if sample.get("which") == "training"
         ]
-        more = f"<details><summary>While training</summary>{''.join(between)}</details>" if between else ""
-        blocks.append(f'<div class="pair">{"".join(cards)}</div>{more}')
+        details = (
+            f"<details><summary>While training</summary>{''.join(training_samples)}</details>"
+            if training_samples
+            else ""
+        )
+        blocks.append(f'<div class="pair">{"".join(cards)}</div>{details}')
     return _section("Samples", "".join(blocks))
 
 
@@ -209,9 +212,9 @@ def _ledger(path: Path) -> str:
     try:
         whole = parse(path.read_bytes(), strict=False)
     except JsonError as error:
-        raise DataError(f"not JSON: {error}", source=str(path), hint="delete it, then ask again") from error
+        raise DataError(f"not JSON: {error}", source=str(path), hint="Delete the file and try again.") from error
     if not isinstance(whole, dict):
-        raise DataError("not a ledger", source=str(path), hint="delete it, then ask again")
+        raise DataError("not a ledger", source=str(path), hint="Delete the file and try again.")
     parts = {"": whole} if "tokens" in whole else whole
     blocks = []
     for name, part in parts.items():
@@ -219,22 +222,22 @@ def _ledger(path: Path) -> str:
             continue
         keys = [key for key in ("documents", "tokens", "learned", "read_only", "left_out", "padding") if key in part]
         files = sorted(part.get("files", ()), key=lambda file: -file.get("tokens", 0))
-        rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MOST_FILES]]
-        if len(files) > MOST_FILES:
-            rows.append([f"and {len(files) - MOST_FILES:,} smaller files", *("" for _ in keys)])
+        rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]]
+        if len(files) > MAX_FILES:
+            rows.append([f"and {len(files) - MAX_FILES:,} smaller files", *("" for _ in keys)])
         not_read = part.get("not_read")
         if isinstance(not_read, dict) and not_read:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in not_read.items())
-            rows.append([f"not read: {kinds}", *("" for _ in keys)])
+            counts = ", ".join(f"{count} {kind}" for kind, count in not_read.items())
+            rows.append([f"not read: {counts}", *("" for _ in keys)])
         rows.append(["all", *(part[key] for key in keys)])
-        head = "file" if not name else f"{name} file"
-        blocks.append(_table([head, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
-    return _section("Where every token went", "".join(blocks))
+        header = "file" if not name else f"{name} file"
+        blocks.append(_table([header, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
+    return _section("Token ledger", "".join(blocks))
 
 
 def _warnings(events: Sequence[Event]) -> str:
-    told = [f"<li>{_text(event.get('text', ''))}</li>" for event in events if event.get("event") == "warn"]
-    return _section("Warnings", f'<div class="card"><ul>{"".join(told)}</ul></div>' if told else "")
+    items = [f"<li>{_text(event.get('text', ''))}</li>" for event in events if event.get("event") == "warn"]
+    return _section("Warnings", f'<div class="card"><ul>{"".join(items)}</ul></div>' if items else "")
 
 
 def _settings(text: str) -> str:
@@ -242,7 +245,7 @@ def _settings(text: str) -> str:
 
 
 def _facts(title: str, event: Event | None) -> str:
-    rows = [[key.replace("_", " "), value] for key, value in (event or {}).items() if key not in STRIPPED]
+    rows = [[key.replace("_", " "), value] for key, value in (event or {}).items() if key not in INTERNAL_FIELDS]
     return _section(title, _table((), rows, text_columns=2) if rows else "")
 
 
@@ -254,20 +257,22 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_col
     rows = list(rows)
 
     def cells_of(tag: str, cells: Sequence[object]) -> str:
-        kinds = ["" if place < text_columns else ' class="number"' for place in range(len(cells))]
-        return "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        css_classes = ["" if index < text_columns else ' class="number"' for index in range(len(cells))]
+        return "".join(
+            f"<{tag}{css_class}>{_text(cell)}</{tag}>" for css_class, cell in zip(css_classes, cells, strict=True)
+        )
 
-    kind = "tight" if columns else "tight facts"
-    head = f"<thead><tr>{cells_of('th', columns)}</tr></thead>" if columns else ""
-    opens = ["<tr>" for _ in rows]
+    css_class = "tight" if columns else "tight facts"
+    header = f"<thead><tr>{cells_of('th', columns)}</tr></thead>" if columns else ""
+    row_tags = ["<tr>" for _ in rows]
     if total:
-        opens[-1] = '<tr class="total">'
-    body = "".join(f"{open_row}{cells_of('td', row)}</tr>" for open_row, row in zip(opens, rows, strict=True))
-    return f'<div class="card {kind}"><table>{head}<tbody>{body}</tbody></table></div>'
+        row_tags[-1] = '<tr class="total">'
+    body = "".join(f"{open_row}{cells_of('td', row)}</tr>" for open_row, row in zip(row_tags, rows, strict=True))
+    return f'<div class="card {css_class}"><table>{header}<tbody>{body}</tbody></table></div>'
 
 
 def _text(value: object) -> str:
-    """A value of the run as HTML text: numbers made readable, everything escaped."""
+    """A value as escaped HTML text; numbers are formatted."""
     return escape(printable(value) if isinstance(value, str) else shown(value))
 
 

@@ -229,7 +229,7 @@ def test_a_run_that_could_not_save_stops_before_it_trains(
         fills_the_disk(patch)
         with pytest.raises(CheckpointError, match="the disk is full") as caught:
             tune(tmp_path / "run", **SHORT)
-    assert "Make room" in caught.value.hint
+    assert "Free disk space" in caught.value.hint
     assert contents(tmp_path / "run").keys() <= {"metrics.jsonl"}
     tune(tmp_path / "run", **SHORT, resume=True)
     tune(tmp_path / "whole", **SHORT)
