@@ -151,11 +151,11 @@ def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, An
 
     for seed, (name, item) in enumerate(items_of(build(config))):
         if item.is_matrix:
-            shape = (item.place.matrix.outputs[item.place.rows_key], item.place.matrix.in_features)
+            shape = (item.entry.matrix.outputs[item.entry.rows_key], item.entry.matrix.in_features)
         else:
-            shape = tuple(item.place.parameter(item.kind).shape)
+            shape = tuple(item.entry.parameter(item.kind).shape)
         tensor = torch.empty(shape, dtype=dtype)
-        if item.is_matrix or item.place.matrix is not None:
+        if item.is_matrix or item.entry.matrix is not None:
             std = STD if item.is_matrix else STD / 10
             tensor.normal_(0, std, generator=torch.Generator().manual_seed(seed))
         else:

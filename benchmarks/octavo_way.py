@@ -120,7 +120,7 @@ def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.d
     """The model of `shapes` with the weights that every way has, quantised one by one on the device."""
     model = allocated(shapes(name, tiny=tiny), scheme_named(scheme), dtype=dtype, device=device)
     for tensor, item in items_of(model):
-        place = item.place
+        place = item.entry
         if item.is_matrix:
             assert place.matrix is not None
             shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)

@@ -1,7 +1,9 @@
-"""An adapter on its model: which numbers are trained, and what a file says put on a model or taken from it.
+"""LoRA adapters on a model: which parameters are trained, and how an adapter file is applied and written.
 
-Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. store/peft.py has the
-file.
+Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. store/peft.py reads and writes
+the file.
+
+Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d width of an embedding.
 """
 
 from __future__ import annotations
@@ -30,60 +32,60 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What is trained: pairs on `targets` (all-linear: every linear of the blocks), and norms and biases."""
+    """What is trained: LoRA on `targets` (all-linear: every linear of the blocks), and on request norms and biases."""
 
     spec: LoraSpec
     targets: tuple[str, ...] = (ALL_LINEAR,)
     norms: bool = False
     biases: bool = False
-    loaded: Adapter | None = None  # the adapter that is on the model: `save` keeps what of it is not trained on
+    loaded: Adapter | None = None  # the adapter applied to the model: `save` keeps the parts that are not trained
 
 
 def select(model: Model, targets: Sequence[str]) -> list[WeightEntry]:
-    """The places that `targets` name: all-linear, a module's last name (q_proj, lm_head), or a whole name."""
-    table = [place for place in weight_entries(model).values() if place.matrix is not None]
+    """The weight-map entries named by `targets`: all-linear, a module's last name (q_proj, lm_head), or a full name."""
+    entries = [entry for entry in weight_entries(model).values() if entry.matrix is not None]
     chosen: dict[str, WeightEntry] = {}
     for target in targets:
         if target == ALL_LINEAR:
-            found = [p for p in table if p.is_linear and layer_of(p.name) is not None]
+            matches = [e for e in entries if e.is_linear and layer_of(e.name) is not None]
         else:
-            found = [p for p in table if target in (p.key, p.name)]
-        if not found:
-            known = sorted({p.key for p in table})
-            near = get_close_matches(target, known, n=1)
+            matches = [e for e in entries if target in (e.key, e.name)]
+        if not matches:
+            keys = sorted({e.key for e in entries})
+            near = get_close_matches(target, keys, n=1)
             raise AdapterError(
                 f"The model has no layer {target!r} to put LoRA on.",
-                hint=(f"Did you mean {near[0]}? " if near else "") + f"There are: {ALL_LINEAR}, {', '.join(known)}.",
+                hint=(f"Did you mean {near[0]}? " if near else "") + f"There are: {ALL_LINEAR}, {', '.join(keys)}.",
             )
-        chosen.update({p.name: p for p in found})
-    return [place for place in table if place.name in chosen]
+        chosen.update({e.name: e for e in matches})
+    return [entry for entry in entries if entry.name in chosen]
 
 
 def create_(model: Model, plan: AdapterPlan, *, seed: int) -> None:
-    """Puts new pairs on the planned targets and marks what is trained; the model's output does not change."""
+    """Adds new LoRA to the planned targets and marks the trained parameters. B is zero: the output does not change."""
     generator = torch.Generator().manual_seed(seed)
     chosen = select(model, plan.targets)
-    for place in chosen:
-        layer = _layer(place)
-        attach_(layer, place.rows_key, plan.spec, generator=generator)
+    for entry in chosen:
+        layer = _layer(entry)
+        attach_(layer, entry.rows_key, plan.spec, generator=generator)
     mark_trained_(model, plan, chosen)
 
 
 def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]) -> None:
-    """Makes the pairs, and norms and biases if planned, take gradients, and nothing else."""
+    """Sets requires_grad on the LoRA matrices and on the planned norms and biases, and clears it on all others."""
     model.requires_grad_(False)
-    for place in weight_entries(model).values():
-        if place.matrix is None and plan.norms:
-            place.layer.requires_grad_(True)
-    names = {place.name for place in chosen}
-    for place in chosen:
-        layer = _layer(place)
+    for entry in weight_entries(model).values():
+        if entry.matrix is None and plan.norms:
+            entry.layer.requires_grad_(True)
+    names = {entry.name for entry in chosen}
+    for entry in chosen:
+        layer = _layer(entry)
         layer.pairs.requires_grad_(True)
-        if plan.biases and isinstance(layer, FrozenLinear) and place.parameter("bias") is not None:
+        if plan.biases and isinstance(layer, FrozenLinear) and entry.parameter("bias") is not None:
             assert layer.bias is not None
-            if lacking := _lacking(place, names):
+            if missing := _untargeted_biases(entry, names):
                 raise AdapterError(
-                    f"The bias of {place.key} is stored with those of {', '.join(lacking)}.",
+                    f"The bias of {entry.key} is stored with those of {', '.join(missing)}.",
                     hint="To train biases, target all of them or none.",
                 )
             layer.bias.requires_grad_(True)
@@ -91,125 +93,127 @@ def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]
 
 def trained(model: Model) -> dict[str, nn.Parameter]:
     """Every trained parameter by a stable name: NAME.lora_A, NAME.lora_B, NAME.weight, NAME.bias."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for place in weight_entries(model).values():
-        if isinstance(place.layer, FrozenLinear | FrozenEmbedding):
-            pair = _pair(place)
-            if pair is not None and pair.a.requires_grad:
-                found[f"{place.name}.lora_A"], found[f"{place.name}.lora_B"] = pair.a, pair.b
-            bias = place.layer.bias if isinstance(place.layer, FrozenLinear) else None
+    parameters: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()  # ids of biases: linears that share a matrix share one bias parameter
+    for entry in weight_entries(model).values():
+        if isinstance(entry.layer, FrozenLinear | FrozenEmbedding):
+            lora = _lora(entry)
+            if lora is not None and lora.a.requires_grad:
+                parameters[f"{entry.name}.lora_A"], parameters[f"{entry.name}.lora_B"] = lora.a, lora.b
+            bias = entry.layer.bias if isinstance(entry.layer, FrozenLinear) else None
             if bias is not None and bias.requires_grad and id(bias) not in seen:
                 seen.add(id(bias))
-                found[f"{place.name}.bias"] = bias
+                parameters[f"{entry.name}.bias"] = bias
         else:
-            for kind, parameter in place.layer.named_parameters(recurse=False):
+            for kind, parameter in entry.layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    found[f"{place.name}.{kind}"] = parameter
-    return found
+                    parameters[f"{entry.name}.{kind}"] = parameter
+    return parameters
 
 
 def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = None) -> Adapter:
-    """The adapter that is on `model`: its pairs, and the norms and biases that are trained. Nothing is copied."""
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    """The adapter on `model`: its LoRA matrices, and the trained norms and biases. Nothing is copied."""
+    loras: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     embeddings = set()
-    for place in weight_entries(model).values():
-        pair = _pair(place)
-        if pair is not None:
-            pairs[place.name] = (pair.a, pair.b, pair.scaling)
-        if isinstance(place.layer, FrozenLinear):
-            bias = place.parameter("bias")
-            whole = place.layer.bias  # of all names that share the matrix
-            if bias is not None and whole is not None and whole.requires_grad and pair is not None:
-                full[f"{place.name}.bias"] = bias
-        elif isinstance(place.layer, FrozenEmbedding):
-            if pair is not None:
-                embeddings.add(place.name)
+    for entry in weight_entries(model).values():
+        lora = _lora(entry)
+        if lora is not None:
+            loras[entry.name] = (lora.a, lora.b, lora.scaling)
+        if isinstance(entry.layer, FrozenLinear):
+            bias = entry.parameter("bias")
+            shared_bias = entry.layer.bias  # of all linears that share the matrix
+            if bias is not None and shared_bias is not None and shared_bias.requires_grad and lora is not None:
+                full[f"{entry.name}.bias"] = bias
+        elif isinstance(entry.layer, FrozenEmbedding):
+            if lora is not None:
+                embeddings.add(entry.name)
         else:
-            for kind, parameter in place.layer.named_parameters(recurse=False):
+            for kind, parameter in entry.layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    full[f"{place.name}.{kind}"] = parameter
-    return Adapter(spec, pairs, full, dict(origin or {}), frozenset(embeddings))
+                    full[f"{entry.name}.{kind}"] = parameter
+    return Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
 
 
 def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
-    """Writes the adapter of `model` into `folder`, whole or not at all; `origin` is octavo.json's content."""
-    found = collect(model, plan.spec, origin=origin)
+    """Writes the adapter of `model` into `folder` atomically. `origin` is the content of octavo.json."""
+    adapter = collect(model, plan.spec, origin=origin)
     if plan.loaded is not None:
         before = plan.loaded
-        found = replace(
-            found, full={**before.full, **found.full}, tokens=before.tokens, separate=before.separate,
+        adapter = replace(
+            adapter, full={**before.full, **adapter.full}, tokens=before.tokens, separate=before.separate,
             base_layers=before.base_layers,
         )  # fmt: skip
-    peft.write(folder, found, modules=weight_entries(model), biases=plan.biases, base=base, card=card)
+    peft.write(folder, adapter, modules=weight_entries(model), biases=plan.biases, base=base, card=card)
 
 
 def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
-    """Puts an adapter on `model` and returns its plan; AdapterError if a tensor finds no place.
+    """Applies an adapter to `model` and returns its plan. AdapterError if the model has no module for a tensor.
 
-    Its LoRA pairs, norms and biases are trained on from there where all biases of a matrix are the adapter's; full
-    weights of linears, embedding and head stay as they are.
+    Training continues on its LoRA matrices and norms, and on its biases if it has all biases of each matrix. Full
+    weights of linears, embedding and head stay frozen.
     """
-    table = _checked(model, adapter)
-    put_weights_(model, adapter, table)
-    for name in adapter.pairs:
-        put_(_layer(table[name]), table[name].rows_key, _pair_for(table[name], adapter), dropout=adapter.spec.dropout)
-    plan = _plan_of(adapter, table)
-    mark_trained_(model, plan, [table[name] for name in adapter.pairs])
+    entries = _checked(model, adapter)
+    put_weights_(model, adapter, entries)
+    for name in adapter.lora:
+        entry = entries[name]
+        put_(_layer(entry), entry.rows_key, _lora_for(entry, adapter), dropout=adapter.spec.dropout)
+    plan = _plan_of(adapter, entries)
+    mark_trained_(model, plan, [entries[name] for name in adapter.lora])
     return plan
 
 
 def serve_(model: Model, routing: ServedAdapters, adapter: Adapter, name: str) -> None:
-    """Holds an adapter beside others under `name`, for the rows that the routing sends through its number.
+    """Adds an adapter to the served ones under `name`. Each request selects its adapter by the id in `routing`.
 
-    AdapterError if a tensor finds no place, or if a norm, a bias or a full weight differs from the model's: those all
-    rows share.
+    AdapterError if the model has no module for a tensor, or if a norm, a bias or a full weight differs from the
+    model's: all sequences of a batch share those.
     """
-    table = _checked(model, adapter)
-    if changed := changed_keys(adapter, table):
+    entries = _checked(model, adapter)
+    if changed := changed_keys(adapter, entries):
         raise AdapterError(
-            f"The adapter {name} has trained norms, biases or full weights ({_some(changed)}); only LoRA pairs can be "
-            "served beside other adapters.",
+            f"The adapter {name} has trained norms, biases or full weights ({_some(changed)}); only LoRA can be "
+            "served next to other adapters.",
             hint="Use `octavo generate --adapter`, or merge it into its base with PEFT and serve that. An adapter "
             "trained without --train-norms, --train-biases and modules_to_save can be served.",
         )
-    pairs = {place: _pair_for(table[place], adapter) for place in adapter.pairs}
-    before = _bank_places(model)
+    loras = {module: _lora_for(entries[module], adapter) for module in adapter.lora}
+    before = _bank_addresses(model)
     _take_off_(model, routing, name)
-    number = routing.free_id()
-    for place, pair in pairs.items():
-        layer = _layer(table[place])
+    adapter_id = routing.free_id()
+    for module, lora in loras.items():
+        layer = _layer(entries[module])
         if layer.bank is None:
             layer.bank = _new_bank(layer)
-        layer.bank.put(number, table[place].rows_key, pair.a.detach(), pair.b.detach(), pair.scaling)
+        layer.bank.put(adapter_id, entries[module].rows_key, lora.a.detach(), lora.b.detach(), lora.scaling)
     for layer in _frozen_layers(model):
         if layer.bank is not None:
-            layer.bank.make_room(number + 1)  # rows of this adapter look into all banks, its own or not
-    routing.served[name] = number
-    routing.changes += _bank_places(model) != before
+            # Every bank is indexed with this id, also the banks of layers that this adapter does not adapt.
+            layer.bank.make_room(adapter_id + 1)
+    routing.served[name] = adapter_id
+    routing.changes += _bank_addresses(model) != before
 
 
 def remove_(model: Model, routing: ServedAdapters, name: str) -> None:
-    """Takes a served adapter off again."""
-    before = _bank_places(model)
+    """Removes a served adapter."""
+    before = _bank_addresses(model)
     _take_off_(model, routing, name)
-    routing.changes += _bank_places(model) != before
+    routing.changes += _bank_addresses(model) != before
 
 
 def _take_off_(model: Model, routing: ServedAdapters, name: str) -> None:
-    number = routing.served.pop(name, None)
-    if number is None:
+    adapter_id = routing.served.pop(name, None)
+    if adapter_id is None:
         return
     for layer in _frozen_layers(model):
         if layer.bank is not None:
-            layer.bank.clear(number)
+            layer.bank.clear(adapter_id)
         if not routing.served:
             layer.bank = None
 
 
-def _bank_places(model: Model) -> list[object]:
-    """Where the tensors of all banks are, and how large: what a recorded step has taken down."""
+def _bank_addresses(model: Model) -> list[object]:
+    """Addresses and shapes of all banks' tensors. Captured CUDA graphs hold them and are invalid if one changes."""
     banks = [layer.bank for layer in _frozen_layers(model)]
     return [bank and (bank.a.data_ptr(), bank.a.shape, bank.b.data_ptr(), bank.b.shape) for bank in banks]
 
@@ -220,7 +224,7 @@ def _frozen_layers(model: Model) -> list[FrozenLinear | FrozenEmbedding]:
 
 def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
     matrix = layer.matrix
-    if isinstance(layer, FrozenEmbedding):  # a table's inputs are the ids of its rows
+    if isinstance(layer, FrozenEmbedding):  # A (r, V), B (d, r): the input of an embedding is a row index
         return AdapterBank(
             matrix.shape[0], dict.fromkeys(matrix.outputs, matrix.in_features), matrix.dtype, matrix.device
         )
@@ -228,33 +232,33 @@ def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
 
 
 def _checked(model: Model, adapter: Adapter) -> dict[str, WeightEntry]:
-    """The model's places; AdapterError if a tensor of the adapter finds none."""
-    table = weight_entries(model)
-    lost = [name for name in adapter.pairs if name not in table or table[name].matrix is None]
-    lost += [key for key in adapter.full if not _fits_full(table, key)]
-    lost += [name for name in adapter.tokens if name not in table or not table[name].is_embedding]
-    if lost:
-        reason = _reason(model, table, lost[0])
+    """The model's weight map. AdapterError if it has no module for a tensor of the adapter."""
+    entries = weight_entries(model)
+    unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
+    unknown += [key for key in adapter.full if not _fits_full(entries, key)]
+    unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
+    if unknown:
+        reason = _reason(model, entries, unknown[0])
         raise AdapterError(
-            f"The adapter does not belong to this model: there is no place for {_some(lost)} ({reason}).",
+            f"The adapter does not belong to this model: there is no module for {_some(unknown)} ({reason}).",
             hint=f"It names {shown(adapter.base)} as its base: give that with --model."
             if adapter.base
             else "Give the model that it was trained on.",
         )
-    return table
+    return entries
 
 
 def _some(names: Sequence[str]) -> str:
     return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _reason(model: Model, table: Mapping[str, WeightEntry], key: str) -> str:
-    """Why a tensor of an adapter has no place."""
+def _reason(model: Model, entries: Mapping[str, WeightEntry], key: str) -> str:
+    """Why the model has no module for a tensor of an adapter."""
     name, _, kind = key.rpartition(".")
-    if name in table:
-        return f"this model's {table[name].key} has no {kind}"
+    if name in entries:
+        return f"this model's {entries[name].key} has no {kind}"
     layer, count = layer_of(key), len(model.blocks)
-    first = next(name for name in table if layer_of(name) is not None)
+    first = next(name for name in entries if layer_of(name) is not None)
     if layer is not None and layer >= count and key.partition(".")[0] == first.partition(".")[0]:
         return f"this model has {count} layers"
     if layer is not None and key.partition(f".{layer}.")[0] != first.partition(".0.")[0]:
@@ -262,15 +266,15 @@ def _reason(model: Model, table: Mapping[str, WeightEntry], key: str) -> str:
     return f"this model has no module {shortened(name if kind in ('weight', 'bias') else key)}"
 
 
-def _pair_for(place: WeightEntry, adapter: Adapter) -> LoraPair:
-    """The adapter's pair of one name, on the model's device; AdapterError if its shape is another layer's."""
-    a, b, scaling = adapter.pairs[place.name]
-    layer, key = _layer(place), place.rows_key
+def _lora_for(entry: WeightEntry, adapter: Adapter) -> LoraPair:
+    """The adapter's A and B of one module, on the model's device. AdapterError for another layer's shape."""
+    a, b, scaling = adapter.lora[entry.name]  # linear: (r, K), (N, r); embedding: (r, V), (d, r)
+    layer, key = _layer(entry), entry.rows_key
     rows, columns, rank = layer.matrix.outputs[key], layer.matrix.in_features, a.shape[0]
     outer = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
     if tuple(a.shape) != (rank, outer[0]) or tuple(b.shape) != (outer[1], rank):
         raise AdapterError(
-            f"The adapter's pair for {place.name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
+            f"The adapter's LoRA for {entry.name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
             f"has {columns} inputs and {rows} outputs.",
             hint="Give the model that it was trained on.",
         )
@@ -278,44 +282,44 @@ def _pair_for(place: WeightEntry, adapter: Adapter) -> LoraPair:
     return LoraPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
 
 
-def _plan_of(adapter: Adapter, table: Mapping[str, WeightEntry]) -> AdapterPlan:
-    norms = any(table[key.rpartition(".")[0]].matrix is None for key in adapter.full)
-    owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")} & adapter.pairs.keys()
-    # Trained on only where they are complete: linears that share a matrix have their biases in one parameter.
-    biases = bool(owners) and not any(_lacking(table[name], owners) for name in owners)
-    return AdapterPlan(adapter.spec, tuple(adapter.pairs), norms=norms, biases=biases, loaded=adapter)
+def _plan_of(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> AdapterPlan:
+    norms = any(entries[key.rpartition(".")[0]].matrix is None for key in adapter.full)
+    owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")} & adapter.lora.keys()
+    # Biases are trained only if they are complete: linears that share a matrix have their biases in one parameter.
+    biases = bool(owners) and not any(_untargeted_biases(entries[name], owners) for name in owners)
+    return AdapterPlan(adapter.spec, tuple(adapter.lora), norms=norms, biases=biases, loaded=adapter)
 
 
-def _fits_full(table: Mapping[str, WeightEntry], key: str) -> bool:
+def _fits_full(entries: Mapping[str, WeightEntry], key: str) -> bool:
     name, _, kind = key.rpartition(".")
-    if name in table and kind == "weight" and table[name].matrix is not None:
+    if name in entries and kind == "weight" and entries[name].matrix is not None:
         return True
-    return name in table and table[name].parameter(kind) is not None
+    return name in entries and entries[name].parameter(kind) is not None
 
 
-def _lacking(place: WeightEntry, names: Collection[str]) -> list[str]:
-    """The keys of the biases that are stored with the bias of `place`, and whose modules `names` lacks."""
-    layer = _layer(place)
+def _untargeted_biases(entry: WeightEntry, names: Collection[str]) -> list[str]:
+    """The keys of the biases stored with the bias of an entry whose modules are not in `names`."""
+    layer = _layer(entry)
     assert isinstance(layer, FrozenLinear)
-    return [key for key in layer.bias_names if not _targeted(key, place, names)]
+    return [key for key in layer.bias_names if not _targeted(key, entry, names)]
 
 
-def _targeted(key: str, place: WeightEntry, names: Iterable[str]) -> bool:
-    """Whether the name that shares `place`'s bias under `key` is a target too."""
-    if place.is_head:
+def _targeted(key: str, entry: WeightEntry, names: Iterable[str]) -> bool:
+    """Whether the module whose bias is stored under `key` with that of an entry is a target too."""
+    if entry.is_head:
         return True
-    siblings = {name.rpartition(".")[2] for name in names if layer_of(name) == layer_of(place.name)}
+    siblings = {name.rpartition(".")[2] for name in names if layer_of(name) == layer_of(entry.name)}
     return key in siblings
 
 
-def _pair(place: WeightEntry) -> LoraPair | None:
-    if not isinstance(place.layer, FrozenLinear | FrozenEmbedding) or place.rows_key not in place.layer.pairs:
+def _lora(entry: WeightEntry) -> LoraPair | None:
+    if not isinstance(entry.layer, FrozenLinear | FrozenEmbedding) or entry.rows_key not in entry.layer.pairs:
         return None
-    pair = place.layer.pairs[place.rows_key]
-    assert isinstance(pair, LoraPair)
-    return pair
+    lora = entry.layer.pairs[entry.rows_key]
+    assert isinstance(lora, LoraPair)
+    return lora
 
 
-def _layer(place: WeightEntry) -> FrozenLinear | FrozenEmbedding:
-    assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
-    return place.layer
+def _layer(entry: WeightEntry) -> FrozenLinear | FrozenEmbedding:
+    assert isinstance(entry.layer, FrozenLinear | FrozenEmbedding)
+    return entry.layer

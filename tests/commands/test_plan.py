@@ -55,8 +55,8 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = allocated(SHAPE, scheme_named("none"), dtype=torch.bfloat16, device=torch.device("meta"))
     header, end = {}, 0
     for name, item in items_of(model):
-        matrix, parameter = item.place.matrix, item.place.parameter(item.kind)
-        shape = (matrix.outputs[item.place.rows_key], matrix.in_features) if item.is_matrix and matrix else None
+        matrix, parameter = item.entry.matrix, item.entry.parameter(item.kind)
+        shape = (matrix.outputs[item.entry.rows_key], matrix.in_features) if item.is_matrix and matrix else None
         sizes = list(shape or (parameter.shape if parameter is not None else ()))
         header[name] = {"dtype": "BF16", "shape": sizes, "data_offsets": [end, end := end + 2 * math.prod(sizes)]}
     text = json.dumps(header).encode()

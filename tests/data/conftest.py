@@ -1,4 +1,4 @@
-"""A small true tokenizer: byte-level BPE with ChatML's control tokens and template."""
+"""A small real tokenizer: byte-level BPE with ChatML's control tokens and template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of learned targets, which bits per byte divides by, against the bytes of the texts."""
+"""Bytes of target tokens, the denominator of bits per byte, against the bytes of the texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from octavo.data.documents import Document, Message
 from octavo.data.packing import Row, pack
 from octavo.data.tokens import Tokens, encode_all
 
-UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
+UNHURRIED = settings(deadline=None)  # other processes may slow a machine down
 ALPHABET = st.characters(codec="utf-8") | st.sampled_from("ae \n世é😀👩‍👧<|>")
 TEXTS = st.lists(st.text(ALPHABET, max_size=30), min_size=1, max_size=4)
 
@@ -29,17 +29,17 @@ def packed(tokens: Sequence[Tokens], seq_len: int = 7) -> list[Row]:
 
 @UNHURRIED
 @given(texts=TEXTS, seq_len=st.integers(1, 20))
-def test_targets_stand_for_the_bytes_of_their_texts(
+def test_target_bytes_are_the_bytes_of_the_texts(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], seq_len: int
 ) -> None:
-    # Nothing predicts a text's first token; behind "The" no token ends within a character.
+    # The first token of a text is no target. After "The" no token ends within a character.
     tokens = encoded([Document("f", 1, text="The " + text) for text in texts], tokenizer)
     assert target_bytes(packed(tokens, seq_len), tokenizer) == sum(one.n_bytes for one in tokens)
 
 
 @UNHURRIED
 @given(text=st.text(ALPHABET, min_size=1, max_size=30))
-def test_half_a_character_counts_half(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_a_token_within_a_character_counts_its_own_bytes(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     (tokens,) = encoded([Document("f", 1, text=text)], tokenizer)
     first = len(tokenizer.convert_ids_to_tokens(int(tokens.ids[0])))
     assert target_bytes(packed([tokens]), tokenizer) == len(text.encode()) - first
@@ -47,12 +47,12 @@ def test_half_a_character_counts_half(tokenizer: PreTrainedTokenizerFast, text: 
 
 @UNHURRIED
 @given(prompt=st.text(ALPHABET, min_size=1, max_size=9), completion=st.text(ALPHABET, max_size=9))
-def test_only_what_is_learned_counts(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> None:
+def test_only_the_completion_counts(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> None:
     tokens = encoded([Document("f", 1, prompt=prompt, completion=completion)], tokenizer)
     assert target_bytes(packed(tokens), tokenizer) == len(completion.encode())
 
 
-def test_control_tokens_that_are_no_end_token_have_no_bytes(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_have_no_bytes(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.bos_token = own_tokenizer.eos_token = "<|endoftext|>"
     messages = (Message("user", "hello"), Message("assistant", "well"))
     tokens = encoded([Document("f", 1, messages=messages)], own_tokenizer)
@@ -61,7 +61,7 @@ def test_control_tokens_that_are_no_end_token_have_no_bytes(own_tokenizer: PreTr
     assert target_bytes(packed(tokens), own_tokenizer) == tokens[0].n_bytes == len("well")
 
 
-def test_words_added_as_they_are_count_their_own_bytes(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_added_tokens_count_the_bytes_of_their_text(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.add_tokens([AddedToken("naïveté", normalized=False), AddedToken("    ", normalized=False)])
     lengths = token_bytes(own_tokenizer)
     assert lengths[own_tokenizer.convert_tokens_to_ids("naïveté")] == 9
@@ -69,7 +69,7 @@ def test_words_added_as_they_are_count_their_own_bytes(own_tokenizer: PreTrained
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Characters as they are, a sign for the space, every other byte as <0xNN>, as in Llama 2 and Mistral."""
+    """A tokenizer like Llama 2's and Mistral's: U+2581 for a space, <0xNN> for a byte without a character."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁theranié"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
@@ -85,7 +85,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 SENTENCEPIECE = sentencepiece_like()
 
 
-def test_a_sentencepiece_vocabulary_is_read_as_one() -> None:
+def test_bytes_of_a_sentencepiece_vocabulary() -> None:
     lengths = token_bytes(SENTENCEPIECE)
     expected = {"</s>": 0, "<0xE4>": 1, "▁": 1, "▁the": 4, "é": 2}
     assert {name: lengths[SENTENCEPIECE.convert_tokens_to_ids(name)] for name in expected} == expected
@@ -93,7 +93,7 @@ def test_a_sentencepiece_vocabulary_is_read_as_one() -> None:
 
 @UNHURRIED
 @given(texts=TEXTS)
-def test_a_sentencepiece_texts_targets_stand_for_its_bytes(texts: list[str]) -> None:
+def test_target_bytes_of_a_sentencepiece_tokenizer_are_the_bytes_of_the_texts(texts: list[str]) -> None:
     documents = [Document("f", 1, text="t" + text.replace("▁", "")) for text in texts]
     tokens = encoded(documents, SENTENCEPIECE)
     assert target_bytes(packed(tokens), SENTENCEPIECE) == sum(one.n_bytes for one in tokens)

@@ -16,7 +16,7 @@ ROLES = st.sampled_from(["system", "user", "assistant"])
 TALK = st.lists(st.tuples(ROLES, CONTENT), min_size=1, max_size=5).map(
     lambda turns: [*turns, ("assistant", "I am well.")]
 )
-# How Mistral's family writes a talk: the end token closes only the assistant's turns, contents are trimmed.
+# The template of Mistral's family: the EOS token ends only the assistant's turns, contents are trimmed.
 MISTRAL = (
     "<|im_start|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }}<|im_end|>"
@@ -34,11 +34,13 @@ def trained_text(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @given(turns=TALK)
-def test_ids_are_those_of_the_chat_template(tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]) -> None:
+def test_ids_equal_those_of_apply_chat_template(
+    tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
+) -> None:
     tokens = chat(turns, tokenizer)
     conversation = [{"role": role, "content": content} for role, content in turns]
     whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
-    # Behind the last turn's end token the template puts a line break, which is cut.
+    # The template writes a line break after the EOS token of the last turn, which is not encoded.
     assert tokens.ids.tolist() == whole[: len(tokens.ids)]
     assert tokenizer.decode(whole[len(tokens.ids) :]) == "\n"
     assert tokens.ids[-1] == tokenizer.eos_token_id
@@ -46,7 +48,7 @@ def test_ids_are_those_of_the_chat_template(tokenizer: PreTrainedTokenizerFast, 
 
 
 @given(turns=TALK)
-def test_trained_are_the_assistants_contents_and_turn_ends(
+def test_only_the_assistants_contents_and_turn_ends_are_trained(
     tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
 ) -> None:
     tokens = chat(turns, tokenizer)
@@ -79,20 +81,20 @@ def test_text_around_a_control_tokens_string_keeps_its_ids(tokenizer: PreTrained
     assert quoted[at - len(plain) :] == plain[at:]
 
 
-def test_contents_that_look_like_the_template_are_told_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_content_that_looks_like_the_template_is_located_correctly(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = chat([("user", "user"), ("assistant", "assistant\nassistant"), ("user", "hello")], tokenizer)
     assert trained_text(tokens, tokenizer) == "assistant\nassistant<|im_end|>"
     assert tokenizer.decode(tokens.ids.tolist()).endswith("assistant\nassistant<|im_end|>")
 
 
-def test_an_end_token_is_added_where_the_turn_ends_in_another(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_eos_token_is_added_if_the_turn_ends_in_another_token(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.eos_token = "<|endoftext|>"
     tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], own_tokenizer)
     assert trained_text(tokens, own_tokenizer) == "well<|im_end|>b<|im_end|><|endoftext|>"
     assert tokens.n_bytes == 5
 
 
-def test_a_template_without_turn_ends_gets_the_end_token(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_template_without_turn_ends_gets_the_eos_token(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.chat_template = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], own_tokenizer)
     assert trained_text(tokens, own_tokenizer).replace(" ", "") == "wellb<|im_end|>"
@@ -114,7 +116,7 @@ def test_a_template_without_turn_ends_gets_the_end_token(own_tokenizer: PreTrain
         ),
     ],
 )
-def test_a_turn_ends_only_in_the_token_that_closes_the_last_one(
+def test_a_turn_ends_only_in_the_token_that_ends_the_last_turn(
     own_tokenizer: PreTrainedTokenizerFast, template: str, trained: str
 ) -> None:
     own_tokenizer.chat_template = template
@@ -150,7 +152,7 @@ def test_a_template_that_trims_and_closes_only_the_assistants_turns(
         ("{% for m in messages %}{{ m['content'] + 1 }}{% endfor %}", "fails on the conversation"),
     ],
 )
-def test_a_template_that_hides_what_is_trained_is_an_error(
+def test_a_template_that_rewrites_or_omits_a_message_is_an_error(
     own_tokenizer: PreTrainedTokenizerFast, template: str, message: str
 ) -> None:
     own_tokenizer.chat_template = template

@@ -1,4 +1,4 @@
-"""The ids of a text in stretches are those of the whole text, for tokenizers of every make."""
+"""The ids of a text in segments equal those of the whole text, for tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.data import encoding
 from octavo.data.cuts import WHOLE, cuts_of
-from octavo.data.encoding import coder_of, plain_codes
+from octavo.data.encoding import coder_of, encode_plain
 
 LINES = [
     "The quality of mercy is not strained, it droppeth as the gentle rain from heaven.\nUpon the place beneath.",
@@ -46,7 +46,7 @@ def split(pattern: str) -> object:
 
 
 def sentencepiece(*, prepend: bool, across: bool = False) -> Tokenizer:
-    """As Llama 2's: no pre-tokenizer, bytes where a character is unknown. `across`: with tokens over spaces."""
+    """Like Llama 2's: no pre-tokenizer, byte fallback. `across`: with tokens that contain spaces."""
     pieces = LINES if across else [word for line in LINES for word in line.replace("\n", " ").split(" ")]
     trained = Tokenizer(models.BPE())
     marked = [piece.replace(" ", "▁") if across else "▁" + piece for piece in pieces]
@@ -98,7 +98,7 @@ def words() -> Tokenizer:
 
 
 def literal_spaces() -> Tokenizer:
-    """Without normalizer and pre-tokenizer: tokens hold spaces as they are."""
+    """Without normalizer and pre-tokenizer: tokens contain plain spaces."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
     tokenizer.train_from_iterator(["ACGT GATTACA CCGT TTGA " * 40], trainer)
@@ -112,7 +112,7 @@ def with_added(*tokens: AddedToken, to: Callable[[], Tokenizer] = byte_level) ->
 
 
 def gemma() -> Tokenizer:
-    """Spaces as in SentencePiece, none before a text, and added tokens that are not special."""
+    """Spaces as in SentencePiece, none added before a text, and added tokens that are not special."""
     tokenizer = sentencepiece(prepend=True)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -195,42 +195,42 @@ TEXTS = st.lists(st.one_of(BORDERS, WORDS, st.text(max_size=3)), max_size=30).ma
 @example(text="a the b GATTACA CCGT ACGT", most=1, many=1)
 @example(text="it's 12\u2009x\u00a0\u0301 \n\n\t'll 世界", most=40, many=1)
 @settings(max_examples=60)
-def test_ids_are_those_of_the_whole_text(name: str, text: str, most: int, many: int) -> None:
+def test_ids_of_segments_equal_those_of_the_whole_text(name: str, text: str, most: int, many: int) -> None:
     coder = coder_of(made(name))
     texts = [text, "the king", "", text[::-1], text]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding, "BATCH_CHARACTERS", most)
-        patch.setattr(encoding, "MOST_WORDS", 3)
-        patch.setattr(encoding, "MANY_WORDS", many)
-        codes = list(plain_codes(texts, coder))
+        patch.setattr(encoding, "MAX_SEGMENTS", 3)
+        patch.setattr(encoding, "MANY_SEGMENTS", many)
+        codes = list(encode_plain(texts, coder))
     assert [code.ids.tolist() for code in codes] == [coder.plain.encode(one).ids for one in texts]
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_a_tokenizer_is_cut_where_it_allows_it_and_only_there(name: str) -> None:
+def test_a_text_is_split_only_if_its_tokenizer_allows_it(name: str) -> None:
     cuts = coder_of(made(name)).cuts
     assert (cuts is not WHOLE) == MAKES[name][1]
-    count = sum(len(words) for words, _ in cuts.words("the king spoke to the queen " * 9, 40))
+    count = sum(len(words) for words, _ in cuts.segments("the king spoke to the queen " * 9, 40))
     assert count == (54 if MAKES[name][1] else 1)
 
 
-def test_lines_are_cut_where_the_tokenizer_begins_anew_there() -> None:
+def test_a_text_is_split_after_a_line_break_only_if_the_tokenizer_splits_there() -> None:
     text = "The king,\nThe queen\n\nend\n"
     both = [made(name) for name in ("gpt-2", "llama 2")]
-    found = [[word for words, _ in coder_of(one).cuts.words(text, 99) for word in words] for one in both]
+    found = [[word for words, _ in coder_of(one).cuts.segments(text, 99) for word in words] for one in both]
     assert found[0] == ["The", " king,\n", "The", " queen\n\nend\n"]
     assert found[1] == ["The", "king,\nThe", "queen\n\nend\n"]
 
 
 @given(text=TEXTS, most=st.integers(1, 40))
-def test_stretches_are_the_text(text: str, most: int) -> None:
+def test_segments_concatenate_to_the_text(text: str, most: int) -> None:
     for cuts in (coder_of(made("gpt-2")).cuts, WHOLE):
-        lists = list(cuts.words(text, most))
+        lists = list(cuts.segments(text, most))
         assert "".join(word for words, _ in lists for word in words) == text
         assert [last for _, last in lists] == [False] * (len(lists) - 1) + [True]
 
 
-def test_a_normalizer_that_looks_far_keeps_texts_whole() -> None:
+def test_a_normalizer_that_depends_on_distant_characters_prevents_a_split() -> None:
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.Strip()
     assert cuts_of(tokenizer) is WHOLE
@@ -238,8 +238,8 @@ def test_a_normalizer_that_looks_far_keeps_texts_whole() -> None:
     assert cuts_of(tokenizer) is not WHOLE
 
 
-def test_a_token_that_is_added_later_is_seen() -> None:
-    """What was found is remembered by a tokenizer's content, not by the object."""
+def test_a_token_added_later_changes_the_split() -> None:
+    """The cache key is a tokenizer's content, not the object."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level())
     assert coder_of(tokenizer).cuts is coder_of(made("gpt-2")).cuts is not WHOLE
     tokenizer.add_tokens([AddedToken("king", rstrip=True)])

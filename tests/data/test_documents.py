@@ -33,7 +33,7 @@ def test_files_of_all_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert skipped == []
 
 
-def test_find_takes_every_format_and_no_other(tmp_path: Path) -> None:
+def test_find_returns_files_of_every_known_format_only(tmp_path: Path) -> None:
     for name in ("a.txt", "b.md.xz", "c.jsonl", "d.json", "e.csv", "f.parquet", "g.bin"):
         write(tmp_path / name, "x")
     assert [path.name[0] for path in find([str(tmp_path)]).files] == list("abcdef")
@@ -53,7 +53,7 @@ def test_find_takes_every_format_and_no_other(tmp_path: Path) -> None:
         ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], "cannot be decompressed"),
     ],
 )
-def test_what_cannot_be_read_stops_the_reading_or_is_counted(
+def test_an_unreadable_file_raises_or_is_counted_as_skipped(
     tmp_path: Path, name: str, data: bytes, message: str
 ) -> None:
     good, bad = write(tmp_path / "good.txt", "good"), write(tmp_path / name, data)
@@ -77,7 +77,7 @@ def test_records_before_damage_are_kept(tmp_path: Path) -> None:
     assert [(bad.line, bad.n_bytes) for bad in skipped] == [(0, os.path.getsize(bad))]
 
 
-def test_nothing_but_bad_records_is_an_error(tmp_path: Path) -> None:
+def test_files_without_a_readable_record_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no document could be read.*holds no text"):
         read([write(tmp_path / "a.txt", "")], ReadOptions(skip_bad=True))
 
@@ -87,7 +87,7 @@ def test_an_empty_separator_is_refused(tmp_path: Path) -> None:
         read([write(tmp_path / "a.txt", "a")], ReadOptions(split_on=""))
 
 
-def test_ftfy_repairs_every_part_and_leaves_quotes(tmp_path: Path) -> None:
+def test_ftfy_repairs_every_part_and_keeps_quotes(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "GrÃ¼ÃŸe “quoted”")
     write(tmp_path / "b.jsonl", '{"prompt": "Ã¼", "completion": "Ã¶"}')
     write(tmp_path / "c.jsonl", '{"messages": [{"role": "assistant", "content": "Ã¼"}]}')
@@ -97,13 +97,13 @@ def test_ftfy_repairs_every_part_and_leaves_quotes(tmp_path: Path) -> None:
     assert documents[2].messages == (Message("assistant", "ü"),)
 
 
-def test_ftfy_missing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ftfy_raises_an_error_with_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(UsageError, match=r"pip install 'octavo\[clean\]'"):
         read([write(tmp_path / "a.txt", "a")], ReadOptions(ftfy=True))
 
 
-def test_there_is_a_limit_to_the_number_of_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_documents_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "MAX_DOCUMENTS", 3)
     path = write(tmp_path / "a.txt", "one\ntwo\nthree\n")
     assert len(read([path], ReadOptions(split_on="lines")).documents) == 3
@@ -121,7 +121,7 @@ def test_a_record_nested_too_deep_is_an_error(tmp_path: Path) -> None:
         read([path])
 
 
-def test_what_is_not_used_is_counted_over_all_files(tmp_path: Path) -> None:
+def test_unused_fields_and_files_are_counted_over_all_files(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "t", "id": 1}\n{"text": "t", "id": 2, "more": 3}\n')
     write(tmp_path / "b.csv", "text,id\nt,1\n")
     write(tmp_path / "c.docx", "PK")
@@ -130,7 +130,7 @@ def test_what_is_not_used_is_counted_over_all_files(tmp_path: Path) -> None:
     assert reading.not_read == {".docx": 1}
 
 
-def test_a_column_that_no_record_has_is_an_error_and_one_that_some_have_is_not(tmp_path: Path) -> None:
+def test_a_column_in_no_record_is_an_error_and_one_in_some_records_is_not(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text('{"q": "A", "a": "B"}\n{"q": "A", "a": "B", "sys": "S"}\n')
     columns = ["prompt=q", "completion=a"]
     found = read([str(file)], ReadOptions(columns=[*columns, "system=sys"])).documents

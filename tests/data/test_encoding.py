@@ -6,7 +6,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.encoding import begin_ids, coder_of
+from octavo.data.encoding import bos_ids, coder_of
 from octavo.errors import UsageError
 
 
@@ -26,7 +26,7 @@ def test_the_tokenizer_itself_is_not_changed(own_tokenizer: PreTrainedTokenizerF
     assert not own_tokenizer.backend_tokenizer.encode_special_tokens
 
 
-def test_tokens_added_later_are_known(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_added_later_are_recognized(own_tokenizer: PreTrainedTokenizerFast) -> None:
     coder_of(own_tokenizer)
     own_tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     assert coder_of(own_tokenizer).controls.findall("a<|tool|><|im_end|>b") == ["<|tool|>", "<|im_end|>"]
@@ -41,7 +41,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 
 def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer, whose unknown token may be its begin token as in a hivemind folder's tests."""
+    """A word-level tokenizer, whose unknown token may be its BOS token, as in the tests of a hivemind folder."""
     backend = Tokenizer(WordLevel({"<s>": 0, "the": 1, "king": 2, "<x>": 3}, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if post:
@@ -55,10 +55,10 @@ def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedT
 @pytest.mark.parametrize("unknown", [None, "<s>"])
 @pytest.mark.parametrize("begins", [None, "<s>"])
 @pytest.mark.parametrize("post", [False, True])
-def test_what_comes_before_a_text_is_what_the_tokenizer_itself_puts_there(
+def test_bos_ids_are_the_ids_that_the_tokenizer_puts_before_a_text(
     unknown: str | None, begins: str | None, post: bool
 ) -> None:
     tokenizer = words(unknown=unknown, begins=begins, post=post)
     for text in ("the king", "king") + (("a duke",) if unknown else ()):
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert [*begin_ids(tokenizer), *plain] == tokenizer(text)["input_ids"]
+        assert [*bos_ids(tokenizer), *plain] == tokenizer(text)["input_ids"]

@@ -25,7 +25,7 @@ def whole(path: Path) -> str:
     return decode(piece, str(path))
 
 
-def test_the_suffix_is_the_one_before_the_compression() -> None:
+def test_suffix_ignores_the_suffix_of_the_compression() -> None:
     assert [suffix(Path(name)) for name in ("a.b.JSONL.GZ", "a.txt.xz", "a.md", "a")] == [
         ".jsonl",
         ".txt",
@@ -44,7 +44,7 @@ def test_encodings_and_compressions_give_the_same_text(tmp_path: Path, encoding:
 
 
 @pytest.mark.parametrize(("mark", "offset"), [(b"", 0), (b"\xef\xbb\xbf", 3)])
-def test_a_bad_byte_is_named_with_its_line_and_offset(tmp_path: Path, mark: bytes, offset: int) -> None:
+def test_the_error_of_a_bad_byte_has_its_line_and_offset(tmp_path: Path, mark: bytes, offset: int) -> None:
     path = write(tmp_path / "a.txt", mark + b"one\ntwo\nthr\xffee\n")
     *_, last = [piece for piece in pieces(path, b"\n") if piece.data]
     with pytest.raises(DataError, match=rf"a\.txt:3: byte {11 + offset} \(0xff\)"):
@@ -53,7 +53,7 @@ def test_a_bad_byte_is_named_with_its_line_and_offset(tmp_path: Path, mark: byte
         whole(path)
 
 
-def test_bad_utf16_is_named_with_its_line_and_offset(tmp_path: Path) -> None:
+def test_the_error_of_bad_utf16_has_its_line_and_offset(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\ntwo".encode("utf-16") + b"\x00\xd8")
     with pytest.raises(DataError, match=r"a\.txt:2: byte 16 is not UTF-16-LE"):
         whole(path)
@@ -86,12 +86,12 @@ def test_a_truncated_or_false_compressed_file_is_an_error(tmp_path: Path, compre
             list(pieces(write(tmp_path / f"a.txt{compression}", broken), b"\n"))
 
 
-def test_what_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         list(pieces(tmp_path, None))
 
 
-def test_one_document_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_beyond_the_size_limit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 100)
     monkeypatch.setattr(files, "CHUNK_BYTES", 16)
     assert len(list(pieces(write(tmp_path / "a.txt", b"12345678\n" * 50), b"\n"))) == 50
@@ -109,7 +109,7 @@ def test_a_separator_with_line_breaks_is_found_in_a_windows_file(tmp_path: Path)
     separator=st.sampled_from([b"\n", b"ab", b"<|end|>", b"\n\n"]),
     chunk=st.integers(1, 40),
 )
-def test_pieces_and_separators_are_the_file_at_any_chunk_size(
+def test_pieces_and_separators_concatenate_to_the_file_at_any_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, separator: bytes, chunk: int
 ) -> None:
     data = data.replace(b"\r", b"\n") + separator + data[::-1].replace(b"\r", b"")
@@ -149,10 +149,10 @@ def test_every_line_end_counts_in_a_separator_at_any_chunk_size(
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz"])
-def test_data_that_swell_beyond_belief_are_refused_soon(
+def test_data_that_expand_too_much_are_refused_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
-    """Whether in one document or in endless lines, and before much of it is held."""
+    """In one document or in many lines, and before much of it is in memory."""
     monkeypatch.setattr(files, "SURE_BYTES", 2**19)
     monkeypatch.setattr(files, "CHUNK_BYTES", 2**17)
     compress = gzip.compress if compression == ".gz" else lzma.compress
@@ -170,7 +170,7 @@ def test_data_that_swell_beyond_belief_are_refused_soon(
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link to a device", "folder"])
-def test_what_is_no_regular_file_is_named_and_never_opened(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_not_regular_is_an_error_and_never_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.txt"
     if kind == "pipe":
         os.mkfifo(path)
@@ -190,8 +190,8 @@ def test_a_name_that_is_not_utf_8_is_shown_escaped() -> None:
 
 @pytest.mark.parametrize("text", ["Привет", "Привет, как дела? " * 9, "Γειά", "שלום עולם", "สวัสดี"])
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf16_without_its_mark_is_read_or_named(tmp_path: Path, text: str, encoding: str) -> None:
-    """Where it holds no NUL, some of it is valid UTF-8."""
+def test_utf16_without_a_byte_order_mark_is_read_or_an_error(tmp_path: Path, text: str, encoding: str) -> None:
+    """Some UTF-16 text without NUL is valid UTF-8."""
     path = write(tmp_path / "a.txt", text.encode(encoding))
     with pytest.raises(DataError, match=r"UTF-16|is not UTF-8"):
         whole(path)

@@ -1,4 +1,4 @@
-"""Which files are meant, and that none of a folder vanishes uncounted."""
+"""Which files a path names, and that every other file of a folder is counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(path: Path, data: bytes = b"x") -> Path:
     return path
 
 
-def test_a_folder_gives_known_files_sorted_and_no_hidden_ones(tmp_path: Path) -> None:
+def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path: Path) -> None:
     names = ["b.txt", "a.jsonl.gz", "deep/er/c.TXT", "picture.png", ".hidden.txt", ".git/d.txt"]
     for name in names:
         write(tmp_path / name, b"x")
@@ -33,12 +33,12 @@ def test_a_file_is_found_once_in_the_order_given(tmp_path: Path) -> None:
     assert find_files([str(first), str(tmp_path / "*.txt"), str(tmp_path)], SUFFIXES).files == [first, second]
 
 
-def test_a_named_file_is_taken_whatever_its_suffix(tmp_path: Path) -> None:
+def test_a_named_file_is_read_whatever_its_suffix(tmp_path: Path) -> None:
     path = write(tmp_path / "[odd] name", b"x")
     assert find_files([str(path)], SUFFIXES).files == [path]
 
 
-def test_a_missing_path_names_the_nearest_existing_one(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_path_suggests_the_most_similar_one(tmp_path: Path) -> None:
     write(tmp_path / "plays" / "hamlet.txt", b"x")
     with pytest.raises(UsageError, match=r"plays.hamlte\.txt: no such.*\n.*plays.hamlet\.txt\?"):
         find_files([str(tmp_path / "plays" / "hamlte.txt")], SUFFIXES)
@@ -47,13 +47,13 @@ def test_a_missing_path_names_the_nearest_existing_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["*.txt", "empty"])
-def test_what_means_no_file_is_an_error(tmp_path: Path, name: str) -> None:
+def test_a_path_or_glob_without_files_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no file"):
         find_files([str(tmp_path / name)], SUFFIXES)
 
 
-def test_all_that_a_folder_holds_is_read_or_counted_by_kind(tmp_path: Path) -> None:
+def test_every_file_of_a_folder_is_read_or_counted_by_kind(tmp_path: Path) -> None:
     folder, outside = tmp_path / "data", tmp_path / "outside"
     for name in (
         "a.txt",
@@ -111,13 +111,13 @@ def test_a_link_is_read_where_it_is_named_and_inside_its_folder(tmp_path: Path) 
     assert find_files([str(tmp_path)], SUFFIXES).files == [target]
 
 
-def test_a_named_link_that_leads_nowhere_is_named_so(tmp_path: Path) -> None:
+def test_a_named_broken_link_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to("nowhere")
     with pytest.raises(UsageError, match="a link that leads nowhere"):
         find_files([str(tmp_path / "a.txt")], SUFFIXES)
 
 
-def test_a_glob_that_gives_folders_and_what_is_below_them_reads_each_file_once(tmp_path: Path) -> None:
+def test_a_glob_that_matches_folders_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.txt"), write(tmp_path / "sub" / "b.txt")]
     found = find_files([str(tmp_path / "**")], SUFFIXES)
     assert found.files == files

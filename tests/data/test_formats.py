@@ -33,11 +33,11 @@ def error_of(entry: Entry) -> str:
     return str(entry.value)
 
 
-def test_a_text_file_is_one_document_with_its_line_ends_made_plain(tmp_path: Path) -> None:
+def test_a_text_file_is_one_document_with_normalized_line_ends(tmp_path: Path) -> None:
     assert values(write(tmp_path / "a.md", "one\r\n two\rthree\n")) == ["one\n two\nthree\n"]
 
 
-def test_lines_become_documents_and_blank_lines_none(tmp_path: Path) -> None:
+def test_each_line_that_is_not_blank_becomes_a_document(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\r\n\r\n  \ntwo\u2028still two\nthree")
     assert [(entry.line, entry.value) for entry in entries(path, "lines")] == [
         (1, "one"),
@@ -55,7 +55,7 @@ def test_a_separator_is_removed_with_the_line_breaks_around_it(tmp_path: Path) -
     ]
 
 
-def test_a_bad_document_does_not_hide_the_ones_behind_it(tmp_path: Path) -> None:
+def test_documents_after_a_bad_one_are_read(tmp_path: Path) -> None:
     first, bad, last = entries(write(tmp_path / "a.txt", b"one\ntw\xffo\nthree\n"), "lines")
     assert (first.value, last.value) == ("one", "three")
     assert "a.txt:2: byte 6" in error_of(bad)
@@ -63,7 +63,7 @@ def test_a_bad_document_does_not_hide_the_ones_behind_it(tmp_path: Path) -> None
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=8))
-def test_json_lines_give_any_text_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_json_lines_round_trip_any_text(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     write(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts))
     assert values(path) == [{"text": text} for text in texts]
@@ -79,7 +79,7 @@ def test_json_lines_give_any_text_back(tmp_path_factory: pytest.TempPathFactory,
         (b'{"text": "\xff"}', "byte 24 "),
     ],
 )
-def test_a_bad_json_line_is_named_and_passed(tmp_path: Path, line: str | bytes, message: str) -> None:
+def test_a_bad_json_line_is_an_entry_with_an_error(tmp_path: Path, line: str | bytes, message: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + raw + b'\n{"text": "b"}')
     first, bad, last = entries(path)
@@ -94,13 +94,13 @@ def test_a_json_list_gives_numbered_records(tmp_path: Path) -> None:
     assert "a.json:2: the record is a number" in error_of(second)
 
 
-def test_json_lines_named_json_are_explained(tmp_path: Path) -> None:
+def test_the_error_of_json_lines_named_json_suggests_the_suffix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json:2: more than one.*\n.*name it \.jsonl"):
         values(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))
 
 
 @given(st.lists(st.tuples(st.text("ab,\"'\n ü;", min_size=1), st.text('x\n",')), min_size=1, max_size=6))
-def test_csv_gives_any_field_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
+def test_csv_round_trips_any_field(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("prompt", "completion"), *rows])
@@ -108,7 +108,7 @@ def test_csv_gives_any_field_back(tmp_path_factory: pytest.TempPathFactory, rows
     assert values(path) == [{"prompt": a, "completion": b} for a, b in rows if a.strip() or b.strip()]
 
 
-def test_csv_rows_know_the_line_they_start_at_and_bad_ones_are_passed(tmp_path: Path) -> None:
+def test_csv_rows_have_their_first_line_and_bad_rows_are_errors(tmp_path: Path) -> None:
     table = b'text,extra\n"two\nlines",1\nonly one\n"a"b,2\nla\xffst,3\ngood,4\n\n"open,5\n'
     found = list(entries(write(tmp_path / "a.csv", table)))
     assert [entry.line for entry in found] == [2, 4, 5, 6, 7, 9]
@@ -119,7 +119,7 @@ def test_csv_rows_know_the_line_they_start_at_and_bad_ones_are_passed(tmp_path: 
     assert "a.csv:9: not valid CSV: unexpected end" in error_of(found[5])
 
 
-def test_csv_takes_long_fields_and_windows_line_ends(tmp_path: Path) -> None:
+def test_csv_accepts_long_fields_and_windows_line_ends(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "\ufefftext , n\r\n" + "x" * 200_000 + ",1\r\n")
     assert values(path) == [{"text": "x" * 200_000, "n": "1"}]
 
@@ -144,20 +144,22 @@ def test_parquet_gives_rows_with_nested_fields(tmp_path: Path, name: str) -> Non
         values(write(tmp_path / "broken.parquet", data[:-20]))
 
 
-def test_what_an_object_of_a_parquet_table_lacks_is_not_null(tmp_path: Path) -> None:
+def test_missing_fields_of_parquet_objects_are_not_null(tmp_path: Path) -> None:
     calls: list[Any] = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": [None, "b"]}}]
     parquet.write_table(pyarrow.table({"calls": [calls], "other": [None]}), tmp_path / "a.parquet")
     assert values(tmp_path / "a.parquet") == [{"calls": calls, "other": None}]
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_raises_an_error_with_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pip install 'octavo\[parquet\]'"):
         values(write(tmp_path / "a.parquet", b""))
 
 
-def test_a_parquet_table_that_swells_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One long word, which the file holds once for all rows."""
+def test_a_parquet_table_that_expands_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long string, which the file stores once for all rows."""
     parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 5_000}), tmp_path / "a.parquet")
     monkeypatch.setattr(formats, "SURE_BYTES", 2**20)
     read: list[Entry] = []
@@ -187,7 +189,7 @@ def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path: Path, cel
     assert f"a.parquet:2: column 'other' holds what cannot be read ({reason}" in error_of(bad)
 
 
-def test_a_time_zone_that_nobody_knows_is_a_bad_row(tmp_path: Path) -> None:
+def test_a_parquet_row_with_an_unknown_time_zone_is_a_bad_row(tmp_path: Path) -> None:
     zone = pyarrow.timestamp("us", "Mars/Phobos")
     parquet.write_table(pyarrow.table({"text": ["a"], "t": pyarrow.array([1], zone)}), tmp_path / "a.parquet")
     (bad,) = entries(tmp_path / "a.parquet")
@@ -202,7 +204,7 @@ def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_every_line_end_parts_lines_and_records(tmp_path: Path, end: str) -> None:
+def test_every_kind_of_line_end_separates_lines_and_records(tmp_path: Path, end: str) -> None:
     def written(name: str, text: str) -> Path:
         return write(tmp_path / name, text.replace("\n", end))
 
@@ -213,20 +215,20 @@ def test_every_line_end_parts_lines_and_records(tmp_path: Path, end: str) -> Non
     assert values(written("a.csv", 'text\n"a\nb"\nc\n')) == [{"text": "a\nb"}, {"text": "c"}]
 
 
-def test_a_separator_is_found_whatever_line_ends_it_is_written_with(tmp_path: Path) -> None:
+def test_a_separator_matches_any_kind_of_line_end(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\n\ntwo\r\nthree\n\nfour\r\n\r\nfive\r\rsix\r\n\nseven\r\neight")
     found = [(entry.line, entry.value) for entry in entries(path, "\n\n")]
     assert found == [(1, "one"), (3, "two\nthree"), (6, "four"), (8, "five"), (10, "six"), (12, "seven\neight")]
 
 
 @pytest.mark.parametrize("name", ["a.jl", "a.jsonlines", "a.ndjson", "a.JSONL.gz"])
-def test_json_lines_go_by_several_names(tmp_path: Path, name: str) -> None:
+def test_json_lines_have_several_suffixes(tmp_path: Path, name: str) -> None:
     data = b'{"text": "a"}\n{"text": "b"}\n'
     path = write(tmp_path / name, gzip.compress(data) if name.endswith(".gz") else data)
     assert values(path) == [{"text": "a"}, {"text": "b"}]
 
 
-def test_a_table_of_tabs_goes_by_two_names(tmp_path: Path) -> None:
+def test_tab_separated_tables_have_two_suffixes(tmp_path: Path) -> None:
     assert values(write(tmp_path / "a.tab", "text\tn\na\t1\n")) == [{"text": "a", "n": "1"}]
 
 

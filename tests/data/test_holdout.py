@@ -1,4 +1,4 @@
-"""Held out means held out: exact shares, copies in any form found, shared runs as a plain search finds them."""
+"""Held-out documents: exact shares, copies found in any form, shared runs equal to those of a plain search."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_split_sides_do_not_depend_on_file_or_line() -> None:
     assert before == [document.text for document in split(moved, fraction=0.3, seed=0)[1]]
 
 
-def test_split_of_one_document_or_by_zero_gives_no_test_side() -> None:
+def test_splitting_one_document_or_a_fraction_of_zero_gives_no_test_side() -> None:
     assert split(texts(1), fraction=0.5, seed=0) == (texts(1), [])
     assert split(texts(9), fraction=0, seed=0) == (texts(9), [])
     with pytest.raises(UsageError, match="fraction"):
@@ -56,7 +56,7 @@ def test_the_share_is_exact_to_one_document(count: int, fraction: float) -> None
     assert len(train) + len(test) == count
 
 
-def test_few_documents_change_their_side_when_others_come() -> None:
+def test_few_documents_change_sides_when_others_are_added() -> None:
     small, large = texts(200), texts(220)
     before, after = ({d.text for d in split(some, fraction=0.2, seed=3)[1]} for some in (small, large))
     assert len(before - after) <= 10
@@ -85,7 +85,7 @@ def test_copies_of_one_text_alone_are_an_error() -> None:
         Document("g", 9, messages=(Message("user", "Caf\u00e9 au"), Message("assistant", "lait, please."))),
     ],
 )
-def test_a_copy_is_found_whatever_its_white_space_form_and_shape(other: Document) -> None:
+def test_a_copy_is_found_with_other_white_space_unicode_form_or_fields(other: Document) -> None:
     held = [Document("f", 1, text="Caf\u00e9 au lait, please.")]
     assert copies([Document("g", 8, text="Caf\u00e9 au the, please."), other], held) == [1]
     assert digest(other) == digest(held[0])
@@ -95,11 +95,11 @@ IDS = st.lists(st.integers(0, 2), max_size=60)
 
 
 @given(train=st.lists(IDS, max_size=4), test=st.lists(IDS, max_size=3), chunk=st.integers(1, 40), data=st.data())
-def test_shared_runs_are_those_of_a_plain_search(
+def test_shared_runs_equal_those_of_a_plain_search(
     train: list[list[int]], test: list[list[int]], chunk: int, data: st.DataObject
 ) -> None:
     masks = [data.draw(st.lists(st.booleans(), min_size=len(one), max_size=len(one))) for one in test]
-    # Often a stretch of the training text is put into the held-out one.
+    # Often a part of the training text is copied into the held-out text.
     if train and test and len(train[0]) % 3:
         masks[0] = [*masks[0], *(True for _ in train[0][:20])]
         test[0] = [*test[0], *train[0][:20]]
@@ -121,7 +121,7 @@ def test_shared_runs_are_those_of_a_plain_search(
     assert shared.near_copies == tuple(n for n, count in enumerate(counts) if count > 0.5 * sum(masks[n]))
 
 
-def test_a_lone_text_is_cut_into_a_beginning_and_an_end(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_single_text_is_cut_into_a_beginning_and_a_rest(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "The quality of mercy is not strained, it droppeth as the gentle rain from heaven. " * 5
     whole = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
     first, rest = cut(whole, 40, tokenizer)

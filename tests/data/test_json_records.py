@@ -1,4 +1,4 @@
-"""Records in JSON, whatever program wrote the file."""
+"""JSON records in the formats of many programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def values(path: Path, value: object, *, indent: int | None = None) -> list[obje
 
 @pytest.mark.parametrize("form", TABLES)
 @pytest.mark.parametrize("indent", [None, 1])
-def test_tables_of_every_form_are_their_rows(tmp_path: Path, form: str, indent: int | None) -> None:
+def test_tables_of_every_form_give_their_rows(tmp_path: Path, form: str, indent: int | None) -> None:
     assert values(tmp_path / "a.json", TABLES[form], indent=indent) == RECORDS
 
 
@@ -70,8 +70,8 @@ def test_a_record_alone_is_no_table(tmp_path: Path, record: dict[str, Any]) -> N
     ("value", "message"),
     [
         ({"train": [{"text": "A"}], "test": [{"text": "B"}]}, "more than one list of records: 'train' and 'test'"),
-        ({"data": [{"text": "A"}], "system_prompt": "X"}, "holds 'system_prompt' beside the records in 'data'"),
-        ({"data": [{"text": "A"}], "tools": [1]}, "holds 'tools' beside"),
+        ({"data": [{"text": "A"}], "system_prompt": "X"}, "holds 'system_prompt' next to the records in 'data'"),
+        ({"data": [{"text": "A"}], "tools": [1]}, "holds 'tools' next to"),
         ({"columns": ["text", "text"], "data": [["a", "b"]]}, "two columns of the name 'text'"),
     ],
 )
@@ -117,7 +117,7 @@ def test_the_number_of_values_is_bounded_before_they_are_made(tmp_path: Path, mo
     (bad,) = values(tmp_path / "a.jsonl", many)
     assert "more than 100 values" in str(bad)
     assert not parsed
-    values(tmp_path / "a.json", [{"text": "one, [two], {three} and \\" * 60}])  # those in strings are no values
+    values(tmp_path / "a.json", [{"text": "one, [two], {three} and \\" * 60}])  # separators in strings are no values
     assert len(parsed) == 1
 
 

@@ -43,7 +43,7 @@ def test_the_order_is_fixed_for_all_versions_and_differs_by_seed_and_epoch() -> 
     assert order(8, seed=1, epoch=0) != EXPECTED
 
 
-def test_the_order_neither_reads_nor_moves_global_generators() -> None:
+def test_the_order_does_not_use_global_generators() -> None:
     random.seed(1)
     states = random.getstate(), torch.get_rng_state()
     first = order(100, seed=5, epoch=2)
@@ -65,7 +65,7 @@ def test_each_epoch_gives_each_row_once(n_rows: int, batch_size: int, epochs: in
 
 
 @given(n_rows=st.integers(1, 12), batch_size=st.integers(1, 5), taken=st.integers(0, 30), shuffle=st.booleans())
-def test_a_resumed_run_meets_the_batches_of_an_uninterrupted_one(
+def test_a_resumed_run_reads_the_batches_of_an_uninterrupted_one(
     n_rows: int, batch_size: int, taken: int, shuffle: bool
 ) -> None:
     data = rows(n_rows)
@@ -87,7 +87,7 @@ def test_a_fraction_of_an_epoch_counts_from_the_very_first_batch() -> None:
     assert list(batches(data, batch_size=2, seed=0, epochs=1, start=Position(1, 3))) == []
 
 
-def test_a_batch_is_int64_and_knows_its_documents_and_trained_tokens() -> None:
+def test_a_batch_is_int64_and_has_its_documents_and_trained_tokens() -> None:
     (batch,) = batches(rows(3), batch_size=3, seed=0, epochs=1, shuffle=False)
     for tensor in (batch.ids, batch.labels, batch.positions, batch.document):
         assert tensor.dtype == torch.int64
@@ -96,7 +96,7 @@ def test_a_batch_is_int64_and_knows_its_documents_and_trained_tokens() -> None:
     assert (batch.trained_tokens, batch.sources) == (3, ("f:0", "f:1", "f:2"))
 
 
-def test_what_cannot_be_loaded_is_refused_at_the_call() -> None:
+def test_invalid_arguments_of_batches_are_refused_at_the_call() -> None:
     with pytest.raises(DataError, match="no rows"):
         batches([], batch_size=1, seed=0)
     with pytest.raises(UsageError, match="batch of 0"):

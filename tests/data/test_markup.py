@@ -1,4 +1,4 @@
-"""Markup is not learned as text."""
+"""Markup is not read as text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from octavo.errors import DataError
         ("&#" + "9" * 5000 + ";&#65;", "\ufffdA"),
     ],
 )
-def test_a_page_is_what_a_reader_sees(html: str, text: str) -> None:
+def test_the_text_of_a_page_is_its_visible_text(html: str, text: str) -> None:
     assert text_of_html(html) == text
 
 
@@ -64,7 +64,7 @@ def test_any_page_gives_its_words_without_tags(parts: list[str]) -> None:
 
 
 class Counted(str):
-    """A string that counts the characters that searches in it look at."""
+    """A string that counts the characters that searches in it read."""
 
     looked_at = 0
 
@@ -83,7 +83,7 @@ class Counted(str):
         *("<? " * 2000, "<![CDATA[" * 2000, "<a\t" * 2000 + "'", "<p>" * 2000 + "</pre>" * 2000, "<td>" * 2000),
     ],
 )
-def test_no_page_is_searched_more_often_than_a_few_times(monkeypatch: pytest.MonkeyPatch, html: str) -> None:
+def test_searches_read_no_page_more_than_a_few_times(monkeypatch: pytest.MonkeyPatch, html: str) -> None:
     page = Counted(html)
     for name in ("_tag_end", "_closing"):
         search = getattr(markup, name)
@@ -98,13 +98,13 @@ def test_no_page_is_searched_more_often_than_a_few_times(monkeypatch: pytest.Mon
     assert page.looked_at <= 12 * len(page)
 
 
-def test_white_space_in_a_page_is_looked_at_once() -> None:
-    """Not an assertion on time: what was quadratic here took minutes."""
+def test_white_space_in_a_page_takes_linear_time() -> None:
+    """Not an assertion on time: a quadratic version took minutes."""
     assert text_of_html("<pre>a" + "\t" * 1_000_000 + "x" + " " * 1_000_000 + "\ny</pre>").endswith("x\ny")
 
 
 @pytest.mark.parametrize("name", ["a.html", "a.HTM", "a.xhtml", "page", "a.asp"])
-def test_html_is_read_as_text_by_its_name_or_its_beginning(tmp_path: Path, name: str) -> None:
+def test_html_is_recognized_by_its_suffix_or_its_first_tag(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("\n<!DOCTYPE html>\n<html><body><p>The tide came in.</p></body></html>")
     assert [entry.value for entry in entries(tmp_path / name)] == ["The tide came in."]
 
@@ -113,13 +113,13 @@ def test_html_is_read_as_text_by_its_name_or_its_beginning(tmp_path: Path, name:
     "before", ["<!-- a\n-->\n", "<?xml version='1.0'?>\n", "\ufeff<!--a--> <?xml version='1.0'?><!--b-->"]
 )
 @pytest.mark.parametrize("begin", ["<!DOCTYPE html><html>", "<HTML lang='en'>"])
-def test_html_is_known_behind_comments_and_declarations(tmp_path: Path, before: str, begin: str) -> None:
+def test_html_is_recognized_after_comments_and_declarations(tmp_path: Path, before: str, begin: str) -> None:
     (tmp_path / "page").write_text(f"{before}{begin}<body><p>The tide</p></body></html>")
     assert [entry.value for entry in entries(tmp_path / "page")] == ["The tide"]
 
 
 @pytest.mark.parametrize("rest", ["<book/>", "<!DOCTYPE svg><svg/>", "<!-- open"])
-def test_xml_is_known_by_its_beginning(tmp_path: Path, rest: str) -> None:
+def test_xml_is_recognized_by_its_first_bytes(tmp_path: Path, rest: str) -> None:
     (tmp_path / "page").write_text(f"<?xml version='1.0'?>\n{rest}")
     with pytest.raises(DataError, match="is XML, not plain text"):
         list(entries(tmp_path / "page"))
@@ -131,13 +131,13 @@ def test_html_in_a_text_file_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", REFUSED)
-def test_other_markup_that_is_named_is_refused(tmp_path: Path, ending: str) -> None:
+def test_files_with_other_markup_suffixes_are_refused(tmp_path: Path, ending: str) -> None:
     (tmp_path / f"a{ending}").write_text("The tide")
     with pytest.raises(DataError, match=r"not plain text.*\n.*Convert"):
         list(entries(tmp_path / f"a{ending}"))
 
 
-def test_rtf_is_known_by_its_beginning(tmp_path: Path) -> None:
+def test_rtf_is_recognized_by_its_first_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(r"{\rtf1\ansi The tide}")
     with pytest.raises(DataError, match="is RTF, not text"):
         list(entries(tmp_path / "a.txt"))

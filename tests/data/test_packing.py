@@ -22,7 +22,7 @@ TraceFunction = Callable[[FrameType, str, Any], Any]
 
 
 def numbered(lengths: list[int], masks: list[bool] | None = None) -> list[Tokens]:
-    """Documents whose ids are all different, so that each token can be followed into its row."""
+    """Documents with distinct ids, so that each token can be located in its row."""
     documents, first = [], 100
     for line, length in enumerate(lengths):
         trained = np.ones(length, dtype=np.bool_)
@@ -53,7 +53,7 @@ DOCUMENTS = st.builds(
 
 
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 16))
-def test_every_token_but_a_first_is_a_target_exactly_once(documents: list[Tokens], seq_len: int) -> None:
+def test_every_token_but_the_first_is_a_target_exactly_once(documents: list[Tokens], seq_len: int) -> None:
     rows, ledger = pack(documents, seq_len=seq_len, pad_id=PAD)
     labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORE_INDEX)
     expected = [number for one in documents if len(one.ids) > 1 for number in one.ids[one.trained].tolist()]
@@ -65,7 +65,7 @@ def test_every_token_but_a_first_is_a_target_exactly_once(documents: list[Tokens
 
 
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 16), truncate=st.booleans())
-def test_a_piece_is_one_stretch_of_one_document_and_padding_is_inert(
+def test_a_piece_is_consecutive_tokens_of_one_document_and_padding_has_no_targets(
     documents: list[Tokens], seq_len: int, truncate: bool
 ) -> None:
     rows, _ = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate)
@@ -125,7 +125,7 @@ def test_the_ledger_counts_what_is_in_the_rows(
         assert file.skipped == bad.count(file.source)
 
 
-def test_a_long_document_is_split_with_the_last_target_as_next_input() -> None:
+def test_a_long_document_is_split_so_that_the_last_target_is_the_next_input() -> None:
     (document,) = numbered([8])
     rows, ledger = pack([document], seq_len=3, pad_id=PAD)
     assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [103, 104, 105], [106, PAD, PAD]]
@@ -143,13 +143,13 @@ def test_truncation_cuts_and_counts_the_rest() -> None:
     rows, ledger = pack(numbered([8, 3]), seq_len=3, pad_id=PAD, truncate=True)
     assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [108, 109, PAD]]
     assert (ledger.learned, ledger.read_only, ledger.left_out, ledger.padding, ledger.dropped) == (5, 2, 4, 1, 0)
-    # What is cut was trained or masked before: a masked rest is cut too.
+    # The dropped rest may be trained or masked.
     _, masked = pack(numbered([8], [True, False]), seq_len=3, pad_id=PAD, truncate=True)
     assert (masked.learned, masked.read_only, masked.left_out) == (1, 3, 4)
 
 
-def test_the_fullest_row_with_room_is_filled_first() -> None:
-    # Places: 7, 5, 4, 3, 2 of 8. The 3 fits beside the 5 exactly, where the first row with room would be 4's.
+def test_the_fullest_row_with_enough_space_is_filled_first() -> None:
+    # Lengths: 7, 5, 4, 3, 2 of 8. The 3 fits exactly next to the 5; first fit would put it next to the 4.
     rows, ledger = pack(numbered([8, 6, 5, 4, 3]), seq_len=8, pad_id=PAD)
     assert [[len(ids) for ids, _, _ in segments(row)] for row in rows] == [[7], [5, 3], [4, 2]]
     assert [row.sources for row in rows] == [("file0:0",), ("file1:1", "file0:3"), ("file2:2", "file1:4")]
@@ -166,12 +166,12 @@ def test_packing_wastes_little_and_is_repeatable(lengths: list[int]) -> None:
     first, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)
     again, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)
     assert [row.ids.tolist() for row in first] == [row.ids.tolist() for row in again]
-    # Best fit never opens a row while another has room: no two rows could be joined.
+    # Best fit never opens a row while another has enough space: no two rows could be joined.
     used = sorted(int(np.count_nonzero(row.document >= 0)) for row in first)
     assert len(used) < 2 or used[0] + used[1] > 16
 
 
-def test_copies_are_left_out_and_counted() -> None:
+def test_copies_are_dropped_and_counted() -> None:
     one, other = numbered([5, 4])
     masked = Tokens("file1", 9, one.ids, np.array([False] * 4 + [True]), 1)
     copy = Tokens("file2", 7, one.ids.copy(), one.trained.copy(), 5)
@@ -181,14 +181,14 @@ def test_copies_are_left_out_and_counted() -> None:
     assert pack([one, copy], seq_len=8, pad_id=PAD)[1].left_out == 0
 
 
-def test_documents_of_few_different_tokens_are_left_out() -> None:
+def test_documents_with_few_distinct_tokens_are_dropped() -> None:
     dull = Tokens("file0", 1, np.array([5, 5, 5, 6], dtype=np.int32), np.array([False, True, True, True]), 4)
     assert pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=2)[1].left_out == 0
     rows, ledger = pack([dull], seq_len=8, pad_id=PAD, min_unique_tokens=3)
     assert (rows, ledger.left_out, ledger.tokens, ledger.dropped) == ([], 4, 4, 1)
 
 
-def test_the_ledger_is_plain_json_and_notices_a_lost_token() -> None:
+def test_the_ledger_is_json_and_its_check_detects_a_lost_token() -> None:
     _, ledger = pack(numbered([5, 4]), seq_len=4, pad_id=PAD)
     again = json.loads(json.dumps(ledger.to_dict()))
     assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (9, 2, "file1")
@@ -196,19 +196,19 @@ def test_the_ledger_is_plain_json_and_notices_a_lost_token() -> None:
         total([FileLedger("f", tokens=3, learned=1, read_only=1)], rows=1).check()
 
 
-def test_a_row_without_places_is_refused() -> None:
+def test_a_row_length_of_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="seq-len"):
         pack([], seq_len=0, pad_id=PAD)
 
 
-def test_packing_three_million_tokens_wastes_less_than_a_hundredth() -> None:
+def test_packing_three_million_tokens_wastes_less_than_one_percent() -> None:
     lengths = np.random.default_rng(0).integers(2, 400, size=15_000).tolist()
     rows, _ = pack(numbered(lengths), seq_len=512, pad_id=PAD)
     assert len(rows) * 512 < 1.01 * sum(length - 1 for length in lengths)
 
 
 def test_the_work_of_packing_grows_with_the_documents_and_not_with_their_square() -> None:
-    """Counted in lines of Python, of which there are as many on every machine; benchmarks/start.py measures time."""
+    """Counts executed lines of Python, the same on every machine; benchmarks/start.py measures time."""
 
     def work(count: int) -> int:
         documents = numbered(np.random.default_rng(0).integers(2, 400, size=count).tolist())

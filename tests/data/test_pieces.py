@@ -1,4 +1,4 @@
-"""A tokenizer's pieces, found by its pattern alone: the same as its own, or none."""
+"""The pieces from a tokenizer's pattern equal those of its pre-tokenizer, or the text is not split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KNOWN = ("gpt-2", "digits", "llama 3")
 
 
 def theirs(tokenizer: Tokenizer, text: str) -> list[str]:
-    """What the tokenizer itself splits a text into."""
+    """The tokenizer's own split of a text."""
     return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
@@ -28,7 +28,9 @@ def known() -> dict[str, tuple[Tokenizer, Pieces]]:
 
 @pytest.mark.parametrize("name", KNOWN)
 @given(text=st.one_of(TEXTS, st.text(st.characters(max_codepoint=0x52F, exclude_categories=["Cs"]))))
-def test_they_are_the_tokenizers_own(known: dict[str, tuple[Tokenizer, Pieces]], name: str, text: str) -> None:
+def test_pieces_equal_those_of_the_pre_tokenizer(
+    known: dict[str, tuple[Tokenizer, Pieces]], name: str, text: str
+) -> None:
     tokenizer, pieces = known[name]
     (found,) = pieces.split([text])
     assert found == [text] or found == theirs(tokenizer, text)
@@ -64,7 +66,7 @@ UNKNOWN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_where_the_way_is_not_known_a_text_stays_whole(name: str) -> None:
+def test_a_text_is_not_split_for_an_unknown_pre_tokenizer(name: str) -> None:
     assert list(Pieces(UNKNOWN[name]()).split(["the king ab"])) == [["the king ab"]]
 
 
@@ -73,7 +75,7 @@ def test_with_nfc_only_ascii_is_split() -> None:
     assert list(pieces.split(["a b", "é b"])) == [["a", " b"], ["é b"]]
 
 
-def test_an_added_token_keeps_its_text_whole() -> None:
+def test_a_text_with_an_added_token_is_not_split() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("<think>")])
     assert list(Pieces(tokenizer).split(["a <think> b", "a b"])) == [["a <think> b"], ["a", " b"]]

@@ -1,4 +1,4 @@
-"""Prompts as training met such text: a begin token where the model has one, and control strings stay text."""
+"""Prompts have the form of the training data: a BOS token if the model has one, and control strings stay text."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from octavo.data.documents import Document, Message
-from octavo.data.encoding import begin_ids
+from octavo.data.encoding import bos_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.data.tokens import encode
 from octavo.errors import ModelError, UsageError
 
-UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
+UNHURRIED = settings(deadline=None)  # other processes may slow a machine down
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 CONTROLS = ("<|endoftext|>", BEGIN, END)
 TEXT = st.text(st.sampled_from("ae \n世😀<|>_imstarendoftext"), max_size=20)
 WITH_CONTROLS = st.lists(TEXT | st.sampled_from(CONTROLS), max_size=6).map("".join)
 ROLES = st.sampled_from(["system", "user", "assistant"])
-# Hypothesis also tries strings that it finds in the code: a control token's is a token to the template, text to octavo.
+# Hypothesis also tries strings from the code: transformers reads that of a control token as the token, octavo as text.
 WORDS = TEXT.filter(lambda text: not any(name in text for name in CONTROLS))
 TALK = st.lists(st.tuples(ROLES, WORDS), min_size=1, max_size=5)
 
 
 def add_around(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
-    """Makes the tokenizer put control tokens around every text, as a Llama's puts its begin token."""
+    """Makes the tokenizer add control tokens around every text, as a Llama's adds its BOS token."""
     numbers = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (BEGIN, END)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=numbers)
     return tokenizer
@@ -36,35 +36,37 @@ def add_around(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedT
 @pytest.mark.parametrize(
     ("template", "begins"), [("$A", False), (f"{BEGIN} $A", True), (f"{BEGIN} $A {END}", True), (f"$A {END}", False)]
 )
-def test_the_begin_token_is_there_where_the_tokenizer_puts_it(
+def test_a_prompt_has_the_bos_token_if_the_tokenizer_adds_it(
     own_tokenizer: PreTrainedTokenizerFast, template: str, begins: bool
 ) -> None:
     tokenizer = add_around(own_tokenizer, template)
     expected = [tokenizer.bos_token_id] if begins else []
-    assert begin_ids(tokenizer) == expected
+    assert bos_ids(tokenizer) == expected
     bare = tokenizer.encode("the rain", add_special_tokens=False)
     assert encode_prompt("the rain", tokenizer) == [*expected, *bare]
 
 
-def test_an_end_token_is_no_begin_token_though_they_be_the_same(
+def test_an_added_eos_token_is_no_bos_token_even_if_both_are_the_same(
     own_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     own_tokenizer.bos_token = END
-    assert begin_ids(add_around(own_tokenizer, f"$A {END}")) == []
-    assert begin_ids(add_around(own_tokenizer, f"{END} $A")) == [own_tokenizer.eos_token_id]
+    assert bos_ids(add_around(own_tokenizer, f"$A {END}")) == []
+    assert bos_ids(add_around(own_tokenizer, f"{END} $A")) == [own_tokenizer.eos_token_id]
 
 
-def test_what_a_tokenizer_puts_first_counts_whether_it_is_called_the_begin_token_or_not(
+def test_any_token_that_the_tokenizer_adds_first_is_kept(
     own_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     own_tokenizer.bos_token = None
-    assert begin_ids(own_tokenizer) == []
+    assert bos_ids(own_tokenizer) == []
     tokenizer = add_around(own_tokenizer, f"{BEGIN} $A")
     assert encode_prompt("the rain", tokenizer) == tokenizer.encode("the rain")
 
 
 @pytest.mark.parametrize("template", ["$A", f"{BEGIN} $A"])
-def test_a_prompt_begins_as_the_trained_text_did(own_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+def test_a_prompt_begins_with_the_same_ids_as_the_trained_text(
+    own_tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
     tokenizer = add_around(own_tokenizer, template)
     text = "The quality of mercy <|im_end|> is not strained"
     trained = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
@@ -81,7 +83,7 @@ def test_control_strings_in_a_prompt_stay_text(tokenizer: PreTrainedTokenizerFas
 
 @UNHURRIED
 @given(turns=TALK)
-def test_a_conversation_is_what_the_template_gives(
+def test_the_ids_of_a_conversation_equal_those_of_apply_chat_template(
     tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
 ) -> None:
     ids = encode_conversation([Message(*turn) for turn in turns], tokenizer)

@@ -90,7 +90,7 @@ def test_a_system_column_is_used_in_every_shape(name: str) -> None:
         read({"messages": system + turns, name: "other"})
 
 
-def test_columns_map_any_record_and_then_alone_count() -> None:
+def test_columns_map_any_record_and_other_fields_are_unused() -> None:
     unused: Counter[str] = Counter()
     columns = check_columns(["prompt=my, question", "completion=b=c"])
     fields = {"my, question": "q", "b=c": "a", "system": "s", "weight": 3}
@@ -105,7 +105,7 @@ def test_columns_map_any_record_and_then_alone_count() -> None:
 
 
 @pytest.mark.parametrize("columns", [["prompt"], ["prompt="], ["nothing=a"], ["prompt=a"], ["text=a", "text=b"]])
-def test_columns_that_map_nothing_are_a_wrong_request(columns: list[str]) -> None:
+def test_invalid_columns_are_a_usage_error(columns: list[str]) -> None:
     with pytest.raises(UsageError, match="--columns"):
         check_columns(columns)
 
@@ -119,19 +119,19 @@ def test_columns_that_map_nothing_are_a_wrong_request(columns: list[str]) -> Non
         {"talk": TALK_AS["messages"], "id": "x"},
     ],
 )
-def test_the_error_of_an_unknown_record_prints_the_flag_that_reads_it(fields: dict[str, Any]) -> None:
+def test_the_error_of_an_unknown_record_suggests_the_flag_that_reads_it(fields: dict[str, Any]) -> None:
     with pytest.raises(DataError) as caught:
         read(fields)
-    words = shlex.split(caught.value.hint.split(". Without")[0].removeprefix("Say what they are: "))
+    words = shlex.split(caught.value.hint.split(". Without")[0].removeprefix("Name the fields: "))
     assert words[0] == "--columns"
-    # The command line parts the pairs, as the configuration does.
+    # The command line splits the list, as the configuration does.
     from octavo.config import TextOptions
 
     columns = check_columns(TextOptions.model_validate({"columns": words[1:]}).columns)
     assert from_fields(fields, source="f", line=1, columns=columns)
 
 
-def test_what_an_error_cannot_know_it_leaves_open() -> None:
+def test_an_error_suggests_no_flag_without_clear_field_names() -> None:
     with pytest.raises(DataError) as caught:
         read({"context": "a long text", "question": "q", "answers": {"text": ["a"]}})
     assert "--columns prompt=question,completion=FIELD." in caught.value.hint
@@ -143,7 +143,7 @@ def test_messages_about_a_record_are_short() -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_fields_that_change_nothing_are_counted_and_empty_ones_are_not() -> None:
+def test_unused_fields_are_counted_and_empty_ones_are_not() -> None:
     unused: Counter[str] = Counter()
     fields = {
         "text": "t",
@@ -170,18 +170,18 @@ def test_turns_may_be_json_in_a_cell() -> None:
     [
         ({"text": None}, "field `text` is null"),
         ({"question": None, "answer": None}, "field `question` is null"),
-        ({"text": "t", "weight": 0.5}, "field `weight` would change what is learned"),
-        ({"prompt": "p", "completion": "c", "suffix": "s"}, "field `suffix` would change what is learned"),
-        ({"question": "p", "answer": "c", "reasoning": "r"}, "field `reasoning` would change what is learned"),
-        ({"prompt": "p", "completion": "c", "train": False}, "field `train` would change what is learned"),
+        ({"text": "t", "weight": 0.5}, "field `weight` would change the training"),
+        ({"prompt": "p", "completion": "c", "suffix": "s"}, "field `suffix` would change the training"),
+        ({"question": "p", "answer": "c", "reasoning": "r"}, "field `reasoning` would change the training"),
+        ({"prompt": "p", "completion": "c", "train": False}, "field `train` would change the training"),
         ({"prompt": "p", "completion": "c", "sample_weight": "0"}, "field `sample_weight` would change"),
-        ({"prompt": "p", "completion": "c", "label": False}, "field `label` would change what is learned"),
+        ({"prompt": "p", "completion": "c", "label": False}, "field `label` would change the training"),
         ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "field `history` would change"),
         ({"question": "q", "answer": "a", "context": "c"}, "field `context` would change"),
         ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "field `tools` needs a conversation"),
-        ({"problem": "q", "solution": "s", "answer": "a"}, "`problem`, `answer` and `solution` could all be meant"),
+        ({"problem": "q", "solution": "s", "answer": "a"}, "`problem`, `answer` and `solution` are ambiguous"),
         ({"role": "user", "content": "hello"}, "the record is one turn"),
-        ({"body": "t", "id": 1}, "no field that octavo knows; the record has: body, id"),
+        ({"body": "t", "id": 1}, "no field that octavo reads; the record has: body, id"),
         ({}, "the record has: none"),
         ({"text": 5}, "field `text` must be a string, not a number"),
         ({"text": " \n"}, "field `text` is empty"),
@@ -201,7 +201,7 @@ def test_turns_may_be_json_in_a_cell() -> None:
         ({"conversations": [{"from": "gpt", "value": 1}]}, "`conversations[0].value` must be a string"),
     ],
 )
-def test_a_record_that_is_wrong_is_named_with_its_field(fields: dict[str, object], message: str) -> None:
+def test_the_error_of_an_invalid_record_names_the_field(fields: dict[str, object], message: str) -> None:
     with pytest.raises(DataError) as caught:
         read(fields)
     assert caught.value.message.startswith("f.jsonl:7: ")
@@ -216,7 +216,7 @@ def test_a_record_that_is_wrong_is_named_with_its_field(fields: dict[str, object
         {"System": "s", "system_prompt": "s"},
     ],
 )
-def test_a_system_message_is_the_name_that_is_filled(fields: dict[str, object]) -> None:
+def test_the_system_message_is_the_synonym_that_is_not_blank(fields: dict[str, object]) -> None:
     assert read({**TALK_AS, **fields}).messages == TALK
     assert read({"prompt": "q", "completion": "a", **fields}).prompt == "s\n\nq"
 
@@ -233,7 +233,7 @@ def test_a_system_message_is_the_name_that_is_filled(fields: dict[str, object]) 
         ({"text": "hi", "role": "prompter", "message_id": "1"}, "is one turn"),
     ],
 )
-def test_of_two_meanings_none_is_dropped(fields: dict[str, object], said: str) -> None:
+def test_ambiguous_fields_are_an_error(fields: dict[str, object], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(fields)
 
@@ -247,11 +247,11 @@ def test_of_two_meanings_none_is_dropped(fields: dict[str, object], said: str) -
         ({"text": "body", "role": "editor in chief"}, "body"),
     ],
 )
-def test_fields_about_a_text_do_not_stand_in_for_it(fields: dict[str, object], expected: str) -> None:
+def test_fields_about_a_text_are_not_read_as_the_text(fields: dict[str, object], expected: str) -> None:
     assert read(fields).text == expected
 
 
-def test_a_blank_cell_leaves_its_place_to_one_that_is_filled() -> None:
+def test_a_filled_synonym_is_read_instead_of_a_blank_one() -> None:
     assert read({"question": "q", "completion": "", "answer": "a"}) == QA
     with pytest.raises(DataError, match="`completion` is empty"):
         read({"prompt": "q", "completion": " "})

@@ -1,4 +1,4 @@
-"""Tools, calls and their results in conversations: ids as of apply_chat_template, and no turn is left out."""
+"""Tools, calls and results in conversations: the ids equal those of apply_chat_template, and no turn is omitted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from octavo.data.encoding import coder_of
 from octavo.data.records import from_fields
 from octavo.errors import DataError
 
-# Three ways in which families write tools. The first has its calls in tags inside a turn, the second as bare JSON for
+# Three formats of tools. The first has its calls in tags inside a turn, the second as bare JSON for
 # one call a turn and results as JSON, the third in a list, without a header of the turn.
 TAGS = (
     "{%- if tools %}{{- '<|im_start|>system\\n' }}{% for t in tools %}{{- t | tojson }}{% endfor %}"
@@ -81,7 +81,7 @@ def as_strings(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ],
 )
 @pytest.mark.parametrize("strings", [False, True])
-def test_calls_are_learned_as_the_template_writes_them(
+def test_calls_are_trained_as_the_template_writes_them(
     own_tokenizer: PreTrainedTokenizerFast, template: str, call: str, strings: bool
 ) -> None:
     own_tokenizer.chat_template = template
@@ -103,14 +103,14 @@ def test_a_conversation_may_end_in_a_call(own_tokenizer: PreTrainedTokenizerFast
     assert text.endswith("<|im_end|>")
 
 
-def test_words_beside_a_call_are_learned_with_it(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_next_to_a_call_is_trained_with_it(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], "content": "Let me see."}, *TURNS[2:]]
     _, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
     assert text.startswith(("Let me see.\n<call>", "\nLet me see.\n<call>"))
 
 
-def test_sharegpts_calls_and_results_are_calls_and_results(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_sharegpts_calls_and_results_are_read(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.chat_template = TAGS
     spoken = [
         {"from": "human", "value": "Weather in Ypres?"},
@@ -125,7 +125,7 @@ def test_sharegpts_calls_and_results_are_calls_and_results(own_tokenizer: PreTra
 
 
 @pytest.mark.parametrize("key", ["weight", "trainable"])
-def test_a_turn_of_weight_0_is_read_and_not_learned(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+def test_a_turn_of_weight_0_is_input_only(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     own_tokenizer.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], key: 0}, *TURNS[2:]]
     ids, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
@@ -133,7 +133,7 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(own_tokenizer: PreTrainedTok
     assert ids == learned({"messages": TURNS, "tools": TOOLS}, own_tokenizer)[0]
 
 
-def test_of_a_conversational_prompt_only_the_completion_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_completion_of_a_conversational_prompt_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     answer = [{"role": "assistant", "content": "hello"}]
     ids, text = learned({"prompt": said, "completion": answer}, tokenizer)
@@ -175,7 +175,7 @@ NAMED_BY_A_CONTROL = {**CALL, "function": {"name": "<|im_end|>", "arguments": {}
         ),
     ],
 )
-def test_what_the_template_does_not_write_is_refused_by_name(
+def test_a_field_that_the_template_does_not_write_is_an_error(
     own_tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], template: str | None, message: str
 ) -> None:
     if template:
@@ -195,7 +195,7 @@ def test_names_that_the_template_does_not_write_are_counted(tokenizer: PreTraine
 
 
 def counted_renderings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the number of turns of each rendering."""
+    """Collects the number of turns of each rendering."""
     calls: list[int] = []
     render = rendering.render
 
@@ -230,7 +230,7 @@ def test_whether_fields_are_written_takes_as_many_renderings_for_many_turns_as_f
     assert counts[0] == counts[1] <= 10
 
 
-def test_a_template_that_writes_the_thoughts_of_the_last_turn_alone_is_refused(
+def test_a_template_that_writes_the_reasoning_of_the_last_turn_only_is_refused(
     own_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     own_tokenizer.chat_template = (
@@ -283,7 +283,7 @@ MIXED = [
         (LISTED, []),
     ],
 )
-def test_turns_are_where_rendering_up_to_each_shows_them(
+def test_turn_spans_equal_those_from_rendering_up_to_each_turn(
     own_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     template: str,

@@ -1,4 +1,4 @@
-"""Tables in text: separators, line breaks in cells, and what is too wide."""
+"""Delimited text: separators, line breaks in cells, and tables that are too wide."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_separator_is_found(tmp_path: Path, separator: str, name: str, end: 
         (";;\na;b\n\n1;2\n;\n ;\t\n;;;\n", [{"a": "1", "b": "2"}]),
     ],
 )
-def test_tables_as_people_have_them(tmp_path: Path, table: str, expected: list[object]) -> None:
+def test_tables_in_common_variants(tmp_path: Path, table: str, expected: list[object]) -> None:
     assert values(tmp_path / "a.csv", table) == expected
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders, and an end to those that loop, grow or break."""
+"""Chat templates: the same text as transformers, and an error for templates that loop, grow or fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TEMPLATES = {
 }
 
 
-def test_the_date_is_the_one_that_is_given(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_template_gets_the_given_date(own_tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer = with_template(
         own_tokenizer, "{% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}{{ day('%d %b %Y') }}"
     )
@@ -66,7 +66,7 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("more", [False, True])
-def test_the_text_is_that_of_transformers(
+def test_the_rendered_text_equals_that_of_transformers(
     name: str, tools: Any, more: bool, own_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = with_template(own_tokenizer, TEMPLATES[name])
@@ -168,7 +168,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("template", BROKEN)
-def test_what_a_template_cannot_do_with_a_conversation_is_quoted(
+def test_the_error_quotes_why_a_template_cannot_render_a_conversation(
     template: str, own_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = with_template(own_tokenizer, template)

@@ -29,7 +29,7 @@ def text_of(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @given(text=ANY_TEXT)
-def test_a_text_comes_back_with_one_end_token(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_a_text_round_trips_with_one_eos_token(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     end_id = tokenizer.eos_token_id
     tokens = encode(Document("f", 1, text=text), tokenizer, end_id=end_id)
     assert tokens.ids[-1] == end_id
@@ -42,7 +42,7 @@ def test_a_text_comes_back_with_one_end_token(tokenizer: PreTrainedTokenizerFast
 
 
 @given(prompt=ANY_TEXT, completion=ANY_TEXT)
-def test_only_the_completion_and_the_end_are_trained(
+def test_only_the_completion_and_the_eos_token_are_trained(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
 ) -> None:
     end_id = tokenizer.eos_token_id
@@ -57,14 +57,14 @@ def test_only_the_completion_and_the_end_are_trained(
     assert tokens.trained[-1]
 
 
-def test_bytes_are_those_of_the_predicted_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_n_bytes_counts_the_predicted_text(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "gentle “rain”"
     tokens = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
     first = tokenizer.decode(tokens.ids[:1].tolist())
     assert tokens.n_bytes == len(text.encode()) - len(first.encode()) > 0
 
 
-def test_a_text_of_the_end_token_alone_has_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_of_only_the_eos_token_has_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = encode(Document("f", 1, text="<|im_end|>\n"), tokenizer, end_id=tokenizer.eos_token_id)
     assert (tokens.ids.tolist(), tokens.trained.tolist(), tokens.n_bytes) == (
         [tokenizer.eos_token_id],
@@ -73,7 +73,7 @@ def test_a_text_of_the_end_token_alone_has_one_token(tokenizer: PreTrainedTokeni
     )
 
 
-def test_many_documents_come_out_in_order_and_as_one_by_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_many_documents_are_encoded_in_order_and_as_each_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [
         Document("f", 1, text="one"),
         Document("f", 2, messages=(Message("user", "two"), Message("assistant", "three"))),
@@ -91,7 +91,7 @@ def test_many_documents_come_out_in_order_and_as_one_by_one(tokenizer: PreTraine
         assert tokens.ids.dtype == np.int32
 
 
-def test_a_refused_conversation_is_counted_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_refused_conversation_is_added_to_skipped_if_given(tokenizer: PreTrainedTokenizerFast) -> None:
     bad = Document("f", 1, messages=(Message("not a role", "ü"), Message("assistant", "b")))
     good = Document("f", 2, text="good")
     end_id = tokenizer.eos_token_id
@@ -103,27 +103,27 @@ def test_a_refused_conversation_is_counted_where_asked(tokenizer: PreTrainedToke
     assert skipped == [Skipped("f", 1, "the role 'not a role' is not a word.", 3)]
 
 
-def test_an_end_token_that_is_not_there_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_unknown_eos_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="50256"):
         encode(Document("f", 1, text="a"), tokenizer, end_id=50256)
 
 
-def test_turns_behind_the_last_learned_one_are_counted_as_left_out(tiny_llama: Path) -> None:
+def test_turns_after_the_last_trained_one_are_counted_as_left_out(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     talk = (Message("user", "the king"), Message("assistant", "the queen"))
     behind = (Message("user", "the storm"), Message("assistant", "the duke", learned=False))
     end = int(tokenizer.eos_token_id)
     short, long = (encode(Document("f", 1, messages=turns), tokenizer, end_id=end) for turns in (talk, talk + behind))
     assert long.ids.tolist() == short.ids.tolist()
-    assert (short.behind, long.behind) == (
+    assert (short.n_after, long.n_after) == (
         0,
         len(tokenizer("the storm").input_ids) + len(tokenizer("the duke").input_ids),
     )
     _, ledger = pack([long], seq_len=64, pad_id=0)
-    assert (ledger.tokens, ledger.left_out) == (len(long.ids) + long.behind, long.behind)
+    assert (ledger.tokens, ledger.left_out) == (len(long.ids) + long.n_after, long.n_after)
     ledger.check()
 
 
-def test_an_end_that_is_written_many_times_is_taken_off_whole() -> None:
+def test_repeated_eos_strings_at_the_end_of_a_text_are_removed() -> None:
     assert _without_end("a <e> b" + "<e> \n" * 5000, "<e>") == "a <e> b"
     assert _without_end("a  ", "<e>") == "a  "

@@ -1,4 +1,4 @@
-"""Conversations in every usual spelling are the same messages."""
+"""Conversations in every usual format give the same messages."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def read(*turns: Any, unused: Counter[str] | None = None) -> tuple[Message, ...]
 @pytest.mark.parametrize(
     ("user", "assistant"), [("user", "assistant"), ("human", "gpt"), ("Human", "ChatGPT"), (" User ", "model")]
 )
-def test_roles_and_keys_of_every_spelling(role_key: str, content_key: str, user: str, assistant: str) -> None:
+def test_role_and_content_keys_of_every_format(role_key: str, content_key: str, user: str, assistant: str) -> None:
     assert read({role_key: user, content_key: "q"}, {role_key: assistant, content_key: "a"}) == TALK
 
 
-def test_other_roles_are_kept_and_known_ones_have_four_meanings() -> None:
+def test_unknown_roles_are_kept_and_known_ones_map_to_four() -> None:
     assert read({"role": "Narrator", "content": "q"})[0].role == "Narrator"
     assert set(ROLES.values()) == {"user", "assistant", "system", "tool", "function_call"}
     assert [message.role for message in read(*({"role": r, "content": "x"} for r in ("developer", "observation")))] == [
@@ -48,7 +48,7 @@ def test_other_roles_are_kept_and_known_ones_have_four_meanings() -> None:
         [{"type": "text", "text": ""}, "q", {"type": "output_text", "text": ""}],
     ],
 )
-def test_contents_in_parts_are_their_text(content: list[Any]) -> None:
+def test_a_content_in_parts_is_the_text_of_its_parts(content: list[Any]) -> None:
     assert read({"role": "user", "content": content})[0].content == "q"
 
 
@@ -68,7 +68,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         {"from": "tool-call", "value": {"name": "f", "arguments": {"x": 1}}},
     ],
 )
-def test_calls_of_every_spelling_are_those_of_openai_with_arguments_as_objects(turn: dict[str, Any]) -> None:
+def test_calls_of_every_format_become_openais_with_arguments_as_objects(turn: dict[str, Any]) -> None:
     (message,) = read(turn)
     assert (message.role, message.content, message.learned) == ("assistant", "", True)
     assert message.further == {"tool_calls": [CALL]}
@@ -104,8 +104,8 @@ def test_tools_are_in_openais_form(value: Any) -> None:
         ({"role": "user", "content": [{"type": "image_url"}]}, "`messages[0].content[0]` is of type 'image_url'"),
         ({"role": "user", "content": [7]}, "`messages[0].content[0]` must be a part"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "`messages[0].weight` is '0.5'"),
-        ({"role": "user", "content": "a", "weight": 1}, "`messages[0].weight` asks to learn a turn of role user"),
-        ({"role": "assistant", "content": "a", "mask": False}, "`messages[0].mask` is not clear: give `weight`"),
+        ({"role": "user", "content": "a", "weight": 1}, "`messages[0].weight` is set on a turn of role user"),
+        ({"role": "assistant", "content": "a", "mask": False}, "`messages[0].mask` is ambiguous: give `weight`"),
         ({"role": "assistant", "content": "a", "name": 7}, "`messages[0].name` must be a string"),
         ({"role": "assistant", "tool_calls": ["f()"]}, "`messages[0].tool_calls` must be a tool call"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "f("}]}, "arguments are not JSON"),
@@ -114,7 +114,7 @@ def test_tools_are_in_openais_form(value: Any) -> None:
         ("q", "`messages[0]` must be an object"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_with_its_turn(turn: Any, message: str) -> None:
+def test_the_error_of_an_invalid_turn_names_turn_and_field(turn: Any, message: str) -> None:
     with pytest.raises(DataError) as caught:
         read(turn)
     assert message in caught.value.message
@@ -130,21 +130,21 @@ def test_other_fields_of_turns_are_counted() -> None:
 @pytest.mark.parametrize(
     ("turn", "said"),
     [
-        ({"content": [{"type": "text", "text": "what", "image_url": "a.png"}]}, "`image_url` beside its text"),
-        ({"content": [{"text": "what", "image": "a.png"}]}, "`image` beside its text"),
+        ({"content": [{"type": "text", "text": "what", "image_url": "a.png"}]}, "`image_url` next to its text"),
+        ({"content": [{"text": "what", "image": "a.png"}]}, "`image` next to its text"),
         ({"content": "x", "weight": 1, "train": False}, "contradict"),
         ({"content": None, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}, "lone surrogate"),
     ],
 )
-def test_what_a_turn_holds_is_used_or_named(turn: dict[str, Any], said: str) -> None:
+def test_a_field_that_a_turn_cannot_use_is_an_error(turn: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read({"role": "user", "content": "q"}, {"role": "assistant", **turn})
 
 
-def test_a_part_whose_other_fields_say_nothing_is_its_text() -> None:
+def test_harmless_fields_of_a_text_part_are_ignored() -> None:
     part = {"type": None, "text": "a", "image_url": None, "cache_control": {"type": "ephemeral"}}
     assert read({"role": "user", "content": "q"}, {"role": "assistant", "content": [part]}) == TALK
 
 
-def test_a_loss_of_false_leaves_a_turn_unlearned() -> None:
+def test_a_turn_with_loss_false_is_input_only() -> None:
     assert not read({"role": "assistant", "content": "a", "loss": False})[0].learned

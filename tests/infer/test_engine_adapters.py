@@ -200,11 +200,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(families: dict[str, Fa
     engine = serving(llama)
     before = engine.adapters()
     for name, folder, match in (
-        ("new", families["gptj"].adapter("blocks"), "does not belong to this model: there is no place for transformer"),
+        (
+            "new",
+            families["gptj"].adapter("blocks"),
+            "does not belong to this model: there is no module for transformer",
+        ),
         (
             "new",
             llama.adapter("norms"),
-            r"adapter new has trained norms, biases or full weights \(model.*only LoRA pairs can be served",
+            r"adapter new has trained norms, biases or full weights \(model.*only LoRA can be served",
         ),
         ("new", tmp_path, "holds no adapter"),
         ("base", llama.adapter("blocks"), "name 'base' is taken"),

@@ -53,7 +53,7 @@ def test_tokenize_without_the_bos_token(server: Any, monkeypatch: pytest.MonkeyP
     from octavo.server import service
 
     for module in (prompt, service):
-        monkeypatch.setattr(module, "begin_ids", lambda _: [1])
+        monkeypatch.setattr(module, "bos_ids", lambda _: [1])
     assert server.post("/tokenize", prompt="the")["tokens"] == [1, *server.ids("the")]
     assert server.post("/tokenize", prompt="the", add_special_tokens=False)["tokens"] == server.ids("the")
 

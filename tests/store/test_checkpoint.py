@@ -1,4 +1,4 @@
-"""Checkpoints come back as they were, or the one before does."""
+"""A checkpoint is read back as it was saved, or the earlier one is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from octavo.store import checkpoint, files
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """What a run may hold: overlapping views of one flat buffer, rare types, no dimensions, no elements."""
+    """Tensors that a run may have: overlapping views of one flat buffer, rare types, no dimensions, no elements."""
     flat = torch.arange(12, dtype=torch.float32) + step
     adapter = {"a": flat[:8].view(2, 4), "b": flat[4:], "b.T": flat.view(3, 4).t()}
     rare = {
@@ -53,7 +53,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
-def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_tensors_and_state_round_trip(tmp_path: Path) -> None:
     generator = random.Random(5)
     state = {"random": generator.getstate(), "huge": 2**200, "nested": {"é": [1.5, None, True, 1e-300]}}
     path = checkpoint.save(tmp_path, 40, tensors=tensors_of(40), state=state)
@@ -92,7 +92,7 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_seen_and_the_one_before_is_taken(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_flipped_bit_is_detected_and_the_earlier_checkpoint_is_loaded(tmp_path: Path, data: st.DataObject) -> None:
     folder = tmp_path / "run"
     shutil.rmtree(folder, ignore_errors=True)
     save(folder, 10)
@@ -133,7 +133,7 @@ def list_in_manifest(path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over_with_one_warning(kind: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_one_warning(kind: str, tmp_path: Path) -> None:
     save(tmp_path, 10)
     path = save(tmp_path, 20)
     assert checkpoint.verify(path) == []
@@ -145,14 +145,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning(kind: str, tmp_pat
     assert (found.step, len(said)) == (10, 1)
 
 
-def test_only_damaged_checkpoints_are_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+def test_damaged_checkpoints_without_a_valid_one_are_an_error(tmp_path: Path) -> None:
     (save(tmp_path, 10) / "state.json").unlink()
     with pytest.raises(CheckpointError, match="none of its 1 checkpoints"):
         checkpoint.newest(tmp_path, warn=lambda _: None)
 
 
 @pytest.mark.parametrize("pointer", [b"step-00000010\n", b"step-99999999\n", b"\xff\x00garbage", b"", None])
-def test_a_stale_or_broken_pointer_misleads_nobody(pointer: bytes | None, tmp_path: Path) -> None:
+def test_a_stale_or_broken_latest_file_is_ignored(pointer: bytes | None, tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     (tmp_path / "latest").unlink() if pointer is None else (tmp_path / "latest").write_bytes(pointer)
@@ -161,7 +161,7 @@ def test_a_stale_or_broken_pointer_misleads_nobody(pointer: bytes | None, tmp_pa
     assert (tmp_path / "latest").read_text() == "step-00000030\n"
 
 
-def test_the_newest_stay_and_protected_steps_too(tmp_path: Path) -> None:
+def test_the_newest_and_the_protected_steps_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         save(tmp_path, step, keep=2, protect={2})
     assert steps(tmp_path) == [2, 5, 6]
@@ -187,7 +187,7 @@ def test_a_write_that_reads_back_differently_is_not_published(tmp_path: Path, mo
     assert newest(tmp_path).step == 1
 
 
-def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path) -> None:
+def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         dead = process.pid
     alive = os.getppid()
@@ -204,7 +204,7 @@ def test_sweep_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Pa
 IDENTITY = {"model": "abc", "rank": 8, "targets": ["q_proj", "v_proj"], "data": "d1"}
 
 
-def test_another_run_is_refused_naming_each_difference(tmp_path: Path) -> None:
+def test_the_error_of_another_run_lists_each_difference(tmp_path: Path) -> None:
     checkpoint.check_identity(IDENTITY, {**IDENTITY, "targets": ("q_proj", "v_proj")}, force=False, warn=pytest.fail)
     other = {**IDENTITY, "rank": 16, "seed": 1}
     with pytest.raises(CheckpointError) as caught:

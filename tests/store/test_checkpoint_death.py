@@ -1,4 +1,4 @@
-"""A process that dies while it saves, and a disk that fills: what was acknowledged is never lost."""
+"""A process that dies during a save, and a full disk: no checkpoint whose save returned is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save(folder: Path, step: int, *, keep: int = 2) -> Path:
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
-    """The newest checkpoint: found without a warning, and all of its files are of one save."""
+    """The newest checkpoint, loaded without a warning and with all files from one save."""
     found = checkpoint.newest(folder, warn=pytest.fail)
     assert found is not None
     assert found.state == {"step": found.step}
@@ -44,7 +44,7 @@ def leftovers(folder: Path) -> list[str]:
 def forked(child: Callable[[], None]) -> int:
     """Run `child` in a fork of this process: a fresh interpreter would import torch for seconds each time."""
     with warnings.catch_warnings():
-        # Python 3.12 warns of forking beside threads; the child runs no thread of torch's.
+        # Python 3.12 warns about forking with threads; the child runs no thread of torch.
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
@@ -61,7 +61,7 @@ def save_until_killed(folder: Path, channel: int) -> None:
     found = checkpoint.newest(folder, warn=lambda _: None)
     step = found.step if found else 0
     while True:
-        # Every step is saved twice: a resumed run saves a step again that is there already.
+        # Every step is saved twice, as a resumed run saves an existing step again.
         for _ in range(2):
             save(folder, step + 1)
             os.write(channel, (step + 1).to_bytes(4, "little"))
@@ -93,7 +93,7 @@ def test_kill_9_never_costs_an_acknowledged_checkpoint(tmp_path: Path) -> None:
 
 
 def save_until_call(folder: Path, step: int, *, keep: int, calls: int) -> None:
-    """Save, but die as by kill -9 just before the file operation number `calls`."""
+    """Saves, but dies as by kill -9 just before the file operation number `calls`."""
     seen = 0
 
     def count(event: str, _: object) -> None:
@@ -132,7 +132,7 @@ def no_room(*_: object) -> NoReturn:
 
 
 @pytest.mark.parametrize("place", ["durable_write", "fsync_file", "fsync_folder", "atomic_write"])
-def test_a_full_disk_is_a_clear_error_and_touches_nothing_older(
+def test_a_full_disk_is_a_clear_error_and_keeps_earlier_checkpoints(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
@@ -145,7 +145,7 @@ def test_a_full_disk_is_a_clear_error_and_touches_nothing_older(
     assert leftovers(tmp_path) == []
 
 
-def test_a_limit_met_in_the_middle_of_a_file_is_a_checkpoint_error(tmp_path: Path) -> None:
+def test_a_size_limit_reached_within_a_file_is_a_checkpoint_error(tmp_path: Path) -> None:
     save(tmp_path, 1)
     big = {"adapter": {"w": torch.zeros(20_000)}}  # 80 kB, and too small for torch to start threads
 

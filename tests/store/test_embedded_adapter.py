@@ -26,7 +26,13 @@ from octavo.models import Model, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft as peft_module
 from octavo.store.contents import stored_scheme
-from octavo.store.embedded_adapter import base_of, carries_pairs, put_own_pairs_, read_pairs, split
+from octavo.store.embedded_adapter import (
+    apply_embedded_adapter_,
+    base_of,
+    has_embedded_adapter,
+    read_embedded_adapter,
+    split,
+)
 from octavo.store.hf_folder import WrittenLayer, write_folder
 from octavo.store.peft import read
 from octavo.store.resolve import open_source
@@ -67,7 +73,7 @@ def model_of(folder: Path, scheme: str = "dynamic8") -> Model:
     source = opened(folder)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}
     model = load(base_of(source), scheme_named(scheme), **where)  # type: ignore[arg-type]
-    put_own_pairs_(model, source, say=lambda _: None)
+    apply_embedded_adapter_(model, source, say=lambda _: None)
     return model
 
 
@@ -96,7 +102,7 @@ def changed(seed: Any, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def hivemind(changed: Callable[..., Path]) -> Path:
-    """As hivemind/gpt-j-6B-8bit is: codes, scales and code tables, without any adapter; other norms and biases."""
+    """Like hivemind/gpt-j-6B-8bit: quantized values, scales and code tables, no adapter, other norms and biases."""
     others = {name: torch.full_like(tensor, 0.5) for name, tensor in saved_norms_and_biases().items()}
     return changed({**{name + end: None for name in MODULES for end in ENDS}, **others})
 
@@ -106,8 +112,8 @@ def saved_norms_and_biases() -> dict[str, Tensor]:
     return {name: torch.empty(sizes.get(name.split(".")[-2], 64)) for name in [*NORMS, *BIASES]}
 
 
-def test_the_file_is_what_the_scripts_save(seed: Any) -> None:
-    """Else the tests here would show nothing about such files."""
+def test_the_test_file_equals_one_saved_by_the_scripts(seed: Any) -> None:
+    """Otherwise the tests of this file would test nothing about such files."""
     frozen = [f"{name}.{part}" for name in MODULES for part in ("weight", "absmax", "code")]
     adapters = [name + end for name in MODULES for end in ENDS]
     buffers = [f"transformer.h.{i}.attn.{name}" for i in (0, 1) for name in ("bias", "masked_bias")]
@@ -122,10 +128,10 @@ def test_the_file_is_what_the_scripts_save(seed: Any) -> None:
     assert all(table[name].any() for name in adapters)
 
 
-def test_a_hivemind_folder_loads_to_the_bit(hivemind: Path) -> None:
+def test_a_hivemind_folder_loads_bit_for_bit(hivemind: Path) -> None:
     source, table = opened(hivemind), saved(hivemind)
     assert stored_scheme(source).name == "dynamic8"
-    assert not carries_pairs(source)
+    assert not has_embedded_adapter(source)
     assert base_of(source) is source
     for name, place in weight_entries(model_of(hivemind)).items():
         if place.matrix is not None:
@@ -136,7 +142,7 @@ def test_a_hivemind_folder_loads_to_the_bit(hivemind: Path) -> None:
                 assert torch.equal(parameter, table[f"{name}.{kind}"]), name
 
 
-def test_the_files_own_code_table_counts(changed: Callable[..., Path], hivemind: Path) -> None:
+def test_the_code_table_of_the_file_is_used(changed: Callable[..., Path], hivemind: Path) -> None:
     source = opened(hivemind)
     halves = {f"{name}.code": source.tensor(f"{name}.code") * 0.5 for name in MODULES if name != "lm_head"}
     shutil.rmtree(hivemind)
@@ -159,12 +165,12 @@ def test_a_hivemind_folder_written_as_safetensors_keeps_every_byte(hivemind: Pat
 
 def test_a_pickle_is_read_only_if_that_is_allowed(seed: Any) -> None:
     with pytest.raises(ModelError, match="is a pickle") as caught:
-        carries_pairs(FolderSource(seed.folder))
+        has_embedded_adapter(FolderSource(seed.folder))
     assert "--allow-pickle" in caught.value.hint
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_a_folder_of_weights_alone_says_which_files_it_lacks(hivemind: Path, weights: bool) -> None:
+def test_the_error_of_a_folder_with_only_weights_names_the_missing_files(hivemind: Path, weights: bool) -> None:
     (hivemind / "config.json").unlink()
     if not weights:
         (hivemind / "pytorch_model.bin").unlink()
@@ -173,8 +179,8 @@ def test_a_folder_of_weights_alone_says_which_files_it_lacks(hivemind: Path, wei
     assert ("EleutherAI/gpt-j-6B" in caught.value.hint) is weights
 
 
-def test_a_folder_without_a_tokenizer_says_which_files_it_lacks(hivemind: Path) -> None:
-    """transformers gives GPT-J a tokenizer of one token then, and everything would go on from there."""
+def test_the_error_of_a_folder_without_a_tokenizer_names_the_missing_files(hivemind: Path) -> None:
+    """For such a folder transformers makes a GPT-J tokenizer of one token, with which everything else would run."""
     for file in hivemind.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="no tokenizer") as caught:
@@ -188,7 +194,7 @@ def test_a_tuned_folder_gives_the_scripts_own_logits(seed: Any) -> None:
     source = opened(seed.folder)
     base = load(base_of(source), scheme_named("dynamic8"), dtype=torch.float32, device=torch.device("cpu"))
     untuned = logits(base)
-    put_own_pairs_(base, source, say=said.append)
+    apply_embedded_adapter_(base, source, say=said.append)
     wanted = logits(seed.model)
     assert distance(untuned, wanted) > 1
     assert distance(logits(base), wanted) <= EXACT
@@ -196,23 +202,23 @@ def test_a_tuned_folder_gives_the_scripts_own_logits(seed: Any) -> None:
     assert f"on {len(MODULES)} layers" in said[0]
 
 
-def test_alone_the_weights_of_a_tuned_folder_are_refused(seed: Any, tmp_path: Path) -> None:
+def test_reading_only_the_weights_of_a_tuned_folder_is_refused(seed: Any, tmp_path: Path) -> None:
     """To load or to write them without the adapters would lose these."""
     for go in (
         lambda: load(opened(seed.folder), scheme_named("int8"), dtype=torch.float32, device=torch.device("cpu")),
         lambda: write_folder(opened(seed.folder), tmp_path / "out", scheme_named("int8")),
     ):
-        with pytest.raises(ModelError, match="28 tensors like") as caught:
+        with pytest.raises(ModelError, match="28 tensors") as caught:
             go()
         assert f"octavo convert {seed.folder} --allow-pickle --out" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_read_is_lora_with_alpha_r_and_all_that_was_trained(seed: Any) -> None:
-    table, found = saved(seed.folder), read_pairs(opened(seed.folder))
+def test_the_embedded_adapter_is_lora_with_alpha_r_and_all_trained_parameters(seed: Any) -> None:
+    table, found = saved(seed.folder), read_embedded_adapter(opened(seed.folder))
     assert found.spec == LoraSpec(rank=5, alpha=5.0)
-    assert set(found.pairs) == set(MODULES)
-    for name, (a, b, scaling) in found.pairs.items():
+    assert set(found.lora) == set(MODULES)
+    for name, (a, b, scaling) in found.lora.items():
         first, second = (table[name + end] for end in ENDS)
         assert scaling == 1
         assert torch.equal(a, first.T if name == "transformer.wte" else first)
@@ -234,7 +240,7 @@ def test_adapters_on_some_layers_and_of_several_ranks_are_read(changed: Callable
     a, b = torch.randn(3, 64) * 0.2, torch.randn(300, 3) * 0.2
     folder = changed({**some, "lm_head" + ENDS[0]: a, "lm_head" + ENDS[1]: b})
     found = split(opened(folder), tmp_path / "out", card="")
-    assert found.pairs.keys() == set(MODULES) - set(gone)
+    assert found.lora.keys() == set(MODULES) - set(gone)
     assert set(found.full) == {*NORMS, *(name for name in BIASES if "fc_in" not in name)}
     model = model_of(tmp_path / "out" / "base")
     apply_(model, read(tmp_path / "out" / "adapter"))
@@ -260,7 +266,7 @@ DAMAGES: dict[str, tuple[dict[str, Tensor | None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_tuned_folder_is_named_and_nothing_is_written(
+def test_a_damaged_tuned_folder_is_an_error_and_nothing_is_written(
     damage: str, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
     tensors, told = DAMAGES[damage]
@@ -277,7 +283,7 @@ def pieces(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_base_has_every_byte_of_the_frozen_weights_and_loads_alone(seed: Any, pieces: Path) -> None:
+def test_the_base_has_every_byte_of_the_frozen_weights_and_loads_by_itself(seed: Any, pieces: Path) -> None:
     table, written = saved(seed.folder), load_file(pieces / "base" / "model.safetensors")
     assert written.keys() == {name for name in table if not name.endswith((*ENDS, ".attn.bias", ".masked_bias"))}
     for name, tensor in written.items():
@@ -285,7 +291,7 @@ def test_the_base_has_every_byte_of_the_frozen_weights_and_loads_alone(seed: Any
         assert torch.equal(tensor, table[name]), name
     base = FolderSource(pieces / "base")
     assert stored_scheme(base).name == "dynamic8"
-    assert not carries_pairs(base)
+    assert not has_embedded_adapter(base)
     text = "the king of york"
     assert base.tokenizer()(text)["input_ids"] == FolderSource(seed.folder).tokenizer()(text)["input_ids"]
 
@@ -330,13 +336,13 @@ def test_the_adapters_config_is_plain_lora_on_every_layer(pieces: Path) -> None:
     assert (pieces / "adapter" / "README.md").read_text() == "# A card\n"
 
 
-def test_the_adapter_knows_its_base(pieces: Path) -> None:
+def test_the_adapter_has_the_identity_of_its_base(pieces: Path) -> None:
     assert read(pieces / "adapter").origin["base"]["sha256"] == fingerprint(FolderSource(pieces / "base"))
 
 
 @dataclass(frozen=True)
 class NamesOnly:
-    """A source of GPT-J-6B's names and shapes, whose numbers are one zero each."""
+    """A source with GPT-J-6B's names and shapes, whose tensors are one expanded zero each."""
 
     shapes: dict[str, tuple[int, ...]]
     config: dict[str, Any]
@@ -370,20 +376,20 @@ def test_gpt_j_6b_has_170_adapters_of_340_tensors() -> None:
         "architectures": ["GPTJForCausalLM"], "vocab_size": rows, "n_embd": width, "n_layer": 28, "n_head": 16,
         "rotary_dim": 64, "n_positions": 2048,
     }  # fmt: skip
-    found = read_pairs(NamesOnly(shapes, config))  # type: ignore[arg-type]
-    halves = [half for a, b, _ in found.pairs.values() for half in (a, b)]
-    assert (len(found.pairs), len(halves)) == (170, 340)
+    found = read_embedded_adapter(NamesOnly(shapes, config))  # type: ignore[arg-type]
+    halves = [half for a, b, _ in found.lora.values() for half in (a, b)]
+    assert (len(found.lora), len(halves)) == (170, 340)
     assert sum(half.numel() for half in halves) == 34_774_016
     assert sum(tensor.numel() for tensor in found.full.values()) == 861_408
 
 
-def test_a_folder_without_adapters_is_nothing_to_split(hivemind: Path, tmp_path: Path) -> None:
+def test_a_folder_without_adapters_cannot_be_split(hivemind: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing to convert") as caught:
         split(opened(hivemind), tmp_path / "out", card="")
     assert "octavo quantize" in caught.value.hint
 
 
-def test_splitting_keeps_what_is_there_and_takes_an_empty_folder(seed: Any, tmp_path: Path) -> None:
+def test_splitting_refuses_a_folder_with_files_and_accepts_an_empty_one(seed: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (notes := out / "notes.txt").write_text("mine")
@@ -396,7 +402,7 @@ def test_splitting_keeps_what_is_there_and_takes_an_empty_folder(seed: Any, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_interrupted_split_leaves_nothing(seed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_split_leaves_no_files(seed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(layer: WrittenLayer) -> None:
         if layer.name == "lm_head.weight":
             raise KeyboardInterrupt

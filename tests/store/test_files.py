@@ -25,7 +25,7 @@ with lock(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_keeps_a_second_process_out_and_ends_with_its_holder(tmp_path: Path) -> None:
+def test_the_lock_excludes_a_second_process_and_ends_with_its_holder(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         try:

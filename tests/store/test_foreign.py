@@ -1,4 +1,4 @@
-"""Weights of other programs are refused by the name of their format, before any is read."""
+"""Weights of other programs are refused with the name of their format, before any is read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "told"), CONFIGS)
-def test_a_quantization_config_is_named(change: dict[str, Any], told: str, own_folder: Path) -> None:
+def test_the_error_of_a_quantization_config_names_the_format(
+    change: dict[str, Any], told: str, own_folder: Path
+) -> None:
     config = json.loads((own_folder / "config.json").read_text())
     (own_folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ModelError, match=f"quantized with .*{told}") as caught:
@@ -41,7 +43,7 @@ def test_a_quantization_config_is_named(change: dict[str, Any], told: str, own_f
 
 
 @pytest.mark.parametrize("value", [None, {}])
-def test_a_quantization_config_that_says_nothing_is_none(value: Any, own_folder: Path) -> None:
+def test_an_empty_quantization_config_is_ignored(value: Any, own_folder: Path) -> None:
     config = json.loads((own_folder / "config.json").read_text())
     (own_folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
     assert open_source(str(own_folder)).names()
@@ -51,7 +53,9 @@ def test_a_quantization_config_that_says_nothing_is_none(value: Any, own_folder:
     ("end", "told"),
     [("qweight", "GPTQ"), ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"), ("weight_scale_inv", "FP8")],
 )
-def test_tensors_of_other_formats_are_named_where_the_config_is_silent(end: str, told: str, own_folder: Path) -> None:
+def test_the_error_of_tensors_of_another_format_names_it_without_a_config(
+    end: str, told: str, own_folder: Path
+) -> None:
     tensors = load_file(own_folder / "model.safetensors")
     tensors[f"model.layers.0.mlp.up_proj.{end}"] = torch.ones(4)
     save_file(tensors, own_folder / "model.safetensors")

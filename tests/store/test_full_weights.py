@@ -1,4 +1,4 @@
-"""Adapters of PEFT's with full weights, resized vocabularies, trained tokens and biases: the same logits here."""
+"""Adapters of PEFT with full weights, resized vocabularies, trained tokens and biases give the same logits here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TOLERANCE = 3e-4  # of float32 logits of about 7, as test_adapter.py derives it
 BOTH = ["embed_tokens", "lm_head"]
 Written = Callable[[str], tuple[Path, Tensor]]
 
-# The family, LoraConfig's options, and "resize" and "save" for what is done before and at the end.
+# The family, LoraConfig's options, and "resize" and "save" for the steps before training and at the end.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "head": ("llama", {"modules_to_save": ["lm_head"]}),
     "embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
@@ -82,7 +82,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of `folders`, and one whose q, k and v alone have biases, in one parameter here."""
+    """The folders of `folders`, and one in which only q, k and v have biases, which are one parameter here."""
     qwen2 = write_model(tmp_path_factory.mktemp("models") / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
     return {**folders, "qwen2": qwen2}
 
@@ -159,7 +159,7 @@ SAVED = (
 @pytest.mark.parametrize(
     "case", [case if case in SAVED else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
 )
-def test_saved_again_nothing_of_it_is_lost(
+def test_saving_an_adapter_again_keeps_its_full_weights(
     case: str, families: dict[str, Path], written: Written, tmp_path: Path
 ) -> None:
     folder, wanted = written(case)
@@ -178,10 +178,10 @@ def test_saved_again_nothing_of_it_is_lost(
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 @pytest.mark.parametrize("case", ["both", "linears", "tied head", "tied embedding", "tied tokens", "gptj q"])
-def test_under_a_scheme_the_trained_weights_alone_are_not_quantised(
+def test_only_trained_weights_are_unquantized_under_a_scheme(
     case: str, scheme: str, families: dict[str, Path], written: Written
 ) -> None:
-    """They replace rows of what the scheme stores; all other rows are what they were."""
+    """They replace rows of the dequantized matrix; all other rows are unchanged."""
     folder, adapter = families[CASES[case][0]], read(written(case)[0])
     before, after = weight_entries(model_of(folder, scheme)), model_of(folder, scheme)
     apply_(after, adapter)
@@ -203,10 +203,10 @@ def numbers(place: WeightEntry) -> Tensor:
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 @pytest.mark.parametrize("case", ["saved along", "tied saved along"])
-def test_what_equals_the_base_is_not_taken_for_trained(
+def test_weights_equal_to_the_base_are_ignored(
     case: str, scheme: str, families: dict[str, Path], written: Written
 ) -> None:
-    """So such adapters are served beside others, and tables keep their scheme."""
+    """So such adapters can be served next to others, and embedding and head keep their scheme."""
     model, adapter = model_of(families[CASES[case][0]], scheme), read(written(case)[0])
     assert [key for key in adapter.full if "embed" in key]
     routing = ServedAdapters()
@@ -219,12 +219,12 @@ def test_what_equals_the_base_is_not_taken_for_trained(
 
 
 @pytest.mark.parametrize("case", ["head", "resized", "tokens", "some biases", "gptj q", "tied embedding"])
-def test_what_all_rows_share_is_not_served_beside_others(
+def test_weights_that_all_sequences_share_cannot_be_served(
     case: str, families: dict[str, Path], written: Written
 ) -> None:
     model, routing = model_of(families[CASES[case][0]]), ServedAdapters()
     before = logits(model)
-    with pytest.raises(AdapterError, match="only LoRA pairs can be served") as caught:
+    with pytest.raises(AdapterError, match="only LoRA can be served") as caught:
         serve_(model, routing, read(written(case)[0]), "new")
     assert "generate --adapter" in caught.value.hint
     assert not routing.served
@@ -239,7 +239,7 @@ def changed(folder: Path, out: Path, change: Callable[[str, Tensor], Tensor | No
     return read(out)
 
 
-MISFITS: dict[str, tuple[str, str, str]] = {  # the case, what is taken out of it, the message
+MISFITS: dict[str, tuple[str, str, str]] = {  # case, removed part, message
     "one table": ("resized", "lm_head", "embedding has 310 rows and the head 300"),
     "a head without its bias": ("gptj resized", "lm_head.bias", "head has 310 rows, and no bias"),
     "tokens": ("tokens resized", "m.weight|layer.weight|lm_head", "the last of which is 305"),
@@ -247,7 +247,7 @@ MISFITS: dict[str, tuple[str, str, str]] = {  # the case, what is taken out of i
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_a_vocabulary_that_was_saved_in_part_is_named(
+def test_a_resized_vocabulary_saved_only_in_part_is_an_error(
     misfit: str, families: dict[str, Path], written: Written, tmp_path: Path
 ) -> None:
     case, gone, message = MISFITS[misfit]
@@ -256,9 +256,9 @@ def test_a_vocabulary_that_was_saved_in_part_is_named(
         apply_(model_of(families[CASES[case][0]]), adapter)
 
 
-def test_weights_too_large_for_the_compute_type_are_named(
+def test_weights_too_large_for_the_compute_type_are_an_error(
     families: dict[str, Path], written: Written, tmp_path: Path
 ) -> None:
     adapter = changed(written("head")[0], tmp_path / "x", lambda key, t: t * 1e6 if "lm_head" in key else t)
-    with pytest.raises(AdapterError, match=r"lm_head\.weight holds numbers that are too large for torch.float16"):
+    with pytest.raises(AdapterError, match=r"lm_head\.weight holds values that are too large for torch.float16"):
         apply_(model_of(families["llama"], dtype=torch.float16), adapter)

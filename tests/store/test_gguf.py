@@ -1,4 +1,4 @@
-"""GGUF files: the real SmolLM2, tiny files written with llama.cpp's own writer, and damaged ones."""
+"""GGUF files: the real SmolLM2, tiny files written with llama.cpp's writer, and damaged ones."""
 
 from __future__ import annotations
 
@@ -153,13 +153,13 @@ def test_smollm2_has_exactly_the_tensors_of_its_config(smollm2: GgufSource) -> N
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
 
-def test_smollm2_config_is_that_of_the_published_model(smollm2: GgufSource) -> None:
+def test_smollm2_config_equals_that_of_the_published_model(smollm2: GgufSource) -> None:
     published = {"rms_norm_eps": 1e-05, "rope_theta": 100000.0, "max_position_embeddings": 8192}
     published |= {"tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 64}
     assert {key: smollm2.config[key] for key in published} == published
 
 
-def test_smollm2_tensors_are_what_llama_cpps_reader_gives(smollm2: GgufSource, smollm2_path: Path) -> None:
+def test_smollm2_tensors_equal_those_of_llama_cpps_reader(smollm2: GgufSource, smollm2_path: Path) -> None:
     reader = gguf.GGUFReader(str(smollm2_path))
     stored = {t.name: t for t in reader.tensors}
 
@@ -172,14 +172,14 @@ def test_smollm2_tensors_are_what_llama_cpps_reader_gives(smollm2: GgufSource, s
     assert torch.equal(smollm2.tensor(f"{layer}.input_layernorm.weight"), values("blk.17.attn_norm.weight"))
     assert torch.equal(smollm2.tensor(f"{layer}.self_attn.v_proj.weight"), values("blk.17.attn_v.weight"))
     for ours, theirs, heads in (("q_proj", "attn_q", 9), ("k_proj", "attn_k", 3)):
-        # Row i of a half's 32 rows stands at 2 i (first half) or 2 i + 1 (second half) of its head's 64.
+        # Row i of the 32 rows of a half is row 2 i (first half) or 2 i + 1 (second half) of the 64 of its head.
         order = [64 * h + 2 * i + half for h in range(heads) for half in (0, 1) for i in range(32)]
         expected = values(f"blk.17.{theirs}.weight")[order]
         assert torch.equal(smollm2.tensor(f"{layer}.self_attn.{ours}.weight"), expected)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_a_written_model_comes_back_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+def test_a_written_model_round_trips_bit_for_bit(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
     source = open_gguf(write_gguf(tmp_path / "m.gguf", model, architecture))
     expected = dict(model.named_parameters())
@@ -200,7 +200,7 @@ def test_a_llama_without_biases_and_with_a_tied_head_has_neither(tmp_path: Path)
     assert set(source.names()) == {name for name, _ in model.named_parameters()}
 
 
-def test_quantised_weights_lie_within_half_a_step_and_are_writable(tmp_path: Path) -> None:
+def test_dequantized_weights_are_within_half_a_step_and_writable(tmp_path: Path) -> None:
     model = tiny_model("llama")
     source = open_gguf(write_gguf(tmp_path / "m.gguf", model, "llama", quantise=True))
     for name, parameter in model.named_parameters():
@@ -230,19 +230,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_octavo_would_compute_wrongly_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_the_error_of_an_unsupported_feature_names_it(case: str, tmp_path: Path) -> None:
     metadata, tensors, named = REFUSED[case]
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata, tensors=tensors)
     with pytest.raises(ModelError, match=named):
         open_gguf(path)
 
 
-def test_no_scaling_said_out_loud_is_no_scaling(tmp_path: Path) -> None:
+def test_explicit_metadata_for_no_scaling_is_accepted(tmp_path: Path) -> None:
     metadata = {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 128}
     open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata))
 
 
-def test_the_context_ends_with_a_sliding_window(tmp_path: Path) -> None:
+def test_the_context_is_limited_to_the_sliding_window(tmp_path: Path) -> None:
     metadata = {"llama.attention.sliding_window": 64}
     source = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata))
     assert source.config["max_position_embeddings"] == 64
@@ -276,7 +276,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         {"original_max_position_embeddings": 4096, "low_freq_factor": 2.0, "high_freq_factor": 900.0},
     ],
 )
-def test_the_rotary_factors_of_llama3_are_those_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_the_rotary_factors_of_llama3_equal_those_of_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
     rope = {**LLAMA3, **changes}
     theirs = tiny_model("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 50_000.0, **rope}).eval()
     path = write_gguf(tmp_path / "m.gguf", theirs, "llama", tensors={"rope_freqs.weight": llama3_factors(rope)})
@@ -313,7 +313,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
-def test_a_model_in_parts_is_the_model_whichever_part_is_named(parts: list[Path]) -> None:
+def test_a_model_in_parts_opens_from_any_part(parts: list[Path]) -> None:
     expected = dict(tiny_model("llama").named_parameters())
     for path in (parts[0], parts[2]):
         source = open_gguf(path)
@@ -324,14 +324,14 @@ def test_a_model_in_parts_is_the_model_whichever_part_is_named(parts: list[Path]
             assert torch.equal(source.tensor(name), expected[name].detach()), name
 
 
-def test_a_part_that_is_missing_renamed_or_of_another_model_is_named(parts: list[Path], tmp_path: Path) -> None:
+def test_a_missing_renamed_or_foreign_part_is_an_error(parts: list[Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(parts[0].parent, tmp_path / "parts"))
     first, last = folder / parts[0].name, folder / parts[-1].name
     (folder / "other.gguf").write_bytes(first.read_bytes())
     with pytest.raises(ModelError, match="not named so"):
         open_gguf(folder / "other.gguf")
     last.unlink()
-    with pytest.raises(ModelError, match=f"missing beside it: {last.name}"):
+    with pytest.raises(ModelError, match=f"missing next to it: {last.name}"):
         open_gguf(first)
     last.write_bytes(first.read_bytes())
     with pytest.raises(ModelError, match="part 0"):
@@ -341,7 +341,7 @@ def test_a_part_that_is_missing_renamed_or_of_another_model_is_named(parts: list
         open_gguf(first)
 
 
-def test_another_architecture_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_another_architecture_is_an_error_with_a_next_step(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), "gemma2")
     with pytest.raises(ModelError, match=r"gemma2(.|\n)*Hugging Face folder"):
         open_gguf(path)
@@ -378,7 +378,7 @@ def test_overwritten_header_bytes_end_in_a_model_error_or_in_a_model(
         source.tokenizer()
 
 
-def test_a_file_cut_after_opening_is_noticed(tiny_bytes: bytes, tmp_path: Path) -> None:
+def test_a_file_cut_after_opening_is_an_error(tiny_bytes: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(tiny_bytes)
     source = open_gguf(path)

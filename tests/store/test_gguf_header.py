@@ -1,4 +1,4 @@
-"""GGUF headers that are no headers, or that lie about their sizes: refused at once, by a clear error."""
+"""Invalid GGUF headers, and headers with wrong sizes: refused at once with a clear error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octavo.store import gguf_header
 from octavo.store.gguf_header import read_header
 
 
-def test_files_that_are_not_gguf_say_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     for name, content in {"empty": b"", "text": b"Hello", "version": b"GGUF" + struct.pack("<I", 99)}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=name):
@@ -44,7 +44,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_file_that_lies_about_its_sizes_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_file_with_wrong_sizes_is_refused(case: str, tmp_path: Path) -> None:
     tensor_count, pair_count, body = HOSTILE[case]
     content = b"GGUF" + struct.pack("<IQQ", 3, tensor_count, pair_count) + body + bytes(64)
     (tmp_path / "m.gguf").write_bytes(content)
@@ -52,7 +52,7 @@ def test_a_file_that_lies_about_its_sizes_is_refused(case: str, tmp_path: Path) 
         read_header(tmp_path / "m.gguf")
 
 
-def test_an_array_longer_than_any_vocabulary_is_refused_even_if_it_is_there(
+def test_an_array_beyond_the_limit_is_refused_even_if_the_file_contains_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = string("k") + struct.pack("<IIQ", 9, 0, 10) + bytes(10)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from octavo.data.bytes import token_bytes
-from octavo.data.encoding import begin_ids, coder_of
+from octavo.data.encoding import bos_ids, coder_of
 from octavo.errors import ModelError
 from octavo.store.gguf_header import read_header
 from octavo.store.gguf_tokenizer import build_tokenizer
@@ -102,14 +102,14 @@ def pairs() -> dict[str, tuple[sentencepiece.SentencePieceProcessor, Any]]:
 @example(text="the king<|user|>\n\n    spoke")
 @example(text="aaaaaaaaaaa" + " " * 33 + "abababab")
 @example(text="".join(LINES))
-def test_ids_are_those_of_sentencepiece(pairs: dict[str, tuple[Any, Any]], name: str, text: str) -> None:
+def test_ids_equal_those_of_sentencepiece(pairs: dict[str, tuple[Any, Any]], name: str, text: str) -> None:
     theirs, ours = pairs[name]
-    assume(text.replace(" ", "▁") not in OWN or name == "no prefix")  # the one text that is known to differ
+    assume(text.replace(" ", "▁") not in OWN or name == "no prefix")  # the one text that is encoded differently
     assert coder_of(ours).plain.encode(text, add_special_tokens=False).ids == theirs.encode(text)
 
 
 @given(text=TEXT)
-def test_text_survives_encoding_and_decoding(pairs: dict[str, tuple[Any, Any]], text: str) -> None:
+def test_text_round_trips(pairs: dict[str, tuple[Any, Any]], text: str) -> None:
     text = text.replace("▁", " ")  # the same to SentencePiece
     theirs, ours = pairs["llama"]
     assume(text not in [piece.replace("▁", " ") for piece in OWN])
@@ -124,7 +124,7 @@ def test_every_byte_of_a_text_is_counted(pairs: dict[str, tuple[Any, Any]]) -> N
     assert token_bytes(ours)[ids].sum() == len(text.encode()) + 1  # and the space that is put before
 
 
-def test_a_file_that_the_gguf_library_wrote_is_read_alike(tmp_path: Path) -> None:
+def test_a_file_written_by_the_gguf_library_gives_the_same_tokenizer(tmp_path: Path) -> None:
     theirs = trained(byte_fallback=True)
     entries = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata(theirs).items()}
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
@@ -149,21 +149,21 @@ def test_a_file_that_the_gguf_library_wrote_is_read_alike(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(None, [1]), (True, [1]), (False, [])])
-def test_a_begin_token_comes_first_unless_the_file_says_no(asked: bool | None, expected: list[int]) -> None:
+def test_the_bos_token_comes_first_unless_the_file_disables_it(asked: bool | None, expected: list[int]) -> None:
     theirs = trained(byte_fallback=True)
     ours = build(metadata(theirs, add_bos_token=asked))
-    assert begin_ids(ours) == expected
+    assert bos_ids(ours) == expected
     assert ours("the king")["input_ids"] == [*expected, *theirs.encode("the king")]
     assert (ours.bos_token, ours.eos_token, ours.unk_token, ours.model_max_length) == ("<s>", "</s>", "<unk>", 77)
 
 
-def test_special_ids_that_the_file_does_not_name_are_sentencepieces() -> None:
+def test_default_special_ids_are_sentencepieces() -> None:
     ours = build(metadata(trained(byte_fallback=True), bos_token_id=None, eos_token_id=None, unknown_token_id=None))
     assert (ours.bos_token, ours.eos_token, ours.unk_token) == ("<s>", "</s>", "<unk>")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_a_saved_tokenizer_gives_the_same_ids_again(
+def test_a_saved_tokenizer_gives_the_same_ids(
     pairs: dict[str, tuple[Any, Any]], model_type: str, tmp_path: Path
 ) -> None:
     _, ours = pairs["llama"]
@@ -186,7 +186,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_or_not_reproduced_is_refused(case: str) -> None:
+def test_broken_or_unsupported_metadata_is_refused(case: str) -> None:
     changes, named = BROKEN[case]
     with pytest.raises(ModelError, match=named):
         build(metadata(trained(byte_fallback=True), **changes))

@@ -28,7 +28,7 @@ TEXT = (
     "The program's licence, dated 29 June 2007: you'RE free   to copy it.\r\n\n\t1,234.5 €\n"
     "naïve Ünïcödé — 漢字かな العربية ٣٤ x²  <|im_end|> 'tis they'll \n \n  end  "
 )
-# No token of SmolLM2 holds the bytes of these: they vanish, in llama.cpp as in the original tokenizer.
+# No token of SmolLM2 contains the bytes of these: both llama.cpp and the original tokenizer drop them.
 UNENCODABLE = "\x04\x06\x13\x14\x16\x1d"
 ENCODABLE = st.characters(max_codepoint=0x3FFFF, exclude_categories=["Cs"], exclude_characters=UNENCODABLE)
 
@@ -78,7 +78,7 @@ def build(split: str, **changes: Any) -> Any:
     return build_tokenizer(metadata(split, **changes), where="m.gguf", max_length=77)
 
 
-def test_smollm2_knows_its_special_tokens_and_its_length(smollm2: Any) -> None:
+def test_smollm2_has_its_special_tokens_and_its_max_length(smollm2: Any) -> None:
     assert (smollm2.eos_token, smollm2.eos_token_id) == ("<|im_end|>", 2)
     assert (smollm2.pad_token, smollm2.pad_token_id) == ("<|endoftext|>", 0)
     assert (smollm2.bos_token_id, smollm2.model_max_length, len(smollm2)) == (1, 8192, 49152)
@@ -88,20 +88,20 @@ def test_smollm2_knows_its_special_tokens_and_its_length(smollm2: Any) -> None:
     assert [i for i in ids if i < 3] == [1, 2, 1, 2, 1], "system, user, assistant"
 
 
-def test_smollm2_splits_digits_one_by_one_and_specials_not_at_all(smollm2: Any) -> None:
+def test_smollm2_splits_digits_individually_and_never_special_tokens(smollm2: Any) -> None:
     assert smollm2.tokenize("in  2007") == ["in", "ĠĠ", "2", "0", "0", "7"]
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"):
         assert smollm2.encode(token) == [smollm2.convert_tokens_to_ids(token)]
     assert 2 not in smollm2.encode("a<|im_end|>", split_special_tokens=True)
 
 
-def test_smollm2_ids_are_those_of_gpt2s_rule_between_single_digits(smollm2: Any, source: GgufSource) -> None:
+def test_smollm2_ids_equal_gpt2s_split_after_single_digits(smollm2: Any, source: GgufSource) -> None:
     merges = [tuple(merge.split(" ")) for merge in read_header(source.files[0]).metadata["tokenizer.ggml.merges"]]
     reference = GPT2Tokenizer(vocab=smollm2.get_vocab(), merges=merges)
     text = TEXT.replace("<|im_end|>", "") + (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
     pieces = [""]
     for letter in text:
-        # llama.cpp cuts out every \p{N} first, then applies GPT-2's rule to what lies between.
+        # llama.cpp separates every \p{N} first, then applies GPT-2's pattern to the text in between.
         number = unicodedata.category(letter).startswith("N")
         pieces += [letter, ""] if number else [pieces.pop() + letter]
     assert smollm2.encode(text) == [i for piece in pieces for i in reference.encode(piece)]
@@ -109,12 +109,12 @@ def test_smollm2_ids_are_those_of_gpt2s_rule_between_single_digits(smollm2: Any,
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(ENCODABLE))
-def test_smollm2_text_survives_encoding_and_decoding(smollm2: Any, text: str) -> None:
+def test_smollm2_text_round_trips(smollm2: Any, text: str) -> None:
     ids = smollm2.encode(text, add_special_tokens=False, split_special_tokens=True)
     assert smollm2.decode(ids) == text
 
 
-def test_a_saved_tokenizer_gives_the_same_ids_again(smollm2: Any, source: GgufSource, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_gives_the_same_ids(smollm2: Any, source: GgufSource, tmp_path: Path) -> None:
     smollm2.save_pretrained(tmp_path)
     # Beside a config.json AutoTokenizer may choose a class by the model's type: it must not.
     (tmp_path / "config.json").write_text(json.dumps(source.config))
@@ -127,7 +127,7 @@ def test_a_saved_tokenizer_gives_the_same_ids_again(smollm2: Any, source: GgufSo
 
 
 @pytest.mark.parametrize("split", ["qwen2", "llama-bpe"])
-def test_other_tokenizers_survive_saving_beside_their_config(split: str, tmp_path: Path) -> None:
+def test_other_tokenizers_round_trip_through_a_folder_with_their_config(split: str, tmp_path: Path) -> None:
     tokenizer = build(split)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": split.replace("-bpe", "")}))
@@ -149,7 +149,7 @@ def kernels() -> list[tuple[Any, Any]]:
 @given(text=st.text() | st.text("'sStT rRlL 12\n\t.,\r"))
 @example(text=TEXT.replace("<|im_end|>", ""))
 @example(text="e\u0301 is composed to é by Qwen2 alone")
-def test_gpt2_and_qwen2_ids_are_those_of_transformers(kernels: list[tuple[Any, Any]], text: str) -> None:
+def test_gpt2_and_qwen2_ids_equal_those_of_transformers(kernels: list[tuple[Any, Any]], text: str) -> None:
     for ours, theirs in kernels:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
@@ -162,7 +162,7 @@ def test_llama3_splits_as_transformers_converter_does() -> None:
     assert [piece for piece, _ in PRE_TOKENIZERS["llama-bpe"]().pre_tokenize_str(TEXT)] == expected
 
 
-def test_llama3_takes_a_whole_word_that_no_merge_leads_to_and_begins_with_bos() -> None:
+def test_llama3_keeps_a_word_that_is_a_token_and_starts_with_bos() -> None:
     changes: dict[str, Any] = {"merges": ["h e"]}
     assert build("llama-bpe", **changes).tokenize(" the") == ["Ġthe"]
     assert build("gpt-2", **changes).tokenize(" the") == ["Ġ", "t", "he"]
@@ -177,7 +177,7 @@ def test_padding_rows_of_the_embedding_are_no_tokens() -> None:
     assert "[PAD0]" not in tokenizer.get_vocab()
 
 
-def test_the_pad_token_is_the_end_token_only_if_nothing_else_will_do() -> None:
+def test_the_padding_token_is_the_eos_token_only_as_a_last_resort() -> None:
     assert special_ids(metadata("gpt-2"), "m.gguf")["pad"] == 0
     assert special_ids(metadata("gpt-2", padding_token_id=1), "m.gguf")["pad"] == 0
     assert special_ids(metadata("gpt-2", padding_token_id=2), "m.gguf")["pad"] == 2
@@ -194,13 +194,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "types missing": ({"token_type": [1]}, "token_type"),
     "a token twice": ({"tokens": ["a", "a"], "token_type": [1, 1], "merges": ["a a"]}, "twice"),
     "tokens are numbers": ({"tokens": [1, 2]}, "tokens"),
-    "no end token": ({"eos_token_id": None}, "ends a text"),
+    "no EOS token": ({"eos_token_id": None}, "no EOS token"),
     "end token outside": ({"eos_token_id": 9999}, "9999"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_tokenizer_that_is_not_known_exactly_is_refused(case: str) -> None:
+def test_a_tokenizer_that_cannot_be_reproduced_exactly_is_refused(case: str) -> None:
     changes, named = BROKEN[case]
     with pytest.raises(ModelError, match=named):
         build(**{"split": "gpt-2", **{("split" if k == "pre" else k): v for k, v in changes.items()}})

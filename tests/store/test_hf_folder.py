@@ -1,4 +1,4 @@
-"""`octavo quantize`: a written folder is the model, whole or not there at all."""
+"""`octavo quantize`: a written folder is the model, and it is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assert_same_model(found: Model, wanted: Model) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_written_folder_loads_alone_as_the_original_loads_directly(
+def test_a_written_folder_loads_like_the_original_under_the_scheme(
     family: str, scheme: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     wanted = loaded(folders[family], scheme)
@@ -71,7 +71,7 @@ def test_a_written_folder_loads_alone_as_the_original_loads_directly(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_plain_folder_is_transformers_own(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_plain_folder_loads_in_transformers(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders[family], tmp_path / "out", "none")
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folders[family])(IDS).logits
@@ -81,13 +81,13 @@ def test_a_plain_folder_is_transformers_own(family: str, folders: dict[str, Path
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_error_and_size_of_every_layer_are_told(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_and_size_of_every_layer_are_reported(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
     source = FolderSource(folders["llama"])
     layers: list[WrittenLayer] = []
     total = write_folder(source, tmp_path / "out", scheme_named(scheme), on_layer=layers.append)
     assert [layer.name for layer in layers] == weight_names(source)
     for layer in layers:
-        table = layer.name.split(".")[-2] in ("embed_tokens", "lm_head")  # in 8 bits where all else is in 4
+        table = layer.name.split(".")[-2] in ("embed_tokens", "lm_head")  # in 8 bits if all else is in 4
         low, high = ERRORS["int8" if table and scheme == "nf4" else scheme]
         assert low <= layer.error <= high, layer
         assert layer.shape == tuple(load_file(folders["llama"] / "model.safetensors")[layer.name].shape)
@@ -97,7 +97,7 @@ def test_the_error_and_size_of_every_layer_are_told(scheme: str, folders: dict[s
     assert sum(layer.stored_bytes for layer in layers) == total - sum(t.numel() * t.itemsize for t in others)
 
 
-def test_the_told_error_is_that_of_the_weights_that_are_read_back(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_reported_error_is_that_of_the_written_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     layers = {layer.name: layer for layer in write(folders["gptj"], tmp_path / "out", "nf4")}
     model = loaded(tmp_path / "out", "nf4")
     for name, weight in load_file(folders["gptj"] / "model.safetensors").items():
@@ -110,13 +110,13 @@ def test_the_told_error_is_that_of_the_weights_that_are_read_back(folders: dict[
             assert layers[name].error == pytest.approx(error, rel=1e-5)
 
 
-def test_a_quantised_folder_becomes_another_or_a_plain_one(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_quantized_folder_is_converted_to_another_scheme_or_to_none(folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders["llama"], tmp_path / "dynamic8", "dynamic8")
     write(tmp_path / "dynamic8", tmp_path / "none", "none")
     write(tmp_path / "dynamic8", tmp_path / "int8", "int8")
     write(tmp_path / "none", tmp_path / "again", "int8")
     assert_same_model(loaded(tmp_path / "int8", "int8"), loaded(tmp_path / "again", "int8"))
-    # The plain folder holds what dynamic8 stands for, and transformers computes the same with it.
+    # The plain folder has the dequantized values of dynamic8, and transformers computes the same with it.
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "none")(IDS).logits
         ours = loaded(tmp_path / "dynamic8", "dynamic8")(IDS)
@@ -127,12 +127,12 @@ def test_a_quantised_folder_becomes_another_or_a_plain_one(folders: dict[str, Pa
 def test_copying_under_the_same_scheme_changes_no_byte(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders["gptj"], tmp_path / "first", scheme)
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
-    # Codes that do not reach the ends of their range: to quantise them again would give others.
+    # Quantized values that do not reach the ends of their range: quantizing them again would give others.
     name = "transformer.h.0.mlp.fc_in.weight"
     tensors = {key: tensor.clone() for key, tensor in load_file(first).items()}
     tensors[name] = tensors[name] // 2
     save_file(tensors, first, metadata={"format": "pt"})
-    (first.parent / "manifest.json").unlink()  # with the hash of what was there
+    (first.parent / "manifest.json").unlink()  # with the hash of the original file
     layers = write(tmp_path / "first", tmp_path / "second", scheme)
     assert {layer.error for layer in layers} == {0.0}
     assert first.read_bytes() == second.read_bytes()
@@ -145,15 +145,15 @@ def test_the_size_of_the_blocks_changes_no_byte(
 ) -> None:
     write(folders["llama"], tmp_path / "source", stored)
     whole = write(tmp_path / "source", tmp_path / "whole", scheme)
-    monkeypatch.setattr(weights_module, "BLOCK_NUMBERS", 1000)
+    monkeypatch.setattr(weights_module, "BLOCK_VALUES", 1000)
     blocks = write(tmp_path / "source", tmp_path / "blocks", scheme)
     first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "blocks"))
     assert first.read_bytes() == second.read_bytes()
     assert [layer.error for layer in blocks] == pytest.approx([layer.error for layer in whole], rel=1e-5)
 
 
-def test_code_tables_that_share_memory_are_written_one_by_one(folders: dict[str, Path], tmp_path: Path) -> None:
-    """As in a pickle of a model whose layers were all given the same tensor."""
+def test_code_tables_that_share_memory_are_written_separately(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As in a pickle of a model whose layers all have the same tensor."""
     write(folders["gptj"], tmp_path / "dynamic8", "dynamic8")
     tensors = load_file(tmp_path / "dynamic8" / "model.safetensors")
     code = tensors["lm_head.code"].clone()
@@ -169,7 +169,7 @@ def test_code_tables_that_share_memory_are_written_one_by_one(folders: dict[str,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("stored", ["none", "nf4"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_bytes_are_told_before_they_are_written(
+def test_written_bytes_predicts_the_size_of_the_tensors(
     scheme: str, stored: str, dtype: torch.dtype, own_folder: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(own_folder / "model.safetensors")
@@ -207,7 +207,7 @@ def test_shards_are_small_and_load_here_and_in_transformers(
             assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, wanted)
 
 
-def test_the_tokenizer_comes_along(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_tokenizer_is_copied(folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders["llama"], tmp_path / "out", "int8")
     text = "he said: “naïve” 12345\n\t<|endoftext|>x"
     wanted = AutoTokenizer.from_pretrained(folders["llama"])
@@ -232,7 +232,7 @@ def test_the_manifest_names_every_file_with_its_size_and_hash(folders: dict[str,
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.keys()
 
 
-def test_files_have_the_modes_that_the_umask_gives(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_files_have_the_modes_of_the_umask(folders: dict[str, Path], tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write(folders["llama"], tmp_path / "out", "int8")
@@ -242,7 +242,7 @@ def test_files_have_the_modes_that_the_umask_gives(folders: dict[str, Path], tmp
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-def test_a_folder_that_holds_something_is_refused_and_kept(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused_and_kept(folders: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write(folders["llama"], out, "int8")  # an empty folder is no loss
@@ -259,7 +259,7 @@ def test_a_folder_that_holds_something_is_refused_and_kept(folders: dict[str, Pa
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_interrupted_write_leaves_what_was_there(
+def test_an_interrupted_write_keeps_the_old_folder(
     existing: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_module, "SHARD_BYTES", 20_000)  # some shards are on disk by then
@@ -293,7 +293,7 @@ write_folder(source, out, scheme_named("int8"), on_layer=lambda layer: os.kill(o
 """
 
 
-def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(
+def test_files_of_a_killed_process_are_removed_and_those_of_a_living_one_are_not(
     folders: dict[str, Path], tmp_path: Path, forks: Forks
 ) -> None:
     out = tmp_path / "out"
@@ -312,7 +312,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
     assert set(tmp_path.iterdir()) == {out, living, other}
 
 
-# 36 million numbers in float16. In float32, the embedding alone is 67 MB.
+# 36 million values in float16. In float32, the embedding alone is 67 MB.
 WIDE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 16384, "hidden_size": 1024,
     "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -331,37 +331,37 @@ source, out = FolderSource(Path(sys.argv[1])), Path(sys.argv[2])
 source.tokenizer()  # with all that transformers imports for it
 hf_folder.weight_names(source)
 
-def written(block_numbers):
-    weights.BLOCK_NUMBERS = block_numbers
-    return watched(lambda: hf_folder.write_folder(source, out / str(block_numbers), scheme_named("int8")))[1]
+def written(block_values):
+    weights.BLOCK_VALUES = block_values
+    return watched(lambda: hf_folder.write_folder(source, out / str(block_values), scheme_named("int8")))[1]
 
-print(json.dumps([written(weights.BLOCK_NUMBERS), written(2**40)]))
+print(json.dumps([written(weights.BLOCK_VALUES), written(2**40)]))
 """
 )
 
 
-def test_writing_takes_a_shard_and_one_quantised_tensor(own_folder: Path, tmp_path: Path) -> None:
+def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(own_folder: Path, tmp_path: Path) -> None:
     (own_folder / "config.json").write_text(json.dumps(WIDE))
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()
     tensors, largest = {}, 0
     for name, item in items_of(build(WIDE)):
-        matrix = item.place.matrix
-        shape = (matrix.outputs[item.place.rows_key], matrix.in_features) if matrix else (WIDE["hidden_size"],)
+        matrix = item.entry.matrix
+        shape = (matrix.outputs[item.entry.rows_key], matrix.in_features) if matrix else (WIDE["hidden_size"],)
         count = torch.Size(shape).numel()
         tensors[name] = noise.repeat(-(-count // noise.numel()))[:count].view(shape)
         largest = max(largest, count)
     save_file(tensors, own_folder / "model.safetensors")
-    # The C library gives memory back to the system at once, so that what is counted is what is in use.
+    # The C library returns memory to the system at once, so that the measured memory is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(own_folder), str(tmp_path / "out")]
     ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     in_blocks, whole = json.loads(ran.stdout)
-    # A byte a number and a float32 a row; 16 MB for the libraries, 24 MB for copies of a block in float32, 4 MiB each.
+    # A byte per value and a float32 per row; 16 MB for the libraries, 24 MB for float32 copies of a block, 4 MiB each.
     assert in_blocks <= 2**24 + 1.01 * largest + 40e6
     assert whole > 2 * 4 * largest, "the measurement itself sees what whole tensors would take"
 
 
-def test_a_model_without_a_tokenizer_is_refused_before_the_work(own_folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused_before_writing(own_folder: Path, tmp_path: Path) -> None:
     (own_folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         write_folder(

@@ -1,4 +1,4 @@
-"""Folders that octavo wrote: every file has its hash when they are opened. Other programs' manifests are none."""
+"""Folders that octavo wrote: every file must have its hash. Manifests of other programs are ignored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_folder_as_it_was_written_is_whole(quantised: Path, folders: dict[str,
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing"])
-def test_a_damaged_file_is_named_with_what_to_do(damage: str, quantised: Path) -> None:
+def test_the_error_of_a_damaged_file_names_it_and_a_next_step(damage: str, quantised: Path) -> None:
     names = sorted(path.name for path in quantised.iterdir() if path.name != "manifest.json")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
     for name in names:
@@ -76,7 +76,7 @@ FOREIGN: list[Any] = [
 
 
 @pytest.mark.parametrize("content", FOREIGN, ids=str)
-def test_a_manifest_of_another_program_is_none(content: Any, own_folder: Path) -> None:
+def test_a_manifest_of_another_program_is_ignored(content: Any, own_folder: Path) -> None:
     before = fingerprint(FolderSource(own_folder))
     (own_folder / "manifest.json").write_text(json.dumps(content))
     assert manifest.read_manifest(own_folder) is None
@@ -84,7 +84,7 @@ def test_a_manifest_of_another_program_is_none(content: Any, own_folder: Path) -
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
-def test_a_manifest_that_is_no_json_is_none_unless_octavo_wrote_the_folder(
+def test_a_manifest_that_is_not_json_is_ignored_unless_octavo_wrote_the_folder(
     content: bytes, own_folder: Path, quantised: Path
 ) -> None:
     before = fingerprint(FolderSource(own_folder))
@@ -110,14 +110,14 @@ BROKEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_manifest_of_octavos_with_other_values_is_damaged(case: str, quantised: Path) -> None:
+def test_a_manifest_of_octavo_with_invalid_values_is_damaged(case: str, quantised: Path) -> None:
     content = json.loads((quantised / "manifest.json").read_text()) | BROKEN[case]
     (quantised / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"is damaged: manifest\.json is not what octavo writes"):
         open_source(str(quantised))
 
 
-def test_the_manifest_of_another_model_beside_a_weight_file_is_not_its_identity(
+def test_a_manifest_that_does_not_list_the_weight_file_is_not_its_identity(
     quantised: Path, folders: dict[str, Path]
 ) -> None:
     other = quantised / "other.safetensors"
@@ -149,6 +149,6 @@ def test_a_file_is_hashed_once_in_a_process_and_again_after_a_change(
     for _ in range(3):
         fingerprint(open_source(str(quantised)))
     assert len(hashed) == len(set(hashed)) == len(list(quantised.iterdir())) - 1
-    flip(quantised / "tokenizer.json")  # within the granularity of a file system's time, for all that is known
+    flip(quantised / "tokenizer.json")  # possibly within the granularity of a file system's time
     with pytest.raises(ModelError, match=r"tokenizer\.json has changed"):
         open_source(str(quantised))

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format: what a folder says, that it is whole or not there, and what is refused.
+"""Adapters in PEFT's file format: the content of a folder, atomic writes, and what is refused.
 
 No model is needed here; that peft reads these folders, and octavo peft's, is in test_adapter.py.
 """
@@ -51,7 +51,7 @@ def put(out: Path, adapter: Adapter = QUERIES, *, biases: bool = False, base: st
 
 
 def change(out: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
-    """Changes an adapter's files as somebody else would have written them: without octavo.json's hash."""
+    """Changes an adapter's files and removes octavo.json's hash, as if another program had written them."""
     origin = json.loads((out / "octavo.json").read_text())
     origin.pop("sha256", None)
     (out / "octavo.json").write_text(json.dumps(origin))
@@ -61,7 +61,7 @@ def change(out: Path, *, config: dict[str, Any] | None = None, tensors: dict[str
         save_file(tensors, out / "adapter_model.safetensors")
 
 
-def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_an_adapter_round_trips_bit_for_bit(tmp_path: Path) -> None:
     name = f"{BLOCKS[0]}.mlp.up_proj"
     adapter = Adapter(
         SPEC,
@@ -77,16 +77,16 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path) -> None:
     put(tmp_path / "adapter", adapter, biases=True)
     found = read(tmp_path / "adapter")
     assert (found.spec, found.origin, found.embeddings) == (adapter.spec, adapter.origin, adapter.embeddings)
-    assert found.pairs.keys() == adapter.pairs.keys()
-    for key, (a, b, scaling) in adapter.pairs.items():
-        assert torch.equal(found.pairs[key][0], a)
-        assert torch.equal(found.pairs[key][1], b)
-        assert found.pairs[key][2] == scaling
+    assert found.lora.keys() == adapter.lora.keys()
+    for key, (a, b, scaling) in adapter.lora.items():
+        assert torch.equal(found.lora[key][0], a)
+        assert torch.equal(found.lora[key][1], b)
+        assert found.lora[key][2] == scaling
     assert found.full.keys() == adapter.full.keys()
     assert all(torch.equal(found.full[key], tensor) for key, tensor in adapter.full.items())
 
 
-def test_names_in_the_file_are_pefts(tmp_path: Path) -> None:
+def test_the_file_has_pefts_tensor_names(tmp_path: Path) -> None:
     pairs = {"model.embed_tokens": pair(), f"{BLOCKS[0]}.attn.q_proj": pair()}
     full = {f"{BLOCKS[0]}.attn.q_proj.bias": torch.ones(6), f"{BLOCKS[0]}.norm.weight": torch.ones(8)}
     put(tmp_path / "adapter", Adapter(SPEC, pairs, full, {}, frozenset({"model.embed_tokens"})), biases=True)
@@ -100,7 +100,7 @@ def test_names_in_the_file_are_pefts(tmp_path: Path) -> None:
     }
 
 
-def test_tensors_have_memory_of_their_own() -> None:
+def test_written_tensors_share_no_memory() -> None:
     a = torch.randn(8, 4)
     shared = {"q_proj": (a.T, a, 1.0), "v_proj": (a.T, a, 1.0)}
     found = tensors_of(Adapter(SPEC, shared, {}))
@@ -108,14 +108,14 @@ def test_tensors_have_memory_of_their_own() -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in [a, *found.values()]}) == 5
 
 
-def test_a_last_name_stands_for_all_layers_or_whole_names_are_given(tmp_path: Path) -> None:
+def test_target_modules_are_last_names_or_full_names_if_a_layer_has_no_lora(tmp_path: Path) -> None:
     assert put(tmp_path / "all", LINEARS)["target_modules"] == ["q_proj", "up_proj", "v_proj"]
-    some = replace(LINEARS, pairs={**QUERIES.pairs, f"{BLOCKS[1]}.mlp.up_proj": pair()})
+    some = replace(LINEARS, lora={**QUERIES.lora, f"{BLOCKS[1]}.mlp.up_proj": pair()})
     assert put(tmp_path / "some", some)["target_modules"] == ["model.layers.1.mlp.up_proj", "q_proj"]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_pairs_of_another_rank_or_scaling_are_named_and_come_back(rslora: bool, tmp_path: Path) -> None:
+def test_modules_of_another_rank_or_scaling_round_trip_through_patterns(rslora: bool, tmp_path: Path) -> None:
     """PEFT's scaling is alpha / r, or alpha / sqrt(r): 3 and 6 with the rank 4 and the alpha 12."""
     usual = 6.0 if rslora else 3.0
     scalings = {"attn.q_proj": usual, "attn.v_proj": 0.5, "mlp.up_proj": usual}
@@ -125,7 +125,7 @@ def test_pairs_of_another_rank_or_scaling_are_named_and_come_back(rslora: bool, 
     assert config["rank_pattern"] == {f"{BLOCKS[0]}.mlp.up_proj": 9}
     wanted = {f"{BLOCKS[0]}.attn.v_proj": 1.0 if rslora else 2.0, f"{BLOCKS[0]}.mlp.up_proj": 18.0 if rslora else 27.0}
     assert config["alpha_pattern"] == pytest.approx(wanted)
-    found = {name: scaling for name, (_, _, scaling) in read(tmp_path / "adapter").pairs.items()}
+    found = {name: scaling for name, (_, _, scaling) in read(tmp_path / "adapter").lora.items()}
     assert found == pytest.approx({f"{BLOCKS[0]}.{name}": scaling for name, scaling in scalings.items()})
 
 
@@ -184,7 +184,7 @@ NOT_JSON = {
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "octavo.json"])
 @pytest.mark.parametrize("case", NOT_JSON)
-def test_json_out_of_bounds_is_an_adapter_error(case: str, name: str, tmp_path: Path) -> None:
+def test_json_beyond_the_limits_is_an_adapter_error(case: str, name: str, tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     (tmp_path / "adapter" / name).write_text(NOT_JSON[case])
     with pytest.raises(AdapterError, match=name) as caught:
@@ -227,7 +227,7 @@ def test_names_in_a_pattern_are_matched_as_peft_matches_them(case: str, tmp_path
     names = [f"{block}.attn.{key}_proj" for block in BLOCKS for key in "qv"]
     config = put(tmp_path / "adapter", Adapter(SPEC, {name: pair() for name in names}, {}))
     change(tmp_path / "adapter", config={**config, "alpha_pattern": pattern})
-    found = read(tmp_path / "adapter").pairs
+    found = read(tmp_path / "adapter").lora
     keys = {name: get_pattern_key(list(pattern), name) for name in names}
     assert [found[name][2] * 4 for name in names] == [pattern.get(keys[name], 12) for name in names] == list(alphas)
 
@@ -254,7 +254,7 @@ def test_a_damaged_adapter_is_an_adapter_error(damage: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 8, 1)])
-def test_a_pair_that_is_no_two_matrices_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_lora_that_is_not_two_matrices_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
     tensors = load_file(out / "adapter_model.safetensors")
@@ -264,7 +264,7 @@ def test_a_pair_that_is_no_two_matrices_is_refused(shape: tuple[int, ...], tmp_p
         read(out)
 
 
-def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
     change(out, tensors={})
@@ -272,27 +272,27 @@ def test_an_adapter_of_nothing_is_refused(tmp_path: Path) -> None:
         read(out)
 
 
-def test_what_was_read_is_told_by_its_hash_and_no_later_write_changes_it(tmp_path: Path) -> None:
+def test_a_read_adapter_has_its_files_hash_and_is_independent_of_later_writes(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
     found = read(out)
     file = out / "adapter_model.safetensors"
     assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    before = {name: (a.clone(), b.clone()) for name, (a, b, _) in found.pairs.items()}
+    before = {name: (a.clone(), b.clone()) for name, (a, b, _) in found.lora.items()}
     file.write_bytes(bytes(file.stat().st_size))  # in place, as cp does
-    for name, (a, b, _) in found.pairs.items():
+    for name, (a, b, _) in found.lora.items():
         assert torch.equal(a, before[name][0])
         assert torch.equal(b, before[name][1])
 
 
 @pytest.mark.parametrize("origin", [{}, {"base": None}, {"base": "x"}, {"base": {"sha256": 3}}])
-def test_a_base_that_is_not_named_is_none(origin: dict[str, Any]) -> None:
+def test_an_adapter_without_a_base_name_has_an_empty_one(origin: dict[str, Any]) -> None:
     assert Adapter(SPEC, {}, {}, origin).trained_on is None
     assert Adapter(SPEC, {}, {}, {"base": {"sha256": "0a"}}).trained_on == "0a"
 
 
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])
-def test_half_a_pair_is_refused(half: str, tmp_path: Path) -> None:
+def test_lora_without_a_or_b_is_refused(half: str, tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     gone = f"base_model.model.model.layers.0.attn.q_proj.{half}.weight"
@@ -301,7 +301,7 @@ def test_half_a_pair_is_refused(half: str, tmp_path: Path) -> None:
         read(tmp_path / "adapter")
 
 
-def test_a_written_folder_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_written_folder_contains_its_origin(tmp_path: Path) -> None:
     config = put(tmp_path / "adapter", replace(QUERIES, origin={"base": "hash"}), base="owner/name")
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["target_modules"] == ["q_proj"]
@@ -310,7 +310,7 @@ def test_a_written_folder_says_where_it_comes_from(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n"
 
 
-def test_what_is_trained_whole_is_named_for_peft(tmp_path: Path) -> None:
+def test_fully_trained_modules_are_in_modules_to_save(tmp_path: Path) -> None:
     norms = {f"{block}.norm.{kind}": torch.ones(8) for block in BLOCKS for kind in ("weight", "bias")}
     biases = {f"{block}.attn.q_proj.bias": torch.ones(6) for block in BLOCKS}
     config = put(tmp_path / "adapter", replace(QUERIES, full={**norms, **biases}), biases=True)
@@ -318,18 +318,18 @@ def test_what_is_trained_whole_is_named_for_peft(tmp_path: Path) -> None:
     assert config["bias"] == "lora_only"
 
 
-def test_a_new_write_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_a_write_replaces_the_folder_completely(tmp_path: Path) -> None:
     for adapter in (LINEARS, QUERIES):
         put(tmp_path / "run" / "adapter", adapter)
         (tmp_path / "run" / "adapter" / "left-over").touch()
     (tmp_path / "run" / "adapter" / "left-over").unlink()
-    assert read(tmp_path / "run" / "adapter").pairs.keys() == QUERIES.pairs.keys()
+    assert read(tmp_path / "run" / "adapter").lora.keys() == QUERIES.lora.keys()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["adapter"]
     assert len(list((tmp_path / "run" / "adapter").iterdir())) == 4
 
 
 @pytest.mark.parametrize("fails", ["tensors", "disk", "rename"])
-def test_a_write_that_fails_loses_nothing_and_leaves_nothing(
+def test_a_failed_write_keeps_the_old_folder_and_leaves_no_files(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run" / "adapter"
@@ -351,7 +351,7 @@ def test_a_write_that_fails_loses_nothing_and_leaves_nothing(
     assert [path.name for path in out.parent.iterdir()] == ["adapter"]
 
 
-def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         put(tmp_path / "adapter")
@@ -362,7 +362,7 @@ def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
     put(tmp_path / "adapter", replace(QUERIES, full={f"{BLOCKS[0]}.norm.weight": torch.ones(8)}))
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for key in tensors:
@@ -374,7 +374,7 @@ def test_numbers_that_are_not_finite_are_refused(value: float, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_tensors_of_no_floating_point_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_that_are_not_floating_point_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     change(tmp_path / "adapter", tensors={name: tensor.to(dtype) for name, tensor in tensors.items()})
@@ -382,7 +382,7 @@ def test_tensors_of_no_floating_point_are_refused(dtype: torch.dtype, tmp_path: 
         read(tmp_path / "adapter")
 
 
-def test_a_flipped_bit_of_a_tensor_or_a_changed_value_of_the_config_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_tensor_or_a_changed_config_value_is_detected(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     config = put(out, LINEARS)
     data = (out / "adapter_model.safetensors").read_bytes()
@@ -401,7 +401,7 @@ def test_a_flipped_bit_of_a_tensor_or_a_changed_value_of_the_config_is_found(tmp
     # What does not change the function may change: the base's name, the layout of the file.
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
     save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors", metadata={"a": "b"})
-    assert read(out).pairs.keys() == LINEARS.pairs.keys()
+    assert read(out).lora.keys() == LINEARS.lora.keys()
 
 
 def test_an_adapter_without_a_hash_is_read(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_an_adapter_without_a_hash_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "adapter").origin == {}
 
 
-def test_a_pickle_is_read_where_it_is_allowed_and_its_flag_is_named(tmp_path: Path) -> None:
+def test_a_pickle_is_read_if_allowed_and_otherwise_the_error_names_the_flag(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
     wanted = read(out)
@@ -423,9 +423,9 @@ def test_a_pickle_is_read_where_it_is_allowed_and_its_flag_is_named(tmp_path: Pa
         read(out)
     assert "--allow-pickle" in caught.value.hint
     found = read(out, allow_pickle=True)
-    assert all(torch.equal(found.pairs[name][0], wanted.pairs[name][0]) for name in wanted.pairs)
-    (out / "adapter_model.bin").write_bytes(bytes(1000))  # in place: what was read does not change
-    assert all(torch.equal(found.pairs[name][0], wanted.pairs[name][0]) for name in wanted.pairs)
+    assert all(torch.equal(found.lora[name][0], wanted.lora[name][0]) for name in wanted.lora)
+    (out / "adapter_model.bin").write_bytes(bytes(1000))  # in place: the tensors that were read do not change
+    assert all(torch.equal(found.lora[name][0], wanted.lora[name][0]) for name in wanted.lora)
     with pytest.raises(AdapterError, match="cannot be read"):
         read(out, allow_pickle=True)
 
@@ -444,7 +444,7 @@ def test_a_pickle_that_would_run_a_program_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folder_without_an_adapter_names_the_one_that_was_meant(tmp_path: Path) -> None:
+def test_the_error_of_a_folder_without_an_adapter_suggests_the_right_one(tmp_path: Path) -> None:
     trainer, run, model = (tmp_path / name for name in ("trainer", "run", "model"))
     for step in (9, 80, 500):
         put(trainer / f"checkpoint-{step}")
@@ -461,7 +461,7 @@ def test_a_folder_without_an_adapter_names_the_one_that_was_meant(tmp_path: Path
         read(tmp_path / "none")
 
 
-def test_a_pointer_of_git_lfs_and_a_file_that_is_none_are_named(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_and_a_file_that_is_not_regular_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     tensors = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")

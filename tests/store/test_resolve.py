@@ -1,4 +1,4 @@
-"""What `--model` may name, and what is said of everything else."""
+"""The models that `--model` can name, and the errors for everything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_folder_is_opened_without_reading_its_weights(own_folder: Path) -> Non
     assert source.config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_home_is_understood(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_home_folder_is_expanded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(own_folder.parent))
     assert open_source(f"~/{own_folder.name}").names()
 
@@ -36,7 +36,9 @@ def test_home_is_understood(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -
         (["a.gguf", "b.gguf", "README.md"], r"--model .*/a\.gguf \(or another of the 2\)"),
     ],
 )
-def test_a_folder_without_a_config_is_refused_by_what_it_holds(files: list[str], told: str, tmp_path: Path) -> None:
+def test_the_error_of_a_folder_without_a_config_depends_on_its_content(
+    files: list[str], told: str, tmp_path: Path
+) -> None:
     for name in files:
         (tmp_path / name).touch()
     with pytest.raises(ModelError, match=told):
@@ -46,23 +48,23 @@ def test_a_folder_without_a_config_is_refused_by_what_it_holds(files: list[str],
 @pytest.mark.parametrize(
     "model", ["no-such-model", "./no/such", "/no/such", "a/b/c", "~/no-such", "~nobody/x", "no.gguf"]
 )
-def test_a_name_that_names_nothing_is_a_usage_error(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_model_name_is_a_usage_error(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UsageError, match="There is no"):
         open_source(model)
 
 
-def test_a_file_that_is_no_model_is_a_usage_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(UsageError, match="neither"):
         open_source(str(tmp_path / "notes.txt"))
 
 
 @pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
-def test_a_hub_id_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_download_names_the_hub_id(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=model) as caught:
         open_source(model)
@@ -70,7 +72,7 @@ def test_a_hub_id_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, mo
 
 
 class Hub:
-    """Stands for huggingface_hub over a folder, and notes what is asked for."""
+    """A substitute for huggingface_hub that serves a folder and records the requests."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -107,7 +109,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
         ({"hidden_size": -4}, "hidden_size is -4"),
     ],
 )
-def test_no_weights_are_fetched_of_a_model_that_octavo_does_not_support(
+def test_weights_of_an_unsupported_model_are_not_downloaded(
     change: dict[str, object], told: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((own_folder / "config.json").read_text())
@@ -120,7 +122,7 @@ def test_no_weights_are_fetched_of_a_model_that_octavo_does_not_support(
         open_source(str(own_folder))
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_model_names_the_folder_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import httpx
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
@@ -138,7 +140,7 @@ def test_a_model_that_is_neither_here_nor_on_the_hub_says_both(monkeypatch: pyte
             open_source("models/mine")
 
 
-def test_without_weights_the_config_alone_is_fetched(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_weights_only_the_config_is_downloaded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
     def download(repo: str, file: str, *, revision: str | None) -> str:
@@ -155,22 +157,24 @@ def test_without_weights_the_config_alone_is_fetched(own_folder: Path, monkeypat
     for lacking in (lambda: source.tensor("x"), source.tokenizer):
         with pytest.raises(ModelError, match="not fetched"):
             lacking()
-    # What lies here is opened whole.
+    # A local folder is opened with its weights.
     assert open_source(str(own_folder), weights=False).names()
 
 
 @pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
-def test_a_config_that_cannot_be_fetched_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_config_that_cannot_be_fetched_names_it(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=model):
         open_source(model, weights=False)
 
 
-def test_nothing_that_runs_is_fetched_from_the_hub() -> None:
+def test_no_code_is_downloaded_from_the_hub() -> None:
     assert not [pattern for pattern in HUB_PATTERNS if pattern.endswith((".py", "*", ".bin", ".pt", ".pkl"))]
 
 
-def test_a_folder_called_smollm2_comes_before_the_built_in_model(
+def test_a_folder_called_smollm2_has_precedence_over_the_built_in_model(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolve, "open_smollm2", lambda *, say: pytest.fail("the built-in one"))
@@ -180,8 +184,8 @@ def test_a_folder_called_smollm2_comes_before_the_built_in_model(
 
 
 @pytest.mark.parametrize("named", ["owner/a name", "", None, 3])
-def test_an_adapter_given_as_a_model_says_how_to_use_it(named: object, own_folder: Path) -> None:
-    """Also beside a config.json, which some trainers write along."""
+def test_the_error_of_an_adapter_given_as_a_model_shows_its_use(named: object, own_folder: Path) -> None:
+    """Also next to a config.json, which some trainers write too."""
     for path in own_folder.glob("*.safetensors"):
         path.rename(path.with_name("adapter_model.safetensors"))
     (own_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
@@ -193,7 +197,7 @@ def test_an_adapter_given_as_a_model_says_how_to_use_it(named: object, own_folde
         (own_folder / "config.json").unlink(missing_ok=True)
 
 
-def test_a_trainers_folder_given_as_a_model_names_its_newest_checkpoint(own_folder: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_trainers_folder_names_its_newest_checkpoint(own_folder: Path, tmp_path: Path) -> None:
     for step in (9, 1000, 80):
         shutil.copytree(own_folder, tmp_path / "out" / f"checkpoint-{step}")
     with pytest.raises(ModelError, match="checkpoints of a Trainer") as caught:
@@ -201,7 +205,7 @@ def test_a_trainers_folder_given_as_a_model_names_its_newest_checkpoint(own_fold
     assert caught.value.hint.endswith("checkpoint-1000")
 
 
-def test_a_weight_file_without_a_tensor_is_named(own_folder: Path) -> None:
+def test_the_error_of_a_weight_file_without_tensors_names_it(own_folder: Path) -> None:
     for path in own_folder.glob("*.safetensors"):
         save_file({}, path)
     with pytest.raises(ModelError, match=r"model\.safetensors holds no tensor"):

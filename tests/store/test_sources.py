@@ -83,7 +83,7 @@ def test_every_layout_gives_the_same_tensors(layout: str, own_folder: Path) -> N
 
 
 @pytest.mark.parametrize("beside", [PICKLE, "pytorch_model.bin.index.json", "consolidated.safetensors"])
-def test_what_lies_beside_a_safetensors_file_is_not_read(beside: str, own_folder: Path) -> None:
+def test_other_files_next_to_a_safetensors_file_are_not_read(beside: str, own_folder: Path) -> None:
     (own_folder / beside).write_bytes(b"not even a file of its kind")
     for allowed in (False, True):
         source = FolderSource(own_folder, allow_pickle=allowed)
@@ -91,20 +91,20 @@ def test_what_lies_beside_a_safetensors_file_is_not_read(beside: str, own_folder
         assert source.names()
 
 
-def test_what_lies_beside_a_single_pickle_is_not_read(own_folder: Path) -> None:
+def test_other_files_next_to_a_single_pickle_are_not_read(own_folder: Path) -> None:
     as_pickle(own_folder)
     torch.save({"learning_rate": 1e-4}, own_folder / "training_args.bin")
     assert FolderSource(own_folder, allow_pickle=True).files == [own_folder / PICKLE]
 
 
-def test_missing_shards_are_counted_and_named(own_folder: Path) -> None:
+def test_the_error_of_missing_shards_has_their_number_and_names(own_folder: Path) -> None:
     file = shard(own_folder)["model.norm.weight"]
     (own_folder / file).unlink()
     with pytest.raises(ModelError, match=f"lacks 1 of the 2 files that {INDEX} names: {file}"):
         FolderSource(own_folder).names()
 
 
-def test_shapes_are_told_without_reading(own_folder: Path) -> None:
+def test_shapes_are_read_from_the_header(own_folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in load_file(own_folder / WEIGHTS).items()}
     shard(own_folder)
     source = FolderSource(own_folder)
@@ -112,7 +112,7 @@ def test_shapes_are_told_without_reading(own_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, PICKLE])
-def test_a_git_lfs_pointer_is_said_to_be_one(file: str, own_folder: Path) -> None:
+def test_a_git_lfs_pointer_is_an_error(file: str, own_folder: Path) -> None:
     (own_folder / WEIGHTS).unlink()
     (own_folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4096\n")
     with pytest.raises(ModelError, match=r"Git LFS pointer(.|\n)*git lfs pull"):
@@ -141,13 +141,13 @@ def test_an_index_names_only_files_of_its_folder(file: object, own_folder: Path)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[1]", "{broken"])
-def test_a_broken_index_is_named(content: str, own_folder: Path) -> None:
+def test_a_broken_index_is_an_error(content: str, own_folder: Path) -> None:
     (own_folder / INDEX).write_text(content)
     with pytest.raises(ModelError, match=INDEX):
         FolderSource(own_folder).names()
 
 
-def test_a_tensor_that_is_not_in_the_file_that_the_index_says_is_named(own_folder: Path) -> None:
+def test_a_tensor_missing_from_its_indexed_file_is_an_error(own_folder: Path) -> None:
     for suffix, single in (("safetensors", WEIGHTS), ("bin", PICKLE)):
         folder = Path(shutil.copytree(own_folder, own_folder.parent / suffix))
         table = shard(folder, suffix=suffix, single=single)
@@ -169,16 +169,16 @@ def test_a_safetensors_file_cut_anywhere_is_refused(
         FolderSource(folder).names()
 
 
-def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no weights"):
         FolderSource(tmp_path).names()
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_pickle_is_refused_by_the_name_of_the_flag(sharded: bool, own_folder: Path) -> None:
+def test_the_error_of_a_pickle_names_the_flag(sharded: bool, own_folder: Path) -> None:
     if sharded:
         table = shard(own_folder, suffix="bin", single=PICKLE)
-        (own_folder / table["model.norm.weight"]).unlink()  # as after a download that took no pickle
+        (own_folder / table["model.norm.weight"]).unlink()  # as after a download without pickles
     else:
         as_pickle(own_folder)
     with pytest.raises(ModelError, match="--allow-pickle"):
@@ -186,7 +186,7 @@ def test_a_pickle_is_refused_by_the_name_of_the_flag(sharded: bool, own_folder: 
 
 
 @pytest.mark.parametrize("file", ["weights.bin", "weights.pt"])
-def test_a_pickle_behind_a_safetensors_index_needs_the_flag_too(file: str, own_folder: Path) -> None:
+def test_a_pickle_in_a_safetensors_index_needs_the_flag_too(file: str, own_folder: Path) -> None:
     torch.save(load_file(own_folder / WEIGHTS), own_folder / file)
     write_index(own_folder, {"model.norm.weight": file})
     with pytest.raises(ModelError, match="--allow-pickle"):
@@ -220,14 +220,14 @@ def test_a_program_in_a_pickle_is_refused_and_not_run(form: str, tmp_path: Path)
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, {"model": {"a": torch.ones(2)}}])
 def test_a_pickle_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / PICKLE)
-    with pytest.raises(ModelError, match="table of tensors"):
+    with pytest.raises(ModelError, match="dict of tensors"):
         load_pickle(tmp_path / PICKLE)
 
 
 @UNUSUAL_PICKLE
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), old=st.booleans())
-def test_a_damaged_pickle_is_a_model_error_or_a_table_of_tensors(
+def test_a_damaged_pickle_is_a_model_error_or_a_dict_of_tensors(
     data: st.DataObject, old: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "damaged.bin"
@@ -244,7 +244,7 @@ def test_a_damaged_pickle_is_a_model_error_or_a_table_of_tensors(
 
 
 @pytest.mark.parametrize(("content", "told"), [("{broken", "not valid JSON"), ("[]", "JSON object"), (None, "read")])
-def test_a_broken_config_is_named(content: str | None, told: str, tmp_path: Path) -> None:
+def test_a_broken_config_is_an_error(content: str | None, told: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ModelError, match=told) as caught:
@@ -252,7 +252,7 @@ def test_a_broken_config_is_named(content: str | None, told: str, tmp_path: Path
     assert "config.json" in caught.value.message
 
 
-def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+def test_a_config_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ModelError, match="not valid JSON"):
         read_json(tmp_path / "config.json")
@@ -267,22 +267,24 @@ def test_a_config_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         {"architectures": [], "model_type": None},
     ],
 )
-def test_an_unknown_architecture_is_named_with_the_known_ones(change: dict[str, Any], folders: dict[str, Path]) -> None:
+def test_the_error_of_an_unknown_architecture_lists_the_known_ones(
+    change: dict[str, Any], folders: dict[str, Path]
+) -> None:
     config = {**FolderSource(folders["llama"]).config, **change}
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel|gpt2|neither") as caught:
         build(config)
     assert "LlamaForCausalLM" in caught.value.hint
 
 
-def test_a_config_that_lacks_a_size_names_it(folders: dict[str, Path]) -> None:
+def test_the_error_of_a_config_without_a_size_names_the_key(folders: dict[str, Path]) -> None:
     config = {key: value for key, value in FolderSource(folders["llama"]).config.items() if key != "hidden_size"}
     with pytest.raises(ModelError, match="hidden_size"):
         build(config)
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken", "empty", "no end token"])
+@pytest.mark.parametrize("damage", ["missing", "broken", "empty", "no EOS token"])
 def test_a_tokenizer_that_cannot_be_used_is_a_model_error(damage: str, own_folder: Path) -> None:
-    if damage == "no end token":
+    if damage == "no EOS token":
         settings = json.loads((own_folder / "tokenizer_config.json").read_text())
         del settings["eos_token"]
         (own_folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -294,7 +296,7 @@ def test_a_tokenizer_that_cannot_be_used_is_a_model_error(damage: str, own_folde
         load_tokenizer(own_folder)
 
 
-def test_a_tokenizer_of_the_folders_own_code_is_not_run(own_folder: Path) -> None:
+def test_tokenizer_code_in_the_folder_is_not_run(own_folder: Path) -> None:
     mark = own_folder / "ran"
     (own_folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass T: ...\n")
     settings = json.loads((own_folder / "tokenizer_config.json").read_text())

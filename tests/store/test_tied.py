@@ -1,4 +1,4 @@
-"""A head that is stored beside `tie_word_embeddings: true` is used if it differs, as in transformers."""
+"""A head that is stored in spite of `tie_word_embeddings: true` is used if it differs, as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDS = torch.arange(0, 300, 7)[None]
 
 
 def tied(folder: Path, family: str, *, head: str, pickled: bool = False) -> Path:
-    """A folder whose config says tied, with a head that is "absent", "equal", "other", "other type" or "alone"."""
+    """A folder with a tied config and a head that is "absent", "equal", "other", "other type" or "alone"."""
     write_model(folder, CONFIGS[family])
     tensors = load_file(folder / "model.safetensors")
     table = tensors[EMBEDDING[family]]
@@ -65,7 +65,7 @@ def logits_of_transformers(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("head", ["absent", "equal", "other", "other type", "alone"])
-def test_logits_are_those_of_transformers(family: str, head: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(family: str, head: str, tmp_path: Path) -> None:
     folder = tied(tmp_path / "model", family, head=head)
     model = loaded(folder)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_logits_are_those_of_transformers(family: str, head: str, tmp_path: Path
     assert model.config.tied is (head != "other")
 
 
-def test_a_pickle_with_a_head_of_its_own_is_read_alike(tmp_path: Path) -> None:
+def test_a_pickle_with_a_separate_head_is_read_like_safetensors(tmp_path: Path) -> None:
     model = loaded(tied(tmp_path / "a", "llama", head="other", pickled=True), pickles=True)
     expected = loaded(tied(tmp_path / "b", "llama", head="other"))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_pickle_with_a_head_of_its_own_is_read_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
 @pytest.mark.parametrize("head", ["other", "equal", "alone"])
-def test_quantize_keeps_a_head_of_its_own(scheme: str, head: str, tmp_path: Path) -> None:
+def test_quantize_keeps_a_separate_head(scheme: str, head: str, tmp_path: Path) -> None:
     source = FolderSource(tied(tmp_path / "model", "llama", head=head))
     write_folder(source, tmp_path / "out", scheme_named(scheme))
     written = FolderSource(tmp_path / "out")
@@ -93,8 +93,8 @@ def test_quantize_keeps_a_head_of_its_own(scheme: str, head: str, tmp_path: Path
         torch.testing.assert_close(loaded(tmp_path / "out")(IDS), logits_of_transformers(tmp_path / "out"))
 
 
-def test_a_quantized_head_beside_tied_is_compared_in_its_codes(tmp_path: Path) -> None:
-    """A folder that says tied once more, as a script that copies config.json makes it."""
+def test_a_quantized_head_that_is_called_tied_is_compared_by_quantized_values(tmp_path: Path) -> None:
+    """A folder with the config set to tied again, as a script that copies config.json leaves it."""
     write_folder(FolderSource(tied(tmp_path / "model", "llama", head="other")), tmp_path / "out", scheme_named("int8"))
     path = tmp_path / "out" / "config.json"
     path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))

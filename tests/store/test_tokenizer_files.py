@@ -73,12 +73,12 @@ def test_a_tokenizer_that_enlarges_texts_without_bound_is_refused_before_it_runs
         None,
     ],
 )
-def test_the_parts_that_tokenizers_in_use_have_are_within_bounds(normalizer: Any) -> None:
+def test_common_tokenizer_parts_are_within_the_limits(normalizer: Any) -> None:
     check_pipeline({"normalizer": normalizer}, where="m")
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "( |  )+$"])
-def test_a_regular_expression_without_end_is_a_model_error(
+def test_an_endless_regular_expression_is_a_model_error(
     pattern: str, own_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -92,20 +92,20 @@ def test_a_regular_expression_without_end_is_a_model_error(
     ["[" * 200_000, '{"a":' * 5000 + "1" + "}" * 5000, "[]", "", "version https://git-lfs.github.com/spec/v1\n"],
 )
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_broken_and_deep_files_are_named(content: str, file: str, own_folder: Path) -> None:
+def test_the_error_of_broken_and_deep_files_names_the_file(content: str, file: str, own_folder: Path) -> None:
     (own_folder / file).write_text(content)
     with pytest.raises(ModelError, match=file):
         load_tokenizer(own_folder)
 
 
-def test_a_config_that_transformers_refuses_is_quoted(own_folder: Path) -> None:
+def test_the_error_of_a_config_that_transformers_rejects_quotes_it(own_folder: Path) -> None:
     config = json.loads((own_folder / "config.json").read_text())
     (own_folder / "config.json").write_text(json.dumps({**config, "initializer_range": "wide"}))
     with pytest.raises(ModelError, match=r"cannot be loaded \(.*initializer_range"):
         load_tokenizer(own_folder)
 
 
-def test_transformers_writes_nothing_of_a_files_to_the_terminal(
+def test_transformers_prints_no_text_from_the_files(
     own_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = json.loads((own_folder / "config.json").read_text())
@@ -126,7 +126,7 @@ def test_transformers_writes_nothing_of_a_files_to_the_terminal(
 
 
 @pytest.mark.parametrize("lacking", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])
-def test_a_sentencepiece_model_alone_names_what_to_install(
+def test_a_sentencepiece_model_alone_raises_an_error_with_the_packages(
     lacking: list[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own_folder / "tokenizer.json").unlink()
@@ -164,12 +164,12 @@ def test_tokens_beyond_the_embedding_are_one_error(role: str, told: str, own_fol
     assert "resize_token_embeddings" in caught.value.hint
 
 
-def test_as_many_tokens_as_rows_are_fine(own_folder: Path) -> None:
+def test_as_many_tokens_as_embedding_rows_are_accepted(own_folder: Path) -> None:
     more_tokens(own_folder, "none")
     assert len(FolderSource(own_folder).tokenizer()) == 300
 
 
-def test_an_id_that_the_post_processor_alone_knows_is_found(own_folder: Path) -> None:
+def test_an_id_that_only_the_post_processor_adds_is_found(own_folder: Path) -> None:
     one = {"SpecialToken": {"id": "<x>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     special = {"<x>": {"id": "<x>", "ids": [4096], "tokens": ["<x>"]}}

@@ -1,4 +1,4 @@
-"""Loading: every number in its place under every scheme, damage named, and how much memory it takes."""
+"""Loading: every value in its parameter under every scheme, errors for damage, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def change(folder: Path, tensors: dict[str, Tensor | None]) -> None:
     save_file({n: t for n, t in table.items() if tensors.get(n, t) is not None}, folder / WEIGHTS)
 
 
-@pytest.mark.parametrize("numbers", [weights_module.BLOCK_NUMBERS, 1000])
+@pytest.mark.parametrize("numbers", [weights_module.BLOCK_VALUES, 1000])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_stands_in_its_place(
+def test_every_tensor_is_loaded_into_its_parameter(
     family: str, scheme: str, numbers: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(weights_module, "BLOCK_VALUES", numbers)
     stored = load_file(folders[family] / WEIGHTS)
     model = loaded(folders[family], scheme)
     seen = set()
@@ -76,10 +76,10 @@ def test_every_tensor_stands_in_its_place(
 # K = 96 fills a block of dynamic8 with 128 rows, K = 3 with 4096; 7 rows of 3 leave half a byte of nf4.
 @pytest.mark.parametrize("shape", [(300, 64), (130, 96), (7, 3), (4100, 3)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_blocks_of_rows_put_end_to_end_are_the_matrix(
+def test_parts_of_row_blocks_concatenate_to_those_of_the_matrix(
     scheme: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "BLOCK_NUMBERS", 1)  # as few rows as the scheme allows
+    monkeypatch.setattr(weights_module, "BLOCK_VALUES", 1)  # as few rows as the scheme allows
     under, weight = scheme_named(scheme), torch.randn(shape, generator=torch.Generator().manual_seed(0))
     whole = under.quantise(weight)
     parts = {part: torch.zeros_like(tensor) for part, tensor in whole.items()}
@@ -112,7 +112,7 @@ def test_a_checkpoint_in_16_bits_loads(
         assert all(torch.equal(parts[part], wanted[part]) for part in wanted)
 
 
-def test_the_compute_type_is_that_of_plain_weights_only(folders: dict[str, Path]) -> None:
+def test_only_unquantized_weights_have_the_compute_type(folders: dict[str, Path]) -> None:
     for scheme, kinds in (("none", {torch.bfloat16}), ("int8", {torch.int8, torch.float32})):
         model = loaded(folders["llama"], scheme, torch.bfloat16)
         found = {t.dtype for p in weight_entries(model).values() if p.matrix for t in p.matrix.parts.values()}
@@ -141,7 +141,7 @@ def test_the_items_of_a_model_are_the_entries_of_its_checkpoint(family: str, fol
     assert [name for name, _ in items_of(model)] == list(entries(source, model))
 
 
-def test_what_is_missing_and_what_is_too_much_is_named(own_folder: Path) -> None:
+def test_the_error_names_missing_and_unknown_tensors(own_folder: Path) -> None:
     change(own_folder, {UP: None, "model.layers.7.mlp.up_proj.weight": torch.ones(1), "surprise": torch.ones(1)})
     with pytest.raises(ModelError) as caught:
         loaded(own_folder)
@@ -150,7 +150,7 @@ def test_what_is_missing_and_what_is_too_much_is_named(own_folder: Path) -> None
     assert "surprise" in caught.value.message
 
 
-def test_a_bias_that_the_config_does_not_know_is_too_much(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bias_that_is_not_in_the_config_is_an_unknown_tensor(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["llama-tied"], tmp_path / "biased"))
     name = "model.layers.0.self_attn.q_proj.bias"
     change(folder, {name: torch.zeros(64)})
@@ -159,7 +159,7 @@ def test_a_bias_that_the_config_does_not_know_is_too_much(folders: dict[str, Pat
 
 
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias", "lm_head.weight"])
-def test_a_misshapen_tensor_is_named_with_both_shapes(name: str, own_folder: Path) -> None:
+def test_the_error_of_a_misshapen_tensor_has_both_shapes(name: str, own_folder: Path) -> None:
     right = load_file(own_folder / WEIGHTS)[name]
     wrong = torch.zeros(right.shape[0] + 1, *right.shape[1:])
     change(own_folder, {name: wrong})
@@ -172,7 +172,9 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(name: str, own_folder: Pat
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_is_named(name: str, bad: float, scheme: str, own_folder: Path) -> None:
+def test_the_error_of_a_value_that_is_not_finite_names_the_tensor(
+    name: str, bad: float, scheme: str, own_folder: Path
+) -> None:
     tensor = load_file(own_folder / WEIGHTS)[name].clone()
     tensor.view(-1)[17] = bad
     change(own_folder, {name: tensor})
@@ -181,7 +183,9 @@ def test_a_number_that_is_not_finite_is_named(name: str, bad: float, scheme: str
 
 
 @pytest.mark.parametrize("scheme", ["int8", "dynamic8", "nf4"])
-def test_a_scale_that_is_not_finite_is_named(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_of_a_scale_that_is_not_finite_names_the_tensor(
+    scheme: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named(scheme))
     name = UP.replace("weight", "absmax")
     scales = load_file(tmp_path / "q" / WEIGHTS)[name].clone()
@@ -191,7 +195,7 @@ def test_a_scale_that_is_not_finite_is_named(scheme: str, folders: dict[str, Pat
         loaded(tmp_path / "q", scheme)
 
 
-def test_a_weight_too_large_for_the_compute_type_is_named(own_folder: Path) -> None:
+def test_a_weight_too_large_for_the_compute_type_is_an_error(own_folder: Path) -> None:
     tensor = load_file(own_folder / WEIGHTS)[UP].clone()
     tensor[0, 0] = 1e6
     change(own_folder, {UP: tensor})
@@ -201,7 +205,7 @@ def test_a_weight_too_large_for_the_compute_type_is_named(own_folder: Path) -> N
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_codes_are_not_taken_for_numbers(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_quantized_values_are_not_read_as_plain_weights(scheme: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named(scheme))
     shutil.copy(folders["llama"] / "config.json", tmp_path / "q")  # which names no scheme
     with pytest.raises(ModelError, match=r"scheme none|shape"):
@@ -209,7 +213,7 @@ def test_codes_are_not_taken_for_numbers(scheme: str, folders: dict[str, Path], 
 
 
 @pytest.mark.parametrize("part", ["absmax", "code"])
-def test_a_missing_part_is_named(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_of_a_missing_part_names_it(part: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named("dynamic8"))
     change(tmp_path / "q", {UP.replace("weight", part): None})
     with pytest.raises(ModelError, match=UP.replace("weight", part)):
@@ -220,12 +224,12 @@ def test_two_code_tables_in_one_matrix_are_refused(folders: dict[str, Path], tmp
     write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named("dynamic8"))
     name = UP.replace("weight", "code")
     change(tmp_path / "q", {name: load_file(tmp_path / "q" / WEIGHTS)[name] * 0.5})
-    assert loaded(tmp_path / "q", "int8")  # each is read by its own table
+    assert loaded(tmp_path / "q", "int8")  # each matrix has its own code table
     with pytest.raises(ModelError, match=UP):
         loaded(tmp_path / "q", "dynamic8")
 
 
-def test_a_folder_of_codes_without_octavos_config_is_taken_for_the_hivemind_format(
+def test_quantized_values_without_octavos_config_are_read_as_the_hivemind_format(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     write_folder(FolderSource(folders["gptj"]), tmp_path / "q", scheme_named("dynamic8"))
@@ -246,9 +250,7 @@ def test_an_unknown_scheme_in_the_config_lists_the_known_ones(own_folder: Path) 
     assert "nf4" in caught.value.hint
 
 
-def test_buffers_of_old_checkpoints_and_a_tied_heads_copy_are_passed_over(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_buffers_of_old_checkpoints_and_a_tied_heads_copy_are_ignored(folders: dict[str, Path], tmp_path: Path) -> None:
     extras = {
         "gptj": {
             "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
@@ -285,11 +287,11 @@ noise = torch.randn(2048 * 1024)
 table = {}
 for i, (name, item) in enumerate(items_of(build(config))):
     if item.is_matrix:
-        matrix = item.place.matrix
-        rows = matrix.outputs[item.place.rows_key]
+        matrix = item.entry.matrix
+        rows = matrix.outputs[item.entry.rows_key]
         shape = (rows, matrix.in_features)
     else:
-        shape = tuple(item.place.parameter(item.kind).shape)
+        shape = tuple(item.entry.parameter(item.kind).shape)
     count = torch.Size(shape).numel()
     tensor = noise.repeat(-(-count // noise.numel()))[:count].view(shape)
     table[name] = f"model-{i}.safetensors"
@@ -306,10 +308,10 @@ from octavo.store import weights
 from octavo.store.sources import FolderSource
 
 source = FolderSource(Path(sys.argv[1]))
-build(source.config).to_empty(device="cpu")  # torch loads 35 MB of its own at the first such call
+build(source.config).to_empty(device="cpu")  # torch loads 35 MB of code at the first such call
 
-def loaded(block_numbers):
-    weights.BLOCK_NUMBERS = block_numbers
+def loaded(block_values):
+    weights.BLOCK_VALUES = block_values
     start, where = anonymous(), {"dtype": torch.float32, "device": torch.device("cpu")}
     model, peak = watched(lambda: weights.load(source, scheme_named("int8"), **where))
     matrices = {id(p.matrix): p.matrix for p in weight_entries(model).values() if p.matrix is not None}.values()
@@ -321,15 +323,15 @@ def loaded(block_numbers):
         "largest": max(4 * rows * m.in_features for m in matrices for rows in m.outputs.values()),
     }
 
-print(json.dumps([loaded(weights.BLOCK_NUMBERS), loaded(2**40)]))
+print(json.dumps([loaded(weights.BLOCK_VALUES), loaded(2**40)]))
 """
 )
 
 
-def test_loading_takes_the_quantised_model_and_little_more(tmp_path: Path, forks: Forks) -> None:
+def test_loading_takes_little_more_memory_than_the_quantized_model(tmp_path: Path, forks: Forks) -> None:
     def run(program: str, *arguments: str) -> str:
         command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
-        # The C library gives memory back to the system at once, so that what is counted is what is in use.
+        # The C library returns memory to the system at once, so that the measured memory is in use.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
@@ -341,8 +343,8 @@ def test_loading_takes_the_quantised_model_and_little_more(tmp_path: Path, forks
     finally:
         shutil.rmtree(tmp_path)
     assert found["float32"] > 3e8
-    # 16 MB: what the libraries keep for themselves, and as much again for copies of a block in float32, 4 MiB each. The
-    # file's own pages are not the process's.
+    # 16 MB for the libraries, and as much again for float32 copies of a block, 4 MiB each. The
+    # pages of the file are not counted.
     assert found["kept"] <= found["stored"] + 16e6
     assert found["peak"] <= found["stored"] + 32e6
     # The measurement itself: a peak that misses the temporaries would be no evidence.

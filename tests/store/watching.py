@@ -1,4 +1,4 @@
-"""A program's own memory, watched while it works: for the tests of what writing and loading take."""
+"""Measures the private memory of a program, for the tests of the memory that writing and loading take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 def watched(work):
-    # (what work gives, the most bytes more than before)
+    # (result of work, peak bytes above the start)
     start, peaks, done = anonymous(), [0], threading.Event()
 
     def watch():

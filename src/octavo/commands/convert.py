@@ -55,10 +55,10 @@ def _rows(layers: list[WrittenLayer], scheme: Scheme, adapter: Adapter) -> list[
         "parameters": sum(prod(layer.shape) for layer in layers),
         "MiB": sum(layer.stored_bytes for layer in layers) / 2**20,
     }
-    pairs = [half for a, b, _ in adapter.pairs.values() for half in (a, b)]
+    pairs = [half for a, b, _ in adapter.lora.values() for half in (a, b)]
     return [
         frozen,
-        _row("adapter", "low-rank pairs", adapter.pairs, pairs),
+        _row("adapter", "low-rank pairs", adapter.lora, pairs),
         _row("both", "norms and biases", {key.rpartition(".")[0] for key in adapter.full}, adapter.full.values()),
     ]
 

@@ -37,7 +37,7 @@ from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
 from octavo.runtime.optional import bitsandbytes
 from octavo.store.contents import stored_scheme
-from octavo.store.embedded_adapter import base_of, carries_pairs
+from octavo.store.embedded_adapter import base_of, has_embedded_adapter
 from octavo.store.hf_folder import written_bytes
 from octavo.store.sources import Source
 
@@ -137,7 +137,7 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
     tuned = ("tuned",) if options.adapter else ()
 
     def untuned(scheme: Scheme) -> str:
-        if carries_pairs(source):
+        if has_embedded_adapter(source):
             return "tuned"
         return "base" if scheme.name == stored.name == "none" else "quantised"
 

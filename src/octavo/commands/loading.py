@@ -17,8 +17,8 @@ from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
 from octavo.store import peft
 from octavo.store.base_names import base_warning
-from octavo.store.contents import refuse_pairs, stored_scheme
-from octavo.store.embedded_adapter import base_of, put_own_pairs_
+from octavo.store.contents import refuse_embedded_adapter, stored_scheme
+from octavo.store.embedded_adapter import apply_embedded_adapter_, base_of
 from octavo.store.peft import Adapter
 from octavo.store.resolve import open_source
 from octavo.store.sources import Source
@@ -40,7 +40,7 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
         options.model, revision=options.revision, allow_pickle=options.allow_pickle, weights=weights, report=report
     )
     if not own_adapters:
-        refuse_pairs(source)
+        refuse_embedded_adapter(source)
     return source
 
 
@@ -64,7 +64,7 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
     base = base_of(source)
     with report.progress(len(base.names()), f"Loading weights ({scheme.name})") as bar:
         model = load(base, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
-    put_own_pairs_(model, source, say=report.say)
+    apply_embedded_adapter_(model, source, say=report.say)
     return model
 
 

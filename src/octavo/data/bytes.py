@@ -1,4 +1,7 @@
-"""How many bytes of text the targets of rows stand for: what bits per byte divides by."""
+"""UTF-8 bytes of the text of the target tokens: the denominator of bits per byte.
+
+Legend: V vocabulary size, T row length.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,30 @@ from octavo.data.packing import IGNORE_INDEX, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space so
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # and a byte that is no character so
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece writes a byte that has no token of its character
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
-    """(V,) UTF-8 bytes that each token stands for; control tokens none.
+    """(V,) UTF-8 bytes of the text of each token id. Control tokens have 0 bytes.
 
-    A byte-level vocabulary writes every byte as one character. A SentencePiece vocabulary writes characters as
-    they are, a space as its own sign and other bytes as <0xNN>. Words added to either stand there as they are.
+    A byte-level vocabulary writes every byte as one character. A SentencePiece vocabulary writes a space as U+2581,
+    a byte without a character as <0xNN>, and any other character as it is. Both write added tokens as plain text.
     """
     backend = tokenizer.backend_tokenizer
     byte_level = any("ByteLevel" in repr(part) for part in (backend.pre_tokenizer, backend.decoder))
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, number in tokenizer.get_vocab().items():
-        lengths[number] = len(token) if byte_level else _length(token)
-    for number, added in tokenizer.added_tokens_decoder.items():
-        # A word that is looked for in the normalized text stands there with SentencePiece's sign for spaces.
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)  # (V,)
+    for token, token_id in tokenizer.get_vocab().items():
+        lengths[token_id] = len(token) if byte_level else _length(token)
+    for token_id, added in tokenizer.added_tokens_decoder.items():
+        # A `normalized` added token is matched in the normalized text, so SentencePiece writes its spaces as U+2581.
         content = added.content.replace(SPACE, " ") if added.normalized and not byte_level else added.content
-        lengths[number] = 0 if added.special else len(content.encode())
+        lengths[token_id] = 0 if added.special else len(content.encode())
     return lengths
 
 
 def target_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
-    """Bytes of the text of all learned targets of `rows`."""
+    """UTF-8 bytes of the text of all target tokens of `rows`: labels other than IGNORE_INDEX."""
     lengths = token_bytes(tokenizer)
     return int(sum(lengths[row.labels[row.labels != IGNORE_INDEX]].sum() for row in rows))
 

@@ -1,9 +1,10 @@
-"""Where a text may be cut before it is encoded, so that the pieces' ids are those of the whole.
+"""Where a text may be split before it is tokenized, so that the concatenated ids equal those of the whole text.
 
-Most tokenizers split a text at white space before anything else (byte-level ones with a pattern, WordPiece), or have
-no token with white space inside (BPE made from SentencePiece). Then a text may be cut before a space behind a visible
-character, and mostly behind a line break between two. Which of these a tokenizer allows is found from what it is made
-of and by trying it on words of many kinds; where neither gives certainty, a text stays whole.
+Most tokenizers either split a text at white space first (byte-level BPE with a pattern, WordPiece) or have no token
+with white space inside (BPE converted from SentencePiece). Such a text may be split before a space that follows a
+visible character, and mostly after a line break between two visible characters. `cuts_of` finds the split points that
+a tokenizer allows from its configuration, and checks them on pairs of many kinds of words. If neither gives certainty,
+a text is not split.
 """
 
 from __future__ import annotations
@@ -20,73 +21,74 @@ from tokenizers import Tokenizer
 from octavo.data.panics import name_panics
 from octavo.errors import ModelError
 
-# A word with the spaces before it. It goes on over other white space, and takes what is left at the end of the text.
+# A word with the spaces before it. It continues over other white space, and takes the white space that ends the text.
 _AT_SPACES = r"\s*+\S++(?:[^\S ]\s*+\S++)*+(?:\s++\Z)?+|\s++"
-# The same, ended also behind a single line break that a letter or digit follows.
+# The same, but also ended after a single line break that a letter or digit follows.
 _AT_LINES = r"\s*+\S++(?:(?!\n\w)[^\S ]\s*+\S++)*+(?:\n(?=\w)|\s++\Z)?+|\s++"
 _SPACE = re.compile(r"\S(?= (?!\Z))")  # a lone space at the end belongs to the word before it
 _SPACE_OR_LINE = re.compile(r"\S(?= (?!\Z))|\S\n(?=\w)")
 
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Prepend"}
-_SPACES = " \u2581\u0120"  # a space as it is, and as SentencePiece and byte-level vocabularies write it
-_TRIED_WORDS = """
+_SPACES = " \u2581\u0120"  # a space as plain text, in SentencePiece and in byte-level vocabularies
+_TEST_WORDS = """
 a The king it's don't we'll 12 1234567 3.14 x1 0 00 end. end, so: so; what?! A.B.C. I ( (a) [b] {c} - -- — … _ a_b / a/b
 * # ' " "quoted" “left” ’ <b> </b> &amp; @you $5 50% ~ `code` = == http://x.y/z?a=b \\n <|x|> é naïve ß
 İ Σ e\u0301 ² ½ Ⅷ 世界 。 日本語 한국 ไทย नमस्ते عربي שלום 🙂 👍🏽
 """
-_TRIED_ADDED = 64  # added tokens
-_TRIED = (*_TRIED_WORDS.split(), "a\tb", "a\n\nb", "a  b", "a" * 40)
+_MAX_TESTED_ADDED = 64  # added tokens
+_TESTED = (*_TEST_WORDS.split(), "a\tb", "a\n\nb", "a  b", "a" * 40)
 
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """How texts become stretches that are encoded apart."""
+    """How a text is split into segments that are tokenized separately."""
 
-    stretch: re.Pattern[str] | None  # finds one stretch after the other; None: a text stays whole
-    end: re.Pattern[str]  # ends where a text may be cut
-    drops_space: bool  # the space in front of a stretch that is not the first: the tokenizer puts one before every text
+    segment: re.Pattern[str] | None  # matches one segment after the other; None: a text is not split
+    end: re.Pattern[str]  # matches the characters before a split point
+    drops_space: bool  # remove the space before every segment but the first: the tokenizer adds one before each text
 
-    def words(self, text: str, most: int) -> Iterator[tuple[list[str], bool]]:
-        """The stretches of a text, in lists of some `most` characters or more, each with whether it is the last."""
-        if self.stretch is None:
+    def segments(self, text: str, most: int) -> Iterator[tuple[list[str], bool]]:
+        """Lists of the text's segments, each at least about `most` characters, with True for the last list."""
+        if self.segment is None:
             yield [text], True
             return
         start = 0
         while True:
-            found = self.end.search(text, start + most) if len(text) - start > 2 * most else None
-            stop = found.end() if found else len(text)
+            match = self.end.search(text, start + most) if len(text) - start > 2 * most else None
+            stop = match.end() if match else len(text)
             block = text[start:stop] if (start, stop) != (0, len(text)) else text
-            words = self.stretch.findall(block) or [""]
+            segments = self.segment.findall(block) or [""]
             if self.drops_space:
-                words = [word.removeprefix(" ") if start or place else word for place, word in enumerate(words)]
-            yield words, stop == len(text)
+                segments = [part.removeprefix(" ") if start or n else part for n, part in enumerate(segments)]
+            yield segments, stop == len(text)
             if stop == len(text):
                 return
             start = stop
 
 
 WHOLE = Cuts(None, _SPACE, drops_space=False)
-_WAYS = (
+_CANDIDATES = (  # the finest split first
     Cuts(re.compile(_AT_LINES), _SPACE_OR_LINE, drops_space=False),
     Cuts(re.compile(_AT_SPACES), _SPACE, drops_space=False),
     Cuts(re.compile(_AT_SPACES), _SPACE, drops_space=True),
 )
 
 
-_FOUND: dict[bytes, Cuts] = {}  # by the digest of a tokenizer's content: a process opens the same one several times
+_CACHE: dict[bytes, Cuts] = {}  # by the SHA-256 of a tokenizer's JSON: a process opens the same tokenizer several times
 
 
 def cuts_of(tokenizer: Tokenizer) -> Cuts:
-    """Where `tokenizer` allows a text to be cut: at most places, or nowhere (WHOLE)."""
+    """The split points that `tokenizer` allows: as many as possible, or none (WHOLE)."""
     content = tokenizer.to_str()
     digest = hashlib.sha256(content.encode()).digest()
-    if digest not in _FOUND:
-        _FOUND[digest] = _found(tokenizer, json.loads(content))
-    return _FOUND[digest]
+    if digest not in _CACHE:
+        _CACHE[digest] = _find_cuts(tokenizer, json.loads(content))
+    return _CACHE[digest]
 
 
-def _found(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
-    added = [token for token in parts.get("added_tokens") or [] if not token["special"]]  # special ones are text here
+def _find_cuts(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
+    # Special tokens are text here: the tokenizer has encode_special_tokens set.
+    added = [token for token in parts.get("added_tokens") or [] if not token["special"]]
     if not _is_local(parts.get("normalizer")) or any(map(_crosses, added)):
         return WHOLE
     with name_panics("The tokenizer"):
@@ -94,17 +96,17 @@ def _found(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
     splits = len(pieces) >= 3
     if not splits and not _has_no_token_across_spaces(parts["model"]):
         return WHOLE
-    # Behind an added token a text begins anew, and what a tokenizer puts before every text it may put there too.
-    ways = [way for way in (_WAYS if splits else _WAYS[1:]) if not (way.drops_space and added)]
-    names = [token["content"] for token in added[:_TRIED_ADDED]]
+    # After an added token the tokenizer starts a new text, and may add there the space that it adds before each text.
+    candidates = [cuts for cuts in (_CANDIDATES if splits else _CANDIDATES[1:]) if not (cuts.drops_space and added)]
+    names = [token["content"] for token in added[:_MAX_TESTED_ADDED]]
     try:
-        return next((way for way in ways if _holds(way, tokenizer, names)), WHOLE)
-    except ModelError:  # it fails on unknown words
+        return next((cuts for cuts in candidates if _keeps_ids(cuts, tokenizer, names)), WHOLE)
+    except ModelError:  # the tokenizer fails on unknown words
         return WHOLE
 
 
 def _is_local(normalizer: dict[str, Any] | None) -> bool:
-    """Whether what it does to a character depends on no far one."""
+    """Whether the normalizer changes a character independently of distant characters."""
     if normalizer is None:
         return True
     if normalizer["type"] == "Sequence":
@@ -115,29 +117,29 @@ def _is_local(normalizer: dict[str, Any] | None) -> bool:
 
 
 def _crosses(token: dict[str, Any]) -> bool:
-    """Whether an added token may reach over a cut."""
+    """Whether an added token may match across a split point."""
     content = token["content"].translate(dict.fromkeys(map(ord, _SPACES), " "))
     return bool(token["lstrip"] or token["rstrip"] or re.search(r"\S\s|\s\S", content))
 
 
 def _has_no_token_across_spaces(model: dict[str, Any]) -> bool:
-    """Merges never cross a place that no token of the vocabulary crosses: its sides are independent of each other."""
+    """Whether no token of a BPE vocabulary crosses a space. Then no merge does, and both sides are independent."""
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return False
     across = re.compile(f"[^{_SPACES}][{_SPACES}]")
     return not any(across.search(token) for token in model["vocab"])
 
 
-def _holds(way: Cuts, tokenizer: Tokenizer, added: Sequence[str]) -> bool:
-    """Whether pairs of words of many kinds, and of these and `added` tokens, have the ids of the two, cut so."""
-    pairs = [(left, right) for left in _TRIED for right in _TRIED]
-    pairs += [pair for name in added for word in (*_TRIED[:8], name) for pair in ((name, word), (word, name))]
+def _keeps_ids(cuts: Cuts, tokenizer: Tokenizer, added: Sequence[str]) -> bool:
+    """Whether pairs of test words and `added` tokens have the same ids whole and split by `cuts`."""
+    pairs = [(left, right) for left in _TESTED for right in _TESTED]
+    pairs += [pair for name in added for word in (*_TESTED[:8], name) for pair in ((name, word), (word, name))]
     texts = [f"{left} {right}" for left, right in pairs]
-    if way.end is _SPACE_OR_LINE:
+    if cuts.end is _SPACE_OR_LINE:
         texts += [f"{left}\n{right}" for left, right in pairs]
-    cut = [words for text in texts for words, _ in way.words(text, len(text))]
-    distinct = list(dict.fromkeys([*texts, *(word for words in cut for word in words)]))
+    split = [segments for text in texts for segments, _ in cuts.segments(text, len(text))]
+    distinct = list(dict.fromkeys([*texts, *(part for segments in split for part in segments)]))
     with name_panics("The tokenizer"):
         codes = tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
     ids = {text: code.ids for text, code in zip(distinct, codes, strict=True)}
-    return all(ids[text] == [n for word in words for n in ids[word]] for text, words in zip(texts, cut, strict=True))
+    return all(ids[text] == [n for part in parts for n in ids[part]] for text, parts in zip(texts, split, strict=True))

@@ -1,4 +1,4 @@
-"""From the paths that a user names to documents."""
+"""Paths to documents: finds the files, reads their records and turns each into a Document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo.bounded_json import shortened
 from octavo.data.files import MAX_DOCUMENTS, name_of
-from octavo.data.finding import Found, counted, find_files
+from octavo.data.finding import FoundFiles, counted, find_files
 from octavo.data.formats import READERS, Entry, entries
 from octavo.data.records import Document, Message, check_columns, field_named, from_fields, from_text
 from octavo.errors import DataError, UsageError
@@ -18,44 +18,44 @@ from octavo.errors import DataError, UsageError
 __all__ = ["READERS", "Document", "Message", "ReadOptions", "Reading", "Skipped", "counted", "find", "read", "skip"]
 
 
-MOST_FIELDS = 1000  # different names of fields that are remembered
+MOST_FIELDS = 1000  # different field names that are remembered
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files become documents."""
+    """How files are read."""
 
-    split_on: str | None = None  # plain text: "lines", a separator, or None for one document a file
-    skip_bad: bool = False  # count what cannot be read and go on, instead of raising
-    ftfy: bool = False  # repair text that was decoded wrongly somewhere on its way; needs ftfy
-    columns: Sequence[str] = ()  # NAME=FIELD: which fields of records are meant
+    split_on: str | None = None  # plain text: "lines", a separator, or None for one document per file
+    skip_bad: bool = False  # count unreadable records and continue, instead of raising
+    ftfy: bool = False  # repair wrongly decoded text; needs ftfy
+    columns: Sequence[str] = ()  # NAME=FIELD: maps octavo's field names to those of the records
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record, or the rest of a file, that could not be read and was left out."""
+    """A record that could not be read and was left out, or the rest of a file."""
 
     source: str
-    line: int  # 0 where the file as a whole is meant
+    line: int  # 0 for a whole file
     reason: str
-    n_bytes: int  # of the record, or of the whole file on disk; 0 where a format does not tell
+    n_bytes: int  # size of the record, or of the whole file on disk; 0 where the format does not give it
 
 
 @dataclass
 class Reading:
-    """What came of some files: documents in order, and everything that is in none."""
+    """The result of reading files: documents in order, and counts of everything that became no document."""
 
     documents: list[Document] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)  # always empty without `skip_bad`
     not_read: Counter[str] = field(default_factory=Counter)  # kinds of files in folders that are not read
-    unused: Counter[str] = field(default_factory=Counter)  # fields of records that are not used, with how many records
+    unused: Counter[str] = field(default_factory=Counter)  # field name -> number of records in which it is not used
 
 
-def find(paths: Sequence[str]) -> Found:
-    """The files that `paths` (files, folders, globs) mean, each once, in the order given, and what is left out.
+def find(paths: Sequence[str]) -> FoundFiles:
+    """The files named by `paths` (files, folders, globs), each once and in the order given, and what is left out.
 
-    Folders are searched through for suffixes in READERS, also behind .gz and .xz. Raises UsageError that names the
-    nearest existing name for a path that means nothing.
+    Folders are searched for suffixes in READERS, also with .gz or .xz after them. Raises UsageError for a path that
+    matches nothing, with the most similar existing name.
     """
     return find_files(paths, list(READERS))
 
@@ -63,29 +63,29 @@ def find(paths: Sequence[str]) -> Found:
 def read(
     paths: Sequence[str], options: ReadOptions | None = None, begins: Callable[[int, int], None] | None = None
 ) -> Reading:
-    """All documents of all files, in order, and what was left out, skipped, or not used.
+    """All documents of all files in order, with counts of what was left out, skipped or not used.
 
-    `begins` is called before the first file is read, with how many files and how many bytes there are.
+    `begins` is called before the first file is read, with the number of files and their total bytes.
 
-    Raises DataError with file and line for what cannot be read, or for files without any document, and
-    UsageError for paths that mean nothing and for a missing optional package.
+    Raises DataError with file and line for a record that cannot be read and for files without any document, and
+    UsageError for a path that matches nothing and for a missing optional package.
     """
     options = options or ReadOptions()
     if options.split_on == "":
         raise UsageError("the separator of documents is empty.", hint='Give "lines" or a separator.')
     columns = check_columns(options.columns)
-    met: set[str] = set()
+    seen_fields: set[str] = set()
     repair = _repair if options.ftfy else None
     found = find(paths)
     reading = Reading(not_read=found.not_read)
     if begins:
         begins(len(found.files), sum(map(_size, found.files)))
     for path in found.files:
-        _read_file(path, options, columns, repair, reading, met)
-    if unmet := sorted(field for field in columns.values() if field_named(met, field) not in met):
+        _read_file(path, options, columns, repair, reading, seen_fields)
+    if missing := sorted(field for field in columns.values() if field_named(seen_fields, field) not in seen_fields):
         raise UsageError(
-            f"--columns names {', '.join(map(shortened, unmet))}, which no record has.",
-            hint=f"The records have: {shortened(', '.join(sorted(met))) or 'no fields'}.",
+            f"--columns names {', '.join(map(shortened, missing))}, which no record has.",
+            hint=f"The records have: {shortened(', '.join(sorted(seen_fields))) or 'no fields'}.",
         )
     if not reading.documents:
         reasons = "; ".join(f"{bad.source}: {bad.reason}" for bad in reading.skipped[:3])
@@ -99,7 +99,7 @@ def _read_file(
     columns: Mapping[str, str],
     repair: Callable[[Document], Document] | None,
     reading: Reading,
-    met: set[str],
+    seen_fields: set[str],
 ) -> None:
     source = name_of(path)
     documents, skipped = reading.documents, reading.skipped
@@ -108,10 +108,10 @@ def _read_file(
         for entry in entries(path, options.split_on):
             if len(documents) + len(skipped) >= MAX_DOCUMENTS:
                 message = f"more than {MAX_DOCUMENTS:,} documents."
-                raise UsageError(f"{source}: {message}", hint="Take a part of the data, or longer documents.")
+                raise UsageError(f"{source}: {message}", hint="Use a part of the data, or longer documents.")
             if columns and isinstance(entry.value, Mapping):
-                wanted = {field_named(entry.value, field) for field in columns.values()}
-                met.update(name for name in entry.value if len(met) < MOST_FIELDS or name in wanted)
+                named = {field_named(entry.value, field) for field in columns.values()}
+                seen_fields.update(name for name in entry.value if len(seen_fields) < MOST_FIELDS or name in named)
             try:
                 document = _document(entry, source, columns, reading.unused)
             except DataError as error:
@@ -121,7 +121,7 @@ def _read_file(
                 continue
             documents.append(repair(document) if repair else document)
         if len(documents) + len(skipped) == before:
-            raise DataError("the file holds no text.", source=source, hint="Take it out, or use --skip-bad.")
+            raise DataError("the file holds no text.", source=source, hint="Remove it, or use --skip-bad.")
     except DataError as error:
         if not options.skip_bad:
             raise
@@ -131,7 +131,7 @@ def _read_file(
 def _size(path: Path) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:  # whoever reads it says so
+    except OSError:  # reading the file reports the error
         return 0
 
 
@@ -147,14 +147,14 @@ def _document(entry: Entry, source: str, columns: Mapping[str, str], unused: Cou
 
 
 def skip(error: DataError, n_bytes: int) -> Skipped:
-    """What is counted in the place of what `error` says cannot be used."""
+    """The entry that counts a record or file which `error` reports as unusable."""
     where = f"{error.source}:{error.line}: " if error.line else f"{error.source}: "
-    hint = f" {error.hint}" if "--columns" in error.hint else ""  # a flag with which the record is read
+    hint = f" {error.hint}" if "--columns" in error.hint else ""  # this flag makes the record readable
     return Skipped(error.source, error.line, error.message.removeprefix(where) + hint, n_bytes)
 
 
 def _repair(document: Document) -> Document:
-    """Undo wrong decodings ("Ã¼" for "ü"), as ftfy does, but leave typographic quotes as they are."""
+    """Undo wrong decodings ("Ã¼" for "ü") with ftfy, but keep typographic quotes."""
     try:
         from ftfy import fix_text
     except ImportError as error:

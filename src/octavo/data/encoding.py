@@ -1,7 +1,7 @@
-"""Text to token ids, with a user's text kept apart from a model's control tokens.
+"""Text to token ids, where the strings of control tokens in a user's text stay text.
 
-A tokenizer turns `<|im_end|>` into a control token wherever it stands, also in a text about chat templates.
-So two copies of it are kept: one takes such strings as plain text, the other as control tokens.
+A tokenizer turns `<|im_end|>` into a control token anywhere, also in a text about chat templates. So octavo keeps two
+copies of each tokenizer: one encodes such strings as plain text, the other as control tokens.
 """
 
 from __future__ import annotations
@@ -27,116 +27,117 @@ from octavo.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_CHARACTERS = 2**20  # of text in hand at once; also how often progress is shown
-MOST_WORDS = 2**20  # that are remembered with their ids, and
-MOST_CHARACTERS = 2**26  # of all of them together
-MANY_WORDS = 4096  # that are new at once: from here on it pays to find out how the tokenizer splits them
-FIRST_CHARACTERS = 4096  # of a text that are looked at for its first token
+BATCH_CHARACTERS = 2**20  # characters encoded per step; progress is reported as often
+MAX_SEGMENTS = 2**20  # segments in the cache
+MAX_CHARACTERS = 2**26  # characters of all segments in the cache
+MANY_SEGMENTS = 4096  # new segments per step from which finding the tokenizer's own split (`Pieces`) pays
+FIRST_CHARACTERS = 4096  # characters of a text that are tokenized to measure its first token
 
 
 @dataclass(eq=False)
-class Words:
-    """Stretches of text that were met, with their ids: ids[starts[n] : starts[n] + lengths[n]] are those of word n."""
+class SegmentCache:
+    """The ids of text segments. Those of segment n are ids[starts[n] : starts[n] + lengths[n]]."""
 
-    numbers: dict[str, int] = field(default_factory=dict)
-    pieces: dict[str, bytes] = field(default_factory=dict)  # what words are made of, with the ids of each as int32
+    numbers: dict[str, int] = field(default_factory=dict)  # segment -> n
+    pieces: dict[str, bytes] = field(default_factory=dict)  # piece of a segment -> its ids as int32 bytes
     ids: bytearray = field(default_factory=bytearray)  # int32
     starts: array[int] = field(default_factory=lambda: array("q"))
     lengths: array[int] = field(default_factory=lambda: array("q"))
     characters: int = 0
 
-    def learn_(self, words: Iterable[str], coder: Coder) -> None:
-        """Encodes those of `words` that are new."""
-        new = list(set(words).difference(self.numbers))
-        split = list(coder.pieces.split(new)) if len(new) >= MANY_WORDS else [[word] for word in new]
+    def add_(self, segments: Iterable[str], coder: Coder) -> None:
+        """Encodes those of `segments` that are not in the cache."""
+        new = list(set(segments).difference(self.numbers))
+        split = list(coder.pieces.split(new)) if len(new) >= MANY_SEGMENTS else [[segment] for segment in new]
         pieces = list(set(chain.from_iterable(split)).difference(self.pieces))
         with name_panics("The tokenizer"):
             codes = coder.plain.encode_batch_fast(pieces, add_special_tokens=False)
         self.pieces.update((piece, array("i", code.ids).tobytes()) for piece, code in zip(pieces, codes, strict=True))
         ids_of = self.pieces.__getitem__
-        for word, parts in zip(new, split, strict=True):
+        for segment, parts in zip(new, split, strict=True):
             ids = b"".join(map(ids_of, parts))
-            self.numbers[word] = len(self.starts)
+            self.numbers[segment] = len(self.starts)
             self.starts.append(len(self.ids) // 4)
             self.lengths.append(len(ids) // 4)
             self.ids += ids
         self.characters += sum(map(len, new)) + sum(map(len, pieces))
 
-    def joined(self, words: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """The ids of `words` one after the other, and how many each has."""
-        numbers = np.fromiter(map(self.numbers.__getitem__, words), np.int64, len(words))
-        lengths = np.frombuffer(self.lengths, dtype=np.int64)[numbers]
-        starts = np.frombuffer(self.starts, dtype=np.int64)[numbers]
+    def concatenated(self, segments: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """(ids of all segments in order (n,), number of ids of each segment (len(segments),))."""
+        numbers = np.fromiter(map(self.numbers.__getitem__, segments), np.int64, len(segments))
+        lengths = np.frombuffer(self.lengths, dtype=np.int64)[numbers]  # (len(segments),)
+        starts = np.frombuffer(self.starts, dtype=np.int64)[numbers]  # (len(segments),)
         ends = np.cumsum(lengths)
-        places = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
-        return np.frombuffer(self.ids, dtype=np.int32)[places], lengths
+        # A gather index: id k of the output is at k plus the shift from its segment's output start to its cache start.
+        indices = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)  # (n,)
+        return np.frombuffer(self.ids, dtype=np.int32)[indices], lengths
 
 
 @dataclass(eq=False)
 class Coder:
-    """Two private copies of one tokenizer; neither cuts or pads. The tokenizers are never changed."""
+    """Two private copies of one tokenizer, without truncation and padding. They are never changed."""
 
-    plain: Tokenizer  # the strings of control tokens are text
-    control: Tokenizer  # the strings of control tokens are control tokens
-    controls: re.Pattern[str]  # finds the strings of control tokens
+    plain: Tokenizer  # encodes the strings of control tokens as text
+    control: Tokenizer  # encodes the strings of control tokens as control tokens
+    controls: re.Pattern[str]  # matches the strings of control tokens
     control_ids: dict[str, int]
 
     @cached_property
     def cuts(self) -> Cuts:
-        """Where a text may be cut without a change of its ids: found at the first text."""
+        """Where a text may be split without changing its ids; computed at the first text."""
         return cuts_of(self.plain)
 
     @cached_property
     def pieces(self) -> Pieces:
-        """What `plain` splits a text into: found at the first long text."""
+        """The pre-tokenizer's split of a text; computed at the first long text."""
         return Pieces(self.plain)
 
 
 @dataclass(frozen=True)
-class Code:
-    """One text as ids."""
+class EncodedText:
+    """One text as token ids."""
 
-    ids: npt.NDArray[np.int32]
-    first_characters: int  # how many characters of the text the first token stands for
+    ids: npt.NDArray[np.int32]  # (n,)
+    first_characters: int  # characters of the text that its first token covers
 
 
 _CODERS: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, Coder]] = weakref.WeakKeyDictionary()
 
 
 def coder_of(tokenizer: PreTrainedTokenizerFast) -> Coder:
-    """The tokenizer's copies, made at its first use and again when tokens were added to it since."""
+    """The two copies of a tokenizer, made at its first use and again when tokens have been added since."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        hint = "Use a model folder that holds a tokenizer.json."
+        hint = "Use a model folder with a tokenizer.json."
         raise UsageError("the tokenizer has no fast form.", hint=hint)
     size = backend.get_vocab_size(with_added_tokens=True)
-    known = _CODERS.get(tokenizer)
-    if known is None or known[0] != size:
-        known = (size, _copies(backend))
-        _CODERS[tokenizer] = known
-    return known[1]
+    cached = _CODERS.get(tokenizer)
+    if cached is None or cached[0] != size:
+        cached = (size, _copies(backend))
+        _CODERS[tokenizer] = cached
+    return cached[1]
 
 
-def begin_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids that the tokenizer itself puts before a text: the begin token of a Llama, of others mostly [].
+def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that the tokenizer puts before a text: the BOS token of a Llama, mostly [] for other models.
 
-    A Llama was trained with one before every text and predicts badly without; GPT-J and SmolLM2 have none.
+    A Llama was trained with a BOS token before every text and predicts badly without it. GPT-J and SmolLM2 have none.
     """
-    # Not an empty text: behind that stands an end token, which in some models is the begin token too. The mask tells
-    # what was added from a token of the text: an unknown word may be the begin token.
-    for text in chain(("a", " the", "0"), _words(tokenizer)):
+    # An empty text does not do: its EOS token follows at once, and in some models EOS and BOS are the same token. The
+    # mask separates added tokens from tokens of the text: an unknown word may map to the BOS token.
+    for text in chain(("a", " the", "0"), _some_tokens(tokenizer)):
         try:
             with name_panics("The tokenizer"):
                 added = tokenizer(text, add_special_tokens=True, return_special_tokens_mask=True)
-        except ModelError:  # of a vocabulary of words, without one for those that are unknown
+        except ModelError:  # a word-level vocabulary without an unknown token
             continue
         if 0 in (mask := added["special_tokens_mask"]):
-            return [int(number) for number in added["input_ids"][: mask.index(0)]]
+            return [int(token_id) for token_id in added["input_ids"][: mask.index(0)]]
     return []
 
 
-def _words(tokenizer: PreTrainedTokenizerFast, most: int = 16) -> Iterator[str]:
-    """Some tokens that are not special. A generator: a large vocabulary takes milliseconds to list."""
+def _some_tokens(tokenizer: PreTrainedTokenizerFast, most: int = 16) -> Iterator[str]:
+    """Some non-special tokens. A generator, since listing a large vocabulary takes milliseconds."""
     special = set(tokenizer.all_special_tokens)
     yield from islice((token for token in tokenizer.get_vocab() if token not in special), most)
 
@@ -150,58 +151,62 @@ def _copies(backend: Tokenizer) -> Coder:
     plain.encode_special_tokens = True
     control.encode_special_tokens = False
     added = backend.get_added_tokens_decoder().items()
-    control_ids = {token.content: number for number, token in added if token.special}
-    # The longest first, as the tokenizer matches; with none, a pattern that matches nothing.
+    control_ids = {token.content: token_id for token_id, token in added if token.special}
+    # The longest first, as the tokenizer matches. Without control tokens the pattern matches nothing.
     names = sorted(control_ids, key=lambda name: (-len(name), name))
     controls = re.compile("|".join(map(re.escape, names)) or r"(?!)")
     return Coder(plain, control, controls, control_ids)
 
 
-def plain_codes(texts: Iterable[str], coder: Coder, progress: Callable[[int], None] | None = None) -> Iterator[Code]:
-    """The code of each text in order, none of it a control token. `progress` is told of the characters done.
+def encode_plain(
+    texts: Iterable[str], coder: Coder, progress: Callable[[int], None] | None = None
+) -> Iterator[EncodedText]:
+    """Encodes each text in order, without control tokens. `progress` is called with the number of characters done.
 
-    A text is cut where the tokenizer cuts it itself before anything else (`Coder.cuts`), and each different stretch is
-    encoded once: a text of a hundred megabytes has a million of them. They in turn are made of some ten thousand pieces
-    (`Coder.pieces`). The ids are those of the whole text. A tokenizer that has no such places gets each text whole.
+    A text is split where the tokenizer's own first step splits it (`Coder.cuts`), and each distinct segment is encoded
+    once: a text of 100 MB has a million of them. The segments consist of some ten thousand pieces (`Coder.pieces`),
+    and each distinct piece is encoded once too. The ids equal those of the whole text. A text of a tokenizer without
+    safe split points is encoded whole.
     """
-    known = Words()
+    cache = SegmentCache()
     parts: list[npt.NDArray[np.int32]] = []
     first = ""
     for group in _groups(texts, coder.cuts):
-        if len(known.numbers) > MOST_WORDS or known.characters > MOST_CHARACTERS:
-            known = Words()
-        words = list(chain.from_iterable(stretches for stretches, _ in group))
-        known.learn_(words, coder)
-        ids, lengths = known.joined(words)
+        if len(cache.numbers) > MAX_SEGMENTS or cache.characters > MAX_CHARACTERS:
+            cache = SegmentCache()
+        flat = list(chain.from_iterable(segments for segments, _ in group))
+        cache.add_(flat, coder)
+        ids, lengths = cache.concatenated(flat)
         ends = np.concatenate([[0], np.cumsum(lengths)])
         at = 0
-        for stretches, is_last in group:
-            first = first if parts else stretches[0]
-            parts.append(ids[ends[at] : ends[at + len(stretches)]])
-            at += len(stretches)
+        for segments, is_last in group:
+            first = first if parts else segments[0]
+            parts.append(ids[ends[at] : ends[at + len(segments)]])
+            at += len(segments)
             if progress:
-                progress(sum(map(len, stretches)))
+                progress(sum(map(len, segments)))
             if is_last:
-                yield Code(np.concatenate(parts) if len(parts) > 1 else parts[0], _first_characters(first, coder))
+                all_ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
+                yield EncodedText(all_ids, _first_characters(first, coder))
                 parts = []
 
 
-def _first_characters(word: str, coder: Coder) -> int:
-    """How many characters the first token stands for, of a text that begins with `word`."""
+def _first_characters(segment: str, coder: Coder) -> int:
+    """How many characters the first token of a text covers; `segment` is the text's first segment."""
     with name_panics("The tokenizer"):
-        code = coder.plain.encode(word[:FIRST_CHARACTERS], add_special_tokens=False)
+        code = coder.plain.encode(segment[:FIRST_CHARACTERS], add_special_tokens=False)
     _, end = (code.token_to_chars(0) if code.ids else None) or (0, 0)
     return end
 
 
 def _groups(texts: Iterable[str], cuts: Cuts) -> Iterator[list[tuple[list[str], bool]]]:
-    """Stretches of texts, some BATCH_CHARACTERS together, each list with whether it is the last of its text."""
+    """Groups of segment lists, about BATCH_CHARACTERS each. A list is marked if it is the last of its text."""
     group: list[tuple[list[str], bool]] = []
     size = 0
     for text in texts:
-        for words, is_last in cuts.words(text, BATCH_CHARACTERS):
-            group.append((words, is_last))
-            size += sum(map(len, words)) + 64
+        for segments, is_last in cuts.segments(text, BATCH_CHARACTERS):
+            group.append((segments, is_last))
+            size += sum(map(len, segments)) + 64
             if size >= BATCH_CHARACTERS:
                 yield group
                 group, size = [], 0

@@ -1,4 +1,4 @@
-"""One document of a file, before anybody asked what its fields mean."""
+"""One record of a file, before its fields are interpreted."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from octavo.errors import DataError
 
 @dataclass(frozen=True)
 class Entry:
-    """A string is plain text, a mapping named fields, an error stands for a record that cannot be read."""
+    """`value` is a string (plain text), a mapping (named fields), or the error of a record that cannot be read."""
 
-    line: int  # 1-based line where it starts, or its number where a format has no lines
+    line: int  # 1-based line where the record starts, or the record's number in a format without lines
     value: str | Mapping[str, object] | DataError
-    n_bytes: int  # its size in the file, after decompression; 0 where the format does not tell
+    n_bytes: int  # size in the file, after decompression; 0 where the format does not give it

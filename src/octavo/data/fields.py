@@ -1,4 +1,4 @@
-"""A record's named fields, and the errors about them."""
+"""The named fields of a record, and errors that name a field."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _SKIP = "Correct the record, or skip such records with --skip-bad."
 
 @dataclass(frozen=True)
 class Record:
-    """The fields of one record, and where it stands."""
+    """The fields of one record, and the file and line that it was read from."""
 
     fields: Mapping[str, object]
     source: str
     line: int
 
     def error(self, message: str, hint: str = _SKIP) -> DataError:
-        """What is wrong with the record; long words of its own are cut."""
+        """A DataError about this record. Long words of the record are shortened in the message."""
         return DataError(shortened(message, 400), source=self.source, line=self.line, hint=hint)
 
     def get(self, name: str) -> object:
-        """A field's value; None where it is null or absent."""
+        """The value of a field; None if it is null or absent."""
         return self.fields.get(name)
 
     def string(self, value: object, at: str) -> str:
-        """`value`, which stands at `at`, as text. Raises DataError for anything but a string of whole characters."""
+        """`value` as text; `at` names the field in errors. Raises DataError for anything but a valid Unicode string."""
         if value is None:
             raise self.error(f"{_named(at)} is null, where a string is expected.")
         if not isinstance(value, str):
@@ -42,14 +42,14 @@ class Record:
         return value
 
     def filled(self, value: object, at: str) -> str:
-        """As `string`, and not blank."""
+        """As `string`; DataError for a blank one too."""
         text = self.string(value, at)
         if not text.strip():
             raise self.error(f"{_named(at)} is empty.")
         return text
 
     def parsed(self, name: str) -> object:
-        """A field that holds a list or an object, also one written as JSON: a cell of a CSV file cannot else."""
+        """A field that holds a list or an object, or a string of JSON: the cell of a CSV file holds only strings."""
         value = self.fields[name]
         if not isinstance(value, str):
             return value
@@ -59,7 +59,7 @@ class Record:
             raise self.error(f"field `{name}` is not a JSON list: {error}.") from error
 
 
-# As JSON calls them.
+# The names of types in JSON.
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((type(None),), "null"),
     ((bool,), "true or false"),
@@ -71,19 +71,19 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
 
 
 def is_blank(value: object) -> bool:
-    """Whether a field says nothing: null, an empty or blank string, an empty list or object; not the number 0."""
+    """Whether a value is null, a blank string, or an empty list or object. The number 0 is not blank."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
 
 
 def kind(value: object) -> str:
-    """What a value is, for a message."""
+    """The type of a value, for a message."""
     if value == []:
         return "an empty list"
-    for kinds, words in _KINDS:
-        if isinstance(value, kinds):
-            return words
+    for types, name in _KINDS:
+        if isinstance(value, types):
+            return name
     return f"a {type(value).__name__}"
 
 

@@ -1,6 +1,6 @@
-"""Files on disk: their bytes as UTF-8, however they were stored.
+"""Bytes of files on disk as UTF-8, from any supported compression and encoding.
 
-A file is read as a stream of pieces, so a compressed file is never held whole unless it is one document.
+A file is read as a stream of pieces. A compressed file is in memory as a whole only if it is one document.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ COMPRESSIONS: dict[str, Callable[..., object]] = {".gz": gzip.open, ".xz": lzma.
 
 CHUNK_BYTES = 2**20
 SAMPLE_BYTES = 4096
-# One document may be as large as a shelf of books, but a small compressed file must not fill the memory.
+# One document may be very large, but a small compressed file must not exhaust the memory.
 MAX_DOCUMENT_BYTES = 2**30
-# Text is compressed to a twentieth at best, tables of repeated words to a hundredth; gzip's most is a thousandth.
+# Text is compressed to 1/20 at best, tables of repeated words to 1/100. The limit of gzip is 1/1000.
 MAX_RATIO = 200
-SURE_BYTES = 2**26  # so much is decompressed whatever the ratio
-MAX_DOCUMENTS = 5_000_000  # of all files together: each takes some 200 bytes of memory beside its text
+SURE_BYTES = 2**26  # decompressed bytes below which the ratio is not checked
+MAX_DOCUMENTS = 5_000_000  # of all files: a document takes some 200 bytes of memory in addition to its text
 
-# The longest mark first: UTF-32 little-endian begins with the mark of UTF-16 little-endian.
+# The longest byte-order mark first: the mark of UTF-32-LE begins with that of UTF-16-LE.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -56,18 +56,18 @@ _BINARY = (
     (b"GIF89a", "an image"),
     (b"\xff\xd8\xff", "an image"),
 )
-# Text has tabs, line ends, form feeds, escapes and bells, and tables have separators of their own.
+# Text contains tabs, line ends, form feeds, escapes and bells, and tables contain separator characters (0x1c to 0x1f).
 _CONTROLS = bytes([*range(0x02, 0x07), *range(0x0E, 0x1B)])
 _AS_TEXT = "Convert it to a text file in UTF-8, take it out of the data, or skip such files with --skip-bad."
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a file between two separators."""
+    """The bytes of a file between two separators."""
 
-    line: int  # 1-based line of its first byte
-    offset: int  # bytes before it in the file, after decompression
-    data: bytes  # UTF-8, not yet checked
+    line: int  # 1-based line of the first byte
+    offset: int  # bytes before the piece in the file, after decompression
+    data: bytes  # UTF-8, not yet validated
 
 
 def suffix(path: Path) -> str:
@@ -77,12 +77,12 @@ def suffix(path: Path) -> str:
 
 
 def name_of(path: Path) -> str:
-    """The path as messages and records name it: bytes that are no UTF-8 are written as \\xNN."""
+    """The path as messages and records show it. Bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def sort_of(mode: int) -> str:
-    """What a file that is not regular is, from its mode."""
+    """The kind of a file that is not regular, from its mode."""
     sorts = (
         (stat.S_ISDIR, "folder"),
         (stat.S_ISFIFO, "pipe (FIFO)"),
@@ -95,17 +95,17 @@ def sort_of(mode: int) -> str:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed as they are read.
+    """The bytes of the file, decompressed while they are read.
 
-    Raises DataError for what is no regular file, for damage in the compressed data, and for data that swell to more
-    than MAX_RATIO times their size in the file, which no text does.
+    Raises DataError for a file that is not regular, for damaged compressed data, and for data that expand to more than
+    MAX_RATIO times their compressed size, as no text does.
     """
     source, compression = name_of(path), path.suffix.lower()
     opener = COMPRESSIONS.get(compression)
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            hint = "Only regular files are read: write what it gives into one."
+            hint = "Only regular files are read: write its output into a regular file."
             raise DataError(f"cannot be read: it is a {sort_of(mode)}.", source=source, hint=hint)
         with path.open("rb") as raw:
             if opener is None:
@@ -122,32 +122,30 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Bounded:
-    """A stream that decompresses, and stops where the data swell beyond belief: a small file must not fill the disk's
-    worth of memory."""
+    """A decompressing stream with a bound on the compression ratio, so that a small file cannot exhaust the memory."""
 
     def __init__(self, stream: BinaryIO, raw: BinaryIO, source: str) -> None:
-        self._stream, self._raw, self._source, self._given = stream, raw, source, 0
+        self._stream, self._raw, self._source, self._n_read = stream, raw, source, 0
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; all that is left for -1."""
-        parts, wanted = [], size
-        while wanted:
-            part = self._stream.read(CHUNK_BYTES if wanted < 0 else min(CHUNK_BYTES, wanted))
+        """Up to `size` bytes; all remaining bytes for -1."""
+        parts, remaining = [], size
+        while remaining:
+            part = self._stream.read(CHUNK_BYTES if remaining < 0 else min(CHUNK_BYTES, remaining))
             if not part:
                 break
             parts.append(part)
-            wanted -= len(part) if wanted > 0 else 0
-            self._given += len(part)
-            if self._given > max(SURE_BYTES, MAX_RATIO * self._raw.tell()):
+            remaining -= len(part) if remaining > 0 else 0
+            self._n_read += len(part)
+            if self._n_read > max(SURE_BYTES, MAX_RATIO * self._raw.tell()):
                 message = f"the compressed data swell to more than {MAX_RATIO} times their size."
-                raise DataError(
-                    message, source=self._source, hint="Decompress the file yourself if it is what it should be."
-                )
+                hint = "If the file is correct, decompress it yourself."
+                raise DataError(message, source=self._source, hint=hint)
         return b"".join(parts)
 
 
 def read_whole(stream: BinaryIO, source: str) -> bytes:
-    """All that is left in `stream`. Raises DataError beyond MAX_DOCUMENT_BYTES."""
+    """All remaining bytes of `stream`. Raises DataError beyond MAX_DOCUMENT_BYTES."""
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         _too_large(source, 0)
@@ -155,10 +153,10 @@ def read_whole(stream: BinaryIO, source: str) -> bytes:
 
 
 def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
-    """The file cut at each `separator`, which is removed; without one, the whole file as one piece.
+    """The file split at each `separator`, which is removed. Without a separator the whole file is one piece.
 
-    `\\n` in `separator` is any line end: `\\n`, `\\r\\n` or `\\r`. Line ends inside of pieces are left as they are.
-    A byte-order mark is removed and UTF-16 and UTF-32 become UTF-8. An empty file has no pieces.
+    `\\n` in `separator` matches any line end: `\\n`, `\\r\\n` or `\\r`. Line ends within pieces are kept as they are.
+    A byte-order mark is removed; UTF-16 and UTF-32 are converted to UTF-8. An empty file has no pieces.
     Raises DataError for a binary file and for a piece of more than MAX_DOCUMENT_BYTES.
     """
     source = name_of(path)
@@ -166,64 +164,65 @@ def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
         head = stream.read(CHUNK_BYTES)
         encoding, mark = _encoding(head, source)
         if encoding != "utf-8":
-            # A character may straddle any chunk here; such files are short notes, so they are read whole.
+            # A chunk may end within a character. Such files are mostly small, so they are read whole.
             data = head[mark:] + read_whole(stream, source)
             stream, head, mark = io.BytesIO(_as_utf8(data, encoding, mark, source)), b"", 0
             head = stream.read(CHUNK_BYTES)
         yield from _cut(stream, head[mark:], separator, offset=mark, source=source)
 
 
-def _cut(stream: BinaryIO, held: bytes, separator: bytes | None, *, offset: int, source: str) -> Iterator[Piece]:
+def _cut(stream: BinaryIO, buffer: bytes, separator: bytes | None, *, offset: int, source: str) -> Iterator[Piece]:
     line = 1
     while True:
         if separator:
             begin = 0
-            for start, end in _separators(held, separator):
-                yield Piece(line, offset + begin, held[begin:start])
-                line += line_ends(held, begin, end)
+            for start, end in _separators(buffer, separator):
+                yield Piece(line, offset + begin, buffer[begin:start])
+                line += line_ends(buffer, begin, end)
                 begin = end
-            held, offset = held[begin:], offset + begin
-        if len(held) > MAX_DOCUMENT_BYTES:
+            buffer, offset = buffer[begin:], offset + begin
+        if len(buffer) > MAX_DOCUMENT_BYTES:
             _too_large(source, line)
-        # Reading as much again as is held keeps a file without separators linear: the held bytes double.
-        more = stream.read(max(CHUNK_BYTES, len(held)))
+        # Reading at least as much as the buffer holds doubles it, so a file without separators takes linear time.
+        more = stream.read(max(CHUNK_BYTES, len(buffer)))
         if not more:
             break
-        held += more
-    if separator and held.endswith(b"\r") and (found := [*_separators(held + b"\0", separator)]):
-        start, end = found[-1]  # with the carriage return, behind which more could have come
-        yield Piece(line, offset, held[:start])
-        line += line_ends(held, 0, end)
-        held, offset = held[end:], offset + end
-    if held:
-        yield Piece(line, offset, held)
+        buffer += more
+    # `_separators` leaves a carriage return at the end of the buffer, after which a line feed could follow.
+    if separator and buffer.endswith(b"\r") and (spans := [*_separators(buffer + b"\0", separator)]):
+        start, end = spans[-1]
+        yield Piece(line, offset, buffer[:start])
+        line += line_ends(buffer, 0, end)
+        buffer, offset = buffer[end:], offset + end
+    if buffer:
+        yield Piece(line, offset, buffer)
 
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
 
 
-def _separators(held: bytes, separator: bytes) -> Iterator[tuple[int, int]]:
-    """Where each separator begins and ends. A carriage return at the very end is left: a line feed may follow."""
+def _separators(buffer: bytes, separator: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of each separator. A carriage return at the very end is not one yet: a line feed may follow."""
     normal = separator.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if b"\n" in normal and b"\r" in held:
+    if b"\n" in normal and b"\r" in buffer:
         pattern = re.compile(_LINE_END.join(map(re.escape, normal.split(b"\n"))))
-        whole = len(held) - held.endswith(b"\r")
-        yield from (found.span() for found in pattern.finditer(held, 0, whole))
+        stop = len(buffer) - buffer.endswith(b"\r")
+        yield from (match.span() for match in pattern.finditer(buffer, 0, stop))
         return
     at = 0
-    while (start := held.find(normal, at)) >= 0:
+    while (start := buffer.find(normal, at)) >= 0:
         at = start + len(normal)
         yield start, at
 
 
 def line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
-    """How many lines end in data[start:end]: with `\\n`, `\\r\\n` or `\\r`."""
+    """The number of line ends in data[start:end]: `\\n`, `\\r\\n` or `\\r`."""
     end = len(data) if end is None else end
     return data.count(b"\n", start, end) + data.count(b"\r", start, end) - data.count(b"\r\n", start, end)
 
 
 def decode(piece: Piece, source: str) -> str:
-    """The piece as text. Raises DataError with the line and the byte offset of what is not UTF-8 text."""
+    """The piece as text. Raises DataError with line and byte offset of the first byte that is not UTF-8 text."""
     try:
         text = piece.data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -244,7 +243,7 @@ def decode(piece: Piece, source: str) -> str:
 
 
 def _check_controls(data: bytes, source: str, line: int) -> None:
-    """Letters of other scripts in UTF-16 are valid UTF-8 at times: then they hold a control character each."""
+    """DataError for many control characters. UTF-16 text of other scripts can be valid UTF-8, but is full of them."""
     if len(data) - len(data.translate(None, _CONTROLS)) > max(2, len(data) // 50):
         message = "it holds many control characters: this is no text in UTF-8, but may be in UTF-16 without its mark."
         hint = "Save it as UTF-8: iconv -f UTF-16LE -t UTF-8 OLD > NEW (or UTF-16BE), or skip it with --skip-bad."
@@ -252,7 +251,7 @@ def _check_controls(data: bytes, source: str, line: int) -> None:
 
 
 def _encoding(head: bytes, source: str) -> tuple[str, int]:
-    """The encoding that the first bytes of a file show, and the length of its byte-order mark."""
+    """(encoding, length of the byte-order mark), from the first bytes of a file."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding, len(mark)
@@ -266,7 +265,7 @@ def _encoding(head: bytes, source: str) -> tuple[str, int]:
         ("utf-16-le", sample[::2], sample[1::2]),
         ("utf-16-be", sample[1::2], sample[::2]),
     ):
-        # Western text in UTF-16 without a mark has a NUL in nearly every second place and nowhere else.
+        # Western text in UTF-16 without a mark has a NUL in nearly every second byte and nowhere else.
         if len(low) == len(high) and 0 not in low and high.count(0) > 0.3 * len(high):
             text = sample.decode(encoding, errors="ignore")
             if all(character.isprintable() or character.isspace() for character in text):

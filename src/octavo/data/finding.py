@@ -1,4 +1,4 @@
-"""Which files a user means, and what in their folders is not read, counted by kind."""
+"""Finds the files that the user's paths name, and counts by kind the files in folders that are not read."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ LINK_AWAY = "link that leads out of the folder"
 
 
 @dataclass
-class Found:
-    """The files to read, in order, and the kinds of what was left out in folders, with how many of each."""
+class FoundFiles:
+    """The files to read, in order, and the number of files left out in folders, by kind."""
 
     files: list[Path] = field(default_factory=list)
     not_read: Counter[str] = field(default_factory=Counter)
 
 
-def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
-    """The files that `paths` mean, each once, in the order given, and what was left out.
+def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> FoundFiles:
+    """The files named by `paths`, each once and in the order given, with counts of what was left out.
 
-    A file that is named is taken whatever its suffix, a glob gives its matches in sorted order, a folder gives every
-    regular file below it whose suffix is in `suffixes`, sorted. All else in a folder is counted: other suffixes, hidden
-    files and folders, linked folders, links that are broken or lead out of the folder, devices and pipes, and second
-    names of a file that is read already. Raises UsageError for a path that means nothing.
+    A named file is read whatever its suffix. A glob gives its matches in sorted order. A folder gives every regular
+    file below it whose suffix is in `suffixes`, sorted. Everything else in a folder is counted: other suffixes, hidden
+    files and folders, linked folders, broken links and links to outside the folder, devices and pipes, and second names
+    of a file that is already read. Raises UsageError for a path that matches nothing.
     """
-    found = Found()
-    known: set[tuple[int, int]] = set()
+    found = FoundFiles()
+    seen: set[tuple[int, int]] = set()  # (device, inode)
     for given in paths:
         name = os.path.expanduser(given)
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -45,20 +45,20 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> Found:
             _nothing_there(name)
         matches = [match for match in matches if match not in broken]
         not_read: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
-        # `**` gives a folder and all that is below it.
+        # `**` matches a folder and everything below it.
         files = list(dict.fromkeys(file for match in matches for file in _below(Path(match), suffixes, not_read)))
         found.not_read += not_read
         if not files:
             _nothing_to_read(given, suffixes, not_read)
-        kept: set[Path] = set()
-        for file in sorted(files, key=Path.is_symlink):  # a file goes by its own name, not by that of a link to it
+        unique: set[Path] = set()
+        for file in sorted(files, key=Path.is_symlink):  # a file before the links to it, so that its own name is used
             status = file.stat()
-            if (identity := (status.st_dev, status.st_ino)) not in known or not status.st_ino:
-                known.add(identity)
-                kept.add(file)
+            if (identity := (status.st_dev, status.st_ino)) not in seen or not status.st_ino:
+                seen.add(identity)
+                unique.add(file)
             elif file not in found.files:
                 found.not_read["second name of a file that is read"] += 1
-        found.files += [file for file in files if file in kept]
+        found.files += [file for file in files if file in unique]
     return found
 
 
@@ -79,12 +79,12 @@ def _below(path: Path, suffixes: Sequence[str], not_read: Counter[str]) -> list[
                 not_read[kind] += 1
             else:
                 files.append(file)
-    not_read += Counter()  # drops the kinds that were counted 0 times
+    not_read += Counter()  # removes the kinds with a count of 0
     return sorted(files)
 
 
 def _why_not(file: Path, root: str, suffixes: Sequence[str]) -> str:
-    """The kind under which a file of a folder is left out; "" for one to read."""
+    """The kind under which a file of a folder is counted as left out; "" for a file to read."""
     if file.name.startswith("."):
         return "hidden file"
     try:
@@ -101,19 +101,19 @@ def _why_not(file: Path, root: str, suffixes: Sequence[str]) -> str:
 
 
 def _shown_suffix(file: Path) -> str:
-    """`.docx`, `.tar.gz`; long ones are no suffixes but parts of names."""
+    """`.docx`, `.tar.gz`. A long ending is part of the name, not a suffix."""
     compression = file.suffix.lower() if file.suffix.lower() in COMPRESSIONS else ""
     ending = suffix(file) + compression
     return ending if 1 < len(ending) <= 12 and ending.isascii() and ending.isprintable() else "file without a suffix"
 
 
 def counted(not_read: Mapping[str, int]) -> str:
-    """`2 .docx, 1 linked folder`, the most frequent first; of very many kinds the rest in one number."""
+    """`2 .docx, 1 linked folder`: the most frequent kinds first, beyond 12 kinds the rest as one number."""
     kinds = sorted(not_read.items(), key=lambda item: (-item[1], item[0]))
-    words = [f"{count:,} {_plural(kind) if count > 1 and kind[0] != '.' else kind}" for kind, count in kinds[:12]]
+    parts = [f"{count:,} {_plural(kind) if count > 1 and kind[0] != '.' else kind}" for kind, count in kinds[:12]]
     if len(kinds) > 12:
-        words.append(f"{sum(count for _, count in kinds[12:]):,} of other kinds")
-    return ", ".join(words)
+        parts.append(f"{sum(count for _, count in kinds[12:]):,} of other kinds")
+    return ", ".join(parts)
 
 
 def _plural(kind: str) -> str:
@@ -136,7 +136,7 @@ def _nothing_to_read(given: str, suffixes: Sequence[str], not_read: Counter[str]
 
 def _nothing_there(name: str) -> NoReturn:
     if os.path.islink(name):
-        raise UsageError(f"{name}: a link that leads nowhere.", hint="Name the file that is meant.")
+        raise UsageError(f"{name}: a link that leads nowhere.", hint="Name the file itself.")
     if glob.has_magic(name):
         raise UsageError(f"{name}: matches no file.", hint="`**` matches folders at any depth.")
     missing = Path(name)

@@ -1,7 +1,7 @@
-"""File formats: one reader each, from a path to entries. A new format is a reader and its line in READERS.
+"""File formats: one reader each, from a path to entries. To add a format, write a reader and list it in READERS.
 
-A reader gives a string for plain text and a mapping of named fields otherwise. It gives a DataError in the
-place of a record that it cannot read and goes on behind it; it raises one when the rest of the file is lost.
+A reader yields a string for plain text and a mapping for named fields. For a record that it cannot read it yields a
+DataError and continues with the next record. It raises DataError if the rest of the file cannot be read.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = ["READERS", "Entry", "entries"]
 
 Reader = Callable[[Path, str | None], Iterator[Entry]]
 MAX_GROUP_BYTES = 2**30
-_JSON_LINES = 20  # so many are parsed; of the rest the first and last character are looked at
+_JSON_LINES = 20  # lines that are parsed; of the other lines only the first and last character are checked
 
 
 def entries(path: Path, split_on: str | None = None) -> Iterator[Entry]:
     """The entries of one file.
 
-    A file with a suffix that is not in READERS is read as plain text, unless suffix or beginning say that it is markup:
-    then it is read as HTML, or DataError says what to do. `split_on` cuts plain text into documents: "lines", or a
-    separator; other formats have their own records.
+    A file whose suffix is not in READERS is read as plain text, unless its suffix or first bytes show markup. HTML is
+    then read as HTML, and other markup raises DataError with a next step. `split_on` splits plain text into documents:
+    "lines", or a separator. Other formats have records.
     """
     ending = suffix(path)
     if ending in READERS:
@@ -59,7 +59,7 @@ def entries(path: Path, split_on: str | None = None) -> Iterator[Entry]:
 
 
 def _root(path: Path) -> bytes:
-    """How a file begins: the first tag behind comments, in small letters, if it is HTML's, else the first 5 bytes."""
+    """The first tag after comments in lower case if it is HTML's, else the first 5 bytes of the file."""
     with open_bytes(path) as stream:
         head = stream.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     at = 0
@@ -74,10 +74,10 @@ def _root(path: Path) -> bytes:
 
 
 def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank stretches between separators are left out.
+    """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank pieces between separators are left out.
 
-    The line breaks around a separator belong to the separator, not to the documents. Raises DataError for a file of
-    JSON records.
+    Line breaks next to a separator belong to the separator, not to the documents. Raises DataError for a file of JSON
+    records.
     """
     _refuse_json(path)
     by_line = split_on == "lines"
@@ -99,7 +99,7 @@ def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
 
 
 def _refuse_json(path: Path) -> None:
-    """Records in JSON under another name would be learned with their braces and names of fields."""
+    """DataError for JSON records under another suffix: their braces and field names would be trained on."""
     with open_bytes(path) as stream:
         head = stream.read(SAMPLE_BYTES)
     begin = re.match(rb"(?:\xef\xbb\xbf)?\s*(\{|\[\s*\{)|\xff\xfe|\xfe\xff", head)
@@ -136,13 +136,14 @@ def _is_records(data: bytes) -> bool:
         value = parse(data.decode("utf-8"), "")
     except (DataError, UnicodeDecodeError):
         return False
-    return bool(value) and all(isinstance(one, dict) and one for one in (value if isinstance(value, list) else [value]))
+    records = value if isinstance(value, list) else [value]
+    return bool(value) and all(isinstance(record, dict) and record for record in records)
 
 
 def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """A parquet table, row by row; an entry's line is the number of its row. Needs pyarrow.
+    """A parquet table, row by row. The line of an entry is its row number. Needs pyarrow.
 
-    All objects of a column have one set of fields there: what one of them lacks is null, and left out again.
+    All objects of a parquet column share one set of fields. Fields that an object lacks are null, and are removed.
     """
     try:
         import pyarrow
@@ -151,9 +152,9 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
         hint = "Install it: pip install 'octavo[parquet]'"
         raise UsageError(f"{name_of(path)}: parquet files need pyarrow, which is not installed.", hint=hint) from error
     source = name_of(path)
-    number, given = 0, 0
+    number, n_bytes = 0, 0
     with open_bytes(path) as stream:
-        # A compressed stream cannot jump to the table's footer, which is at the end.
+        # A compressed stream cannot seek to the footer of the table, which is at the end.
         data = stream if suffix(path) == path.suffix.lower() else pyarrow.BufferReader(read_whole(stream, source))
         try:
             table = parquet.ParquetFile(data)
@@ -161,10 +162,10 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
             _check_groups(table.metadata, source)
             most = max(SURE_BYTES, MAX_RATIO * path.stat().st_size)
             for batch in table.iter_batches(batch_size=256):
-                given += batch.nbytes
-                if given > most:  # one long word, written once for all rows
+                n_bytes += batch.nbytes
+                if n_bytes > most:  # one long string, stored once for all rows
                     message = f"the table swells to more than {MAX_RATIO} times the file's size."
-                    raise DataError(message, source=source, line=number, hint="Write the rows that are meant anew.")
+                    raise DataError(message, source=source, line=number, hint="Write a new table of the rows you need.")
                 for record in _records(batch, source, number):
                     number += 1
                     yield Entry(number, record, 0)
@@ -174,16 +175,16 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
 
 
 def _records(batch: Any, source: str, before: int) -> list[dict[str, object] | DataError]:
-    """The rows of a batch as Python's objects; `before` is the number of rows in front of it.
+    """The rows of a batch as Python objects. `before` is the number of rows before the batch.
 
-    A cell may hold what Python cannot: bytes that are no UTF-8 in a string, a date behind the year 9999, a time zone
-    that this machine lacks. Then a DataError with the column is in the place of the row.
+    A cell may hold a value that Python has no type for: a string that is not UTF-8, a date after the year 9999, a time
+    zone that this machine does not have. Then a DataError that names the column takes the row's place.
     """
     try:
         return [{name: _without_nulls(value) for name, value in row.items()} for row in batch.to_pylist()]
     except MemoryError:
         raise
-    except Exception:  # pyarrow, datetime and the library of time zones each raise their own
+    except Exception:  # pyarrow, datetime and the time zone library each raise classes of their own
         return [_record(batch.slice(n, 1), source, before + n + 1) for n in range(batch.num_rows)]
 
 
@@ -197,27 +198,27 @@ def _record(row: Any, source: str, number: int) -> dict[str, object] | DataError
         except Exception as error:
             reason = shortened(f"{type(error).__name__}: {error}")
             message = f"column {shortened(name)!r} holds what cannot be read ({reason})."
-            hint = "Take out the column or the row, or skip such rows with --skip-bad."
+            hint = "Remove the column or the row, or skip such rows with --skip-bad."
             return DataError(message, source=source, line=number, hint=hint)
     return record
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the null fields of objects, at every depth; null items of a list say something and stay."""
+    """`value` without null fields of objects, at every depth. Null items of lists carry meaning and are kept."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_names(names: Sequence[str], source: str) -> None:
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        message = f"the table has two columns of the name {shortened(twice)!r}."
+    duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
+    if duplicate is not None:
+        message = f"the table has two columns of the name {shortened(duplicate)!r}."
         raise DataError(message, source=source, hint="Rename one of them.")
 
 
 def _check_groups(metadata: object, source: str) -> None:
-    """A row group is decoded in one piece: what is said of its size is looked at before that."""
+    """A row group is decoded at once, so the size in its metadata is checked before."""
     for number in range(metadata.num_row_groups):  # type: ignore[attr-defined]
         size = metadata.row_group(number).total_byte_size  # type: ignore[attr-defined]
         if size > MAX_GROUP_BYTES or size < 0:

@@ -1,4 +1,7 @@
-"""What is held out: a share of the documents, copies between the sides, what the training text has of the other."""
+"""Held-out documents: the split, copies on both sides, and n-gram overlap with the training text.
+
+Legend: V vocabulary size, n tokens of a text.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.data.bytes import token_bytes
-from octavo.data.encoding import begin_ids
+from octavo.data.encoding import bos_ids
 from octavo.data.records import ALPACA_HEADINGS, Document
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
@@ -21,18 +24,18 @@ from octavo.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NGRAM = 13  # tokens that both sides share in a row: as in the GPT-3 paper (arXiv 2005.14165, appendix C)
-NEAR_COPY = 0.5  # a document is a near copy if so much of its learned text is in the training text
+NGRAM = 13  # tokens in a row that both sides share, as in the GPT-3 paper (arXiv 2005.14165, appendix C)
+NEAR_COPY = 0.5  # a document is a near copy if more than this share of its trained tokens is in the training text
 _CHUNK_TOKENS = 2**20
 _WRITTEN_SPACES = " \t\r\n\u2581\u0120\u010a\u0109\u010d"  # white space as vocabularies write it
-# Signs that change nothing of what is read: zero-width ones, the byte-order mark, the soft hyphen.
+# Characters that a reader does not see: zero-width characters, the byte-order mark, the soft hyphen.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
 def digest(document: Document) -> bytes:
-    """16 bytes that are the same for documents of the same text, whatever their white space and Unicode form.
+    """A 16-byte hash of a document's text, independent of white space and Unicode form.
 
-    How the text is parted into prompt and completion, turns or Alpaca's fields makes no difference.
+    It does not depend on how the text is split into prompt and completion, turns or Alpaca's fields.
     """
     prompt = document.prompt or ""
     for heading in ALPACA_HEADINGS:
@@ -44,57 +47,57 @@ def digest(document: Document) -> bytes:
 
 
 def copies(documents: Sequence[Document], of: Sequence[Document]) -> list[int]:
-    """The numbers of those `documents` whose text is also one of `of`."""
-    known = {digest(document) for document in of}
-    return [number for number, document in enumerate(documents) if digest(document) in known]
+    """The indices of those `documents` whose text is also in `of`."""
+    digests = {digest(document) for document in of}
+    return [index for index, document in enumerate(documents) if digest(document) in digests]
 
 
 def share_of(count: int, fraction: float) -> int:
-    """How many of `count` documents a fraction above 0 is: at least one on either side."""
+    """How many of `count` documents are the share `fraction` > 0; at least one document is on either side."""
     return min(max(1, round(fraction * count)), count - 1)
 
 
 def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """A training and a test side; `fraction` of the documents are test, exact to one document.
+    """(training documents, test documents); the share `fraction` of the documents is test, exact to one document.
 
-    Documents are put in an order that their content and the seed alone decide, and the first ones are test: few change
-    their side when files are added, and none when they are moved or renamed. Copies of one text stay together; where
-    they are more than the share has room for, they are learned. With two or more texts neither side is empty.
-    Raises UsageError for a fraction outside [0, 1), and where all documents are copies of one text.
+    Documents are ordered by a hash of their content and the seed, and the first ones are the test side. So few change
+    sides when files are added, and none when files are moved or renamed. Copies of one text stay on one side; copies
+    that exceed the share go to the training side. With two or more texts neither side is empty.
+    Raises UsageError for a fraction outside [0, 1), and if all documents are copies of one text.
     """
     if not 0 <= fraction < 1:
         raise UsageError(f"the test fraction is {fraction}.", hint="Give a number from 0 up to, not including, 1.")
     if fraction == 0 or len(documents) < 2:
         return list(documents), []
-    groups: dict[bytes, list[int]] = {}
-    for number, document in enumerate(documents):
-        groups.setdefault(digest(document), []).append(number)
+    groups: dict[bytes, list[int]] = {}  # digest -> indices of the copies of one text
+    for index, document in enumerate(documents):
+        groups.setdefault(digest(document), []).append(index)
     if len(groups) == 1:
         raise UsageError(
             f"All {len(documents):,} documents are copies of one text: none can be held out of the training.",
             hint="Give other text with --test-data, or hold nothing out with --test-fraction 0.",
         )
     ordered = sorted(groups, key=lambda content: hashlib.blake2b(b"%d\0" % seed + content).digest())
-    wanted = share_of(len(documents), fraction)
+    n_test = share_of(len(documents), fraction)
     test: set[int] = set()
-    taken = 0
+    n_groups = 0
     for content in ordered:
-        if len(test) + len(groups[content]) <= wanted and taken < len(groups) - 1:
+        # One group always stays on the training side.
+        if len(test) + len(groups[content]) <= n_test and n_groups < len(groups) - 1:
             test.update(groups[content])
-            taken += 1
-    if not test:
+            n_groups += 1
+    if not test:  # every group is larger than the share
         test.update(groups[min(ordered, key=lambda content: len(groups[content]))])
     sides: tuple[list[Document], list[Document]] = ([], [])
-    for number, document in enumerate(documents):
-        sides[number in test].append(document)
+    for index, document in enumerate(documents):
+        sides[index in test].append(document)
     return sides
 
 
 def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tokens, Tokens]:
-    """A plain text parted before token `at`: its beginning, without an end token, and its rest, which begins as a text
-    of its own does."""
-    lengths = token_bytes(tokenizer)
-    begin = np.array(begin_ids(tokenizer), dtype=np.int32)
+    """A plain text split before token `at`: (its beginning without an EOS token, its rest with a BOS token)."""
+    lengths = token_bytes(tokenizer)  # (V,)
+    begin = np.array(bos_ids(tokenizer), dtype=np.int32)
     rest = np.concatenate([begin, tokens.ids[at:]])
     trained = np.arange(len(rest)) >= max(1, len(begin))
     first = replace(tokens, ids=tokens.ids[:at], trained=tokens.trained[:at])
@@ -104,26 +107,26 @@ def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[To
 
 
 def bare_tokens(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
-    """(V,) for each token the one that its text is without white space around it; -1 for white space alone.
+    """(V,) For each token id the id of the token without surrounding white space; -1 for white space alone.
 
-    So a text that is wrapped at other columns, or indented, has the same tokens but for words that begin a line and
-    are split otherwise there.
+    After this mapping a text has the same ids if it is wrapped at other columns or indented, except for words at the
+    start of a line that the tokenizer splits differently there.
     """
     vocabulary = tokenizer.get_vocab()
-    bare = np.arange(len(tokenizer), dtype=np.int32)
-    for token, number in vocabulary.items():
+    bare = np.arange(len(tokenizer), dtype=np.int32)  # (V,)
+    for token, token_id in vocabulary.items():
         text = token.strip(_WRITTEN_SPACES)
-        bare[number] = vocabulary.get(text, number) if text else -1
+        bare[token_id] = vocabulary.get(text, token_id) if text else -1
     return bare
 
 
 @dataclass(frozen=True)
 class Shared:
-    """How much of the held-out text is in the training text as well, in runs of NGRAM tokens or more."""
+    """The overlap of held-out text with the training text, in runs of at least NGRAM tokens."""
 
-    tokens: int  # learned tokens of the held-out text
-    shared: int  # those of them that are in a run which the training text holds
-    near_copies: tuple[int, ...]  # numbers of held-out documents with more than NEAR_COPY of them shared
+    tokens: int  # trained tokens of the held-out text
+    shared: int  # those of them that are within a run that the training text contains
+    near_copies: tuple[int, ...]  # indices of held-out documents with a shared part above NEAR_COPY
 
     @property
     def share(self) -> float:
@@ -134,61 +137,64 @@ class Shared:
 def shared_text(
     train: Iterable[npt.NDArray[np.int32]],
     test: Sequence[npt.NDArray[np.int32]],
-    learned: Sequence[npt.NDArray[np.bool_]],
+    trained: Sequence[npt.NDArray[np.bool_]],
 ) -> Shared:
-    """Runs of NGRAM tokens of `test` that stand in `train`; of them those places count that are `learned`.
+    """Runs of NGRAM tokens of `test` that occur in `train`. Only tokens that are `trained` are counted.
 
-    Runs are compared by a hash of 64 bits. The memory is that of the test side: some 30 bytes a token.
+    Runs are compared by a 64-bit hash. Memory is proportional to the test side: some 30 bytes a token.
     """
     hashes = [_hashes(ids) for ids in test]
-    wanted = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
-    found = np.zeros(len(wanted), dtype=np.bool_)
+    wanted = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)  # sorted
+    occurs = np.zeros(len(wanted), dtype=np.bool_)
     if len(wanted):
-        # A table of bits that most runs of the training text fall through, before the search among sorted numbers.
+        # A bitmap over the top bits of the hash rejects most training runs before the binary search.
         shift = np.uint64(64 - min(27, max(10, len(wanted).bit_length() + 4)))
-        table = np.zeros(2 ** (64 - int(shift)), dtype=np.bool_)
-        table[wanted >> shift] = True
+        bitmap = np.zeros(2 ** (64 - int(shift)), dtype=np.bool_)
+        bitmap[wanted >> shift] = True
         for chunk in _chunks(train):
-            some = _hashes(chunk)
-            some = some[table[some >> shift]]
-            place = np.minimum(np.searchsorted(wanted, some), len(wanted) - 1)
-            found[place[wanted[place] == some]] = True
-    tokens = shared = 0
+            candidates = _hashes(chunk)
+            candidates = candidates[bitmap[candidates >> shift]]
+            index = np.minimum(np.searchsorted(wanted, candidates), len(wanted) - 1)
+            occurs[index[wanted[index] == candidates]] = True
+    n_tokens = n_shared = 0
     near: list[int] = []
-    for number, (ids, mask) in enumerate(zip(hashes, learned, strict=True)):
-        starts = np.flatnonzero(found[np.searchsorted(wanted, ids)]) if len(ids) else np.zeros(0, dtype=np.int64)
-        # +1 where a run begins, -1 behind its end: inside a run the sum is above 0.
+    for number, (runs, mask) in enumerate(zip(hashes, trained, strict=True)):
+        starts = np.flatnonzero(occurs[np.searchsorted(wanted, runs)]) if len(runs) else np.zeros(0, dtype=np.int64)
+        # +1 where a run begins, -1 after its end: the cumulative sum is above 0 within runs.
         edges = np.zeros(len(mask) + 1, dtype=np.int64)
         np.add.at(edges, starts, 1)
         np.add.at(edges, starts + NGRAM, -1)
-        inside = int(np.count_nonzero((np.cumsum(edges[:-1]) > 0) & mask))
-        own = int(np.count_nonzero(mask))
-        tokens, shared = tokens + own, shared + inside
-        if own and inside > NEAR_COPY * own:
+        shared = int(np.count_nonzero((np.cumsum(edges[:-1]) > 0) & mask))
+        total = int(np.count_nonzero(mask))
+        n_tokens, n_shared = n_tokens + total, n_shared + shared
+        if total and shared > NEAR_COPY * total:
             near.append(number)
-    return Shared(tokens, shared, tuple(near))
+    return Shared(n_tokens, n_shared, tuple(near))
 
 
 def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
-    """All runs of the texts in arrays of about _CHUNK_TOKENS: long texts cut with an overlap, short ones put together
-    with an id between them that no token has."""
-    between = np.array([-1], dtype=np.int32)
-    held: list[npt.NDArray[np.int32]] = []
+    """All runs of the texts in arrays of about _CHUNK_TOKENS ids.
+
+    Long texts are split with an overlap of NGRAM - 1. Short texts are concatenated with the id -1 between them, which
+    no token has.
+    """
+    separator = np.array([-1], dtype=np.int32)
+    parts: list[npt.NDArray[np.int32]] = []
     size = 0
     for ids in texts:
         for start in range(0, max(0, len(ids) - NGRAM + 1), _CHUNK_TOKENS):
             piece = ids[start : start + _CHUNK_TOKENS + NGRAM - 1]
-            held += [piece, between]
+            parts += [piece, separator]
             size += len(piece) + 1
             if size >= _CHUNK_TOKENS:
-                yield np.concatenate(held)
-                held, size = [], 0
-    if held:
-        yield np.concatenate(held)
+                yield np.concatenate(parts)
+                parts, size = [], 0
+    if parts:
+        yield np.concatenate(parts)
 
 
 def _hashes(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
-    """(max(0, n - NGRAM + 1),) one number for each run of NGRAM ids: a sum of products modulo 2**64."""
+    """(max(0, n - NGRAM + 1),) The hash of each run of NGRAM ids: sum_i c_i mix(id_i) modulo 2**64, then mixed."""
     n = len(ids) - NGRAM + 1
     if n <= 0:
         return np.zeros(0, dtype=np.uint64)

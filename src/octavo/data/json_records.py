@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: one record each, and the tables that pandas and others write as JSON."""
+"""JSON and JSON Lines: records, and the tables that pandas and others write as JSON."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from octavo.data.fields import kind
 from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces, suffix
 from octavo.errors import DataError
 
-# Of one JSON text: it bounds the memory. An empty object takes 3 bytes of text and 72 bytes of memory.
+# Bounds the memory of one JSON text: an empty object takes 3 bytes of text and 72 bytes of memory.
 MAX_VALUES = 10_000_000
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-# Where one object holds all records: Alpaca's and pandas' "data", the hub's "rows", and their like.
+# Keys under which one object holds all records: "data" in Alpaca and pandas, "rows" in the Hugging Face viewer.
 _LISTS = ("data", "rows", "records", "examples", "train", "instances", "items")
-# Names that say that an object is a record itself.
+# Keys that show that an object is itself a record.
 _OF_RECORDS = {
     *("text", "content", "prompt", "completion", "messages", "conversations", "conversation", "instruction", "output"),
     *("question", "answer", "input"),
 }
-# What may be beside the list of records without being a part of them. Numbers, true, false and null may be too.
+# Keys that may occur next to the list of records without being part of them, as may numbers, booleans and null.
 _METADATA = {
     *("schema", "features", "columns", "column_names", "index", "index_names", "version", "license", "licence"),
     *("name", "title", "description", "author", "authors", "date", "created", "created_at", "updated", "updated_at"),
@@ -35,9 +35,9 @@ _METADATA = {
 
 
 def read_jsonl(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """One JSON object, or one string, a line. U+2028 and its like may be inside a string.
+    """One JSON object, or one string, per line. U+2028 and similar characters may be inside a string.
 
-    A file that holds one list, one table, or one object over several lines, is read as `read_json` does.
+    A file of one list, one table, or one object over several lines, is read by `read_json`.
     """
     if _is_one_value(path):
         yield from read_json(path, split_on)
@@ -55,7 +55,7 @@ def _is_one_value(path: Path) -> bool:
         return True
     if not first.startswith((b"[", b"{")) or first.startswith(b"[["):
         return False
-    if second:  # where more lines follow a whole value, each should have been an object
+    if second:  # a complete value followed by more lines is JSON Lines
         opens = first.endswith((b",", b"{", b"[", b":"))
         return opens and (first.startswith(b"[") or not second.startswith(b"{"))
     source = name_of(path)
@@ -67,10 +67,11 @@ def _is_one_value(path: Path) -> bool:
 
 
 def read_json(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """A list of objects or strings, a table, or a single object; an entry's line is its number in the list.
+    """A list of objects or strings, a table, or a single object. The line of an entry is its number in the list.
 
-    A table is {"data": [..]} or its like, or what pandas' to_json writes: columns, index, split or records. Beside the
-    list of records an object may hold metadata (numbers, and the names in _METADATA): DataError names all else.
+    A table is {"data": [..]} or similar, or the output of pandas' to_json with the orient columns, index, split or
+    records. Next to the list of records an object may hold metadata: numbers, and the keys in _METADATA. Any other key
+    raises DataError.
     """
     source = name_of(path)
     for piece in pieces(path, None):
@@ -85,9 +86,9 @@ class _TableError(ValueError):
 
 
 def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | None:
-    """The rows of a table in one object; None for an object that is a record itself.
+    """The rows of a table in one object; None for an object that is itself a record.
 
-    A DataError is in the place of a row that cannot be read. Raises DataError for a table with more than its rows.
+    A row that cannot be read is a DataError. Raises DataError for a table with unknown keys next to its rows.
     """
     columns = value.get("columns")
     for name in _LISTS:
@@ -95,11 +96,11 @@ def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | 
         if not isinstance(rows, list) or not rows:
             continue
         if isinstance(columns, list) and any(isinstance(row, list) for row in rows):
-            _check_beside(value, name, source)
+            _check_other_keys(value, name, source)
             return _cells_named(columns, rows, source)
         is_list = any(isinstance(row, dict) for row in rows) or all(isinstance(row, str) for row in rows)
         if is_list and not _OF_RECORDS & value.keys() and not _is_columns(value):
-            _check_beside(value, name, source)
+            _check_other_keys(value, name, source)
             return [_unwrapped(row, source, number) for number, row in enumerate(rows, start=1)]
     inner = list(value.values())
     if inner and all(isinstance(column, dict) and column for column in inner):
@@ -110,7 +111,7 @@ def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | 
 
 
 def _is_columns(value: Mapping[str, object]) -> bool:
-    """Whether each field is a column: lists of one length, of which none is the turns of one conversation."""
+    """Whether each field is a column: lists of equal length, none of which is the turns of one conversation."""
     columns = [column for column in value.values() if isinstance(column, list)]
     if not columns or len(columns) < len(value) or len({len(column) for column in columns}) > 1:
         return False
@@ -121,40 +122,40 @@ def _is_columns(value: Mapping[str, object]) -> bool:
     return not any(isinstance(item, dict) for column in turns for item in column)
 
 
-def _check_beside(value: Mapping[str, object], name: str, source: str) -> None:
-    """Nothing of the object may vanish: DataError for what is beside the list of records and no metadata."""
+def _check_other_keys(value: Mapping[str, object], name: str, source: str) -> None:
+    """DataError for a key next to the list of records that is no metadata: no data may be lost silently."""
     for other, content in value.items():
         if other == name or other.strip().lower() in _METADATA or not content or isinstance(content, int | float):
             continue
         shown = shortened(repr(other))
         if isinstance(content, list) and any(isinstance(item, dict) for item in content):
             message = f"the object holds more than one list of records: {name!r} and {shown}."
-            hint = "Write each list to a file of its own, and give octavo those that are meant."
+            hint = "Write each list to a file of its own, and give octavo the files to train on."
         else:
-            message = f"the object holds {shown} beside the records in {name!r}, and octavo has no use for it there."
-            hint = "Take it out, or write it into each record that it belongs to."
+            message = f"the object holds {shown} next to the records in {name!r}, and octavo has no use for it there."
+            hint = "Remove it, or write it into each record that it belongs to."
         raise DataError(message, source=source, hint=hint) from _TableError()
 
 
 def _cells_named(columns: Sequence[object], rows: Sequence[object], source: str) -> list[object]:
     names = [str(column) for column in columns]
     if len(set(names)) != len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        message = f"the table has two columns of the name {shortened(twice)!r}."
+        duplicate = next(name for index, name in enumerate(names) if name in names[:index])
+        message = f"the table has two columns of the name {shortened(duplicate)!r}."
         raise DataError(message, source=source, hint="Rename one of them.") from _TableError()
     named: list[object] = []
     for number, row in enumerate(rows, start=1):
         if isinstance(row, list) and len(row) == len(names):
             named.append(dict(zip(names, row, strict=True)))
             continue
-        held = f"{len(row):,} cells" if isinstance(row, list) else "no list of cells"
-        message = f"row {number:,} holds {held}, but the table has {len(names):,} columns."
+        cells = f"{len(row):,} cells" if isinstance(row, list) else "no list of cells"
+        message = f"row {number:,} holds {cells}, but the table has {len(names):,} columns."
         named.append(DataError(message, source=source, line=number, hint="Correct the row, or use --skip-bad."))
     return named
 
 
 def _unwrapped(row: object, source: str, number: int) -> object:
-    """The record in a row of the hub's, which also says its number and which cells are cut."""
+    """The record in a row of the Hugging Face viewer, which also has a row number and a list of truncated cells."""
     if not isinstance(row, dict) or "row_idx" not in row or "row" not in row:
         return row
     if row.get("truncated_cells"):
@@ -164,7 +165,7 @@ def _unwrapped(row: object, source: str, number: int) -> object:
 
 
 def _by_labels(value: Mapping[str, object]) -> list[object] | None:
-    """pandas' {column: {label: cell}} or {label: {column: cell}}: labels are mostly numbers, columns are not."""
+    """The records of pandas' {column: {label: cell}} or {label: {column: cell}}. Labels are mostly numbers."""
     inner = [item for item in value.values() if isinstance(item, dict)]
     if all(label.isdecimal() for label in value):
         return [*inner]
@@ -183,9 +184,9 @@ def _json_line(piece: Piece, source: str) -> Mapping[str, object] | str | DataEr
 
 
 def parse(text: str, source: str, line: int = 0, *, of_lines: bool = False) -> object:
-    """`line` is the line of a JSON Lines record; 0 for a whole file, whose errors know their own line.
+    """The value of a JSON text. `line` is the line of a JSON Lines record, or 0 for a whole file.
 
-    Raises DataError for what is not JSON, a key that an object holds twice, and more than MAX_VALUES values.
+    Raises DataError for invalid JSON, a duplicate key in an object, and more than MAX_VALUES values.
     """
     try:
         _check_count(text)
@@ -208,7 +209,7 @@ def parse(text: str, source: str, line: int = 0, *, of_lines: bool = False) -> o
 
 
 def _check_count(text: str) -> None:
-    """JsonError for more than MAX_VALUES values, before any of them takes memory."""
+    """JsonError for more than MAX_VALUES values, before they are parsed and take memory."""
 
     def upper_bound(text: str) -> int:
         return text.count(",") + text.count("[") + text.count("{")

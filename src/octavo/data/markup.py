@@ -1,7 +1,7 @@
-"""Text out of HTML: what a reader of the page sees, a line a block.
+"""The visible text of HTML, one line per block.
 
-The time is linear in the length of the page, whatever it holds: the standard library's parser looks at the rest of the
-page again for each tag that never ends.
+The time is linear in the length of any page. The parser of the standard library is quadratic: it scans the rest of the
+page again for each tag that is never closed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.data.entries import Entry
 from octavo.data.files import decode, name_of, pieces
 from octavo.errors import DataError
 
-# Named files whose markup would be learned as if it were text, and what to do instead.
+# Suffixes of files whose markup would be trained on as if it were text.
 REFUSED = {
     **dict.fromkeys((".rtf",), "RTF"),
     **dict.fromkeys((".xml", ".svg", ".rss", ".atom", ".fb2", ".tei", ".dbk", ".plist", ".opml"), "XML"),
@@ -40,7 +40,7 @@ _HIDDEN = {
     "select",
     "textarea",
 }
-_RAW = {"script", "style", "title", "textarea", "iframe"}  # their content is no markup
+_RAW = {"script", "style", "title", "textarea", "iframe"}  # their content is not parsed as markup
 _OF_HEAD = {"meta", "link", "base"}
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _INLINE = {
@@ -102,7 +102,7 @@ _PARAGRAPHS = {
 
 
 def read_html(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """The text of a page as one document: no tags, scripts, styles or head; blocks on lines of their own."""
+    """The text of a page as one document: without tags, scripts, styles and head, each block on a line of its own."""
     source = name_of(path)
     for piece in pieces(path, None):
         text = text_of_html(decode(piece, source))
@@ -111,9 +111,9 @@ def read_html(path: Path, split_on: str | None) -> Iterator[Entry]:
 
 
 def refuse_markup(path: Path, ending: str) -> None:
-    """DataError for a file whose suffix says that it is markup which octavo does not read."""
+    """DataError for a suffix of markup that octavo does not read."""
     if ending in REFUSED:
-        hint = "Convert it to plain text, or rename it to .txt if the markup itself is to be learned."
+        hint = "Convert it to plain text, or rename it to .txt to train on the markup itself."
         raise DataError(f"is {REFUSED[ending]}, not plain text.", source=name_of(path), hint=hint)
 
 
@@ -135,21 +135,21 @@ def text_of_html(html: str) -> str:
 
 
 def _closed(html: str) -> set[int]:
-    """The numbers of the tokens that begin a hidden element which ends somewhere."""
-    found: set[int] = set()
-    begun: list[tuple[str, int]] = []
+    """The indices of the start tags of hidden elements that are closed later."""
+    closed: set[int] = set()
+    opened: list[tuple[str, int]] = []
     counts: Counter[str] = Counter()
     for number, (kind, name) in enumerate(_tokens(html)):
         if kind == "start" and name in _HIDDEN:
-            begun.append((name, number))
+            opened.append((name, number))
             counts[name] += 1
         elif kind == "end" and counts[name]:
             last = ""
             while last != name:
-                last, at = begun.pop()
+                last, at = opened.pop()
                 counts[last] -= 1
-            found.add(at)
-    return found
+            closed.add(at)
+    return closed
 
 
 _NAME = re.compile(r"[a-zA-Z][^\s/>]*")
@@ -157,9 +157,10 @@ _STOP = re.compile(r"""=\s*["']|>""")
 
 
 def _tokens(html: str) -> Iterator[tuple[str, str]]:
-    """("text", characters) and ("start" | "end" | "empty", name of the tag), in the order of the page.
+    """("text", characters) and ("start" | "end" | "empty", tag name), in the order of the page.
 
-    Every search either goes on from where the last one ended or, where it found nothing, is never made again.
+    Linear time: every search continues from the end of the last one, and a search that found nothing is not repeated.
+    `quotes` and `comments` are False once the rest of the page has no end of a quoted tag or of a comment.
     """
     at, quotes, comments = 0, True, True
     closings: dict[str, int] = {}
@@ -184,7 +185,7 @@ def _tokens(html: str) -> Iterator[tuple[str, str]]:
             quotes = quotes and (name is None or is_end)
             end = html.find(">", at) + 1
         if not end:
-            break  # no tag ends from here on
+            break  # no further tag is closed
         tag, at, begin = (name[0].lower() if name else ""), end, at
         if not tag:
             continue
@@ -195,7 +196,7 @@ def _tokens(html: str) -> Iterator[tuple[str, str]]:
             if 0 <= closings.get(tag, 0) < end:
                 closings[tag] = _closing(html, tag, end)
             if closings[tag] < 0 and tag in ("script", "style"):
-                return  # the rest is code
+                return  # the rest is script or style
             at = max(end, closings[tag])
         yield "start", tag
     if at < len(html):
@@ -203,34 +204,34 @@ def _tokens(html: str) -> Iterator[tuple[str, str]]:
 
 
 def _tag_end(html: str, at: int) -> int:
-    """The place behind the `>` that ends a tag, as one in a quoted value does not; -1 for none."""
-    while found := _STOP.search(html, at):
-        if found[0] == ">":
-            return found.end()
-        closing = html.find(found[0][-1], found.end())
-        at = closing + 1 if closing >= 0 else found.end()
+    """The index after the `>` that ends a tag; a `>` in a quoted value does not. -1 for none."""
+    while stop := _STOP.search(html, at):
+        if stop[0] == ">":
+            return stop.end()
+        closing = html.find(stop[0][-1], stop.end())
+        at = closing + 1 if closing >= 0 else stop.end()
     return -1
 
 
 def _closing(html: str, tag: str, at: int) -> int:
-    """The place of the next end tag of this name; -1 for none."""
-    found = re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE).search(html, at)
-    return found.start() if found else -1
+    """The index of the next end tag of this name; -1 for none."""
+    match = re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE).search(html, at)
+    return match.start() if match else -1
 
 
 class _Text:
-    """Collects text; `parts` end up with at most one space or line break between words, but for <pre>."""
+    """Collects text in `parts`, with at most one space or line break between words, except in <pre>."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
         self.hidden: list[str] = []
         self._pre = 0
-        self._cells = 0  # of the row so far
+        self._cells = 0  # cells of the current row
         self._row_has_text = False
 
     def start(self, tag: str) -> None:
         if self.hidden == ["head"] and tag not in _OF_HEAD and tag not in _HIDDEN:
-            self.hidden.clear()  # a head need not be closed
+            self.hidden.clear()  # HTML allows a head without an end tag
         self._pre += tag == "pre"
         self._break(tag)
 
@@ -245,7 +246,7 @@ class _Text:
     def text(self, data: str) -> None:
         if self.hidden:
             return
-        # Python refuses to read longer numbers.
+        # Python's int() rejects numbers of more digits.
         data = unescape(re.sub(r"&#[0-9]{1000,};?", "\ufffd", data))
         if not self._pre:
             data = re.sub(r"[ \t\r\n\f]+", " ", data)
@@ -256,7 +257,7 @@ class _Text:
             self._row_has_text = self._row_has_text or not data.isspace()
 
     def _break(self, tag: str) -> None:
-        """What a tag does to the line: blocks begin one, paragraphs leave one free, cells are told apart."""
+        """The line breaks of a tag: a block starts a line, a paragraph leaves a blank one, cells are separated."""
         if self.hidden or tag in _INLINE or tag in _HIDDEN:
             return
         if tag in ("td", "th"):
@@ -264,14 +265,14 @@ class _Text:
             return
         if tag == "tr":
             self._cells, self._row_has_text = 0, False
-        wanted = 1 if tag == "br" else 2 if tag in _PARAGRAPHS else 1
+        required = 1 if tag == "br" else 2 if tag in _PARAGRAPHS else 1
         ends = "".join(part[-2:] for part in self.parts[-2:])
         present = len(ends) - len(ends.rstrip("\n"))
-        if self.parts and (tag == "br" or present < wanted):
-            self.parts.append("\n" * (1 if tag == "br" else wanted - present))
+        if self.parts and (tag == "br" or present < required):
+            self.parts.append("\n" * (1 if tag == "br" else required - present))
 
     def _cell(self) -> None:
-        """A tab before each cell but the first, also behind empty ones; a block in a cell ends its line itself."""
+        """A tab before each cell but the first, also after empty cells. A block within a cell ends its own line."""
         self._cells += 1
         last = self.parts[-1] if self.parts else ""
         if self._cells == 1 or (self._row_has_text and last.endswith("\n")):

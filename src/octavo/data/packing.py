@@ -1,7 +1,9 @@
-"""Documents of any length to rows of one length, and a ledger that says where every token went.
+"""Packs documents of any length into rows of one length, and accounts for every token in a ledger.
 
-A row holds pieces of several documents. `document` numbers them and `positions` restart with each, so that
-attention can stay within a piece. T is the row's length.
+A row holds pieces of several documents. `document` numbers the pieces and `positions` restart with each piece, so that
+attention can be limited to the piece.
+
+Legend: R packed rows, T row length (seq_len), n tokens of one document.
 """
 
 from __future__ import annotations
@@ -18,23 +20,23 @@ from octavo.data.ledger import FileLedger, Ledger, total
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
-IGNORE_INDEX = -100  # the label of a place that is not learned: the default of torch's cross_entropy
+IGNORE_INDEX = -100  # the label of a token without a loss: the default of torch's cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """T places of input, each with its target. The arrays are views into one table of all rows."""
+    """T input tokens with their targets. The arrays are views into one array (R, T) of all rows."""
 
     ids: npt.NDArray[np.int32]  # (T,) input
     labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t], or IGNORE_INDEX
-    positions: npt.NDArray[np.int32]  # (T,) place within the piece; 0 on padding
+    positions: npt.NDArray[np.int32]  # (T,) position within the piece; 0 on padding
     document: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
-    sources: tuple[str, ...]  # "file:line" of each document within, once, in order
+    sources: tuple[str, ...]  # "file:line" of each document in the row, once, in order
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Inputs ids[start : start + length] of a document, with the targets one further."""
+    """Inputs ids[start : start + length] of a document. The targets are one token further."""
 
     tokens: int  # index of the document
     start: int
@@ -52,29 +54,29 @@ def pack(
     skipped: Sequence[Skipped] = (),
     excluded: Collection[int] = (),
 ) -> tuple[list[Row], Ledger]:
-    """Rows of `seq_len` places, and the ledger.
+    """(packed rows of length `seq_len`, the ledger).
 
-    A document of n tokens takes n - 1 places, since its first token is never a target and its last never an
-    input. A longer one than a row is split so that the last target of a piece is the first input of the
-    next, and every token but the first is a target exactly once; with `truncate` its rest is cut instead.
-    Pieces are put, the longest first, into the fullest row that still has room (best-fit decreasing). Rows
-    come in the order of their first documents, and the same input gives the same rows.
+    A document of n tokens takes n - 1 inputs: its first token is never a target, its last never an input. A document
+    longer than a row is split so that the last target of a piece is the first input of the next piece, and every token
+    but the first is a target exactly once. With `truncate` the rest is dropped instead. Pieces go, the longest first,
+    into the fullest row with enough space (best-fit decreasing). Rows are ordered by their first documents, and the
+    same input gives the same rows.
 
-    Cut whole are documents of fewer than two tokens, those whose numbers are `excluded`, and on request copies of
-    earlier documents and documents of fewer than `min_unique_tokens` different tokens. `pad_id` may be any token.
+    Dropped whole are documents of fewer than two tokens, those with an index in `excluded`, with `deduplicate` copies
+    of earlier documents, and documents of fewer than `min_unique_tokens` distinct tokens. `pad_id` may be any token.
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
-    kept = [len(one.ids) >= 2 and _enough(one.ids, min_unique_tokens) for one in tokens]
+    kept = [len(document.ids) >= 2 and _enough(document.ids, min_unique_tokens) for document in tokens]
     for index in excluded:
         kept[index] = False
     if deduplicate:
         _drop_copies(tokens, kept)
     pieces = [
         piece
-        for index, one in enumerate(tokens)
+        for index, document in enumerate(tokens)
         if kept[index]
-        for piece in _pieces(index, len(one.ids) - 1, seq_len, truncate=truncate)
+        for piece in _pieces(index, len(document.ids) - 1, seq_len, truncate=truncate)
     ]
     groups = _best_fit(pieces, seq_len)
     ledger = _ledger(tokens, groups, seq_len=seq_len, skipped=skipped)
@@ -88,63 +90,63 @@ def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
 
 def _drop_copies(tokens: Sequence[Tokens], kept: list[bool]) -> None:
     seen: set[bytes] = set()
-    for index, one in enumerate(tokens):
-        content = one.ids.tobytes() + one.trained.tobytes()
+    for index, document in enumerate(tokens):
+        content = document.ids.tobytes() + document.trained.tobytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
         kept[index] = kept[index] and digest not in seen
         seen.add(digest)
 
 
-def _pieces(index: int, places: int, seq_len: int, *, truncate: bool) -> list[_Piece]:
-    starts = range(0, seq_len if truncate else places, seq_len)
-    return [_Piece(index, start, min(seq_len, places - start)) for start in starts]
+def _pieces(index: int, n_inputs: int, seq_len: int, *, truncate: bool) -> list[_Piece]:
+    starts = range(0, seq_len if truncate else n_inputs, seq_len)
+    return [_Piece(index, start, min(seq_len, n_inputs - start)) for start in starts]
 
 
 def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
-    """Groups of pieces that share a row of `seq_len` places, in the order of their first pieces."""
+    """Groups of pieces that share a row of length `seq_len`, in the order of their first pieces."""
     groups: list[list[int]] = []
-    # Rows by their free places, and those free places as the bits of one number: shifting it by a piece's
-    # length leaves the rows with room, and its lowest bit is the fullest of them.
-    rows_by_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    rooms = 0
+    # rows_by_space[s] are the rows with s free tokens, and bit s of the integer `spaces` is set if there are any.
+    # Shifting `spaces` right by a piece's length leaves the rows with enough space; the lowest bit is the best fit.
+    rows_by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    spaces = 0
     for number in sorted(range(len(pieces)), key=lambda number: (-pieces[number].length, number)):
         length = pieces[number].length
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                spaces ^= 1 << space
             groups[row].append(number)
         else:
-            room, row = seq_len, len(groups)
+            space, row = seq_len, len(groups)
             groups.append([number])
-        left = room - length
-        if left:
-            rows_by_room[left].append(row)
-            rooms |= 1 << left
+        free = space - length
+        if free:
+            rows_by_space[free].append(row)
+            spaces |= 1 << free
     return [[pieces[number] for number in group] for group in sorted(map(sorted, groups))]
 
 
 def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
     shape = (len(groups), seq_len)
-    ids = np.full(shape, pad_id, dtype=np.int32)
-    labels = np.full(shape, IGNORE_INDEX, dtype=np.int32)
-    positions = np.zeros(shape, dtype=np.int32)
-    document = np.full(shape, -1, dtype=np.int32)
-    counting = np.arange(seq_len, dtype=np.int32)
+    ids = np.full(shape, pad_id, dtype=np.int32)  # (R, T)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int32)  # (R, T)
+    positions = np.zeros(shape, dtype=np.int32)  # (R, T)
+    document = np.full(shape, -1, dtype=np.int32)  # (R, T)
+    arange = np.arange(seq_len, dtype=np.int32)  # (T,)
     rows: list[Row] = []
     for row, group in enumerate(groups):
         at = 0
         for number, piece in enumerate(group):
-            one = tokens[piece.tokens]
-            here = slice(at, at + piece.length)
+            source = tokens[piece.tokens]
+            span = slice(at, at + piece.length)
             inputs = slice(piece.start, piece.start + piece.length)
             targets = slice(inputs.start + 1, inputs.stop + 1)
-            ids[row, here] = one.ids[inputs]
-            labels[row, here] = np.where(one.trained[targets], one.ids[targets], IGNORE_INDEX)
-            positions[row, here] = counting[: piece.length]
-            document[row, here] = number
+            ids[row, span] = source.ids[inputs]
+            labels[row, span] = np.where(source.trained[targets], source.ids[targets], IGNORE_INDEX)
+            positions[row, span] = arange[: piece.length]
+            document[row, span] = number
             at += piece.length
         names = (f"{tokens[piece.tokens].source}:{tokens[piece.tokens].line}" for piece in group)
         sources = tuple(dict.fromkeys(names))
@@ -155,27 +157,27 @@ def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_l
 def _ledger(
     tokens: Sequence[Tokens], groups: Sequence[Sequence[_Piece]], *, seq_len: int, skipped: Sequence[Skipped]
 ) -> Ledger:
-    """Counted from the pieces that lie in rows, not from what was meant to be kept."""
+    """Counts the pieces that are in rows, not the documents that were selected."""
     targets = [0] * len(tokens)
     trained = [0] * len(tokens)
-    files = {one.source: FileLedger(one.source) for one in tokens}
+    files = {document.source: FileLedger(document.source) for document in tokens}
     for bad in skipped:
         files.setdefault(bad.source, FileLedger(bad.source))
     for group in groups:
         for piece in group:
             targets[piece.tokens] += piece.length
-            learned = tokens[piece.tokens].trained[piece.start + 1 : piece.start + piece.length + 1]
-            trained[piece.tokens] += int(np.count_nonzero(learned))
+            mask = tokens[piece.tokens].trained[piece.start + 1 : piece.start + piece.length + 1]
+            trained[piece.tokens] += int(np.count_nonzero(mask))
         last = tokens[group[-1].tokens].source
         files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in group))
-    for index, one in enumerate(tokens):
-        # The first token of a document that is in a row is an input there, and predicted by nothing.
+    for index, document in enumerate(tokens):
+        # The first token of a packed document is an input, but no target.
         first = 1 if targets[index] else 0
-        files[one.source] = files[one.source].plus(
-            tokens=len(one.ids) + one.behind,
+        files[document.source] = files[document.source].plus(
+            tokens=len(document.ids) + document.n_after,
             learned=trained[index],
             read_only=targets[index] - trained[index] + first,
-            left_out=len(one.ids) - targets[index] - first + one.behind,
+            left_out=len(document.ids) - targets[index] - first + document.n_after,
             documents=1,
             dropped=1 - first,
         )

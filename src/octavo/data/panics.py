@@ -1,4 +1,4 @@
-"""What the tokenizers library raises on a text, as an error for people."""
+"""Turns errors of the tokenizers library into ModelErrors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from octavo.errors import ModelError
 
 @contextmanager
 def name_panics(what: str) -> Iterator[None]:
-    """Turns what the tokenizers library raises on a text into a ModelError about `what`: a panic, which no
-    `except Exception` sees, or an Exception of no class of its own.
+    """Turns a panic of the tokenizers library into a ModelError about `what`, and likewise a bare Exception of it.
+
+    A panic is a BaseException, so `except Exception` does not catch it.
     """
     try:
         yield

@@ -1,10 +1,12 @@
-"""The pieces that a byte-level tokenizer splits a text into before its merges, found without the tokenizer.
+"""The pre-tokenizer of a byte-level tokenizer as a Python regular expression: the pieces that merges never cross.
 
-Each piece is encoded for itself, and a text of millions of words has few different ones. The tokenizer takes some 15
-microseconds to split a word, since it follows the place of every character; its pattern alone takes a tenth of that.
-The pattern is taken only where it is known, and only after it has split a text with every order of four kinds of
-characters, and with every character of DOMAIN, as the tokenizer does. Later characters change their kind from one
-version of Unicode to the next: what holds them is left whole.
+Each piece can be encoded on its own, and a text of millions of words has few distinct pieces. The tokenizers library
+takes some 15 microseconds to split a word, since it tracks the offset of every character. The pattern alone takes a
+tenth of that.
+
+The pattern is used only for known pre-tokenizers, and only after it has split two test texts exactly as the tokenizer
+does: one with every sequence of four kinds of characters, one with every character of DOMAIN. Characters beyond DOMAIN
+may change their category from one Unicode version to the next, so a text with any of them is not split.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from tokenizers import Tokenizer
 
 from octavo.data.panics import name_panics
 
-# The pattern of GPT-2, which `ByteLevel` splits with, and the same behind `Digits`, which parts every digit from all.
+# The pattern of GPT-2, which `ByteLevel` uses, and the same after `Digits`, which separates every digit.
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-_KINDS = "aB1 \n\r\t.'s_"  # characters of each kind that patterns tell apart
+_KINDS = "aB1 \n\r\t.'s_"  # one character of each kind that patterns distinguish
 _CONTRACTIONS = "it's don't we're I've I'm he'll you'd It'S 'tis o'clock 's 1's  's\n're 12345 1,234.5 x1y2 "
-# Latin, Greek and Cyrillic, and the spaces, dashes and quotation marks of print.
+# Latin, Greek and Cyrillic, and the typographic spaces, dashes and quotation marks.
 DOMAIN = (range(0x0530), range(0x2000, 0x2070))
 ASCII = (range(0x80),)
-_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has more
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of Unicode; Python's \s has more
 
 
 class Pieces:
-    """How to split a text as `tokenizer` does; not at all where its way is not known."""
+    """Splits texts as the pre-tokenizer of `tokenizer` does. If its split is not known, texts are not split."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         parts: dict[str, Any] = json.loads(tokenizer.to_str())
@@ -46,13 +48,13 @@ class Pieces:
         if pattern is None or pattern.groups or not _agrees(pattern, tokenizer, domain):
             return
         self._pattern = pattern
-        # They are found before anything is split. Special ones are text here.
+        # Non-special added tokens are matched before the split. Special ones are text here.
         added = [token["content"] for token in parts.get("added_tokens") or [] if not token["special"]]
         if added:
             self._added = re.compile("|".join(map(re.escape, added)))
 
     def split(self, texts: Sequence[str]) -> Iterator[list[str]]:
-        """The pieces of each text; the text itself where they are not certain."""
+        """The pieces of each text; the whole text if its split is not certain."""
         pattern, added, inside = self._pattern, self._added, self._inside
         if pattern is None:
             yield from ([text] for text in texts)
@@ -65,7 +67,7 @@ class Pieces:
 
 
 def _source(parts: dict[str, Any]) -> str | None:
-    """The pattern that a pre-tokenizer splits with, if it is one that is known."""
+    """The pattern that a pre-tokenizer splits with; None if it is not a known one."""
     steps = parts.get("pretokenizers", [parts])
     *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -78,73 +80,77 @@ def _source(parts: dict[str, Any]) -> str | None:
     if first["type"] == "Digits" and first["individual_digits"] and last.get("use_regex", True):
         return _DIGITS
     if first["type"] == "Split" and first["behavior"] == "Isolated" and not first["invert"] and not last["use_regex"]:
-        found = first["pattern"].get("Regex")
-        return str(found) if found else None
+        pattern = first["pattern"].get("Regex")
+        return str(pattern) if pattern else None
     return None
 
 
 def _compiled(source: str, domain: Sequence[range]) -> re.Pattern[str] | None:
-    """A pattern of the tokenizers library as one of Python's, of the same meaning for characters of `domain`."""
-    found: list[str] = []
+    """A pattern of the tokenizers library as a Python pattern that is equivalent for characters of `domain`."""
+    compiled: list[str] = []
     in_class = False
     for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", source, re.DOTALL):
         if part in ("\\s", "\\S") or part[:2] in ("\\p", "\\P"):
             inner = _WHITE if part in ("\\s", "\\S") else _category(part[3:-1], domain)
             if in_class and part[1].isupper():
                 return None
-            found.append(inner if in_class else f"[{'^' * part[1].isupper()}{inner}]")
+            compiled.append(inner if in_class else f"[{'^' * part[1].isupper()}{inner}]")
             continue
-        if in_class and part == "[":  # a class within a class
+        if in_class and part == "[":  # a nested character class
             return None
         in_class = part == "[" or (in_class and part != "]")
-        found.append(part)
+        compiled.append(part)
     try:
-        return re.compile("".join(found))
+        return re.compile("".join(compiled))
     except re.error:
         return None
 
 
 def _category(name: str, domain: Sequence[range]) -> str:
-    """The characters of a Unicode category as the inside of a class; one that has none holds the last character."""
+    """The characters of a Unicode category in `domain`, as the inside of a character class.
+
+    A category without characters in `domain` gets U+10FFFF, since a class cannot be empty.
+    """
     spans: list[list[int]] = []
-    for number in (number for numbers in domain for number in numbers):
-        if unicodedata.category(chr(number)).startswith(name):
-            if spans and spans[-1][1] == number - 1:
-                spans[-1][1] = number
+    for codepoint in (codepoint for codepoints in domain for codepoint in codepoints):
+        if unicodedata.category(chr(codepoint)).startswith(name):
+            if spans and spans[-1][1] == codepoint - 1:
+                spans[-1][1] = codepoint
             else:
-                spans.append([number, number])
+                spans.append([codepoint, codepoint])
     return "".join(f"\\u{start:04x}-\\u{end:04x}" for start, end in spans) or "\\U0010ffff"
 
 
 def _agrees(pattern: re.Pattern[str], tokenizer: Tokenizer, domain: Sequence[range]) -> bool:
-    """Whether the pattern splits as the tokenizer does, and each piece is one piece for itself."""
-    every = (chr(number) for numbers in domain for number in numbers)
-    texts = [_orders(_KINDS, 4), _CONTRACTIONS, "".join(f"a{c}a {c} {c}{c}1{c}.{c}'{c}\n" for c in every)]
+    """Whether the pattern splits the test texts as the tokenizer does, and splits no piece any further."""
+    characters = (chr(codepoint) for codepoints in domain for codepoint in codepoints)
+    texts = [_all_sequences(_KINDS, 4), _CONTRACTIONS]
+    texts.append("".join(f"a{c}a {c} {c}{c}1{c}.{c}'{c}\n" for c in characters))
     for text in texts:
         with name_panics("The tokenizer"):
-            theirs = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-        if pattern.findall(text) != theirs or any(pattern.findall(piece) != [piece] for piece in set(theirs)):
+            expected = [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        if pattern.findall(text) != expected or any(pattern.findall(piece) != [piece] for piece in set(expected)):
             return False
     return True
 
 
-def _orders(characters: str, length: int) -> str:
-    """A text in which every sequence of `length` of the characters occurs: a de Bruijn sequence, in Lyndon words."""
+def _all_sequences(characters: str, length: int) -> str:
+    """A text with every sequence of `length` of the characters: a de Bruijn sequence, built from Lyndon words."""
     size = len(characters)
     word = [0] * (size * length)
-    found: list[int] = []
+    sequence: list[int] = []
 
-    def extend(place: int, period: int) -> None:
-        if place > length:
+    def extend(index: int, period: int) -> None:
+        if index > length:
             if length % period == 0:
-                found.extend(word[1 : period + 1])
+                sequence.extend(word[1 : period + 1])
             return
-        word[place] = word[place - period]
-        extend(place + 1, period)
-        for number in range(word[place - period] + 1, size):
-            word[place] = number
-            extend(place + 1, place)
+        word[index] = word[index - period]
+        extend(index + 1, period)
+        for symbol in range(word[index - period] + 1, size):
+            word[index] = symbol
+            extend(index + 1, index)
 
     extend(1, 1)
-    text = "".join(characters[number] for number in found)
+    text = "".join(characters[symbol] for symbol in sequence)
     return text + text[: length - 1]

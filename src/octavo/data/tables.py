@@ -1,4 +1,4 @@
-"""Tables as text: comma-separated values and their like, with a header."""
+"""Delimited text with a header: CSV, TSV and similar."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SNIFFED_LINES = 50
 
 
 def read_csv(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """Values in columns with a header; the separator is the one of SEPARATORS that the header and the rows share."""
+    """Columns with a header. The separator is the one of SEPARATORS that fits the header and the rows."""
     return _read(path, None)
 
 
 def read_tsv(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """Values separated by tabs."""
+    """Tab-separated values."""
     return _read(path, "\t")
 
 
 def _read(path: Path, separator: str | None) -> Iterator[Entry]:
-    """A quoted field may hold line breaks, which become `\\n` as in a text file."""
+    """The rows as entries. Line breaks within a quoted field become `\\n`, as in a text file."""
     source = name_of(path)
     line = 0
 
@@ -38,12 +38,12 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
         line = piece.line
         return decode(piece, source) + "\n"
 
-    # The module's own limit of 128 KiB a field is less than an essay, and can only be set for the process.
+    # The csv module limits a field to 128 KiB, less than an essay. The limit can only be set for the whole process.
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     stream = pieces(path, b"\n")
     first = list(islice(stream, _SNIFFED_LINES))
     separator = _declared(first) or separator or _sniffed([piece.data.decode("utf-8", "replace") for piece in first])
-    # `map` goes on behind a line that raised, as a generator would not; so does csv.reader behind a bad row.
+    # `map` continues after an exception, where a generator would end; csv.reader continues after an invalid row too.
     rows = csv.reader(map(text, chain(first, stream)), strict=True, delimiter=separator)
     header: list[str] = []
     while True:
@@ -60,7 +60,7 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
                 raise
             yield Entry(error.line, error, 0)
         else:
-            if not any(cell.strip() for cell in row):  # a blank line, or `;;` as Excel fills one up
+            if not any(cell.strip() for cell in row):  # a blank line, or `;;` as Excel pads one
                 continue
             if header:
                 yield Entry(start, _row(header, row, source, start), 0)
@@ -69,16 +69,16 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
 
 
 def _declared(first: list[Piece]) -> str | None:
-    """The separator that Excel writes as a line of its own, `sep=;`, which is taken out of `first`."""
-    found = re.fullmatch(rb"sep=(.)", first[0].data) if first else None
-    if found is None:
+    """The separator in Excel's first line `sep=;`, which is removed from `first`; None without such a line."""
+    match = re.fullmatch(rb"sep=(.)", first[0].data) if first else None
+    if match is None:
         return None
     first.pop(0)
-    return found[1].decode("latin-1")
+    return match[1].decode("latin-1")
 
 
 def _sniffed(lines: Sequence[str]) -> str:
-    """The separator under which most rows have as many fields as the header, of more than one; a comma else."""
+    """The separator with which most rows have as many fields as the header, at least two; a comma if none does."""
 
     def fit(separator: str) -> tuple[float, int]:
         rows: list[int] = []
@@ -93,7 +93,7 @@ def _sniffed(lines: Sequence[str]) -> str:
                 rows.append(0)
         if not rows or rows[0] < 2:
             return 0.0, 0
-        # The last row may be cut where the lines end.
+        # The last sampled line may be the first half of a row with a quoted line break.
         body = rows[1:-1] if len(lines) == _SNIFFED_LINES else rows[1:]
         return (sum(count == rows[0] for count in body) / len(body) if body else 1.0), rows[0]
 
@@ -104,11 +104,11 @@ def _sniffed(lines: Sequence[str]) -> str:
 def _header(row: list[str], source: str, line: int) -> list[str]:
     if len(row) > MAX_COLUMNS:
         message = f"the header names {len(row):,} columns, more than {MAX_COLUMNS:,}."
-        raise DataError(message, source=source, line=line, hint="Keep the columns that are to be learned.")
+        raise DataError(message, source=source, line=line, hint="Keep the columns to train on.")
     header = [name.strip() for name in row]
-    twice = next((name for place, name in enumerate(header) if name and name in header[:place]), None)
-    if twice is not None:
-        message = f"the header names the column {shortened(twice)!r} twice."
+    duplicate = next((name for index, name in enumerate(header) if name and name in header[:index]), None)
+    if duplicate is not None:
+        message = f"the header names the column {shortened(duplicate)!r} twice."
         raise DataError(message, source=source, line=line, hint="Rename one of them.")
     return header
 

@@ -1,8 +1,8 @@
-"""Chat templates, rendered as transformers renders them, but within bounds.
+"""Renders chat templates as transformers does, but with bounded time and memory.
 
-A template is a program in Jinja that comes with a model. Jinja's sandbox keeps it from the process; it does not keep
-it from looping for ever or filling the memory. Here it is compiled so that whatever repeats or enlarges something
-asks the `Budget` of the rendering first.
+A chat template is a Jinja program that comes with a model. Jinja's sandbox isolates it from the process, but does not
+keep it from looping endlessly or filling the memory. So templates are compiled with a hook at every construct that
+repeats or enlarges something: the hook charges the `Budget` of the rendering first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from octavo.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Of Jinja's filters those of unbounded cost, or of HTML pages, are left out.
+# Jinja filters that are removed: their cost is unbounded, or they are for HTML pages.
 _LEFT_OUT = ("filesizeformat", "forceescape", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 _HINT = "Take the chat template of the model's publisher, or give the data as `prompt` and `completion`."
 _STEP = "octavo_step"
 
 
 class TemplateRefusalError(ValueError):
-    """The template does not render this conversation; `str` quotes the reason."""
+    """The template does not render this conversation; the message quotes the reason."""
 
 
 def render(
@@ -47,14 +47,14 @@ def render(
     add_generation_prompt: bool = False,
     now: datetime | None = None,
 ) -> str:
-    """The text that tokenizer.apply_chat_template(.., tokenize=False) gives for the conversation, at the time `now`.
+    """The text of tokenizer.apply_chat_template(.., tokenize=False) for the conversation, at the time `now`.
 
-    Raises TemplateRefusalError for a conversation that the template refuses or cannot render, ModelError for a template
-    that is no Jinja or uses more than its budget of steps, characters and seconds.
+    Raises TemplateRefusalError for a conversation that the template rejects or cannot render, and ModelError for a
+    template that is invalid Jinja or exceeds its budget of steps, characters and seconds.
     """
     try:
         source = tokenizer.get_chat_template(tools=tools)
-    except ValueError as error:  # several templates, none of them called default
+    except ValueError as error:  # several templates, none of which is named default
         raise ModelError(f"The model's chat templates cannot be used: {shortened(str(error))}") from error
     template = _compiled(source)
     conversation, tool_list = list(messages), list(tools) if tools is not None else None
@@ -74,7 +74,7 @@ def render(
         raise ModelError(f"The model's chat template is stopped: {error}.", hint=_HINT) from error
     except _RaisedError as error:
         raise TemplateRefusalError(f"the chat template refuses the conversation: {shortened(str(error))}") from error
-    except Exception as error:  # whatever Python raises for what a template does
+    except Exception as error:  # a template can cause any exception of Python
         raise TemplateRefusalError(f"the chat template fails on the conversation ({_quoted(error)})") from error
 
 
@@ -92,7 +92,7 @@ def _compiled(source: str) -> Template:
     except TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {shortened(str(error.message))}"
         raise ModelError(f"The model's chat template is not valid Jinja ({reason}).", hint=_HINT) from error
-    except Exception as error:  # nesting that Jinja or Python cannot compile
+    except Exception as error:  # nesting too deep for Jinja or Python to compile
         raise ModelError(f"The model's chat template cannot be compiled ({_quoted(error)}).", hint=_HINT) from error
 
 
@@ -101,7 +101,7 @@ def _quoted(error: Exception) -> str:
 
 
 class _CountingCode(CodeGenerator):
-    """Code whose concatenations and literals pass through the environment."""
+    """Generates code in which concatenations and literals call the environment, to be counted."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.concatenated(context, (")
@@ -129,7 +129,7 @@ class _CountingCode(CodeGenerator):
 
 
 class _Generation(Extension):
-    """{% generation %} marks what a model writes; here it only renders its body, as a macro does."""
+    """{% generation %} marks the model's output. Here it only renders its body, as a macro does."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -143,21 +143,21 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's own writes out all that it holds, and namespaces may hold each other."""
+    """A namespace without contents in its repr: namespaces can contain each other, so that would not end."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment of chat templates, which counts. One for all threads; each has a budget of its own."""
+    """The environment of transformers' chat templates, with counting. All threads share it; each has its own budget."""
 
     code_generator_class = _CountingCode
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
         self._local = threading.local()
-        # Nothing is computed at compile time, before there is a budget.
+        # optimized=False: no constant folding at compile time, before there is a budget.
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], optimized=False,
             finalize=_written,
@@ -200,36 +200,37 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
         if isinstance(owner, str | bytes | int | float | list | tuple | dict):
-            if name == "join" and args:  # a generator's texts are counted as it makes them
+            if name == "join" and args:  # count the texts of a generator while it yields them
                 args = (list(args[0]), *args[1:])
             budget.check_call(name, owner, [*args, *kwargs.values()])
         return budget.made(super().call(__context, __obj, *args, **kwargs))
 
     def concatenated(self, context: Context, parts: tuple[Any, ...]) -> str:
-        """The texts of the operands of `~`, put together."""
+        """The concatenated operands of `~`."""
         self.budget.charge(sum(len(part) if isinstance(part, str) else self.budget.size(part) for part in parts))
         joined: str = _markup_join(parts) if context.eval_ctx.autoescape else "".join(map(str, parts))
         return joined
 
     def _counting(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        skipped = 1 if hasattr(run, "jinja_pass_arg") else 0
+        """The filter `run`, checked before its call and charged for its result."""
+        skipped = 1 if hasattr(run, "jinja_pass_arg") else 0  # the context or environment that Jinja passes first
 
-        @wraps(run)  # with Jinja's mark of what it wants passed
+        @wraps(run)  # keeps Jinja's mark for that argument
         def counting(*arguments: Any, **options: Any) -> Any:
-            before, own = arguments[:skipped], list(arguments[skipped:])
-            if own and name == "join" and not isinstance(own[0], str | list | tuple):
-                own[0] = list(own[0])  # a generator's texts are counted as it makes them
-            if own and not isinstance(own[0], str) and name in _WRITING:
-                self.budget.size(own[0])
-            self.budget.check_call(name, own[0] if own else None, [*own[1:], *options.values()])
-            return self.budget.made(run(*before, *own, **options))
+            passed, operands = arguments[:skipped], list(arguments[skipped:])
+            if operands and name == "join" and not isinstance(operands[0], str | list | tuple):
+                operands[0] = list(operands[0])  # count the texts of a generator while it yields them
+            if operands and not isinstance(operands[0], str) and name in _WRITING:
+                self.budget.size(operands[0])
+            self.budget.check_call(name, operands[0] if operands else None, [*operands[1:], *options.values()])
+            return self.budget.made(run(*passed, *operands, **options))
 
         return counting
 
     def _tojson(
         self, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        """As transformers has it: without the escapes of HTML."""
+        """JSON without HTML escapes, as in transformers."""
         budget = self.budget
         budget.size(x)
         budget.check_call("tojson", None, [indent])
@@ -239,7 +240,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(budget.made(piece) for piece in encoder.iterencode(x))
 
 
-# Filters that write their first argument out as text.
+# Filters that convert their first argument to text.
 _WRITING = {
     "capitalize", "center", "e", "escape", "format", "indent", "join", "lower", "replace", "safe", "string", "title",
     "trim", "truncate", "upper", "urlencode", "wordcount",
@@ -248,7 +249,7 @@ _WRITING = {
 
 @pass_context
 def _written(context: Context, value: Any) -> Any:
-    """Counts what {{ .. }} writes."""
+    """Charges the output of {{ .. }}."""
     budget = context.environment.budget  # type: ignore[attr-defined]
     budget.charge(len(value) if isinstance(value, str) else budget.size(value))
     return value
@@ -261,7 +262,7 @@ def _markup_join(parts: tuple[Any, ...]) -> str:
 
 
 def _fixed_characters(body: Sequence[nodes.Node]) -> int:
-    """How much of the template's own text one pass through `body` writes, at most."""
+    """An upper bound of the fixed template text that one pass through `body` writes."""
     texts = [text for part in body for text in (part, *part.find_all(nodes.TemplateData))]
     return sum(len(text.data) for text in texts if isinstance(text, nodes.TemplateData))
 
@@ -271,7 +272,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _numbers_alone(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Adding lists up copies each sum: of n lists, n^2 of them."""
+    """Restricts the filter `sum` to numbers: adding n lists copies each partial sum, n^2 items."""
 
     @wraps(run)
     def add(*arguments: Any, **options: Any) -> Any:

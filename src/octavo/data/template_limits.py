@@ -1,8 +1,7 @@
-"""What one rendering of a chat template may use: steps, characters and seconds.
+"""The budget of one rendering of a chat template: steps, characters and seconds.
 
-A template comes with a model, so it is untrusted input. Its few constructs that repeat or enlarge something call a
-`Budget`: loops and macros count steps, everything that makes a string counts its characters, and whatever could make
-a string much larger than its inputs is estimated before it runs.
+A template comes with a model, so it is untrusted input. Loops, macros and calls count steps. Everything that makes a
+string counts its characters. An operation whose result can be much larger than its inputs is estimated before it runs.
 """
 
 from __future__ import annotations
@@ -14,56 +13,57 @@ from typing import Any
 
 from jinja2 import TemplateRuntimeError
 
-MAX_SOURCE_CHARACTERS = 2**20  # the longest template seen, with the rules of tool calls in it, has 30,000
+MAX_SOURCE_CHARACTERS = 2**20  # the longest template known, which includes rules for tool calls, has 30,000
 MAX_STEPS = 1_000_000
 MAX_CHARACTERS = 2**24
 MAX_SECONDS = 10.0
 MAX_INTEGER_ARGUMENT = 2**20
 MAX_INTEGER_BITS = 2**12
-_NODE = 16  # characters that a value counts at least: writing a short one takes as long
+_NODE = 16  # minimum number of characters that a value counts: writing a short value takes as long
 
 _FIELD_WIDTH = re.compile(r"[%{][^%{}a-zA-Z]{0,100}?(\d{1,30})")
-# Filters whose integers are values, not sizes.
+# Filters whose integer arguments are values, not sizes.
 _VALUES = frozenset({"d", "default", "map", "select", "reject", "selectattr", "rejectattr", "int", "float", "round"})
 
 
 class LimitError(TemplateRuntimeError):
-    """A rendering used up its budget."""
+    """A rendering exceeded its budget."""
 
 
 def size_of(value: Any, *, most: int) -> int:
-    """Characters of a value's text, about; LimitError if there are more than `most`.
+    """The approximate number of characters of a value as text; LimitError above `most`.
 
-    A container counts what it holds as often as it holds it, so that nested lists of one list cannot grow unseen.
+    An object that a container holds n times counts n times, since it is written n times: nested lists of one list
+    grow exponentially.
     """
-    total, waiting = 0, [value]
-    while waiting:
-        value = waiting.pop()
+    total, pending = 0, [value]
+    while pending:
+        value = pending.pop()
         total += _NODE
         if isinstance(value, str | bytes):
             total += len(value)
         elif isinstance(value, int):
             total += value.bit_length() // 3
         elif isinstance(value, Mapping):
-            waiting += [*value.keys(), *value.values()]
+            pending += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple | set | frozenset):
-            waiting += value
+            pending += value
         if total > most:
             raise LimitError("it makes too much text")
     return total
 
 
 class Budget:
-    """What is left to one rendering of `n_messages` messages of `n_characters` in all."""
+    """The remaining budget of one rendering of `n_messages` messages with `n_characters` in total."""
 
     def __init__(self, n_messages: int = 0, n_characters: int = 0) -> None:
         self.steps = MAX_STEPS + 1000 * n_messages
-        # Some templates put all turns so far together in each step of a loop.
+        # Some templates concatenate all previous turns in each step of a loop.
         self.characters = MAX_CHARACTERS + (64 + 4 * n_messages) * n_characters
         self.deadline = time.monotonic() + MAX_SECONDS
 
     def step(self, n_characters: int = 0) -> str:
-        """Counts one pass through a loop or one call, which writes `n_characters` of fixed text."""
+        """Counts one pass through a loop, or one call, that writes `n_characters` of fixed text."""
         self.steps -= 1
         if self.steps < 0:
             raise LimitError("it takes too many steps")
@@ -71,7 +71,7 @@ class Budget:
         return ""
 
     def charge(self, n_characters: int) -> None:
-        """Counts characters that are about to be made."""
+        """Counts characters before they are made."""
         self.characters -= n_characters
         if self.characters < 0:
             raise LimitError("it makes too much text")
@@ -79,11 +79,11 @@ class Budget:
             raise LimitError(f"it takes more than {MAX_SECONDS:g} seconds")
 
     def size(self, value: Any) -> int:
-        """`size_of` the value, which must fit what is left."""
+        """`size_of` the value; LimitError if it exceeds the remaining budget."""
         return size_of(value, most=self.characters)
 
     def made(self, value: Any) -> Any:
-        """`value`, counted if it is text. For what a filter or a call gives back."""
+        """Counts the result of a filter or a call, and returns it."""
         if isinstance(value, str | bytes):
             self.charge(len(value))
         elif isinstance(value, list | tuple | dict | set):
@@ -94,7 +94,7 @@ class Budget:
         return value
 
     def check_call(self, name: str, value: Any, arguments: Iterable[Any]) -> None:
-        """Before the method or filter `name` of `value`: LimitError if the result would be too large."""
+        """LimitError if the result of the method or filter `name` on `value` would be too large. Called before it."""
         arguments = list(arguments)
         if name not in _VALUES:
             for argument in arguments:
@@ -107,7 +107,7 @@ class Budget:
                 raise LimitError("it makes too much text")
 
     def check_operator(self, operator: str, left: Any, right: Any) -> None:
-        """Before a binary operator: LimitError if the result would be too large."""
+        """LimitError if the result of a binary operator would be too large. Called before it."""
         if isinstance(left, int) and isinstance(right, int):
             bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * abs(right)}.get(operator, 0)
             if bits > MAX_INTEGER_BITS:
@@ -141,7 +141,7 @@ def _replaced(budget: Budget, text: str | bytes, arguments: list[Any]) -> int:
 def _joined(budget: Budget, value: Any, arguments: list[Any]) -> int:
     """`', '.join(values)` or `values|join(', ')`: the separator is the string."""
     separator, values = (value, arguments[:1]) if isinstance(value, str | bytes) and arguments else (arguments, value)
-    count = sum(len(each) for each in values if hasattr(each, "__len__")) if values is not value else len(value)
+    count = sum(len(item) for item in values if hasattr(item, "__len__")) if values is not value else len(value)
     width = len(separator) if isinstance(separator, str | bytes) else _length(list(separator))
     return budget.size(list(values)) + count * width
 
@@ -165,6 +165,7 @@ def _translated(budget: Budget, text: str, arguments: list[Any]) -> int:
     return len(text) * (1 + budget.size(arguments))
 
 
+# An upper bound of the length of a method's or filter's result.
 _GROWTH: dict[str, Callable[[Budget, Any, list[Any]], int]] = {
     "replace": _replaced,
     "join": _joined,

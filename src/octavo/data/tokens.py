@@ -1,4 +1,4 @@
-"""Documents to token ids, each with its one end token and with what is to be learned marked."""
+"""Documents to token ids, each with one EOS token and a mask of the target tokens. Legend: n tokens of one document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from octavo.data.chat import encode_chat
 from octavo.data.documents import Skipped, skip
-from octavo.data.encoding import Code, Coder, begin_ids, coder_of, plain_codes
+from octavo.data.encoding import Coder, EncodedText, bos_ids, coder_of, encode_plain
 from octavo.data.records import Document
 from octavo.errors import DataError, UsageError
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One document as token ids. The last id is the end token, and no other one is its end.
+    """One document as token ids. The last id is the EOS token.
 
-    `trained[i]` says whether `ids[i]` is a target to learn; the first never is, since nothing predicts it.
+    `trained[i]` is True if `ids[i]` is a target of the loss. The first token never is, since no token precedes it.
     """
 
     source: str
     line: int
     ids: npt.NDArray[np.int32]  # (n,)
     trained: npt.NDArray[np.bool_]  # (n,)
-    n_bytes: int  # UTF-8 bytes of the text of the trained tokens, for bits per byte; an end token has none
-    behind: int = 0  # tokens of the document that teach nothing and are not in `ids`: turns behind the last learned one
+    n_bytes: int  # UTF-8 bytes of the text of the target tokens, for bits per byte; the EOS token counts 0
+    n_after: int = 0  # tokens of the turns after the last trained turn; they are not in `ids`
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, *, end_id: int) -> Tokens:
-    """One document; see `encode_all`."""
+    """The tokens of one document; see `encode_all`."""
     return encode_all([document], tokenizer, end_id=end_id)[0]
 
 
@@ -49,20 +49,20 @@ def encode_all(
     skipped: list[Skipped] | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Tokens]:
-    """All documents in order, encoded many at a time. `end_id` is the end token: tokenizer.eos_token_id.
+    """All documents in order, encoded in large batches. `end_id` is the EOS token: tokenizer.eos_token_id.
 
-    Strings of control tokens in a text stay text. The model's begin token comes first where it has one
-    (`begin_ids`); a chat template writes its own. A text that ends in the end token's string already gets no
-    second one. Prompt and completion are encoded apart, as generation will meet them. `progress` is called with
-    the characters that are done. A conversation that the template refuses raises DataError, or is added to `skipped`
-    where that is given; fields that it does not write are counted in `unused`.
+    Strings of control tokens in a text stay text. The BOS token comes first if the model has one (`bos_ids`); a chat
+    template writes its own. A text that already ends with the EOS token's string gets no second one. Prompt and
+    completion are encoded separately, as at generation time. `progress` is called with the number of characters done.
+    A conversation that the template rejects raises DataError, or is added to `skipped` if that is given. Fields that
+    the template does not write are counted in `unused`.
     """
     coder = coder_of(tokenizer)
     end = coder.control.id_to_token(end_id)
     if end is None:
         raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
-    codes = plain_codes((text for document in documents for text in _texts(document, end)), coder, progress)
-    begin = np.array(begin_ids(tokenizer), dtype=np.int32)
+    codes = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
+    begin = np.array(bos_ids(tokenizer), dtype=np.int32)
     encoded: list[Tokens] = []
     for document in documents:
         try:
@@ -83,7 +83,7 @@ def _tokens(
     document: Document,
     tokenizer: PreTrainedTokenizerFast,
     coder: Coder,
-    codes: Iterator[Code],
+    codes: Iterator[EncodedText],
     *,
     begin: npt.NDArray[np.int32],
     end_id: int,
@@ -95,29 +95,29 @@ def _tokens(
         ids, trained, n_bytes = chat.ids, chat.trained, chat.n_bytes
         if not len(ids) or ids[-1] != end_id:
             ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
-        behind = chat.behind
+        n_after = chat.n_after
     else:
-        prompt, behind = begin, 0
+        prompt, n_after = begin, 0
         if document.completion is not None:
             prompt = np.concatenate([begin, next(codes).ids])
-        learned = next(codes)
-        ids = np.concatenate([prompt, learned.ids, np.array([end_id], dtype=np.int32)])
-        trained = np.arange(len(ids)) >= len(prompt)
+        target = next(codes)
+        ids = np.concatenate([prompt, target.ids, np.array([end_id], dtype=np.int32)])  # (n,)
+        trained = np.arange(len(ids)) >= len(prompt)  # (n,)
         text = _texts(document, end)[-1]
-        # Where no prompt comes first, nothing predicts the first token.
-        n_bytes = len((text if len(prompt) else text[learned.first_characters :]).encode())
+        # Without a prompt the first token of the text is no target, so its characters are not counted.
+        n_bytes = len((text if len(prompt) else text[target.first_characters :]).encode())
     trained[0] = False
-    return Tokens(document.source, document.line, ids, trained, n_bytes, behind)
+    return Tokens(document.source, document.line, ids, trained, n_bytes, n_after)
 
 
 def characters(document: Document) -> int:
-    """How much text a document is: what progress is counted in."""
-    own = len(document.text) + len(document.prompt or "") + len(document.completion or "")
-    return own + sum(len(message.content) for message in document.messages)
+    """The number of characters of a document, the unit of progress."""
+    n_plain = len(document.text) + len(document.prompt or "") + len(document.completion or "")
+    return n_plain + sum(len(message.content) for message in document.messages)
 
 
 def _texts(document: Document, end: str) -> tuple[str, ...]:
-    """What to encode as plain text, the text to learn last; of a conversation nothing."""
+    """The texts to encode as plain text, the target text last; () for a conversation."""
     if document.messages:
         return ()
     if document.completion is not None:
@@ -126,7 +126,7 @@ def _texts(document: Document, end: str) -> tuple[str, ...]:
 
 
 def _without_end(text: str, end: str) -> str:
-    """The text without end tokens' strings at its end, nor the white space behind them."""
+    """The text without EOS strings at its end, and without the white space after them."""
     stop = len(text)
     while True:
         bare = stop

@@ -1,7 +1,7 @@
-"""A conversation in any of the usual spellings, as messages: roles, contents in parts, tool calls, what is learned.
+"""Conversations in the usual formats as messages: roles, contents in parts, tool calls, and which turns are trained.
 
-OpenAI's `role` and `content`, ShareGPT's `from` and `value`, and exporters that mix them are read alike. What a turn
-holds beside text goes to the chat template as it is; what octavo cannot use is an error that names it.
+OpenAI's `role` and `content`, ShareGPT's `from` and `value`, and mixtures of them are read. Other fields of a turn that
+chat templates use are passed on as they are. A field that octavo cannot use raises an error that names it.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ ROLES = {
 }
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
-# What the chat template gets beside role and content, where a turn has it.
+# Fields of a turn that the chat template gets in addition to role and content.
 _PASSED = ("tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 _SWITCHES = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_weight")
-_MASKS = ("mask", "masked", "loss_mask")  # some write 1 for what is learned, others for what is not
+_MASKS = ("mask", "masked", "loss_mask")  # ambiguous: in some data sets 1 means trained, in others not trained
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_HARMLESS_PARTS = ("cache_control", "annotations", "logprobs", "id", "index")  # of a part of text
+_HARMLESS_PARTS = ("cache_control", "annotations", "logprobs", "id", "index")  # fields of a text part
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
 
-    role: str  # user, assistant, system, tool, or a name of the data's own
+    role: str  # user, assistant, system, tool, or another name in the data
     content: str
-    learned: bool = True  # of the assistant's turns: False where the turn is read and not learned
-    fields: str = ""  # a JSON object of what the chat template gets beside these: tool_calls, name, ..
+    learned: bool = True  # of the assistant's turns: False for a turn that is input only
+    fields: str = ""  # a JSON object of further fields for the chat template: tool_calls, name, ..
 
     @property
     def further(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Message:
 def conversation(record: Record, name: str, unused: Counter[str]) -> tuple[Message, ...]:
     """The turns of field `name`. Fields of turns that are not used are counted in `unused`.
 
-    Raises DataError that names the turn and the field for what cannot be read.
+    Raises DataError with the turn and the field that cannot be read.
     """
     turns = record.parsed(name)
     if not isinstance(turns, list) or not turns:
@@ -66,7 +66,7 @@ def conversation(record: Record, name: str, unused: Counter[str]) -> tuple[Messa
 
 
 def is_turns(value: object) -> bool:
-    """Whether a value is a list of turns, also one written as JSON, as in a cell of a table."""
+    """Whether a value is a list of turns, also one written as a JSON string, as in the cell of a table."""
     if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
         try:
             value = json.loads(value)
@@ -79,14 +79,14 @@ def is_turns(value: object) -> bool:
 
 
 def has_answer(turns: object) -> bool:
-    """Whether a list of turns has one of an assistant's."""
+    """Whether a list of turns has an assistant's turn."""
     turns = json.loads(turns) if isinstance(turns, str) else turns
     roles = (turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict))  # type: ignore[union-attr]
     return any(ROLES.get(str(role).strip().lower()) == "assistant" for role in roles)
 
 
 def tools_of(record: Record) -> str:
-    """The record's tools as a JSON list in OpenAI's form, from `tools` or the older `functions`; "" for none."""
+    """The record's tools as a JSON list in OpenAI's format, from `tools` or the older `functions`; "" for none."""
     filled = [name for name in ("tools", "functions") if not is_blank(record.get(name))]
     if not filled:
         return ""
@@ -99,11 +99,11 @@ def tools_of(record: Record) -> str:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise record.error(f"field `{name}` must be a list of objects, one a tool.")
     listed = _json([tool if "function" in tool else _wrapped(tool) for tool in map(dict, tools)])
-    return record.string(listed, name)  # half a character is no text
+    return record.string(listed, name)  # rejects lone surrogates
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
-    """A bare schema {"name": .., "parameters": ..} in the form that chat templates are written for."""
+    """A bare schema {"name": .., "parameters": ..} in the format that chat templates expect."""
     return {"type": "function", "function": tool} if "name" in tool else tool
 
 
@@ -117,7 +117,8 @@ def _message(record: Record, at: str, turn: Mapping[str, Any], unused: Counter[s
     calls = _calls(record, at, turn)
     value = turn.get(content_key)
     if role == "function_call":
-        role, calls, value = "assistant", [_call(record, f"{at}.{content_key}", one) for one in _many(value)], None
+        calls = [_call(record, f"{at}.{content_key}", call) for call in _many(value)]
+        role, value = "assistant", None
     content = "" if value is None and calls else content_of(record, value, f"{at}.{content_key}")
     passed = {key: turn[key] for key in _PASSED if key != "tool_calls" and not is_blank(turn.get(key))}
     for key in passed:
@@ -131,14 +132,14 @@ def _message(record: Record, at: str, turn: Mapping[str, Any], unused: Counter[s
 
 
 def _first(names: Iterable[str], turn: Mapping[str, Any], *, but: str = "") -> str:
-    """The first of `names` that the turn has: with a value, else at all, else the first name itself."""
+    """The first of `names` with a value in the turn, else the first that exists, else the first name."""
     names = [name for name in names if name != but]
     present = [name for name in names if name in turn]
     return next((name for name in present if turn[name] is not None), present[0] if present else names[0])
 
 
 def content_of(record: Record, value: object, at: str) -> str:
-    """A turn's text: a string, or a list of parts that are text."""
+    """The text of a turn: a string, or a list of text parts."""
     if not isinstance(value, list):
         return record.string(value, at)
     texts = []
@@ -149,26 +150,26 @@ def content_of(record: Record, value: object, at: str) -> str:
             continue
         if not isinstance(part, Mapping):
             raise record.error(f"`{here}` must be a part with text, not {kind(part)}.")
-        sort = part.get("type") or "text"
-        if sort not in _TEXT_PARTS:
-            raise record.error(f"`{here}` is of type {sort!r}: octavo reads parts of text only.")
-        beside = [key for key in part if key not in ("type", "text", *_HARMLESS_PARTS) and not is_blank(part[key])]
-        if beside:
-            raise record.error(f"`{here}` holds `{beside[0]}` beside its text: octavo reads parts of text only.")
+        part_type = part.get("type") or "text"
+        if part_type not in _TEXT_PARTS:
+            raise record.error(f"`{here}` is of type {part_type!r}: octavo reads parts of text only.")
+        others = [key for key in part if key not in ("type", "text", *_HARMLESS_PARTS) and not is_blank(part[key])]
+        if others:
+            raise record.error(f"`{here}` holds `{others[0]}` next to its text: octavo reads parts of text only.")
         texts.append(record.string(part.get("text"), f"{here}.text"))
     return "".join(texts)
 
 
 def _calls(record: Record, at: str, turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turn's tool calls in OpenAI's form, arguments as objects: so chat templates expect them."""
+    """The turn's tool calls in OpenAI's format, with arguments as objects, as chat templates expect them."""
     name = next((name for name in ("tool_calls", "function_call") if not is_blank(turn.get(name))), None)
     if name is None:
         return []
-    return [_call(record, f"{at}.{name}", one) for one in _many(turn[name])]
+    return [_call(record, f"{at}.{name}", call) for call in _many(turn[name])]
 
 
 def _many(value: object) -> list[object]:
-    """A list as it is, also one written as JSON; anything else alone in a list."""
+    """A list, also one written as a JSON string; any other value as a list of one."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -192,26 +193,26 @@ def _call(record: Record, at: str, value: object) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise record.error(f"`{at}`: the arguments must be a JSON object, not {kind(arguments)}.")
     function = {**function, "arguments": dict(arguments)}
-    # In the order of the data: a template may print the whole call.
+    # Keys keep their order: a template may print the whole call.
     if "function" not in call:
         return _wrapped(function)
     return {**({} if "type" in call else {"type": "function"}), **call, "function": function}
 
 
 def _is_learned(record: Record, at: str, turn: Mapping[str, Any], role: str) -> bool:
-    """Whether the turn is learned: OpenAI's `weight` of 0 or 1, or a `train` of true or false."""
+    """Whether the turn is trained: OpenAI's `weight` of 0 or 1, or a `train` of true or false."""
     if masks := [key for key in _MASKS if not is_blank(turn.get(key))]:
-        raise record.error(f"`{at}.{masks[0]}` is not clear: give `weight` in its place, 1 for a turn that is learned.")
+        raise record.error(f"`{at}.{masks[0]}` is ambiguous: give `weight` instead, 1 for a turn to train on.")
     switched: dict[str, bool] = {}
     for key in _SWITCHES:
         if is_blank(turn.get(key)):
             continue
         switch = str(turn[key]).strip().lower()
         if switch not in ("0", "0.0", "false", "1", "1.0", "true"):
-            raise record.error(f"`{at}.{key}` is {str(turn[key])[:40]!r}: a turn is learned (1) or not (0).")
+            raise record.error(f"`{at}.{key}` is {str(turn[key])[:40]!r}: it must be 1 (train on the turn) or 0.")
         switched[key] = switch.startswith(("1", "t"))
         if role != "assistant" and switched[key]:
-            raise record.error(f"`{at}.{key}` asks to learn a turn of role {role}: octavo learns the assistant's.")
+            raise record.error(f"`{at}.{key}` is set on a turn of role {role}: octavo trains on the assistant's only.")
     if len(set(switched.values())) > 1:
         raise record.error(f"{' and '.join(f'`{at}.{key}`' for key in switched)} contradict each other.")
     return next(iter(switched.values()), True)

@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from octavo.commands.generate import Speaker, until_finished
-from octavo.data.encoding import begin_ids, coder_of
+from octavo.data.encoding import bos_ids, coder_of
 from octavo.errors import ModelError, UsageError
 from octavo.fused.loss import CHUNK_BYTES
 from octavo.infer.engine import Engine
@@ -56,7 +56,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         super().__init__()
         self.model, self.tokenizer, self.stop_ids = speaker.model.eval(), speaker.tokenizer, speaker.stop_ids
         self.batch, self.report = batch, report
-        self._begin = begin_ids(speaker.tokenizer)
+        self._begin = bos_ids(speaker.tokenizer)
         self._told: set[str] = set()  # what was warned of: once is enough
 
     @property

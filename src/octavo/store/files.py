@@ -1,4 +1,4 @@
-"""What all writers of the store share: JSON, hashes, and holding a folder for one process; atomic.py writes."""
+"""Helpers that all writers of the store share: JSON, hashes, and a lock on a folder. atomic.py writes the files."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from octavo.system import lock_file, unlock_file
 
 
 def write_json_atomically(path: Path, data: Any) -> None:
-    """Replace the file at `path` by `data` as JSON, as `atomic_write` does."""
+    """Replaces the file at `path` by `data` as JSON, atomically as `atomic_write` does."""
     atomic_write(path, json_bytes(data))
 
 
 def json_bytes(data: Any) -> bytes:
-    """`data` as indented UTF-8 JSON with a line end. Tuples become lists; keys of dicts must be strings."""
+    """`data` as indented UTF-8 JSON with a line end. Tuples become lists; dict keys must be strings."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-    return text.encode(errors="backslashreplace")  # half of a character, from a file name that is no UTF-8: \\udcff
+    return text.encode(errors="backslashreplace")  # lone surrogates of file names that are not UTF-8, as \\udcff
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of the file at `path`, in hexadecimal, read piece by piece."""
+    """The SHA-256 of the file at `path` in hexadecimal, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold `folder`, made if need be, for this process; the system lets go of it however the process ends.
+    """Locks `folder` for this process; the folder is made if necessary. The system releases the lock with the process.
 
-    Raises CheckpointError naming the process that holds it already, unless told to wait for it. Who holds the folder
-    may remove the file .lock in it, or the folder.
+    Raises CheckpointError with the process that holds the lock, unless `wait` is set. The holder may remove the file
+    .lock, or the folder.
     """
     path = folder / ".lock"
     while True:
@@ -59,7 +59,8 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         with file:
             _hold(file, path, wait=wait)
             try:
-                if not _is(file, path):  # removed by its holder while this process waited, perhaps made anew by a third
+                # The previous holder may have removed the file, and another process made it again: lock the new one.
+                if not _is(file, path):
                     continue
                 with named(path):
                     file.truncate(0)
@@ -84,7 +85,7 @@ def _hold(file: IO[str], path: Path, *, wait: bool) -> None:
 
 
 def _is(file: IO[str], path: Path) -> bool:
-    """Whether an open file still is the one at `path`."""
+    """Whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except OSError:

@@ -1,4 +1,4 @@
-"""Model files that octavo cannot read for a known reason, which is then said: formats of other programs, pointers."""
+"""Model files that octavo cannot read for a known reason, with errors that name it: other formats, LFS pointers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from octavo.models import parse
 LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 MOST_POINTER_BYTES = 1024
 
-# quant_method of quantization_config -> the name that people know.
+# quant_method of quantization_config -> the usual name of the format.
 FORMATS = {
     "bitsandbytes": "bitsandbytes",
     "gptq": "GPTQ",
@@ -30,7 +30,7 @@ FORMATS = {
     "exl2": "EXL2",
     "exl3": "EXL3",
 }
-# What such formats call their tensors, for a folder whose config.json says nothing.
+# Suffixes of tensor names of such formats, for a folder whose config.json does not name the format.
 TENSOR_ENDS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -49,9 +49,9 @@ _HINT = (
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """ModelError unless the config.json is of a family that octavo supports, with weights that it reads, and sound.
+    """ModelError unless the config.json is valid, of a supported family, and its weights are in a format octavo reads.
 
-    Needs no weights: it is called before any are downloaded.
+    Needs no weights, so it runs before they are downloaded.
     """
     for key in ("quantization_config", "quantization", "compression_config"):
         value = config.get(key)
@@ -80,7 +80,7 @@ def _format(value: object, key: str) -> str:
 
 
 def refuse_tensors(names: Iterable[str], where: str) -> None:
-    """ModelError if tensors are named as another program's quantized weights are."""
+    """ModelError if tensor names show quantized weights of another program."""
     for name in names:
         for end, made_by in TENSOR_ENDS.items():
             if name.endswith(end) or ".quant_state.bitsandbytes" in name:
@@ -93,14 +93,14 @@ def refuse_tensors(names: Iterable[str], where: str) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """ModelError if the file is a Git LFS pointer: a few lines that stand for the file in a clone without Git LFS."""
+    """ModelError if the file is a Git LFS pointer, a few lines in place of the file in a clone without Git LFS."""
     try:
         if path.stat().st_size > MOST_POINTER_BYTES:
             return
         with path.open("rb") as file:
             pointer = file.read(len(LFS_HEADER)) == LFS_HEADER
     except OSError:
-        return  # whoever reads the file says what is wrong with it
+        return  # reading the file reports the error
     if pointer:
         raise ModelError(
             f"{path} is a Git LFS pointer, not the file itself.",

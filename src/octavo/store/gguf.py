@@ -1,8 +1,8 @@
-"""A GGUF file as a source of weights: Hugging Face names and row order, one tensor in memory at a time.
+"""A GGUF file as a source of weights, with Hugging Face names and row order, one tensor in memory at a time.
 
-GGUF is llama.cpp's format: one file, or several parts, hold the metadata, the tokenizer and block-quantised tensors.
-Read here are the architectures `llama` (Llama 2 and 3, SmolLM2, Mistral) and `qwen2`. What would change the model's
-numbers in a way that octavo does not compute (other scaled rotary embeddings, experts) is refused by name.
+GGUF is llama.cpp's format: one or several files with metadata, tokenizer and block-quantized tensors. The architectures
+`llama` (Llama 2 and 3, SmolLM2, Mistral) and `qwen2` are read. Features that octavo does not compute, such as other
+rotary scaling or experts, raise an error that names them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.store.gguf_header import Header, TensorPlace
+from octavo.store.gguf_header import Header, TensorInfo
 from octavo.store.gguf_rope import llama3_rope
 from octavo.store.gguf_split import read_parts
 from octavo.store.gguf_tokenizer import build_tokenizer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# Hugging Face module -> GGUF module; a block's modules are prefixed by model.layers.N. and blk.N.
+# Hugging Face module -> GGUF module. Modules of a block have the prefix model.layers.N. and blk.N.
 TOP_MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 BLOCK_MODULES = {
     "input_layernorm": "attn_norm",
@@ -47,7 +47,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class GgufSource:
-    """An opened GGUF file. `config` says what the config.json of the Hugging Face model would say."""
+    """An opened GGUF file. `config` is equivalent to the config.json of the Hugging Face model."""
 
     config: dict[str, Any]
     files: list[Path]
@@ -56,29 +56,29 @@ class GgufSource:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """Nothing beyond `config`: a GGUF file has no other place for it."""
+        """Empty: a GGUF file has no generation config."""
         return {}
 
     def names(self) -> list[str]:
-        """Hugging Face tensor names, in the order of the forward pass; a tied head has none of its own."""
+        """Hugging Face tensor names in the order of the forward pass. A tied head has no tensor of its own."""
         return list(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the tensor called `name`."""
+        """The shape of the tensor `name`."""
         return self._shapes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor called `name` (one of `names()`), dequantised to float32, rows in Hugging Face order.
+        """The tensor `name` (one of `names()`), dequantized to float32, with rows in Hugging Face order.
 
-        Raises ModelError if the file has become shorter since it was opened.
+        Raises ModelError if the file is shorter than when it was opened.
         """
-        place = self._header.tensors[_gguf_name(name)]
-        values = _read(place, name)
+        info = self._header.tensors[_gguf_name(name)]
+        values = _read(info, name)
         heads = self._permuted_heads(name)
         return _unpermute(values, heads) if heads else values
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The file's tokenizer. Raises ModelError if its kind is not known to be reproduced exactly."""
+        """The file's tokenizer. Raises ModelError if octavo cannot reproduce it exactly."""
         return build_tokenizer(
             self._header.metadata,
             where=str(self._header.path),
@@ -86,7 +86,7 @@ class GgufSource:
         )
 
     def _permuted_heads(self, name: str) -> int:
-        """How many heads llama.cpp's converter shuffled the rows of `name` in; 0 if it left them alone."""
+        """The number of heads whose rows llama.cpp's converter permuted in the tensor `name`; 0 for none."""
         if self.config["model_type"] != "llama":
             return 0
         if ".q_proj." in name:
@@ -95,38 +95,39 @@ class GgufSource:
 
 
 def open_gguf(path: Path) -> GgufSource:
-    """Open the GGUF file at `path`: reads and checks the header, no weights.
+    """Opens the GGUF file at `path`: reads and checks the header, no weights.
 
-    Raises ModelError if the file is broken, of an architecture other than ARCHITECTURES, uses something that
-    octavo does not compute, or has a tensor too many, too few or of another shape than its metadata says.
+    Raises ModelError if the file is broken, has an architecture not in ARCHITECTURES, uses a feature that octavo does
+    not compute, or lacks a tensor, has an unknown one, or one of another shape than its metadata says.
     """
     header, files = read_parts(path)
     config = _config(header)
     shapes = _shapes(config)
     _check_tensors(header, shapes)
-    tokens = len(header.metadata["tokenizer.ggml.tokens"])
-    if tokens > config["vocab_size"]:
-        raise ModelError(f"{path}: {tokens:,} tokens, but the embedding has {config['vocab_size']:,} rows.")
+    n_tokens = len(header.metadata["tokenizer.ggml.tokens"])
+    if n_tokens > config["vocab_size"]:
+        raise ModelError(f"{path}: {n_tokens:,} tokens, but the embedding has {config['vocab_size']:,} rows.")
     return GgufSource(config=config, files=files, _header=header, _shapes=shapes)
 
 
-def _read(place: TensorPlace, name: str) -> torch.Tensor:
-    """A tensor dequantised to float32, in the file's row order."""
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        raw = file.read(place.size_bytes)
-    if len(raw) != place.size_bytes:
-        raise ModelError(f"{place.path}: the file changed while it was read ({name} is cut short).")
-    rows = np.frombuffer(raw, dtype=np.uint8).reshape(*place.shape[:-1], -1)
-    # The copy makes the result own writable memory: unquantised types come back as a view of `raw`.
-    return torch.from_numpy(np.array(dequantize(rows, place.kind), dtype=np.float32)).reshape(place.shape)
+def _read(info: TensorInfo, name: str) -> torch.Tensor:
+    """A tensor dequantized to float32, in the row order of the file."""
+    with info.path.open("rb") as file:
+        file.seek(info.offset)
+        raw = file.read(info.size_bytes)
+    if len(raw) != info.size_bytes:
+        raise ModelError(f"{info.path}: the file changed while it was read ({name} is cut short).")
+    rows = np.frombuffer(raw, dtype=np.uint8).reshape(*info.shape[:-1], -1)
+    # Copied into writable memory of its own: an unquantized type is returned as a view of `raw`.
+    return torch.from_numpy(np.array(dequantize(rows, info.kind), dtype=np.float32)).reshape(info.shape)
 
 
 def _unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order of q and k: it rotates the rows (0, 1), (2, 3), ... of a head as pairs,
-    Hugging Face (0, d/2), (1, d/2 + 1), ...
+    """Undoes the row order of q and k in GGUF. d is the head size.
 
-    rows: (heads * head_dim, ...), a weight or a bias. Source: convert_hf_to_gguf.py, LlamaModel.permute.
+    Rotary embedding rotates pairs of rows of a head. llama.cpp pairs (0, 1), (2, 3), ..; Hugging Face pairs (0, d/2),
+    (1, d/2 + 1), .. `rows` is a weight (heads * d, K) or a bias (heads * d,). Source: LlamaModel.permute in
+    convert_hf_to_gguf.py.
     """
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
@@ -138,7 +139,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _config(header: Header) -> dict[str, Any]:
-    """The metadata in the words of a Hugging Face config.json."""
+    """The metadata as the entries of a Hugging Face config.json."""
     architecture = str(header.metadata.get("general.architecture"))
     if architecture not in ARCHITECTURES:
         raise ModelError(
@@ -178,7 +179,7 @@ def _config(header: Header) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": _decimal(header, f"{architecture}.attention.layer_norm_rms_epsilon"),
         **_rope(header, architecture, head_dim),
-        # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
+        # Attention with a sliding window (Mistral 7B v0.1) equals full attention for contexts within the window.
         "max_position_embeddings": min(size("context_length"), _window(header, architecture)),
         **_options(header, architecture),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -189,15 +190,15 @@ def _config(header: Header) -> dict[str, Any]:
 
 def _rope(header: Header, architecture: str, head_dim: int) -> dict[str, Any]:
     theta = _decimal(header, f"{architecture}.rope.freq_base", default=10_000.0)
-    place = header.tensors.get(ROPE_FACTORS)
-    if place is None:
+    info = header.tensors.get(ROPE_FACTORS)
+    if info is None:
         return {"rope_theta": theta}
-    factors = _read(place, ROPE_FACTORS).flatten()
+    factors = _read(info, ROPE_FACTORS).flatten()  # (D/2,)
     return {"rope_parameters": llama3_rope(factors, theta=theta, head_size=head_dim, path=header.path)}
 
 
 def _window(header: Header, architecture: str) -> int:
-    """The positions that attention may see; the context if there is no window."""
+    """The number of positions that attention covers: the sliding window, or the context length without one."""
     context = _size(header, f"{architecture}.context_length")
     window = header.metadata.get(f"{architecture}.attention.sliding_window") or context
     if type(window) is not int or window < 1:
@@ -206,7 +207,7 @@ def _window(header: Header, architecture: str) -> int:
 
 
 def _options(header: Header, architecture: str) -> dict[str, Any]:
-    """The entries that only this architecture's config.json has."""
+    """The entries of config.json that only this architecture has."""
     if architecture == "qwen2":
         return {"use_sliding_window": False}
     biases = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}
@@ -214,23 +215,23 @@ def _options(header: Header, architecture: str) -> dict[str, Any]:
 
 
 def _refuse_uncomputed(header: Header, architecture: str) -> None:
-    """Raise ModelError if the metadata asks for mathematics that octavo's model of this family lacks."""
+    """ModelError if the metadata asks for a feature that octavo's model of this family does not compute."""
     metadata = header.metadata
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     factors = [metadata.get(f"{architecture}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear")]
-    found = ""
+    feature = ""
     if scaling != "none":
-        found = f"rotary scaling ({architecture}.rope.scaling.type = {scaling!r})"
+        feature = f"rotary scaling ({architecture}.rope.scaling.type = {scaling!r})"
     elif any(factor not in (0.0, 1.0) for factor in factors):
-        found = f"rotary scaling (factor {factors[0] if factors[0] not in (0.0, 1.0) else factors[1]})"
+        feature = f"rotary scaling (factor {factors[0] if factors[0] not in (0.0, 1.0) else factors[1]})"
     elif metadata.get(f"{architecture}.expert_count", 0):
-        found = f"a mixture of experts ({architecture}.expert_count)"
-    if found:
-        raise ModelError(f"{header.path}: the model uses {found}, which is not supported.", hint=ELSEWHERE)
+        feature = f"a mixture of experts ({architecture}.expert_count)"
+    if feature:
+        raise ModelError(f"{header.path}: the model uses {feature}, which is not supported.", hint=ELSEWHERE)
 
 
 def _size(header: Header, key: str, *, default: int | None = None) -> int:
-    """A positive integer of the metadata; one value for each layer is taken if all layers agree."""
+    """A positive integer of the metadata. A list with one value per layer is accepted if all layers agree."""
     value = header.metadata.get(key, default)
     if isinstance(value, list) and value and len(set(value)) == 1:
         value = value[0]
@@ -240,7 +241,7 @@ def _size(header: Header, key: str, *, default: int | None = None) -> int:
 
 
 def _decimal(header: Header, key: str, *, default: float | None = None) -> float:
-    """A positive float of the metadata, as people write it: GGUF's float32 0.0000099999997 is 1e-05 again."""
+    """A positive float of the metadata in its shortest decimal form: float32 0.0000099999997 becomes 1e-05."""
     value = header.metadata.get(key, default)
     if not isinstance(value, float) or not 0 < value < float("inf"):
         raise ModelError(f"{header.path}: {key} should be a positive number and is {value!r}.", hint=ELSEWHERE)
@@ -248,7 +249,7 @@ def _decimal(header: Header, key: str, *, default: float | None = None) -> float
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a model of this config has: Hugging Face name -> shape."""
+    """Hugging Face name -> shape, for every tensor of a model with this config."""
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -283,7 +284,7 @@ def _has_bias(config: dict[str, Any], module: str) -> bool:
 
 
 def _check_tensors(header: Header, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ModelError unless the file has exactly the tensors of `shapes`."""
+    """ModelError unless the file has exactly the tensors of `shapes`."""
     expected = {_gguf_name(name): shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         if name not in header.tensors:

@@ -1,10 +1,9 @@
-"""The header of a GGUF file: its metadata and where each tensor lies, read without trusting one number in it.
+"""The header of a GGUF file: metadata and tensor offsets, read without trusting any value in it.
 
-A GGUF file is untrusted input, and the `gguf` package's own reader believes the counts it finds: a wrong
-one costs a traceback or all of the memory. This reader walks the same layout (ggml/docs/gguf.md in
-llama.cpp: magic, version, counts, key-value pairs, tensor descriptions, aligned data), never reads past the
-end, and bounds every size before it allocates. It is also what makes opening fast: a number array is read
-in one go.
+A GGUF file is untrusted input. The reader of the `gguf` package trusts the counts in the file, so a wrong one causes a
+traceback or exhausts the memory. This reader parses the same layout (ggml/docs/gguf.md in llama.cpp: magic, version,
+counts, key-value pairs, tensor descriptions, aligned data), never reads past the end, and checks every size before it
+allocates. It is also fast: an array of numbers is read at once.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MAX_HEADER_BYTES = 128 * 2**20
 MAX_ARRAY_ITEMS = 4 * 2**20
 MAX_DIMENSIONS = 4
 
-_NUMBERS = {
+_NUMPY_TYPES = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",
@@ -48,8 +47,8 @@ _NUMBERS = {
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """One tensor of `path`. `shape` is in row order (GGUF writes it reversed); `offset` in bytes."""
+class TensorInfo:
+    """One tensor of the file `path`. `shape` is row-major (GGUF stores it reversed), `offset` is in bytes."""
 
     path: Path
     kind: GGMLQuantizationType
@@ -60,18 +59,18 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything but the weights: metadata by key, tensor places by GGUF name."""
+    """Everything but the weights: metadata by key, tensor info by GGUF name."""
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, TensorPlace]
+    tensors: dict[str, TensorInfo]
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of the GGUF file at `path`.
+    """The verified header of the GGUF file at `path`.
 
-    Raises ModelError if the file is missing, is not GGUF, is cut short, or contradicts itself: on return
-    every tensor lies wholly inside the file and is of a type that can be dequantised.
+    Raises ModelError if the file is missing, not GGUF, cut short or inconsistent. On return every tensor is completely
+    inside the file, and of a type that can be dequantized.
     """
     refuse_pointer(path)
     try:
@@ -81,12 +80,12 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
-        # mmap refuses an empty file with a ValueError.
+        # mmap raises ValueError for an empty file.
         raise ModelError(f"{path}: cannot be read: {error}", hint="Check the path, or fetch the file again.") from error
 
 
 class _Cursor:
-    """A position in the header that only moves forward and never past `limit` (bytes)."""
+    """A position in the header that only moves forward, and never past `limit` (bytes)."""
 
     def __init__(self, path: Path, buffer: mmap.mmap, limit: int) -> None:
         self.path = path
@@ -142,7 +141,7 @@ class _Cursor:
         return [self.string() for _ in range(count)] if kind == GGUFValueType.STRING else self.numbers(kind, count)
 
     def numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
-        dtype = np.dtype(_NUMBERS[kind])
+        dtype = np.dtype(_NUMPY_TYPES[kind])
         values: list[Any] = np.frombuffer(self.take(count * dtype.itemsize), dtype=dtype).tolist()
         return values
 
@@ -169,12 +168,12 @@ def _parse(cursor: _Cursor, size_bytes: int) -> Header:
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.broken(f"the alignment {alignment!r} is not a power of two")
     data_start = math.ceil(cursor.offset / alignment) * alignment
-    tensors: dict[str, TensorPlace] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, kind_number, shape, offset in raw:
         if name in tensors:
             raise cursor.broken(f"the tensor {name!r} comes twice")
         kind = _checked_kind(cursor, name, kind_number)
-        tensors[name] = _place(cursor, name, kind=kind, shape=shape, offset=data_start + offset, end=size_bytes)
+        tensors[name] = _info(cursor, name, kind=kind, shape=shape, offset=data_start + offset, end=size_bytes)
     return Header(path=cursor.path, metadata=metadata, tensors=tensors)
 
 
@@ -187,7 +186,7 @@ def _raw_tensor(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 
 def _checked_kind(cursor: _Cursor, name: str, number: int) -> GGMLQuantizationType:
-    """The quantisation type, once it is known that the gguf package can dequantise a block of it."""
+    """The quantization type; ModelError unless the gguf package can dequantize a block of it."""
     if number not in set(GGMLQuantizationType):
         raise cursor.broken(f"the tensor {name!r} is of type {number}, which does not exist")
     kind = GGMLQuantizationType(number)
@@ -195,19 +194,19 @@ def _checked_kind(cursor: _Cursor, name: str, number: int) -> GGMLQuantizationTy
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
     except NotImplementedError as error:
         raise ModelError(
-            f"{cursor.path}: the tensor {name!r} is stored as {kind.name}, which cannot be dequantised here.",
-            hint="Use a file quantised as Q8_0, Q4_K, Q4_1 or F16, or give the Hugging Face folder.",
+            f"{cursor.path}: the tensor {name!r} is stored as {kind.name}, which cannot be dequantized here.",
+            hint="Use a file quantized as Q8_0, Q4_K, Q4_1 or F16, or give the Hugging Face folder.",
         ) from error
     return kind
 
 
-def _place(
+def _info(
     cursor: _Cursor, name: str, *, kind: GGMLQuantizationType, shape: tuple[int, ...], offset: int, end: int
-) -> TensorPlace:
+) -> TensorInfo:
     block_elements, block_bytes = GGML_QUANT_SIZES[kind]
     if min(shape) < 1 or shape[-1] % block_elements:
         raise cursor.broken(f"the tensor {name!r} of shape {shape} does not fit blocks of {block_elements} values")
     size_bytes = math.prod(shape) // block_elements * block_bytes
     if offset + size_bytes > end:
         raise cursor.broken(f"the tensor {name!r} would end at byte {offset + size_bytes:,}, the file ends at {end:,}")
-    return TensorPlace(path=cursor.path, kind=kind, shape=shape, offset=offset, size_bytes=size_bytes)
+    return TensorInfo(path=cursor.path, kind=kind, shape=shape, offset=offset, size_bytes=size_bytes)

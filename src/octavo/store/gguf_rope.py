@@ -1,8 +1,10 @@
-"""The rotary factors of Llama 3.1 and later in a GGUF file, as the parameters that they were computed from.
+"""The rotary factors of Llama 3.1 and later in a GGUF file, converted to the parameters of config.json.
 
-llama.cpp's converter stores what each frequency is divided by (`rope_freqs.weight`, D/2 numbers for heads of size D);
-config.json names the formula and its four parameters. The parameters are found from the numbers and must give them
-again, so that a model computes with transformers' own formula, and a folder written from it says so.
+llama.cpp's converter stores the divisor of each frequency (`rope_freqs.weight`, D/2 values for heads of size D), while
+config.json names the formula and its four parameters. The parameters are searched for, and must reproduce the divisors.
+Then the model computes with transformers' own formula, and a folder written from it contains the parameters.
+
+Legend: D head size, f a stored divisor, F the largest one.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from octavo.errors import ModelError
 from octavo.models.llama import rotary_frequencies
 from octavo.store.gguf_vocabulary import ELSEWHERE
 
-TOLERANCE = 1e-4  # relative; the converter computes in float32, and the factors of interest differ by much more
-PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # of all Llama 3.1 to 3.3 models
+TOLERANCE = 1e-4  # relative; the converter computes in float32, and meaningful factors differ by much more
+PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # in all Llama 3.1 to 3.3 models
 
 
 def llama3_rope(factors: Tensor, *, theta: float, head_size: int, path: Path) -> dict[str, Any]:
-    """rope_parameters of a config.json that give these (D/2,) divisors of the frequencies; ModelError if none do."""
+    """The rope_parameters of config.json for these divisors (D/2,) of the frequencies; ModelError if none fit."""
     plain = {"rope_type": "default", "rope_theta": theta}
-    base = rotary_frequencies({"rope_parameters": plain}, head_size).double()
+    base = rotary_frequencies({"rope_parameters": plain}, head_size).double()  # (D/2,)
     factors = factors.double()
     if factors.shape != base.shape or not bool((factors.isfinite() & (factors > 0)).all()):
         raise _unknown(path)
@@ -35,18 +37,19 @@ def llama3_rope(factors: Tensor, *, theta: float, head_size: int, path: Path) ->
     for candidate in [*candidates, *_fitted(base, factors)]:
         parameters = {**plain, "rope_type": "llama3", "factor": _round(float(factors.max())), **candidate}
         try:
-            made = rotary_frequencies({"rope_parameters": parameters}, head_size).double()
-        except ModelError:  # fitted to other numbers, the parameters may be out of bounds
+            scaled = rotary_frequencies({"rope_parameters": parameters}, head_size).double()  # (D/2,)
+        except ModelError:  # for other factors the fitted parameters may be out of bounds
             continue
-        if bool(torch.isclose(base / made, factors, rtol=TOLERANCE).all()):
+        if bool(torch.isclose(base / scaled, factors, rtol=TOLERANCE).all()):
             return parameters
     raise _unknown(path)
 
 
 def _fitted(base: Tensor, factors: Tensor) -> list[dict[str, Any]]:
-    """Parameters from the frequencies on the ramp, where 1/f - 1/F = s (1 - 1/F) and s is linear in the frequency.
+    """Parameters from the interpolated frequencies, where 1/f - 1/F = s (1 - 1/F) and s is linear in the frequency.
 
-    Two of them determine the ratios of the three parameters, so the low factor is 1; for one the high factor is 4.
+    Two frequencies determine only the ratios of the three parameters, so low_freq_factor is set to 1. With a single
+    frequency high_freq_factor is set to 4 too.
     """
     most = float(factors.max())
     ramp = ((factors > 1 + TOLERANCE) & (factors < most * (1 - TOLERANCE))).nonzero().flatten().tolist()
@@ -70,7 +73,7 @@ def _fitted(base: Tensor, factors: Tensor) -> list[dict[str, Any]]:
 
 
 def _round(value: float) -> float:
-    """float32's 7.9999995 is 8 again."""
+    """Removes float32 rounding: 7.9999995 becomes 8."""
     return round(value, 3) if math.isclose(value, round(value, 3), rel_tol=TOLERANCE) else value
 
 

@@ -1,13 +1,13 @@
 """SentencePiece tokenizers of GGUF files (`tokenizer.ggml.model` = "llama": Llama 2, Mistral) as byte-pair encoding.
 
-SentencePiece joins, again and again, the two neighbours whose joined piece has the highest score, the leftmost of
-equals. That is byte-pair encoding whose merges are ranked by the score of what they make. Its further rules are kept:
+SentencePiece repeatedly joins the two adjacent pieces whose concatenation has the highest score, the leftmost ones if
+scores are equal. This is byte-pair encoding with merges ranked by the score of their result. The other rules are kept:
 
-- The text is not split into words first. A space is written as U+2581, and one more is put before the text.
-- User-defined pieces are cut out first and never joined. Control pieces and bytes are not made from a text.
+- The text is not split into words first. A space is written as U+2581, and one more is added before the text.
+- User-defined pieces are matched first and never joined. Control pieces and bytes are not produced from text.
 - A character without a piece becomes its bytes, or one unknown token for a run of such characters.
 
-One text differs: a user-defined piece alone, before which SentencePiece puts a space and this tokenizer none.
+One text is encoded differently: a user-defined piece alone. SentencePiece adds a space before it, this tokenizer none.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 def sentencepiece_tokenizer(
     metadata: Mapping[str, Any], tokens: Sequence[str], kinds: Sequence[int], *, where: str
 ) -> Tokenizer:
-    """The tokenizer of the pieces `tokens` of types `kinds`, without begin and end tokens.
+    """The tokenizer of the pieces `tokens` with types `kinds`, without BOS and EOS tokens.
 
-    Raises ModelError if the metadata is broken, or asks for what byte-pair encoding cannot reproduce.
+    Raises ModelError if the metadata is broken, or needs a feature that byte-pair encoding cannot reproduce.
     """
     if metadata.get("tokenizer.ggml.precompiled_charsmap") or metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
         raise ModelError(f"{where}: its tokenizer normalizes texts, which is not supported.", hint=ELSEWHERE)
@@ -46,11 +46,11 @@ def sentencepiece_tokenizer(
             byte_fallback=all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)),
         )
     )
-    own = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    user_defined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    tokenizer.normalizer = _normalizer(own, prefix=prefix)
-    # Found in the normalized text, as by SentencePiece: a space that belongs to the piece after it stays with it.
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=True) for token in own])
+    tokenizer.normalizer = _normalizer(user_defined, prefix=prefix)
+    # Matched in the normalized text, as in SentencePiece: a space that belongs to the next piece stays part of it.
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=True) for token in user_defined])
     tokenizer.add_tokens(
         [
             AddedToken(token, special=True, normalized=False)
@@ -63,13 +63,13 @@ def sentencepiece_tokenizer(
     return tokenizer
 
 
-def _normalizer(own: Sequence[str], *, prefix: bool) -> Any:
+def _normalizer(user_defined: Sequence[str], *, prefix: bool) -> Any:
     spaces = normalizers.Replace(" ", SPACE)
     if not prefix:
         return spaces
-    # The normalizer is applied to the user-defined pieces too, once, and must leave them as they are.
-    pieces = "|".join(re.escape(token.replace(" ", SPACE)) for token in own)
-    not_a_piece = rf"(?!(?:{pieces})\z)" if own else ""
+    # The library also normalizes the user-defined pieces, once; that must not change them.
+    pieces = "|".join(re.escape(token.replace(" ", SPACE)) for token in user_defined)
+    not_a_piece = rf"(?!(?:{pieces})\z)" if user_defined else ""
     return normalizers.Sequence([spaces, normalizers.Replace(Regex(rf"\A(?=[\s\S]){not_a_piece}"), SPACE)])
 
 
@@ -78,12 +78,12 @@ def _scores(metadata: Mapping[str, Any], count: int, where: str) -> list[float]:
     if not isinstance(scores, list) or len(scores) < count or not all(isinstance(score, float) for score in scores):
         raise ModelError(f"{where}: broken tokenizer: tokenizer.ggml.scores does not have a value for each token.")
     if not all(abs(score) < float("inf") for score in scores):
-        raise ModelError(f"{where}: broken tokenizer: tokenizer.ggml.scores holds numbers that are not finite.")
+        raise ModelError(f"{where}: broken tokenizer: tokenizer.ggml.scores holds values that are not finite.")
     return scores[:count]
 
 
 def _merges(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float], where: str) -> list[tuple[str, str]]:
-    """All pairs of pieces that join to a piece, the highest score first."""
+    """All (left, right) that concatenate to a piece, the highest score first."""
     score_of = {token: score for token, kind, score in zip(tokens, kinds, scores, strict=True) if kind == NORMAL}
     unused = {token for token, kind in zip(tokens, kinds, strict=True) if kind == UNUSED}
     ranked: list[tuple[float, int, str, str]] = []

@@ -1,4 +1,4 @@
-"""GGUF models in several parts, NAME-00001-of-00003.gguf: the first holds the metadata, all of them tensors."""
+"""GGUF models in several files, NAME-00001-of-00003.gguf. The first has the metadata; each has some of the tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_PARTS = 1000
 
 
 def read_parts(path: Path) -> tuple[Header, list[Path]]:
-    """(the header of the model, its files) of a GGUF file, or of the model of which it is a part, whichever part.
+    """(header, files) of a GGUF model, given its file or any one of its parts.
 
     Raises ModelError as `read_header` does, and if a part is missing or belongs to another model.
     """
@@ -31,29 +31,29 @@ def read_parts(path: Path) -> tuple[Header, list[Path]]:
             hint=f"Give the parts the names they were published with, NAME-00001-of-{count:05d}.gguf and so on.",
         )
     files = [path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
-    if absent := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(
-            f"{path} is one of {count} parts of a model; missing beside it: {', '.join(absent[:3])}"
-            f"{f' and {len(absent) - 3:,} more' if len(absent) > 3 else ''}.",
+            f"{path} is one of {count} parts of a model; missing next to it: {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3:,} more' if len(missing) > 3 else ''}.",
             hint="Fetch all parts into one folder.",
         )
     return _joined(files, [header if file == path else read_header(file) for file in files]), files
 
 
 def _joined(files: list[Path], headers: list[Header]) -> Header:
-    """One header over all parts: the first one's metadata, and all tensors, each with its file."""
+    """The header of all parts together: the metadata of the first one, and all tensors with their files."""
     first = headers[0]
     tensors = dict(first.tensors)
     for number, (file, header) in enumerate(zip(files, headers, strict=True)):
-        own = header.metadata.get("split.no"), header.metadata.get("split.count")
-        if own != (number, len(files)):
+        part = header.metadata.get("split.no"), header.metadata.get("split.count")
+        if part != (number, len(files)):
             raise ModelError(
-                f"{file} says that it is part {shown(own[0])} of {shown(own[1])}, not {number} of {len(files)} "
+                f"{file} says that it is part {shown(part[0])} of {shown(part[1])}, not {number} of {len(files)} "
                 "(counted from 0).",
                 hint="Are all parts of the same model, and complete?",
             )
-        if number and (twice := tensors.keys() & header.tensors.keys()):
-            raise ModelError(f"{file}: the tensor {min(twice)} is in another part too.")
+        if number and (duplicates := tensors.keys() & header.tensors.keys()):
+            raise ModelError(f"{file}: the tensor {min(duplicates)} is in another part too.")
         tensors |= header.tensors
     total = first.metadata.get("split.tensors.count")
     if total is not None and total != len(tensors):

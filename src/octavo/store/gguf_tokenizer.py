@@ -1,9 +1,9 @@
-"""The tokenizer inside a GGUF file, rebuilt so that its token ids are llama.cpp's and the original model's.
+"""Rebuilds the tokenizer of a GGUF file, with the token ids of llama.cpp and of the original model.
 
-GGUF stores the vocabulary and the merges of a byte-level BPE tokenizer, but of the way text is split before
-merging only a name (`tokenizer.ggml.pre`). PRE_TOKENIZERS holds the splits that are known exactly; any
-other name is refused, because a wrong split trains on ids that the model has never seen together and
-nothing would say so. Of a SentencePiece tokenizer it stores pieces and scores (store/gguf_sentencepiece.py).
+GGUF stores the vocabulary and the merges of a byte-level BPE tokenizer, but only the name of its pre-tokenizer
+(`tokenizer.ggml.pre`). PRE_TOKENIZERS contains the ones that are known exactly. Any other name is an error: a wrong
+split would give ids that the model was not trained on, and nothing would report it. For a SentencePiece tokenizer GGUF
+stores pieces and scores (store/gguf_sentencepiece.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _smollm_split() -> Any:
 
 
 def _words_split(digits: str) -> Any:
-    """The split of Qwen2 and Llama 3: alike but for how many digits stay together."""
+    """The pre-tokenizer of Qwen2 and Llama 3, which differ only in the number of digits that stay together."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +53,7 @@ def _words_split(digits: str) -> Any:
     )
 
 
-# Name in tokenizer.ggml.pre -> the split. Sources: the models' tokenizer.json, llama.cpp's llama-vocab.cpp.
+# Name in tokenizer.ggml.pre -> pre-tokenizer. Sources: the models' tokenizer.json, llama.cpp's llama-vocab.cpp.
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2_split,
     "smollm": _smollm_split,
@@ -64,11 +64,11 @@ KINDS = ("gpt2", "llama")  # tokenizer.ggml.model
 
 
 def build_tokenizer(metadata: Mapping[str, Any], *, where: str, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer that the GGUF `metadata` of the file `where` describes; `max_length` in tokens.
+    """The tokenizer of the GGUF file `where` with this `metadata`; `max_length` in tokens.
 
-    Raises ModelError if the metadata is broken or describes a tokenizer that is not known exactly.
+    Raises ModelError if the metadata is broken or describes a tokenizer that octavo cannot reproduce exactly.
     """
-    # Importing transformers takes seconds; opening a file for its weights alone must not pay them.
+    # Importing transformers takes seconds, which opening a file for its weights alone should not cost.
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
@@ -84,19 +84,20 @@ def build_tokenizer(metadata: Mapping[str, Any], *, where: str, max_length: int)
     ids = special_ids(metadata, where)
     if kind == "llama":
         tokenizer = sentencepiece_tokenizer(metadata, tokens, kinds, where=where)
-        tokenizer.post_processor = _begin(metadata, tokens, ids, starts=True)
+        tokenizer.post_processor = _bos_processor(metadata, tokens, ids, default=True)
     else:
         tokenizer = _byte_level_tokenizer(metadata, tokens, kinds, where)
-        starts = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-        begin, byte_level = _begin(metadata, tokens, ids, starts=starts), processors.ByteLevel(trim_offsets=False)
-        tokenizer.post_processor = processors.Sequence([byte_level, begin]) if begin else byte_level
+        default = metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+        bos = _bos_processor(metadata, tokens, ids, default=default)
+        byte_level = processors.ByteLevel(trim_offsets=False)
+        tokenizer.post_processor = processors.Sequence([byte_level, bos]) if bos else byte_level
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0 if kind == "llama" else None)
     result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
         unk_token=tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None,
-        **{f"{role}_token": tokens[number] for role, number in ids.items() if number is not None},
+        **{f"{role}_token": tokens[token_id] for role, token_id in ids.items() if token_id is not None},
     )
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -114,7 +115,7 @@ def _byte_level_tokenizer(metadata: Mapping[str, Any], tokens: list[str], kinds:
         )
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = _merges(metadata, vocabulary, where)
-    # Llama 3 takes a word that is itself a token whole, whether or not merges lead to it.
+    # Llama 3 keeps a word that is itself a token whole, whether or not merges lead to it.
     tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
@@ -130,21 +131,23 @@ def _byte_level_tokenizer(metadata: Mapping[str, Any], tokens: list[str], kinds:
     return tokenizer
 
 
-def _begin(metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str, int | None], *, starts: bool) -> Any:
-    """What puts the begin token before a text, if the file asks for it; `starts` decides if it does not say."""
-    begin = ids["bos"]
-    if begin is None or not metadata.get("tokenizer.ggml.add_bos_token", starts):
+def _bos_processor(
+    metadata: Mapping[str, Any], tokens: list[str], ids: Mapping[str, int | None], *, default: bool
+) -> Any:
+    """The processor that adds the BOS token before a text, or None; `default` applies if the file does not say."""
+    bos = ids["bos"]
+    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", default):
         return None
-    token = tokens[begin]
+    token = tokens[bos]
     return processors.TemplateProcessing(
-        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, begin)]
+        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, bos)]
     )
 
 
 def _merges(metadata: Mapping[str, Any], vocabulary: Mapping[str, int], where: str) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
     for merge in strings_of(metadata, "tokenizer.ggml.merges", where):
-        # Byte-level BPE writes a space inside a token as another letter, so the one space here separates.
+        # Byte-level BPE maps a space inside a token to another character, so the only space is the separator.
         left, _, right = merge.partition(" ")
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ModelError(f"{where}: broken tokenizer: the merge {merge!r} does not join two tokens to a third.")

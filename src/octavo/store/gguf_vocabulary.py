@@ -1,4 +1,4 @@
-"""The tokens in the metadata of a GGUF file, their kinds, and which of them begin, end and pad a text."""
+"""The vocabulary in the metadata of a GGUF file: tokens, token types, and the BOS, EOS and padding tokens."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 from octavo.errors import ModelError
 from octavo.store.tokenizer_limits import MAX_TOKEN_CHARACTERS
 
-# tokenizer.ggml.token_type: the kinds of tokens. Source: gguf.constants.TokenType.
+# tokenizer.ggml.token_type. Source: gguf.constants.TokenType.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# A pad equal to the end token would hide the end token from every loss mask made from pads. Where a file says
-# that, the first of these that is one of its control tokens is taken instead.
+# A padding token equal to the EOS token would remove the EOS token from every loss mask that is made from padding. If a
+# file has that, the first of these that is one of its control tokens is used instead.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
 
 ELSEWHERE = "Give the Hugging Face folder or id of the same model instead of the GGUF file."
-# What llama.cpp takes where a SentencePiece vocabulary does not say.
+# llama.cpp's defaults for a SentencePiece vocabulary.
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}
 
 
 def special_ids(metadata: Mapping[str, Any], where: str) -> dict[str, int | None]:
-    """The ids of the tokens that begin ("bos"), end ("eos") and pad ("pad") a text; None where there is none.
+    """The ids of the BOS ("bos"), EOS ("eos") and padding ("pad") tokens; None for a token that does not exist.
 
-    Raises ModelError if an id lies outside the vocabulary, or if no end token is named.
+    Raises ModelError if an id is outside the vocabulary, or if there is no EOS token.
     """
     tokens, kinds = vocabulary_of(metadata, where)
     named = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
     defaults = SENTENCEPIECE_IDS if metadata.get("tokenizer.ggml.model") == "llama" else {}
     ids: dict[str, int | None] = {}
     for role, key in named.items():
-        number = metadata.get(f"tokenizer.ggml.{key}", defaults.get(role))
-        if number is not None and not (type(number) is int and 0 <= number < len(tokens)):
-            raise ModelError(f"{where}: tokenizer.ggml.{key} is {number!r}, outside its {len(tokens):,} tokens.")
-        ids[role] = number
+        token_id = metadata.get(f"tokenizer.ggml.{key}", defaults.get(role))
+        if token_id is not None and not (type(token_id) is int and 0 <= token_id < len(tokens)):
+            raise ModelError(f"{where}: tokenizer.ggml.{key} is {token_id!r}, outside its {len(tokens):,} tokens.")
+        ids[role] = token_id
     if ids["eos"] is None:
-        raise ModelError(f"{where}: the file does not say which token ends a text.", hint=ELSEWHERE)
+        raise ModelError(f"{where}: the file names no EOS token (tokenizer.ggml.eos_token_id).", hint=ELSEWHERE)
     if ids["pad"] in (None, ids["eos"]):
         control = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL}
         others = [control[token] for token in PAD_TOKENS if control.get(token, ids["eos"]) != ids["eos"]]
@@ -44,12 +44,12 @@ def special_ids(metadata: Mapping[str, Any], where: str) -> dict[str, int | None
 
 
 def vocabulary_of(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[int]]:
-    """The tokens by id, and the token type of each."""
+    """(tokens by id, token type of each)."""
     tokens = strings_of(metadata, "tokenizer.ggml.tokens", where)
     kinds = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"{where}: broken tokenizer: tokenizer.ggml.token_type does not have a value for each token.")
-    # Rows that pad the embedding to a round number are listed as unused tokens: not part of the tokenizer.
+    # Rows that pad the embedding to a round size are listed as unused tokens; they are not part of the tokenizer.
     used = len(tokens)
     while used and kinds[used - 1] == UNUSED:
         used -= 1

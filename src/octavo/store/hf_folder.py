@@ -1,7 +1,7 @@
-"""Writes a source as a folder under a scheme: `octavo quantize`.
+"""Writes a source as a Hugging Face folder under a quantization scheme, for `octavo quantize`.
 
-It streams: one open shard, one quantised tensor and a few blocks of rows are in memory. The folder is written beside
-its place, under a temporary name, and renamed when it is whole.
+It streams: in memory are one open shard, one quantized tensor and a few blocks of rows. The folder is written under a
+temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from octavo.store.files import json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
 from octavo.store.weights import full_rows, matrix_parts, put_rows_, row_blocks
 
-SHARD_BYTES = 2**29  # held in memory until it is written
+SHARD_BYTES = 2**29  # a shard is in memory until it is written
 
 
 @dataclass(frozen=True)
 class WrittenLayer:
-    """One frozen weight as written. `error` is |W - W'| / |W|, 0 where nothing was quantised."""
+    """One frozen weight as written. `error` is ||W - W'|| / ||W||, and 0 if the weight was not quantized."""
 
     name: str
     shape: tuple[int, int]
@@ -41,7 +41,7 @@ class WrittenLayer:
 
 
 class _Shards:
-    """Collects tensors and writes a safetensors file whenever `SHARD_BYTES` are together."""
+    """Collects tensors and writes them to a safetensors file per `SHARD_BYTES`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,10 +54,10 @@ class _Shards:
         size = tensor.numel() * tensor.itemsize
         if self.open and self.open_bytes + size > SHARD_BYTES:
             self.flush()
-        # safetensors refuses tensors that share memory, as the code tables of several names do.
+        # safetensors rejects tensors that share memory, as the code tables of several weights do.
         tensor = tensor.contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        shared = any(held.untyped_storage().data_ptr() == memory for held in self.open.values())
+        address = tensor.untyped_storage().data_ptr()
+        shared = any(other.untyped_storage().data_ptr() == address for other in self.open.values())
         self.open[name] = tensor.clone() if shared else tensor
         self.open_bytes += size
         self.total_bytes += size
@@ -70,7 +70,7 @@ class _Shards:
             self.open, self.open_bytes = {}, 0
 
     def finish(self) -> None:
-        """Gives the files their final names, with an index if there are several."""
+        """Renames the files to their final names, and writes an index if there are several."""
         self.flush()
         count = len(self.files)
         weight_map = {}
@@ -94,14 +94,14 @@ def write_folder(
     on_layer: Callable[[WrittenLayer], None] | None = None,
     replace: bool = False,
 ) -> int:
-    """Writes `source` into the folder `out` under `scheme`; returns the bytes of its tensors.
+    """Writes `source` into the folder `out` under `scheme`, and returns the bytes of its tensors.
 
-    `on_layer` is told of each frozen weight. UsageError if `out` holds something and `replace` is not set.
+    `on_layer` is called for each frozen weight. UsageError if `out` is not empty and `replace` is not set.
     """
     if not replace:
         check_free(out)
     with new_folder(out, replace=replace) as temporary:
-        source.tokenizer().save_pretrained(temporary)  # first: a model without one fails at once
+        source.tokenizer().save_pretrained(temporary)  # first, so that a model without a tokenizer fails at once
         shards = _Shards(temporary)
         _write_tensors(source, scheme, shards, on_layer)
         shards.finish()
@@ -113,7 +113,7 @@ def write_folder(
 
 
 def check_free(out: Path) -> None:
-    """UsageError if there is something at `out`, an empty folder apart."""
+    """UsageError unless `out` does not exist or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
 
@@ -129,10 +129,10 @@ def _write_tensors(
         if not item.is_matrix:
             shards.add(name, source.tensor(name))
             continue
-        shape, own, wanted = item.shape, scheme_at(item.place, stored), scheme_at(item.place, scheme)
-        parts, error = matrix_parts(source, name, item.place, own), 0.0
-        if own is not wanted:
-            parts, error = _requantised(parts, shape, own, wanted)
+        shape, old, new = item.shape, scheme_at(item.entry, stored), scheme_at(item.entry, scheme)
+        parts, error = matrix_parts(source, name, item.entry, old), 0.0
+        if old is not new:
+            parts, error = _requantized(parts, shape, old, new)
         module = name.removesuffix(".weight")
         size = sum(
             shards.add(name if part == "weight" else f"{module}.{part}", tensor) for part, tensor in parts.items()
@@ -141,17 +141,17 @@ def _write_tensors(
             on_layer(WrittenLayer(name, shape, size, error))
 
 
-def _requantised(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
-    """(parts under `scheme` of a matrix that is stored under `stored`, the relative error that this makes)."""
-    made = {part: torch.empty(size, dtype=kind) for part, (size, kind) in scheme.layout(shape, torch.float32).items()}
-    wrong, whole = 0.0, 0.0
+def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
+    """(parts under `scheme` of a matrix that is stored under `stored`, relative error ||W - W'|| / ||W||)."""
+    target = {part: torch.empty(size, dtype=kind) for part, (size, kind) in scheme.layout(shape, torch.float32).items()}
+    error, norm = 0.0, 0.0  # squared
     for rows in row_blocks(shape, stored, scheme):
-        weight = full_rows(parts, shape, rows, stored).float()
-        block = put_rows_(made, shape, rows, scheme, weight)
-        back = dequantise(scheme, block, (rows.stop - rows.start, shape[1]))
-        wrong += float(torch.linalg.vector_norm(weight - back)) ** 2
-        whole += float(torch.linalg.vector_norm(weight)) ** 2
-    return made, math.sqrt(wrong / whole) if whole else 0.0
+        weight = full_rows(parts, shape, rows, stored).float()  # (rows, K)
+        block = put_rows_(target, shape, rows, scheme, weight)
+        restored = dequantise(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
+        error += float(torch.linalg.vector_norm(weight - restored)) ** 2
+        norm += float(torch.linalg.vector_norm(weight)) ** 2
+    return target, math.sqrt(error / norm) if norm else 0.0
 
 
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
@@ -164,10 +164,10 @@ def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
 
 
 def _list_files(folder: Path, scheme: Scheme, *, origin: str) -> None:
-    """Writes manifest.json, which lists every file with its size and hash."""
+    """Writes manifest.json with the size and the SHA-256 of every file."""
     files = {}
     for path in sorted(folder.iterdir()):
-        shutil.copymode(folder / "config.json", path)  # safetensors and tokenizers have modes of their own
+        shutil.copymode(folder / "config.json", path)  # safetensors and tokenizers set other file modes
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     manifest = {"octavo": __version__, "scheme": scheme.name, "origin": origin, "files": files}
     (folder / "manifest.json").write_bytes(json_bytes(manifest))
@@ -179,10 +179,10 @@ def _write_json(path: Path, content: Any) -> None:
 
 def written_bytes(source: Source, scheme: Scheme) -> int:
     """The bytes of the tensors that `write_folder` would write."""
-    as_they_are = stored_scheme(source).name == scheme.name == "none"
+    unquantized = stored_scheme(source).name == scheme.name == "none"
     return sum(
-        stored_bytes(scheme_at(item.place, scheme), item.shape, dtype=torch.float32)
-        if item.is_matrix and not as_they_are
+        stored_bytes(scheme_at(item.entry, scheme), item.shape, dtype=torch.float32)
+        if item.is_matrix and not unquantized
         else source.tensor(name).nbytes
         for name, item in entries(source, build(source.config)).items()
     )

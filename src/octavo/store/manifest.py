@@ -1,6 +1,6 @@
-"""manifest.json of a folder that octavo wrote: what it was made from, and size and SHA-256 of every file.
+"""manifest.json of a folder that octavo wrote: the identity of its origin, and size and SHA-256 of every file.
 
-A manifest.json of another program (a web app's) is none: octavo's has the key "octavo".
+octavo's manifest has the key "octavo". A manifest.json of another program, such as a web app, is ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.errors import ModelError
 from octavo.store.files import sha256_of
 
 MANIFEST = "manifest.json"
-# What is said of a damaged folder; a folder in the cache is made again instead.
+# The hint for a damaged folder. A damaged folder in the cache is made again instead.
 REMEDY = (
     "Write the folder again with `octavo quantize`, or take it from a copy. If you changed the file on purpose, delete "
     "manifest.json."
@@ -25,14 +25,14 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """`origin` is the identity of the weights that the folder was made from, `files` name -> (bytes, SHA-256)."""
+    """`origin` is the identity of the weights that the folder was made from, `files` is name -> (bytes, SHA-256)."""
 
     origin: str
     files: dict[str, tuple[int, str]]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """octavo's manifest of a folder, None if it has none. ModelError if octavo's own is damaged."""
+    """octavo's manifest of a folder, None if there is none. ModelError if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -57,10 +57,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path, *, say: Callable[[str], None] | None = None) -> None:
-    """ModelError, naming the file, unless every file of octavo's manifest is as it was written.
+    """ModelError with the file's name unless every file in octavo's manifest is as it was written.
 
-    Files are read once in a process, for as long as size and time say that they have not changed. `say` hears of it
-    where that takes seconds. A folder without such a manifest is not looked at.
+    A process reads a file once, as long as size and modification time stay the same. `say` reports a check that takes
+    seconds. A folder without octavo's manifest is not checked.
     """
     if (manifest := read_manifest(folder)) is None:
         return
@@ -72,7 +72,7 @@ def verify(folder: Path, *, say: Callable[[str], None] | None = None) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder has octavo's manifest, and every file of it is as it was written."""
+    """Whether the folder has octavo's manifest and every file in it is as it was written."""
     try:
         verify(folder)
         return read_manifest(folder) is not None
@@ -81,14 +81,15 @@ def is_whole(folder: Path) -> bool:
 
 
 def sha256_of_state(path: Path) -> str:
-    """The hash of a file; one of the same size and time is read once in a process.
+    """The SHA-256 of a file. A process reads a file of the same size and modification time once.
 
-    Not within two seconds of a change: the next one could have the same time, which file systems round.
+    Within two seconds of a change the hash is not cached: a further change could have the same time, since file
+    systems round it.
     """
-    found = path.stat()
-    if abs(time.time_ns() - found.st_mtime_ns) < 2_000_000_000:
+    status = path.stat()
+    if abs(time.time_ns() - status.st_mtime_ns) < 2_000_000_000:
         return sha256_of(path)
-    return _sha256(path.absolute(), found.st_size, found.st_mtime_ns)
+    return _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
 
 
 @cache
@@ -103,13 +104,13 @@ def _entry(name: str, entry: object) -> tuple[int, str]:
 
 
 def _problem(folder: Path, name: str, size: int, sha256: str) -> str:
-    """What is wrong with a file, or ""."""
+    """The problem of a file, or ""."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
     try:
-        if (found := path.stat().st_size) != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
+        if (actual := path.stat().st_size) != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
         return "" if sha256_of_state(path) == sha256 else f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"

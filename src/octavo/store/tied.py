@@ -1,7 +1,7 @@
-"""Heads that config.json calls tied to the embedding: whether the file agrees.
+"""Checks a head that config.json calls tied to the embedding against the stored tensors.
 
-transformers compares the two tables if both are stored and ties them only if they are equal, and where the head alone
-is stored it is the embedding too. The same rules hold here.
+As in transformers, head and embedding are tied only if their stored tensors are equal, and if only the head is stored,
+it is the embedding too.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ BLOCK_ROWS = 4096
 
 
 def has_own_head(config: Mapping[str, Any], names: Collection[str], tensor: Callable[[str], Tensor]) -> bool:
-    """Whether `names` hold a head that differs from the embedding in a part of its stored weight."""
+    """Whether `names` contain a head that differs from the embedding in a part of its stored weight."""
     embedding, head = table_names(config)
     if f"{head}.weight" not in names or f"{embedding}.weight" not in names:
         return False
     for part in PARTS:
-        own, other = (f"{module}.{part}" for module in (head, embedding))
-        if (own in names) != (other in names) or (own in names and not _equal(tensor(own), tensor(other))):
+        head_name, embedding_name = (f"{module}.{part}" for module in (head, embedding))
+        if (head_name in names) != (embedding_name in names):
+            return True
+        if head_name in names and not _equal(tensor(head_name), tensor(embedding_name)):
             return True
     return False
 
 
 def names_of_head(config: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
-    """Name that the embedding's tensors should have -> the head's that the file has instead; {} if it has its own."""
+    """Name of each embedding tensor -> the head's tensor that is stored instead; {} if the embedding is stored."""
     embedding, head = table_names(config)
     if f"{head}.weight" not in names or f"{embedding}.weight" in names:
         return {}

@@ -1,4 +1,4 @@
-"""How much the parts of a tokenizer.json can enlarge a text, bounded before the tokenizers library runs them."""
+"""Limits how much a tokenizer.json can enlarge a text, before the tokenizers library runs it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from octavo.errors import ModelError
 
-MAX_GROWTH = 64  # characters made of one, by all replacements together; tokenizers in use: 8
-MAX_ADDED_TEXT = 64  # characters put before a text
-MAX_ADDED_TOKENS = 64  # tokens put around a text
+MAX_GROWTH = 64  # output characters per input character, by all replacements together; tokenizers in use: 8
+MAX_ADDED_TEXT = 64  # characters added before a text
+MAX_ADDED_TOKENS = 64  # tokens added around a text
 MAX_TOKEN_CHARACTERS = 2**13
 MAX_PADDING = 2**20
 
@@ -19,9 +19,9 @@ _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decode
 
 
 def check_pipeline(content: Mapping[str, Any], *, where: str) -> None:
-    """ModelError if a text could grow beyond bounds on its way through the tokenizer of this tokenizer.json.
+    """ModelError if the tokenizer of this tokenizer.json could enlarge a text beyond the limits.
 
-    What is not of the known form is left to the library, which refuses it.
+    Unknown structures are ignored here: the library rejects them.
     """
     for key, inner in _PARTS.items():
         growth = 1.0
@@ -42,25 +42,25 @@ def check_pipeline(content: Mapping[str, Any], *, where: str) -> None:
 
 
 def _flat(part: Any, inner: str) -> Iterator[Mapping[str, Any]]:
-    """The parts of a pipeline in order; sequences may hold sequences."""
+    """The parts of a pipeline in order. A Sequence may contain Sequences."""
     if not isinstance(part, Mapping):
         return
     if part.get("type") == "Sequence" and isinstance(part.get(inner), list):
-        for each in part[inner]:
-            yield from _flat(each, inner)
+        for child in part[inner]:
+            yield from _flat(child, inner)
     else:
         yield part
 
 
 def _growth(part: Mapping[str, Any], where: str) -> float:
-    """How many characters the part makes of one at most."""
+    """The largest number of output characters of a part per input character."""
     kind = part.get("type")
     if kind == "Replace":
-        pattern, made = part.get("pattern"), part.get("content")
-        made_characters = len(made) if isinstance(made, str) else 0
+        pattern, content = part.get("pattern"), part.get("content")
+        n_characters = len(content) if isinstance(content, str) else 0
         if isinstance(pattern, Mapping) and isinstance(old := pattern.get("String"), str) and old:
-            return max(1.0, made_characters / len(old))
-        return 1.0 + made_characters  # a regular expression may match nothing between any two characters
+            return max(1.0, n_characters / len(old))
+        return 1.0 + n_characters  # a regular expression may match the empty string between any two characters
     if kind == "Prepend" and isinstance(added := part.get("prepend"), str) and len(added) > MAX_ADDED_TEXT:
         raise _too_large(where, f"its normalizer puts {len(added):,} characters before each text")
     if kind == "Precompiled" and _longest_precompiled(part.get("precompiled_charsmap")) > MAX_GROWTH:
@@ -69,7 +69,7 @@ def _growth(part: Mapping[str, Any], where: str) -> float:
 
 
 def _longest_precompiled(charsmap: Any) -> int:
-    """Bytes of the longest replacement in SentencePiece's table: the size of a trie, the trie, texts ended by NUL."""
+    """Bytes of the longest replacement in SentencePiece's charsmap: trie size, trie, NUL-terminated texts."""
     if not isinstance(charsmap, str):
         return 0
     try:
@@ -81,10 +81,12 @@ def _longest_precompiled(charsmap: Any) -> int:
 
 
 def _check_template(processor: Mapping[str, Any], where: str) -> None:
-    specials = processor.get("special_tokens")
-    values = specials.values() if isinstance(specials, Mapping) else ()
+    special = processor.get("special_tokens")
+    values = special.values() if isinstance(special, Mapping) else ()
     sizes = {name: len(processor[name]) for name in ("single", "pair") if isinstance(processor.get(name), list)}
-    ids = sum(len(each["ids"]) for each in values if isinstance(each, Mapping) and isinstance(each.get("ids"), list))
+    ids = sum(
+        len(value["ids"]) for value in values if isinstance(value, Mapping) and isinstance(value.get("ids"), list)
+    )
     if ids > MAX_ADDED_TOKENS or max(sizes.values(), default=0) > MAX_ADDED_TOKENS:
         raise _too_large(where, f"it puts more than {MAX_ADDED_TOKENS} tokens around each text")
 
@@ -95,13 +97,13 @@ def _tokens(content: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(vocabulary, Mapping):
         yield from vocabulary
     elif isinstance(vocabulary, list):
-        yield from (str(each[0]) for each in vocabulary if isinstance(each, list) and each)
+        yield from (str(item[0]) for item in vocabulary if isinstance(item, list) and item)
     if isinstance(added, list):
-        yield from (str(each.get("content")) for each in added if isinstance(each, Mapping))
+        yield from (str(token.get("content")) for token in added if isinstance(token, Mapping))
 
 
 def _too_large(where: str, what: str) -> ModelError:
     return ModelError(
         f"{where}: its tokenizer is not used: {what}.",
-        hint="Take the tokenizer files of the model's publisher.",
+        hint="Use the tokenizer files of the model's publisher.",
     )

@@ -1,9 +1,11 @@
-"""Weights of a source into a model, or into a folder: a block of rows at a time, quantised as it passes.
+"""Loads the weights of a source into a model or a folder, quantizing them block by block of rows.
 
-A folder that octavo writes under a scheme is a Hugging Face folder whose config.json has one more entry,
-"octavo": {"scheme": ..}, and whose frozen tensors stand under the names of hivemind/gpt-j-6B-8bit:
-NAME.weight holds the codes, NAME.absmax the scales, NAME.code the code table of dynamic8. Under the scheme
-`none` it is a plain Hugging Face folder.
+A folder that octavo writes under a scheme is a Hugging Face folder with one more entry in config.json,
+"octavo": {"scheme": ..}. Its frozen tensors have the names of hivemind/gpt-j-6B-8bit: NAME.weight are the quantized
+values, NAME.absmax the scales, and NAME.code the code table of dynamic8. Under the scheme `none` it is a plain Hugging
+Face folder.
+
+Legend: (N, K) of a matrix, N outputs and K inputs.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
 
-PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights under no scheme
-# Numbers that are quantised at a time. A copy of them in float32, 4 MiB, stays in a core's cache and in memory that
-# is handed out again: ten times as fast as whole tensors, whose copies come from the system page by page.
-BLOCK_NUMBERS = 2**20
+PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of unquantized weights
+# Values that are quantized at a time. Their float32 copy of 4 MiB stays in the cache of a core and reuses allocator
+# memory. That is 10x faster than whole tensors, whose copies the system provides page by page.
+BLOCK_VALUES = 2**20
 
 
 def load(
@@ -34,12 +36,11 @@ def load(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """The model of `source`, frozen under `scheme`, computing in `dtype` on `device`, in eval mode.
+    """The model of `source`, frozen under `scheme`, with compute type `dtype` on `device`, in eval mode.
 
-    What is stored under the same scheme is taken bit for bit; anything else is quantised as it passes.
-    Memory: the quantised model, and of the host's a few blocks of rows beside the tensor that is read (which a
-    mapped file, as of safetensors, lends without taking any). ModelError names what is missing, unknown, misshapen
-    or not finite.
+    Weights stored under the same scheme are taken bit for bit. Other weights are quantized while they are read.
+    Memory: the quantized model, plus on the CPU a few blocks of rows and the tensor being read (a memory-mapped file
+    such as safetensors takes none). ModelError for a tensor that is missing, unknown, of a wrong shape or not finite.
     """
     model = build(source.config)
     stored = stored_scheme(source)
@@ -48,8 +49,8 @@ def load(
     _allocate_(model, scheme, dtype=dtype, device=device)
     for done, (name, item) in enumerate(items.items()):
         if item.is_matrix:
-            own, wanted = scheme_at(item.place, stored), scheme_at(item.place, scheme)
-            _put_matrix(source, name, item.place, stored=own, scheme=wanted, dtype=dtype, device=device)
+            old, new = scheme_at(item.entry, stored), scheme_at(item.entry, scheme)
+            _put_matrix(source, name, item.entry, stored=old, scheme=new, dtype=dtype, device=device)
         else:
             _put_parameter(name, item, source.tensor(name))
         if progress:
@@ -58,31 +59,31 @@ def load(
 
 
 def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Model:
-    """The model of a config.json with room for its numbers under `scheme`; on the meta device their shapes alone."""
+    """The model of a config.json with uninitialized memory under `scheme`; on the meta device only the shapes."""
     model = build(config)
     _allocate_(model, scheme, dtype=dtype, device=device)
     return model
 
 
 def _allocate_(model: Model, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
-    _make_room_(model, device)
-    for place in {id(place.matrix): place for place in weight_entries(model).values()}.values():
-        if place.matrix is not None:
-            place.matrix.allocate(scheme_at(place, scheme), dtype, device)
+    _allocate_parameters_(model, device)
+    for entry in {id(entry.matrix): entry for entry in weight_entries(model).values()}.values():
+        if entry.matrix is not None:
+            entry.matrix.allocate(scheme_at(entry, scheme), dtype, device)
 
 
-def _make_room_(model: Model, device: torch.device) -> None:
-    """Empty norms and biases on `device`. nn.Module.to_empty would do, but imports 500 modules to find out how."""
+def _allocate_parameters_(model: Model, device: torch.device) -> None:
+    """Empty norms and biases on `device`. nn.Module.to_empty does the same, but imports 500 modules for it."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
-def matrix_parts(source: Source, name: str, place: WeightEntry, stored: Scheme) -> Parts:
-    """The stored parts of one frozen weight; shapes and types are as they must be, all numbers finite."""
-    assert place.matrix is not None
-    shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
+def matrix_parts(source: Source, name: str, entry: WeightEntry, stored: Scheme) -> Parts:
+    """The stored parts of one frozen weight. ModelError for a wrong shape or type, or values that are not finite."""
+    assert entry.matrix is not None
+    shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
     module = name.removesuffix(".weight")
     parts = {}
     for part, (size, dtype) in stored.layout(shape, torch.float32).items():
@@ -106,63 +107,64 @@ def matrix_parts(source: Source, name: str, place: WeightEntry, stored: Scheme) 
 
 
 def row_blocks(shape: Shape, *schemes: Scheme) -> Iterator[slice]:
-    """All rows of an (N, K) matrix in runs of about BLOCK_NUMBERS numbers, such that under each scheme the parts of
-    the runs, put end to end, are the parts of the matrix.
+    """Slices over all rows of an (N, K) matrix, about BLOCK_VALUES values each.
+
+    Under each of `schemes` the parts of the slices, concatenated, are the parts of the matrix.
     """
     rows, columns = shape
     step = 1
     while step < rows and not all(scheme.joins((step, columns)) for scheme in schemes):
         step *= 2  # the blocks of the schemes are powers of two
-    step *= max(1, BLOCK_NUMBERS // (step * columns))
+    step *= max(1, BLOCK_VALUES // (step * columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Parts:
-    """The parts of a run of `row_blocks`: views."""
+    """The parts of a slice of `row_blocks`, as views."""
     before = scheme.layout((rows.start, shape[1]), torch.float32)
-    own = scheme.layout((rows.stop - rows.start, shape[1]), torch.float32)
+    block = scheme.layout((rows.stop - rows.start, shape[1]), torch.float32)
     return {
-        part: whole if part == "code" else whole.narrow(0, before[part][0][0], own[part][0][0])
+        part: whole if part == "code" else whole.narrow(0, before[part][0][0], block[part][0][0])
         for part, whole in parts.items()
     }
 
 
 def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor:
-    """A run of `row_blocks` as floating-point numbers: as stored, or dequantised to float32."""
-    own = parts_of_rows(parts, shape, rows, scheme)
-    return own["weight"] if scheme.name == "none" else dequantise(scheme, own, (rows.stop - rows.start, shape[1]))
+    """A slice of `row_blocks` in floating point (rows, K): as stored, or dequantized to float32."""
+    block = parts_of_rows(parts, shape, rows, scheme)
+    return block["weight"] if scheme.name == "none" else dequantise(scheme, block, (rows.stop - rows.start, shape[1]))
 
 
 def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: Tensor) -> Parts:
-    """Quantises a run of `row_blocks` into its place among the parts of the matrix; the run's own parts."""
-    made = scheme.quantise(weight)
-    for part, room in parts_of_rows(target, shape, rows, scheme).items():
-        room.copy_(made[part])
-    return made
+    """Quantizes `weight`, a slice of `row_blocks`, into the parts `target` of the matrix. Returns the slice's parts."""
+    quantized = scheme.quantise(weight)
+    for part, view in parts_of_rows(target, shape, rows, scheme).items():
+        view.copy_(quantized[part])
+    return quantized
 
 
 def _put_matrix(
     source: Source,
     name: str,
-    place: WeightEntry,
+    entry: WeightEntry,
     *,
     stored: Scheme,
     scheme: Scheme,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    assert place.matrix is not None
-    shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
-    parts = matrix_parts(source, name, place, stored)
+    assert entry.matrix is not None
+    shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
+    parts = matrix_parts(source, name, entry, stored)
     if stored is scheme and scheme.name != "none":
-        # Names of one matrix share the code table that stands in it from the first of them on.
-        shared = "code" in parts and place.rows_key != next(iter(place.matrix.outputs))
-        if shared and not torch.equal(place.matrix.parts["code"], parts["code"].to(device)):
-            raise ModelError(f"{name} has another code table than the layers beside it.")
-        place.matrix.put(place.rows_key, parts)
+        # The weights of one matrix share a code table, which the first of them has put into the matrix.
+        shared = "code" in parts and entry.rows_key != next(iter(entry.matrix.outputs))
+        if shared and not torch.equal(entry.matrix.parts["code"], parts["code"].to(device)):
+            raise ModelError(f"{name} has another code table than the layers that share its matrix.")
+        entry.matrix.put(entry.rows_key, parts)
         return
-    target = place.matrix.of(place.rows_key)
+    target = entry.matrix.of(entry.rows_key)
     for rows in row_blocks(shape, stored, scheme):
         weight = full_rows(parts, shape, rows, stored).to(device)
         if scheme.name == "none" and dtype != weight.dtype:
@@ -172,7 +174,7 @@ def _put_matrix(
 
 
 def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
-    target = item.place.parameter(item.kind)
+    target = item.entry.parameter(item.kind)
     assert target is not None
     if tensor.shape != target.shape:
         raise misshapen(name, tensor.shape, target.shape)
@@ -181,7 +183,7 @@ def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is damaged.") -> None:
-    """ModelError unless all numbers of a tensor are finite."""
-    # A NaN or an infinity shows in the smallest or the largest number; unlike isfinite() this copies nothing.
+    """ModelError unless all values of a tensor are finite."""
+    # A NaN or an infinity appears in the minimum or the maximum. Unlike isfinite() this allocates nothing.
     if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-        raise ModelError(f"{name} holds numbers that are not finite.", hint=hint)
+        raise ModelError(f"{name} holds values that are not finite.", hint=hint)

@@ -306,7 +306,7 @@ def test_an_adapter_that_reads_back_as_something_else_is_an_error(
 
     def damaged(folder: Path) -> peft.Adapter:
         read = whole(folder)
-        pairs = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.pairs.items()}
+        pairs = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.lora.items()}
         return peft.Adapter(read.spec, pairs, read.full, read.origin)
 
     monkeypatch.setattr(peft, "read", damaged)

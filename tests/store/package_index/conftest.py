@@ -1,4 +1,4 @@
-"""A package index on this machine: it serves what a test puts there, cuts connections, and records what was asked."""
+"""A local package index: it serves the files of a test, breaks connections, and records the requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
     index: Index
 
     def do_GET(self) -> None:
-        """Answers as the test said, else with what lies at the path."""
+        """Responds as the test configured, else with the file at the path."""
         self.index.asked.append((self.path, dict(self.headers)))
         answer = self.index.answers.get(self.path)
         if answer is None:
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
             answer(self)
 
     def send(self, code: int, body: bytes, **headers: str) -> None:
-        """A whole response; underscores in names of headers stand for hyphens."""
+        """A complete response; underscores in header names become hyphens."""
         self.send_response(code)
         for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -108,7 +108,7 @@ class Index:
 
 @pytest.fixture
 def index() -> Iterator[Index]:
-    """A running server that lists the file as pip's own format does, with a relative address and its hash."""
+    """A running server that lists the file in pip's format, with a relative URL and its hash."""
     found = Index()
     handler = type("Bound", (Handler,), {"index": found})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -31,7 +31,7 @@ def settings(index: Index, *more: str, timeout: float = 5.0) -> Settings:
 
 
 def fetched(tmp_path: Path, given: Settings) -> list[int]:
-    """Fetches into tmp_path and checks the content; the numbers that progress was told."""
+    """Fetches into tmp_path and checks the content; returns the values passed to progress."""
     seen: list[int] = []
     fetch(WANTED, tmp_path / "model.whl", given, progress=seen.append)
     assert (tmp_path / "model.whl").read_bytes() == CONTENT
@@ -70,13 +70,13 @@ def test_an_index_may_end_in_a_slash(index: Index, tmp_path: Path, slash: str) -
     ],
     ids=["base", "unquoted", "others", "quoted"],
 )
-def test_pages_of_html_in_many_hands(index: Index, tmp_path: Path, page: str) -> None:
+def test_html_pages_in_common_variants(index: Index, tmp_path: Path, page: str) -> None:
     index.page(page)
     index.answers[FILE.replace("-1.0-", "%2D1.0%2D")] = index.answers[FILE]
     fetched(tmp_path, settings(index))
 
 
-def test_a_page_of_json(index: Index, tmp_path: Path) -> None:
+def test_a_json_page(index: Index, tmp_path: Path) -> None:
     files = [{"filename": "other.whl", "url": "x", "hashes": {}}]
     files += [{"filename": WANTED.filename, "url": f"../..{FILE}", "hashes": {"sha256": WANTED.sha256}}]
     index.page(json.dumps({"files": files}), "application/vnd.pypi.simple.v1+json")
@@ -84,18 +84,18 @@ def test_a_page_of_json(index: Index, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"files": [1]}', "[" * 100_000, '{"files": {"a": 1}}'])
-def test_a_page_of_json_that_is_none(index: Index, tmp_path: Path, text: str) -> None:
+def test_an_invalid_json_page(index: Index, tmp_path: Path, text: str) -> None:
     index.page(text, "application/vnd.pypi.simple.v1+json")
     assert "not that of a package index" in refused(tmp_path, settings(index))
 
 
-def test_a_cut_connection_is_taken_up_where_it_ended(index: Index, tmp_path: Path) -> None:
+def test_a_broken_download_resumes_where_it_ended(index: Index, tmp_path: Path) -> None:
     index.cut(after=30_000, times=3)
     fetched(tmp_path, settings(index))
     assert index.ranges() == [None, "bytes=30000-", "bytes=60000-", "bytes=90000-"]
 
 
-def test_a_server_that_sends_nothing_is_left_and_a_later_call_goes_on(index: Index, tmp_path: Path) -> None:
+def test_a_silent_server_is_given_up_and_a_later_call_resumes(index: Index, tmp_path: Path) -> None:
     index.cut(after=50_000, times=1)
     whole = index.answers[FILE]
     index.answers[FILE] = lambda handler: (
@@ -108,20 +108,20 @@ def test_a_server_that_sends_nothing_is_left_and_a_later_call_goes_on(index: Ind
     assert fetched(tmp_path, settings(index))[0] == 50_000
 
 
-def test_a_server_without_ranges_begins_anew(index: Index, tmp_path: Path) -> None:
+def test_a_server_without_range_support_sends_the_whole_file(index: Index, tmp_path: Path) -> None:
     (tmp_path / "model.whl.part").write_bytes(b"\0" * 999)
     index.file(ranges=False)
     assert fetched(tmp_path, settings(index))[0] == 0
 
 
 @pytest.mark.parametrize("left", [b"\1" * 999, CONTENT + b"x", b"\1" * len(CONTENT), CONTENT], ids=len)
-def test_what_an_earlier_call_left_is_used_only_if_it_is_right(index: Index, tmp_path: Path, left: bytes) -> None:
+def test_a_partial_file_is_used_only_if_the_result_is_correct(index: Index, tmp_path: Path, left: bytes) -> None:
     (tmp_path / "model.whl.part").write_bytes(left)
     fetched(tmp_path, settings(index))
     assert (index.ranges() == []) == (left == CONTENT)
 
 
-def test_another_part_than_was_asked_for_is_not_taken(index: Index, tmp_path: Path) -> None:
+def test_a_wrong_range_is_rejected(index: Index, tmp_path: Path) -> None:
     (tmp_path / "model.whl.part").write_bytes(CONTENT[:100])
     whole = index.answers[FILE]
 
@@ -140,20 +140,18 @@ def test_another_part_than_was_asked_for_is_not_taken(index: Index, tmp_path: Pa
     [(b"\1" * len(CONTENT), "SHA-256 differs"), (CONTENT + b"x", "more than"), (CONTENT[:-1], "fewer than")],
     ids=["other", "longer", "shorter"],
 )
-def test_another_file_is_refused_and_nothing_of_it_stays_as_the_file(
-    index: Index, tmp_path: Path, content: bytes, said: str
-) -> None:
+def test_a_wrong_file_is_refused_and_removed(index: Index, tmp_path: Path, content: bytes, said: str) -> None:
     index.file(content)
     assert said in refused(tmp_path, settings(index))
 
 
-def test_an_index_that_lists_another_hash_is_not_asked_for_the_file(index: Index, tmp_path: Path) -> None:
+def test_an_index_that_lists_another_hash_is_skipped(index: Index, tmp_path: Path) -> None:
     index.page(f'<a href="{FILE}#sha256={"0" * 64}">x</a>')
     assert "another SHA-256" in refused(tmp_path, settings(index))
     assert index.ranges() == []
 
 
-def test_the_next_index_is_asked_and_all_failures_are_told(index: Index, tmp_path: Path) -> None:
+def test_the_next_index_is_tried_and_all_failures_are_reported(index: Index, tmp_path: Path) -> None:
     index.page("<html></html>", path="/empty/some-model/")
     given = Settings(indexes=(f"{index.url}/none", f"{index.url}/empty", f"{index.url}/simple"))
     fetched(tmp_path, given)
@@ -174,13 +172,13 @@ def test_redirects_are_followed_and_pages_are_relative_to_where_they_came_from(
 
 
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[bad", "/simple/some-model/"])
-def test_redirects_to_what_is_no_index_end(index: Index, tmp_path: Path, to: str) -> None:
+def test_endless_or_unsafe_redirects_are_an_error(index: Index, tmp_path: Path, to: str) -> None:
     index.answers["/simple/some-model/"] = lambda handler: handler.send(302, b"", Location=to)
     refused(tmp_path, settings(index))
 
 
-def test_a_password_goes_to_its_host_alone_and_is_never_told(index: Index, tmp_path: Path) -> None:
-    """Another name for the same machine is another host: a redirect there takes no password along."""
+def test_a_password_is_sent_to_its_host_only_and_never_shown(index: Index, tmp_path: Path) -> None:
+    """Another name of the same machine is another host: a redirect there sends no password."""
     elsewhere = f"http://localhost:{index.port}"
     index.page(f'<a href="{elsewhere}{FILE}">x</a>')
     with_password = f"http://us%40er:s%3Acret@127.0.0.1:{index.port}/simple"
@@ -209,14 +207,14 @@ def test_a_password_comes_from_netrc(index: Index, tmp_path: Path) -> None:
     "url",
     ["http://me:cret@host:port/simple", "http://me:cret@[bad/simple", "ftp://me:cret@host/", "me:cret@host", "http://me:cret@"],
 )  # fmt: skip
-def test_an_address_that_is_none_is_told_without_its_password(tmp_path: Path, url: str) -> None:
+def test_the_error_of_an_invalid_url_does_not_show_its_password(tmp_path: Path, url: str) -> None:
     assert "cret" not in refused(tmp_path, Settings(indexes=(url,)))
 
 
-def test_a_proxy_is_asked_for_whole_addresses_unless_the_host_needs_none(
+def test_a_proxy_is_used_unless_no_proxy_lists_the_host(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy is the index's own server: it gets "GET http://host/path"."""
+    """The proxy is the index server itself: it gets "GET http://host/path"."""
     for path in list(index.answers):
         index.answers[f"http://elsewhere.invalid{path}"] = index.answers[path]
     given = Settings(indexes=("http://elsewhere.invalid/simple",), proxy=f"me:it@127.0.0.1:{index.port}")
@@ -230,13 +228,13 @@ def test_a_proxy_is_asked_for_whole_addresses_unless_the_host_needs_none(
     fetched(tmp_path, Settings(indexes=given.indexes))
 
 
-def test_a_proxy_of_another_kind_is_named_and_its_password_is_not(tmp_path: Path) -> None:
+def test_the_error_of_an_unsupported_proxy_does_not_show_its_password(tmp_path: Path) -> None:
     said = refused(tmp_path, Settings(indexes=("https://host.invalid/simple",), proxy="socks5://me:cret@127.0.0.1:1"))
     assert "socks5 proxy" in said
     assert "cret" not in said
 
 
-def test_a_server_that_does_not_answer_is_given_up(index: Index, tmp_path: Path) -> None:
+def test_a_server_that_does_not_respond_is_given_up(index: Index, tmp_path: Path) -> None:
     import threading
 
     ended = threading.Event()

@@ -1,4 +1,4 @@
-"""pip's settings: the same answer as pip's own configuration gives, for every place that it reads."""
+"""pip's settings: the same values as pip's own configuration, for every file and variable that it reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from octavo.errors import ModelError
 from octavo.store.package_index.settings import DEFAULT_INDEX, Settings, configuration_files, read_settings
 
 
-def test_nothing_set_is_pips_default() -> None:
+def test_without_settings_pips_defaults_apply() -> None:
     assert read_settings({"PIP_CONFIG_FILE": os.devnull}) == Settings(indexes=(DEFAULT_INDEX,))
 
 
-def test_every_setting_of_the_environment() -> None:
+def test_every_setting_is_read_from_the_environment() -> None:
     found = read_settings(
         {
             "PIP_CONFIG_FILE": os.devnull,
@@ -47,12 +47,12 @@ def test_every_setting_of_the_environment() -> None:
         ({"UV_INDEX_URL": "https://uv", "UV_DEFAULT_INDEX": "https://new"}, ("https://new",)),
     ],
 )
-def test_which_indexes_are_asked(environ: dict[str, str], indexes: tuple[str, ...]) -> None:
+def test_the_settings_select_the_indexes(environ: dict[str, str], indexes: tuple[str, ...]) -> None:
     assert read_settings({"PIP_CONFIG_FILE": os.devnull, **environ}).indexes == indexes
 
 
 @pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="the places of Linux")
-def test_files_from_the_weakest_to_the_strongest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stronger_configuration_files_override_weaker_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "environment"))
     environ = {
         "HOME": str(tmp_path / "home"),
@@ -79,7 +79,7 @@ def test_files_from_the_weakest_to_the_strongest(tmp_path: Path, monkeypatch: py
     assert read_settings({**environ, "PIP_INDEX_URL": "https://own"}).indexes[0] == "https://own"
 
 
-def test_a_file_that_is_none_is_named_and_not_quoted(tmp_path: Path) -> None:
+def test_the_error_of_an_invalid_configuration_file_does_not_quote_it(tmp_path: Path) -> None:
     (path := tmp_path / "pip.conf").write_text("index-url = https://me:cret@host\n")
     with pytest.raises(ModelError) as caught:
         read_settings({"PIP_CONFIG_FILE": str(path)})

@@ -1,7 +1,7 @@
 """Fetches one pinned file from a Python package index, as pip would find it, without pip.
 
-settings.py      which indexes, proxy, certificates and time limits pip's environment variables and files name
-client.py        HTTP(S) with credentials that stay with their host
-simple.py        the file's address on an index of PEP 503 (HTML) or PEP 691 (JSON), or in a folder
-download.py      the file itself: resumed after a cut connection, bounded in size, checked by SHA-256
+settings.py      indexes, proxy, certificates and time limits, from pip's environment variables and files
+client.py        HTTP(S) with credentials that are sent only to their host
+simple.py        the file's URL on an index of PEP 503 (HTML) or PEP 691 (JSON), or in a folder
+download.py      the download: resumed after a broken connection, bounded in size, verified by SHA-256
 """

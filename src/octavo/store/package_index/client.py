@@ -1,6 +1,6 @@
-"""HTTP(S) for a package index, with the standard library: proxy, certificates, credentials that stay with their host.
+"""HTTP(S) for a package index with the standard library: proxy, certificates, credentials sent only to their host.
 
-No address is ever shown in whole: credentials may be in it, also in its path. Messages name the host.
+URLs may contain credentials, also in the path. So messages never show a whole URL, only its host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from octavo.store.package_index.settings import Settings
 
 
 class FetchError(Exception):
-    """One try failed. The message is for people and names no address but the host. `again`: it may work next time."""
+    """One failed attempt. The message names the host only. `again`: the same request may succeed later."""
 
     def __init__(self, message: str, *, again: bool = False) -> None:
         super().__init__(message)
@@ -33,10 +33,10 @@ class FetchError(Exception):
 
 
 def split(url: str) -> SplitResult:
-    """The parts of an address; FetchError if it is none that is supported here."""
+    """The parts of a URL; FetchError for a URL that is not supported."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # which raises for one that is no number
+        _ = parts.port  # raises ValueError for an invalid port
     except ValueError:
         raise FetchError("an address that is malformed") from None
     if parts.scheme not in ("http", "https", "file") or (parts.scheme != "file" and not parts.hostname):
@@ -45,7 +45,7 @@ def split(url: str) -> SplitResult:
 
 
 def host_of(url: str) -> str:
-    """What messages call an address: its host and port, or the path of a file."""
+    """The name of a URL in messages: its host and port, or the path of a file."""
     try:
         parts = split(url)
     except FetchError as error:
@@ -58,15 +58,15 @@ def _host(parts: SplitResult) -> str:
 
 
 class Client:
-    """Opens addresses under some settings. Credentials that an address carries are used for its host alone."""
+    """Opens URLs with the given settings. The credentials in a URL are sent only to its host."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.page_seconds = 4 * settings.timeout_seconds  # in which a page of an index must have come
+        self.page_seconds = 4 * settings.timeout_seconds  # time limit for a page of an index
         self._credentials: dict[tuple[str, str], tuple[str, str]] = {}  # scheme and host -> user, password
 
     def open(self, url: str, headers: Mapping[str, str]) -> Any:
-        """The response to a GET, redirects followed: read(n), headers, status, url. FetchError says what failed."""
+        """The response to a GET, after redirects: read(n), headers, status, url. FetchError with the reason."""
         parts = split(url)
         if parts.username is not None:
             self._credentials[parts.scheme, _host(parts)] = unquote(parts.username), unquote(parts.password or "")
@@ -86,15 +86,15 @@ class Client:
             raise FetchError(f"{_host(parts)}: {reason_of(reason)}", again=may_pass(reason)) from None
         except (OSError, http.client.HTTPException) as error:
             raise FetchError(f"{_host(parts)}: {reason_of(error)}", again=may_pass(error)) from None
-        except ValueError:  # an address that only the connection finds malformed: its message quotes it
+        except ValueError:  # a URL that only the connection finds malformed; its message quotes the URL
             raise FetchError(f"{_host(parts)}: an address or a proxy that is malformed") from None
 
     def authorize(self, request: Request) -> None:
-        """Adds what is known of a user and a password for the request's host, and for no other one."""
+        """Adds the user and password for the request's host, if there are any for it."""
         parts = urlsplit(request.full_url)
-        known = self._credentials.get((parts.scheme, _host(parts))) or _from_netrc(str(parts.hostname))
-        if known:
-            token = base64.b64encode(":".join(known).encode()).decode()
+        credentials = self._credentials.get((parts.scheme, _host(parts))) or _from_netrc(str(parts.hostname))
+        if credentials:
+            token = base64.b64encode(":".join(credentials).encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {token}")
 
     def _context(self, parts: SplitResult) -> ssl.SSLContext:
@@ -110,8 +110,8 @@ class Client:
                 context.load_cert_chain(settings.client_cert)
         except (OSError, ssl.SSLError) as error:
             raise ModelError(
-                f"The certificates that pip is told to use cannot be read ({reason_of(error)}).",
-                hint="Mend pip's `cert` and `client-cert` settings (PIP_CERT, PIP_CLIENT_CERT).",
+                f"The certificates in pip's settings cannot be read ({reason_of(error)}).",
+                hint="Correct pip's `cert` and `client-cert` settings (PIP_CERT, PIP_CLIENT_CERT).",
             ) from None
         if {str(parts.hostname), _host(parts)} & settings.trusted_hosts:
             context.check_hostname = False
@@ -120,7 +120,7 @@ class Client:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects; a password stays with its host, and https is never left for http."""
+    """Follows redirects. A password is not sent to another host, and https is not redirected to http."""
 
     max_redirections = 10
 
@@ -136,24 +136,24 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             raise FetchError(f"{req.host}: redirects to {error}") from None
         if parts.scheme == "file" or (req.type == "https" and parts.scheme != "https"):
             raise FetchError(f"{req.host}: redirects to an address without TLS")
-        found = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if found is not None:
-            self._client.authorize(found)
-        return found
+        redirected = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if redirected is not None:
+            self._client.authorize(redirected)
+        return redirected
 
 
 class _Proxies(urllib.request.ProxyHandler):
-    """pip's `proxy` setting, else those of the environment; NO_PROXY holds for both."""
+    """pip's `proxy` setting, else the environment's. NO_PROXY applies to both."""
 
     def __init__(self, proxy: str | None) -> None:
         if proxy and "://" not in proxy:
             proxy = f"http://{proxy}"
         proxies = dict.fromkeys(("http", "https"), proxy) if proxy else urllib.request.getproxies()
-        every = proxies.get("all")
-        super().__init__({**(dict.fromkeys(("http", "https"), every) if every else {}), **proxies})
+        default = proxies.get("all")
+        super().__init__({**(dict.fromkeys(("http", "https"), default) if default else {}), **proxies})
 
     def proxy_open(self, req: Request, proxy: str, type: str) -> Any:
-        """Raises FetchError for a kind of proxy that the standard library does not speak to."""
+        """Raises FetchError for a proxy scheme that the standard library does not support."""
         scheme = proxy.partition("://")[0].lower() if "://" in proxy else "http"
         if scheme != "http" and not urllib.request.proxy_bypass(req.host or ""):
             raise FetchError(f"{req.host}: a {scheme} proxy is set, and only http:// proxies are supported")
@@ -172,7 +172,7 @@ def _from_netrc(host: str) -> tuple[str, str] | None:
 
 
 def _add_certifi(context: ssl.SSLContext) -> None:
-    """The certificates that huggingface_hub's HTTP client brings: some Pythons find none of the system's."""
+    """Adds certifi's certificates, which huggingface_hub's HTTP client installs: some Pythons find no system ones."""
     try:
         import certifi
 
@@ -184,14 +184,14 @@ def _add_certifi(context: ssl.SSLContext) -> None:
 def _refused(error: HTTPError) -> FetchError:
     host = host_of(error.url or "")
     code = error.code
-    said = HTTPStatus(code).phrase if code in HTTPStatus._value2member_map_ else ""
+    phrase = HTTPStatus(code).phrase if code in HTTPStatus._value2member_map_ else ""
     hint = ": the index wants a user and a password" if code == HTTPStatus.UNAUTHORIZED else ""
     again = code in (408, 425, 429) or code >= 500
-    return FetchError(f"{host}: HTTP {code} {said}".rstrip() + hint, again=again)
+    return FetchError(f"{host}: HTTP {code} {phrase}".rstrip() + hint, again=again)
 
 
 def reason_of(error: object) -> str:
-    """What an error of the network says, without the addresses that some quote."""
+    """The reason of a network error, without the URLs that some messages quote."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({error.verify_message})"
     if isinstance(error, TimeoutError):
@@ -206,7 +206,7 @@ def reason_of(error: object) -> str:
 
 
 def may_pass(error: object) -> bool:
-    """Whether the same request may work a moment later: after a cut connection, not for an unknown name."""
+    """Whether the same request may succeed later: after a broken connection, but not for an unknown host."""
     return isinstance(error, TimeoutError | ConnectionError | http.client.HTTPException) and not isinstance(
         error, ConnectionRefusedError
     )

@@ -1,4 +1,4 @@
-"""Fetches a pinned file: bounded, resumable, and believed only when its SHA-256 is right."""
+"""Downloads a pinned file: bounded in size, resumable, and accepted only with the right SHA-256."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from octavo.store.package_index.simple import Pinned, address_on_index, address_
 from octavo.system import fsync_file, rename_over
 
 BLOCK_BYTES = 2**18
-ATTEMPTS = 5  # in a row that bring nothing new
+ATTEMPTS = 5  # attempts in a row without new bytes
 PAGE_ATTEMPTS = 2
 WAIT_SECONDS = 1.0
 
@@ -25,20 +25,20 @@ T = TypeVar("T")
 
 
 def fetch(wanted: Pinned, target: Path, settings: Settings, *, progress: Callable[[int], object]) -> None:
-    """Bring the pinned file to `target`, from the first of the places that has it.
+    """Downloads the pinned file to `target`, from the first source that has it.
 
-    `progress` gets the bytes of the file that are here. What came stays in `target`.part when this fails, and the next
-    call goes on from there. FetchError says why each place failed; OSError is the disk's.
+    `progress` gets the number of bytes on disk. After a failure the bytes stay in `target`.part, and the next call
+    resumes from there. FetchError with the reason of each source; OSError for an error of the disk.
     """
     client = Client(settings)
     problems: list[str] = []
     for place in settings.find_links:
-        if (found := in_folder(place, wanted)) is not None:
+        if (path := in_folder(place, wanted)) is not None:
             try:
-                _fetch_file(found.read_bytes, wanted, target)
+                _fetch_file(path.read_bytes, wanted, target)
                 return
             except FetchError as error:
-                problems.append(f"{found}: {error}")
+                problems.append(f"{path}: {error}")
     pages = [place for place in settings.find_links if place.startswith(("http://", "https://"))]
     finders = [(address_on_page, page) for page in pages] + [(address_on_index, index) for index in settings.indexes]
     for find, place in finders:
@@ -58,7 +58,7 @@ def _from(
     client: Client,
     progress: Callable[[int], object],
 ) -> None:
-    """Fetch the file from one index or page. The index is asked again as often as the file is."""
+    """Downloads the file from one index or page. A failed query of the index is repeated, as a failed download is."""
     url = _patiently(lambda: find(place, wanted, client), attempts=PAGE_ATTEMPTS)
     if split(url).scheme == "file":
         path = Path(url2pathname(split(url).path))
@@ -76,21 +76,21 @@ def _from(
             return
         part.unlink()
         if not resumed:
-            break  # all of it came from there: another try would bring the same
+            break  # the whole file came from this server: another attempt would bring the same bytes
     raise FetchError(f"{host_of(url)}: sent another file than the right one (its SHA-256 differs)")
 
 
 def _continue(url: str, wanted: Pinned, part: Path, client: Client, progress: Callable[[int], object]) -> None:
-    """Append to `part` what it lacks. FetchError if the connection ends before."""
+    """Appends the missing bytes to `part`. FetchError if the connection ends before."""
     have = _size(part)
     if have > wanted.size_bytes:
         part.unlink()
         have = 0
     if have == wanted.size_bytes:
         return
-    asked = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        response = client.open(url, asked)
+        response = client.open(url, headers)
     except FetchError as error:
         if have and "HTTP 416" in str(error):
             part.unlink()
@@ -101,7 +101,7 @@ def _continue(url: str, wanted: Pinned, part: Path, client: Client, progress: Ca
             if response.status != 200:
                 part.unlink()
                 raise FetchError(f"{host_of(url)}: sent another part than was asked for", again=True)
-            have = 0  # the server knows no ranges and sends everything
+            have = 0  # the server does not support ranges and sends the whole file
         _append(response, url, wanted, part, have, progress)
 
 
@@ -133,7 +133,7 @@ def _starts_at(content_range: str | None, place: int) -> bool:
 
 
 def _patiently(act: Callable[[], T], *, attempts: int, grown: Callable[[], int] = lambda: 0) -> T:
-    """What `act` gives, tried again while an error may pass, until `attempts` in a row have brought nothing."""
+    """The result of `act`, repeated while an error may pass, until `attempts` in a row brought no new bytes."""
     failed, most = 0, grown()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""pip's settings that matter for fetching a file: environment variables first, then pip's configuration files.
+"""pip's settings for fetching a file: environment variables first, then pip's configuration files.
 
 Source: pip's documentation, "Configuration" (files, their order, PIP_* names) and "HTTPS certificates".
 """
@@ -17,14 +17,14 @@ from octavo.errors import ModelError
 DEFAULT_INDEX = "https://pypi.org/simple"
 TIMEOUT_SECONDS = 30.0
 
-# uv has settings of its own; they count where pip has none. With requests' names for a file of certificates.
+# uv's own settings apply where pip has none; CERTIFICATES are the names that requests uses for a certificate file.
 UV_INDEXES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL")
 CERTIFICATES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where to look and how to get there. URLs may hold credentials: they are never shown."""
+    """Indexes and connection settings. URLs may contain credentials, so they are never shown."""
 
     indexes: tuple[str, ...] = (DEFAULT_INDEX,)
     find_links: tuple[str, ...] = ()
@@ -36,24 +36,24 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """pip's settings of this process. ModelError names a configuration file that cannot be read."""
-    found: dict[str, str] = {}
+    """pip's settings of this process. ModelError with the name of a configuration file that cannot be read."""
+    values: dict[str, str] = {}
     for path in configuration_files(environ):
-        found |= _read(path)
+        values |= _read(path)
     for name, value in environ.items():
         if name.startswith("PIP_") and value:
-            found[name[4:].lower().replace("_", "-")] = value
-    no_index = found.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
-    first = found.get("index-url") or next((environ[name] for name in UV_INDEXES if environ.get(name)), DEFAULT_INDEX)
-    indexes = [] if no_index else [first, *found.get("extra-index-url", "").split()]
+            values[name[4:].lower().replace("_", "-")] = value
+    no_index = values.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    first = values.get("index-url") or next((environ[name] for name in UV_INDEXES if environ.get(name)), DEFAULT_INDEX)
+    indexes = [] if no_index else [first, *values.get("extra-index-url", "").split()]
     return Settings(
         indexes=tuple(dict.fromkeys(indexes)),
-        find_links=tuple(found.get("find-links", "").split()),
-        proxy=found.get("proxy"),
-        cert=found.get("cert") or next((environ[name] for name in CERTIFICATES if environ.get(name)), None),
-        client_cert=found.get("client-cert"),
-        trusted_hosts=frozenset(found.get("trusted-host", "").split()),
-        timeout_seconds=_seconds(found.get("timeout") or found.get("default-timeout")),
+        find_links=tuple(values.get("find-links", "").split()),
+        proxy=values.get("proxy"),
+        cert=values.get("cert") or next((environ[name] for name in CERTIFICATES if environ.get(name)), None),
+        client_cert=values.get("client-cert"),
+        trusted_hosts=frozenset(values.get("trusted-host", "").split()),
+        timeout_seconds=_seconds(values.get("timeout") or values.get("default-timeout")),
     )
 
 
@@ -87,7 +87,7 @@ def configuration_files(environ: Mapping[str, str]) -> Iterator[Path]:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """The settings of a file: [global], and over it those of `pip download` and `pip install`."""
+    """The settings of a file: [global], overridden by those of `pip download` and `pip install`."""
     parser = RawConfigParser()
     try:
         if not path.is_file():
@@ -97,15 +97,15 @@ def _read(path: Path) -> dict[str, str]:
         # The parser's own message quotes the line, which may hold a password.
         raise ModelError(
             f"pip's configuration file {path} cannot be read ({type(error).__name__}).",
-            hint="Mend it, or leave pip's files out with PIP_CONFIG_FILE=" + os.devnull + ".",
+            hint="Correct it, or disable pip's files with PIP_CONFIG_FILE=" + os.devnull + ".",
         ) from None
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for section in ("global", "download", "install"):
         if parser.has_section(section):
             for key, value in parser.items(section):
                 if value:
-                    found[key.lower().replace("_", "-").removeprefix("--")] = value
-    return found
+                    values[key.lower().replace("_", "-").removeprefix("--")] = value
+    return values
 
 
 def _seconds(text: str | None) -> float:

@@ -1,4 +1,4 @@
-"""Where a file of a project is, on an index of PEP 503 (HTML) or PEP 691 (JSON), on a page of links, or in a folder."""
+"""The URL of a project's file on an index of PEP 503 (HTML) or PEP 691 (JSON), on a page of links, or in a folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_PAGE_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Pinned:
-    """A file that is known before it is fetched. `project` is the normalised name of PEP 503."""
+    """A file that is known before it is fetched. `project` is the normalized name of PEP 503."""
 
     project: str
     filename: str
@@ -29,7 +29,7 @@ class Pinned:
 
 
 def address_on_index(index: str, wanted: Pinned, client: Client) -> str:
-    """The address of the file on an index; FetchError if the index does not list it or lists another file."""
+    """The URL of the file on an index; FetchError if the index does not list it or lists another file."""
     parts = split(index)
     page = parts._replace(path=f"{parts.path.rstrip('/')}/{wanted.project}/").geturl()
     if parts.scheme == "file":
@@ -38,7 +38,7 @@ def address_on_index(index: str, wanted: Pinned, client: Client) -> str:
 
 
 def address_on_page(page: str, wanted: Pinned, client: Client) -> str:
-    """The address of the file that a page links to; FetchError if there is none of its name and SHA-256."""
+    """The URL of the file on a page of links; FetchError without a link of its name and SHA-256."""
     base, kind, content = _read(page, client)
     links = _json_links(content, base) if "json" in kind else _html_links(content, base)
     for name, url, digest in links:
@@ -51,7 +51,7 @@ def address_on_page(page: str, wanted: Pinned, client: Client) -> str:
 
 
 def in_folder(place: str, wanted: Pinned) -> Path | None:
-    """The file in a folder that is given as a path or a file:// address; None if it is not there or not a folder."""
+    """The file in a folder, given as a path or a file:// URL; None if either does not exist."""
     parts = urlsplit(place)
     folder = Path(url2pathname(parts.path)) if parts.scheme == "file" else Path(place).expanduser()
     try:
@@ -63,7 +63,7 @@ def in_folder(place: str, wanted: Pinned) -> Path | None:
 
 
 def _read(page: str, client: Client) -> tuple[str, str, str]:
-    """(the address after redirects, the kind of content, the text)."""
+    """(URL after redirects, content type, text)."""
     parts = split(page)
     try:
         if parts.scheme == "file":
@@ -91,7 +91,7 @@ def _bounded(response: Any, page: str, seconds: float) -> bytes:
 
 
 def _json_links(content: str, base: str) -> list[tuple[str, str, str]]:
-    """(file name, address, SHA-256 or "") of every file of a PEP 691 page."""
+    """(file name, URL, SHA-256 or "") of every file of a PEP 691 page."""
     try:
         found: Any = json.loads(content)
         return [
@@ -117,7 +117,7 @@ class _Links(HTMLParser):
 
 
 def _html_links(content: str, base: str) -> list[tuple[str, str, str]]:
-    """The same of a PEP 503 page: the name is the last part of the address, its fragment has the hash."""
+    """The same of a PEP 503 page: the last path component of the URL is the name, its fragment has the hash."""
     parser = _Links()
     parser.feed(content)
     base = urljoin(base, parser.base)
