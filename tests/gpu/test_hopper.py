@@ -22,7 +22,7 @@ def test_this_card_has_it() -> None:
 
 @pytest.mark.parametrize("kind", [torch.int8, matmul8.FP8], ids=str)
 @pytest.mark.parametrize(
-    ("m", "k", "n", "rank", "onto"),
+    ("m", "k", "n", "rank", "residual"),
     [
         (2050, 400, 4128, 64, False),  # tiles of 256 columns; none of the sizes is a multiple of a tile's
         (2050, 4096, 4096, 16, True),
@@ -45,9 +45,9 @@ def test_its_product_is_that_of_the_general_kernel(
         weight = weight.float().to(kind)
     named: dict[str, Any] = {"absmax": absmax * 127, "bias": random(n // 2), "bias_start": n // 4}
     if rank:
-        named["beside"] = matmul8.LowRankTerm(random(m, rank).bfloat16(), random(n, rank).bfloat16())
+        named["low_rank"] = matmul8.LowRankTerm(random(m, rank).bfloat16(), random(n, rank).bfloat16())
     if residual:
-        named["onto"] = random(m, n).bfloat16()
+        named["residual"] = random(m, n).bfloat16()
     found, wanted = (torch.full((m, n), torch.nan, device=CARD, dtype=torch.bfloat16) for _ in range(2))
     matmul8.matmul_8bit_into(codes, scale, weight, found, **named)
     monkeypatch.setattr(import_module("octavo.kernels.matmul8"), "hopper_kernels_run_on", lambda _: False)

@@ -192,7 +192,7 @@ def test_what_is_released_is_recorded_again(load_step: Load) -> None:
 
 
 @both_kinds
-@pytest.mark.parametrize("keep", list(Save))
+@pytest.mark.parametrize("save", list(Save))
 def test_a_launched_step_never_waits_for_the_card(load_step: Load, packed: bool, save: Save) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
     launched = EagerStep(step.model, save)
@@ -365,7 +365,7 @@ def test_a_recording_that_runs_out_of_memory_before_any_copy_says_so(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(step, "loss_of", lacking)
+        patch.setattr("octavo.train.step.loss_of", lacking)
         with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
             recorded(batch, 0.1)
     recorded.release()
