@@ -316,10 +316,10 @@ def test_json_has_no_nan(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> No
     (file := tmp_path / "one.txt").write_text("a")
     done = octavo("evaluate", file, "--model", tiny_llama, "--seq-len", 32, "--json")
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    rows = json.loads(done.out, parse_constant=refuse)["rows"]
+    rows = json.loads(done.out, parse_constant=reject)["rows"]
     assert [row["bits_per_byte"] for row in rows] == [None, None]
     assert done.code == 0
 

@@ -59,7 +59,7 @@ GENERATION = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "sto
 
 app = typer.Typer(
     name="octavo",
-    help="Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured.",
+    help="Fine-tune a large language model on your own text files with 8-bit weights and LoRA.",
     no_args_is_help=True,
     epilog=EXIT_CODES,
     add_completion=False,
@@ -293,7 +293,7 @@ def _checked_text(read: Callable[[], str]) -> str:
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Fine-tune a large language model on your own text files: 8-bit weights, LoRA, measured."""
+    """Fine-tune a large language model on your own text files with 8-bit weights and LoRA."""
     if show:
         typer.echo(__version__)
         raise typer.Exit

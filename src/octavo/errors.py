@@ -9,8 +9,8 @@
     └── TrainingError         training cannot continue: a NaN loss, a missing gradient
         └── StoppedError      a signal stopped training; exit code 128 + signal: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP
 
-Every message has what happened and where; `hint` has what to do next. Errors in octavo's own logic are assertions,
-because a user cannot fix them.
+The message describes what happened and where; `hint` describes what to do next. Errors in octavo's own logic are
+assertions, because a user cannot fix them.
 """
 
 from __future__ import annotations

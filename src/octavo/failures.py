@@ -76,8 +76,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def cut(text: object, most: int = MOST_SHOWN) -> str:
     """`text`, truncated with dots to at most `most` characters."""
-    whole = str(text)
-    return whole if len(whole) <= most else f"{whole[: most - 3]}..."
+    string = str(text)
+    return string if len(string) <= most else f"{string[: most - 3]}..."
 
 
 def _explained(error: BaseException, *, first: bool) -> OctavoError | None:
@@ -105,7 +105,7 @@ def _system(error: BaseException, code: int | None) -> OctavoError:
     name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
     if code is None:
         text = cut(_first_line(error) or type(error).__name__)
-        return OctavoError(f"{cut(name)}: {text}" if name else f"The system refused something: {text}")
+        return OctavoError(f"{cut(name)}: {text}" if name else f"A system call failed: {text}")
     reason, hint = _SYSTEM.get(code, (os.strerror(code).lower(), ""))
     if name:
         return OctavoError(f"{cut(name)} cannot be read or written: {reason}.", hint=hint)

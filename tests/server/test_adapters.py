@@ -72,10 +72,10 @@ def test_paths_inside_the_folder_are_loaded(open_server: OpenServer, adapters_fo
     (adapters_folder / "link").symlink_to(adapters_folder / "hamlet")
     other = adapters_folder.parent / "other"
     other.symlink_to(adapters_folder)
-    for given in (adapters_folder, other):
-        server = open_server(adapters_from=given)
-        place = path.format(root=adapters_folder, other=given)
-        assert load(server, "hamlet", place).status_code == 200
+    for root in (adapters_folder, other):
+        server = open_server(adapters_from=root)
+        path_in_request = path.format(root=adapters_folder, other=root)
+        assert load(server, "hamlet", path_in_request).status_code == 200
 
 
 OUTSIDE = [
@@ -124,16 +124,20 @@ def test_an_adapter_that_does_not_match_is_rejected_with_the_reason(server: Any,
 @pytest.mark.parametrize("error", [IndexError("x"), TypeError("x"), OSError("x"), RecursionError()])
 def test_corrupt_files_are_400(server: Any, error: Exception) -> None:
     server.engine.load_errors["hamlet"] = error
-    status, told = server.error(LOAD, lora_name="new", lora_path="hamlet")
-    assert (status, told["code"], told["message"]) == (400, "adapter_refused", "The adapter's files are corrupt.")
+    status, response_error = server.error(LOAD, lora_name="new", lora_path="hamlet")
+    assert (status, response_error["code"], response_error["message"]) == (
+        400,
+        "adapter_refused",
+        "The adapter's files are corrupt.",
+    )
 
 
 def test_an_adapter_of_a_different_base_is_served_with_a_warning(server: Any, adapters_folder: Path) -> None:
-    for number, (base, said) in enumerate(((server.engine.base_sha256, False), ("other", True), (None, False))):
+    for number, (base, expected) in enumerate(((server.engine.base_sha256, False), ("other", True), (None, False))):
         (adapters_folder / "hamlet" / "octavo.json").write_text(json.dumps({"base": {"sha256": base}}))
         response = load(server, f"a{number}", "hamlet")
         assert response.status_code == 200
-        assert ("different base weights" in response.text) is said
+        assert ("different base weights" in response.text) is expected
 
 
 def test_a_name_in_use_is_rejected(server: Any) -> None:
@@ -222,13 +226,13 @@ def test_unloading_waits_for_running_requests_and_accepts_no_new_ones(
 ) -> None:
     async def scenario() -> None:
         server = open_server(adapters_from=adapters_folder, engine={"manual": True})
-        asked = {"model": "king", "prompt": "the", "max_tokens": 2}
-        running = [Client(server.app, "/v1/completions", asked) for _ in range(2)]
+        request_body = {"model": "king", "prompt": "the", "max_tokens": 2}
+        running = [Client(server.app, "/v1/completions", request_body) for _ in range(2)]
         await until(lambda: len(server.engine.active) == 2)
         unloads = [Client(server.app, UNLOAD, {"lora_name": "king"}) for _ in range(2)]
         await until(lambda: list(server.engine.draining_adapters) == ["king"])
         for path, body, status, words in (
-            ("/v1/completions", asked, 404, b"being unloaded"),
+            ("/v1/completions", request_body, 404, b"being unloaded"),
             (LOAD, {"lora_name": "king", "lora_path": "hamlet"}, 409, b"being unloaded"),
             ("/tokenize", {"prompt": "the"}, 200, b'"dddd'),  # the default adapter is now queen
         ):
@@ -298,10 +302,10 @@ def test_streams_continue_while_an_adapter_loads_and_the_next_load_waits(
             server.engine.step()
             await until(lambda: client.received.count(b"data: {") == number)  # noqa: B023
         await asyncio.wait_for(client.task, PATIENCE)
-        assert not any(each.task.done() for each in loads)
+        assert not any(client.task.done() for client in loads)
         read.set()
-        await asyncio.gather(*(each.task for each in loads))
-        assert sorted(each.status for each in loads) == [200, 400], "the name of the second is in use"
+        await asyncio.gather(*(client.task for client in loads))
+        assert sorted(client.status for client in loads) == [200, 400], "the name of the second is in use"
         assert reading == ["new"]
 
     run_scenario(scenario())

@@ -48,7 +48,7 @@ def test_the_chat_template_is_applied(open_server: OpenServer) -> None:
     messages = [Message(role.replace("developer", "system"), content) for role, content in turns]
     expected = encode_conversation(messages, server.engine.tokenizer)
     assert list(server.engine.submitted[0].prompt) == expected
-    assert expected.count(2) == 4, "the user's own <|im_end|> is text"
+    assert expected.count(2) == 4, "<|im_end|> in the user's message is text"
 
 
 def test_text_parts_are_joined(server: Any) -> None:
@@ -70,18 +70,18 @@ def test_max_tokens_defaults_to_the_servers_limit(open_server: OpenServer) -> No
 def test_a_stream_starts_with_the_role_and_ends_with_the_finish_reason(open_server: OpenServer) -> None:
     server = open_server(engine={"slots": 4})
     body = {"messages": HELLO, "n": 2, "seed": 1, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
-    whole = server.post(PATH, **body)
+    response = server.post(PATH, **body)
     *chunks, last = stream_chunks(server, **body, stream_options={"include_usage": True})
-    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert (last["choices"], last["usage"]) == ([], response["usage"])
     assert all(chunk["object"] == "chat.completion.chunk" and chunk["usage"] is None for chunk in chunks)
     assert len({(chunk["id"], chunk["created"], chunk["system_fingerprint"]) for chunk in [*chunks, last]}) == 1
-    for choice in whole["choices"]:
-        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
-        assert own[0]["delta"] == {"role": "assistant", "content": ""}
-        assert own[-1]["delta"] == {}
-        assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + ["length"]
-        assert "".join(chunk["delta"].get("content", "") for chunk in own) == choice["message"]["content"]
-        logprobs = [entry for chunk in own if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
+    for choice in response["choices"]:
+        choice_chunks = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert choice_chunks[0]["delta"] == {"role": "assistant", "content": ""}
+        assert choice_chunks[-1]["delta"] == {}
+        assert [chunk["finish_reason"] for chunk in choice_chunks] == [None] * (len(choice_chunks) - 1) + ["length"]
+        assert "".join(chunk["delta"].get("content", "") for chunk in choice_chunks) == choice["message"]["content"]
+        logprobs = [entry for chunk in choice_chunks if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
         assert logprobs == choice["logprobs"]["content"]
 
 

@@ -108,8 +108,8 @@ def test_n_choices_of_a_prompt_differ_in_the_seed_only(open_server: OpenServer) 
 def test_finish_reason_is_stop_for_stop_strings_and_the_eos_token(server: Any) -> None:
     stopped = server.post(PATH, prompt="the king spoke", stop=" spoke")["choices"][0]
     assert (stopped["text"], stopped["finish_reason"]) == ("the king", "stop")
-    whole = server.post(PATH, prompt="the é king", stop=["q", "é"])["choices"][0]
-    assert (whole["text"], whole["finish_reason"]) == ("the ", "stop")
+    choice = server.post(PATH, prompt="the é king", stop=["q", "é"])["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("the ", "stop")
     ended = server.post(PATH, prompt=[*server.ids("the king"), 2], logprobs=0)
     assert (ended["choices"][0]["text"], ended["choices"][0]["finish_reason"]) == ("the king", "stop")
     assert ended["usage"]["completion_tokens"] == 3
@@ -123,10 +123,10 @@ def test_logprobs_contain_tokens_top_logprobs_and_offsets(server: Any) -> None:
     assert logprobs["tokens"] == ["the", " king", "the"]
     assert logprobs["text_offset"] == [0, 3, 8]
     for number, token in zip([*server.ids(prompt), server.ids(prompt)[0]], range(3), strict=True):
-        own, top = logprobs["token_logprobs"][token], logprobs["top_logprobs"][token]
-        assert own == (-0.25 if number % 2 == 0 else -0.5)
+        logprob, top = logprobs["token_logprobs"][token], logprobs["top_logprobs"][token]
+        assert logprob == (-0.25 if number % 2 == 0 else -0.5)
         assert len(top) == 1 + number % 2, "the sampled token is always included"
-        assert top[logprobs["tokens"][token]] == own
+        assert top[logprobs["tokens"][token]] == logprob
         assert max(top.values()) == -0.25
 
 
@@ -170,8 +170,8 @@ def test_echo_with_logprobs_scores_a_text(server: Any, max_tokens: int, stream: 
     prompt_logprobs = logprobs["token_logprobs"][len(context) : len(ids)]
     assert prompt_logprobs == [-0.25 if number % 2 == 0 else -0.5 for number in continuation]
     greedy = [
-        own == max(top.values())
-        for own, top in zip(prompt_logprobs, logprobs["top_logprobs"][len(context) :], strict=False)
+        logprob == max(top.values())
+        for logprob, top in zip(prompt_logprobs, logprobs["top_logprobs"][len(context) :], strict=False)
     ]
     assert greedy == [number % 2 == 0 for number in continuation]
     generated = "the" if max_tokens else ""
@@ -195,17 +195,17 @@ def test_echo_without_logprobs_returns_the_original_prompt(server: Any) -> None:
 def test_the_chunks_of_a_stream_equal_the_whole_response(open_server: OpenServer) -> None:
     server = open_server(engine={"slots": 4})
     body = {"prompt": ["the king spoke", "é"], "n": 2, "max_tokens": 5, "logprobs": 1, "seed": 3, "echo": True}
-    whole = server.post(PATH, **body)
+    response = server.post(PATH, **body)
     chunks = events(server.client.post(PATH, json={**body, "stream": True}))
     assert len({chunk["id"] for chunk in chunks}) == 1
-    assert all(chunk["system_fingerprint"] == whole["system_fingerprint"] for chunk in chunks)
+    assert all(chunk["system_fingerprint"] == response["system_fingerprint"] for chunk in chunks)
     assert all(chunk["object"] == "text_completion" and chunk["usage"] is None for chunk in chunks)
-    for choice in whole["choices"]:
-        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
-        assert "".join(chunk["text"] for chunk in own) == choice["text"]
-        assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + ["length"]
+    for choice in response["choices"]:
+        choice_chunks = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in choice_chunks) == choice["text"]
+        assert [chunk["finish_reason"] for chunk in choice_chunks] == [None] * (len(choice_chunks) - 1) + ["length"]
         for name, values in choice["logprobs"].items():
-            assert [value for chunk in own for value in chunk["logprobs"][name]] == values
+            assert [value for chunk in choice_chunks for value in chunk["logprobs"][name]] == values
     assert len(chunks) > 4
 
 

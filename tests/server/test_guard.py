@@ -118,8 +118,8 @@ def test_allowed_origins_may_send_requests_with_a_key(open_server: OpenServer) -
     )
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == "https://page.example"
-    refused = client.post("/v1/completions", json={"prompt": "the"}, headers=origin)
-    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://page.example")
+    rejected = client.post("/v1/completions", json={"prompt": "the"}, headers=origin)
+    assert (rejected.status_code, rejected.headers["access-control-allow-origin"]) == (401, "https://page.example")
     other = client.options("/v1/completions", headers={"Origin": "https://evil.example", **PREFLIGHT})
     assert other.status_code == 400
     assert client.post("/tokenize", json={"prompt": "a"}, headers={"Origin": "https://evil.example"}).status_code == 403
@@ -161,8 +161,8 @@ def test_the_key_is_accepted_and_probes_need_none(open_server: OpenServer, path:
 def test_the_key_is_compared_in_constant_time(open_server: OpenServer, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
 
-    def compare(header: bytes, own: bytes) -> bool:
-        compared.append((header, own))
+    def compare(header: bytes, expected: bytes) -> bool:
+        compared.append((header, expected))
         return True
 
     monkeypatch.setattr(guard, "compare_digest", compare)

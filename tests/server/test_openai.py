@@ -111,20 +111,20 @@ def test_echoed_logprobs_equal_transformers(server: Server, transformers_model: 
     assert logprobs.top_logprobs is not None
     server_logprobs: list[Any] = logprobs.token_logprobs or []
     assert server_logprobs[0] is None
-    expected = [float(scores[place, number]) for place, number in enumerate(ids[1:])]
+    expected = [float(scores[position, number]) for position, number in enumerate(ids[1:])]
     assert server_logprobs[1:-1] == pytest.approx(expected, abs=1e-4)  # float32, sums of 32 terms
-    for place, (own, top) in enumerate(zip(server_logprobs[1:], logprobs.top_logprobs[1:], strict=True)):
-        likeliest = int(scores[place].argmax())
-        number = ids[place + 1] if place + 1 < len(ids) else likeliest
-        assert (own == max(top.values())) is (number == likeliest)
+    for position, (logprob, top) in enumerate(zip(server_logprobs[1:], logprobs.top_logprobs[1:], strict=True)):
+        likeliest = int(scores[position].argmax())
+        number = ids[position + 1] if position + 1 < len(ids) else likeliest
+        assert (logprob == max(top.values())) is (number == likeliest)
 
 
 def test_a_stream_equals_the_whole_response(server: Server) -> None:
     parameters: dict[str, Any] = {"model": "king", "prompt": "the king", "max_tokens": 12, "temperature": 0}
-    whole = server.client.completions.create(**parameters)
+    response = server.client.completions.create(**parameters)
     chunks = list(server.client.completions.create(**parameters, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
-    assert chunks[-1].usage == whole.usage
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == response.choices[0].text
+    assert chunks[-1].usage == response.usage
 
 
 def test_a_seed_is_reproducible_and_n_choices_differ(server: Server) -> None:
@@ -138,8 +138,8 @@ def test_a_seed_is_reproducible_and_n_choices_differ(server: Server) -> None:
 
 def test_chat_with_and_without_streaming(server: Server) -> None:
     parameters: dict[str, Any] = {"model": "llama", "messages": HELLO, "max_tokens": 12, "temperature": 0}
-    whole = server.client.chat.completions.create(**parameters, logprobs=True, top_logprobs=2)
-    choice = whole.choices[0]
+    response = server.client.chat.completions.create(**parameters, logprobs=True, top_logprobs=2)
+    choice = response.choices[0]
     assert choice.message.role == "assistant"
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
@@ -220,11 +220,11 @@ def test_an_adapter_that_does_not_match_is_rejected(server: Server) -> None:
     save_file({name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items()}, file)
     (file.parent / "octavo.json").unlink()  # it has the hash of the original tensors
     before = server.client.completions.create(model="king", prompt="the king", max_tokens=8, temperature=0)
-    for folder, said in (("odd", "layers.7"), ("../king", "is not inside the folder"), ("none", "no folder")):
-        refused = server.post("/v1/load_lora_adapter", lora_name="odd", lora_path=folder)
-        assert refused.status_code in (400, 404)
-        assert said in refused.json()["error"]["message"]
-        assert str(server.adapters_folder) not in refused.text
+    for folder, expected in (("odd", "layers.7"), ("../king", "is not inside the folder"), ("none", "no folder")):
+        response = server.post("/v1/load_lora_adapter", lora_name="odd", lora_path=folder)
+        assert response.status_code in (400, 404)
+        assert expected in response.json()["error"]["message"]
+        assert str(server.adapters_folder) not in response.text
     assert [model.id for model in server.client.models.list()] == ["llama", "king"]
     after = server.client.completions.create(model="king", prompt="the king", max_tokens=8, temperature=0)
     assert after.choices[0].text == before.choices[0].text

@@ -272,7 +272,7 @@ REJECTED = {
     "a space before the colon": (400, b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n"),
     "a null": (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nA: b\0c\r\n\r\n"),
     "a head that does not end": (431, b"GET / HTTP/1.1\r\nA: " + b"a" * 70_000),
-    "a long head that is whole": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"a" * 100_000 + b"\r\n\r\n"),
+    "a long complete head": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"a" * 100_000 + b"\r\n\r\n"),
     "a long target": (431, b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n"),
     "many headers": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 101 + b"\r\n"),
     "very many headers": (431, b"GET / HTTP/1.1\r\n" + HOST + b"A: b\r\n" * 20_000 + b"\r\n"),
@@ -362,7 +362,7 @@ class RejectingApp:
 BODIES = {
     "a long one": b"Content-Length: 1000000\r\n\r\n",
     "chunks": b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
-    "one that waits to be asked for": b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n",
+    "one that expects 100 Continue": b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n",
 }
 
 
@@ -375,9 +375,9 @@ def test_an_early_response_closes_the_connection_of_a_slow_body(
         app = RejectingApp()
         async with serve(app) as connection_server:
             reader, writer = await connection_server.connect()
-            whole = asyncio.create_task(reader.read())
+            read_task = asyncio.create_task(reader.read())
             writer.write(method + b" / HTTP/1.1\r\n" + HOST + BODIES[name])
-            response = await asyncio.wait_for(whole, PATIENCE)
+            response = await asyncio.wait_for(read_task, PATIENCE)
             assert app.started == 1
             for _ in range(8):  # eighths are exact in floating point
                 assert connection_server.state.connections

@@ -105,9 +105,9 @@ def test_tcp_nodelay_is_set() -> None:
             _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
             writer = await accepted_writer
             option: int = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            for each in (writer, client):
-                each.close()
-                await each.wait_closed()
+            for stream_writer in (writer, client):
+                stream_writer.close()
+                await stream_writer.wait_closed()
         return option
 
     assert asyncio.run(accepted())
@@ -229,11 +229,11 @@ def write():
 
 if {writes}:
     threading.Thread(target=write, daemon=True).start()
-held = bind("127.0.0.1", 0)
+bound_socket = bind("127.0.0.1", 0)
 options = ServeOptions(grace_seconds=7, max_new_tokens=50_000, log_level="debug")
-print(held.getsockname()[1], flush=True)
+print(bound_socket.getsockname()[1], flush=True)
 app = create_app(engine, options, key={key!r})
-run(app, held, options=options, listening=listening, stop_engine=stop)
+run(app, bound_socket, options=options, listening=listening, stop_engine=stop)
 print("ended", grace, flush=True)
 """
 
@@ -262,7 +262,7 @@ def start(request: pytest.FixtureRequest, tiny_llama: Path, forks: Forks) -> Ite
         process.close()
 
 
-def ask(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
+def send_request(port: int, body: dict[str, Any], **headers: str) -> tuple[int, str]:
     headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
     try:
@@ -290,7 +290,7 @@ def test_sigterm_finishes_running_requests_and_exits_with_0(start: Start) -> Non
     answers: dict[bool, tuple[int, str]] = {}
 
     def client(stream: bool) -> None:
-        answers[stream] = ask(port, {"prompt": "the king", "max_tokens": 4, "stream": stream})
+        answers[stream] = send_request(port, {"prompt": "the king", "max_tokens": 4, "stream": stream})
 
     clients = [threading.Thread(target=client, args=[stream]) for stream in (False, True)]
     for thread in clients:
@@ -313,7 +313,9 @@ def test_sigterm_finishes_running_requests_and_exits_with_0(start: Start) -> Non
 def test_requests_not_finished_in_the_grace_time_get_503(start: Start) -> None:
     process, port = start(cancel=True)
     answers: list[tuple[int, str]] = []
-    client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))
+    client = threading.Thread(
+        target=lambda: answers.append(send_request(port, {"prompt": "the king", "max_tokens": 4}))
+    )
     client.start()
     wait_for_running(port, 1)
     process.send_signal(signal.SIGINT)
@@ -353,7 +355,7 @@ def test_a_killed_client_frees_all_its_slots(start: Start) -> None:
     counts = wait_for_running(port, 0)
     assert "octavo_cancelled_total 4\n" in counts
     assert "octavo_requests_total 4\n" in counts
-    status, _ = ask(port, {"prompt": "the king", "n": 4, "max_tokens": 2})
+    status, _ = send_request(port, {"prompt": "the king", "n": 4, "max_tokens": 2})
     assert status == 200
 
 
@@ -371,8 +373,8 @@ def test_an_unread_stderr_blocks_neither_responses_nor_shutdown(start: Start) ->
 def test_neither_the_key_nor_a_prompt_is_logged(start: Start) -> None:
     process, port = start(writes=True, key="very-secret")
     for key, expected in (("very-secret", 200), ("very-secre", 401)):
-        assert ask(port, {"prompt": "the king", "max_tokens": 2}, Authorization=f"Bearer {key}")[0] == expected
-    assert ask(port, {"prompt": "the king", "n": "very-secret"}, Authorization="Bearer very-secret")[0] == 400
+        assert send_request(port, {"prompt": "the king", "max_tokens": 2}, Authorization=f"Bearer {key}")[0] == expected
+    assert send_request(port, {"prompt": "the king", "n": "very-secret"}, Authorization="Bearer very-secret")[0] == 400
     with socket.create_connection(("127.0.0.1", port)) as garbage:
         garbage.sendall(b"the king: very-secret\r\n\r\n")
         assert b"invalid_http" in garbage.recv(4096), "the connection class is octavo's"
@@ -409,7 +411,9 @@ def test_a_second_ctrl_c_exits_immediately_without_abort_or_traceback(start: Sta
 def test_sighup_shuts_down_as_sigterm_does(start: Start) -> None:
     process, port = start()
     answers: list[tuple[int, str]] = []
-    client = threading.Thread(target=lambda: answers.append(ask(port, {"prompt": "the king", "max_tokens": 4})))
+    client = threading.Thread(
+        target=lambda: answers.append(send_request(port, {"prompt": "the king", "max_tokens": 4}))
+    )
     client.start()
     wait_for_running(port, 1)
     process.send_signal(signal.SIGHUP)

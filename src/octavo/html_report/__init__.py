@@ -210,12 +210,12 @@ def _ledger(path: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        whole = parse(path.read_bytes(), strict=False)
+        ledger = parse(path.read_bytes(), strict=False)
     except JsonError as error:
         raise DataError(f"not JSON: {error}", source=str(path), hint="Delete the file and try again.") from error
-    if not isinstance(whole, dict):
+    if not isinstance(ledger, dict):
         raise DataError("not a ledger", source=str(path), hint="Delete the file and try again.")
-    parts = {"": whole} if "tokens" in whole else whole
+    parts = {"": ledger} if "tokens" in ledger else ledger
     blocks = []
     for name, part in parts.items():
         if not part:

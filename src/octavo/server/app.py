@@ -32,7 +32,7 @@ def create_app(
     service = Service(engine, options)
     app = FastAPI(
         title="octavo", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        description="Text from a model and its adapters, in OpenAI's API.",
+        description="Text generation with a base model and its LoRA adapters, compatible with OpenAI's API.",
     )  # fmt: skip
     app.state.service = service
     install(app)

@@ -1,4 +1,4 @@
-"""POST /prompt/: the legacy route of the article's service (see README), for clients written for it."""
+"""POST /prompt/: the legacy route of the service in the article on hivemind/gpt-j-6B-8bit, for its existing clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/prompt", response_model=ArticleAnswer, include_in_schema=False)
-    @routes.post("/prompt/", response_model=ArticleAnswer, responses=ERROR_RESPONSES, tags=["the article"])
+    @routes.post("/prompt/", response_model=ArticleAnswer, responses=ERROR_RESPONSES, tags=["legacy"])
     async def prompt(body: ArticleRequest, request: Request, response: Response) -> ArticleAnswer:
         """Returns the text and its continuation. `length` is the number of tokens of both together."""
         service.check_fields(body, request.url.path)

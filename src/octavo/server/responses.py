@@ -182,8 +182,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 # The same for routes that return plain text: with `model` FastAPI would declare the errors as plain text too.
 _ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/RefusalAnswer"}}}
 TEXT_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"content": _ERROR_CONTENT, "description": answer["description"]}
-    for status, answer in ERROR_RESPONSES.items()
+    status: {"content": _ERROR_CONTENT, "description": response["description"]}
+    for status, response in ERROR_RESPONSES.items()
 }
 _EVENT = {
     "type": "object",

@@ -78,7 +78,7 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
 
 
 def _add_state(routes: APIRouter, service: Service) -> None:
-    @routes.get("/", tags=["the server"])
+    @routes.get("/", tags=["server"])
     async def index(request: Request) -> Index:
         """Returns the version, the models and the routes."""
         paths_schema: dict[str, dict[str, object]] = request.app.openapi()["paths"]
@@ -94,24 +94,24 @@ def _add_state(routes: APIRouter, service: Service) -> None:
         """The API reference as an HTML page."""
         return HTMLResponse(reference_page(request.app.openapi(), str(request.base_url)))
 
-    @routes.get("/version", tags=["the server"])
+    @routes.get("/version", tags=["server"])
     async def version() -> Version:
         """Returns the version of octavo."""
         return Version(version=__version__)
 
-    @routes.get("/ping", tags=["the server"])
-    @routes.get("/health", tags=["the server"])
+    @routes.get("/ping", tags=["server"])
+    @routes.get("/health", tags=["server"])
     async def health() -> State:
         """Liveness: 200 while the server runs."""
         return State()
 
-    @routes.get("/ready", tags=["the server"])
+    @routes.get("/ready", tags=["server"])
     async def ready() -> State:
         """Readiness: 200 while the server accepts requests, 503 while it shuts down."""
         service.check_open()
         return State()
 
-    @routes.get("/metrics", responses=TEXT_ERROR_RESPONSES, response_class=PlainTextResponse, tags=["the server"])
+    @routes.get("/metrics", responses=TEXT_ERROR_RESPONSES, response_class=PlainTextResponse, tags=["server"])
     async def metrics() -> PlainTextResponse:
         """Metrics in Prometheus text format."""
         text = service.metrics.text(
