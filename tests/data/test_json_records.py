@@ -76,12 +76,12 @@ def test_a_record_alone_is_no_table(tmp_path: Path, record: dict[str, Any]) -> N
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_nothing_beside_the_records_of_a_table_vanishes(tmp_path: Path, name: str, value: object, message: str) -> None:
+def test_an_unknown_key_next_to_the_records_is_an_error(tmp_path: Path, name: str, value: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         values(tmp_path / name, value)
 
 
-def test_metadata_may_be_beside_the_records(tmp_path: Path) -> None:
+def test_metadata_is_allowed_next_to_the_records(tmp_path: Path) -> None:
     page = {"features": [{"name": "text"}], "rows": RECORDS, "num_rows_total": 7, "partial": False, "next": "", "x": []}
     assert values(tmp_path / "a.json", page) == RECORDS
 

@@ -146,10 +146,10 @@ def test_8_bits_cost_at_most_two_percent_of_perplexity(source: FolderSource, pla
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
         return math.exp(losses)
 
-    base, quantised = perplexity(plain), perplexity(loaded(source, "int8"))
+    base, quantized = perplexity(plain), perplexity(loaded(source, "int8"))
     assert 20 < base < 100  # a text that the model can read
-    assert quantised == pytest.approx(base, rel=0.02)
-    assert quantised != base
+    assert quantized == pytest.approx(base, rel=0.02)
+    assert quantized != base
 
 
 # Another tokenizer, written from the description: every digit alone, then GPT-2's pattern, then the merges

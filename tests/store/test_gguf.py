@@ -89,7 +89,7 @@ def write_gguf(
     *,
     metadata: dict[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
-    quantise: bool = False,
+    quantize: bool = False,
     part_tensors: int = 0,
 ) -> Path:
     """Write `model`; `metadata` adds entries, `tensors` (GGUF names) replaces, adds or (None) leaves out."""
@@ -118,7 +118,7 @@ def write_gguf(
     state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight" or architecture == "llama"}
     arrays = dict(gguf_rows(name, values.float().numpy(), architecture) for name, values in state.items())
     for name, values in {**arrays, **(tensors or {})}.items():
-        if values is not None and quantise and values.ndim == 2:
+        if values is not None and quantize and values.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
         elif values is not None:
@@ -202,7 +202,7 @@ def test_a_llama_without_biases_and_with_a_tied_head_has_neither(tmp_path: Path)
 
 def test_dequantized_weights_are_within_half_a_step_and_writable(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    source = open_gguf(write_gguf(tmp_path / "m.gguf", model, "llama", quantise=True))
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", model, "llama", quantize=True))
     for name, parameter in model.named_parameters():
         values, exact = source.tensor(name), parameter.detach()
         # Q8_0: 127 steps up to the largest value of a block; its scale is a float16 (relative error 2^-11).

@@ -18,7 +18,7 @@ from octavo.store.sources import FolderSource, fingerprint
 
 
 @pytest.fixture
-def quantised(folders: dict[str, Path], tmp_path: Path) -> Path:
+def quantized(folders: dict[str, Path], tmp_path: Path) -> Path:
     write_folder(FolderSource(folders["llama"]), tmp_path / "int8", scheme_named("int8"))
     return tmp_path / "int8"
 
@@ -29,19 +29,19 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_folder_as_it_was_written_is_whole(quantised: Path, folders: dict[str, Path]) -> None:
-    source = open_source(str(quantised))
+def test_a_folder_as_it_was_written_is_whole(quantized: Path, folders: dict[str, Path]) -> None:
+    source = open_source(str(quantized))
     assert fingerprint(source) == fingerprint(FolderSource(folders["llama"]))
-    (quantised / "notes.txt").write_text("a file of the user's own")
-    assert open_source(str(quantised)).names() == source.names()
+    (quantized / "notes.txt").write_text("a file of the user's own")
+    assert open_source(str(quantized)).names() == source.names()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing"])
-def test_the_error_of_a_damaged_file_names_it_and_a_next_step(damage: str, quantised: Path) -> None:
-    names = sorted(path.name for path in quantised.iterdir() if path.name != "manifest.json")
+def test_the_error_of_a_damaged_file_names_it_and_a_next_step(damage: str, quantized: Path) -> None:
+    names = sorted(path.name for path in quantized.iterdir() if path.name != "manifest.json")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
     for name in names:
-        path, whole = quantised / name, (quantised / name).read_bytes()
+        path, whole = quantized / name, (quantized / name).read_bytes()
         if damage == "flipped":
             flip(path)
         elif damage == "missing":
@@ -50,24 +50,24 @@ def test_the_error_of_a_damaged_file_names_it_and_a_next_step(damage: str, quant
             path.write_bytes(b"" if damage == "empty" else whole[:-1])
         if name not in ("config.json", "model.safetensors"):  # these may be found to be broken before
             with pytest.raises(ModelError, match=f"is damaged: {name}") as caught:
-                open_source(str(quantised))
+                open_source(str(quantized))
             assert "octavo quantize" in caught.value.hint
         if name != "config.json" and (damage, name) != ("missing", "model.safetensors"):
             with pytest.raises(ModelError, match=name):
-                fingerprint(FolderSource(quantised))
+                fingerprint(FolderSource(quantized))
         with pytest.raises(ModelError, match=name):
-            open_source(str(quantised))
+            open_source(str(quantized))
         path.write_bytes(whole)
-    open_source(str(quantised))
+    open_source(str(quantized))
 
 
-def test_a_folder_that_was_changed_on_purpose_opens_without_its_manifest(quantised: Path) -> None:
-    (quantised / "generation_config.json").write_text('{"eos_token_id": 3}')
+def test_a_folder_that_was_changed_on_purpose_opens_without_its_manifest(quantized: Path) -> None:
+    (quantized / "generation_config.json").write_text('{"eos_token_id": 3}')
     with pytest.raises(ModelError, match=r"generation_config\.json") as caught:
-        open_source(str(quantised))
+        open_source(str(quantized))
     assert "delete manifest.json" in caught.value.hint
-    (quantised / "manifest.json").unlink()
-    assert open_source(str(quantised)).generation_config == {"eos_token_id": 3}
+    (quantized / "manifest.json").unlink()
+    assert open_source(str(quantized)).generation_config == {"eos_token_id": 3}
 
 
 FOREIGN: list[Any] = [
@@ -85,14 +85,14 @@ def test_a_manifest_of_another_program_is_ignored(content: Any, own_folder: Path
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
 def test_a_manifest_that_is_not_json_is_ignored_unless_octavo_wrote_the_folder(
-    content: bytes, own_folder: Path, quantised: Path
+    content: bytes, own_folder: Path, quantized: Path
 ) -> None:
     before = fingerprint(FolderSource(own_folder))
     (own_folder / "manifest.json").write_bytes(content)
     assert fingerprint(open_source(str(own_folder))) == before
-    (quantised / "manifest.json").write_bytes(content)
+    (quantized / "manifest.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"is damaged: .*manifest\.json is not valid JSON"):
-        open_source(str(quantised))
+        open_source(str(quantized))
 
 
 BROKEN: dict[str, Any] = {
@@ -110,17 +110,17 @@ BROKEN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_manifest_of_octavo_with_invalid_values_is_damaged(case: str, quantised: Path) -> None:
-    content = json.loads((quantised / "manifest.json").read_text()) | BROKEN[case]
-    (quantised / "manifest.json").write_text(json.dumps(content))
+def test_a_manifest_of_octavo_with_invalid_values_is_damaged(case: str, quantized: Path) -> None:
+    content = json.loads((quantized / "manifest.json").read_text()) | BROKEN[case]
+    (quantized / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"is damaged: manifest\.json is not what octavo writes"):
-        open_source(str(quantised))
+        open_source(str(quantized))
 
 
 def test_a_manifest_that_does_not_list_the_weight_file_is_not_its_identity(
-    quantised: Path, folders: dict[str, Path]
+    quantized: Path, folders: dict[str, Path]
 ) -> None:
-    other = quantised / "other.safetensors"
+    other = quantized / "other.safetensors"
     other.write_bytes((folders["gptj"] / "model.safetensors").read_bytes())
 
     class Beside(FolderSource):
@@ -128,11 +128,11 @@ def test_a_manifest_that_does_not_list_the_weight_file_is_not_its_identity(
         def files(self) -> list[Path]:
             return [other]
 
-    assert fingerprint(Beside(quantised)) != fingerprint(FolderSource(quantised))
+    assert fingerprint(Beside(quantized)) != fingerprint(FolderSource(quantized))
 
 
 def test_a_file_is_hashed_once_in_a_process_and_again_after_a_change(
-    quantised: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[Path] = []
     whole = files.sha256_of
@@ -142,13 +142,13 @@ def test_a_file_is_hashed_once_in_a_process_and_again_after_a_change(
         return whole(path)
 
     monkeypatch.setattr(manifest, "sha256_of", sha256_of)
-    for path in quantised.iterdir():
+    for path in quantized.iterdir():
         os.utime(path, ns=(1, 1))  # long ago
-    open_source(str(quantised), weights=False)
+    open_source(str(quantized), weights=False)
     assert not hashed
     for _ in range(3):
-        fingerprint(open_source(str(quantised)))
-    assert len(hashed) == len(set(hashed)) == len(list(quantised.iterdir())) - 1
-    flip(quantised / "tokenizer.json")  # possibly within the granularity of a file system's time
+        fingerprint(open_source(str(quantized)))
+    assert len(hashed) == len(set(hashed)) == len(list(quantized.iterdir())) - 1
+    flip(quantized / "tokenizer.json")  # possibly within the granularity of a file system's time
     with pytest.raises(ModelError, match=r"tokenizer\.json has changed"):
-        open_source(str(quantised))
+        open_source(str(quantized))
