@@ -1,4 +1,4 @@
-"""config/: a flag over a file over a default, and messages that name the key and the way out."""
+"""config/: precedence of flags, files and defaults; error messages name the key and the fix."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def refusal(file: Path) -> str:
     return str(caught.value)
 
 
-def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: Path) -> None:
     file = written(tmp_path, "rank: 4\nalpha: 8\n")
     lora = Config.read(cli.FINETUNE, {"rank": 2}, file)[LoraOptions]
     assert (lora.rank, lora.alpha, lora.dropout) == (2, 8.0, 0.0)
 
 
-def test_a_command_may_have_defaults_of_its_own_below_the_file(tmp_path: Path) -> None:
+def test_defaults_of_a_command_override_the_sections_but_not_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "steps: 7\n")
     config = Config.read(cli.FINETUNE, {"rank": 16}, file, defaults=DEMO)
     assert (config[TrainOptions].steps, config[LoraOptions].rank) == (7, 16)
@@ -68,23 +68,23 @@ def test_a_command_may_have_defaults_of_its_own_below_the_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("key", ["seq_lenn", "seq-lenn"])
-def test_an_unknown_key_names_the_file_and_the_nearest_option(tmp_path: Path, key: str) -> None:
+def test_an_unknown_key_names_the_file_and_the_most_similar_option(tmp_path: Path, key: str) -> None:
     message = refusal(written(tmp_path, f"{key}: 12\n"))
     assert "settings.yaml" in message
     assert key in message
     assert "Did you mean 'seq_len'?" in message
 
 
-def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> None:
+def test_an_unknown_key_similar_to_none_lists_the_options(tmp_path: Path) -> None:
     assert "checkpoint_every" in refusal(written(tmp_path, "zzzzzz: 1\n"))
 
 
-def test_keys_may_be_written_as_the_flags_are(tmp_path: Path) -> None:
+def test_keys_may_have_hyphens_as_flags_do(tmp_path: Path) -> None:
     assert Config.read(cli.FINETUNE, {}, written(tmp_path, "seq-len: 64\n"))[TextOptions].seq_len == 64
 
 
 @pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
-def test_every_way_to_write_a_small_number_is_read(tmp_path: Path, number: str) -> None:
+def test_every_notation_of_a_small_number_is_read(tmp_path: Path, number: str) -> None:
     assert Config.read(cli.FINETUNE, {}, written(tmp_path, f"lr: {number}\n"))[TrainOptions].lr == 1e-4
 
 
@@ -100,7 +100,7 @@ def test_every_way_to_write_a_small_number_is_read(tmp_path: Path, number: str) 
         ("revision: 2024-05-01", "2024-05-01"),
     ],
 )
-def test_what_yaml_reads_as_something_else_than_text_is_said_with_the_remedy(
+def test_a_string_that_yaml_reads_as_another_type_gets_a_hint_to_quote_it(
     tmp_path: Path, line: str, read_as: str
 ) -> None:
     message = refusal(written(tmp_path, f"{line}\n"))
@@ -110,46 +110,46 @@ def test_what_yaml_reads_as_something_else_than_text_is_said_with_the_remedy(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("- rank\n- 4\n", "key: value"),
         ("rank: [4\n", "not valid YAML"),
         ("revision: 2020-13-45\n", "not valid YAML"),
-        ("rank: &a [*a\n", "aliases (*a) are not read"),
+        ("rank: &a [*a\n", "aliases (*a) are not supported"),
         ("rank: !!python/object:os.system x\n", "not valid YAML"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path: Path, content: str, said: str) -> None:
-    message = refusal(written(tmp_path, content))
-    assert "settings.yaml" in message
-    assert said in message
+def test_the_error_for_a_broken_file_names_it(tmp_path: Path, content: str, message: str) -> None:
+    error = refusal(written(tmp_path, content))
+    assert "settings.yaml" in error
+    assert message in error
 
 
-def test_a_file_that_is_missing_a_folder_or_no_text_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_a_folder_or_binary_data_names_it(tmp_path: Path) -> None:
     (binary := tmp_path / "binary.yaml").write_bytes(b"rank: \xff\xfe")
     for path in (tmp_path / "nothing.yaml", tmp_path, binary):
         assert str(path) in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        ("a: &a [x, x]\nb: &b [*a, *a]\ndata: [*b, *b]\n", "line 2: aliases (*a) are not read"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\ndata: [*b, *b]\n", "line 2: aliases (*a) are not supported"),
         ("data: " + "[" * 20_000 + "]" * 20_000, "nested more than 16 deep"),
         ("".join(f"{' ' * n}a:\n" for n in range(200)), "nested more than 16 deep"),
         ("{" * 5000, "nested more than 16 deep"),
         ("data: " + "x" * 2**20, "larger than 1,048,576 bytes"),
         ("data:\n" + "- [a]\n" * 5000, "data: "),
-        ("x" * 1000 + ": 1", "there is no option"),
+        ("x" * 1000 + ": 1", "this command has no option"),
         ("lr: [" + "'" + "y" * 5000 + "']", "lr: "),
         ("lr: '" + "y" * 5000, "not valid YAML"),
     ],
 )
-def test_a_file_out_of_bounds_is_a_short_error(tmp_path: Path, content: str, said: str) -> None:
+def test_a_file_over_a_limit_gives_a_short_error(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.yaml").write_text(content)
     with pytest.raises(UsageError) as caught:
         Config.read(KINDS["finetune"], {}, tmp_path / "a.yaml")
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert len(caught.value.message) < 6000
 
 
@@ -161,7 +161,7 @@ def test_a_file_out_of_bounds_is_a_short_error(tmp_path: Path, content: str, sai
         ("columns: [prompt=q, 'completion=a']", ["prompt=q", "completion=a"]),
     ],
 )
-def test_columns_may_be_written_as_text_list_or_mapping(tmp_path: Path, content: str, columns: list[str]) -> None:
+def test_columns_may_be_a_string_a_list_or_a_mapping(tmp_path: Path, content: str, columns: list[str]) -> None:
     (tmp_path / "a.yaml").write_text(content)
     config = Config.read((TextOptions,), {}, tmp_path / "a.yaml")
     assert config[TextOptions].columns == columns
@@ -219,7 +219,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("gpu_memory", "11,5GiB"),
     ],
 )
-def test_a_value_out_of_bounds_is_refused_by_its_key(key: str, value: object) -> None:
+def test_the_error_for_a_value_out_of_bounds_starts_with_its_flag(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"^--{key.replace('_', '-')}: .*not {value!r}\."):
         Config.read(cli.FINETUNE, {key: value})
 
@@ -240,15 +240,15 @@ def test_a_value_out_of_bounds_is_refused_by_its_key(key: str, value: object) ->
         ("auto", None),
     ],
 )
-def test_a_size_is_read_with_its_unit(size: str, expected: int | None) -> None:
-    """A maker's GB is 10^9, everything else goes by 1024, and GiB is what is meant where nothing is said."""
+def test_a_memory_size_is_read_with_its_unit(size: str, expected: int | None) -> None:
+    """GB is 10^9 bytes (SI); all other units are powers of 1024; a number without a unit is GiB."""
     read = Config.read(cli.FINETUNE, {"gpu_memory": size})[MemoryOptions].gpu_memory
     assert read == size
     assert size_in_bytes(read) == expected
 
 
 @pytest.mark.parametrize(("line", "expected"), [("11", 11 * 2**30), ("11.5", 23 * 2**29), ("11GB", 11 * 10**9)])
-def test_a_size_in_a_file_needs_no_quotes(tmp_path: Path, line: str, expected: int) -> None:
+def test_a_memory_size_in_a_file_needs_no_quotes(tmp_path: Path, line: str, expected: int) -> None:
     config = Config.read(cli.FINETUNE, {}, written(tmp_path, f"gpu_memory: {line}\n"))
     assert size_in_bytes(config[MemoryOptions].gpu_memory) == expected
     again = Config.read(cli.FINETUNE, {}, written(tmp_path, config.to_yaml()))
@@ -257,13 +257,13 @@ def test_a_size_in_a_file_needs_no_quotes(tmp_path: Path, line: str, expected: i
 
 @settings(deadline=None)
 @given(number=st.integers(1, 10**6), unit=st.sampled_from(["KiB", "MiB", "GiB", "TiB", "KB", "MB", "GB", "TB"]))
-def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
+def test_a_memory_size_is_the_number_times_the_unit(number: int, unit: str) -> None:
     base = 1024 if "i" in unit else 1000
     assert size_in_bytes(f"{number}{unit}") == number * base ** ("KMGT".index(unit[0]) + 1)
     assert size_in_bytes(f"{number} {unit.lower()}") == number * base ** ("KMGT".index(unit[0]) + 1)
 
 
-def test_by_default_a_run_is_as_fast_as_what_is_there_allows() -> None:
+def test_the_defaults_choose_the_fastest_plan_for_the_machine() -> None:
     options = Config.read(cli.FINETUNE, {})[MemoryOptions]
     assert (options.gpu_memory, options.recompute, options.attention) == ("auto", "auto", "auto")
     assert options.kernels
@@ -271,19 +271,19 @@ def test_by_default_a_run_is_as_fast_as_what_is_there_allows() -> None:
     assert Config.read(cli.PLAN, {})[PlanOptions].gpu is None
 
 
-def test_a_plan_takes_every_setting_of_a_run_that_memory_depends_on() -> None:
-    """So what `octavo plan` is told can be told to `octavo finetune`."""
+def test_plan_has_every_option_of_finetune_that_memory_depends_on() -> None:
+    """So the options of `octavo plan` can be given to `octavo finetune`."""
     assert {LoraOptions, TrainOptions, TextOptions, MemoryOptions, ModelOptions} <= set(cli.PLAN)
     assert set(cli.PLAN) - {PlanOptions} < set(cli.FINETUNE)
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
+def test_all_invalid_values_are_reported_at_once() -> None:
     with pytest.raises(UsageError) as caught:
         Config.read(cli.FINETUNE, {"rank": 0, "lr": -1.0, "scheme": "int4"})
     assert all(f"{key}: " in caught.value.message for key in ("rank", "lr", "scheme"))
 
 
-def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path) -> None:
+def test_lists_may_be_one_string_and_targets_may_have_commas(tmp_path: Path) -> None:
     file = written(tmp_path, "data: a, b.txt\nsample_prompt: Yes, my lord\nlora_targets: [q_proj, 'v_proj, lm_head']\n")
     config = Config.read(cli.FINETUNE, {}, file)
     assert config[TrainingData].data == ["a, b.txt"]
@@ -291,7 +291,7 @@ def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path
     assert config[LoraOptions].lora_targets == ["q_proj", "v_proj", "lm_head"]
 
 
-@settings(deadline=None)  # a disk may be slow
+@settings(deadline=None)  # disk access may be slow
 @example(split_on="\x85", prompts=["a\u2028b", "\u2029", "Größe\r\n"], lr=1e-4, seed=0, steps=None)
 @given(
     split_on=st.none() | TEXT,
@@ -300,7 +300,7 @@ def test_lists_may_be_written_as_one_text_and_targets_with_commas(tmp_path: Path
     seed=st.integers(0, 2**63 - 1),
     steps=st.none() | st.integers(1),
 )
-def test_the_written_configuration_reads_as_the_same(
+def test_a_configuration_is_the_same_after_writing_and_reading(
     tmp_path_factory: pytest.TempPathFactory,
     split_on: str | None,
     prompts: list[str],
@@ -315,13 +315,13 @@ def test_the_written_configuration_reads_as_the_same(
 
 
 @pytest.mark.parametrize("command", KINDS)
-def test_an_option_has_one_meaning_in_a_command_and_a_line_of_help(command: str) -> None:
+def test_option_names_are_unique_in_a_command_and_have_a_line_of_help(command: str) -> None:
     names = [name for name, _ in fields(KINDS[command])]
     assert len(names) == len(set(names))
     assert all(field.description and field.description.endswith((".", "}")) for _, field in fields(KINDS[command]))
 
 
-def test_replace_changes_some_values_keeps_the_others_and_checks() -> None:
+def test_replace_changes_the_given_values_and_validates_them() -> None:
     config = Config.read(cli.GENERATE, {"top_k": 5})
     other = config.replace(temperature=0.0)
     assert (other[GenerateOptions].temperature, other[GenerateOptions].top_k) == (0.0, 5)
@@ -330,7 +330,7 @@ def test_replace_changes_some_values_keeps_the_others_and_checks() -> None:
         config.replace(temperature=-1)
 
 
-def test_a_section_that_was_read_cannot_be_changed() -> None:
+def test_a_section_is_immutable() -> None:
     section = Config.read(cli.GENERATE, {})[ModelOptions]
     with pytest.raises(ValidationError, match="frozen"):
         section.model = "other"  # type: ignore[misc]

@@ -136,7 +136,7 @@ def test_an_existing_folder_costs_no_training(octavo: Octavo, tune: Tune, tmp_pa
     assert Path(answer["adapter"], "adapter_model.safetensors").is_file()
     assert (out / "notes.txt").read_text() == "mine"
     before = files_of(out)
-    with pytest.raises(UsageError, match="already holds a run") as caught:
+    with pytest.raises(UsageError, match="already contains a run") as caught:
         tune(out, steps=9)
     assert "--resume" in caught.value.hint
     assert files_of(out) == before, "refused before the first step, and nothing of the first run is touched"
@@ -217,7 +217,7 @@ def test_float16_gradients_neither_vanish_nor_overflow_unseen(
     many = {"scheme": "none", "lr": 1e-9, "steps": 13}
     answers = {dtype: tune(tmp_path / f"{dtype}-many", dtype=dtype, **many) for dtype in norms}
     warnings = [event["text"] for event in events(tmp_path / "float16-many", "warn")]
-    left_out = [int(text.split()[1].rstrip(":")) for text in warnings if "overflowed float16, update left out" in text]
+    left_out = [int(text.split()[1].rstrip(":")) for text in warnings if "overflowed float16, update skipped" in text]
     assert left_out[0] == 1
     assert len(left_out) <= 11, "the scale fell until they fit"
     steps = [events(tmp_path / f"{dtype}-many", "step") for dtype in ("float16", "float32")]

@@ -1,4 +1,4 @@
-"""What is chosen to compute on, how much memory is said to be free, and which card is which."""
+"""The choice of device and dtype, free and peak memory, and the recognition of GPUs by name."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ GIB = 2**30
 
 
 def fake_cuda(
-    monkeypatch: pytest.MonkeyPatch, *, name: str, bfloat16: bool, cards: int = 1, capability: tuple[int, int] = (9, 0)
+    monkeypatch: pytest.MonkeyPatch, *, name: str, bfloat16: bool, gpus: int = 1, capability: tuple[int, int] = (9, 0)
 ) -> None:
-    """Make torch.cuda answer as on a machine with `cards` cards. As on a T4, emulation makes it say yes."""
+    """Makes torch.cuda answer as on a machine with `gpus` GPUs. As on a T4, emulation counts as bfloat16 support."""
 
     def chosen(device: torch.device) -> None:
-        assert device.index < cards
+        assert device.index < gpus
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "set_device", chosen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -40,41 +40,41 @@ def fake_cpu(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16", "bf16"])
-def test_auto_takes_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+def test_auto_is_bfloat16_on_a_cpu_with_bfloat16_instructions(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     fake_cpu(monkeypatch, "avx512f", flag)
     chosen = hardware.pick()
     assert (chosen.device, chosen.dtype, chosen.name) == (torch.device("cpu"), torch.bfloat16, "Test CPU")
     assert flag in chosen.reason
 
 
-def test_auto_takes_float32_where_pytorch_may_not_use_the_cpus_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_float32_if_the_vector_instructions_are_disabled_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "amx_bf16")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    found = hardware.pick("cpu")
-    assert found.dtype == torch.float32
-    assert "ATEN_CPU_CAPABILITY" in found.reason
-    fake_cpu(monkeypatch, "bf16")  # of an Arm CPU, whose kernels are the default ones
+    chosen = hardware.pick("cpu")
+    assert chosen.dtype == torch.float32
+    assert "ATEN_CPU_CAPABILITY" in chosen.reason
+    fake_cpu(monkeypatch, "bf16")  # an Arm CPU, whose kernels are the default ones
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert hardware.pick("cpu").dtype == torch.bfloat16
 
 
-def test_auto_takes_float32_on_any_other_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_float32_on_any_other_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "avx512f", "avx512_vnni")
     chosen = hardware.pick()
     assert chosen.dtype == torch.float32
     assert "no bfloat16 instructions" in chosen.reason
-    assert "no CUDA card" in chosen.reason
+    assert "PyTorch finds no GPU" in chosen.reason
 
 
-def test_an_asked_for_slow_bfloat16_is_granted_and_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_without_instructions_is_allowed_and_reported_as_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch)
     chosen = hardware.pick("cpu", "bfloat16")
     assert chosen.dtype == torch.bfloat16
-    assert "saves memory and no time" in chosen.reason
+    assert "saves memory but no time" in chosen.reason
 
 
 @pytest.mark.parametrize(("bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_takes_the_card_and_the_half_type_it_really_has(
+def test_auto_is_the_gpu_with_the_half_precision_dtype_that_it_supports(
     monkeypatch: pytest.MonkeyPatch, bfloat16: bool, expected: torch.dtype
 ) -> None:
     fake_cuda(monkeypatch, name="Tesla T4", bfloat16=bfloat16)
@@ -83,14 +83,14 @@ def test_auto_takes_the_card_and_the_half_type_it_really_has(
     assert chosen.name in chosen.reason
 
 
-def test_a_device_that_is_asked_for_is_taken_over_the_automatic_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_cuda(monkeypatch, name="Tesla T4", bfloat16=True, cards=2)
+def test_an_explicit_device_overrides_the_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, name="Tesla T4", bfloat16=True, gpus=2)
     assert hardware.pick("cpu", "float32").device == torch.device("cpu")
     assert hardware.pick("cuda:1", "float32").device == torch.device("cuda", 1)
     assert hardware.pick("cuda:1", "float32").dtype == torch.float32
 
 
-def test_what_is_asked_for_and_not_there_is_a_usage_error_with_a_hint(
+def test_an_unavailable_device_or_dtype_is_a_usage_error_with_a_hint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_cuda(monkeypatch, name="Tesla T4", bfloat16=False)
@@ -103,7 +103,7 @@ def test_what_is_asked_for_and_not_there_is_a_usage_error_with_a_hint(
         hardware.pick("cuda")
 
 
-def test_the_cpu_is_read_from_files_of_x86_and_of_arm(tmp_path: Path) -> None:
+def test_cpu_model_and_flags_are_read_from_proc_cpuinfo_of_x86_and_arm(tmp_path: Path) -> None:
     x86, arm = tmp_path / "x86", tmp_path / "arm"
     x86.write_text("processor\t: 0\nmodel name\t: Chip A\nflags\t\t: fpu avx512_bf16\n\nprocessor\t: 1\n")
     arm.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
@@ -122,7 +122,7 @@ def fake_proc(folder: Path, *, cgroup: str) -> Path:
     return proc
 
 
-def test_free_ram_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
+def test_free_ram_is_mem_available(tmp_path: Path) -> None:
     assert hardware.free_ram_bytes(fake_proc(tmp_path, cgroup="0::/\n"), tmp_path / "cg") == 8 * GIB
 
 
@@ -138,7 +138,7 @@ def test_a_cgroup_limit_on_any_level_lowers_free_ram(tmp_path: Path, limited: st
     assert hardware.free_ram_bytes(proc, cgroups) == 2 * GIB
 
 
-def test_a_version_1_cgroup_limit_counts_too(tmp_path: Path) -> None:
+def test_a_cgroup_limit_of_version_1_lowers_free_ram(tmp_path: Path) -> None:
     proc = fake_proc(tmp_path, cgroup="9:name=systemd:/\n4:cpu,memory:/box\n0::/\n")
     folder = tmp_path / "cg" / "memory" / "box"
     folder.mkdir(parents=True)
@@ -154,16 +154,16 @@ def test_free_memory_of_this_machine_is_a_plausible_number_of_bytes() -> None:
     assert 64 * 2**20 < hardware.free_memory_bytes("cpu") < 2**46
 
 
-def test_peak_memory_grows_with_what_is_held_and_does_not_fall_again() -> None:
+def test_peak_memory_grows_with_allocations_and_does_not_fall_again() -> None:
     block = torch.ones(64 * 2**20 // 4)
-    held = hardware.peak_memory_bytes()
-    assert held > block.nbytes
+    peak = hardware.peak_memory_bytes()
+    assert peak > block.nbytes
     del block
-    # The kernel counts pages in batches, a thread at a time: the peak is known to a few hundred kB.
-    assert hardware.peak_memory_bytes() > held - 2**20
+    # Linux counts pages in batches for each thread: the peak is accurate to a few hundred kB.
+    assert hardware.peak_memory_bytes() > peak - 2**20
 
 
-def test_peak_memory_of_a_small_program_is_not_that_of_the_one_that_started_it() -> None:
+def test_peak_memory_of_a_process_is_not_that_of_its_parent() -> None:
     block = torch.ones(96 * 2**20 // 4)
     assert hardware.peak_memory_bytes() > block.nbytes
     code = "from octavo.hardware import peak_memory_bytes; print(peak_memory_bytes())"
@@ -187,8 +187,8 @@ def test_peak_memory_of_a_small_program_is_not_that_of_the_one_that_started_it()
         ("NVIDIA GeForce RTX 2080 Ti", "RTX 2080 Ti"),
     ],
 )
-def test_a_card_is_found_by_the_name_that_its_driver_gives(name: str, key: str) -> None:
-    assert hardware.peak(name) is hardware.CARDS[key]
+def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None:
+    assert hardware.peak(name) is hardware.GPUS[key]
 
 
 @pytest.mark.parametrize(
@@ -203,24 +203,24 @@ def test_a_card_is_found_by_the_name_that_its_driver_gives(name: str, key: str) 
         "",
     ],
 )
-def test_a_card_that_only_resembles_one_in_the_table_is_not_known(name: str) -> None:
+def test_a_gpu_with_a_similar_name_is_unknown(name: str) -> None:
     assert hardware.peak(name) is None
 
 
-def test_int8_is_twice_the_half_rate_on_server_cards_and_four_times_on_geforce() -> None:
-    for key, row in hardware.CARDS.items():
+def test_int8_has_twice_the_rate_of_half_precision_on_server_gpus_and_four_times_on_geforce() -> None:
+    for key, row in hardware.GPUS.items():
         times = 4 if key.startswith("RTX ") and key != "RTX A6000" else 2
         assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(times, rel=0.02), key
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
-def test_products_in_8_bits_are_for_cards_from_compute_capability_8_on(
+def test_8bit_matmuls_need_compute_capability_8(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
 ) -> None:
     fake_cuda(monkeypatch, name="Test", bfloat16=True, capability=capability)
-    assert hardware.pick().eight is expected
+    assert hardware.pick().matmul_8bit is expected
 
 
-def test_a_cpu_is_no_card_for_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_has_no_8bit_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_cpu(monkeypatch, "amx_bf16")
-    assert not hardware.pick().eight
+    assert not hardware.pick().matmul_8bit

@@ -1,6 +1,6 @@
-"""What the work runs on: device, compute type and the reason for both; free memory; what a card does at best.
+"""Device and compute dtype with the reason for both, free and peak memory, and peak throughput by GPU.
 
-Importing this file loads no torch: every function that needs it imports it when called.
+Importing this file does not import torch; the functions that need torch import it.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Words of /proc/cpuinfo that stand for matrix instructions on bfloat16: two of x86, one of Arm.
+# Feature flags in /proc/cpuinfo for bfloat16 matrix instructions: two of x86, one of Arm.
 X86_FLAGS = ("amx_bf16", "avx512_bf16")
 BFLOAT16_FLAGS = (*X86_FLAGS, "bf16")
 
-
-# CUDA's compute capability: RTX 30 and A100; RTX 40, L4, H100 and newer.
+# CUDA compute capabilities: 8.0 is A100 (8.6 RTX 30), 8.9 is RTX 40 and L4; H100 and H200 are 9.0.
 MATMUL_8BIT_FROM, FP8_FROM = (8, 0), (8, 9)
 HOPPER = 9
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where tensors live and in which type they are multiplied. `name` is the card or CPU model."""
+    """Device and compute dtype, with the reason for the choice. `name` is the model of the GPU or CPU."""
 
     device: torch.device
     dtype: torch.dtype
     reason: str
     name: str
-    eight: bool = False  # whether it is a card for products in 8 bits
-    hopper: bool = False  # H100, H200: a generation with instructions of its own
+    matmul_8bit: bool = False  # whether it is a GPU on which the kernels of 8-bit matmuls run
+    hopper: bool = False  # H100, H200: the GPUs of the kernels in kernels/hopper/
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that a card does, without sparsity. An upper bound for plans and for judging a measurement."""
+    """Peak throughput of a GPU without sparsity: an upper bound, for plans and to judge measurements."""
 
     half_flops_per_second: float
     int8_ops_per_second: float
     bytes_per_second: float
-    eight: bool = True  # whether the kernels for products in 8 bits run there
+    matmul_8bit: bool = True  # whether the kernels of 8-bit matmuls run on it
 
 
-def _peak(half_tflops: float, int8_tops: float, gigabytes: float, *, eight: bool = True) -> Peak:
-    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, eight)
+def _peak(half_tflops: float, int8_tops: float, gigabytes: float, *, matmul_8bit: bool = True) -> Peak:
+    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, matmul_8bit)
 
 
-# Vendors' data sheets: dense float16/bfloat16 products that add up in float32, dense int8 products, memory.
-# GeForce cards do the first at half rate, so int8 is four times that there and twice elsewhere.
-# The key's words must all be in the name that the driver gives, the longest key wins.
-CARDS: dict[str, Peak] = {
+# Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
+# TOP/s, memory bandwidth in GB/s. GeForce GPUs have half rate with float32 accumulation, so their int8 rate is four
+# times the first value; elsewhere it is twice. A key matches a driver's GPU name that has all words of the key; the
+# longest matching key is used.
+GPUS: dict[str, Peak] = {
     "H200": _peak(989, 1979, 4800),
     "H100": _peak(989, 1979, 3350),
     "H100 PCIe": _peak(756, 1513, 2000),
@@ -66,7 +66,7 @@ CARDS: dict[str, Peak] = {
     "A100 80GB": _peak(312, 624, 2039),
     "A100 80GB PCIe": _peak(312, 624, 1935),
     "L4": _peak(121, 242, 300),
-    "T4": _peak(65, 130, 320, eight=False),
+    "T4": _peak(65, 130, 320, matmul_8bit=False),
     "RTX A6000": _peak(154.8, 309.7, 768),
     "RTX 4090": _peak(165, 661, 1008),
     "RTX 4060": _peak(30.2, 121, 272),
@@ -74,56 +74,57 @@ CARDS: dict[str, Peak] = {
     "RTX 3080": _peak(59.5, 238, 760),
     "RTX 3070": _peak(40.6, 163, 448),
     "RTX 3060": _peak(25.5, 102, 360),
-    "RTX 2080 Ti": _peak(53.8, 215, 616, eight=False),
+    "RTX 2080 Ti": _peak(53.8, 215, 616, matmul_8bit=False),
 }
 
-# A word that makes another card of the same number: an RTX 3080 Ti is not an RTX 3080.
+# Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
 _VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "nvl", "mig"})
 
 
 def peak(name: str) -> Peak | None:
-    """The row of CARDS for the name that the driver gives ("NVIDIA A100-SXM4-80GB"); None if not known."""
+    """The row of GPUS for a GPU name of the driver ("NVIDIA A100-SXM4-80GB"); None for an unknown GPU."""
     words = _words(name)
-    fitting = [key for key in CARDS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)]
-    return CARDS[max(fitting, key=lambda key: len(_words(key)))] if fitting else None
+    matches = [key for key in GPUS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)]
+    return GPUS[max(matches, key=lambda key: len(_words(key)))] if matches else None
 
 
 def pick(device: str = "auto", dtype: str = "auto") -> Hardware:
-    """Choose the device and the compute type.
+    """Chooses the device and the compute dtype.
 
-    `device` is "auto", "cpu", "cuda" or "cuda:N"; `dtype` is "auto" or one of DTYPES. Auto takes the first
-    CUDA card if there is one; then bfloat16 where the hardware multiplies it, else float16 on a card and
-    float32 on a CPU. Raises UsageError for a device or a type that is not there.
+    `device` is "auto", "cpu", "cuda" or "cuda:N"; `dtype` is "auto" or one of DTYPES. Auto is the first GPU if there
+    is one, and bfloat16 if the hardware has instructions for it, else float16 on a GPU and float32 on a CPU. Raises
+    UsageError for a device or a dtype that is not available.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"unknown compute type {dtype!r}", hint=f"choose auto, {', '.join(DTYPES)}")
+        raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Choose auto, {', '.join(DTYPES)}.")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}", hint="choose auto, cpu, cuda or cuda:N")
+        raise UsageError(f"Unknown device {device!r}.", hint="Choose auto, cpu, cuda or cuda:N.")
     import torch
 
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return _pick_cpu(dtype, asked=device == "cpu")
+        return _pick_cpu(dtype, explicit=device == "cpu")
     return _pick_cuda(device, dtype)
 
 
-def _pick_cpu(dtype: str, *, asked: bool) -> Hardware:
+def _pick_cpu(dtype: str, *, explicit: bool) -> Hardware:
     import torch
 
     name, flags = read_cpu()
     flag = next((flag for flag in BFLOAT16_FLAGS if flag in flags), None)
-    able = f"this CPU multiplies bfloat16 ({flag})" if flag else "this CPU has no bfloat16 instructions"
+    support = f"this CPU has bfloat16 instructions ({flag})" if flag else "this CPU has no bfloat16 instructions"
     if flag in X86_FLAGS and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        # oneDNN would use the instructions; PyTorch's attention asks it to, and then lacks its own part.
-        flag, able = None, "PyTorch is kept from using this CPU's vector instructions (ATEN_CPU_CAPABILITY)"
+        # oneDNN would use the instructions. PyTorch's attention calls oneDNN in that case, and then fails for the lack
+        # of its own vectorized code.
+        flag, support = None, "ATEN_CPU_CAPABILITY disables this CPU's vector instructions in PyTorch"
     chosen = dtype if dtype != "auto" else "bfloat16" if flag else "float32"
     if dtype == "auto":
-        why = able
+        why = support
     elif dtype == "bfloat16" and not flag:
-        why = f"as asked, though {able}: it saves memory and no time"
+        why = f"--dtype, although {support}: it saves memory but no time"
     else:
-        why = "as asked"
-    where = "as asked" if asked else "PyTorch finds no CUDA card"
-    reason = f"Computing on the CPU ({name}; {where}) in {chosen}: {why}."
+        why = "--dtype"
+    where = "--device" if explicit else "PyTorch finds no GPU"
+    reason = f"Running on the CPU ({name}; {where}) in {chosen} ({why})."
     return Hardware(torch.device("cpu"), getattr(torch, chosen), reason, name)
 
 
@@ -132,32 +133,32 @@ def _pick_cuda(device: str, dtype: str) -> Hardware:
 
     if not torch.cuda.is_available():
         build = torch.version.cuda
-        fault = "PyTorch finds no card" if build else "this PyTorch is a build for CPUs only"
-        remedy = "see whether nvidia-smi lists one" if build else "install a build of PyTorch for CUDA"
-        raise UsageError(f"device {device!r}: {fault}", hint=f"{remedy}, or use --device cpu")
+        fault = "PyTorch finds no GPU" if build else "this PyTorch is a CPU-only build"
+        remedy = "Check that nvidia-smi lists a GPU" if build else "Install a CUDA build of PyTorch"
+        raise UsageError(f"Device {device!r}: {fault}.", hint=f"{remedy}, or use --device cpu.")
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise UsageError(
-            f"device {device!r}: there are {torch.cuda.device_count()} CUDA cards, counted from 0",
-            hint="use --device auto",
+            f"Device {device!r}: PyTorch finds {torch.cuda.device_count()} GPUs, numbered from 0.",
+            hint="Use --device auto.",
         )
     chosen_device = torch.device("cuda", index)
-    torch.cuda.set_device(chosen_device)  # for streams, graphs and kernels, which take the current one
+    torch.cuda.set_device(chosen_device)  # streams, graphs and kernels use the current device
     name = torch.cuda.get_device_name(chosen_device)
-    # Without including_emulation=False a T4 says yes, and then computes slowly and without Triton.
-    able = torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" and not able:
-        raise UsageError(f"{name} has no bfloat16 instructions", hint="use --dtype float16 or float32")
-    chosen = dtype if dtype != "auto" else "bfloat16" if able else "float16"
-    has = "the card multiplies bfloat16" if able else "the card is too old for bfloat16"
-    reason = f"Computing on {name} ({chosen_device}) in {chosen}: {has if dtype == 'auto' else 'as asked'}."
+    # Without including_emulation=False a T4 returns True, and then is slow and has no Triton support.
+    supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not supported:
+        raise UsageError(f"{name} has no bfloat16 instructions.", hint="Use --dtype float16 or float32.")
+    chosen = dtype if dtype != "auto" else "bfloat16" if supported else "float16"
+    why = "--dtype" if dtype != "auto" else "supported by the GPU" if supported else "the GPU is too old for bfloat16"
+    reason = f"Running on {name} ({chosen_device}) in {chosen} ({why})."
     capability = torch.cuda.get_device_capability(chosen_device)
-    kind = getattr(torch, chosen)
-    return Hardware(chosen_device, kind, reason, name, capability >= MATMUL_8BIT_FROM, capability[0] == HOPPER)
+    matmul_8bit, hopper = capability >= MATMUL_8BIT_FROM, capability[0] == HOPPER
+    return Hardware(chosen_device, getattr(torch, chosen), reason, name, matmul_8bit, hopper)
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
-    """The CPU's model and its feature words. Without such a file: the platform's name for it, no words."""
+    """The model and the feature flags of the CPU. Without /proc/cpuinfo: the platform's name for it, no flags."""
     fallback = platform.processor() or platform.machine() or "unknown CPU"
     if not cpuinfo.is_file():
         return fallback, frozenset()
@@ -170,7 +171,7 @@ def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]
 
 
 def free_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be taken: of the card, or of RAM within the limit set on this process's cgroup."""
+    """Free bytes: of device memory, or of RAM within the limit of this process's cgroup."""
     import torch
 
     device = torch.device(device)
@@ -180,7 +181,7 @@ def free_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def free_ram_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Free RAM in bytes, page cache included since it makes room. Without /proc: all RAM, on Windows what is free."""
+    """Free RAM in bytes with the page cache, which can be evicted. Without /proc: all RAM, on Windows the free RAM."""
     meminfo = proc / "meminfo"
     if not meminfo.is_file():
         return available_ram_bytes()
@@ -190,13 +191,13 @@ def free_ram_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgr
 
 
 def _cgroup_free_bytes(membership: Path, cgroups: Path) -> list[int]:
-    """What each cgroup above this process leaves free, version 2 and 1; [] if none sets a limit.
+    """Free bytes under the limit of each cgroup of this process, version 2 and 1; [] if none has a limit.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst (memory) and cgroup-v1/memory.rst.
     """
     if not membership.is_file():
         return []
-    found = []
+    free = []
     for line in membership.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -207,32 +208,32 @@ def _cgroup_free_bytes(membership: Path, cgroups: Path) -> list[int]:
         else:
             continue
         limit_name, usage_name, reclaimable = names
-        inside = Path(path.lstrip("/"))
-        for folder in [root / inside, *(root / parent for parent in inside.parents)]:
+        group = Path(path.lstrip("/"))
+        for folder in [root / group, *(root / parent for parent in group.parents)]:
             limit, usage = folder / limit_name, folder / usage_name
             if not (limit.is_file() and usage.is_file()) or limit.read_text().strip() == "max":
                 continue
             used = int(usage.read_text()) - _memory_stat_bytes(folder / "memory.stat", reclaimable)
-            found.append(max(0, int(limit.read_text()) - used))
-    return found
+            free.append(max(0, int(limit.read_text()) - used))
+    return free
 
 
 def _memory_stat_bytes(path: Path, key: str) -> int:
-    found = re.search(rf"^{key} (\d+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
-    return int(found[1]) if found else 0
+    match = re.search(rf"^{key} (\d+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return int(match[1]) if match else 0
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The most bytes held so far: on a card what PyTorch reserved there, else this process's resident RAM."""
+    """Peak bytes so far: reserved by PyTorch on a GPU, else the resident RAM of this process."""
     if str(device).startswith("cuda"):
         import torch
 
         return int(torch.cuda.max_memory_reserved(device))
     status = Path("/proc/self/status")
-    # VmHWM starts anew with the program; ru_maxrss begins at the size of the process that started this one.
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
-    if found:
-        return int(found[1]) * 1024
+    # VmHWM is reset by exec; ru_maxrss starts with the size of the parent process.
+    match = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if match:
+        return int(match[1]) * 1024
     return peak_ram_bytes()
 
 

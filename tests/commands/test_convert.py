@@ -1,4 +1,4 @@
-"""`octavo convert`, and the other commands on a folder that holds adapters: they serve them, or say what to do."""
+"""`octavo convert`, and the other commands on a folder with embedded adapters: they apply them, or fail with a hint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def converted(folder: Path, out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def made(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The seed's folder, converted. Not to be changed."""
+    """The folder of `seed`, converted. Read-only."""
     out = tmp_path_factory.mktemp("made") / "out"
     converted(seed.folder, out)
     return out
@@ -41,7 +41,7 @@ def made(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hivemind(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as hivemind/gpt-j-6B-8bit is, with config.json and tokenizer: the seed's, without its adapters."""
+    """A folder like hivemind/gpt-j-6B-8bit with config.json and tokenizer: that of `seed`, without its adapters."""
     folder = Path(shutil.copytree(seed.folder, tmp_path_factory.mktemp("hivemind") / "model"))
     table = torch.load(folder / "pytorch_model.bin", weights_only=True)
     torch.save({name: t for name, t in table.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
@@ -50,7 +50,7 @@ def hivemind(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def logits(**options: Any) -> Tensor:
-    """What `octavo generate` computes with, in float32."""
+    """The logits of the model of `octavo generate`, in float32."""
     config = Config.read(cli.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
     with Report(console=False) as report:
         found: Tensor = open_speaker(config, report).model(IDS)
@@ -63,7 +63,7 @@ def wanted(seed: Any) -> Tensor:
     return found
 
 
-def test_the_folder_and_what_is_made_of_it_give_the_scripts_own_logits(seed: Any, made: Path) -> None:
+def test_the_folder_and_its_converted_parts_give_the_logits_of_the_training_script(seed: Any, made: Path) -> None:
     base = logits(model=str(made / "base"))
     assert float((base - wanted(seed)).abs().max()) > 1
     for found in (
@@ -74,7 +74,7 @@ def test_the_folder_and_what_is_made_of_it_give_the_scripts_own_logits(seed: Any
         assert float((found - wanted(seed)).abs().max()) <= EXACT
 
 
-def test_what_was_written_is_counted(seed: Any, tmp_path: Path) -> None:
+def test_the_written_modules_and_parameters_are_counted(seed: Any, tmp_path: Path) -> None:
     answer = converted(seed.folder, tmp_path / "out")
     out = str(tmp_path / "out")
     assert [answer[key] for key in ("out", "base", "adapter")] == [out, f"{out}/base", f"{out}/adapter"]
@@ -93,7 +93,7 @@ def test_what_was_written_is_counted(seed: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate", "generate", "quantize"])
-def test_a_hivemind_folder_is_a_model_like_any_other_once_pickles_are_allowed(
+def test_every_command_reads_a_hivemind_folder_with_allow_pickle(
     octavo: Octavo, hivemind: Path, plays: Path, tmp_path: Path, command: str
 ) -> None:
     short = ("--steps", 2, "--batch", 2, "--seq-len", 32, "--sample-tokens", 2)
@@ -117,14 +117,14 @@ def test_a_hivemind_folder_is_a_model_like_any_other_once_pickles_are_allowed(
 
 
 @pytest.mark.parametrize("missing", ["model", "out"])
-def test_a_request_without_a_folder_is_refused(seed: Any, tmp_path: Path, missing: str) -> None:
+def test_a_missing_folder_is_a_usage_error(seed: Any, tmp_path: Path, missing: str) -> None:
     values = {"model": str(seed.folder), "out": str(tmp_path / "out")}
     del values[missing]
     with Report(console=False) as report, pytest.raises(UsageError, match="missing"):
         convert(Config.read(cli.CONVERT, values), report)
 
 
-def test_a_folder_without_a_tokenizer_says_what_to_copy(seed: Any, tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_a_tokenizer_names_the_files_to_copy(seed: Any, tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
     for name in ("config.json", "pytorch_model.bin"):
@@ -135,7 +135,7 @@ def test_a_folder_without_a_tokenizer_says_what_to_copy(seed: Any, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
-def test_generating_says_once_that_the_adapters_are_on(octavo: Octavo, seed: Any, made: Path) -> None:
+def test_generate_reports_the_embedded_adapters_once(octavo: Octavo, seed: Any, made: Path) -> None:
     greedy = ("--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--allow-pickle")
     tuned = octavo("generate", "the king", "--model", seed.folder, *greedy)
     assert tuned.code == 0
@@ -146,7 +146,7 @@ def test_generating_says_once_that_the_adapters_are_on(octavo: Octavo, seed: Any
     assert "adapters" not in base.err
 
 
-def test_evaluating_measures_the_model_with_its_adapters(octavo: Octavo, seed: Any, made: Path, plays: Path) -> None:
+def test_evaluate_applies_the_embedded_adapters(octavo: Octavo, seed: Any, made: Path, plays: Path) -> None:
     common = (plays / "test", "--seq-len", 32, "--dtype", "float32", "--json")
     whole = octavo("evaluate", *common, "--model", seed.folder, "--allow-pickle")
     apart = octavo("evaluate", *common, "--model", made / "base", "--adapter", made / "adapter")
@@ -158,10 +158,10 @@ def test_evaluating_measures_the_model_with_its_adapters(octavo: Octavo, seed: A
 
 
 @pytest.mark.parametrize("command", ["finetune", "quantize", "evaluate", "generate"])
-def test_what_would_lose_the_adapters_is_refused_before_any_work(
+def test_commands_that_would_lose_the_embedded_adapters_fail_at_once(
     octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path, command: str
 ) -> None:
-    """An adapter on an adapter cannot be written as one; codes written alone would be the untuned model."""
+    """Two adapters cannot be saved as one; the quantized weights alone would be the untuned model."""
     arguments = {
         "finetune": ("--data", plays / "train", "--out", tmp_path / "run"),
         "quantize": ("--out", tmp_path / "small", "--scheme", "int8"),
@@ -171,11 +171,11 @@ def test_what_would_lose_the_adapters_is_refused_before_any_work(
     done = octavo(command, *arguments[command], "--model", seed.folder, "--allow-pickle")
     assert (done.code, done.out) == (1, "")
     assert f"octavo convert {seed.folder} --allow-pickle --out" in done.err
-    assert "Measuring" not in done.err
+    assert "Evaluating" not in done.err
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
-def test_the_base_trains_and_the_ledger_looks_at_the_folder_itself(
+def test_the_converted_base_trains_and_data_reads_the_folder_itself(
     octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path
 ) -> None:
     looked = octavo("data", plays / "train", "--model", seed.folder, "--seq-len", 32, "--json")

@@ -1,4 +1,4 @@
-"""texts.py: rows and their ledger from files, and the sight of them before any training."""
+"""commands/data.py: packed rows and their ledger from files, and their summary before training."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
         assert text.ledger.tokens == expected, "all tokens of the files and an end for each"
 
 
-def test_no_paths_is_a_wrong_request() -> None:
+def test_no_paths_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="No text files"):
         read_documents([], TextOptions.model_validate({}))
 
 
-def test_what_cannot_be_read_stops_or_is_counted(plays: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_unreadable_records_are_an_error_or_are_counted(plays: Path, tokenizer: Any, tmp_path: Path) -> None:
     good = plays / "train" / "play0.txt"
     broken = records(tmp_path, {"text": "the king"}, '{"text": \n', {"text": "the queen"})
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
@@ -69,9 +69,7 @@ def test_what_cannot_be_read_stops_or_is_counted(plays: Path, tokenizer: Any, tm
     assert [file.skipped for file in ledger.files] == [0, 1, 1]
 
 
-def test_what_was_skipped_is_said_by_file_and_by_line_where_there_is_one(
-    plays: Path, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_skipped_records_are_reported_with_file_and_line(plays: Path, tokenizer: Any, tmp_path: Path) -> None:
     broken = records(tmp_path, {"text": "the king"}, '{"text": \n')
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     options = TextOptions.model_validate({"skip_bad": True})
@@ -84,20 +82,22 @@ def test_what_was_skipped_is_said_by_file_and_by_line_where_there_is_one(
     assert ":0:" not in warnings[1]
 
 
-def test_duplicates_and_poor_documents_are_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
+def test_duplicates_and_documents_with_few_distinct_tokens_are_removed_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     path = records(tmp_path, {"text": "the king of york"}, {"text": "the king of york"}, {"text": "aaaaaaaa"})
     ledger = text_of([path], tokenizer, deduplicate=True, min_unique_tokens=4).ledger
     assert (ledger.documents, ledger.dropped) == (3, 2)
     assert ledger.left_out > 0
 
 
-def test_a_prompt_is_marked_and_its_completion_is_not(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_prompt_is_marked_as_masked_and_its_completion_is_not(tokenizer: Any, tmp_path: Path) -> None:
     path = records(tmp_path, {"prompt": "where is my lord", "completion": " of york"})
     text = text_of([path], tokenizer, seq_len=64)
     assert marked(text.rows[0], tokenizer) == "[[where is my lord]] of york<|im_end|>"
 
 
-def test_in_a_conversation_all_but_the_assistants_words_and_their_end_is_marked(tokenizer: Any, tmp_path: Path) -> None:
+def test_in_a_conversation_only_assistant_messages_and_their_end_are_trained(tokenizer: Any, tmp_path: Path) -> None:
     turns = [("user", "where"), ("assistant", "york"), ("user", "who"), ("assistant", "my lord")]
     path = records(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
     shown = marked(text_of([path], tokenizer, seq_len=128).rows[0], tokenizer)
@@ -106,15 +106,15 @@ def test_in_a_conversation_all_but_the_assistants_words_and_their_end_is_marked(
     assert shown.startswith("[[<|im_start|>user\nwhere<|im_end|>")
 
 
-def test_documents_in_one_row_are_marked_one_by_one(tokenizer: Any, tmp_path: Path) -> None:
+def test_documents_in_one_row_are_marked_separately(tokenizer: Any, tmp_path: Path) -> None:
     lines = [{"prompt": f"{word} ", "completion": "king"} for word in ("where", "who", "whose")]
     text = text_of([records(tmp_path, *lines)], tokenizer, seq_len=128)
     assert len(text.rows) == 1
     assert marked(text.rows[0], tokenizer) == "".join(f"[[{line['prompt']}]]king<|im_end|>" for line in lines)
 
 
-def test_rows_without_targets_are_not_measured(tokenizer: Any, tmp_path: Path) -> None:
-    """A prompt that fills its row leaves nothing to learn there."""
+def test_rows_without_targets_are_not_evaluated(tokenizer: Any, tmp_path: Path) -> None:
+    """A prompt that fills its row leaves no target in it."""
     lines = [{"prompt": "q" * 40, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
     text = text_of([records(tmp_path, *lines)], tokenizer, seq_len=8, truncate=True)
     assert len(text.rows) == 2
@@ -122,7 +122,7 @@ def test_rows_without_targets_are_not_measured(tokenizer: Any, tmp_path: Path) -
     assert text.measurable(1) == text.measurable(0)
 
 
-def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_data_returns_the_ledger(plays: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config.read(KINDS, {"data": [str(plays / "train")], "seq_len": 32, "samples": 1})
     with Report() as report:
         reading = read_documents([str(plays / "train")], config[TextOptions], report)
@@ -133,16 +133,16 @@ def test_the_sight_of_data_is_the_ledger(plays: Path, tokenizer: Any, capsys: py
     assert f"{counted['learned']:,}" in shown.err
     assert f"file in {plays / 'train'}" in shown.err
     assert "play0.txt" in shown.err
-    assert shown.err.count("is read, not learned") == 1
+    assert shown.err.count("is masked, not trained on") == 1
 
 
-def test_before_many_megabytes_are_read_it_is_said(
+def test_the_size_is_reported_before_many_megabytes_are_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("the king " * 120_000)
     options = Config.read(KINDS, {"seq_len": 32})[TextOptions]
     for smallest, said in ((1_080_001, ""), (1_080_000, "Reading 1 MB from 1 file.\n")):
-        monkeypatch.setattr("octavo.commands.data.MANY_BYTES", smallest)
+        monkeypatch.setattr("octavo.commands.data.LARGE_BYTES", smallest)
         with Report() as report:
             assert len(read_documents([str(tmp_path)], options, report).documents) == 1
         assert capsys.readouterr().err == said

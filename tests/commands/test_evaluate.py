@@ -1,4 +1,4 @@
-"""commands/evaluate.py: the perplexity table of base, quantised and tuned model, and of one scheme beside another."""
+"""commands/evaluate.py: the perplexity table of base, quantized and tuned model, and of several schemes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Evaluate = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def said(tmp_path: Path) -> Path:
-    """Where a report of `evaluate` writes what it says."""
+    """The file of the events of `evaluate`."""
     return tmp_path / "said.jsonl"
 
 
@@ -61,7 +61,7 @@ def named(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(row["name"], row["scheme"]) for row in rows]
 
 
-def test_the_table_names_base_quantised_and_tuned(evaluate: Evaluate, adapter_folder: Path) -> None:
+def test_the_table_has_rows_for_base_quantized_and_tuned(evaluate: Evaluate, adapter_folder: Path) -> None:
     rows = evaluate(scheme="int8", adapter=str(adapter_folder))
     assert named(rows) == [("base", "none"), ("quantised", "int8"), ("tuned", "int8")]
     assert [row["adapter"] for row in rows] == [None, None, str(adapter_folder)]
@@ -86,13 +86,13 @@ def test_the_table_names_base_quantised_and_tuned(evaluate: Evaluate, adapter_fo
         ({"compare": "dynamic8", "base": True}, [("quantised", "dynamic8")]),
     ],
 )
-def test_each_model_that_was_asked_for_has_its_row(
+def test_each_selected_model_has_its_row(
     evaluate: Evaluate, options: dict[str, Any], expected: list[tuple[str, str]]
 ) -> None:
     assert named(evaluate(**options)) == expected
 
 
-def test_schemes_side_by_side_are_what_each_gives_alone(evaluate: Evaluate, adapter_folder: Path) -> None:
+def test_compared_schemes_give_the_same_scores_as_each_alone(evaluate: Evaluate, adapter_folder: Path) -> None:
     together = evaluate(compare=list(SCHEMES))
     assert together == [evaluate(scheme=scheme, base=False)[-1] for scheme in SCHEMES]
     assert len({row["perplexity"] for row in together}) == len(SCHEMES)
@@ -101,7 +101,7 @@ def test_schemes_side_by_side_are_what_each_gives_alone(evaluate: Evaluate, adap
     assert {(row["name"], row["adapter"]) for row in tuned} == {("tuned", str(adapter_folder))}
 
 
-def test_what_cannot_be_written_is_said_before_anything_is_measured(
+def test_a_scheme_that_cannot_be_written_fails_before_any_evaluation(
     evaluate: Evaluate, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = quantised(tiny_llama, tmp_path / "dynamic8", "dynamic8")
@@ -112,10 +112,10 @@ def test_what_cannot_be_written_is_said_before_anything_is_measured(
         evaluate(compare="int8,dynamic8")
 
 
-def test_a_size_is_that_of_the_folder_that_quantize_writes(
+def test_the_size_equals_that_of_the_folder_that_quantize_writes(
     evaluate: Evaluate, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """In 16 bits, too, which a CPU measures in float32."""
+    """Also for 16 bits, which a CPU evaluates in float32."""
     half = Path(shutil.copytree(tiny_llama, tmp_path / "half"))
     tensors = load_file(half / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / "model.safetensors")
@@ -142,7 +142,7 @@ def test_schemes_are_loaded_one_after_another(evaluate: Evaluate, loaded_models:
     ],
 )
 @pytest.mark.parametrize("tuned", [False, True])
-def test_a_base_is_measured_in_full_precision_and_what_trains_in_its_own_type(
+def test_the_base_is_evaluated_in_full_precision_and_a_tuned_model_in_its_compute_dtype(
     evaluate: Evaluate,
     adapter_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -167,7 +167,7 @@ def test_a_base_is_measured_in_full_precision_and_what_trains_in_its_own_type(
     ("options", "hint"),
     [({"compare": ["int8", "int3"]}, "none, int8"), ({"compare": ["int8"], "scheme": "nf4"}, "one of them")],
 )
-def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_read(
+def test_an_invalid_comparison_fails_before_anything_is_read(
     evaluate: Evaluate, options: dict[str, Any], hint: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -175,33 +175,33 @@ def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_read(
     assert hint in caught.value.hint
 
 
-def test_a_quantised_folder_is_not_passed_off_as_the_base(evaluate: Evaluate, int8_folder: Path) -> None:
-    """Its full-precision weights are gone; what it decodes to is no base to compare with."""
+def test_a_quantized_folder_has_no_row_for_the_base(evaluate: Evaluate, int8_folder: Path) -> None:
+    """It has no full-precision weights; its dequantized weights are not the base."""
     rows = evaluate(model=str(int8_folder))
     assert named(rows) == [("quantised", "int8")]
     assert rows == evaluate(scheme="int8", base=False), "and it gives what quantising the original gives"
 
 
-def test_schemes_beside_the_stored_one_are_said_to_start_from_it(
+def test_a_warning_says_that_other_schemes_start_from_the_stored_one(
     evaluate: Evaluate, int8_folder: Path, said: Path
 ) -> None:
     own = evaluate(model=str(int8_folder), compare="int8")
-    assert "stored under int8" not in said.read_text()
+    assert "stored in int8" not in said.read_text()
     assert own == evaluate(compare="int8")
     rows = evaluate(model=str(int8_folder), compare="none,int8,nf4")
-    assert "stored under int8" in said.read_text()
+    assert "stored in int8" in said.read_text()
     assert named(rows) == [("quantised", "none"), ("quantised", "int8"), ("quantised", "nf4")]
     assert rows[1] == own[0]
     assert rows[0]["perplexity"] == pytest.approx(own[0]["perplexity"], rel=1e-3)
     assert rows[2]["perplexity"] != evaluate(compare="nf4")[0]["perplexity"]
 
 
-def test_an_adapter_on_an_unquantised_base_has_two_rows(evaluate: Evaluate, adapter_folder: Path) -> None:
+def test_an_adapter_on_an_unquantized_base_has_two_rows(evaluate: Evaluate, adapter_folder: Path) -> None:
     rows = evaluate(scheme="none", adapter=str(adapter_folder))
     assert named(rows) == [("base", "none"), ("tuned", "none")]
 
 
-def test_an_adapter_of_other_weights_is_put_on_with_a_warning(
+def test_an_adapter_of_another_base_is_applied_with_a_warning(
     evaluate: Evaluate, adapter_folder: Path, tmp_path: Path, said: Path
 ) -> None:
     foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
@@ -213,19 +213,19 @@ def test_an_adapter_of_other_weights_is_put_on_with_a_warning(
     assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in own]
 
 
-def test_text_without_a_target_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_text_without_a_target_is_a_usage_error(evaluate: Evaluate, tmp_path: Path) -> None:
     record = {"prompt": "q" * 99, "completion": "king"}
     (path := tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(UsageError, match="no token to measure"):
+    with pytest.raises(UsageError, match="no token to evaluate"):
         evaluate(data=[str(path)], truncate=True)
 
 
-def test_rows_limits_what_is_measured(evaluate: Evaluate) -> None:
+def test_rows_limits_the_evaluated_rows(evaluate: Evaluate) -> None:
     everything, little = evaluate(base=False), evaluate(base=False, rows=1)
     assert 0 < little[0]["tokens"] <= 32 < everything[0]["tokens"]
 
 
-def test_rows_longer_than_the_context_are_refused_with_the_longest_that_fits(evaluate: Evaluate) -> None:
+def test_the_error_for_rows_longer_than_the_context_names_the_context(evaluate: Evaluate) -> None:
     with pytest.raises(UsageError, match="--seq-len 128 or less"):
         evaluate(seq_len=129)
 

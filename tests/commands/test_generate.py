@@ -1,4 +1,4 @@
-"""`octavo generate` for a file of prompts, and what a conversation can be told: answers as each prompt gets alone."""
+"""`octavo generate` for a file of prompts, with the answer that each prompt gets alone; commands of `octavo chat`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_every_line_is_answered_as_alone_and_in_order(
+def test_every_line_has_the_answer_that_it_gets_alone_in_order(
     octavo: Octavo, tiny_llama: Path, tmp_path: Path, slots: int
 ) -> None:
     file = write(tmp_path / "prompts.jsonl", PROMPTS)
@@ -46,7 +46,7 @@ def test_every_line_is_answered_as_alone_and_in_order(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "holds no prompt"),
+        ("", "has no prompt"),
         ('{"prompt": "a"}\n{"prompt": ', ":2 is not JSON"),
         ('{"text": "a"}', ":1 has no prompt"),
         ('{"prompt": ["a"]}', ":1 has no prompt"),
@@ -54,26 +54,28 @@ def test_every_line_is_answered_as_alone_and_in_order(
         ('{"prompt": "a", "stop": [""]}', "empty stop string"),
     ],
 )
-def test_a_line_that_is_wrong_is_named(octavo: Octavo, tiny_llama: Path, tmp_path: Path, text: str, told: str) -> None:
+def test_the_error_for_an_invalid_line_names_it(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path, text: str, told: str
+) -> None:
     (file := tmp_path / "prompts.jsonl").write_text(text)
     ran = octavo("generate", "--model", tiny_llama, "--prompts", file)
     assert (ran.code, ran.out) == (2, "")
     assert told in ran.err
 
 
-def test_a_file_that_is_not_there(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
     ran = octavo("generate", "--model", tiny_llama, "--prompts", tmp_path / "none.jsonl")
     assert ran.code == 2
     assert "none.jsonl" in ran.err
 
 
-def test_prompts_are_read_from_regular_files_alone(octavo: Octavo, tiny_llama: Path) -> None:
+def test_prompts_are_read_from_regular_files_only(octavo: Octavo, tiny_llama: Path) -> None:
     ran = octavo("generate", "--model", tiny_llama, "--prompts", "/dev/zero")
     assert (ran.code, ran.out) == (2, "")
     assert "/dev/zero: cannot be read: it is a character device" in ran.err
 
 
-def test_another_system_message_begins_anew(octavo: Octavo, tiny_llama: Path) -> None:
+def test_another_system_message_starts_a_new_conversation(octavo: Octavo, tiny_llama: Path) -> None:
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
     told = octavo(*common, stdin=b"of storm\n/system the king of storm\nthe sea\n").out.splitlines()
     asked = octavo(*common, "--system", "the king of storm", stdin=b"the sea\n").out.splitlines()
@@ -87,8 +89,8 @@ def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path,
     words = f"/save {file}\nthe king\n/save\n/save {file}\n/save {tmp_path / 'no' / 'such'}\n"
     ran = octavo("chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, stdin=words.encode())
     assert ran.code == 0
-    assert "say something first" in ran.err
-    assert "give a file" in ran.err
+    assert "the conversation is empty" in ran.err
+    assert "name a file" in ran.err
     assert "cannot be written" in ran.err
     (line,) = [json.loads(text) for text in file.read_text().splitlines()]
     assert [message["role"] for message in line["messages"]] == ["user", "assistant"]
@@ -97,7 +99,7 @@ def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path,
     assert looked.code == 0
 
 
-def test_a_conversation_outgrows_its_first_cache_and_says_the_same(
+def test_answers_are_the_same_when_the_cache_grows(
     octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from octavo.commands import chat, generate
@@ -112,7 +114,7 @@ def test_a_conversation_outgrows_its_first_cache_and_says_the_same(
         taken.append(max_len)
         return whole(self, max_len=max_len)
 
-    monkeypatch.setattr(chat, "FIRST_ROOM", 8)
+    monkeypatch.setattr(chat, "INITIAL_MAX_LEN", 8)
     monkeypatch.setattr(generate.Speaker, "engine", engine)
     assert octavo(*common, stdin=words).out == roomy
     assert taken[0] == 8
@@ -132,7 +134,7 @@ def test_an_engine_that_fails_is_an_error(octavo: Octavo, tiny_llama: Path) -> N
     assert told.json["error"]["type"] == "ModelError"
 
 
-def test_a_prompt_that_fails_has_its_error_and_the_others_their_answers(
+def test_a_failed_prompt_has_its_error_and_the_others_have_their_answers(
     octavo: Octavo, tiny_llama: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "prompts.jsonl", [PROMPTS[0], {"id": 8, "prompt": "the", **BREAK}, PROMPTS[2]])
@@ -166,22 +168,22 @@ def test_a_failed_answer_does_not_end_a_conversation(
     monkeypatch.setattr(Engine, "step", step)
     done = octavo(*common, stdin=b"the king\nthe sea\n")
     assert done.code == 1
-    assert "There is no answer: Memory ran out" in done.err
+    assert "The answer failed: Memory ran out" in done.err
     assert done.out.endswith(alone)
 
 
-def test_an_unknown_command_is_refused_and_two_slashes_are_a_message(octavo: Octavo, tiny_llama: Path) -> None:
+def test_an_unknown_command_is_reported_and_two_slashes_start_a_message(octavo: Octavo, tiny_llama: Path) -> None:
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, "--dtype", "float32"]
     done = octavo(*common, stdin=b"/rest\n/quti now\n/help\n")
     assert (done.code, done.out) == (0, "")
     assert done.err.count("/save FILE") == 3
-    assert "no command /quti" in done.err
+    assert "Unknown command /quti" in done.err
     slashed = octavo(*common, stdin=b"//the king\n")
     assert slashed.out != octavo(*common, stdin=b"the king\n").out
     assert slashed.code == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(
+def test_ctrl_c_stops_the_answer_but_not_the_conversation(
     octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from octavo import cli

@@ -1,4 +1,4 @@
-"""commands/loading.py and quantize.py: a model written under a scheme; what fits together and what does not."""
+"""commands/loading.py and quantize.py: quantized folders; compatible models, adapters and tokenizers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
 
 @pytest.fixture(scope="module")
 def int8_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama written under int8."""
+    """The tiny Llama, quantized to int8."""
     out = tmp_path_factory.mktemp("int8") / "model"
     with Report(console=False) as report:
         quantize.quantize(Config.read(QUANTIZE, {"model": str(tiny_llama), "scheme": "int8", "out": str(out)}), report)
     return out
 
 
-def test_quantising_tells_the_size_and_the_error_of_every_layer(tiny_llama: Path, tmp_path: Path) -> None:
+def test_quantize_returns_the_size_and_the_error_of_every_layer(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     with Report(console=False) as report:
         config = Config.read(QUANTIZE, {"model": str(tiny_llama), "scheme": "int8", "out": str(out)})
@@ -52,7 +52,7 @@ def test_quantising_tells_the_size_and_the_error_of_every_layer(tiny_llama: Path
     assert sum(layer["bytes"] for layer in told["layers"]) <= told["bytes"] <= files
 
 
-def test_quantising_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> None:
+def test_quantize_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> None:
     with Report(console=False) as report:
         with pytest.raises(UsageError, match="--out"):
             quantize.quantize(Config.read(QUANTIZE, {"model": str(tiny_llama)}), report)
@@ -62,14 +62,14 @@ def test_quantising_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> N
     assert sorted(file.stat().st_mtime_ns for file in int8_folder.iterdir()) == before
 
 
-def test_auto_takes_the_folders_own_scheme_and_else_int8(tiny_llama: Path, int8_folder: Path) -> None:
+def test_auto_is_the_scheme_of_the_checkpoint_or_int8(tiny_llama: Path, int8_folder: Path) -> None:
     auto = ModelOptions.model_validate({})
     assert loading.chosen_scheme(auto, FolderSource(tiny_llama)).name == "int8"
     assert loading.chosen_scheme(auto, FolderSource(int8_folder)).name == "int8"
     assert loading.chosen_scheme(ModelOptions.model_validate({"scheme": "nf4"}), FolderSource(tiny_llama)).name == "nf4"
 
 
-def test_a_prompt_is_encoded_as_text_or_as_a_users_message(tiny_llama: Path) -> None:
+def test_a_prompt_is_encoded_as_text_or_as_a_user_message(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     plain = generate.prompt_ids("the king", tokenizer, chat=False)
     chat = generate.prompt_ids("the king", tokenizer, chat=True)
@@ -77,18 +77,18 @@ def test_a_prompt_is_encoded_as_text_or_as_a_users_message(tiny_llama: Path) -> 
     assert tokenizer.decode(chat) == "<|im_start|>user\nthe king<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_perplexity_beyond_a_float_is_infinite() -> None:
-    """A model that has diverged is measured, not a crash at the end of the run."""
+def test_a_perplexity_beyond_float_range_is_infinite() -> None:
+    """A model that has diverged is evaluated without an exception at the end of the run."""
     assert Score(nats=8000.0, tokens=10, n_bytes=10).perplexity == math.inf
     assert Score(nats=8000.0, tokens=100, n_bytes=10).perplexity == pytest.approx(math.exp(80))
 
 
-def test_the_model_can_be_asked_for_its_ends(tiny_llama: Path) -> None:
+def test_the_eos_ids_of_a_model_are_read(tiny_llama: Path) -> None:
     assert set(loading.end_ids(FolderSource(tiny_llama))) == {2}
 
 
 @pytest.mark.parametrize("value", ["2", [2, None], [True], -1, 2**40, {}, [1.5], list(range(2000))])
-def test_end_ids_that_are_no_ids_are_an_error(value: object, tiny_llama: Path) -> None:
+def test_invalid_eos_ids_are_an_error(value: object, tiny_llama: Path) -> None:
     source = FolderSource(tiny_llama)
     source.generation_config["eos_token_id"] = value
     with pytest.raises(ModelError, match="eos_token_id is"):
@@ -101,10 +101,10 @@ def test_a_loaded_model_is_in_eval_mode(tiny_llama: Path) -> None:
     assert not model.training
 
 
-def test_the_base_is_hashed_only_for_an_adapter_that_names_one(
+def test_the_base_is_hashed_only_for_an_adapter_that_names_its_base(
     tiny_llama: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To hash it is to read all of its weights: half a minute for 12 GB."""
+    """Hashing reads all weights: half a minute for 12 GB."""
     foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
     (foreign / "octavo.json").unlink()
     hashed: list[str] = []
@@ -122,10 +122,10 @@ def test_the_base_is_hashed_only_for_an_adapter_that_names_one(
         assert hashed == ["base"]
 
 
-def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
+def test_an_adapter_with_added_tokens_is_used_with_its_own_tokenizer(
     octavo: Octavo, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The base lacks the rows of those tokens: it is left out of the table, with a warning."""
+    """The base has no embedding rows for those tokens: it has no row in the table, and there is a warning."""
     source = FolderSource(tiny_llama)
     tables = {name: source.tensor(name) for name in ("model.embed_tokens.weight", "lm_head.weight")}
     tokenizer = source.tokenizer()
@@ -148,13 +148,13 @@ def test_an_adapter_that_adds_tokens_is_used_with_its_own_tokenizer(
     done = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
     assert done.code == 0, done.err
     assert [row["name"] for row in json.loads(done.out)["rows"]] == ["tuned"]
-    assert "base is not measured" in done.err
-    assert "its own tokenizer" in done.err
+    assert "base is not evaluated" in done.err
+    assert "its tokenizer (" in done.err
     assert json.loads(done.out)["rows"][0]["tokens"] < json.loads(without.out)["rows"][0]["tokens"]
     assert octavo("generate", *ask, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0
 
 
-def test_an_adapter_with_fewer_rows_than_the_tokenizer_has_tokens_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_fewer_embedding_rows_than_tokens_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
     adapter = peft.Adapter(LoraSpec(), {}, {"model.embed_tokens.weight": torch.ones(3, 4)})
     with Report(console=False) as report, pytest.raises(AdapterError, match="has 3 rows"):
         loading.tokenizer_with(adapter, tmp_path, FolderSource(tiny_llama), report)

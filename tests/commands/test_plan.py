@@ -1,4 +1,4 @@
-"""plan.py: what `octavo plan` tells without reading weights, and which plan a run gets."""
+"""commands/plan.py: the output of `octavo plan` without reading weights, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from octavo import cli
 from octavo.commands import plan
 from octavo.config import Config, MemoryOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.hardware import CARDS, Hardware
+from octavo.hardware import GPUS, Hardware
 from octavo.layers.context import Save
 from octavo.ops import attention
 from octavo.ops.quantize import SCHEMES, scheme_named
@@ -49,7 +49,7 @@ SHAPE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose weights, 340 MB by their header, are a hole in a file: config.json, and no tokenizer."""
+    """A folder with config.json and a sparse weight file, 340 MB by its header, without a tokenizer."""
     folder = tmp_path_factory.mktemp("a hollow model")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     model = allocated(SHAPE, scheme_named("none"), dtype=torch.bfloat16, device=torch.device("meta"))
@@ -77,19 +77,19 @@ def told(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were an RTX 3060 with 3 GiB free."""
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulates an RTX 3060 with 3 GiB of free memory."""
     monkeypatch.setattr(plan, "pick", lambda device, dtype: RTX_3060)
     monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 3 * GIB)
 
 
-def test_nothing_but_the_headers_of_the_weights_is_read(hollow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_reads_only_the_headers_of_the_weights(hollow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensor", "tokenizer"):
         monkeypatch.setattr(FolderSource, name, lambda *_: pytest.fail("was read"))
     assert [row["fits"] for row in told(hollow)["plans"]] == [True, True]
 
 
-def test_shards_that_an_index_names_need_not_be_whole(hollow: Path, tmp_path: Path) -> None:
+def test_shards_of_an_index_may_be_incomplete(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((hollow / "config.json").read_bytes())
     files = dict.fromkeys(FolderSource(hollow).names(), "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
@@ -97,7 +97,7 @@ def test_shards_that_an_index_names_need_not_be_whole(hollow: Path, tmp_path: Pa
     assert told(tmp_path) == told(hollow)
 
 
-def test_a_file_that_is_cut_off_is_named(hollow: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_file_names_it(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((hollow / "config.json").read_bytes())
     with (hollow / "model.safetensors").open("rb") as whole:
         (tmp_path / "model.safetensors").write_bytes(whole.read(2**16))
@@ -120,7 +120,7 @@ def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
         assert (row["rows"], row["layers_all"], row["layers_attention"]) == (2, LAYERS, 0)
 
 
-def test_the_table_is_for_people_and_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -> None:
+def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -> None:
     done = octavo("plan", "--model", hollow, "--gpu-memory", "4GiB", "--seq-len", 640, "--batch", 3)
     assert done.code == 0
     assert "3 x 640 in 4.0 GiB" in done.out
@@ -136,17 +136,17 @@ def test_the_table_is_for_people_and_ends_with_a_command_that_runs(octavo: Octav
 
 
 @pytest.mark.parametrize("asked", ["int8", "nf4", "dynamic8", "none"])
-def test_a_scheme_that_is_asked_for_stands_alone(hollow: Path, asked: str) -> None:
+def test_with_scheme_there_is_only_its_row(hollow: Path, asked: str) -> None:
     assert [row["scheme"] for row in told(hollow, scheme=asked)["plans"]] == [asked]
 
 
-def test_a_folder_that_is_quantised_keeps_its_scheme(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_quantized_folder_keeps_its_scheme(tiny_llama: Path, tmp_path: Path) -> None:
     write_folder(FolderSource(tiny_llama), tmp_path / "small", scheme_named("nf4"))
     found = told(tmp_path / "small", seq_len=64)["plans"]
     assert [row["scheme"] for row in found] == ["nf4"]
 
 
-def test_a_folder_that_is_quantised_is_not_offered_another_scheme(hollow: Path, tmp_path: Path) -> None:
+def test_no_other_scheme_is_suggested_for_a_quantized_folder(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "octavo": {"scheme": "nf4"}}))
     (tmp_path / "model.safetensors").symlink_to(hollow / "model.safetensors")
     smallest = told(tmp_path, seq_len=4096)["plans"][0]["least_gib"]
@@ -168,29 +168,29 @@ def test_a_folder_that_is_quantised_is_not_offered_another_scheme(hollow: Path, 
         (" 0.5 tib ", 2**39),
     ],
 )
-def test_memory_may_be_written_in_every_usual_form(tiny_llama: Path, size: str, expected: int) -> None:
+def test_memory_sizes_may_have_every_common_form(tiny_llama: Path, size: str, expected: int) -> None:
     assert told(tiny_llama, seq_len=64, gpu_memory=size)["budget_bytes"] == expected
 
 
 @pytest.mark.parametrize("size", ["big", "-3", "0", "3PiB", "11 Gb/s", "", "nan"])
-def test_other_words_for_memory_are_refused(octavo: Octavo, hollow: Path, size: str) -> None:
+def test_other_memory_sizes_are_a_usage_error(octavo: Octavo, hollow: Path, size: str) -> None:
     done = octavo("plan", "--model", hollow, f"--gpu-memory={size}")
     assert done.code == 2
     assert "--gpu-memory" in done.err
     assert "11GiB" in done.err
 
 
-def test_where_nothing_fits_it_says_what_would(octavo: Octavo, hollow: Path) -> None:
+def test_if_nothing_fits_the_hint_has_settings_that_fit(octavo: Octavo, hollow: Path) -> None:
     smallest = {row["scheme"]: row["least_gib"] for row in told(hollow, seq_len=4096)["plans"]}
-    budget = smallest["nf4"] / MARGIN - 0.005  # there, and not to be used to the last byte
+    budget = smallest["nf4"] / MARGIN - 0.005  # available, but less than the smallest plan with its margin
     assert budget > smallest["nf4"] + 0.005
     asked = ("plan", "--model", hollow, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--gpu", "RTX 3060", "--json")
     done = octavo(*asked, "--seq-len", 4096)
     assert done.code == 2
-    said = re.search(r"needs (\d+\.\d+) GiB at least, and (\d+\.\d+) GiB are there", done.err)
+    said = re.search(r"needs at least (\d+\.\d+) GiB; (\d+\.\d+) GiB are available", done.err)
     assert said is not None
     assert [float(number) for number in said.groups()] == pytest.approx([smallest["int8"] / MARGIN, budget], abs=0.011)
-    offers = done.err.partition("What fits: ")[2].strip().rstrip(".").split("; ")
+    offers = done.err.partition("This fits: ")[2].strip().rstrip(".").split("; ")
     assert len(offers) == 2
     for offer in offers:
         flags = offer.partition(" takes ")[0].split()
@@ -200,13 +200,13 @@ def test_where_nothing_fits_it_says_what_would(octavo: Octavo, hollow: Path) -> 
         assert int(flags[3]) < 4096
 
 
-def test_where_no_setting_fits_it_says_so(hollow: Path) -> None:
+def test_if_no_setting_fits_the_hint_says_so(hollow: Path) -> None:
     with pytest.raises(UsageError, match="smaller model"):
         told(hollow, gpu_memory="100MiB")
 
 
-def test_what_does_not_fit_as_asked_may_fit_otherwise(hollow: Path) -> None:
-    """--recompute is what is asked for; without it the plan is one that fits."""
+def test_a_run_that_does_not_fit_with_recompute_none_may_fit_with_auto(hollow: Path) -> None:
+    """--recompute is applied as given; without it the planner chooses a plan that fits."""
     asked = {"scheme": "int8", "seq_len": 4096, "recompute": "none"}
     peak = told(hollow, **asked, gpu_memory="40GiB")["plans"][0]
     assert (peak["layers_all"], peak["rows"]) == (LAYERS, 2)
@@ -215,25 +215,25 @@ def test_what_does_not_fit_as_asked_may_fit_otherwise(hollow: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_layers_keep_can_be_asked_for(hollow: Path, recompute: str) -> None:
+def test_recompute_sets_the_save_level_of_all_layers(hollow: Path, recompute: str) -> None:
     row = told(hollow, recompute=recompute)["plans"][0]
     expected = {"none": (LAYERS, 0), "selective": (0, LAYERS), "full": (0, 0)}
     assert (row["layers_all"], row["layers_attention"]) == expected[recompute]
 
 
 def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
-    """Between what the least plan takes and what must be there for it, `octavo finetune` refuses."""
+    """If the budget is between the smallest plan and that plan plus its margin, `octavo finetune` fails."""
     exact = {"matmul": "exact"}
     planner = plan.planner_for(config_of(hollow, **exact), FolderSource(hollow), SCHEMES["nf4"], CPU, None)
     smallest = planner.smallest().peak_bytes
     short, enough = (f"{factor * smallest / GIB}GiB" for factor in (1.001, 1.001 / MARGIN))
     for ask in (partial(told, hollow, scheme="nf4", **exact), partial(fitted, hollow, RTX_3060, "nf4", **exact)):
         ask(gpu_memory=enough)
-        with pytest.raises(UsageError, match="are there"):
+        with pytest.raises(UsageError, match="are available"):
             ask(gpu_memory=short)
 
 
-def test_an_optimizer_step_of_several_batches_takes_as_much_longer(hollow: Path) -> None:
+def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -> None:
     one, three = (told(hollow, accumulate=count)["plans"][0] for count in (1, 3))
     assert three["seconds"] == pytest.approx(3 * one["seconds"])
     assert three["tokens_per_second"] == pytest.approx(one["tokens_per_second"])
@@ -246,11 +246,11 @@ def test_an_optimizer_step_of_several_batches_takes_as_much_longer(hollow: Path)
         ({"lora_targets": ["q_porj"]}, AdapterError, "q_proj"),
         ({"seq_len": 4097}, UsageError, "--seq-len 4096"),
         ({"gpu": "RTX 9999"}, UsageError, "RTX 4090, RTX 4060, RTX 3090"),
-        ({"gpu": "RTX 3080 Ti"}, UsageError, "does not know the card 'RTX 3080 Ti'"),
+        ({"gpu": "RTX 3080 Ti"}, UsageError, "no data of the GPU 'RTX 3080 Ti'"),
         ({"model": "absent"}, UsageError, "absent"),
     ],
 )
-def test_a_wrong_setting_is_said_before_weights_are_read(
+def test_an_invalid_setting_is_reported_before_weights_are_read(
     hollow: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     monkeypatch.setattr(FolderSource, "tensor", lambda *_: pytest.fail("was read"))
@@ -258,26 +258,30 @@ def test_a_wrong_setting_is_said_before_weights_are_read(
         told(hollow, **changes)
 
 
-@pytest.mark.parametrize(("card", "said"), [(None, "no card here"), ("RTX 3060", "the RTX 3060 has is not known")])
-def test_without_memory_to_plan_for_it_asks_for_it(octavo: Octavo, hollow: Path, card: str | None, said: str) -> None:
+@pytest.mark.parametrize(
+    ("card", "said"), [(None, "no GPU to plan for"), ("RTX 3060", "memory of the RTX 3060 is not known")]
+)
+def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, card: str | None, said: str) -> None:
     done = octavo("plan", "--model", hollow, *(["--gpu", card] if card else []))
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert "--gpu-memory" in done.err
 
 
-@pytest.mark.usefixtures("on_a_card")
-def test_the_card_that_is_here_is_planned_for(hollow: Path) -> None:
+@pytest.mark.usefixtures("on_a_gpu")
+def test_plan_is_for_the_gpu_of_this_machine(hollow: Path) -> None:
     for card in (None, "RTX 3060"):
         found = told(hollow, gpu_memory="auto", gpu=card)
         assert found["budget_bytes"] == 3 * GIB - plan.LIBRARIES_BYTES
         assert found["plans"][0]["seconds"] is not None
-    with pytest.raises(UsageError, match="How much memory the H100 has"):  # another card's is not what is free here
+    with pytest.raises(
+        UsageError, match="The memory of the H100 is not known"
+    ):  # the free memory here is of another GPU
         told(hollow, gpu_memory="auto", gpu="H100")
     assert told(hollow, gpu_memory="auto", gpu=None)["gpu"] == RTX_3060.name
 
 
-def test_a_faster_card_is_told_to_be_faster(hollow: Path) -> None:
+def test_a_faster_gpu_has_a_shorter_predicted_time(hollow: Path) -> None:
     seconds = [told(hollow, gpu=card)["plans"][0]["seconds"] for card in ("RTX 3060", "RTX 3090", "A100 80GB", "H100")]
     assert seconds == sorted(seconds, reverse=True)
     assert len(set(seconds)) == 4
@@ -287,28 +291,28 @@ def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: An
     return plan.fit(config_of(folder, **changes), FolderSource(folder), SCHEMES[scheme], hardware)
 
 
-def test_what_to_offload_can_be_asked_for_on_a_card_alone(hollow: Path) -> None:
+def test_offload_on_needs_a_gpu(hollow: Path) -> None:
     tight: dict[str, Any] = {"gpu_memory": "1.2GiB", "seq_len": 4096}
     found = {way: fitted(hollow, RTX_3060, offload=way, **tight) for way in ("auto", "on", "off")}
     assert [found[way].plan.offload for way in ("on", "off")] == [True, False]
     assert found["auto"].planner.offloads == (False, True)
     assert found["off"].plan.host_bytes == 0
-    with pytest.raises(UsageError, match="no card here"):
+    with pytest.raises(UsageError, match="needs a GPU"):
         fitted(hollow, CPU, offload="on", **tight)
     assert not fitted(hollow, CPU, **tight).plan.offload
 
 
 @pytest.mark.parametrize("recompute", ["auto", "full"])
-def test_memory_that_the_host_lacks_is_not_asked_of_the_card(
+def test_a_plan_that_offloads_more_than_free_cpu_memory_is_an_error(
     hollow: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
     asked: dict[str, Any] = {"gpu_memory": "4GiB", "recompute": recompute}
     monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 2**25)
-    with pytest.raises(UsageError, match="of the host's memory") as refused:
+    with pytest.raises(UsageError, match="to CPU memory") as refused:
         fitted(hollow, RTX_3060, offload="on", **asked)
     assert "--offload off" in (refused.value.hint or "")
     assert not fitted(hollow, RTX_3060, offload="auto", **asked).plan.offload
-    with pytest.raises(UsageError, match="of the host's memory"):
+    with pytest.raises(UsageError, match="to CPU memory"):
         told(hollow, offload="on", **asked)
 
 
@@ -323,21 +327,21 @@ def test_a_run_gets_the_fastest_plan_that_fits(hollow: Path) -> None:
     assert tight.plan.seconds > roomy.plan.seconds
 
 
-def test_a_run_gets_what_it_asks_for(hollow: Path) -> None:
-    """Whether it fits or not: where it does not, the run goes on with a cheaper plan."""
+def test_a_run_uses_the_save_level_of_recompute(hollow: Path) -> None:
+    """Even if it does not fit: the run then changes to a cheaper plan."""
     found = fitted(hollow, RTX_3060, recompute="selective", gpu_memory="0.3GiB")
     assert (found.plan.save, found.plan.rows) == ((Save.ATTENTION,) * LAYERS, 2)
     assert found.plan.peak_bytes > found.budget_bytes
 
 
-def test_a_card_that_is_too_small_is_refused_and_a_cpu_is_not(hollow: Path) -> None:
-    with pytest.raises(UsageError, match=r"needs .* GiB at least, and 0\.10 GiB are there"):
+def test_too_little_memory_is_an_error_on_a_gpu_but_not_on_a_cpu(hollow: Path) -> None:
+    with pytest.raises(UsageError, match=r"needs at least .* GiB; 0\.10 GiB are available"):
         fitted(hollow, RTX_3060, gpu_memory="0.1GiB")
     found = fitted(hollow, CPU, gpu_memory="0.1GiB")
     assert found.plan == found.planner.smallest()
 
 
-def test_cheaper_plans_lead_down_to_the_least_and_no_further(hollow: Path) -> None:
+def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
     found = fitted(hollow, RTX_3060, gpu_memory="8GiB", seq_len=4096)
     plans = [found.plan]
     while (following := found.cheaper(plans[-1])) is not None:
@@ -356,7 +360,7 @@ def test_cheaper_plans_lead_down_to_the_least_and_no_further(hollow: Path) -> No
     )  # at once, not by a little
 
 
-def test_what_a_run_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_budget_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "free_memory_bytes", lambda device: {"cuda": 8, "cpu": 6}[device.type] * GIB)
     auto, asked = (MemoryOptions.model_validate({"gpu_memory": size}) for size in ("auto", "11GB"))
     assert plan.budget_bytes(auto, RTX_3060) == 8 * GIB - plan.LIBRARIES_BYTES
@@ -365,10 +369,10 @@ def test_what_a_run_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adamw8bit", 2), ("adamw", 8)])
-def test_a_planner_is_one_of_the_run(hollow: Path, optimizer: str, state: int) -> None:
+def test_the_planner_has_the_settings_of_the_run(hollow: Path, optimizer: str, state: int) -> None:
     changes = {"optimizer": optimizer, "lora_targets": ["q_proj", "lm_head"], "train_norms": True, "batch": 3}
-    made = plan.planner_for(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], CPU, CARDS["L4"])
-    assert (made.batch, made.length, made.card, made.optimizer_bytes) == (3, 1024, CARDS["L4"], state)
+    made = plan.planner_for(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], CPU, GPUS["L4"])
+    assert (made.batch, made.length, made.card, made.optimizer_bytes) == (3, 1024, GPUS["L4"], state)
     trained = [p for p in made.model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == LAYERS * 4 * 2 * 2048 + 4 * (2048 + 16384) + (LAYERS + 1) * 2 * 2048
     assert all(tensor.is_meta for tensor in (*trained, *made.model.embed.matrix.parts.values()))
@@ -376,15 +380,15 @@ def test_a_planner_is_one_of_the_run(hollow: Path, optimizer: str, state: int) -
 
 
 @pytest.fixture
-def roads() -> Iterator[None]:
-    """What tests choose here is taken back."""
+def backends() -> Iterator[None]:
+    """Resets the choice of kernels and attention after a test."""
     yield
     attention.use_attention("auto")
     dispatch.use_kernels(None)
 
 
-@pytest.mark.usefixtures("roads")
-def test_a_run_on_a_cpu_chooses_its_road_in_silence(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("backends")
+def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
     with Report(console=False, metrics=tmp_path / "said") as report:
         options = MemoryOptions.model_validate({"attention": "math", "kernels": False})
         plan.configure_backends(options, CPU, report)
@@ -392,24 +396,24 @@ def test_a_run_on_a_cpu_chooses_its_road_in_silence(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == ""
 
 
-@pytest.mark.usefixtures("roads")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize(
     ("options", "missing", "said"),
     [
-        ({}, "", "Kernels: Triton. Attention: auto. Steps: recorded as CUDA graphs."),
+        ({}, "", "Kernels: Triton. Attention: auto. Steps: CUDA graphs."),
         ({}, "Triton is not installed", "Kernels: off (Triton is not installed)."),
-        ({"kernels": False}, "", "Kernels: off, as asked."),
+        ({"kernels": False}, "", "Kernels: off (--no-kernels)."),
         (
             {"cuda_graphs": False, "attention": "flash"},
             "",
-            "Attention: flash. Steps: launched kernel by kernel, as asked.",
+            "Attention: flash. Steps: eager (--no-cuda-graphs).",
         ),
         ({"gpu_memory": "3GiB"}, "", "Kernels: Triton."),
-        ({}, "", "Products: exact (this card is too old for 8 bits)."),
-        ({"matmul": "exact"}, "", "Products: exact, as asked."),
+        ({}, "", "Matmuls: exact (this GPU is too old for 8 bits)."),
+        ({"matmul": "exact"}, "", "Matmuls: exact (--matmul exact)."),
     ],
 )
-def test_a_run_on_a_card_says_what_it_runs_on_and_takes_no_more_than_asked(
+def test_a_run_on_a_gpu_reports_its_backends_and_limits_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
 ) -> None:
     shares: list[float] = []
@@ -422,45 +426,45 @@ def test_a_run_on_a_card_says_what_it_runs_on_and_takes_no_more_than_asked(
     assert shares == ([0.25] if "gpu_memory" in options else [])
 
 
-@pytest.mark.usefixtures("roads")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize(
     ("options", "missing", "said"),
     [
-        ({}, "", "in 8 bits where a trial finds it fast and fair."),
-        ({"matmul": "8bit"}, "", "in 8 bits, as asked."),
+        ({}, "", "8 bits where faster and precise enough."),
+        ({"matmul": "8bit"}, "", "8 bits (--matmul 8bit)."),
         ({}, "Triton is not installed", "exact (8 bits need the kernels)."),
         ({"kernels": False}, "", "exact (8 bits need the kernels)."),
     ],
 )
-def test_a_card_for_8_bits_says_whether_it_takes_them(
+def test_the_precision_of_matmuls_and_its_reason_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
 ) -> None:
     monkeypatch.setattr(plan, "kernels_missing", lambda: missing)
     with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.configure_backends(MemoryOptions.model_validate(options), replace(RTX_3060, eight=True), report)
-    assert f"Products: {said}" in (tmp_path / "said").read_text()
+        plan.configure_backends(MemoryOptions.model_validate(options), replace(RTX_3060, matmul_8bit=True), report)
+    assert f"Matmuls: {said}" in (tmp_path / "said").read_text()
 
 
-@pytest.mark.usefixtures("roads")
+@pytest.mark.usefixtures("backends")
 @pytest.mark.parametrize(
     ("hopper", "untested"), [(True, "Triton 9.9; it is tested with 3.6"), (True, ""), (False, "x")]
 )
-def test_a_hopper_says_which_kernel_it_goes_without(
+def test_disabled_hopper_kernels_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopper: bool, untested: str
 ) -> None:
     monkeypatch.setattr(plan, "kernels_missing", lambda: "")
     monkeypatch.setattr(plan, "hopper_kernels_disabled_reason", lambda: untested)
     with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.configure_backends(MemoryOptions(), replace(RTX_3060, eight=True, hopper=hopper), report)
-    told = f"Kernels: Triton (without those for Hopper: {untested})."
-    assert (told in (tmp_path / "said").read_text()) == bool(hopper and untested)
+        plan.configure_backends(MemoryOptions(), replace(RTX_3060, matmul_8bit=True, hopper=hopper), report)
+    message = f"Kernels: Triton (without the Hopper kernels: {untested})."
+    assert (message in (tmp_path / "said").read_text()) == bool(hopper and untested)
 
 
-@pytest.mark.parametrize(("asked", "peak", "words"), [
-    (None, 98, ""), (None, 99, "no plan fits"), (None, 150, "no plan fits"), (Save.ALL, 100, ""),
+@pytest.mark.parametrize(("fixed", "peak", "words"), [
+    (None, 98, ""), (None, 99, "no plan is certain to fit"), (None, 150, "no plan is certain"), (Save.ALL, 100, ""),
     (Save.ALL, 101, "--recompute"),
 ])  # fmt: skip
-def test_a_plan_that_a_trial_made_too_large_says_so(asked: Any, peak: int, words: str) -> None:
+def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, words: str) -> None:
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
-    fitting = plan.FittedPlan(made, 100, planner=None, asked=None if asked is None else (asked,))  # type: ignore[arg-type]
+    fitting = plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
     assert (words in fitting.fault(made)) if words else fitting.fault(made) == ""

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval's on this machine, and models as lm-eval and octavo ask them."""
+"""Local lm-eval tasks, and models for lm-eval and octavo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Write = Callable[..., Path]
 
 
 def asked(folder: Path, *, batch: int = 3, report: Report | None = None) -> OctavoLM:
-    """A folder's model unquantised in float32, as lm-eval asks it."""
+    """The unquantized model of a folder in float32, as lm-eval calls it."""
     source, quiet = FolderSource(folder), report or Report(console=False)
     model = load_model(source, scheme_named("none"), CPU, quiet)
     return OctavoLM(Speaker(model, source.tokenizer(), end_ids(source)), batch=batch, report=quiet)
@@ -35,7 +35,7 @@ def asked(folder: Path, *, batch: int = 3, report: Report | None = None) -> Octa
 
 @pytest.fixture
 def write_task(tmp_path: Path) -> Write:
-    """Writes a task's YAML with its documents beside it; returns the folder."""
+    """Writes the YAML of a task and its documents; returns the folder."""
 
     def write(name: str, documents: list[dict[str, Any]], **config: Any) -> Path:
         folder = tmp_path / "tasks"
@@ -52,7 +52,7 @@ def write_task(tmp_path: Path) -> Write:
 
 @pytest.fixture(scope="session")
 def beginning(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with a tokenizer that puts a begin token before every text, as Llama's own do."""
+    """The tiny Llama with a tokenizer that puts a BOS token before every text, as Llama tokenizers do."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("begin") / "llama"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, bos_token="<|im_start|>")
     begin = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])

@@ -58,7 +58,7 @@ CHOICES = [
 ]
 
 
-def test_continuations_cost_what_lm_eval_says(pair: tuple[OctavoLM, Any]) -> None:
+def test_log_likelihoods_equal_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
     requests = instances("loglikelihood", CHOICES)
     ours, expected = (one.loglikelihood(requests, disable_tqdm=True) for one in pair)
     # float32: sums of up to some hundred logarithms, each right to 1e-6 or so
@@ -66,7 +66,7 @@ def test_continuations_cost_what_lm_eval_says(pair: tuple[OctavoLM, Any]) -> Non
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
 
 
-def test_a_greedy_continuation_is_told_from_others(pair: tuple[OctavoLM, Any]) -> None:
+def test_greedy_continuations_are_recognized(pair: tuple[OctavoLM, Any]) -> None:
     def greedy(asked_for: list[tuple[str, str]]) -> list[bool]:
         requests = instances("loglikelihood", asked_for)
         ours, expected = ([hit for _, hit in one.loglikelihood(requests, disable_tqdm=True)] for one in pair)
@@ -83,7 +83,7 @@ def test_a_greedy_continuation_is_told_from_others(pair: tuple[OctavoLM, Any]) -
 TEXTS = [("the king spoke to the queen",), (LONG,), ("é \N{GRINNING FACE}\n\n",), ("x",), ("",), (LONG[:400],)]
 
 
-def test_whole_texts_cost_what_lm_eval_says_over_several_windows_too(pair: tuple[OctavoLM, Any]) -> None:
+def test_rolling_log_likelihoods_equal_those_of_lm_eval_over_several_windows(pair: tuple[OctavoLM, Any]) -> None:
     requests = instances("loglikelihood_rolling", TEXTS)
     ours, expected = (one.loglikelihood_rolling(requests, disable_tqdm=True) for one in pair)
     assert len(pair[0].tok_encode(LONG)) > 2 * CONTEXT
@@ -101,14 +101,14 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 FREE = {"max_gen_toks": 30}
 
 
-def test_answers_are_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
+def test_generated_answers_equal_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
     ours, expected = (one.generate_until(instances("generate_until", ASKED), disable_tqdm=True) for one in pair)
     assert ours == expected
     assert len({len(answer) for answer in ours}) > 1
 
 
-def test_an_answer_ends_at_a_control_token_that_its_task_names(tiny_llama: Path, tmp_path: Path) -> None:
-    """No text shows that token. The model is made to write it where it would begin an answer otherwise."""
+def test_an_answer_ends_at_a_control_token_that_is_a_stop_string(tiny_llama: Path, tmp_path: Path) -> None:
+    """The token does not occur in decoded text. The model is changed to generate it at the start of an answer."""
     plain = asked(tiny_llama)
     prompts = ["the king", "where is", "my lord of york"]
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_an_answer_ends_at_a_control_token_that_its_task_names(tiny_llama: Path,
     assert any(answers[::2][n] != answers[1::2][n] for n in range(len(prompts)))
 
 
-def test_a_batch_changes_no_answer(folder: Path, pair: tuple[OctavoLM, Any]) -> None:
+def test_the_batch_size_changes_no_answer(folder: Path, pair: tuple[OctavoLM, Any]) -> None:
     alone = asked(folder, batch=1)
     for kind, arguments in (("loglikelihood", CHOICES), ("loglikelihood_rolling", TEXTS), ("generate_until", ASKED)):
         one, many = (getattr(lm, kind)(instances(kind, arguments)) for lm in (alone, pair[0]))
@@ -136,7 +136,7 @@ def test_a_batch_changes_no_answer(folder: Path, pair: tuple[OctavoLM, Any]) -> 
             assert flat[0] == pytest.approx(flat[1], rel=1e-5)
 
 
-def test_logits_are_taken_in_chunks(pair: tuple[OctavoLM, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks(pair: tuple[OctavoLM, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     requests = instances("loglikelihood_rolling", TEXTS)
     whole = pair[0].loglikelihood_rolling(requests)
     seen: list[int] = []
@@ -146,7 +146,7 @@ def test_logits_are_taken_in_chunks(pair: tuple[OctavoLM, Any], monkeypatch: pyt
     assert max(seen) == 7
 
 
-def test_samples_differ_from_each_other_and_come_again(pair: tuple[OctavoLM, Any]) -> None:
+def test_samples_differ_from_each_other_and_are_reproducible(pair: tuple[OctavoLM, Any]) -> None:
     requests = instances(
         "generate_until", [("the king", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8})] * 4
     )
@@ -155,7 +155,7 @@ def test_samples_differ_from_each_other_and_come_again(pair: tuple[OctavoLM, Any
     assert len(set(first)) == 4
 
 
-def test_a_begin_token_stands_before_every_text_once(beginning: Path) -> None:
+def test_every_text_has_one_bos_token(beginning: Path) -> None:
     ours, expected = asked(beginning), theirs(beginning)
     assert ours.tok_encode("the king") == expected.tok_encode("the king")
     assert ours.tok_encode("the king")[0] == ours.prefix_token_id == expected.prefix_token_id == 1
@@ -169,8 +169,8 @@ def test_a_begin_token_stands_before_every_text_once(beginning: Path) -> None:
             assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in wanted], rel=1e-5)
 
 
-def test_a_whole_text_is_scored_behind_one_begin_token(beginning: Path) -> None:
-    """lm-eval's class for transformers scores a second one, unless told add_bos_token=False; its clients do not."""
+def test_a_whole_text_is_scored_after_one_bos_token(beginning: Path) -> None:
+    """lm-eval's class for transformers scores a second one without add_bos_token=False; its API clients do not."""
     requests = instances("loglikelihood_rolling", TEXTS[:2])
     found = asked(beginning).loglikelihood_rolling(requests)
     bare = theirs(beginning)
@@ -180,14 +180,14 @@ def test_a_whole_text_is_scored_behind_one_begin_token(beginning: Path) -> None:
 
 
 def said(tiny_llama: Path, tmp_path: Path, kind: str, arguments: Sequence[tuple[Any, ...]]) -> str:
-    """What is said while some requests are answered."""
+    """The messages of the report while requests run."""
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
         getattr(asked(tiny_llama, report=report), kind)(instances(kind, arguments))
     return (tmp_path / "said.jsonl").read_text()
 
 
-def test_nothing_costs_nothing_and_stops_nothing(pair: tuple[OctavoLM, Any]) -> None:
-    """lm-eval's class for transformers refuses the first, and ends at once by the second."""
+def test_an_empty_continuation_has_score_0_and_an_empty_stop_string_is_ignored(pair: tuple[OctavoLM, Any]) -> None:
+    """lm-eval's class for transformers raises for the first, and stops at once for the second."""
     requests = instances("loglikelihood", [("the king", ""), ("x", "")])
     assert pair[0].loglikelihood(requests) == [(0.0, True)] * 2
     asked_for = [("the king", {"max_gen_toks": 8, "until": until}) for until in ([""], [])]
@@ -195,7 +195,7 @@ def test_nothing_costs_nothing_and_stops_nothing(pair: tuple[OctavoLM, Any]) -> 
     assert first == second != ""
 
 
-def test_what_was_cut_or_left_out_is_said_once(tiny_llama: Path, tmp_path: Path) -> None:
+def test_truncated_texts_and_unsupported_options_are_reported_once(tiny_llama: Path, tmp_path: Path) -> None:
     text = said(tiny_llama, tmp_path, "loglikelihood", CHOICES)
     assert text.count("lost the beginning") == 1
     assert "1 text did" in text
@@ -210,6 +210,8 @@ def test_what_was_cut_or_left_out_is_said_once(tiny_llama: Path, tmp_path: Path)
     ("kind", "arguments"),
     [("loglikelihood", ("the", f" {LONG}")), ("generate_until", ("the", {"max_gen_toks": CONTEXT}))],
 )
-def test_what_no_context_holds_is_refused(pair: tuple[OctavoLM, Any], kind: str, arguments: tuple[Any, ...]) -> None:
+def test_a_request_longer_than_the_context_is_an_error(
+    pair: tuple[OctavoLM, Any], kind: str, arguments: tuple[Any, ...]
+) -> None:
     with pytest.raises(UsageError, match="context is 128"):
         getattr(pair[0], kind)(instances(kind, [arguments]))

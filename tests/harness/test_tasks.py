@@ -1,4 +1,4 @@
-"""harness/tasks.py: `octavo evaluate --tasks`, and one text measured by octavo, by lm-eval, and by it over HTTP."""
+"""harness/tasks.py: `octavo evaluate --tasks`; one text scored by octavo, by lm-eval, and by lm-eval over HTTP."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def by_metric(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def with_lm_eval(model: Any, folder: Path, *names: str) -> dict[str, float]:
-    """The metrics that lm-eval itself finds for one of its models."""
+    """The metrics that lm-eval computes for one of its model classes."""
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
@@ -99,7 +99,7 @@ def smollm2(smollm2_cache: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def server(smollm2: Path, forks: Forks) -> Iterator[Process]:
-    """A server of the model, unquantised in float32, that is starting: it writes a line when it listens."""
+    """A starting server of the unquantized model in float32: it prints a line when it listens."""
     process = forks.octavo(
         "serve",
         "--model",
@@ -121,7 +121,7 @@ def server(smollm2: Path, forks: Forks) -> Iterator[Process]:
 
 
 def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Process, write_task: Write) -> None:
-    """Bits per byte to four digits, and all other numbers with them."""
+    """Bits per byte agree to four digits, and all other metrics with them."""
     write_task("speech", SPEECHES, **ROLLING)
     write_task("choose", QUESTIONS, **CHOICE)
     folder = write_task("write", QUESTIONS, **WRITE)
@@ -161,7 +161,7 @@ def own_bits_per_byte(model: Any) -> float:
     return measure.score(model.model, rows, n_bytes=n_bytes, batch_size=2).bits_per_byte
 
 
-def test_octavos_perplexity_is_lm_evals_and_the_end_token_where_there_is_a_begin_token(
+def test_with_a_bos_token_octavos_perplexity_is_that_of_lm_eval_plus_the_eos_token(
     beginning: Path, octavo: Octavo, write_task: Write
 ) -> None:
     text = "the king spoke to the queen of storm and sea"
@@ -184,7 +184,7 @@ def test_octavos_perplexity_is_lm_evals_and_the_end_token_where_there_is_a_begin
 # The command.
 
 
-def test_tasks_are_put_to_every_model_of_the_table(
+def test_tasks_run_on_every_model_of_the_table(
     octavo: Octavo, tiny_llama: Path, plays: Path, adapter_folder: Path, write_task: Write
 ) -> None:
     write_task("speech", SPEECHES, **ROLLING)
@@ -212,7 +212,7 @@ def test_tasks_are_put_to_every_model_of_the_table(
     assert {(row["name"], row["documents"]) for row in without.json["tasks"]} == {("quantised", 1)}
 
 
-def test_a_row_says_what_lm_eval_says_of_a_metric(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:
+def test_a_row_has_the_metric_of_lm_eval(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:
     folder = write_task("choose", QUESTIONS, **CHOICE)
     done = octavo(
         "evaluate", "--model", tiny_llama, "--scheme", "none", "--tasks", "choose", "--include-path", folder,
@@ -229,7 +229,7 @@ def test_a_row_says_what_lm_eval_says_of_a_metric(octavo: Octavo, tiny_llama: Pa
 
 
 def test_every_model_gets_the_same_examples(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:
-    """They are drawn, and two models are to be told apart by their answers alone."""
+    """Few-shot examples are sampled; models may differ only in their answers."""
     documents = [{**QUESTIONS[n % 3], "begin": f"Question {n}:"} for n in range(9)]
     folder = write_task("choose", documents, **CHOICE)
     done = octavo(
@@ -243,7 +243,7 @@ def test_every_model_gets_the_same_examples(octavo: Octavo, tiny_llama: Path, wr
     assert quantised != base
 
 
-def test_a_model_is_gone_before_the_next_one_comes_in(
+def test_a_model_is_freed_before_the_next_one_is_loaded(
     octavo: Octavo, tiny_llama: Path, write_task: Write, loaded_models: list[Any]
 ) -> None:
     write_task("choose", QUESTIONS, **CHOICE)
@@ -253,10 +253,10 @@ def test_a_model_is_gone_before_the_next_one_comes_in(
     assert len(loaded_models) == 3
 
 
-def test_a_local_task_asks_nobody(
+def test_a_local_task_uses_no_network(
     tiny_llama: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch, octavo: Octavo
 ) -> None:
-    """Even where other programs could: not to count that a file was read, either."""
+    """Not even to count downloads of a file, where other programs may use the network."""
     asked_for: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:
@@ -273,7 +273,9 @@ def test_a_local_task_asks_nobody(
     assert (done.code, asked_for) == (0, [])
 
 
-def test_what_a_tasks_code_prints_is_not_in_the_document(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:
+def test_output_of_a_tasks_code_is_not_in_the_json_document(
+    octavo: Octavo, tiny_llama: Path, write_task: Write
+) -> None:
     folder = write_task("speech", SPEECHES, **{**ROLLING, "doc_to_target": "REPLACED"})
     (folder / "own.py").write_text("def text(doc):\n    print('printed')\n    return doc['text']\n")
     config = folder / "speech.yaml"
@@ -296,13 +298,13 @@ def refusal(asked_for: EvaluateOptions) -> UsageError:
 
 @pytest.fixture
 def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if lm-eval had no tasks of its own, which take seconds to index."""
+    """Hides the tasks of lm-eval, which take seconds to index."""
     manager = TaskManager
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
 
 
 @pytest.mark.usefixtures("own_tasks")
-def test_an_unknown_task_names_the_nearest(write_task: Write) -> None:
+def test_the_error_for_an_unknown_task_names_the_most_similar_one(write_task: Write) -> None:
     folder = write_task("speech", SPEECHES, **ROLLING)
     error = refusal(options(folder, "speech,speach"))
     assert "'speach'" in error.message
@@ -310,10 +312,10 @@ def test_an_unknown_task_names_the_nearest(write_task: Write) -> None:
     assert "lm-eval ls tasks" in error.hint
 
 
-def test_lm_evals_own_tasks_are_known_beside_those_of_a_folder(write_task: Write) -> None:
+def test_tasks_of_lm_eval_and_of_a_folder_can_be_combined(write_task: Write) -> None:
     folder = write_task("speech", SPEECHES, **ROLLING)
     error = refusal(options(folder, "hellaswag,speech"))
-    assert "hellaswag, speech cannot be made ready" in error.message
+    assert "hellaswag, speech cannot be prepared" in error.message
     assert "network" in error.hint
 
 
@@ -328,7 +330,7 @@ def test_names_may_be_patterns_and_paths(write_task: Write) -> None:
             assert list(loaded.loaded["tasks"]) == ["speech_1", "speech_2"]
 
 
-def test_a_task_that_cannot_be_made_ready_says_why(write_task: Write) -> None:
+def test_the_error_for_a_task_that_cannot_be_prepared_has_the_reason(write_task: Write) -> None:
     write_task("speech", SPEECHES, **ROLLING)
     folder = write_task("choose", QUESTIONS, **CHOICE)
     assert "Sample larger" in refusal(options(folder, "choose", fewshot=9)).message
@@ -338,17 +340,17 @@ def test_a_task_that_cannot_be_made_ready_says_why(write_task: Write) -> None:
     assert "current folder" in error.hint
 
 
-def test_code_of_a_model_is_not_run(write_task: Write) -> None:
+def test_a_task_that_executes_generated_code_is_an_error(write_task: Write) -> None:
     folder = write_task("code", QUESTIONS, **WRITE, unsafe_code=True)
     assert "sandbox" in refusal(options(folder, "code")).hint
 
 
-def test_without_lm_eval_the_command_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     assert refusal(EvaluateOptions(tasks=["hellaswag"])).hint == "pip install 'octavo[eval]'"
 
 
-def test_options_of_tasks_without_tasks_are_refused(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
+def test_options_of_tasks_without_tasks_are_a_usage_error(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
     for flags in (("--limit", 2), ("--fewshot", 0), ("--include-path", tmp_path)):
         done = octavo("evaluate", "--model", tiny_llama, "text.txt", *flags)
         assert done.code == 2
@@ -356,7 +358,7 @@ def test_options_of_tasks_without_tasks_are_refused(octavo: Octavo, tmp_path: Pa
     assert "not a folder" in refusal(options(tmp_path / "nowhere", "speech")).message
 
 
-def test_a_task_that_wants_no_examples_gets_none(write_task: Write, tmp_path: Path) -> None:
+def test_a_task_with_num_fewshot_0_gets_no_examples(write_task: Write, tmp_path: Path) -> None:
     folder = write_task("choose", QUESTIONS, **CHOICE, num_fewshot=0)
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
         loaded = tasks.load_tasks(options(folder, "choose", fewshot=2), report)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.hardware import CARDS
+from octavo.hardware import GPUS
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.quantize import scheme_named
@@ -71,7 +71,7 @@ def planner(shape: str, scheme: str = "int8", *, length: int, batch: int = 1, ca
     model = allocated(SHAPES[shape], scheme_named(scheme), dtype=torch.bfloat16, device=torch.device("meta"))
     adapters.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
     flatten_(adapters.trained(model))
-    return Planner(model, length, batch, 2, CARDS[card] if card else None)
+    return Planner(model, length, batch, 2, GPUS[card] if card else None)
 
 
 def levels(runs: Sequence[tuple[int, Save]]) -> tuple[Save, ...]:
@@ -209,7 +209,7 @@ def test_rows_are_halved_where_that_is_faster() -> None:
     assert found.seconds is not None
     assert (found.save, found.rows) == (all_of(ALL), 2)
     assert found.seconds < wide.seconds
-    assert found.seconds == 4 * this._forecast(found.rows, found.save).seconds(CARDS["RTX 3090"])
+    assert found.seconds == 4 * this._forecast(found.rows, found.save).seconds(GPUS["RTX 3090"])
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, [1]), (4, [4, 2, 1]), (5, [5, 3, 2, 1]), (7, [7, 4, 2, 1])])
@@ -303,8 +303,8 @@ def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -
 
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
     forecast = Forecast(0, 0.0, 0.0, 0.0, bus_bytes=2 * BUS_BYTES_PER_SECOND)
-    assert forecast.seconds(CARDS["H100"]) == 2
-    assert replace(forecast, product_flops=1e16).seconds(CARDS["H100"]) > 2
+    assert forecast.seconds(GPUS["H100"]) == 2
+    assert replace(forecast, product_flops=1e16).seconds(GPUS["H100"]) > 2
 
 
 def test_a_setting_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:

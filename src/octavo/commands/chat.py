@@ -1,4 +1,4 @@
-"""`octavo chat`: a conversation in the terminal, through the model's own chat template."""
+"""`octavo chat`: a conversation in the terminal, formatted with the chat template of the model."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from octavo.infer.sample import Sampling
 from octavo.reporting import Report
 from octavo.stopping import handled
 
-# Tokens that a conversation's cache has room for at first; it doubles, up to the model's context. At a context of
-# 131,072 a cache for all of it would take more memory than the model.
-FIRST_ROOM = 2048
+# Initial max_len of the KV cache, in tokens; it doubles, up to the model's context. A cache for a whole context of
+# 131,072 tokens would take more memory than the model.
+INITIAL_MAX_LEN = 2048
 
 
 COMMANDS = {
-    "/reset": "begins anew",
-    "/system TEXT": "begins anew with another system message",
-    "/save FILE": "adds the conversation to a JSONL file",
-    "/help": "lists the commands",
-    "/quit": "leaves",
+    "/reset": "start a new conversation",
+    "/system TEXT": "start a new conversation with another system message",
+    "/save FILE": "append the conversation to a JSONL file",
+    "/help": "list the commands",
+    "/quit": "quit",
 }
 
 
 def talk(config: Config, report: Report, *, read: Callable[[], str | None], write: Callable[[str], None]) -> int:
-    """Reads a line, streams the answer, and so on until `read` gives None or /quit.
+    """Reads a line, streams the answer, and repeats until `read` returns None or /quit. Returns the failed answers.
 
-    /reset forgets the conversation but for the system message, /system gives another one and begins anew, /save FILE
-    writes the conversation as a line of JSON that `octavo finetune --data` reads. What was read of a conversation
-    stays in the engine's cache: a turn costs its own tokens. A conversation that outgrows the model's context loses
-    its oldest turns, and says so. A line that begins with another / is refused; // stands for a message's own /.
+    /reset removes all messages except the system message, /system replaces the system message and starts anew, /save
+    FILE appends the conversation as a line of JSON that `octavo finetune --data` reads. The keys and values of earlier
+    turns stay in the cache, so a turn computes only its new tokens. If a conversation exceeds the model's context, its
+    oldest turns are removed with a warning. Any other line that starts with / is an error; // escapes a leading /.
 
-    Ctrl-C stops the answer that is being written, which stays in the conversation as far as it came. An answer that the
-    engine fails at is reported and its question forgotten; the conversation goes on. Returns how many failed.
+    Ctrl-C stops the current answer; its text so far stays in the conversation. If the engine fails at an answer, the
+    error is reported, the question is removed, and the conversation continues.
     """
     speaker = open_speaker(config, report)
     sampling = sampling_of(config[GenerateOptions])
-    engine = speaker.engine(max_len=FIRST_ROOM)
+    engine = speaker.engine(max_len=INITIAL_MAX_LEN)
     system = config[ChatOptions].system
     opening = [Message("system", system)] if system else []
     messages = list(opening)
     failed = 0
-    report.say("Say something. /help lists the commands; Ctrl-C stops an answer.")
+    report.say("Type a message. /help lists the commands; Ctrl-C stops an answer.")
     while (line := read()) is not None and line.strip() != "/quit":
         command, _, rest = line.strip().partition(" ")
         if command in ("/reset", "/system"):
@@ -62,7 +62,7 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
         elif command == "/help":
             _help(report)
         elif command.startswith("/") and not command.startswith("//"):
-            report.warn(f"There is no command {cut(command, 40)}. Write // for a message that begins with a /.")
+            report.warn(f"Unknown command {cut(command, 40)}. Start with // for a message that begins with a /.")
             _help(report)
         elif command:
             messages.append(Message("user", line.lstrip()[1:] if command.startswith("//") else line))
@@ -72,41 +72,41 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
             if len(ids) + sampling.max_new_tokens > engine.context < speaker.model.config.context:
                 engine = speaker.engine(max_len=max(2 * engine.context, len(ids) + sampling.max_new_tokens))
             try:
-                said = _streamed(answer(engine, ids, sampling), write)
+                text = _streamed(answer(engine, ids, sampling), write)
             except Exception as error:
-                if (known := explained(error)) is None or isinstance(error, OSError):
+                if (explanation := explained(error)) is None or isinstance(error, OSError):
                     raise
                 failed += 1
-                report.warn(f"There is no answer: {known}")
+                report.warn(f"The answer failed: {explanation}")
                 messages.pop()
                 continue
-            messages.append(Message("assistant", said))
+            messages.append(Message("assistant", text))
     return failed
 
 
 def _streamed(tokens: Generator[Token], write: Callable[[str], None]) -> str:
-    """Writes an answer as it comes and returns it; Ctrl-C ends it."""
+    """Writes an answer token by token and returns it; Ctrl-C stops it."""
     stops: list[int] = []
-    said = ""
+    text = ""
     with closing(tokens), handled(lambda number, _: stops.append(number), (signal.SIGINT,)):
         for token in tokens:
             write(token.text)
-            said += token.text
+            text += token.text
             if stops:
                 break
         write("\n")
-    return said
+    return text
 
 
 def _help(report: Report) -> None:
     width = max(map(len, COMMANDS))
-    report.say("\n".join(f"{command:{width}}  {what}" for command, what in COMMANDS.items()))
+    report.say("\n".join(f"{command:{width}}  {description}" for command, description in COMMANDS.items()))
 
 
 def _save(messages: list[Message], name: str, report: Report) -> None:
-    """Adds the conversation to a JSONL file."""
+    """Appends the conversation to a JSONL file."""
     if not name or not messages:
-        report.warn("Nothing is saved: say something first." if name else "Nothing is saved: give a file, /save FILE.")
+        report.warn("Not saved: the conversation is empty." if name else "Not saved: name a file, /save FILE.")
         return
     line = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
     try:
@@ -115,21 +115,22 @@ def _save(messages: list[Message], name: str, report: Report) -> None:
     except OSError as error:
         report.warn(f"{name} cannot be written ({error.strerror}).")
         return
-    report.say(f"The conversation is in {name}.")
+    report.say(f"Saved the conversation to {name}.")
 
 
 def _fitting(messages: list[Message], opening: int, speaker: Speaker, sampling: Sampling, report: Report) -> list[int]:
-    """The ids of a conversation, cut in place until it fits; none, and its last message gone, if that alone does not.
+    """The token ids of a conversation; removes its oldest turns in place until it fits into the context.
 
-    A question goes together with its answer: templates expect the two in turn.
+    Removes the last message and returns [] if that alone is too long. A question is removed together with its answer:
+    chat templates expect alternating roles.
     """
     context = speaker.model.config.context
     max_len = max(context - sampling.max_new_tokens, context // 2)
     while len(ids := encode_conversation(messages, speaker.tokenizer)) > max_len:
         if len(messages) <= opening + 1:
-            report.warn(f"This message is longer than the {max_len:,} tokens that there is room for: it is left out.")
+            report.warn(f"This message is longer than the limit of {max_len:,} tokens: it is ignored.")
             messages.pop()
             return []
         del messages[opening : opening + 2]
-        report.warn("The conversation outgrew the model's context: its oldest turn is forgotten.")
+        report.warn("The conversation exceeds the model's context: its oldest turn is removed.")
     return ids

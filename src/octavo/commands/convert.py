@@ -1,4 +1,4 @@
-"""`octavo convert`: a model that was tuned from hivemind/gpt-j-6B-8bit, split into a base and a PEFT adapter."""
+"""`octavo convert`: splits a model that was tuned from hivemind/gpt-j-6B-8bit into a base and a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from octavo.store.resolve import open_source
 
 
 def convert(config: Config, report: Report) -> dict[str, Any]:
-    """Writes base/ and adapter/ into the folder `--out`; tells what is in them, and returns what `--json` prints."""
+    """Writes base/ and adapter/ into the folder `--out` and prints their contents; returns the document of `--json`."""
     model, out = config[ConvertOptions].model, config[ConvertOptions].out
     if model is None:
-        raise UsageError("What to convert is missing.", hint="Give the folder that the training script saved.")
+        raise UsageError("The model to convert is missing.", hint="Name the folder that the training script saved.")
     if out is None:
-        raise UsageError("Where to write is missing.", hint="Give a new folder with --out.")
+        raise UsageError("The output folder is missing.", hint="Name a new folder with --out.")
     source = open_source(model, allow_pickle=config[ConvertOptions].allow_pickle, report=report)
     scheme = stored_scheme(source)
     layers: list[WrittenLayer] = []
@@ -46,19 +46,19 @@ def convert(config: Config, report: Report) -> dict[str, Any]:
 
 
 def _rows(layers: list[WrittenLayer], scheme: Scheme, adapter: Adapter) -> list[dict[str, Any]]:
-    """What was written: a row for the frozen weights, one for the pairs, one for what is trained whole."""
+    """The written files: a row for frozen weights, one for LoRA matrices, one for weights that were trained in full."""
     frozen = {
         "folder": "base",
-        "what": f"{scheme.name} codes" if scheme.name != "none" else "frozen weights",
+        "what": f"{scheme.name} weights" if scheme.name != "none" else "frozen weights",
         "modules": len(layers),
         "tensors": len(layers) * len(scheme.layout((1, 1), torch.float32)),
         "parameters": sum(prod(layer.shape) for layer in layers),
         "MiB": sum(layer.stored_bytes for layer in layers) / 2**20,
     }
-    pairs = [half for a, b, _ in adapter.lora.values() for half in (a, b)]
+    lora = [matrix for a, b, _ in adapter.lora.values() for matrix in (a, b)]
     return [
         frozen,
-        _row("adapter", "low-rank pairs", adapter.lora, pairs),
+        _row("adapter", "LoRA matrices", adapter.lora, lora),
         _row("both", "norms and biases", {key.rpartition(".")[0] for key in adapter.full}, adapter.full.values()),
     ]
 
@@ -75,7 +75,7 @@ def _row(folder: str, what: str, modules: Collection[str], tensors: Collection[T
 
 
 def _card(model: str, out: Path) -> str:
-    """README.md of the adapter's folder, with the metadata block that the hub reads."""
+    """README.md of the adapter folder (its model card), with the metadata block that the hub reads."""
     return f"""---
 library_name: peft
 tags: [lora, octavo]
@@ -83,8 +83,8 @@ tags: [lora, octavo]
 
 # LoRA adapter from {Path(model).name}
 
-Made by octavo {__version__} with `octavo convert` from a model that holds frozen 8-bit weights and trained adapters in
-one. With its low-rank pairs stand the trained norms and biases, so that it is the whole of what was trained.
+Made by octavo {__version__} with `octavo convert` from a checkpoint with frozen 8-bit weights and trained adapters.
+The adapter has the LoRA matrices and the trained norms and biases, that is all trained parameters.
 
 Use it with `octavo generate --model {out / "base"} --adapter THIS_FOLDER`. For `peft.PeftModel.from_pretrained`, which
 needs a base that transformers loads, write one with `octavo quantize --model {out / "base"} --scheme none --out PLAIN`.

@@ -1,4 +1,4 @@
-"""Text files as rows of tokens, and what a user is shown of them before any training."""
+"""`octavo data`: text files to packed rows of tokens, and their summary before training."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from octavo.reporting import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LEDGER_COLUMNS = {"text": "tokens", "learned": "learned", "read only": "read_only", "left out": "left_out"}
-MOST_FILES = 11  # in a table for people: more are folded into one row; ledger.json and --json have all
-MANY_BYTES = 20_000_000  # that take seconds to read
-MOST_SKIPPED = 20  # records that are named one by one
+LEDGER_COLUMNS = {"text": "tokens", "trained": "learned", "masked": "read_only", "left out": "left_out"}  # -> fields
+MAX_FILES = 11  # rows of the printed table; the other files are summed up in one row (ledger.json and --json have all)
+LARGE_BYTES = 20_000_000  # reading takes seconds from this size on
+MAX_SKIPPED = 20  # skipped records that are listed one by one
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as tokens, and what was lost on the way."""
+    """Documents as tokens, with the records, files and fields that were not used."""
 
     documents: list[Document]
     tokens: list[tokens.Tokens]
@@ -45,22 +45,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Text:
-    """Text files as rows of tokens, with the account of every token."""
+    """Text files as packed rows of tokens, with the ledger of all tokens."""
 
     rows: list[Row]
     ledger: Ledger
     documents: list[Document]
 
     def measurable(self, most: int) -> list[Row]:
-        """The first `most` rows (0: all) that hold targets: the others say nothing about a model."""
+        """The first `most` rows (0: all) that have targets; rows without targets have no loss."""
         rows = [row for row in self.rows if (row.labels != packing.IGNORE_INDEX).any()]
         return rows[: most or None]
 
 
 def read_documents(paths: Sequence[str], options: TextOptions, report: Report | None = None) -> Reading:
-    """The documents of the files that a user names. Before many megabytes are read the report says so."""
+    """The documents of `paths`. Reports the size before it reads many megabytes. UsageError without paths."""
     if not paths:
-        raise UsageError("No text files are named.", hint="Give files, folders or globs with --data.")
+        raise UsageError("No text files are given.", hint="Name files, folders or globs with --data.")
     reading = documents.read(
         paths,
         ReadOptions(
@@ -70,18 +70,20 @@ def read_documents(paths: Sequence[str], options: TextOptions, report: Report | 
     )
     if options.template_date:
         now = datetime.fromisoformat(options.template_date)
-        reading.documents = [replace(one, now=now) if one.messages else one for one in reading.documents]
+        reading.documents = [
+            replace(document, now=now) if document.messages else document for document in reading.documents
+        ]
     return reading
 
 
 def _say_size(files: int, n_bytes: int, *, report: Report) -> None:
-    if n_bytes >= MANY_BYTES:
+    if n_bytes >= LARGE_BYTES:
         report.say(f"Reading {n_bytes / 1e6:,.0f} MB from {files:,} file{'' if files == 1 else 's'}.")
 
 
 def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Encoded:
-    """Documents as tokens; a bar of characters. What cannot be read or is not used is said."""
-    lost, unused = list(reading.skipped), Counter(reading.unused)
+    """Documents as tokens, with a progress bar of characters. Reports skipped records and unused fields."""
+    skipped, unused = list(reading.skipped), Counter(reading.unused)
     total = sum(map(tokens.characters, reading.documents))
     with report.progress(total, "Encoding characters") as bar:
         encoded = tokens.encode_all(
@@ -89,19 +91,19 @@ def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenize
             tokenizer,
             end_id=int(tokenizer.eos_token_id),
             progress=bar.advance,
-            skipped=lost if options.skip_bad else None,
+            skipped=skipped if options.skip_bad else None,
             unused=unused,
         )
-    for bad in lost[:MOST_SKIPPED]:
+    for bad in skipped[:MAX_SKIPPED]:
         report.warn(f"Skipped {bad.source}{f':{bad.line}' if bad.line else ''}: {bad.reason}")
-    if len(lost) > MOST_SKIPPED:
-        report.warn(f"Skipped {len(lost) - MOST_SKIPPED:,} more records; the ledger counts them by file.")
+    if len(skipped) > MAX_SKIPPED:
+        report.warn(f"Skipped {len(skipped) - MAX_SKIPPED:,} more records; the ledger counts them by file.")
     if unused:
-        named = ", ".join(f"{name[:80]} ({count:,})" for name, count in unused.most_common(MOST_SKIPPED))
-        more = f" and {len(unused) - MOST_SKIPPED:,} more" if len(unused) > MOST_SKIPPED else ""
+        named = ", ".join(f"{name[:80]} ({count:,})" for name, count in unused.most_common(MAX_SKIPPED))
+        more = f" and {len(unused) - MAX_SKIPPED:,} more" if len(unused) > MAX_SKIPPED else ""
         report.say(f"Fields of the records that are not used: {named}{more}.")
     _warn_of_lost_bytes(encoded, tokenizer, report)
-    return Encoded(list(reading.documents), encoded, lost, reading.not_read, unused)
+    return Encoded(list(reading.documents), encoded, skipped, reading.not_read, unused)
 
 
 def to_rows(
@@ -111,17 +113,17 @@ def to_rows(
     *,
     excluded: Encoded | None = None,
 ) -> Text:
-    """Tokens to rows, and the ledger; the documents of `excluded` are counted there and in no row."""
-    apart = excluded.tokens if excluded else []
+    """Packs tokens into rows and counts them in the ledger; `excluded` documents are counted but not packed."""
+    excluded_tokens = excluded.tokens if excluded else []
     rows, ledger = packing.pack(
-        [*encoded.tokens, *apart],
+        [*encoded.tokens, *excluded_tokens],
         seq_len=options.seq_len,
         pad_id=_pad_id(tokenizer),
         truncate=options.truncate,
         deduplicate=options.deduplicate,
         min_unique_tokens=options.min_unique_tokens,
         skipped=[*encoded.skipped, *(excluded.skipped if excluded else [])],
-        excluded=range(len(encoded.tokens), len(encoded.tokens) + len(apart)),
+        excluded=range(len(encoded.tokens), len(encoded.tokens) + len(excluded_tokens)),
     )
     ledger.check()
     ledger = replace(ledger, not_read=dict(encoded.not_read), unused=dict(encoded.unused))
@@ -129,41 +131,41 @@ def to_rows(
 
 
 def to_text(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Text:
-    """Documents to rows, and the ledger."""
+    """Documents to packed rows and the ledger."""
     return to_rows(encode(reading, options, tokenizer, report), options, tokenizer)
 
 
 def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedTokenizerFast, report: Report) -> None:
-    """Some vocabularies lack a few bytes, and their tokenizers drop them without a word. Here they are counted."""
+    """Counts the bytes that have no token: some vocabularies lack a few, and their tokenizers drop them silently."""
     lengths = token_bytes(tokenizer)
-    lost: dict[str, int] = {}
-    for one in encoded:
-        missing = one.n_bytes - int(lengths[one.ids[one.trained]].sum())
-        if missing > 0:
-            lost[one.source] = lost.get(one.source, 0) + missing
-    for source, count in lost.items():
+    missing: dict[str, int] = {}
+    for document in encoded:
+        count = document.n_bytes - int(lengths[document.ids[document.trained]].sum())
+        if count > 0:
+            missing[document.source] = missing.get(document.source, 0) + count
+    for source, count in missing.items():
         report.warn(f"{source}: {count:,} bytes of text have no token in this model's vocabulary and are left out.")
 
 
 def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
-    """One line a file, of many files the largest ones; the sum; and what in the folders is not read.
+    """Prints one line a file (the largest MAX_FILES - 1 of many), the sum, and the files that were not read.
 
-    All columns count tokens of the text: text = learned + read only + left out. Padding is in the title.
+    All columns count tokens of the text: text = trained + masked + left out. The title has the padding.
     """
     files = list(ledger.files)
-    folded: list[FileLedger] = []
-    if len(files) > MOST_FILES:
-        largest = sorted(files, key=lambda file: -file.tokens)[: MOST_FILES - 1]
+    smaller: list[FileLedger] = []
+    if len(files) > MAX_FILES:
+        largest = sorted(files, key=lambda file: -file.tokens)[: MAX_FILES - 1]
         shown = {file.source for file in largest}
-        folded = [file for file in files if file.source not in shown]
+        smaller = [file for file in files if file.source not in shown]
         files = [file for file in files if file.source in shown]
     folder = _common_folder([file.source for file in ledger.files])
     rows: list[list[object]] = [
         [file.source.removeprefix(folder), *(getattr(file, name) for name in LEDGER_COLUMNS.values())] for file in files
     ]
-    if folded:
-        sums = [sum(getattr(file, name) for file in folded) for name in LEDGER_COLUMNS.values()]
-        rows.append([f"and {len(folded):,} smaller files", *sums])
+    if smaller:
+        sums = [sum(getattr(file, name) for file in smaller) for name in LEDGER_COLUMNS.values()]
+        rows.append([f"and {len(smaller):,} smaller files", *sums])
     if len(ledger.files) > 1:
         rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS.values())])
     first = f"file in {folder}" if folder else "file"
@@ -175,18 +177,18 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
 
 
 def _common_folder(sources: Sequence[str]) -> str:
-    """The folder, with its separator, that more than one file lies in; "" where there is none."""
+    """The common folder of several files, with a trailing separator; "" if there is none."""
     if len(sources) < 2:
         return ""
     try:
         folder = os.path.commonpath([os.path.dirname(source) for source in sources])
-    except ValueError:  # some from the root, some from here
+    except ValueError:  # absolute and relative paths
         return ""
     return os.path.join(folder, "") if folder else ""
 
 
 def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, Any]:
-    """The ledger, the lengths, and decoded samples with what is not learned marked: before any training."""
+    """Prints the ledger, the fill of the rows, and decoded samples with masked text marked; returns the ledger."""
     options = config[DataOptions]
     text = to_text(reading, config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
@@ -197,26 +199,26 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
         rows = f"{len(lengths):,} row{'' if len(lengths) == 1 else 's'}"
         report.result(f"{documents} in {rows}, {filled:.1%} filled.")
     for row in text.rows[: options.samples]:
-        report.result(f"\n{row.sources[0]} ([[..]] is read, not learned):\n{marked(row, tokenizer)}")
+        report.result(f"\n{row.sources[0]} ([[..]] is masked, not trained on):\n{marked(row, tokenizer)}")
     return text.ledger.to_dict()
 
 
-def marked(row: Row, tokenizer: PreTrainedTokenizerFast, most_tokens: int = 200) -> str:
-    """The text of a row, what is read but not learned in [[..]]."""
+def marked(row: Row, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 200) -> str:
+    """The text of a row with masked tokens in [[..]]."""
     shown: list[str] = []
     for number in range(int(row.document.max()) + 1):
-        places = np.flatnonzero(row.document == number)[:most_tokens]
-        targets = row.labels[places]
-        ids = [*row.ids[places].tolist(), int(targets[-1])]
-        learned = [False, *(targets != packing.IGNORE_INDEX).tolist()]
-        if not learned[-1]:
-            ids, learned = ids[:-1], learned[:-1]
-        for lora_chunks, run in groupby(zip(learned, ids, strict=True), key=itemgetter(0)):
+        positions = np.flatnonzero(row.document == number)[:max_tokens]
+        targets = row.labels[positions]
+        ids = [*row.ids[positions].tolist(), int(targets[-1])]
+        trained = [False, *(targets != packing.IGNORE_INDEX).tolist()]
+        if not trained[-1]:
+            ids, trained = ids[:-1], trained[:-1]
+        for is_trained, run in groupby(zip(trained, ids, strict=True), key=itemgetter(0)):
             text = tokenizer.decode([token for _, token in run])
-            shown.append(text if lora_chunks else f"[[{text}]]")
+            shown.append(text if is_trained else f"[[{text}]]")
     return "".join(shown)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Any id does: padding is masked by its labels and its document number, never by its id."""
+    """The padding id. Any id works: padding is masked by labels and document numbers, never by its id."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

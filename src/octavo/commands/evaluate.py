@@ -1,6 +1,6 @@
-"""`octavo evaluate`: how well models predict a text, in one table, and do tasks, in another.
+"""`octavo evaluate`: a table of perplexity on text, and a table of lm-evaluation-harness tasks.
 
-Training runs measure rows of the first one too.
+`octavo finetune` computes rows of the first table too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is loaded once. `names` are its rows in the table; for "tuned", the adapter asked for is put on."""
+    """A model that is loaded once, and its rows in the table. For the row "tuned" the --adapter is applied."""
 
     scheme: Scheme
     hardware: Hardware
@@ -55,56 +55,60 @@ class Candidate:
 
 
 def evaluate(config: Config, report: Report) -> dict[str, Any]:
-    """Perplexity, bits per byte and size of the base, the quantised base and the tuned model, or of some schemes."""
-    options, asked = config[EvaluateOptions], config[ModelOptions]
-    schemes = _compared(options, asked)
+    """Perplexity, bits per byte and size of the base, the quantized base and the tuned model, or of some schemes."""
+    options, model_options = config[EvaluateOptions], config[ModelOptions]
+    schemes = _compared(options, model_options)
     if not options.data and not options.tasks:
-        raise UsageError("Nothing to measure on is named.", hint="Give text with --data, or tasks with --tasks.")
+        raise UsageError(
+            "There is no text and no task to evaluate on.", hint="Name text with --data, or tasks with --tasks."
+        )
     tasks = load_tasks(options, report)
-    hardware, source = opened(asked, report, own_adapters=options.adapter is None)
-    found = None
+    hardware, source = opened(model_options, report, own_adapters=options.adapter is None)
+    adapter = None
     if options.adapter:
-        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
-    tokenizer = tokenizer_with(found, options.adapter, source, report)
+        adapter = read_adapter(options.adapter, source, report, allow_pickle=model_options.allow_pickle)
+    tokenizer = tokenizer_with(adapter, options.adapter, source, report)
     rows = _rows(config, source, tokenizer, report) if options.data else []
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
-        report.warn(f"The weights are stored under {stored.name}: other schemes start from what those decode to.")
+        report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
     table: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    task_rows: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
-    if stored_scheme(source).name != "dynamic8" and any(one.scheme.name == "dynamic8" for one in candidates):
-        bitsandbytes()  # before anything is measured: what it is asked for comes late in a table
+    if stored_scheme(source).name != "dynamic8" and any(
+        candidate.scheme.name == "dynamic8" for candidate in candidates
+    ):
+        bitsandbytes()  # raises if it is missing, before other rows are computed
     for candidate in candidates:
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
         for name in candidate.names:
             folder = options.adapter if name == "tuned" else None
-            if folder and found:
-                apply_(model, found)
+            if folder and adapter:
+                apply_(model, adapter)
             if (beyond := _largest_id(rows)) >= model.config.vocabulary:
-                report.warn(f"{name} is not measured: the text has the token {beyond:,}, which it does not have.")
+                report.warn(f"{name} is not evaluated: the text has the token id {beyond:,}, beyond its vocabulary.")
                 continue
-            label = f"Measuring {name} ({candidate.scheme.name})"
+            label = f"Evaluating {name} ({candidate.scheme.name})"
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
                 table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
             if tasks:
                 report.say(f"{label} on tasks")
                 speaker = Speaker(model, tokenizer, end_ids(source))
-                told = run_tasks(tasks, speaker, batch=options.batch, report=report)
-                answers += [{**_named(name, candidate.scheme, folder), **row} for row in told]
+                results = run_tasks(tasks, speaker, batch=options.batch, report=report)
+                task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in results]
                 del speaker
-        del model  # before the next one comes in
+        del model  # frees its memory before the next one is loaded
     if rows:
         show_scores(table, report)
     if tasks:
-        show_tasks(answers, report)
-    return {"rows": table, **({"tasks": answers} if tasks else {})}
+        show_tasks(task_rows, report)
+    return {"rows": table, **({"tasks": task_rows} if tasks else {})}
 
 
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
-    """The rows to measure perplexity on. UsageError if there are none, or they are longer than the model's context."""
+    """The packed rows for perplexity. UsageError if there are none, or they are longer than the model's context."""
     text = to_text(
         read_documents(config[EvaluateOptions].data, config[TextOptions], report),
         config[TextOptions],
@@ -113,7 +117,7 @@ def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, re
     )
     rows = text.measurable(config[EvaluateOptions].rows)
     if not rows:
-        raise UsageError("The text holds no token to measure on.", hint="Look at it with `octavo data`.")
+        raise UsageError("The text has no token to evaluate.", hint="Inspect it with `octavo data`.")
     check_context(build(source.config).config.context, config[TextOptions].seq_len)
     return rows
 
@@ -122,18 +126,18 @@ def _largest_id(rows: Sequence[Row]) -> int:
     return max((int(row.ids.max()) for row in rows if len(row.ids)), default=-1)
 
 
-def _compared(options: EvaluateOptions, asked: ModelOptions) -> list[Scheme]:
-    """The schemes of --compare, each once, in order; UsageError for one that there is not."""
-    if options.compare and asked.scheme != "auto":
-        raise UsageError("--compare says which schemes to measure, and --scheme too.", hint="Give one of them.")
+def _compared(options: EvaluateOptions, model_options: ModelOptions) -> list[Scheme]:
+    """The schemes of --compare, without duplicates, in order; UsageError for an unknown one."""
+    if options.compare and model_options.scheme != "auto":
+        raise UsageError("--compare and --scheme both select schemes.", hint="Give one of them.")
     return [scheme_named(name) for name in dict.fromkeys(options.compare)]
 
 
 def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardware: Hardware) -> list[Candidate]:
-    """What is to be loaded, in the order of the table."""
-    options, asked = config[EvaluateOptions], config[ModelOptions]
+    """The models to load, in the order of the table."""
+    options, model_options = config[EvaluateOptions], config[ModelOptions]
     plain, stored = scheme_named("none"), stored_scheme(source)
-    precise = full_precision(hardware) if asked.dtype == "auto" else hardware
+    precise = full_precision(hardware) if model_options.dtype == "auto" else hardware
     tuned = ("tuned",) if options.adapter else ()
 
     def untuned(scheme: Scheme) -> str:
@@ -141,17 +145,17 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
             return "tuned"
         return "base" if scheme.name == stored.name == "none" else "quantised"
 
-    def type_for(scheme: Scheme) -> Hardware:
-        # A base in full precision and alone is measured so; a tuned model in its own type.
+    def hardware_for(scheme: Scheme) -> Hardware:
+        # A base without an adapter is evaluated in full precision; a tuned model in its compute dtype.
         return precise if scheme is plain and not tuned else hardware
 
     if schemes:
-        return [Candidate(scheme, type_for(scheme), tuned or (untuned(scheme),)) for scheme in schemes]
-    scheme = chosen_scheme(asked, source)
+        return [Candidate(scheme, hardware_for(scheme), tuned or (untuned(scheme),)) for scheme in schemes]
+    scheme = chosen_scheme(model_options, source)
     base = options.base and scheme is not plain and stored is plain
     return [
         *([Candidate(plain, precise, ("base",))] if base else []),
-        Candidate(scheme, type_for(scheme), (untuned(scheme), *tuned)),
+        Candidate(scheme, hardware_for(scheme), (untuned(scheme), *tuned)),
     ]
 
 
@@ -164,18 +168,18 @@ def score_rows(
     label: str,
     report: Report,
 ) -> Score:
-    """The score of some rows, with a bar."""
+    """The score of packed rows, with a progress bar."""
     with report.progress(len(rows), label) as bar:
         return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
 
 
 def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:
-    """Which model a row is about."""
+    """The columns that identify the model of a row."""
     return {"name": name, "scheme": scheme.name, "adapter": str(folder) if folder else None}
 
 
 def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
-    """One row of the perplexity table, as `--json` and metrics.jsonl have it."""
+    """One row of the perplexity table, as in `--json` and metrics.jsonl."""
     return {
         **_named(name, scheme, folder),
         "perplexity": result.perplexity,
@@ -185,10 +189,10 @@ def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> 
 
 
 def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
-    """The perplexity table; with the size of the frozen weights where the rows have one."""
+    """Prints the perplexity table, with the size of the frozen weights if all rows have one."""
     columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
     cells = [[row[column] for column in columns] for row in rows]
-    if all("also_in_training" in row for row in rows):  # a share of the held-out text
+    if all("also_in_training" in row for row in rows):  # fraction of the held-out text
         columns = [*columns, "also in training"]
         cells = [[*line, f"{row['also_in_training']:.1%}"] for line, row in zip(cells, rows, strict=True)]
     if all("size_bytes" in row for row in rows):
@@ -198,13 +202,13 @@ def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
     for row in rows:
         if not math.isfinite(row["perplexity"]):
             report.warn(
-                f"The perplexity of {row['name']} ({row['scheme']}) is not a finite number: its weights or its adapter "
-                "are broken, or too coarse for its scheme. In JSON it is null."
+                f"The perplexity of {row['name']} ({row['scheme']}) is not finite (null in JSON): its weights or its "
+                "adapter are broken, or the scheme is too coarse."
             )
 
 
 def full_precision(hardware: Hardware) -> Hardware:
-    """What "full precision" is measured in: float32 on a CPU, the compute type on a card."""
+    """The hardware with the dtype of "full precision": float32 on a CPU, the compute dtype on a GPU."""
     if hardware.device.type != "cpu":
         return hardware
     return Hardware(hardware.device, torch.float32, hardware.reason, hardware.name)

@@ -1,4 +1,4 @@
-"""The commands that continue text, on the engine that serves: `octavo generate`, for one prompt or a file of them."""
+"""`octavo generate`: continues one prompt or a file of prompts, with the engine of `octavo serve`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that is ready to continue text."""
+    """A loaded model, its tokenizer and its stop ids."""
 
     model: Model
     tokenizer: PreTrainedTokenizerFast
     stop_ids: tuple[int, ...]
 
     def engine(self, *, max_len: int, slots: int = 1, queue: int = 1) -> Engine:
-        """An engine for `slots` requests at a time, each of up to `room` tokens with its answer."""
+        """An engine for `slots` concurrent requests, each of up to `max_len` tokens with its answer."""
         limits = Limits(slots=slots, max_len=max_len, queue=queue)
         return Engine(self.model, self.tokenizer, base="model", limits=limits, stop_ids=self.stop_ids)
 
@@ -45,25 +45,25 @@ class Speaker:
 def open_speaker(
     config: Config, report: Report, *, before: Callable[[PreTrainedTokenizerFast], None] | None = None
 ) -> Speaker:
-    """The model of a configuration, its adapter on it if one is named. `before` is called before weights are loaded."""
-    asked, options = config[ModelOptions], config[GenerateOptions]
-    hardware, source = opened(asked, report, own_adapters=options.adapter is None)
-    found = None
-    if options.adapter is not None:  # before the weights: what is wrong with it shows at once
-        found = read_adapter(options.adapter, source, report, allow_pickle=asked.allow_pickle)
-    tokenizer, stop_ids = tokenizer_with(found, options.adapter, source, report), end_ids(source)
+    """The model of a configuration, with --adapter applied. `before` is called before weights are loaded."""
+    model_options, options = config[ModelOptions], config[GenerateOptions]
+    hardware, source = opened(model_options, report, own_adapters=options.adapter is None)
+    adapter = None
+    if options.adapter is not None:  # before the weights, so that its errors are reported at once
+        adapter = read_adapter(options.adapter, source, report, allow_pickle=model_options.allow_pickle)
+    tokenizer, stop_ids = tokenizer_with(adapter, options.adapter, source, report), end_ids(source)
     if before:
         before(tokenizer)
-    model = load_model(source, chosen_scheme(asked, source), hardware, report)
-    if found is not None:
-        apply_(model, found)
+    model = load_model(source, chosen_scheme(model_options, source), hardware, report)
+    if adapter is not None:
+        apply_(model, adapter)
     return Speaker(model, tokenizer, stop_ids)
 
 
 def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
-    """The tokens of one answer as they come; the engine works in this thread. Closing the generator ends the request.
+    """Yields the tokens of one answer. The engine runs in this thread; closing the generator cancels the request.
 
-    Raises what the engine failed with.
+    Raises the error of the engine, if it fails.
     """
     stream = engine.submit(Request(tuple(prompt), sampling))
     finished = False
@@ -78,16 +78,16 @@ def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generat
     finally:
         if not finished:
             stream.cancel()
-            engine.step()  # which drops it
+            engine.step()  # releases the slot of the cancelled request
 
 
 def failure_of(stream: Stream) -> Exception:
-    """What the engine failed with for a request, as it was raised."""
+    """The exception with which the engine failed at a request."""
     return stream.failure or ModelError(stream.error or "The engine failed.")
 
 
 def sampling_of(options: GenerateOptions) -> Sampling:
-    """The rules of a generate command."""
+    """The sampling parameters of GenerateOptions."""
     return Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -100,12 +100,12 @@ def sampling_of(options: GenerateOptions) -> Sampling:
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> list[int]:
-    """The token ids of a prompt: as text goes into training, or as a user's message of the chat template."""
+    """The token ids of a prompt: encoded as training text, or with `chat` as a user message of the chat template."""
     return encode_conversation([Message("user", text)], tokenizer) if chat else encode_prompt(text, tokenizer)
 
 
 def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
-    """Continues the prompt; `write` gets the text as it comes."""
+    """Continues the prompt; `write` gets the text token by token."""
     options, sampling = config[PromptOptions], sampling_of(config[GenerateOptions])
     prompt = options.prompt
     assert prompt is not None
@@ -124,12 +124,12 @@ def generate_text(config: Config, report: Report, *, write: Callable[[str], None
 
 
 def generate_many(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
-    """Continues every prompt of a JSONL file, many at once; `write` gets a JSON line for each, in the file's order.
+    """Continues every prompt of a JSONL file as one batch; `write` gets one JSON line a prompt, in the file's order.
 
-    A line is {"prompt": ..} with max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop or seed where
-    they differ from the command's; whatever else it holds is handed on. UsageError names a line that is wrong. A
-    prompt that the engine fails at gets a line too, with the error, and null for text and ids; ModelError at the end
-    counts them.
+    A line is {"prompt": ..}, optionally with max_new_tokens, temperature, top_k, top_p, repetition_penalty, stop or
+    seed, which override the options; all other fields are copied to the output. UsageError names an invalid line. If
+    the engine fails at a prompt, its output line has the error, and null for text and ids; a ModelError at the end
+    counts these.
     """
     options = config[PromptOptions]
     assert options.prompts is not None
@@ -137,14 +137,14 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     speaker = open_speaker(config, report)
     requests = []
     for number, line in enumerate(lines, 1):
-        own = _own_options(config[GenerateOptions], line, f"{options.prompts}:{number}")
+        line_options = _line_options(config[GenerateOptions], line, f"{options.prompts}:{number}")
         ids = prompt_ids(str(line["prompt"]), speaker.tokenizer, chat=options.chat)
-        requests.append(Request(tuple(ids), sampling_of(own)))
+        requests.append(Request(tuple(ids), sampling_of(line_options)))
     max_len = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     engine = speaker.engine(max_len=max_len, slots=min(options.slots, len(requests)), queue=len(requests))
     streams = [engine.submit(request) for request in requests]
     total = failed = 0
-    with report.progress(len(streams), "Continuing") as bar:
+    with report.progress(len(streams), "Generating") as bar:
         for line, stream in zip(lines, streams, strict=True):
             tokens = until_finished(engine, stream)
             if tokens[-1].finish_reason == "error":
@@ -157,13 +157,13 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
             bar.advance()
     if failed:
         raise ModelError(
-            f"{failed:,} of {len(lines):,} prompts failed.", hint='Their lines have the reason under "error".'
+            f"{failed:,} of {len(lines):,} prompts failed.", hint='The field "error" of their lines has the reason.'
         )
     return {"prompts": len(lines), "generated_tokens": total}
 
 
 def until_finished(engine: Engine, stream: Stream) -> list[Token]:
-    """All tokens of a stream, the engine working for all others meanwhile."""
+    """Runs the engine until a stream is finished; returns all of its tokens."""
     tokens: list[Token] = list(stream.ready())
     while not tokens or tokens[-1].finish_reason is None:
         engine.step()
@@ -180,10 +180,10 @@ def _document(tokens: Sequence[Token]) -> dict[str, Any]:
 
 
 def _failed(error: Exception) -> dict[str, Any]:
-    known = explained(error) or error
-    message, hint = (known.message, known.hint) if isinstance(known, OctavoError) else (cut(known), "")
-    told = {"type": type(known).__name__, "message": message, "hint": hint}
-    return {"text": None, "token_ids": None, "finish_reason": "error", "error": told}
+    reason = explained(error) or error
+    message, hint = (reason.message, reason.hint) if isinstance(reason, OctavoError) else (cut(reason), "")
+    document = {"type": type(reason).__name__, "message": message, "hint": hint}
+    return {"text": None, "token_ids": None, "finish_reason": "error", "error": document}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -192,8 +192,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             lines = read_whole(stream, name_of(path)).decode("utf-8-sig").splitlines()
     except (DataError, UnicodeDecodeError) as error:
         reason, hint = (error.message, error.hint) if isinstance(error, DataError) else (f"{path}: {error}", "")
-        raise UsageError(f"The prompts are not read: {reason}", hint=hint) from error
-    found = []
+        raise UsageError(f"The prompts cannot be read: {reason}", hint=hint) from error
+    prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -203,17 +203,17 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{path}:{number} is not JSON ({error}).", hint="Write one JSON object a line.") from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
             raise UsageError(f"{path}:{number} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
-        found.append(value)
-    if not found:
-        raise UsageError(f"{path} holds no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
-    return found
+        prompts.append(value)
+    if not prompts:
+        raise UsageError(f"{path} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
+    return prompts
 
 
-def _own_options(options: GenerateOptions, line: Mapping[str, Any], where: str) -> GenerateOptions:
-    """The command's options with what a line says differently."""
-    own = {name: line[name] for name in GenerateOptions.model_fields if name in line and name != "adapter"}
+def _line_options(options: GenerateOptions, line: Mapping[str, Any], where: str) -> GenerateOptions:
+    """`options`, overridden by the fields of a line."""
+    values = {name: line[name] for name in GenerateOptions.model_fields if name in line and name != "adapter"}
     try:
-        return GenerateOptions.model_validate({**options.model_dump(), **own})
+        return GenerateOptions.model_validate({**options.model_dump(), **values})
     except ValueError as error:
         first = str(error).splitlines()[1:3]
         raise UsageError(f"{where}: {' '.join(part.strip() for part in first)}") from error

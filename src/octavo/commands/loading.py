@@ -1,7 +1,4 @@
-"""What the commands share: opening a model, its adapter and its tokenizer.
-
-Functions take a `Config` and a `Report` and return what `--json` prints.
-"""
+"""Opening and loading of a model, its adapter and its tokenizer, for all commands."""
 
 from __future__ import annotations
 
@@ -28,13 +25,13 @@ from octavo.store.weights import load
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_END_IDS = 1000
+MAX_STOP_IDS = 1000
 
 
 def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = False, weights: bool = True) -> Source:
-    """The source of the base model, not yet loaded. ModelError if it carries adapters, unless `own_adapters`.
+    """The source of the base model, not loaded yet. ModelError if it contains adapters, unless `own_adapters`.
 
-    Without `weights` they are not even fetched.
+    With `weights=False` the weights are not downloaded.
     """
     source = open_source(
         options.model, revision=options.revision, allow_pickle=options.allow_pickle, weights=weights, report=report
@@ -45,14 +42,14 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
 
 
 def opened(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> tuple[Hardware, Source]:
-    """(what the work runs on, which is said; the source of the base model as `open_model` gives it)."""
+    """(the hardware, after reporting it; the source of the base model, as from `open_model`)."""
     hardware = pick(options.device, options.dtype)
     report.say(hardware.reason)
     return hardware, open_model(options, report, own_adapters=own_adapters)
 
 
 def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
-    """The scheme asked for; auto takes the folder's own, and int8 where it has none."""
+    """The scheme of --scheme; auto is the scheme of the checkpoint, int8 if it is not quantized."""
     if options.scheme != "auto":
         return scheme_named(options.scheme)
     stored = stored_scheme(source)
@@ -60,7 +57,7 @@ def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
 
 
 def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Report) -> Model:
-    """The model, with a bar while its weights come in, and with the adapters on it that its source carries."""
+    """Loads the model with a progress bar, and applies the adapters that its checkpoint contains."""
     base = base_of(source)
     with report.progress(len(base.names()), f"Loading weights ({scheme.name})") as bar:
         model = load(base, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
@@ -69,40 +66,40 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
 
 
 def read_adapter(folder: Path, source: Source, report: Report, *, allow_pickle: bool = False) -> Adapter:
-    """The adapter of a folder, for the model of `source`; warns if it was trained on other weights."""
-    read = peft.read(folder, allow_pickle=allow_pickle)
-    if warning := base_warning(read, folder, source):
+    """The adapter of a folder, for the model of `source`; warns if it was trained on another base."""
+    adapter = peft.read(folder, allow_pickle=allow_pickle)
+    if warning := base_warning(adapter, folder, source):
         report.warn(warning)
-    return read
+    return adapter
 
 
 def tokenizer_with(
     adapter: Adapter | None, folder: Path | None, source: Source, report: Report
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer for the model of `source` with an adapter on it.
+    """The tokenizer for the model of `source` with an adapter applied.
 
-    An adapter that changes the vocabulary's tables may bring a tokenizer with more tokens or another chat template:
-    that one is taken then. ModelError or AdapterError if the tokenizer has tokens beyond the tables.
+    An adapter that replaces the embedding matrix may contain a tokenizer with more tokens or another chat template,
+    which then replaces the model's. ModelError or AdapterError if the tokenizer has ids beyond the embedding matrix.
     """
     if adapter is None or folder is None or (rows := adapter.vocabulary) is None:
         return source.tokenizer()
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
         tokenizer = load_tokenizer(folder)
-        report.say(f"The adapter brings an embedding: its own tokenizer ({len(tokenizer):,} tokens) is used.")
+        report.say(f"The adapter has its own embedding: its tokenizer ({len(tokenizer):,} tokens) is used.")
         check_ids(tokenizer, rows, where=str(folder))
         return tokenizer
     tokenizer = source.tokenizer()
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise AdapterError(
-            f"The embedding in the adapter {folder} has {rows:,} rows; the model's tokenizer has the token {last:,}.",
-            hint="Give the model that it was trained on, or put the tokenizer's files that it was trained with into "
-            "its folder.",
+            f"The embedding of the adapter {folder} has {rows:,} rows; the model's tokenizer has the id {last:,}.",
+            hint="Use the model that the adapter was trained on, or copy the tokenizer files of its training into its "
+            "folder.",
         )
     return tokenizer
 
 
 def check_context(model_context: int, seq_len: int) -> None:
-    """UsageError if rows are longer than what the model was made for."""
+    """UsageError if rows are longer than the context of the model."""
     if seq_len > model_context:
         raise UsageError(
             f"--seq-len {seq_len:,} is more than the model's context of {model_context:,} tokens.",
@@ -111,12 +108,12 @@ def check_context(model_context: int, seq_len: int) -> None:
 
 
 def end_ids(source: Source) -> tuple[int, ...]:
-    """The end tokens that a model's configs name, besides the tokenizer's. ModelError if they are no ids."""
-    found: list[int] = []
+    """The EOS ids of a model's config and generation config. ModelError if they are not ids."""
+    stop_ids: list[int] = []
     for config in (source.config, source.generation_config):
-        named = config.get("eos_token_id")
-        ids = named if isinstance(named, list) else [] if named is None else [named]
-        if len(ids) > MOST_END_IDS or not all(type(number) is int and 0 <= number < 2**31 for number in ids):
-            raise ModelError(f"The model's eos_token_id is {shown(named)}; it must be an id or a list of ids.")
-        found += ids
-    return tuple(found)
+        value = config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if len(ids) > MAX_STOP_IDS or not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+            raise ModelError(f"The model's eos_token_id is {shown(value)}; it must be an id or a list of ids.")
+        stop_ids += ids
+    return tuple(stop_ids)

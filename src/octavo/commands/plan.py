@@ -1,4 +1,4 @@
-"""Fits a run into memory before its weights are read: the plan that `octavo finetune` takes and `octavo plan` shows."""
+"""Plans the memory of a run before its weights are read, for `octavo finetune` and `octavo plan`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.errors import UsageError
-from octavo.hardware import CARDS, Hardware, Peak, free_memory_bytes, peak, pick
+from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak, pick
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.attention import use_attention
@@ -38,32 +38,32 @@ from octavo.train.precision import set_precision_
 
 LEVELS = {"none": Save.ALL, "selective": Save.ATTENTION, "full": Save.INPUT}
 GIB = 2**30
-LIBRARIES_BYTES = 400 * 2**20  # code that CUDA's libraries load into the card once they are used
-SHORT = 256  # tokens: rows of fewer hardly take less memory
+LIBRARIES_BYTES = 400 * 2**20  # kernels that CUDA libraries load into device memory at their first use
+SHORTEST = 256  # tokens: shorter rows hardly take less memory
 
 
 @dataclass(frozen=True)
 class FittedPlan:
-    """A plan, the bytes that it may take, and the planner to ask for another."""
+    """A plan, its memory budget, and the planner for alternatives."""
 
     plan: MemoryPlan
     budget_bytes: int
     planner: Planner
-    asked: tuple[Save, ...] | None = None  # what layers keep, if that was said
+    fixed: tuple[Save, ...] | None = None  # the save level of each layer, if --recompute sets it
 
     def with_exact(self, names: Collection[str]) -> MemoryPlan:
-        """The plan anew, with these products exact and all others in 8 bits.
+        """A new plan, with the matmuls `names` exact and all others in 8 bits.
 
-        What channels apart take is left out: some MB, and up to 4.5 % of a step.
+        Outlier channels are not included: they take some MB, and up to 4.5 % of a step.
         """
         set_precision_(self.planner.model, exact=names)
         self.planner.forget()
-        if self.asked is not None:
-            return self.planner.asked(self.asked, self.budget_bytes)
+        if self.fixed is not None:
+            return self.planner.asked(self.fixed, self.budget_bytes)
         return self.planner.best(self.budget_bytes) or self.planner.smallest()
 
     def words(self, plan: MemoryPlan) -> str:
-        """A plan for people, so that its surprises can be understood."""
+        """The text of a plan for the report."""
         pace = f", {plan.seconds:.3g} s a batch" if plan.seconds else ""
         return (
             f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
@@ -71,221 +71,226 @@ class FittedPlan:
         )
 
     def fault(self, plan: MemoryPlan) -> str:
-        """What is wrong with a plan of `with_exact`; "" if it fits."""
-        if self.asked is not None and plan.peak_bytes > self.budget_bytes:
-            return "With so many products exact, what --recompute asks for does not fit. --recompute auto may."
-        if self.asked is None and plan.peak_bytes > MARGIN * self.budget_bytes:
-            return "With so many products exact no plan fits for sure: this is the one for the least memory."
+        """A warning for a plan of `with_exact` that may not fit; "" if it fits."""
+        if self.fixed is not None and plan.peak_bytes > self.budget_bytes:
+            return "With this many exact matmuls the level of --recompute does not fit. --recompute auto may fit."
+        if self.fixed is None and plan.peak_bytes > MARGIN * self.budget_bytes:
+            return "With this many exact matmuls no plan is certain to fit: this is the plan of the least memory."
         return ""
 
     def cheaper(self, plan: MemoryPlan) -> MemoryPlan | None:
-        """A plan for less memory than `plan`; None if none is left."""
-        found = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94) or self.planner.smallest()
-        return found if found.peak_bytes < plan.peak_bytes else None
+        """A plan that takes less memory than `plan`; None if there is none."""
+        cheaper = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94) or self.planner.smallest()
+        return cheaper if cheaper.peak_bytes < plan.peak_bytes else None
 
 
 def adapter_plan(options: LoraOptions) -> AdapterPlan:
-    """What is trained."""
+    """The trained parameters of a run: LoRA, norms, biases."""
     spec = LoraSpec(options.rank, options.alpha, options.dropout, options.rslora)
     return AdapterPlan(spec, tuple(options.lora_targets), norms=options.train_norms, biases=options.train_biases)
 
 
-def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None) -> Planner:
-    """The planner of a run. Wrong targets and rows longer than the model's context are refused here already."""
+def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None) -> Planner:
+    """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context."""
     training, length = config[TrainOptions], config[TextOptions].seq_len
     model = allocated(source.config, scheme, dtype=hardware.dtype, device=torch.device("meta"))
     check_context(model.config.context, length)
     adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapters.trained(model))
-    model.train()  # with the dropout that there is
-    set_precision_(model, wanted=wants_eight(config[MemoryOptions], hardware, card))
-    state = 8 if training.optimizer == "adamw" else 2
+    model.train()  # so that dropout is simulated too
+    set_precision_(model, wanted=wants_8bit(config[MemoryOptions], hardware, gpu))
+    state_bytes = 8 if training.optimizer == "adamw" else 2  # a trained parameter
     offloads = {"off": (False,), "on": (True,), "auto": (False, True)}[config[MemoryOptions].offload]
-    return Planner(model, length, training.batch, state, card, offloads, free_memory_bytes("cpu") / 2)
+    return Planner(model, length, training.batch, state_bytes, gpu, offloads, free_memory_bytes("cpu") / 2)
 
 
-def wants_eight(options: MemoryOptions, hardware: Hardware, card: Peak | None = None) -> bool:
-    """Whether products are to be in 8 bits. UsageError if they are asked for and cannot be."""
+def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
+    """Whether to use 8-bit matmuls. UsageError if --matmul 8bit is given and the GPU does not support them.
+
+    `gpu` is the GPU to plan for on a machine without one.
+    """
     if options.matmul == "exact":
         return False
-    on_card = hardware.device.type == "cuda"
-    able = hardware.eight if on_card else card is not None and card.eight
+    on_gpu = hardware.device.type == "cuda"
+    supported = hardware.matmul_8bit if on_gpu else gpu is not None and gpu.matmul_8bit
     if options.matmul == "8bit":
-        if on_card and not able:
+        if on_gpu and not supported:
             raise UsageError(
-                f"{hardware.name} is too old for products in 8 bits: they take compute capability 8.0.",
-                hint="Take --matmul exact.",
+                f"{hardware.name} is too old for 8-bit matmuls: they need compute capability 8.0.",
+                hint="Use --matmul exact.",
             )
         return True
-    return able and options.kernels and (not on_card or not kernels_missing())
+    return supported and options.kernels and (not on_gpu or not kernels_missing())
 
 
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
-    """What a run may take: as asked, all that is free on the card, or half of the free RAM."""
-    asked = size_in_bytes(options.gpu_memory)
-    if asked is not None:
-        return asked
+    """The memory budget of a run: --gpu-memory, else all free device memory, or half of the free RAM on a CPU."""
+    limit = size_in_bytes(options.gpu_memory)
+    if limit is not None:
+        return limit
     free = free_memory_bytes(hardware.device)
     return free - LIBRARIES_BYTES if hardware.device.type == "cuda" else free // 2
 
 
 def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> FittedPlan:
-    """The fastest plan that fits; UsageError that says what would, if none does."""
+    """The fastest plan that fits; if none does, a UsageError with settings that would fit."""
     options = config[MemoryOptions]
     planner = planner_for(config, source, scheme, hardware, peak(hardware.name))
     budget = budget_bytes(options, hardware)
     if hardware.device.type == "cpu":
         if options.offload == "on":
-            raise UsageError("There is no card here whose memory --offload on could spare.", hint="Leave it out.")
+            raise UsageError("--offload on needs a GPU.", hint="Leave the option out.")
         planner.offloads = (False,)
     if options.recompute != "auto":
         level = LEVELS[options.recompute]
-        asked = (level,) * len(planner.model.blocks)
-        taken = planner.asked(asked, budget)
-        _check_host(taken, planner)
-        return FittedPlan(taken, budget, planner, asked)
+        levels = (level,) * len(planner.model.blocks)
+        fixed = planner.asked(levels, budget)
+        _check_cpu_memory(fixed, planner)
+        return FittedPlan(fixed, budget, planner, levels)
     best = planner.best(budget)
     if best is not None:
         return FittedPlan(best, budget, planner)
-    if hardware.device.type == "cpu":  # a forecast of a card's memory: on a CPU it is no reason to refuse
+    if hardware.device.type == "cpu":  # the simulation is of a GPU's allocator: no reason for an error on a CPU
         return FittedPlan(planner.smallest(), budget, planner)
-    _check_host(planner.smallest(), planner)
+    _check_cpu_memory(planner.smallest(), planner)
     raise _too_small(config, source, scheme, hardware, planner.card, planner.smallest().peak_bytes, budget)
 
 
-def _check_host(plan: MemoryPlan, planner: Planner) -> None:
-    """UsageError where a plan takes more of the host's memory than it may."""
+def _check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
+    """UsageError if a plan offloads more than half of the free CPU memory."""
     if plan.host_bytes > planner.host_bytes:
         raise UsageError(
-            f"The plan takes {plan.host_bytes / GIB:.2f} GiB of the host's memory, and "
-            f"{planner.host_bytes / GIB:.2f} GiB, half of what is free, may be used.",
-            hint="Take --offload off, fewer or shorter rows, or free memory of the host.",
+            f"The plan offloads {plan.host_bytes / GIB:.2f} GiB to CPU memory; the limit is "
+            f"{planner.host_bytes / GIB:.2f} GiB, half of the free CPU memory.",
+            hint="Use --offload off, fewer or shorter rows, or free CPU memory.",
         )
 
 
 def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
-    """Sets what steps run on in this process, and says once what was chosen and why."""
+    """Sets the kernels and the attention backend of this process, and reports the choices and their reasons."""
     use_attention(options.attention)
     use_kernels(None if options.kernels else False)
     if hardware.device.type != "cuda":
         return
     missing = kernels_missing()
-    kernels = "off, as asked" if not options.kernels else f"off ({missing})" if missing else _triton(hardware)
-    steps = "recorded as CUDA graphs" if options.cuda_graphs else "launched kernel by kernel, as asked"
+    kernels = "off (--no-kernels)" if not options.kernels else f"off ({missing})" if missing else _triton(hardware)
+    steps = "CUDA graphs" if options.cuda_graphs else "eager (--no-cuda-graphs)"
     report.say(
-        f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Products: {_products(options, hardware)}."
+        f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Matmuls: {_matmuls(options, hardware)}."
     )
-    asked = size_in_bytes(options.gpu_memory)
-    if asked is not None:
+    limit = size_in_bytes(options.gpu_memory)
+    if limit is not None:
         total = torch.cuda.get_device_properties(hardware.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, asked / total), hardware.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), hardware.device)
 
 
 def _triton(hardware: Hardware) -> str:
-    """Which of Triton's kernels, where that is not all that there are for this card."""
-    left_out = hopper_kernels_disabled_reason() if hardware.hopper else ""
-    return f"Triton (without those for Hopper: {left_out})" if left_out else "Triton"
+    """ "Triton", with the reason if the Hopper kernels are disabled on a Hopper GPU."""
+    reason = hopper_kernels_disabled_reason() if hardware.hopper else ""
+    return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
 
 
-def _products(options: MemoryOptions, hardware: Hardware) -> str:
-    """How products of frozen weights are computed, and why."""
-    if wants_eight(options, hardware):
-        return "in 8 bits, as asked" if options.matmul == "8bit" else "in 8 bits where a trial finds it fast and fair"
+def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
+    """The precision of matmuls with frozen weights, and the reason."""
+    if wants_8bit(options, hardware):
+        return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
     if options.matmul == "exact":
-        return "exact, as asked"
-    return "exact (this card is too old for 8 bits)" if not hardware.eight else "exact (8 bits need the kernels)"
+        return "exact (--matmul exact)"
+    return "exact (this GPU is too old for 8 bits)" if not hardware.matmul_8bit else "exact (8 bits need the kernels)"
 
 
 def _too_small(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None, needed: int, budget: int
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, needed: int, budget: int
 ) -> UsageError:
-    """The error that names what would fit: for each scheme the longest rows."""
+    """The error for a run that does not fit. Its hint has the longest rows that fit for each scheme."""
     names = [scheme.name]
     if stored_scheme(source).name == "none":
         names += [name for name in ("int8", "nf4") if name != scheme.name]
     lengths = [config[TextOptions].seq_len]
-    while lengths[-1] > SHORT:
+    while lengths[-1] > SHORTEST:
         lengths.append(lengths[-1] // 2)
     auto = " --recompute auto" if config[MemoryOptions].recompute != "auto" else ""
     hints = []
     for name in names:
         for length in lengths:
             shorter = config.replace(seq_len=length)
-            smallest = planner_for(shorter, source, SCHEMES[name], hardware, card).smallest().peak_bytes
+            smallest = planner_for(shorter, source, SCHEMES[name], hardware, gpu).smallest().peak_bytes
             if smallest <= MARGIN * budget:
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")
                 break
     return UsageError(
-        f"The run needs {needed / MARGIN / GIB:.2f} GiB at least, and {budget / GIB:.2f} GiB are there.",
-        hint=f"What fits: {'; '.join(hints)}." if hints else "Take a smaller model, or free memory of the card.",
+        f"The run needs at least {needed / MARGIN / GIB:.2f} GiB; {budget / GIB:.2f} GiB are available.",
+        hint=f"This fits: {'; '.join(hints)}." if hints else "Use a smaller model, or free device memory.",
     )
 
 
 def plan(config: Config, report: Report) -> dict[str, Any]:
-    """`octavo plan`: what a run would take, without reading weights."""
-    asked, options = config[ModelOptions], config[MemoryOptions]
-    hardware = pick(asked.device, asked.dtype)
+    """`octavo plan`: the memory and time of a run, without reading weights."""
+    model_options, options = config[ModelOptions], config[MemoryOptions]
+    hardware = pick(model_options.device, model_options.dtype)
     name = config[PlanOptions].gpu or hardware.name
-    card = peak(name)
-    if config[PlanOptions].gpu and card is None:
-        raise UsageError(f"octavo does not know the card {name!r}.", hint=f"It knows {', '.join(CARDS)}.")
-    here = hardware.device.type == "cuda" and card == peak(hardware.name)
-    if size_in_bytes(options.gpu_memory) is None and not here:
-        fault = f"How much memory the {name} has is not known" if card else "There is no card here to plan for"
+    gpu = peak(name)
+    if config[PlanOptions].gpu and gpu is None:
+        raise UsageError(f"octavo has no data of the GPU {name!r}.", hint=f"Supported are {', '.join(GPUS)}.")
+    is_present = hardware.device.type == "cuda" and gpu == peak(hardware.name)
+    if size_in_bytes(options.gpu_memory) is None and not is_present:
+        fault = f"The memory of the {name} is not known" if gpu else "There is no GPU to plan for"
         raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
-    source, budget = open_model(asked, report, weights=False), budget_bytes(options, hardware)
-    if hardware.device.type != "cuda":  # the plan is for a card, which multiplies 2-byte types
-        dtype = torch.bfloat16 if asked.dtype == "auto" else hardware.dtype
+    source, budget = open_model(model_options, report, weights=False), budget_bytes(options, hardware)
+    if hardware.device.type != "cuda":  # the plan is for a GPU, whose compute dtype has 2 bytes
+        dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
         hardware = Hardware(hardware.device, dtype, hardware.reason, hardware.name)
-    own = chosen_scheme(asked, source).name
-    free = asked.scheme == "auto" and stored_scheme(source).name == "none"  # to take another scheme
-    names = [own, *(name for name in ("int8", "nf4") if free and name != own)]
-    rows = [_row(config, source, SCHEMES[name], hardware, card, budget) for name in names]
-    shown = ["scheme", "fits", "peak GiB", "least GiB", "host GiB", "rows", "full layers", "s a step", "tokens/s"]
-    title = f"{asked.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
+    chosen = chosen_scheme(model_options, source).name
+    selectable = model_options.scheme == "auto" and stored_scheme(source).name == "none"
+    names = [chosen, *(name for name in ("int8", "nf4") if selectable and name != chosen)]
+    rows = [_row(config, source, SCHEMES[name], hardware, gpu, budget) for name in names]
+    titles = ["scheme", "fits", "peak GiB", "least GiB", "CPU GiB", "rows", "full layers", "s a step", "tokens/s"]
+    title = (
+        f"{model_options.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
+    )
     report.table(
-        title, shown, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows], result=True
+        title, titles, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows], result=True
     )
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        raise _too_small(config, source, SCHEMES[own], hardware, card, rows[0]["peak_bytes"], budget)
+        raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["peak_bytes"], budget)
     report.result(
-        f"octavo finetune --model {shlex.quote(asked.model)} --scheme {first['scheme']} "
+        f"octavo finetune --model {shlex.quote(model_options.model)} --scheme {first['scheme']} "
         f"--seq-len {config[TextOptions].seq_len} --batch {config[TrainOptions].batch} --data YOUR_TEXTS"
     )
-    return {"budget_bytes": budget, "gpu": name if card else None, "plans": rows}
+    return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
 
 
 _COLUMNS = ("scheme", "fits", "peak_gib", "least_gib", "host_gib", "rows", "layers_all", "seconds", "tokens_per_second")
 
 
 def _row(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, card: Peak | None, budget: int
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, budget: int
 ) -> dict[str, Any]:
-    """One scheme's best plan, as `--json` has it."""
+    """The best plan of a scheme, as in `--json`."""
     training = config[TrainOptions]
-    planner = planner_for(config, source, scheme, hardware, card)
+    planner = planner_for(config, source, scheme, hardware, gpu)
     level = config[MemoryOptions].recompute
     if level == "auto":
         best = planner.best(budget)
-        taken, fits = best or planner.smallest(), best is not None
+        plan, fits = best or planner.smallest(), best is not None
     else:
-        taken = planner.asked((LEVELS[level],) * len(planner.model.blocks), budget)
-        fits = taken.peak_bytes <= budget
-    _check_host(taken, planner)
-    seconds = taken.seconds * training.accumulate if taken.seconds else None
+        plan = planner.asked((LEVELS[level],) * len(planner.model.blocks), budget)
+        fits = plan.peak_bytes <= budget
+    _check_cpu_memory(plan, planner)
+    seconds = plan.seconds * training.accumulate if plan.seconds else None
     tokens = training.batch * training.accumulate * planner.length
     return {
         "scheme": scheme.name,
         "fits": fits,
-        "peak_bytes": taken.peak_bytes,
-        "peak_gib": round(taken.peak_bytes / GIB, 2),
+        "peak_bytes": plan.peak_bytes,
+        "peak_gib": round(plan.peak_bytes / GIB, 2),
         "least_gib": round(planner.smallest().peak_bytes / GIB, 2),
-        "host_gib": round(taken.host_bytes / GIB, 2),
-        "rows": taken.rows,
-        "layers_all": taken.save.count(Save.ALL),
-        "layers_attention": taken.save.count(Save.ATTENTION),
-        "weights_transposed": taken.transposed,
+        "host_gib": round(plan.host_bytes / GIB, 2),
+        "rows": plan.rows,
+        "layers_all": plan.save.count(Save.ALL),
+        "layers_attention": plan.save.count(Save.ATTENTION),
+        "weights_transposed": plan.transposed,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
     }

@@ -1,4 +1,4 @@
-"""`octavo quantize`: writes a model under a scheme, as a folder that loads without the original."""
+"""`octavo quantize`: writes a quantized model as a folder that loads without the original."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder
 
 
 def quantize(config: Config, report: Report) -> dict[str, Any]:
-    """Writes a model's folder under a scheme; tells the error of each layer and the size."""
-    asked, out = config[ModelOptions], config[QuantizeOptions].out
+    """Writes a quantized model folder; prints the size and the error of each layer, and returns them."""
+    options, out = config[ModelOptions], config[QuantizeOptions].out
     if out is None:
-        raise UsageError("Where to write is missing.", hint="Give a new folder with --out.")
-    source = open_model(asked, report)
-    scheme = chosen_scheme(asked, source)
+        raise UsageError("The output folder is missing.", hint="Name a new folder with --out.")
+    source = open_model(options, report)
+    scheme = chosen_scheme(options, source)
     layers: list[WrittenLayer] = []
     with report.progress(len(weight_names(source)), f"Writing {out} ({scheme.name})") as bar:
 
@@ -27,7 +27,7 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
 
         total = write_folder(source, out, scheme, on_layer=on_layer)
     report.table(
-        f"{out}: {total / 2**20:,.1f} MiB under {scheme.name}",
+        f"{out}: {total / 2**20:,.1f} MiB in {scheme.name}",
         ["layer", "shape", "MiB", "relative error"],
         [[x.name, f"{x.shape[0]} x {x.shape[1]}", x.stored_bytes / 2**20, x.error] for x in layers],
         result=True,

@@ -1,8 +1,8 @@
-"""What can be asked for: small sections of options (options.py), read from flags and files.
+"""The configuration of a command: sections of options (options.py), read from flags and YAML files.
 
-A command takes some sections. Every option is a flag (`--seq-len`) and a key of a YAML file (`seq_len`) under the
-same name; a flag wins over the file, the file over the default. cli.py makes its flags from these fields, so an
-option is written down once.
+A command has some of the sections. Every option is a flag (`--seq-len`) and a YAML key (`seq_len`) with the
+same name; a flag has precedence over the file, the file over the default. flags.py makes the command line from these
+fields, so an option is defined once.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ __all__ = [
     "size_in_bytes",
 ]
 
-MOST_PROBLEMS = 20  # of a section that are named: a list may have thousands
+MAX_PROBLEMS = 20  # reported errors of a section: a list may have thousands
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Config:
-    """The sections of one command, read and checked. `config[TrainOptions].lr` is a value."""
+    """The validated sections of one command: `config[TrainOptions].lr` is a value."""
 
     def __init__(self, sections: Mapping[type[Section], Section]) -> None:
         self._sections = dict(sections)
@@ -82,7 +82,7 @@ class Config:
 
     @property
     def kinds(self) -> tuple[type[Section], ...]:
-        """The sections that there are."""
+        """The types of the sections."""
         return tuple(self._sections)
 
     @classmethod
@@ -94,62 +94,62 @@ class Config:
         *,
         defaults: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Sections `kinds` from flags (those given, by field name) over a YAML file over the defaults.
+        """Reads the sections `kinds`: flags (by field name) have precedence over a YAML file, the file over defaults.
 
-        `defaults` are a command's own where they differ. UsageError names the key, what is wrong with it, and for
-        an unknown key the nearest one.
+        `defaults` are the defaults of a command that differ from those of the sections. The UsageError for an invalid
+        value names the key and the problem; for an unknown key it suggests the most similar one.
         """
         given = {**(defaults or {}), **(_read_file(file, kinds) if file else {}), **flags}
         problems: list[str] = []
         sections = {}
         for kind in kinds:
-            own = {key: given[key] for key in kind.model_fields if key in given}
+            values = {key: given[key] for key in kind.model_fields if key in given}
             try:
-                sections[kind] = kind.model_validate(own)
+                sections[kind] = kind.model_validate(values)
             except ValidationError as error:
-                found = error.errors()[:MOST_PROBLEMS]
-                problems += [_problem(_name(entry["loc"][0], flags), entry["msg"], entry["input"]) for entry in found]
+                errors = error.errors()[:MAX_PROBLEMS]
+                problems += [_problem(_name(entry["loc"][0], flags), entry["msg"], entry["input"]) for entry in errors]
         if problems:
             raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
         return cls(sections)
 
     def to_yaml(self) -> str:
-        """All values, section by section, as a file that `--config` reads."""
+        """All values, section by section, as a YAML file for `--config`."""
         blocks = []
         for section in self._sections.values():
             title = f"# {(type(section).__doc__ or '').strip()}"
             values = section.model_dump(mode="json")
             text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            # Unicode's rarer line ends are written as they are and read as spaces.
+            # PyYAML writes rare Unicode line separators unescaped, but reads them as spaces.
             if not text.isascii() and yaml.safe_load(text) != values:
                 text = yaml.safe_dump(values, sort_keys=False)
             blocks.append(f"{title}\n{text}")
         return "\n".join(blocks)
 
     def replace(self, **values: Any) -> Config:
-        """A copy with some values changed; they are checked."""
+        """A copy with some values changed and validated."""
         flags = {key: value for section in self._sections.values() for key, value in section.model_dump().items()}
         return Config.read(self.kinds, {**flags, **values})
 
 
 def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
     content = read_settings(path)
-    known = [name for name, _ in fields(kinds)]
+    names = [name for name, _ in fields(kinds)]
     values = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
             raise UsageError(
-                f"{path}: there is no option {shortened(repr(key))} here.",
-                hint=f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}.",
+                f"{path}: this command has no option {shortened(repr(key))}.",
+                hint=f"Did you mean {near[0]!r}?" if near else f"The options are: {', '.join(names)}.",
             )
         values[name] = value
     return values
 
 
 def _name(key: object, flags: Mapping[str, Any]) -> object:
-    """An option as it was given: `--seq-len`, or `seq_len` in a file."""
+    """An option as the user wrote it: `--seq-len`, or `seq_len` in a file."""
     return flag_of(str(key)) if key in flags else key
 
 

@@ -1,4 +1,4 @@
-"""Every option, once: small sections, each option with its one line of help."""
+"""Every option, defined once: sections of options, each with one line of help."""
 
 from __future__ import annotations
 
@@ -11,180 +11,192 @@ from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Secti
 
 
 class ModelOptions(Section):
-    """The base model and what it runs on."""
+    """The base model, its device and compute dtype."""
 
     panel = "Model"
 
-    model: str = Field("smollm2", description="A folder, a .gguf file, a hub id, or smollm2.")
+    model: str = Field("smollm2", description="Base model: a folder, a .gguf file, a hub id, or smollm2.")
     scheme: Literal["auto", "none", "int8", "dynamic8", "nf4"] = Field(
-        "auto", description="How frozen weights are stored; auto: as the folder has them, else int8."
+        "auto",
+        description="Quantization of the frozen weights; auto: as in the checkpoint, else int8.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
+    allow_pickle: bool = Field(
+        False, description="Read pickled .bin files (weights only) if there is no safetensors file."
+    )
     device: str = Field(
-        "auto", description="auto, cpu, cuda or cuda:N; auto: the first GPU that PyTorch finds, else the CPU."
+        "auto", description="Device: auto, cpu, cuda or cuda:N; auto: the first GPU that PyTorch finds, else the CPU."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type that matmuls are computed in; auto: the best that the hardware has."
+        "auto",
+        description="Compute dtype; auto: bfloat16 if supported, else float16 (GPU) or float32 (CPU).",
     )
 
 
 class TextOptions(Section):
-    """How text files become rows of tokens."""
+    """How text files become packed rows of tokens."""
 
     panel = "Data"
 
-    seq_len: int = Field(512, ge=2, description="Tokens in a row; longer documents go over several rows.")
-    split_on: str | None = Field(None, description="Plain text: 'lines', or a separator between documents.")
+    seq_len: int = Field(512, ge=2, description="Tokens in a packed row; longer documents are split over several rows.")
+    split_on: str | None = Field(None, description="Split plain text into documents: 'lines', or a separator string.")
     columns: Columns = Field(
-        [], description="Which fields of records are meant, as prompt=question,completion=answer or text=body."
+        [], description="Names of the fields of records, as prompt=question,completion=answer or text=body."
     )
     template_date: Date = Field(
-        None, description="The day that chat templates which write a date are given: 2026-11-28; a run keeps its first."
+        None,
+        description="Date for chat templates that contain one, as 2026-11-28; default: today, fixed for a run.",
     )
-    truncate: bool = Field(False, description="Cut documents at --seq-len instead of splitting them.")
-    skip_bad: bool = Field(False, description="Count what cannot be read and go on, instead of stopping.")
-    ftfy: bool = Field(False, description="Repair wrongly decoded text (needs octavo[clean]).")
-    deduplicate: bool = Field(False, description="Leave out exact copies of documents.")
-    min_unique_tokens: int = Field(0, ge=0, description="Leave out documents with fewer different tokens.")
+    truncate: bool = Field(False, description="Truncate documents at --seq-len instead of splitting them.")
+    skip_bad: bool = Field(False, description="Count and skip records that cannot be read, instead of stopping.")
+    ftfy: bool = Field(False, description="Repair wrongly decoded text with ftfy (needs octavo[clean]).")
+    deduplicate: bool = Field(False, description="Remove exact copies of documents.")
+    min_unique_tokens: int = Field(0, ge=0, description="Remove documents with fewer distinct tokens.")
 
 
 class TrainingData(Section):
-    """What to learn from, and what to measure on."""
+    """Training data and held-out data."""
 
     panel = "Data"
 
-    data: Paths = Field([], description="Text to learn from: file, folder or glob; may be repeated.")
-    test_data: Paths = Field([], description="Text held out to measure on; may be repeated.")
+    data: Paths = Field([], description="Training text: file, folder or glob; may be repeated.")
+    test_data: Paths = Field([], description="Held-out text for evaluation: file, folder or glob; may be repeated.")
     test_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Without --test-data: share of the documents, or of a lone text, to hold out."
+        0.05,
+        ge=0,
+        lt=1,
+        description="Without --test-data: fraction of documents, or of a single text, to hold out.",
     )
 
 
 class LoraOptions(Section):
-    """The adapter."""
+    """The LoRA adapter."""
 
     panel = "Adapter"
 
     rank: int = Field(16, ge=1, description="LoRA rank.")
-    alpha: float = Field(32.0, gt=0, description="LoRA alpha: the term is alpha / rank times B A x.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank).")
+    alpha: float = Field(32.0, gt=0, description="LoRA alpha: the low-rank term is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapter.")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rank-stabilized LoRA).")
     lora_targets: Names = Field(
-        ["all-linear"], description="Layers with LoRA: all-linear, or names like q_proj,v_proj,lm_head."
+        ["all-linear"], description="Modules with LoRA: all-linear, or names like q_proj,v_proj,lm_head."
     )
-    train_norms: bool = Field(False, description="Train the norms too.")
-    train_biases: bool = Field(False, description="Train the biases of the targets too.")
+    train_norms: bool = Field(False, description="Also train the norms.")
+    train_biases: bool = Field(False, description="Also train the biases of the targets.")
 
 
 class TrainOptions(Section):
-    """The training itself."""
+    """Optimizer, schedule and batch size."""
 
     panel = "Training"
 
-    epochs: float = Field(1.0, gt=0, description="Passes over the data, unless --steps is given.")
+    epochs: float = Field(1.0, gt=0, description="Epochs over the training data, unless --steps is given.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    batch: int = Field(4, ge=1, description="Rows in a micro-batch.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+    batch: int = Field(4, ge=1, description="Packed rows in a micro-batch.")
+    accumulate: int = Field(1, ge=1, description="Gradient accumulation: micro-batches in an optimizer step.")
     lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate over time.")
-    warmup: float = Field(0.05, ge=0, description="Warm-up: a share of the steps, or a number of steps from 1 on.")
-    lr_floor: float = Field(0.1, ge=0, le=1, description="Last learning rate over the peak.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate schedule.")
+    warmup: float = Field(0.05, ge=0, description="Warm-up: a fraction of the steps if under 1, else steps.")
+    lr_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a fraction of the peak.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8- or 32-bit state.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of adapters, data order and dropout.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm to clip to; 0: no clipping.")
+    optimizer: Literal["adamw8bit", "adamw"] = Field("adamw8bit", description="AdamW with 8-bit or 32-bit state.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed of adapter initialization, data order and dropout.")
 
 
 class MemoryOptions(Section):
-    """What a step may take, and what it runs on; auto everywhere is the fastest that fits."""
+    """Memory and kernels of a training step; with auto everywhere it is the fastest plan that fits."""
 
     panel = "Memory"
 
     gpu_memory: MemorySize = Field(
-        "auto", description="GPU memory to use, as 10GiB, without CUDA's own 0.8 GiB; auto: what is free."
+        "auto",
+        description="Limit of device memory, as 10GiB, without CUDA's 0.8 GiB; auto: all free memory.",
     )
     recompute: Literal["auto", "none", "selective", "full"] = Field(
-        "auto", description="What backward computes again instead of saving it; selective: all but attention."
+        "auto",
+        description="Activations to recompute in backward; selective: all except attention.",
     )
     offload: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Offload activations and the embedding to CPU memory; auto: when GPU memory is short.",
+        description="Offload activations and the embedding to CPU memory; auto: if faster or necessary.",
     )
     matmul: Literal["auto", "exact", "8bit"] = Field(
         "auto",
-        description="Matmuls in training; auto: 8 bits for layers whose measured error is under 6 %, if faster on this "
-        "GPU.",
+        description="Matmuls in training; auto: 8 bits in layers whose measured error is under 6 %, if faster on this "
+        "GPU; exact: in --dtype.",
     )
-    kernels: bool = Field(True, description="Use the Triton kernels on a GPU that runs them.")
+    kernels: bool = Field(True, description="Use Triton kernels on GPUs that support them.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
-        "auto", description="Implementation of attention on a GPU; auto: the fastest that takes the call."
+        "auto", description="SDPA backend of attention on a GPU; auto: the fastest that supports the call."
     )
-    cuda_graphs: bool = Field(True, description="Capture a step as CUDA graphs and replay them.")
+    cuda_graphs: bool = Field(True, description="Capture training steps as CUDA graphs and replay them.")
 
 
 class RunOptions(Section):
-    """The run folder and what happens along the way."""
+    """The run folder, checkpoints, held-out evaluation and samples."""
 
     panel = "Run"
 
     out: Path = Field(Path("runs/finetune"), description="The run folder.")
-    resume: bool = Field(False, description="Go on from the newest valid checkpoint in --out.")
-    force: bool = Field(False, description="Resume even if model, data, adapter or batch differ from the checkpoint's.")
-    checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: only at the end.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep.")
-    eval_every: int = Field(0, ge=0, description="Steps between held-out losses; 0: five times a run.")
-    eval_rows: int = Field(0, ge=0, description="Held-out rows to measure on; 0: all.")
-    keep: Literal["best", "last"] = Field("best", description="Which adapter stays: best held-out loss, or last.")
-    sample_every: int = Field(0, ge=0, description="Steps between samples; 0: only before and after.")
-    sample_prompt: Texts = Field([], description="Prompt to continue before and after; may be repeated.")
-    sample_tokens: int = Field(80, ge=1, description="New tokens in a sample.")
-    stop_after: int | None = Field(None, ge=1, description="Stop this call after so many steps, ready to resume.")
+    resume: bool = Field(False, description="Resume from the newest valid checkpoint in --out.")
+    force: bool = Field(False, description="Resume even if model, data, adapter or batch differ from the checkpoint.")
+    checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: one at the end.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out text; 0: five in a run.")
+    eval_rows: int = Field(0, ge=0, description="Held-out packed rows to evaluate; 0: all.")
+    keep: Literal["best", "last"] = Field("best", description="Adapter to keep: best held-out loss, or last.")
+    sample_every: int = Field(0, ge=0, description="Steps between samples; 0: only before and after training.")
+    sample_prompt: Texts = Field([], description="Prompt for samples before and after training; may be repeated.")
+    sample_tokens: int = Field(80, ge=1, description="New tokens of a sample.")
+    stop_after: int | None = Field(None, ge=1, description="Stop after so many steps; --resume continues.")
 
 
 class EvaluateOptions(Section):
-    """What to measure."""
+    """What to evaluate."""
 
-    panel = "Measuring"
+    panel = "Evaluation"
 
-    data: Paths = Field([], description="Text to measure on: file, folder or glob; may be repeated.")
+    data: Paths = Field([], description="Text to evaluate on: file, folder or glob; may be repeated.")
     tasks: Names = Field([], description="Tasks of lm-evaluation-harness, as hellaswag,mmlu_* (needs octavo[eval]).")
-    include_path: Path | None = Field(None, description="A folder of your own tasks, in YAML; their Python code runs.")
-    limit: int | None = Field(None, ge=1, description="Documents of a task at most; default: all.")
-    fewshot: int | None = Field(None, ge=0, description="Solved examples before a task; default: as the task says.")
-    adapter: Path | None = Field(None, description="An adapter's folder: adds the row 'tuned'.")
-    batch: int = Field(4, ge=1, description="Rows in a batch; with --tasks texts and answers at once.")
-    rows: int = Field(0, ge=0, description="Rows to measure on; 0: all.")
-    base: bool = Field(True, description="Measure the unquantised base too.")
+    include_path: Path | None = Field(None, description="Folder of your own tasks in YAML; executes their Python code.")
+    limit: int | None = Field(None, ge=1, description="Maximum number of documents of a task; default: all.")
+    fewshot: int | None = Field(None, ge=0, description="Few-shot examples in a prompt; default: as in the task.")
+    adapter: Path | None = Field(None, description="Folder of an adapter: adds the row 'tuned'.")
+    batch: int = Field(4, ge=1, description="Packed rows in a batch; with --tasks texts and answers.")
+    rows: int = Field(0, ge=0, description="Packed rows to evaluate; 0: all.")
+    base: bool = Field(True, description="Also evaluate the unquantized base.")
     compare: Names = Field(
-        [], description="Schemes to set side by side, as none,int8,nf4: a row for each in place of the others."
+        [], description="Schemes to compare, as none,int8,nf4: one row each, instead of the other rows."
     )
 
 
 class GenerateOptions(Section):
-    """How text is continued."""
+    """How text is generated."""
 
     panel = "Generation"
 
-    adapter: Path | None = Field(None, description="An adapter's folder.")
-    max_new_tokens: int = Field(200, ge=1, description="New tokens at most.")
-    temperature: float = Field(0.8, ge=0, description="0 is greedy.")
-    top_k: int = Field(0, ge=0, description="Draw from the k likeliest tokens; 0: all.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Draw from the likeliest tokens that reach this probability.")
-    repetition_penalty: float = Field(1.0, gt=0, description="Over 1: tokens that occurred become less likely.")
-    stop: Texts = Field([], description="End before this string; may be repeated.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the draws.")
+    adapter: Path | None = Field(None, description="Folder of an adapter.")
+    max_new_tokens: int = Field(200, ge=1, description="Maximum number of new tokens.")
+    temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0: greedy.")
+    top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0: all.")
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="Sample from the most likely tokens up to this total probability."
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="Over 1: tokens that occurred become less likely; 1: off.")
+    stop: Texts = Field([], description="Stop string, not part of the output; may be repeated.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed of sampling.")
 
 
 class PromptOptions(Section):
-    """What to continue."""
+    """Prompts."""
 
     panel = "Prompts"
 
-    prompt: str | None = Field(None, description="The text to continue; without it, or as -, standard input.")
-    prompts: Path | None = Field(None, description="A JSONL file of prompts to continue instead, many at once.")
-    slots: int = Field(8, ge=1, le=256, description="Prompts of --prompts at work at once.")
-    chat: bool = Field(False, description="Put the prompt into the model's chat template as a user's message.")
+    prompt: str | None = Field(None, description="Prompt to continue; default, or -: standard input.")
+    prompts: Path | None = Field(None, description="A JSONL file of prompts instead, generated as one batch.")
+    slots: int = Field(8, ge=1, le=256, description="Prompts of --prompts in a batch.")
+    chat: bool = Field(False, description="Format the prompt as a user message with the chat template of the model.")
 
 
 class ChatOptions(Section):
@@ -196,87 +208,91 @@ class ChatOptions(Section):
 
 
 class ServeOptions(Section):
-    """How a model is served."""
+    """How a model is served over HTTP."""
 
     panel = "Server"
 
     host: str = Field(
-        "127.0.0.1", min_length=1, description="Address to listen on; any but this machine's own needs a key."
+        "127.0.0.1", min_length=1, description="Address to listen on; one that other machines can reach needs a key."
     )
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
     adapter: Texts = Field([], description="An adapter to serve, as NAME=FOLDER; may be repeated.")
     adapters_from: Path | None = Field(
-        None, description="Clients may load adapters from below this folder, and remove adapters, while it runs."
+        None, description="Clients may load adapters from below this folder, and unload adapters, at runtime."
     )
-    max_adapters: int = Field(16, ge=1, le=1024, description="Adapters up to which clients may load more.")
+    max_adapters: int = Field(16, ge=1, le=1024, description="Maximum number of adapters that clients may load up to.")
     api_key: str | None = Field(
-        None, repr=False, description="Key that clients must send; better given in OCTAVO_API_KEY."
+        None, repr=False, description="API key that clients must send; better set in OCTAVO_API_KEY."
     )
-    auth: bool = Field(True, description="Insist on a key where other machines can reach the server.")
-    origins: Names = Field([], description="Origins whose web pages may use the server, as https://name; or '*'.")
-    hosts: Names = Field([], description="More names that the server goes by (the Host header); '*': any.")
-    slots: int = Field(8, ge=1, le=1024, description="Requests that run at once.")
+    auth: bool = Field(True, description="Require an API key if other machines can reach the server.")
+    origins: Names = Field(
+        [], description="Origins of web pages that may use the server (CORS), as https://name; '*': any."
+    )
+    hosts: Names = Field([], description="Additional host names to accept in the Host header; '*': any.")
+    slots: int = Field(8, ge=1, le=1024, description="Maximum number of requests in a batch.")
     max_model_len: int = Field(
-        2048, ge=2, description="Tokens of a prompt and its answer together, at most the context."
+        2048, ge=2, description="Maximum tokens of a prompt and its answer together, at most the context of the model."
     )
-    queue: int = Field(64, ge=0, le=100_000, description="Requests that may wait for a slot.")
+    queue: int = Field(64, ge=0, le=100_000, description="Maximum number of requests that wait for a slot.")
     deterministic: bool = Field(
         False,
-        description="Give a request the same answer beside any others also where a GPU decodes more than 32 of them at "
-        "once; with fewer, and on a CPU, it always has one answer.",
+        description="Give a request the same answer in every batch, also where a GPU decodes more than 32 requests at "
+        "once; with fewer, and on a CPU, this is always so.",
     )
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="Tokens of a prompt; default: --max-model-len less one."
+        None, ge=1, description="Maximum tokens of a prompt; default: --max-model-len - 1."
     )
-    max_new_tokens: int = Field(1024, ge=1, le=2**20, description="New tokens that a request can ask for.")
-    request_seconds: float = Field(300.0, gt=0, description="Longest time for an answer, waiting included.")
+    max_new_tokens: int = Field(1024, ge=1, le=2**20, description="Maximum new tokens of a request.")
+    request_seconds: float = Field(300.0, gt=0, description="Maximum seconds of a request, waiting included.")
     grace_seconds: float = Field(
-        30.0, ge=0, description="Time to finish answers in when told to stop, or to unload an adapter."
+        30.0, ge=0, description="Seconds to finish running requests at shutdown, and before an adapter is unloaded."
     )
-    max_body_bytes: int = Field(2**21, ge=1024, description="Bytes of a request's body.")
-    max_connections: int = Field(512, ge=1, le=100_000, description="Connections that may be open at once.")
+    max_body_bytes: int = Field(2**21, ge=1024, description="Maximum bytes of a request body.")
+    max_connections: int = Field(512, ge=1, le=100_000, description="Maximum number of open connections.")
     log_level: Literal["error", "warning", "info", "debug"] = Field(
-        "warning", description="What the server logs on stderr; info: every request."
+        "warning", description="Log level on stderr; info: every request."
     )
 
 
 class PlanOptions(Section):
-    """What to plan for."""
+    """The GPU to plan for."""
 
     panel = "Plan"
 
-    gpu: str | None = Field(None, description="The GPU to predict the time on, as 'RTX 3060'; default: the one here.")
+    gpu: str | None = Field(None, description="GPU to predict the time for, as 'RTX 3060'; default: this machine's.")
 
 
 class QuantizeOptions(Section):
-    """Where to write."""
+    """The output folder."""
 
     panel = "Output"
 
-    out: Path | None = Field(None, description="The new folder.")
+    out: Path | None = Field(None, description="New folder to write.")
 
 
 class ConvertOptions(Section):
-    """What to split into a base and an adapter, and where to write."""
+    """The model to split into a base and an adapter, and the output folder."""
 
     panel = "Output"
 
-    model: str | None = Field(None, description="A folder or hub id with frozen weights and trained adapters in one.")
-    allow_pickle: bool = Field(False, description="Read .bin files (weights only) where there is no safetensors.")
-    out: Path | None = Field(None, description="The new folder, for base/ and adapter/.")
+    model: str | None = Field(None, description="Folder or hub id with frozen weights and trained adapters in one.")
+    allow_pickle: bool = Field(
+        False, description="Read pickled .bin files (weights only) if there is no safetensors file."
+    )
+    out: Path | None = Field(None, description="New folder to write, with base/ and adapter/.")
 
 
 class DataOptions(Section):
-    """What to look at."""
+    """The text to inspect."""
 
     panel = "Data"
 
-    data: Paths = Field([], description="Text files: file, folder or glob; may be repeated.")
-    samples: int = Field(2, ge=0, description="Decoded samples to show.")
+    data: Paths = Field([], description="Text to inspect: file, folder or glob; may be repeated.")
+    samples: int = Field(2, ge=0, description="Number of decoded samples to show.")
 
 
 _PLAYS = Path(__file__).parents[1] / "shakespeare"
-# The defaults of `octavo demo`, chosen on two cores: held-out perplexity falls by more than a quarter in under
+# The defaults of `octavo demo`, chosen on two CPU cores: the held-out perplexity falls by more than a quarter in under
 # three minutes.
 DEMO: dict[str, Any] = {
     "data": [str(_PLAYS / "train")],

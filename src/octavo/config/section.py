@@ -1,4 +1,4 @@
-"""What a group of options is, and the kinds of values that take more than one form."""
+"""The base class of a section of options, and types of values that can be written in several forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 
 def _split_commas(value: object) -> object:
-    """a,b and a list of them are the same list."""
+    """A list of strings from "a,b" or from a list of such strings."""
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -21,13 +21,13 @@ def _split_commas(value: object) -> object:
 
 
 def _columns(value: object) -> object:
-    """prompt=question,completion=answer, a list of such, and a mapping are the same list."""
+    """A list of NAME=FIELD from "prompt=question,completion=answer", a list of such strings, or a mapping."""
     if isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair):
         return [f"{name}={field}" for name, field in value.items()]
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        # A comma ends a pair only where another begins: fields may have commas in their names.
+        # A comma separates two entries only before another NAME=: field names may contain commas.
         return [part.strip() for item in value for part in re.split(r",(?=\s*\w+\s*=)", item) if part.strip()]
     return value
 
@@ -50,12 +50,12 @@ def size_in_bytes(value: str) -> int | None:
     if match is None:
         return None
     letter = match[2].upper() or "G"
-    decimal = value.strip().upper().endswith("B") and not match[3]  # 11GB is the maker's 10^9, 11GiB and 11G are 2^30
+    decimal = value.strip().upper().endswith("B") and not match[3]  # GB is 10^9 bytes (SI), GiB and G are 2^30
     return int(float(match[1]) * (1000 if decimal else 1024) ** ("KMGT".index(letter) + 1))
 
 
 def _date(value: object) -> object:
-    """2026-11-28, also as YAML reads it."""
+    """An ISO date as a string; YAML parses an unquoted one as a date object."""
     try:
         return value if value is None else date.fromisoformat(str(value)).isoformat()
     except ValueError as error:
@@ -71,7 +71,7 @@ Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
 
 
 class Section(BaseModel):
-    """A group of options. Unknown keys are refused, and nothing is changed once it is read."""
+    """A group of options. Unknown keys are an error; an instance is immutable."""
 
     panel: ClassVar[str] = "Options"  # the heading of the group in --help
 
@@ -79,11 +79,11 @@ class Section(BaseModel):
 
 
 def flag_of(name: str) -> str:
-    """The flag of an option, as --seq-len of seq_len."""
+    """The flag of an option: --seq-len for seq_len."""
     return f"--{name.replace('_', '-')}"
 
 
 def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:
-    """Every option of some sections, in order."""
+    """All options of the sections `kinds`, in order."""
     for kind in kinds:
         yield from kind.model_fields.items()

@@ -1,6 +1,6 @@
-"""A settings file in YAML, read within bounds: its size, its depth, and no aliases.
+"""Reads a settings file in YAML with limits on size and depth, and without aliases.
 
-An alias stands for a whole value, and a value of aliases to aliases is larger than any memory once it is written out.
+Aliases to aliases expand exponentially ("billion laughs"), so a small file could exhaust memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_DEPTH = 16
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The `key: value` lines of a file. UsageError that names the file if it is missing, no text, or out of bounds."""
+    """The `key: value` lines of a file. UsageError that names the file if it is missing, not text, or over a limit."""
     source = f"The configuration {path}"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -36,11 +36,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def parse_settings(text: str, source: str) -> dict[str, Any]:
-    """The `key: value` lines of a text; `source` begins the messages. UsageError for what is no such thing."""
+    """The `key: value` lines of a text; error messages start with `source`. UsageError if the text is anything else."""
     try:
         _check_bounds(text, source)
         content = yaml.safe_load(text)
-    # ValueError: what looks like a date and is none, as 2020-13-45.
+    # ValueError: a string with the form of a date that is not one, as 2020-13-45.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -48,12 +48,12 @@ def parse_settings(text: str, source: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{source} must hold lines of `key: value`.")
+        raise UsageError(f"{source} must contain lines of `key: value`.")
     return content
 
 
 def _check_bounds(text: str, source: str) -> None:
-    """Before anything is built: the events of the text one by one."""
+    """UsageError for depth and aliases, from the parser's events, before any value is constructed."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -64,7 +64,7 @@ def _check_bounds(text: str, source: str) -> None:
         if depth > MAX_DEPTH:
             raise UsageError(f"{source}, line {line}: nested more than {MAX_DEPTH} deep.")
         if isinstance(event, yaml.AliasEvent):
-            hint = "Write the value out where it is meant."
+            hint = "Replace the alias by its value."
             raise UsageError(
-                f"{source}, line {line}: aliases (*{shortened(str(event.anchor))}) are not read.", hint=hint
+                f"{source}, line {line}: aliases (*{shortened(str(event.anchor))}) are not supported.", hint=hint
             )

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness over octavo's models: the class that it asks, and its tasks in `octavo evaluate`."""
+"""lm-evaluation-harness with octavo's models: the model class that lm-eval calls, and tasks of `octavo evaluate`."""

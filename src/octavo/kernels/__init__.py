@@ -1,1 +1,1 @@
-"""Triton kernels of operations in ops/: the same file and function names, for CUDA cards. The folder can be deleted."""
+"""Triton kernels of the references in ops/, with the same file and function names. The folder can be deleted."""

@@ -1,4 +1,4 @@
-"""One step of Adam with moments in 8 bits, everything read and written once. Definition: ops/adam.py."""
+"""One step of Adam with 8-bit moments; all operands are read and written once. Reference: ops/adam.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from octavo.ops.adam import BLOCK, TINY, Moments, Rates
 from octavo.ops.dynamic import LOWEST, SHIFT, ZERO, ladder
 
-ROWS, WARPS = 2, 4  # blocks of a program, and its warps: the fastest of ten (one H100)
+ROWS, WARPS = 2, 4  # quantization blocks and warps of a program: the fastest of ten (one H100)
 
 
 def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, rates: Rates) -> None:
@@ -31,7 +31,7 @@ def _adam8(
     SHIFT: tl.constexpr, LOWEST: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
-    left = tl.minimum(n - start, ROWS * BLOCK).to(tl.int32)  # numbers of this program
+    left = tl.minimum(n - start, ROWS * BLOCK).to(tl.int32)  # elements of this program
     row = tl.arange(0, ROWS)
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside, blocks = at < left, row * BLOCK < left
@@ -51,7 +51,9 @@ def _adam8(
 
 @triton.jit
 def _decoded(codes, absmax, values, inside, blocks):
-    code = tl.load(codes, mask=inside, other=0).to(tl.int32)  # whose value is not zero in the signed code
+    code = tl.load(codes, mask=inside, other=0).to(
+        tl.int32
+    )  # code 0 has a nonzero value in the signed data type, so `inside` masks the result too
     return tl.where(inside, tl.load(values + code) * tl.load(absmax, mask=blocks, other=0)[:, None], 0)
 
 
@@ -59,7 +61,7 @@ def _decoded(codes, absmax, values, inside, blocks):
 def _nearest(
     moment, absmax, edges, starts, blocks, last, TINY: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr
 ):  # fmt: skip
-    # The level of each number among those of its block, whose absmax is written down.
+    # The index of the nearest quantized magnitude for each element; stores the absmax of its block.
     magnitude = tl.abs(moment)
     largest = tl.max(magnitude, axis=1)
     tl.store(absmax, largest, mask=blocks)

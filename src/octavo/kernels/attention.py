@@ -1,4 +1,4 @@
-"""Rotary positions. Definition: ops/attention.py."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864). Reference: ops/attention.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS = 8  # that one program turns
+HEADS = 8  # heads that one program rotates
 
 
 def rotate_into(
@@ -15,7 +15,9 @@ def rotate_into(
     m, heads = len(x), x.shape[1] // head_size
     cos, sin = cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous()  # (positions, R/2)
     pairs = cos.shape[1]
-    rest = head_size - 2 * pairs if x.data_ptr() != out.data_ptr() else 0  # numbers of a head that are only copied
+    rest = (
+        head_size - 2 * pairs if x.data_ptr() != out.data_ptr() else 0
+    )  # elements of a head without rotation, copied if out is not x
     _rotate[(m, triton.cdiv(heads, HEADS))](
         x, cos, sin, out, len(cos), heads, head_size, pairs, x.stride(0), out.stride(0), form == "interleaved", back,
         HEADS, triton.next_power_of_2(pairs), triton.next_power_of_2(rest) if rest else 0, num_warps=4,
@@ -34,7 +36,7 @@ def _rotate(
     c, s = tl.load(cos + at, mask=pair < pairs), tl.load(sin + at, mask=pair < pairs)
     s = -s if BACK else s
     source, target = x + row * x_stride, out + row * out_stride
-    if INTERLEAVED:  # the two of a pair are neighbours, and are read as such
+    if INTERLEAVED:  # the two elements of a rotated pair are adjacent: one contiguous load
         turned = tl.arange(0, 2 * PAIRS)[None, :]
         place, inside = head * head_size + turned, (head < heads) & (turned < 2 * pairs)
         value = tl.load(source + place, mask=inside).to(tl.float32)

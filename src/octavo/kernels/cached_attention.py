@@ -1,10 +1,10 @@
 """Attention over a key/value cache, batch-invariant. Reference: ops/cached_attention.py.
 
-Decode parts a slot's positions into spans, one program each, which a second kernel joins in order. Prefill goes over
-the positions of a slot in tiles from the first one on, so a query meets the same tiles in the same order wherever its
-chunk begins. Neither depends on the number of rows or slots.
+Decode splits the positions of a slot into spans, one program each; a second kernel combines the spans in order (as
+FlashDecoding). Prefill iterates over the positions of a slot in tiles from the first position on, so a query has the
+same tiles in the same order wherever its chunk begins. Neither depends on the number of rows or slots.
 
-Legend as there. `*_stride` is the pitch of a row, slot or position in elements.
+Legend as in the reference. `*_stride` is the stride of a row, slot or position in elements.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP_SIZE, DECODE_TILE = 32, 32  # positions that a program of decode takes, and how many it holds at once
-CHUNK = 16  # spans of a slot that are joined at once
+GROUP_SIZE, DECODE_TILE = 32, 32  # positions of a span (one decode program), and of a tile in registers
+CHUNK = 16  # spans of a slot that `_join` loads at once
 
 
 def decode_attention(
@@ -27,7 +27,7 @@ def decode_attention(
     out = q.new_empty(m, h, d)
     spans = triton.cdiv(room, GROUP_SIZE)
     found = q.new_empty(m, h, spans, d, dtype=torch.float32)
-    weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # the largest score, the sum of exponentials over it
+    weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # maximum score, sum of exp(score - maximum)
     width = triton.next_power_of_2(d)
     _attend[(m, h, spans)](
         q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
@@ -47,7 +47,7 @@ def _attend(
     slot, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + slot)
     first = span * GROUP_SIZE
-    if first > length:  # an idle slot's is -1
+    if first > length:  # the length of an idle slot is -1
         return
     group = head // shared
     column = tl.arange(0, WIDTH)
@@ -64,7 +64,7 @@ def _attend(
         at = place + position[:, None] * position_stride + column[None, :]
         held = (position[:, None] < length) & wide[None, :]
         key, value = tl.load(keys + at, mask=held, other=0), tl.load(values + at, mask=held, other=0)
-        fresh = position[:, None] == length  # what no other program can be sure to read from the cache yet
+        fresh = position[:, None] == length  # the new token: another program may not have stored it in the cache yet
         key = tl.where(fresh, new_key[None, :], key).to(tl.float32)
         value = tl.where(fresh, new_value[None, :], value).to(tl.float32)
         score = tl.sum(key * query[None, :], axis=1)
@@ -80,7 +80,7 @@ def _attend(
     pair = tl.arange(0, 1)
     tl.store(weights + cell * 2 + pair, highest)
     tl.store(weights + cell * 2 + 1 + pair, total)
-    if (length < first + GROUP_SIZE) & (head % shared == 0):  # one program of each key head
+    if (length < first + GROUP_SIZE) & (head % shared == 0):  # exactly one program for each key head stores it
         there = place + length * position_stride + column
         tl.store(keys + there, new_key, mask=wide)
         tl.store(values + there, new_value, mask=wide)
@@ -131,7 +131,7 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, s
 
 
 class PrefillTile(NamedTuple):
-    """What a program holds at once: queries and positions of the cache."""
+    """Tile sizes of a program: queries and positions of the cache."""
 
     rows: int
     positions: int
@@ -139,7 +139,7 @@ class PrefillTile(NamedTuple):
 
 
 def prefill_tile(head_size: int, dtype: torch.dtype) -> PrefillTile:
-    """The tile for heads of a size: so that queries, keys, values and sums fit into registers and shared memory."""
+    """The tile for a head size, such that queries, keys, values and sums fit into registers and shared memory."""
     if dtype == torch.float32:
         return PrefillTile(16, 16, 4)
     return PrefillTile(64, 64 if head_size <= 128 else 32, 4)
@@ -161,7 +161,9 @@ def _prefill(
     inside = (row[:, None] < length) & wide[None, :]
     at = row[:, None].to(tl.int64)
     query = tl.load(q + each * q_stride + at * q_position_stride + head * d + column[None, :], mask=inside, other=0)
-    end = start + tl.minimum(tl.program_id(0) * ROWS + ROWS, length)  # what the tile's last query may look at
+    end = start + tl.minimum(
+        tl.program_id(0) * ROWS + ROWS, length
+    )  # end of the positions visible to the last query of the tile
     place = slot * slot_stride + (head // shared) * d
     highest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)

@@ -1,13 +1,13 @@
-"""Matmuls of inference, batch-invariant: a row's sums have one order, whatever the number of rows.
+"""Matmuls of inference, batch-invariant: the sums of a row have one order for any number of rows.
 
-Reference: ops/inference.py. A program takes a strip of outputs and a tile of rows. Where strips alone would leave
-multiprocessors idle, several programs share the inputs of a strip, and a second kernel adds up their sums in one
-order; how many depends on the weight's shape alone. Tensor cores have two instructions here, whose sums differ in
-their last bits: decode takes `mma`, in dots of up to 32 rows, for every number of rows, since it is the faster one for
-few; prefill, and decode of many rows where the last bits may differ (WIDE), take `wgmma` on a Hopper. Within one
-instruction tiles do not change the order of sums.
+Reference: ops/inference.py; reasons: docs/design/batch-invariance.md. A program computes a strip of outputs for a tile
+of rows. If strips alone would leave multiprocessors idle, several programs split the sum of a strip (split-K), and a
+second kernel adds their partial sums in one order; their number depends on the weight's shape alone. Hopper has two
+matmul instructions, whose sums differ in the last bits. Decode uses `mma`, in dots of up to 32 rows, for any number of
+rows, since it is the faster one for few rows. Prefill uses `wgmma`, and so does decode of many rows if the last bits
+may differ (WIDE). Within one instruction the tile size does not change the order of sums.
 
-Legend as there. `*_stride` is a row's pitch in elements.
+Legend as in the reference. `*_stride` is the stride of a row in elements.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from octavo.ops.inference import BatchedLora
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.ops.tiles import Phase
 
-PROGRAMS = 256  # that keep a GPU busy: two for each multiprocessor of an H100
-STRIP, WIDTH = 64, 128  # outputs and inputs by which a weight is parted
-# Without it a product and the sum after it may become one instruction, with one rounding less, but only in variants
-# of a kernel where nothing is between the two: with adapters in the batch a row of the base would get other bits.
+PROGRAMS = 256  # programs that occupy a GPU: two for each multiprocessor of an H100
+STRIP, WIDTH = 64, 128  # outputs and inputs of a tile of the weight
+# With fusion a multiplication and the addition after it may become one instruction (FMA) with one rounding, but only in
+# variants of a kernel with no operation between the two: adapters in the batch would change the bits of base rows.
 EXACT = {"enable_fp_fusion": False}
-SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # of A, that a program of `shrink` holds at once
-ADD_WIDTH = 128  # outputs of a program of `_add_parts`: one a thread, so that the loads of the adapters overlap
+SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # tile of A in a program of `shrink`
+ADD_WIDTH = 128  # outputs of a program of `_add_parts`: one a thread, so that loads of adapters overlap
 
 
 def matmul(
@@ -50,7 +50,7 @@ def matmul(
     parts, span = parts_for(n, k, tile.strip if phase is Phase.WIDE else STRIP)
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
     assert lora is None or lora.adapter_ids.is_contiguous()
-    assert lora is None or lora.b.numel() < 2**31  # offsets in it are 32-bit integers: with 64 bits registers spill
+    assert lora is None or lora.b.numel() < 2**31  # offsets in B are 32-bit integers: 64-bit offsets spill registers
     after = (
         absmax if absmax is not None else x, bias if bias is not None else x, bias_start,
         bias_start + (bias.numel() if bias is not None else 0),
@@ -74,15 +74,17 @@ def matmul(
 
 
 def parts_for(n: int, k: int, strip: int = STRIP) -> tuple[int, int]:
-    """(parts, inputs of each) of a sum over k inputs for n outputs: a function of the weight's shape alone."""
+    """(number of partial sums, inputs of each) for a weight (n, k): a function of the weight's shape alone."""
     parts = max(1, min(PROGRAMS // triton.cdiv(n, strip), k // (4 * WIDTH)))
     span = triton.cdiv(triton.cdiv(k, parts), WIDTH) * WIDTH
     return triton.cdiv(k, span), span
 
 
 class Tile(NamedTuple):
-    """What a program of a matmul holds at once: rows, outputs (a strip) and inputs. With two halves it takes twice the
-    rows, in two dots with the same weights."""
+    """Tile sizes of a matmul program: rows, outputs (strip) and inputs (width).
+
+    With two halves a program has twice the rows, in two dots with the same weights.
+    """
 
     rows: int
     strip: int
@@ -93,10 +95,10 @@ class Tile(NamedTuple):
 
 
 def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
-    """The tile for so many rows: the fastest of those that keep a row's bits (one H200, docs/log.md).
+    """The tile for m rows: the fastest of those that keep the bits of a row (one H200, docs/log.md).
 
-    float32, which tensor cores do not multiply, takes rows by 16: a tile of 64 rows is 64,000 instructions, which
-    take 10 s to compile, for each shape.
+    float32 has no tensor cores and uses tiles of 16 rows: a tile of 64 rows is 64,000 instructions, which take 10 s to
+    compile for each shape.
     """
     if dtype == torch.float32:
         return Tile(16, 32, 128, 4, 3)
@@ -104,7 +106,7 @@ def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
         return Tile(64, 128, 64, 4, 4) if m <= 64 else Tile(128, 128, 64, 8, 3)
     if phase is Phase.WIDE:
         if m <= 64:
-            return Tile(64, 64 if lora else 128, 128, 4, 3)  # more would not fit into registers
+            return Tile(64, 64 if lora else 128, 128, 4, 3)  # a larger tile does not fit into registers
         return Tile(128, 64, 64, 8, 3) if lora else Tile(128, 128, 64, 4, 3)
     if m <= 16:
         return Tile(16, 64, 128, 4, 4)
@@ -133,7 +135,7 @@ def _matmul(
         own = tl.load(source, mask=there, other=0)
         value = value.to(own.dtype)
         total = tl.dot(own, value, total, input_precision="ieee")
-        if HALVES == 2:  # the same weights once more, for the rows of another `mma`
+        if HALVES == 2:  # a second `mma` with the same weights, for the next ROWS rows
             there = (row[:, None] + ROWS < m) & (column[None, :] < last)
             own = tl.load(source + ROWS * x_stride, mask=there, other=0)
             lower = tl.dot(own, value, lower, input_precision="ieee")
@@ -155,7 +157,7 @@ def _finish(
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
     BETWEEN: tl.constexpr,
 ):  # fmt: skip
-    # Stores a tile: as a part of a sum, or with all that is added to it.
+    # Stores a tile: a partial sum, or the result with scale, bias, adapters and residual.
     at = row[:, None].to(tl.int64) * n + strip[None, :]
     inside = (row[:, None] < m) & (strip[None, :] < n)
     if PARTED:
@@ -204,7 +206,7 @@ def _added(
         name = tl.load(names + column, mask=column < n, other=0)
         live = inside & (number > 0)
         for start in range(0, R, 16):
-            for step in tl.static_range(16):  # written out, so that their loads are under way at once
+            for step in tl.static_range(16):  # unrolled, so that the loads overlap
                 r = start + step
                 factor = tl.load(inner + row * j + name * R + r, mask=live & (r < R), other=0)
                 own = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
@@ -228,7 +230,7 @@ def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
 def _routed(
     total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
 ):  # fmt: skip
-    # One product for each adapter that any of the rows goes through, with zeros for the other rows.
+    # One low-rank GEMM for each adapter of the tile's rows, with zeros in the rows of other adapters.
     line = tl.arange(0, BETWEEN)
     number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
     own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
@@ -240,7 +242,7 @@ def _routed(
         if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
             factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
             part = tl.where(through, own, 0).to(factor.dtype)
-            # Zeros times what is not finite are NaN, and other rows' answers are not to suffer from this adapter.
+            # 0 * inf is NaN: an adapter with values that are not finite must not change rows of other adapters.
             total = tl.where(through, tl.dot(part, factor, total, input_precision="ieee"), total)
     return total
 

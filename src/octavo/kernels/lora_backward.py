@@ -1,5 +1,7 @@
-"""Who takes an activation's backward with what pairs on its sides learn: a Hopper's kernel (hopper/learn.py), or the
-kernels of its steps, one after another. Definition: ops/lora_backward.py.
+"""Dispatch of an activation's backward with the LoRA gradients of the layers before and after it.
+
+The Hopper kernel (hopper/lora_backward.py) if it fits into shared memory, else separate kernels.
+Reference: ops/lora_backward.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""All B of a product into one matrix, with one launch instead of one for each and one for the zeros. Definition:
-ops/lora_factors.py.
+"""Packs all B of a GEMM into one matrix, with one launch instead of one for each B and one for the zeros.
+
+Reference: ops/lora_factors.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from octavo.ops.linear import LoraSlice
 
-SIZE = 4096  # numbers that one program writes
+SIZE = 4096  # elements that one program writes
 
 
 def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient over the logits, in place. Definition: ops/loss.py."""
+"""Cross-entropy; its gradient is written over the logits. Reference: ops/loss.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDTH = 8192  # logits that a program holds at once
+WIDTH = 8192  # logits of a row that a program loads at once
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
@@ -29,7 +29,8 @@ def _cross_entropy(logits, labels, losses, V: tl.constexpr, stride, GRADIENT: tl
         column = start + tl.arange(0, WIDTH)
         value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, value)
-        # A lane that has seen no logit yet has -inf in both, and exp(-inf + inf) would be no number.
+        # Online softmax (arXiv 1805.02867), one maximum and sum a lane. In a lane without a finite logit so far both
+        # are -inf, and exp(-inf + inf) would be NaN.
         total = total * tl.where(largest == new, 1.0, tl.exp(largest - new)) + tl.where(
             value == float("-inf"), 0.0, tl.exp(value - new)
         )

@@ -1,11 +1,11 @@
-"""Products in 8 bits on the tensor cores, and the passes over memory around them. Definitions: ops/matmul8.py.
+"""8-bit matmuls on tensor cores, and the quantization and transposition around them. Reference: ops/matmul8.py.
 
-A program of the product goes from tile to tile; the copy engine brings the next inputs while the tensor cores work.
-Thin product, scales, bias and what is added onto join before a tile is rounded, so that nothing of (M, N) is read or
-written twice. Cards without a copy engine get addresses instead: of these Triton makes loads that run ahead as well.
-A Hopper has a kernel of its own for the product, in hopper/product.py.
+The matmul is a persistent kernel: a program computes several tiles, and the copy engine (TMA) loads the next inputs
+while the tensor cores work. Low-rank term, scales, bias and residual are added before a tile is rounded, so no (M, N)
+tensor is read or written twice. GPUs without a copy engine load by address, which Triton pipelines as well. Hopper has
+a separate kernel, hopper/matmul8.py.
 
-Legend as there; a tile is (BM, BN) of the result, BK of the inputs at a time.
+Legend as in the reference; a tile is (BM, BN) of the result, with BK inputs a stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from octavo.runtime.dispatch import hopper_kernels_run_on
 
 
 class Tile(NamedTuple):
-    """What a program of the product holds at once: rows, columns, and inputs of each stage."""
+    """Tile sizes of a matmul program: rows, columns, and inputs of each stage."""
 
     rows: int
     columns: int
@@ -34,17 +34,17 @@ class Tile(NamedTuple):
     stages: int
 
 
-SHORT = Tile(128, 256, 128, 8, 3)  # of 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
-# Of 2-byte results where rows have a scale for each span, since two sums are held; and on cards whose programs have
-# 99 KiB of shared memory, of which it takes 96. There it is compiled, and not measured.
+SHORT = Tile(128, 256, 128, 8, 3)  # 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
+# 2-byte results with a scale for each group, which needs two accumulators; and GPUs with 99 KiB of shared memory a
+# program, of which it takes 96. For those it is compiled in tests, but was not measured.
 LITTLE = Tile(128, 128, 128, 8, 3)
-LONG = Tile(64, 64, 128, 4, 3)  # of float32 ones, which are only for comparisons
-ROOMY = (9, 10)  # generations with 227 KiB of shared memory for a program: H100, B200
-THIN_BYTES = 128  # of a row of a thin product that are in shared memory at once, beside three stages of the wide one
-GROUP_M = 8  # tiles of a column that follow each other, so that they find the same weights in cache
-LONGEST_ROW = 16384  # numbers that one program holds; GPT-J's 28,672: 0.72 ms held, 0.55 read twice (one H100, fp8)
-PIECE = 4096  # numbers of a longer row at a time
-SIDE = 128  # of the square that one program transposes
+LONG = Tile(64, 64, 128, 4, 3)  # float32 results, which only tests use
+ROOMY = (9, 10)  # compute capability (major) of GPUs with 227 KiB of shared memory a program: H100, B200
+THIN_BYTES = 128  # bytes of a row of the low-rank term in shared memory, in addition to three stages of the matmul
+GROUP_M = 8  # consecutive tiles of one column, so that they read the same weights from cache
+LONGEST_ROW = 16384  # elements of a row in registers; GPT-J's 28,672: 0.72 ms that way, 0.55 read twice (H100, fp8)
+PIECE = 4096  # elements of a longer row in registers at once
+SIDE = 128  # rows and columns that one program transposes
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -71,7 +71,11 @@ def matmul_8bit_into(
     groups = scale.ndim == 2
     tile = _tile(out.device, out.itemsize, groups)
     engine = has_engine(out.device)
-    read, count, width = [codes, weight, codes, weight], 0, tile.inputs  # the last two if there is no thin product
+    read, count, width = (
+        [codes, weight, codes, weight],
+        0,
+        tile.inputs,
+    )  # the last two are placeholders without a low-rank term
     if low_rank is not None:
         count = low_rank.t.shape[1]
         width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
@@ -94,12 +98,12 @@ def matmul_8bit_into(
 
 @cache
 def has_engine(device: torch.device) -> bool:
-    """Whether the card has a copy engine for tiles (TMA): from compute capability 9.0 on."""
+    """Whether the GPU has a copy engine for tiles (TMA): from compute capability 9.0 on."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def readable(x: Tensor) -> Tensor:
-    """x (.., C), copied where its rows do not start at a multiple of 16 bytes."""
+    """x (.., C) for TMA: a copy if its rows do not start at multiples of 16 bytes."""
     each = 16 // x.itemsize
     if x.data_ptr() % 16 == 0 and x.stride(0) % each == 0 and x.stride(1) == 1:
         return x
@@ -164,14 +168,14 @@ def _product(
         if RESIDUAL:
             at = residual + row[:, None].to(tl.int64) * onto_stride + column[None, :]
             y += tl.load(at, mask=inside, other=0).to(tl.float32)
-        # An ordinary store: the copy engine's would take shared memory, and with it a stage or half of the tile.
+        # A plain store: a TMA store needs shared memory, which would cost a stage or half of the tile.
         at = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
         tl.store(at, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _read(source, stride, top, left, rows, columns, ENGINE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
-    """A tile (HIGH, WIDE) of a matrix, zeros outside of it."""
+    """A tile (HIGH, WIDE) of a matrix, zeros outside of the matrix."""
     if ENGINE:
         found = source.load([top, left])
     else:
@@ -218,7 +222,7 @@ def _code_rows(
         code = tl.reshape(parts * tl.div_rn(largest, top)[:, None], (WIDTH,))
     else:
         top = tl.maximum(tl.max(tl.abs(value)), TINY * largest)
-        finite = tl.sum(value * 0.0)  # NaN if anything is not finite; a maximum forgets NaN
+        finite = tl.sum(value * 0.0)  # NaN if any value is not finite: the maximum ignores NaN
         tl.store(scale + row, top / largest + finite)
         code = value * tl.div_rn(largest, top)
     _store_codes(codes + row * codes_stride + column, code, inside, INT8)
@@ -227,7 +231,7 @@ def _code_rows(
 @triton.jit
 def _store_codes(to, code, inside, INT8: tl.constexpr):
     if INT8:
-        code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest whole number, halves to even
+        code = (code + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
     tl.store(to, code.to(to.dtype.element_ty), mask=inside)
 
 
@@ -236,7 +240,7 @@ def _code_long_rows(
     x, codes, scale, prescale, k, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
     FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    # A row is read twice, the second time from cache: held in registers, one program would take a multiprocessor.
+    # Reads a row twice, the second time from cache: with a whole row in registers one program fills a multiprocessor.
     row = tl.program_id(0).to(tl.int64)
     largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
     tops, finite = tl.zeros((PIECE,), dtype=tl.float32), tl.zeros((PIECE,), dtype=tl.float32)
@@ -253,7 +257,7 @@ def _code_long_rows(
 
 @triton.jit
 def _folded(x, prescale, start, k, FOLD: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr):
-    """So many numbers of a row from `start` on in float32, times the fold."""
+    """PIECE elements of a row from `start` on in float32, times the prescale."""
     column = start + tl.arange(0, PIECE)
     value = tl.load(x + column, mask=column < k, other=0).to(tl.float32)
     if FOLD:

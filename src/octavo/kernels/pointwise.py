@@ -1,6 +1,7 @@
-"""Norms and activations in one pass each over memory. Definitions: ops/pointwise.py.
+"""Norms and activations, each in one pass over memory. Reference: ops/pointwise.py.
 
-Legend: one program a row for norms, a piece of a row for activations; `*_stride` is a row's pitch in numbers.
+Legend: one program for a row of a norm, and for WIDTH columns of a row of an activation; `*_stride` is the stride of a
+row in elements.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDTH = 2048  # columns of an activation that one program takes
+WIDTH = 2048  # columns of an activation in one program
 
 
 def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
@@ -99,7 +100,7 @@ def _gelu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x):
-    return 1 / (1 + tl.exp(-tl.maximum(x, -80.0)))  # 1e-35; beyond it exp leaves float32
+    return 1 / (1 + tl.exp(-tl.maximum(x, -80.0)))  # sigmoid is 1e-35 there; exp overflows float32 beyond 88
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     own, other = x + row * x_stride + column, dy + row * dy_stride + column
     value = tl.load(own, mask=inside, other=0).to(tl.float32)
     g = tl.load(other, mask=inside, other=0).to(tl.float32)
-    tl.debug_barrier()  # a store may come from another thread than the load of what it writes over
+    tl.debug_barrier()  # in place: the thread of a store may not be that of the load from the same address
     s = _sigmoid(_gate(value))
     tl.store(own, (g * _gelu_slope(value, s)).to(x.dtype.element_ty), mask=inside)
     tl.store(other, (value * s).to(dy.dtype.element_ty), mask=inside)
@@ -163,7 +164,7 @@ def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     gate = tl.load(own, mask=inside, other=0).to(tl.float32)
     up = tl.load(own + f, mask=inside, other=0).to(tl.float32)
     g = tl.load(other, mask=inside, other=0).to(tl.float32)
-    tl.debug_barrier()  # as above
+    tl.debug_barrier()  # in place, as in _gelu_backward
     s = _sigmoid(gate)
     kind = x.dtype.element_ty
     tl.store(own, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)

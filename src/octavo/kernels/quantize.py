@@ -1,4 +1,4 @@
-"""Quantised matrices written out in a 2-byte type, at the speed of memory. Definitions: ops/quantize.py."""
+"""Dequantization of weights to a 2-byte dtype, at memory bandwidth. Reference: ops/quantize.py."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _nf4(codes, absmax, code, out, k, out_stride, EVEN: tl.constexpr, BLOCK: tl.
     inside = column < k
     if EVEN:
         value = _pairs(codes, absmax, code, row, k, BLOCK, WIDTH)
-    else:  # rows start within a byte: each is read twice, the second time from cache
+    else:  # rows may start within a byte: each byte is loaded twice, the second time from cache
         flat = row * k + column
         byte = tl.load(codes + (flat >> 1), mask=inside, other=0).to(tl.int32)
         level = tl.where((flat & 1) == 0, byte >> 4, byte & 15)
@@ -82,7 +82,7 @@ def _nf4(codes, absmax, code, out, k, out_stride, EVEN: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _pairs(codes, absmax, code, row, k, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    # The numbers of WIDTH columns of a row that starts with a byte: each byte is read once and makes two.
+    # Dequantizes WIDTH columns of a row that starts at a byte: each byte is loaded once and gives two values.
     pair = (tl.program_id(1) * WIDTH) // 2 + tl.arange(0, WIDTH // 2)
     inside = pair < k // 2
     flat = row * (k // 2) + pair
@@ -110,7 +110,7 @@ def _nf4_codes(
     levels: tl.constexpr = LEVELS * 1.0
     value = _pairs(codes, absmax, code, row, k, BLOCK, WIDTH)
     value *= tl.div_rn(levels, tl.maximum(tl.load(row_absmax + row), TINY))
-    value = (value + 12582912.0) - 12582912.0  # 1.5 * 2^23: the nearest whole number, halves to even
+    value = (value + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
     tl.store(out + row * out_stride + column, value.to(tl.int8), mask=column < k)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.hardware import CARDS, Peak
+from octavo.hardware import GPUS, Peak
 from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenMatrix
 from octavo.models import Model
@@ -180,7 +180,7 @@ class Planner:
         if plan.seconds is not None:
             return plan.seconds
         forecast = self._forecast(plan.rows, plan.save, plan.offload, plan.transposed)
-        return forecast.seconds(CARDS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
+        return forecast.seconds(GPUS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
 
     def _forecast(self, rows: int, save: tuple[Save, ...], offload: bool = False, transposed: bool = False) -> Forecast:
         asked = rows, save, offload, transposed

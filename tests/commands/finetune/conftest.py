@@ -19,7 +19,7 @@ Tune = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def settings(tiny_llama: Path, plays: Path) -> Settings:
-    """A folder and changes -> the configuration of a short run in float32, where the loss falls fast."""
+    """A function of a folder and changes: the configuration of a short run in float32 whose loss falls fast."""
 
     def make(out: Path, /, **changes: Any) -> Config:
         values = {
@@ -43,7 +43,7 @@ def settings(tiny_llama: Path, plays: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def tune(settings: Settings) -> Tune:
-    """Runs a configuration of `settings`, silently, and returns what `--json` prints."""
+    """Runs a configuration of `settings` without output, and returns the document of `--json`."""
 
     def run(out: Path, /, **changes: Any) -> dict[str, Any]:
         return finetune(settings(out, **changes), console=False)
@@ -53,7 +53,7 @@ def tune(settings: Settings) -> Tune:
 
 @pytest.fixture(autouse=True)
 def _hears_ctrl_c() -> Iterator[None]:
-    """A shell's background job ignores SIGINT, and so would tests that send it to themselves there."""
+    """Restores SIGINT: a shell's background jobs ignore it, and some tests send it to their own process."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

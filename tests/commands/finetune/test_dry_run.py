@@ -1,4 +1,4 @@
-"""rehearse.py: what would fail after hours fails at once, and a rehearsal changes nothing."""
+"""commands/finetune/dry_run.py: errors appear before training, and a dry run changes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import octavo.commands.finetune as package
-from octavo.commands.finetune.dry_run import rehearse
+from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, state_of
 from octavo.commands.plan import FittedPlan
@@ -41,7 +41,7 @@ TIMES = ("time", "tokens_per_second", "peak_bytes")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What was recorded, but for what depends on the clock and the folder."""
+    """The recorded events, without values that depend on the time or the folder."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in event.items() if key not in TIMES} for event in found]
     text = json.dumps([event for event in kept if event["event"] != "say"])
@@ -55,21 +55,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Everything trained, as it was saved."""
+    """The contents of all safetensors files."""
     return {name: content for name, content in contents(folder).items() if name.endswith(".safetensors")}
 
 
 @pytest.fixture
 def begun(settings: Settings, tmp_path: Path) -> Iterator[Run]:
-    """A run that is ready, as if it had been resumed in the middle."""
+    """A prepared run with the progress of a resumed one."""
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run", **SHORT), report)
-        run.found.done, run.found.position = 2, Position(1, 3)
+        run.progress.done, run.progress.position = 2, Position(1, 3)
         yield run
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, times: float) -> list[int]:
-    """Has so many passes through the model run out of memory; the rows of each pass as they come."""
+    """Makes the first `times` forward passes run out of memory; returns the rows of each pass."""
     seen: list[int] = []
 
     def loss(model: Any, inputs: Any, *, save: Any, offload: bool) -> Tensor:
@@ -83,30 +83,30 @@ def fails(monkeypatch: pytest.MonkeyPatch, times: float) -> list[int]:
 
 
 def fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a rehearsal saves; it has written a file by then."""
+    """Makes the disk full during the checkpoint of a dry run, after its first file."""
     write = files.durable_write
 
     def full(path: Path, content: bytes) -> None:
         write(path, content)
-        if ".rehearsal" in path.parts:
+        if ".dry_run" in path.parts:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "durable_write", full)
 
 
 def noting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that were behind a run when it rehearsed, as it does."""
+    """Records the finished steps of a run at each dry run."""
     seen: list[int] = []
 
     def noted(run: Run) -> None:
-        seen.append(run.found.done)
-        rehearse(run)
+        seen.append(run.progress.done)
+        dry_run(run)
 
-    monkeypatch.setattr(package, "rehearse", noted)
+    monkeypatch.setattr(package, "dry_run", noted)
     return seen
 
 
-def test_a_rehearsal_takes_a_step_an_evaluation_and_a_save_in_this_order(
+def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
     begun: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[tuple[str, Any]] = []
@@ -122,18 +122,18 @@ def test_a_rehearsal_takes_a_step_an_evaluation_and_a_save_in_this_order(
     monkeypatch.setattr(module, "gradients", noted("step", whole[0], lambda trainer, chosen, *_, **__: len(chosen)))
     monkeypatch.setattr(module, "score", noted("score", whole[1], lambda model, rows, **_: (model.training, len(rows))))
     monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, **_: folder.name))
-    rehearse(begun)
+    dry_run(begun)
     steps = [("step", 1)] * 2  # of rows with one document each, and of packed ones
-    assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".rehearsal")]
+    assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".dry_run")]
     done.clear()
-    begun.micro_step.record = True  # a step is launched once, then recorded
-    rehearse(begun)
+    begun.micro_step.record = True  # a step runs eagerly once, then is captured
+    dry_run(begun)
     assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """Rows of one document, of one and padding, and packed ones; of each pair the second one is learned."""
+    """Rows of one document, of one document and padding, and of several; the second of each pair has targets."""
 
     one: tuple[Row, Row]
     padded: tuple[Row, Row]
@@ -151,17 +151,17 @@ def kinds() -> Kinds:
     return Kinds(pair([0] * 8), pair([0] * 5 + [-1] * 3), pair([0, 0, 0, 1, 1, 1, 1, -1]))
 
 
-def test_rows_of_one_document_and_packed_ones_are_both_tried(begun: Run, kinds: Kinds) -> None:
-    """They take other kernels on a card. Those with targets, since backward goes from these."""
+def test_rows_of_one_document_and_packed_rows_are_both_run(begun: Run, kinds: Kinds) -> None:
+    """They use different kernels on a GPU. Rows with targets are chosen, because only these have a backward."""
     for pairs, expected in (
         ((kinds.one, kinds.packed), [kinds.packed[1], kinds.one[1]]),
         ((kinds.packed, kinds.padded), [kinds.packed[1], kinds.padded[1]]),
-        ((kinds.packed, kinds.padded, kinds.one), [kinds.packed[1], kinds.one[1]]),  # most is learned from the last
+        ((kinds.packed, kinds.padded, kinds.one), [kinds.packed[1], kinds.one[1]]),  # the last one has the most targets
         ((kinds.packed,), [kinds.packed[1]]),
         ((kinds.padded,), [kinds.padded[1]]),
     ):
         begun.train.rows[:] = [row for pair in pairs for row in (pair[0], pair[1], pair[0])]
-        batches = list(module.one_of_each_kind(begun))
+        batches = list(module.batch_of_each_kind(begun))
         assert len(batches) == len(expected)
         for batch in batches:
             assert len(batch.ids) == 4
@@ -171,28 +171,28 @@ def test_rows_of_one_document_and_packed_ones_are_both_tried(begun: Run, kinds: 
         assert sorted(tried) == sorted(row.document.tolist() for row in expected)
 
 
-def test_it_saves_all_that_a_checkpoint_holds(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_saves_all_state_of_a_checkpoint(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Any] = []
     monkeypatch.setattr(checkpoint, "save", lambda folder, step, **named: saved.append(named))
-    rehearse(begun)
+    dry_run(begun)
     tensors, state = state_of(begun)
     assert saved[0]["state"] == state
     assert saved[0]["tensors"].keys() == tensors.keys() >= {"adapter", "optimizer"}
 
 
-def test_it_leaves_the_run_as_it_was(begun: Run) -> None:
+def test_a_dry_run_does_not_change_the_run(begun: Run) -> None:
     def state() -> tuple[Any, ...]:
         parameters = {name: p.detach().clone() for name, p in begun.trainer.parameters.items()}
         tensors = {**parameters, **{f"optimizer.{k}": v for k, v in begun.trainer.optimizer.state().items()}}
         bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-        return bits, repr(begun.found), begun.trainer.scaler.state(), begun.micro_step.plan, begun.model.training
+        return bits, repr(begun.progress), begun.trainer.scaler.state(), begun.micro_step.plan, begun.model.training
 
     before, files = state(), contents(begun.folder)
-    rehearse(begun)
+    dry_run(begun)
     assert state() == before
     assert not begun.model.training
     assert contents(begun.folder) == files
-    assert not (begun.folder / ".rehearsal").exists()
+    assert not (begun.folder / ".dry_run").exists()
     for group in begun.trainer.optimizer.groups:
         assert group.values.grad is not None
         assert not group.values.grad.any()
@@ -200,21 +200,21 @@ def test_it_leaves_the_run_as_it_was(begun: Run) -> None:
         assert parameter.grad is not None, name
 
 
-def test_what_a_killed_rehearsal_left_behind_is_cleared(begun: Run) -> None:
-    (left := begun.folder / ".rehearsal" / "step-00000000").mkdir(parents=True)
+def test_the_files_of_a_killed_dry_run_are_removed(begun: Run) -> None:
+    (left := begun.folder / ".dry_run" / "step-00000000").mkdir(parents=True)
     (left / "state.json").write_text("half")
-    rehearse(begun)
-    assert not (begun.folder / ".rehearsal").exists()
+    dry_run(begun)
+    assert not (begun.folder / ".dry_run").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"scheme": "none", "dtype": "float16", "accumulate": 1, "keep": "last"}])
-def test_a_run_with_a_rehearsal_is_the_run_without_one(
+def test_a_run_with_and_without_a_dry_run_is_the_same(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Bit for bit, though dropout and samples draw random numbers."""
+    """Bit for bit, although dropout and samples use random numbers."""
     rehearsed = noting(monkeypatch)
     tune(tmp_path / "with", **{**SHORT, **changes})
-    monkeypatch.setattr(package, "rehearse", lambda run: None)
+    monkeypatch.setattr(package, "dry_run", lambda run: None)
     tune(tmp_path / "without", **{**SHORT, **changes})
     assert rehearsed == [0]
     assert events(tmp_path / "with") == events(tmp_path / "without")
@@ -253,16 +253,18 @@ def test_a_resumed_run_that_could_not_save_loses_nothing(
     assert results(tmp_path / "run") == results(tmp_path / "whole")
 
 
-def test_a_plan_that_gives_way_leaves_the_next_to_be_rehearsed(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it: what went well with the first plan says nothing of the second."""
+def test_after_out_of_memory_the_dry_run_repeats_with_the_next_plan(
+    begun: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it: a success with the first plan does not imply one with the second."""
     monkeypatch.setattr(begun.micro_step, "_cheaper", lambda plan: NARROW)
     seen = fails(monkeypatch, 1)
-    rehearse(begun)
+    dry_run(begun)
     assert begun.micro_step.plan == NARROW
     assert seen == [4] + 16 * [1]  # the pass that failed; two batches by rows; both again
 
 
-def test_a_plan_that_does_not_hold_gives_way_before_the_run_begins(
+def test_a_plan_that_does_not_fit_is_replaced_before_the_run_starts(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     still = {**SHORT, "dropout": 0.0, "steps": 2}  # a mask would be another for other rows
@@ -281,7 +283,7 @@ def test_a_plan_that_does_not_hold_gives_way_before_the_run_begins(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_run_that_no_plan_fits_ends_before_it_begins(
+def test_a_run_that_no_plan_fits_fails_before_it_starts(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FittedPlan, "cheaper", lambda self, plan: NARROW if plan != NARROW else None)
@@ -292,11 +294,11 @@ def test_a_run_that_no_plan_fits_ends_before_it_begins(
     assert contents(tmp_path / "run").keys() <= {"metrics.jsonl"}
 
 
-def test_a_resumed_run_rehearses_too(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_a_dry_run_too(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(tmp_path / "run", **SHORT, stop_after=2)
     done = noting(monkeypatch)
     tune(tmp_path / "run", **SHORT, resume=True)
-    assert done == [2]  # with what it has found: the state that is saved is one of the middle of a run
+    assert done == [2]  # with the progress of the checkpoint: the saved state is that of a resumed run
 
 
 def test_without_held_out_text_there_is_no_evaluation(
@@ -304,4 +306,4 @@ def test_without_held_out_text_there_is_no_evaluation(
 ) -> None:
     monkeypatch.setattr(module, "score", pytest.fail)
     with Report(console=False) as report:
-        rehearse(prepare(settings(tmp_path / "run", test_data=[], test_fraction=0.0), report))
+        dry_run(prepare(settings(tmp_path / "run", test_data=[], test_fraction=0.0), report))

@@ -183,10 +183,8 @@ def test_norms_and_biases_are_trained_saved_and_read_back(tune: Tune, tiny_llama
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_adapter_that_stays_is_the_best_on_the_held_out_text_or_the_last(
-    tune: Tune, tmp_path: Path, keep: str
-) -> None:
-    """The better the model knows the plays, the less it expects the held-out text, which is nothing like them."""
+def test_the_kept_adapter_is_the_best_on_held_out_text_or_the_last(tune: Tune, tmp_path: Path, keep: str) -> None:
+    """Training on the plays raises the loss on this held-out text, which is different from them."""
     (held := tmp_path / "held.txt").write_text("0123456789 ZYXWVU " * 9)
     answer = tune(tmp_path / "run", keep=keep, test_data=[str(held)], eval_every=1, steps=8)
     losses = {event["step"]: event["loss"] for event in events(tmp_path / "run", "heldout")}
@@ -199,17 +197,17 @@ def test_the_adapter_that_stays_is_the_best_on_the_held_out_text_or_the_last(
     assert tuned == pytest.approx(torch.tensor(losses[kept]).double().exp().item(), rel=1e-5)
 
 
-def test_without_held_out_text_a_run_says_so_and_keeps_its_last_adapter(
+def test_without_held_out_text_there_is_a_warning_and_the_last_adapter_is_kept(
     tune: Tune, plays: Path, tmp_path: Path
 ) -> None:
     data = [str(plays / "train" / "play0.txt")]
     answer = tune(tmp_path / "run", data=data, test_data=[], test_fraction=0, steps=2)
     assert (answer["rows"], answer["best_step"]) == ([], None)
     assert Path(answer["adapter"], "adapter_config.json").is_file()
-    assert any("held out" in event["text"] for event in events(tmp_path / "run", "warn"))
+    assert any("no held-out text" in event["text"] for event in events(tmp_path / "run", "warn"))
 
 
-def test_a_share_of_the_documents_is_held_out_where_no_test_data_are_given(tune: Tune, tmp_path: Path) -> None:
+def test_without_test_data_a_fraction_of_the_documents_is_held_out(tune: Tune, tmp_path: Path) -> None:
     answer = tune(tmp_path / "run", test_data=[], test_fraction=0.3, steps=1)
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     train, test = ({file["source"] for file in ledger[side]["files"]} for side in ("train", "test"))
@@ -236,7 +234,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_named_and_leaves_no_half_run(
+def test_the_error_for_a_bad_file_names_it_and_leaves_no_run(
     octavo: Octavo, settings: Settings, tmp_path: Path, name: str
 ) -> None:
     (bad := tmp_path / name).write_bytes(BAD[name])
@@ -265,7 +263,7 @@ def test_a_bad_file_is_named_and_leaves_no_half_run(
         ({"model": "absent"}, UsageError, "absent"),
     ],
 )
-def test_a_wrong_setting_is_said_and_leaves_no_half_run(
+def test_an_invalid_setting_is_reported_and_leaves_no_run(
     tune: Tune, tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
@@ -273,21 +271,21 @@ def test_a_wrong_setting_is_said_and_leaves_no_half_run(
     assert contents(tmp_path / "run") == {}
 
 
-def test_data_without_anything_to_learn_are_refused(tune: Tune, tmp_path: Path) -> None:
+def test_data_without_targets_are_a_usage_error(tune: Tune, tmp_path: Path) -> None:
     record = {"prompt": "q" * 99, "completion": "king"}
     (path := tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(UsageError, match="no token to learn"):
+    with pytest.raises(UsageError, match="no token to train on"):
         tune(tmp_path / "run", data=[str(path)], truncate=True)
 
 
-def test_held_out_rows_without_targets_are_passed_over(tune: Tune, tmp_path: Path) -> None:
+def test_held_out_rows_without_targets_are_skipped(tune: Tune, tmp_path: Path) -> None:
     lines = [{"prompt": "q" * 99, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
     (path := tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     answer = tune(tmp_path / "run", test_data=[str(path)], truncate=True, eval_rows=1, steps=1)
     assert answer["rows"][0]["tokens"] > 0
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_files(
     octavo: Octavo, settings: Settings, tmp_path: Path
 ) -> None:
     config = settings(tmp_path / "run", lr=1e30, max_grad_norm=0, warmup=0, keep="last", eval_every=9)
@@ -299,7 +297,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_step_and_files(
     assert "--lr" in done.err
 
 
-def test_an_adapter_that_reads_back_as_something_else_is_an_error(
+def test_an_adapter_that_differs_after_reading_back_is_an_error(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = peft.read
@@ -314,10 +312,10 @@ def test_an_adapter_that_reads_back_as_something_else_is_an_error(
         finetune(settings(tmp_path / "run"), console=False)
 
 
-def test_a_run_that_learns_nothing_is_stopped_at_its_first_step(
+def test_a_run_without_gradients_fails_at_its_first_step(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if a layer cut the way of the gradient."""
+    """Simulates a layer that stops the gradient."""
     whole = adapters.trained
 
     def with_a_dead_one(model: Model) -> dict[str, torch.nn.Parameter]:
@@ -330,7 +328,7 @@ def test_a_run_that_learns_nothing_is_stopped_at_its_first_step(
         tune(tmp_path / "run")
 
 
-def test_the_settings_are_those_of_the_run_and_not_of_one_call(
+def test_the_saved_settings_exclude_options_of_one_call(
     finished: tuple[Path, dict[str, Any]], tune: Tune, tmp_path: Path
 ) -> None:
     tune(tmp_path / "run", stop_after=1)

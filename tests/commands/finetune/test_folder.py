@@ -1,4 +1,4 @@
-"""The run folder: after a kill, a signal or a fault at any moment the documented commands go on, nothing is left."""
+"""The run folder: after a kill, a signal or an error at any time the documented commands resume; no files are left."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHORT: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "eval_every": 1, "ev
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """The files of a run that do not depend on time, and all names."""
+    """The contents of the files that do not depend on time, and the names of all files."""
     kept = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {
         str(path.relative_to(folder)): b"" if path.name in ("metrics.jsonl", "report.html") else path.read_bytes()
@@ -44,7 +44,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def recorded(folder: Path) -> list[tuple[str, Any]]:
-    """What is recorded, but for what was said and how much memory each call took."""
+    """The recorded events, without messages and the memory of each call."""
     events = read_events(folder / "metrics.jsonl")[0]
     return [(event["event"], event.get("step")) for event in events if event["event"] not in ("say", "warn", "memory")]
 
@@ -54,12 +54,12 @@ def warnings(folder: Path) -> str:
 
 
 class Died(BaseException):
-    """As kill -9: nothing is tidied up that a `finally` does not."""
+    """Simulates kill -9: only `finally` blocks clean up."""
 
 
 @contextmanager
 def dying(place: str) -> Iterator[None]:
-    """A run that is begun within this dies where it calls a function of octavo.commands.finetune's."""
+    """Kills a run at its call of a function of octavo.commands.finetune."""
 
     def die(*_: object, **__: object) -> None:
         raise Died
@@ -72,7 +72,7 @@ def dying(place: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a disturbance, in a folder of the name that the others have."""
+    """A run without interruption, in a folder with the same name as the others."""
     out = tmp_path_factory.mktemp("whole") / "run"
     tune(out, **SHORT)
     return out
@@ -86,10 +86,10 @@ def same(folder: Path, whole: Path) -> None:
         assert found[name] == expected[name], name
 
 
-BEFORE_A_STEP = ("prepare", "choose_precision", "rehearse", "write_settings", "measure_base")
+BEFORE_A_STEP = ("prepare", "choose_precision", "dry_run", "write_settings", "measure_base")
 
 
-# The same call begins anew or goes on by what is in the folder alone, as the first and the last place leave it.
+# Whether the same call starts anew or resumes depends only on the files in the folder, as the first and last case show.
 SAME_CALL = [
     pytest.param(place, "the same call", marks=[pytest.mark.exhaustive] if place in BEFORE_A_STEP[1:-1] else [])
     for place in BEFORE_A_STEP
@@ -120,7 +120,7 @@ def test_a_kill_after_the_last_step_records_nothing_twice(place: str, tune: Tune
         same(out, whole)
 
 
-def test_a_fault_before_the_run_begins_leaves_the_folder_as_it_was(tune: Tune, tmp_path: Path) -> None:
+def test_an_error_before_the_run_starts_restores_the_folder(tune: Tune, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     for out in (tmp_path / "run", tmp_path / "mine"):
@@ -135,7 +135,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
 ) -> None:
     (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **SHORT).to_yaml())
     with monkeypatch.context() as patch:
-        patch.setattr(package, "rehearse", lambda _: signal.raise_signal(number))
+        patch.setattr(package, "dry_run", lambda _: signal.raise_signal(number))
         done = octavo("finetune", "--config", file)
     assert done.code == 128 + number
     assert "octavo: Stopped." in done.err
@@ -144,7 +144,7 @@ def test_a_signal_before_the_first_step_ends_at_once(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_while_the_first_is_obeyed(
+def test_a_second_signal_during_the_save_of_the_first(
     number: signal.Signals,
     octavo: Octavo,
     settings: Settings,
@@ -152,7 +152,7 @@ def test_a_second_signal_while_the_first_is_obeyed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It interrupts the save: that is no success, and the earlier checkpoint is whole."""
+    """It interrupts the save: the exit code is an error, and the earlier checkpoint is complete."""
     out = tmp_path / "run"
     (file := tmp_path / "settings.yaml").write_text(settings(out, **SHORT, keep="last").to_yaml())
     event, publish = Report.event, checkpoint._publish
@@ -168,16 +168,16 @@ def test_a_second_signal_while_the_first_is_obeyed(
         done = octavo("finetune", "--config", file)
     monkeypatch.setattr(checkpoint, "_publish", publish)
     assert done.code == 128 + number
-    assert "Stopped. The newest checkpoint is that of step 2. Go on with: octavo finetune --resume --out" in done.err
+    assert "Stopped. The newest checkpoint is of step 2. Resume with: octavo finetune --resume --out" in done.err
     assert [path.name for path in (out / "checkpoints").glob("*0*")] == ["step-00000002"]
     assert octavo("finetune", "--resume", "--out", out).code == 0
     assert recorded(out) == recorded(whole)
 
 
-def test_the_folder_is_looked_at_again_under_the_lock(
+def test_the_folder_is_checked_again_under_the_lock(
     tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that was held up before the lock while another one ran to its end."""
+    """A call waits for the lock while another one trains to its end."""
     out, lock = tmp_path / "run", files.lock
 
     @contextmanager
@@ -187,12 +187,12 @@ def test_the_folder_is_looked_at_again_under_the_lock(
             yield
 
     monkeypatch.setattr(run_folders, "lock", late)
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         tune(out, **SHORT)
     assert tree(out) == tree(whole)
 
 
-def test_what_killed_writers_left_in_the_run_folder_is_swept(tune: Tune, whole: Path, tmp_path: Path) -> None:
+def test_files_of_killed_writers_in_the_run_folder_are_removed(tune: Tune, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, out := tmp_path / "run")
     own = os.getpid()
     for name in (f".tmp-adapter-{own}", f".old-adapter-{own}", f"checkpoints/.tmp-00000004-{own}"):
@@ -242,7 +242,7 @@ def best_is_first(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.parametrize("how", ["gone", "a bit", "cut", "another step"])
-def test_damage_to_the_best_adapter_is_mended_from_the_checkpoint(
+def test_a_damaged_best_adapter_is_restored_from_the_checkpoint(
     how: str, tune: Tune, best_is_first: tuple[dict[str, bytes], Path], tmp_path: Path
 ) -> None:
     """The best one is of an earlier step than the checkpoint."""
@@ -251,7 +251,7 @@ def test_damage_to_the_best_adapter_is_mended_from_the_checkpoint(
     damage(tmp_path / "run", how)
     with worse_and_worse(4):
         assert tune(tmp_path / "run", **SHORT, resume=True)["best_step"] == 1
-    assert "does not hold the best adapter" in warnings(tmp_path / "run")
+    assert "does not contain the best adapter" in warnings(tmp_path / "run")
     found = tree(tmp_path / "run")
     assert found["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
     assert json.loads(found["adapter/octavo.json"])["step"] == 1
@@ -269,7 +269,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "config.yaml", "ledger.json", "adapter", "checkpoints", "."])
-def test_what_is_deleted_while_it_trains_is_written_anew(
+def test_files_deleted_during_training_are_written_again(
     lost: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
@@ -285,7 +285,7 @@ def test_what_is_deleted_while_it_trains_is_written_anew(
         assert (out / name).is_file(), name
     assert checkpoint.newest_step(out / "checkpoints") == 4
     if lost not in ("adapter", "checkpoints"):
-        assert "written anew" in warnings(out)
+        assert "written again" in warnings(out)
 
 
 def test_a_link_to_another_disk_in_place_of_the_adapter(tune: Tune, whole: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert recorded(tmp_path / "run") == recorded(whole)
 
 
-def test_other_settings_of_training_are_said_with_the_new_schedule(tune: Tune, tmp_path: Path) -> None:
+def test_changed_training_settings_are_reported_with_the_new_schedule(tune: Tune, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tune(out, **SHORT, stop_after=2)
     tune(out, **SHORT, resume=True, stop_after=1)
@@ -327,7 +327,7 @@ def test_other_settings_of_training_are_said_with_the_new_schedule(tune: Tune, t
 
 
 @pytest.mark.parametrize(("first", "then"), [("adamw8bit", "adamw"), ("adamw", "adamw8bit")])
-def test_another_optimizers_state_is_refused_and_nothing_is_changed(
+def test_the_state_of_another_optimizer_is_an_error_and_changes_nothing(
     first: str, then: str, tune: Tune, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -340,14 +340,14 @@ def test_another_optimizers_state_is_refused_and_nothing_is_changed(
     tune(out, **values, optimizer=first, resume=True)
 
 
-def test_going_on_without_a_run_is_named(octavo: Octavo, tmp_path: Path) -> None:
+def test_resume_without_a_run_is_an_error_that_names_the_folder(octavo: Octavo, tmp_path: Path) -> None:
     done = octavo("finetune", "--resume", "--out", tmp_path / "nothing")
     assert done.code == 2
-    assert "holds no run to go on with" in done.err
+    assert "contains no run to resume" in done.err
     assert not (tmp_path / "nothing").exists()
 
 
-def test_metrics_that_were_lost_are_missed(tune: Tune, tmp_path: Path) -> None:
+def test_lost_metrics_are_reported(tune: Tune, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tune(out, **SHORT, stop_after=2)
     (out / "metrics.jsonl").unlink()
@@ -355,8 +355,8 @@ def test_metrics_that_were_lost_are_missed(tune: Tune, tmp_path: Path) -> None:
     assert "lacks 2 of the steps 1 to 2" in warnings(out)
 
 
-def test_steps_without_a_token_to_learn_from_have_no_loss(tune: Tune, tmp_path: Path) -> None:
-    """Prompts that fill their rows, so that --truncate leaves nothing of the answers; one record that fits."""
+def test_steps_without_a_target_have_no_loss(tune: Tune, tmp_path: Path) -> None:
+    """Prompts that fill their rows, so that --truncate removes all answers; and one record that fits."""
     long, short = {"prompt": "the king " * 30, "completion": "yes"}, {"prompt": "the", "completion": " king and queen"}
     (data := tmp_path / "d.jsonl").write_text("\n".join(json.dumps(one) for one in (*[long] * 11, short)))
     answer = tune(
@@ -367,13 +367,13 @@ def test_steps_without_a_token_to_learn_from_have_no_loss(tune: Tune, tmp_path: 
     assert {event["loss"] is None for event in steps if event["trained_tokens"] == 0} == {True}
     assert [event["loss"] > 1 for event in steps if event["trained_tokens"]] == [True]
     assert answer["loss"] is None or answer["loss"] > 1
-    assert "had no token to learn from" in warnings(tmp_path / "run")
-    assert f"{11} steps had no token to learn from" in warnings(tmp_path / "run")
+    assert "had no token to train on" in warnings(tmp_path / "run")
+    assert f"{11} steps had no token to train on" in warnings(tmp_path / "run")
     assert "training loss 0.000" not in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("at", "advice"), [(1, "There is no checkpoint yet: "), (3, "that of step 2. Go on")])
-def test_a_loss_that_is_not_finite_names_the_checkpoint_that_there_is(
+@pytest.mark.parametrize(("at", "advice"), [(1, "There is no checkpoint yet: "), (3, "is of step 2. Resume with")])
+def test_the_error_for_a_loss_that_is_not_finite_names_the_newest_checkpoint(
     at: int, advice: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients = loop.gradients

@@ -1,4 +1,4 @@
-"""Runs in 8 bits: tried once, told, kept in checkpoints, judged exactly; and what `--matmul` refuses."""
+"""8-bit matmuls in a run: measured once, reported, stored, not used in evaluation; errors of --matmul."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.commands.finetune.precision import _try
+from octavo.commands.finetune.precision import _measure
 from octavo.commands.finetune.prepare import prepare
-from octavo.commands.plan import planner_for, wants_eight
+from octavo.commands.plan import planner_for, wants_8bit
 from octavo.config import Config, MemoryOptions
 from octavo.errors import CheckpointError, UsageError
-from octavo.hardware import CARDS, Hardware
+from octavo.hardware import GPUS, Hardware
 from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 from octavo.store import checkpoint
@@ -27,7 +27,7 @@ Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
 CPU = Hardware(torch.device("cpu"), torch.float32, "", "a CPU")
 OLD = Hardware(torch.device("cuda"), torch.bfloat16, "", "Tesla T4")
-NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", eight=True)
+NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", matmul_8bit=True)
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def exact(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_in_eight_bits_says_what_that_costs_and_learns(use_8bit: Path, exact: Path) -> None:
+def test_a_run_with_8bit_matmuls_reports_errors_and_trains(use_8bit: Path, exact: Path) -> None:
     (told,) = events(use_8bit, "matmul")
     assert told["exact"] == []
     assert len(told["costs"]) == 8  # two blocks of four layers
@@ -63,8 +63,8 @@ def test_a_run_in_eight_bits_says_what_that_costs_and_learns(use_8bit: Path, exa
     assert found == pytest.approx(wanted, rel=0.02)
 
 
-def test_what_is_measured_is_measured_exactly(use_8bit: Path, exact: Path) -> None:
-    """Before training both are the same model; a table with a loss of 8 bits would differ."""
+def test_evaluation_uses_exact_matmuls(use_8bit: Path, exact: Path) -> None:
+    """Before training both are the same model; a table computed with 8-bit matmuls would differ."""
     first = [events(folder, "evaluation")[-1]["rows"][0] for folder in (use_8bit, exact)]
     assert first[0]["perplexity"] == first[1]["perplexity"]
 
@@ -74,15 +74,15 @@ def test_on_a_cpu_auto_is_exact(exact: Path) -> None:
 
 
 @pytest.fixture
-def half_fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a card, where only outer products and the first block are fair."""
-    monkeypatch.setattr("octavo.commands.finetune.state.wants_eight", lambda *_: True)
-    monkeypatch.setattr("octavo.commands.plan.wants_eight", lambda *_: True)
+def no_layer_acceptable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enables 8-bit matmuls as on a GPU, with an error limit that no layer is under."""
+    monkeypatch.setattr("octavo.commands.finetune.state.wants_8bit", lambda *_: True)
+    monkeypatch.setattr("octavo.commands.plan.wants_8bit", lambda *_: True)
     monkeypatch.setattr("octavo.train.precision.LIMIT", 0.0)
 
 
-@pytest.mark.usefixtures("half_fair")
-def test_layers_over_the_limit_stay_exact_and_a_resumed_run_keeps_that_without_another_trial(
+@pytest.mark.usefixtures("no_layer_acceptable")
+def test_layers_over_the_limit_stay_exact_and_a_resumed_run_does_not_measure_again(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune(tmp_path / "whole", scheme="int8", checkpoint_every=2)
@@ -98,10 +98,10 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_keeps_that_without_a
 
 
 @pytest.mark.parametrize(("times", "said"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
-def test_a_card_that_is_no_faster_in_8_bits_computes_exactly(
+def test_matmuls_are_exact_on_a_gpu_where_8_bits_are_not_faster(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, said: str
 ) -> None:
-    """Nothing runs on the card that this machine says it is: it is timed, and if it is fast the trial begins."""
+    """The GPU is simulated: only the timing and the measurement are called, both replaced here."""
     monkeypatch.setattr(
         "octavo.commands.finetune.precision.speedup", lambda model, tokens: times if tokens == 4 * 32 else 0
     )
@@ -116,18 +116,16 @@ def test_a_card_that_is_no_faster_in_8_bits_computes_exactly(
     with Report(console=False, metrics=tmp_path / "metrics") as report:
         run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch=4), report)
         run = replace(run, hardware=NEW)
-        _try(run)
+        _measure(run)
     assert said in (tmp_path / "metrics").read_text()
     assert len(tried) == (1 if times > 1 else 0)
-    assert (run.found.exact_products == []) == (times > 1)
+    assert (run.progress.exact_products == []) == (times > 1)
     if times < 1:
-        assert run.found.exact_products == [name for name, _ in layers(run.model)]
+        assert run.progress.exact_products == [name for name, _ in layers(run.model)]
 
 
-@pytest.mark.usefixtures("half_fair")
-def test_channels_that_are_apart_stay_so_in_a_resumed_run(
-    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_layer_acceptable")
+def test_a_resumed_run_keeps_its_outlier_channels(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.train.precision.LIMIT", 1.0)
     monkeypatch.setattr(
         "octavo.train.precision.QuantError.splits_outliers", property(lambda cost: len(cost.channels) > 0)
@@ -145,7 +143,7 @@ def test_channels_that_are_apart_stay_so_in_a_resumed_run(
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_run_in_eight_bits_that_was_stopped_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, use_8bit: Path) -> None:
+def test_a_stopped_run_with_8bit_matmuls_resumes_bit_for_bit(tune: Tune, tmp_path: Path, use_8bit: Path) -> None:
     out = tmp_path / "run"
     tune(out, matmul="8bit", scheme="int8", stop_after=3)
     tune(out, matmul="8bit", scheme="int8", resume=True)
@@ -154,7 +152,7 @@ def test_a_run_in_eight_bits_that_was_stopped_goes_on_bit_for_bit(tune: Tune, tm
     assert adapters[0] == adapters[1]
 
 
-def test_another_compute_is_another_run(tune: Tune, tmp_path: Path) -> None:
+def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tune(out, matmul="8bit", scheme="int8", stop_after=2)
     with pytest.raises(CheckpointError, match="matmul: '8bit' in the checkpoint, 'exact' now"):
@@ -169,31 +167,31 @@ def test_another_compute_is_another_run(tune: Tune, tmp_path: Path) -> None:
     (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", False), (OLD, None, False),
     (NEW, None, True),
 ])  # fmt: skip
-def test_auto_takes_eight_bits_on_cards_for_them(
+def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
     hardware: Hardware, card: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "")
-    assert wants_eight(MemoryOptions(), hardware, CARDS[card] if card else None) is expected
-    assert not wants_eight(MemoryOptions(matmul="exact"), hardware, CARDS[card] if card else None)
+    assert wants_8bit(MemoryOptions(), hardware, GPUS[card] if card else None) is expected
+    assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[card] if card else None)
 
 
 def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not wants_eight(MemoryOptions(kernels=False), NEW)
+    assert not wants_8bit(MemoryOptions(kernels=False), NEW)
     monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "Triton is not installed")
-    assert not wants_eight(MemoryOptions(), NEW)
+    assert not wants_8bit(MemoryOptions(), NEW)
 
 
-def test_a_card_that_is_too_old_refuses_eight_bits_and_a_cpu_tries_them() -> None:
+def test_matmul_8bit_is_an_error_on_an_old_gpu_but_not_on_a_cpu() -> None:
     with pytest.raises(UsageError, match="too old"):
-        wants_eight(MemoryOptions(matmul="8bit"), OLD)
-    assert wants_eight(MemoryOptions(matmul="8bit"), CPU)
-    assert wants_eight(MemoryOptions(matmul="8bit"), NEW)
+        wants_8bit(MemoryOptions(matmul="8bit"), OLD)
+    assert wants_8bit(MemoryOptions(matmul="8bit"), CPU)
+    assert wants_8bit(MemoryOptions(matmul="8bit"), NEW)
 
 
-def test_a_plan_in_eight_bits_is_for_less_time_and_no_more_memory(settings: Settings, tiny_llama: Path) -> None:
+def test_a_plan_with_8bit_matmuls_takes_no_more_memory(settings: Settings, tiny_llama: Path) -> None:
     plans = {}
-    for compute in ("exact", "8bit"):
-        config = settings(Path("unused"), compute=compute, seq_len=32)
-        planner = planner_for(config, FolderSource(tiny_llama), SCHEMES["int8"], NEW, CARDS["H100"])
-        plans[compute] = planner.smallest()
+    for matmul in ("exact", "8bit"):
+        config = settings(Path("unused"), matmul=matmul, seq_len=32)
+        planner = planner_for(config, FolderSource(tiny_llama), SCHEMES["int8"], NEW, GPUS["H100"])
+        plans[matmul] = planner.smallest()
     assert plans["8bit"].peak_bytes <= plans["exact"].peak_bytes

@@ -1,4 +1,4 @@
-"""One run or several calls: the same adapter and the same metrics, bit for bit, however a call ended."""
+"""One call or several: the same adapter and the same metrics, bit for bit, however a call ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All of a run that must not depend on how many calls it took."""
+    """All results of a run that must not depend on the number of calls."""
     return {
         "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
         "steps": [{key: event[key] for key in COMPARED} for event in events(folder, "step")],
@@ -55,7 +55,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Has `act` done once, when the metrics of step `number` are recorded and its checkpoint is not yet saved."""
+    """Calls `act` once, after the metrics of step `number` are recorded and before its checkpoint is saved."""
     record, once = Report.event, [act]
 
     def event(self: Report, name: str, /, **fields: object) -> None:
@@ -68,7 +68,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
 
 @pytest.fixture(scope="module")
 def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The long run without a stop, in a folder that is to be copied, and what it answered."""
+    """The long run without a stop, in a folder for copies, and its document."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, tune(out, **LONG)
 
@@ -96,7 +96,7 @@ def halfway(stopped: Path, tmp_path: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[Path, bytes]:
-    """All but the metrics, where each call says something, and the lock."""
+    """All files except the metrics, to which each call appends, and the lock."""
     left_out = ("metrics.jsonl", ".lock")
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in left_out}
 
@@ -104,7 +104,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 def test_the_long_run_crosses_epochs_within_a_step_and_uses_dropout(
     tune: Tune, in_one_go: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What the tests below rest on."""
+    """The precondition of the tests below."""
     tune(tmp_path / "run", **{**LONG, "dropout": 0.0})
     assert outcome(tmp_path / "run")["steps"][1:] != in_one_go["steps"][1:]
     rows = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["rows"]
@@ -115,7 +115,7 @@ def test_the_long_run_crosses_epochs_within_a_step_and_uses_dropout(
 def test_calls_that_stop_and_resume_give_what_one_call_gives(
     tune: Tune, in_one_go: dict[str, Any], tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    """Among the stops is the step in which the first epoch ends, and the last but one."""
+    """The stops include the step in which the first epoch ends, and the step before the last."""
     out = tmp_path / "run"
     for number, steps in enumerate(stops):
         tune(out, **LONG, stop_after=steps, resume=number > 0)
@@ -124,7 +124,7 @@ def test_calls_that_stop_and_resume_give_what_one_call_gives(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, optimizer: str) -> None:
+def test_all_trained_parameters_resume_bit_for_bit(tune: Tune, tmp_path: Path, optimizer: str) -> None:
     more = {
         **LONG,
         "steps": 4,
@@ -146,7 +146,7 @@ def test_everything_trained_goes_on_bit_for_bit(tune: Tune, tmp_path: Path, opti
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_step_saves_and_exits_with_its_code(
+def test_after_a_signal_the_step_is_finished_and_saved_and_the_exit_code_is_the_signals(
     octavo: Octavo,
     settings: Settings,
     in_one_go: dict[str, Any],
@@ -178,10 +178,10 @@ def test_a_second_signal_does_not_wait(
         tune(tmp_path / "run", **LONG)
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(
+def test_a_killed_run_resumes_from_its_newest_checkpoint(
     octavo: Octavo, settings: Settings, in_one_go: dict[str, Any], tmp_path: Path, forks: Forks
 ) -> None:
-    """kill -9 after step 7 was recorded: its metrics are taken back, and each step is recorded once."""
+    """kill -9 after step 7 was recorded: its metrics are removed, so that each step is recorded once."""
     (file := tmp_path / "settings.yaml").write_text(settings(tmp_path / "run", **LONG).to_yaml())
     code = (
         "import os, signal\nfrom octavo.reporting import Report\nrecord = Report.event\n"
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(
 def test_a_crash_between_the_best_adapter_and_its_checkpoint_loses_nothing(
     tune: Tune, in_one_go: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter's folder is then newer than the newest checkpoint."""
+    """The adapter folder is then newer than the newest checkpoint."""
 
     def crash(*_: object, **__: object) -> None:
         raise RuntimeError("no power")
@@ -218,7 +218,7 @@ def test_a_crash_between_the_best_adapter_and_its_checkpoint_loses_nothing(
     assert outcome(tmp_path / "run") == in_one_go
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
+def test_a_damaged_newest_checkpoint_is_skipped(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
     file = halfway / "checkpoints" / "step-00000004" / "adapter.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -249,7 +249,7 @@ def test_a_finished_run_can_be_made_longer(tune: Tune, tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["steps"] == 8
 
 
-def test_resuming_where_there_is_no_checkpoint_begins_with_a_warning(
+def test_resume_without_a_checkpoint_starts_from_the_beginning_with_a_warning(
     tune: Tune, in_one_go: dict[str, Any], tmp_path: Path
 ) -> None:
     tune(tmp_path / "run", **LONG, resume=True)
@@ -276,7 +276,7 @@ def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, di
 @pytest.mark.parametrize(
     "key", ["rank", "lora_targets", "dropout", "batch", "seed", "scheme", "dtype", "data", "test_data", "model"]
 )
-def test_another_run_is_not_gone_on_with_and_nothing_is_touched(
+def test_a_run_with_other_settings_is_not_resumed_and_nothing_is_changed(
     tune: Tune, halfway: Path, tiny_gptj: Path, plays: Path, tmp_path: Path, key: str
 ) -> None:
     before = files_of(halfway)
@@ -286,21 +286,21 @@ def test_another_run_is_not_gone_on_with_and_nothing_is_touched(
     assert len(before) > 9
 
 
-def test_a_run_goes_on_after_another_one_was_refused(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
+def test_a_run_resumes_after_other_settings_were_refused(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError):
         tune(halfway, **{**LONG, "seed": 1}, resume=True)
     tune(halfway, **LONG, resume=True)
     assert outcome(halfway) == in_one_go
 
 
-def test_force_goes_on_nevertheless_where_the_shapes_allow_it(tune: Tune, halfway: Path) -> None:
+def test_force_resumes_with_other_settings_if_the_shapes_fit(tune: Tune, halfway: Path) -> None:
     answer = tune(halfway, **{**LONG, "dropout": 0.0}, resume=True, force=True)
     assert answer["steps"] == 8
     assert any("dropout" in event["text"] for event in events(halfway, "warn"))
 
 
 def test_force_cannot_make_another_shape_fit(tune: Tune, halfway: Path) -> None:
-    with pytest.raises(CheckpointError, match="in this shape"):
+    with pytest.raises(CheckpointError, match="of shape"):
         tune(halfway, **{**LONG, "rank": 4}, resume=True, force=True)
 
 
@@ -309,7 +309,7 @@ def test_keeping_the_last_adapter_can_be_chosen_on_resuming(tune: Tune, halfway:
     assert json.loads((halfway / "adapter" / "octavo.json").read_text())["step"] == 8
 
 
-def test_a_stop_that_was_asked_for_holds_for_its_call_alone(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
+def test_stop_after_applies_to_one_call_only(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
     tune(tmp_path / "run", **LONG, stop_after=3)
     done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
     assert (done.code, done.json["steps"]) == (0, 8)
@@ -327,7 +327,7 @@ def test_a_run_without_a_name_is_resumed_without_one(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
-def test_settings_that_are_cut_short_are_said_to_be(octavo: Octavo, halfway: Path, share: float) -> None:
+def test_truncated_settings_are_reported(octavo: Octavo, halfway: Path, share: float) -> None:
     settings = halfway / "config.yaml"
     settings.write_text(settings.read_text()[: int(share * settings.stat().st_size)].rpartition("\n")[0])
     done = octavo("finetune", "--resume", "--out", halfway)
@@ -335,16 +335,14 @@ def test_settings_that_are_cut_short_are_said_to_be(octavo: Octavo, halfway: Pat
     assert f"{settings} is cut short" in done.err
 
 
-def test_a_run_that_is_going_on_elsewhere_is_left_alone(
-    tune: Tune, halfway: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_another_process_is_not_changed(tune: Tune, halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (halfway / "metrics.jsonl").read_bytes()
     with lock(halfway), pytest.raises(CheckpointError, match="another process"):
         tune(halfway, **LONG, resume=True)
     assert (halfway / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_stop_before_the_end_is_an_error_that_says_how_to_go_on(
+def test_a_stop_before_the_end_is_an_error_with_the_command_to_resume(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
@@ -353,7 +351,7 @@ def test_a_stop_before_the_end_is_an_error_that_says_how_to_go_on(
     assert caught.value.hint.endswith(f"--out '{tmp_path / 'a folder'}'")
 
 
-def test_a_run_goes_on_on_another_day_though_its_template_writes_the_date(
+def test_a_run_whose_template_has_the_date_resumes_on_another_day(
     octavo: Octavo, tune: Tune, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tmp_path / "model"

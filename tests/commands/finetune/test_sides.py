@@ -1,4 +1,4 @@
-"""What is held out is not learned, and what both sides share is said."""
+"""Held-out text is not trained on, and the overlap of both sides is reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 
 class Outcome:
-    """Both sides, and the events that were recorded."""
+    """Both sides, and the recorded events."""
 
     def __init__(self, folder: Path, tokenizer: Any, **options: Any) -> None:
         metrics = folder / "events.jsonl"
@@ -56,7 +56,7 @@ def learned(text: Text) -> int:
 
 
 @pytest.mark.parametrize("copy", ["same", "link", "content", "spaces", "record", "prompt"])
-def test_a_document_on_both_sides_is_taken_out_of_training(tmp_path: Path, tokenizer: Any, copy: str) -> None:
+def test_a_document_on_both_sides_is_removed_from_training(tmp_path: Path, tokenizer: Any, copy: str) -> None:
     held = write(tmp_path / "held", b_txt="the queen spoke to the king\nof the storm\n") / "b.txt"
     data = write(tmp_path / "data", a_txt="where is my lord of york and the duke of the sea\n")
     if copy == "same":
@@ -81,9 +81,9 @@ def test_a_document_on_both_sides_is_taken_out_of_training(tmp_path: Path, token
     assert overlap["removed_tokens"] == found.train.ledger.left_out > 5
     (name,) = overlap["removed"]
     assert name in found.said
-    assert "Taken out of training" in found.said
+    assert "Removed from the training text" in found.said
     assert alone.overlap["removed"] == []
-    assert "Taken out" not in alone.said
+    assert "Removed" not in alone.said
 
 
 def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -> None:
@@ -107,17 +107,17 @@ def test_near_copies_are_counted_and_warned_about(tmp_path: Path, tokenizer: Any
     assert found.overlap["removed_documents"] == 0
     assert 0.5 < found.overlap["share"] < 1
     assert found.overlap["shared_tokens"] == pytest.approx(found.overlap["share"] * found.overlap["tokens"])
-    assert "Near copies: of 1 document" in found.said
+    assert "Near copies: more than half of the text of 1 document" in found.said
 
 
-def test_if_all_is_held_out_nothing_is_left_to_learn(tmp_path: Path, tokenizer: Any) -> None:
+def test_if_all_text_is_held_out_there_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     data = write(tmp_path / "data", a_txt="the king", b_txt="the queen")
-    with pytest.raises(UsageError, match=r"All of the training text is held out too.*\n.*--test-fraction"):
+    with pytest.raises(UsageError, match=r"All of the training text is also held out.*\n.*--test-fraction"):
         Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(data)])
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3])
-def test_of_a_lone_text_the_last_tokens_are_held_out(tmp_path: Path, tokenizer: Any, fraction: float) -> None:
+def test_the_last_tokens_of_a_single_text_are_held_out(tmp_path: Path, tokenizer: Any, fraction: float) -> None:
     text = "".join(f"the king spoke to queen {number}\n" for number in range(60))
     path = write(tmp_path / "data", a_txt=text) / "a.txt"
     found = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=fraction, seq_len=2000)
@@ -132,28 +132,28 @@ def test_of_a_lone_text_the_last_tokens_are_held_out(tmp_path: Path, tokenizer: 
     assert text.endswith(found.test.documents[0].text)
 
 
-def test_a_share_of_documents_is_exact_and_said(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_held_out_fraction_of_documents_is_exact_and_reported(tmp_path: Path, tokenizer: Any) -> None:
     lines = "".join(json.dumps({"text": f"the king {number}"}) + "\n" for number in range(30))
     data = write(tmp_path / "data", a_jsonl=lines)
     found = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.2)
     assert found.test is not None
     assert (found.train.ledger.documents, found.test.ledger.documents) == (24, 6)
     assert "Held out: 6 of 30 documents" in found.said
-    assert "asks for" not in found.said
+    assert "The number differs" not in found.said
     assert found.overlap["held_out"] == "a share of the documents"
     copied = write(tmp_path / "copied", a_jsonl=lines + lines.splitlines(keepends=True)[0] * 30)
     found = Outcome(tmp_path, tokenizer, data=[str(copied)], test_fraction=0.6)
     assert found.test is not None
     assert (found.train.ledger.documents, found.test.ledger.documents) == (31, 29)
-    assert "--test-fraction 0.6 asks for 36 documents. Copies of one text stay on one side" in found.said
+    assert "--test-fraction 0.6 is 36 documents. The number differs because all copies of a text" in found.said
 
 
 @pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a b c d e f"}, {"text": "a"}])
-def test_a_lone_record_or_a_word_is_not_parted(tmp_path: Path, tokenizer: Any, record: dict[str, str]) -> None:
+def test_a_single_record_or_word_is_not_split(tmp_path: Path, tokenizer: Any, record: dict[str, str]) -> None:
     data = write(tmp_path / "data", a_jsonl=json.dumps(record))
     found = Outcome(tmp_path, tokenizer, data=[str(data)])
     assert found.test is None
-    assert "Nothing is held out" in found.said
+    assert "There is no held-out text" in found.said
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,10 @@ def real_tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("how", ["as it is", "wrapped at 50", "double spaces", "indented"])
-def test_a_chapter_that_is_wrapped_or_spaced_otherwise_is_a_near_copy(
+def test_a_chapter_with_other_line_breaks_or_spaces_is_a_near_copy(
     tmp_path: Path, how: str, real_tokenizer: Any
 ) -> None:
-    """With a vocabulary of a real model, in which a word that begins a line is often another token."""
+    """With the vocabulary of a real model, in which the first word of a line is often a different token."""
     play = next(files("octavo").joinpath("shakespeare", "test").iterdir()).read_text()
     words = play[20_000:40_000].split()
     chapter = " ".join(words[1000:1800])

@@ -1,4 +1,4 @@
-"""state.py: what a run has found, into a checkpoint and back."""
+"""commands/finetune/state.py: the progress of a run is saved in a checkpoint and restored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octavo.commands.finetune.prepare import prepare, total_steps
-from octavo.commands.finetune.state import Found, Run, resume, save_checkpoint
+from octavo.commands.finetune.state import Progress, Run, resume, save_checkpoint
 from octavo.config import Config, TrainOptions
 from octavo.data.loader import Position
 from octavo.errors import CheckpointError
@@ -22,38 +22,40 @@ Settings = Callable[..., Config]
 
 @pytest.fixture
 def begin(settings: Settings, tmp_path: Path) -> Iterator[Callable[[], Run]]:
-    """Makes a run at its beginning, always the same."""
+    """Prepares a run, always the same."""
     with Report(console=False) as report:
         yield lambda: prepare(settings(tmp_path / "run", keep="last"), report)
 
 
 def filled(run: Run, *, step: int) -> Run:
-    """As if `run` had trained, with numbers that are easy to tell from a beginning's."""
+    """Gives `run` the state of a trained run, with values that differ from the initial ones."""
     generator = torch.Generator().manual_seed(step)
     for parameter in run.trainer.parameters.values():
         parameter.data.normal_(generator=generator)
-    run.found.done, run.found.position = step, Position(2, 5)
-    run.found.base_rows = [{"name": "base", "perplexity": 1 / 3}]
-    run.found.probe = torch.rand(4, 300, generator=generator)
+    run.progress.done, run.progress.position = step, Position(2, 5)
+    run.progress.base_rows = [{"name": "base", "perplexity": 1 / 3}]
+    run.progress.reference_logits = torch.rand(4, 300, generator=generator)
     run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
     return run
 
 
-def test_what_was_found_comes_back_bit_for_bit(begin: Callable[[], Run]) -> None:
+def test_progress_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:
     saved = filled(begin(), step=7)
     save_checkpoint(saved)
     fresh = begin()
     assert resume(fresh)
-    assert (fresh.found.done, fresh.found.position) == (7, Position(2, 5))
-    assert fresh.found.base_rows == saved.found.base_rows
+    assert (fresh.progress.done, fresh.progress.position) == (7, Position(2, 5))
+    assert fresh.progress.base_rows == saved.progress.base_rows
     assert fresh.trainer.scaler.state() == {"scale": 2.0**7, "good_steps": 7}
-    assert torch.equal(torch.as_tensor(fresh.found.probe), torch.as_tensor(saved.found.probe))
+    assert torch.equal(
+        torch.as_tensor(fresh.progress.reference_logits), torch.as_tensor(saved.progress.reference_logits)
+    )
     for name, parameter in saved.trainer.parameters.items():
         assert torch.equal(fresh.trainer.parameters[name], parameter), name
 
 
-def test_the_model_computes_with_what_came_back(begin: Callable[[], Run]) -> None:
-    """The parameters are views of the optimizer's buffers and parts of the model: all three are one."""
+def test_the_model_uses_the_restored_parameters(begin: Callable[[], Run]) -> None:
+    """The parameters are views of the optimizer's buffers and parameters of the model: all three share memory."""
     saved = filled(begin(), step=7)
     save_checkpoint(saved)
     fresh = begin()
@@ -67,7 +69,7 @@ def test_the_model_computes_with_what_came_back(begin: Callable[[], Run]) -> Non
     assert {p.untyped_storage().data_ptr() for p in fresh.trainer.parameters.values()} == buffers
 
 
-def test_the_seed_decides_the_numbers_that_pairs_begin_with(settings: Settings, tmp_path: Path) -> None:
+def test_the_seed_determines_the_initial_adapters(settings: Settings, tmp_path: Path) -> None:
     with Report(console=False) as report:
         runs = [prepare(settings(tmp_path / "run", seed=seed), report) for seed in (0, 0, 1)]
     name = next(name for name in runs[0].trainer.parameters if name.endswith("lora_A"))
@@ -76,13 +78,13 @@ def test_the_seed_decides_the_numbers_that_pairs_begin_with(settings: Settings, 
     assert not torch.equal(first, other)
 
 
-def test_an_empty_folder_has_nothing_to_go_on_from(begin: Callable[[], Run]) -> None:
+def test_an_empty_folder_has_nothing_to_resume(begin: Callable[[], Run]) -> None:
     run = begin()
     assert not resume(run)
-    assert run.found == Found()
+    assert run.progress == Progress()
 
 
-def test_the_identity_is_that_of_the_data_and_not_of_their_place(
+def test_the_identity_depends_on_the_data_and_not_on_their_path(
     settings: Settings, plays: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
@@ -97,19 +99,19 @@ def test_the_identity_is_that_of_the_data_and_not_of_their_place(
             resume(prepare(settings(tmp_path / "run", data=[str(moved)]), report))
 
 
-def test_a_checkpoint_that_lacks_a_pair_is_refused_by_its_name(begin: Callable[[], Run], tmp_path: Path) -> None:
-    """A whole checkpoint by its manifest, but of a version that named its tensors otherwise."""
+def test_the_error_for_a_missing_tensor_in_a_checkpoint_names_it(begin: Callable[[], Run], tmp_path: Path) -> None:
+    """A complete checkpoint by its manifest, but of a version with other tensor names."""
     save_checkpoint(filled(begin(), step=1))
     found = checkpoint.newest(tmp_path / "run" / "checkpoints", warn=pytest.fail)
     assert found is not None
     name = next(iter(found.tensors["adapter"]))
     del found.tensors["adapter"][name]
     checkpoint.save(found.path.parent, 2, tensors=found.tensors, state=found.state)
-    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+    with pytest.raises(CheckpointError, match=f"has no {name}"):
         resume(begin())
 
 
-def test_only_as_many_checkpoints_as_asked_for_stay(settings: Settings, tmp_path: Path) -> None:
+def test_only_keep_checkpoints_checkpoints_remain(settings: Settings, tmp_path: Path) -> None:
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run", keep_checkpoints=2), report)
         for step in (1, 2, 3):

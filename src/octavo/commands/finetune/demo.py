@@ -1,4 +1,4 @@
-"""`octavo demo`: the whole road on a small real model and a few plays, with settings that fit a laptop's minutes."""
+"""`octavo demo`: fine-tunes a small real model on a few plays, with settings for minutes on a laptop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from octavo.system import own_command, quoted
 
 
 def demo(config: Config, *, results: bool = False) -> dict[str, Any]:
-    """Runs the demo; `config` was read over the defaults in config.DEMO.
+    """Runs the demo; `config` has the defaults of config.DEMO.
 
-    Without --out or --resume it takes a new folder each time. The last line that it prints is the command to go on
-    with, as the shell at hand finds octavo.
+    Without --out or --resume each call writes a new folder. The last line of the output is the command to chat with
+    the model, as octavo is called in the user's shell.
     """
     options = config[RunOptions]
     if options.out == Path(DEMO["out"]) and not options.resume:
@@ -24,14 +24,14 @@ def demo(config: Config, *, results: bool = False) -> dict[str, Any]:
     if done["adapter"] is not None:
         chat = quoted(["chat", "--model", config[ModelOptions].model, "--adapter", done["adapter"]])
         with Report(results=results) as report:
-            report.result(f"Talk with it: {own_command()} {chat}")
+            report.result(f"Chat with it: {own_command()} {chat}")
     return done
 
 
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, .. that holds no run: an earlier demo is never overwritten."""
-    number, folder = 1, wanted
+def _free_folder(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, .. without a run, so that no earlier demo is overwritten."""
+    number, folder = 1, path
     while (folder / "metrics.jsonl").exists():
         number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder = path.with_name(f"{path.name}-{number}")
     return folder

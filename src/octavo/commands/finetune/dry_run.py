@@ -1,7 +1,7 @@
-"""Before a run: one micro-batch, one evaluation, one save. What would fail after hours fails now, and nothing is kept.
+"""The dry run before training: one micro-batch, one evaluation and one checkpoint, so that errors appear at once.
 
-All rows of a run are of one length, so any batch is as large as the others; but rows of one document and packed ones
-take different kernels, so both kinds are tried.
+All rows of a run have one length, so all batches take the same memory. Rows with one document and rows with several
+use different attention kernels, so both kinds are run. The dry run changes nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from octavo.store import checkpoint
 from octavo.train.loop import gradients
 
 
-def rehearse(run: Run) -> None:
-    """Runs a step, an evaluation and a save; TrainingError if even the plan for the least memory does not fit."""
+def dry_run(run: Run) -> None:
+    """Runs a step, an evaluation and a checkpoint. TrainingError if even the plan of the least memory does not fit."""
     run.model.train()
-    rehearsed = None
-    while rehearsed != run.micro_step.plan:  # a plan that gave way to another leaves that to be rehearsed
-        rehearsed = run.micro_step.plan
-        for batch in one_of_each_kind(run):
-            for _ in range(2 if run.micro_step.record else 1):  # launched, then recorded
+    tried = None
+    while tried != run.micro_step.plan:  # repeats if memory ran out and a cheaper plan replaced this one
+        tried = run.micro_step.plan
+        for batch in batch_of_each_kind(run):
+            for _ in range(2 if run.micro_step.record else 1):  # eager, then captured as a CUDA graph
                 gradients(run.trainer, [batch], 0, seed=run.trainer.scaler.scale)
     run.trainer.optimizer.zero_gradients()
     run.micro_step.release()
@@ -37,7 +37,7 @@ def rehearse(run: Run) -> None:
         score(run.model, rows, n_bytes=0, batch_size=len(rows))
     if run.hardware.device.type == "cuda":
         torch.cuda.empty_cache()
-    folder = run.folder / ".rehearsal"
+    folder = run.folder / ".dry_run"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         tensors, state = state_of(run)
@@ -46,17 +46,17 @@ def rehearse(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def one_of_each_kind(run: Run) -> Iterator[Batch]:
-    """A batch of rows with one document each, and one of packed rows, as far as the data have them.
+def batch_of_each_kind(run: Run) -> Iterator[Batch]:
+    """A batch of rows with one document and a batch of rows with several, as far as the data have both kinds.
 
-    Of each kind the row from which most is learned: one that is prompt alone would leave backward out.
+    Each repeats the row with the most targets of its kind: a row without targets would skip backward.
     """
     size = run.config[TrainOptions].batch
-    found: dict[bool, tuple[int, Row]] = {}
+    best: dict[bool, tuple[int, Row]] = {}
     for row in run.train.rows:
-        packed = bool(row.document.max() > row.document[0])  # documents of a row count up; padding is -1
-        learned = int((row.labels != IGNORE_INDEX).sum())
-        if packed not in found or learned > found[packed][0]:
-            found[packed] = learned, row
-    for _, row in found.values():
+        packed = bool(row.document.max() > row.document[0])  # document numbers increase along a row; padding is -1
+        targets = int((row.labels != IGNORE_INDEX).sum())
+        if packed not in best or targets > best[packed][0]:
+            best[packed] = targets, row
+    for _, row in best.values():
         yield from batches([row] * size, batch_size=size, seed=0, epochs=1)

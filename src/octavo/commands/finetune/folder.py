@@ -1,4 +1,4 @@
-"""The run folder: who may begin in it, what dead processes left, its settings, and what is restored if deleted."""
+"""The run folder: lock, cleanup after killed processes, settings, and restoration of deleted files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ METRICS, SETTINGS, LEDGER = "metrics.jsonl", "config.yaml", "ledger.json"
 
 @dataclass
 class RunFolder:
-    """A run folder that this process holds. `fresh`: it held no run. `begun`: what is in it now is worth keeping."""
+    """A run folder locked by this process.
+
+    `fresh`: it contained no run before. `begun`: this run has started, so its files are kept after an error.
+    """
 
     path: Path
     fresh: bool
@@ -33,16 +36,16 @@ class RunFolder:
 
 @contextmanager
 def run_folder(config: Config) -> Iterator[RunFolder]:
-    """Holds the folder --out for one run. UsageError if it holds another one and --resume is not given.
+    """Locks the folder --out for one run. UsageError if it contains another run and --resume is not given.
 
-    The settings of a new run are written first, so that `--resume --out` is enough after a kill at any moment. If the
-    run fails before it has begun, the folder is as it was: the same call, with the fault mended, must not meet a run.
+    The settings of a new run are written first, so that `--resume --out` works after a kill at any time. If the run
+    fails before it has started, the folder is restored, so that a corrected call finds no run in it.
     """
     options = config[RunOptions]
-    _check(config)  # before anything is made
+    _check(config)  # before the folder is created
     existed = options.out.exists()
     with lock(options.out):
-        _check(config)  # again: another process may have trained here until it let go of the lock
+        _check(config)  # again: another process may have trained here until it released the lock
         sweep(options.out)
         checkpoint.sweep(options.out / "checkpoints")
         folder = RunFolder(options.out, fresh=not _run_in(options.out))
@@ -58,14 +61,14 @@ def run_folder(config: Config) -> Iterator[RunFolder]:
 
 
 def write_settings(run: Run, folder: RunFolder) -> None:
-    """config.yaml and ledger.json; of a run that goes on, only once it is sure that it does."""
+    """Writes config.yaml and ledger.json. A resumed run calls this only after its state is loaded."""
     folder.begun = True
     for name, content in _written(run).items():
         atomic_write(run.folder / name, content)
 
 
 def restore(run: Run) -> None:
-    """Writes anew what somebody deleted or moved away while the model was trained, and warns of it."""
+    """Writes files again that were deleted or moved during training, with a warning."""
     lost = []
     if run.report.restore():
         lost.append(METRICS)
@@ -77,40 +80,40 @@ def restore(run: Run) -> None:
     lost += missing
     if lost:
         run.report.warn(
-            f"{', '.join(lost)} of {run.folder} {'were' if len(lost) > 1 else 'was'} deleted or moved while the model "
-            "was trained, and written anew."
+            f"{', '.join(lost)} of {run.folder} {'were' if len(lost) > 1 else 'was'} deleted or moved during training "
+            "and written again."
         )
 
 
 def _check(config: Config) -> None:
     options = config[RunOptions]
     if options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out} is not a folder.", hint="Choose another path for the run's folder.")
-    held = _run_in(options.out)
-    if held and not options.resume:
+        raise UsageError(f"--out {options.out} is not a folder.", hint="Choose another path for the run folder.")
+    files = _run_in(options.out)
+    if files and not options.resume:
         raise UsageError(
-            f"{options.out} already holds a run ({', '.join(held)}).",
-            hint="Go on with it with --resume, or choose another folder with --out.",
+            f"{options.out} already contains a run ({', '.join(files)}).",
+            hint="Resume it with --resume, or choose another folder with --out.",
         )
-    if options.resume and not held and not config[TrainingData].data:
+    if options.resume and not files and not config[TrainingData].data:
         raise UsageError(
-            f"{options.out} holds no run to go on with.",
-            hint="Give the folder of a run with --out, or begin one: without --resume, with --data.",
+            f"{options.out} contains no run to resume.",
+            hint="Name the folder of a run with --out, or start a new run: without --resume, with --data.",
         )
 
 
 def _run_in(folder: Path) -> list[str]:
-    """What makes a folder a run's: a checkpoint, an adapter, a recorded step. Before its first step it is none."""
-    held = ["checkpoints"] if checkpoint.any_in(folder / "checkpoints") else []
-    held += ["adapter"] if (folder / "adapter").exists() else []
+    """The files that make a folder a run: checkpoints, an adapter, metrics with a step. [] before the first step."""
+    files = ["checkpoints"] if checkpoint.any_in(folder / "checkpoints") else []
+    files += ["adapter"] if (folder / "adapter").exists() else []
     metrics = folder / METRICS
     if metrics.is_file() and any(event.get("event") == "step" for event in read_events(metrics)[0]):
-        held.append(METRICS)
-    return held
+        files.append(METRICS)
+    return files
 
 
 def _settings(config: Config) -> bytes:
-    """config.yaml, without what holds for this call alone."""
+    """The content of config.yaml, without the options of this call alone."""
     return config.replace(resume=False, force=False, stop_after=None).to_yaml().encode()
 
 
@@ -122,10 +125,10 @@ def _written(run: Run) -> dict[str, bytes]:
 
 
 def _clear(folder: Path, *, existed: bool) -> None:
-    """Removes what this call made, as far as that is possible; the lock is still held."""
+    """Removes the files of this call as far as possible, while the lock is still held."""
     for name in (METRICS, SETTINGS, LEDGER, ".lock"):
         with suppress(OSError):
             (folder / name).unlink()
     if not existed:
-        with suppress(OSError):  # something else may have been put there
+        with suppress(OSError):  # it may contain other files
             folder.rmdir()

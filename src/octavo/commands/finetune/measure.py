@@ -1,4 +1,4 @@
-"""What a run measures and shows: the table before and after, held-out losses, samples, the adapter read back."""
+"""Evaluation in a run: the perplexity table, held-out losses, samples, and the check of the saved adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo import adapters
 from octavo._version import __version__
 from octavo.commands.evaluate import full_precision, score_row, score_rows
-from octavo.commands.finetune.gpu import model_card
+from octavo.commands.finetune.model_card import model_card
 from octavo.commands.finetune.state import Run, versions
 from octavo.commands.loading import end_ids, load_model
 from octavo.config import ModelOptions, RunOptions
@@ -27,94 +27,94 @@ from octavo.models import Model
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.store import peft
 
-PROBE_TOKENS = 64  # on which the saved adapter is compared with the one in memory
-FIRST_WORDS = 12  # of the held-out text make the prompt of a run that names none
+REFERENCE_TOKENS = 64  # on which the logits with the saved adapter are compared with those of the trained model
+PROMPT_WORDS = 12  # words of the held-out text that are the default prompt of samples
 
 
 def measure_base(run: Run, *, compare_full: bool) -> None:
-    """The held-out table and samples before training; while its pairs are new the model is the base."""
+    """The held-out table and samples before training: with new adapters (B = 0) the model equals the base."""
     report, hardware = run.report, run.hardware
     report.event("hardware", device=str(hardware.device), name=hardware.name, dtype=str(hardware.dtype))
     report.event("versions", **versions())
     if run.test:
         report.event("overlap", **run.test.ledger.overlap)
-    quantised = run.scheme.name != "none"
-    if run.test_rows and compare_full and quantised:
+    quantized = run.scheme.name != "none"
+    if run.test_rows and compare_full and quantized:
         plain = scheme_named("none")
         model = load_model(run.source, plain, full_precision(hardware), report)
-        run.found.base_rows.append(table_row(run, "base", plain, _score(run, model, "Measuring the base")))
+        run.progress.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
     if run.test_rows:
-        name, label = ("quantised", "Measuring the quantised base") if quantised else ("base", "Measuring the base")
-        run.found.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
+        name, label = ("quantised", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
+        run.progress.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
     sample(run, which="base", step=0)
 
 
 def measure_tuned(run: Run) -> list[dict[str, Any]]:
-    """The whole perplexity table, the tuned model last."""
+    """The complete perplexity table, with the tuned model as last row."""
     if not run.test_rows:
         return []
-    tuned = table_row(run, "tuned", run.scheme, _score(run, run.model, "Measuring the tuned model"))
-    return [*run.found.base_rows, tuned]
+    tuned = table_row(run, "tuned", run.scheme, _score(run, run.model, "Evaluating the tuned model"))
+    return [*run.progress.base_rows, tuned]
 
 
 def evaluate_held_out(run: Run) -> bool:
-    """A held-out loss; the adapter goes to its folder if it is the best so far. Whether it was."""
+    """Computes a held-out loss, and saves the adapter if it is the best so far. Whether it was saved."""
     if not run.test_rows:
         return False
-    found = run.found
-    result = _score(run, run.model, f"Held-out loss after step {found.done}")
-    run.report.event("heldout", step=found.done, loss=result.loss, perplexity=result.perplexity)
-    better = math.isfinite(result.loss) and (found.best is None or result.loss < found.best["loss"])
+    progress = run.progress
+    result = _score(run, run.model, f"Held-out loss after step {progress.done}")
+    run.report.event("heldout", step=progress.done, loss=result.loss, perplexity=result.perplexity)
+    better = math.isfinite(result.loss) and (progress.best is None or result.loss < progress.best["loss"])
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
-        found.best = {"step": found.done, "loss": result.loss}
-        found.best_adapter = {name: p.detach().cpu().clone() for name, p in run.trainer.parameters.items()}
+        progress.best = {"step": progress.done, "loss": result.loss}
+        progress.best_adapter = {name: p.detach().cpu().clone() for name, p in run.trainer.parameters.items()}
         save_adapter(run)
     return improved
 
 
 def save_adapter(run: Run) -> None:
-    """Writes the adapter's folder, and remembers what the model says with it."""
-    _write_adapter(run, step=run.found.done)
-    run.found.probe = _probe(run)
+    """Writes the adapter folder, and stores reference logits of the model with this adapter."""
+    _write_adapter(run, step=run.progress.done)
+    run.progress.reference_logits = _reference_logits(run)
 
 
 def keep_best_adapter(run: Run) -> None:
-    """Writes the best adapter's folder anew, with a warning, unless it holds just that: it may be damaged or gone."""
-    found = run.found
-    if found.best is None or found.best_adapter is None:
+    """Writes the best adapter again, with a warning, if its folder is missing, damaged or has another adapter."""
+    progress = run.progress
+    if progress.best is None or progress.best_adapter is None:
         return
-    with _with_parameters(run, found.best_adapter):
-        if not _is_in_folder(run, step=found.best["step"]):
+    with _with_parameters(run, progress.best_adapter):
+        if not _is_in_folder(run, step=progress.best["step"]):
             run.report.warn(
-                f"{run.adapter_folder} does not hold the best adapter, that of step {found.best['step']:,}: it is "
-                "written anew from the checkpoint."
+                f"{run.adapter_folder} does not contain the best adapter (step {progress.best['step']:,}): it is "
+                "written again from the checkpoint."
             )
-            _write_adapter(run, step=found.best["step"])
+            _write_adapter(run, step=progress.best["step"])
 
 
 @contextmanager
 def _with_parameters(run: Run, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other trained parameters for a while."""
-    own = {name: parameter.detach().clone() for name, parameter in run.trainer.parameters.items()}
+    """Replaces the trained parameters of the model within the context."""
+    original = {name: parameter.detach().clone() for name, parameter in run.trainer.parameters.items()}
     try:
         for name, parameter in run.trainer.parameters.items():
             parameter.data.copy_(values[name])
         yield
     finally:
         for name, parameter in run.trainer.parameters.items():
-            parameter.data.copy_(own[name])
+            parameter.data.copy_(original[name])
 
 
 def _is_in_folder(run: Run, *, step: int) -> bool:
-    """Whether the adapter's folder holds the model's adapter as that of `step`, bit for bit."""
+    """Whether the adapter folder has the adapter of the model, bit for bit, saved as that of `step`."""
     try:
         saved = peft.read(run.adapter_folder)
     except (AdapterError, OSError):
         return False
     expected = peft.tensors_of(adapters.collect(run.model, run.plan.spec, origin={}))
-    found = peft.tensors_of(saved)
-    same = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    tensors = peft.tensors_of(saved)
+    same = tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
     return same and saved.origin.get("step") == step
 
 
@@ -130,29 +130,29 @@ def _write_adapter(run: Run, *, step: int) -> None:
 
 
 def read_back(run: Run) -> None:
-    """Puts the saved adapter on the model in place of the trained one; AdapterError unless the logits agree."""
+    """Applies the saved adapter to the model; AdapterError if its logits differ from the reference logits."""
     adapters.apply_(run.model, peft.read(run.adapter_folder))
-    expected = run.found.probe
+    expected = run.progress.reference_logits
     assert expected is not None
-    difference = float((_probe(run) - expected).abs().max())
+    difference = float((_reference_logits(run) - expected).abs().max())
     if not difference <= 1e-4 * float(expected.abs().max()):
         raise AdapterError(
             f"The adapter in {run.adapter_folder} gives other logits than the trained model "
             f"(difference {difference:.3g}).",
-            hint="The newest checkpoint is whole: go on from it with --resume.",
+            hint="The newest checkpoint is complete: resume from it with --resume.",
         )
 
 
 def sample(run: Run, *, which: str, step: int) -> None:
-    """Continues each prompt and records it."""
+    """Continues each prompt; records and prints the text."""
     options = run.config[RunOptions]
     run.micro_step.release()
     sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
-    for prompt in options.sample_prompt or _first_words(run):
+    for prompt in options.sample_prompt or _default_prompts(run):
         ids = encode_prompt(prompt, run.tokenizer)
         text = complete(run.model, run.tokenizer, ids, sampling, stop_ids=end_ids(run.source)).text
         run.report.event("sample", step=step, prompt=prompt, text=text, which=which)
-        run.report.say(f"\nThe {which} model continues {prompt!r}:\n{text}\n")
+        run.report.say(f"\nSample of the {which} model for {prompt!r}:\n{text}\n")
 
 
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, Any]:
@@ -163,14 +163,14 @@ def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, A
 
 
 def _score(run: Run, model: Model, label: str) -> Score:
-    run.micro_step.release()  # what a recorded step holds is free for this
+    run.micro_step.release()  # frees the memory of captured graphs for the evaluation
     batch = run.micro_step.plan.rows
     return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)
 
 
-def _probe(run: Run) -> Tensor:
-    """(T, V) logits on the first tokens of the training text."""
-    ids = torch.from_numpy(run.train.rows[0].ids[:PROBE_TOKENS].astype("int64"))[None]
+def _reference_logits(run: Run) -> Tensor:
+    """Logits (T, V) on the first tokens of the training text."""
+    ids = torch.from_numpy(run.train.rows[0].ids[:REFERENCE_TOKENS].astype("int64"))[None]  # (1, T)
     was_training = run.model.training
     run.model.eval()
     with torch.no_grad():
@@ -179,7 +179,7 @@ def _probe(run: Run) -> Tensor:
     return logits.float().cpu()
 
 
-def _first_words(run: Run) -> list[str]:
+def _default_prompts(run: Run) -> list[str]:
     first = (run.test or run.train).documents[0]
-    text = first.prompt or " ".join(first.text.split()[:FIRST_WORDS])
+    text = first.prompt or " ".join(first.text.split()[:PROMPT_WORDS])
     return [text] if text else []

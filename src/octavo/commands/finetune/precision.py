@@ -1,4 +1,4 @@
-"""Before a run: which products are computed in 8 bits. Tried on the first batch, shown, kept in every checkpoint."""
+"""Chooses the matmuls in 8 bits by their error on the first batch; the choice is printed and stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from octavo.train.precision import LIMIT, QuantError, layers, measure_8bit_error
 
 
 def choose_precision(run: Run, *, resumed: bool) -> None:
-    """Sets what is computed in 8 bits: as the checkpoint says, or as a trial finds; then the plan follows."""
-    found = run.found
+    """Sets the precision of each layer, from the checkpoint or by measurement, and updates the memory plan."""
+    progress = run.progress
     if not run.use_8bit:
-        found.exact_products, found.outliers = None, {}
-    elif not resumed or found.exact_products is None:
-        _try(run)
-    set_precision_(run.model, exact=found.exact_products or (), outliers=found.outliers, wanted=run.use_8bit)
-    if found.exact_products:
-        plan = run.fit.with_exact(found.exact_products)
+        progress.exact_products, progress.outliers = None, {}
+    elif not resumed or progress.exact_products is None:
+        _measure(run)
+    set_precision_(run.model, exact=progress.exact_products or (), outliers=progress.outliers, wanted=run.use_8bit)
+    if progress.exact_products:
+        plan = run.fit.with_exact(progress.exact_products)
         run.micro_step.release()
         run.micro_step.take(plan)
         if run.hardware.device.type == "cuda":
@@ -30,55 +30,56 @@ def choose_precision(run: Run, *, resumed: bool) -> None:
                 run.report.warn(fault)
 
 
-def _try(run: Run) -> None:
-    """Finds the products that stay exact, and the channels that stay out of those in 8 bits; tells of both."""
+def _measure(run: Run) -> None:
+    """Chooses the exact layers and the outlier channels of the others by their measured errors; reports both."""
     run.model.train()
-    asked = run.config[MemoryOptions].matmul == "8bit"
-    if not asked and run.hardware.device.type == "cuda" and not _fast(run):
-        run.found.exact_products, run.found.outliers = [name for name, _ in layers(run.model)], {}
+    forced = run.config[MemoryOptions].matmul == "8bit"
+    if not forced and run.hardware.device.type == "cuda" and not _is_faster(run):
+        run.progress.exact_products, run.progress.outliers = [name for name, _ in layers(run.model)], {}
         return
     seed = run.config[TrainOptions].seed
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
-    costs = measure_8bit_error(run.model, batch)
+    errors = measure_8bit_error(run.model, batch)
     run.trainer.optimizer.zero_gradients()
-    exact = [] if asked else [name for name, cost in costs.items() if not cost.acceptable]
-    outliers = {name: list(cost.channels) for name, cost in costs.items() if cost.splits_outliers and name not in exact}
-    run.found.exact_products, run.found.outliers = exact, outliers
-    _show(run, costs)
-    told = {name: (c.forward, c.backward, c.outliers) for name, c in costs.items()}
-    run.report.event("matmul", exact=exact, outliers=outliers, costs=told)
+    exact = [] if forced else [name for name, error in errors.items() if not error.acceptable]
+    split = {name: error for name, error in errors.items() if error.splits_outliers and name not in exact}
+    outliers = {name: list(error.channels) for name, error in split.items()}
+    run.progress.exact_products, run.progress.outliers = exact, outliers
+    _show(run, errors)
+    values = {name: (error.forward, error.backward, error.outliers) for name, error in errors.items()}
+    run.report.event("matmul", exact=exact, outliers=outliers, costs=values)
 
 
-def _fast(run: Run) -> bool:
-    """Whether 8 bits are faster on this card, which is said."""
+def _is_faster(run: Run) -> bool:
+    """Times the largest matmul both ways and reports whether 8 bits are faster on this GPU."""
     times = speedup(run.model, run.fit.plan.rows * run.config[TextOptions].seq_len)
     run.report.event("compute_speed", times=times)
     if times > 1:
-        run.report.say(f"In 8 bits this card computes the largest product {times:.2f} times as fast.")
+        run.report.say(f"8-bit matmuls: the largest one is {times:.2f} times as fast on this GPU.")
         return True
-    run.report.say(f"Products stay exact: in 8 bits this card takes {1 / times:.2f} times as long for the largest one.")
+    run.report.say(f"Exact matmuls: in 8 bits the largest one takes {1 / times:.2f} times as long on this GPU.")
     return False
 
 
-def _show(run: Run, costs: Mapping[str, QuantError]) -> None:
-    """A row for each kind of layer."""
-    exact, outliers = run.found.exact_products or [], run.found.outliers
+def _show(run: Run, errors: Mapping[str, QuantError]) -> None:
+    """Prints the table of errors, a row for each kind of layer."""
+    exact, outliers = run.progress.exact_products or [], run.progress.outliers
     kinds: dict[str, list[str]] = {}
-    for name in costs:
+    for name in errors:
         kinds.setdefault(name.partition(".")[2], []).append(name)
     rows = []
     for kind, names in kinds.items():
-        forward = [costs[name].outliers if name in outliers else costs[name].forward for name in names]
-        backward = [cost for name in names if (cost := costs[name].backward) is not None]
+        forward = [errors[name].outliers if name in outliers else errors[name].forward for name in names]
+        backward = [error for name in names if (error := errors[name].backward) is not None]
         counts = (sum(name not in exact for name in names), sum(name in outliers for name in names), len(names))
         rows.append([kind, *counts, _percent(forward), _percent(backward)])
-    columns = ["layer", "in 8 bits", "channels apart", "of", "error of its output", "of the gradient to its input"]
+    columns = ["layer", "in 8 bits", "with outliers", "of", "error of the output", "of the input gradient"]
     kind = "fp8" if gradient_type(run.hardware.device) == FP8 else "int8"
-    title = f"Products in 8 bits: int8 forward, {kind} backward; exact where the error is over {LIMIT:.0%}"
+    title = f"8-bit matmuls: int8 forward, {kind} backward; exact if the error is over {LIMIT:.0%}"
     run.report.table(title, columns, rows)
     if outliers:
         run.report.say(
-            f"Of {len(outliers)} layers the {OUTLIERS} channels with the largest inputs stay in the compute type."
+            f"In {len(outliers)} layers the {OUTLIERS} outlier channels of the input stay in the compute dtype."
         )
     if exact:
         run.report.say(f"Exact: {', '.join(exact)}.")
@@ -86,6 +87,6 @@ def _show(run: Run, costs: Mapping[str, QuantError]) -> None:
 
 def _percent(errors: list[float]) -> str:
     if not errors:
-        return "not taken"
+        return "not measured"
     ordered = sorted(errors)
     return f"{ordered[len(ordered) // 2]:.2%}, at most {ordered[-1]:.2%}"

@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: text read and packed, model loaded, adapter attached."""
+"""Prepares a run from its configuration: reads and packs the text, loads the model, attaches the adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import date
 
 from octavo import adapters
 from octavo.commands.finetune.sides import read_sides
-from octavo.commands.finetune.state import Found, Run, fingerprint_of
+from octavo.commands.finetune.state import Progress, Run, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened
 from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, TextOptions, TrainOptions
@@ -23,13 +23,13 @@ from octavo.train.step import PlannedStep
 
 
 def prepare(config: Config, report: Report) -> Run:
-    """A run at its beginning. The text is read first: what is wrong with it shows before anything long."""
-    asked = config[ModelOptions]
-    hardware, source = opened(asked, report)
+    """A run before its first step. Reads the text first, so that its errors appear before the weights are loaded."""
+    options = config[ModelOptions]
+    hardware, source = opened(options, report)
     configure_backends(config[MemoryOptions], hardware, report)
-    tokenizer, scheme = source.tokenizer(), chosen_scheme(asked, source)
+    tokenizer, scheme = source.tokenizer(), chosen_scheme(options, source)
     if config[TextOptions].template_date is None and writes_date(tokenizer):
-        # Else the run could not go on on another day: its texts would be others.
+        # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
     text, held_out = read_sides(config, tokenizer, report)
     fitting = fit(config, source, scheme, hardware)
@@ -45,19 +45,19 @@ def prepare(config: Config, report: Report) -> Run:
     )
     return Run(
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
-        micro_step, base_sha256, Found(),
+        micro_step, base_sha256, Progress(),
     )  # fmt: skip
 
 
 def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: FittedPlan, report: Report) -> PlannedStep:
-    """Forward and backward by the plan, which is said."""
-    plan, on_card = fitting.plan, hardware.device.type == "cuda"
-    if on_card:
+    """Forward and backward with the memory plan, which is reported."""
+    plan, on_gpu = fitting.plan, hardware.device.type == "cuda"
+    if on_gpu:
         report.say(fitting.words(plan))
-    # A replayed graph would draw the same dropout mask again and again.
-    record = on_card and config[MemoryOptions].cuda_graphs and config[LoraOptions].dropout == 0
-    if on_card and config[MemoryOptions].cuda_graphs and not record:
-        report.say("Steps are launched kernel by kernel, since dropout cannot be recorded.")
+    # A replayed graph would repeat the same dropout mask.
+    record = on_gpu and config[MemoryOptions].cuda_graphs and config[LoraOptions].dropout == 0
+    if on_gpu and config[MemoryOptions].cuda_graphs and not record:
+        report.say("Steps run eagerly: CUDA graphs do not support dropout.")
     return PlannedStep(model, plan, record=record, cheaper=fitting.cheaper, warn=report.warn)
 
 
@@ -79,7 +79,7 @@ def _trainer(options: TrainOptions, model: Model, hardware: Hardware, micro_step
 
 
 def total_steps(options: TrainOptions, rows: int) -> int:
-    """Optimizer steps of a run: as asked, or as many as the epochs take."""
+    """Optimizer steps of a run: --steps, else those of --epochs."""
     if options.steps is not None:
         return options.steps
     return math.ceil(math.ceil(batches_per_epoch(rows, options.batch) * options.epochs) / options.accumulate)

@@ -1,4 +1,4 @@
-"""The training text and the held-out one, kept apart: what both hold is taken out of training, and said."""
+"""Training text and held-out text: the split, the removal of copies from training, and the remaining overlap."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from octavo.reporting import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MOST_NAMED = 20  # documents that are named in a message; the ledger names up to MOST_RECORDED
-MOST_RECORDED = 1000
-NOTED_SHARE = 0.01  # of the held-out text in the training text, from which on it is a warning
+MAX_NAMED = 20  # documents listed in a message
+MAX_RECORDED = 1000  # documents listed in the ledger
+WARN_SHARE = 0.01  # fraction of the held-out text that occurs in the training text, from which on there is a warning
 
 
 @dataclass(frozen=True)
 class _Sides:
     train: Encoded
     test: Encoded | None
-    removed: Encoded | None  # documents of the training data that are held out too
-    how: str  # in words, for the report
+    removed: Encoded | None  # documents of the training data with a copy in the held-out data
+    how: str  # description of the split, for the ledger
 
 
 def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
-    """The training text and the held-out one, their ledgers shown.
+    """The training text and the held-out text; prints their ledgers.
 
-    Documents of which the held-out side has a copy are counted in the training ledger as left out, and are in no row.
-    The held-out ledger's `overlap` says how many these were and how much of the held-out text the training text still
-    has.
-    UsageError if nothing is left to learn.
+    Training documents with a copy in the held-out text are counted in the training ledger as left out, and are not
+    packed. The held-out ledger's `overlap` has their number, and the share of the held-out text that the training text
+    still contains. UsageError if there is nothing to train on.
     """
     sides = _sides(config, tokenizer, report)
     options = config[TextOptions]
@@ -44,13 +43,13 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     if text.ledger.learned == 0:
         if sides.removed:
             raise UsageError(
-                "All of the training text is held out too: nothing is left to learn.",
-                hint="Give other text with --test-data, or leave it out and hold out a share with --test-fraction.",
+                "All of the training text is also held out: nothing is left to train on.",
+                hint="Name other text with --test-data, or leave it out and use --test-fraction.",
             )
-        raise UsageError("The data hold no token to learn.", hint="Look at them with `octavo data`.")
+        raise UsageError("The data have no token to train on.", hint="Inspect them with `octavo data`.")
     show_ledger(text.ledger, "Training text", report)
     if sides.test is None:
-        report.warn("Nothing is held out to show whether the tuned model is better: give --test-data.")
+        report.warn("There is no held-out text to evaluate the tuned model on: give --test-data.")
         return text, None
     held_out = to_rows(sides.test, options, tokenizer)
     overlap = _overlap(sides, tokenizer, report)
@@ -58,53 +57,55 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     share = overlap["share"]
     show_ledger(held_out.ledger, f"Held-out text ({share:.1%} of it also in the training text)", report)
     if held_out.ledger.learned == 0:
-        report.warn("The held-out text holds no token to measure on: give other text with --test-data.")
+        report.warn("The held-out text has no token to evaluate: give other text with --test-data.")
         return text, None
     return text, held_out
 
 
 def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> _Sides:
     data, options = config[TrainingData], config[TextOptions]
-    learned = read_documents(data.data, options, report)
+    training = read_documents(data.data, options, report)
     seed = config[TrainOptions].seed
 
     def encoded(reading: Reading) -> Encoded:
         return encode(reading, options, tokenizer, report)
 
-    def part(some: Sequence[Document]) -> Encoded:
+    def encoded_documents(some: Sequence[Document]) -> Encoded:
         return encoded(Reading(documents=list(some)))
 
     if data.test_data:
         if data.test_fraction not in (0, TrainingData().test_fraction):
-            report.say("--test-fraction is not used: what --test-data names is held out.")
+            report.say("--test-fraction is not used: --test-data is given.")
         held = read_documents(data.test_data, options, report)
-        numbers = set(holdout.copies(learned.documents, held.documents))
-        kept = [one for number, one in enumerate(learned.documents) if number not in numbers]
-        twice = [one for number, one in enumerate(learned.documents) if number in numbers]
-        train = encoded(replace(learned, documents=kept))
-        return _Sides(train, encoded(held), part(twice) if twice else None, "as given")
+        numbers = set(holdout.copies(training.documents, held.documents))
+        kept = [document for number, document in enumerate(training.documents) if number not in numbers]
+        copies = [document for number, document in enumerate(training.documents) if number in numbers]
+        train = encoded(replace(training, documents=kept))
+        return _Sides(train, encoded(held), encoded_documents(copies) if copies else None, "as given")
     if data.test_fraction == 0:
-        return _Sides(encoded(learned), None, None, "nothing")
-    if len(learned.documents) == 1:
-        return _tail(encoded(learned), data.test_fraction, tokenizer, report)
-    kept, rest = holdout.split(learned.documents, fraction=data.test_fraction, seed=seed)
-    report.say(f"Held out: {len(rest):,} of {len(learned.documents):,} documents, drawn by their content and the seed.")
-    asked = holdout.share_of(len(learned.documents), data.test_fraction)
-    if abs(len(rest) - asked) > 1:
+        return _Sides(encoded(training), None, None, "nothing")
+    if len(training.documents) == 1:
+        return _tail(encoded(training), data.test_fraction, tokenizer, report)
+    kept, rest = holdout.split(training.documents, fraction=data.test_fraction, seed=seed)
+    count = len(training.documents)
+    report.say(f"Held out: {len(rest):,} of {count:,} documents, chosen by their content and the seed.")
+    expected = holdout.share_of(count, data.test_fraction)
+    if abs(len(rest) - expected) > 1:
         report.warn(
-            f"--test-fraction {data.test_fraction:g} asks for {asked:,} documents. Copies of one text stay on one "
-            "side, so that no text is both learned and measured."
+            f"--test-fraction {data.test_fraction:g} is {expected:,} documents. The number differs because all copies "
+            "of a text are on one side, so that no held-out text is trained on."
         )
-    return _Sides(encoded(replace(learned, documents=kept)), part(rest), None, "a share of the documents")
+    train = encoded(replace(training, documents=kept))
+    return _Sides(train, encoded_documents(rest), None, "a share of the documents")
 
 
 def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast, report: Report) -> _Sides:
-    """A lone text, parted so that its last share of tokens is held out; a lone record cannot be."""
+    """Splits a single text: its last fraction of tokens is held out. A single record is not split."""
     (document,) = encoded.documents
     if not document.text or not encoded.tokens:
         return _Sides(encoded, None, None, "nothing")
     (tokens,) = encoded.tokens
-    count = len(tokens.ids) - 1  # the end token is nobody's text
+    count = len(tokens.ids) - 1  # without the EOS token
     at = count - max(1, round(fraction * count))
     if at < 2 or count - at < 2:
         return _Sides(encoded, None, None, "nothing")
@@ -116,41 +117,41 @@ def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast,
 
 
 def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, object]:
-    """What the training text has of the held-out one, white space aside; in words where it is worth them."""
+    """The overlap of the held-out text with the training text, ignoring white space; warns if it is large."""
     assert sides.test is not None
     test = sides.test.tokens
     bare = holdout.bare_tokens(tokenizer)
     shared = holdout.shared_text(
-        (ids[ids >= 0] for ids in (bare[one.ids] for one in sides.train.tokens)),
-        [ids[ids >= 0] for ids in (bare[one.ids] for one in test)],
-        [one.trained[bare[one.ids] >= 0] for one in test],
+        (ids[ids >= 0] for ids in (bare[document.ids] for document in sides.train.tokens)),
+        [ids[ids >= 0] for ids in (bare[document.ids] for document in test)],
+        [document.trained[bare[document.ids] >= 0] for document in test],
     )
     removed = sides.removed
-    removed_names = [one.where for one in removed.documents] if removed else []
-    removed_tokens = sum(len(one.ids) for one in removed.tokens) if removed else 0
+    removed_names = [document.where for document in removed.documents] if removed else []
+    removed_tokens = sum(len(document.ids) for document in removed.tokens) if removed else 0
     near = [f"{test[number].source}:{test[number].line}" for number in shared.near_copies]
     if removed_names:
         report.warn(
-            f"Taken out of training, since they are held out too: {_counted(removed_names)}, {removed_tokens:,} tokens "
-            f"({_named(removed_names)})."
+            f"Removed from the training text because they are also held out: {_counted(removed_names)}, "
+            f"{removed_tokens:,} tokens ({_named(removed_names)})."
         )
     if near:
         report.warn(
-            f"Near copies: of {_counted(near)} of the held-out text more than half also stands in the training text "
-            f"({_named(near)}). The measured gain is partly memory."
+            f"Near copies: more than half of the text of {_counted(near)} in the held-out data also occurs in the "
+            f"training text ({_named(near)}). The measured gain is partly memorization."
         )
-    elif shared.share >= NOTED_SHARE:
+    elif shared.share >= WARN_SHARE:
         report.warn(
-            f"{shared.share:.1%} of the held-out text also stands in the training text, in runs of {holdout.NGRAM} "
-            "tokens or more."
+            f"{shared.share:.1%} of the held-out text also occurs in the training text, in runs of {holdout.NGRAM} or "
+            "more tokens."
         )
     return {
         "held_out": sides.how,
         "removed_documents": len(removed_names),
         "removed_tokens": removed_tokens,
-        "removed": removed_names[:MOST_RECORDED],
+        "removed": removed_names[:MAX_RECORDED],
         "near_copies": len(near),
-        "near": near[:MOST_RECORDED],
+        "near": near[:MAX_RECORDED],
         "ngram": holdout.NGRAM,
         "tokens": shared.tokens,
         "shared_tokens": shared.shared,
@@ -163,5 +164,5 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

@@ -1,4 +1,4 @@
-"""What a run works with and what it has found, and how both go into a checkpoint and come back."""
+"""A run, its progress, and how both are stored in checkpoints and restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from octavo._version import __version__
 from octavo.adapters import AdapterPlan
 from octavo.commands.data import Text
-from octavo.commands.plan import FittedPlan, wants_eight
+from octavo.commands.plan import FittedPlan, wants_8bit
 from octavo.config import Config, LoraOptions, MemoryOptions, RunOptions, TextOptions, TrainOptions
 from octavo.config.settings import parse_settings
 from octavo.data.loader import Position
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Found:
-    """What a run has found so far; all of it is in its checkpoints."""
+class Progress:
+    """The progress of a run; everything except `last` is in its checkpoints."""
 
     done: int = 0  # optimizer steps
-    position: Position = field(default_factory=Position)  # where the data go on
+    position: Position = field(default_factory=Position)  # of the next batch in the data
     base_rows: list[dict[str, Any]] = field(default_factory=list)  # the perplexity table before training
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Mapping[str, Tensor] | None = None  # its trained parameters, float32, on the CPU
-    probe: Tensor | None = None  # (T, V) logits of the model whose adapter is in the folder
-    exact_products: list[str] | None = None  # those that are not in 8 bits; None: nothing is
-    outliers: dict[str, list[int]] = field(default_factory=dict)  # of products in 8 bits: inputs that stay out of that
-    last: Step | None = None  # of this call
+    reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
+    exact_products: list[str] | None = None  # layers with exact matmuls; None: no layer uses 8 bits
+    outliers: dict[str, list[int]] = field(default_factory=dict)  # layer -> outlier channels of its input
+    last: Step | None = None  # the last step of this call
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with."""
+    """A prepared run: its configuration, text, model, trainer and progress."""
 
     config: Config
     report: Report
@@ -67,7 +67,7 @@ class Run:
     fit: FittedPlan
     micro_step: PlannedStep
     base_sha256: str
-    found: Found
+    progress: Progress
 
     @property
     def folder(self) -> Path:
@@ -87,8 +87,8 @@ class Run:
 
     @property
     def use_8bit(self) -> bool:
-        """Whether products are computed in 8 bits, as far as they may be."""
-        return wants_eight(self.config[MemoryOptions], self.hardware)
+        """Whether layers may use 8-bit matmuls."""
+        return wants_8bit(self.config[MemoryOptions], self.hardware)
 
     @property
     def test_rows(self) -> list[Row]:
@@ -96,7 +96,7 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on. Steps, epochs and learning rate may change."""
+        """The settings that must be equal to resume a run. Steps, epochs and learning rate may change."""
         training, lora = self.config[TrainOptions], self.config[LoraOptions]
         return {
             "model": self.base_sha256,
@@ -104,7 +104,7 @@ class Run:
             "dtype": str(self.hardware.dtype),
             "matmul": "8bit" if self.use_8bit else "exact",
             "data": _digest(self.train.rows),
-            "test_data": _digest(self.test_rows),  # else the table and the best loss would compare two texts
+            "test_data": _digest(self.test_rows),  # so that the table and the best loss compare the same text
             "seq_len": self.config[TextOptions].seq_len,
             "batch": training.batch,
             "accumulate": training.accumulate,
@@ -115,31 +115,31 @@ class Run:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Everything that the run needs to go on from here."""
+    """Writes a checkpoint with all state that is needed to resume the run."""
     tensors, state = state_of(run)
     keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(run.checkpoints, run.found.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn)
+    checkpoint.save(run.checkpoints, run.progress.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn)
 
 
 def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors, the rest) of a checkpoint."""
-    found, parameters = run.found, run.trainer.parameters
+    """(tensors, JSON state) of a checkpoint."""
+    progress, parameters = run.progress, run.trainer.parameters
     tensors: dict[str, dict[str, Tensor]] = {
         "adapter": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
         "optimizer": run.trainer.optimizer.state(),
     }
-    if found.probe is not None:
-        tensors["probe"] = {"logits": found.probe}
-    if found.best is not None and found.best_adapter is not None and found.best["step"] != found.done:
-        tensors["best"] = dict(found.best_adapter)  # so that damage to the adapter's folder is no dead end
+    if progress.reference_logits is not None:
+        tensors["probe"] = {"logits": progress.reference_logits}
+    if progress.best is not None and progress.best_adapter is not None and progress.best["step"] != progress.done:
+        tensors["best"] = dict(progress.best_adapter)  # to restore a damaged adapter folder
     state = {
         "identity": run.identity,
-        "position": {"epoch": found.position.epoch, "index": found.position.index},
+        "position": {"epoch": progress.position.epoch, "index": progress.position.index},
         "scaler": run.trainer.scaler.state(),
-        "base_rows": found.base_rows,
-        "best": found.best,
-        "exact_products": found.exact_products,
-        "outliers": found.outliers,
+        "base_rows": progress.base_rows,
+        "best": progress.best,
+        "exact_products": progress.exact_products,
+        "outliers": progress.outliers,
         "config": run.config.to_yaml(),
         "versions": versions(),
     }
@@ -147,47 +147,47 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def resume(run: Run) -> bool:
-    """Takes up the newest valid checkpoint; False, with a warning, if there is none.
+    """Restores the newest valid checkpoint; False, with a warning, if there is none.
 
-    CheckpointError if it belongs to another model, data or settings, unless forced, or does not fit all the same.
+    CheckpointError if its model, data or settings differ, unless --force is given, and if its tensors do not fit.
     """
     saved = checkpoint.newest(run.checkpoints, warn=run.report.warn)
     if saved is None:
         run.report.resume_from(-1)
-        run.report.warn(f"{run.folder} holds no checkpoint: starting from the beginning.")
+        run.report.warn(f"{run.folder} has no checkpoint: starting from the beginning.")
         return False
     force = run.config[RunOptions].force
     checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
     for name, parameter in run.trainer.parameters.items():
         stored = saved.tensors["adapter"].get(name)
         if stored is None or stored.shape != parameter.shape:
-            raise CheckpointError(f"The checkpoint {saved.path} lacks {name} in this shape.")
+            raise CheckpointError(f"The checkpoint {saved.path} has no {name} of shape {tuple(parameter.shape)}.")
         parameter.data.copy_(stored)
     run.trainer.optimizer.load_state(saved.tensors["optimizer"])
     run.trainer.scaler.load_state(saved.state["scaler"])
-    _take_up(run, saved)
+    _restore_progress(run, saved)
     run.report.resume_from(saved.step)
-    run.report.say(f"Going on after step {saved.step:,} from {saved.path}.")
-    _say_changes(run, saved.state)
+    run.report.say(f"Resuming after step {saved.step:,} from {saved.path}.")
+    _report_changes(run, saved.state)
     return True
 
 
-def _take_up(run: Run, saved: checkpoint.Checkpoint) -> None:
-    found = run.found
-    found.done, found.position = saved.step, Position(**saved.state["position"])
-    found.base_rows, found.best = saved.state["base_rows"], saved.state["best"]
-    found.exact_products, found.outliers = saved.state.get("exact_products"), saved.state.get("outliers", {})
-    found.probe = saved.tensors.get("probe", {}).get("logits")
+def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
+    progress = run.progress
+    progress.done, progress.position = saved.step, Position(**saved.state["position"])
+    progress.base_rows, progress.best = saved.state["base_rows"], saved.state["best"]
+    progress.exact_products, progress.outliers = saved.state.get("exact_products"), saved.state.get("outliers", {})
+    progress.reference_logits = saved.tensors.get("probe", {}).get("logits")
     if run.config[RunOptions].keep == "last":
-        found.best = None
-    if found.best is not None:
-        found.best_adapter = saved.tensors["adapter" if found.best["step"] == saved.step else "best"]
+        progress.best = None
+    if progress.best is not None:
+        progress.best_adapter = saved.tensors["adapter" if progress.best["step"] == saved.step else "best"]
 
 
-def _say_changes(run: Run, state: dict[str, Any]) -> None:
-    """Steps, epochs and learning rates may change; a schedule that does is told with what it is now."""
+def _report_changes(run: Run, state: dict[str, Any]) -> None:
+    """Warns if steps, epochs or learning rates differ from the checkpoint, with the schedule that is used now."""
     saved = parse_settings(state["config"], "The configuration in the checkpoint")
-    options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.found.done
+    options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.progress.done
     changes = [
         f"--{name.replace('_', '-')} {saved.get(name)} is now {getattr(options, name)}"
         for name in TrainOptions.model_fields
@@ -203,7 +203,7 @@ def _say_changes(run: Run, state: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of octavo and of what its numbers depend on."""
+    """The versions of octavo and of the libraries that its results depend on."""
     import transformers
 
     return {
@@ -221,7 +221,7 @@ def _digest(rows: Sequence[Row]) -> str:
 
 
 def fingerprint_of(source: Source, report: Report) -> str:
-    """The identity of the base weights; reading them through takes a while for a folder without a manifest."""
+    """The identity of the base weights. Without a manifest all weight files are read, which takes a while."""
     with report.progress(len(source.files), "Hashing the base weights") as bar:
         sha256 = fingerprint(source)
         bar.advance(len(source.files))

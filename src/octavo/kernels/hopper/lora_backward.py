@@ -1,11 +1,11 @@
-"""An activation's backward with the LoRA gradients of the layers around it, in one pass.
+"""The backward of an activation with the LoRA gradients of the layers before and after it, in one pass.
 
-Reference: ops/lora_backward.py.
+Reference: ops/lora_backward.py. The kernel is warp-specialized. One warp loads tiles into a ring of stages in shared
+memory with the copy engine (TMA). Eight warps write dx and y over the tiles, multiply them with the low-rank matrices
+from shared memory, and store dx over x.
 
-One warp has the copy engine fill stages of tiles; eight write dx and y over them, multiply them as they stand there,
-and send dx back to where x came from.
-
-Legend as there; a program has BN columns and some of the rows, BM at a time; `_up` is the second part of SwiGLU's.
+Legend as in the reference; a program has BN columns and a part of the rows, BM at a time; `_up` is the second half of
+SwiGLU's input.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WIDE = gl.NVMMASharedLayout(128, 16, 2)
 def lora_backward_into(
     x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums, columns: int, stages: int
 ) -> None:
-    """By programs of so many columns and stages; SwiGLU's if x (M, 2F) is twice as wide as dy (M, F), else GELU's."""
+    """Launches programs of `columns` and `stages`: SwiGLU if x (M, 2F) is twice as wide as dy (M, F), else GELU."""
     (m, f), parts = dy.shape, x.shape[1] // dy.shape[1]
     rank, behind, splits = sides.t.shape[1] // parts, sides.after.shape[1], len(sums.b)
     each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS
@@ -49,7 +49,7 @@ def lora_backward_into(
 
 
 def thin(rank: int) -> gl.NVMMASharedLayout:
-    """Of tiles with so many columns."""
+    """The shared-memory layout of tiles with `rank` columns."""
     return gl.NVMMASharedLayout(min(128, 2 * rank), 16, 2)
 
 
@@ -90,7 +90,7 @@ def _bring(
     ring, rows, x, x_up, dy, t, t_up, b, b_up, after,
     PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What one warp does: tiles, one after another, wherever a stage is empty."""
+    """The loading warp: loads the next tiles whenever a stage is empty."""
     xs, dys, ts, afters, bs, full, empty = ring
     BM: gl.constexpr = xs.shape[1]
     BN: gl.constexpr = xs.shape[2]
@@ -121,7 +121,7 @@ def _add_up(
     ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, behind,
     PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What eight warps do: dx and y over the tiles, and what they add to the sums."""
+    """The computing warps: dx and y over the tiles, and the sums of the LoRA gradients."""
     xs, dys, ts, afters, bs, full, empty = ring
     BM: gl.constexpr = xs.shape[1]
     BN: gl.constexpr = xs.shape[2]
@@ -158,7 +158,7 @@ def _add_up(
         first, last = warpgroup_mma_wait(0, deps=(first, last))
         if PARTS == 2:
             second = warpgroup_mma_wait(0, deps=(second,))
-        if STAGES > 2:  # this stage is sent while the next one is computed
+        if STAGES > 2:  # the store of this stage overlaps with the computation of the next one
             tma.store_wait(PARTS)
             if step > 0:
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
@@ -176,7 +176,7 @@ def _add_up(
 
 @gluon.jit
 def _backward_(own, up, y, PARTS: gl.constexpr):
-    """Writes the gradients over tiles of x, and y over that of dy: a quarter of the rows at a time is in registers."""
+    """Writes dx over the tiles of x, and y over the tile of dy; a quarter of the rows at a time is in registers."""
     HIGH: gl.constexpr = own.shape[0] // 4
     kind: gl.constexpr = own.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
@@ -198,7 +198,7 @@ def _backward_(own, up, y, PARTS: gl.constexpr):
 
 @gluon.jit
 def _store(sums, to, row, rows, row_stride, column_stride, columns):
-    """Sums into columns of a matrix, where there are such rows and columns."""
+    """Stores sums into columns of a matrix, masked to its rows and columns."""
     HIGH: gl.constexpr = sums.shape[0]
     WIDE: gl.constexpr = sums.shape[1]
     r = row + gl.arange(0, HIGH, gl.SliceLayout(1, sums.type.layout))

@@ -1,10 +1,11 @@
-"""The product in 8 bits by warps that have different work. Definition: ops/matmul8.py.
+"""The 8-bit matmul with warp specialization. Reference: ops/matmul8.py.
 
-One warp lets the copy engine fill a ring of stages; two groups of four multiply them, each for its half of a tile's
-rows, and always have one multiplication under way while they ask for the next. The ring runs on while a tile is scaled
-and stored. A thin product is one more stage: the same bytes hold half as many columns of a 2-byte type.
+One warp fills a ring of stages in shared memory with the copy engine (TMA). Two warp groups of four warps multiply
+them, each for half of the rows of a tile, with one wgmma in flight while the next is issued. Loads continue while a
+tile is scaled and stored. The low-rank term is one more stage: the same bytes hold half as many columns of a 2-byte
+dtype.
 
-Legend as there; a stage holds (BM, BK) inputs and (BN, BK) weights.
+Legend as in the reference; a stage has (BM, BK) inputs and (BN, BK) weights.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.ops.matmul8 import LowRankTerm
 from octavo.ops.quantize import INT8_LEVELS
 
-ROWS, INPUTS = 128, 128  # of a tile
+ROWS, INPUTS = 128, 128  # rows of a tile (BM), inputs of a stage (BK)
 
 
 class Shape(NamedTuple):
-    """Columns of a tile, stages of the ring, and parts in which a tile's results leave: these fill shared memory."""
+    """Columns of a tile, stages of the ring, and parts in which results are stored; they fill shared memory."""
 
     columns: int
     stages: int
     cuts: int
 
 
-# With int8 four stages are up to 13 % faster than three and a whole tile of results, with fp8 up to 5 % slower; with
-# fewer columns a program takes longer for as many numbers, but more programs are at work (one H100, docs/log.md).
+# Four stages and results in two parts are up to 13 % faster with int8 than three stages and results in one part, and up
+# to 5 % slower with fp8. Fewer columns take longer for the same work, but give more programs (one H100, docs/log.md).
 SHAPES = {
     torch.int8: (Shape(256, 4, 2), Shape(128, 6, 1), Shape(64, 8, 1)),
     torch.float8_e4m3fn: (Shape(256, 3, 1), Shape(128, 6, 1), Shape(64, 8, 1)),
 }
-BUSY = 0.75  # of the multiprocessors have a tile: else tiles become narrower
-GROUP_M = 16  # tiles of a column that follow each other; 8 was up to 8 % slower on 16,384 rows (one H100)
+BUSY = 0.75  # minimum fraction of multiprocessors with a tile; below it narrower tiles are used
+GROUP_M = 16  # consecutive tiles of one column; 8 was up to 8 % slower on 16,384 rows (one H100)
 BYTES = gl.NVMMASharedLayout(128, 8, 2)
 SHORTS = gl.NVMMASharedLayout(128, 16, 2)
 
 
 def fits(out: Tensor, scale: Tensor) -> bool:
-    """Whether a product is one of these: one scale a row, results of 2 bytes that the copy engine can store."""
+    """Whether this kernel supports a call: one scale a row, and 2-byte results at an alignment that TMA can store."""
     aligned = out.data_ptr() % 16 == 0 and out.stride(0) % 8 == 0 and out.stride(1) == 1
     return out.itemsize == 2 and scale.ndim == 1 and aligned
 
@@ -90,7 +91,7 @@ def matmul_8bit_into(
 
 
 def shape_of(m: int, n: int, kind: torch.dtype, processors: int) -> Shape:
-    """The widest tile that keeps so many multiprocessors busy with a result of (m, n)."""
+    """The widest tile that occupies BUSY of the multiprocessors with a result (m, n)."""
     shapes = SHAPES[kind]
     return next((shape for shape in shapes if _tiles(m, n, shape.columns) >= BUSY * processors), shapes[-1])
 
@@ -113,7 +114,7 @@ def _product(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)  # both groups have to be done with it
+        mbarrier.init(empty.index(stage), count=2)  # both warp groups release a stage
     ring, sizes = (own, other, full, empty), (m, n, k, programs)
     joined = (scale, absmax, bias, bias_start, bias_stop, residual, onto_stride)
     gl.warp_specialize(
@@ -130,7 +131,7 @@ def _product(
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip  (warps of the second group and of the one that brings; registers of a thread)
+    )  # fmt: skip  (warps of the second group and of the loading partition; registers of a thread)
 
 
 @gluon.jit
@@ -144,7 +145,7 @@ def _place(tile, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr
 
 @gluon.jit
 def _bring(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: gl.constexpr):
-    """What one warp does: stages of inputs and weights, one after another, wherever a stage is empty."""
+    """The loading warp: loads the next inputs and weights whenever a stage is empty."""
     own, other, full, empty = ring
     m, n, k, programs = sizes
     STAGES: gl.constexpr = own.shape[0]
@@ -178,7 +179,7 @@ def _multiply(
     PART: gl.constexpr, ring, results, t, out, joined, sizes, INT8: gl.constexpr, SCALED: gl.constexpr,
     BIAS: gl.constexpr, LOW_RANK: gl.constexpr, RESIDUAL: gl.constexpr, LEVELS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """What a group of four warps does: half of the rows of each tile."""
+    """A computing warp group: half of the rows of each tile."""
     own, other, full, empty = ring
     scale, absmax, bias, bias_start, bias_stop, residual, onto_stride = joined
     m, n, k, programs = sizes
@@ -188,7 +189,9 @@ def _multiply(
     BK: gl.constexpr = own.shape[2]
     HALF: gl.constexpr = BM // 2
     THIN: gl.constexpr = BK // 2
-    WIDE: gl.constexpr = 128 if INT8 and BN > 128 else BN  # of an instruction: Triton makes none of int8 with 256
+    WIDE: gl.constexpr = (
+        128 if INT8 and BN > 128 else BN
+    )  # columns of an instruction: Triton has none with 256 for int8
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     mine = results.index(PART)
@@ -240,7 +243,7 @@ def _multiply(
 
 @gluon.jit
 def _send(results, through, out, row, column):
-    """Stores results by the copy engine, once what went the same way before has left."""
+    """Stores results with TMA, after the previous store from the same buffer has completed."""
     tma.store_wait(0)
     through.store(results)
     fence_async_shared()

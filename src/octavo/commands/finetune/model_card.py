@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, what it was made from, how to use it."""
+"""The model card of an adapter: origin, settings, use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from octavo.config import Config, LoraOptions, TextOptions, TrainingData, TrainO
 
 
 def model_card(config: Config, *, base: str, base_sha256: str, step: int) -> str:
-    """README.md of an adapter's folder, with the metadata block that the hub reads."""
+    """README.md of an adapter folder, with the metadata block that the hub reads."""
     lora, training, text = config[LoraOptions], config[TrainOptions], config[TextOptions]
     data = config[TrainingData]
     return f"""---
