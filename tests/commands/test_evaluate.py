@@ -232,5 +232,5 @@ def test_the_error_for_rows_longer_than_the_context_names_the_context(evaluate: 
 
 def test_full_precision_on_a_cpu_is_float32() -> None:
     assert evaluate.full_precision(Hardware(CPU.device, torch.bfloat16, "", "cpu")).dtype == torch.float32
-    card = Hardware(torch.device("cuda"), torch.bfloat16, "", "card")
-    assert evaluate.full_precision(card) is card
+    gpu = Hardware(torch.device("cuda"), torch.bfloat16, "", "GPU")
+    assert evaluate.full_precision(gpu) is gpu

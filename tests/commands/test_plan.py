@@ -125,7 +125,7 @@ def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -
     assert done.code == 0
     assert "3 x 640 in 4.0 GiB" in done.out
     assert {"int8", "nf4", "True"} <= set(done.out.replace("│", " ").split())
-    assert "None" not in done.out  # seconds of a card that is not known
+    assert "None" not in done.out  # unknown time of an unknown GPU
     command = done.out.strip().splitlines()[-1]
     words = shlex.split(command)
     assert words[:2] == ["octavo", "finetune"]
@@ -259,10 +259,10 @@ def test_an_invalid_setting_is_reported_before_weights_are_read(
 
 
 @pytest.mark.parametrize(
-    ("card", "said"), [(None, "no GPU to plan for"), ("RTX 3060", "memory of the RTX 3060 is not known")]
+    ("gpu", "said"), [(None, "no GPU to plan for"), ("RTX 3060", "memory of the RTX 3060 is not known")]
 )
-def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, card: str | None, said: str) -> None:
-    done = octavo("plan", "--model", hollow, *(["--gpu", card] if card else []))
+def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gpu: str | None, said: str) -> None:
+    done = octavo("plan", "--model", hollow, *(["--gpu", gpu] if gpu else []))
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert "--gpu-memory" in done.err
@@ -270,8 +270,8 @@ def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, ca
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_plan_is_for_the_gpu_of_this_machine(hollow: Path) -> None:
-    for card in (None, "RTX 3060"):
-        found = told(hollow, gpu_memory="auto", gpu=card)
+    for gpu in (None, "RTX 3060"):
+        found = told(hollow, gpu_memory="auto", gpu=gpu)
         assert found["budget_bytes"] == 3 * GIB - plan.LIBRARIES_BYTES
         assert found["plans"][0]["seconds"] is not None
     with pytest.raises(
@@ -282,7 +282,7 @@ def test_plan_is_for_the_gpu_of_this_machine(hollow: Path) -> None:
 
 
 def test_a_faster_gpu_has_a_shorter_predicted_time(hollow: Path) -> None:
-    seconds = [told(hollow, gpu=card)["plans"][0]["seconds"] for card in ("RTX 3060", "RTX 3090", "A100 80GB", "H100")]
+    seconds = [told(hollow, gpu=gpu)["plans"][0]["seconds"] for gpu in ("RTX 3060", "RTX 3090", "A100 80GB", "H100")]
     assert seconds == sorted(seconds, reverse=True)
     assert len(set(seconds)) == 4
 

@@ -212,11 +212,11 @@ def test_a_run_with_and_without_a_dry_run_is_the_same(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Bit for bit, although dropout and samples use random numbers."""
-    rehearsed = noting(monkeypatch)
+    dry_runs = noting(monkeypatch)
     tune(tmp_path / "with", **{**SHORT, **changes})
     monkeypatch.setattr(package, "dry_run", lambda run: None)
     tune(tmp_path / "without", **{**SHORT, **changes})
-    assert rehearsed == [0]
+    assert dry_runs == [0]
     assert events(tmp_path / "with") == events(tmp_path / "without")
     assert results(tmp_path / "with") == results(tmp_path / "without")
     assert contents(tmp_path / "with").keys() == contents(tmp_path / "without").keys()

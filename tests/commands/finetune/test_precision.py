@@ -163,16 +163,16 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
     assert saved.state["exact_products"] is None
 
 
-@pytest.mark.parametrize(("hardware", "card", "expected"), [
+@pytest.mark.parametrize(("hardware", "gpu", "expected"), [
     (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", False), (OLD, None, False),
     (NEW, None, True),
 ])  # fmt: skip
 def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
-    hardware: Hardware, card: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+    hardware: Hardware, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "")
-    assert wants_8bit(MemoryOptions(), hardware, GPUS[card] if card else None) is expected
-    assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[card] if card else None)
+    assert wants_8bit(MemoryOptions(), hardware, GPUS[gpu] if gpu else None) is expected
+    assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[gpu] if gpu else None)
 
 
 def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
