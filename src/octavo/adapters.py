@@ -119,12 +119,12 @@ def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = 
     for entry in weight_entries(model).values():
         lora = _lora(entry)
         if lora is not None:
-            loras[entry.name] = (lora.a, lora.b, lora.scaling)
+            loras[entry.name] = (lora.a, _to_checkpoint(entry, lora.b), lora.scaling)
         if isinstance(entry.layer, FrozenLinear):
             bias = entry.parameter("bias")
             shared_bias = entry.layer.bias  # of all linears that share the matrix
             if bias is not None and shared_bias is not None and shared_bias.requires_grad and lora is not None:
-                full[f"{entry.name}.bias"] = bias
+                full[f"{entry.name}.bias"] = _to_checkpoint(entry, bias)
         elif isinstance(entry.layer, FrozenEmbedding):
             if lora is not None:
                 embeddings.add(entry.name)
@@ -279,6 +279,7 @@ def _lora_for(entry: WeightEntry, adapter: Adapter) -> LoraPair:
             hint="Give the model that it was trained on.",
         )
     device = layer.matrix.device
+    b = b if entry.order is None else entry.order.from_checkpoint(b)
     return LoraPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
 
 
@@ -318,6 +319,11 @@ def _lora(entry: WeightEntry) -> LoraPair | None:
     lora = entry.layer.pairs[entry.rows_key]
     assert isinstance(lora, LoraPair)
     return lora
+
+
+def _to_checkpoint(entry: WeightEntry, rows: Tensor) -> Tensor:
+    """Rows (N, ..) of an entry's outputs in the order of the checkpoint."""
+    return rows if entry.order is None else entry.order.to_checkpoint(rows.detach())
 
 
 def _layer(entry: WeightEntry) -> FrozenLinear | FrozenEmbedding:

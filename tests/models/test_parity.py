@@ -14,12 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import ModelError
 from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
@@ -66,6 +67,13 @@ def like_gptj(heads: int, rotary: int, **changes: Any) -> dict[str, Any]:
     return shape | changes
 
 
+def like_neox(heads: int, **changes: Any) -> dict[str, Any]:
+    shape = like_llama(heads, heads, intermediate_size=96)
+    del shape["num_key_value_heads"]
+    return shape | changes
+
+
+SEQUENTIAL = {"use_parallel_residual": False}
 CASES = {
     "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
     "llama, one key head, three layers": LlamaConfig(**like_llama(4, 1, num_hidden_layers=3)),
@@ -83,6 +91,15 @@ CASES = {
     "gptj, partial rotary": GPTJConfig(**like_gptj(4, 4)),
     "gptj, whole rotary, own width": GPTJConfig(**like_gptj(2, 24, n_inner=100, n_layer=3)),
     "gptj, tied, other eps": GPTJConfig(**like_gptj(3, 6, tie_word_embeddings=True, layer_norm_epsilon=1e-2)),
+    "qwen3, grouped heads": Qwen3Config(**like_llama(4, 2, head_dim=16)),
+    "qwen3, wide heads, biases, tied": Qwen3Config(
+        **like_llama(3, 1, head_dim=24, attention_bias=True, tie_word_embeddings=True)
+    ),
+    "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
+    "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),
+    "neox, tanh, no bias of attention, tied": GPTNeoXConfig(
+        **like_neox(2, rotary_pct=0.5, hidden_act="gelu_fast", attention_bias=False, tie_word_embeddings=True)
+    ),
 }
 
 
@@ -148,16 +165,17 @@ def tuned(kernels: Twins) -> Twins:
     table = weight_entries(kernels.ours)
     named = {p.key for p in table.values() if p.matrix is not None}
     if kernels.ours.config.tied:
-        named -= {"lm_head", "wte", "embed_tokens"}
+        named -= {"lm_head", "wte", "embed_tokens", "embed_in", "embed_out"}
     torch.manual_seed(2)
-    spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(named), init_lora_weights=False)
+    spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(map(attribute, named)), init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()
     ours = copy.deepcopy(kernels.ours)
     for place in weight_entries(ours).values():
-        module = theirs.base_model.model.get_submodule(place.name)
+        module = theirs.base_model.model.get_submodule(attribute(place.name))
         if place.key in named:
             assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
             a, b = (factor.detach().clone() for factor in factors(module))
+            b = b if place.order is None else place.order.from_checkpoint(b)
             put_(place.layer, place.rows_key, LoraPair(a, b, 4 / 3), dropout=0.0)
         elif place.matrix is None:
             module.requires_grad_()
@@ -166,6 +184,11 @@ def tuned(kernels: Twins) -> Twins:
             for one in bias:
                 one.requires_grad_()
     return Twins(theirs, ours)
+
+
+def attribute(name: str) -> str:
+    """The name of a checkpoint's module in transformers, which calls the head of GPT-NeoX otherwise in memory."""
+    return "lm_head" if name == "embed_out" else name
 
 
 def factors(module: Any) -> tuple[Tensor, Tensor]:
@@ -196,12 +219,16 @@ def gradients(place: WeightEntry, module: Any) -> Iterator[tuple[str, Tensor | N
         assert isinstance(pair, LoraPair)
         a, b = factors(module)
         yield "a", pair.a.grad, a.grad
-        yield "b", pair.b.grad, b.grad
+        yield "b", in_checkpoint_order(place, pair.b.grad), b.grad
     if (both := biases(place, module)) is not None:
         assert isinstance(layer, FrozenLinear)
         assert both[0].grad is not None
         start = layer.matrix.starts[place.rows_key] - layer.bias_start
-        yield "bias", both[0].grad[start : start + len(both[1])], both[1].grad
+        yield "bias", in_checkpoint_order(place, both[0].grad[start : start + len(both[1])]), both[1].grad
+
+
+def in_checkpoint_order(place: WeightEntry, rows: Tensor | None) -> Tensor | None:
+    return rows if rows is None or place.order is None else place.order.to_checkpoint(rows)
 
 
 def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
@@ -216,13 +243,31 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
     for place in weight_entries(ours).values():
-        for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(place.name)):
+        for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(attribute(place.name))):
             assert mine is not None, (place.name, kind)
             assert other is not None, (place.name, kind)
             assert other.norm() > 0, (place.name, kind)
             assert (mine - other).norm() <= TOLERANCE * other.norm(), (place.name, kind)
             compared += 1
     assert compared == sum(parameter.requires_grad for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize("save", list(Save))
+def test_plain_blocks_have_the_output_and_the_gradients_of_the_model(kernels: Twins, save: Save) -> None:
+    """`fused=False` is the reference: every block as plain PyTorch, saved for backward or computed again."""
+    ours, ids = tuned(kernels).ours, some_ids()
+    parameters = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    outputs = [ours.hidden(ids, save=save, fused=fused) for fused in (True, False)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    wanted: list[Tensor] = []
+    found: list[Tensor] = []
+    for output, gradients_of in zip(outputs, (wanted, found), strict=True):
+        ours.zero_grad()
+        torch.autograd.backward(output.square().sum())
+        gradients_of += [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= TOLERANCE * other.norm()
 
 
 def test_where_two_forms_of_rotary_settings_are_given_the_one_of_transformers_counts() -> None:

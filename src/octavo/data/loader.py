@@ -84,7 +84,7 @@ def batches(
     if not rows:
         raise DataError("there is nothing to train on: the data gave no rows.", hint="`octavo data` shows why.")
     if batch_size < 1:
-        raise UsageError(f"a batch of {batch_size} rows.", hint="--batch-size must be at least 1.")
+        raise UsageError(f"a batch of {batch_size} rows.", hint="--batch must be at least 1.")
     per_epoch = batches_per_epoch(len(rows), batch_size)
     start = start or Position()
     if start.epoch < 0 or not 0 <= start.index <= per_epoch:

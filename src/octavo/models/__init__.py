@@ -15,7 +15,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gptj, llama
+from octavo.models import gpt_neox, gptj, llama, qwen3
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
 from octavo.models.decoder import DecoderConfig as DecoderConfig
@@ -28,6 +28,8 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "LlamaForCausalLM": ("llama", llama),
     "MistralForCausalLM": ("mistral", llama),
     "Qwen2ForCausalLM": ("qwen2", llama),
+    "Qwen3ForCausalLM": ("qwen3", qwen3),
+    "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
 }
 _BY_TYPE: dict[str, ModuleType] = dict(FAMILIES.values())
 _FAMILY_OF: dict[type, ModuleType] = {module.Config: module for module in _BY_TYPE.values()}

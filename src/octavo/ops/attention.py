@@ -57,10 +57,12 @@ def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
 
 
 def rotate_half(x: Tensor, table: Table) -> Tensor:
-    """Rotates each head in pairs (i, i + D/2), Llama's form. x is (B, T, H, D)."""
+    """Rotates the first R values of each head in pairs (i, i + R/2), Llama's form. x is (B, T, H, D)."""
     cos, sin = table
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    r = cos.shape[-1]
+    low, high, rest = x.split([r, r, x.shape[-1] - 2 * r], dim=-1)
+    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def rotate(x: Tensor, table: Table, form: str) -> Tensor:

@@ -67,7 +67,7 @@ def entries(source: Source, model: Model) -> dict[str, Item]:
     refuse_embedded_adapter(source)
     expected = dict(items_of(model))
     present = set(source.names())
-    redundant = {"lm_head.weight"} if model.config.tied else set()  # a tied head is equal to the embedding
+    redundant = {f"{model.config.head}.weight"} if model.config.tied else set()  # a tied head is equal to the embedding
     missing = [name for name in expected if name not in present]
     unknown = [
         name

@@ -30,6 +30,7 @@ Matrices = dict[str, Tensor]  # module name -> matrix (N, K) of any floating-poi
 
 def changed_keys(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> list[str]:
     """The adapter's tensors, apart from LoRA, that differ from the model's, e.g. lm_head.weight."""
+    adapter = _in_decoder_order(adapter, entries)
     embed, head = _embedding_and_head(entries)
     matrices, _ = _changed_matrices(adapter, entries, embed, head)
     keys = [f"{name}.weight" for name in matrices]
@@ -45,6 +46,7 @@ def put_weights_(model: Model, adapter: Adapter, entries: Mapping[str, WeightEnt
 
     The vocabulary takes the size of the adapter's embedding and head, which are untied if they differ.
     """
+    adapter = _in_decoder_order(adapter, entries)
     embed, head = _embedding_and_head(entries)
     matrices, untied = _changed_matrices(adapter, entries, embed, head)
     rows = {
@@ -67,6 +69,15 @@ def put_weights_(model: Model, adapter: Adapter, entries: Mapping[str, WeightEnt
             _replace_matrix_(entry, matrices)
     for key, tensor in adapter.full.items():
         _put_parameter_(entries, key, tensor)
+
+
+def _in_decoder_order(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> Adapter:
+    """The adapter, with the rows of its full weights and biases in the decoder's order."""
+    full = dict(adapter.full)
+    for key, tensor in adapter.full.items():
+        if (order := entries[key.rpartition(".")[0]].order) is not None:
+            full[key] = order.from_checkpoint(tensor)
+    return replace(adapter, full=full)
 
 
 def _embedding_and_head(entries: Mapping[str, WeightEntry]) -> tuple[WeightEntry, WeightEntry]:

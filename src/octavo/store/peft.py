@@ -40,7 +40,7 @@ from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
-VOCABULARY_KEYS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+VOCABULARY_KEYS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight")
 TOKENS = ".token_adapter.trainable_tokens_delta"
 COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
 COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}

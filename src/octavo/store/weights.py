@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from octavo.errors import ModelError
 from octavo.models import Model, WeightEntry, build, weight_entries
+from octavo.models.weight_map import RowOrder
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
@@ -157,6 +158,8 @@ def _put_matrix(
     assert entry.matrix is not None
     shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
     parts = matrix_parts(source, name, entry, stored)
+    if entry.order is not None:
+        parts = _reordered(parts, shape, entry.order, stored)
     if stored is scheme and scheme.name != "none":
         # The weights of one matrix share a code table, which the first of them has put into the matrix.
         shared = "code" in parts and entry.rows_key != next(iter(entry.matrix.outputs))
@@ -173,13 +176,28 @@ def _put_matrix(
         put_rows_(target, shape, rows, scheme, weight)
 
 
+def _reordered(parts: Parts, shape: Shape, order: RowOrder, stored: Scheme) -> Parts:
+    """The parts of a checkpoint's matrix (N, K) with its rows in the decoder's order."""
+    rows = shape[0]
+    if not stored.joins((1, shape[1])):
+        raise ModelError(
+            f"Rows of {shape[1]} values share scales under the scheme {stored.name}, and this model's are reordered.",
+            hint="Quantize the original again with --scheme int8.",
+        )
+    return {
+        part: tensor if part == "code" else order.from_checkpoint(tensor.reshape(rows, -1)).reshape(tensor.shape)
+        for part, tensor in parts.items()
+    }
+
+
 def _put_parameter(name: str, item: Item, tensor: Tensor) -> None:
     target = item.entry.parameter(item.kind)
     assert target is not None
     if tensor.shape != target.shape:
         raise misshapen(name, tensor.shape, target.shape)
     check_finite(name, tensor)
-    target.copy_(tensor)
+    order = item.entry.order
+    target.copy_(tensor if order is None else order.from_checkpoint(tensor))
 
 
 def check_finite(name: str, tensor: Tensor, *, hint: str = "The checkpoint is damaged.") -> None:

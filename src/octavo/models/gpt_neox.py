@@ -1,0 +1,154 @@
+"""GPT-NeoX and Pythia: attention and MLP in parallel, each after a LayerNorm of its own.
+
+    y = x + dense(attention(rope(q), rope(k), v)) + fc_out(gelu(fc_in(norm_2(x))))      q, k, v = qkv(norm_1(x))
+
+Some derivatives add them one after the other (`parallel` is false): the MLP then reads the output of attention.
+Checkpoints store q, k and v of one head after the other; here all q come first (`weight_map`). Sources: GPT-NeoX-20B
+(arXiv 2204.06745), Pythia (2304.01373); rotary positions (2104.09864) on the first `rotary` values of each head.
+
+Legend: B sequences of a batch, T positions, d the width, H heads, D the size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.bounded_json import shown
+from octavo.errors import ModelError
+from octavo.layers.block import attention, elementwise, rope, split_heads
+from octavo.layers.context import ForwardContext
+from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.norm import LayerNorm
+from octavo.models.config_fields import (
+    MOST_HEADS,
+    MOST_LAYERS,
+    MOST_MLP_WIDTH,
+    MOST_POSITIONS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    ConfigFields,
+)
+from octavo.models.weight_map import RowOrder, WeightPath
+from octavo.ops.attention import HALF
+
+ROTARY_BASE = 10000.0
+ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.json says, under the names of the legend."""
+
+    vocabulary: int
+    width: int
+    mlp_width: int
+    layers: int
+    heads: int
+    rotary: int
+    rotary_base: float
+    norm_eps: float
+    activation: str
+    parallel: bool
+    bias: bool  # of attention's linears
+    tied: bool
+    context: int  # positions that the model was made for
+
+    embedding = "embed_in"
+    head = "embed_out"
+    head_bias = False
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @cached_property
+    def frequencies(self) -> tuple[float, ...]:
+        """Angles a position turns each pair by, base^(-2i/R)."""
+        exponents = torch.arange(0, self.rotary, 2).float() / self.rotary
+        return tuple((1.0 / self.rotary_base**exponents).tolist())
+
+    def new_norm(self) -> LayerNorm:
+        return LayerNorm(self.width, self.norm_eps)
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face config.json; ModelError names what octavo does not support."""
+        fields = ConfigFields(source)
+        if (act := fields.text("hidden_act", default="gelu")) not in ACTIVATIONS:
+            raise ModelError(f"The model's config asks for the activation {shown(act)}; GPT-NeoX blocks have a GELU.")
+        width, heads = fields.size("hidden_size", most=MOST_WIDTH), fields.size("num_attention_heads", most=MOST_HEADS)
+        if width % heads:
+            raise fields.wrong(f"hidden_size is {width}, which num_attention_heads {heads} does not divide")
+        # Newer configs hold both numbers in rope_parameters.
+        rope = fields.object("rope_parameters") or ConfigFields({})
+        if (kind := rope.text("rope_type", default="default")) != "default" or source.get("rope_scaling"):
+            raise ModelError(f"The model's config asks for rotary positions of type {shown(kind)} in GPT-NeoX.")
+        share = fields.number("rotary_pct", least=0.0, most=1.0, default=0.25)
+        base = fields.number("rotary_emb_base", least=1.0, most=1e15, default=ROTARY_BASE)
+        return cls(
+            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
+            width=width,
+            mlp_width=fields.size("intermediate_size", most=MOST_MLP_WIDTH),
+            layers=fields.size("num_hidden_layers", most=MOST_LAYERS),
+            heads=heads,
+            rotary=int(rope.number("partial_rotary_factor", least=0.0, most=1.0, default=share) * (width // heads)),
+            rotary_base=rope.number("rope_theta", least=1.0, most=1e15, default=base),
+            norm_eps=fields.number("layer_norm_eps", least=0.0, most=1.0, default=1e-5),
+            activation=act,
+            parallel=fields.flag("use_parallel_residual", default=True),
+            bias=fields.flag("attention_bias", default=True),
+            tied=fields.flag("tie_word_embeddings"),
+            context=fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048),
+        )
+
+
+def weight_map(config: Config) -> dict[str, WeightPath]:
+    """Where each module of a checkpoint is in the decoder; rows (H, 3, D) of query_key_value become (3, H, D)."""
+    paths = {"gpt_neox.embed_in": WeightPath("embed")}
+    order = RowOrder((config.heads, 3, config.head_size), (1, 0, 2))
+    for i in range(config.layers):
+        layer, block = f"gpt_neox.layers.{i}", f"blocks.{i}"
+        paths[f"{layer}.input_layernorm"] = WeightPath(f"{block}.norm_1")
+        paths[f"{layer}.attention.query_key_value"] = WeightPath(f"{block}.qkv", order)
+        paths[f"{layer}.attention.dense"] = WeightPath(f"{block}.dense")
+        paths[f"{layer}.post_attention_layernorm"] = WeightPath(f"{block}.norm_2")
+        paths[f"{layer}.mlp.dense_h_to_4h"] = WeightPath(f"{block}.fc_in")
+        paths[f"{layer}.mlp.dense_4h_to_h"] = WeightPath(f"{block}.fc_out")
+    return paths | {"gpt_neox.final_layer_norm": WeightPath("norm"), "embed_out": WeightPath("head")}
+
+
+class Block(nn.Module):
+    """One layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c, d = config, config.width
+        self.heads, self.head_size, self.parallel, self.activation = c.heads, c.head_size, c.parallel, c.activation
+        self.norm_1, self.norm_2 = c.new_norm(), c.new_norm()
+        self.qkv = _linear(d, "query_key_value", 3 * d, bias=c.bias)
+        self.dense = _linear(d, "dense", d, bias=c.bias)
+        self.fc_in = _linear(d, "dense_h_to_4h", c.mlp_width)
+        self.fc_out = _linear(c.mlp_width, "dense_4h_to_h", d)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
+        qk, v = split_heads(self.qkv(self.norm_1(x), ctx), 2 * self.heads, self.heads, size=self.head_size)
+        q, k = rope(qk, ctx, HALF).chunk(2, dim=2)  # (B, T, H, D) each
+        h = self.dense(attention(q, k, v, ctx), ctx, residual=x)
+        up = self.fc_in(self.norm_2(x if self.parallel else h), ctx)
+        y: Tensor = self.fc_out(elementwise(ACTIVATIONS[self.activation], up, ctx), ctx, residual=h)
+        return y
+
+
+def _linear(inputs: int, name: str, outputs: int, *, bias: bool = True) -> FrozenLinear:
+    return FrozenLinear(FrozenMatrix(inputs, {name: outputs}), bias=[name] if bias else ())
