@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from octavo.adapters import AdapterPlan, apply_, create_, save, trained
 from octavo.infer.engine import Engine
@@ -38,9 +45,24 @@ LLAMA: dict[str, Any] = {
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
     "tied": LlamaConfig(vocab_size=264, **LLAMA, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(vocab_size=264, **LLAMA, head_dim=16),
+    "neox": GPTNeoXConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+    ),
     "gptj": GPTJConfig(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=CONTEXT),
 }
-TABLES = {"llama": ("embed_tokens", "lm_head"), "tied": ("embed_tokens",), "gptj": ("wte", "lm_head")}
+TABLES = {
+    "llama": ("embed_tokens", "lm_head"),
+    "qwen3": ("embed_tokens", "lm_head"),
+    "neox": ("embed_in", "embed_out"),
+    "tied": ("embed_tokens",),
+    "gptj": ("wte", "lm_head"),
+}
 SPEC = LoraSpec(rank=4, alpha=12.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,10 @@ def on(engine: Engine) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("name", ["llama", "tied", "gptj"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [*product(["llama", "tied", "gptj"], ["none", "int8", "nf4"]), ("qwen3", "int8"), ("neox", "int8")],
+)
 def test_each_row_goes_through_its_own_adapter(families: dict[str, Family], name: str, scheme: str) -> None:
     family = families[name]
     engine = serving(family, scheme)

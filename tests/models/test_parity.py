@@ -293,7 +293,7 @@ def test_what_would_not_be_the_same_is_refused(what: str) -> None:
 
 
 def test_an_unknown_architecture_names_the_known() -> None:
-    with pytest.raises(ModelError, match=r"OPTForCausalLM(.|\n)*GPTJForCausalLM, LlamaForCausalLM"):
+    with pytest.raises(ModelError, match=r"OPTForCausalLM(.|\n)*GPTJForCausalLM, GPTNeoXForCausalLM, LlamaForCausalLM"):
         build({"architectures": ["OPTForCausalLM"]})
 
 

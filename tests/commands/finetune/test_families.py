@@ -1,0 +1,50 @@
+"""Families without a fused block train too: packed documents, 8-bit matmuls, every way to save memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.commands.finetune.conftest import Tune
+from tests.conftest import _write_tiny
+from transformers import GPTNeoXConfig, Qwen3Config
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16),
+    "neox": GPTNeoXConfig(**SHAPE),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write_tiny(tmp_path_factory.mktemp("models") / request.param, CONFIGS[request.param])
+
+
+def losses(run: Path) -> list[float]:
+    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [event["loss"] for event in events if event["event"] == "step"]
+
+
+def test_a_run_on_packed_documents_with_8bit_matmuls_is_near_to_the_exact_one(
+    folder: Path, tune: Tune, tmp_path: Path
+) -> None:
+    found = []
+    for matmul in ("exact", "8bit"):
+        tune(tmp_path / matmul, model=str(folder), scheme="int8", matmul=matmul, split_on="lines", steps=16)
+        found.append(losses(tmp_path / matmul))
+    exact, short = found
+    assert exact[0] - exact[-1] > 0.05
+    assert short != exact
+    assert short == pytest.approx(exact, rel=0.02)
+
+
+def test_recomputation_changes_no_loss_with_dropout_on(folder: Path, tune: Tune, tmp_path: Path) -> None:
+    for recompute in ("none", "full"):
+        tune(tmp_path / recompute, model=str(folder), scheme="none", dropout=0.2, recompute=recompute, steps=3)
+    assert losses(tmp_path / "full") == losses(tmp_path / "none")
