@@ -104,7 +104,7 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}, "GPTNeoXForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "BloomForCausalLM"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
         ({"hidden_size": -4}, "hidden_size is -4"),
     ],

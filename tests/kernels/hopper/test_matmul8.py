@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels.hopper import matmul8
 
 columns, stages, cuts = matmul8.SHAPES[torch.{type}][{which}]
-names = [p.name for p in matmul8._matmul8.params]
+names = [p.name for p in matmul8._product.params]
 constants = {{
     "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "LOW_RANK": 80, "RESIDUAL": True, "LEVELS": 127, "BM": matmul8.ROWS,
     "BN": columns, "BK": matmul8.INPUTS, "GROUP_M": matmul8.GROUP_M, "STAGES": stages, "CUTS": cuts,
