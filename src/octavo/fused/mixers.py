@@ -45,7 +45,7 @@ class Mixer(Protocol):
     def forward(
         self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool
     ) -> SavedAttention | None:
-        """Prepares u and adds the output to `room`. What backward needs besides u, if it is to `hold` that."""
+        """Prepares u and adds the output to `gemm_input`. What backward needs besides u, if it is to `hold` that."""
         ...
 
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:

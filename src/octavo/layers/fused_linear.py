@@ -125,7 +125,7 @@ class FusedLinear:
             gemm_input.extra[:, self.rank].fill_(1)
 
     def product(self, gemm_input: GemmInput, *, residual: Tensor | None = None) -> Tensor:
-        """(M, N) of a completed input; added to `onto` (M, N) if given, which stays as it is."""
+        """(M, N) of a completed input; added to `residual` (M, N) if given, which stays as it is."""
         if self.use_8bit:
             return self._matmul_8bit(gemm_input, residual)
         matrix = self.matrix(gemm_input.whole)

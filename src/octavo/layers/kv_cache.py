@@ -64,7 +64,7 @@ class KeyValueCache:
 
 
 class SlotCache:
-    """Many requests at once: a slot of `room` positions for each, (L, slots, S, G, D), taken once.
+    """Many requests at once: a slot of `max_len` positions for each, (L, slots, S, G, D), taken once.
 
     `lengths` are the filled positions of each slot. A prompt is read through `slot`, several short ones at once
     through `prompts`, single tokens of the first slots through `step`.

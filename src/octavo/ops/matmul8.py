@@ -113,7 +113,7 @@ def matmul_8bit_into(
     """out (M, N) = codes (M, K) weight^T (N, K), each row, or span of a row, times its scale, rounded once.
 
     With `absmax` column n is multiplied by absmax[n] / 127; `bias` is added to the columns from `bias_start` on, a thin
-    product and `onto` (M, N), which may be `out`, to all.
+    product and `residual` (M, N), which may be `out`, to all.
     """
     work = torch.float32 if out.dtype == torch.float16 else out.dtype  # sums of whole codes would pass 65504
     if scale.ndim == 2:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
+from octavo.layers.context import SaveLevels
 from octavo.models import Model
-from octavo.objective import Inputs, Kept, inputs_of, loss_of
+from octavo.objective import Inputs, inputs_of, loss_of
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import join
 from octavo.train.memory import MemoryPlan
@@ -44,7 +45,7 @@ class EagerStep:
     """Kernel by kernel, on any device."""
 
     model: Model
-    save: Kept
+    save: SaveLevels
     offload: bool = False  # whether inputs of layers wait for backward in the host's memory
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
@@ -73,7 +74,7 @@ class GraphStep:
     the same mask again.
     """
 
-    def __init__(self, model: Model, save: Kept, *, rows: int, offload: bool = False) -> None:
+    def __init__(self, model: Model, save: SaveLevels, *, rows: int, offload: bool = False) -> None:
         self.launched = EagerStep(model, save, offload)
         self.rows = rows
         self._seen: set[int] = set()
