@@ -34,7 +34,7 @@ from octavo.infer.requests import Limits, Request
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo_way import random_model
 from shapes import MODELS, RANK, shapes
 from table import append
@@ -100,7 +100,7 @@ def octavo_way(scheme: str, asked: argparse.Namespace, hardware: Hardware) -> It
 
 
 def octavo_rows(
-    model: Model, tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Path], words: int,
+    model: Decoder, tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Path], words: int,
     asked: argparse.Namespace, hardware: Hardware,
 ) -> Iterator[tuple[int, Row]]:  # fmt: skip
     names: list[str | None] = list(adapters) or [None]
@@ -147,7 +147,7 @@ def timed(engine: Engine, requests: list[Request], asked: argparse.Namespace, de
     }  # fmt: skip
 
 
-def saved_adapters(model: Model, count: int, folder: Path) -> dict[str, Path]:
+def saved_adapters(model: Decoder, count: int, folder: Path) -> dict[str, Path]:
     """Folders of so many adapters on every linear of the blocks, none of which leaves the output as it is."""
     plan = AdapterPlan(LoraSpec(RANK, 2.0 * RANK))
     found = {}
@@ -161,7 +161,7 @@ def saved_adapters(model: Model, count: int, folder: Path) -> dict[str, Path]:
         save(found[f"adapter-{number}"], model, plan, base="base", origin={}, card="")
     for module in model.modules():
         if isinstance(module, FrozenLinear):
-            module.pairs.clear()
+            module.lora.clear()
     return found
 
 

@@ -26,7 +26,7 @@ from octavo.hardware import Hardware, pick
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.resolve import open_source
 from octavo.store.weights import load
@@ -101,7 +101,7 @@ def main() -> None:
     )  # fmt: skip
 
 
-def opened(asked: argparse.Namespace, hardware: Hardware) -> tuple[Model, PreTrainedTokenizerFast]:
+def opened(asked: argparse.Namespace, hardware: Hardware) -> tuple[Decoder, PreTrainedTokenizerFast]:
     if asked.model in MODELS:
         model = random_model(
             asked.model, asked.scheme, device=hardware.device, dtype=hardware.dtype, tiny=False, seed=0
@@ -135,7 +135,7 @@ def drawn(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, words: 
 
 
 def asking(
-    model: Model, tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Path], requests: list[Request], way: Pass,
+    model: Decoder, tokenizer: PreTrainedTokenizerFast, adapters: dict[str, Path], requests: list[Request], way: Pass,
     asked: argparse.Namespace,
 ) -> list[tuple[int, Answer]]:  # fmt: skip
     """(number of the request, tokens of its answer) of one pass, through an engine of its own."""

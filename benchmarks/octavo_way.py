@@ -13,7 +13,7 @@ from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import free_memory_bytes, peak, pick
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.contents import items_of
 from octavo.store.weights import allocated, put_rows_, row_blocks
@@ -62,7 +62,7 @@ def build(
 class Way:
     """A model that is trained by octavo's own loop, one batch at a time."""
 
-    def __init__(self, model: Model, plan: MemoryPlan, planner: Planner) -> None:
+    def __init__(self, model: Decoder, plan: MemoryPlan, planner: Planner) -> None:
         parameters = trained(model)
         self.plan = plan
         self.micro_step = PlannedStep(
@@ -116,7 +116,7 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     return Planner(model, seq_len, batch, optimizer_bytes=2, card=peak(pick().name))
 
 
-def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.dtype, tiny: bool, seed: int) -> Model:
+def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.dtype, tiny: bool, seed: int) -> Decoder:
     """The model of `shapes` with the weights that every way has, quantised one by one on the device."""
     model = allocated(shapes(name, tiny=tiny), scheme_named(scheme), dtype=dtype, device=device)
     for tensor, item in items_of(model):
@@ -135,7 +135,7 @@ def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.d
     return model
 
 
-def with_adapters_(model: Model, *, seed: int, zero_b: bool = False) -> None:
+def with_adapters_(model: Decoder, *, seed: int, zero_b: bool = False) -> None:
     """LoRA on every linear of the blocks, with the numbers that every way has."""
     create_(model, ADAPTER, seed=seed)
     for name, parameter in trained(model).items():

@@ -62,7 +62,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at e
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from octavo.models import Model
+    from octavo.models import Decoder
 
 
 def _has_card() -> bool:
@@ -103,7 +103,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return None
 
 
-Twins = Callable[[Any], "tuple[Any, Model]"]
+Twins = Callable[[Any], "tuple[Any, Decoder]"]
 
 WORDS = [
     "the",
@@ -142,7 +142,7 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     from octavo.store.sources import FolderSource
     from octavo.store.weights import load
 
-    def make(config: Any, scheme: str = "none") -> tuple[Any, Model]:
+    def make(config: Any, scheme: str = "none") -> tuple[Any, Decoder]:
         torch.manual_seed(0)
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in theirs.named_parameters():

@@ -17,7 +17,7 @@ from octavo.data.packing import Row, pack
 from octavo.data.tokens import Tokens
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score, score
-from octavo.models import Model
+from octavo.models import Decoder
 
 VOCABULARY, SEQ_LEN = 61, 24
 CONFIGS = {
@@ -35,7 +35,7 @@ LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
     return twins_of(CONFIGS[request.param])
 
 
@@ -54,7 +54,7 @@ def rows() -> list[Row]:
     return pack(texts(), seq_len=SEQ_LEN, pad_id=0)[0]
 
 
-def scored(model: Model, batch_size: int = 3) -> Score:
+def scored(model: Decoder, batch_size: int = 3) -> Score:
     return score(model, rows(), n_bytes=500, batch_size=batch_size)
 
 
@@ -73,7 +73,7 @@ def window_losses(theirs: Any) -> list[tuple[float, int]]:
     return found
 
 
-def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[Any, Model]) -> None:
+def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[Any, Decoder]) -> None:
     theirs, ours = kernels
     windows = window_losses(theirs)
     tokens = sum(count for _, count in windows)
@@ -83,7 +83,7 @@ def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[An
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
 
 
-def test_means_of_window_means_are_another_number(kernels: tuple[Any, Model]) -> None:
+def test_means_of_window_means_are_another_number(kernels: tuple[Any, Decoder]) -> None:
     theirs, ours = kernels
     windows = window_losses(theirs)
     perplexity = scored(ours).perplexity
@@ -93,7 +93,7 @@ def test_means_of_window_means_are_another_number(kernels: tuple[Any, Model]) ->
     assert abs(mean_of_perplexities / perplexity - 1) > 0.01
 
 
-def test_the_batch_size_changes_nothing(kernels: tuple[Any, Model]) -> None:
+def test_the_batch_size_changes_nothing(kernels: tuple[Any, Decoder]) -> None:
     one, *others = (scored(kernels[1], batch_size) for batch_size in (1, 2, 100))
     for other in others:
         assert other.tokens == one.tokens
@@ -114,7 +114,7 @@ def test_a_model_that_fell_apart_has_an_infinite_perplexity(nats: float, expecte
 
 
 def test_scoring_leaves_training_and_gradients_as_they_were(
-    twins_of: Callable[[Any], tuple[Any, Model]],
+    twins_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
     _, model = twins_of(CONFIGS["llama"])
     adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.5)), seed=0)
@@ -129,7 +129,7 @@ def test_scoring_leaves_training_and_gradients_as_they_were(
     assert all(p.grad is not None and bool((p.grad == 3.0).all()) for p in parameters.values())
 
 
-def test_progress_is_told_of_every_row(kernels: tuple[Any, Model]) -> None:
+def test_progress_is_told_of_every_row(kernels: tuple[Any, Decoder]) -> None:
     done: list[int] = []
     score(kernels[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
     assert sum(done) == len(rows())

@@ -19,7 +19,7 @@ from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import batch_loss, inputs_of, loss_of
 from octavo.ops import loss as ops_loss
 
@@ -38,7 +38,7 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
     theirs, ours = twins_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
     return theirs, ours
@@ -75,7 +75,7 @@ both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row",
 @both
 @pytest.mark.parametrize("learned", [0.5, 1.0])
 def test_the_loss_is_that_of_transformers_on_each_document(
-    kernels: tuple[Any, Model], packed: bool, learned: float
+    kernels: tuple[Any, Decoder], packed: bool, learned: float
 ) -> None:
     batch = batch_of(packed=packed, learned=learned)
     expected = plain_loss(kernels[0], batch)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_transformers_on_each_document(
 
 
 def test_only_what_is_learned_goes_through_the_head(
-    kernels: tuple[Any, Model], monkeypatch: pytest.MonkeyPatch
+    kernels: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
     definition = ops_loss.cross_entropy_
@@ -109,7 +109,7 @@ def test_where_all_is_learned_nothing_is_gathered() -> None:
 
 
 @both
-def test_padding_and_what_it_holds_change_nothing(kernels: tuple[Any, Model], packed: bool) -> None:
+def test_padding_and_what_it_holds_change_nothing(kernels: tuple[Any, Decoder], packed: bool) -> None:
     batch = batch_of(packed=packed)
     other = replace(batch, ids=torch.where(batch.document < 0, 7, batch.ids))
     assert not torch.equal(batch.ids, other.ids)
@@ -118,7 +118,7 @@ def test_padding_and_what_it_holds_change_nothing(kernels: tuple[Any, Model], pa
 
 @both
 def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
-    kernels: tuple[Any, Model], packed: bool
+    kernels: tuple[Any, Decoder], packed: bool
 ) -> None:
     # As they do in a recorded step, whose shapes cannot depend on the data.
     batch = batch_of(packed=packed)
@@ -131,7 +131,7 @@ def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_learned_is_no_failure(kernels: tuple[Any, Model]) -> None:
+def test_nothing_learned_is_no_failure(kernels: tuple[Any, Decoder]) -> None:
     batch = batch_of(packed=False, learned=0.0)
     assert batch.trained_tokens == 0
     total = batch_loss(kernels[1], batch)

@@ -22,7 +22,7 @@ from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.lora import LoraSpec, attach_, put_
 from octavo.layers.multi_lora import AdapterBank, ServedAdapters
-from octavo.models import Model, WeightEntry, layer_of, weight_entries
+from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
 from octavo.store import peft
 from octavo.store.full_weights import changed_keys, put_weights_
 from octavo.store.peft import Adapter
@@ -41,7 +41,7 @@ class AdapterPlan:
     loaded: Adapter | None = None  # the adapter applied to the model: `save` keeps the parts that are not trained
 
 
-def select(model: Model, targets: Sequence[str]) -> list[WeightEntry]:
+def select(model: Decoder, targets: Sequence[str]) -> list[WeightEntry]:
     """The weight-map entries named by `targets`: all-linear, a module's last name (q_proj, lm_head), or a full name."""
     entries = [entry for entry in weight_entries(model).values() if entry.matrix is not None]
     chosen: dict[str, WeightEntry] = {}
@@ -61,7 +61,7 @@ def select(model: Model, targets: Sequence[str]) -> list[WeightEntry]:
     return [entry for entry in entries if entry.name in chosen]
 
 
-def create_(model: Model, plan: AdapterPlan, *, seed: int) -> None:
+def create_(model: Decoder, plan: AdapterPlan, *, seed: int) -> None:
     """Adds new LoRA to the planned targets and marks the trained parameters. B is zero: the output does not change."""
     generator = torch.Generator().manual_seed(seed)
     chosen = select(model, plan.targets)
@@ -71,7 +71,7 @@ def create_(model: Model, plan: AdapterPlan, *, seed: int) -> None:
     mark_trained_(model, plan, chosen)
 
 
-def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]) -> None:
+def mark_trained_(model: Decoder, plan: AdapterPlan, chosen: Sequence[WeightEntry]) -> None:
     """Sets requires_grad on the LoRA matrices and on the planned norms and biases, and clears it on all others."""
     model.requires_grad_(False)
     for entry in weight_entries(model).values():
@@ -80,7 +80,7 @@ def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]
     names = {entry.name for entry in chosen}
     for entry in chosen:
         layer = _layer(entry)
-        layer.pairs.requires_grad_(True)
+        layer.lora.requires_grad_(True)
         if plan.biases and isinstance(layer, FrozenLinear) and entry.parameter("bias") is not None:
             assert layer.bias is not None
             if missing := _untargeted_biases(entry, names):
@@ -91,7 +91,7 @@ def mark_trained_(model: Model, plan: AdapterPlan, chosen: Sequence[WeightEntry]
             layer.bias.requires_grad_(True)
 
 
-def trained(model: Model) -> dict[str, nn.Parameter]:
+def trained(model: Decoder) -> dict[str, nn.Parameter]:
     """Every trained parameter by a stable name: NAME.lora_A, NAME.lora_B, NAME.weight, NAME.bias."""
     parameters: dict[str, nn.Parameter] = {}
     seen: set[int] = set()  # ids of biases: linears that share a matrix share one bias parameter
@@ -111,7 +111,7 @@ def trained(model: Model) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = None) -> Adapter:
+def collect(model: Decoder, spec: LoraSpec, *, origin: Mapping[str, Any] | None = None) -> Adapter:
     """The adapter on `model`: its LoRA matrices, and the trained norms and biases. Nothing is copied."""
     loras: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def collect(model: Model, spec: LoraSpec, *, origin: Mapping[str, Any] | None = 
     return Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
 
 
-def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
+def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
     """Writes the adapter of `model` into `folder` atomically. `origin` is the content of octavo.json."""
     adapter = collect(model, plan.spec, origin=origin)
     if plan.loaded is not None:
@@ -147,7 +147,7 @@ def save(folder: Path, model: Model, plan: AdapterPlan, *, base: str, origin: Ma
     peft.write(folder, adapter, modules=weight_entries(model), biases=plan.biases, base=base, card=card)
 
 
-def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
+def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
     """Applies an adapter to `model` and returns its plan. AdapterError if the model has no module for a tensor.
 
     Training continues on its LoRA matrices and norms, and on its biases if it has all biases of each matrix. Full
@@ -163,7 +163,7 @@ def apply_(model: Model, adapter: Adapter) -> AdapterPlan:
     return plan
 
 
-def serve_(model: Model, routing: ServedAdapters, adapter: Adapter, name: str) -> None:
+def serve_(model: Decoder, routing: ServedAdapters, adapter: Adapter, name: str) -> None:
     """Adds an adapter to the served ones under `name`. Each request selects its adapter by the id in `routing`.
 
     AdapterError if the model has no module for a tensor, or if a norm, a bias or a full weight differs from the
@@ -194,14 +194,14 @@ def serve_(model: Model, routing: ServedAdapters, adapter: Adapter, name: str) -
     routing.changes += _bank_addresses(model) != before
 
 
-def remove_(model: Model, routing: ServedAdapters, name: str) -> None:
+def remove_(model: Decoder, routing: ServedAdapters, name: str) -> None:
     """Removes a served adapter."""
     before = _bank_addresses(model)
     _take_off_(model, routing, name)
     routing.changes += _bank_addresses(model) != before
 
 
-def _take_off_(model: Model, routing: ServedAdapters, name: str) -> None:
+def _take_off_(model: Decoder, routing: ServedAdapters, name: str) -> None:
     adapter_id = routing.served.pop(name, None)
     if adapter_id is None:
         return
@@ -212,13 +212,13 @@ def _take_off_(model: Model, routing: ServedAdapters, name: str) -> None:
             layer.bank = None
 
 
-def _bank_addresses(model: Model) -> list[object]:
+def _bank_addresses(model: Decoder) -> list[object]:
     """Addresses and shapes of all banks' tensors. Captured CUDA graphs hold them and are invalid if one changes."""
     banks = [layer.bank for layer in _frozen_layers(model)]
     return [bank and (bank.a.data_ptr(), bank.a.shape, bank.b.data_ptr(), bank.b.shape) for bank in banks]
 
 
-def _frozen_layers(model: Model) -> list[FrozenLinear | FrozenEmbedding]:
+def _frozen_layers(model: Decoder) -> list[FrozenLinear | FrozenEmbedding]:
     return [module for module in model.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
 
 
@@ -231,7 +231,7 @@ def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
     return AdapterBank(matrix.in_features, matrix.outputs, matrix.dtype, matrix.device)
 
 
-def _checked(model: Model, adapter: Adapter) -> dict[str, WeightEntry]:
+def _checked(model: Decoder, adapter: Adapter) -> dict[str, WeightEntry]:
     """The model's weight map. AdapterError if it has no module for a tensor of the adapter."""
     entries = weight_entries(model)
     unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
@@ -252,7 +252,7 @@ def _some(names: Sequence[str]) -> str:
     return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _reason(model: Model, entries: Mapping[str, WeightEntry], key: str) -> str:
+def _reason(model: Decoder, entries: Mapping[str, WeightEntry], key: str) -> str:
     """Why the model has no module for a tensor of an adapter."""
     name, _, kind = key.rpartition(".")
     if name in entries:
@@ -314,9 +314,9 @@ def _targeted(key: str, entry: WeightEntry, names: Iterable[str]) -> bool:
 
 
 def _lora(entry: WeightEntry) -> LoraPair | None:
-    if not isinstance(entry.layer, FrozenLinear | FrozenEmbedding) or entry.rows_key not in entry.layer.pairs:
+    if not isinstance(entry.layer, FrozenLinear | FrozenEmbedding) or entry.rows_key not in entry.layer.lora:
         return None
-    lora = entry.layer.pairs[entry.rows_key]
+    lora = entry.layer.lora[entry.rows_key]
     assert isinstance(lora, LoraPair)
     return lora
 

@@ -13,7 +13,7 @@ import torch
 
 from octavo.data.loader import batches
 from octavo.data.packing import Row
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import batch_loss
 
 
@@ -41,7 +41,7 @@ class Score:
 
 
 def score(
-    model: Model,
+    model: Decoder,
     rows: Sequence[Row],
     *,
     n_bytes: int,

@@ -12,7 +12,7 @@ from octavo.data.packing import IGNORE_INDEX
 from octavo.fused.loss import cross_entropy_sum
 from octavo.layers.context import Save, SaveLevels
 from octavo.layers.fused_linear import FusedLinear
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import ActivationOffload
 from octavo.runtime.transfer import to_device
@@ -43,7 +43,7 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
     )
 
 
-def loss_of(model: Model, inputs: Inputs, *, save: SaveLevels = Save.ALL, offload: bool = False) -> Tensor:
+def loss_of(model: Decoder, inputs: Inputs, *, save: SaveLevels = Save.ALL, offload: bool = False) -> Tensor:
     """Sum of the cross-entropy over the labelled tokens, in nats, a float32 scalar.
 
     To `offload` is to let the inputs of layers wait for backward in the host's memory.
@@ -57,6 +57,6 @@ def loss_of(model: Model, inputs: Inputs, *, save: SaveLevels = Save.ALL, offloa
     return cross_entropy_sum(hidden, inputs.labels, FusedLinear((model.head.frozen(),)))
 
 
-def batch_loss(model: Model, batch: Batch, *, save: SaveLevels = Save.ALL) -> Tensor:
+def batch_loss(model: Decoder, batch: Batch, *, save: SaveLevels = Save.ALL) -> Tensor:
     """`loss_of` a batch as the loader gives it."""
     return loss_of(model, inputs_of(batch, model.embed.matrix.device), save=save)

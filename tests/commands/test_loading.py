@@ -17,7 +17,7 @@ from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score
-from octavo.models import Model, build, weight_entries
+from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store import base_names, peft
@@ -97,7 +97,7 @@ def test_invalid_eos_ids_are_an_error(value: object, tiny_llama: Path) -> None:
 
 def test_a_loaded_model_is_in_eval_mode(tiny_llama: Path) -> None:
     with Report(console=False) as report:
-        model: Model = loading.load_model(FolderSource(tiny_llama), scheme_named("none"), CPU, report)
+        model: Decoder = loading.load_model(FolderSource(tiny_llama), scheme_named("none"), CPU, report)
     assert not model.training
 
 

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from octavo.adapters import AdapterPlan, create_, save, serve_, trained
-from octavo.infer.decoding import Decoder
+from octavo.infer.decoding import DecodeRunner
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.runtime.dispatch import use_kernels
 from octavo.store.peft import read
@@ -72,17 +72,17 @@ def as_it_was() -> Iterator[None]:
     use_kernels(None)
 
 
-def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Model:
+def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Decoder:
     return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=CARD).eval()
 
 
-def logits_of(model: Model, adapters: list[Path], *, slots: int, live: int) -> tuple[torch.Tensor, list[int], bool]:
+def logits_of(model: Decoder, adapters: list[Path], *, slots: int, live: int) -> tuple[torch.Tensor, list[int], bool]:
     """(logits of the last of three steps over prompts of all lengths, the slots' lengths, whether it was recorded)."""
     routing = ServedAdapters()
     for number, path in enumerate(adapters):
         serve_(model, routing, read(path), str(number))
     cache = model.new_slots(slots=slots, max_len=ROOM)
-    decoder = Decoder(model, cache, routing, WORDS)
+    decoder = DecodeRunner(model, cache, routing, WORDS)
     draw = torch.Generator().manual_seed(0)
     for slot in range(live):
         own = torch.tensor([slot % 3], device=CARD)

@@ -21,7 +21,7 @@ from octavo.kernels import matmul8 as kernels
 from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import Inputs, loss_of
 from octavo.ops import matmul8
 from octavo.ops.quantize import scheme_named
@@ -59,7 +59,7 @@ Load = Callable[..., "Step"]
 class Step:
     """A model with pairs on all its layers, and its gradients in flat buffers as the loop has them."""
 
-    model: Model
+    model: Decoder
     groups: list[FlatGroup]
 
     def gradients(self) -> Tensor:

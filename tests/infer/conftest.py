@@ -25,7 +25,7 @@ from octavo.infer.engine import Engine
 from octavo.infer.generate import Continuation, complete
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops import tiles
 from octavo.ops.quantize import scheme_named
 from octavo.store.peft import read
@@ -80,10 +80,10 @@ class Family:
     folder: Path
     theirs: Any
     tokenizer: PreTrainedTokenizerFast
-    _models: dict[tuple[str | None, str, torch.dtype], Model] = field(default_factory=dict)
+    _models: dict[tuple[str | None, str, torch.dtype], Decoder] = field(default_factory=dict)
     _answers: dict[tuple[Request, str, torch.dtype, tuple[int, ...]], Continuation] = field(default_factory=dict)
 
-    def model(self, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+    def model(self, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Decoder:
         return load(FolderSource(self.folder), scheme_named(scheme), dtype=dtype, device=torch.device("cpu"))
 
     @cached_property
@@ -106,7 +106,7 @@ class Family:
             save(folder, model, plan, base="base", origin={}, card="")
         return folder
 
-    def engine(self, limits: Limits, model: Model | None = None, *, stop_ids: Sequence[int] = ()) -> Engine:
+    def engine(self, limits: Limits, model: Decoder | None = None, *, stop_ids: Sequence[int] = ()) -> Engine:
         return Engine(model or self.model(), self.tokenizer, base="base", limits=limits, stop_ids=stop_ids)
 
     def alone(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from octavo.adapters import serve_
-from octavo.infer.decoding import Decoder, _sizes, chosen
+from octavo.infer.decoding import DecodeRunner, _sizes, chosen
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.ops.tiles import Phase
 from octavo.store.peft import read
@@ -25,7 +25,7 @@ def test_a_step_is_what_each_row_says_alone(family: Family, scheme: str) -> None
     model, routing = family.model(scheme), ServedAdapters()
     serve_(model, routing, read(family.adapter("tables")), "tables")
     cache = model.new_slots(slots=6, max_len=20)
-    decoder = Decoder(model, cache, routing, 260)
+    decoder = DecodeRunner(model, cache, routing, 260)
     adapter_ids = [0, 1, 1, 0]
     with torch.no_grad():
         for slot, prompt in enumerate(PROMPTS):

@@ -18,7 +18,7 @@ from transformers import GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 from octavo.errors import UsageError
 from octavo.infer.generate import Continuation, complete, generate
 from octavo.infer.sample import Sampling
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 
 UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
@@ -80,7 +80,7 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> tuple[Any, Model]:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
     return twins_of(CONFIGS[request.param])
 
 
@@ -100,7 +100,9 @@ def theirs_greedy(theirs: Any, prompt: Sequence[int], *, stop_ids: Sequence[int]
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("prompt", [[5], [40, 41, 200, 7, 7, 90]])
-def test_greedy_tokens_are_those_of_transformers(kernels: tuple[Any, Model], prompt: list[int], penalty: float) -> None:
+def test_greedy_tokens_are_those_of_transformers(
+    kernels: tuple[Any, Decoder], prompt: list[int], penalty: float
+) -> None:
     theirs, ours = kernels
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty, max_new_tokens=30)
     expected = theirs_greedy(theirs, prompt, stop_ids=[END], penalty=penalty)
@@ -147,8 +149,8 @@ def pieces_of(
     """(the text of each piece, the whole) of a model that says `script`."""
     sampling = Sampling(temperature=0.0, max_new_tokens=len(script), stop=stop)
 
-    def model() -> Model:
-        return cast(Model, Scripted(script, words=len(tokenizer)))
+    def model() -> Decoder:
+        return cast(Decoder, Scripted(script, words=len(tokenizer)))
 
     pieces = list(generate(model(), tokenizer, [3], sampling))
     whole = complete(model(), tokenizer, [3], sampling)
@@ -244,12 +246,12 @@ def test_an_end_token_wins_over_the_limit_and_is_no_text() -> None:
 
 def test_the_prompt_runs_once_and_then_each_token_alone() -> None:
     model = Scripted([10, 11, 12])
-    complete(cast(Model, model), BYTES, [1, 2, 3], Sampling(temperature=0.0, max_new_tokens=3))
+    complete(cast(Decoder, model), BYTES, [1, 2, 3], Sampling(temperature=0.0, max_new_tokens=3))
     assert model.fed == [[1, 2, 3], [10], [11]]
     assert model.max_len == 6
 
 
-def test_generation_ends_where_the_context_is_full(kernels: tuple[Any, Model]) -> None:
+def test_generation_ends_where_the_context_is_full(kernels: tuple[Any, Decoder]) -> None:
     _, model = kernels
     sampling = Sampling(temperature=0.0, max_new_tokens=500)
     prompt = [5] * (CONTEXT - 7)
@@ -269,14 +271,14 @@ def no_end() -> PreTrainedTokenizerFast:
 
 
 def test_a_tokenizer_without_an_end_token_generates() -> None:
-    model = cast(Model, Scripted([10, END, 11]))
+    model = cast(Decoder, Scripted([10, END, 11]))
     sampling = Sampling(temperature=0.0, max_new_tokens=3)
     assert complete(model, no_end(), [3], sampling).finish_reason == "length"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_past_the_tokenizer_are_never_chosen(
-    twins_of: Callable[[Any], tuple[Any, Model]], temperature: float
+    twins_of: Callable[[Any], tuple[Any, Decoder]], temperature: float
 ) -> None:
     config = GPTJConfig(vocab_size=WORDS + 14, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=CONTEXT)
     _, model = twins_of(config)
@@ -287,7 +289,7 @@ def test_rows_past_the_tokenizer_are_never_chosen(
     assert max(found.token_ids) < WORDS
 
 
-def test_a_seed_repeats_a_continuation(kernels: tuple[Any, Model]) -> None:
+def test_a_seed_repeats_a_continuation(kernels: tuple[Any, Decoder]) -> None:
     _, model = kernels
     first, again, other = (
         complete(model, BYTES, [5], Sampling(temperature=2.0, top_p=1.0, max_new_tokens=20, seed=seed))
@@ -297,7 +299,7 @@ def test_a_seed_repeats_a_continuation(kernels: tuple[Any, Model]) -> None:
     assert first.token_ids != other.token_ids
 
 
-def test_a_model_in_training_goes_on_training_even_if_the_reader_leaves(kernels: tuple[Any, Model]) -> None:
+def test_a_model_in_training_goes_on_training_even_if_the_reader_leaves(kernels: tuple[Any, Decoder]) -> None:
     _, model = kernels
     model.train()
     pieces = generate(model, BYTES, [5], GREEDY)

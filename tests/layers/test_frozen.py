@@ -91,10 +91,10 @@ def test_a_wide_product_reads_a_layer_as_it_stands() -> None:
     frozen = layer.eval().frozen()
     assert (frozen.rows, frozen.columns, frozen.bias_start, frozen.dropout) == (14, 7, 6, 0.0)
     assert frozen.bias is layer.bias
-    (pair,) = frozen.pairs
+    (pair,) = frozen.lora
     assert (pair.start, pair.stop, pair.scaling) == (9, 14, 0.5)
-    assert pair.a is layer.pairs["v_proj"].a
-    assert pair.b is layer.pairs["v_proj"].b
+    assert pair.a is layer.lora["v_proj"].a
+    assert pair.b is layer.lora["v_proj"].b
     out = torch.empty(14, 7)
     frozen.fill(out)
     assert torch.equal(out, torch.cat(list(weights.values())))
@@ -172,7 +172,7 @@ def test_a_layer_is_trained_through_pairs_or_bias_alone() -> None:
     biased.bias.requires_grad_()
     put_(paired, "q_proj", pair_of(6, 7), dropout=0.0)
     assert [layer.trained for layer in (still, biased, paired)] == [False, True, True]
-    assert {name for name, _ in paired.named_parameters()} == {"bias", "pairs.q_proj.a", "pairs.q_proj.b"}
+    assert {name for name, _ in paired.named_parameters()} == {"bias", "lora.q_proj.a", "lora.q_proj.b"}
 
 
 def test_dropout_acts_in_train_mode_and_on_pairs_alone() -> None:

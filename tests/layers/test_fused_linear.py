@@ -81,7 +81,7 @@ def composed(wide: FusedLinear, weights: list[Tensor], x: Tensor) -> Tensor:
     y = torch.zeros(len(x), OUT, dtype=torch.float64)
     for part, weight, own in zip(wide.parts, weights, x.split([w.shape[1] for w in weights], dim=1), strict=True):
         y = y + own @ weight.T
-        for pair in part.pairs:
+        for pair in part.lora:
             y = y + F.pad(own @ pair.a.T.double() @ pair.b.T.double() * pair.scaling, (pair.start, OUT - pair.stop))
         if part.bias is not None:
             y = y + F.pad(part.bias.double(), (part.bias_start, OUT - part.bias_start - len(part.bias)))
@@ -104,7 +104,7 @@ def test_the_matrix_is_the_parts_then_every_scaled_b_then_the_biases(name: str) 
         matrix = wide.matrix(torch.empty(0, dtype=torch.float64))
         columns = [*weights]
         for part in wide.parts:
-            columns += [F.pad(pair.on_b * pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.pairs]
+            columns += [F.pad(pair.on_b * pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.lora]
         biases = [
             F.pad(part.bias, (part.bias_start, OUT - part.bias_start - len(part.bias)))
             for part in wide.parts
@@ -187,7 +187,7 @@ def test_a_thin_product_of_short_types_is_float32() -> None:
 # With W = 0, A = B = 1 and scaling 1 the product is what the pair reads: x with its dropout.
 def showing_its_mask(width: int, dropout: float) -> LinearSpec:
     pair = LoraSlice(0, width, torch.eye(width), torch.eye(width), 1.0)
-    return LinearSpec(width, width, _filling(torch.zeros(width, width)), pairs=(pair,), dropout=dropout)
+    return LinearSpec(width, width, _filling(torch.zeros(width, width)), lora=(pair,), dropout=dropout)
 
 
 def test_dropout_zeroes_a_share_scales_the_rest_and_backward_makes_the_same_mask_again() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.layers.lora import FlatGroup, LoraSpec, attach_, flatten_, gradients_in_place, merged_rows, pairs_of
+from octavo.layers.lora import FlatGroup, LoraSpec, attach_, flatten_, gradients_in_place, lora_of, merged_rows
 from octavo.ops.quantize import SCHEMES
 
 COLUMNS = 8
@@ -62,20 +62,20 @@ def test_new_pairs_change_no_output() -> None:
 def test_new_pairs_learn_from_the_first_step_on() -> None:
     layer = attached()
     torch.autograd.backward(layer(torch.randn(4, COLUMNS)).square().sum())
-    for pair in pairs_of([layer]):
+    for pair in lora_of([layer]):
         assert pair.b.grad is not None
         assert pair.b.grad.abs().max() > 0
     table = embedding()
     attach_(table, "wte", SPEC, generator=torch.Generator().manual_seed(0))
     torch.autograd.backward(table(torch.arange(9)[None]).square().sum())
-    (pair,) = pairs_of([table])
+    (pair,) = lora_of([table])
     assert pair.a.grad is not None
     assert pair.a.grad.abs().max() > 0
 
 
 def test_pairs_are_drawn_from_the_seed_within_their_bound() -> None:
     first, again, other = attached(), attached(), attached(seed=2)
-    for mine, same, different in zip(*(pairs_of([x]) for x in (first, again, other)), strict=True):
+    for mine, same, different in zip(*(lora_of([x]) for x in (first, again, other)), strict=True):
         assert torch.equal(mine.a, same.a)
         assert not torch.equal(mine.a, different.a)
         assert 0 < mine.a.abs().max() <= 1 / math.sqrt(COLUMNS)

@@ -24,7 +24,7 @@ from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
-from octavo.models import Model, WeightEntry, build, weight_entries
+from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.llama import rotary_frequencies
 from octavo.ops.attention import find_documents
 
@@ -105,11 +105,11 @@ CASES = {
 
 class Twins(NamedTuple):
     theirs: Any
-    ours: Model
+    ours: Decoder
 
 
 @pytest.fixture(scope="module", params=CASES)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Twins:
+def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Twins:
     return Twins(*twins_of(CASES[request.param]))
 
 
@@ -214,8 +214,8 @@ def gradients(place: WeightEntry, module: Any) -> Iterator[tuple[str, Tensor | N
             yield kind, parameter.grad, getattr(module, kind).grad
         return
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
-    if place.rows_key in layer.pairs:
-        pair = layer.pairs[place.rows_key]
+    if place.rows_key in layer.lora:
+        pair = layer.lora[place.rows_key]
         assert isinstance(pair, LoraPair)
         a, b = factors(module)
         yield "a", pair.a.grad, a.grad

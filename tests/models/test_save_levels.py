@@ -19,7 +19,7 @@ from octavo.layers.context import Save
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.attention import find_documents
 from octavo.runtime.offload import ActivationOffload
 
@@ -41,7 +41,7 @@ KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
     _, ours = twins_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8, dropout=0.3)), seed=0)
     for parameter in adapters.trained(ours).values():
@@ -50,7 +50,7 @@ def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, M
 
 
 def loss_of(
-    model: Model, save: Save | Sequence[Save], *, packed: bool = True, offload: ActivationOffload | None = None
+    model: Decoder, save: Save | Sequence[Save], *, packed: bool = True, offload: ActivationOffload | None = None
 ) -> Tensor:
     torch.manual_seed(5)  # of the dropout
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +60,9 @@ def loss_of(
     return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), FusedLinear((model.head.frozen(),)))
 
 
-def gradients(model: Model, save: Save | Sequence[Save], offload: ActivationOffload | None = None) -> dict[str, Tensor]:
+def gradients(
+    model: Decoder, save: Save | Sequence[Save], offload: ActivationOffload | None = None
+) -> dict[str, Tensor]:
     model.zero_grad()
     torch.autograd.backward(loss_of(model, save, offload=offload))
     trained = adapters.trained(model)
@@ -70,25 +72,25 @@ def gradients(model: Model, save: Save | Sequence[Save], offload: ActivationOffl
 
 
 @pytest.mark.parametrize("save", [Save.INPUT, Save.ATTENTION, MIXED], ids=str)
-def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Model, save: Save | Sequence[Save]) -> None:
+def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Decoder, save: Save | Sequence[Save]) -> None:
     kept, again = gradients(model, Save.ALL), gradients(model, save)
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
     assert all(gradient.any() for gradient in kept.values())
 
 
-def test_inputs_that_were_away_change_no_bit(model: Model) -> None:
+def test_inputs_that_were_away_change_no_bit(model: Decoder) -> None:
     kept, again = gradients(model, MIXED), gradients(model, MIXED, ActivationOffload())
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
 
 
-def test_dropout_is_on_in_what_is_compared(model: Model) -> None:
+def test_dropout_is_on_in_what_is_compared(model: Decoder) -> None:
     quiet = copy.deepcopy(model).eval()
     assert not torch.equal(loss_of(model, Save.ALL), loss_of(quiet, Save.ALL))
 
 
 @pytest.mark.parametrize(("save", "again"), [(Save.ALL, 0), (Save.ATTENTION, 4), (Save.INPUT, 4), (MIXED, 3)], ids=str)
 def test_a_blocks_inner_products_alone_run_once_more_in_backward(
-    model: Model, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []  # K of each product; an inner one has the width of the model
     product = FusedLinear.product
@@ -106,7 +108,7 @@ def test_a_blocks_inner_products_alone_run_once_more_in_backward(
     assert ran == [WIDTH] * branches * again
 
 
-def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Model, kept_by: KeptBy) -> None:
+def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Decoder, kept_by: KeptBy) -> None:
     row = 2 * LENGTH * 4  # bytes of one number a token
     held = {save: kept_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
     gptj = hasattr(model.blocks[0], "fc_out")
@@ -122,16 +124,16 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Mode
 
 
 @torch.no_grad()
-def test_without_gradients_nothing_is_computed_again(model: Model) -> None:
+def test_without_gradients_nothing_is_computed_again(model: Decoder) -> None:
     torch.testing.assert_close(loss_of(model, Save.INPUT), loss_of(model, Save.ALL), rtol=0, atol=0)
 
 
-def test_without_gradients_nothing_is_held(model: Model, kept_by: KeptBy) -> None:
+def test_without_gradients_nothing_is_held(model: Decoder, kept_by: KeptBy) -> None:
     with torch.no_grad():
         _, held = kept_by(lambda: loss_of(model, Save.ALL))
     assert held == 0
 
 
-def test_as_many_levels_as_blocks_are_asked_for(model: Model) -> None:
+def test_as_many_levels_as_blocks_are_asked_for(model: Decoder) -> None:
     with pytest.raises(ValueError, match="shorter"):
         loss_of(model, MIXED[:-1])

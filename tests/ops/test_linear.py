@@ -32,7 +32,7 @@ class Case:
     bias: Tensor
     factors: list[Tensor]
 
-    def pairs(self, factors: list[Tensor] | None = None) -> list[LoraSlice]:
+    def lora(self, factors: list[Tensor] | None = None) -> list[LoraSlice]:
         flat = factors or self.factors
         return [
             LoraSlice(start, stop, flat[2 * i], flat[2 * i + 1], scaling)
@@ -63,15 +63,13 @@ def composed(case: Case) -> Tensor:
     weight = case.matrix if case.scale is None else case.matrix * case.scale[:, None].double()
     y = case.x @ weight.T + F.pad(case.bias, (BIAS_START, OUT - BIAS_START - len(case.bias)))
     source = case.x if case.dropped is None else case.dropped
-    for start, stop, a, b, scaling in case.pairs():
+    for start, stop, a, b, scaling in case.lora():
         y = y + F.pad(source @ a.T @ b.T * scaling, (start, OUT - stop))
     return y
 
 
 def fused(case: Case, bias: Tensor | None) -> Tensor:
-    return frozen_linear(
-        case.x, case.unpack, bias=bias, bias_start=BIAS_START, pairs=case.pairs(), dropped=case.dropped
-    )
+    return frozen_linear(case.x, case.unpack, bias=bias, bias_start=BIAS_START, lora=case.lora(), dropped=case.dropped)
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "row scale"])
@@ -100,7 +98,7 @@ def test_gradcheck_with_all_inputs_at_once() -> None:
             case.unpack,
             bias=bias,
             bias_start=BIAS_START,
-            pairs=case.pairs(list(factors)),
+            lora=case.lora(list(factors)),
             dropped=dropped,
         )
 
@@ -112,8 +110,8 @@ def test_leading_dimensions_and_a_strided_x_change_nothing() -> None:
     wide = torch.randn(IN, 2, 3, dtype=torch.float64)
     x = wide.permute(1, 2, 0).requires_grad_()
     flat = x.detach().reshape(-1, IN).requires_grad_()
-    y = frozen_linear(x, case.unpack, pairs=case.pairs())
-    reference = frozen_linear(flat, case.unpack, pairs=case.pairs())
+    y = frozen_linear(x, case.unpack, lora=case.lora())
+    reference = frozen_linear(flat, case.unpack, lora=case.lora())
     assert y.shape == (2, 3, OUT)
     assert torch.equal(y.view(-1, OUT), reference)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
@@ -124,7 +122,7 @@ def test_leading_dimensions_and_a_strided_x_change_nothing() -> None:
 def test_no_rows_at_all_go_forward_and_backward() -> None:
     case = case_of()
     x = torch.empty(0, IN, dtype=torch.float64, requires_grad=True)
-    y = frozen_linear(x, case.unpack, bias=case.bias, bias_start=BIAS_START, pairs=case.pairs())
+    y = frozen_linear(x, case.unpack, bias=case.bias, bias_start=BIAS_START, lora=case.lora())
     torch.autograd.backward(y.sum())
     assert x.grad is not None
     assert x.grad.shape == (0, IN)
@@ -143,7 +141,7 @@ def test_a_frozen_bias_takes_no_gradient_and_is_added_all_the_same() -> None:
 def test_x_that_needs_no_gradient_leaves_those_of_the_pairs_alone() -> None:
     case = case_of()
     still = case.x.detach()
-    y = frozen_linear(still, case.unpack, pairs=case.pairs())
+    y = frozen_linear(still, case.unpack, lora=case.lora())
     reference = composed(case)
     ours = torch.autograd.grad(y.sum(), case.factors)
     theirs = torch.autograd.grad(reference.sum(), case.factors)
@@ -155,7 +153,7 @@ def test_x_that_needs_no_gradient_leaves_those_of_the_pairs_alone() -> None:
 def test_w_takes_no_gradient() -> None:
     case = case_of()
     weight = case.matrix.clone().requires_grad_()
-    y = frozen_linear(case.x, lambda dtype: (weight.to(dtype), None), pairs=case.pairs())
+    y = frozen_linear(case.x, lambda dtype: (weight.to(dtype), None), lora=case.lora())
     torch.autograd.backward(y.sum())
     assert weight.grad is None
 
@@ -181,7 +179,7 @@ def saved_by(case: Case, unpack: Unpack, pairs: list[LoraSlice]) -> tuple[Tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = frozen_linear(case.x, unpack, bias=case.bias, bias_start=BIAS_START, pairs=pairs)
+        y = frozen_linear(case.x, unpack, bias=case.bias, bias_start=BIAS_START, lora=pairs)
     return y, shapes
 
 
@@ -200,7 +198,7 @@ def test_nothing_is_kept_for_backward_without_pairs() -> None:
 def test_pairs_keep_their_factors_their_input_and_what_lies_between() -> None:
     case = case_of()
     unpack, made = watched(case.matrix)
-    _, shapes = saved_by(case, unpack, case.pairs())
+    _, shapes = saved_by(case, unpack, case.lora())
     ranks = sum(rank for _, _, rank, _ in SPANS)
     assert shapes == [(ROWS, IN), (ROWS, ranks), *(tuple(f.shape) for f in case.factors)]
     assert [matrix() for matrix in made] == [None]
@@ -211,7 +209,7 @@ def test_a_short_type_goes_through_and_float32_factors_get_float32_gradients() -
     x = case.x.detach().bfloat16().requires_grad_()
     factors = [f.detach().float().requires_grad_() for f in case.factors]
     bias = case.bias.detach().float().requires_grad_()
-    y = frozen_linear(x, case.unpack, bias=bias, bias_start=BIAS_START, pairs=case.pairs(factors))
+    y = frozen_linear(x, case.unpack, bias=bias, bias_start=BIAS_START, lora=case.lora(factors))
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), composed(case), rtol=0.05, atol=0.1)
     torch.autograd.backward(y.sum())

@@ -92,7 +92,7 @@ def test_a_program_takes_what_fits_into_its_memory(
 # When a branch takes this way.
 
 
-class Model:
+class Decoder:
     """A branch of d = 6 with pairs as a case changes them."""
 
     def __init__(
@@ -168,9 +168,9 @@ def test_pairs_learn_in_the_pass_where_there_are_some_on_both_sides(
         return found
 
     monkeypatch.setattr(mixers, f"{piece}_lora_backward_", watched)
-    found = Model(piece, **case).gradients()
+    found = Decoder(piece, **case).gradients()
     assert len(calls) == taken
     monkeypatch.setattr(lora_operands, "_in_front", lambda *_: None)
-    for one, other in zip(found, Model(piece, **case).gradients(), strict=True):
+    for one, other in zip(found, Decoder(piece, **case).gradients(), strict=True):
         torch.testing.assert_close(one, other)
     assert len(calls) == taken

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from octavo.adapters import AdapterPlan, apply_, collect, create_, save, select, trained
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.peft import Adapter, read, tensors_of
 from octavo.store.sources import FolderSource
@@ -87,7 +87,7 @@ PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def model_of(folder: Path) -> Model:
+def model_of(folder: Path) -> Decoder:
     return load(FolderSource(folder), scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -103,7 +103,7 @@ def shake_(parameters: Iterator[torch.nn.Parameter]) -> None:
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def tuned(folder: Path, plan: AdapterPlan) -> Model:
+def tuned(folder: Path, plan: AdapterPlan) -> Decoder:
     """A model with an adapter on it, moved away from its start."""
     model = model_of(folder)
     create_(model, plan, seed=0)
@@ -111,7 +111,7 @@ def tuned(folder: Path, plan: AdapterPlan) -> Model:
     return model
 
 
-def write(out: Path, model: Model, plan: AdapterPlan, base: str = "base") -> None:
+def write(out: Path, model: Decoder, plan: AdapterPlan, base: str = "base") -> None:
     save(out, model, plan, base=base, origin={"base": "hash"}, card="# A card\n")
 
 

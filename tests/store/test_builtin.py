@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from octavo.errors import ModelError
-from octavo.models import Model, weight_entries
+from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store import builtin
@@ -56,11 +56,11 @@ def ids(smollm2: FolderSource) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(smollm2: FolderSource) -> Model:
+def plain(smollm2: FolderSource) -> Decoder:
     return loaded(smollm2, "none")
 
 
-def loaded(source: FolderSource, scheme: str) -> Model:
+def loaded(source: FolderSource, scheme: str) -> Decoder:
     return load(source, scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -105,7 +105,7 @@ def test_loading_in_8_bits_reads_each_tensor_once_and_quantizes_by_blocks(
     assert sum(blocks) == sum(p.matrix.in_features * sum(p.matrix.outputs.values()) for p in distinct(model))
 
 
-def distinct(model: Model) -> list[Any]:
+def distinct(model: Decoder) -> list[Any]:
     """The weight-map entries of a model, one for each matrix."""
     return list(
         {id(place.matrix): place for place in weight_entries(model).values() if place.matrix is not None}.values()
@@ -124,7 +124,7 @@ def test_the_model_has_the_expected_config(source: FolderSource) -> None:
     assert tokenizer.chat_template
 
 
-def test_logits_are_as_accurate_as_those_of_transformers(source: FolderSource, plain: Model, ids: Tensor) -> None:
+def test_logits_are_as_accurate_as_those_of_transformers(source: FolderSource, plain: Decoder, ids: Tensor) -> None:
     ids = ids[:, :64]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
@@ -138,8 +138,8 @@ def test_logits_are_as_accurate_as_those_of_transformers(source: FolderSource, p
     assert true.abs().max() > 10
 
 
-def test_8_bits_cost_at_most_two_percent_of_perplexity(source: FolderSource, plain: Model, ids: Tensor) -> None:
-    def perplexity(model: Model) -> float:
+def test_8_bits_cost_at_most_two_percent_of_perplexity(source: FolderSource, plain: Decoder, ids: Tensor) -> None:
+    def perplexity(model: Decoder) -> float:
         with torch.no_grad():
             rows = ids.view(2, 512)
             logits = model(rows)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from octavo.adapters import apply_
 from octavo.errors import ModelError, UsageError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model, weight_entries
+from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft as peft_module
 from octavo.store.contents import stored_scheme
@@ -68,7 +68,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
     return table
 
 
-def model_of(folder: Path, scheme: str = "dynamic8") -> Model:
+def model_of(folder: Path, scheme: str = "dynamic8") -> Decoder:
     """The model of a folder, with the adapters on it that the folder carries."""
     source = opened(folder)
     where = {"dtype": torch.float32, "device": torch.device("cpu")}

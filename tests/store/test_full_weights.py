@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from octavo.adapters import apply_, save, serve_
 from octavo.errors import AdapterError
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model, WeightEntry, weight_entries
+from octavo.models import Decoder, WeightEntry, weight_entries
 from octavo.ops.quantize import dequantise, scheme_named
 from octavo.store.peft import TENSORS, Adapter, read
 from octavo.store.sources import FolderSource
@@ -87,7 +87,7 @@ def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return {**folders, "qwen2": qwen2}
 
 
-def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Decoder:
     return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=torch.device("cpu"))
 
 

@@ -22,7 +22,7 @@ from tests.store.watching import WATCHING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.errors import ModelError, UsageError
-from octavo.models import Model, build, weight_entries
+from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import hf_folder as folder_module
 from octavo.store import weights as weights_module
@@ -39,7 +39,7 @@ IDS = torch.arange(1, 41).view(2, 20)
 ERRORS = {"none": (0.0, 0.0), "int8": (0.004, 0.01), "dynamic8": (0.008, 0.03), "nf4": (0.08, 0.10)}
 
 
-def loaded(folder: Path, scheme: str) -> Model:
+def loaded(folder: Path, scheme: str) -> Decoder:
     return load(FolderSource(folder), scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -49,7 +49,7 @@ def write(source: Path, out: Path, scheme: str) -> list[WrittenLayer]:
     return layers
 
 
-def assert_same_model(found: Model, wanted: Model) -> None:
+def assert_same_model(found: Decoder, wanted: Decoder) -> None:
     """Bit for bit: all parts of all matrices, all norms and biases."""
     for a, b in zip(weight_entries(found).values(), weight_entries(wanted).values(), strict=True):
         assert (a.matrix is None) == (b.matrix is None)

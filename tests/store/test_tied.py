@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
 
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
@@ -51,7 +51,7 @@ def tied(folder: Path, family: str, *, head: str, pickled: bool = False) -> Path
     return folder
 
 
-def loaded(folder: Path, scheme: str = "none", *, pickles: bool = False) -> Model:
+def loaded(folder: Path, scheme: str = "none", *, pickles: bool = False) -> Decoder:
     source = FolderSource(folder, allow_pickle=pickles)
     return load(source, scheme_named(scheme), dtype=torch.float32, device=torch.device("cpu"))
 

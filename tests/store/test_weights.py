@@ -17,7 +17,7 @@ from tests.store.watching import WATCHING
 from torch import Tensor
 
 from octavo.errors import ModelError
-from octavo.models import Model, build, weight_entries
+from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import weights as weights_module
 from octavo.store.contents import entries, items_of, stored_scheme
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def loaded(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Model:
+def loaded(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Decoder:
     return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=CPU)
 
 

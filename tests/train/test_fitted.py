@@ -21,7 +21,7 @@ from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import TrainingError
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import Inputs, loss_of
 from octavo.train import step
 from octavo.train.loop import Trainer, gradients, out_of_memory, train
@@ -48,7 +48,7 @@ PLANS = [
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+def base(twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
     return twins_of(CONFIG)[1]
 
 
@@ -72,7 +72,7 @@ def next_plan(plan: MemoryPlan) -> MemoryPlan | None:
     return dict(zip(PLANS, [*PLANS[1:], None], strict=True))[plan]
 
 
-def trainer_of(base: Model, plan: MemoryPlan = PLANS[0], told: list[str] | None = None) -> Trainer:
+def trainer_of(base: Decoder, plan: MemoryPlan = PLANS[0], told: list[str] | None = None) -> Trainer:
     """A run from its start, on its own copy of `base`."""
     model = copy.deepcopy(base)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
@@ -91,7 +91,7 @@ def found(trainer: Trainer, seed: float = 0.5) -> tuple[Tensor, Tensor]:
     return losses, torch.cat([gradient.clone() for gradient in flat if gradient is not None])
 
 
-def test_weights_are_kept_transposed_while_the_plan_says_so(base: Model) -> None:
+def test_weights_are_kept_transposed_while_the_plan_says_so(base: Decoder) -> None:
     model = copy.deepcopy(base).train()
     set_precision_(model)
     micro_step = PlannedStep(
@@ -107,7 +107,7 @@ def test_weights_are_kept_transposed_while_the_plan_says_so(base: Model) -> None
     assert all(layer.transposed is None for _, layer in layers(model))
 
 
-def test_what_cannot_be_kept_transposed_leads_to_a_cheaper_plan(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_kept_transposed_leads_to_a_cheaper_plan(base: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = trainer_of(base, PLANS[1])
     set_precision_(plain.model)
     wanted = found(plain)
@@ -129,7 +129,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[]
     """Has the passes of these numbers fail in forward, counted from 0 over plans; what each keeps, as they come."""
     seen: list[Any] = []
 
-    def loss(model: Model, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
+    def loss(model: Decoder, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
         seen.append(save)
         if len(seen) - 1 in calls:
             raise error()
@@ -146,7 +146,7 @@ def exhausted() -> Exception:
 @pytest.mark.parametrize(
     "plan", [*PLANS, MemoryPlan((Save.ATTENTION,) * 2, 3, 0, None), MemoryPlan((Save.ALL,) * 2, 9, 0, None)]
 )
-def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: MemoryPlan) -> None:
+def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Decoder, plan: MemoryPlan) -> None:
     whole = trainer_of(base)
     whole.micro_step = EagerStep(whole.model, Save.ALL)
     (losses, grads), (others, theirs) = (found(trainer) for trainer in (trainer_of(base, plan), whole))
@@ -155,7 +155,7 @@ def test_a_plan_changes_neither_the_loss_nor_the_gradients(base: Model, plan: Me
     torch.testing.assert_close(grads, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_part_of_which_nothing_is_learned_adds_nothing(base: Model) -> None:
+def test_a_part_of_which_nothing_is_learned_adds_nothing(base: Decoder) -> None:
     trainer = trainer_of(base, PLANS[2])
     *_, last = step.parts_of(BATCHES[0], 1)
     assert last.trained_tokens == 0
@@ -175,7 +175,7 @@ def test_a_part_of_which_nothing_is_learned_adds_nothing(base: Model) -> None:
     ],
 )
 def test_running_out_of_memory_changes_nothing_but_the_plan(
-    base: Model, monkeypatch: pytest.MonkeyPatch, calls: set[int], plan: int
+    base: Decoder, monkeypatch: pytest.MonkeyPatch, calls: set[int], plan: int
 ) -> None:
     """Gradients that were added before, and those of the step before, are not in those that count."""
     expected = found(trainer_of(base, PLANS[plan]))
@@ -198,7 +198,7 @@ def test_running_out_of_memory_changes_nothing_but_the_plan(
 
 
 def test_a_run_that_ran_out_of_memory_goes_on_as_if_it_had_begun_with_less(
-    base: Model, monkeypatch: pytest.MonkeyPatch
+    base: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def steps(trainer: Trainer) -> list[tuple[float | None, float]]:
         stream: Iterator[Batch] = (BATCHES[index % 3] for index in range(12))
@@ -212,7 +212,7 @@ def test_a_run_that_ran_out_of_memory_goes_on_as_if_it_had_begun_with_less(
 
 
 def test_a_step_that_no_plan_fits_ends_the_run_and_says_what_to_do(
-    base: Model, monkeypatch: pytest.MonkeyPatch
+    base: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(base)
     before = [group.values.detach().clone() for group in trainer.optimizer.groups]
@@ -228,7 +228,7 @@ def test_a_step_that_no_plan_fits_ends_the_run_and_says_what_to_do(
     )
 
 
-def test_a_step_that_knows_no_plans_ends_the_run_too(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_knows_no_plans_ends_the_run_too(base: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(base)
     trainer.micro_step = EagerStep(trainer.model, Save.INPUT)
     failing(monkeypatch, {0}, exhausted)
@@ -237,7 +237,7 @@ def test_a_step_that_knows_no_plans_ends_the_run_too(base: Model, monkeypatch: p
 
 
 @pytest.mark.parametrize("error", [RuntimeError("device-side assert triggered"), ValueError("out of memory")])
-def test_another_error_is_not_taken_for_it(base: Model, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_another_error_is_not_taken_for_it(base: Decoder, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     trainer = trainer_of(base)
     seen = failing(monkeypatch, {1}, lambda: error)
     with pytest.raises(type(error)) as caught:
@@ -269,13 +269,13 @@ class FailsInBackward(torch.autograd.Function):
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_what_the_failed_call_held_is_free_before_anything_else_is_done(
-    base: Model, monkeypatch: pytest.MonkeyPatch, where: str
+    base: Decoder, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Else the next plan would find the card as full as it was. The collector does not help."""
     held: list[weakref.ref[Tensor]] = []
     order: list[str] = []
 
-    def loss(model: Model, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
+    def loss(model: Decoder, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
         if held:
             return loss_of(model, inputs, save=save, offload=offload)
         large = torch.ones(1000, requires_grad=True)

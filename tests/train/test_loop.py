@@ -25,7 +25,7 @@ from octavo.errors import TrainingError
 from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenLinear, LoraPair
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Model, weight_entries
+from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -50,7 +50,7 @@ CONFIGS = {
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=None, eos_token_id=None
     ),
 }
-Pair = tuple[Any, Model]
+Pair = tuple[Any, Decoder]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -59,7 +59,7 @@ def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], Pair]) -> 
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], Pair]) -> Model:
+def base(twins_of: Callable[[Any], Pair]) -> Decoder:
     return twins_of(CONFIGS["llama"])[1]
 
 
@@ -83,7 +83,7 @@ def rows(count: int) -> list[Row]:
 
 
 def trainer_of(
-    base: Model,
+    base: Decoder,
     *,
     total: int,
     kind: str = "adamw",
@@ -125,14 +125,14 @@ def timeless(steps: Sequence[Step]) -> list[Step]:
 
 def peft_model(theirs: Any, trainer: Trainer) -> Any:
     """A copy of transformers' model with octavo's pairs on it through PEFT."""
-    table = [p for p in weight_entries(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.pairs]
+    table = [p for p in weight_entries(trainer.model).values() if isinstance(p.layer, FrozenLinear) and p.layer.lora]
     spec = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=sorted({place.key for place in table})
     )
     model = peft.get_peft_model(copy.deepcopy(theirs), spec)
     for place in table:
         assert isinstance(place.layer, FrozenLinear)
-        pair, module = place.layer.pairs[place.rows_key], model.base_model.model.get_submodule(place.name)
+        pair, module = place.layer.lora[place.rows_key], model.base_model.model.get_submodule(place.name)
         assert isinstance(pair, LoraPair)
         module.lora_A["default"].weight.data.copy_(pair.a)
         module.lora_B["default"].weight.data.copy_(pair.b)
@@ -185,7 +185,7 @@ def test_losses_are_those_of_a_plain_transformers_and_peft_loop(kernels: Pair, k
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])  # something was learned
 
 
-def resumed(first: Trainer, base: Model, after: Step, **settings: Any) -> Trainer:
+def resumed(first: Trainer, base: Decoder, after: Step, **settings: Any) -> Trainer:
     """A new process as `octavo finetune --resume` makes it: plain tensors and numbers alone go over."""
     stored, state = values(first), first.optimizer.state()
     scaler = first.scaler.state()
@@ -201,7 +201,7 @@ def resumed(first: Trainer, base: Model, after: Step, **settings: Any) -> Traine
 # Five rows, two a step: step 3 spans the edge of the first epoch, step 5 ends with the second.
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
-def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Model, kind: str, stop: int) -> None:
+def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Decoder, kind: str, stop: int) -> None:
     data = rows(5)
     settings: dict[str, Any] = {"total": 7, "kind": kind, "accumulate": 2, "dropout": 0.3}
     whole = trainer_of(base, **settings)
@@ -222,7 +222,7 @@ def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Model, kind: str, stop:
     assert (state["0.state1"].dtype == torch.uint8) if kind == "adamw8bit" else "0.exp_avg" in state
 
 
-def test_dropout_is_another_in_every_step_and_micro_batch(base: Model) -> None:
+def test_dropout_is_another_in_every_step_and_micro_batch(base: Decoder) -> None:
     data = rows(1)  # the same row again and again
     losses = [step.loss for step in run(trainer_of(base, total=3, dropout=0.5, lr=0.0), data)]
     assert len(set(losses)) == 1  # B is zero: dropout cannot show
@@ -235,7 +235,7 @@ def test_dropout_is_another_in_every_step_and_micro_batch(base: Model) -> None:
     assert one[0].loss != two[0].loss
 
 
-def test_batch_times_accumulation_alone_counts(base: Model) -> None:
+def test_batch_times_accumulation_alone_counts(base: Decoder) -> None:
     wide, deep = (trainer_of(base, total=1, accumulate=n, lr=0.0, clip=0.0) for n in (1, 4))
     (one,) = run(wide, rows(4), batch_size=4, shuffle=False)
     (other,) = run(deep, rows(4), batch_size=1, shuffle=False)
@@ -249,7 +249,7 @@ def ignoring(row: Row) -> Row:
     return replace(row, labels=np.full_like(row.labels, IGNORE_INDEX))
 
 
-def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Model) -> None:
+def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Decoder) -> None:
     data = rows(2)
     alone, among = (trainer_of(base, total=1, accumulate=n, clip=0.0) for n in (1, 3))
     (expected,) = run(alone, data[:1])
@@ -258,7 +258,7 @@ def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Model) -
     assert torch.equal(gradients(among), gradients(alone))
 
 
-def test_a_step_with_nothing_to_learn_changes_nothing_and_is_no_failure(base: Model) -> None:
+def test_a_step_with_nothing_to_learn_changes_nothing_and_is_no_failure(base: Decoder) -> None:
     data = rows(2)
     trainer = trainer_of(base, total=4)
     stream = batches([ignoring(data[0]), data[1]], batch_size=1, seed=SEED, shuffle=False)
@@ -271,7 +271,7 @@ def test_a_step_with_nothing_to_learn_changes_nothing_and_is_no_failure(base: Mo
     assert changed == [True, False, True]
 
 
-def test_the_check_waits_for_the_first_step_with_something_to_learn(base: Model) -> None:
+def test_the_check_waits_for_the_first_step_with_something_to_learn(base: Decoder) -> None:
     trainer, data = trainer_of(base, total=2), rows(2)
     cut_off(trainer.model)
     stream = batches([ignoring(data[0]), data[1]], batch_size=1, seed=SEED, shuffle=False)
@@ -282,7 +282,7 @@ def test_the_check_waits_for_the_first_step_with_something_to_learn(base: Model)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e30])
-def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Model, factor: float) -> None:
+def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Decoder, factor: float) -> None:
     """No target is to blame where no parameter at all receives a gradient."""
     trainer, data = trainer_of(base, total=1), rows(2)
     with torch.no_grad():
@@ -296,14 +296,14 @@ def test_a_model_whose_activations_are_zero_or_overflow_is_named(base: Model, fa
     assert "--lora-targets" not in caught.value.hint
 
 
-def cut_off(model: Model) -> None:
+def cut_off(model: Decoder) -> None:
     """Takes the pair of one layer out of the forward pass, while the optimizer still holds it."""
     layer = weight_entries(model)["model.layers.1.mlp.down_proj"].layer
     assert isinstance(layer, FrozenLinear)
-    layer.pairs = nn.ModuleDict()
+    layer.lora = nn.ModuleDict()
 
 
-def test_a_pair_that_is_cut_off_stops_the_run_before_it_is_believed(base: Model) -> None:
+def test_a_pair_that_is_cut_off_stops_the_run_before_it_is_believed(base: Decoder) -> None:
     trainer = trainer_of(base, total=3)
     cut_off(trainer.model)
     with pytest.raises(TrainingError) as caught:
@@ -327,7 +327,7 @@ def test_gradients_that_lack_or_burst_are_named(gradient: float | None, message:
         check_gradients(parameters, finite_needed=False)
 
 
-def test_a_loss_that_is_no_number_names_the_step_and_the_files(base: Model) -> None:
+def test_a_loss_that_is_no_number_names_the_step_and_the_files(base: Decoder) -> None:
     trainer, data = trainer_of(base, total=5), rows(3)
     steps = train(trainer, batches(data, batch_size=1, seed=SEED, shuffle=False))
     next(steps)
@@ -338,7 +338,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_files(base: Model) -> N
     assert all(torch.equal(value, before[name]) for name, value in values(trainer).items())
 
 
-def test_a_gradient_that_is_no_number_stops_the_run(base: Model) -> None:
+def test_a_gradient_that_is_no_number_stops_the_run(base: Decoder) -> None:
     trainer, data = trainer_of(base, total=5), rows(3)
     steps = train(trainer, batches(data, batch_size=1, seed=SEED, shuffle=False))
     next(steps)
@@ -349,7 +349,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(base: Model) -> None:
 
 
 @pytest.mark.parametrize(("epochs", "micro_batches"), [(0.5, [2, 1]), (1.0, [2, 2, 1]), (1.2, [2, 2, 2])])
-def test_the_last_step_takes_what_is_left(base: Model, epochs: float, micro_batches: list[int]) -> None:
+def test_the_last_step_takes_what_is_left(base: Decoder, epochs: float, micro_batches: list[int]) -> None:
     data = rows(5)
     steps = run(trainer_of(base, total=9, accumulate=2), data, epochs=epochs, shuffle=False)
     counts = iter([int((row.document >= 0).sum()) for row in [*data, *data]])
@@ -358,7 +358,7 @@ def test_the_last_step_takes_what_is_left(base: Model, epochs: float, micro_batc
     assert steps[-1].following == Position((taken - 1) // 5, (taken - 1) % 5 + 1)
 
 
-def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Model) -> None:
+def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Decoder) -> None:
     trainer = trainer_of(base, total=3)
     for step in train(trainer, batches(rows(2), batch_size=1, seed=SEED)):
         assert trainer.model.training
@@ -371,7 +371,7 @@ def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Model) -> 
 class Failing:
     """A micro-step that runs out of memory at its second call, in backward, until a cheaper way is taken."""
 
-    def __init__(self, model: Model, error: RuntimeError, cheaper: int) -> None:
+    def __init__(self, model: Decoder, error: RuntimeError, cheaper: int) -> None:
         self.own, self.error, self.cheaper, self.calls = EagerStep(model, Save.ALL), error, cheaper, 0
 
     def __call__(self, batch: Batch, seed: float) -> Tensor:
@@ -392,7 +392,7 @@ class Failing:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=["torch", "cublas"]
 )
-def test_a_step_that_runs_out_of_memory_is_done_once_more_as_a_whole(base: Model, error: RuntimeError) -> None:
+def test_a_step_that_runs_out_of_memory_is_done_once_more_as_a_whole(base: Decoder, error: RuntimeError) -> None:
     data, settings = rows(4), {"total": 2, "accumulate": 2, "dropout": 0.3}
     expected, trainer = trainer_of(base, **settings), trainer_of(base, **settings)  # type: ignore[arg-type]
     trainer.micro_step = Failing(trainer.model, error, cheaper=1)
@@ -400,14 +400,14 @@ def test_a_step_that_runs_out_of_memory_is_done_once_more_as_a_whole(base: Model
     assert all(torch.equal(value, values(trainer)[name]) for name, value in values(expected).items())
 
 
-def test_a_step_that_fits_in_no_way_stops_the_run(base: Model) -> None:
+def test_a_step_that_fits_in_no_way_stops_the_run(base: Decoder) -> None:
     trainer = trainer_of(base, total=2, accumulate=2)
     trainer.micro_step = Failing(trainer.model, torch.OutOfMemoryError("full"), cheaper=0)
     with pytest.raises(TrainingError, match="Step 1 does not fit"):
         run(trainer, rows(4))
 
 
-def test_another_error_is_not_taken_for_memory(base: Model) -> None:
+def test_another_error_is_not_taken_for_memory(base: Decoder) -> None:
     trainer = trainer_of(base, total=2, accumulate=2)
     trainer.micro_step = Failing(trainer.model, RuntimeError("shapes"), cheaper=1)
     with pytest.raises(RuntimeError, match="shapes"):
@@ -415,7 +415,7 @@ def test_another_error_is_not_taken_for_memory(base: Model) -> None:
 
 
 @pytest.fixture(scope="module")
-def half(twins_of: Callable[[Any], Pair], tmp_path_factory: pytest.TempPathFactory) -> Model:
+def half(twins_of: Callable[[Any], Pair], tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     """The base in float16."""
     theirs, _ = twins_of(CONFIGS["llama"])
     folder: Path = tmp_path_factory.mktemp("half")
@@ -423,7 +423,7 @@ def half(twins_of: Callable[[Any], Pair], tmp_path_factory: pytest.TempPathFacto
     return load(FolderSource(folder), scheme_named("none"), dtype=torch.float16, device=torch.device("cpu"))
 
 
-def test_float16_learns_as_float32_does(base: Model, half: Model) -> None:
+def test_float16_learns_as_float32_does(base: Decoder, half: Decoder) -> None:
     data = rows(4)
     trainer = trainer_of(half, total=12)
     assert trainer.scaler.active
@@ -433,7 +433,7 @@ def test_float16_learns_as_float32_does(base: Model, half: Model) -> None:
     assert steps[0].gradient_norm == pytest.approx(expected[0].gradient_norm, rel=0.02)  # divided again
 
 
-def test_float16_leaves_an_update_out_when_gradients_overflow(half: Model) -> None:
+def test_float16_leaves_an_update_out_when_gradients_overflow(half: Decoder) -> None:
     trainer, data = trainer_of(half, total=40), rows(1)
     trainer.scaler.scale = 2.0**24
     before, norms = values(trainer), []

@@ -17,7 +17,7 @@ from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import batch_loss
 from octavo.ops import matmul8
 from octavo.train.precision import (
@@ -42,7 +42,7 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS)
-def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
     _, ours = twins_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(ours).values():
@@ -57,7 +57,7 @@ def batch_of(rows: int = 3, length: int = LENGTH) -> Batch:
     return Batch(ids, labels, positions, torch.zeros_like(ids), ("f:1",), labels.numel(), epoch=0, index=0)
 
 
-def learned(model: Model, save: Save = Save.ALL) -> tuple[Tensor, Tensor]:
+def learned(model: Decoder, save: Save = Save.ALL) -> tuple[Tensor, Tensor]:
     """(loss, all gradients)."""
     model.zero_grad()
     loss = batch_loss(model, batch_of(), save=save)
@@ -65,20 +65,20 @@ def learned(model: Model, save: Save = Save.ALL) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for p in adapters.trained(model).values() if p.grad is not None])
 
 
-def of(model: Model, kind: str) -> str:
+def of(model: Decoder, kind: str) -> str:
     """The name of the second block's inner or outer product."""
     names = [name for name, _ in layers(model) if name.startswith("1.")]
     return names[0] if kind == "inner" else names[-1]
 
 
-def test_the_products_of_all_blocks_can_be_in_eight_bits_and_the_head_is_not_one(model: Model) -> None:
+def test_the_products_of_all_blocks_can_be_in_eight_bits_and_the_head_is_not_one(model: Decoder) -> None:
     names = [name for name, _ in layers(model)]
     each = 3 if hasattr(model.blocks[0], "fc_out") else 4
     assert len(names) == len(set(names)) == 3 * each
     assert model.head not in [layer for _, layer in layers(model)]
 
 
-def test_layers_that_a_card_could_not_read_stay_exact(twins_of: Callable[[Any], tuple[Any, Model]]) -> None:
+def test_layers_that_a_card_could_not_read_stay_exact(twins_of: Callable[[Any], tuple[Any, Decoder]]) -> None:
     odd = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4
     )
@@ -86,7 +86,7 @@ def test_layers_that_a_card_could_not_read_stay_exact(twins_of: Callable[[Any], 
     assert [name for name, _ in layers(model)] == ["0.qkv", "0.out", "0.gate_up"]  # 88 inputs of down are no 16s
 
 
-def test_a_trial_tells_what_each_layer_costs_and_changes_no_gradient(model: Model) -> None:
+def test_a_trial_tells_what_each_layer_costs_and_changes_no_gradient(model: Decoder) -> None:
     _, wanted = learned(model)
     model.zero_grad()
     costs = measure_8bit_error(model, batch_of())
@@ -100,11 +100,11 @@ def test_a_trial_tells_what_each_layer_costs_and_changes_no_gradient(model: Mode
     assert torch.equal(again, wanted)
 
 
-def test_a_trial_reads_little(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_reads_little(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     hidden: Callable[..., Tensor] = type(model).hidden
 
-    def watched(self: Model, ids: Tensor, **named: Any) -> Tensor:
+    def watched(self: Decoder, ids: Tensor, **named: Any) -> Tensor:
         read.append(ids.shape)
         return hidden(self, ids, **named)
 
@@ -113,7 +113,7 @@ def test_a_trial_reads_little(model: Model, monkeypatch: pytest.MonkeyPatch) -> 
     assert read == [(1, TOKENS)]
 
 
-def test_a_trial_that_fails_leaves_no_layer_in_it(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_fails_leaves_no_layer_in_it(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.train.precision.loss_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure_8bit_error(model, batch_of())
@@ -122,7 +122,7 @@ def test_a_trial_that_fails_leaves_no_layer_in_it(model: Model, monkeypatch: pyt
 
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_channels_that_are_far_out_for_every_token_are_taken_apart_where_they_are_few(
-    twins_of: Callable[[Any], tuple[Any, Model]], count: int
+    twins_of: Callable[[Any], tuple[Any, Decoder]], count: int
 ) -> None:
     """As in trained models: some numbers of the residual stream are large whatever the token is."""
     _, model = twins_of(CONFIGS["llama"])
@@ -153,7 +153,7 @@ def test_a_layer_over_the_limit_either_way_is_unfair_and_half_the_error_is_worth
     assert (cost.acceptable, cost.splits_outliers) == (acceptable, splits_outliers)
 
 
-def test_channels_are_taken_apart_in_the_layers_that_are_named(model: Model) -> None:
+def test_channels_are_taken_apart_in_the_layers_that_are_named(model: Decoder) -> None:
     inner, outer = of(model, "inner"), of(model, "outer")
     set_precision_(model, exact=[outer], outliers={inner: [3, 5], outer: [1]})
     own = dict(layers(model))
@@ -170,7 +170,7 @@ def test_channels_are_taken_apart_in_the_layers_that_are_named(model: Model) -> 
 
 
 @pytest.mark.parametrize("save", list(Save))
-def test_training_in_eight_bits_learns_nearly_the_same(model: Model, save: Save) -> None:
+def test_training_in_eight_bits_learns_nearly_the_same(model: Decoder, save: Save) -> None:
     loss, exact = learned(model, save)
     set_precision_(model)
     rough_loss, rough = learned(model, save)
@@ -180,7 +180,7 @@ def test_training_in_eight_bits_learns_nearly_the_same(model: Model, save: Save)
     assert float(rough.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
 
 
-def test_evaluation_is_exact_whatever_training_computes(model: Model) -> None:
+def test_evaluation_is_exact_whatever_training_computes(model: Decoder) -> None:
     model.eval()
     with torch.no_grad():
         wanted = batch_loss(model, batch_of())
@@ -190,7 +190,7 @@ def test_evaluation_is_exact_whatever_training_computes(model: Model) -> None:
         assert not torch.equal(batch_loss(model, batch_of()), wanted)
 
 
-def test_layers_named_exact_are_so_and_all_can_be_put_back(model: Model) -> None:
+def test_layers_named_exact_are_so_and_all_can_be_put_back(model: Decoder) -> None:
     loss, exact = learned(model)
     names = [name for name, _ in layers(model)]
     set_precision_(model, exact=names[:2])
@@ -203,7 +203,7 @@ def test_layers_named_exact_are_so_and_all_can_be_put_back(model: Model) -> None
 
 
 def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
-    twins_of: Callable[[Any], tuple[Any, Model]],
+    twins_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
     _, model = twins_of(CONFIGS["gptj"])
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
@@ -221,7 +221,7 @@ def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_weights_that_are_kept_transposed_change_no_bit_and_are_not_written_again(
-    scheme: str, twins_of: Callable[..., tuple[Any, Model]], monkeypatch: pytest.MonkeyPatch
+    scheme: str, twins_of: Callable[..., tuple[Any, Decoder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model = twins_of(CONFIGS["gptj"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
@@ -244,7 +244,9 @@ def test_weights_that_are_kept_transposed_change_no_bit_and_are_not_written_agai
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
-def test_every_scheme_can_be_multiplied_in_eight_bits(scheme: str, twins_of: Callable[..., tuple[Any, Model]]) -> None:
+def test_every_scheme_can_be_multiplied_in_eight_bits(
+    scheme: str, twins_of: Callable[..., tuple[Any, Decoder]]
+) -> None:
     _, model = twins_of(CONFIGS["llama"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(model).values():

@@ -19,7 +19,7 @@ from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import Inputs, batch_loss, loss_of
 from octavo.ops.attention import find_documents
 from octavo.train import step as steps
@@ -38,7 +38,7 @@ CONFIG = LlamaConfig(
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
+def base(twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
     _, model = twins_of(CONFIG)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.3)), seed=0)
     for parameter in adapters.trained(model).values():
@@ -47,7 +47,7 @@ def base(twins_of: Callable[[Any], tuple[Any, Model]]) -> Model:
 
 
 @pytest.fixture
-def model(base: Model) -> Model:
+def model(base: Decoder) -> Decoder:
     return copy.deepcopy(base)
 
 
@@ -67,12 +67,12 @@ def batch_of(rows: int = 5, *, learned: bool = True) -> Batch:
     return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=0)
 
 
-def gradients(model: Model) -> list[Tensor | None]:
+def gradients(model: Decoder) -> list[Tensor | None]:
     return [parameter.grad for parameter in adapters.trained(model).values()]
 
 
 @pytest.mark.parametrize("save", list(Save))
-def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: Model, save: Save) -> None:
+def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: Decoder, save: Save) -> None:
     batch, parameters = batch_of(), list(adapters.trained(model).values())
     expected = batch_loss(model, batch)
     theirs = torch.autograd.grad(expected, parameters)
@@ -86,14 +86,14 @@ def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: Mo
         torch.testing.assert_close(mine, 0.75 * other, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_with_nothing_to_learn_leaves_gradients_alone(model: Model) -> None:
+def test_a_batch_with_nothing_to_learn_leaves_gradients_alone(model: Decoder) -> None:
     batch = batch_of(learned=False)
     assert batch.trained_tokens == 0
     assert EagerStep(model, Save.ALL)(batch, 1.0).item() == 0
     assert gradients(model) == [None] * len(gradients(model))
 
 
-def test_a_launched_step_holds_nothing_between_calls(model: Model) -> None:
+def test_a_launched_step_holds_nothing_between_calls(model: Decoder) -> None:
     step = EagerStep(model, Save.ALL)
     assert step.device == CPU
     before = dict(vars(step))
@@ -103,7 +103,7 @@ def test_a_launched_step_holds_nothing_between_calls(model: Model) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Model, rows: int) -> None:
+def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Decoder, rows: int) -> None:
     batch = batch_of()
     parts = list(parts_of(batch, rows))
     assert max(len(part.ids) for part in parts) == min(rows, 5)
@@ -120,10 +120,10 @@ def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Model,
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
 
-    def noted(model: Model, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
+    def noted(model: Decoder, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
         kept.append((save, len(inputs.ids)))
         return loss_of(model, inputs, save=save, offload=offload)
 

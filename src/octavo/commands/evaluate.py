@@ -32,7 +32,7 @@ from octavo.errors import UsageError
 from octavo.hardware import Hardware
 from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.metrics import Score, score
-from octavo.models import Model, build
+from octavo.models import Decoder, build
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
 from octavo.runtime.optional import bitsandbytes
@@ -160,7 +160,7 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
 
 
 def score_rows(
-    model: Model,
+    model: Decoder,
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerFast,
     *,

@@ -21,7 +21,7 @@ from octavo.infer.engine import Engine
 from octavo.infer.generate import check_prompt
 from octavo.infer.requests import Limits, Request, Stream, Token
 from octavo.infer.sample import Sampling
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.reporting import Report
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Speaker:
     """A loaded model, its tokenizer and its stop ids."""
 
-    model: Model
+    model: Decoder
     tokenizer: PreTrainedTokenizerFast
     stop_ids: tuple[int, ...]
 

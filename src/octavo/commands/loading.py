@@ -9,7 +9,7 @@ from octavo.bounded_json import shown
 from octavo.config import ModelOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware, pick
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
 from octavo.store import peft
@@ -56,7 +56,7 @@ def chosen_scheme(options: ModelOptions, source: Source) -> Scheme:
     return stored if stored.name != "none" else scheme_named("int8")
 
 
-def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Report) -> Model:
+def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Report) -> Decoder:
     """Loads the model with a progress bar, and applies the adapters that its checkpoint contains."""
     base = base_of(source)
     with report.progress(len(base.names()), f"Loading weights ({scheme.name})") as bar:

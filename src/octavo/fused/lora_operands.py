@@ -54,7 +54,7 @@ def _in_front(inner: FusedLinear, start: int, count: int) -> list[LoraSlice] | N
     """
     if not count or any(part.bias is not None and part.bias.requires_grad for part in inner.parts):
         return None
-    pairs, stop = inner.pairs[-count:], inner.parts[-1].rows
+    pairs, stop = inner.lora[-count:], inner.parts[-1].rows
     each = (stop - start) // count
     groups = [(first, first + each) for first in range(start, stop, each)]
     fits = [(pair.start, pair.stop) for pair in pairs] == groups and len({len(pair.a) for pair in pairs}) == 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.infer.graphs import Graphs, record
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.tiles import WIDE_FROM, Phase
 from octavo.runtime.dispatch import kernels_run_on
 
@@ -55,14 +55,14 @@ class EagerStep(NamedTuple):
     rows: int
 
 
-class Decoder:
+class DecodeRunner:
     """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not.
 
     `deterministic`: a row's bits do not depend on the number of rows, however many there are.
     """
 
     def __init__(
-        self, model: Model, cache: SlotCache, routing: ServedAdapters, vocab_size: int, *, deterministic: bool = False
+        self, model: Decoder, cache: SlotCache, routing: ServedAdapters, vocab_size: int, *, deterministic: bool = False
     ) -> None:
         self.deterministic = deterministic
         self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
@@ -135,7 +135,7 @@ class Decoder:
 class _Recorded:
     """A step of a fixed number of rows as a CUDA graph."""
 
-    def __init__(self, decoder: Decoder, rows: int, pool: Any) -> None:
+    def __init__(self, decoder: DecodeRunner, rows: int, pool: Any) -> None:
         device = decoder.cache.keys.device
         self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
         self._given = self._sent.to(device)

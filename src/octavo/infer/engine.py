@@ -27,14 +27,14 @@ import torch
 from octavo.adapters import remove_, serve_
 from octavo.errors import AdapterError, ModelError
 from octavo.infer.active import ActiveRequest, next_tokens
-from octavo.infer.decoding import Chosen, Decoder, chosen
+from octavo.infer.decoding import Chosen, DecodeRunner, chosen
 from octavo.infer.generate import TextStream, all_stop_ids
 from octavo.infer.logprobs import tell
 from octavo.infer.prefill import Prefiller
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, Token, check_request
 from octavo.infer.slots import Slots
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
 from octavo.store import peft
@@ -48,7 +48,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Decoder,
         tokenizer: PreTrainedTokenizerFast,
         *,
         base: str,
@@ -65,7 +65,7 @@ class Engine:
         self._vocab_size = min(len(tokenizer), model.config.vocabulary)
         self._slots = Slots(model.new_slots(slots=self.limits.slots, max_len=self.limits.max_len))
         self._routing = ServedAdapters()
-        self._decoder = Decoder(
+        self._decoder = DecodeRunner(
             model, self._slots.cache, self._routing, self._vocab_size, deterministic=self.limits.deterministic
         )
         self._reader = Prefiller(model, tokenizer, self._slots, self._routing, self._vocab_size)

@@ -10,7 +10,7 @@ import torch
 
 from octavo.errors import UsageError
 from octavo.infer.sample import Sampling, choose
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Continuation:
 
 
 def generate(
-    model: Model,
+    model: Decoder,
     tokenizer: PreTrainedTokenizerFast,
     prompt: Sequence[int],
     sampling: Sampling,
@@ -88,7 +88,7 @@ def all_stop_ids(tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) 
 
 
 def complete(
-    model: Model,
+    model: Decoder,
     tokenizer: PreTrainedTokenizerFast,
     prompt: Sequence[int],
     sampling: Sampling,
@@ -106,7 +106,7 @@ def finished(pieces: Sequence[Piece]) -> Continuation:
     return Continuation("".join(p.text for p in pieces), tuple(p.token_id for p in pieces), reason)
 
 
-def _tokens(model: Model, ids: list[int], sampling: Sampling, *, limit: int, vocab_size: int) -> Iterator[int]:
+def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, vocab_size: int) -> Iterator[int]:
     """Up to `limit` new ids. The prompt runs once, then each new token alone, over the cache."""
     device = model.embed.matrix.device
     generator = torch.Generator().manual_seed(sampling.seed)

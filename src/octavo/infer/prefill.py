@@ -14,7 +14,7 @@ from octavo.infer.prefill_graphs import PrefillGraphs, Prompt
 from octavo.infer.requests import Request
 from octavo.infer.slots import Slots
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
 
@@ -29,7 +29,7 @@ class Prefiller:
     """
 
     def __init__(
-        self, model: Model, tokenizer: PreTrainedTokenizerFast, slots: Slots, routing: ServedAdapters, vocab_size: int
+        self, model: Decoder, tokenizer: PreTrainedTokenizerFast, slots: Slots, routing: ServedAdapters, vocab_size: int
     ) -> None:
         self.model, self.tokenizer, self.slots, self.routing, self.vocab_size = (
             model,

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.infer.graphs import Graphs, record
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernels_run_on
 
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 class PrefillGraphs:
     """Reads whole prompts into empty slots of a cache. `words` are the logits that count."""
 
-    def __init__(self, model: Model, cache: SlotCache, routing: ServedAdapters, vocab_size: int) -> None:
+    def __init__(self, model: Decoder, cache: SlotCache, routing: ServedAdapters, vocab_size: int) -> None:
         self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
         self.shapes: list[Shape] = []
         self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)

@@ -179,7 +179,7 @@ class FrozenLinear(nn.Module):
             end = matrix.starts[self.bias_names[-1]] + sizes[-1]
             assert end - self.bias_start == sum(sizes), "outputs with a bias must stand in one run"
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
-        self.pairs = nn.ModuleDict()
+        self.lora = nn.ModuleDict()
         self.dropout = 0.0
         self.use_8bit = False  # whether training multiplies in 8 bits
         self.outliers: Outliers | None = None  # inputs that stay out of that
@@ -195,7 +195,7 @@ class FrozenLinear(nn.Module):
     def low_rank(self) -> tuple[LoraSlice, ...]:
         """The pairs, with the rows that they are for."""
         pairs = []
-        for name, pair in self.pairs.items():
+        for name, pair in self.lora.items():
             assert isinstance(pair, LoraPair)
             start = self.matrix.starts[name]
             pairs.append(LoraSlice(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
@@ -238,7 +238,7 @@ class FrozenLinear(nn.Module):
             self.matrix.unpack,
             bias=self.bias,
             bias_start=self.bias_start,
-            pairs=pairs,
+            lora=pairs,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
         return y if residual is None else residual + y
@@ -289,14 +289,14 @@ class FrozenEmbedding(nn.Module):
         super().__init__()
         assert len(matrix.outputs) == 1
         self.matrix = matrix
-        self.pairs = nn.ModuleDict()
+        self.lora = nn.ModuleDict()
         self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
         self.bank: AdapterBank | None = None
 
     def forward(self, ids: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, K) in the compute type; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
         x = self.matrix.rows(ids)
-        for pair in self.pairs.values():
+        for pair in self.lora.values():
             assert isinstance(pair, LoraPair)
             x = x + self._added(ids, pair, x.dtype)
         if self.bank is not None and adapter_ids is not None:

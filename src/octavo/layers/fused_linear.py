@@ -70,13 +70,13 @@ class FusedLinear:
     @property
     def trained(self) -> list[Tensor]:
         """What takes gradients, in the order in which `backward` gives them: A, B of each pair; then biases."""
-        factors = [tensor for pair in self.pairs for tensor in (pair.a, pair.b)]
+        factors = [tensor for pair in self.lora for tensor in (pair.a, pair.b)]
         return factors + [part.bias for part in self.parts if part.bias is not None]
 
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the type and on the device of `like`, written anew."""
         wide = like.new_empty(self.parts[0].rows, self.width)
-        pack_b_into(wide[:, self.inputs :], self.pairs)
+        pack_b_into(wide[:, self.inputs :], self.lora)
         start = 0
         for part in self.parts:
             part.fill(wide[:, start : start + part.columns])
@@ -97,13 +97,13 @@ class FusedLinear:
     def extra(self, like: Tensor) -> Tensor:
         """(N, C) in the type of `like`: the last C columns of `matrix`, without the bias."""
         b = like.new_empty(self.parts[0].rows, self.width - self.inputs)
-        pack_b_into(b, self.pairs)
+        pack_b_into(b, self.lora)
         return b
 
     @cached_property
-    def pairs(self) -> list[LoraSlice]:
+    def lora(self) -> list[LoraSlice]:
         """Of all parts, in the order of their columns."""
-        return [pair for part in self.parts for pair in part.pairs]
+        return [pair for part in self.parts for pair in part.lora]
 
     def gemm_input(self, rows: int, like: Tensor) -> GemmInput:
         """For an input of so many rows: the caller adds the parts, then calls `complete_`."""
@@ -119,7 +119,7 @@ class FusedLinear:
         for part, x, column, seed in self._spans(gemm_input.parts, dropout_seeds):
             if part.rank:
                 inner = gemm_input.extra[:, column : column + part.rank]
-                torch.mm(_dropped(part, x, seed), stack_a(part.pairs, x).T, out=inner)
+                torch.mm(_dropped(part, x, seed), stack_a(part.lora, x).T, out=inner)
         if gemm_input.extra.shape[1] > self.rank:
             gemm_input.extra[:, self.rank :].zero_()
             gemm_input.extra[:, self.rank].fill_(1)
@@ -205,7 +205,7 @@ class FusedLinear:
             transposed, absmax = part.transposed or transposed_weight(part.int8_weight, dy)
             own = dt[:, column : column + part.rank]
             joins = part.rank and not part.dropout  # a mask on what pairs read cannot join in the kernel
-            extra = matmul8.LowRankTerm(own, stack_a(part.pairs, dy, transposed=True)) if joins else None
+            extra = matmul8.LowRankTerm(own, stack_a(part.lora, dy, transposed=True)) if joins else None
             gradient = matmul8.quantize_rows(dy, kind, prescale=absmax, groups=kind == torch.int8)
             matmul8.matmul_8bit_into(*gradient, transposed, own_dx, low_rank=extra)
             if part.rank and part.dropout:
@@ -236,7 +236,7 @@ class FusedLinear:
                 da = own_x.a
             else:
                 da = mm_float32(dt[:, column : column + part.rank].T, _dropped(part, own_x, seed))
-            for pair, own in zip(part.pairs, da.split([len(pair.a) for pair in part.pairs]), strict=True):
+            for pair, own in zip(part.lora, da.split([len(pair.a) for pair in part.lora]), strict=True):
                 factors.append((own if pair.on_a == 1 else own * pair.on_a).to(pair.a.dtype))
                 if known is not None and pair.start >= rows:
                     db = known.learnt.b[pair.start - rows : pair.stop - rows]
@@ -255,7 +255,7 @@ class FusedLinear:
     def _scale_(self, added: Tensor) -> None:
         """The gradients of every B (N, C) times what scales it: one pass where that is the same for all."""
         column = 0
-        for scaling, run in groupby(self.pairs, lambda pair: pair.on_b):
+        for scaling, run in groupby(self.lora, lambda pair: pair.on_b):
             width = sum(len(pair.a) for pair in run)
             if scaling != 1:
                 added[:, column : column + width] *= scaling
@@ -345,9 +345,9 @@ def _with_channels(
 def _add_low_rank_(dx: Tensor, dt: Tensor, part: LinearSpec, seed: int) -> None:
     """What the pairs of a part add to the gradient to its input (M, K_i); dt is (M, sum of r)."""
     if part.dropout:
-        dx += _mask(dx, part.dropout, seed).mul_(dt @ stack_a(part.pairs, dx))
+        dx += _mask(dx, part.dropout, seed).mul_(dt @ stack_a(part.lora, dx))
     else:
-        dx.addmm_(dt, stack_a(part.pairs, dx))
+        dx.addmm_(dt, stack_a(part.lora, dx))
 
 
 def _dropped(part: LinearSpec, x: Tensor, seed: int) -> Tensor:

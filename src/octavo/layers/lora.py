@@ -67,8 +67,8 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
 
 def put_(layer: FrozenLinear | FrozenEmbedding, key: str, pair: LoraPair, *, dropout: float) -> None:
     """Puts a given pair on the rows `key` of `layer`. Pairs of one layer keep the order of its rows."""
-    pairs = {**dict(layer.pairs.items()), key: pair}
-    layer.pairs = nn.ModuleDict({name: pairs[name] for name in layer.matrix.outputs if name in pairs})
+    pairs = {**dict(layer.lora.items()), key: pair}
+    layer.lora = nn.ModuleDict({name: pairs[name] for name in layer.matrix.outputs if name in pairs})
     layer.dropout = dropout
 
 
@@ -119,20 +119,20 @@ def gradients_in_place(groups: Sequence[FlatGroup]) -> bool:
 
 def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor) -> Tensor:
     """weight (N, K) of the rows `key`, plus what its pair adds to it, in float32."""
-    if key not in layer.pairs:
+    if key not in layer.lora:
         return weight.float()
-    pair = layer.pairs[key]
+    pair = layer.lora[key]
     assert isinstance(pair, LoraPair)
     product = pair.b.detach() @ pair.a.detach()
     return weight.float() + pair.scaling * (product.T if isinstance(layer, FrozenEmbedding) else product)
 
 
-def pairs_of(layers: Iterable[nn.Module]) -> list[LoraPair]:
+def lora_of(layers: Iterable[nn.Module]) -> list[LoraPair]:
     """All pairs on the given layers."""
     return [
         pair
         for layer in layers
         if isinstance(layer, FrozenLinear | FrozenEmbedding)
-        for pair in layer.pairs.values()
+        for pair in layer.lora.values()
         if isinstance(pair, LoraPair)
     ]

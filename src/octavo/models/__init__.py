@@ -34,8 +34,6 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
 _BY_TYPE: dict[str, ModuleType] = dict(FAMILIES.values())
 _FAMILY_OF: dict[type, ModuleType] = {module.Config: module for module in _BY_TYPE.values()}
 
-Model = Decoder
-
 
 def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
     """(model_type, the family's module) of a config.json; ModelError lists what octavo supports.

@@ -56,7 +56,7 @@ def frozen_linear(
     *,
     bias: Tensor | None = None,
     bias_start: int = 0,
-    pairs: Sequence[LoraSlice] = (),
+    lora: Sequence[LoraSlice] = (),
     dropped: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + low-rank terms, (..., N) in x's type.
@@ -64,8 +64,8 @@ def frozen_linear(
     `unpack(dtype)` gives (matrix (N, K), row scale (N,) or None) with W = scale[:, None] * matrix. `bias` is
     added to the rows from `bias_start` on. `dropped` is what the pairs read instead of x (x after dropout).
     """
-    spans = [(pair.start, pair.stop, pair.scaling) for pair in pairs]
-    factors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+    spans = [(pair.start, pair.stop, pair.scaling) for pair in lora]
+    factors = [tensor for pair in lora for tensor in (pair.a, pair.b)]
     y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
         x, dropped, unpack, bias, bias_start, spans, *factors
     )

@@ -53,7 +53,7 @@ class LinearSpec(NamedTuple):
     fill: Callable[[Tensor], None]
     bias: Tensor | None = None
     bias_start: int = 0
-    pairs: tuple[LoraSlice, ...] = ()
+    lora: tuple[LoraSlice, ...] = ()
     dropout: float = 0.0  # on what the pairs read, while training
     int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
         None  # int8 (N, K) and absmax (N,), to multiply in 8 bits
@@ -66,4 +66,4 @@ class LinearSpec(NamedTuple):
 
     @property
     def rank(self) -> int:
-        return sum(pair.a.shape[0] for pair in self.pairs)
+        return sum(pair.a.shape[0] for pair in self.lora)

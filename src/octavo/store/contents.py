@@ -11,7 +11,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import Model, WeightEntry, weight_entries
+from octavo.models import Decoder, WeightEntry, weight_entries
 from octavo.ops.quantize import SCHEMES, Scheme, Shape, scheme_named
 from octavo.store.foreign import refuse_tensors
 from octavo.store.sources import Source
@@ -62,7 +62,7 @@ def scheme_at(entry: WeightEntry, scheme: Scheme) -> Scheme:
     return scheme_named(scheme.embedding_scheme) if entry.is_embedding else scheme
 
 
-def entries(source: Source, model: Model) -> dict[str, Item]:
+def entries(source: Source, model: Decoder) -> dict[str, Item]:
     """Tensor name -> Item, in the model's order. ModelError unless all needed tensors exist and no unknown ones."""
     refuse_embedded_adapter(source)
     expected = dict(items_of(model))
@@ -117,7 +117,7 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
             raise misshapen(name, shape, expected)
 
 
-def items_of(model: Model) -> Iterator[tuple[str, Item]]:
+def items_of(model: Decoder) -> Iterator[tuple[str, Item]]:
     """(tensor name, Item) of all tensors of a checkpoint, in order. A tied head has no weight of its own."""
     tied = model.config.tied
     for entry in weight_entries(model).values():

@@ -24,7 +24,7 @@ from octavo._version import __version__
 from octavo.adapters import apply_
 from octavo.errors import ModelError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Model, WeightEntry, build, weight_entries
+from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.store import peft
 from octavo.store.contents import ADAPTER_SUFFIXES, entries, stored_scheme
 from octavo.store.files import new_folder
@@ -78,7 +78,7 @@ def base_of(source: Source) -> Source:
     return Base(source) if has_embedded_adapter(source) else source
 
 
-def apply_embedded_adapter_(model: Model, source: Source, *, say: Callable[[str], None]) -> None:
+def apply_embedded_adapter_(model: Decoder, source: Source, *, say: Callable[[str], None]) -> None:
     """Applies the embedded adapters of `source` to its base's `model` and reports it; nothing if there are none."""
     if has_embedded_adapter(source):
         adapter = read_embedded_adapter(source)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
-from octavo.models import Model, WeightEntry
+from octavo.models import Decoder, WeightEntry
 from octavo.ops.quantize import Scheme, dequantise, scheme_named
 from octavo.store.peft import Adapter
 from octavo.store.weights import full_rows, row_blocks
@@ -41,7 +41,7 @@ def changed_keys(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> list[s
     return keys
 
 
-def put_weights_(model: Model, adapter: Adapter, entries: Mapping[str, WeightEntry]) -> None:
+def put_weights_(model: Decoder, adapter: Adapter, entries: Mapping[str, WeightEntry]) -> None:
     """Applies the adapter's full weights, norms and biases to the model. AdapterError for a shape that does not fit.
 
     The vocabulary takes the size of the adapter's embedding and head, which are untied if they differ.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import ModelError
-from octavo.models import Model, WeightEntry, build, weight_entries
+from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
@@ -36,7 +36,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-) -> Model:
+) -> Decoder:
     """The model of `source`, frozen under `scheme`, with compute type `dtype` on `device`, in eval mode.
 
     Weights stored under the same scheme are taken bit for bit. Other weights are quantized while they are read.
@@ -59,21 +59,21 @@ def load(
     return model
 
 
-def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Model:
+def allocated(config: Mapping[str, Any], scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The model of a config.json with uninitialized memory under `scheme`; on the meta device only the shapes."""
     model = build(config)
     _allocate_(model, scheme, dtype=dtype, device=device)
     return model
 
 
-def _allocate_(model: Model, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
+def _allocate_(model: Decoder, scheme: Scheme, *, dtype: torch.dtype, device: torch.device) -> None:
     _allocate_parameters_(model, device)
     for entry in {id(entry.matrix): entry for entry in weight_entries(model).values()}.values():
         if entry.matrix is not None:
             entry.matrix.allocate(scheme_at(entry, scheme), dtype, device)
 
 
-def _allocate_parameters_(model: Model, device: torch.device) -> None:
+def _allocate_parameters_(model: Decoder, device: torch.device) -> None:
     """Empty norms and biases on `device`. nn.Module.to_empty does the same, but imports 500 modules for it."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -19,7 +19,7 @@ from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
 from octavo.failures import out_of_memory as out_of_memory
 from octavo.layers.lora import gradients_in_place
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.train.optim import Adam, LossScaler, Schedule
 from octavo.train.step import MicroStep
 
@@ -48,7 +48,7 @@ class Step:
 class Trainer:
     """What one run trains with. `parameters` are the trained ones by name, laid out in the optimizer's buffers."""
 
-    model: Model
+    model: Decoder
     parameters: Mapping[str, nn.Parameter]
     optimizer: Adam
     schedule: Schedule

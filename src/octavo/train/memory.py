@@ -18,7 +18,7 @@ import torch
 from octavo.hardware import GPUS, Peak
 from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenMatrix
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import Inputs, loss_of
 from octavo.runtime.offload import pinned_bytes
 from octavo.train.precision import keep_transposed_, transposed_bytes
@@ -60,7 +60,7 @@ class MemoryPlan:
 class Planner:
     """Finds plans for a model without weights (all of it on the meta device, its adapter on it)."""
 
-    model: Model
+    model: Decoder
     length: int
     batch: int
     optimizer_bytes: int  # of state a trained number
@@ -191,7 +191,7 @@ class Planner:
         return self._forecasts[asked]
 
 
-def _step(model: Model, rows: int, length: int, save: Sequence[Save], *, offload: bool) -> Callable[[], None]:
+def _step(model: Decoder, rows: int, length: int, save: Sequence[Save], *, offload: bool) -> Callable[[], None]:
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     inputs = Inputs(ids, ids, ids.flatten(), None, None)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from octavo.data.loader import Batch
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.fused_linear import FusedLinear
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import inputs_of, loss_of
 from octavo.ops.linear_spec import QuantErrorProbe, split_outliers
 from octavo.ops.matmul8 import fits
@@ -55,7 +55,7 @@ class QuantError:
         return self.outliers < self.forward / 2
 
 
-def layers(model: Model) -> Iterator[tuple[str, FrozenLinear]]:
+def layers(model: Decoder) -> Iterator[tuple[str, FrozenLinear]]:
     """The products of the blocks that can be in 8 bits, by name."""
     blocks: nn.ModuleList = model.blocks
     for name, layer in blocks.named_modules():
@@ -64,7 +64,7 @@ def layers(model: Model) -> Iterator[tuple[str, FrozenLinear]]:
 
 
 def set_precision_(
-    model: Model,
+    model: Decoder,
     *,
     exact: Collection[str] = (),
     outliers: Mapping[str, Sequence[int]] | None = None,
@@ -80,19 +80,19 @@ def set_precision_(
             )
 
 
-def keep_transposed_(model: Model, wanted: bool) -> None:
+def keep_transposed_(model: Decoder, wanted: bool) -> None:
     """Keeps the weights of products in 8 bits transposed as well, or no longer does."""
     for _, layer in layers(model):
         layer.keep_transposed_(wanted and layer.use_8bit)
 
 
-def transposed_bytes(model: Model) -> int:
+def transposed_bytes(model: Decoder) -> int:
     """What that takes."""
     return sum(prod(layer.matrix.shape) for _, layer in layers(model) if layer.use_8bit)
 
 
 @torch.no_grad()
-def speedup(model: Model, tokens: int) -> float:
+def speedup(model: Decoder, tokens: int) -> float:
     """How many times as fast in 8 bits the largest product of the blocks is, forward and backward. For a card."""
     found = max((layer for _, layer in layers(model)), key=lambda layer: prod(layer.matrix.shape), default=None)
     if found is None:
@@ -127,7 +127,7 @@ def _seconds(wide: FusedLinear, x: Tensor) -> float:
     return least
 
 
-def measure_8bit_error(model: Model, batch: Batch) -> dict[str, QuantError]:
+def measure_8bit_error(model: Decoder, batch: Batch) -> dict[str, QuantError]:
     """What 8 bits cost each product on the first row of a batch. The gradients that this adds are the caller's."""
     own = replace(
         batch, ids=batch.ids[:1, :TOKENS], labels=batch.labels[:1, :TOKENS], positions=batch.positions[:1, :TOKENS],

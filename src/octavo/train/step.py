@@ -18,7 +18,7 @@ from torch import Tensor
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.layers.context import SaveLevels
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.objective import Inputs, inputs_of, loss_of
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import join
@@ -44,7 +44,7 @@ class MicroStep(Protocol):
 class EagerStep:
     """Kernel by kernel, on any device."""
 
-    model: Model
+    model: Decoder
     save: SaveLevels
     offload: bool = False  # whether inputs of layers wait for backward in the host's memory
 
@@ -74,7 +74,7 @@ class GraphStep:
     the same mask again.
     """
 
-    def __init__(self, model: Model, save: SaveLevels, *, rows: int, offload: bool = False) -> None:
+    def __init__(self, model: Decoder, save: SaveLevels, *, rows: int, offload: bool = False) -> None:
         self.launched = EagerStep(model, save, offload)
         self.rows = rows
         self._seen: set[int] = set()
@@ -168,7 +168,7 @@ class PlannedStep:
 
     def __init__(
         self,
-        model: Model,
+        model: Decoder,
         plan: MemoryPlan,
         *,
         record: bool,

@@ -19,7 +19,7 @@ from octavo.commands.finetune import finetune
 from octavo.config import Config
 from octavo.errors import AdapterError, TrainingError, UsageError
 from octavo.hardware import Hardware
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report, shown
 from octavo.store import peft
@@ -48,7 +48,7 @@ def adapter_hash(folder: Path) -> str:
     return sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def tuned_model(folder: Path, base: Path) -> Model:
+def tuned_model(folder: Path, base: Path) -> Decoder:
     """The base, unquantised, with the adapter of a run on it."""
     with Report(console=False) as report:
         model = loading.load_model(FolderSource(base), scheme_named("none"), CPU, report)
@@ -318,7 +318,7 @@ def test_a_run_without_gradients_fails_at_its_first_step(
     """Simulates a layer that stops the gradient."""
     whole = adapters.trained
 
-    def with_a_dead_one(model: Model) -> dict[str, torch.nn.Parameter]:
+    def with_a_dead_one(model: Decoder) -> dict[str, torch.nn.Parameter]:
         named = whole(model)
         device = next(iter(named.values())).device  # the run is planned on the meta device first
         return {**named, "nowhere.lora_A": torch.nn.Parameter(torch.ones(2, 2, device=device))}

@@ -23,7 +23,7 @@ from octavo.errors import AdapterError
 from octavo.infer.generate import complete
 from octavo.infer.sample import Sampling
 from octavo.metrics import Score
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.store import peft
 
@@ -162,7 +162,7 @@ def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, A
     return {**row, "also_in_training": run.test.ledger.overlap["share"]} if run.test else row
 
 
-def _score(run: Run, model: Model, label: str) -> Score:
+def _score(run: Run, model: Decoder, label: str) -> Score:
     run.micro_step.release()  # frees the memory of captured graphs for the evaluation
     batch = run.micro_step.plan.rows
     return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)

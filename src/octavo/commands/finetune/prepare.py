@@ -15,7 +15,7 @@ from octavo.data.loader import batches_per_epoch
 from octavo.data.prompt import writes_date
 from octavo.hardware import Hardware
 from octavo.layers.lora import flatten_
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.reporting import Report
 from octavo.train.loop import Trainer
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
@@ -49,7 +49,7 @@ def prepare(config: Config, report: Report) -> Run:
     )  # fmt: skip
 
 
-def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: FittedPlan, report: Report) -> PlannedStep:
+def _micro_step(config: Config, model: Decoder, hardware: Hardware, fitting: FittedPlan, report: Report) -> PlannedStep:
     """Forward and backward with the memory plan, which is reported."""
     plan, on_gpu = fitting.plan, hardware.device.type == "cuda"
     if on_gpu:
@@ -61,7 +61,9 @@ def _micro_step(config: Config, model: Model, hardware: Hardware, fitting: Fitte
     return PlannedStep(model, plan, record=record, cheaper=fitting.cheaper, warn=report.warn)
 
 
-def _trainer(options: TrainOptions, model: Model, hardware: Hardware, micro_step: PlannedStep, *, rows: int) -> Trainer:
+def _trainer(
+    options: TrainOptions, model: Decoder, hardware: Hardware, micro_step: PlannedStep, *, rows: int
+) -> Trainer:
     parameters = adapters.trained(model)
     total = total_steps(options, rows)
     warmup = round(options.warmup if options.warmup >= 1 else options.warmup * total)

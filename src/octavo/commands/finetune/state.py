@@ -22,7 +22,7 @@ from octavo.data.loader import Position
 from octavo.data.packing import Row
 from octavo.errors import CheckpointError
 from octavo.hardware import Hardware
-from octavo.models import Model
+from octavo.models import Decoder
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
 from octavo.store import checkpoint
@@ -61,7 +61,7 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     train: Text
     test: Text | None
-    model: Model
+    model: Decoder
     plan: AdapterPlan
     trainer: Trainer
     fit: FittedPlan
