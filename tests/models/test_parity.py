@@ -165,7 +165,7 @@ def tuned(kernels: Twins) -> Twins:
     table = weight_entries(kernels.ours)
     named = {p.key for p in table.values() if p.matrix is not None}
     if kernels.ours.config.tied:
-        named -= {"lm_head", "wte", "embed_tokens", "embed_in", "embed_out"}
+        named -= {kernels.ours.config.embedding, kernels.ours.config.head}
     torch.manual_seed(2)
     spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(map(attribute, named)), init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()

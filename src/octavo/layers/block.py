@@ -57,11 +57,14 @@ def swiglu(x: Tensor, ctx: ForwardContext) -> Tensor:
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, ctx: ForwardContext) -> Tensor:
-    """`function` of every value of x (B, T, F); over a cache a row's bits do not depend on the other rows."""
+    """`function` of the rows of x (B, T, F) -> (B, T, ..), which may be narrower, as those of a gated activation.
+
+    Over a cache the bits of a row do not depend on the other rows.
+    """
     if torch.is_grad_enabled() or ctx.cache is None:
         return function(x)
-    rows = x.flatten(0, 1)
-    return torch.cat([function(tile) for tile in elementwise_tiles(rows, ctx.phase)]).view(x.shape)
+    rows = torch.cat([function(tile) for tile in elementwise_tiles(x.flatten(0, 1), ctx.phase)])  # (B T, ..)
+    return rows.view(*x.shape[:2], -1)
 
 
 def _in_tiles(x: Tensor, width: int, write: Callable[[Tensor, Tensor], None], ctx: ForwardContext) -> Tensor:

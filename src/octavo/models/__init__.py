@@ -31,8 +31,6 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "Qwen3ForCausalLM": ("qwen3", qwen3),
     "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
 }
-_BY_TYPE: dict[str, ModuleType] = dict(FAMILIES.values())
-_FAMILY_OF: dict[type, ModuleType] = {module.Config: module for module in _BY_TYPE.values()}
 
 
 def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
@@ -49,13 +47,14 @@ def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
         raise ModelError(
             f"octavo does not support this model's architecture: {shortened(', '.join(architectures))}.", hint=hint
         )
-    if model_type and model_type not in _BY_TYPE:
+    by_type = dict(FAMILIES.values())
+    if model_type and model_type not in by_type:
         raise ModelError(f"octavo does not support this model's type: model_type is {shown(model_type)}.", hint=hint)
     if not model_type and not known:
         raise ModelError("The model's config.json names neither architectures nor a model_type.", hint=hint)
     if not model_type:
         return FAMILIES[known[0]]
-    return model_type, _BY_TYPE[model_type]
+    return model_type, by_type[model_type]
 
 
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
@@ -68,10 +67,14 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
 def build(config: Mapping[str, Any]) -> Decoder:
     """The decoder of a config.json, without weights (its parameters are on the meta device). Raises as `parse` does."""
     parsed = parse(config)
-    block = _FAMILY_OF[type(parsed)].Block
+    block = _family_of(parsed).Block
     with torch.device("meta"):
         decoder = Decoder(parsed, [block(parsed) for _ in range(parsed.layers)])
     return decoder.eval()
+
+
+def _family_of(config: DecoderConfig) -> ModuleType:
+    return next(module for _, module in FAMILIES.values() if module.Config is type(config))
 
 
 def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -81,9 +84,19 @@ def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
     return names["embed"], names["head"]
 
 
+def embedding_keys() -> frozenset[str]:
+    """The last parts of the names that embeddings have in checkpoints, of all families."""
+    return frozenset(module.Config.embedding for _, module in FAMILIES.values())
+
+
+def head_keys() -> frozenset[str]:
+    """The last parts of the names that heads have in checkpoints, of all families."""
+    return frozenset(module.Config.head for _, module in FAMILIES.values())
+
+
 def weight_map(config: DecoderConfig) -> dict[str, WeightPath]:
     """The layer of every module of a checkpoint with this config, in the order of the layers."""
-    paths: dict[str, WeightPath] = _FAMILY_OF[type(config)].weight_map(config)
+    paths: dict[str, WeightPath] = _family_of(config).weight_map(config)
     return paths
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from octavo.bounded_json import read_object, shown
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
+from octavo.models import embedding_keys, head_keys, layer_of
 from octavo.store.adapter_file import TENSORS as TENSORS
 from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
 from octavo.store.files import json_bytes, new_folder
@@ -40,7 +41,6 @@ from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
-VOCABULARY_KEYS = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "embed_in.weight", "embed_out.weight")
 TOKENS = ".token_adapter.trainable_tokens_delta"
 COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
 COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
@@ -68,8 +68,12 @@ class Adapter:
     @property
     def vocabulary(self) -> int | None:
         """The rows of the adapter's embedding or head; None if it has neither."""
-        matrices = [t for key, t in self.full.items() if key.endswith(VOCABULARY_KEYS) and t.ndim == 2]
-        return len(matrices[0]) if matrices else None
+        keys = embedding_keys() | head_keys()
+        for name, tensor in self.full.items():
+            *_, module, kind = ("", *name.split("."))
+            if module in keys and kind == "weight" and tensor.ndim == 2 and layer_of(name) is None:
+                return len(tensor)
+        return None
 
     @property
     def trained_on(self) -> str | None:

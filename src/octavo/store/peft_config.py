@@ -17,6 +17,7 @@ from typing import Any
 from octavo.bounded_json import JsonError, flag, integer, number, read_object, shown, text
 from octavo.errors import AdapterError
 from octavo.layers.lora import MAX_ALPHA, MAX_RANK, LoraSpec
+from octavo.models import embedding_keys
 
 CONFIG = "adapter_config.json"
 # Options with which PEFT computes something else than W x + s B A x. Source: peft 0.21, LoraConfig.
@@ -149,7 +150,7 @@ def _token_indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """trainable_token_indices by module. A list applies to the embedding, whatever its name."""
     key = "trainable_token_indices"
     value = content.get(key) or {}
-    table = dict.fromkeys(("embed_tokens", "wte"), value) if isinstance(value, list) else value
+    table = dict.fromkeys(embedding_keys(), value) if isinstance(value, list) else value
     if not isinstance(table, dict):
         raise JsonError(f"{key} is {shown(value)}; it must be a list of token ids, or one for each module")
     for indices in table.values():
