@@ -41,6 +41,11 @@ CONFIGS: dict[str, Any] = {
         vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
     ),
+    # The rows of q, k and v of a head are two whole blocks of dynamic8.
+    "neox-blocks": GPTNeoXConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    ),
     "gptj": GPTJConfig(
         vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=0,
         eos_token_id=0,

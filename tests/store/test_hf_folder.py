@@ -31,7 +31,7 @@ from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder, wri
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
-FAMILIES = ["llama", "llama-tied", "gptj", "neox"]
+FAMILIES = ["llama", "llama-tied", "gptj", "neox", "neox-blocks"]
 IDS = torch.arange(1, 41).view(2, 20)
 # Relative error of a layer of normally distributed weights, K = 64: int8 rounds evenly to absmax / 127 (its
 # root mean square is absmax / 127 / sqrt(12), and absmax of 64 numbers is about 2.4 deviations), dynamic8
@@ -73,10 +73,22 @@ def test_a_written_folder_loads_like_the_original_under_the_scheme(
 
 
 def test_rows_that_are_reordered_and_share_scales_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="query_key_value are reordered") as caught:
+    told = (
+        r"query_key_value.weight is reordered at load in runs of 16 x 64 values.* whole blocks of the scheme dynamic8"
+    )
+    with pytest.raises(ModelError, match=told) as caught:
         write(folders["neox"], tmp_path / "out", "dynamic8")
     assert "--scheme int8" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_reordered_rows_share_scales_does_not_load(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "check_row_order", lambda *_: None)  # as another program would write it
+    write(folders["neox"], tmp_path / "out", "dynamic8")
+    with pytest.raises(ModelError, match=r"query_key_value\.weight is reordered at load"):
+        loaded(tmp_path / "out", "dynamic8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

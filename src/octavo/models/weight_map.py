@@ -7,6 +7,7 @@ where that differs. Several names of one layer are stacked rows (layers/frozen.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,13 +16,34 @@ from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 
 
 class RowOrder(NamedTuple):
-    """An order of rows: rows of the checkpoint, seen as `shape` + (-1,), have their axes permuted to `axes`.
+    """An order of rows: the rows of a checkpoint, as an array of `shape`, have their axes permuted to `axes`.
 
-    GPT-NeoX stores [q|k|v] of one head after the other, (H, 3, D); here all q come first, (3, H, D): axes (1, 0, 2).
+    It is the one description of layouts that interleave rows, for weights, biases, LoRA's B and quantized values:
+
+        GPT-NeoX's query_key_value: [q|k|v] of one head after the other, (H, 3, D), become (3, H, D): axes (1, 0, 2)
+        q and k of a llama in GGUF: rotary pairs (0, 1), (2, 3), .. of a head, (H, D/2, 2), become pairs (0, D/2),
+            (1, D/2 + 1), ..: axes (0, 2, 1)
+
+    Legend: H heads, D the size of a head, N rows, K values of a row.
     """
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+
+    @property
+    def run(self) -> int:
+        """The number of rows that stay next to each other: those of the last axes that keep their places."""
+        return prod(self.shape[self._moved :])
+
+    @property
+    def of_runs(self) -> RowOrder:
+        """The same order of runs in place of rows."""
+        return RowOrder(self.shape[: self._moved], self.axes[: self._moved])
+
+    @property
+    def _moved(self) -> int:
+        """The number of axes up to the last one that changes its place."""
+        return max((axis + 1 for axis, source in enumerate(self.axes) if axis != source), default=0)
 
     def from_checkpoint(self, rows: Tensor) -> Tensor:
         """rows (N, ..) of the checkpoint in the decoder's order."""

@@ -18,6 +18,7 @@ from gguf.quants import dequantize
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
+from octavo.models.weight_map import RowOrder
 from octavo.store.gguf_header import Header, TensorInfo
 from octavo.store.gguf_rope import llama3_rope
 from octavo.store.gguf_split import read_parts
@@ -74,8 +75,8 @@ class GgufSource:
         """
         info = self._header.tensors[_gguf_name(name)]
         values = _read(info, name)
-        heads = self._permuted_heads(name)
-        return _unpermute(values, heads) if heads else values
+        order = self._row_order(name)
+        return values if order is None else order.from_checkpoint(values)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The file's tokenizer. Raises ModelError if octavo cannot reproduce it exactly."""
@@ -85,13 +86,18 @@ class GgufSource:
             max_length=self.config["max_position_embeddings"],
         )
 
-    def _permuted_heads(self, name: str) -> int:
-        """The number of heads whose rows llama.cpp's converter permuted in the tensor `name`; 0 for none."""
-        if self.config["model_type"] != "llama":
-            return 0
-        if ".q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        return int(self.config["num_key_value_heads"]) if ".k_proj." in name else 0
+    def _row_order(self, name: str) -> RowOrder | None:
+        """The order of the rows of q and k, weights and biases, which llama.cpp's converter permutes in a llama.
+
+        Rotary embedding rotates pairs of rows of a head. llama.cpp pairs (0, 1), (2, 3), ..; Hugging Face pairs
+        (0, D/2), (1, D/2 + 1), ... Source: LlamaModel.permute in convert_hf_to_gguf.py.
+        """
+        heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
+        if self.config["model_type"] == "llama":
+            for part, key in heads.items():
+                if part in name:
+                    return RowOrder((self.config[key], self.config["head_dim"] // 2, 2), (0, 2, 1))
+        return None
 
 
 def open_gguf(path: Path) -> GgufSource:
@@ -120,16 +126,6 @@ def _read(info: TensorInfo, name: str) -> torch.Tensor:
     rows = np.frombuffer(raw, dtype=np.uint8).reshape(*info.shape[:-1], -1)
     # Copied into writable memory of its own: an unquantized type is returned as a view of `raw`.
     return torch.from_numpy(np.array(dequantize(rows, info.kind), dtype=np.float32)).reshape(info.shape)
-
-
-def _unpermute(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes the row order of q and k in GGUF. d is the head size.
-
-    Rotary embedding rotates pairs of rows of a head. llama.cpp pairs (0, 1), (2, 3), ..; Hugging Face pairs (0, d/2),
-    (1, d/2 + 1), .. `rows` is a weight (heads * d, K) or a bias (heads * d,). Source: LlamaModel.permute in
-    convert_hf_to_gguf.py.
-    """
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape).contiguous()
 
 
 def _gguf_name(name: str) -> str:

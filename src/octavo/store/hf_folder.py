@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.errors import ModelError, UsageError
+from octavo.errors import UsageError
 from octavo.models import build, weight_entries
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
 from octavo.store.contents import check_shapes, entries, scheme_at, stored_scheme
 from octavo.store.files import json_bytes, new_folder, sha256_of
 from octavo.store.sources import SAFETENSORS_INDEX, Source, fingerprint
-from octavo.store.weights import full_rows, matrix_parts, put_rows_, row_blocks
+from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, row_blocks
 
 SHARD_BYTES = 2**29  # a shard is in memory until it is written
 
@@ -100,7 +100,9 @@ def write_folder(
     """
     if not replace:
         check_free(out)
-    _check_row_orders(source, scheme)
+    for entry in weight_entries(build(source.config)).values():
+        if entry.order is not None and entry.matrix is not None:
+            check_row_order(f"{entry.name}.weight", entry, scheme)  # the folder could not be loaded
     with new_folder(out, replace=replace) as temporary:
         source.tokenizer().save_pretrained(temporary)  # first, so that a model without a tokenizer fails at once
         shards = _Shards(temporary)
@@ -117,16 +119,6 @@ def check_free(out: Path) -> None:
     """UsageError unless `out` does not exist or is an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} already holds something.", hint="Give a folder that does not exist yet.")
-
-
-def _check_row_orders(source: Source, scheme: Scheme) -> None:
-    """ModelError if rows that are reordered at load share scales with other rows under the scheme."""
-    for entry in weight_entries(build(source.config)).values():
-        if entry.order is not None and entry.matrix is not None and not scheme.joins((1, entry.matrix.in_features)):
-            raise ModelError(
-                f"The rows of {entry.name} are reordered at load; under {scheme.name} several rows share a scale.",
-                hint="Choose --scheme int8.",
-            )
 
 
 def _write_tensors(

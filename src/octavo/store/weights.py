@@ -11,6 +11,7 @@ Legend: (N, K) of a matrix, N outputs and K inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -159,7 +160,8 @@ def _put_matrix(
     shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
     parts = matrix_parts(source, name, entry, stored)
     if entry.order is not None:
-        parts = _reordered(parts, shape, entry.order, stored)
+        check_row_order(name, entry, stored)
+        parts = _reordered(parts, entry.order)
     if stored is scheme and scheme.name != "none":
         # The weights of one matrix share a code table, which the first of them has put into the matrix.
         shared = "code" in parts and entry.rows_key != next(iter(entry.matrix.outputs))
@@ -176,16 +178,25 @@ def _put_matrix(
         put_rows_(target, shape, rows, scheme, weight)
 
 
-def _reordered(parts: Parts, shape: Shape, order: RowOrder, stored: Scheme) -> Parts:
-    """The parts of a checkpoint's matrix (N, K) with its rows in the decoder's order."""
-    rows = shape[0]
-    if not stored.joins((1, shape[1])):
-        raise ModelError(
-            f"Rows of {shape[1]} values share scales under the scheme {stored.name}, and this model's are reordered.",
-            hint="Quantize the original again with --scheme int8.",
-        )
+def check_row_order(name: str, entry: WeightEntry, stored: Scheme) -> None:
+    """ModelError if a weight is reordered at load and its stored scales belong to rows that the order separates."""
+    assert entry.matrix is not None
+    columns = entry.matrix.in_features
+    if entry.order is None or stored.joins((entry.order.run, columns)):
+        return
+    raise ModelError(
+        f"{name} is reordered at load in runs of {entry.order.run:,} x {columns:,} values, which are not whole blocks "
+        f"of the scheme {stored.name}.",
+        hint="Quantize the original model with --scheme int8, which has a scale for each row.",
+    )
+
+
+def _reordered(parts: Parts, order: RowOrder) -> Parts:
+    """The parts of a checkpoint's matrix (N, K) with its rows in the decoder's order. Its runs are whole blocks."""
+    runs = order.of_runs
+    count = prod(runs.shape)
     return {
-        part: tensor if part == "code" else order.from_checkpoint(tensor.reshape(rows, -1)).reshape(tensor.shape)
+        part: tensor if part == "code" else runs.from_checkpoint(tensor.reshape(count, -1)).reshape(tensor.shape)
         for part, tensor in parts.items()
     }
 
