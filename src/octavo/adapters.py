@@ -25,7 +25,7 @@ from octavo.layers.multi_lora import AdapterBank, ServedAdapters
 from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
 from octavo.store import peft
 from octavo.store.full_weights import changed_keys, put_weights_
-from octavo.store.peft import Adapter
+from octavo.store.peft import Adapter, renamed
 
 ALL_LINEAR = "all-linear"
 
@@ -49,7 +49,7 @@ def select(model: Decoder, targets: Sequence[str]) -> list[WeightEntry]:
         if target == ALL_LINEAR:
             matches = [e for e in entries if e.is_linear and layer_of(e.name) is not None]
         else:
-            matches = [e for e in entries if target in (e.key, e.name)]
+            matches = [e for e in entries if target in (e.key, e.name, e.module, e.module.rpartition(".")[2])]
         if not matches:
             keys = sorted({e.key for e in entries})
             near = get_close_matches(target, keys, n=1)
@@ -112,11 +112,15 @@ def trained(model: Decoder) -> dict[str, nn.Parameter]:
 
 
 def collect(model: Decoder, spec: LoraSpec, *, origin: Mapping[str, Any] | None = None) -> Adapter:
-    """The adapter on `model`: its LoRA matrices, and the trained norms and biases. Nothing is copied."""
+    """The adapter on `model`, under PEFT's names: its LoRA matrices, and the trained norms and biases.
+
+    Only what is stored in another row order is copied.
+    """
     loras: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     embeddings = set()
-    for entry in weight_entries(model).values():
+    entries = weight_entries(model)
+    for entry in entries.values():
         lora = _lora(entry)
         if lora is not None:
             loras[entry.name] = (lora.a, _to_checkpoint(entry, lora.b), lora.scaling)
@@ -132,19 +136,21 @@ def collect(model: Decoder, spec: LoraSpec, *, origin: Mapping[str, Any] | None 
             for kind, parameter in entry.layer.named_parameters(recurse=False):
                 if parameter.requires_grad:
                     full[f"{entry.name}.{kind}"] = parameter
-    return Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
+    adapter = Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
+    return renamed(adapter, {entry.name: entry.module for entry in entries.values()})
 
 
 def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
     """Writes the adapter of `model` into `folder` atomically. `origin` is the content of octavo.json."""
     adapter = collect(model, plan.spec, origin=origin)
+    modules = {entry.name: entry.module for entry in weight_entries(model).values()}
     if plan.loaded is not None:
-        before = plan.loaded
+        before = renamed(plan.loaded, modules)
         adapter = replace(
             adapter, full={**before.full, **adapter.full}, tokens=before.tokens, separate=before.separate,
             base_layers=before.base_layers,
         )  # fmt: skip
-    peft.write(folder, adapter, modules=weight_entries(model), biases=plan.biases, base=base, card=card)
+    peft.write(folder, adapter, modules=modules.values(), biases=plan.biases, base=base, card=card)
 
 
 def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
@@ -153,7 +159,7 @@ def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
     Training continues on its LoRA matrices and norms, and on its biases if it has all biases of each matrix. Full
     weights of linears, embedding and head stay frozen.
     """
-    entries = _checked(model, adapter)
+    entries, adapter = _checked(model, adapter)
     put_weights_(model, adapter, entries)
     for name in adapter.lora:
         entry = entries[name]
@@ -169,7 +175,7 @@ def serve_(model: Decoder, routing: ServedAdapters, adapter: Adapter, name: str)
     AdapterError if the model has no module for a tensor, or if a norm, a bias or a full weight differs from the
     model's: all sequences of a batch share those.
     """
-    entries = _checked(model, adapter)
+    entries, adapter = _checked(model, adapter)
     if changed := changed_keys(adapter, entries):
         raise AdapterError(
             f"The adapter {name} has trained norms, biases or full weights ({_some(changed)}); only LoRA can be "
@@ -231,9 +237,13 @@ def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
     return AdapterBank(matrix.in_features, matrix.outputs, matrix.dtype, matrix.device)
 
 
-def _checked(model: Decoder, adapter: Adapter) -> dict[str, WeightEntry]:
-    """The model's weight map. AdapterError if it has no module for a tensor of the adapter."""
+def _checked(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], Adapter]:
+    """(the model's weight map, the adapter under the names of its checkpoint).
+
+    AdapterError if the model has no module for a tensor of the adapter.
+    """
     entries = weight_entries(model)
+    adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
     unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
     unknown += [key for key in adapter.full if not _fits_full(entries, key)]
     unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
@@ -245,7 +255,7 @@ def _checked(model: Decoder, adapter: Adapter) -> dict[str, WeightEntry]:
             if adapter.base
             else "Give the model that it was trained on.",
         )
-    return entries
+    return entries, adapter
 
 
 def _some(names: Sequence[str]) -> str:

@@ -167,11 +167,12 @@ def tuned(kernels: Twins) -> Twins:
     if kernels.ours.config.tied:
         named -= {kernels.ours.config.embedding, kernels.ours.config.head}
     torch.manual_seed(2)
-    spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=sorted(map(attribute, named)), init_lora_weights=False)
+    targets = sorted({p.module.rpartition(".")[2] for p in table.values() if p.key in named})
+    spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=targets, init_lora_weights=False)
     theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()
     ours = copy.deepcopy(kernels.ours)
     for place in weight_entries(ours).values():
-        module = theirs.base_model.model.get_submodule(attribute(place.name))
+        module = theirs.base_model.model.get_submodule(place.module)
         if place.key in named:
             assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
             a, b = (factor.detach().clone() for factor in factors(module))
@@ -184,11 +185,6 @@ def tuned(kernels: Twins) -> Twins:
             for one in bias:
                 one.requires_grad_()
     return Twins(theirs, ours)
-
-
-def attribute(name: str) -> str:
-    """The name of a checkpoint's module in transformers, which calls the head of GPT-NeoX otherwise in memory."""
-    return "lm_head" if name == "embed_out" else name
 
 
 def factors(module: Any) -> tuple[Tensor, Tensor]:
@@ -243,7 +239,7 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
     for place in weight_entries(ours).values():
-        for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(attribute(place.name))):
+        for kind, mine, other in gradients(place, theirs.base_model.model.get_submodule(place.module)):
             assert mine is not None, (place.name, kind)
             assert other is not None, (place.name, kind)
             assert other.norm() > 0, (place.name, kind)

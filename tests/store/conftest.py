@@ -33,19 +33,15 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, head_dim=16),
-    "neox": GPTNeoXConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    ),
+    "neox": GPTNeoXConfig(**NEOX),
+    "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
     # The rows of q, k and v of a head are two whole blocks of dynamic8.
-    "neox-blocks": GPTNeoXConfig(
-        vocab_size=300, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    ),
+    "neox-blocks": GPTNeoXConfig(**NEOX | {"hidden_size": 128, "num_attention_heads": 2}),
     "gptj": GPTJConfig(
         vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=0,
         eos_token_id=0,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -49,6 +49,8 @@ PLANS: dict[str, tuple[str, AdapterPlan]] = {
     "tied ends": ("llama-tied", AdapterPlan(SPEC, ("q_proj", "lm_head", "embed_tokens"))),
     "qwen3 norms": ("qwen3", AdapterPlan(SPEC, norms=True)),
     "neox norms and biases": ("neox", AdapterPlan(SPEC, norms=True, biases=True)),
+    "neox ends": ("neox", AdapterPlan(SPEC, ("all-linear", "lm_head", "embed_in"))),
+    "neox tied ends": ("neox-tied", AdapterPlan(SPEC, ("query_key_value", "embed_out", "embed_in"))),
     "gptj": ("gptj", AdapterPlan(SPEC)),
     "gptj ends": ("gptj", AdapterPlan(SPEC, ("all-linear", "lm_head", "wte"))),
     "gptj norms and biases": ("gptj", AdapterPlan(SPEC, norms=True, biases=True)),
@@ -79,6 +81,8 @@ PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"target_modules": "all-linear", "modules_to_save": ["q_norm"]}),
     "neox": ("neox", {"target_modules": "all-linear"}),
     "neox biases": ("neox", {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"}),
+    "neox ends": ("neox", {"target_modules": ["query_key_value", "lm_head", "embed_in"]}),
+    "neox head in full": ("neox", {"target_modules": ["dense"], "modules_to_save": ["lm_head", "embed_in"]}),
     "gptj": ("gptj", {"target_modules": "all-linear"}),
     "gptj default": ("gptj", {}),
     "gptj ends": ("gptj", {"target_modules": ["fc_in", "lm_head", "wte"]}),
@@ -195,15 +199,33 @@ def test_a_new_adapter_changes_no_logits_and_depends_only_on_its_seed(case: str,
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", "all-linear"), ("gptj", "all-linear"), ("neox", ["query_key_value", "lm_head"])],
+)
 def test_a_saved_file_has_the_names_and_shapes_of_pefts_own(
-    family: str, folders: dict[str, Path], tmp_path: Path
+    family: str, targets: str | list[str], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    plan = AdapterPlan(SPEC)
+    plan = AdapterPlan(SPEC, (targets,) if isinstance(targets, str) else tuple(targets))
     write(tmp_path / "ours", tuned(folders[family], plan), plan)
-    peft_adapter(folders[family], tmp_path / "theirs", {"target_modules": "all-linear"})
+    options = {"target_modules": targets}
+    model = peft_adapter(folders[family], tmp_path / "theirs", options)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
+
+
+def test_a_head_of_gpt_neox_is_read_under_the_name_of_its_checkpoint_too(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers 4 calls the module embed_out, as the checkpoint does."""
+    wanted = logits(peft_adapter(folders["neox"], tmp_path / "adapter", {"target_modules": ["dense", "lm_head"]}))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace("lm_head", "embed_out"): t for name, t in load_file(file).items()}, file)
+    model = model_of(folders["neox"])
+    apply_(model, read(tmp_path / "adapter"))
+    assert (logits(model) - wanted).abs().max() <= TOLERANCE
+    assert "embed_out.lora_A" in trained(model)
 
 
 def test_targets_are_selected_in_the_models_order(folders: dict[str, Path]) -> None:

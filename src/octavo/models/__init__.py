@@ -80,7 +80,7 @@ def _family_of(config: DecoderConfig) -> ModuleType:
 def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
     """(name of the embedding, name of the head) in a checkpoint of this config's family."""
     paths = weight_map(parse(config))
-    names = {path: name for name, (path, _) in paths.items()}
+    names = {place.path: name for name, place in paths.items()}
     return names["embed"], names["head"]
 
 
@@ -103,8 +103,10 @@ def weight_map(config: DecoderConfig) -> dict[str, WeightPath]:
 def weight_entries(model: Decoder) -> dict[str, WeightEntry]:
     """The weight map of a built decoder, with its layers."""
     return {
-        name: WeightEntry(name, model.get_submodule(path), name.rpartition(".")[2], order, is_head=path == "head")
-        for name, (path, order) in weight_map(model.config).items()
+        name: WeightEntry(
+            name, model.get_submodule(path), module or name, name.rpartition(".")[2], order, is_head=path == "head"
+        )
+        for name, (path, order, module) in weight_map(model.config).items()
     }
 
 

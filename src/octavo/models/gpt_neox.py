@@ -125,7 +125,7 @@ def weight_map(config: Config) -> dict[str, WeightPath]:
         paths[f"{layer}.post_attention_layernorm"] = WeightPath(f"{block}.norm_2")
         paths[f"{layer}.mlp.dense_h_to_4h"] = WeightPath(f"{block}.fc_in")
         paths[f"{layer}.mlp.dense_4h_to_h"] = WeightPath(f"{block}.fc_out")
-    return paths | {"gpt_neox.final_layer_norm": WeightPath("norm"), "embed_out": WeightPath("head")}
+    return paths | {"gpt_neox.final_layer_norm": WeightPath("norm"), "embed_out": WeightPath("head", module="lm_head")}
 
 
 class Block(nn.Module):

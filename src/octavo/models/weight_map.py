@@ -62,10 +62,14 @@ class RowOrder(NamedTuple):
 
 
 class WeightPath(NamedTuple):
-    """The path of the layer that holds a module of the checkpoint, and the order of the module's rows there."""
+    """The path of the layer that holds a module of the checkpoint, and the order of the module's rows there.
+
+    `module` is the name of the module in transformers, and so in PEFT's files, if it differs from the checkpoint's.
+    """
 
     path: str
     order: RowOrder | None = None
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class WeightEntry:
 
     name: str  # in the checkpoint, e.g. model.layers.3.self_attn.q_proj
     layer: nn.Module
+    module: str  # in transformers and in PEFT's files
     key: str  # the last part of the name, q_proj
     order: RowOrder | None = None
     is_head: bool = False

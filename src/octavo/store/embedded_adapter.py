@@ -161,6 +161,6 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
         identity = fingerprint(FolderSource(temporary / "base"))
         base = {"name": str(out / "base"), "sha256": identity, "scheme": scheme.name}
         adapter = replace(adapter, origin={"version": __version__, "base": base})
-        modules = weight_entries(build(source.config))
+        modules = [entry.module for entry in weight_entries(build(source.config)).values()]
         peft.write(temporary / "adapter", adapter, modules=modules, biases=True, base=str(out / "base"), card=card)
     return adapter

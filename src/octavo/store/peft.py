@@ -4,7 +4,7 @@ A folder contains adapter_config.json and adapter_model.safetensors, which `peft
 it ignores: octavo.json (the base weights that the adapter was trained on, and the hash of its tensors) and README.md
 (the model card).
 
-NAME is a module's name in the checkpoint, e.g. model.layers.0.self_attn.q_proj. All tensors of the file have the prefix
+NAME is a module's name in transformers, e.g. model.layers.0.self_attn.q_proj. All tensors of the file have the prefix
 base_model.model.NAME:
 
     lora_A.weight (r, K), lora_B.weight (N, r)             of a linear
@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,27 @@ class Adapter:
         base = self.origin.get("base")
         identity = base.get("sha256") if isinstance(base, dict) else None
         return identity if isinstance(identity, str) else None
+
+
+def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """The adapter with its modules renamed; those that `names` lacks keep their names."""
+
+    def key(key: str) -> str:
+        name, _, kind = key.rpartition(".")
+        return f"{names.get(name, name)}.{kind}"
+
+    def sets(values: frozenset[str]) -> frozenset[str]:
+        return frozenset(names.get(name, name) for name in values)
+
+    return replace(
+        adapter,
+        lora={names.get(name, name): value for name, value in adapter.lora.items()},
+        full={key(name): tensor for name, tensor in adapter.full.items()},
+        embeddings=sets(adapter.embeddings),
+        tokens={names.get(name, name): value for name, value in adapter.tokens.items()},
+        separate=sets(adapter.separate),
+        base_layers=frozenset(map(key, adapter.base_layers)),
+    )
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
