@@ -285,17 +285,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random adapter of the tiny Llama, strong enough to change what it says and how well it predicts."""
     import torch
+    from tests import devices
 
     from octavo import adapters
     from octavo.commands import loading
-    from octavo.hardware import Hardware
     from octavo.layers.lora import LoraSpec
     from octavo.ops.quantize import scheme_named
     from octavo.reporting import Report
     from octavo.store.sources import FolderSource, fingerprint
 
     source, folder = FolderSource(tiny_llama), tmp_path_factory.mktemp("adapter") / "adapter"
-    hardware = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+    hardware = devices.hardware(devices.CPU)
     with Report(console=False) as report:
         model = loading.load_model(source, scheme_named("none"), hardware, report)
     plan = adapters.AdapterPlan(LoraSpec(2, 4.0))

@@ -241,6 +241,37 @@ def test_functions_and_files_stay_readable() -> None:
     assert too_long(PACKAGE) == []
 
 
+# What PyTorch says of a GPU, and where it is asked. Elsewhere choices read octavo.hardware.Capabilities.
+ASKS_PYTORCH = (
+    "get_device_capability", "get_device_name", "get_device_properties", "multi_processor_count", "version.hip",
+)  # fmt: skip
+MAY_ASK = {"octavo.hardware.capabilities"}
+# `is_cuda` may decide about streams and pinned memory, which are CUDA's and not a GPU's.
+MAY_READ_IS_CUDA = {"octavo.runtime.offload"}
+
+
+def asks(package: Path) -> list[str]:
+    """Modules that ask PyTorch what a device is."""
+    found = []
+    for module, path in modules(package).items():
+        nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+        names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+        if module not in MAY_ASK:
+            found += [f"{module}: {name}" for name in sorted(names) if name.endswith(ASKS_PYTORCH)]
+        if module not in MAY_READ_IS_CUDA:
+            found += [f"{module}: {name}" for name in sorted(names) if name.endswith(".is_cuda")]
+    return found
+
+
+def test_devices_are_data() -> None:
+    assert asks(PACKAGE) == []
+
+
+def test_a_file_that_asks_pytorch_what_a_gpu_is_is_named(tmp_path: Path) -> None:
+    package = package_with(tmp_path, {"ops/loss.py": "x.is_cuda\ntorch.cuda.get_device_capability(0)[0]"})
+    assert asks(package) == ["octavo.ops.loss: torch.cuda.get_device_capability", "octavo.ops.loss: x.is_cuda"]
+
+
 LIGHT = [name for name in ("octavo", "octavo.cli", "octavo.hardware", "octavo.html_report") if name in modules(PACKAGE)]
 
 

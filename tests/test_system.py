@@ -17,6 +17,7 @@ import pytest
 
 from octavo import hardware, system
 from octavo.errors import CheckpointError
+from octavo.hardware import memory
 from octavo.store import files
 
 POSIX_ONLY = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline")
@@ -192,7 +193,7 @@ def test_memory_without_proc_and_resource(
     hide_posix: None, kernel: FakeKernel32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert hardware.free_ram_bytes(tmp_path) == 5 << 30
-    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "status")
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "status")
     assert hardware.peak_memory_bytes() == 3 << 30
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import devices
 
 from octavo.commands import evaluate, loading, quantize
 from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions
@@ -21,7 +22,7 @@ from octavo.reporting import Report
 
 EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
-CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+CPU = devices.hardware(devices.CPU)
 Evaluate = Callable[..., list[dict[str, Any]]]
 
 
@@ -156,7 +157,7 @@ def test_the_base_is_evaluated_in_full_precision_and_a_tuned_model_in_its_comput
         used.append(str(hardware.dtype).removeprefix("torch."))
         return loading.load_model(source, scheme, hardware, report)
 
-    monkeypatch.setattr(loading, "pick", lambda *_: Hardware(CPU.device, torch.bfloat16, "", "cpu"))
+    monkeypatch.setattr(loading, "pick", lambda *_: devices.hardware(devices.CPU, torch.bfloat16))
     monkeypatch.setattr("octavo.commands.evaluate.load_model", load_model)
     evaluate(**options, rows=1, **({"adapter": str(adapter_folder)} if tuned else {}))
     own = tuned and options.get("scheme") != "nf4"  # there the first model is the base, without the adapter
@@ -231,6 +232,6 @@ def test_the_error_for_rows_longer_than_the_context_names_the_context(evaluate: 
 
 
 def test_full_precision_on_a_cpu_is_float32() -> None:
-    assert evaluate.full_precision(Hardware(CPU.device, torch.bfloat16, "", "cpu")).dtype == torch.float32
-    gpu = Hardware(torch.device("cuda"), torch.bfloat16, "", "GPU")
+    assert evaluate.full_precision(devices.hardware(devices.CPU, torch.bfloat16)).dtype == torch.float32
+    gpu = devices.hardware(devices.A100)
     assert evaluate.full_precision(gpu) is gpu

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import devices
 from tests.conftest import Octavo
 
 from octavo.commands import generate, loading, quantize
 from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.hardware import Hardware
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score
 from octavo.models import Decoder, build, weight_entries
@@ -25,7 +25,7 @@ from octavo.store.sources import FolderSource
 from octavo.store.tokenizer_files import load_tokenizer
 
 QUANTIZE = (ModelOptions, QuantizeOptions)
-CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+CPU = devices.hardware(devices.CPU)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import re
 import shlex
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,17 +17,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests import devices
 
 from octavo import cli
 from octavo.commands import plan
 from octavo.config import Config, MemoryOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.hardware import GPUS, Hardware
+from octavo.hardware import GPUS, Capabilities, Hardware
 from octavo.layers.context import Save
-from octavo.ops import attention
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.reporting import Report
 from octavo.runtime import dispatch
+from octavo.runtime.dispatch import Backends
 from octavo.store.contents import items_of
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
@@ -37,8 +37,7 @@ from octavo.train.memory import MARGIN, WORKSPACE_BYTES, MemoryPlan
 
 Octavo = Callable[..., Any]
 GIB = 2**30
-RTX_3060 = Hardware(torch.device("cuda"), torch.bfloat16, "for a test", "NVIDIA GeForce RTX 3060")
-CPU = Hardware(torch.device("cpu"), torch.bfloat16, "for a test", "some CPU")
+RTX_3060, CPU = devices.hardware(devices.RTX_3060), devices.hardware(devices.CPU, torch.bfloat16)
 LAYERS = 2
 SHAPE: dict[str, Any] = {
     "architectures": ["GPTJForCausalLM"], "vocab_size": 16384, "n_positions": 4096, "n_embd": 2048, "n_layer": LAYERS,
@@ -379,85 +378,106 @@ def test_the_planner_has_the_settings_of_the_run(hollow: Path, optimizer: str, s
     assert made.smallest().peak_bytes > made.fixed_bytes + WORKSPACE_BYTES
 
 
-@pytest.fixture
-def backends() -> Iterator[None]:
-    """Resets the choice of kernels and attention after a test."""
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Resets the backends after a test."""
     yield
-    attention.use_attention("auto")
-    dispatch.use_kernels(None)
+    dispatch.set_backends(Backends())
 
 
-@pytest.mark.usefixtures("backends")
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton 3.7 and the kernels are installed, whatever this machine has."""
+    dispatch.kernels_disabled_reason.cache_clear()
+    dispatch.hopper_kernels_disabled_reason.cache_clear()
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="3.7.1"))
+    yield
+    dispatch.kernels_disabled_reason.cache_clear()
+    dispatch.hopper_kernels_disabled_reason.cache_clear()
+
+
+def reported(folder: Path, capabilities: Capabilities, **options: Any) -> str:
+    """What a run on this device reports of its backends."""
+    with Report(console=False, metrics=folder / "said") as report:
+        plan.configure_backends(MemoryOptions.model_validate(options), devices.hardware(capabilities), report)
+    return (folder / "said").read_text()
+
+
 def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
-    with Report(console=False, metrics=tmp_path / "said") as report:
-        options = MemoryOptions.model_validate({"attention": "math", "kernels": False})
-        plan.configure_backends(options, CPU, report)
-    assert (attention._wanted, dispatch._chosen) == ("math", False)
-    assert (tmp_path / "said").read_text() == ""
+    assert reported(tmp_path, devices.CPU, attention="math", kernels=False) == ""
+    assert dispatch.backends() == Backends(kernels=False, attention="math")
 
 
-@pytest.mark.usefixtures("backends")
+EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
+GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
+AUTO_8BIT = "8 bits where faster and precise enough"
+
+
+@pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize(
-    ("options", "missing", "said"),
+    ("device", "kernels", "steps", "matmuls"),
     [
-        ({}, "", "Kernels: Triton. Attention: auto. Steps: CUDA graphs."),
-        ({}, "Triton is not installed", "Kernels: off (Triton is not installed)."),
-        ({"kernels": False}, "", "Kernels: off (--no-kernels)."),
-        (
-            {"cuda_graphs": False, "attention": "flash"},
-            "",
-            "Attention: flash. Steps: eager (--no-cuda-graphs).",
-        ),
-        ({"gpu_memory": "3GiB"}, "", "Kernels: Triton."),
-        ({}, "", "Matmuls: exact (this GPU is too old for 8 bits)."),
-        ({"matmul": "exact"}, "", "Matmuls: exact (--matmul exact)."),
+        (devices.MI300X, "off (they are tested on NVIDIA GPUs only; this is an AMD GPU)", EAGER, EXACT),
+        (devices.GTX_1080_TI, "off (compute capability 6.1; they need 7.0)", GRAPHS, EXACT),
+        (devices.T4, "Triton", GRAPHS, EXACT),
+        (devices.A100, "Triton", GRAPHS, AUTO_8BIT),
+        (devices.H200, "Triton", GRAPHS, AUTO_8BIT),
+        (devices.UNKNOWN_GPU, "Triton", GRAPHS, AUTO_8BIT),
+    ],
+    ids=lambda value: value.name if isinstance(value, Capabilities) else "",
+)
+def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
+    tmp_path: Path, device: Capabilities, kernels: str, steps: str, matmuls: str
+) -> None:
+    said = reported(tmp_path, device)
+    assert said.count("Kernels: ") == 1
+    assert f"Kernels: {kernels}. Attention: auto. Steps: {steps}. Matmuls: {matmuls}." in said
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kernels": False}, "Kernels: off (--no-kernels)."),
+        ({"cuda_graphs": False, "attention": "flash"}, "Attention: flash. Steps: eager (--no-cuda-graphs)."),
+        ({"matmul": "exact"}, "Matmuls: exact (--matmul exact)."),
+        ({"matmul": "8bit"}, "Matmuls: 8 bits (--matmul 8bit)."),
+        ({"kernels": False}, "Matmuls: exact (8 bits need the kernels)."),
     ],
 )
-def test_a_run_on_a_gpu_reports_its_backends_and_limits_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
+def test_options_decide_the_backends(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    assert said in reported(tmp_path, devices.RTX_3060, **options)
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_gpu_without_triton_reports_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    said = reported(tmp_path, devices.RTX_3060)
+    assert "Kernels: off (Triton is not installed)." in said
+    assert "Matmuls: exact (8 bits need the kernels)." in said
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_disabled_hopper_kernels_are_reported_on_a_hopper_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="9.9.0"))
+    assert "Kernels: Triton (without the Hopper kernels: Triton 9.9.0; they are tested with 3.6 and 3.7)." in reported(
+        tmp_path, devices.H200
+    )
+    assert "Kernels: Triton. " in reported(tmp_path, devices.A100)
+
+
+def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[float] = []
-    monkeypatch.setattr(plan, "kernels_missing", lambda: missing)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=12 * GIB))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.configure_backends(MemoryOptions.model_validate(options), RTX_3060, report)
-    assert said in (tmp_path / "said").read_text()
-    assert shares == ([0.25] if "gpu_memory" in options else [])
-
-
-@pytest.mark.usefixtures("backends")
-@pytest.mark.parametrize(
-    ("options", "missing", "said"),
-    [
-        ({}, "", "8 bits where faster and precise enough."),
-        ({"matmul": "8bit"}, "", "8 bits (--matmul 8bit)."),
-        ({}, "Triton is not installed", "exact (8 bits need the kernels)."),
-        ({"kernels": False}, "", "exact (8 bits need the kernels)."),
-    ],
-)
-def test_the_precision_of_matmuls_and_its_reason_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], missing: str, said: str
-) -> None:
-    monkeypatch.setattr(plan, "kernels_missing", lambda: missing)
-    with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.configure_backends(MemoryOptions.model_validate(options), replace(RTX_3060, matmul_8bit=True), report)
-    assert f"Matmuls: {said}" in (tmp_path / "said").read_text()
-
-
-@pytest.mark.usefixtures("backends")
-@pytest.mark.parametrize(
-    ("hopper", "untested"), [(True, "Triton 9.9; it is tested with 3.6"), (True, ""), (False, "x")]
-)
-def test_disabled_hopper_kernels_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hopper: bool, untested: str
-) -> None:
-    monkeypatch.setattr(plan, "kernels_missing", lambda: "")
-    monkeypatch.setattr(plan, "hopper_kernels_disabled_reason", lambda: untested)
-    with Report(console=False, metrics=tmp_path / "said") as report:
-        plan.configure_backends(MemoryOptions(), replace(RTX_3060, matmul_8bit=True, hopper=hopper), report)
-    message = f"Kernels: Triton (without the Hopper kernels: {untested})."
-    assert (message in (tmp_path / "said").read_text()) == bool(hopper and untested)
+    reported(tmp_path, devices.RTX_3060)
+    reported(tmp_path, devices.RTX_3060, gpu_memory="3GiB")
+    reported(tmp_path, devices.RTX_3060, gpu_memory="30GiB")
+    assert shares == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(("fixed", "peak", "words"), [

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops.attention import ATTENTIONS, Documents, causal_attention, find_documents, use_attention
+from octavo.ops.attention import Documents, causal_attention, find_documents
+from octavo.runtime.dispatch import ATTENTIONS, Backends, set_backends
 
 pytestmark = pytest.mark.filterwarnings("default")  # libraries warn of what they cannot do before the next one is asked
 CARD = torch.device("cuda")
@@ -20,7 +21,7 @@ SHAPES = [(HEADS, 64), (HEADS, 128), (2, 64)]  # key heads, size of a head
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     yield
-    use_attention("auto")
+    set_backends(Backends())
 
 
 def three(groups: int, size: int, dtype: torch.dtype) -> list[Tensor]:
@@ -60,7 +61,7 @@ def assert_is_the_formula(x: list[Tensor], document: Tensor | None, tolerance: f
 @pytest.mark.parametrize(("groups", "size"), SHAPES)
 @pytest.mark.parametrize("document", [None, DOCUMENT], ids=["a document a row", "packed"])
 def test_in_bfloat16(wanted: str, groups: int, size: int, document: Tensor | None) -> None:
-    use_attention(wanted)
+    set_backends(Backends(attention=wanted))
     assert_is_the_formula(three(groups, size, torch.bfloat16), document, 0.02)
 
 
@@ -68,7 +69,7 @@ def test_in_bfloat16(wanted: str, groups: int, size: int, document: Tensor | Non
 @pytest.mark.parametrize(("groups", "size"), SHAPES)
 @pytest.mark.parametrize("document", [None, DOCUMENT], ids=["a document a row", "packed"])
 def test_in_float32(wanted: str, groups: int, size: int, document: Tensor | None) -> None:
-    use_attention(wanted)
+    set_backends(Backends(attention=wanted))
     assert_is_the_formula(three(groups, size, torch.float32), document, 1e-4)
 
 
@@ -80,7 +81,7 @@ def test_heads_as_wide_as_those_of_gptj(document: Tensor | None) -> None:
 @pytest.mark.parametrize("wanted", ATTENTIONS)
 @torch.no_grad()
 def test_one_query_over_a_cache(wanted: str) -> None:
-    use_attention(wanted)
+    set_backends(Backends(attention=wanted))
     q, k, v = three(HEADS, 64, torch.bfloat16)
     out = causal_attention(q[:, -1:], k, v)
     expected = formula(q, k, v, None)[:, -1:]

@@ -21,7 +21,7 @@ from octavo.layers.lora import LoraSpec
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder
 from octavo.ops.quantize import SCHEMES, scheme_named
-from octavo.runtime.dispatch import use_kernels
+from octavo.runtime.dispatch import Backends, set_backends
 from octavo.store.peft import read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -69,7 +69,7 @@ def adapters(folder: Path, tmp_path: Path) -> list[Path]:
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     yield
-    use_kernels(None)
+    set_backends(Backends())
 
 
 def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Decoder:
@@ -112,7 +112,7 @@ def test_a_recorded_step_is_the_definitions(
     model = loaded(folder, scheme, dtype)
     with torch.no_grad():
         ours, lengths, recorded = logits_of(model, adapters, slots=slots, live=live)
-        use_kernels(False)
+        set_backends(Backends(kernels=False))
         theirs, others, plain = logits_of(model, adapters, slots=slots, live=live)
     assert (recorded, plain) == (True, False)
     assert lengths == others

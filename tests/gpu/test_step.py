@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
+from octavo.hardware import capabilities_of
 from octavo.kernels import matmul8 as kernels
 from octavo.layers.context import Save
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix
@@ -26,7 +27,7 @@ from octavo.objective import Inputs, loss_of
 from octavo.ops import matmul8
 from octavo.ops.quantize import scheme_named
 from octavo.runtime import offload
-from octavo.runtime.dispatch import use_kernels
+from octavo.runtime.dispatch import Backends, set_backends
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, load
 from octavo.train.precision import keep_transposed_, layers, set_precision_
@@ -96,7 +97,7 @@ def load_step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     yield
-    use_kernels(None)
+    set_backends(Backends())
 
 
 def batch_of(seed: int, *, packed: bool, rows: int = ROWS, learned: float = 0.7) -> Batch:
@@ -221,7 +222,7 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
     step = load_step(torch.bfloat16, CARD, scheme)
     launched, batch = EagerStep(step.model, Save.ATTENTION), batch_of(0, packed=packed)
     fast = step.taken(launched, batch)
-    use_kernels(False)
+    set_backends(Backends(kernels=False))
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 
 
@@ -231,7 +232,7 @@ def test_a_step_of_many_rows_is_that_of_the_definitions_whatever_the_rank(load_s
     step = load_step(torch.bfloat16, CARD, "int8", rank)
     launched, batch = EagerStep(step.model, Save.ALL), batch_of(0, packed=True, rows=64)
     fast = step.taken(launched, batch)
-    use_kernels(False)
+    set_backends(Backends(kernels=False))
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
 
 
@@ -250,9 +251,9 @@ def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bo
         exact = step.taken(launched, batch)
         set_precision_(step.model)
         assert sum(layer.use_8bit for _, layer in layers(step.model)) > 4
-        use_kernels(None)
+        set_backends(Backends())
         fast = step.taken(launched, batch)
-        use_kernels(False)
+        set_backends(Backends(kernels=False))
         found[dtype] = fast, step.taken(launched, batch), exact
     assert_same(*found[torch.float32][:2], 0.08)
     fast, defined, exact = found[torch.bfloat16]
@@ -276,8 +277,8 @@ def test_gradients_in_int8_are_nearer_to_exact_than_in_fp8(
         found[kind] = step.taken(launched, batch)
     errors = {kind: ((own[1] - exact[1]).norm() / exact[1].norm()).item() for kind, own in found.items()}
     assert errors[torch.int8] < errors[matmul8.FP8] < 0.2
-    monkeypatch.setattr(kernels, "has_engine", lambda _: engine)
-    monkeypatch.setattr(kernels, "_tile", lambda device, itemsize, spans: kernels.LITTLE)
+    device = replace(capabilities_of(CARD), compute_capability=(10, 0) if engine else (8, 0), shared_memory_bytes=0)
+    monkeypatch.setattr(kernels, "capabilities_of", lambda _: device)
     assert_same(step.taken(launched, batch), found[torch.int8], 0.02)
 
 

@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from tests import devices
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from octavo.commands.generate import Speaker
 from octavo.commands.loading import end_ids, load_model
-from octavo.hardware import Hardware
 from octavo.harness.model import OctavoLM
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store.sources import FolderSource
 
-CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+CPU = devices.hardware(devices.CPU)
 Write = Callable[..., Path]
 
 

@@ -13,15 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests import devices
 from torch import Tensor
 
+from octavo.hardware import Capabilities
 from octavo.ops import adam, inference, lora_backward, matmul8, pointwise
 from octavo.ops.attention import rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.tiles import Phase
 from octavo.runtime import dispatch
-from octavo.runtime.dispatch import KERNELS, kernels_missing, kernels_run_on, use_kernels
+from octavo.runtime.dispatch import (
+    KERNELS,
+    Backends,
+    hopper_kernels_disabled_reason,
+    hopper_kernels_run_on,
+    kernels_disabled_reason,
+    kernels_run_on,
+    set_backends,
+)
 
 Case = Callable[[torch.dtype], tuple[tuple[object, ...], dict[str, object], Tensor]]
 CARD = torch.cuda.is_available()
@@ -415,14 +425,24 @@ CASES: dict[str, list[Case]] = {
 
 
 @types(torch.bfloat16)
-@pytest.mark.parametrize("engine", [True, False], ids=["after", "before"])
-def test_a_product_in_8_bits_is_the_same_on_cards_before_and_after_hopper(
-    engine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("device", [devices.B200, devices.A100], ids=["TMA", "no TMA"])
+def test_an_8bit_matmul_is_the_same_with_and_without_tma(
+    device: Capabilities, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After it with the copy engine, before it without."""
     monkeypatch.setattr(eight_kernels(), "hopper_kernels_run_on", lambda _: False)
-    monkeypatch.setattr(eight_kernels(), "has_engine", lambda _: engine)
+    monkeypatch.setattr(eight_kernels(), "capabilities_of", lambda _: device)
     test_a_twin_is_its_definition("matmul8.matmul_8bit_into", dtype)
+
+
+def test_tiles_of_8bit_matmuls_fit_into_the_shared_memory_of_a_gpu() -> None:
+    kernels = eight_kernels()
+    for device, tile in (
+        (devices.A100, kernels.LITTLE), (devices.RTX_4090, kernels.LITTLE), (devices.H200, kernels.SHORT),
+        (devices.B200, kernels.SHORT),
+    ):  # fmt: skip
+        assert kernels.tile_for(device, 2, groups=False) == tile
+        assert kernels.tile_for(device, 2, groups=True) == kernels.LITTLE
+        assert kernels.tile_for(device, 4, groups=False) == kernels.LONG
 
 
 @types(torch.bfloat16)
@@ -514,66 +534,90 @@ def test_a_twin_is_its_definition(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(beside[:, -3:], whole[:, -3:])
 
 
-class OnCard(Tensor):
-    """Says that it is on a card."""
-
-    is_cuda = True
+def on(capabilities: Capabilities, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes tensors of this process be on such a device."""
+    monkeypatch.setattr(dispatch, "capabilities_of", lambda _: capabilities)
 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """What the kernel of gelu_into is called with, in its place."""
+    """The arguments of calls of the kernel of gelu_into, which is replaced."""
     calls: list[Any] = []
     monkeypatch.setattr(import_module("octavo.kernels.pointwise"), "gelu_into", lambda *call: calls.append(call))
-    kernels_missing.cache_clear()
+    kernels_disabled_reason.cache_clear()
+    hopper_kernels_disabled_reason.cache_clear()
     yield calls
-    use_kernels(None)
-    kernels_missing.cache_clear()
+    set_backends(Backends())
+    kernels_disabled_reason.cache_clear()
+    hopper_kernels_disabled_reason.cache_clear()
 
 
-def two(*, card: bool) -> tuple[Tensor, Tensor]:
-    x = torch.rand(2, 3, device="cpu") + 1
-    return x.as_subclass(OnCard) if card else x, torch.zeros(2, 3, device="cpu")
-
-
-def test_a_tensor_on_a_card_goes_to_the_twin(called: list[Any]) -> None:
-    assert kernels_missing() == ""
-    for wanted in (None, True):
-        use_kernels(wanted)
-        x, out = two(card=True)
-        assert kernels_run_on(x)
-        pointwise.gelu_into(x, out)
-        assert called.pop() == (x, out)
-        assert not out.any()
-
-
-def test_a_tensor_on_a_cpu_goes_to_the_definition_whatever_is_wanted(called: list[Any]) -> None:
-    for wanted in (None, True, False):
-        use_kernels(wanted)
-        x, out = two(card=False)
-        assert not kernels_run_on(x)
-        pointwise.gelu_into(x, out)
-        assert out.all()
-    assert called == []
-
-
-def test_twins_that_are_switched_off_leave_the_definitions_alone(called: list[Any]) -> None:
-    use_kernels(False)
-    x, out = two(card=True)
+def runs_a_kernel(called: list[Any]) -> bool:
+    """Whether gelu_into runs its kernel; else its reference has."""
+    x, out = torch.rand(2, 3, device="cpu") + 1, torch.zeros(2, 3, device="cpu")
     pointwise.gelu_into(x, out)
-    assert out.all()
-    assert called == []
+    assert called in ([], [(x, out)])
+    assert kernels_run_on(x) == bool(called)
+    assert bool(out.all()) == (not called)
+    return bool(called)
+
+
+REASONS = {
+    devices.CPU: "tested on NVIDIA GPUs only; this is a CPU",
+    devices.CPU_BFLOAT16: "this is a CPU",
+    devices.MPS: "tested on NVIDIA GPUs only",
+    devices.MI300X: "tested on NVIDIA GPUs only; this is an AMD GPU",
+    devices.GTX_1080_TI: "compute capability 6.1; they need 7.0",
+    devices.T4: "",
+    devices.A100: "",
+    devices.H200: "",
+    devices.B200: "",
+    devices.UNKNOWN_GPU: "",
+}
+
+
+@pytest.mark.parametrize("device", REASONS, ids=lambda device: device.name)
+def test_a_kernel_runs_on_nvidia_gpus_and_nowhere_else(
+    device: Capabilities, called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(device, monkeypatch)
+    assert REASONS[device] in kernels_disabled_reason(device)
+    assert bool(REASONS[device]) == bool(kernels_disabled_reason(device))
+    assert runs_a_kernel(called) == (REASONS[device] == "")
+
+
+@pytest.mark.parametrize("device", REASONS, ids=lambda device: device.name)
+def test_hopper_kernels_run_on_hopper_gpus_alone(
+    device: Capabilities, called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(device, monkeypatch)
+    assert hopper_kernels_run_on(torch.ones(2)) == (device is devices.H200)
+    set_backends(Backends(kernels=False))
+    assert not hopper_kernels_run_on(torch.ones(2))
+
+
+@pytest.mark.parametrize("device", REASONS, ids=lambda device: device.name)
+def test_without_kernels_the_references_run_on_every_device(
+    device: Capabilities, called: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(device, monkeypatch)
+    set_backends(Backends(kernels=False))
+    assert not runs_a_kernel(called)
+
+
+def test_tensors_of_this_cpu_go_to_the_references(called: list[Any]) -> None:
+    assert not runs_a_kernel(called)
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"), [("triton", "Triton is not installed"), ("octavo.kernels", "octavo/kernels is not there")]
+    ("missing", "reason"),
+    [("triton", "Triton is not installed"), ("octavo.kernels", "the folder octavo/kernels was deleted")],
 )
-def test_without_triton_or_the_folder_the_definitions_are_left(
+def test_without_triton_or_the_folder_the_references_run(
     called: list[Any], missing: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    on(devices.H200, monkeypatch)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == missing else object())
-    assert kernels_missing() == reason
-    x, out = two(card=True)
-    pointwise.gelu_into(x, out)
-    assert out.all()
-    assert called == []
+    assert kernels_disabled_reason(devices.H200) == reason
+    assert hopper_kernels_disabled_reason(devices.H200) == reason
+    assert not runs_a_kernel(called)

@@ -261,12 +261,12 @@ def test_attention_takes_what_cudnns_takes(key_heads: int, backward: int) -> Non
 
 
 def test_a_card_takes_the_sum_of_what_its_parts_take() -> None:
-    card = Peak(half_flops_per_second=1e12, int8_ops_per_second=2e12, bytes_per_second=1e9)
+    card = Peak(half_flops_per_second=1e12, int8_ops_per_second=2e12, bytes_per_second=1e9, compute_capability=(9, 0))
     each = ((1e12, 0, 0, 0), (0, 1e12, 0, 0), (0, 0, 1e9, 0), (0, 0, 0, 2e12))
     alone = [Forecast(0, *parts).seconds(card) for parts in each]
     assert all(1 < seconds < 3 for seconds in alone)  # no card reaches its peaks
     assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(card) == pytest.approx(sum(alone))
-    faster = Peak(half_flops_per_second=2e12, int8_ops_per_second=4e12, bytes_per_second=2e9)
+    faster = Peak(half_flops_per_second=2e12, int8_ops_per_second=4e12, bytes_per_second=2e9, compute_capability=(9, 0))
     assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(faster) == pytest.approx(sum(alone) / 2)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,4 +211,4 @@ def full_precision(hardware: Hardware) -> Hardware:
     """The hardware with the dtype of "full precision": float32 on a CPU, the compute dtype on a GPU."""
     if hardware.device.type != "cpu":
         return hardware
-    return Hardware(hardware.device, torch.float32, hardware.reason, hardware.name)
+    return replace(hardware, dtype=torch.float32)

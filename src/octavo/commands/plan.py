@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ from octavo.errors import UsageError
 from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak, pick
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.ops.attention import use_attention
 from octavo.ops.quantize import SCHEMES, Scheme
 from octavo.reporting import Report
-from octavo.runtime.dispatch import hopper_kernels_disabled_reason, kernels_missing, use_kernels
+from octavo.runtime.dispatch import (
+    Backends,
+    hopper_kernels_disabled_reason,
+    kernels_disabled_reason,
+    set_backends,
+)
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
@@ -111,16 +115,16 @@ def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = No
     """
     if options.matmul == "exact":
         return False
-    on_gpu = hardware.device.type == "cuda"
-    supported = hardware.matmul_8bit if on_gpu else gpu is not None and gpu.matmul_8bit
+    device = hardware.capabilities
+    supported = device.matmul_8bit if device.is_gpu else gpu is not None and gpu.matmul_8bit
     if options.matmul == "8bit":
-        if on_gpu and not supported:
+        if device.is_gpu and not supported:
             raise UsageError(
-                f"{hardware.name} is too old for 8-bit matmuls: they need compute capability 8.0.",
+                f"{hardware.name} has no 8-bit matmuls: they need an NVIDIA GPU of compute capability 8.0.",
                 hint="Use --matmul exact.",
             )
         return True
-    return supported and options.kernels and (not on_gpu or not kernels_missing())
+    return supported and options.kernels and not (device.is_gpu and kernels_disabled_reason(device))
 
 
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
@@ -168,25 +172,27 @@ def _check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
 
 def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
     """Sets the kernels and the attention backend of this process, and reports the choices and their reasons."""
-    use_attention(options.attention)
-    use_kernels(None if options.kernels else False)
-    if hardware.device.type != "cuda":
+    set_backends(Backends(options.kernels, options.attention))
+    if not hardware.capabilities.is_gpu:
         return
-    missing = kernels_missing()
-    kernels = "off (--no-kernels)" if not options.kernels else f"off ({missing})" if missing else _triton(hardware)
+    disabled = kernels_disabled_reason(hardware.capabilities) if options.kernels else "--no-kernels"
+    kernels = f"off ({disabled})" if disabled else _triton(hardware)
     steps = "CUDA graphs" if options.cuda_graphs else "eager (--no-cuda-graphs)"
+    if not hardware.capabilities.cuda_graphs:
+        steps = "eager (CUDA graphs are tested on NVIDIA GPUs only)"
     report.say(
         f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Matmuls: {_matmuls(options, hardware)}."
     )
     limit = size_in_bytes(options.gpu_memory)
     if limit is not None:
-        total = torch.cuda.get_device_properties(hardware.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), hardware.device)
+        share = min(1.0, limit / hardware.capabilities.memory_bytes)
+        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
 
 
 def _triton(hardware: Hardware) -> str:
     """ "Triton", with the reason if the Hopper kernels are disabled on a Hopper GPU."""
-    reason = hopper_kernels_disabled_reason() if hardware.hopper else ""
+    device = hardware.capabilities
+    reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
     return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
 
 
@@ -196,7 +202,9 @@ def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
         return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
     if options.matmul == "exact":
         return "exact (--matmul exact)"
-    return "exact (this GPU is too old for 8 bits)" if not hardware.matmul_8bit else "exact (8 bits need the kernels)"
+    if hardware.capabilities.matmul_8bit:
+        return "exact (8 bits need the kernels)"
+    return "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
 
 
 def _too_small(
@@ -239,7 +247,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     source, budget = open_model(model_options, report, weights=False), budget_bytes(options, hardware)
     if hardware.device.type != "cuda":  # the plan is for a GPU, whose compute dtype has 2 bytes
         dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
-        hardware = Hardware(hardware.device, dtype, hardware.reason, hardware.name)
+        hardware = replace(hardware, dtype=dtype)
     chosen = chosen_scheme(model_options, source).name
     selectable = model_options.scheme == "auto" and stored_scheme(source).name == "none"
     names = [chosen, *(name for name in ("int8", "nf4") if selectable and name != chosen)]

@@ -10,7 +10,6 @@ Legend as in the reference; a tile is (BM, BN) of the result, with BK inputs a s
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from octavo.hardware.capabilities import Capabilities, capabilities_of
 from octavo.ops.matmul8 import FP8_LARGEST, GROUP_SIZE, LowRankTerm
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.runtime.dispatch import hopper_kernels_run_on
@@ -39,7 +39,7 @@ SHORT = Tile(128, 256, 128, 8, 3)  # 2-byte results: the fastest of 14 on GPT-J'
 # program, of which it takes 96. For those it is compiled in tests, but was not measured.
 LITTLE = Tile(128, 128, 128, 8, 3)
 LONG = Tile(64, 64, 128, 4, 3)  # float32 results, which only tests use
-ROOMY = (9, 10)  # compute capability (major) of GPUs with 227 KiB of shared memory a program: H100, B200
+SHORT_BYTES = 227 * 1024  # shared memory that SHORT needs: that of H100 and B200
 THIN_BYTES = 128  # bytes of a row of the low-rank term in shared memory, in addition to three stages of the matmul
 GROUP_M = 8  # consecutive tiles of one column, so that they read the same weights from cache
 LONGEST_ROW = 16384  # elements of a row in registers; GPT-J's 28,672: 0.72 ms that way, 0.55 read twice (H100, fp8)
@@ -61,7 +61,7 @@ def matmul_8bit_into(
 ) -> None:
     if low_rank is not None:
         low_rank = LowRankTerm(*map(readable, low_rank))
-    if hopper_kernels_run_on(out.device):
+    if hopper_kernels_run_on(out):
         from octavo.kernels.hopper import matmul8
 
         if matmul8.fits(out, scale):
@@ -69,8 +69,8 @@ def matmul_8bit_into(
             return
     (m, k), n = codes.shape, len(weight)
     groups = scale.ndim == 2
-    tile = _tile(out.device, out.itemsize, groups)
-    engine = has_engine(out.device)
+    capabilities = capabilities_of(out.device)
+    tile, tma = tile_for(capabilities, out.itemsize, groups=groups), capabilities.tma
     read, count, width = (
         [codes, weight, codes, weight],
         0,
@@ -82,24 +82,18 @@ def matmul_8bit_into(
         read[2:] = low_rank
     shapes = [(high, wide) for wide in (tile.inputs, width) for high in (tile.rows, tile.columns)]
     sources = [
-        TensorDescriptor.from_tensor(x, list(shape)) if engine else x for x, shape in zip(read, shapes, strict=True)
+        TensorDescriptor.from_tensor(x, list(shape)) if tma else x for x, shape in zip(read, shapes, strict=True)
     ]
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
-    programs = min(tiles, _multiprocessors(codes.device))
+    programs = min(tiles, capabilities.processors)
     _product[(programs,)](
         *sources, *(x.stride(0) for x in read), out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
         m, n, k, out.stride(0), residual.stride(0) if residual is not None else 0, scale.stride(0), programs,
-        engine, codes.dtype == torch.int8, GROUP_SIZE if groups else 0, absmax is not None, bias is not None, count,
+        tma, codes.dtype == torch.int8, GROUP_SIZE if groups else 0, absmax is not None, bias is not None, count,
         width, residual is not None, INT8_LEVELS, *tile[:3], GROUP_M, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-@cache
-def has_engine(device: torch.device) -> bool:
-    """Whether the GPU has a copy engine for tiles (TMA): from compute capability 9.0 on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def readable(x: Tensor) -> Tensor:
@@ -111,18 +105,11 @@ def readable(x: Tensor) -> Tensor:
     return copied.copy_(x)
 
 
-@cache
-def _tile(device: torch.device, itemsize: int, groups: bool) -> Tile:
+def tile_for(capabilities: Capabilities, itemsize: int, *, groups: bool) -> Tile:
+    """The tile for results of so many bytes an element; `groups`: rows have a scale for each group."""
     if itemsize > 2:
         return LONG
-    if groups or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in ROOMY):
-        return LITTLE
-    return SHORT
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return LITTLE if groups or capabilities.shared_memory_bytes < SHORT_BYTES else SHORT
 
 
 @triton.jit

@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.hardware.capabilities import Capabilities, capabilities_of
 from octavo.ops import tiles
 from octavo.ops.tiles import Phase
-from octavo.runtime.dispatch import OP_OBSERVERS, kernel
+from octavo.runtime.dispatch import backends, kernel, observe
 from octavo.runtime.transfer import to_device
 
 INTERLEAVED, HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
-ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math")
-_wanted = "auto"
 
 Table = tuple[Tensor, Tensor]
 
@@ -38,7 +37,7 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> Table:
 def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase) -> Table:
     """`rotary_table` of new positions over a cache: on a CPU in tiles, so that no position moves between the vectorised
     loop and its remainder (ops/tiles.py)."""
-    if positions.is_cuda:
+    if capabilities_of(positions.device).is_gpu:
         return rotary_table(positions, frequencies)
     dim = 1 if phase is Phase.PREFILL else 0
     parts = positions.split(tiles.PREFILL_TILE if dim else 1, dim=dim)
@@ -114,13 +113,6 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
     return Documents(to_device(document, device), to_device(offsets, device), longest)
 
 
-def use_attention(wanted: str) -> None:
-    """Which implementation cards use in this process: one of ATTENTIONS. auto is the fastest that takes the call."""
-    global _wanted
-    assert wanted in ATTENTIONS
-    _wanted = wanted
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, (B, T, H, D), each position looking at itself and before.
 
@@ -130,22 +122,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | 
     if q.is_meta:
         rehearsed: Tensor = _Rehearsed.apply(q, k, v)  # type: ignore[no-untyped-call]
         return rehearsed
-    if documents is not None and _varlen_takes(q):
+    call = capabilities_of(q.device), q.dtype, backends().attention
+    if documents is not None and supports_varlen(*call):
         return _varlen(q, k, v, documents)
     mask = documents.mask if documents is not None else None
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    shared = groups > 1 and mask is None and _shares_keys(q)
+    shared = groups > 1 and mask is None and supports_shared_keys(*call)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     causal = mask is None and q.shape[2] > 1
-    with _backends(q):
+    with _sdpa_backends(q):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
     return out.transpose(1, 2)
 
 
-# cuDNN is the fastest on Hopper, head size 256 included; it refuses one query over a cache, and older cards have
-# no such kernel for it: what does not take a call passes it on to the next.
+# cuDNN is the fastest on Hopper, head size 256 included. It does not support one query over a cache, nor that head size
+# on older GPUs: a call goes to the first implementation that supports it.
 _ORDER = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -154,22 +147,24 @@ _ORDER = {
 }
 
 
-def _backends(q: Tensor) -> Any:
-    if not q.is_cuda:
+def _sdpa_backends(q: Tensor) -> Any:
+    if not capabilities_of(q.device).is_gpu:
         return nullcontext()
-    if _wanted != "auto":
-        return sdpa_kernel([_ORDER[_wanted], SDPBackend.MATH] if q.shape[2] == 1 else _ORDER[_wanted])
+    wanted = backends().attention
+    if wanted != "auto":
+        return sdpa_kernel([_ORDER[wanted], SDPBackend.MATH] if q.shape[2] == 1 else _ORDER[wanted])
     return sdpa_kernel(list(_ORDER.values()), set_priority=True)
 
 
-def _shares_keys(q: Tensor) -> bool:
-    """Whether the kernels for this call take fewer key heads as they are; else they are repeated."""
-    return (
-        q.is_cuda
-        and q.dtype != torch.float32
-        and _wanted in ("auto", "cudnn", "flash")
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-    )
+def supports_shared_keys(capabilities: Capabilities, dtype: torch.dtype, wanted: str) -> bool:
+    """Whether the implementations for a call accept fewer key heads than query heads; else key heads are repeated."""
+    return capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "cudnn", "flash")
+
+
+def supports_varlen(capabilities: Capabilities, dtype: torch.dtype, wanted: str) -> bool:
+    """Whether FlashAttention runs on packed documents; else attention has a mask."""
+    supported = capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "flash")
+    return supported and _varlen_function() is not None
 
 
 @cache
@@ -179,17 +174,6 @@ def _varlen_function() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return cast(Callable[..., Tensor], varlen_attn)
-
-
-def _varlen_takes(q: Tensor) -> bool:
-    """Whether the flash kernel for packed documents runs: cards from compute capability 8.0, 2-byte types."""
-    return (
-        q.is_cuda
-        and q.dtype != torch.float32
-        and _wanted in ("auto", "flash")
-        and torch.cuda.get_device_capability(q.device)[0] >= 8
-        and _varlen_function() is not None
-    )
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -219,8 +203,7 @@ class _Rehearsed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for observe in OP_OBSERVERS:
-            observe("attention", [q, k, v, q])
+        observe("attention", [q, k, v, q])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -228,8 +211,7 @@ class _Rehearsed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
         q, k, v, *_ = ctx.saved_tensors
-        for observe in OP_OBSERVERS:
-            observe("attention_backward", [q, k, v, q, q, k, v, q])
+        observe("attention_backward", [q, k, v, q, q, k, v, q])
         wide = [q.new_empty(q.shape, dtype=torch.float32)]
         if k.shape[2] != q.shape[2]:
             wide += [q.new_empty(q.shape) for _ in range(2)]

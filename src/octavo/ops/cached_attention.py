@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from octavo.hardware.capabilities import capabilities_of
 from octavo.ops import tiles
 from octavo.runtime.dispatch import kernel
 
@@ -62,6 +63,6 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = No
     k, v = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    # On an H100 PyTorch's own kernel for a mask ended in misaligned addresses: there the plain one is taken.
-    with sdpa_kernel(SDPBackend.MATH) if q.is_cuda else nullcontext():
+    # On an H100 PyTorch's memory-efficient kernel with a mask failed with misaligned addresses.
+    with sdpa_kernel(SDPBackend.MATH) if capabilities_of(q.device).is_gpu else nullcontext():
         return F.scaled_dot_product_attention(q[None], k, v, attn_mask=mask)[0]

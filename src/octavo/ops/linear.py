@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from octavo.hardware.capabilities import capabilities_of
+
 Unpack = Callable[[torch.dtype], tuple[Tensor, Tensor | None]]
 
 
@@ -45,7 +47,7 @@ def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two short types, kept in float32."""
     if a.is_meta or not len(a):
         return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.dtype != torch.float32 and capabilities_of(a.device).float32_results:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from octavo.ops.linear import mm_float32
 from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
-from octavo.runtime.dispatch import hopper_kernels_run_on, kernel, kernels_run_on
+from octavo.runtime.dispatch import hopper_kernels_run_on, kernel
 
 PROGRAMS = 132  # one for each multiprocessor of an H100
 ROWS = 64  # that a program takes at a time
@@ -100,7 +100,7 @@ def hopper_tile(x: Tensor, dy: Tensor, sides: LoraOperands) -> tuple[int, int] |
     parts = x.shape[1] // dy.shape[1]
     aligned = x.is_meta or x.data_ptr() % 16 == dy.data_ptr() % 16 == 0
     aligned = aligned and all(n % 8 == 0 for n in (*dy.stride()[:1], *x.stride()[:1], dy.shape[1]))
-    there = x.is_meta or (kernels_run_on(x) and hopper_kernels_run_on(x.device))
+    there = x.is_meta or hopper_kernels_run_on(x)
     if x.itemsize != 2 or not aligned or not there:
         return None
     r, q = (max(16, 1 << (n - 1).bit_length()) for n in (sides.t.shape[1] // parts, sides.after.shape[1]))

@@ -17,14 +17,13 @@ Legend: M rows (tokens), K inputs and N outputs of a product, C low-rank columns
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.hardware import FP8_FROM
+from octavo.hardware.capabilities import NVIDIA, Capabilities, capabilities_of
 from octavo.ops.quantize import INT8_LEVELS
 from octavo.runtime.dispatch import kernel
 
@@ -53,11 +52,14 @@ def fits(rows: int, columns: int) -> bool:
     return rows % ALIGNMENT == 0 and columns % ALIGNMENT == 0
 
 
-@cache
 def gradient_type(device: torch.device) -> torch.dtype:
-    """What gradients are coded in there: fp8, or int8 in spans where a card does not multiply that."""
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_FROM
-    return torch.int8 if old else FP8
+    """The 8-bit type of gradients on a device."""
+    return gradient_type_for(capabilities_of(device))
+
+
+def gradient_type_for(capabilities: Capabilities) -> torch.dtype:
+    """fp8; int8 in groups on an NVIDIA GPU whose tensor cores do not multiply fp8."""
+    return torch.int8 if capabilities.vendor == NVIDIA and not capabilities.fp8 else FP8
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype, *, prescale: Tensor | None = None, groups: bool = False) -> Quantized:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from octavo.hardware.capabilities import capabilities_of
+
 WIDE_FROM = 33  # rows of decode
 PREFILL_TILE = 64  # positions; a smaller one makes bfloat16 matmuls of a CPU pack weights more often than they multiply
 
@@ -56,7 +58,7 @@ def matmul_in_tiles(x: Tensor, phase: Phase, matmul: Callable[[Tensor], Tensor])
 def elementwise_tiles(x: Tensor, phase: Phase) -> tuple[Tensor, ...]:
     """x (M, ..) cut into the rows that an elementwise function is called with: its vectorised loop and the scalar
     remainder may round differently, so a row must not move between the two. CUDA kernels have no remainder."""
-    if x.is_cuda:
+    if capabilities_of(x.device).is_gpu:
         return (x,)
     return tuple(x.split(PREFILL_TILE if phase is Phase.PREFILL else 1))
 

@@ -1,101 +1,141 @@
 """Dispatch of an operation to its reference in plain PyTorch or to its Triton kernel of the same file and name.
 
-`@kernel` on a reference (in ops/) sends calls with tensors on a CUDA GPU to the kernel (in kernels/); on a CPU the
-reference runs. It also runs everywhere if kernels/ is deleted, Triton is not installed, or after `use_kernels(False)`.
+`@kernel` marks a reference in ops/ that has a kernel in kernels/. A call goes to the kernel if the device of its first
+argument runs octavo's kernels, else to the reference. `kernels_disabled_reason` and `hopper_kernels_disabled_reason`
+decide that, as functions of the device's `Capabilities`.
+
+`set_backends` holds the one setting of the process that decides which code runs, as --no-kernels and --attention do.
+Why it is no argument: docs/design/kernels.md.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor
 
-from octavo.hardware import HOPPER
+from octavo.hardware.capabilities import AMD, CPU, TRITON_FROM, Capabilities, capabilities_of
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
-KERNELS: dict[str, Callable[..., Any]] = {}  # "room.name" -> definition: every operation that has a kernel
-META_RESULTS: dict[
-    str, Callable[[Tensor], Tensor]
-] = {}  # name -> what it returns, from its first argument; else nothing
-OP_OBSERVERS: list[
-    Callable[[str, list[Tensor]], None]
-] = []  # told of what is rehearsed: name, what it reads and writes
-TESTED_TRITON = ("3.6", "3.7")  # versions of Triton whose Gluon is known
-_chosen: bool | None = None  # as `use_kernels` said; None: wherever they run
+KERNELS: dict[str, Callable[..., Any]] = {}  # "file.name" -> reference, of every operation that has a kernel
+# The result of an operation on the meta device by its name, from the first argument. Others return nothing.
+META_RESULTS: dict[str, Callable[[Tensor], Tensor]] = {}
+# Called for each operation on the meta device with its name and the tensors that it reads or writes.
+OP_OBSERVERS: list[Callable[[str, list[Tensor]], None]] = []
+TESTED_TRITON = ("3.6", "3.7")  # versions of Triton with which the Hopper kernels were compiled and compared
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math")
 
 
-def use_kernels(wanted: bool | None) -> None:
-    """Switches the kernels off or on for this process; None leaves it to what is installed."""
-    global _chosen
-    _chosen = wanted
+@dataclass(frozen=True)
+class Backends:
+    """Which code paths a process may use.
+
+    `kernels`: octavo's Triton kernels, where the device runs them. `attention`: the implementation of attention on
+    GPUs, one of ATTENTIONS; auto is the fastest one that supports the call.
+    """
+
+    kernels: bool = True
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        assert self.attention in ATTENTIONS
+
+
+_backends = Backends()
+
+
+def backends() -> Backends:
+    """The setting of this process."""
+    return _backends
+
+
+def set_backends(wanted: Backends) -> None:
+    """Changes the setting of this process."""
+    global _backends
+    _backends = wanted
 
 
 @functools.cache
-def kernels_missing() -> str:
-    """Why there are no Triton kernels here; "" if there are."""
+def kernels_disabled_reason(capabilities: Capabilities) -> str:
+    """Why the references run on a device; "" if octavo's Triton kernels do."""
+    if not capabilities.triton:
+        return _unsupported(capabilities)
     if find_spec("triton") is None:
         return "Triton is not installed"
     if find_spec("octavo.kernels") is None:
-        return "octavo/kernels is not there"
+        return "the folder octavo/kernels was deleted"
     return ""
 
 
-@functools.cache
-def hopper_kernels_disabled_reason() -> str:
-    """Why kernels in Gluon, Triton's experimental language, are left out (kernels/hopper/); "" if they are not.
+def _unsupported(capabilities: Capabilities) -> str:
+    if capabilities.compute_capability is not None:
+        major, minor = capabilities.compute_capability
+        return f"compute capability {major}.{minor}; they need {TRITON_FROM[0]}.{TRITON_FROM[1]}"
+    names = {AMD: "an AMD GPU", CPU: "a CPU"}
+    return f"they are tested on NVIDIA GPUs only; this is {names.get(capabilities.vendor, 'another device')}"
 
-    Its names change between versions, so a version counts once its kernels were compiled and compared with it.
+
+@functools.cache
+def hopper_kernels_disabled_reason(capabilities: Capabilities) -> str:
+    """Why the kernels of kernels/hopper/ do not run on a device; "" if they do.
+
+    They are written in Gluon, Triton's experimental language. Its names change between versions, so only versions with
+    which the kernels were compiled and compared are used.
     """
+    if not capabilities.hopper_kernels:
+        return "not a Hopper GPU"
+    if reason := kernels_disabled_reason(capabilities):
+        return reason
     version = import_module("triton").__version__
     if version.startswith(tuple(f"{tested}." for tested in TESTED_TRITON)):
         return ""
-    return f"Triton {version}; it is tested with {' and '.join(TESTED_TRITON)}"
-
-
-@functools.cache
-def hopper_kernels_run_on(device: torch.device) -> bool:
-    """Whether a card has kernels in Gluon: a Hopper, with a Triton that is tested."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == HOPPER
-        and not hopper_kernels_disabled_reason()
-    )
+    return f"Triton {version}; they are tested with {' and '.join(TESTED_TRITON)}"
 
 
 def kernels_run_on(tensor: Tensor) -> bool:
     """Whether a call with this tensor goes to the kernels."""
-    return tensor.is_cuda and _chosen is not False and not kernels_missing()
+    return _backends.kernels and not kernels_disabled_reason(capabilities_of(tensor.device))
 
 
-def kernel(definition: Operation) -> Operation:
-    """Marks a definition that has a kernel. Its first argument is the tensor that says where it runs.
+def hopper_kernels_run_on(tensor: Tensor) -> bool:
+    """Whether a call with this tensor goes to the kernels of kernels/hopper/, where one supports it."""
+    return _backends.kernels and not hopper_kernels_disabled_reason(capabilities_of(tensor.device))
 
-    On the meta device, where tensors have shapes and no numbers, a call takes the memory that a kernel takes: none, or
-    that of its result. So a whole training step can be rehearsed there (train/simulate.py).
+
+def observe(name: str, tensors: list[Tensor]) -> None:
+    """Calls OP_OBSERVERS for an operation on the meta device."""
+    for observer in OP_OBSERVERS:
+        observer(name, tensors)
+
+
+def kernel(reference: Operation) -> Operation:
+    """Marks a reference that has a kernel. The device of its first argument decides which of both runs.
+
+    On the meta device, where tensors have shapes and no values, neither runs: a call takes the memory of the kernel,
+    which is none, or that of its result (META_RESULTS). So a whole training step is simulated (train/simulate.py).
     """
-    room, name = definition.__module__.rpartition(".")[2], definition.__name__
-    KERNELS[f"{room}.{name}"] = definition
+    file, name = reference.__module__.rpartition(".")[2], reference.__name__
+    KERNELS[f"{file}.{name}"] = reference
 
-    @functools.wraps(definition)
+    @functools.wraps(reference)
     def run(first: Tensor, *rest: Any, **named: Any) -> Any:
         if first.is_meta:
-            for observe in OP_OBSERVERS:
-                observe(name, [first, *_tensors(rest)])
+            observe(name, [first, *_tensors(rest)])
             return META_RESULTS[name](first) if name in META_RESULTS else None
         if kernels_run_on(first):
-            return getattr(import_module(f"octavo.kernels.{room}"), name)(first, *rest, **named)
-        return definition(first, *rest, **named)
+            return getattr(import_module(f"octavo.kernels.{file}"), name)(first, *rest, **named)
+        return reference(first, *rest, **named)
 
     return cast(Operation, run)
 
 
-def _tensors(given: tuple[Any, ...]) -> list[Tensor]:
-    """Those that are given, by themselves or in a tuple."""
-    each = [x for one in given for x in (one if isinstance(one, tuple) else (one,))]
-    return [x for x in each if isinstance(x, Tensor)]
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among arguments, also those in tuples."""
+    flat = [x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,))]
+    return [x for x in flat if isinstance(x, Tensor)]

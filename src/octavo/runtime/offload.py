@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UsageError
-from octavo.runtime.dispatch import OP_OBSERVERS
+from octavo.runtime.dispatch import observe
 
 LEAVING = 2  # tensors that may be under way to the host before forward waits for one of them
 
@@ -66,8 +66,7 @@ class ActivationOffload:
     def _copy(self, put: _Put, *, away: bool) -> None:
         assert put.here is not None
         if put.host is None:
-            for observe in OP_OBSERVERS:
-                observe("to_host" if away else "from_host", [put.here])
+            observe("to_host" if away else "from_host", [put.here])
             return
         target, source = (put.host, put.here) if away else (put.here, put.host)
         if not put.here.is_cuda:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests import devices
 
 from octavo import adapters, cli
 from octavo.commands import loading
 from octavo.commands.finetune import finetune
 from octavo.config import Config
 from octavo.errors import AdapterError, TrainingError, UsageError
-from octavo.hardware import Hardware
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report, shown
@@ -30,7 +30,7 @@ Settings = Callable[..., Config]
 Tune = Callable[..., dict[str, Any]]
 
 EVERYTHING = {"train_norms": True, "train_biases": True}
-CPU = Hardware(torch.device("cpu"), torch.float32, "for a test", "cpu")
+CPU = devices.hardware(devices.CPU)
 IDS = torch.tensor([[2, 40, 41, 42, 43, 44, 45, 46, 47, 2, 90, 91]])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import devices
 
 from octavo.commands.finetune.precision import _measure
 from octavo.commands.finetune.prepare import prepare
@@ -25,9 +26,7 @@ from octavo.train.precision import layers
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
-CPU = Hardware(torch.device("cpu"), torch.float32, "", "a CPU")
-OLD = Hardware(torch.device("cuda"), torch.bfloat16, "", "Tesla T4")
-NEW = Hardware(torch.device("cuda"), torch.bfloat16, "", "NVIDIA H100 80GB HBM3", matmul_8bit=True)
+CPU, OLD, NEW = (devices.hardware(each) for each in (devices.CPU, devices.T4, devices.H200))
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -170,19 +169,19 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
 def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
     hardware: Hardware, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "")
+    monkeypatch.setattr("octavo.commands.plan.kernels_disabled_reason", lambda _: "")
     assert wants_8bit(MemoryOptions(), hardware, GPUS[gpu] if gpu else None) is expected
     assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[gpu] if gpu else None)
 
 
 def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_8bit(MemoryOptions(kernels=False), NEW)
-    monkeypatch.setattr("octavo.commands.plan.kernels_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr("octavo.commands.plan.kernels_disabled_reason", lambda _: "Triton is not installed")
     assert not wants_8bit(MemoryOptions(), NEW)
 
 
 def test_matmul_8bit_is_an_error_on_an_old_gpu_but_not_on_a_cpu() -> None:
-    with pytest.raises(UsageError, match="too old"):
+    with pytest.raises(UsageError, match="Tesla T4 has no 8-bit matmuls"):
         wants_8bit(MemoryOptions(matmul="8bit"), OLD)
     assert wants_8bit(MemoryOptions(matmul="8bit"), CPU)
     assert wants_8bit(MemoryOptions(matmul="8bit"), NEW)

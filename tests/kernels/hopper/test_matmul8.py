@@ -9,6 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from tests import devices
 from tests.forks import Forks
 
 from octavo.runtime import dispatch
@@ -79,9 +80,10 @@ def test_tiles_are_as_wide_as_keeps_a_card_busy(m: int, n: int, columns: int) ->
 
 
 def test_this_triton_is_one_of_those_that_are_tested() -> None:
-    assert dispatch.hopper_kernels_disabled_reason.__wrapped__() == ""
+    assert dispatch.hopper_kernels_disabled_reason.__wrapped__(devices.H200) == ""
 
 
 def test_another_triton_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("triton"), "__version__", "3.61.0")
-    assert dispatch.hopper_kernels_disabled_reason.__wrapped__() == "Triton 3.61.0; it is tested with 3.6 and 3.7"
+    reason = dispatch.hopper_kernels_disabled_reason.__wrapped__(devices.H200)
+    assert reason == "Triton 3.61.0; they are tested with 3.6 and 3.7"

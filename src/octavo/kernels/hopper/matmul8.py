@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.hardware.capabilities import capabilities_of
 from octavo.ops.matmul8 import LowRankTerm
 from octavo.ops.quantize import INT8_LEVELS
 
@@ -71,7 +72,7 @@ def matmul_8bit_into(
 ) -> None:
     (m, k), n = codes.shape, len(weight)
     t, b = (out, out) if low_rank is None else low_rank
-    processors = torch.cuda.get_device_properties(codes.device).multi_processor_count
+    processors = capabilities_of(codes.device).processors
     columns, stages, cuts = shape_of(m, n, codes.dtype, processors)
     programs = min(_tiles(m, n, columns), processors)
     read = [

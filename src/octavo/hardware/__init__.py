@@ -1,0 +1,14 @@
+"""The device of a run as data: what it can compute, its dtype, its memory, and the peak throughput of known GPUs.
+
+Importing this package does not import torch; the functions that need torch import it.
+"""
+
+from octavo.hardware.capabilities import Capabilities, capabilities_of, read_cpu
+from octavo.hardware.gpus import GPUS, Peak, peak
+from octavo.hardware.memory import free_memory_bytes, free_ram_bytes, peak_memory_bytes
+from octavo.hardware.selection import DTYPES, Hardware, hardware_for, pick
+
+__all__ = [
+    "DTYPES", "GPUS", "Capabilities", "Hardware", "Peak", "capabilities_of", "free_memory_bytes", "free_ram_bytes",
+    "hardware_for", "peak", "peak_memory_bytes", "pick", "read_cpu",
+]  # fmt: skip
