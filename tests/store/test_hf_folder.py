@@ -25,6 +25,7 @@ from octavo.errors import ModelError, UsageError
 from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
 from octavo.store import hf_folder as folder_module
+from octavo.store import sinks
 from octavo.store import weights as weights_module
 from octavo.store.contents import items_of
 from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder, written_bytes
@@ -206,7 +207,7 @@ def test_shards_are_small_and_load_here_and_in_transformers(
     scheme: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 60_000  # under the embedding's 76,800 bytes in float32: one tensor may be larger than a shard
-    monkeypatch.setattr(folder_module, "SHARD_BYTES", limit)
+    monkeypatch.setattr(sinks, "SHARD_BYTES", limit)
     out = tmp_path / "out"
     total = write_folder(FolderSource(folders["llama"]), out, scheme_named(scheme))
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -283,7 +284,7 @@ def test_a_folder_that_is_not_empty_is_refused_and_kept(folders: dict[str, Path]
 def test_an_interrupted_write_keeps_the_old_folder(
     existing: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder_module, "SHARD_BYTES", 20_000)  # some shards are on disk by then
+    monkeypatch.setattr(sinks, "SHARD_BYTES", 20_000)  # some shards are on disk by then
     out = tmp_path / "out"
     if existing:
         write(folders["llama"], out, "int8")
@@ -344,10 +345,10 @@ MEASURE = (
     + """
 from octavo.ops.quantize import scheme_named
 from octavo.store import weights
-from octavo.store import hf_folder
+from octavo.store import hf_folder, sinks
 from octavo.store.sources import FolderSource
 
-hf_folder.SHARD_BYTES = 2**24
+sinks.SHARD_BYTES = 2**24
 source, out = FolderSource(Path(sys.argv[1])), Path(sys.argv[2])
 source.tokenizer()  # with all that transformers imports for it
 hf_folder.weight_names(source)

@@ -28,8 +28,9 @@ from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.store import peft
 from octavo.store.contents import ADAPTER_SUFFIXES, entries, stored_scheme
 from octavo.store.files import new_folder
-from octavo.store.hf_folder import WrittenLayer, check_free, write_folder
+from octavo.store.hf_folder import WrittenLayer, write_folder
 from octavo.store.peft import Adapter
+from octavo.store.sinks import check_free
 from octavo.store.sources import FolderSource, Source, fingerprint
 from octavo.store.weights import check_finite
 
