@@ -16,42 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from octavo._version import __version__
-from octavo.config import (
-    DEMO,
-    ChatOptions,
-    Config,
-    ConvertOptions,
-    DataOptions,
-    EvaluateOptions,
-    GenerateOptions,
-    LoraOptions,
-    MemoryOptions,
-    ModelOptions,
-    PlanOptions,
-    PromptOptions,
-    QuantizeOptions,
-    RunOptions,
-    ServeOptions,
-    TextOptions,
-    TrainingData,
-    TrainOptions,
-)
+from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions
+from octavo.config.commands import CHAT as CHAT
+from octavo.config.commands import CONVERT as CONVERT
+from octavo.config.commands import DATA as DATA
+from octavo.config.commands import EVALUATE as EVALUATE
+from octavo.config.commands import FINETUNE as FINETUNE
+from octavo.config.commands import GENERATE as GENERATE
+from octavo.config.commands import PLAN as PLAN
+from octavo.config.commands import QUANTIZE as QUANTIZE
+from octavo.config.commands import SERVE as SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.exits import EXIT_CODES, exit_with
 from octavo.flags import command
 from octavo.stopping import INTERRUPTED, interrupts
 from octavo.streams import in_notebook, output, standard_streams
 from octavo.system import optional_module
-
-FINETUNE = (ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions)
-PLAN = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
-EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
-GENERATE = (ModelOptions, GenerateOptions, PromptOptions)
-CHAT = (ModelOptions, GenerateOptions, ChatOptions)
-SERVE = (ModelOptions, ServeOptions)
-QUANTIZE = (ModelOptions, QuantizeOptions)
-CONVERT = (ConvertOptions,)
-DATA = (ModelOptions, DataOptions, TextOptions)
 
 # Options that --help shows first.
 TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch", "lr")

@@ -13,10 +13,9 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from octavo.config import Config, RunOptions, Section, fields
+from octavo.config import Config, Section, fields
+from octavo.config.commands import configure
 from octavo.config.section import flag_of
-from octavo.config.settings import read_settings
-from octavo.errors import UsageError
 from octavo.exits import EXIT_CODES
 from octavo.streams import output
 
@@ -50,8 +49,7 @@ def command(
             flags = {name: value for name, value in arguments.items() if value not in (None, [])}
             if argument and positional:
                 flags[positional] = [*argument, *flags.get(positional, [])] if isinstance(argument, list) else argument
-            saved = None if file else _saved_config(sections, {**command_defaults, **flags})
-            config = Config.read(sections, flags, file or saved, defaults=command_defaults)
+            config = configure(sections, flags, file, defaults=command_defaults)
             if print_config:
                 with output():
                     typer.echo(config.to_yaml(), nl=False)
@@ -135,17 +133,3 @@ def _help(field: FieldInfo, default: Any) -> str:
 def _escaped(text: str) -> str:
     """`text` with escaped brackets: rich would parse "[serve]" as a style."""
     return re.sub(r"\[(?=[a-zA-Z#/@])", r"\\[", text)
-
-
-def _saved_config(sections: tuple[type[Section], ...], flags: Mapping[str, Any]) -> Path | None:
-    """The config.yaml of the run to resume: its settings apply unless --config is passed."""
-    if RunOptions in sections and flags.get("resume"):
-        saved = Path(flags.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
-        if not saved.is_file():
-            return None
-        last = list(sections[-1].model_fields)[-1]
-        if last not in read_settings(saved):
-            hint = "Pass the run's settings with --config FILE, or delete the file and pass them as options."
-            raise UsageError(f"{saved} is cut short: its last key `{last}` is missing.", hint=hint)
-        return saved
-    return None

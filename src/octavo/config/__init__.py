@@ -7,7 +7,7 @@ fields, so an option is defined once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -93,11 +93,14 @@ class Config:
         file: Path | None = None,
         *,
         defaults: Mapping[str, Any] | None = None,
+        shown: Callable[[str], str] = flag_of,
+        hint: str = "`--help` lists the options, `--print-config` their values.",
     ) -> Self:
         """Reads the sections `kinds`: flags (by field name) have precedence over a YAML file, the file over defaults.
 
         `defaults` are the defaults of a command that differ from those of the sections. The UsageError for an invalid
-        value names the key and the problem; for an unknown key it suggests the most similar one.
+        value names the key and the problem; for an unknown key it suggests the most similar one. `shown` is how errors
+        write an option of `flags`, `hint` what they add.
         """
         given = {**(defaults or {}), **(_read_file(file, kinds) if file else {}), **flags}
         problems: list[str] = []
@@ -108,9 +111,11 @@ class Config:
                 sections[kind] = kind.model_validate(values)
             except ValidationError as error:
                 errors = error.errors()[:MAX_PROBLEMS]
-                problems += [_problem(_name(entry["loc"][0], flags), entry["msg"], entry["input"]) for entry in errors]
+                problems += [
+                    _problem(_name(entry["loc"][0], flags, shown), entry["msg"], entry["input"]) for entry in errors
+                ]
         if problems:
-            raise UsageError("\n".join(problems), hint="`--help` lists the options, `--print-config` their values.")
+            raise UsageError("\n".join(problems), hint=hint)
         return cls(sections)
 
     def to_yaml(self) -> str:
@@ -148,9 +153,9 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
     return values
 
 
-def _name(key: object, flags: Mapping[str, Any]) -> object:
+def _name(key: object, flags: Mapping[str, Any], shown: Callable[[str], str]) -> object:
     """An option as the user wrote it: `--seq-len`, or `seq_len` in a file."""
-    return flag_of(str(key)) if key in flags else key
+    return shown(str(key)) if key in flags else key
 
 
 def _problem(key: object, message: str, value: object) -> str:

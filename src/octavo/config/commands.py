@@ -1,0 +1,76 @@
+"""The sections of each command, and its configuration from given options, a settings file or the run to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from octavo.config import (
+    ChatOptions,
+    Config,
+    ConvertOptions,
+    DataOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    LoraOptions,
+    MemoryOptions,
+    ModelOptions,
+    PlanOptions,
+    PromptOptions,
+    QuantizeOptions,
+    RunOptions,
+    ServeOptions,
+    TextOptions,
+    TrainingData,
+    TrainOptions,
+)
+from octavo.config.section import Section, flag_of
+from octavo.config.settings import read_settings
+from octavo.errors import UsageError
+
+Sections = tuple[type[Section], ...]
+
+FINETUNE: Sections = (
+    ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions,
+)  # fmt: skip
+PLAN: Sections = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
+EVALUATE: Sections = (ModelOptions, EvaluateOptions, TextOptions)
+GENERATE: Sections = (ModelOptions, GenerateOptions, PromptOptions)
+CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
+SERVE: Sections = (ModelOptions, ServeOptions)
+QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
+CONVERT: Sections = (ConvertOptions,)
+DATA: Sections = (ModelOptions, DataOptions, TextOptions)
+
+
+def configure(
+    sections: Sections,
+    given: Mapping[str, Any],
+    file: Path | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    shown: Callable[[str], str] = flag_of,
+    hint: str = "",
+) -> Config:
+    """The configuration of one call of a command, as `Config.read`.
+
+    Without `file`, a run that is resumed has the settings in its config.yaml.
+    """
+    saved = None if file else _saved_settings(sections, {**(defaults or {}), **given})
+    options: dict[str, Any] = {"hint": hint} if hint else {}
+    return Config.read(sections, given, file or saved, defaults=defaults, shown=shown, **options)
+
+
+def _saved_settings(sections: Sections, given: Mapping[str, Any]) -> Path | None:
+    """The config.yaml of the run to resume."""
+    if RunOptions not in sections or not given.get("resume"):
+        return None
+    saved = Path(given.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
+    if not saved.is_file():
+        return None
+    last = list(sections[-1].model_fields)[-1]
+    if last not in read_settings(saved):
+        hint = "Pass the run's settings with --config FILE, or delete the file and pass them as options."
+        raise UsageError(f"{saved} is cut short: its last key `{last}` is missing.", hint=hint)
+    return saved
