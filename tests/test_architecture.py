@@ -23,7 +23,7 @@ LEVELS = {
     7: ("cli", "exits", "flags", "server", "web"),
     6: ("config", "commands", "harness"),
     5: ("train", "infer", "metrics", "objective", "html_report"),
-    4: ("store", "adapters"),
+    4: ("store", "runs", "adapters"),
     3: ("models",),
     2: ("layers", "fused"),
     1: ("ops", "kernels", "runtime", "data"),
@@ -64,6 +64,7 @@ SIDEWAYS = {
     ("fused", "layers"),
     ("adapters", "store"),
     ("store", "adapters"),
+    ("runs", "store"),
     ("train", "objective"),
     ("metrics", "objective"),
     ("commands", "config"),
@@ -272,7 +273,7 @@ def test_a_file_that_asks_pytorch_what_a_gpu_is_is_named(tmp_path: Path) -> None
     assert asks(package) == ["octavo.ops.loss: torch.cuda.get_device_capability", "octavo.ops.loss: x.is_cuda"]
 
 
-LIGHT = [name for name in ("octavo", "octavo.cli", "octavo.hardware", "octavo.html_report") if name in modules(PACKAGE)]
+LIGHT = ("octavo", "octavo.cli", "octavo.hardware", "octavo.html_report", "octavo.runs.events", "octavo.runs.folder")
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from octavo import atomic
-from octavo.atomic import atomic_write, new_folder, sweep
+from octavo.atomic import atomic_write, new_folder, remove_folder, sweep
 from octavo.failures import explained
 from octavo.system import held_folder
 
@@ -189,3 +190,28 @@ def test_a_writer_removes_leftovers_for_its_target(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     write_folder(tmp_path, b"new")
     assert {path.name for path in tmp_path.iterdir()} == {"x", f".tmp-x-y-{dead_pid}"}
+
+
+def test_a_folder_whose_check_fails_is_not_published(tmp_path: Path) -> None:
+    write_folder(tmp_path, b"old")
+
+    def check(folder: Path) -> None:
+        assert files(folder) == {"y": b"new"}
+        raise ValueError("read back differently")
+
+    with pytest.raises(ValueError, match="differently"), new_folder(tmp_path / "x", replace=True, check=check) as new:
+        (new / "y").write_bytes(b"new")
+    assert set(files(tmp_path).values()) == {b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_that_cannot_be_removed_at_once_loses_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_: None)  # as a kill before the first file is gone
+        remove_folder(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == [f".tmp-x-{os.getpid()}"]
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from octavo import html_report
 from octavo.errors import DataError, UsageError
 from octavo.html_report import chart
 from octavo.reporting import Report
+from octavo.runs import events
 
 MALICIOUS = "</pre><script>alert('1')</script>\"'><img src=//x.test/a onerror=alert(2)>&lt;\x00"
 VOID = {"meta", "circle", "path"}
@@ -60,22 +61,20 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
     """A complete run folder, with `text` in every place where the user's text can occur."""
     folder.mkdir(exist_ok=True)
     with Report(console=False, metrics=folder / "metrics.jsonl") as report:
-        report.event("hardware", name=text, device="cpu")
-        report.event("versions", torch="2.13.0", **{text: text})
-        report.event("overlap", share=0.0312, ngram=13, removed_documents=1, near_copies=2, removed=[text])
+        events.Hardware("cpu", text, "torch.float32").write(report)
+        events.Versions(torch=f"2.13.0 {text}").write(report)
+        events.Overlap(share=0.0312, ngram=13, removed_documents=1, near_copies=2, removed=(text,)).write(report)
         report.warn(text)
-        report.event("sample", step=0, prompt=f"PROMPT {text}", text=f"first {text}", which="base")
+        events.Sample(0, f"PROMPT {text}", f"first {text}", "base").write(report)
         for step in range(1, steps + 1):
-            speeds = {"learning_rate": 1e-3 / step, "tokens_per_second": 800.5, "grad_norm": 1.0}
             loss = float("nan") if step == 2 else 4 - step / steps
-            report.event("step", step=step, loss=loss, tokens=512, **speeds)
-        report.event("sample", step=9, prompt=f"PROMPT {text}", text=f"midway {text}", which="training")
-        report.event("heldout", step=10, loss=3.9, perplexity=49.4)
-        report.event("sample", step=30, prompt=f"PROMPT {text}", text=f"PROMPT {text} last", which="tuned")
-        row = {"scheme": "int8", "bits_per_byte": 1.5, "tokens": 52123}
-        before = {"name": f"base {text}", "adapter": None, "perplexity": 80.0, **row}
-        after = {"name": f"tuned {text}", "adapter": text, "perplexity": 60.0, **row}
-        report.event("evaluation", rows=[before, after])
+            events.Step(step, loss, 1e-3 / step, 1.0, tokens=512, tokens_per_second=800.5).write(report)
+        events.Sample(9, f"PROMPT {text}", f"midway {text}", "training").write(report)
+        events.HeldOut(10, 3.9, 49.4).write(report)
+        events.Sample(30, f"PROMPT {text}", f"PROMPT {text} last", "tuned").write(report)
+        before = events.ScoreRow(f"base {text}", "int8", None, 80.0, 1.5, 52123)
+        after = events.ScoreRow(f"tuned {text}", "int8", text, 60.0, 1.5, 52123)
+        events.Evaluation(30, (before, after)).write(report)
     (folder / "ledger.json").write_text(json.dumps({"train": ledger(text, "b.txt"), "test": ledger("c.txt")}))
     (folder / "config.yaml").write_text(f"model: {text}\n")
     return folder
@@ -213,7 +212,7 @@ def test_a_missing_folder_is_a_usage_error(tmp_path: Path) -> None:
 def test_the_page_of_a_long_run_is_small(tmp_path: Path) -> None:
     with Report(console=False, metrics=tmp_path / "metrics.jsonl") as report:
         for step in range(1, 6001):
-            report.event("step", step=step, loss=3.0, learning_rate=1e-4)
+            events.Step(step, 3.0, 1e-4).write(report)
     assert html_report.write(tmp_path).stat().st_size < 100_000
 
 

@@ -140,25 +140,7 @@ def test_a_partial_line_is_removed_on_append(tmp_path_factory: pytest.TempPathFa
     assert [line["step"] for line in lines(path)] == [*complete_steps, 3]
 
 
-def test_after_resuming_each_step_is_recorded_once(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    with Report(console=False, metrics=path) as report:
-        report.event("versions", torch="2")
-        for step in range(1, 8):
-            report.event("step", step=step, loss=math.nan)
-            report.event("heldout", step=step)
-    with Report(console=False, metrics=path, append=True) as report:
-        report.resume_from(4)
-        for step in range(5, 10):
-            report.event("step", step=step)
-    recorded = lines(path)
-    assert recorded[0]["event"] == "versions"
-    assert [line["step"] for line in recorded if line["event"] == "step"] == list(range(1, 10))
-    assert [line["step"] for line in recorded if line["event"] == "heldout"] == [1, 2, 3, 4]
-    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
-
-
-def test_resuming_replaces_the_file_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removing_events_replaces_the_file_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.jsonl"
     with Report(console=False, metrics=path) as report:
         report.event("step", step=1)
@@ -170,15 +152,15 @@ def test_resuming_replaces_the_file_atomically(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", power_cut)
     with Report(console=False, metrics=path, append=True) as report, pytest.raises(KeyboardInterrupt):
-        report.resume_from(1)
+        report.keep_events(lambda event: event["step"] == 1)
     assert path.read_bytes() == before
 
 
 def test_an_invalid_line_is_removed_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text('{"event": "step", "step": 1}\n{"event": "st\n{"event": "step", "step": 2}\n')
+    path.write_text('{"event": "step", "step": 1}\n{"event": "st\n{"event": "step", "step": 2}\n{"step": 3}\n')
     with Report(console=False, metrics=path, append=True) as report:
-        report.resume_from(2)
+        assert [event["step"] for event in report.keep_events(lambda event: event["step"] < 3)] == [1, 2]
     assert [line["event"] for line in lines(path)] == ["step", "step", "warn"]
 
 

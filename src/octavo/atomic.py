@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -46,9 +46,10 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Yields an empty temporary folder for the caller to fill; then forces it to disk and renames it to `target`.
 
+    `check` gets the temporary folder before the renaming, for example to read it back; it may raise.
     If anything fails, `target` is unchanged and the temporary folder is removed. Without `replace`, `target` must be
     missing or an empty folder. If `target` is a link, the folder it points to is replaced. Leftovers of processes that
     died are removed first: the system has released their locks.
@@ -66,6 +67,8 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             for path in sorted(temporary.rglob("*")):
                 fsync_folder(path) if path.is_dir() else fsync_file(path)
             fsync_folder(temporary)
+            if check:
+                check(temporary)
             if replace and target.exists():
                 exchange(temporary, target, old=target.with_name(f".old-{target.name}-{os.getpid()}"))
             else:
@@ -73,6 +76,13 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 fsync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that readers find by its name: a kill leaves it whole, or under a temporary name."""
+    condemned = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    rename_over(folder, condemned)
+    shutil.rmtree(condemned)
 
 
 def exchange(new: Path, target: Path, *, old: Path) -> None:

@@ -30,6 +30,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-
 LINE_SECONDS = 10.0
 UNLIMITED_WIDTH = 10_000  # in columns, for a file or a pipe
 FIRST_LINE_SECONDS = 1.5  # until the first progress line
+SAY, WARN = "say", "warn"  # the events of messages and warnings
 MIN_ESTIMATE_SECONDS, MIN_ESTIMATE_SHARE = 5.0, 0.02  # of the work: before both, no remaining time is shown
 
 
@@ -76,17 +77,17 @@ class Report:
     def say(self, text: str) -> None:
         """Prints a message; records it as the event "say"."""
         self._console.print(Text(printable(text)), soft_wrap=True)
-        self.event("say", text=text)
+        self.event(SAY, text=text)
 
     def warn(self, text: str) -> None:
         """Prints a warning; records it as the event "warn"."""
         line = Text.assemble(("warning: ", "bold yellow"), printable(text))
         self._console.print(line, soft_wrap=True)
-        self.event("warn", text=text)
+        self.event(WARN, text=text)
 
     def result(self, text: str) -> None:
         """Prints a result; records it as the event "say"."""
-        self.event("say", text=text)
+        self.event(SAY, text=text)
         with self._output():
             self._results.print(Text(printable(text)), soft_wrap=True)
 
@@ -143,23 +144,24 @@ class Report:
         with self._output():
             self._results.print(table)
 
-    def resume_from(self, step: int) -> None:
-        """Removes the events after `step`, which the resumed run records again; if `step` is -1, all but messages.
+    @property
+    def metrics(self) -> Path | None:
+        """The metrics file, if events are recorded."""
+        return self._metrics.path if self._metrics else None
 
-        Atomic: after a crash there is either the old or the new file. Invalid lines are removed with a warning. Also
-        warns if steps up to `step` are missing.
+    def keep_events(self, keep: Callable[[Mapping[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Removes the recorded events for which `keep` is false, and returns the others.
+
+        Atomic: after a crash there is either the old or the new file. Invalid lines are removed with a warning.
         """
         if self._metrics is None:
-            return
-        path = self._metrics.path
-        events, unreadable = read_events(path)
-        remaining_events = [event for event in events if not _is_recorded_again(event, step)]
-        self._metrics.replace([_line(event) for event in remaining_events])
+            return []
+        events, unreadable = read_events(self._metrics.path)
+        kept = [event for event in events if keep(event)]
+        self._metrics.replace([_line(event) for event in kept])
         if unreadable:
-            self.warn(f"{path}: removed {unreadable} invalid lines")
-        recorded_steps = {event.get("step") for event in remaining_events if event.get("event") == "step"}
-        if missing := sum(number not in recorded_steps for number in range(1, step + 1)):
-            self.warn(f"{path} lacks {missing:,} of the steps 1 to {step:,}. They are missing in the report too.")
+            self.warn(f"{self._metrics.path}: removed {unreadable} invalid lines")
+        return kept
 
     def restore(self) -> bool:
         """Writes the metrics file again if it was deleted during the run. Returns whether it was."""
@@ -292,14 +294,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except JsonError:
         return None
     return event if isinstance(event, dict) else None
-
-
-def _is_recorded_again(event: Mapping[str, Any], step: int) -> bool:
-    """Whether a run that resumes after `step` records the event again."""
-    if step < 0:
-        return event.get("event") not in ("say", "warn")
-    step_of_event = event.get("step")
-    if not isinstance(step_of_event, int | float):
-        return False
-    is_final_event = event.get("event") in ("evaluation", "memory") or event.get("which") == "tuned"
-    return step_of_event > step or (is_final_event and step_of_event == step)

@@ -35,6 +35,7 @@ from octavo.metrics import Score, score
 from octavo.models import Decoder, build
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
+from octavo.runs.events import ScoreRow
 from octavo.runtime.optional import bitsandbytes
 from octavo.store.contents import stored_scheme
 from octavo.store.embedded_adapter import base_of, has_embedded_adapter
@@ -72,7 +73,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
-    table: list[dict[str, Any]] = []
+    table: list[ScoreRow] = []
     task_rows: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
     if stored_scheme(source).name != "dynamic8" and any(
@@ -92,7 +93,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             label = f"Evaluating {name} ({candidate.scheme.name})"
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
-                table.append({**score_row(name, candidate.scheme, folder, result), "size_bytes": size})
+                table.append(replace(score_row(name, candidate.scheme, folder, result), size_bytes=size))
             if tasks:
                 report.say(f"{label} on tasks")
                 speaker = Speaker(model, tokenizer, end_ids(source))
@@ -104,7 +105,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         show_scores(table, report)
     if tasks:
         show_tasks(task_rows, report)
-    return {"rows": table, **({"tasks": task_rows} if tasks else {})}
+    return {"rows": [row.to_dict() for row in table], **({"tasks": task_rows} if tasks else {})}
 
 
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
@@ -178,31 +179,29 @@ def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:
     return {"name": name, "scheme": scheme.name, "adapter": str(folder) if folder else None}
 
 
-def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> dict[str, Any]:
-    """One row of the perplexity table, as in `--json` and metrics.jsonl."""
-    return {
-        **_named(name, scheme, folder),
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-    }
+def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> ScoreRow:
+    """One row of the perplexity table."""
+    adapter = str(folder) if folder else None
+    return ScoreRow(name, scheme.name, adapter, result.perplexity, result.bits_per_byte, result.tokens)
 
 
-def show_scores(rows: Sequence[dict[str, Any]], report: Report) -> None:
+def show_scores(rows: Sequence[ScoreRow], report: Report) -> None:
     """Prints the perplexity table, with the size of the frozen weights if all rows have one."""
     columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
-    cells = [[row[column] for column in columns] for row in rows]
-    if all("also_in_training" in row for row in rows):  # fraction of the held-out text
+    cells = [[getattr(row, column) for column in columns] for row in rows]
+    shares = [row.also_in_training for row in rows if row.also_in_training is not None]
+    if len(shares) == len(rows):
         columns = [*columns, "also in training"]
-        cells = [[*line, f"{row['also_in_training']:.1%}"] for line, row in zip(cells, rows, strict=True)]
-    if all("size_bytes" in row for row in rows):
+        cells = [[*line, f"{share:.1%}"] for line, share in zip(cells, shares, strict=True)]
+    sizes = [row.size_bytes for row in rows if row.size_bytes is not None]
+    if len(sizes) == len(rows):
         columns = [*columns, "MiB"]
-        cells = [[*line, row["size_bytes"] / 2**20] for line, row in zip(cells, rows, strict=True)]
+        cells = [[*line, size / 2**20] for line, size in zip(cells, sizes, strict=True)]
     report.table("Perplexity", columns, cells, result=True)
     for row in rows:
-        if not math.isfinite(row["perplexity"]):
+        if row.perplexity is None or not math.isfinite(row.perplexity):
             report.warn(
-                f"The perplexity of {row['name']} ({row['scheme']}) is not finite (null in JSON): its weights or its "
+                f"The perplexity of {row.name} ({row.scheme}) is not finite (null in JSON): its weights or its "
                 "adapter are broken, or the scheme is too coarse."
             )
 

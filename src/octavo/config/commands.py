@@ -28,6 +28,7 @@ from octavo.config import (
 from octavo.config.section import Section, flag_of
 from octavo.config.settings import read_settings
 from octavo.errors import UsageError
+from octavo.runs.folder import RunFolder
 
 Sections = tuple[type[Section], ...]
 
@@ -66,7 +67,7 @@ def _saved_settings(sections: Sections, given: Mapping[str, Any]) -> Path | None
     """The config.yaml of the run to resume."""
     if RunOptions not in sections or not given.get("resume"):
         return None
-    saved = Path(given.get("out", RunOptions.model_fields["out"].default)) / "config.yaml"
+    saved = RunFolder(Path(given.get("out", RunOptions.model_fields["out"].default))).settings
     if not saved.is_file():
         return None
     last = list(sections[-1].model_fields)[-1]

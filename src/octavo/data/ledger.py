@@ -28,6 +28,22 @@ class FileLedger:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """How held-out text was chosen, and how much of it the training text contains."""
+
+    held_out: str = ""  # how it was chosen
+    removed_documents: int = 0  # training documents that were removed because they are also held out
+    removed_tokens: int = 0
+    removed: tuple[str, ...] = ()  # where some of them are
+    near_copies: int = 0  # held-out documents of which more than half is in the training text
+    near: tuple[str, ...] = ()
+    ngram: int = 0  # tokens in a row that both sides share
+    tokens: int = 0  # of the held-out text that were compared
+    shared_tokens: int = 0
+    share: float = 0.0  # shared_tokens / tokens
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The counts of all files together, and of each file."""
 
@@ -43,7 +59,7 @@ class Ledger:
     files: tuple[FileLedger, ...]
     not_read: Mapping[str, int] = field(default_factory=dict)  # kind of file in a folder -> number not read
     unused: Mapping[str, int] = field(default_factory=dict)  # field that is not used -> number of records
-    overlap: Mapping[str, object] = field(default_factory=dict)  # of held-out text: its overlap with the training text
+    overlap: Overlap | None = None  # of held-out text
 
     def to_dict(self) -> dict[str, object]:
         """Plain numbers, lists and dicts, for JSON."""

@@ -7,22 +7,35 @@ Sections without data are omitted, so an interrupted or running run also has a r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from octavo.atomic import atomic_write
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError, UsageError
 from octavo.html_report.chart import Points, Series, dots, draw, line, marks, smooth
-from octavo.reporting import printable, read_events, shown
-
-Event = Mapping[str, Any]
+from octavo.reporting import printable, shown
+from octavo.runs.events import (
+    Evaluation,
+    Event,
+    Hardware,
+    HeldOut,
+    Overlap,
+    Sample,
+    ScoreRow,
+    Step,
+    Versions,
+    Warn,
+    last,
+    only,
+    read,
+)
+from octavo.runs.folder import RunFolder
 
 MAX_FILES = 60
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-INTERNAL_FIELDS = ("event", "time")
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf7; --ink: #23272e; --dim: #6a7079; --line: #e0ddd5;
@@ -67,21 +80,24 @@ ul { margin: 0; padding-left: 1.1rem; }
 def write(folder: Path) -> Path:
     """Writes report.html into a run folder and returns its path.
 
-    Reads metrics.jsonl, ledger.json and config.yaml if they exist. Raises UsageError if there is no such folder and
-    DataError if ledger.json is not JSON. Invalid lines of metrics.jsonl are ignored: a killed run may leave one.
+    Reads metrics.jsonl, ledger.json and config.yaml if they exist. Raises UsageError if there is no such folder,
+    CheckpointError if it has another format version, and DataError if ledger.json is not JSON. Invalid lines of
+    metrics.jsonl are ignored: a killed run may leave one.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder.", hint="Pass the folder of --out.")
-    metrics, settings = folder / "metrics.jsonl", folder / "config.yaml"
-    events = read_events(metrics)[0] if metrics.is_file() else []
+    run = RunFolder(folder)
+    run.check_format()
+    events = read(run.metrics)
     sections = [
         _curves(events),
         _perplexities(events),
         _samples(events),
-        _ledger(folder / "ledger.json"),
+        _ledger(run.ledger),
         _warnings(events),
-        _settings(settings.read_text("utf-8", "replace")) if settings.is_file() else "",
-        *(_facts(name.capitalize(), _last(events, name)) for name in ("hardware", "versions")),
+        _settings(run.settings.read_text("utf-8", "replace")) if run.settings.is_file() else "",
+        _facts("Hardware", last(events, Hardware)),
+        _facts("Versions", last(events, Versions)),
     ]
     name = _text(folder.resolve().name)
     html = (
@@ -93,25 +109,23 @@ def write(folder: Path) -> Path:
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
-    path = folder / "report.html"
-    atomic_write(path, html.encode("utf-8", "replace"))
-    return path
+    atomic_write(run.report, html.encode("utf-8", "replace"))
+    return run.report
 
 
 def summary(events: Sequence[Event]) -> str:
     """The run in one line: number of steps, training loss, change of the perplexity."""
-    losses = _points(events, "step", "loss")
-    steps = [number for event in events if event.get("event") == "step" and (number := _number(event.get("step")))]
-    parts = [f"{int(steps[-1]):,} steps"] if steps else []
+    losses = _points(only(events, Step), "loss")
+    newest = last(events, Step)
+    parts = [f"{newest.step:,} steps"] if newest else []
     if parts:
         parts[0] += f", training loss {smooth(losses)[-1][1]:.3f}" if losses else " without a trained token"
-    rows = [row for row in _rows(events) if _number(row.get("perplexity"))]
+    rows = [(row.name, perplexity) for row in _rows(events) if (perplexity := _number(row.perplexity))]
     if len(rows) > 1:
-        first, last = rows[0], rows[-1]
-        change = 100 * (last["perplexity"] / first["perplexity"] - 1)
+        (first, before), (name, after) = rows[0], rows[-1]
+        change = 100 * (after / before - 1)
         parts.append(
-            f"perplexity {shown(last['perplexity'])} ({last.get('name')}), "
-            f"{abs(change):.1f} % {'under' if change < 0 else 'over'} {first.get('name')}"
+            f"perplexity {shown(after)} ({name}), {abs(change):.1f} % {'under' if change < 0 else 'over'} {first}"
         )
     elif not rows:
         parts.append("not evaluated yet: the run is still in progress or was interrupted")
@@ -119,7 +133,8 @@ def summary(events: Sequence[Event]) -> str:
 
 
 def _curves(events: Sequence[Event]) -> str:
-    training, heldout = _points(events, "step", "loss"), _points(events, "heldout", "loss")
+    steps = only(events, Step)
+    training, heldout = _points(steps, "loss"), _points(only(events, HeldOut), "loss")
     series = [
         Series("training, each step", training, "train", dots),
         Series("training, smoothed", smooth(training), "train", line),
@@ -127,7 +142,7 @@ def _curves(events: Sequence[Event]) -> str:
     ]
     cards = [draw("Loss in nats per token", series, width=920, height=340)]
     small = [
-        draw(title, [Series(title, _points(events, "step", key), "train", line)], width=300, height=190)
+        draw(title, [Series(title, _points(steps, key), "train", line)], width=300, height=190)
         for key, title in (
             ("learning_rate", "Learning rate"),
             ("tokens_per_second", "Tokens per second"),
@@ -143,30 +158,29 @@ def _perplexities(events: Sequence[Event]) -> str:
     rows = _rows(events)
     if not rows:
         return ""
-    base = _number(rows[0].get("perplexity"))
+    base = _number(rows[0].perplexity)
     table = []
     for row in rows:
-        perplexity = _number(row.get("perplexity"))
+        perplexity = _number(row.perplexity)
         change = _change(perplexity, base) if perplexity and base and row is not rows[0] else ""
-        cells = [row.get(key, "") for key in ("name", "scheme", "adapter")]
-        numbers = [row.get(key, "") for key in ("perplexity", "bits_per_byte", "tokens")]
-        table.append([*("" if cell is None else cell for cell in cells), *numbers, change])
+        cells = [row.name, row.scheme, row.adapter, row.perplexity, row.bits_per_byte, row.tokens]
+        table.append([*("" if cell is None else cell for cell in cells), change])
     columns = ("model", "scheme", "adapter", "perplexity", "bits per byte", "tokens", "against the first")
     return _section("Held-out perplexity", _table(columns, table, text_columns=3) + _overlap(events))
 
 
 def _overlap(events: Sequence[Event]) -> str:
     """Overlap between the held-out text and the training text."""
-    event = _last(events, "overlap")
-    share = _number(event.get("share")) if event else None
-    if event is None or share is None:
+    overlap = last(events, Overlap)
+    if overlap is None:
         return ""
     sentences = [
-        f"{100 * share:.1f} % of the held-out text is also in the training text, in runs of {event.get('ngram')} tokens"
+        f"{100 * overlap.share:.1f} % of the held-out text is also in the training text, in runs of {overlap.ngram} "
+        "tokens"
     ]
-    for key, label in (("removed_documents", "removed from training"), ("near_copies", "near copies")):
-        if count := _number(event.get(key)):
-            sentences.append(f"{label}: {count:,.0f} {'document' if count == 1 else 'documents'}")
+    for count, label in ((overlap.removed_documents, "removed from training"), (overlap.near_copies, "near copies")):
+        if count:
+            sentences.append(f"{label}: {count:,} {'document' if count == 1 else 'documents'}")
     return f'<p class="lead">{_text("; ".join(sentences))}.</p>'
 
 
@@ -175,18 +189,17 @@ def _change(perplexity: float, base: float) -> str:
 
 
 def _samples(events: Sequence[Event]) -> str:
-    by_prompt: dict[str, list[Event]] = {}
-    for event in events:
-        if event.get("event") == "sample":
-            by_prompt.setdefault(str(event.get("prompt", "")), []).append(event)
+    by_prompt: dict[str, list[Sample]] = {}
+    for sample in only(events, Sample):
+        by_prompt.setdefault(sample.prompt, []).append(sample)
     blocks = []
     for samples in by_prompt.values():
         ends = {which: _last_where(samples, which) for which in ("base", "tuned")}
         cards = [_sample(title, ends[which]) for which, title in (("base", "Before"), ("tuned", "After"))]
         training_samples = [
-            _sample(f"Step {shown(sample.get('step', '?'))}", sample)
+            _sample(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)
             for sample in samples
-            if sample.get("which") == "training"
+            if sample.which == "training"
         ]
         details = (
             f"<details><summary>While training</summary>{''.join(training_samples)}</details>"
@@ -197,12 +210,11 @@ def _samples(events: Sequence[Event]) -> str:
     return _section("Samples", "".join(blocks))
 
 
-def _sample(title: str, sample: Event | None) -> str:
+def _sample(title: str, sample: Sample | None) -> str:
     if sample is None:
         return ""
-    prompt = str(sample.get("prompt", ""))
-    text = str(sample.get("text", "")).removeprefix(prompt)
-    body = f'<pre><span class="prompt">{_text(prompt)}</span>{_text(text)}</pre>'
+    text = sample.text.removeprefix(sample.prompt)
+    body = f'<pre><span class="prompt">{_text(sample.prompt)}</span>{_text(text)}</pre>'
     return f'<div class="card"><h3>{_text(title)}</h3>{body}</div>'
 
 
@@ -236,7 +248,7 @@ def _ledger(path: Path) -> str:
 
 
 def _warnings(events: Sequence[Event]) -> str:
-    items = [f"<li>{_text(event.get('text', ''))}</li>" for event in events if event.get("event") == "warn"]
+    items = [f"<li>{_text(event.text)}</li>" for event in only(events, Warn)]
     return _section("Warnings", f'<div class="card"><ul>{"".join(items)}</ul></div>' if items else "")
 
 
@@ -245,7 +257,7 @@ def _settings(text: str) -> str:
 
 
 def _facts(title: str, event: Event | None) -> str:
-    rows = [[key.replace("_", " "), value] for key, value in (event or {}).items() if key not in INTERNAL_FIELDS]
+    rows = [[key.replace("_", " "), value] for key, value in (asdict(event) if event else {}).items() if value]
     return _section(title, _table((), rows, text_columns=2) if rows else "")
 
 
@@ -276,25 +288,20 @@ def _text(value: object) -> str:
     return escape(printable(value) if isinstance(value, str) else shown(value))
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
-def _points(events: Iterable[Event], name: str, key: str) -> Points:
-    pairs = ((_number(event.get("step")), _number(event.get(key))) for event in events if event.get("event") == name)
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
+def _points(events: Iterable[Step | HeldOut], field: str) -> Points:
+    """(step, value of a field) of the events in which it is finite."""
+    pairs = ((float(event.step), _number(getattr(event, field))) for event in events)
+    return [(x, y) for x, y in pairs if y is not None]
 
 
-def _rows(events: Sequence[Event]) -> list[Event]:
-    rows: list[Event] = (_last(events, "evaluation") or {}).get("rows", [])
-    return rows
+def _rows(events: Sequence[Event]) -> tuple[ScoreRow, ...]:
+    evaluation = last(events, Evaluation)
+    return evaluation.rows if evaluation else ()
 
 
-def _last(events: Sequence[Event], name: str) -> Event | None:
-    return next((event for event in reversed(events) if event.get("event") == name), None)
-
-
-def _last_where(samples: Sequence[Event], which: str) -> Event | None:
-    return next((sample for sample in reversed(samples) if sample.get("which") == which), None)
+def _last_where(samples: Sequence[Sample], which: str) -> Sample | None:
+    return next((sample for sample in reversed(samples) if sample.which == which), None)

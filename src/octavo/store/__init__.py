@@ -1,1 +1,1 @@
-"""Files to modules and back: checkpoints, adapters, training checkpoints, exports. No pickle is ever written."""
+"""Files to modules and back: checkpoints, adapters, exports. No pickle is ever written."""

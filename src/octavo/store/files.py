@@ -1,4 +1,4 @@
-"""Helpers that all writers of the store share: JSON, hashes, and a lock on a folder. atomic.py writes the files."""
+"""Helpers of all readers and writers of files: JSON, hashes, format versions, a lock. atomic.py writes the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from octavo.atomic import atomic_write as atomic_write
 from octavo.atomic import durable_write as durable_write
 from octavo.atomic import named
 from octavo.atomic import new_folder as new_folder
-from octavo.errors import CheckpointError
+from octavo.bounded_json import shown
+from octavo.errors import CheckpointError, OctavoError
 from octavo.failures import explained
 from octavo.system import fsync_file as fsync_file
 from octavo.system import fsync_folder as fsync_folder
@@ -36,6 +37,13 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of the file at `path` in hexadecimal, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_format(found: object, supported: int, *, where: Path, error: type[OctavoError], hint: str) -> None:
+    """Raises `error` with both versions if the format version `found` in the file or folder `where` is not read."""
+    if type(found) is not int or found != supported:
+        version = "no format version" if found is None else f"the format version {shown(found)}"
+        raise error(f"{where} has {version}; this octavo reads version {supported}.", hint=hint)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ from octavo.errors import CheckpointError, TrainingError
 from octavo.layers.context import Save
 from octavo.objective import loss_of
 from octavo.reporting import Report
-from octavo.store import checkpoint, files
+from octavo.runs import checkpoint
+from octavo.store import files
 from octavo.train import step
 from octavo.train.memory import MemoryPlan
 
@@ -187,12 +188,12 @@ def test_a_dry_run_does_not_change_the_run(begun: Run) -> None:
         bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
         return bits, repr(begun.progress), begun.trainer.scaler.state(), begun.micro_step.plan, begun.model.training
 
-    before, files = state(), contents(begun.folder)
+    before, files = state(), contents(begun.folder.path)
     dry_run(begun)
     assert state() == before
     assert not begun.model.training
-    assert contents(begun.folder) == files
-    assert not (begun.folder / ".dry_run").exists()
+    assert contents(begun.folder.path) == files
+    assert not (begun.folder.path / ".dry_run").exists()
     for group in begun.trainer.optimizer.groups:
         assert group.values.grad is not None
         assert not group.values.grad.any()
@@ -201,10 +202,10 @@ def test_a_dry_run_does_not_change_the_run(begun: Run) -> None:
 
 
 def test_the_files_of_a_killed_dry_run_are_removed(begun: Run) -> None:
-    (left := begun.folder / ".dry_run" / "step-00000000").mkdir(parents=True)
+    (left := begun.folder.path / ".dry_run" / "step-00000000").mkdir(parents=True)
     (left / "state.json").write_text("half")
     dry_run(begun)
-    assert not (begun.folder / ".dry_run").exists()
+    assert not (begun.folder.path / ".dry_run").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"scheme": "none", "dtype": "float16", "accumulate": 1, "keep": "last"}])

@@ -66,7 +66,7 @@ def finished(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_the_run_folder_holds_all_that_is_promised(finished: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
     out, answer = finished
     assert {path.name for path in out.iterdir()} - {".lock"} == {
-        "config.yaml", "ledger.json", "metrics.jsonl", "adapter", "checkpoints", "report.html",
+        "run.json", "config.yaml", "ledger.json", "metrics.jsonl", "adapter", "checkpoints", "report.html",
     }  # fmt: skip
     origin = json.loads((out / "adapter" / "octavo.json").read_text())
     assert origin["base"]["sha256"] == fingerprint(FolderSource(tiny_llama))

@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import octavo.commands.finetune as package
-from octavo.commands.finetune import folder as run_folders
 from octavo.commands.finetune import measure
 from octavo.config import Config
 from octavo.errors import CheckpointError, TrainingError, UsageError
 from octavo.metrics import Score
 from octavo.reporting import Report, read_events
-from octavo.store import checkpoint, files
+from octavo.runs import checkpoint
+from octavo.runs import folder as folders
+from octavo.runs.folder import RunFolder
+from octavo.store import files
 from octavo.train import loop
 
 Octavo = Callable[..., Any]
@@ -155,18 +157,18 @@ def test_a_second_signal_during_the_save_of_the_first(
     """It interrupts the save: the exit code is an error, and the earlier checkpoint is complete."""
     out = tmp_path / "run"
     (file := tmp_path / "settings.yaml").write_text(settings(out, **SHORT, keep="last").to_yaml())
-    event, publish = Report.event, checkpoint._publish
+    event, read_back = Report.event, checkpoint._read_back
 
     def interrupted(self: Report, name: str, /, **fields: object) -> None:
         event(self, name, **fields)
         if name == "step" and fields["step"] == 3:
             signal.raise_signal(number)
-            monkeypatch.setattr(checkpoint, "_publish", lambda *_: signal.raise_signal(number))
+            monkeypatch.setattr(checkpoint, "_read_back", lambda *_: signal.raise_signal(number))
 
     with monkeypatch.context() as patch:
         patch.setattr(Report, "event", interrupted)
         done = octavo("finetune", "--config", file)
-    monkeypatch.setattr(checkpoint, "_publish", publish)
+    monkeypatch.setattr(checkpoint, "_read_back", read_back)
     assert done.code == 128 + number
     assert "Stopped. The newest checkpoint is of step 2. Resume with: octavo finetune --resume --out" in done.err
     assert [path.name for path in (out / "checkpoints").glob("*0*")] == ["step-00000002"]
@@ -186,7 +188,7 @@ def test_the_folder_is_checked_again_under_the_lock(
         with lock(folder):
             yield
 
-    monkeypatch.setattr(run_folders, "lock", late)
+    monkeypatch.setattr(folders, "lock", late)
     with pytest.raises(UsageError, match="already contains a run"):
         tune(out, **SHORT)
     assert tree(out) == tree(whole)
@@ -195,7 +197,7 @@ def test_the_folder_is_checked_again_under_the_lock(
 def test_files_of_killed_writers_in_the_run_folder_are_removed(tune: Tune, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, out := tmp_path / "run")
     own = os.getpid()
-    for name in (f".tmp-adapter-{own}", f".old-adapter-{own}", f"checkpoints/.tmp-00000004-{own}"):
+    for name in (f".tmp-adapter-{own}", f".old-adapter-{own}", f"checkpoints/.tmp-step-00000004-{own}"):
         (out / name).mkdir()
     for name in (f".config.yaml.{own}", f".ledger.json.{own}", f".report.html.{own}", f"checkpoints/.latest.{own}"):
         (out / name).touch()
@@ -268,7 +270,9 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
     monkeypatch.setattr(Report, "event", acting)
 
 
-@pytest.mark.parametrize("lost", ["metrics.jsonl", "config.yaml", "ledger.json", "adapter", "checkpoints", "."])
+@pytest.mark.parametrize(
+    "lost", ["metrics.jsonl", "run.json", "config.yaml", "ledger.json", "adapter", "checkpoints", "."]
+)
 def test_files_deleted_during_training_are_written_again(
     lost: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,9 +285,16 @@ def test_files_deleted_during_training_are_written_again(
     after_step(monkeypatch, 3, delete)
     tune(out, **SHORT)
     assert recorded(out) == recorded(whole)
-    for name in ("metrics.jsonl", "config.yaml", "ledger.json", "report.html", "adapter/adapter_config.json"):
+    for name in (
+        "metrics.jsonl",
+        "run.json",
+        "config.yaml",
+        "ledger.json",
+        "report.html",
+        "adapter/adapter_config.json",
+    ):
         assert (out / name).is_file(), name
-    assert checkpoint.newest_step(out / "checkpoints") == 4
+    assert RunFolder(out).steps()[-1] == 4
     if lost not in ("adapter", "checkpoints"):
         assert "written again" in warnings(out)
 

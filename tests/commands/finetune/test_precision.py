@@ -20,7 +20,7 @@ from octavo.errors import CheckpointError, UsageError
 from octavo.hardware import GPUS, Hardware
 from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
-from octavo.store import checkpoint
+from octavo.runs import checkpoint
 from octavo.store.sources import FolderSource
 from octavo.train.precision import layers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Outcome:
     @property
     def overlap(self) -> dict[str, Any]:
         assert self.test is not None
-        return dict(self.test.ledger.overlap)
+        assert self.test.ledger.overlap is not None
+        return asdict(self.test.ledger.overlap)
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -82,7 +84,7 @@ def test_a_document_on_both_sides_is_removed_from_training(tmp_path: Path, token
     (name,) = overlap["removed"]
     assert name in found.said
     assert "Removed from the training text" in found.said
-    assert alone.overlap["removed"] == []
+    assert alone.overlap["removed"] == ()
     assert "Removed" not in alone.said
 
 
@@ -94,7 +96,7 @@ def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -
     data = write(tmp_path / "data", a_jsonl=talk("at sea") + talk("in york"))
     held = write(tmp_path / "held", a_jsonl=talk("in  york"))
     found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
-    assert found.overlap["removed"] == [f"{data / 'a.jsonl'}:2"]
+    assert found.overlap["removed"] == (f"{data / 'a.jsonl'}:2",)
     assert found.overlap["share"] == 0
 
 
@@ -103,7 +105,7 @@ def test_near_copies_are_counted_and_warned_about(tmp_path: Path, tokenizer: Any
     data = write(tmp_path / "data", a_txt=f"where is my lord? {story} and so on", b_txt="storm and sea")
     held = write(tmp_path / "held", c_txt=story.replace("a spoke", "k spoke"), d_txt="my duke, my duke is not here")
     found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
-    assert found.overlap["near"] == [f"{held / 'c.txt'}:1"]
+    assert found.overlap["near"] == (f"{held / 'c.txt'}:1",)
     assert found.overlap["removed_documents"] == 0
     assert 0.5 < found.overlap["share"] < 1
     assert found.overlap["shared_tokens"] == pytest.approx(found.overlap["share"] * found.overlap["tokens"])

@@ -14,7 +14,8 @@ from octavo.config import Config, TrainOptions
 from octavo.data.loader import Position
 from octavo.errors import CheckpointError
 from octavo.reporting import Report
-from octavo.store import checkpoint
+from octavo.runs import checkpoint
+from octavo.runs.events import ScoreRow
 from octavo.store.files import sha256_of
 
 Settings = Callable[..., Config]
@@ -33,7 +34,7 @@ def filled(run: Run, *, step: int) -> Run:
     for parameter in run.trainer.parameters.values():
         parameter.data.normal_(generator=generator)
     run.progress.done, run.progress.position = step, Position(2, 5)
-    run.progress.base_rows = [{"name": "base", "perplexity": 1 / 3}]
+    run.progress.base_rows = [ScoreRow("base", "int8", perplexity=1 / 3, also_in_training=0.25)]
     run.progress.reference_logits = torch.rand(4, 300, generator=generator)
     run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
     return run
@@ -116,7 +117,7 @@ def test_only_keep_checkpoints_checkpoints_remain(settings: Settings, tmp_path: 
         run = prepare(settings(tmp_path / "run", keep_checkpoints=2), report)
         for step in (1, 2, 3):
             save_checkpoint(filled(run, step=step))
-    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in run.folder.checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
 
 
 def test_saving_the_same_state_twice_writes_the_same_bytes(begin: Callable[[], Run], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """`octavo finetune`: trains an adapter on text files, and evaluates the model before and after.
 
-A run folder has config.yaml, ledger.json, metrics.jsonl, checkpoints/, adapter/ and report.html. A checkpoint has the
+runs/folder.py lists the files of a run folder. A checkpoint has the
 whole state of a run: adapter, optimizer, loss scaler, data position and the best result so far. Data order and dropout
 are functions of the seed. A run that was killed and resumed therefore gives the same bits as an uninterrupted one.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import signal
+from dataclasses import asdict
 from typing import Any
 
 from octavo import html_report
 from octavo.commands.evaluate import show_scores
 from octavo.commands.finetune.dry_run import dry_run
-from octavo.commands.finetune.folder import RunFolder, restore, run_folder, write_settings
+from octavo.commands.finetune.folder import restore, run_folder, write_settings
 from octavo.commands.finetune.measure import (
     evaluate_held_out,
     keep_best_adapter,
@@ -32,8 +33,9 @@ from octavo.data.loader import batches
 from octavo.errors import StoppedError, TrainingError
 from octavo.hardware import peak_memory_bytes
 from octavo.reporting import Report
+from octavo.runs import events
+from octavo.runs.folder import RunFolder
 from octavo.stopping import StopRequest, StopSignals, stop_signals
-from octavo.store import checkpoint
 from octavo.system import own_command, quoted
 from octavo.train.loop import Step, train
 
@@ -55,7 +57,7 @@ def finetune(
                 run_folder(config) as folder,
                 Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
             ):
-                run = _ready(config, report, folder)
+                run = _ready(config, report)
                 if run.progress.done == 0:
                     measure_base(run, compare_full=compare_full)
                 _train(run, signals)
@@ -67,15 +69,15 @@ def finetune(
             raise StopRequest(number, f"Stopped. {_resume_hint(config)}") from error
 
 
-def _ready(config: Config, report: Report, folder: RunFolder) -> Run:
+def _ready(config: Config, report: Report) -> Run:
     """A run after its dry run, with the state of its newest checkpoint if it is resumed; writes the settings."""
     if not config[RunOptions].resume:
-        report.resume_from(-1)  # discards the events of a call that was killed before its first step
+        events.resume_from(report, -1)  # discards the events of a call that was killed before its first step
     run = prepare(config, report)
     resumed = config[RunOptions].resume and resume(run)
     choose_precision(run, resumed=resumed)
     dry_run(run)
-    write_settings(run, folder)
+    write_settings(run)
     if resumed:
         keep_best_adapter(run)
     return run
@@ -111,7 +113,7 @@ def _train(run: Run, signals: StopSignals) -> None:
         raise TrainingError(error.message, hint=f"{error.hint} {_resume_hint(run.config)}".strip()) from error
     if untrained > 1:
         run.report.warn(f"{untrained:,} steps had no token to train on: they have no loss and changed nothing.")
-    command = f"{own_command()} finetune --resume {quoted(['--out', run.folder])}"
+    command = f"{own_command()} finetune --resume {quoted(['--out', run.folder.path])}"
     if signals.received:
         number = signals.received[0]
         raise StoppedError(
@@ -131,10 +133,10 @@ def _resume_hint(config: Config) -> str:
     """The newest checkpoint of an interrupted run, and the command that resumes it."""
     out = config[RunOptions].out
     command = f"{own_command()} finetune --resume {quoted(['--out', out])}"
-    step = checkpoint.newest_step(out / "checkpoints")
-    if step is None:
+    steps = RunFolder(out).steps()
+    if not steps:
         return f"There is no checkpoint yet: {command} starts from the beginning."
-    return f"The newest checkpoint is of step {step:,}. Resume with: {command}"
+    return f"The newest checkpoint is of step {steps[-1]:,}. Resume with: {command}"
 
 
 def _shown(step: Step) -> dict[str, object]:
@@ -145,8 +147,7 @@ def _shown(step: Step) -> dict[str, object]:
 
 
 def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
-    run.report.event(
-        "step",
+    events.Step(
         step=step.number,
         loss=step.loss,
         learning_rate=step.learning_rate,
@@ -154,7 +155,7 @@ def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
         tokens=step.tokens,
         trained_tokens=step.trained_tokens,
         tokens_per_second=step.tokens_per_second,
-    )
+    ).write(run.report)
     if step.skipped:
         scale = run.trainer.scaler.scale
         run.report.warn(f"Step {step.number}: gradients overflowed float16, update skipped, loss scale {scale:g}.")
@@ -189,24 +190,24 @@ def _finish(run: Run) -> dict[str, Any]:
         if progress.best is not None and progress.best["step"] != progress.done:
             report.say(f"The adapter of step {progress.best['step']:,}, the best on the held-out text, is kept.")
         sample(run, which="tuned", step=progress.done)
-        report.event("evaluation", step=progress.done, rows=rows)
+        events.Evaluation(progress.done, tuple(rows)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
-    report.event("memory", step=progress.done, peak_bytes=memory)
+    events.Memory(progress.done, memory).write(report)
     restore(run)
-    written = html_report.write(run.folder)
+    written = html_report.write(run.folder.path)
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if rows:
             show_scores(rows, report)
-        report.result(f"adapter  {run.adapter_folder}\nmetrics  {run.folder / 'metrics.jsonl'}\nreport   {written}")
+        report.result(f"adapter  {run.folder.adapter}\nmetrics  {run.folder.metrics}\nreport   {written}")
     return {
-        "out": str(run.folder),
-        "adapter": str(run.adapter_folder) if finished else None,
+        "out": str(run.folder.path),
+        "adapter": str(run.folder.adapter) if finished else None,
         "report": str(written),
         "steps": progress.done,
         "loss": progress.last.loss if progress.last else None,
         "best_step": progress.best["step"] if progress.best else None,
-        "rows": rows,
-        "held_out": dict(run.test.ledger.overlap) if run.test else None,
+        "rows": [row.to_dict() for row in rows],
+        "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,
         "peak_memory_bytes": memory,
     }

@@ -8,6 +8,7 @@ from typing import Any
 from octavo.commands.finetune import finetune
 from octavo.config import DEMO, Config, ModelOptions, RunOptions
 from octavo.reporting import Report
+from octavo.runs.folder import RunFolder
 from octavo.system import own_command, quoted
 
 
@@ -31,7 +32,7 @@ def demo(config: Config, *, results: bool = False) -> dict[str, Any]:
 def _free_folder(path: Path) -> Path:
     """`path`, or the first of path-2, path-3, .. without a run, so that no earlier demo is overwritten."""
     number, folder = 1, path
-    while (folder / "metrics.jsonl").exists():
+    while RunFolder(folder).metrics.exists():
         number += 1
         folder = path.with_name(f"{path.name}-{number}")
     return folder

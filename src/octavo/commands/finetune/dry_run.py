@@ -16,7 +16,7 @@ from octavo.config import TrainOptions
 from octavo.data.loader import Batch, batches
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.metrics import score
-from octavo.store import checkpoint
+from octavo.runs import checkpoint
 from octavo.train.loop import gradients
 
 
@@ -37,7 +37,7 @@ def dry_run(run: Run) -> None:
         score(run.model, rows, n_bytes=0, batch_size=len(rows))
     if run.hardware.device.type == "cuda":
         torch.cuda.empty_cache()
-    folder = run.folder / ".dry_run"
+    folder = run.folder.dry_run
     shutil.rmtree(folder, ignore_errors=True)
     try:
         tensors, state = state_of(run)

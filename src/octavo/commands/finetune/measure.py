@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from octavo.infer.sample import Sampling
 from octavo.metrics import Score
 from octavo.models import Decoder
 from octavo.ops.quantize import Scheme, scheme_named
+from octavo.runs import events
+from octavo.runs.events import ScoreRow
 from octavo.store import peft
 
 REFERENCE_TOKENS = 64  # on which the logits with the saved adapter are compared with those of the trained model
@@ -34,10 +36,10 @@ PROMPT_WORDS = 12  # words of the held-out text that are the default prompt of s
 def measure_base(run: Run, *, compare_full: bool) -> None:
     """The held-out table and samples before training: with new adapters (B = 0) the model equals the base."""
     report, hardware = run.report, run.hardware
-    report.event("hardware", device=str(hardware.device), name=hardware.name, dtype=str(hardware.dtype))
-    report.event("versions", **versions())
-    if run.test:
-        report.event("overlap", **run.test.ledger.overlap)
+    events.Hardware(str(hardware.device), hardware.name, str(hardware.dtype)).write(report)
+    versions().write(report)
+    if run.test and run.test.ledger.overlap:
+        events.Overlap(**asdict(run.test.ledger.overlap)).write(report)
     quantized = run.scheme.name != "none"
     if run.test_rows and compare_full and quantized:
         plain = scheme_named("none")
@@ -49,7 +51,7 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
     sample(run, which="base", step=0)
 
 
-def measure_tuned(run: Run) -> list[dict[str, Any]]:
+def measure_tuned(run: Run) -> list[ScoreRow]:
     """The complete perplexity table, with the tuned model as last row."""
     if not run.test_rows:
         return []
@@ -63,7 +65,7 @@ def evaluate_held_out(run: Run) -> bool:
         return False
     progress = run.progress
     result = _score(run, run.model, f"Held-out loss after step {progress.done}")
-    run.report.event("heldout", step=progress.done, loss=result.loss, perplexity=result.perplexity)
+    events.HeldOut(progress.done, result.loss, result.perplexity).write(run.report)
     better = math.isfinite(result.loss) and (progress.best is None or result.loss < progress.best["loss"])
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
@@ -87,7 +89,7 @@ def keep_best_adapter(run: Run) -> None:
     with _with_parameters(run, progress.best_adapter):
         if not _is_in_folder(run, step=progress.best["step"]):
             run.report.warn(
-                f"{run.adapter_folder} does not contain the best adapter (step {progress.best['step']:,}): it is "
+                f"{run.folder.adapter} does not contain the best adapter (step {progress.best['step']:,}): it is "
                 "written again from the checkpoint."
             )
             _write_adapter(run, step=progress.best["step"])
@@ -109,7 +111,7 @@ def _with_parameters(run: Run, values: Mapping[str, Tensor]) -> Iterator[None]:
 def _is_in_folder(run: Run, *, step: int) -> bool:
     """Whether the adapter folder has the adapter of the model, bit for bit, saved as that of `step`."""
     try:
-        saved = peft.read(run.adapter_folder)
+        saved = peft.read(run.folder.adapter)
     except (AdapterError, OSError):
         return False
     expected = peft.tensors_of(adapters.collect(run.model, run.plan.spec, origin={}))
@@ -126,18 +128,18 @@ def _write_adapter(run: Run, *, step: int) -> None:
         "step": step,
     }
     card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
-    adapters.save(run.adapter_folder, run.model, run.plan, base=base, origin=origin, card=card)
+    adapters.save(run.folder.adapter, run.model, run.plan, base=base, origin=origin, card=card)
 
 
 def read_back(run: Run) -> None:
     """Applies the saved adapter to the model; AdapterError if its logits differ from the reference logits."""
-    adapters.apply_(run.model, peft.read(run.adapter_folder))
+    adapters.apply_(run.model, peft.read(run.folder.adapter))
     expected = run.progress.reference_logits
     assert expected is not None
     difference = float((_reference_logits(run) - expected).abs().max())
     if not difference <= 1e-4 * float(expected.abs().max()):
         raise AdapterError(
-            f"The adapter in {run.adapter_folder} gives other logits than the trained model "
+            f"The adapter in {run.folder.adapter} gives other logits than the trained model "
             f"(difference {difference:.3g}).",
             hint="The newest checkpoint is complete: resume from it with --resume.",
         )
@@ -151,15 +153,15 @@ def sample(run: Run, *, which: str, step: int) -> None:
     for prompt in options.sample_prompt or _default_prompts(run):
         ids = encode_prompt(prompt, run.tokenizer)
         text = complete(run.model, run.tokenizer, ids, sampling, stop_ids=end_ids(run.source)).text
-        run.report.event("sample", step=step, prompt=prompt, text=text, which=which)
+        events.Sample(step, prompt, text, which).write(run.report)
         run.report.say(f"\nSample of the {which} model for {prompt!r}:\n{text}\n")
 
 
-def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> dict[str, Any]:
+def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     """A row of the perplexity table."""
-    folder: Path | None = run.adapter_folder if name == "tuned" else None
+    folder: Path | None = run.folder.adapter if name == "tuned" else None
     row = score_row(name, scheme, folder, result)
-    return {**row, "also_in_training": run.test.ledger.overlap["share"]} if run.test else row
+    return replace(row, also_in_training=run.test.ledger.overlap.share) if run.test and run.test.ledger.overlap else row
 
 
 def _score(run: Run, model: Decoder, label: str) -> Score:

@@ -9,6 +9,7 @@ from octavo.config import MemoryOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.ops.linear_spec import OUTLIERS
 from octavo.ops.matmul8 import FP8, gradient_type
+from octavo.runs import events
 from octavo.train.precision import LIMIT, QuantError, layers, measure_8bit_error, set_precision_, speedup
 
 
@@ -47,13 +48,13 @@ def _measure(run: Run) -> None:
     run.progress.exact_products, run.progress.outliers = exact, outliers
     _show(run, errors)
     values = {name: (error.forward, error.backward, error.outliers) for name, error in errors.items()}
-    run.report.event("matmul", exact=exact, outliers=outliers, costs=values)
+    events.Matmul(exact, outliers, values).write(run.report)
 
 
 def _is_faster(run: Run) -> bool:
     """Times the largest matmul both ways and reports whether 8 bits are faster on this GPU."""
     times = speedup(run.model, run.fit.plan.rows * run.config[TextOptions].seq_len)
-    run.report.event("compute_speed", times=times)
+    events.MatmulSpeed(times).write(run.report)
     if times > 1:
         run.report.say(f"8-bit matmuls: the largest one is {times:.2f} times as fast on this GPU.")
         return True

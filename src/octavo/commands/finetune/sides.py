@@ -11,6 +11,7 @@ from octavo.commands.data import Encoded, Text, encode, read_documents, show_led
 from octavo.config import Config, TextOptions, TrainingData, TrainOptions
 from octavo.data import holdout
 from octavo.data.documents import Document, Reading
+from octavo.data.ledger import Overlap
 from octavo.errors import UsageError
 from octavo.reporting import Report
 
@@ -54,8 +55,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     held_out = to_rows(sides.test, options, tokenizer)
     overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
-    share = overlap["share"]
-    show_ledger(held_out.ledger, f"Held-out text ({share:.1%} of it also in the training text)", report)
+    show_ledger(held_out.ledger, f"Held-out text ({overlap.share:.1%} of it also in the training text)", report)
     if held_out.ledger.learned == 0:
         report.warn("The held-out text has no token to evaluate: give other text with --test-data.")
         return text, None
@@ -116,7 +116,7 @@ def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast,
     return _Sides(replace(encoded, tokens=[first]), test, None, "the end of the one document")
 
 
-def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) -> dict[str, object]:
+def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) -> Overlap:
     """The overlap of the held-out text with the training text, ignoring white space; warns if it is large."""
     assert sides.test is not None
     test = sides.test.tokens
@@ -145,18 +145,18 @@ def _overlap(sides: _Sides, tokenizer: PreTrainedTokenizerFast, report: Report) 
             f"{shared.share:.1%} of the held-out text also occurs in the training text, in runs of {holdout.NGRAM} or "
             "more tokens."
         )
-    return {
-        "held_out": sides.how,
-        "removed_documents": len(removed_names),
-        "removed_tokens": removed_tokens,
-        "removed": removed_names[:MAX_RECORDED],
-        "near_copies": len(near),
-        "near": near[:MAX_RECORDED],
-        "ngram": holdout.NGRAM,
-        "tokens": shared.tokens,
-        "shared_tokens": shared.shared,
-        "share": shared.share,
-    }
+    return Overlap(
+        held_out=sides.how,
+        removed_documents=len(removed_names),
+        removed_tokens=removed_tokens,
+        removed=tuple(removed_names[:MAX_RECORDED]),
+        near_copies=len(near),
+        near=tuple(near[:MAX_RECORDED]),
+        ngram=holdout.NGRAM,
+        tokens=shared.tokens,
+        shared_tokens=shared.shared,
+        share=shared.share,
+    )
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,9 @@ from octavo.hardware import Hardware
 from octavo.models import Decoder
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
-from octavo.store import checkpoint
+from octavo.runs import checkpoint, events
+from octavo.runs.events import ScoreRow
+from octavo.runs.folder import RunFolder
 from octavo.store.sources import Source, fingerprint
 from octavo.train.loop import Step, Trainer
 from octavo.train.step import PlannedStep
@@ -40,7 +41,7 @@ class Progress:
 
     done: int = 0  # optimizer steps
     position: Position = field(default_factory=Position)  # of the next batch in the data
-    base_rows: list[dict[str, Any]] = field(default_factory=list)  # the perplexity table before training
+    base_rows: list[ScoreRow] = field(default_factory=list)  # the perplexity table before training
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Mapping[str, Tensor] | None = None  # its trained parameters, float32, on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
@@ -70,16 +71,8 @@ class Run:
     progress: Progress
 
     @property
-    def folder(self) -> Path:
-        return self.config[RunOptions].out
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def adapter_folder(self) -> Path:
-        return self.folder / "adapter"
+    def folder(self) -> RunFolder:
+        return RunFolder(self.config[RunOptions].out)
 
     @property
     def total(self) -> int:
@@ -118,7 +111,9 @@ def save_checkpoint(run: Run) -> None:
     """Writes a checkpoint with all state that is needed to resume the run."""
     tensors, state = state_of(run)
     keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(run.checkpoints, run.progress.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn)
+    checkpoint.save(
+        run.folder.checkpoints, run.progress.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn
+    )
 
 
 def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -136,12 +131,12 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "identity": run.identity,
         "position": {"epoch": progress.position.epoch, "index": progress.position.index},
         "scaler": run.trainer.scaler.state(),
-        "base_rows": progress.base_rows,
+        "base_rows": [row.to_dict() for row in progress.base_rows],
         "best": progress.best,
         "exact_products": progress.exact_products,
         "outliers": progress.outliers,
         "config": run.config.to_yaml(),
-        "versions": versions(),
+        "versions": asdict(versions()),
     }
     return tensors, state
 
@@ -151,10 +146,10 @@ def resume(run: Run) -> bool:
 
     CheckpointError if its model, data or settings differ, unless --force is given, and if its tensors do not fit.
     """
-    saved = checkpoint.newest(run.checkpoints, warn=run.report.warn)
+    saved = checkpoint.newest(run.folder.checkpoints, warn=run.report.warn)
     if saved is None:
-        run.report.resume_from(-1)
-        run.report.warn(f"{run.folder} has no checkpoint: starting from the beginning.")
+        events.resume_from(run.report, -1)
+        run.report.warn(f"{run.folder.path} has no checkpoint: starting from the beginning.")
         return False
     force = run.config[RunOptions].force
     checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
@@ -166,7 +161,7 @@ def resume(run: Run) -> bool:
     run.trainer.optimizer.load_state(saved.tensors["optimizer"])
     run.trainer.scaler.load_state(saved.state["scaler"])
     _restore_progress(run, saved)
-    run.report.resume_from(saved.step)
+    events.resume_from(run.report, saved.step)
     run.report.say(f"Resuming after step {saved.step:,} from {saved.path}.")
     _report_changes(run, saved.state)
     return True
@@ -175,7 +170,8 @@ def resume(run: Run) -> bool:
 def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
     progress = run.progress
     progress.done, progress.position = saved.step, Position(**saved.state["position"])
-    progress.base_rows, progress.best = saved.state["base_rows"], saved.state["best"]
+    progress.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
+    progress.best = saved.state["best"]
     progress.exact_products, progress.outliers = saved.state.get("exact_products"), saved.state.get("outliers", {})
     progress.reference_logits = saved.tensors.get("probe", {}).get("logits")
     if run.config[RunOptions].keep == "last":
@@ -202,15 +198,11 @@ def _report_changes(run: Run, state: dict[str, Any]) -> None:
     run.report.warn(f"The training settings differ from the checkpoint's: {', '.join(changes)}; {now}.")
 
 
-def versions() -> dict[str, str]:
+def versions() -> events.Versions:
     """The versions of octavo and of the libraries that its results depend on."""
     import transformers
 
-    return {
-        "octavo": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return events.Versions(__version__, str(torch.__version__), transformers.__version__)
 
 
 def _digest(rows: Sequence[Row]) -> str:

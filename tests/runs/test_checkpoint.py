@@ -18,8 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from octavo.atomic import sweep
 from octavo.errors import CheckpointError
-from octavo.store import checkpoint, files
+from octavo.runs import checkpoint, checkpoint_folder
+from octavo.store import files
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -77,7 +79,6 @@ def test_tensors_and_state_round_trip(tmp_path: Path) -> None:
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, warn=pytest.fail) is None
     assert checkpoint.newest(tmp_path / "none", warn=pytest.fail) is None
-    assert checkpoint.sweep(tmp_path / "none") == []
 
 
 def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
@@ -117,7 +118,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest gone": lambda path: (path / "manifest.json").unlink(),
     "manifest cut": lambda path: os.truncate(path / "manifest.json", 50),
     "manifest a list": lambda path: (path / "manifest.json").write_text("[]"),
-    "manifest of nothing": lambda path: (path / "manifest.json").write_text('{"step": 20, "files": {}}'),
+    "manifest of nothing": lambda path: (path / "manifest.json").write_text('{"format": 2, "step": 20, "files": {}}'),
+    "manifest without a version": lambda path: change_manifest(path, format=None),
     "manifest bytes": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"),
     "another's manifest": lambda path: shutil.copy(path.parent / "step-00000010/manifest.json", path),
     "another's files": lambda path: shutil.copytree(path.parent / "step-00000010", path, dirs_exist_ok=True),
@@ -125,24 +127,36 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-def list_in_manifest(path: Path, other: Path) -> None:
+def change_manifest(path: Path, **values: Any) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **values}))
+
+
+def list_in_manifest(path: Path, other: Path) -> None:
     entry = {"size_bytes": other.stat().st_size, "sha256": files.sha256_of(other)}
-    manifest["files"][f"../{other.name}"] = entry
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    change_manifest(path, files={**listed, f"../{other.name}": entry})
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_skipped_with_one_warning(kind: str, tmp_path: Path) -> None:
     save(tmp_path, 10)
     path = save(tmp_path, 20)
-    assert checkpoint.verify(path) == []
+    assert checkpoint_folder.verify(path) == []
     DAMAGE[kind](path)
-    assert checkpoint.verify(path)
+    assert checkpoint_folder.verify(path)
     said: list[str] = []
     found = checkpoint.newest(tmp_path, warn=said.append)
     assert found is not None
     assert (found.step, len(said)) == (10, 1)
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_format_version_is_an_error_that_names_both(version: int, tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    change_manifest(save(tmp_path, 20), format=version)
+    with pytest.raises(CheckpointError, match=rf"step-00000020 has the format version {version}; .* reads version 2"):
+        checkpoint.newest(tmp_path, warn=pytest.fail)
 
 
 def test_damaged_checkpoints_without_a_valid_one_are_an_error(tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ def test_a_write_that_reads_back_differently_is_not_published(tmp_path: Path, mo
     save(tmp_path, 1)
     honest = files.sha256_of
     digests = iter(["0" * 64])
-    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: next(digests, None) or honest(path))
+    monkeypatch.setattr(checkpoint_folder, "sha256_of", lambda path: next(digests, None) or honest(path))
     with pytest.raises(CheckpointError, match="reading the checkpoint back"):
         save(tmp_path, 2, keep=1)
     assert newest(tmp_path).step == 1
@@ -192,13 +206,14 @@ def test_sweep_removes_files_of_dead_processes_only(tmp_path: Path) -> None:
         dead = process.pid
     alive = os.getppid()
     save(tmp_path, 5)
-    for name in (f".tmp-00000001-{dead}", f".tmp-00000002-{alive}", f".old-00000005-{dead}", ".tmp-notes"):
+    ended, running = (f".tmp-step-00000001-{dead}", f".old-step-00000005-{dead}"), f".tmp-step-00000002-{alive}"
+    for name in (*ended, running, ".tmp-notes"):
         (tmp_path / name).mkdir()
     (tmp_path / f".latest.{dead}").write_text("step")
-    removed = {path.name for path in checkpoint.sweep(tmp_path)}
-    assert removed == {f".tmp-00000001-{dead}", f".old-00000005-{dead}", f".latest.{dead}"}
+    removed = {path.name for path in sweep(tmp_path)}
+    assert removed == {*ended, f".latest.{dead}"}
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"step-00000005", "latest", f".tmp-00000002-{alive}", ".tmp-notes"}
+    assert left == {"step-00000005", "latest", running, ".tmp-notes"}
 
 
 IDENTITY = {"model": "abc", "rank": 8, "targets": ["q_proj", "v_proj"], "data": "d1"}

@@ -14,13 +14,16 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import pytest
 import torch
 
+from octavo import atomic
 from octavo.errors import CheckpointError
-from octavo.store import checkpoint, files
+from octavo.runs import checkpoint, checkpoint_folder
+from octavo.store import files
 
 
 def save(folder: Path, step: int, *, keep: int = 2) -> Path:
@@ -87,7 +90,7 @@ def test_kill_9_never_costs_an_acknowledged_checkpoint(tmp_path: Path) -> None:
         last = max(int.from_bytes(step, "little") for step in acknowledged)
         # What counts is before any clearing up, and the same again after it.
         assert newest(tmp_path).step >= last
-        checkpoint.sweep(tmp_path)
+        atomic.sweep(tmp_path)
         assert newest(tmp_path).step >= last
         assert leftovers(tmp_path) == []
 
@@ -117,7 +120,7 @@ def test_death_before_any_file_operation_of_a_save_loses_nothing(step: int, keep
         child = forked(functools.partial(save_until_call, folder, step, keep=keep, calls=calls))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert newest(folder).step >= 2
-        checkpoint.sweep(folder)
+        atomic.sweep(folder)
         assert newest(folder).step >= 2
         assert leftovers(folder) == []
         if status == 0:
@@ -131,14 +134,25 @@ def no_room(*_: object) -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("place", ["durable_write", "fsync_file", "fsync_folder", "atomic_write"])
+PLACES = [
+    (checkpoint, "durable_write"),
+    (checkpoint, "save_file"),
+    (checkpoint_folder, "durable_write"),
+    (atomic, "durable_write"),
+    (atomic, "fsync_file"),
+    (atomic, "fsync_folder"),
+    (atomic, "rename_over"),
+]
+
+
+@pytest.mark.parametrize(("module", "place"), PLACES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_full_disk_is_a_clear_error_and_keeps_earlier_checkpoints(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    before = {path: files.sha256_of(path) for path in tmp_path.rglob("step-*/*")}
-    monkeypatch.setattr(checkpoint, place, no_room)
+    before = {path: files.sha256_of(path) for path in tmp_path.rglob("step-*/**/*") if path.is_file()}
+    monkeypatch.setattr(module, place, no_room)
     with pytest.raises(CheckpointError, match="the disk is full"):
         save(tmp_path, 3)
     assert {path: files.sha256_of(path) for path in before} == before

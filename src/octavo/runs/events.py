@@ -1,0 +1,302 @@
+"""The events of a run: a frozen dataclass for each kind of line in metrics.jsonl.
+
+A line is a JSON object: "event" (the kind of the dataclass), "time" (UTC, ISO 8601), and the fields. A command makes an
+event and writes it to its report; html_report reads the file back into the same classes. A reader ignores kinds and
+fields that it does not have, so that it also reads the files of a newer octavo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+from octavo.data.ledger import Overlap as OverlapValues
+from octavo.reporting import SAY, WARN, Report, read_events
+
+E = TypeVar("E", bound="Event")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """The base class. `step` is the optimizer step that an event belongs to, if its class has one."""
+
+    kind: ClassVar[str]
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether it is recorded after the last step, and so again by every later call on a finished run."""
+        return False
+
+    def write(self, report: Report) -> None:
+        """Appends the event to the metrics file of `report`."""
+        report.event(self.kind, **{field.name: _plain(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """An optimizer step: mean loss in nats a trained token, None if it had none."""
+
+    kind = "step"
+    step: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class HeldOut(Event):
+    """An evaluation on the held-out text during training."""
+
+    kind = "heldout"
+    step: int
+    loss: float | None = None
+    perplexity: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample(Event):
+    """A text generated from `prompt`. `which` model: base (before training), training, or tuned."""
+
+    kind = "sample"
+    step: int | None = None
+    prompt: str = ""
+    text: str = ""
+    which: str = ""
+
+    @property
+    def ends_run(self) -> bool:
+        return self.which == "tuned"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A row of the perplexity table, also in the document of `--json` and in checkpoints."""
+
+    name: str
+    scheme: str = ""
+    adapter: str | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    tokens: int | None = None
+    also_in_training: float | None = None  # fraction of the held-out text
+    size_bytes: int | None = None  # of the frozen weights
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> ScoreRow:
+        """A row from its JSON object. ValueError if it has no name."""
+        row = _read(cls, values)
+        if row is None:
+            raise ValueError("a row of the perplexity table has no name")
+        return row
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object. The last two columns are left out where a table does not have them."""
+        left_out = {name for name in ("also_in_training", "size_bytes") if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class Evaluation(Event):
+    """The perplexity table at the end of a run."""
+
+    kind = "evaluation"
+    step: int | None = None
+    rows: tuple[ScoreRow, ...] = ()
+
+    @property
+    def ends_run(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Memory(Event):
+    """The peak memory of a call: of the device, or of the process on a CPU."""
+
+    kind = "memory"
+    step: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def ends_run(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Hardware(Event):
+    """The device of a run and its compute dtype."""
+
+    kind = "hardware"
+    device: str = ""
+    name: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Versions(Event):
+    """The versions of octavo and of the libraries that its results depend on."""
+
+    kind = "versions"
+    octavo: str = ""
+    torch: str = ""
+    transformers: str = ""
+
+
+@dataclass(frozen=True)
+class Overlap(OverlapValues, Event):
+    """The overlap of the held-out text with the training text."""
+
+    kind = "overlap"
+
+
+@dataclass(frozen=True)
+class Matmul(Event):
+    """The choice of 8-bit matmuls by layer: exact layers, outlier channels, and the measured errors.
+
+    `costs` has (forward, backward, forward with outlier channels) of each layer; backward is None if not measured.
+    """
+
+    kind = "matmul"
+    exact: Sequence[str] = ()
+    outliers: Mapping[str, Sequence[int]] | None = None
+    costs: Mapping[str, Sequence[float | None]] | None = None
+
+
+@dataclass(frozen=True)
+class MatmulSpeed(Event):
+    """How many times as fast the largest matmul is in 8 bits."""
+
+    kind = "matmul_speed"
+    times: float
+
+
+@dataclass(frozen=True)
+class Say(Event):
+    """A message."""
+
+    kind = SAY
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Warn(Event):
+    """A warning."""
+
+    kind = WARN
+    text: str = ""
+
+
+KINDS: dict[str, type[Event]] = {
+    event.kind: event
+    for event in (
+        Step, HeldOut, Sample, Evaluation, Memory, Hardware, Versions, Overlap, Matmul, MatmulSpeed, Say, Warn,
+    )
+}  # fmt: skip
+
+
+def read(path: Path) -> list[Event]:
+    """The events of a metrics file in order, without lines that are no event of a known kind. [] without the file.
+
+    A field that is missing or of another type has its default; without a default the line is no event.
+    """
+    if not path.is_file():
+        return []
+    return [event for record in read_events(path)[0] if (event := of_record(record)) is not None]
+
+
+def of_record(record: Mapping[str, Any]) -> Event | None:
+    """The event of one line, or None if it is not one of a known kind."""
+    kind = record.get("event")
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    return None if cls is None else _read(cls, record)
+
+
+def only(events: Iterable[Event], cls: type[E]) -> list[E]:
+    """The events of one class."""
+    return [event for event in events if isinstance(event, cls)]
+
+
+def last(events: Iterable[Event], cls: type[E]) -> E | None:
+    """The last event of one class."""
+    return next(reversed(only(events, cls)), None)
+
+
+def resume_from(report: Report, step: int) -> None:
+    """Removes the events after `step`, which the resumed run records again; if `step` is -1, all but messages.
+
+    Atomic: after a crash there is either the old or the new file. Warns if steps up to `step` are missing.
+    """
+    if report.metrics is None:
+        return
+    kept = report.keep_events(lambda record: not _is_recorded_again(record, step))
+    recorded = {event.step for record in kept if isinstance(event := of_record(record), Step)}
+    if missing := sum(number not in recorded for number in range(1, step + 1)):
+        report.warn(
+            f"{report.metrics} lacks {missing:,} of the steps 1 to {step:,}. They are missing in the report too."
+        )
+
+
+def _is_recorded_again(record: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that resumes after `step` records the line again."""
+    if step < 0:
+        return record.get("event") not in (Say.kind, Warn.kind)
+    event = of_record(record)
+    number = getattr(event, "step", record.get("step"))  # of an unknown kind too
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return number > step or (number == step and event is not None and event.ends_run)
+
+
+def _plain(value: object) -> object:
+    """The value of a field for JSON."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.to_dict() if isinstance(value, ScoreRow) else value
+
+
+def _read(cls: type[T], record: Mapping[str, Any]) -> T | None:
+    """A dataclass from its JSON object. None if a field without a default is missing or has another type."""
+    values = {}
+    known: dict[str, tuple[Any, bool]] = _fields(cls)  # type: ignore[arg-type]  # a class is hashable
+    for name, (kind, has_default) in known.items():
+        try:
+            values[name] = _value(kind, record[name])
+        except (KeyError, ValueError):
+            if not has_default:
+                return None
+    return cls(**values)
+
+
+@cache
+def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
+    """The fields of a dataclass: name -> (type, whether it has a default)."""
+    hints = get_type_hints(cls)
+    return {
+        field.name: (hints[field.name], (field.default, field.default_factory) != (MISSING, MISSING))
+        for field in fields(cls)
+    }
+
+
+def _value(kind: Any, value: object) -> Any:
+    """A JSON value as a field of the type `kind`. ValueError if it is of another type."""
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _value(next(arg for arg in get_args(kind) if arg is not NoneType), value)
+    if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return float(value)  # "nan" and "inf" are written as strings
+    if get_origin(kind) in (tuple, Sequence) and isinstance(value, list):
+        return tuple(_value(get_args(kind)[0], item) for item in value)
+    if get_origin(kind) is not None and isinstance(value, Mapping):
+        return {key: _value(get_args(kind)[1], item) for key, item in value.items()}
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        if (found := _read(kind, value)) is not None:
+            return found
+    elif isinstance(kind, type) and type(value) is kind:  # not a bool for an int
+        return value
+    raise ValueError(f"{value!r} is no {kind}")
