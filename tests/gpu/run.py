@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER, OTHERS = "tests/gpu", ("tests/runtime/test_dispatch.py",)
+FOLDER, OTHERS = "tests/gpu", ("tests/kernels/test_parity.py",)
 MOST = 12  # processes; each takes 4 GB of the host's memory, and 1 GB of the GPU's
 
 

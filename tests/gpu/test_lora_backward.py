@@ -7,15 +7,10 @@ import torch
 from tests.gpu.cases import matrix
 from torch import Tensor
 
-from octavo.ops.lora_backward import (
-    LoraOperands,
-    PartialSums,
-    gelu_lora_backward_,
-    hopper_tile,
-    lora_backward_by_steps,
-    swiglu_lora_backward_,
-)
+from octavo.kernels.lora_tiles import hopper_tile
+from octavo.ops.lora_backward import LoraOperands, gelu_lora_backward_, lora_grads, swiglu_lora_backward_
 from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
+from octavo.runtime.dispatch import hopper_kernels_run_on
 
 pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -45,21 +40,20 @@ def test_one_pass_is_the_steps(dtype: torch.dtype, shape: tuple[int, int, int, i
     m, f, parts, rank, behind = shape
     x, dy = columns(m, parts * f, dtype), columns(m, f, dtype) * 0.1
     b = (torch.randn(parts * f, rank, device="cuda") * f**-0.5).to(dtype)
-    sides = LoraOperands(columns(m, parts * rank, dtype), b, columns(m, behind, dtype))
-    assert (hopper_tile(x, dy, sides) is not None) == (HOPPER and rank < 300 and f % 8 == 0)
+    operands = LoraOperands(columns(m, parts * rank, dtype), b, columns(m, behind, dtype))
+    one_pass = hopper_kernels_run_on(x) and hopper_tile(x, dy, operands) is not None
+    assert one_pass == (HOPPER and rank < 300 and f % 8 == 0)
     whole, y = x._base.clone(), dy.clone()  # type: ignore[union-attr]
     dx = whole[:, 24:]
     (gelu_backward_ if parts == 1 else swiglu_backward_)(dx, y)
-    empty = torch.empty(0, device="cuda").new_empty
-    wanted = PartialSums(empty(1, m, parts * rank), empty(1, parts * f, rank), empty(1, behind, f))
-    lora_backward_by_steps(dx, y, sides, wanted)
+    wanted = lora_grads(dx, y, operands)
     before = x._base.clone()  # type: ignore[union-attr]
-    learn_ = gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_
-    found = learn_(x, dy.clone(), sides)
-    assert torch.equal(x._base, whole)  # type: ignore[arg-type]  # what lies beside the columns too
+    backward_ = gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_
+    found = backward_(x, dy.clone(), operands)
+    assert torch.equal(x._base, whole)  # type: ignore[arg-type]  # columns next to x are unchanged
     for one, other in zip(found, wanted, strict=True):
         assert one is not None
         assert other is not None
-        assert torch.linalg.vector_norm(one - other[0]) <= 1e-4 * torch.linalg.vector_norm(other)
-    for one, other in zip(found, learn_(before[:, 24:], dy.clone(), sides), strict=True):
-        assert torch.equal(one, other)  # type: ignore[arg-type]  # sums in an order that does not change
+        assert torch.linalg.vector_norm(one - other) <= 1e-4 * torch.linalg.vector_norm(other)
+    for one, other in zip(found, backward_(before[:, 24:], dy.clone(), operands), strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]  # the order of sums does not change

@@ -242,7 +242,7 @@ def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bo
 
     Noise of 2^-13 on the products, which is how far tensor cores carry sums of fp8, moves them by 7 % here. In bfloat16
     two ways to compute the same differ about as much as either differs from exact mode. Each operation's kernel is held
-    to its definition much closer in test_twins.py; this is about how they are put together.
+    to its definition much closer in tests/kernels/test_parity.py; this is about how they are put together.
     """
     batch, found = batch_of(0, packed=packed), {}
     for dtype in (torch.float32, torch.bfloat16):

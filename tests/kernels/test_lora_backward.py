@@ -1,4 +1,4 @@
-"""Who takes an activation's backward with what pairs on its sides learn."""
+"""Which kernels compute the backward of an activation with LoRA gradients."""
 
 from __future__ import annotations
 
@@ -6,35 +6,44 @@ from typing import Any
 
 import pytest
 import torch
+from tests import devices
 
+from octavo.hardware import Capabilities
 from octavo.kernels import lora_backward
-from octavo.kernels.hopper import lora_backward as hopper_tile
-from octavo.ops.lora_backward import LoraOperands, PartialSums
+from octavo.kernels.hopper import lora_backward as hopper
+from octavo.kernels.lora_tiles import Tile
+from octavo.ops.lora_backward import LoraOperands
+from octavo.runtime import dispatch
 
 M, F, RANK = 5, 16, 2
 
 
-def given() -> tuple[torch.Tensor, torch.Tensor, LoraOperands, PartialSums]:
-    t, after = torch.randn(M, 2 * RANK), torch.randn(M, RANK)
-    sums = PartialSums(torch.zeros(1, M, 2 * RANK), torch.zeros(1, 2 * F, RANK), torch.zeros(1, RANK, F))
-    return torch.randn(M, 2 * F), torch.randn(M, F), LoraOperands(t, torch.randn(2 * F, RANK), after), sums
-
-
-@pytest.mark.parametrize("shape", [(256, 3), None])
-def test_a_program_that_does_all_is_taken_where_there_is_one(
-    shape: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "dtype", "taken"),
+    [
+        (devices.H200, torch.float16, True),
+        (devices.H200, torch.float32, False),  # its tiles have 2 bytes an element
+        (devices.A100, torch.float16, False),
+        (devices.B200, torch.float16, False),
+        (devices.MI300X, torch.float16, False),
+        (devices.CPU, torch.float16, False),
+    ],
+)
+def test_the_hopper_kernel_computes_what_it_supports(
+    device: Capabilities, dtype: torch.dtype, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(lora_backward, "hopper_tile", lambda *_: shape)
-    monkeypatch.setattr(hopper_tile, "lora_backward_into", lambda *call: calls.append(call))
-    x, dy, sides, sums = given()
-    before = x.clone()
-    lora_backward.swiglu_lora_backward_into(x, dy, sides, sums)
-    if shape is None:
-        assert calls == []
-        assert not torch.equal(x, before)
-        assert all(each is not None and bool(each.any()) for each in sums)
-    else:
-        assert calls == [(x, dy, sides, sums, 256, 3)]
-        assert torch.equal(x, before)  # which is the program's to write
+    monkeypatch.setattr(dispatch, "capabilities_of", lambda _: device)
+    monkeypatch.setattr(hopper, "lora_backward_into", lambda *call: calls.append(call))
+    monkeypatch.setattr(lora_backward, "swiglu_backward_", dispatch.KERNELS["pointwise.swiglu_backward_"])
+    x, dy, t, after = (torch.randn(M, n).to(dtype) for n in (2 * F, F, 2 * RANK, RANK))
+    operands, before = LoraOperands(t, torch.randn(2 * F, RANK).to(dtype), after), x.clone()
+    grads = lora_backward.swiglu_lora_backward_(x, dy, operands)
+    assert grads.t is not None
+    assert (grads.t.shape, grads.b.shape, grads.a.shape) == ((M, 2 * RANK), (2 * F, RANK), (RANK, F))
+    assert torch.equal(x, before) == taken  # else separate kernels wrote it
+    assert len(calls) == taken
+    for call in calls:
+        assert all(given is wanted for given, wanted in zip(call[:3], (x, dy, operands), strict=True))
+        assert call[4] == Tile(256, 2)

@@ -1,6 +1,6 @@
 """What pairs around an activation learn in its backward: autograd's gradients, and when a branch takes this way.
 
-On a card the one pass is compared with the steps in tests/gpu/test_learn.py.
+The Hopper kernel is compared with separate kernels in tests/gpu/test_lora_backward.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
-from octavo.ops import lora_backward
 from octavo.ops.attention import INTERLEAVED, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
-from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, hopper_tile, swiglu_lora_backward_
+from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
 
 M, WIDTH, RANK, BEHIND = 7, 10, 3, 2
 
@@ -64,29 +63,6 @@ def test_gradients_are_those_of_autograd(parts: int, to_t: bool) -> None:
         torch.testing.assert_close(found.t.double(), wanted[1], **near)
     else:
         assert found.t is None
-
-
-def test_a_rehearsal_takes_room_for_the_sums_of_all_programs() -> None:
-    """Else forecasts of a card's memory would be too low."""
-    x, dy, t = (torch.empty(2048, n, dtype=torch.bfloat16, device="meta") for n in (16384, 16384, 16))
-    around = LoraOperands(t, torch.empty(16384, 16, dtype=torch.bfloat16, device="meta"), t)
-    assert hopper_tile(x, dy, around) == (256, 3)
-    sums = lora_backward._sums(x, dy, around)
-    assert sums.t is not None
-    assert (sums.t.shape, sums.b.shape, sums.a.shape) == ((64, 2048, 16), (2, 16384, 16), (2, 16, 16384))
-
-
-@pytest.mark.parametrize(
-    ("parts", "rank", "behind", "shape"),
-    [(1, 16, 16, (256, 3)), (2, 16, 16, (256, 2)), (1, 64, 64, (256, 2)), (2, 64, 64, (128, 2)), (2, 128, 128, None)],
-)
-def test_a_program_takes_what_fits_into_its_memory(
-    parts: int, rank: int, behind: int, shape: tuple[int, int] | None
-) -> None:
-    x, dy, t, after = (
-        torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in (parts * 512, 512, parts * rank, behind)
-    )
-    assert hopper_tile(x, dy, LoraOperands(t, None, after)) == shape
 
 
 # When a branch takes this way.

@@ -357,7 +357,7 @@ def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> No
 
 
 def test_the_scale_of_a_row_is_that_of_the_twin() -> None:
-    """The codes are compared in test_twins.py; the scale is written beside them."""
+    """The codes are compared in tests/kernels/test_parity.py; the scale is written beside them."""
     from octavo.kernels import matmul8 as kernels
 
     place = "cuda" if torch.cuda.is_available() else "cpu"

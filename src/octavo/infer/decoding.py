@@ -18,7 +18,7 @@ from octavo.infer.graphs import Graphs, record
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder
-from octavo.ops.tiles import WIDE_FROM, Phase
+from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernels_run_on
 
 IDLE = -1  # the length of a slot that has no token to read
@@ -127,7 +127,7 @@ class DecodeRunner:
         """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
         tokens, lengths, adapter_ids = given  # (B,) each
         ids = adapter_ids if adapters else None
-        phase = Phase.WIDE if len(tokens) >= WIDE_FROM and not self.deterministic else Phase.DECODE
+        phase = Phase.DECODE if self.deterministic else Phase.DECODE_ANY_ORDER
         hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase), adapter_ids=ids)
         return self.model.infer_logits(hidden, phase, ids)[:, 0, : self.vocab_size]
 

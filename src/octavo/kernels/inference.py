@@ -4,8 +4,8 @@ Reference: ops/inference.py; reasons: docs/design/batch-invariance.md. A program
 of rows. If strips alone would leave multiprocessors idle, several programs split the sum of a strip (split-K), and a
 second kernel adds their partial sums in one order; their number depends on the weight's shape alone. Hopper has two
 matmul instructions, whose sums differ in the last bits. Decode uses `mma`, in dots of up to 32 rows, for any number of
-rows, since it is the faster one for few rows. Prefill uses `wgmma`, and so does decode of many rows if the last bits
-may differ (WIDE). Within one instruction the tile size does not change the order of sums.
+rows, since it is the faster one for few rows. Prefill uses `wgmma`, and so does decode of many rows if its
+sums may have any order (DECODE_ANY_ORDER). Within one instruction the tile size does not change the order of sums.
 
 Legend as in the reference. `*_stride` is the stride of a row in elements.
 """
@@ -28,6 +28,7 @@ STRIP, WIDTH = 64, 128  # outputs and inputs of a tile of the weight
 # With fusion a multiplication and the addition after it may become one instruction (FMA) with one rounding, but only in
 # variants of a kernel with no operation between the two: adapters in the batch would change the bits of base rows.
 EXACT = {"enable_fp_fusion": False}
+WGMMA_FROM = 33  # rows from which `wgmma` is the faster one (one H200)
 SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # tile of A in a program of `shrink`
 ADD_WIDTH = 128  # outputs of a program of `_add_parts`: one a thread, so that loads of adapters overlap
 
@@ -46,8 +47,9 @@ def matmul(
 ) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n, dtype=dtype or x.dtype)
+    wgmma = phase is Phase.DECODE_ANY_ORDER and m >= WGMMA_FROM
     tile = tile_for(m, x.dtype, phase, lora=lora is not None)
-    parts, span = parts_for(n, k, tile.strip if phase is Phase.WIDE else STRIP)
+    parts, span = parts_for(n, k, tile.strip if wgmma else STRIP)
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
     assert lora is None or lora.adapter_ids.is_contiguous()
     assert lora is None or lora.b.numel() < 2**31  # offsets in B are 32-bit integers: 64-bit offsets spill registers
@@ -104,7 +106,7 @@ def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
         return Tile(16, 32, 128, 4, 3)
     if phase is Phase.PREFILL:
         return Tile(64, 128, 64, 4, 4) if m <= 64 else Tile(128, 128, 64, 8, 3)
-    if phase is Phase.WIDE:
+    if phase is Phase.DECODE_ANY_ORDER and m >= WGMMA_FROM:
         if m <= 64:
             return Tile(64, 64 if lora else 128, 128, 4, 3)  # a larger tile does not fit into registers
         return Tile(128, 64, 64, 8, 3) if lora else Tile(128, 128, 64, 4, 3)

@@ -1,7 +1,7 @@
-"""Dispatch of an activation's backward with the LoRA gradients of the layers before and after it.
+"""The backward of an activation with LoRA gradients: the Hopper kernel if it supports the call, else separate kernels.
 
-The Hopper kernel (hopper/lora_backward.py) if it fits into shared memory, else separate kernels.
-Reference: ops/lora_backward.py.
+The Hopper kernel (hopper/lora_backward.py) computes everything in one pass if it fits into shared memory. Reference:
+ops/lora_backward.py. On the meta device memory is allocated as on a Hopper GPU, and nothing is launched.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from octavo.ops.lora_backward import LoraOperands, PartialSums, hopper_tile, lora_backward_by_steps
+from octavo.kernels.lora_tiles import hopper_tile, partial_sums, sum_parts
+from octavo.ops.lora_backward import LoraGrads, LoraOperands, lora_grads
 from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
+from octavo.runtime.dispatch import hopper_kernels_run_on, observe
 
 
-def gelu_lora_backward_into(x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums) -> None:
-    _run(x, dy, sides, sums, gelu_backward_)
+def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+    return _run(x, dy, operands, gelu_backward_)
 
 
-def swiglu_lora_backward_into(x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums) -> None:
-    _run(x, dy, sides, sums, swiglu_backward_)
+def swiglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+    return _run(x, dy, operands, swiglu_backward_)
 
 
-def _run(
-    x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums, backward_: Callable[[Tensor, Tensor], None]
-) -> None:
-    if (shape := hopper_tile(x, dy, sides)) is None:
+def _run(x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Tensor, Tensor], None]) -> LoraGrads:
+    tile = hopper_tile(x, dy, operands) if x.is_meta or hopper_kernels_run_on(x) else None
+    if x.is_meta:
+        sums = partial_sums(x, dy, operands, tile)
+        observe("lora_backward", [tensor for tensor in (x, dy, *operands, *sums) if tensor is not None])
+        return sum_parts(sums)
+    if tile is None:
         backward_(x, dy)
-        lora_backward_by_steps(x, dy, sides, sums)
-    else:
-        from octavo.kernels.hopper.lora_backward import lora_backward_into
+        return lora_grads(x, dy, operands)
+    from octavo.kernels.hopper.lora_backward import lora_backward_into
 
-        lora_backward_into(x, dy, sides, sums, *shape)
+    sums = partial_sums(x, dy, operands, tile)
+    lora_backward_into(x, dy, operands, sums, tile)
+    return sum_parts(sums)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.runtime.dispatch import META_RESULTS, kernel
+from octavo.runtime.dispatch import kernel
 
 
-@kernel
+@kernel(on_meta=lambda logits: logits.new_empty(len(logits), dtype=torch.float32))
 def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
     """-log softmax(logits)[label] of each row, (M,) float32, 0 where the label is negative (ignored).
 
@@ -26,6 +26,3 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
         slope[torch.arange(len(labels), device=labels.device), labels.clamp_min(0)] -= counts.to(slope.dtype)
         logits.copy_(slope)
     return losses
-
-
-META_RESULTS["cross_entropy_"] = lambda logits: logits.new_empty(len(logits), dtype=torch.float32)

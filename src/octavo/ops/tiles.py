@@ -22,19 +22,19 @@ from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
 
-WIDE_FROM = 33  # rows of decode
 PREFILL_TILE = 64  # positions; a smaller one makes bfloat16 matmuls of a CPU pack weights more often than they multiply
 
 
 class Phase(Enum):
     """What inference computes: the positions of a prompt, or one new token of each request.
 
-    WIDE is decode of so many requests that a GPU has a faster kernel, with other last bits; elsewhere it is DECODE.
+    DECODE_ANY_ORDER is decode whose rows need not be batch-invariant: a kernel may choose the order of sums by the
+    number of rows. Its reference is that of DECODE.
     """
 
     PREFILL = "prefill"
     DECODE = "decode"
-    WIDE = "wide"
+    DECODE_ANY_ORDER = "decode in any order"
 
 
 def decode_tile(dtype: torch.dtype) -> int:

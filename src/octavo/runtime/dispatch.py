@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor
 
@@ -24,8 +24,6 @@ from octavo.hardware.capabilities import AMD, CPU, TRITON_FROM, Capabilities, ca
 Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 KERNELS: dict[str, Callable[..., Any]] = {}  # "file.name" -> reference, of every operation that has a kernel
-# The result of an operation on the meta device by its name, from the first argument. Others return nothing.
-META_RESULTS: dict[str, Callable[[Tensor], Tensor]] = {}
 # Called for each operation on the meta device with its name and the tensors that it reads or writes.
 OP_OBSERVERS: list[Callable[[str, list[Tensor]], None]] = []
 TESTED_TRITON = ("3.6", "3.7")  # versions of Triton with which the Hopper kernels were compiled and compared
@@ -114,21 +112,33 @@ def observe(name: str, tensors: list[Tensor]) -> None:
         observer(name, tensors)
 
 
-def kernel(reference: Operation) -> Operation:
+@overload
+def kernel(reference: Operation) -> Operation: ...
+@overload
+def kernel(*, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"]) -> Callable[[Operation], Operation]: ...
+def kernel(reference: Any = None, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None = None) -> Any:
     """Marks a reference that has a kernel. The device of its first argument decides which of both runs.
 
-    On the meta device, where tensors have shapes and no values, neither runs: a call takes the memory of the kernel,
-    which is none, or that of its result (META_RESULTS). So a whole training step is simulated (train/simulate.py).
+    On the meta device, where tensors have shapes and no values, neither runs, so that a whole training step is
+    simulated (train/simulate.py): a call takes the memory of the kernel, and OP_OBSERVERS see its tensors. The memory
+    is none; or the result that `on_meta` makes of the first argument; or, if `on_meta` is "kernel", what the kernel's
+    Python function allocates there, which itself observes and launches nothing (without kernels/: the reference).
     """
+    if reference is None:
+        return functools.partial(_dispatched, on_meta=on_meta)
+    return _dispatched(reference, on_meta=None)
+
+
+def _dispatched(reference: Operation, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None) -> Operation:
     file, name = reference.__module__.rpartition(".")[2], reference.__name__
     KERNELS[f"{file}.{name}"] = reference
 
     @functools.wraps(reference)
     def run(first: Tensor, *rest: Any, **named: Any) -> Any:
-        if first.is_meta:
+        if first.is_meta and on_meta != "kernel":
             observe(name, [first, *_tensors(rest)])
-            return META_RESULTS[name](first) if name in META_RESULTS else None
-        if kernels_run_on(first):
+            return on_meta(first) if on_meta is not None else None
+        if kernels_run_on(first) or (first.is_meta and find_spec("octavo.kernels") is not None):
             return getattr(import_module(f"octavo.kernels.{file}"), name)(first, *rest, **named)
         return reference(first, *rest, **named)
 

@@ -1,6 +1,6 @@
 """The pass in which pairs learn, compiled for a Hopper that is not here: Gluon's names change with Triton's versions.
 
-Its results are compared with those of its steps on a card (tests/gpu/test_learn.py).
+Its results are compared with those of its steps on a card (tests/gpu/test_lora_backward.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels.hopper import lora_backward
-from octavo.ops.lora_backward import ROWS, LoraOperands, hopper_tile
+from octavo.kernels.lora_tiles import ROWS, hopper_tile
+from octavo.ops.lora_backward import LoraOperands
 
 x, dy, t = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in ({parts} * 512, 512, {parts} * {rank}))
 columns, stages = hopper_tile(x, dy, LoraOperands(t, None, t[:, :{rank}]))

@@ -1,6 +1,6 @@
 """The product for Hopper, compiled for a card that is not here: Gluon's names change between versions of Triton.
 
-Its results are compared with the definition on a card (tests/ops/test_twins.py).
+Its results are compared with the definition on a card (tests/kernels/test_parity.py).
 """
 
 from __future__ import annotations

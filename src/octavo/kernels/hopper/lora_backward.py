@@ -23,27 +23,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.lora_tiles import ROWS, PartialSums, Tile
 from octavo.kernels.matmul8 import readable
 from octavo.kernels.pointwise import _gate, _gelu_slope, _sigmoid
-from octavo.ops.lora_backward import ROWS, LoraOperands, PartialSums
+from octavo.ops.lora_backward import LoraOperands
 
 WIDE = gl.NVMMASharedLayout(128, 16, 2)
 
 
-def lora_backward_into(
-    x: Tensor, dy: Tensor, sides: LoraOperands, sums: PartialSums, columns: int, stages: int
-) -> None:
-    """Launches programs of `columns` and `stages`: SwiGLU if x (M, 2F) is twice as wide as dy (M, F), else GELU."""
+def lora_backward_into(x: Tensor, dy: Tensor, operands: LoraOperands, sums: PartialSums, tile: Tile) -> None:
+    """Writes partial sums and, over x, dx: of SwiGLU if x (M, 2F) is twice as wide as dy (M, F), else of GELU."""
+    columns, stages = tile
     (m, f), parts = dy.shape, x.shape[1] // dy.shape[1]
-    rank, behind, splits = sides.t.shape[1] // parts, sides.after.shape[1], len(sums.b)
+    rank, behind, splits = operands.t.shape[1] // parts, operands.after.shape[1], len(sums.b)
     each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS
     r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, behind))
     xs = [_tiles(own, columns, WIDE) for own in x.chunk(parts, dim=1)]
-    ts = [_tiles(readable(own), r, thin(r)) for own in sides.t.chunk(parts, dim=1)]
-    bs = ts if sides.b is None else [_tiles(readable(own), r, thin(r), columns) for own in sides.b.chunk(parts)]
+    ts = [_tiles(readable(own), r, thin(r)) for own in operands.t.chunk(parts, dim=1)]
+    bs = ts if operands.b is None else [_tiles(readable(own), r, thin(r), columns) for own in operands.b.chunk(parts)]
     _learn[(triton.cdiv(f, columns), splits)](
         xs[0], xs[-1], _tiles(dy, columns, WIDE), ts[0], ts[-1], bs[0], bs[-1],
-        _tiles(readable(sides.after), q, thin(q)), sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
+        _tiles(readable(operands.after), q, thin(q)), sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
         rank, behind, parts, sums.t is not None, stages, num_warps=8,
     )  # fmt: skip
 
