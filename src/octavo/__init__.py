@@ -1,4 +1,10 @@
-"""octavo: fine-tune a large language model on your own text files, measured and yours."""
+"""octavo: fine-tune a large language model on your own text files, measured and yours.
+
+The functions are the commands of `octavo`, with the same options: help(octavo.finetune) lists them. They are imported
+at their first use.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from octavo._version import __version__
 from octavo.errors import (
@@ -9,17 +15,47 @@ from octavo.errors import (
     OctavoError,
     StoppedError,
     TrainingError,
+    UnknownOptionError,
     UsageError,
 )
+
+if TYPE_CHECKING:
+    from octavo.api import evaluate, finetune, generate, load, plan, quantize, serve
+    from octavo.api.language_model import LanguageModel
 
 __all__ = [
     "AdapterError",
     "CheckpointError",
     "DataError",
+    "LanguageModel",
     "ModelError",
     "OctavoError",
     "StoppedError",
     "TrainingError",
+    "UnknownOptionError",
     "UsageError",
     "__version__",
+    "evaluate",
+    "finetune",
+    "generate",
+    "load",
+    "plan",
+    "quantize",
+    "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LanguageModel":
+        from octavo.api.language_model import LanguageModel
+
+        return LanguageModel
+    if name in __all__:
+        from octavo import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

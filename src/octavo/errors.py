@@ -2,6 +2,7 @@
 
     OctavoError               exit code 1
     ├── UsageError            exit code 2: an invalid option or configuration key, a path that does not exist
+    │   └── UnknownOptionError    also a TypeError: a keyword argument that a function of the Python API does not have
     ├── DataError             a data file cannot be read; has the file and the line
     ├── ModelError            a model is missing, corrupt, unsafe or of an unknown architecture
     ├── AdapterError          an adapter does not match the model, or its files are corrupt
@@ -34,6 +35,10 @@ class UsageError(OctavoError, ValueError):
     """Invalid usage. Nothing was started."""
 
     exit_code = 2
+
+
+class UnknownOptionError(UsageError, TypeError):
+    """A function of the Python API has no option of this name. The hint has the most similar ones."""
 
 
 class DataError(OctavoError, ValueError):

@@ -115,11 +115,18 @@ def generate_text(config: Config, report: Report, *, write: Callable[[str], None
         ids.extend(prompt_ids(prompt, tokenizer, chat=options.chat))
         check_prompt(ids, max_len=len(ids) + 1)
 
-    speaker = open_speaker(config, report, before=encode)
+    return continuation(open_speaker(config, report, before=encode), ids, sampling, write=write)
+
+
+def continuation(
+    speaker: Speaker, prompt: Sequence[int], sampling: Sampling, *, write: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """The document of one answer to the token ids of a prompt; `write` gets the text token by token."""
     tokens = []
-    for token in answer(speaker.engine(max_len=len(ids) + sampling.max_new_tokens), ids, sampling):
+    for token in answer(speaker.engine(max_len=len(prompt) + sampling.max_new_tokens), prompt, sampling):
         tokens.append(token)
-        write(token.text)
+        if write:
+            write(token.text)
     return _document(tokens)
 
 

@@ -1,0 +1,114 @@
+"""The Python API: what `import octavo` offers. Each function is a command, with its options as keyword arguments.
+
+Options, defaults and checks are those of the command line (config/options.py); the results are the documents of
+`--json`. Errors are raised as on the command line: the classes of octavo.errors, and OSError of the system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Protocol, cast, overload
+
+from octavo.api.options import with_options
+from octavo.api.results import EvaluateResult, FinetuneResult, GenerateResult, PlanResult, QuantizeResult
+from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
+from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+from octavo.errors import UsageError
+from octavo.reporting import Report
+
+if TYPE_CHECKING:
+    from octavo.api.language_model import LanguageModel
+
+
+@with_options((ModelOptions, GenerateOptions), positional="model")
+def load(config: Config, quiet: bool) -> LanguageModel:
+    """Loads a model, with an adapter applied if one is given, to generate and to measure in this process.
+
+    The options of generation are the defaults of `LanguageModel.generate`.
+    """
+    from octavo.api.language_model import LanguageModel
+    from octavo.commands.generate import open_speaker
+
+    with Report(console=not quiet) as report:
+        speaker = open_speaker(config, report)
+    return LanguageModel(speaker.model, speaker.tokenizer, speaker.stop_ids, config[GenerateOptions])
+
+
+@with_options(FINETUNE)
+def finetune(config: Config, quiet: bool) -> FinetuneResult:
+    """Fine-tunes a model on text files. Writes a run folder with the adapter, metrics and a report."""
+    from octavo.commands.finetune import finetune as run
+
+    return cast(FinetuneResult, run(config, console=not quiet))
+
+
+@with_options(EVALUATE)
+def evaluate(config: Config, quiet: bool) -> EvaluateResult:
+    """Measures perplexity or lm-eval tasks of the base, quantized and tuned model, or compares schemes."""
+    from octavo.commands.evaluate import evaluate as run
+
+    with Report(console=not quiet) as report:
+        return cast(EvaluateResult, run(config, report))
+
+
+class _Generate(Protocol):
+    @overload
+    def __call__(self, prompt: str, **options: Any) -> GenerateResult: ...
+    @overload
+    def __call__(self, *, prompts: str | os.PathLike[str], **options: Any) -> list[dict[str, Any]]: ...
+    @overload
+    def __call__(self, **options: Any) -> GenerateResult: ...
+
+
+def _generate(config: Config, quiet: bool) -> GenerateResult | list[dict[str, Any]]:
+    """Continues a text. With `prompts` the result is a list: the lines of the file with their answers.
+
+    Each call loads the model: `octavo.load` loads it once for several.
+    """
+    from octavo.commands.generate import generate_many, generate_text
+
+    with Report(console=not quiet) as report:
+        if config[PromptOptions].prompts is not None:
+            lines: list[str] = []
+            generate_many(config, report, write=lines.append)
+            return [json.loads(line) for line in lines]
+        if config[PromptOptions].prompt is None:
+            raise UsageError("There is no prompt.", hint="Give prompt or prompts.")
+        return cast(GenerateResult, generate_text(config, report, write=lambda _: None))
+
+
+generate = cast(_Generate, with_options(GENERATE, positional="prompt", name="generate")(_generate))
+
+
+@with_options(PLAN)
+def plan(config: Config, quiet: bool) -> PlanResult:
+    """Estimates the GPU memory of a fine-tuning run, without reading weights."""
+    from octavo.commands.plan import plan as run
+
+    with Report(console=not quiet) as report:
+        return cast(PlanResult, run(config, report))
+
+
+@with_options(QUANTIZE)
+def quantize(config: Config, quiet: bool) -> QuantizeResult:
+    """Quantizes a model and writes it to a folder that loads without the original."""
+    from octavo.commands.quantize import quantize as run
+
+    with Report(console=not quiet) as report:
+        return cast(QuantizeResult, run(config, report))
+
+
+@with_options(SERVE)
+def serve(config: Config, quiet: bool) -> None:
+    """Serves a model and its adapters over HTTP with OpenAI's API, until SIGTERM, SIGHUP or Ctrl-C.
+
+    Call it in the main thread, which alone receives signals. A message on stderr has the URL.
+    """
+    from octavo.server.serve import serve as run
+
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("octavo.serve needs the main thread, for the signals that end it.")
+    with Report(console=not quiet) as report:
+        run(config, report, listening=lambda _: None)

@@ -1,0 +1,85 @@
+"""A loaded model with its tokenizer: generation and perplexity in this process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from octavo.api.options import described_options, document, options_of, signature_of
+from octavo.api.results import GenerateResult, Score
+from octavo.commands.data import to_text
+from octavo.commands.generate import Speaker, continuation, prompt_ids, sampling_of
+from octavo.config import Config, GenerateOptions, TextOptions
+from octavo.data.bytes import target_bytes
+from octavo.data.documents import Reading
+from octavo.data.records import from_text
+from octavo.errors import UsageError
+from octavo.infer.generate import check_prompt
+from octavo.metrics import score
+from octavo.models import Decoder
+from octavo.reporting import Report
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_HINT = "help(octavo.LanguageModel.generate) lists the options."
+ROWS = 8  # packed rows that are scored at once
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LanguageModel:
+    """A model that `octavo.load` returns.
+
+    `decoder` is the PyTorch module, with the adapter applied: `decoder(ids)` are the logits (B, T, V) of token ids
+    (B, T). `options` are the defaults of `generate`.
+    """
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: tuple[int, ...]
+    options: GenerateOptions
+
+    def __repr__(self) -> str:
+        family, c = type(self.decoder.config).__module__.rpartition(".")[2], self.decoder.config
+        return f"LanguageModel({family}, {c.layers} layers, width {c.width}, vocabulary {c.vocabulary:,})"
+
+    def generate(self, prompt: str, *, chat: bool = False, **options: Any) -> GenerateResult:
+        """Continues a text, or answers it as a user's message with `chat`."""
+        named = options_of(options, [name for name, _ in _OPTIONS], function="LanguageModel.generate")
+        values = {**self.options.model_dump(), **named}
+        chosen = Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions]
+        ids = prompt_ids(prompt, self.tokenizer, chat=chat)
+        check_prompt(ids, max_len=len(ids) + 1)
+        speaker = Speaker(self.decoder, self.tokenizer, self.stop_ids)
+        return cast(GenerateResult, continuation(speaker, ids, sampling_of(chosen)))
+
+    def evaluate(self, text: str | Sequence[str], *, seq_len: int | None = None) -> Score:
+        """Perplexity and bits per byte of a text, or of several documents, packed into rows of `seq_len` tokens.
+
+        The default is that of `octavo evaluate`, at most the model's context. UsageError without a token to predict.
+        """
+        context = self.decoder.config.context
+        length = min(TextOptions().seq_len, context) if seq_len is None else seq_len
+        if length > context:
+            raise UsageError(f"seq_len {length:,} is more than the model's context of {context:,} tokens.")
+        texts = [text] if isinstance(text, str) else list(text)
+        reading = Reading([from_text(each, source=f"text {number}", line=0) for number, each in enumerate(texts, 1)])
+        options = Config.read((TextOptions,), {"seq_len": length}, shown=str)[TextOptions]
+        with Report(console=False) as report:
+            rows = to_text(reading, options, self.tokenizer, report).measurable(0)
+        if not rows:
+            raise UsageError("The text has no token to evaluate.")
+        result = score(self.decoder, rows, n_bytes=target_bytes(rows, self.tokenizer), batch_size=ROWS)
+        return {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+
+    def perplexity(self, text: str | Sequence[str], *, seq_len: int | None = None) -> float:
+        """e to the mean loss of a token of a text or of several documents; see `evaluate`."""
+        return self.evaluate(text, seq_len=seq_len)["perplexity"]
+
+
+_OPTIONS = [(name, field) for name, field in GenerateOptions.model_fields.items() if name != "adapter"]
+_OWN = list(inspect.signature(LanguageModel.generate).parameters.values())[:3]  # self, prompt, chat
+_GENERATE = signature_of(_OPTIONS, before=_OWN, returns=GenerateResult)
+document(LanguageModel.generate, _GENERATE, described_options(_OPTIONS))

@@ -1,0 +1,99 @@
+"""The documents that commands return, the same as with `--json` on the command line. NaN is null there."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class Score(TypedDict):
+    """How well a model predicts a text. `tokens` are those that were predicted."""
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+class NamedScore(Score):
+    """A row of the table of scores: "base", "quantised" or "tuned" under a scheme, the latter with its adapter.
+
+    `size_bytes` are the frozen weights; `also_in_training` is the fraction of the held-out text that also occurs in
+    the training text.
+    """
+
+    name: str
+    scheme: str
+    adapter: str | None
+    size_bytes: NotRequired[int]
+    also_in_training: NotRequired[float]
+
+
+class FinetuneResult(TypedDict):
+    """A run. `adapter` is None, and `rows` are those of the base, if it stopped before its last step."""
+
+    out: str
+    adapter: str | None
+    report: str
+    steps: int
+    loss: float | None
+    best_step: int | None
+    rows: list[NamedScore]
+    held_out: dict[str, Any] | None
+    peak_memory_bytes: int
+
+
+class EvaluateResult(TypedDict):
+    """Scores of the base and the tuned model; with `tasks` the results of lm-evaluation-harness too."""
+
+    rows: list[NamedScore]
+    tasks: NotRequired[list[dict[str, Any]]]
+
+
+class GenerateResult(TypedDict):
+    """One answer. `finish_reason` is "stop" or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+class PlanRow(TypedDict):
+    """The plan of a scheme: peak memory (`least_gib`: of the plan with the least), and time if the GPU is known."""
+
+    scheme: str
+    fits: bool
+    peak_bytes: int
+    peak_gib: float
+    least_gib: float
+    host_gib: float
+    rows: int
+    layers_all: int
+    layers_attention: int
+    weights_transposed: bool
+    seconds: float | None
+    tokens_per_second: float | None
+
+
+class PlanResult(TypedDict):
+    """The memory budget and the plan of each scheme."""
+
+    budget_bytes: int
+    gpu: str | None
+    plans: list[PlanRow]
+
+
+class WrittenWeight(TypedDict):
+    """A frozen weight as written; `error` is ||W - W'|| / ||W||."""
+
+    name: str
+    shape: list[int]
+    bytes: int
+    error: float
+
+
+class QuantizeResult(TypedDict):
+    """A written folder and its frozen weights."""
+
+    out: str
+    scheme: str
+    bytes: int
+    layers: list[WrittenWeight]

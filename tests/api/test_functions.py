@@ -1,0 +1,256 @@
+"""The functions of the Python API: signatures from the options, checks, and the results of the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
+
+import pytest
+from tests.conftest import Octavo
+from tests.forks import Forks
+
+import octavo as api
+from octavo.api import results
+from octavo.config import Config, GenerateOptions, ModelOptions, fields
+from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+
+FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
+    "finetune": FINETUNE,
+    "evaluate": EVALUATE,
+    "generate": GENERATE,
+    "plan": PLAN,
+    "quantize": QUANTIZE,
+    "serve": SERVE,
+    "load": (ModelOptions, GenerateOptions),
+}
+OWN = {"config": None, "quiet": False}
+
+
+def plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_signature_has_every_option_of_the_command_with_its_default(name: str) -> None:
+    sections = FUNCTIONS[name]
+    parameters = inspect.signature(getattr(api, name)).parameters
+    config = Config.read(sections, {})
+    defaults = {key: plain(value) for kind in sections for key, value in config[kind].model_dump().items()}
+    assert {key: each.default for key, each in parameters.items()} == defaults | OWN
+    assert {key: each.annotation for key, each in parameters.items() if key not in OWN} == {
+        key: field.annotation for key, field in fields(sections)
+    }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_help_has_every_option_with_its_text(name: str) -> None:
+    text = getattr(api, name).__doc__
+    for key, field in fields(FUNCTIONS[name]):
+        beginning = str(field.description).partition("--")[0]
+        assert f"    {key}: {beginning}" in text
+    assert "--" not in text  # a flag is a keyword here
+
+
+def test_signatures_and_help_do_not_import_pytorch() -> None:
+    code = (
+        "import inspect, pydoc, sys, octavo\n"
+        "for name in dir(octavo):\n"
+        "    if name != 'LanguageModel' and callable(getattr(octavo, name)):\n"
+        "        inspect.signature(getattr(octavo, name)), pydoc.render_doc(getattr(octavo, name))\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_an_unknown_option_names_similar_ones() -> None:
+    with pytest.raises(api.UnknownOptionError, match=r"octavo\.finetune has no option 'learning_rte'") as caught:
+        api.finetune(learning_rte=1e-3)
+    assert caught.value.hint == "help(octavo.finetune) lists the options."
+    with pytest.raises(TypeError, match="Did you mean test_data"):
+        api.finetune(tests_data="x")
+    with pytest.raises(api.UsageError, match="Did you mean seq_len"):
+        api.plan(seqlen=8)
+    with pytest.raises(api.UnknownOptionError, match=r"octavo\.evaluate has no option 'out'"):
+        api.evaluate(out="x")  # an option of another command
+
+
+def test_options_have_names_except_the_first_of_some() -> None:
+    with pytest.raises(TypeError, match=r"octavo\.finetune takes options by their names only"):
+        api.finetune("smollm2")
+    with pytest.raises(TypeError, match=r"octavo\.load takes only model without its name"):
+        api.load("smollm2", "adapter")
+    with pytest.raises(TypeError, match=r"octavo\.load takes only model without its name, once"):
+        api.load("smollm2", model="smollm2")
+
+
+def test_an_invalid_value_is_named_as_it_was_written() -> None:
+    with pytest.raises(api.UsageError, match=r"^seq_len: must be greater than or equal to 2, not 1\.\n") as caught:
+        api.finetune(seq_len=1)
+    assert "--" not in str(caught.value)
+    assert caught.value.hint == "help(octavo.finetune) lists the options."
+    with pytest.raises(ValueError, match="scheme: must be 'auto', 'none'"):
+        api.load(scheme="int3")
+    with pytest.raises(api.UsageError, match="There is no prompt"):
+        api.generate()
+
+
+def test_settings_come_from_a_file_and_keywords_have_precedence(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"model: {tiny_llama}\nmax_new_tokens: 3\ntemperature: 0\n")
+    assert len(api.generate("the king", config=file, quiet=True)["token_ids"]) <= 3
+    assert len(api.generate("the king", config=str(file), max_new_tokens=1, quiet=True)["token_ids"]) == 1
+
+
+def assert_typed(value: Any, kind: Any) -> None:
+    """The document has exactly the keys of its TypedDict, and values of their types."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is NotRequired:
+        assert_typed(value, arguments[0])
+    elif is_typeddict(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        required = {key for key, hint in hints.items() if get_origin(hint) is not NotRequired}
+        assert required <= value.keys() <= hints.keys(), (kind, value.keys())
+        for key, each in value.items():
+            assert_typed(each, hints[key])
+    elif origin is list:
+        assert isinstance(value, list)
+        for each in value:
+            assert_typed(each, arguments[0])
+    elif origin in (UnionType,):
+        if value is not None:
+            assert_typed(value, next(each for each in arguments if each is not NoneType))
+    else:
+        assert isinstance(value, origin or kind), (value, kind)
+
+
+def arguments_of(options: Mapping[str, Any]) -> list[str]:
+    """The options as flags."""
+    flags = []
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            flags += [f"--{name.replace('_', '-')}", str(each)]
+    return flags
+
+
+Options = Callable[[Path, Path, Path], dict[str, Any]]
+CALLS: dict[str, tuple[str, Options, Any]] = {
+    "scores": (
+        "evaluate",
+        lambda model, plays, _: {"data": [plays / "test"], "seq_len": 64, "compare": ["none", "int8"]},
+        results.EvaluateResult,
+    ),
+    "tuned": (
+        "evaluate",
+        lambda model, plays, adapter: {"data": [plays / "test"], "seq_len": 64, "adapter": adapter},
+        results.EvaluateResult,
+    ),
+    "an answer": (
+        "generate",
+        lambda *_: {"prompt": "the king", "temperature": 0.7, "seed": 3, "max_new_tokens": 9},
+        results.GenerateResult,
+    ),
+    "a plan": ("plan", lambda *_: {"gpu_memory": "1GiB", "gpu": "RTX 3060", "seq_len": 64}, results.PlanResult),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_the_result_is_the_document_of_the_command_line(
+    case: str, tiny_llama: Path, plays: Path, adapter_folder: Path, octavo: Octavo
+) -> None:
+    name, options_of, kind = CALLS[case]
+    options = {"model": tiny_llama, **options_of(tiny_llama, plays, adapter_folder)}
+    found = getattr(api, name)(**options, quiet=True)
+    shown = octavo(name, *arguments_of(options), "--json")
+    assert shown.code == 0, shown.err
+    assert json.loads(json.dumps(found)) == shown.json
+    assert_typed(found, kind)
+
+
+def test_a_quantized_folder_is_that_of_the_command_line(tiny_llama: Path, tmp_path: Path, octavo: Octavo) -> None:
+    found = api.quantize(model=tiny_llama, scheme="nf4", out=tmp_path / "here", quiet=True)
+    assert_typed(found, results.QuantizeResult)
+    shown = octavo("quantize", "--model", tiny_llama, "--scheme", "nf4", "--out", tmp_path / "there", "--json")
+    assert {**found, "out": ""} == {**shown.json, "out": ""}
+    names = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert "model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+
+
+@pytest.fixture
+def short_run(tiny_llama: Path, plays: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": tiny_llama, "data": [plays / "train"], "test_data": plays / "test", "out": tmp_path / "run",
+        "seq_len": 32, "steps": 4, "lr": 0.03, "rank": 2, "sample_tokens": 2,
+    }  # fmt: skip
+
+
+def test_a_stopped_run_is_resumed_with_its_settings(
+    short_run: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stopped = api.finetune(**short_run, stop_after=2, quiet=True)
+    assert_typed(stopped, results.FinetuneResult)
+    assert (stopped["steps"], stopped["adapter"]) == (2, None)
+    whole = api.finetune(out=tmp_path / "run", resume=True, stop_after=None, quiet=True)
+    assert_typed(whole, results.FinetuneResult)
+    assert whole["steps"] == 4
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert capfd.readouterr() == ("", "")
+    api.finetune(**{**short_run, "out": tmp_path / "other", "steps": 1})
+    shown = capfd.readouterr()
+    assert "Training" in shown.err  # progress and messages
+    assert shown.out == ""
+
+
+def test_prompts_of_a_file_are_answered_in_order(tiny_llama: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "the king", "id": 1}, {"prompt": "to the sea", "max_new_tokens": 2}]
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    options: dict[str, Any] = {"model": tiny_llama, "temperature": 0, "max_new_tokens": 4, "quiet": True}
+    answers = api.generate(prompts=tmp_path / "prompts.jsonl", **options)
+    assert [{key: answer[key] for key in line} for answer, line in zip(answers, lines, strict=True)] == lines
+    assert answers[0]["token_ids"] == api.generate("the king", **options)["token_ids"]
+    assert len(answers[1]["token_ids"]) <= 2
+
+
+def test_a_server_is_only_for_the_main_thread() -> None:
+    caught: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            api.serve()
+        except api.UsageError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(caught[0])
+
+
+def test_a_server_serves_until_a_signal(tiny_llama: Path, adapter_folder: Path, forks: Forks) -> None:
+    program = (
+        "import sys, octavo\n"
+        "octavo.serve(model=sys.argv[1], adapter=['mine=' + sys.argv[2]], port=0, max_model_len=64)\n"
+        "print('served')"
+    )
+    process = forks.run(program, tiny_llama, adapter_folder)
+    for line in process.stderr:
+        if match := re.search(r"on (http://\S+):(\d+):", line):
+            break
+    assert match is not None
+    with urllib.request.urlopen(f"{match[1]}:{match[2]}/v1/models") as response:
+        assert {model["id"] for model in json.load(response)["data"]} == {tiny_llama.name, "mine"}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert process.stdout.read() == "served\n"

@@ -1,0 +1,88 @@
+"""`octavo.load`: the decoder, generation and perplexity are those of the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import octavo
+from octavo import LanguageModel
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> LanguageModel:
+    loaded = octavo.load(tiny_llama, scheme="none", dtype="float32", max_new_tokens=6, temperature=0, quiet=True)
+    assert isinstance(loaded, LanguageModel)
+    return loaded
+
+
+def test_the_decoder_has_the_logits_of_transformers(model: LanguageModel, tiny_llama: Path) -> None:
+    ids = torch.tensor([model.tokenizer("the king spoke to the queen")["input_ids"]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits
+        torch.testing.assert_close(model.decoder(ids), expected, rtol=0, atol=1e-5)
+    assert repr(model) == "LanguageModel(llama, 2 layers, width 32, vocabulary 300)"
+
+
+def test_an_adapter_and_a_scheme_are_those_of_the_command(
+    model: LanguageModel, tiny_llama: Path, adapter_folder: Path
+) -> None:
+    tuned = octavo.load(tiny_llama, adapter=adapter_folder, scheme="int8", quiet=True)
+    ids = torch.tensor([tuned.tokenizer("the king spoke to the queen")["input_ids"]])
+    with torch.no_grad():
+        assert (tuned.decoder(ids) - model.decoder(ids)).abs().max() > 0.1
+    assert tuned.decoder.embed.matrix.scheme.name == "int8"
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 5, "max_new_tokens": 12}
+    wanted = octavo.generate("the king", model=tiny_llama, adapter=adapter_folder, scheme="int8", quiet=True, **options)
+    assert tuned.generate("the king", **options) == wanted
+
+
+def test_the_options_of_load_are_the_defaults_of_generate(model: LanguageModel, tiny_llama: Path) -> None:
+    first = model.generate("the king")
+    assert first == model.generate("the king")
+    assert len(first["token_ids"]) == 6
+    assert len(model.generate("the king", max_new_tokens=2)["token_ids"]) == 2
+    assert model.generate("the king", temperature=2.0, seed=1) != first
+    chat = octavo.generate(
+        "the king", model=tiny_llama, scheme="none", dtype="float32", chat=True, max_new_tokens=6, temperature=0,
+        quiet=True,
+    )  # fmt: skip
+    assert model.generate("the king", chat=True) == chat != first
+
+
+def test_wrong_options_of_generate_are_errors(model: LanguageModel) -> None:
+    with pytest.raises(octavo.UnknownOptionError, match="Did you mean max_new_tokens"):
+        model.generate("x", max_tokens=3)
+    with pytest.raises(octavo.UnknownOptionError, match="no option 'adapter'"):
+        model.generate("x", adapter="y")
+    with pytest.raises(octavo.UsageError, match="top_p: must be less than or equal to 1, not 2"):
+        model.generate("x", top_p=2)
+
+
+@pytest.mark.parametrize("seq_len", [None, 16])
+def test_perplexity_is_that_of_the_command(
+    seq_len: int | None, model: LanguageModel, tiny_llama: Path, plays: Path
+) -> None:
+    files = sorted((plays / "train").iterdir())[:3]
+    table = octavo.evaluate(
+        model=tiny_llama, data=files, scheme="none", dtype="float32", seq_len=seq_len or 128, quiet=True
+    )
+    texts = [file.read_text() for file in files]
+    found = model.evaluate(texts, seq_len=seq_len)
+    wanted = table["rows"][0]
+    assert found["tokens"] == wanted["tokens"]
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-5)
+    assert model.perplexity(texts, seq_len=seq_len) == found["perplexity"]
+    assert model.perplexity(texts[0]) != found["perplexity"]
+
+
+def test_texts_that_cannot_be_measured_are_errors(model: LanguageModel) -> None:
+    with pytest.raises(octavo.UsageError, match="no token to evaluate"):
+        model.perplexity("")
+    with pytest.raises(octavo.UsageError, match="more than the model's context of 128 tokens"):
+        model.perplexity("the king", seq_len=129)
