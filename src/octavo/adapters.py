@@ -124,20 +124,54 @@ def collect(model: Decoder, spec: LoraSpec, *, origin: Mapping[str, Any] | None 
         lora = _lora(entry)
         if lora is not None:
             loras[entry.name] = (lora.a, _to_checkpoint(entry, lora.b), lora.scaling)
-        if isinstance(entry.layer, FrozenLinear):
-            bias = entry.parameter("bias")
-            shared_bias = entry.layer.bias  # of all linears that share the matrix
-            if bias is not None and shared_bias is not None and shared_bias.requires_grad and lora is not None:
-                full[f"{entry.name}.bias"] = _to_checkpoint(entry, bias)
-        elif isinstance(entry.layer, FrozenEmbedding):
-            if lora is not None:
+            if isinstance(entry.layer, FrozenEmbedding):
                 embeddings.add(entry.name)
-        else:
-            for kind, parameter in entry.layer.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    full[f"{entry.name}.{kind}"] = parameter
+        for key, tensor in _trained_in_full(entry):
+            full[key] = _to_checkpoint(entry, tensor)
     adapter = Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
     return renamed(adapter, {entry.name: entry.module for entry in entries.values()})
+
+
+def copied(adapter: Adapter) -> Adapter:
+    """A copy of `adapter` on the CPU, which training does not change."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().clone()
+
+    lora = {name: (copy(a), copy(b), scaling) for name, (a, b, scaling) in adapter.lora.items()}
+    return replace(adapter, lora=lora, full={key: copy(tensor) for key, tensor in adapter.full.items()})
+
+
+@torch.no_grad()
+def restore_(model: Decoder, adapter: Adapter) -> None:
+    """Copies a collected adapter into the trained parameters of `model`, which stay where they are.
+
+    They may be views of flat buffers. AdapterError if the adapter lacks one of them, or has it in another shape.
+    """
+    entries = weight_entries(model)
+    adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
+    for entry in entries.values():
+        parts = [(key, target, adapter.full.get(key), entry.order) for key, target in _trained_in_full(entry)]
+        if (lora := _lora(entry)) is not None:
+            a, b, _ = adapter.lora.get(entry.name, (None, None, None))
+            parts += [(f"{entry.name}.lora_A", lora.a, a, None), (f"{entry.name}.lora_B", lora.b, b, entry.order)]
+        for key, target, stored, order in parts:
+            if stored is None or stored.shape != target.shape:
+                raise AdapterError(f"The adapter has no {key} of shape {tuple(target.shape)}.")
+            target.copy_(stored if order is None else order.from_checkpoint(stored))
+
+
+def _trained_in_full(entry: WeightEntry) -> list[tuple[str, Tensor]]:
+    """The trained norm or bias of an entry: NAME.weight and NAME.bias, each a view of the parameter."""
+    if isinstance(entry.layer, FrozenLinear):
+        bias = entry.parameter("bias")
+        shared_bias = entry.layer.bias  # of all linears that share the matrix
+        if bias is None or shared_bias is None or not shared_bias.requires_grad or _lora(entry) is None:
+            return []
+        return [(f"{entry.name}.bias", bias)]
+    if isinstance(entry.layer, FrozenEmbedding):
+        return []
+    return [(f"{entry.name}.{kind}", p) for kind, p in entry.layer.named_parameters(recurse=False) if p.requires_grad]
 
 
 def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from hypothesis import strategies as st
 
 from octavo.atomic import sweep
 from octavo.errors import CheckpointError
+from octavo.layers.lora import LoraSpec
 from octavo.runs import checkpoint, checkpoint_folder
-from octavo.store import files
+from octavo.runs.checkpoint import Contents
+from octavo.store import files, peft
+from octavo.store.peft import Adapter
 
 
 def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors that a run may have: overlapping views of one flat buffer, rare types, no dimensions, no elements."""
     flat = torch.arange(12, dtype=torch.float32) + step
-    adapter = {"a": flat[:8].view(2, 4), "b": flat[4:], "b.T": flat.view(3, 4).t()}
+    views = {"a": flat[:8].view(2, 4), "b": flat[4:], "b.T": flat.view(3, 4).t()}
     rare = {
         "bf16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
         "codes": torch.arange(256, dtype=torch.uint8),
@@ -35,11 +39,19 @@ def tensors_of(step: int) -> dict[str, dict[str, torch.Tensor]]:
         "none": torch.empty(0, 3),
         "flags": torch.tensor([True, False]),
     }
-    return {"adapter": adapter, "optimizer": rare}
+    return {"views": views, "optimizer": rare}
+
+
+def adapter_of(step: int) -> Callable[[Path], None]:
+    """An adapter of one linear with values that tell the step."""
+    pair = torch.full((1, 3), float(step)), torch.full((4, 1), float(step)), 2.0
+    adapter = Adapter(LoraSpec(1, 2.0), {"model.layers.0.q_proj": pair}, {}, {"step": step})
+    return partial(peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", card="#\n")
 
 
 def save(folder: Path, step: int, **options: Any) -> Path:
-    return checkpoint.save(folder, step, tensors=tensors_of(step), state={"step": step}, **options)
+    contents = Contents(tensors_of(step), {"step": step}, {"adapter": adapter_of(step)})
+    return checkpoint.save(folder, step, contents, **options)
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
@@ -48,6 +60,7 @@ def newest(folder: Path) -> checkpoint.Checkpoint:
     assert found is not None
     assert found.state == {"step": found.step}
     assert int(found.tensors["optimizer"]["count"]) == found.step
+    assert found.adapter().lora["model.layers.0.q_proj"][0].eq(found.step).all()
     return found
 
 
@@ -58,7 +71,7 @@ def steps(folder: Path) -> list[int]:
 def test_tensors_and_state_round_trip(tmp_path: Path) -> None:
     generator = random.Random(5)
     state = {"random": generator.getstate(), "huge": 2**200, "nested": {"é": [1.5, None, True, 1e-300]}}
-    path = checkpoint.save(tmp_path, 40, tensors=tensors_of(40), state=state)
+    path = checkpoint.save(tmp_path, 40, Contents(tensors_of(40), state))
     assert path == tmp_path / "step-00000040"
     assert (tmp_path / "latest").read_text() == "step-00000040\n"
     found = checkpoint.newest(tmp_path, warn=pytest.fail)
@@ -87,8 +100,40 @@ def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
         path = save(tmp_path, 1)
     finally:
         os.umask(before)
-    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()}
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.rglob("*") if file.is_file()}
     assert set(modes.values()) == {0o640}, modes
+
+
+SAVED = [
+    "adapter/README.md",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/octavo.json",
+    "optimizer.safetensors",
+    "state.json",
+    "views.safetensors",
+]
+
+
+def test_the_manifest_lists_every_file_at_any_depth(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"], list(manifest["files"])) == (2, 10, SAVED)
+    for name, entry in manifest["files"].items():
+        assert entry == {"size_bytes": (path / name).stat().st_size, "sha256": files.sha256_of(path / name)}
+
+
+def test_an_adapter_of_a_checkpoint_is_a_folder_of_peft(tmp_path: Path) -> None:
+    contents = Contents({}, {}, {"adapter": adapter_of(3), "best": adapter_of(2)})
+    checkpoint.save(tmp_path, 3, contents)
+    found = checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert found is not None
+    for name, step in (("adapter", 3), ("best", 2)):
+        assert found.adapter(name).lora["model.layers.0.q_proj"][1].eq(step).all()
+        assert found.adapter(name).origin["step"] == step
+    assert found.tensors == {}
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        found.adapter("third")
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,7 +143,7 @@ def test_a_flipped_bit_is_detected_and_the_earlier_checkpoint_is_loaded(tmp_path
     shutil.rmtree(folder, ignore_errors=True)
     save(folder, 10)
     path = save(folder, 20)
-    file = path / data.draw(st.sampled_from(["adapter.safetensors", "optimizer.safetensors", "state.json"]))
+    file = path / data.draw(st.sampled_from(SAVED))
     content = bytearray(file.read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
@@ -112,8 +157,11 @@ def test_a_flipped_bit_is_detected_and_the_earlier_checkpoint_is_loaded(tmp_path
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "shorter": lambda path: os.truncate(path / "adapter.safetensors", 100),
+    "shorter": lambda path: os.truncate(path / "views.safetensors", 100),
     "empty": lambda path: os.truncate(path / "state.json", 0),
+    "adapter shorter": lambda path: os.truncate(path / "adapter" / "adapter_model.safetensors", 50),
+    "adapter gone": lambda path: shutil.rmtree(path / "adapter"),
+    "adapter of another step": lambda path: replace_adapter(path),
     "file gone": lambda path: (path / "optimizer.safetensors").unlink(),
     "manifest gone": lambda path: (path / "manifest.json").unlink(),
     "manifest cut": lambda path: os.truncate(path / "manifest.json", 50),
@@ -123,7 +171,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest bytes": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"),
     "another's manifest": lambda path: shutil.copy(path.parent / "step-00000010/manifest.json", path),
     "another's files": lambda path: shutil.copytree(path.parent / "step-00000010", path, dirs_exist_ok=True),
-    "outside": lambda path: list_in_manifest(path, path.parent / "latest"),
+    "outside": lambda path: list_in_manifest(path, "../latest"),
+    "outside from within": lambda path: list_in_manifest(path, "adapter/../../latest"),
+    "absolute": lambda path: list_in_manifest(path, str(path.parent / "latest")),
 }
 
 
@@ -132,10 +182,15 @@ def change_manifest(path: Path, **values: Any) -> None:
     (path / "manifest.json").write_text(json.dumps({**manifest, **values}))
 
 
-def list_in_manifest(path: Path, other: Path) -> None:
-    entry = {"size_bytes": other.stat().st_size, "sha256": files.sha256_of(other)}
+def list_in_manifest(path: Path, name: str) -> None:
+    entry = {"size_bytes": (path / name).stat().st_size, "sha256": files.sha256_of(path / name)}
     listed = json.loads((path / "manifest.json").read_text())["files"]
-    change_manifest(path, files={**listed, f"../{other.name}": entry})
+    change_manifest(path, files={**listed, name: entry})
+
+
+def replace_adapter(path: Path) -> None:
+    shutil.rmtree(path / "adapter")
+    shutil.copytree(path.parent / "step-00000010" / "adapter", path / "adapter")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -185,9 +240,9 @@ def test_the_newest_and_the_protected_steps_are_kept(tmp_path: Path) -> None:
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 3, tensors={"old": {"x": torch.zeros(3)}}, state={"step": -1})
+    checkpoint.save(tmp_path, 3, Contents({"old": {"x": torch.zeros(3)}}, {"step": -1}))
     save(tmp_path, 3)
-    assert newest(tmp_path).tensors.keys() == {"adapter", "optimizer"}
+    assert newest(tmp_path).tensors.keys() == {"views", "optimizer"}
     assert steps(tmp_path) == [3]
 
 

@@ -27,8 +27,14 @@ from octavo.store import files
 
 
 def save(folder: Path, step: int, *, keep: int = 2) -> Path:
-    tensors = {"adapter": {"count": torch.tensor(step)}, "optimizer": {"count": torch.tensor(step)}}
-    return checkpoint.save(folder, step, tensors=tensors, state={"step": step}, keep=keep)
+    tensors = {"probe": {"count": torch.tensor(step)}, "optimizer": {"count": torch.tensor(step)}}
+
+    def fill(adapter: Path) -> None:
+        (adapter / "deep").mkdir()
+        (adapter / "deep" / "step.txt").write_text(str(step))
+
+    contents = checkpoint.Contents(tensors, {"step": step}, {"adapter": fill})
+    return checkpoint.save(folder, step, contents, keep=keep)
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
@@ -37,6 +43,7 @@ def newest(folder: Path) -> checkpoint.Checkpoint:
     assert found is not None
     assert found.state == {"step": found.step}
     assert {int(group["count"]) for group in found.tensors.values()} == {found.step}
+    assert (found.path / "adapter" / "deep" / "step.txt").read_text() == str(found.step)
     return found
 
 
@@ -166,7 +173,7 @@ def test_a_size_limit_reached_within_a_file_is_a_checkpoint_error(tmp_path: Path
     def child() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         with pytest.raises(CheckpointError, match="cannot be written"):
-            checkpoint.save(tmp_path, 2, tensors=big, state={})
+            checkpoint.save(tmp_path, 2, checkpoint.Contents(big, {}))
 
     assert os.waitpid(forked(child), 0)[1] == 0
     assert newest(tmp_path).step == 1

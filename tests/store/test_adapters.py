@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from octavo.adapters import AdapterPlan, apply_, collect, create_, save, select, trained
+from octavo.adapters import AdapterPlan, apply_, collect, copied, create_, restore_, save, select, trained
 from octavo.errors import AdapterError
-from octavo.layers.lora import LoraSpec
+from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.peft import Adapter, read, tensors_of
@@ -181,6 +181,49 @@ def test_an_adapter_read_back_is_the_same_and_can_be_trained_further(
     wanted, found = trained(model), trained(again)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_saved_adapter_is_restored_bit_for_bit_into_flat_buffers(
+    case: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    family, plan = PLANS[case]
+    model, other = tuned(folders[family], plan), model_of(folders[family])
+    create_(other, plan, seed=7)
+    write(tmp_path / "adapter", model, plan)
+    groups = flatten_(trained(other))
+    addresses = {name: parameter.data_ptr() for name, parameter in trained(other).items()}
+    restore_(other, read(tmp_path / "adapter"))
+    assert {name: parameter.data_ptr() for name, parameter in trained(other).items()} == addresses
+    assert trained(other).keys() == trained(model).keys()
+    for name, parameter in trained(model).items():
+        assert torch.equal(trained(other)[name], parameter), name
+    for group in groups:
+        values = torch.cat([trained(model)[name].reshape(-1) for name in group.names])
+        assert torch.equal(group.values, values)
+
+
+@pytest.mark.parametrize("case", ["norms", "biases", "neox norms and biases"])
+def test_an_adapter_that_lacks_a_trained_tensor_is_not_restored(case: str, folders: dict[str, Path]) -> None:
+    family, plan = PLANS[case]
+    model = tuned(folders[family], plan)
+    whole = copied(collect(model, plan.spec))
+    key = next(iter(whole.full))
+    tensor = whole.full[key]
+    missing = replace(whole, full={name: value for name, value in whole.full.items() if name != key})
+    for adapter in (missing, replace(whole, full={**whole.full, key: tensor[1:]})):
+        with pytest.raises(AdapterError, match=rf"no {key} of shape \({len(tensor)},\)"):
+            restore_(model, adapter)
+
+
+def test_a_copy_does_not_change_with_the_model(folders: dict[str, Path]) -> None:
+    family, plan = PLANS["norms"]
+    model = tuned(folders[family], plan)
+    copy, before = copied(collect(model, plan.spec)), tensors_of(collect(model, plan.spec))
+    shake_(iter(trained(model).values()))
+    assert {name: torch.equal(tensor, before[name]) for name, tensor in tensors_of(copy).items()} == dict.fromkeys(
+        before, True
+    )
 
 
 @pytest.mark.parametrize("case", PLANS)

@@ -1,6 +1,11 @@
 """Training checkpoints that survive kill -9, a full disk and a flipped bit.
 
-    step-00000040/   <name>.safetensors for each group of tensors, state.json, manifest.json
+    step-00000040/
+      adapter/           a folder in PEFT's format (store/peft.py), as the adapter of a finished run
+      NAME/              other adapters, in the same format
+      NAME.safetensors   a group of other tensors, e.g. the optimizer's state
+      state.json         everything else
+      manifest.json      runs/checkpoint_folder.py
 
 A checkpoint is written by atomic.new_folder: under a temporary name, forced to disk, read back against its manifest and
 renamed. So a folder named step-* is complete from the moment it exists. Loading trusts only the manifest (size and
@@ -13,18 +18,19 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load, save_file
+from torch import Tensor
 
 from octavo._version import __version__
 from octavo.atomic import atomic_write, new_folder, remove_folder
 from octavo.bounded_json import read_object
-from octavo.errors import CheckpointError
+from octavo.errors import AdapterError, CheckpointError
 from octavo.failures import cut, explained
 from octavo.runs.checkpoint_folder import (
     LATEST,
@@ -37,7 +43,23 @@ from octavo.runs.checkpoint_folder import (
     verify,
     write_manifest,
 )
+from octavo.store import peft
 from octavo.store.files import durable_write, json_bytes
+from octavo.store.peft import Adapter
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint is made of.
+
+    Each entry of `tensors` becomes one safetensors file, for any dtype, shape and shared memory, and each entry of
+    `adapters` a folder that its function fills. `state` must be JSON: numbers of any size, strings, lists, dicts with
+    string keys. Tuples are read back as lists.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    adapters: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,34 +68,37 @@ class Checkpoint:
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+
+    def adapter(self, name: str = "adapter") -> Adapter:
+        """One of its adapters. CheckpointError if it cannot be read."""
+        try:
+            return peft.read(self.path / name)
+        except AdapterError as error:
+            raise CheckpointError(error.message, hint=error.hint) from error
 
 
 def save(
     folder: Path,
     step: int,
+    contents: Contents,
     *,
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    state: Mapping[str, Any],
     keep: int = 2,
     protect: Collection[int] = (),
     warn: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Writes the checkpoint of `step` into `folder` and returns its path. It is durable on return.
 
-    Each entry of `tensors` becomes one safetensors file, for any dtype, shape and shared memory. `state` must be JSON:
-    numbers of any size, strings, lists, dicts with string keys. Tuples are read back as lists. Of this and the earlier
-    steps the newest `keep` are kept, and every step in `protect`.
-
-    `warn` gets a line if an old checkpoint cannot be deleted. Raises CheckpointError if this one cannot be written; the
-    earlier checkpoints are then untouched.
+    Of this and the earlier steps the newest `keep` are kept, and every step in `protect`. `warn` gets a line if an old
+    checkpoint cannot be deleted. Raises CheckpointError if this one cannot be written; the earlier checkpoints are then
+    untouched.
     """
     assert keep >= 1, "a save must not delete itself"
     target = folder_of(folder, step)
     try:
         with new_folder(target, replace=True, check=_read_back) as temporary:
-            _write(temporary, step, tensors, state)
+            _write(temporary, step, contents)
         atomic_write(folder / LATEST, f"{target.name}\n".encode())
     except (OSError, safetensors.SafetensorError) as error:
         known = explained(error)  # safetensors wraps errors of the operating system in a class of its own
@@ -97,9 +122,8 @@ def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     if path is None:
         return None
     # load() of bytes, since safetensors opens no path that is not UTF-8.
-    tensors = {
-        Path(name).stem: load((path / name).read_bytes()) for name in files_of(path) if name.endswith(".safetensors")
-    }
+    names = [Path(name) for name in files_of(path) if name.endswith(".safetensors") and "/" not in name]
+    tensors = {name.stem: load((path / name).read_bytes()) for name in names}
     state = read_object(path / STATE, error=CheckpointError, strict=False)  # allows NaN: losses of a diverged run
     return Checkpoint(step=step_of(path), path=path, tensors=tensors, state=state)
 
@@ -126,9 +150,12 @@ def check_identity(
     warn(message)
 
 
-def _write(path: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any]) -> None:
-    durable_write(path / STATE, json_bytes(dict(state)))
-    for stem, group in tensors.items():
+def _write(path: Path, step: int, contents: Contents) -> None:
+    durable_write(path / STATE, json_bytes(dict(contents.state)))
+    for name, fill in contents.adapters.items():
+        (path / name).mkdir()
+        fill(path / name)
+    for stem, group in contents.tensors.items():
         file = path / f"{stem}.safetensors"
         # safetensors rejects tensors that overlap in memory, as views of one flat buffer may: so copy them.
         save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()}, file)

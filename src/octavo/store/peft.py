@@ -123,19 +123,24 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, card: str) -> None:
-    """Writes `adapter` into `folder` atomically, replacing what is there.
+    """Writes `adapter` into `folder` atomically, replacing what is there. The arguments are those of `fill`."""
+    with new_folder(folder, replace=True) as temporary:
+        fill(temporary, adapter, modules=modules, biases=biases, base=base, card=card)
+
+
+def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, card: str) -> None:
+    """Writes the files of `adapter` into an existing folder, for a writer that makes the folder durable.
 
     `modules` are the names of all modules of its model, `biases` is True if the biases of its linears are trained,
     `base` names the model, and `card` is the text of README.md.
     """
-    with new_folder(folder, replace=True) as temporary:
-        tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
-        (temporary / CONFIG).write_bytes(json_bytes(config))
-        shutil.copymode(temporary / CONFIG, temporary / TENSORS)  # safetensors writes mode 0600, whatever the umask
-        origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
-        (temporary / ORIGIN).write_bytes(json_bytes(origin))
-        (temporary / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_bytes(json_bytes(config))
+    shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes mode 0600, whatever the umask
+    origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
+    (folder / ORIGIN).write_bytes(json_bytes(origin))
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
@@ -212,7 +217,7 @@ def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: s
         "use_rslora": adapter.spec.rslora,
         **_patterns(adapter),
         "target_modules": sorted({name if _last(name) in without_lora else _last(name) for name in adapter.lora}),
-        "modules_to_save": [name for name in in_full if name not in adapter.lora.keys() | adapter.tokens] or None,
+        "modules_to_save": sorted(set(in_full) - adapter.lora.keys() - adapter.tokens.keys()) or None,
         "trainable_token_indices": {name: list(indices) for name, (indices, _) in adapter.tokens.items()} or None,
         "bias": "all" if bias_only else "lora_only" if biases or owners & adapter.lora.keys() else "none",
         "fan_in_fan_out": False,

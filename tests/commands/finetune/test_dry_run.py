@@ -18,7 +18,7 @@ from torch import Tensor
 import octavo.commands.finetune as package
 from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.prepare import prepare
-from octavo.commands.finetune.state import Run, state_of
+from octavo.commands.finetune.state import Run, contents_of
 from octavo.commands.plan import FittedPlan
 from octavo.config import Config
 from octavo.data.loader import Position
@@ -122,7 +122,7 @@ def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
     whole = module.gradients, module.score, checkpoint.save
     monkeypatch.setattr(module, "gradients", noted("step", whole[0], lambda trainer, chosen, *_, **__: len(chosen)))
     monkeypatch.setattr(module, "score", noted("score", whole[1], lambda model, rows, **_: (model.training, len(rows))))
-    monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, **_: folder.name))
+    monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, contents, **_: folder.name))
     dry_run(begun)
     steps = [("step", 1)] * 2  # of rows with one document each, and of packed ones
     assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".dry_run")]
@@ -172,13 +172,14 @@ def test_rows_of_one_document_and_packed_rows_are_both_run(begun: Run, kinds: Ki
         assert sorted(tried) == sorted(row.document.tolist() for row in expected)
 
 
-def test_a_dry_run_saves_all_state_of_a_checkpoint(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_saves_all_contents_of_a_checkpoint(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Any] = []
-    monkeypatch.setattr(checkpoint, "save", lambda folder, step, **named: saved.append(named))
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, contents, **_: saved.append(contents))
     dry_run(begun)
-    tensors, state = state_of(begun)
-    assert saved[0]["state"] == state
-    assert saved[0]["tensors"].keys() == tensors.keys() >= {"adapter", "optimizer"}
+    contents = contents_of(begun)
+    assert saved[0].state == contents.state
+    assert saved[0].tensors.keys() == contents.tensors.keys() >= {"optimizer"}
+    assert saved[0].adapters.keys() == contents.adapters.keys() >= {"adapter"}
 
 
 def test_a_dry_run_does_not_change_the_run(begun: Run) -> None:

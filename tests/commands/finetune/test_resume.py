@@ -95,6 +95,10 @@ def halfway(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def files_of(folder: Path) -> dict[Path, bytes]:
     """All files except the metrics, to which each call appends, and the lock."""
     left_out = ("metrics.jsonl", ".lock")
@@ -134,6 +138,7 @@ def test_all_trained_parameters_resume_bit_for_bit(tune: Tune, tmp_path: Path, o
         "lora_targets": ["all-linear", "embed_tokens", "lm_head"],
         "train_norms": True,
         "train_biases": True,
+        "rslora": True,
         "dtype": "float16",
         "scheme": "none",
     }
@@ -143,6 +148,18 @@ def test_all_trained_parameters_resume_bit_for_bit(tune: Tune, tmp_path: Path, o
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
     state = load_file(tmp_path / "parts" / "checkpoints" / "step-00000004" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (optimizer == "adamw8bit")
+
+
+def test_a_checkpoint_has_the_adapter_folders_of_the_run(tune: Tune, tmp_path: Path) -> None:
+    """The best adapter of a run and those of its checkpoints are the same files."""
+    run = tmp_path / "run"
+    tune(run, **LONG, keep_checkpoints=9)
+    checkpoints = {step: run / "checkpoints" / f"step-{step:08d}" for step in saved_steps(run)}
+    best = json.loads((run / "adapter" / "octavo.json").read_text())["step"]
+    assert contents(checkpoints[best] / "adapter") == contents(run / "adapter")
+    assert contents(checkpoints[4] / "best") == contents(checkpoints[3] / "adapter") != contents(run / "adapter")
+    assert contents(checkpoints[4] / "adapter").keys() == contents(run / "adapter").keys()
+    assert not (checkpoints[3] / "best").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -219,7 +236,7 @@ def test_a_crash_between_the_best_adapter_and_its_checkpoint_loses_nothing(
 
 
 def test_a_damaged_newest_checkpoint_is_skipped(tune: Tune, halfway: Path, in_one_go: dict[str, Any]) -> None:
-    file = halfway / "checkpoints" / "step-00000004" / "adapter.safetensors"
+    file = halfway / "checkpoints" / "step-00000004" / "adapter" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from octavo.adapters import copied
 from octavo.commands.finetune.prepare import prepare, total_steps
-from octavo.commands.finetune.state import Progress, Run, resume, save_checkpoint
+from octavo.commands.finetune.state import (
+    Progress,
+    Run,
+    adapter_files,
+    contents_of,
+    resume,
+    save_checkpoint,
+    trained_adapter,
+)
 from octavo.config import Config, TrainOptions
 from octavo.data.loader import Position
 from octavo.errors import CheckpointError
@@ -100,16 +110,26 @@ def test_the_identity_depends_on_the_data_and_not_on_their_path(
             resume(prepare(settings(tmp_path / "run", data=[str(moved)]), report))
 
 
-def test_the_error_for_a_missing_tensor_in_a_checkpoint_names_it(begin: Callable[[], Run], tmp_path: Path) -> None:
-    """A complete checkpoint by its manifest, but of a version with other tensor names."""
-    save_checkpoint(filled(begin(), step=1))
-    found = checkpoint.newest(tmp_path / "run" / "checkpoints", warn=pytest.fail)
-    assert found is not None
-    name = next(iter(found.tensors["adapter"]))
-    del found.tensors["adapter"][name]
-    checkpoint.save(found.path.parent, 2, tensors=found.tensors, state=found.state)
-    with pytest.raises(CheckpointError, match=f"has no {name}"):
+@pytest.mark.parametrize("change", ["missing", "of another shape"])
+def test_the_error_for_a_tensor_that_does_not_fit_names_it(
+    change: str, begin: Callable[[], Run], tmp_path: Path
+) -> None:
+    """A complete checkpoint by its manifest, but of a version with other tensors."""
+    run = filled(begin(), step=1)
+    adapter = copied(trained_adapter(run))
+    name, (a, b, scaling) = next(iter(adapter.lora.items()))
+    lora = {key: value for key, value in adapter.lora.items() if key != name}
+    if change == "of another shape":
+        lora[name] = (a, b[1:].clone(), scaling)
+    fill = adapter_files(run, replace(adapter, lora=lora))
+    contents = replace(contents_of(run), adapters={"adapter": fill})
+    checkpoint.save(tmp_path / "run" / "checkpoints", 2, contents)
+    tensor, shape = ("lora_A", a.shape) if change == "missing" else ("lora_B", b.shape)
+    with pytest.raises(CheckpointError) as caught:
         resume(begin())
+    assert f"step-00000002 does not fit. The adapter has no {name}.{tensor} of shape {tuple(shape)}" in str(
+        caught.value
+    )
 
 
 def test_only_keep_checkpoints_checkpoints_remain(settings: Settings, tmp_path: Path) -> None:
@@ -124,7 +144,7 @@ def test_saving_the_same_state_twice_writes_the_same_bytes(begin: Callable[[], R
     hashes = []
     for _ in range(2):
         save_checkpoint(filled(begin(), step=3))
-        files = sorted((tmp_path / "run" / "checkpoints" / "step-00000003").iterdir())
+        files = sorted(f for f in (tmp_path / "run" / "checkpoints" / "step-00000003").rglob("*") if f.is_file())
         hashes.append([(file.name, sha256_of(file)) for file in files])
     assert hashes[0] == hashes[1]
 

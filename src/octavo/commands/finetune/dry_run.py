@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from octavo.commands.finetune.state import Run, state_of
+from octavo.commands.finetune.state import Run, contents_of
 from octavo.config import TrainOptions
 from octavo.data.loader import Batch, batches
 from octavo.data.packing import IGNORE_INDEX, Row
@@ -40,8 +40,7 @@ def dry_run(run: Run) -> None:
     folder = run.folder.dry_run
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        tensors, state = state_of(run)
-        checkpoint.save(folder, 0, tensors=tensors, state=state, keep=1)
+        checkpoint.save(folder, 0, contents_of(run), keep=1)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

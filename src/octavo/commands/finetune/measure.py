@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,12 +10,11 @@ import torch
 from torch import Tensor
 
 from octavo import adapters
-from octavo._version import __version__
+from octavo.atomic import new_folder
 from octavo.commands.evaluate import full_precision, score_row, score_rows
-from octavo.commands.finetune.model_card import model_card
-from octavo.commands.finetune.state import Run, versions
+from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
 from octavo.commands.loading import end_ids, load_model
-from octavo.config import ModelOptions, RunOptions
+from octavo.config import RunOptions
 from octavo.data.prompt import encode_prompt
 from octavo.errors import AdapterError
 from octavo.infer.generate import complete
@@ -28,6 +25,7 @@ from octavo.ops.quantize import Scheme, scheme_named
 from octavo.runs import events
 from octavo.runs.events import ScoreRow
 from octavo.store import peft
+from octavo.store.peft import Adapter
 
 REFERENCE_TOKENS = 64  # on which the logits with the saved adapter are compared with those of the trained model
 PROMPT_WORDS = 12  # words of the held-out text that are the default prompt of samples
@@ -70,65 +68,42 @@ def evaluate_held_out(run: Run) -> bool:
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
         progress.best = {"step": progress.done, "loss": result.loss}
-        progress.best_adapter = {name: p.detach().cpu().clone() for name, p in run.trainer.parameters.items()}
+        progress.best_adapter = adapters.copied(trained_adapter(run))
         save_adapter(run)
     return improved
 
 
 def save_adapter(run: Run) -> None:
     """Writes the adapter folder, and stores reference logits of the model with this adapter."""
-    _write_adapter(run, step=run.progress.done)
+    _write_adapter(run, trained_adapter(run))
     run.progress.reference_logits = _reference_logits(run)
 
 
 def keep_best_adapter(run: Run) -> None:
     """Writes the best adapter again, with a warning, if its folder is missing, damaged or has another adapter."""
-    progress = run.progress
-    if progress.best is None or progress.best_adapter is None:
-        return
-    with _with_parameters(run, progress.best_adapter):
-        if not _is_in_folder(run, step=progress.best["step"]):
-            run.report.warn(
-                f"{run.folder.adapter} does not contain the best adapter (step {progress.best['step']:,}): it is "
-                "written again from the checkpoint."
-            )
-            _write_adapter(run, step=progress.best["step"])
+    best = run.progress.best_adapter
+    if best is not None and not _is_in_folder(run, best):
+        run.report.warn(
+            f"{run.folder.adapter} does not contain the best adapter (step {best.origin['step']:,}): it is written "
+            "again from the checkpoint."
+        )
+        _write_adapter(run, best)
 
 
-@contextmanager
-def _with_parameters(run: Run, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replaces the trained parameters of the model within the context."""
-    original = {name: parameter.detach().clone() for name, parameter in run.trainer.parameters.items()}
-    try:
-        for name, parameter in run.trainer.parameters.items():
-            parameter.data.copy_(values[name])
-        yield
-    finally:
-        for name, parameter in run.trainer.parameters.items():
-            parameter.data.copy_(original[name])
-
-
-def _is_in_folder(run: Run, *, step: int) -> bool:
-    """Whether the adapter folder has the adapter of the model, bit for bit, saved as that of `step`."""
+def _is_in_folder(run: Run, adapter: Adapter) -> bool:
+    """Whether the adapter folder has `adapter`, bit for bit, saved as that of its step."""
     try:
         saved = peft.read(run.folder.adapter)
     except (AdapterError, OSError):
         return False
-    expected = peft.tensors_of(adapters.collect(run.model, run.plan.spec, origin={}))
-    tensors = peft.tensors_of(saved)
+    expected, tensors = peft.tensors_of(adapter), peft.tensors_of(saved)
     same = tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
-    return same and saved.origin.get("step") == step
+    return same and saved.origin.get("step") == adapter.origin["step"]
 
 
-def _write_adapter(run: Run, *, step: int) -> None:
-    base = run.config[ModelOptions].model
-    origin = {
-        "version": __version__,
-        "base": {"name": base, "sha256": run.base_sha256, "scheme": run.scheme.name},
-        "step": step,
-    }
-    card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
-    adapters.save(run.folder.adapter, run.model, run.plan, base=base, origin=origin, card=card)
+def _write_adapter(run: Run, adapter: Adapter) -> None:
+    with new_folder(run.folder.adapter, replace=True) as temporary:
+        adapter_files(run, adapter)(temporary)
 
 
 def read_back(run: Run) -> None:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from octavo import adapters
 from octavo._version import __version__
 from octavo.adapters import AdapterPlan
 from octavo.commands.data import Text
+from octavo.commands.finetune.model_card import model_card
 from octavo.commands.plan import FittedPlan, wants_8bit
-from octavo.config import Config, LoraOptions, MemoryOptions, RunOptions, TextOptions, TrainOptions
+from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.config.settings import parse_settings
 from octavo.data.loader import Position
 from octavo.data.packing import Row
-from octavo.errors import CheckpointError
+from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
-from octavo.models import Decoder
+from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
 from octavo.runs import checkpoint, events
 from octavo.runs.events import ScoreRow
 from octavo.runs.folder import RunFolder
+from octavo.store import peft
+from octavo.store.peft import Adapter
 from octavo.store.sources import Source, fingerprint
 from octavo.train.loop import Step, Trainer
 from octavo.train.step import PlannedStep
@@ -43,7 +48,7 @@ class Progress:
     position: Position = field(default_factory=Position)  # of the next batch in the data
     base_rows: list[ScoreRow] = field(default_factory=list)  # the perplexity table before training
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
-    best_adapter: Mapping[str, Tensor] | None = None  # its trained parameters, float32, on the CPU
+    best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
     exact_products: list[str] | None = None  # layers with exact matmuls; None: no layer uses 8 bits
     outliers: dict[str, list[int]] = field(default_factory=dict)  # layer -> outlier channels of its input
@@ -109,24 +114,19 @@ class Run:
 
 def save_checkpoint(run: Run) -> None:
     """Writes a checkpoint with all state that is needed to resume the run."""
-    tensors, state = state_of(run)
     keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(
-        run.folder.checkpoints, run.progress.done, tensors=tensors, state=state, keep=keep, warn=run.report.warn
-    )
+    checkpoint.save(run.folder.checkpoints, run.progress.done, contents_of(run), keep=keep, warn=run.report.warn)
 
 
-def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors, JSON state) of a checkpoint."""
-    progress, parameters = run.progress, run.trainer.parameters
-    tensors: dict[str, dict[str, Tensor]] = {
-        "adapter": {name: parameter.detach().cpu() for name, parameter in parameters.items()},
-        "optimizer": run.trainer.optimizer.state(),
-    }
+def contents_of(run: Run) -> checkpoint.Contents:
+    """All state that is needed to resume the run."""
+    progress = run.progress
+    adapters_ = {"adapter": adapter_files(run, trained_adapter(run))}
+    if progress.best is not None and progress.best_adapter is not None and progress.best["step"] != progress.done:
+        adapters_["best"] = adapter_files(run, progress.best_adapter)  # to restore a damaged adapter folder
+    tensors = {"optimizer": run.trainer.optimizer.state()}
     if progress.reference_logits is not None:
         tensors["probe"] = {"logits": progress.reference_logits}
-    if progress.best is not None and progress.best_adapter is not None and progress.best["step"] != progress.done:
-        tensors["best"] = dict(progress.best_adapter)  # to restore a damaged adapter folder
     state = {
         "identity": run.identity,
         "position": {"epoch": progress.position.epoch, "index": progress.position.index},
@@ -138,7 +138,25 @@ def state_of(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         "config": run.config.to_yaml(),
         "versions": asdict(versions()),
     }
-    return tensors, state
+    return checkpoint.Contents(tensors, state, adapters_)
+
+
+def trained_adapter(run: Run) -> Adapter:
+    """The adapter of the step that is done. Nothing is copied."""
+    origin = {
+        "version": __version__,
+        "base": {"name": run.config[ModelOptions].model, "sha256": run.base_sha256, "scheme": run.scheme.name},
+        "step": run.progress.done,
+    }
+    return adapters.collect(run.model, run.plan.spec, origin=origin)
+
+
+def adapter_files(run: Run, adapter: Adapter) -> Callable[[Path], None]:
+    """A function that writes the files of an adapter of this run into an empty folder."""
+    base, step = run.config[ModelOptions].model, adapter.origin["step"]
+    modules = [entry.module for entry in weight_entries(run.model).values()]
+    card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
+    return partial(peft.fill, adapter=adapter, modules=modules, biases=run.plan.biases, base=base, card=card)
 
 
 def resume(run: Run) -> bool:
@@ -153,11 +171,10 @@ def resume(run: Run) -> bool:
         return False
     force = run.config[RunOptions].force
     checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
-    for name, parameter in run.trainer.parameters.items():
-        stored = saved.tensors["adapter"].get(name)
-        if stored is None or stored.shape != parameter.shape:
-            raise CheckpointError(f"The checkpoint {saved.path} has no {name} of shape {tuple(parameter.shape)}.")
-        parameter.data.copy_(stored)
+    try:
+        adapters.restore_(run.model, saved.adapter())
+    except AdapterError as error:
+        raise CheckpointError(f"The checkpoint {saved.path} does not fit. {error.message}", hint=error.hint) from error
     run.trainer.optimizer.load_state(saved.tensors["optimizer"])
     run.trainer.scaler.load_state(saved.state["scaler"])
     _restore_progress(run, saved)
@@ -177,7 +194,7 @@ def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
     if run.config[RunOptions].keep == "last":
         progress.best = None
     if progress.best is not None:
-        progress.best_adapter = saved.tensors["adapter" if progress.best["step"] == saved.step else "best"]
+        progress.best_adapter = saved.adapter("adapter" if progress.best["step"] == saved.step else "best")
 
 
 def _report_changes(run: Run, state: dict[str, Any]) -> None:
