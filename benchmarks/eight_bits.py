@@ -99,7 +99,7 @@ def compare(asked: argparse.Namespace) -> None:
         for path in halves()[1]:
             command += ["--data", str(path)]
         command += [
-            "--test-data", str(PLAYS / "test"), "--seq-len", str(LENGTH), "--batch", str(asked.batch),
+            "--test-data", str(PLAYS / "test"), "--seq-len", str(LENGTH), "--batch-size", str(asked.batch),
             "--steps", str(asked.steps), "--eval-every", str(max(1, asked.steps // 3)), "--lr", str(asked.lr),
             "--rank", "8", "--alpha", "16", "--eval-rows", "96", "--checkpoint-every", "0", "--sample-tokens", "1",
             "--keep", "last", "--matmul", compute, *asked.extra,
@@ -107,7 +107,7 @@ def compare(asked: argparse.Namespace) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[compute] = [event["loss"] for event in events if event["event"] == "heldout"]
-        costs = next((event["costs"] for event in events if event["event"] == "compute"), {})
+        costs = next((event["costs"] for event in events if event["event"] == "matmul"), {})
         if costs:
             forward, backward = ([pair[i] for pair in costs.values() if pair[i] is not None] for i in (0, 1))
             sys.stdout.write(f"errors: forward at most {max(forward):.2%}, backward at most {max(backward):.2%}\n")

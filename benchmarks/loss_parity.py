@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from octavo import adapters
 from octavo.data import documents, packing, tokens
 from octavo.data.loader import Batch, batches
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.quantize import scheme_named
 from octavo.store import peft
@@ -58,7 +58,7 @@ def main() -> None:
         Adam(flatten_(parameters), OptimizerSettings("adamw")),
         Schedule(LEARNING_RATE, asked.steps, kind="constant"),
         LossScaler(torch.float32),
-        EagerStep(model, Save.INPUT),
+        EagerStep(model, ForwardOptions(Save.INPUT)),
         seed=0,
     )
     ours = [step.loss for step in train(trainer, iter(chosen))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from octavo.store.weights import allocated, put_rows_, row_blocks
 from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import MemoryPlan, Planner
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
-from octavo.train.precision import set_precision_
+from octavo.train.precision import all_8bit
 from octavo.train.step import PlannedStep
 from shapes import ALPHA, RANK, lora, shapes, weight
 
@@ -51,11 +52,11 @@ def build(
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
     if device.type == "cuda" and "card" not in more:
         planner.offloads = (False, True)
-    set_precision_(planner.model, wanted=compute == "8bit")
+    if compute == "8bit":
+        planner = replace(planner, precision=all_8bit(planner.model))
     plan = planner.best(budget) or planner.smallest()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
-    set_precision_(model, wanted=compute == "8bit")
     return Way(model, plan, planner)
 
 
@@ -68,9 +69,10 @@ class Way:
         self.micro_step = PlannedStep(
             model,
             plan,
-            record=model.embed.matrix.parts["weight"].is_cuda,
+            graphs=model.embed.matrix.parts["weight"].is_cuda,
             cheaper=lambda _: None,
             warn=print,
+            precision=planner.precision,
         )
         self.trainer = Trainer(
             model, parameters, Adam(flatten_(parameters), OptimizerSettings()),
@@ -97,14 +99,14 @@ class Way:
         """The mean loss and its gradients by PEFT's names; they are zero again afterwards."""
         batch = make_batch(ids)
         self.trainer.model.train()
-        losses = gradients(self.trainer, [batch], 1, seed=1 / batch.trained_tokens)
+        losses, _ = gradients(self.trainer, batch, 1, loss_scale=1 / batch.trained_tokens)
         found = {
             f"base_model.model.{n}.weight": p.grad.clone()
             for n, p in self.trainer.parameters.items()
             if p.grad is not None
         }
         self.trainer.optimizer.zero_gradients()
-        return losses[0] / batch.trained_tokens, found
+        return torch.stack(losses).sum() / batch.trained_tokens, found
 
 
 def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, batch: int, seq_len: int) -> Planner:
@@ -113,7 +115,7 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     create_(model, ADAPTER, seed=0)
     flatten_(trained(model))
     model.train()
-    return Planner(model, seq_len, batch, optimizer_bytes=2, card=peak(pick().name))
+    return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(pick().name))
 
 
 def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.dtype, tiny: bool, seed: int) -> Decoder:
@@ -150,5 +152,4 @@ def make_batch(ids: Tensor) -> Batch:
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-    trained_tokens = labels.numel() - len(labels)
-    return Batch(ids, labels, positions, torch.zeros_like(ids), ("random ids",), trained_tokens, epoch=0, index=0)
+    return Batch(ids, labels, positions, torch.zeros_like(ids), (("random ids",),) * len(ids), epoch=0, index=0)

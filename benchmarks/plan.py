@@ -71,7 +71,7 @@ def measured(model: str, scheme: str, batch: int, seq_len: int, budget: float | 
     planner = planner_of(model, scheme, dtype=torch.bfloat16, tiny=False, batch=batch, seq_len=seq_len)
     plan = planner.best(budget * GIB if budget else total)
     if plan is None:
-        raise RuntimeError(f"no plan: the least is {planner.least().peak_bytes / GIB:.2f} GiB")
+        raise RuntimeError(f"no plan: the least is {planner.smallest().peak_bytes / GIB:.2f} GiB")
     torch.cuda.set_per_process_memory_fraction(1.0, 0)  # a whole table is quantised at once here
     own = random_model(model, scheme, device=device, dtype=torch.bfloat16, tiny=False, seed=0)
     with_adapters_(own, seed=0)
@@ -86,7 +86,7 @@ def measured(model: str, scheme: str, batch: int, seq_len: int, budget: float | 
     peak = torch.cuda.max_memory_reserved()
     seconds = way.last.seconds
     way.micro_step.release()
-    levels = {level.name.lower(): plan.keep.count(level) for level in Save}
+    levels = {level.name.lower(): plan.save.count(level) for level in Save}
     return {
         "model": model, "scheme": scheme, "batch": batch, "seq_len": seq_len, "budget_gib": budget or "",
         "rows": plan.rows, **levels,

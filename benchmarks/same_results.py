@@ -42,7 +42,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama int8, 8-bit matmuls": ("llama", {"scheme": "int8", "matmul": "8bit"}),
-    "llama int8, accumulated, recomputed": ("llama", {"scheme": "int8", "accumulate": 2, "recompute": "full"}),
+    "llama int8, accumulated, recomputed": (
+        "llama",
+        {"scheme": "int8", "batch-size": 8, "micro-batch-size": 4, "recompute": "full"},
+    ),
     "llama int8, chats": ("llama", {"scheme": "int8", "data": "chats.jsonl"}),
     "gptj int8": ("gptj", {"scheme": "int8", "recompute": "selective"}),
     "gptj none, norms": ("gptj", {"scheme": "none", "train-norms": True, "train-biases": True}),
@@ -86,7 +89,11 @@ def is_same(run: str, folder: Path, before: Path) -> bool:
 def results(run: str, folder: Path, tree: Path, *, old_names: bool) -> dict[str, Any]:
     """The adapter's hash, the losses and the token ids that the code in `tree` gives."""
     family, more = RUNS[run]
-    options = {"data": "plays", "test-data": str(PLAYS / "test"), "batch": 4, **COMMON, **more}
+    options = {"data": "plays", "test-data": str(PLAYS / "test"), "batch-size": 4, **COMMON, **more}
+    if "micro_batch_size" not in (tree / "src" / "octavo" / "config" / "options.py").read_text():
+        options["accumulate"] = options["batch-size"] // options.get("micro-batch-size", options["batch-size"])
+        options["batch"] = options.pop("batch-size") // options["accumulate"]
+        options.pop("micro-batch-size", None)
     options["data"] = str(PLAYS / "train" if options["data"] == "plays" else folder / options["data"])
     out = folder / hashlib.sha256(f"{run} {tree}".encode()).hexdigest()[:16]
     octavo(tree, ["finetune", "--model", folder / family, "--out", out, "--eval-rows", 8], options, old_names=old_names)

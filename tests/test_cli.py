@@ -25,8 +25,8 @@ Octavo = Callable[..., Any]
 
 COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan", "serve")
 DOCUMENTED_OPTIONS = {
-    "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch accumulate epochs steps lr seed "
-    "checkpoint-every resume config print-config json",
+    "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch-size micro-batch-size epochs "
+    "steps lr seed checkpoint-every resume config print-config json",
     "evaluate": "model scheme compare adapter tasks include-path limit fewshot json",
     "generate": "model scheme adapter temperature top-k top-p repetition-penalty stop seed json",
     "chat": "model scheme adapter temperature",
@@ -34,7 +34,7 @@ DOCUMENTED_OPTIONS = {
     "max-new-tokens request-seconds grace-seconds max-body-bytes json",
     "quantize": "model scheme out json",
     "convert": "model allow-pickle out json",
-    "plan": "model gpu-memory seq-len batch scheme gpu json",
+    "plan": "model gpu-memory seq-len batch-size scheme gpu json",
     "data": "model seq-len split-on skip-bad json",
     "demo": "out steps json",
 }
@@ -52,7 +52,7 @@ def run_folder(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     done = octavo(
         "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--out", out,
-        "--steps", 2, "--batch", 2, "--seq-len", 32, "--rank", 2, "--lr", 0.01, "--sample-tokens", 4,
+        "--steps", 2, "--batch-size", 2, "--seq-len", 32, "--rank", 2, "--lr", 0.01, "--sample-tokens", 4,
     )  # fmt: skip
     assert done.code == 0
     return out
@@ -107,7 +107,7 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
                 "rank",
                 "epochs",
                 "seq-len",
-                "batch",
+                "batch-size",
                 "lr",
                 "help",
             ]
@@ -218,7 +218,7 @@ def test_a_failure_exits_with_1_and_a_hint(octavo: Octavo, tiny_llama: Path, tmp
 def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
     done = octavo(
         "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--json",
-        "--out", tmp_path / "run", "--steps", 2, "--batch", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
+        "--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
     )  # fmt: skip
     assert done.code == 0
     assert {"out", "adapter", "report", "steps", "rows", "best_step"} <= done.json.keys()

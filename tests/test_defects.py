@@ -198,7 +198,7 @@ def test_float16_gradients_neither_vanish_nor_overflow_unseen(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training in float16 went without a loss scaler: small gradients became zero, large ones not a number."""
-    small = {"alpha": 2e-4, "batch": 32, "steps": 1, "test_data": [], "test_fraction": 0}
+    small = {"alpha": 2e-4, "batch_size": 32, "steps": 1, "test_data": [], "test_fraction": 0}
     norms = {}
     for dtype in ("float32", "float16"):
         tune(tmp_path / dtype, dtype=dtype, scheme="none", **small)

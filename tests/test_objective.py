@@ -17,10 +17,10 @@ from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
-from octavo.objective import batch_loss, inputs_of, loss_of
+from octavo.objective import batch_loss, inputs_of, next_token_loss
 from octavo.ops import loss as ops_loss
 
 VOCABULARY, LENGTH, CPU = 61, 9, torch.device("cpu")
@@ -55,7 +55,7 @@ def batch_of(*, packed: bool, learned: float = 0.5) -> Batch:
     ids = torch.randint(VOCABULARY, (2, LENGTH))
     labels = torch.randint(VOCABULARY, (2, LENGTH))
     labels[(torch.rand(2, LENGTH) >= learned) | (document < 0)] = IGNORE_INDEX
-    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=0)
+    return Batch(ids, labels, positions, document, (("f:1",),) * len(ids), epoch=0, index=0)
 
 
 @torch.no_grad()
@@ -104,8 +104,8 @@ def test_only_what_is_learned_goes_through_the_head(
 def test_where_all_is_learned_nothing_is_gathered() -> None:
     batch = batch_of(packed=False)
     whole = replace(batch, labels=batch.ids, document=torch.zeros_like(batch.ids))
-    assert inputs_of(whole, CPU).learned is None
-    assert inputs_of(batch, CPU).learned is not None
+    assert inputs_of(whole, CPU).labelled is None
+    assert inputs_of(batch, CPU).labelled is not None
 
 
 @both
@@ -123,12 +123,28 @@ def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
     # As they do in a recorded step, whose shapes cannot depend on the data.
     batch = batch_of(packed=packed)
     inputs = inputs_of(batch, CPU)
-    every = replace(inputs, labels=batch.labels.flatten(), learned=None)
+    every = replace(inputs, labels=batch.labels.flatten(), labelled=None)
     parameters = list(adapters.trained(kernels[1]).values())
-    one, other = loss_of(kernels[1], inputs), loss_of(kernels[1], every, save=Save.INPUT)
+    options = ForwardOptions(), ForwardOptions(Save.INPUT)
+    one, other = (next_token_loss(kernels[1], *each) for each in zip((inputs, every), options, strict=True))
     torch.testing.assert_close(one, other)
     for mine, theirs in zip(torch.autograd.grad(one, parameters), torch.autograd.grad(other, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_scale_the_loss_of_each_label(kernels: tuple[Any, Decoder]) -> None:
+    batch = batch_of(packed=True)
+    weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(0))
+    weighted = replace(batch, weights=weights)
+    single = [
+        batch_loss(kernels[1], replace(batch, labels=torch.where(chosen, batch.labels, IGNORE_INDEX))).item()
+        for chosen in (weights < 0.5, weights >= 0.5)
+    ]
+    halves = replace(batch, weights=torch.where(weights < 0.5, 0.25, 3.0))
+    assert batch_loss(kernels[1], halves).item() == pytest.approx(0.25 * single[0] + 3 * single[1], rel=1e-5)
+    counted = batch.labels != IGNORE_INDEX
+    assert weighted.label_weight == pytest.approx(float(weights[counted].sum()))
+    assert batch.label_weight == batch.trained_tokens == int(counted.sum())
 
 
 def test_nothing_learned_is_no_failure(kernels: tuple[Any, Decoder]) -> None:

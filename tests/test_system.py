@@ -228,7 +228,7 @@ for arguments in json.loads(sys.argv[1]):
 def test_finetune_and_resume_with_windows_modules_only(tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
     """In a separate process, in which no library has imported the hidden modules yet."""
     run = ("finetune", "--out", tmp_path / "run")
-    small = ("--seq-len", 32, "--batch", 2, "--rank", 2, "--sample-tokens", 2, "--steps", 3, "--stop-after", 2)
+    small = ("--seq-len", 32, "--batch-size", 2, "--rank", 2, "--sample-tokens", 2, "--steps", 3, "--stop-after", 2)
     commands: list[tuple[object, ...]] = [
         (*run, "--model", tiny_llama, "--data", plays / "train", *small),
         (*run, "--resume"),

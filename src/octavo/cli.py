@@ -34,7 +34,7 @@ from octavo.streams import in_notebook, output, standard_streams
 from octavo.system import optional_module
 
 # Options that --help shows first.
-TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch", "lr")
+TRAINING = ("model", "data", "test_data", "out", "scheme", "rank", "epochs", "seq_len", "batch_size", "lr")
 GENERATION = ("model", "adapter", "max_new_tokens", "temperature", "top_p", "stop", "seed")
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def finetune(config: Config, as_json: bool) -> None:
     _print_json(run(config, console=True, results=not as_json), as_json)
 
 
-@command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch", "rank"))
+@command(app, PLAN, usual=("model", "gpu_memory", "gpu", "scheme", "seq_len", "batch_size", "rank"))
 def plan(config: Config, as_json: bool) -> None:
     """Estimate the GPU memory of a fine-tuning run, without reading weights."""
     from octavo.commands.plan import plan as run
@@ -69,7 +69,7 @@ def plan(config: Config, as_json: bool) -> None:
 @command(
     app,
     EVALUATE,
-    usual=("model", "adapter", "data", "scheme", "compare", "tasks", "limit", "seq_len", "rows", "batch"),
+    usual=("model", "adapter", "data", "scheme", "compare", "tasks", "limit", "seq_len", "rows", "batch_size"),
     positional="data",
 )
 def evaluate(config: Config, as_json: bool) -> None:

@@ -32,7 +32,7 @@ _MESSAGES = {
 
 _AGAIN = "then run the command again; resume a training run with --resume."
 _MEMORY_HINT = (
-    "Try a smaller --batch or --seq-len, or --scheme nf4, close other programs, or raise the limit (`ulimit -v`); "
+    "Try a smaller --batch-size or --seq-len, or --scheme nf4, close other programs, or raise the limit (`ulimit -v`); "
     + _AGAIN
 )
 _SYSTEM: dict[int, tuple[str, str]] = {

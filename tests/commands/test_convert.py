@@ -96,7 +96,7 @@ def test_the_written_modules_and_parameters_are_counted(seed: Any, tmp_path: Pat
 def test_every_command_reads_a_hivemind_folder_with_allow_pickle(
     octavo: Octavo, hivemind: Path, plays: Path, tmp_path: Path, command: str
 ) -> None:
-    short = ("--steps", 2, "--batch", 2, "--seq-len", 32, "--sample-tokens", 2)
+    short = ("--steps", 2, "--batch-size", 2, "--seq-len", 32, "--sample-tokens", 2)
     arguments = {
         "finetune": (*short, "--data", plays / "train", "--test-data", plays / "test", "--out", tmp_path / "run"),
         "evaluate": (plays / "test", "--seq-len", 32),
@@ -182,7 +182,7 @@ def test_the_converted_base_trains_and_data_reads_the_folder_itself(
     assert looked.code == 0
     tuned = octavo(
         "finetune", "--model", made / "base", "--data", plays / "train", "--test-data", plays / "test", "--steps", 2,
-        "--batch", 2, "--seq-len", 32, "--sample-tokens", 2, "--out", tmp_path / "run", "--json",
+        "--batch-size", 2, "--seq-len", 32, "--sample-tokens", 2, "--out", tmp_path / "run", "--json",
     )  # fmt: skip
     assert tuned.code == 0
     origin = json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())

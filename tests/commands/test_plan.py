@@ -66,7 +66,14 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path, **changes: Any) -> Config:
-    values = {"model": str(folder), "seq_len": 1024, "batch": 2, "rank": 4, "gpu_memory": "4GiB", "gpu": "RTX 3060"}
+    values = {
+        "model": str(folder),
+        "seq_len": 1024,
+        "batch_size": 2,
+        "rank": 4,
+        "gpu_memory": "4GiB",
+        "gpu": "RTX 3060",
+    }
     return Config.read(cli.PLAN, {**values, **changes})
 
 
@@ -105,7 +112,7 @@ def test_the_error_for_a_truncated_file_names_it(hollow: Path, tmp_path: Path) -
 
 
 def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
-    arguments = ("--seq-len", 1024, "--batch", 2, "--rank", 4, "--gpu-memory", "4GiB", "--gpu", "RTX 3060")
+    arguments = ("--seq-len", 1024, "--batch-size", 2, "--rank", 4, "--gpu-memory", "4GiB", "--gpu", "RTX 3060")
     done = octavo("plan", "--model", hollow, *arguments, "--json")
     assert done.code == 0
     assert done.json == told(hollow)
@@ -116,11 +123,11 @@ def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
         assert row["least_gib"] * GIB <= row["peak_bytes"] + GIB / 100 <= 4 * GIB
         assert row["peak_gib"] == round(row["peak_bytes"] / GIB, 2)
         assert row["tokens_per_second"] == pytest.approx(2 * 1024 / row["seconds"])
-        assert (row["rows"], row["layers_all"], row["layers_attention"]) == (2, LAYERS, 0)
+        assert (row["micro_batch_size"], row["layers_all"], row["layers_attention"]) == (2, LAYERS, 0)
 
 
 def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -> None:
-    done = octavo("plan", "--model", hollow, "--gpu-memory", "4GiB", "--seq-len", 640, "--batch", 3)
+    done = octavo("plan", "--model", hollow, "--gpu-memory", "4GiB", "--seq-len", 640, "--batch-size", 3)
     assert done.code == 0
     assert "3 x 640 in 4.0 GiB" in done.out
     assert {"int8", "nf4", "True"} <= set(done.out.replace("│", " ").split())
@@ -130,7 +137,7 @@ def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -
     assert words[:2] == ["octavo", "finetune"]
     taken = octavo(*words[1:], "--print-config")
     assert taken.code == 0
-    wanted = {"model": str(hollow), "scheme": "int8", "seq_len": 640, "batch": 3}
+    wanted = {"model": str(hollow), "scheme": "int8", "seq_len": 640, "batch_size": 3}
     assert wanted.items() <= {key: value for key, value in yaml.safe_load(taken.out).items() if key in wanted}.items()
 
 
@@ -206,9 +213,9 @@ def test_if_no_setting_fits_the_hint_says_so(hollow: Path) -> None:
 
 def test_a_run_that_does_not_fit_with_recompute_none_may_fit_with_auto(hollow: Path) -> None:
     """--recompute is applied as given; without it the planner chooses a plan that fits."""
-    asked = {"scheme": "int8", "seq_len": 4096, "recompute": "none"}
+    asked = {"scheme": "int8", "seq_len": 4096, "recompute": "none", "micro_batch_size": 2}
     peak = told(hollow, **asked, gpu_memory="40GiB")["plans"][0]
-    assert (peak["layers_all"], peak["rows"]) == (LAYERS, 2)
+    assert (peak["layers_all"], peak["micro_batch_size"]) == (LAYERS, 2)
     with pytest.raises(UsageError, match="--scheme int8 --seq-len 4096 --recompute auto takes"):
         told(hollow, **asked, gpu_memory=f"{peak['peak_bytes'] / GIB - 0.05}GiB")
 
@@ -233,7 +240,8 @@ def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
 
 
 def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -> None:
-    one, three = (told(hollow, accumulate=count)["plans"][0] for count in (1, 3))
+    one, three = (told(hollow, batch_size=2 * count, micro_batch_size=2)["plans"][0] for count in (1, 3))
+    assert one["micro_batch_size"] == three["micro_batch_size"] == 2
     assert three["seconds"] == pytest.approx(3 * one["seconds"])
     assert three["tokens_per_second"] == pytest.approx(one["tokens_per_second"])
     assert three["peak_bytes"] == one["peak_bytes"]
@@ -328,7 +336,7 @@ def test_a_run_gets_the_fastest_plan_that_fits(hollow: Path) -> None:
 
 def test_a_run_uses_the_save_level_of_recompute(hollow: Path) -> None:
     """Even if it does not fit: the run then changes to a cheaper plan."""
-    found = fitted(hollow, RTX_3060, recompute="selective", gpu_memory="0.3GiB")
+    found = fitted(hollow, RTX_3060, recompute="selective", gpu_memory="0.3GiB", micro_batch_size=2)
     assert (found.plan.save, found.plan.rows) == ((Save.ATTENTION,) * LAYERS, 2)
     assert found.plan.peak_bytes > found.budget_bytes
 
@@ -351,7 +359,7 @@ def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
     assert peaks == sorted(set(peaks), reverse=True)
     assert plans[-1] == found.planner.smallest()
     assert len(plans) > 3
-    beyond = fitted(hollow, RTX_3060, recompute="none", gpu_memory="0.9GiB", seq_len=4096)
+    beyond = fitted(hollow, RTX_3060, recompute="none", gpu_memory="1.15GiB", seq_len=4096, micro_batch_size=2)
     following = beyond.cheaper(beyond.plan)
     assert following is not None
     assert (
@@ -369,9 +377,9 @@ def test_the_memory_budget_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adamw8bit", 2), ("adamw", 8)])
 def test_the_planner_has_the_settings_of_the_run(hollow: Path, optimizer: str, state: int) -> None:
-    changes = {"optimizer": optimizer, "lora_targets": ["q_proj", "lm_head"], "train_norms": True, "batch": 3}
+    changes = {"optimizer": optimizer, "lora_targets": ["q_proj", "lm_head"], "train_norms": True, "batch_size": 3}
     made = plan.planner_for(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], CPU, GPUS["L4"])
-    assert (made.batch, made.length, made.card, made.optimizer_bytes) == (3, 1024, GPUS["L4"], state)
+    assert (made.batch_size, made.length, made.gpu, made.optimizer_bytes) == (3, 1024, GPUS["L4"], state)
     trained = [p for p in made.model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == LAYERS * 4 * 2 * 2048 + 4 * (2048 + 16384) + (LAYERS + 1) * 2 * 2048
     assert all(tensor.is_meta for tensor in (*trained, *made.model.embed.matrix.parts.values()))
@@ -487,4 +495,4 @@ def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
 def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, words: str) -> None:
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
     fitting = plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
-    assert (words in fitting.fault(made)) if words else fitting.fault(made) == ""
+    assert (words in fitting.warning()) if words else fitting.warning() == ""

@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
 from octavo.fused.loss import cross_entropy_sum
+from octavo.layers.dropout import Dropout
 from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
@@ -89,7 +90,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sum_and_gradients_are_those_of_cross_entropy(kind: str, dtype: torch.dtype) -> None:
     hidden, labels, head = batch(kind, dtype)
-    ours, theirs = cross_entropy_sum(hidden, labels, head.wide), plain_loss(hidden, labels, head)
+    ours, theirs = cross_entropy_sum(hidden, labels, head.wide, Dropout()), plain_loss(hidden, labels, head)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs.float())
     leaves = [hidden, *head.trained]
@@ -99,9 +100,25 @@ def test_sum_and_gradients_are_those_of_cross_entropy(kind: str, dtype: torch.dt
         torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # the loss is taken in float32
 
 
+@both
+def test_weights_scale_the_loss_and_the_gradient_of_each_label(kind: str) -> None:
+    hidden, labels, head = batch(kind)
+    weights = torch.rand(TOKENS) * 2
+    weights[5] = 0
+    ours = cross_entropy_sum(hidden, labels, head.wide, Dropout(), weights)
+    each = F.cross_entropy(head.plain(hidden), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    theirs = (each * weights).sum()
+    torch.testing.assert_close(ours, theirs)
+    leaves = [hidden, *head.trained]
+    for one, two in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy_sum(hidden, labels, head.wide, Dropout(), weights), theirs.detach())
+
+
 def test_a_trained_head_gets_its_gradients_under_a_hidden_that_needs_none() -> None:
     hidden, labels, head = batch("trained")
-    ours = torch.autograd.grad(cross_entropy_sum(hidden.detach(), labels, head.wide), head.trained)
+    ours = torch.autograd.grad(cross_entropy_sum(hidden.detach(), labels, head.wide, Dropout()), head.trained)
     theirs = torch.autograd.grad(plain_loss(hidden.detach(), labels, head), head.trained)
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two)
@@ -109,19 +126,19 @@ def test_a_trained_head_gets_its_gradients_under_a_hidden_that_needs_none() -> N
 
 def test_a_frozen_bias_takes_no_gradient() -> None:
     hidden, labels, head = batch("frozen")
-    torch.autograd.backward(cross_entropy_sum(hidden, labels, head.wide))
+    torch.autograd.backward(cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     assert head.bias.grad is None
-    assert not cross_entropy_sum(hidden.detach(), labels, head.wide).requires_grad
+    assert not cross_entropy_sum(hidden.detach(), labels, head.wide, Dropout()).requires_grad
 
 
 @both
 def test_what_stands_at_an_ignored_position_does_not_matter(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    expected = cross_entropy_sum(hidden, labels, head.wide)
+    expected = cross_entropy_sum(hidden, labels, head.wide, Dropout())
     spoiled = hidden.detach().clone()
     spoiled[labels == IGNORE_INDEX] = 1e4
     spoiled.requires_grad_()
-    total = cross_entropy_sum(spoiled, labels, head.wide)
+    total = cross_entropy_sum(spoiled, labels, head.wide, Dropout())
     assert torch.equal(total, expected)
     mine = torch.autograd.grad(total, [spoiled, *head.trained])
     theirs = torch.autograd.grad(expected, [hidden, *head.trained])
@@ -134,7 +151,7 @@ def test_what_stands_at_an_ignored_position_does_not_matter(kind: str) -> None:
 @both
 def test_all_ignored_costs_nothing_and_has_zero_gradients(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), head.wide)
+    total = cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), head.wide, Dropout())
     assert total.item() == 0
     for gradient in torch.autograd.grad(total, [hidden, *head.trained]):
         assert not gradient.any()
@@ -143,7 +160,7 @@ def test_all_ignored_costs_nothing_and_has_zero_gradients(kind: str) -> None:
 @both
 def test_no_rows_at_all_are_no_failure(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden[:0], labels[:0], head.wide)
+    total = cross_entropy_sum(hidden[:0], labels[:0], head.wide, Dropout())
     assert total.item() == 0
     (gradient,) = torch.autograd.grad(total, hidden)
     assert not gradient.any()
@@ -152,7 +169,7 @@ def test_no_rows_at_all_are_no_failure(kind: str) -> None:
 @both
 def test_the_logits_of_no_more_than_a_chunk_exist(kind: str, chunks: list[int]) -> None:
     hidden, labels, head = batch(kind)
-    cross_entropy_sum(hidden, labels, head.wide)
+    cross_entropy_sum(hidden, labels, head.wide, Dropout())
     assert chunks == [4, 4, 4, 4, 4, 3]
 
 
@@ -160,14 +177,14 @@ def test_the_logits_of_no_more_than_a_chunk_exist(kind: str, chunks: list[int]) 
 def test_a_chunk_is_at_least_one_row(kind: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_BYTES", VOCABULARY)
     hidden, labels, head = batch(kind)
-    cross_entropy_sum(hidden, labels, head.wide)
+    cross_entropy_sum(hidden, labels, head.wide, Dropout())
     assert chunks == [1] * TOKENS
 
 
 @both
 def test_the_matrix_is_written_once_and_no_chunk_is_computed_again(kind: str, chunks: list[int]) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden, labels, head.wide)
+    total = cross_entropy_sum(hidden, labels, head.wide, Dropout())
     torch.autograd.backward(total)
     assert head.written == 1
     assert sum(chunks) == TOKENS
@@ -176,7 +193,7 @@ def test_the_matrix_is_written_once_and_no_chunk_is_computed_again(kind: str, ch
 @both
 def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
     hidden, labels, head = batch(kind)
-    _, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide))
+    _, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     gradients = sum(tensor.nbytes for tensor in (hidden, *head.trained))
     # Gradients of a bias and of B are columns of one product, whose other columns and padding are held with them.
     assert gradients <= held <= gradients + 4 * 8 * VOCABULARY
@@ -187,10 +204,10 @@ def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
 def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: str, kept_by: KeptBy) -> None:
     hidden, labels, head = batch(kind)
     with torch.no_grad():
-        total, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide))
+        total, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     assert not total.requires_grad
     assert held == 0
-    torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.wide).detach())
+    torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.wide, Dropout()).detach())
 
 
 @both
@@ -202,16 +219,16 @@ def test_without_grad_mode_no_gradient_is_worked_out(kind: str, monkeypatch: pyt
 
     monkeypatch.setattr(FusedLinear, "backward", refuse)
     with torch.no_grad():
-        cross_entropy_sum(hidden, labels, head.wide)
+        cross_entropy_sum(hidden, labels, head.wide, Dropout())
     with pytest.raises(AssertionError, match="asked for gradients"):
-        cross_entropy_sum(hidden, labels, head.wide)
+        cross_entropy_sum(hidden, labels, head.wide, Dropout())
 
 
 @both
 def test_a_short_type_is_summed_in_float32_and_answered_in_kind(kind: str) -> None:
     hidden, labels, head = batch(kind)
     short = hidden.detach().bfloat16().requires_grad_()
-    total = cross_entropy_sum(short, labels, head.wide)
+    total = cross_entropy_sum(short, labels, head.wide, Dropout())
     expected = plain_loss(hidden, labels, head)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, expected, rtol=0.02, atol=0)
@@ -228,6 +245,6 @@ def test_a_dropout_on_the_heads_pair_draws_another_mask_for_every_chunk() -> Non
     dropping = FusedLinear((part._replace(dropout=0.5),))
     same = hidden.detach()[:1].expand(8, -1).contiguous().requires_grad_()  # two chunks of the same rows
     torch.manual_seed(0)
-    total = cross_entropy_sum(same, labels[1:2].expand(8).contiguous(), dropping)
+    total = cross_entropy_sum(same, labels[1:2].expand(8).contiguous(), dropping, Dropout())
     (gradient,) = torch.autograd.grad(total, same)
     assert len(gradient.unique(dim=0)) > CHUNK_ROWS

@@ -74,7 +74,7 @@ def untouched_beside(own: Tensor) -> bool:
 def test_forward_is_the_definition(name: str, packed: bool, hold: bool, joined: bool) -> None:
     piece, context, u, plain = case(name, packed=packed)
     gemm_input = room_of(piece, joined=joined)
-    held = piece.forward(u, gemm_input, context, hold=hold)
+    held = piece.forward(u, gemm_input, context, save=hold)
     gemm_input.add().fill_(9)
     torch.testing.assert_close(gemm_input.parts[1], plain_of(piece, plain, context))
     assert all(bool((other == 9).all()) for other in gemm_input.parts[::2])
@@ -93,13 +93,13 @@ def test_backward_writes_the_gradient_over_u_and_gives_the_output_once_more(name
         dout = torch.full((ROWS, piece.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : piece.outputs + 2]
         dout.copy_(torch.randn(ROWS, piece.outputs, dtype=torch.float64))
         (expected,) = torch.autograd.grad(y, plain, dout)
-    held = piece.forward(u, room_of(piece), context, hold=how != "all made again")
+    held = piece.forward(u, room_of(piece), context, save=how != "all made again")
     if how != "held from forward":
         u = u._base.clone()[:, 2 : piece.inputs + 2]  # type: ignore[union-attr]
         u.copy_(plain)
         piece.prepare_(u, context)
     if how == "all made again":
-        held = piece.hold(u, context)
+        held = piece.save(u, context)
     found = piece.backward_(u, dout, held, context)
     assert isinstance(found, Tensor)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32

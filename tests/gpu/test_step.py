@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,18 +20,18 @@ from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import capabilities_of
 from octavo.kernels import matmul8 as kernels
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.frozen import FrozenLinear, FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Decoder
-from octavo.objective import Inputs, loss_of
+from octavo.objective import Inputs, Objective, next_token_loss
 from octavo.ops import matmul8
 from octavo.ops.quantize import scheme_named
 from octavo.runtime import offload
 from octavo.runtime.dispatch import Backends, set_backends
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, load
-from octavo.train.precision import keep_transposed_, layers, set_precision_
+from octavo.train.precision import all_8bit, matmul8_of
 from octavo.train.step import EagerStep, GraphStep, MicroStep
 
 pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
@@ -113,7 +114,7 @@ def batch_of(seed: int, *, packed: bool, rows: int = ROWS, learned: float = 0.7)
             positions[row, start:stop] = torch.arange(stop - start)
     ids, labels = (torch.randint(VOCABULARY, (rows, LENGTH), generator=draw) for _ in range(2))
     labels[(torch.rand(rows, LENGTH, generator=draw) >= learned) | (document < 0)] = IGNORE_INDEX
-    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=0)
+    return Batch(ids, labels, positions, document, (("f:1",),) * len(ids), epoch=0, index=0)
 
 
 def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor], tolerance: float) -> None:
@@ -133,13 +134,27 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def eager(
+    model: Decoder, save: Save = Save.ALL, *, rows: int = ROWS, offload: bool = False, eight: bool = False,
+    transposed: bool = False, objective: Objective = next_token_loss,
+) -> EagerStep:  # fmt: skip
+    """An eager step; with `eight` all supported matmuls are in 8 bits."""
+    matmul8 = matmul8_of(model, all_8bit(model), transposed=transposed) if eight else {}
+    return EagerStep(model, ForwardOptions(save, offload, matmul8), objective, rows)
+
+
+def graph(model: Decoder, save: Save = Save.ALL, **options: Any) -> GraphStep:
+    """The same as CUDA graphs."""
+    return GraphStep(eager(model, save, **options), set())
+
+
 both_kinds = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
 
 
 @matrix(dtype=NEAR, save=list(Save))(lambda dtype, save: dtype == torch.bfloat16 or save == Save.ATTENTION)
 def test_a_recorded_step_is_the_launched_one(load_step: Load, dtype: torch.dtype, save: Save) -> None:
     step = load_step(dtype, CARD, "int8")
-    launched, recorded = EagerStep(step.model, save), GraphStep(step.model, save, rows=ROWS)
+    launched, recorded = eager(step.model, save), graph(step.model, save, rows=ROWS)
     batches = [batch_of(seed, packed=packed) for packed in (True, False) for seed in range(3)]
     # Short ones, of both kinds and in both orders, each after a full one whose numbers still lie in the graph.
     batches += [batch_of(7, packed=True, rows=3), batch_of(8, packed=False, rows=1), batch_of(9, packed=True)]
@@ -150,7 +165,7 @@ def test_a_recorded_step_is_the_launched_one(load_step: Load, dtype: torch.dtype
 
 def test_a_graph_of_many_rows_takes_a_batch_of_few(load_step: Load) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    launched, recorded = EagerStep(step.model, Save.INPUT), GraphStep(step.model, Save.INPUT, rows=80)
+    launched, recorded = eager(step.model, Save.INPUT), graph(step.model, Save.INPUT, rows=80)
     for seed in range(3):  # the 79 rows that are missing are documents too
         batch = batch_of(seed, packed=True, rows=1)
         assert_same(step.taken(recorded, batch), step.taken(launched, batch), NEAR[torch.bfloat16])
@@ -158,7 +173,7 @@ def test_a_graph_of_many_rows_takes_a_batch_of_few(load_step: Load) -> None:
 
 def test_a_replay_adds_to_the_gradients_and_its_loss_is_its_own(load_step: Load) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    recorded = GraphStep(step.model, Save.ALL, rows=ROWS)
+    recorded = graph(step.model, Save.ALL, rows=ROWS)
     one, other = batch_of(0, packed=True), batch_of(1, packed=True)
     for _ in range(2):
         recorded(one, 1.0)
@@ -172,7 +187,7 @@ def test_a_replay_adds_to_the_gradients_and_its_loss_is_its_own(load_step: Load)
 
 def test_a_batch_with_nothing_to_learn_adds_nothing(load_step: Load) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    recorded = GraphStep(step.model, Save.INPUT, rows=ROWS)
+    recorded = graph(step.model, Save.INPUT, rows=ROWS)
     for seed in range(3):
         step.taken(recorded, batch_of(seed, packed=True))
     loss, gradients = step.taken(recorded, batch_of(3, packed=True, learned=0.0))
@@ -182,7 +197,7 @@ def test_a_batch_with_nothing_to_learn_adds_nothing(load_step: Load) -> None:
 
 def test_what_is_released_is_recorded_again(load_step: Load) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    launched, recorded = EagerStep(step.model, Save.ALL), GraphStep(step.model, Save.ALL, rows=ROWS)
+    launched, recorded = eager(step.model), graph(step.model, Save.ALL, rows=ROWS)
     batch = batch_of(0, packed=True)
     for _ in range(3):
         step.taken(recorded, batch)
@@ -196,7 +211,7 @@ def test_what_is_released_is_recorded_again(load_step: Load) -> None:
 @pytest.mark.parametrize("save", list(Save))
 def test_a_launched_step_never_waits_for_the_card(load_step: Load, packed: bool, save: Save) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    launched = EagerStep(step.model, save)
+    launched = eager(step.model, save)
     launched(batch_of(0, packed=packed), 0.1)  # libraries start, kernels are compiled
     batch = batch_of(1, packed=packed)
     with no_waiting():
@@ -206,7 +221,7 @@ def test_a_launched_step_never_waits_for_the_card(load_step: Load, packed: bool,
 @both_kinds
 def test_a_replay_never_waits_for_the_card(load_step: Load, packed: bool) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    recorded = GraphStep(step.model, Save.ALL, rows=ROWS)
+    recorded = graph(step.model, Save.ALL, rows=ROWS)
     for seed in range(2):
         recorded(batch_of(seed, packed=packed), 0.1)
     whole, short = batch_of(2, packed=packed), batch_of(3, packed=packed, rows=2)
@@ -220,7 +235,7 @@ def test_a_replay_never_waits_for_the_card(load_step: Load, packed: bool) -> Non
 )
 def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, packed: bool, scheme: str) -> None:
     step = load_step(torch.bfloat16, CARD, scheme)
-    launched, batch = EagerStep(step.model, Save.ATTENTION), batch_of(0, packed=packed)
+    launched, batch = eager(step.model, Save.ATTENTION), batch_of(0, packed=packed)
     fast = step.taken(launched, batch)
     set_backends(Backends(kernels=False))
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
@@ -230,7 +245,7 @@ def test_a_step_with_kernels_is_the_step_of_the_definitions(load_step: Load, pac
 def test_a_step_of_many_rows_is_that_of_the_definitions_whatever_the_rank(load_step: Load, rank: int) -> None:
     """The rank decides how far apart rows are, and with that which thread of a kernel takes which numbers."""
     step = load_step(torch.bfloat16, CARD, "int8", rank)
-    launched, batch = EagerStep(step.model, Save.ALL), batch_of(0, packed=True, rows=64)
+    launched, batch = eager(step.model), batch_of(0, packed=True, rows=64)
     fast = step.taken(launched, batch)
     set_backends(Backends(kernels=False))
     assert_same(fast, step.taken(launched, batch), NEAR[torch.bfloat16])
@@ -247,10 +262,9 @@ def test_a_step_in_8_bits_is_that_of_the_definitions(load_step: Load, packed: bo
     batch, found = batch_of(0, packed=packed), {}
     for dtype in (torch.float32, torch.bfloat16):
         step = load_step(dtype, CARD, scheme)
-        launched = EagerStep(step.model, Save.ATTENTION)
-        exact = step.taken(launched, batch)
-        set_precision_(step.model)
-        assert sum(layer.use_8bit for _, layer in layers(step.model)) > 4
+        exact = step.taken(eager(step.model, Save.ATTENTION), batch)
+        launched = eager(step.model, Save.ATTENTION, eight=True)
+        assert len(launched.options.matmul8) > 4
         set_backends(Backends())
         fast = step.taken(launched, batch)
         set_backends(Backends(kernels=False))
@@ -268,10 +282,8 @@ def test_gradients_in_int8_are_nearer_to_exact_than_in_fp8(
 ) -> None:
     """What cards before fp8 take; and without a copy engine, as on all before the H100."""
     step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
-    launched = EagerStep(step.model, Save.ATTENTION)
-    exact = step.taken(launched, batch)
-    set_precision_(step.model)
-    found = {}
+    exact = step.taken(eager(step.model, Save.ATTENTION), batch)
+    launched, found = eager(step.model, Save.ATTENTION, eight=True), {}
     for kind in (matmul8.FP8, torch.int8):
         monkeypatch.setattr(matmul8, "gradient_type", lambda _, kind=kind: kind)
         found[kind] = step.taken(launched, batch)
@@ -285,8 +297,7 @@ def test_gradients_in_int8_are_nearer_to_exact_than_in_fp8(
 @both_kinds
 def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed: bool) -> None:
     step = load_step(torch.bfloat16, CARD, "int8")
-    set_precision_(step.model)
-    launched, recorded = EagerStep(step.model, Save.ATTENTION), GraphStep(step.model, Save.ATTENTION, rows=ROWS)
+    launched, recorded = (make(step.model, Save.ATTENTION, eight=True) for make in (eager, graph))
     batch = batch_of(0, packed=packed)
     fast = step.taken(launched, batch)
     for _ in range(2):
@@ -298,10 +309,8 @@ def test_a_step_in_8_bits_is_its_record_and_never_waits(load_step: Load, packed:
 
 def test_weights_that_are_kept_transposed_change_nothing(load_step: Load) -> None:
     step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
-    set_precision_(step.model)
-    expected = step.taken(EagerStep(step.model, Save.ALL), batch)
-    keep_transposed_(step.model, True)
-    recorded = GraphStep(step.model, Save.ALL, rows=ROWS)
+    expected = step.taken(eager(step.model, eight=True), batch)
+    recorded = graph(step.model, eight=True, transposed=True)
     for _ in range(3):
         assert_same(step.taken(recorded, batch), expected, 1e-3)
 
@@ -314,13 +323,13 @@ def test_inputs_and_a_table_on_the_host_change_nothing(
     monkeypatch.setattr(offload, "LEAVING", 1)
     step = load_step(torch.bfloat16, CARD, "int8")
     batch = batch_of(0, packed=packed)
-    expected = step.taken(EagerStep(step.model, save), batch)
+    expected = step.taken(eager(step.model, save), batch)
     table = step.model.table
     assert table is not None
     held = torch.cuda.memory_allocated()
     table.set_host_resident_(True)
     assert torch.cuda.memory_allocated() <= held - table.weight_bytes
-    launched, recorded = EagerStep(step.model, save, True), GraphStep(step.model, save, rows=ROWS, offload=True)
+    launched, recorded = eager(step.model, save, offload=True), graph(step.model, save, rows=ROWS, offload=True)
     for _ in range(3):
         for micro_step in (launched, recorded):
             assert_same(step.taken(micro_step, batch), expected, 1e-3)
@@ -328,7 +337,7 @@ def test_inputs_and_a_table_on_the_host_change_nothing(
         launched(batch, 0.1)
         recorded(batch, 0.1)
     table.set_host_resident_(False)
-    assert_same(step.taken(EagerStep(step.model, save), batch), expected, 1e-3)
+    assert_same(step.taken(eager(step.model, save), batch), expected, 1e-3)
 
 
 def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_again(
@@ -337,8 +346,8 @@ def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_a
     """It ends with copies under way, which a recording must not: the card's lack of memory would be hidden by that."""
     monkeypatch.setattr(offload, "LEAVING", 1)
     step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
-    expected = step.taken(EagerStep(step.model, Save.INPUT), batch)
-    recorded = GraphStep(step.model, Save.INPUT, rows=ROWS, offload=True)
+    expected = step.taken(eager(step.model, Save.INPUT), batch)
+    recorded = graph(step.model, Save.INPUT, rows=ROWS, offload=True)
     step.taken(recorded, batch)
 
     def lacking(away: offload.ActivationOffload) -> Tensor:
@@ -354,21 +363,22 @@ def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_a
 
 
 @pytest.mark.parametrize("away", [False, True])
-def test_a_recording_that_runs_out_of_memory_before_any_copy_says_so(
-    load_step: Load, away: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recording_that_runs_out_of_memory_before_any_copy_says_so(load_step: Load, away: bool) -> None:
     step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
-    expected = step.taken(EagerStep(step.model, Save.INPUT), batch)
-    recorded = GraphStep(step.model, Save.INPUT, rows=ROWS, offload=away)
+    expected = step.taken(eager(step.model, Save.INPUT), batch)
+    lacking = [False]
+
+    def objective(*given: Any) -> Tensor:
+        if lacking[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return next_token_loss(*given)
+
+    recorded = graph(step.model, Save.INPUT, offload=away, objective=objective)
     step.taken(recorded, batch)
-
-    def lacking(*_: object, **__: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("octavo.train.step.loss_of", lacking)
-        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-            recorded(batch, 0.1)
+    lacking[0] = True
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        recorded(batch, 0.1)
+    lacking[0] = False
     recorded.release()
     assert_same(step.taken(recorded, batch), expected, 1e-3)
 
@@ -393,7 +403,7 @@ def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> Non
     for away in (False, True):
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
-            loss_of(model, inputs, save=Save.INPUT, offload=away).backward()
+            next_token_loss(model, inputs, ForwardOptions(Save.INPUT, away)).backward()
             torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated())
     one = 64 * 1024 * 256 * 2
@@ -404,8 +414,8 @@ def test_inputs_that_are_away_take_no_memory_of_the_card(load_step: Load) -> Non
 def test_a_card_gives_the_cpus_numbers(load_step: Load, packed: bool, save: Save) -> None:
     batch = batch_of(0, packed=packed)
     here, there = (load_step(torch.float32, device, "int8") for device in (CPU, CARD))
-    expected = here.taken(EagerStep(here.model, save), batch)
-    assert_same(there.taken(EagerStep(there.model, save), batch), expected, 1e-3)
+    expected = here.taken(eager(here.model, save), batch)
+    assert_same(there.taken(eager(there.model, save), batch), expected, 1e-3)
 
 
 def test_dropout_on_a_card_is_a_function_of_the_seed(load_step: Load) -> None:
@@ -417,14 +427,53 @@ def test_dropout_on_a_card_is_a_function_of_the_seed(load_step: Load) -> None:
     for seed in (1, 2):
         for save in Save:
             torch.manual_seed(seed)
-            losses[seed, save] = step.taken(EagerStep(step.model, save), batch)
+            losses[seed, save] = step.taken(eager(step.model, save), batch)
     for save in Save:
         assert_same(losses[1, save], losses[1, Save.ALL], 0.01)
         assert losses[1, save][0] != losses[2, save][0]
 
 
+@both_kinds
+@pytest.mark.parametrize("save", [Save.ALL, Save.INPUT])
+def test_a_replay_draws_the_dropout_masks_of_an_eager_pass(load_step: Load, packed: bool, save: Save) -> None:
+    """New ones for each seed, the same for the same seed."""
+    step = load_step(torch.bfloat16, CARD, "int8")
+    for module in step.model.modules():
+        if isinstance(module, FrozenLinear):
+            module.dropout = 0.3
+    launched, recorded = eager(step.model, save), graph(step.model, save)
+    batch = batch_of(0, packed=packed)
+    recorded(batch, 0.1)  # eager, then captured
+    found = {}
+    for seed in (1, 2, 1, 3):
+        torch.manual_seed(seed)
+        found[seed] = step.taken(recorded, batch)
+        torch.manual_seed(seed)
+        assert_same(found[seed], step.taken(launched, batch), 1e-3)
+    assert len({loss for loss, _ in found.values()}) == 3
+
+
+def test_a_replay_with_label_weights_is_the_eager_pass(load_step: Load) -> None:
+    step = load_step(torch.bfloat16, CARD, "int8")
+    launched, recorded = eager(step.model), graph(step.model)
+    for seed in range(3):
+        weights = torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(seed))
+        batch = replace(batch_of(seed, packed=True), weights=weights)
+        assert_same(step.taken(recorded, batch), step.taken(launched, batch), NEAR[torch.bfloat16])
+
+
+def test_plain_blocks_are_captured_too(load_step: Load) -> None:
+    step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
+    expected = step.taken(eager(step.model), batch)
+    for save in Save:
+        plain = EagerStep(step.model, ForwardOptions(save, fused=False), rows=ROWS)
+        recorded = GraphStep(plain, set())
+        for _ in range(3):
+            assert_same(step.taken(recorded, batch), expected, NEAR[torch.bfloat16])
+
+
 def test_no_layer_is_left_out(load_step: Load) -> None:
     step = load_step(torch.float32, CARD, "none")
-    step.taken(EagerStep(step.model, Save.ALL), batch_of(0, packed=True))
+    step.taken(eager(step.model), batch_of(0, packed=True))
     parameters: list[nn.Parameter] = [p for group in step.groups for p in group.parameters]
     assert all(p.is_cuda and p.grad is not None and bool(p.grad.any()) for p in parameters)

@@ -15,10 +15,10 @@ from tests.kernels.domains import DOMAINS, Operand, faults, layout_of, operands
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.infer.decoding import DecodeRunner
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.layers.multi_lora import ServedAdapters
-from octavo.objective import Inputs, loss_of
+from octavo.objective import Inputs, next_token_loss
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.runtime import dispatch
 from octavo.runtime.dispatch import KERNELS
@@ -26,7 +26,7 @@ from octavo.store.peft import read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 from octavo.train.optim import Adam, OptimizerSettings
-from octavo.train.precision import set_precision_
+from octavo.train.precision import Precision, all_8bit, matmul8_of
 
 
 def test_every_kernel_has_cases_and_a_domain() -> None:
@@ -104,9 +104,10 @@ def test_a_training_step_stays_within_the_domains(
         adapters.create_(model, AdapterPlan(LoraSpec(3, 6.0), norms=scheme != "none", biases=scheme == "nf4"), seed=0)
         optimizer = Adam(flatten_(adapters.trained(model)), OptimizerSettings())
         for use_8bit in (False, True):
-            set_precision_(model, wanted=use_8bit)
+            matmul8 = matmul8_of(model, all_8bit(model) if use_8bit else Precision())
             for save in Save:
-                loss_of(model, Inputs(ids, ids, ids.flatten(), None, None), save=save).backward()
+                inputs = Inputs(ids, ids, ids.flatten(), None, None)
+                next_token_loss(model, inputs, ForwardOptions(save, matmul8=matmul8)).backward()
         optimizer.step(1e-3, gradient_norm=optimizer.gradient_norm())
     assert {name: found for name, found in recorded.items() if found} == {}
     called = {"pointwise.norm_into", "loss.cross_entropy_", "matmul8.quantize_rows_into", "quantize.nf4_into"}

@@ -11,7 +11,7 @@ from torch import Tensor
 from octavo.kernels.lora_tiles import Tile, hopper_tile, partial_sums, sum_parts
 from octavo.ops.lora_backward import LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
 from octavo.runtime import dispatch
-from octavo.train.simulate import rehearse
+from octavo.train.simulate import simulate
 
 
 def on_meta(*shape: int) -> Tensor:
@@ -58,7 +58,7 @@ def test_a_simulated_step_allocates_the_partial_sums(parts: int) -> None:
     backward_ = gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_
     operands = LoraOperands(t, b, after)
     sums = [part for part in partial_sums(x, dy, operands, hopper_tile(x, dy, operands)) if part is not None]
-    found = rehearse(lambda: backward_(x, dy, operands))
+    found = simulate(lambda: backward_(x, dy, operands))
     total = sum(part.nbytes for part in sums) + sum(part[0].nbytes for part in sums if len(part) > 1)
     assert total <= found.peak_bytes < total + 2**25
     moved = [x, dy, t, b, after, *sums, *(part for part in sums if len(part) > 1)]

@@ -88,7 +88,7 @@ def test_a_wide_product_reads_a_layer_as_it_stands() -> None:
     weights = weights_of(GROUP, 7)
     layer = FrozenLinear(matrix_of(weights), bias=["k_proj", "v_proj"])
     put_(layer, "v_proj", pair_of(5, 7), dropout=0.5)
-    frozen = layer.eval().frozen()
+    frozen = layer.eval().spec()
     assert (frozen.rows, frozen.columns, frozen.bias_start, frozen.dropout) == (14, 7, 6, 0.0)
     assert frozen.bias is layer.bias
     (pair,) = frozen.lora
@@ -98,7 +98,7 @@ def test_a_wide_product_reads_a_layer_as_it_stands() -> None:
     out = torch.empty(14, 7)
     frozen.fill(out)
     assert torch.equal(out, torch.cat(list(weights.values())))
-    assert layer.train().frozen().dropout == 0.5
+    assert layer.train().spec().dropout == 0.5
 
 
 @every_scheme

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.layers.fused_linear import ALIGNMENT, FusedLinear
+from octavo.layers.dropout import Dropout, Seed
+from octavo.layers.fused_linear import ALIGNMENT, FusedLinear, Seeds
 from octavo.layers.gemm_input import GemmInput
 from octavo.ops.linear import LoraSlice, mm_float32
 from octavo.ops.linear_spec import LinearSpec
@@ -88,12 +90,20 @@ def composed(wide: FusedLinear, weights: list[Tensor], x: Tensor) -> Tensor:
     return y
 
 
-def completed(wide: FusedLinear, x: Tensor, dropout_seeds: list[int] | None = None) -> GemmInput:
+def seeds(*numbers: int) -> list[Seed | None]:
+    return [partial(_seeded, number) for number in numbers]
+
+
+def _seeded(number: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(number)
+
+
+def completed(wide: FusedLinear, x: Tensor, dropout_seeds: Seeds | None = None) -> GemmInput:
     gemm_input = wide.gemm_input(len(x), x)
     for part in x.split([part.columns for part in wide.parts], dim=1):
         gemm_input.put(part)
     with torch.no_grad():
-        wide.complete_(gemm_input, dropout_seeds or [0] * len(wide.parts))
+        wide.complete_(gemm_input, dropout_seeds or seeds(0) * len(wide.parts))
     return gemm_input
 
 
@@ -125,7 +135,7 @@ def test_the_product_is_the_sum_of_all(name: str, adding: bool) -> None:
     residual = random(ROWS, OUT) if adding else None
     before = residual.clone() if residual is not None else torch.zeros(ROWS, OUT, dtype=torch.float64)
     with torch.no_grad():
-        y = wide.product(completed(wide, x), residual=residual)
+        y = wide.matmul(completed(wide, x), residual=residual)
         torch.testing.assert_close(y, before + composed(wide, weights, x))
     if residual is not None:
         assert torch.equal(residual, before)  # which stays as it is
@@ -140,7 +150,7 @@ def test_backward_gives_the_gradients_of_autograd(name: str, grad_input: bool, g
     with torch.no_grad():
         gemm_input = completed(wide, x)
         matrix = wide.matrix(dy) if given else None
-        dx, found = wide.backward(dy, gemm_input, [0] * len(wide.parts), grad_input=grad_input, matrix=matrix)
+        dx, found = wide.backward(dy, gemm_input, seeds(0) * len(wide.parts), grad_input=grad_input, matrix=matrix)
     leaves = [x, *(tensor for tensor in wide.trained if tensor.requires_grad)]
     theirs = torch.autograd.grad(composed(wide, weights, x), leaves, dy)
     assert (dx is not None) == grad_input
@@ -156,7 +166,9 @@ def test_a_frozen_bias_is_added_and_gets_no_gradient() -> None:
     wide, _ = wide_of(CASES["with a frozen bias"])
     assert [tensor.requires_grad for tensor in wide.trained] == [False]
     with torch.no_grad():
-        _, found = wide.backward(random(ROWS, OUT), completed(wide, random(ROWS, wide.inputs)), [0], grad_input=True)
+        _, found = wide.backward(
+            random(ROWS, OUT), completed(wide, random(ROWS, wide.inputs)), seeds(0), grad_input=True
+        )
     assert found == [None]
 
 
@@ -165,8 +177,8 @@ def test_a_short_type_is_multiplied_in_kind_and_factors_get_gradients_of_their_o
     x, dy = random(64, wide.inputs).bfloat16(), random(64, OUT).bfloat16()
     with torch.no_grad():
         gemm_input = completed(wide, x)
-        y = wide.product(gemm_input)
-        dx, found = wide.backward(dy, gemm_input, [0, 0], grad_input=True)
+        y = wide.matmul(gemm_input)
+        dx, found = wide.backward(dy, gemm_input, seeds(0, 0), grad_input=True)
     exact = x.double().requires_grad_()
     expected = composed(wide, weights, exact)
     theirs = torch.autograd.grad(expected, [exact, *wide.trained], dy.double())
@@ -193,10 +205,10 @@ def showing_its_mask(width: int, dropout: float) -> LinearSpec:
 def test_dropout_zeroes_a_share_scales_the_rest_and_backward_makes_the_same_mask_again() -> None:
     width, rate = 40, 0.25
     wide = FusedLinear((showing_its_mask(width, rate),))
-    dropout_seeds = wide.dropout_seeds()
+    dropout_seeds = wide.dropout_seeds(Dropout())
     x, dy = torch.rand(50, width) + 1, torch.rand(50, width) + 1
     gemm_input = completed(wide, x, dropout_seeds)
-    mask = wide.product(gemm_input) / x
+    mask = wide.matmul(gemm_input) / x
     assert (mask == 0).float().mean().item() == pytest.approx(rate, abs=0.05)
     torch.testing.assert_close(mask[mask != 0], torch.full_like(mask[mask != 0], 1 / (1 - rate)))
     dx, (da, db) = wide.backward(dy, gemm_input, dropout_seeds, grad_input=True)
@@ -214,28 +226,32 @@ def test_every_part_has_a_mask_of_its_own_and_one_without_dropout_has_none() -> 
     for i in range(3):
         only = x.clone()
         only[:, i * width : (i + 1) * width] = 1
-        masks.append(wide.product(completed(wide, only, [3, 0, 5])))
+        masks.append(wide.matmul(completed(wide, only, seeds(3, 0, 5))))
     assert torch.equal(masks[1], torch.ones(20, width))
     assert not torch.equal(masks[0], masks[2])
-    again = wide.product(completed(wide, torch.cat([torch.ones(20, width), x[:, width:]], dim=1), [3, 1, 1]))
+    again = wide.matmul(completed(wide, torch.cat([torch.ones(20, width), x[:, width:]], dim=1), seeds(3, 1, 1)))
     assert torch.equal(again, masks[0])  # a function of its own seed
 
 
 def test_seeds_come_from_the_global_generator_and_masks_leave_it_alone() -> None:
     wide = FusedLinear((showing_its_mask(8, 0.5), showing_its_mask(8, 0.5)))
     torch.manual_seed(1)
-    first = wide.dropout_seeds()
+    first = wide.dropout_seeds(Dropout())
     state = torch.get_rng_state()
     completed(wide, torch.ones(4, 16), first)
     assert torch.equal(torch.get_rng_state(), state)
-    second = wide.dropout_seeds()
+    second = wide.dropout_seeds(Dropout())
     torch.manual_seed(1)
-    assert wide.dropout_seeds() == first
-    assert len({*first, *second}) == 4
+    assert numbers(wide.dropout_seeds(Dropout())) == numbers(first)
+    assert len({*numbers(first), *numbers(second)}) == 4
+
+
+def numbers(given: Seeds) -> list[int]:
+    return [seed(torch.device("cpu")).initial_seed() for seed in given if seed is not None]
 
 
 def test_without_dropout_no_seed_is_drawn() -> None:
     wide, _ = wide_of(CASES["two side by side"])
     state = torch.get_rng_state()
-    assert wide.dropout_seeds() == [0, 0]
+    assert wide.dropout_seeds(Dropout()) == [None, None]
     assert torch.equal(torch.get_rng_state(), state)

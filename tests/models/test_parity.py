@@ -20,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import ModelError
 from octavo.fused.loss import cross_entropy_sum
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
+from octavo.layers.dropout import Dropout
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
@@ -234,7 +235,7 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
     expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.autograd.backward(expected)
     hidden = ours.hidden(ids).flatten(0, 1)
-    loss = cross_entropy_sum(hidden, labels.flatten(), FusedLinear((ours.head.frozen(),)))
+    loss = cross_entropy_sum(hidden, labels.flatten(), FusedLinear((ours.head.spec(),)), Dropout())
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
@@ -253,7 +254,7 @@ def test_plain_blocks_have_the_output_and_the_gradients_of_the_model(kernels: Tw
     """`fused=False` is the reference: every block as plain PyTorch, saved for backward or computed again."""
     ours, ids = tuned(kernels).ours, some_ids()
     parameters = [parameter for parameter in ours.parameters() if parameter.requires_grad]
-    outputs = [ours.hidden(ids, save=save, fused=fused) for fused in (True, False)]
+    outputs = [ours.hidden(ids, options=ForwardOptions(save, fused=fused)) for fused in (True, False)]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
     wanted: list[Tensor] = []
     found: list[Tensor] = []

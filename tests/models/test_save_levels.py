@@ -15,13 +15,13 @@ from transformers import GPTJConfig, LlamaConfig
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.fused.loss import cross_entropy_sum
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
+from octavo.layers.dropout import Dropout
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
 from octavo.ops.attention import find_documents
-from octavo.runtime.offload import ActivationOffload
 
 VOCABULARY, LENGTH, LAYERS, WIDTH, MLP_WIDTH = 61, 48, 4, 32, 64
 CONFIGS = {
@@ -49,20 +49,17 @@ def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, D
     return ours.train()
 
 
-def loss_of(
-    model: Decoder, save: Save | Sequence[Save], *, packed: bool = True, offload: ActivationOffload | None = None
-) -> Tensor:
+def loss_of(model: Decoder, save: Save | Sequence[Save], *, packed: bool = True, offload: bool = False) -> Tensor:
     torch.manual_seed(5)  # of the dropout
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(VOCABULARY, (2, LENGTH), generator=generator) for _ in range(2))
     document = torch.arange(LENGTH).expand(2, LENGTH) // 20 if packed else None
-    hidden = model.hidden(ids, documents=find_documents(document, ids.device), save=save, offload=offload)
-    return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), FusedLinear((model.head.frozen(),)))
+    options = ForwardOptions(save, offload)
+    hidden = model.hidden(ids, documents=find_documents(document, ids.device), options=options)
+    return cross_entropy_sum(hidden.flatten(0, 1), labels.flatten(), FusedLinear((model.head.spec(),)), Dropout())
 
 
-def gradients(
-    model: Decoder, save: Save | Sequence[Save], offload: ActivationOffload | None = None
-) -> dict[str, Tensor]:
+def gradients(model: Decoder, save: Save | Sequence[Save], *, offload: bool = False) -> dict[str, Tensor]:
     model.zero_grad()
     torch.autograd.backward(loss_of(model, save, offload=offload))
     trained = adapters.trained(model)
@@ -78,8 +75,8 @@ def test_gradients_are_the_same_to_the_bit_with_dropout_on(model: Decoder, save:
     assert all(gradient.any() for gradient in kept.values())
 
 
-def test_inputs_that_were_away_change_no_bit(model: Decoder) -> None:
-    kept, again = gradients(model, MIXED), gradients(model, MIXED, ActivationOffload())
+def test_offload_changes_no_bit(model: Decoder) -> None:
+    kept, again = gradients(model, MIXED), gradients(model, MIXED, offload=True)
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
 
 
@@ -93,13 +90,13 @@ def test_a_blocks_inner_products_alone_run_once_more_in_backward(
     model: Decoder, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []  # K of each product; an inner one has the width of the model
-    product = FusedLinear.product
+    matmul = FusedLinear.matmul
 
-    def noted(self: FusedLinear, max_len: GemmInput, *, residual: Tensor | None = None) -> Tensor:
+    def noted(self: FusedLinear, gemm_input: GemmInput, *, residual: Tensor | None = None) -> Tensor:
         ran.append(self.inputs if residual is None else 0)
-        return product(self, max_len, residual=residual)
+        return matmul(self, gemm_input, residual=residual)
 
-    monkeypatch.setattr(FusedLinear, "product", noted)
+    monkeypatch.setattr(FusedLinear, "matmul", noted)
     branches = 1 if hasattr(model.blocks[0], "fc_out") else 2
     loss = loss_of(model, save)
     assert ran == [WIDTH, 0] * branches * LAYERS

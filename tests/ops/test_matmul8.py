@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from tests import devices
 from torch import Tensor
 
 from octavo.hardware import Capabilities
+from octavo.layers.dropout import Seed
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.gemm_input import GemmInput
 from octavo.ops import matmul8
 from octavo.ops.linear import LoraSlice
-from octavo.ops.linear_spec import LinearSpec, QuantErrorProbe, split_outliers
+from octavo.ops.linear_spec import LinearSpec, Matmul8, QuantErrorProbe, split_outliers
 from octavo.ops.matmul8 import FP8, quantize_rows
 from octavo.ops.quantize import SCHEMES
 
@@ -169,13 +171,22 @@ def wide_of(
         matrix = codes * (absmax / 127)[:, None]
         pair = LoraSlice(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)
         bias = drawn(8).requires_grad_()
-        own = stored_codes(codes, absmax) if use_8bit or probe else None
-        parts.append(LinearSpec(N, k, filled_with(matrix), bias, 2, (pair,), dropout, own, probe))
+        spec = Matmul8(probe=probe) if use_8bit or probe else None
+        weight = stored_codes(codes, absmax)
+        parts.append(LinearSpec(N, k, filled_with(matrix), bias, 2, (pair,), dropout, weight, spec))
         matrices.append(matrix)
     return FusedLinear(tuple(parts)), matrices
 
 
-def completed(wide: FusedLinear, x: Tensor, dropout_seeds: list[int]) -> GemmInput:
+def seeds(*numbers: int) -> list[Seed | None]:
+    return [partial(_seeded, number) for number in numbers]
+
+
+def _seeded(number: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(number)
+
+
+def completed(wide: FusedLinear, x: Tensor, dropout_seeds: list[Seed | None]) -> GemmInput:
     gemm_input = wide.gemm_input(len(x), x)
     for part in x.split([part.columns for part in wide.parts], dim=1):
         gemm_input.put(part)
@@ -183,7 +194,9 @@ def completed(wide: FusedLinear, x: Tensor, dropout_seeds: list[int]) -> GemmInp
     return gemm_input
 
 
-def both(wide: FusedLinear, x: Tensor, dy: Tensor, dropout_seeds: list[int]) -> tuple[Tensor, list[Tensor | None]]:
+def both(
+    wide: FusedLinear, x: Tensor, dy: Tensor, dropout_seeds: list[Seed | None]
+) -> tuple[Tensor, list[Tensor | None]]:
     """Backward: (the gradient to all of the input, those of what is trained)."""
     dx, found = wide.backward(dy, completed(wide, x, dropout_seeds), dropout_seeds, grad_input=True)
     assert dx is not None
@@ -200,8 +213,8 @@ def test_forward_differs_from_the_exact_product_by_half_a_step_of_each_input(
     assert fast.use_8bit
     assert not exact.use_8bit
     x, base = rows(M, sum(columns)), torch.randn(M, N) if residual else None
-    wanted = exact.product(completed(exact, x, [0, 0][: len(columns)]), residual=base)
-    found = fast.product(completed(fast, x, [0, 0][: len(columns)]), residual=base)
+    wanted = exact.matmul(completed(exact, x, seeds(0, 0)[: len(columns)]), residual=base)
+    found = fast.matmul(completed(fast, x, seeds(0, 0)[: len(columns)]), residual=base)
     limit = torch.zeros(M, N)
     for part, matrix in zip(x.split(columns, dim=1), matrices, strict=True):
         limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
@@ -219,7 +232,7 @@ def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_i
 ) -> None:
     fast, matrices = wide_of(columns, use_8bit=True, dropout=dropout)
     exact, _ = wide_of(columns, use_8bit=False, dropout=dropout)
-    dropout_seeds = [5, 6][: len(columns)]
+    dropout_seeds = seeds(5, 6)[: len(columns)]
     x, dy = rows(M, sum(columns)), rows(M, N)
     wanted, gradients = both(exact, x, dy, dropout_seeds)
     found, own_gradients = both(fast, x, dy, dropout_seeds)
@@ -247,7 +260,7 @@ def test_a_gradient_in_int8_differs_by_half_a_step_of_its_spans(
     monkeypatch.setattr(matmul8, "gradient_type", lambda _: torch.int8)
     fast, matrices = wide_of(columns, use_8bit=True)
     exact, _ = wide_of(columns, use_8bit=False)
-    dropout_seeds, x, dy = [0] * len(columns), rows(M, sum(columns)), rows(M, N)
+    dropout_seeds, x, dy = seeds(0) * len(columns), rows(M, sum(columns)), rows(M, N)
     wanted, _ = both(exact, x, dy, dropout_seeds)
     found, _ = both(fast, x, dy, dropout_seeds)
     limit = []
@@ -265,11 +278,11 @@ def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
     for use_8bit in (True, False):
         wide, _ = wide_of([48], use_8bit=use_8bit)
         x, dy = rows(M, 48), rows(M, N)
-        gemm_input = completed(wide, x, [0])
-        _, wanted = wide.backward(dy, gemm_input, [0], grad_input=True)
+        gemm_input = completed(wide, x, seeds(0))
+        _, wanted = wide.backward(dy, gemm_input, seeds(0), grad_input=True)
         monkeypatch.setattr(FusedLinear, "matrix", lambda *_: pytest.fail("the matrix was written"))
         monkeypatch.setattr(matmul8, "matmul_8bit_into", lambda *_: pytest.fail("a product was taken"))
-        dx, found = wide.backward(dy, gemm_input, [0], grad_input=False)
+        dx, found = wide.backward(dy, gemm_input, seeds(0), grad_input=False)
         monkeypatch.undo()
         assert dx is None
         for own, other in zip(found, wanted, strict=True):
@@ -281,7 +294,9 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
     fast, matrices = wide_of(columns, use_8bit=True)
     exact, _ = wide_of(columns, use_8bit=False)
     far = torch.tensor([3, 17, 30])
-    parted = FusedLinear(tuple(part._replace(outliers=split_outliers(far, part.columns)) for part in fast.parts))
+    parted = FusedLinear(
+        tuple(part._replace(matmul8=Matmul8(split_outliers(far, part.columns))) for part in fast.parts)
+    )
     x = torch.randn(M, sum(columns))
     near = x.clone()
     start = 0
@@ -289,12 +304,12 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
         x[:, start + far] *= 1000
         near[:, start + far] = 0
         start += k
-    dropout_seeds = [0] * len(columns)
-    wanted = exact.product(completed(exact, x, dropout_seeds))
+    dropout_seeds = seeds(0) * len(columns)
+    wanted = exact.matmul(completed(exact, x, dropout_seeds))
     limit = torch.zeros(M, N)  # as if the far channels were not there
     for part, matrix in zip(near.split(columns, dim=1), matrices, strict=True):
         limit += part.abs().amax(1)[:, None] / 127 * 0.5 * matrix.abs().sum(1)
-    whole, found = (wide.product(completed(wide, x, dropout_seeds)) for wide in (fast, parted))
+    whole, found = (wide.matmul(completed(wide, x, dropout_seeds)) for wide in (fast, parted))
     assert bool(((found - wanted).abs() <= limit * 1.001 + 1e-5 * wanted.abs()).all())
     assert float((found - wanted).norm()) < 0.02 * float((whole - wanted).norm())
 
@@ -302,8 +317,11 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
 def test_a_product_with_all_channels_apart_is_exact() -> None:
     fast, _ = wide_of([32], use_8bit=True)
     exact, _ = wide_of([32], use_8bit=False)
-    parted, x = FusedLinear((fast.parts[0]._replace(outliers=split_outliers(torch.arange(32), 32)),)), rows(M, 32)
-    found, wanted = parted.product(completed(parted, x, [0])), exact.product(completed(exact, x, [0]))
+    parted, x = (
+        FusedLinear((fast.parts[0]._replace(matmul8=Matmul8(split_outliers(torch.arange(32), 32))),)),
+        rows(M, 32),
+    )
+    found, wanted = parted.matmul(completed(parted, x, seeds(0))), exact.matmul(completed(exact, x, seeds(0)))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-3)
 
 
@@ -312,14 +330,14 @@ def test_a_trial_finds_the_channels_with_the_largest_numbers() -> None:
     tried, _ = wide_of([64], use_8bit=False, probe=probe)
     x = torch.randn(M, 64).clamp(-1, 1)
     x[2, 40], x[5, 7], x[:, 9] = -900.0, 700.0, 500.0
-    tried.product(completed(tried, x, [0]))
+    tried.matmul(completed(tried, x, seeds(0)))
     assert probe.channels is not None
     assert {7, 9, 40} < set(probe.channels.tolist())
     assert probe.channels.tolist() == sorted(set(probe.channels.tolist()))
     assert len(probe.channels) == 16
-    parted = FusedLinear((tried.parts[0]._replace(probe=None, outliers=split_outliers(probe.channels, 64)),))
+    parted = FusedLinear((tried.parts[0]._replace(matmul8=Matmul8(split_outliers(probe.channels, 64))),))
     exact, _ = wide_of([64], use_8bit=False)
-    plain, found = exact.product(completed(exact, x, [0])), parted.product(completed(parted, x, [0]))
+    plain, found = exact.matmul(completed(exact, x, seeds(0))), parted.matmul(completed(parted, x, seeds(0)))
     assert probe.outliers is not None
     torch.testing.assert_close(probe.outliers, (found - plain).norm() / (plain - plain.mean(0)).norm())
     assert probe.forward is not None
@@ -333,13 +351,13 @@ def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
     exact, _ = wide_of([32, 64], use_8bit=False, dropout=dropout)
     fast, _ = wide_of([32, 64], use_8bit=True, dropout=dropout)
     x, dy = rows(M, 96), rows(M, N)
-    rooms = [completed(wide, x, [0, 0]) for wide in (tried, exact, fast)]
+    rooms = [completed(wide, x, seeds(0, 0)) for wide in (tried, exact, fast)]
     base = torch.randn(M, N)
-    assert torch.equal(tried.product(rooms[0], residual=base), exact.product(rooms[1], residual=base))
-    plain, eighth = exact.product(rooms[1]), fast.product(rooms[2])
+    assert torch.equal(tried.matmul(rooms[0], residual=base), exact.matmul(rooms[1], residual=base))
+    plain, eighth = exact.matmul(rooms[1]), fast.matmul(rooms[2])
     assert probe.forward is not None
     torch.testing.assert_close(probe.forward, (eighth - plain).norm() / (plain - plain.mean(0)).norm())
-    found, wanted, rough = (both(wide, x, dy, [0, 0])[0] for wide in (tried, exact, fast))
+    found, wanted, rough = (both(wide, x, dy, seeds(0, 0))[0] for wide in (tried, exact, fast))
     assert probe.backward is not None
     assert torch.equal(found, wanted)
     torch.testing.assert_close(probe.backward, (rough - wanted).norm() / wanted.norm())
@@ -348,11 +366,11 @@ def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
 def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> None:
     probe = QuantErrorProbe()
     tried, _ = wide_of([32, 64], use_8bit=False, probe=probe)
-    parts = (tried.parts[0], tried.parts[1]._replace(int8_weight=None, probe=None))
+    parts = (tried.parts[0], tried.parts[1]._replace(matmul8=None))
     mixed, x = FusedLinear(parts), rows(M, 96)
-    gemm_input = completed(mixed, x, [0, 0])
-    mixed.product(gemm_input)
-    mixed.backward(rows(M, N), gemm_input, [0, 0], grad_input=True)
+    gemm_input = completed(mixed, x, seeds(0, 0))
+    mixed.matmul(gemm_input)
+    mixed.backward(rows(M, N), gemm_input, seeds(0, 0), grad_input=True)
     assert (mixed.probe, probe.forward, probe.backward) == (None, None, None)
 
 

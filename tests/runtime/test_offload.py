@@ -15,7 +15,7 @@ from octavo.errors import UsageError
 from octavo.runtime import offload
 from octavo.runtime.dispatch import OP_OBSERVERS
 from octavo.runtime.offload import LEAVING, ActivationOffload, on_host, pinned_bytes
-from octavo.train.simulate import rehearse
+from octavo.train.simulate import simulate
 
 SHAPE = 6, 5
 
@@ -95,7 +95,7 @@ def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
 
     OP_OBSERVERS.append(lambda name, _: seen.append(name))
     try:
-        forecast = rehearse(step)
+        forecast = simulate(step)
     finally:
         OP_OBSERVERS.pop()
     assert forecast.peak_bytes == pytest.approx((LEAVING + 1) * size, rel=0.1)

@@ -45,7 +45,7 @@ def adapter(tiny_llama: Path, plays: Path, forks: Forks, tmp_path_factory: pytes
     out = tmp_path_factory.mktemp("run")
     process = forks.octavo(
         "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data",
-        plays / "test", "--out", out, "--steps", 8, "--batch", 2, "--seq-len", 32, "--rank", 4, "--lr", 0.05,
+        plays / "test", "--out", out, "--steps", 8, "--batch-size", 2, "--seq-len", 32, "--rank", 4, "--lr", 0.05,
         "--scheme", "none", "--dtype", "float32", "--sample-tokens", 1, "--keep", "last",
     )  # fmt: skip
     _, err = process.communicate()

@@ -180,7 +180,7 @@ def test_the_server_does_not_start_if_an_adapter_does_not_match(
 
     done = octavo(
         "finetune", "--model", tiny_llama, "--data", plays / "train", "--test-data", plays / "test", "--out", tmp_path,
-        "--steps", 1, "--batch", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
+        "--steps", 1, "--batch-size", 2, "--seq-len", 32, "--rank", 2, "--sample-tokens", 4,
     )  # fmt: skip
     assert done.code == 0
     file = tmp_path / "adapter" / "adapter_model.safetensors"

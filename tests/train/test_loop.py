@@ -22,16 +22,16 @@ from octavo.data.loader import Batch, Position, batches
 from octavo.data.packing import IGNORE_INDEX, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import TrainingError
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.frozen import FrozenLinear, LoraPair
-from octavo.layers.lora import LoraSpec, flatten_
+from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 from octavo.train.loop import Step, Trainer, check_gradients, train
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
-from octavo.train.step import EagerStep
+from octavo.train.step import EagerStep, micro_batches
 
 VOCABULARY, SEQ_LEN, RANK, ALPHA, SEED = 61, 24, 8, 16.0, 3
 CONFIGS = {
@@ -87,7 +87,7 @@ def trainer_of(
     *,
     total: int,
     kind: str = "adamw",
-    accumulate: int = 1,
+    micro: int = 1,
     dropout: float = 0.0,
     lr: float = 5e-3,
     clip: float = 1.0,
@@ -100,8 +100,8 @@ def trainer_of(
     optimizer = Adam(flatten_(parameters), settings)
     schedule = Schedule(lr, total, warmup=2, kind="constant")
     scaler = LossScaler(base.embed.matrix.dtype)
-    micro_step = EagerStep(model, Save.INPUT)
-    return Trainer(model, parameters, optimizer, schedule, scaler, micro_step, SEED, accumulate)
+    micro_step = EagerStep(model, ForwardOptions(Save.INPUT), rows=micro)
+    return Trainer(model, parameters, optimizer, schedule, scaler, micro_step, SEED)
 
 
 def run(trainer: Trainer, data: Sequence[Row], **reading: Any) -> list[Step]:
@@ -152,14 +152,15 @@ def documents_of(sources: Sequence[str], count: int) -> tuple[Tensor, Tensor, Te
     return ids, mask, labels
 
 
-def plain_loop(model: Any, data: Sequence[Row], *, steps: int, accumulate: int, batch: int) -> list[float]:
+def plain_loop(model: Any, data: Sequence[Row], *, steps: int, batch_size: int, micro: int) -> list[float]:
     """Fine-tuning as one writes it with transformers, peft and torch. Gives each step's loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01)
-    stream = batches(data, batch_size=batch, seed=SEED)
+    stream = batches(data, batch_size=batch_size, seed=SEED)
     losses = []
     for number in range(1, steps + 1):
-        chosen = [documents_of(next(stream).sources, 3 * len(data)) for _ in range(accumulate)]
+        parts = micro_batches(next(stream), micro)
+        chosen = [documents_of(part.sources, 3 * len(data)) for part in parts]
         learned = [int((labels[:, 1:] != -100).sum()) for _, _, labels in chosen]
         assert len(set(learned)) > 1 or number > 1  # micro-batches are unequal, or means would do as well
         optimizer.zero_grad()
@@ -178,9 +179,9 @@ def plain_loop(model: Any, data: Sequence[Row], *, steps: int, accumulate: int, 
 @pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("adamw8bit", 5e-3)])
 def test_losses_are_those_of_a_plain_transformers_and_peft_loop(kernels: Pair, kind: str, tolerance: float) -> None:
     theirs, ours = kernels
-    trainer, data = trainer_of(ours, total=20, kind=kind, accumulate=2), rows(10)
-    plain = plain_loop(peft_model(theirs, trainer), data, steps=20, accumulate=2, batch=2)
-    losses = [step.loss for step in run(trainer, data, batch_size=2) if step.loss is not None]
+    trainer, data = trainer_of(ours, total=20, kind=kind, micro=2), rows(10)
+    plain = plain_loop(peft_model(theirs, trainer), data, steps=20, batch_size=4, micro=2)
+    losses = [step.loss for step in run(trainer, data, batch_size=4) if step.loss is not None]
     assert losses == pytest.approx(plain, rel=tolerance)
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])  # something was learned
 
@@ -198,23 +199,23 @@ def resumed(first: Trainer, base: Decoder, after: Step, **settings: Any) -> Trai
     return second
 
 
-# Five rows, two a step: step 3 spans the edge of the first epoch, step 5 ends with the second.
+# Five rows, two in a step of two micro-batches: step 3 has the last row of the first epoch, step 6 of the second.
 @pytest.mark.parametrize("stop", [1, 2, 3, 5])
 @pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
 def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Decoder, kind: str, stop: int) -> None:
     data = rows(5)
-    settings: dict[str, Any] = {"total": 7, "kind": kind, "accumulate": 2, "dropout": 0.3}
+    settings: dict[str, Any] = {"total": 7, "kind": kind, "dropout": 0.3}
     whole = trainer_of(base, **settings)
-    expected = run(whole, data)
+    expected = run(whole, data, batch_size=2)
     first = trainer_of(base, **settings)
     before = []
-    for step in train(first, batches(data, batch_size=1, seed=SEED)):
+    for step in train(first, batches(data, batch_size=2, seed=SEED)):
         before.append(step)
         if step.number == stop:
             break
     second = resumed(first, base, before[-1], **settings)
     position = Position(before[-1].following.epoch, before[-1].following.index)
-    after = run(second, data, start=position, done=stop)
+    after = run(second, data, batch_size=2, start=position, done=stop)
     assert timeless([*before, *after]) == timeless(expected)
     assert all(torch.equal(value, values(second)[name]) for name, value in values(whole).items())
     state = second.optimizer.state()
@@ -223,22 +224,21 @@ def test_a_run_in_two_is_the_run_in_one_to_the_bit(base: Decoder, kind: str, sto
 
 
 def test_dropout_is_another_in_every_step_and_micro_batch(base: Decoder) -> None:
-    data = rows(1)  # the same row again and again
+    data = rows(1) * 2  # the same row again and again
     losses = [step.loss for step in run(trainer_of(base, total=3, dropout=0.5, lr=0.0), data)]
     assert len(set(losses)) == 1  # B is zero: dropout cannot show
-    trainers = [trainer_of(base, total=3, accumulate=n, dropout=0.5, lr=0.0) for n in (1, 2)]
+    trainers = [trainer_of(base, total=3, dropout=0.5, lr=0.0) for _ in range(2)]
     for trainer in trainers:
         for parameter in trainer.parameters.values():
             nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(parameter.numel()))
-    one, two = (run(trainer, data) for trainer in trainers)
+    one, two = (run(trainer, data, batch_size=n) for trainer, n in zip(trainers, (1, 2), strict=True))
     assert len({step.loss for step in one}) == 3
     assert one[0].loss != two[0].loss
 
 
-def test_batch_times_accumulation_alone_counts(base: Decoder) -> None:
-    wide, deep = (trainer_of(base, total=1, accumulate=n, lr=0.0, clip=0.0) for n in (1, 4))
-    (one,) = run(wide, rows(4), batch_size=4, shuffle=False)
-    (other,) = run(deep, rows(4), batch_size=1, shuffle=False)
+def test_the_micro_batch_size_changes_neither_loss_nor_gradients(base: Decoder) -> None:
+    wide, deep = (trainer_of(base, total=1, micro=n, lr=0.0, clip=0.0) for n in (4, 1))
+    (one,), (other,) = (run(trainer, rows(4), batch_size=4, shuffle=False) for trainer in (wide, deep))
     assert one.trained_tokens == other.trained_tokens
     assert one.tokens == other.tokens
     assert one.loss == pytest.approx(other.loss, rel=1e-6)
@@ -251,11 +251,40 @@ def ignoring(row: Row) -> Row:
 
 def test_a_batch_with_nothing_to_learn_does_no_harm_within_a_step(base: Decoder) -> None:
     data = rows(2)
-    alone, among = (trainer_of(base, total=1, accumulate=n, clip=0.0) for n in (1, 3))
+    alone, among = (trainer_of(base, total=1, clip=0.0) for _ in range(2))
     (expected,) = run(alone, data[:1])
-    (step,) = run(among, [ignoring(data[1]), data[0], ignoring(data[1])], shuffle=False)
+    (step,) = run(among, [ignoring(data[1]), data[0], ignoring(data[1])], batch_size=3, shuffle=False)
     assert (step.loss, step.trained_tokens) == (expected.loss, expected.trained_tokens)
     assert torch.equal(gradients(among), gradients(alone))
+
+
+def test_the_loss_is_the_mean_over_label_weights(base: Decoder) -> None:
+    """Weights that are twice as large change neither loss nor gradients; different ones change both."""
+    (batch,) = batches(rows(2), batch_size=2, seed=SEED, epochs=1)
+    ones, twice = torch.ones(batch.ids.shape), torch.full(batch.ids.shape, 2.0)
+    uneven = torch.where(torch.arange(SEQ_LEN) < SEQ_LEN // 2, 0.0, 1.0).expand(2, -1)
+    found = []
+    for weights in (None, ones, twice, uneven):
+        trainer = trainer_of(base, total=1, clip=0.0)
+        (step,) = train(trainer, iter([replace(batch, weights=weights)]))
+        found.append((step.loss, gradients(trainer)))
+    for loss, gradient in found[1:3]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-7)
+    assert found[3][0] != pytest.approx(found[0][0], rel=1e-3)
+
+
+def test_ranks_sum_their_gradients_before_they_are_clipped(base: Decoder) -> None:
+    alone, doubled = (trainer_of(base, total=1, clip=0.0) for _ in range(2))
+
+    def double(groups: Sequence[FlatGroup]) -> None:
+        for group in groups:
+            assert group.values.grad is not None
+            group.values.grad.mul_(2)
+
+    doubled.sum_over_ranks = double
+    (one,), (other,) = run(alone, rows(1)), run(doubled, rows(1))
+    assert other.gradient_norm == pytest.approx(2 * one.gradient_norm)
 
 
 def test_a_step_with_nothing_to_learn_changes_nothing_and_is_no_failure(base: Decoder) -> None:
@@ -348,14 +377,13 @@ def test_a_gradient_that_is_no_number_stops_the_run(base: Decoder) -> None:
         next(steps)
 
 
-@pytest.mark.parametrize(("epochs", "micro_batches"), [(0.5, [2, 1]), (1.0, [2, 2, 1]), (1.2, [2, 2, 2])])
-def test_the_last_step_takes_what_is_left(base: Decoder, epochs: float, micro_batches: list[int]) -> None:
+@pytest.mark.parametrize(("epochs", "sizes"), [(0.5, [2, 2]), (1.0, [2, 2, 1]), (1.2, [2, 2, 1, 2])])
+def test_the_last_step_of_an_epoch_has_the_remaining_rows(base: Decoder, epochs: float, sizes: list[int]) -> None:
     data = rows(5)
-    steps = run(trainer_of(base, total=9, accumulate=2), data, epochs=epochs, shuffle=False)
+    steps = run(trainer_of(base, total=9), data, batch_size=2, epochs=epochs, shuffle=False)
     counts = iter([int((row.document >= 0).sum()) for row in [*data, *data]])
-    assert [step.tokens for step in steps] == [sum(next(counts) for _ in range(n)) for n in micro_batches]
-    taken = sum(micro_batches)
-    assert steps[-1].following == Position((taken - 1) // 5, (taken - 1) % 5 + 1)
+    assert [step.tokens for step in steps] == [sum(next(counts) for _ in range(n)) for n in sizes]
+    assert steps[-1].following == Position((len(sizes) - 1) // 3, (len(sizes) - 1) % 3 + 1)
 
 
 def test_the_model_trains_within_and_is_back_in_eval_mode_after(base: Decoder) -> None:
@@ -372,11 +400,11 @@ class Failing:
     """A micro-step that runs out of memory at its second call, in backward, until a cheaper way is taken."""
 
     def __init__(self, model: Decoder, error: RuntimeError, cheaper: int) -> None:
-        self.own, self.error, self.cheaper, self.calls = EagerStep(model, Save.ALL), error, cheaper, 0
+        self.eager, self.error, self.cheaper, self.calls, self.rows = EagerStep(model), error, cheaper, 0, 1
 
-    def __call__(self, batch: Batch, seed: float) -> Tensor:
+    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
         self.calls += 1
-        loss = self.own(batch, seed)
+        loss = self.eager(batch, loss_scale)
         if self.calls == 2:
             raise self.error
         return loss
@@ -393,25 +421,25 @@ class Failing:
     "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")], ids=["torch", "cublas"]
 )
 def test_a_step_that_runs_out_of_memory_is_done_once_more_as_a_whole(base: Decoder, error: RuntimeError) -> None:
-    data, settings = rows(4), {"total": 2, "accumulate": 2, "dropout": 0.3}
+    data, settings = rows(4), {"total": 2, "dropout": 0.3}
     expected, trainer = trainer_of(base, **settings), trainer_of(base, **settings)  # type: ignore[arg-type]
     trainer.micro_step = Failing(trainer.model, error, cheaper=1)
-    assert timeless(run(trainer, data)) == timeless(run(expected, data))
+    assert timeless(run(trainer, data, batch_size=2)) == timeless(run(expected, data, batch_size=2))
     assert all(torch.equal(value, values(trainer)[name]) for name, value in values(expected).items())
 
 
 def test_a_step_that_fits_in_no_way_stops_the_run(base: Decoder) -> None:
-    trainer = trainer_of(base, total=2, accumulate=2)
+    trainer = trainer_of(base, total=2)
     trainer.micro_step = Failing(trainer.model, torch.OutOfMemoryError("full"), cheaper=0)
     with pytest.raises(TrainingError, match="Step 1 does not fit"):
-        run(trainer, rows(4))
+        run(trainer, rows(4), batch_size=2)
 
 
 def test_another_error_is_not_taken_for_memory(base: Decoder) -> None:
-    trainer = trainer_of(base, total=2, accumulate=2)
+    trainer = trainer_of(base, total=2)
     trainer.micro_step = Failing(trainer.model, RuntimeError("shapes"), cheaper=1)
     with pytest.raises(RuntimeError, match="shapes"):
-        run(trainer, rows(4))
+        run(trainer, rows(4), batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from octavo.ops.quantize import scheme_named
 from octavo.runtime.offload import pinned_bytes
 from octavo.store.weights import allocated
 from octavo.train.memory import MARGIN, MemoryPlan, Planner, _halvings
-from octavo.train.precision import layers, set_precision_
+from octavo.train.precision import Precision, all_8bit
 from octavo.train.simulate import BUS_BYTES_PER_SECOND, Forecast
 
 GIB = 2**30
@@ -66,12 +66,12 @@ MEASURED: tuple[tuple[str, str, int, int, list[tuple[int, Save]], float, float],
 
 
 @cache
-def planner(shape: str, scheme: str = "int8", *, length: int, batch: int = 1, card: str | None = None) -> Planner:
+def planner(shape: str, scheme: str = "int8", *, length: int, batch_size: int = 1, gpu: str | None = None) -> Planner:
     """Of a model without weights. Forecasts are remembered, so tests of one planner share them."""
     model = allocated(SHAPES[shape], scheme_named(scheme), dtype=torch.bfloat16, device=torch.device("meta"))
     adapters.create_(model, AdapterPlan(LoraSpec(16, 32.0)), seed=0)
     flatten_(adapters.trained(model))
-    return Planner(model, length, batch, 2, GPUS[card] if card else None)
+    return Planner(model, length, batch_size, 2, GPUS[gpu] if gpu else None)
 
 
 def levels(runs: Sequence[tuple[int, Save]]) -> tuple[Save, ...]:
@@ -83,16 +83,16 @@ def test_the_forecast_is_what_an_h100_was_asked_for(
     shape: str, scheme: str, rows: int, length: int, runs: list[tuple[int, Save]], gib: float, milliseconds: float
 ) -> None:
     """The memory to 4 %, of which half a per cent is how far two runs of one setting lay apart; seconds to 5 %."""
-    found = planner(shape, scheme, length=length, batch=rows, card="H100").plan(levels(runs), rows)
+    found = planner(shape, scheme, length=length, batch_size=rows, gpu="H100").plan(levels(runs), rows)
     assert found.peak_bytes / GIB == pytest.approx(gib, rel=0.04)
     assert found.seconds is not None
     assert math.isnan(milliseconds) or 1e3 * found.seconds == pytest.approx(milliseconds, rel=0.05)
 
 
-def short(shape: str, card: str | None = "RTX 3090") -> Planner:
+def short(shape: str, gpu: str | None = "RTX 3090") -> Planner:
     """A GPT-J on eight rows of 512 tokens, or a Llama on one of 8,192."""
-    length, batch = {"gptj-4": (512, 8), "llama-4": (8192, 1)}[shape]
-    return planner(shape, length=length, batch=batch, card=card)
+    length, batch_size = {"gptj-4": (512, 8), "llama-4": (8192, 1)}[shape]
+    return planner(shape, length=length, batch_size=batch_size, gpu=gpu)
 
 
 def all_of(save: Save) -> tuple[Save, ...]:
@@ -101,7 +101,9 @@ def all_of(save: Save) -> tuple[Save, ...]:
 
 def bounds(this: Planner) -> tuple[float, float]:
     """Budgets in which nothing and everything fits."""
-    return 0.97 * this.smallest().peak_bytes / MARGIN, 1.02 * this.plan(all_of(ALL), this.batch).peak_bytes / MARGIN
+    return 0.97 * this.smallest().peak_bytes / MARGIN, 1.02 * this.plan(
+        all_of(ALL), this.batch_size
+    ).peak_bytes / MARGIN
 
 
 @pytest.mark.parametrize("shape", ["gptj-4", "llama-4"])
@@ -109,15 +111,15 @@ def test_more_kept_takes_more_memory_and_less_work(shape: str) -> None:
     this = short(shape)
     roads = [[levels([(LAYERS - n, INPUT), (n, ALL)]) for n in range(LAYERS + 1)], [all_of(save) for save in Save]]
     for road in roads:
-        for less, more in pairwise(this._forecast(this.batch, save) for save in road):
+        for less, more in pairwise(this._forecast(this.batch_size, save) for save in road):
             assert more.peak_bytes > less.peak_bytes
-            assert more.product_flops + more.attention_flops < less.product_flops + less.attention_flops
-            assert more.product_flops <= less.product_flops
+            assert more.matmul_flops + more.attention_flops < less.matmul_flops + less.attention_flops
+            assert more.matmul_flops <= less.matmul_flops
             assert more.moved_bytes <= less.moved_bytes
-    lean, middle, full = (this._forecast(this.batch, save) for save in roads[1])
+    lean, middle, full = (this._forecast(this.batch_size, save) for save in roads[1])
     assert lean.attention_flops / middle.attention_flops == pytest.approx(4.5 / 3.5)  # once more in backward
     assert middle.attention_flops == full.attention_flops
-    assert lean.product_flops == middle.product_flops > full.product_flops
+    assert lean.matmul_flops == middle.matmul_flops > full.matmul_flops
 
 
 def test_weights_gradients_and_the_optimizer_stand_all_the_time() -> None:
@@ -128,7 +130,7 @@ def test_weights_gradients_and_the_optimizer_stand_all_the_time() -> None:
     frozen = 4 * (words + 2 * d + LAYERS * (2 * d + inner + d))
     trained = LAYERS * 16 * (4 * 2 * d + 2 * (d + inner))
     assert this.fixed_bytes == matrices + frozen + trained * (4 + 4 + 2)
-    other = Planner(this.model, this.length, this.batch, optimizer_bytes=8)
+    other = Planner(this.model, this.length, this.batch_size, optimizer_bytes=8)
     assert other.fixed_bytes - this.fixed_bytes == 6 * trained
     assert this.smallest().peak_bytes > this.fixed_bytes + this._forecast(1, all_of(INPUT)).peak_bytes
 
@@ -151,7 +153,7 @@ def test_a_plan_fits_and_more_memory_is_never_slower(shape: str, shares: list[fl
         assert found == this.plan(found.save, found.rows)
         assert len(found.save) == LAYERS
         assert list(found.save) == sorted(found.save)  # most in the last layers, whose backward comes first
-        assert 1 <= found.rows <= this.batch
+        assert 1 <= found.rows <= this.batch_size
         assert found.seconds is not None
         seconds.append(found.seconds)
     assert seconds[1] <= seconds[0]
@@ -164,14 +166,14 @@ def test_no_other_plan_is_faster_by_more_than_a_layers_worth() -> None:
     plans = [this.plan(levels([(a, INPUT), (b, ATTENTION), (c, ALL)]), 1) for a, b, c in runs]
     assert len({plan.save for plan in plans}) == 15
     low, high = bounds(this)
-    paces = [this._pace(this.plan(all_of(save), 1)) for save in Save]
+    paces = [this._seconds(this.plan(all_of(save), 1)) for save in Save]
     for share in range(1, 41):
         budget = low + share / 40 * (high - low)
-        fitting = [this._pace(plan) for plan in plans if plan.peak_bytes <= MARGIN * budget]
+        fitting = [this._seconds(plan) for plan in plans if plan.peak_bytes <= MARGIN * budget]
         found = this.best(budget)
         assert (found is None) == (not fitting)
         if found is not None:
-            assert this._pace(found) < min(fitting) + (paces[1] - paces[2]) / LAYERS + 1e-9
+            assert this._seconds(found) < min(fitting) + (paces[1] - paces[2]) / LAYERS + 1e-9
 
 
 def test_everything_fits_or_nothing_does() -> None:
@@ -219,13 +221,13 @@ def test_rows_are_halved_down_to_one(batch: int, rows: list[int]) -> None:
 
 def test_a_card_that_is_not_known_gets_the_plan_of_one_that_is() -> None:
     known = short("gptj-4")
-    unknown = Planner(known.model, known.length, known.batch, known.optimizer_bytes)
+    unknown = Planner(known.model, known.length, known.batch_size, known.optimizer_bytes)
     wide = known.plan(all_of(INPUT), 8).peak_bytes / MARGIN + 1
     ours, theirs = (this.best(wide) for this in (known, unknown))
     assert ours is not None
     assert ours.rows == 2
     assert theirs == replace(ours, seconds=None)
-    assert [unknown._pace(replace(plan, seconds=None)) for plan in (ours, known.smallest())] == [
+    assert [unknown._seconds(replace(plan, seconds=None)) for plan in (ours, known.smallest())] == [
         ours.seconds,
         known.smallest().seconds,
     ]
@@ -234,7 +236,7 @@ def test_a_card_that_is_not_known_gets_the_plan_of_one_that_is() -> None:
 def test_offload_takes_the_inputs_and_the_embedding_off_the_card() -> None:
     """By hand: 2 bytes a number of each branch's input but the two at hand; a Llama has two branches a layer."""
     for shape, rows, branches, words in (("gptj", 1, 28, 50400), ("llama", 4, 64, 32768)):
-        this = replace(planner(shape, length=2048, batch=rows, card="H100"), offloads=(False, True))
+        this = replace(planner(shape, length=2048, batch_size=rows, gpu="H100"), offloads=(False, True))
         one, table = 2 * 4096 * rows * 2048, words * 4096
         save = (INPUT,) * len(this.model.blocks)
         here, away = (this.plan(save, rows, offload=offload) for offload in (False, True))
@@ -258,27 +260,26 @@ def test_a_plan_offloads_only_where_the_card_lacks_memory() -> None:
         found, without = both.best(budget), here.best(budget)
         assert found is not None
         assert found.peak_bytes <= MARGIN * budget
-        assert without is None or both._pace(found) <= both._pace(without)
+        assert without is None or both._seconds(found) <= both._seconds(without)
         chosen.add(found.offload)
         if found.offload:
-            assert without is None or both._pace(found) < both._pace(without)
+            assert without is None or both._seconds(found) < both._seconds(without)
             assert replace(both, host_bytes=found.host_bytes - 1).best(budget) == without
     assert chosen == {False, True}
 
 
-def test_what_is_asked_for_offloads_where_it_fits_that_way_alone() -> None:
-    this = replace(short("gptj-4"), offloads=(False, True))
-    here, away = (this.plan(all_of(INPUT), this.batch, offload=offload) for offload in (False, True))
-    assert this.asked(all_of(INPUT), here.peak_bytes) == here
-    assert this.asked(all_of(INPUT), here.peak_bytes - 1) == away
-    assert this.asked(all_of(INPUT), away.peak_bytes - 1) == away  # which is for the caller to refuse
-    assert replace(this, offloads=(True,)).asked(all_of(INPUT), here.peak_bytes) == away
+def test_given_save_levels_offload_if_they_fit_only_then() -> None:
+    this = replace(short("gptj-4"), offloads=(False, True), micro_batch_size=8)
+    here, away = (this.plan(all_of(INPUT), this.batch_size, offload=offload) for offload in (False, True))
+    assert this.fixed(all_of(INPUT), here.peak_bytes) == here
+    assert this.fixed(all_of(INPUT), here.peak_bytes - 1) == away
+    assert this.fixed(all_of(INPUT), away.peak_bytes - 1) == away  # which is for the caller to refuse
+    assert replace(this, offloads=(True,)).fixed(all_of(INPUT), here.peak_bytes) == away
 
 
 def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -> None:
     exact = short("gptj-4")
-    this = planner.__wrapped__("gptj-4", length=exact.length, batch=exact.batch, card="RTX 3090")  # of its own
-    set_precision_(this.model.train())
+    this = replace(exact, precision=all_8bit(exact.model))
     plain, transposed = (this.plan(all_of(ALL), 8, transposed=transposed) for transposed in (False, True))
     weights = LAYERS * (4 * 4096**2 + 2 * 4096 * 16384)
     scratch = 4096 * 28672  # what one of them takes while it is written
@@ -291,34 +292,63 @@ def test_weights_are_kept_transposed_where_layers_keep_all_and_there_is_room() -
     assert transposed.seconds < halved.seconds < plain.seconds  # type: ignore[operator]
     assert this.best(transposed.peak_bytes / MARGIN - 1) == halved
     assert this.best(halved.peak_bytes / MARGIN - 1) == plain
-    assert this.asked(all_of(ALL), math.inf) == plain  # as it was asked for
+    assert this.fixed(all_of(ALL), math.inf) == plain  # as it was asked for
     smallest, most = this.smallest().peak_bytes / MARGIN, transposed.peak_bytes / MARGIN
     plans = [this.best(smallest + share / 12 * (most - smallest) + 1) for share in range(13)]
-    paces = [this._pace(plan) for plan in plans if plan is not None]
+    paces = [this._seconds(plan) for plan in plans if plan is not None]
     assert len(paces) == 13
     assert paces == sorted(paces, reverse=True)  # more memory is never slower
     assert exact.best(math.inf) == exact.plan(all_of(ALL), 8)
-    assert all(layer.transposed is None for _, layer in layers(this.model))
 
 
 def test_copies_that_take_longer_than_the_step_are_what_it_takes() -> None:
     forecast = Forecast(0, 0.0, 0.0, 0.0, bus_bytes=2 * BUS_BYTES_PER_SECOND)
     assert forecast.seconds(GPUS["H100"]) == 2
-    assert replace(forecast, product_flops=1e16).seconds(GPUS["H100"]) > 2
+    assert replace(forecast, matmul_flops=1e16).seconds(GPUS["H100"]) > 2
 
 
 def test_a_setting_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     this = short("gptj-4")
     first = this.plan(all_of(ALL), 8)
-    monkeypatch.setattr("octavo.train.memory.rehearse", pytest.fail)
+    monkeypatch.setattr("octavo.train.memory.simulate", pytest.fail)
     assert this.plan(list(all_of(ALL)), 8) == first
 
 
-def test_a_plan_is_told_in_words() -> None:
+def test_a_plan_is_described() -> None:
     mixed = MemoryPlan((INPUT, INPUT, ATTENTION, ALL, ALL, ALL), 2, GIB, None)
-    assert mixed.describe() == "of 6 layers 3 keep all, 1 keep attention's output, 2 keep the input"
-    assert MemoryPlan((ALL,) * 4, 1, GIB, 0.5).describe() == "of 4 layers 4 keep all"
-    away = MemoryPlan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
-    assert away == "of 4 layers 4 keep the input; their inputs and the embedding in 0.50 GiB of the host's memory"
+    levels_saved = "3 save all activations, 1 save attention's output, 2 save the input"
+    assert mixed.describe() == f"micro-batches of 2 sequences, of 6 layers {levels_saved}"
+    alone = MemoryPlan((ALL,) * 4, 1, GIB, 0.5).describe()
+    assert alone == "micro-batches of 1 sequence, of 4 layers 4 save all activations"
+    offloaded = MemoryPlan((INPUT,) * 4, 1, GIB, None, True, GIB // 2).describe()
+    assert offloaded.endswith("4 save the input; their inputs and the embedding are in 0.50 GiB of CPU memory")
     transposed = MemoryPlan((ALL,) * 4, 1, GIB, None, transposed=True).describe()
-    assert transposed == "of 4 layers 4 keep all; weights are kept transposed as well"
+    assert transposed.endswith("4 save all activations; 8-bit weights are stored transposed too")
+
+
+def test_a_given_micro_batch_size_is_that_of_every_plan() -> None:
+    this = replace(short("gptj-4"), micro_batch_size=4)
+    low, high = bounds(short("gptj-4"))
+    plans = [this.best(low + share / 6 * (high - low)) for share in range(7)]
+    assert {plan.rows for plan in plans if plan is not None} == {4}
+    assert this.smallest().rows == this.fixed(all_of(ALL), 0).rows == 4
+    assert this.best(this.smallest().peak_bytes) is None  # and the margin
+
+
+def test_given_save_levels_have_the_most_rows_that_fit() -> None:
+    this = short("gptj-4")
+    peaks = {rows: this.plan(all_of(ALL), rows).peak_bytes for rows in (8, 4, 2, 1)}
+    for rows, peak in peaks.items():
+        assert this.fixed(all_of(ALL), peak).rows == rows
+    assert this.fixed(all_of(ALL), peaks[1] - 1).rows == 1  # which the caller refuses
+
+
+def test_outlier_channels_are_part_of_the_forecast() -> None:
+    this = short("gptj-4")
+    names = all_8bit(this.model).outliers
+    plain, split = (
+        replace(this, precision=Precision(dict.fromkeys(names, channels)))._forecast(8, all_of(ALL))
+        for channels in ((), tuple(range(16)))
+    )
+    assert split.moved_bytes > plain.moved_bytes
+    assert split.matmul8_flops == plain.matmul8_flops > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,19 +15,21 @@ from transformers import GPTJConfig, LlamaConfig
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
-from octavo.objective import batch_loss
+from octavo.objective import batch_loss, next_token_loss
 from octavo.ops import matmul8
 from octavo.train.precision import (
     LIMIT,
     TOKENS,
+    Precision,
     QuantError,
-    keep_transposed_,
+    all_8bit,
+    chosen_precision,
     layers,
+    matmul8_of,
     measure_8bit_error,
-    set_precision_,
     transposed_bytes,
 )
 
@@ -54,15 +56,27 @@ def batch_of(rows: int = 3, length: int = LENGTH) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(VOCABULARY, (2, rows, length), generator=generator)
     positions = torch.arange(length).expand(rows, length)
-    return Batch(ids, labels, positions, torch.zeros_like(ids), ("f:1",), labels.numel(), epoch=0, index=0)
+    return Batch(ids, labels, positions, torch.zeros_like(ids), (("f:1",),) * rows, epoch=0, index=0)
 
 
-def learned(model: Decoder, save: Save = Save.ALL) -> tuple[Tensor, Tensor]:
-    """(loss, all gradients)."""
+def learned(
+    model: Decoder, save: Save = Save.ALL, precision: Precision | None = None, *, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(loss, all gradients) of a pass with this precision."""
     model.zero_grad()
-    loss = batch_loss(model, batch_of(), save=save)
+    loss = loss_in(model, precision or Precision(), save, transposed=transposed)
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in adapters.trained(model).values() if p.grad is not None])
+
+
+def loss_in(model: Decoder, precision: Precision, save: Save = Save.ALL, *, transposed: bool = False) -> Tensor:
+    options = ForwardOptions(save, matmul8=matmul8_of(model, precision, transposed=transposed))
+    return batch_loss(model, batch_of(), options)
+
+
+def without(model: Decoder, *exact: str) -> Precision:
+    """All layers in 8 bits but these."""
+    return Precision({name: () for name, _ in layers(model) if name not in exact})
 
 
 def of(model: Decoder, kind: str) -> str:
@@ -89,13 +103,12 @@ def test_layers_that_a_card_could_not_read_stay_exact(twins_of: Callable[[Any], 
 def test_a_trial_tells_what_each_layer_costs_and_changes_no_gradient(model: Decoder) -> None:
     _, wanted = learned(model)
     model.zero_grad()
-    costs = measure_8bit_error(model, batch_of())
+    costs = measure_8bit_error(model, batch_of(), next_token_loss)
     assert costs.keys() == {name for name, _ in layers(model)}
     assert all(0 < cost.forward < 0.05 for cost in costs.values())
     assert costs[of(model, "inner").replace("1.", "0.")].backward is None  # nothing is trained in front of it
     assert sum(cost.backward is None for cost in costs.values()) == 1
     assert all(0.005 < cost.backward < 0.08 for cost in costs.values() if cost.backward is not None)
-    assert all(layer.probe is None for _, layer in layers(model))
     _, again = learned(model)
     assert torch.equal(again, wanted)
 
@@ -109,15 +122,8 @@ def test_a_trial_reads_little(model: Decoder, monkeypatch: pytest.MonkeyPatch) -
         return hidden(self, ids, **named)
 
     monkeypatch.setattr(type(model), "hidden", watched)
-    measure_8bit_error(model, batch_of(2, TOKENS + 50))
+    measure_8bit_error(model, batch_of(2, TOKENS + 50), next_token_loss)
     assert read == [(1, TOKENS)]
-
-
-def test_a_trial_that_fails_leaves_no_layer_in_it(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("octavo.train.precision.loss_of", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        measure_8bit_error(model, batch_of())
-    assert all(layer.probe is None for _, layer in layers(model))
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])
@@ -129,7 +135,7 @@ def test_channels_that_are_far_out_for_every_token_are_taken_apart_where_they_ar
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     model.train()
     model.embed.matrix.parts["weight"][:, :count] = 8.0
-    costs = measure_8bit_error(model, batch_of())
+    costs = measure_8bit_error(model, batch_of(), next_token_loss)
     qkv = costs["0.qkv"]
     assert (qkv.forward > LIMIT) is (count > 0)
     assert qkv.acceptable is (count < 40)
@@ -153,56 +159,52 @@ def test_a_layer_over_the_limit_either_way_is_unfair_and_half_the_error_is_worth
     assert (cost.acceptable, cost.splits_outliers) == (acceptable, splits_outliers)
 
 
-def test_channels_are_taken_apart_in_the_layers_that_are_named(model: Decoder) -> None:
+def test_outlier_channels_stay_exact_in_the_layers_that_have_them(model: Decoder) -> None:
     inner, outer = of(model, "inner"), of(model, "outer")
-    set_precision_(model, exact=[outer], outliers={inner: [3, 5], outer: [1]})
-    own = dict(layers(model))
-    outliers = own[inner].outliers
+    precision = Precision({**without(model, outer).outliers, inner: (3, 5)})
+    made = matmul8_of(model, precision)
+    assert outer not in made
+    outliers = made[inner].outliers
     assert outliers is not None
     assert outliers.channels.tolist() == [3, 5]
-    assert (outliers.others == 0).nonzero().flatten().tolist() == [3, 5]
-    assert own[outer].outliers is None
-    _, rough = learned(model)
-    set_precision_(model)
-    assert all(layer.outliers is None for layer in own.values())
-    _, plain = learned(model)
-    assert not torch.equal(rough, plain)
+    assert (outliers.prescale == 0).nonzero().flatten().tolist() == [3, 5]
+    assert all(spec.outliers is None for name, spec in made.items() if name != inner)
+    assert not torch.equal(learned(model, precision=precision)[1], learned(model, precision=without(model, outer))[1])
+
+
+def test_the_choice_follows_the_errors() -> None:
+    errors = {
+        "good": QuantError(0.01, 0.02),
+        "outliers": QuantError(0.2, None, 0.01, (3, 7)),
+        "bad": QuantError(0.01, 1.0),
+    }
+    assert chosen_precision(errors) == Precision({"good": (), "outliers": (3, 7)})
+    assert chosen_precision(errors, forced=True) == Precision({"good": (), "outliers": (3, 7), "bad": ()})
+
+
+def test_a_precision_is_the_same_after_json() -> None:
+    precision = Precision({"0.qkv": (), "1.down": (4, 9)})
+    assert Precision.from_json(json.loads(json.dumps(precision.to_json()))) == precision
 
 
 @pytest.mark.parametrize("save", list(Save))
-def test_training_in_eight_bits_learns_nearly_the_same(model: Decoder, save: Save) -> None:
+def test_training_in_8_bits_has_nearly_the_same_gradients(model: Decoder, save: Save) -> None:
     loss, exact = learned(model, save)
-    set_precision_(model)
-    rough_loss, rough = learned(model, save)
+    rough_loss, rough = learned(model, save, all_8bit(model))
     assert rough_loss != loss
     assert float(abs(rough_loss / loss - 1)) < 0.01
     assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.98
     assert float(rough.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
 
 
-def test_evaluation_is_exact_whatever_training_computes(model: Decoder) -> None:
-    model.eval()
-    with torch.no_grad():
-        wanted = batch_loss(model, batch_of())
-        set_precision_(model)
-        assert torch.equal(batch_loss(model, batch_of()), wanted)
-        model.train()
-        assert not torch.equal(batch_loss(model, batch_of()), wanted)
-
-
-def test_layers_named_exact_are_so_and_all_can_be_put_back(model: Decoder) -> None:
+def test_a_pass_is_exact_unless_it_is_given_a_precision(model: Decoder) -> None:
     loss, exact = learned(model)
-    names = [name for name, _ in layers(model)]
-    set_precision_(model, exact=names[:2])
-    assert [name for name, layer in layers(model) if not layer.use_8bit] == names[:2]
-    set_precision_(model, exact=names)
-    assert learned(model)[0] == loss
-    set_precision_(model)
-    set_precision_(model, wanted=False)
+    assert learned(model, precision=all_8bit(model))[0] != loss
     assert torch.equal(learned(model)[1], exact)
+    assert torch.equal(learned(model, precision=without(model, *(name for name, _ in layers(model))))[1], exact)
 
 
-def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
+def test_a_matmul_of_two_layers_is_in_8_bits_only_if_both_are(
     twins_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
     _, model = twins_of(CONFIGS["gptj"])
@@ -212,15 +214,13 @@ def test_a_product_of_two_layers_is_in_eight_bits_only_if_both_are(
     outer = [name for name, _ in layers(model) if not name.endswith("in_proj")]
     inner = [name for name, _ in layers(model) if name.endswith("in_proj")]
     for one in ("out_proj", "fc_out"):
-        mixed = copy.deepcopy(model)
-        set_precision_(mixed, exact=inner + [name for name in outer if name.endswith(one)])
-        assert torch.equal(batch_loss(mixed, batch_of()), loss)
-    set_precision_(model, exact=inner)
-    assert not torch.equal(batch_loss(model, batch_of()), loss)
+        mixed = without(model, *inner, *(name for name in outer if name.endswith(one)))
+        assert torch.equal(loss_in(model, mixed), loss)
+    assert not torch.equal(loss_in(model, without(model, *inner)), loss)
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
-def test_weights_that_are_kept_transposed_change_no_bit_and_are_not_written_again(
+def test_transposed_weights_change_no_bit_and_are_not_written_again(
     scheme: str, twins_of: Callable[..., tuple[Any, Decoder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model = twins_of(CONFIGS["gptj"], scheme=scheme)
@@ -229,31 +229,28 @@ def test_weights_that_are_kept_transposed_change_no_bit_and_are_not_written_agai
         nn.init.normal_(parameter, std=0.1)
     model.train()
     exact = next(name for name, _ in layers(model) if name.endswith("in_proj"))
-    set_precision_(model, exact=[exact])
-    _, expected = learned(model)
-    keep_transposed_(model, True)
-    held = {name: layer.transposed[0] for name, layer in layers(model) if layer.transposed is not None}
-    assert held.keys() == {name for name, _ in layers(model)} - {exact}
-    assert sum(each.nbytes for each in held.values()) == transposed_bytes(model)
+    precision = without(model, exact)
+    _, expected = learned(model, precision=precision)
+    made = matmul8_of(model, precision, transposed=True)
+    assert made.keys() == {name for name, _ in layers(model)} - {exact}
+    stored = [spec.transposed[0].nbytes for spec in made.values() if spec.transposed is not None]
+    assert sum(stored) == transposed_bytes(model, precision)
+    model.zero_grad()
     with monkeypatch.context() as patch:
         patch.setattr(matmul8, "transpose_into", lambda *_: pytest.fail("written again"))
-        _, found = learned(model)
+        batch_loss(model, batch_of(), ForwardOptions(matmul8=made)).backward()
+    found = torch.cat([p.grad.flatten() for p in adapters.trained(model).values() if p.grad is not None])
     assert torch.equal(found, expected)
-    keep_transposed_(model, False)
-    assert all(layer.transposed is None for _, layer in layers(model))
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
-def test_every_scheme_can_be_multiplied_in_eight_bits(
-    scheme: str, twins_of: Callable[..., tuple[Any, Decoder]]
-) -> None:
+def test_every_scheme_can_be_multiplied_in_8_bits(scheme: str, twins_of: Callable[..., tuple[Any, Decoder]]) -> None:
     _, model = twins_of(CONFIGS["llama"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(model).values():
         nn.init.normal_(parameter, std=0.1)
     model.train()
     _, exact = learned(model)
-    set_precision_(model)
-    _, rough = learned(model)
+    _, rough = learned(model, precision=all_8bit(model))
     assert not torch.equal(rough, exact)
     assert float(torch.cosine_similarity(rough, exact, dim=0)) > 0.98

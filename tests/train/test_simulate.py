@@ -17,15 +17,15 @@ from torch import Tensor
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.hardware import Peak
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
-from octavo.objective import Inputs, loss_of
+from octavo.objective import Inputs, next_token_loss
 from octavo.ops.attention import causal_attention
 from octavo.ops.matmul8 import matmul_8bit_into
 from octavo.ops.quantize import scheme_named
 from octavo.runtime.dispatch import KERNELS, OP_OBSERVERS, kernel
 from octavo.store.weights import allocated
-from octavo.train.simulate import PAGES, ROUND, SMALL, Arena, Forecast, rehearse
+from octavo.train.simulate import PAGES, ROUND, SMALL, Arena, Forecast, simulate
 
 PAGE = PAGES[False]
 META = torch.device("meta")
@@ -38,51 +38,51 @@ def room(pages: float) -> Tensor:
 
 def pages(step: Callable[[], Any]) -> float:
     """The peak of a step, in pages of large blocks."""
-    return rehearse(step).peak_bytes / PAGE
+    return simulate(step).peak_bytes / PAGE
 
 
 def holes(*sizes: int) -> Arena:
     """An arena with free blocks of these sizes, in this order, a taken one behind each."""
     arena = Arena(page=1)
-    starts = [(arena.take(size), arena.take(1))[0] for size in sizes]
+    starts = [(arena.allocate(size), arena.allocate(1))[0] for size in sizes]
     for start in starts:
-        arena.give(start)
+        arena.free_block(start)
     return arena
 
 
 @pytest.mark.parametrize(("wanted", "place"), [(1, 11), (2, 11), (3, 6), (4, 6), (5, 0), (6, 14), (8, 14), (9, 23)])
 def test_the_smallest_free_block_that_is_large_enough_is_given(wanted: int, place: int) -> None:
     arena = holes(5, 4, 2, 8)  # at 0, 6, 11 and 14; the end is at 23
-    assert arena.take(wanted) == place
+    assert arena.allocate(wanted) == place
 
 
 def test_what_is_left_of_a_block_is_given_next() -> None:
     arena = holes(8)
     end = arena.end
-    assert [arena.take(3), arena.take(2), arena.take(3)] == [0, 3, 5]
+    assert [arena.allocate(3), arena.allocate(2), arena.allocate(3)] == [0, 3, 5]
     assert arena.end == end
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 1, 0), (2, 0, 1), (1, 2, 0)])
 def test_free_neighbours_become_one_block(order: tuple[int, ...]) -> None:
     arena = Arena(page=10)
-    starts = [arena.take(2) for _ in range(3)]
-    guard = arena.take(4)
+    starts = [arena.allocate(2) for _ in range(3)]
+    guard = arena.allocate(4)
     for index in order:
-        arena.give(starts[index])
+        arena.free_block(starts[index])
     assert arena.free == [(6, 0)]
-    arena.give(guard)
+    arena.free_block(guard)
     assert arena.free == [(10, 0)]
     assert arena.taken == {}
 
 
 def test_memory_grows_at_its_end_by_whole_pages_and_only_by_what_is_lacking() -> None:
     arena = Arena(page=10)
-    assert (arena.take(4), arena.end) == (0, 10)
-    assert (arena.take(9), arena.end) == (4, 20)  # the six at the end are used, so one page is enough
-    assert (arena.take(30), arena.end) == (13, 50)
-    arena.give(0)
-    assert (arena.take(8), arena.end) == (43, 60)  # a hole of four before others cannot be made longer
+    assert (arena.allocate(4), arena.end) == (0, 10)
+    assert (arena.allocate(9), arena.end) == (4, 20)  # the six at the end are used, so one page is enough
+    assert (arena.allocate(30), arena.end) == (13, 50)
+    arena.free_block(0)
+    assert (arena.allocate(8), arena.end) == (43, 60)  # a hole of four before others cannot be made longer
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,13 +94,13 @@ def test_blocks_never_overlap_and_come_back_as_one(page: int, steps: list[int]) 
     most = 0
     for step in steps:
         if step > 0:
-            start = arena.take(step)
+            start = arena.allocate(step)
             assert start not in held
             held[start] = step
         elif held:
             start = list(held)[step % len(held)]
             del held[start]
-            arena.give(start)
+            arena.free_block(start)
         most = max(most, sum(held.values()))
         blocks = sorted([(start, size) for start, size in held.items()] + [(at, size) for size, at in arena.free])
         assert [at for at, _ in blocks] == [sum(size for _, size in blocks[:i]) for i in range(len(blocks))]
@@ -108,7 +108,7 @@ def test_blocks_never_overlap_and_come_back_as_one(page: int, steps: list[int]) 
         assert arena.end % page == 0
         assert arena.free == sorted(arena.free)
     for start in list(held):
-        arena.give(start)
+        arena.free_block(start)
     assert arena.free == ([(arena.end, 0)] if arena.end else [])
 
 
@@ -171,7 +171,7 @@ def test_a_view_keeps_the_whole_of_its_memory() -> None:
 
 def test_small_blocks_have_pages_of_their_own_and_sizes_are_rounded_up() -> None:
     def bytes_of(*sizes: int) -> int:
-        return rehearse(lambda: [torch.empty(size, dtype=torch.uint8, device=META) for size in sizes]).peak_bytes
+        return simulate(lambda: [torch.empty(size, dtype=torch.uint8, device=META) for size in sizes]).peak_bytes
 
     assert bytes_of(1) == bytes_of(SMALL, SMALL) == PAGES[True]
     assert bytes_of(SMALL, SMALL, 1) == 2 * PAGES[True]
@@ -200,12 +200,12 @@ def test_a_rehearsal_ends_also_when_its_step_fails() -> None:
         raise ValueError
 
     with pytest.raises(ValueError, match=r"^$"):
-        rehearse(step)
+        simulate(step)
     assert OP_OBSERVERS == []
 
 
 def test_a_step_without_anything_takes_nothing() -> None:
-    assert rehearse(lambda: None) == Forecast(0, 0.0, 0.0, 0.0)
+    assert simulate(lambda: None) == Forecast(0, 0.0, 0.0, 0.0)
 
 
 def test_products_are_two_operations_a_multiplication() -> None:
@@ -219,9 +219,9 @@ def test_products_are_two_operations_a_multiplication() -> None:
         (lambda: F.linear(cube, b.T), 6),
         (lambda: F.linear(a, b.T, y[0]), 3),
     ):
-        assert rehearse(product).product_flops == 2 * rows * 5 * 7
+        assert simulate(product).matmul_flops == 2 * rows * 5 * 7
     weight = torch.empty(7, 5, device=META, requires_grad=True)
-    assert rehearse(lambda: F.linear(a.requires_grad_(), weight).sum().backward()).product_flops == 3 * 2 * 3 * 5 * 7
+    assert simulate(lambda: F.linear(a.requires_grad_(), weight).sum().backward()).matmul_flops == 3 * 2 * 3 * 5 * 7
 
 
 def test_bytes_are_those_that_are_read_and_written() -> None:
@@ -235,17 +235,17 @@ def test_bytes_are_those_that_are_read_and_written() -> None:
         1: [lambda: x.zero_(), lambda: x.fill_(2)],
     }  # fmt: skip
     for times, steps in moved.items():
-        assert [rehearse(step).moved_bytes for step in steps] == [times * size] * len(steps)
-    assert rehearse(lambda: x.to(torch.bfloat16)).moved_bytes == 1.5 * size
+        assert [simulate(step).moved_bytes for step in steps] == [times * size] * len(steps)
+    assert simulate(lambda: x.to(torch.bfloat16)).moved_bytes == 1.5 * size
 
 
 @pytest.mark.parametrize("key_heads", [8, 2])
 def test_attention_is_two_products_over_half_a_square_and_five_backward(key_heads: int) -> None:
     q, k, v = (torch.empty(2, 64, heads, 16, device=META, requires_grad=True) for heads in (8, key_heads, key_heads))
     forward = 2 * 8 * (2 * 2 * 64 * 64 * 16) / 2
-    found = rehearse(lambda: causal_attention(q, k, v))
-    assert (found.attention_flops, found.product_flops) == (forward, 0)
-    assert rehearse(lambda: causal_attention(q, k, v).sum().backward()).attention_flops == 3.5 * forward
+    found = simulate(lambda: causal_attention(q, k, v))
+    assert (found.attention_flops, found.matmul_flops) == (forward, 0)
+    assert simulate(lambda: causal_attention(q, k, v).sum().backward()).attention_flops == 3.5 * forward
 
 
 @pytest.mark.parametrize(("key_heads", "backward"), [(8, 6), (2, 7)])
@@ -255,9 +255,9 @@ def test_attention_takes_what_cudnns_takes(key_heads: int, backward: int) -> Non
     q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device=META, requires_grad=True) for shape in shapes)
     assert q.nbytes == PAGE
     logsums = PAGES[True]  # 640 KiB of them, and the loss
-    assert rehearse(lambda: causal_attention(q, k, v)).peak_bytes == PAGE + logsums
+    assert simulate(lambda: causal_attention(q, k, v)).peak_bytes == PAGE + logsums
     # The output, dq in float32 (two pages), dq; dk and dv (one each), or (a quarter each, and one each before).
-    assert rehearse(lambda: causal_attention(q, k, v).sum().backward()).peak_bytes == backward * PAGE + logsums
+    assert simulate(lambda: causal_attention(q, k, v).sum().backward()).peak_bytes == backward * PAGE + logsums
 
 
 def test_a_card_takes_the_sum_of_what_its_parts_take() -> None:
@@ -273,9 +273,9 @@ def test_a_card_takes_the_sum_of_what_its_parts_take() -> None:
 def test_a_product_in_8_bits_takes_no_memory_and_is_work_at_their_rate() -> None:
     codes, weight = torch.empty(3000, 512, dtype=torch.int8, device=META), torch.empty(70, 512, device=META)
     scale, out = torch.empty(3000, device=META), torch.empty(3000, 70, device=META)
-    found = rehearse(lambda: matmul_8bit_into(codes, scale, weight, out))
-    assert (found.peak_bytes, found.product_flops, found.moved_bytes) == (0, 0, 0)
-    assert found.eight_flops == 2 * 3000 * 512 * 70
+    found = simulate(lambda: matmul_8bit_into(codes, scale, weight, out))
+    assert (found.peak_bytes, found.matmul_flops, found.moved_bytes) == (0, 0, 0)
+    assert found.matmul8_flops == 2 * 3000 * 512 * 70
 
 
 BY_KERNEL = {name for name in KERNELS if name.startswith("lora_backward.")}  # tests/kernels/test_lora_tiles.py
@@ -286,10 +286,10 @@ def test_a_twin_takes_the_memory_of_its_result_alone(name: str) -> None:
     """Whatever its definition makes along the way."""
     call = getattr(import_module(KERNELS[name].__module__), KERNELS[name].__name__)
     x = torch.empty(3 * SMALL, 2, device=META)
-    found = rehearse(lambda: call(x, x[:1]))
+    found = simulate(lambda: call(x, x[:1]))
     assert found.peak_bytes == (PAGE if name == "loss.cross_entropy_" else 0)
     assert found.moved_bytes == x.nbytes + x[:1].nbytes
-    assert found.product_flops == 0
+    assert found.matmul_flops == 0
 
 
 def test_a_definition_without_a_rule_of_its_own_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +313,9 @@ def llama() -> Callable[[], None]:
     adapters.create_(model, AdapterPlan(LoraSpec()), seed=0)
     flatten_(adapters.trained(model))
     ids = torch.zeros(8, 2048, dtype=torch.int64, device=META)
-    return lambda: loss_of(model, Inputs(ids, ids, ids.flatten(), None, None), save=Save.ATTENTION).backward()
+    return lambda: next_token_loss(
+        model, Inputs(ids, ids, ids.flatten(), None, None), ForwardOptions(Save.ATTENTION)
+    ).backward()
 
 
 def test_a_rehearsal_gives_the_same_whenever_garbage_is_collected() -> None:
@@ -324,7 +326,7 @@ def test_a_rehearsal_gives_the_same_whenever_garbage_is_collected() -> None:
     try:
         for threshold in (0, 1, 10**6):  # never, always, hardly
             gc.set_threshold(threshold)
-            found.append(rehearse(step))
+            found.append(simulate(step))
     finally:
         gc.set_threshold(*thresholds)
     assert found[0] == found[1] == found[2]

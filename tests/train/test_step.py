@@ -17,14 +17,13 @@ from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
-from octavo.objective import Inputs, batch_loss, loss_of
+from octavo.objective import Inputs, batch_loss, next_token_loss
 from octavo.ops.attention import find_documents
-from octavo.train import step as steps
 from octavo.train.memory import MemoryPlan
-from octavo.train.step import EagerStep, PlannedStep, _room_for, parts_of
+from octavo.train.step import EagerStep, PlannedStep, _document_slots, micro_batches
 
 VOCABULARY, LENGTH, CPU = 61, 12, torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -64,7 +63,7 @@ def batch_of(rows: int = 5, *, learned: bool = True) -> Batch:
             start += length
     ids, labels = torch.randint(VOCABULARY, (2, rows, LENGTH))
     labels[(torch.rand(rows, LENGTH) < 0.5) | (document < 0) | torch.tensor(not learned)] = IGNORE_INDEX
-    return Batch(ids, labels, positions, document, ("f:1",), int((labels != IGNORE_INDEX).sum()), epoch=0, index=0)
+    return Batch(ids, labels, positions, document, (("f:1",),) * len(ids), epoch=0, index=0)
 
 
 def gradients(model: Decoder) -> list[Tensor | None]:
@@ -76,7 +75,7 @@ def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: De
     batch, parameters = batch_of(), list(adapters.trained(model).values())
     expected = batch_loss(model, batch)
     theirs = torch.autograd.grad(expected, parameters)
-    step = EagerStep(model, save)
+    step = EagerStep(model, ForwardOptions(save))
     loss = step(batch, 0.25)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected.detach())  # in nats, whatever the seed
@@ -89,12 +88,12 @@ def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: De
 def test_a_batch_with_nothing_to_learn_leaves_gradients_alone(model: Decoder) -> None:
     batch = batch_of(learned=False)
     assert batch.trained_tokens == 0
-    assert EagerStep(model, Save.ALL)(batch, 1.0).item() == 0
+    assert EagerStep(model)(batch, 1.0).item() == 0
     assert gradients(model) == [None] * len(gradients(model))
 
 
 def test_a_launched_step_holds_nothing_between_calls(model: Decoder) -> None:
-    step = EagerStep(model, Save.ALL)
+    step = EagerStep(model)
     assert step.device == CPU
     before = dict(vars(step))
     step(batch_of(), 1.0)
@@ -105,13 +104,13 @@ def test_a_launched_step_holds_nothing_between_calls(model: Decoder) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Decoder, rows: int) -> None:
     batch = batch_of()
-    parts = list(parts_of(batch, rows))
+    parts = list(micro_batches(batch, rows))
     assert max(len(part.ids) for part in parts) == min(rows, 5)
     for name in ("ids", "labels", "positions", "document"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
     assert sum(part.trained_tokens for part in parts) == batch.trained_tokens
     assert all(part.trained_tokens == int((part.labels != IGNORE_INDEX).sum()) for part in parts)
-    step, parameters = EagerStep(model, Save.INPUT), list(adapters.trained(model).values())
+    step, parameters = EagerStep(model, ForwardOptions(Save.INPUT)), list(adapters.trained(model).values())
     whole = batch_loss(model, batch)
     total = torch.stack([step(part, 1.0) for part in parts]).sum()
     torch.testing.assert_close(total, whole.detach())
@@ -120,20 +119,21 @@ def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Decode
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_does_not_fit_is_replaced_by_a_cheaper_one(model: Decoder) -> None:
     kept: list[Any] = []
 
-    def noted(model: Decoder, inputs: Inputs, *, save: Any, offload: bool) -> Tensor:
-        kept.append((save, len(inputs.ids)))
-        return loss_of(model, inputs, save=save, offload=offload)
+    def noted(model: Decoder, inputs: Inputs, options: ForwardOptions) -> Tensor:
+        kept.append((options.save, len(inputs.ids)))
+        return next_token_loss(model, inputs, options)
 
-    monkeypatch.setattr(steps, "loss_of", noted)
     plans = [
         MemoryPlan((save,) * 2, rows, 2**30, None) for save, rows in ((Save.ALL, 5), (Save.INPUT, 2), (Save.INPUT, 1))
     ]
     told: list[str] = []
     following = dict(zip([plan.rows for plan in plans], [*plans[1:], None], strict=True))
-    step = PlannedStep(model, plans[0], record=False, cheaper=lambda plan: following[plan.rows], warn=told.append)
+    step = PlannedStep(
+        model, plans[0], graphs=False, cheaper=lambda plan: following[plan.rows], warn=told.append, objective=noted
+    )
     batch, parameters = batch_of(), list(adapters.trained(model).values())
     theirs = torch.autograd.grad(whole := batch_loss(model, batch), parameters)
     for number, plan in enumerate(plans):
@@ -141,17 +141,18 @@ def test_a_plan_that_does_not_hold_gives_way_to_a_cheaper_one(model: Decoder, mo
         assert len(told) == number
         model.zero_grad()
         kept.clear()
-        torch.testing.assert_close(step(batch, 0.5), whole.detach())
+        losses = [step(part, 0.5) for part in micro_batches(batch, step.rows)]
+        torch.testing.assert_close(torch.stack(losses).sum(), whole.detach())
         assert kept == [(plan.save, min(plan.rows, 5 - start)) for start in range(0, 5, plan.rows)]
         for mine, other in zip(gradients(model), theirs, strict=True):
             assert mine is not None
             torch.testing.assert_close(mine, 0.5 * other, rtol=1e-4, atol=1e-5)
         assert step.reduce_memory() == (number < 2)
-    assert "2 rows a pass" in told[0]
+    assert "micro-batches of 2 sequences" in told[0]
 
 
 def test_rows_of_one_document_each_need_no_room() -> None:
-    assert _room_for(find_documents(torch.tensor([[0, 0], [1, -1]]), CPU)) == 0
+    assert _document_slots(find_documents(torch.tensor([[0, 0], [1, -1]]), CPU)) == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -159,7 +160,7 @@ def test_rows_of_one_document_each_need_no_room() -> None:
 def test_room_is_one_of_few_sizes_and_twice_what_a_batch_needs(counts: list[int], missing: int) -> None:
     document = torch.stack([torch.arange(40) * count // 40 for count in counts])
     documents = find_documents(document, CPU)
-    room = _room_for(documents, missing=missing)
+    room = _document_slots(documents, missing=missing)
     if documents is None:
         assert room == 0
         return

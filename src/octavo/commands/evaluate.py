@@ -92,12 +92,12 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
                 continue
             label = f"Evaluating {name} ({candidate.scheme.name})"
             if rows:
-                result = score_rows(model, rows, tokenizer, batch=options.batch, label=label, report=report)
+                result = score_rows(model, rows, tokenizer, batch=options.batch_size, label=label, report=report)
                 table.append(replace(score_row(name, candidate.scheme, folder, result), size_bytes=size))
             if tasks:
                 report.say(f"{label} on tasks")
                 speaker = Speaker(model, tokenizer, end_ids(source))
-                results = run_tasks(tasks, speaker, batch=options.batch, report=report)
+                results = run_tasks(tasks, speaker, batch=options.batch_size, report=report)
                 task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in results]
                 del speaker
         del model  # frees its memory before the next one is loaded

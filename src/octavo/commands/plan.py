@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +37,7 @@ from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
 from octavo.train.memory import MARGIN, MemoryPlan, Planner
-from octavo.train.precision import set_precision_
+from octavo.train.precision import Precision, all_8bit
 
 LEVELS = {"none": Save.ALL, "selective": Save.ATTENTION, "full": Save.INPUT}
 GIB = 2**30
@@ -55,30 +54,30 @@ class FittedPlan:
     planner: Planner
     fixed: tuple[Save, ...] | None = None  # the save level of each layer, if --recompute sets it
 
-    def with_exact(self, names: Collection[str]) -> MemoryPlan:
-        """A new plan, with the matmuls `names` exact and all others in 8 bits.
-
-        Outlier channels are not included: they take some MB, and up to 4.5 % of a step.
-        """
-        set_precision_(self.planner.model, exact=names)
-        self.planner.forget()
+    def with_precision(self, precision: Precision) -> FittedPlan:
+        """The plan for another precision of the matmuls."""
+        if precision == self.planner.precision:
+            return self
+        planner = replace(self.planner, precision=precision)
         if self.fixed is not None:
-            return self.planner.asked(self.fixed, self.budget_bytes)
-        return self.planner.best(self.budget_bytes) or self.planner.smallest()
+            plan = planner.fixed(self.fixed, self.budget_bytes)
+        else:
+            plan = planner.best(self.budget_bytes) or planner.smallest()
+        return replace(self, plan=plan, planner=planner)
 
-    def words(self, plan: MemoryPlan) -> str:
-        """The text of a plan for the report."""
-        pace = f", {plan.seconds:.3g} s a batch" if plan.seconds else ""
+    def describe(self) -> str:
+        """The plan for people."""
+        plan, time = self.plan, f", {self.plan.seconds:.3g} s a step" if self.plan.seconds else ""
         return (
-            f"Plan: {plan.rows} rows a pass, {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
-            f"{self.budget_bytes / GIB:.2f} GiB predicted{pace}."
+            f"Plan: {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
+            f"{self.budget_bytes / GIB:.2f} GiB predicted{time}."
         )
 
-    def fault(self, plan: MemoryPlan) -> str:
-        """A warning for a plan of `with_exact` that may not fit; "" if it fits."""
-        if self.fixed is not None and plan.peak_bytes > self.budget_bytes:
+    def warning(self) -> str:
+        """A warning if the plan of `with_precision` may not fit; "" if it fits."""
+        if self.fixed is not None and self.plan.peak_bytes > self.budget_bytes:
             return "With this many exact matmuls the level of --recompute does not fit. --recompute auto may fit."
-        if self.fixed is None and plan.peak_bytes > MARGIN * self.budget_bytes:
+        if self.fixed is None and self.plan.peak_bytes > MARGIN * self.budget_bytes:
             return "With this many exact matmuls no plan is certain to fit: this is the plan of the least memory."
         return ""
 
@@ -102,10 +101,19 @@ def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardwa
     adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapters.trained(model))
     model.train()  # so that dropout is simulated too
-    set_precision_(model, wanted=wants_8bit(config[MemoryOptions], hardware, gpu))
-    state_bytes = 8 if training.optimizer == "adamw" else 2  # a trained parameter
-    offloads = {"off": (False,), "on": (True,), "auto": (False, True)}[config[MemoryOptions].offload]
-    return Planner(model, length, training.batch, state_bytes, gpu, offloads, free_memory_bytes("cpu") / 2)
+    options = config[MemoryOptions]
+    return Planner(
+        model,
+        length,
+        training.batch_size,
+        optimizer_bytes=8 if training.optimizer == "adamw" else 2,
+        gpu=gpu,
+        offloads={"off": (False,), "on": (True,), "auto": (False, True)}[options.offload],
+        host_bytes=free_memory_bytes("cpu") / 2,
+        micro_batch_size=min(micro, training.batch_size) if (micro := training.micro_batch_size) else None,
+        precision=all_8bit(model) if wants_8bit(options, hardware, gpu) else Precision(),
+        fused=options.fused,
+    )
 
 
 def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
@@ -136,8 +144,11 @@ def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
     return free - LIBRARIES_BYTES if hardware.device.type == "cuda" else free // 2
 
 
-def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> FittedPlan:
-    """The fastest plan that fits; if none does, a UsageError with settings that would fit."""
+def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware, *, resumed: bool = False) -> FittedPlan:
+    """The fastest plan that fits; if none does, a UsageError with settings that would fit.
+
+    The settings of a resumed run have the micro-batch size of its start; if that does not fit, another is chosen.
+    """
     options = config[MemoryOptions]
     planner = planner_for(config, source, scheme, hardware, peak(hardware.name))
     budget = budget_bytes(options, hardware)
@@ -148,16 +159,19 @@ def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware) -> F
     if options.recompute != "auto":
         level = LEVELS[options.recompute]
         levels = (level,) * len(planner.model.blocks)
-        fixed = planner.asked(levels, budget)
+        fixed = planner.fixed(levels, budget)
         _check_cpu_memory(fixed, planner)
         return FittedPlan(fixed, budget, planner, levels)
     best = planner.best(budget)
+    if best is None and resumed and planner.micro_batch_size is not None:
+        planner = replace(planner, micro_batch_size=None)
+        best = planner.best(budget)
     if best is not None:
         return FittedPlan(best, budget, planner)
     if hardware.device.type == "cpu":  # the simulation is of a GPU's allocator: no reason for an error on a CPU
         return FittedPlan(planner.smallest(), budget, planner)
     _check_cpu_memory(planner.smallest(), planner)
-    raise _too_small(config, source, scheme, hardware, planner.card, planner.smallest().peak_bytes, budget)
+    raise _too_small(config, source, scheme, hardware, planner.gpu, planner.smallest().peak_bytes, budget)
 
 
 def _check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
@@ -252,10 +266,19 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     selectable = model_options.scheme == "auto" and stored_scheme(source).name == "none"
     names = [chosen, *(name for name in ("int8", "nf4") if selectable and name != chosen)]
     rows = [_row(config, source, SCHEMES[name], hardware, gpu, budget) for name in names]
-    titles = ["scheme", "fits", "peak GiB", "least GiB", "CPU GiB", "rows", "full layers", "s a step", "tokens/s"]
-    title = (
-        f"{model_options.model}: {config[TrainOptions].batch} x {config[TextOptions].seq_len} in {budget / GIB:.1f} GiB"
-    )
+    titles = [
+        "scheme",
+        "fits",
+        "peak GiB",
+        "least GiB",
+        "CPU GiB",
+        "micro-batch",
+        "full layers",
+        "s a step",
+        "tokens/s",
+    ]
+    shape = f"{config[TrainOptions].batch_size} x {config[TextOptions].seq_len}"
+    title = f"{model_options.model}: {shape} in {budget / GIB:.1f} GiB"
     report.table(
         title, titles, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows], result=True
     )
@@ -264,12 +287,22 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["peak_bytes"], budget)
     report.result(
         f"octavo finetune --model {shlex.quote(model_options.model)} --scheme {first['scheme']} "
-        f"--seq-len {config[TextOptions].seq_len} --batch {config[TrainOptions].batch} --data YOUR_TEXTS"
+        f"--seq-len {config[TextOptions].seq_len} --batch-size {config[TrainOptions].batch_size} --data YOUR_TEXTS"
     )
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
 
 
-_COLUMNS = ("scheme", "fits", "peak_gib", "least_gib", "host_gib", "rows", "layers_all", "seconds", "tokens_per_second")
+_COLUMNS = (
+    "scheme",
+    "fits",
+    "peak_gib",
+    "least_gib",
+    "host_gib",
+    "micro_batch_size",
+    "layers_all",
+    "seconds",
+    "tokens_per_second",
+)
 
 
 def _row(
@@ -283,11 +316,10 @@ def _row(
         best = planner.best(budget)
         plan, fits = best or planner.smallest(), best is not None
     else:
-        plan = planner.asked((LEVELS[level],) * len(planner.model.blocks), budget)
+        plan = planner.fixed((LEVELS[level],) * len(planner.model.blocks), budget)
         fits = plan.peak_bytes <= budget
     _check_cpu_memory(plan, planner)
-    seconds = plan.seconds * training.accumulate if plan.seconds else None
-    tokens = training.batch * training.accumulate * planner.length
+    tokens = training.batch_size * planner.length
     return {
         "scheme": scheme.name,
         "fits": fits,
@@ -295,10 +327,10 @@ def _row(
         "peak_gib": round(plan.peak_bytes / GIB, 2),
         "least_gib": round(planner.smallest().peak_bytes / GIB, 2),
         "host_gib": round(plan.host_bytes / GIB, 2),
-        "rows": plan.rows,
+        "micro_batch_size": plan.rows,
         "layers_all": plan.save.count(Save.ALL),
         "layers_attention": plan.save.count(Save.ATTENTION),
         "weights_transposed": plan.transposed,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        "seconds": plan.seconds,
+        "tokens_per_second": tokens / plan.seconds if plan.seconds else None,
     }

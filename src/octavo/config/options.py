@@ -92,8 +92,10 @@ class TrainOptions(Section):
 
     epochs: float = Field(1.0, gt=0, description="Epochs over the training data, unless --steps is given.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    batch: int = Field(4, ge=1, description="Packed rows in a micro-batch.")
-    accumulate: int = Field(1, ge=1, description="Gradient accumulation: micro-batches in an optimizer step.")
+    batch_size: int = Field(4, ge=1, description="Sequences (packed rows) in an optimizer step.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences in one forward and backward pass; default: the fastest that fit into memory."
+    )
     lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate schedule.")
     warmup: float = Field(0.05, ge=0, description="Warm-up: a fraction of the steps if under 1, else steps.")
@@ -127,6 +129,7 @@ class MemoryOptions(Section):
         "GPU; exact: in --dtype.",
     )
     kernels: bool = Field(True, description="Use Triton kernels on GPUs that support them.")
+    fused: bool = Field(True, description="Use fused blocks where a model has them; --no-fused: plain PyTorch blocks.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
         "auto", description="SDPA backend of attention on a GPU; auto: the fastest that supports the call."
     )
@@ -140,7 +143,9 @@ class RunOptions(Section):
 
     out: Path = Field(Path("runs/finetune"), description="The run folder.")
     resume: bool = Field(False, description="Resume from the newest valid checkpoint in --out.")
-    force: bool = Field(False, description="Resume even if model, data, adapter or batch differ from the checkpoint.")
+    force: bool = Field(
+        False, description="Resume even if model, data, adapter or batch size differ from the checkpoint."
+    )
     checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: one at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out text; 0: five in a run.")
@@ -163,7 +168,7 @@ class EvaluateOptions(Section):
     limit: int | None = Field(None, ge=1, description="Maximum number of documents of a task; default: all.")
     fewshot: int | None = Field(None, ge=0, description="Few-shot examples in a prompt; default: as in the task.")
     adapter: Path | None = Field(None, description="Folder of an adapter: adds the row 'tuned'.")
-    batch: int = Field(4, ge=1, description="Packed rows in a batch; with --tasks texts and answers.")
+    batch_size: int = Field(4, ge=1, description="Packed rows in a batch; with --tasks texts and answers.")
     rows: int = Field(0, ge=0, description="Packed rows to evaluate; 0: all.")
     base: bool = Field(True, description="Also evaluate the unquantized base.")
     compare: Names = Field(
@@ -299,7 +304,7 @@ DEMO: dict[str, Any] = {
     "test_data": [str(_PLAYS / "test")],
     "out": "runs/demo",
     "seq_len": 128,
-    "batch": 4,
+    "batch_size": 4,
     "steps": 30,
     "lr": 2e-3,
     "rank": 8,

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,10 +37,27 @@ class Batch:
     labels: torch.Tensor  # (B, T) int64, already shifted; IGNORE_INDEX where there is no target
     positions: torch.Tensor  # (B, T) int64
     document: torch.Tensor  # (B, T) int64, -1 on padding
-    sources: tuple[str, ...]  # "file:line" of each document in the batch, once, in order
-    trained_tokens: int  # labels other than IGNORE_INDEX; may be 0
+    row_sources: tuple[tuple[str, ...], ...]  # "file:line" of each document in each row
     epoch: int
     index: int  # number of the batch within its epoch, from 0
+    weights: torch.Tensor | None = None  # (B, T) float32, of each label's loss; None: 1
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """ "file:line" of each document in the batch, once, in order."""
+        return tuple(dict.fromkeys(source for row in self.row_sources for source in row))
+
+    @cached_property
+    def trained_tokens(self) -> int:
+        """The number of labels other than IGNORE_INDEX; may be 0."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def label_weight(self) -> float:
+        """The sum of the weights of all labels."""
+        if self.weights is None:
+            return self.trained_tokens
+        return float(self.weights[self.labels != IGNORE_INDEX].sum())
 
     @property
     def following(self) -> Position:
@@ -84,7 +102,7 @@ def batches(
     if not rows:
         raise DataError("there is nothing to train on: the data gave no rows.", hint="`octavo data` shows why.")
     if batch_size < 1:
-        raise UsageError(f"a batch of {batch_size} rows.", hint="--batch must be at least 1.")
+        raise UsageError(f"a batch of {batch_size} rows.", hint="--batch-size must be at least 1.")
     per_epoch = batches_per_epoch(len(rows), batch_size)
     start = start or Position()
     if start.epoch < 0 or not 0 <= start.index <= per_epoch:
@@ -119,8 +137,7 @@ def _batch(rows: Sequence[Row], *, epoch: int, index: int) -> Batch:
         labels,
         positions,
         document,
-        sources=tuple(dict.fromkeys(source for row in rows for source in row.sources)),
-        trained_tokens=int((labels != IGNORE_INDEX).sum()),
+        row_sources=tuple(row.sources for row in rows),
         epoch=epoch,
         index=index,
     )

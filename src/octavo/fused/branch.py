@@ -1,20 +1,27 @@
-"""A residual branch: y = x + W_out mix(W_in norm(x)), with a backward that says what it keeps.
+"""A residual branch as one autograd function: y = x + W_out mix(W_in norm(x)). It chooses what it saves for backward.
 
-Every block of the families here is one or two of these. GPT-J's is one, whose mix is attention beside an MLP's
-activation; Llama's are attention, then the gated MLP. Autograd would keep the output of every step. Here forward
-keeps what a `Save` names and backward computes the rest again, but never a product whose output it does not need:
-the outer one, 42 % of GPT-J's numbers, is computed once whatever is kept.
+Every block of GPT-J is one of these (the mix is attention and GELU in parallel), every block of Llama two (attention,
+then SwiGLU). Autograd would save the output of every operation. Here forward saves what `Save` says, and backward
+recomputes the rest, but no matmul whose output it does not need: the outer one, 42 % of GPT-J's parameters, is computed
+once at every level.
 
-    kept        bytes a token and layer of GPT-J (2-byte type)      computed again in backward
-    ALL         x, u = W_in norm(x), attention's output: 73,728     norm, activations
-    ATTENTION   x, attention's output: 16,384                       and u
-    INPUT       x: 8,192                                            and attention
+    saved       bytes per token and layer of GPT-J (2-byte dtype)    recomputed in backward
+    ALL         x, u = W_in norm(x), attention's output: 73,728      norm, activations
+    ATTENTION   x, attention's output: 16,384                        and u
+    INPUT       x: 8,192                                             and attention
 
-and, always, what low-rank pairs made of the inputs of both products: 224 bytes at rank 16. x may wait in the host's
-memory instead (`Context.away`).
+and, at every level, the LoRA activations x A^T of both matmuls: 224 bytes at rank 16. x may be offloaded to CPU memory
+(`ForwardContext.offload`).
 
-Legend: M rows (tokens), d the width of the model; u is (M, U), what the pieces of the mix read, side by side; the
-mix gives (M, sum of their outputs), which a piece adds to the input of W_out (layers/gemm_input.py).
+Derivation, with n = norm(x), u = W_in n, m = mix(u), y = x + W_out m, where W_in and W_out include LoRA and bias:
+
+    dm = W_out^T dy      du = mix'(u)^T dm      dn = W_in^T du      dx = dy + norm'(x)^T dn
+
+and the gradients of LoRA and bias of W_out from (dy, m), of W_in from (du, n), as in layers/fused_linear.py. The mix
+writes du over u, and m, which the gradients of W_out need once more, over dm: no second matrix of either size exists.
+
+Legend: M rows (tokens), d the width of the model, U the outputs of W_in, which are the inputs of the mixers, side by
+side; the mixers' outputs are the parts of the input of W_out (layers/gemm_input.py).
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from octavo.fused.lora_operands import LoraInput, lora_operands
 from octavo.fused.mixers import Mixer, SavedAttention
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.frozen import FrozenLinear
-from octavo.layers.fused_linear import EarlyGrads, FusedLinear
+from octavo.layers.fused_linear import EarlyGrads, FusedLinear, Seeds
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.norm import LayerNorm, NormSpec, RmsNorm
 from octavo.ops.lora_backward import LoraGrads, LoraOperands
@@ -40,7 +47,7 @@ from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch computes. `pieces` read u from left to right, and each adds a part to the input of `outer`."""
+    """The parts of a branch. The mixers read u from left to right; each adds a part to the input of `outer`."""
 
     norm: NormSpec
     inner: FusedLinear
@@ -48,7 +55,7 @@ class Branch:
     outer: FusedLinear
 
     def columns_of_u(self, u: Tensor) -> list[Tensor]:
-        """What each piece reads of u (M, U)."""
+        """The columns of u (M, U) that each mixer reads, views."""
         return list(u.split([mixer.inputs for mixer in self.mixers], dim=1))
 
 
@@ -61,15 +68,16 @@ def residual_branch(
     ctx: ForwardContext,
 ) -> Tensor:
     """x (B, T, d) + sum of outer_i(mixer_i(inner(norm(x)))): each mixer reads its columns of inner's output."""
-    parts = FusedLinear((inner.frozen(),)), FusedLinear(tuple(layer.frozen() for layer in outer))
-    return branch(x, Branch(norm.spec(), parts[0], mixers, parts[1]), ctx)
+    first = FusedLinear((inner.spec(ctx.matmul8.get(inner.name)),))
+    second = FusedLinear(tuple(layer.spec(ctx.matmul8.get(layer.name)) for layer in outer))
+    return branch(x, Branch(norm.spec(), first, mixers, second), ctx)
 
 
 def branch(x: Tensor, this: Branch, context: ForwardContext) -> Tensor:
     """(B, T, d) -> (B, T, d)."""
-    kept = context.save if torch.is_grad_enabled() else None
+    save = context.save if torch.is_grad_enabled() else None
     trained = [*this.norm.trained, *this.inner.trained, *this.outer.trained]
-    y: Tensor = _Branch.apply(x, this, context, kept, *trained)  # type: ignore[no-untyped-call]
+    y: Tensor = _Branch.apply(x, this, context, save, *trained)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -78,73 +86,70 @@ class _Branch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, this: Branch, context: ForwardContext, save: Save | None, *trained: Tensor
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        dropout_seeds = this.inner.dropout_seeds(), this.outer.dropout_seeds()
-        gemm_input = _normed(rows, this, dropout_seeds[0])
-        u, inner = this.inner.product(gemm_input), gemm_input.detach_extra()
-        del gemm_input  # before there is another one
+        rows = x.reshape(-1, x.shape[-1])  # (M, d)
+        seeds = this.inner.dropout_seeds(context.dropout), this.outer.dropout_seeds(context.dropout)
+        gemm_input = _norm_input(rows, this, seeds[0])
+        u, inner_extra = this.inner.matmul(gemm_input), gemm_input.detach_extra()  # (M, U), (M, C)
+        del gemm_input  # before the next one is allocated
         gemm_input = this.outer.gemm_input(len(rows), rows)
-        hold = save is not None and save > Save.INPUT
-        held = [
-            mixer.forward(own, gemm_input, context, hold=hold)
-            for mixer, own in zip(this.mixers, this.columns_of_u(u), strict=True)
+        saves_attention = save is not None and save > Save.INPUT
+        saved = [
+            mixer.forward(part, gemm_input, context, save=saves_attention)
+            for mixer, part in zip(this.mixers, this.columns_of_u(u), strict=True)
         ]
-        this.outer.complete_(gemm_input, dropout_seeds[1])
-        y = this.outer.product(gemm_input, residual=rows)
+        this.outer.complete_(gemm_input, seeds[1])
+        y = this.outer.matmul(gemm_input, residual=rows)  # (M, d)
         if save is not None:
-            put_away = context.offload is not None and any(ctx.needs_input_grad)  # else no backward would take it back
-            if put_away and context.offload is not None:
+            offloads = context.offload is not None and any(ctx.needs_input_grad)  # without a backward none is fetched
+            if offloads and context.offload is not None:
                 context.offload.put(rows)
-            ctx.save_for_backward(*(() if put_away else (rows,)), inner, gemm_input.detach_extra())
-            ctx.this, ctx.context, ctx.dropout_seeds, ctx.shape = this, context, dropout_seeds, x.shape
-            ctx.held = held if hold else None
+            ctx.save_for_backward(*(() if offloads else (rows,)), inner_extra, gemm_input.detach_extra())
+            ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
+            ctx.saved_attention = saved if saves_attention else None
             ctx.u = u if save is Save.ALL else None
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.dropout_seeds
-        *kept, inner, outer_inner = ctx.saved_tensors
-        rows = kept[0] if kept else context.offload.take()
+        this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.seeds
+        *saved_rows, inner_extra, outer_extra = ctx.saved_tensors
+        rows = saved_rows[0] if saved_rows else context.offload.take()  # (M, d)
         dy = grad.reshape(rows.shape)
-        u, held = ctx.u, ctx.held
-        ctx.u = ctx.held = None  # what is used up is freed at once, not when the whole graph is
+        u, saved_attention = ctx.u, ctx.saved_attention
+        ctx.u = ctx.saved_attention = None  # freed as soon as they are used, not with the whole graph
         if u is None:
-            u = this.inner.product(_normed(rows, this, inner))
-            for mixer, own in zip(this.mixers, this.columns_of_u(u), strict=True):
-                mixer.prepare_(own, context)
-        wanted = ctx.needs_input_grad
+            u = this.inner.matmul(_norm_input(rows, this, inner_extra))  # (M, U)
+            for mixer, part in zip(this.mixers, this.columns_of_u(u), strict=True):
+                mixer.prepare_(part, context)
+        wants_dx = ctx.needs_input_grad[0]
         norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
-        to_norm = wanted[0] or any(norm_trained)
-        # An exact product with the gradient gives that of its pairs besides (layers/fused_linear.py).
-        lora_input = LoraInput(inner, to_pairs=this.inner.use_8bit or not to_norm)
-        du, known, outer_gradients = _outer_backward(dy, u, held, this, context, outer_seeds, outer_inner, lora_input)
+        wants_dn = wants_dx or any(norm_trained)
+        # An exact matmul for dn gives dt as well (layers/fused_linear.py); else the activation's backward computes it.
+        lora_input = LoraInput(inner_extra, wants_dt=this.inner.use_8bit or not wants_dn)
+        du, early, outer_gradients = _outer_backward(
+            dy, u, saved_attention, this, context, outer_seeds, outer_extra, lora_input
+        )
         dn = None
-        if to_norm:
-            (dn,), dt = this.inner.grad_input(du, inner_seeds, known=known)
+        if wants_dn:
+            (dn,), dt = this.inner.grad_input(du, inner_seeds, early=early)  # (M, d), (M, C)
         else:
-            dt = this.inner.grad_t(du, known)
+            dt = this.inner.grad_t(du, early)
         normed = torch.empty_like(rows)
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
-        inner_gradients = this.inner.grad_trained(du, [normed], inner, dt, inner_seeds, known)
-        centred = this.norm.bias is not None
-        norm_gradients: list[Tensor | None] = [None] * len(norm_trained)
-        if any(norm_trained):
-            assert dn is not None
-            both = norm_parameters_backward(rows, this.norm.eps, dn, centred=centred)
-            norm_gradients = [g if want else None for g, want in zip(both, norm_trained, strict=False)]
+        inner_gradients = this.inner.grad_trained(du, [normed], inner_extra, dt, inner_seeds, early)
+        norm_gradients = _norm_gradients(rows, dn, this.norm, norm_trained)
         dx = None
-        if wanted[0]:
+        if wants_dx:
             assert dn is not None
             dx = torch.empty_like(dy)
-            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=centred)
+            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=this.norm.bias is not None)
             dx = dx.view(ctx.shape)
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
 
-def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> GemmInput:
-    """The completed input of the inner product, by seeds or with what they made before."""
+def _norm_input(rows: Tensor, this: Branch, completion: Seeds | Tensor) -> GemmInput:
+    """The input of the inner matmul. Its extra columns are computed with dropout seeds, or given as (M, C)."""
     gemm_input = this.inner.gemm_input(len(rows), rows)
     norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, gemm_input.add())
     if isinstance(completion, Tensor):
@@ -154,28 +159,38 @@ def _normed(rows: Tensor, this: Branch, completion: Sequence[int] | Tensor) -> G
     return gemm_input
 
 
+def _norm_gradients(rows: Tensor, dn: Tensor | None, norm: NormSpec, trained: list[bool]) -> list[Tensor | None]:
+    """The gradients of the norm's parameters; None for those that are not trained."""
+    if not any(trained):
+        return [None] * len(trained)
+    assert dn is not None
+    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.bias is not None)
+    return [gradient if wanted else None for gradient, wanted in zip(gradients, trained, strict=False)]
+
+
 def _outer_backward(
     dy: Tensor,
     u: Tensor,
-    held: list[SavedAttention | None] | None,
+    saved_attention: list[SavedAttention | None] | None,
     this: Branch,
     context: ForwardContext,
-    dropout_seeds: Sequence[int],
-    inner: Tensor,
+    seeds: Seeds,
+    extra: Tensor,
     lora_input: LoraInput,
 ) -> tuple[Tensor, EarlyGrads | None, list[Tensor | None]]:
-    """(gradient to u, written over u; what pairs of the inner product have learnt; gradients of what is trained in the
-    outer product)."""
+    """(du, written over u; LoRA gradients of the inner linear computed on the way; gradients of the outer linear)."""
     columns = this.columns_of_u(u)
-    if held is None:
-        held = [mixer.hold(own, context) for mixer, own in zip(this.mixers, columns, strict=True)]
-    dmixed, dt = this.outer.grad_input(dy, dropout_seeds)
+    if saved_attention is None:
+        saved_attention = [mixer.save(part, context) for mixer, part in zip(this.mixers, columns, strict=True)]
+    dmixed, dt = this.outer.grad_input(dy, seeds)
     operands: list[LoraOperands | None] = [None] * len(columns)
     start, operands[-1] = lora_operands(this.mixers[-1], this.inner, this.outer, lora_input, dt)
     mixed = [
-        mixer.backward_(own, dout, one, context, its)
-        for mixer, own, dout, one, its in zip(this.mixers, columns, dmixed, held, operands, strict=True)
+        mixer.backward_(part, dout, saved, context, its_operands)
+        for mixer, part, dout, saved, its_operands in zip(
+            this.mixers, columns, dmixed, saved_attention, operands, strict=True
+        )
     ]
-    known = EarlyGrads(start, mixed[-1]) if isinstance(mixed[-1], LoraGrads) else None
-    del dmixed  # used up
-    return u, known, this.outer.grad_trained(dy, mixed, inner, dt, dropout_seeds)
+    early = EarlyGrads(start, mixed[-1]) if isinstance(mixed[-1], LoraGrads) else None
+    del dmixed  # overwritten
+    return u, early, this.outer.grad_trained(dy, mixed, extra, dt, seeds)

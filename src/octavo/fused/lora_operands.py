@@ -1,7 +1,10 @@
-"""Which pairs stand around the last piece of a branch, so that they learn in its backward (ops/lora_backward.py).
+"""Selects the LoRA next to the last mixer of a branch, whose gradients the mixer's backward computes in its own pass.
 
-Legend: u (M, U) is the output of the inner product, and the piece reads its last columns; C columns beside the input of
-a product (layers/fused_linear.py).
+An activation is read and written once in backward. In the same pass, ops/lora_backward.py computes the gradients of A
+of the LoRA behind it (from its output) and of B of the LoRA in front of it (from its input gradient).
+
+Legend: u (M, U) is the output of the inner matmul, whose last columns the mixer reads; C the extra columns of the input
+of a matmul (layers/fused_linear.py).
 """
 
 from __future__ import annotations
@@ -18,44 +21,44 @@ from octavo.ops.lora_factors import pack_b_into
 
 
 class LoraInput(NamedTuple):
-    """Of the pairs of the inner product: what they made of their input (M, C), and whether a gradient to that is asked
-    for beside the product's."""
+    """The extra columns (M, C) of the inner matmul's input, and whether the gradient to them is to be computed here."""
 
-    inner: Tensor
-    to_pairs: bool
+    extra: Tensor
+    wants_dt: bool
 
 
 def lora_operands(
     mixer: Mixer, inner: FusedLinear, outer: FusedLinear, lora_input: LoraInput, dt: Tensor
 ) -> tuple[int, LoraOperands | None]:
-    """(the first column of u that the piece reads, the pairs on its sides); None where one side has none.
+    """(the first column of u that the mixer reads, the operands); None if one side has no LoRA.
 
-    dt (M, C) is the gradient to what the pairs of the outer product made of their input.
+    dt (M, C) is the gradient to the extra columns of the outer matmul's input.
     """
     start, behind = inner.parts[-1].rows - mixer.inputs, outer.parts[-1]
     front = _in_front(inner, start, mixer.lora_chunks)
-    # What dropout leaves of its output is not what a pair behind it read.
+    # With dropout, the LoRA behind the mixer reads something else than the mixer's output.
     if front is None or not behind.rank or behind.dropout:
         return start, None
-    after = dt[:, outer.rank - behind.rank : outer.rank]
+    dt_behind = dt[:, outer.rank - behind.rank : outer.rank]  # (M, r)
     rank, width = len(front[0].a), mixer.outputs
     b = None
-    if lora_input.to_pairs:
-        b = dt.new_empty(mixer.inputs, rank)
-        for own, pair in zip(b.split(width), front, strict=True):
-            pack_b_into(own, [pair._replace(start=0, stop=width)])
-    return start, LoraOperands(lora_input.inner[:, inner.rank - len(front) * rank : inner.rank], b, after)
+    if lora_input.wants_dt:
+        b = dt.new_empty(mixer.inputs, rank)  # (mixer.inputs, r)
+        for chunk, pair in zip(b.split(width), front, strict=True):
+            pack_b_into(chunk, [pair._replace(start=0, stop=width)])
+    t = lora_input.extra[:, inner.rank - len(front) * rank : inner.rank]  # (M, chunks * r)
+    return start, LoraOperands(t, b, dt_behind)
 
 
 def _in_front(inner: FusedLinear, start: int, count: int) -> list[LoraSlice] | None:
-    """The pairs of the rows from `start` on: so many, of one rank and as many rows each; else None.
+    """The `count` LoRA slices of the rows from `start` on if they have one rank and equal row counts, else None.
 
-    None too where a bias is trained, whose gradient would need another pass.
+    None too if a bias is trained, whose gradient would need a pass of its own.
     """
     if not count or any(part.bias is not None and part.bias.requires_grad for part in inner.parts):
         return None
-    pairs, stop = inner.lora[-count:], inner.parts[-1].rows
-    each = (stop - start) // count
-    groups = [(first, first + each) for first in range(start, stop, each)]
-    fits = [(pair.start, pair.stop) for pair in pairs] == groups and len({len(pair.a) for pair in pairs}) == 1
-    return pairs if fits else None
+    slices, stop = inner.lora[-count:], inner.parts[-1].rows
+    size = (stop - start) // count
+    rows = [(first, first + size) for first in range(start, stop, size)]
+    fits = [(part.start, part.stop) for part in slices] == rows and len({len(part.a) for part in slices}) == 1
+    return slices if fits else None

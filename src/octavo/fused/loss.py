@@ -1,9 +1,9 @@
 """The language-model head and its cross-entropy in one, in chunks of rows.
 
-The full logits of GPT-J at 2048 tokens are 394 MiB in float32, and training holds two or three copies. Here a
-chunk's logits exist only while its loss is taken.
+The full logits of GPT-J at 2048 tokens are 394 MiB in float32, and training would have two or three copies. Here the
+logits of a chunk exist only while its loss is computed.
 
-Legend: hidden is (M, d), labels (M,), the head is (V, d).
+Legend: M rows (positions), d the width, V the vocabulary; hidden is (M, d), labels (M,), the head (V, d).
 """
 
 from __future__ import annotations
@@ -15,30 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from octavo.layers.dropout import Dropout
 from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.loss import cross_entropy_
 from octavo.runtime.dispatch import kernels_run_on
 
-CHUNK_BYTES = 96 * 2**20  # of one chunk's logits with all that is made of them
+CHUNK_BYTES = 96 * 2**20  # of one chunk's logits and their copies
 
 
-def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: FusedLinear) -> Tensor:
-    """Sum over the labelled positions of -log softmax(head(hidden))[label], a float32 scalar.
+def cross_entropy_sum(
+    hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None = None
+) -> Tensor:
+    """Sum over the labelled positions of -weight log softmax(head(hidden))[label], a float32 scalar.
 
-    A position with a negative label costs only its share of the matmuls: leave such positions out where that is free.
+    `weights` (M,) float32 are 1 by default. Positions with a negative label have no loss, but take part in the matmuls:
+    leave them out where that is free.
 
-    Gradients are taken in forward, chunk by chunk while the logits exist: two matmuls with the head instead of
-    three, and nothing kept but the gradient (M, d) and those of what the head trains. Without grad mode only the
-    sum is taken.
+    Gradients are computed in forward, chunk by chunk while the logits exist: two matmuls with the head instead of
+    three. Saved are the gradient to `hidden` (M, d) and those of the trained tensors of the head. Without grad mode
+    only the sum is computed.
     """
     wants = torch.is_grad_enabled()
-    total: Tensor = _CrossEntropy.apply(hidden, labels, head, wants, *head.trained)  # type: ignore[no-untyped-call]
+    total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, labels, head, dropout, weights, wants, *head.trained
+    )
     return total
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: FusedLinear, wants: bool, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None,
+        wants: bool, *trained: Tensor,
+    ) -> Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         to_hidden = wants and hidden.requires_grad
         any_trained = wants and any(tensor.requires_grad for tensor in trained)
@@ -47,20 +56,24 @@ class _CrossEntropy(torch.autograd.Function):
         factors: list[Tensor | None] = [None] * len(trained)
         size = _chunk(hidden, head)
         for start in range(0, len(hidden), size):
-            rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds()
+            rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds(dropout)
             gemm_input = head.gemm_input(len(rows), hidden)
             gemm_input.put(rows)
             head.complete_(gemm_input, dropout_seeds)
             logits = F.linear(gemm_input.whole, matrix)
-            total += cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained).sum()
+            losses = cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained)
+            if weights is not None:
+                losses = losses * weights[start : start + size]
+                logits *= weights[start : start + size, None]  # they are the gradient now
+            total += losses.sum()
             if not (to_hidden or any_trained):
                 continue
-            dx, found = head.backward(logits, gemm_input, dropout_seeds, grad_input=to_hidden, matrix=matrix)
+            dx, gradients = head.backward(logits, gemm_input, dropout_seeds, grad_input=to_hidden, matrix=matrix)
             if gradient is not None:
                 assert dx is not None
                 gradient[start : start + size] = dx[0]
             factors = [
-                new if old is None or new is None else old + new for old, new in zip(factors, found, strict=True)
+                new if old is None or new is None else old + new for old, new in zip(factors, gradients, strict=True)
             ]
         ctx.gradients = [gradient, *factors]
         return total
@@ -70,10 +83,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradient, *factors = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
         ctx.gradients = []
-        return gradient, None, None, None, *factors
+        return gradient, *[None] * 5, *factors
 
 
 def _chunk(hidden: Tensor, head: FusedLinear) -> int:
-    """Rows whose logits fit CHUNK_BYTES; the definition has a float32 copy beside them."""
+    """Rows of a chunk: their logits fit CHUNK_BYTES, with the float32 copies of the reference."""
     each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
     return max(1, CHUNK_BYTES // (each * head.parts[0].rows))

@@ -1,9 +1,9 @@
-"""The pieces between the two products of a branch: attention, GELU, SwiGLU. Families list theirs.
+"""The functions between the two matmuls of a branch: attention, GELU, SwiGLU. models/fused_blocks.py combines them.
 
-A piece reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer product. In
-backward the gradient is written over u, and the output, of which the outer product's pairs learn, over the gradient
-that came or where it stands already: so no second matrix of either size is needed. Or it is not written at all, where
-pairs learn in the same pass (ops/lora_backward.py).
+A mixer reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer matmul. In
+backward, du is written over u. The output is needed once more, for the LoRA gradients of the outer linear: it is
+written over the gradient to it, or is saved (attention), so that no second matrix of either size exists. If the same
+pass computes those LoRA gradients (ops/lora_backward.py), the output is not written at all.
 
 Legend: M = B T rows (tokens), H query heads, G key/value heads, D the size of a head, F the width of the MLP.
 """
@@ -26,15 +26,15 @@ from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_ba
 
 @dataclass
 class SavedAttention:
-    """Attention's output with the part of the graph that its backward needs."""
+    """Attention's output with the part of the autograd graph that its backward needs."""
 
-    out: Tensor
-    edges: tuple[GradientEdge, ...]
-    u: list[Tensor]  # the columns that hold q, k and v when backward comes
+    out: Tensor  # (M, H D)
+    edges: tuple[GradientEdge, ...]  # of q, k and v
+    u: list[Tensor]  # the columns of u with q, k and v, filled in by backward
 
 
 class Mixer(Protocol):
-    """The members of a piece."""
+    """A function of columns of u."""
 
     @property
     def inputs(self) -> int: ...
@@ -43,46 +43,45 @@ class Mixer(Protocol):
     def outputs(self) -> int: ...
 
     def forward(
-        self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool
+        self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, save: bool
     ) -> SavedAttention | None:
-        """Prepares u and adds the output to `gemm_input`. What backward needs besides u, if it is to `hold` that."""
+        """Prepares u and adds the output to `gemm_input`. With `save`, returns what backward needs besides u."""
         ...
 
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:
-        """Does in place what `forward` did to u, to a u that was computed again."""
+        """Changes a recomputed u in place as `forward` changes u."""
         ...
 
-    def hold(self, u: Tensor, context: ForwardContext) -> SavedAttention | None:
+    def save(self, u: Tensor, context: ForwardContext) -> SavedAttention | None:
         """What backward needs besides a prepared u."""
         ...
 
     @property
     def lora_chunks(self) -> int:
-        """Of how many parts of u pairs can learn while the gradient is taken, each as wide as the output."""
+        """Number of input chunks (GELU 1, SwiGLU 2) whose LoRA gradients the fused backward supports."""
         ...
 
     def backward_(
         self,
         u: Tensor,
         dout: Tensor,
-        held: SavedAttention | None,
+        saved: SavedAttention | None,
         context: ForwardContext,
         operands: LoraOperands | None = None,
     ) -> Tensor | LoraGrads:
-        """Writes the gradient to u over u. The output once more, for which dout may be used up; or, with pairs on its
-        sides, what these learn."""
+        """Writes du over u. Returns the output, which may be written over dout; with `operands`, the LoRA gradients."""
         ...
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal attention of rotated queries and keys; u is [q | k | v]. `form` is that of the rotation."""
+    """Causal attention of rotated queries and keys; u is [q | k | v]. `form`: see ops/attention.py."""
 
     heads: int
     groups: int
     head_size: int
     form: str
-    lora_chunks = 0  # its gradient is no function of single numbers
+    lora_chunks = 0  # its gradient is not elementwise
 
     @property
     def inputs(self) -> int:
@@ -97,21 +96,21 @@ class Attention:
         rotate_into(rotated, *context.rotary, self.head_size, self.form, rotated)
 
     def forward(
-        self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool
+        self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, save: bool
     ) -> SavedAttention | None:
         self.prepare_(u, context)
-        if not hold:
+        if not save:
             q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
             gemm_input.put(causal_attention(q, k, v, documents=context.documents).reshape(len(u), -1))
             return None
-        held = self.hold(u, context)
-        gemm_input.put(held.out.detach())
-        return held
+        saved = self.save(u, context)
+        gemm_input.put(saved.out.detach())
+        return saved
 
-    def hold(self, u: Tensor, context: ForwardContext) -> SavedAttention:
-        """Attention under autograd; what its graph would keep of u is looked up in u again when backward comes."""
-        place: list[Tensor] = []
-        storage = u.untyped_storage()._cdata  # an address of data would be 0 for all on the meta device
+    def save(self, u: Tensor, context: ForwardContext) -> SavedAttention:
+        """Attention under autograd. Its graph saves no views of u; backward gives it u again (`SavedAttention.u`)."""
+        columns: list[Tensor] = []
+        storage = u.untyped_storage()._cdata  # data_ptr() is 0 for all tensors on the meta device
 
         def pack(tensor: Tensor) -> Any:
             if tensor.untyped_storage()._cdata != storage:
@@ -119,7 +118,7 @@ class Attention:
             return tensor.size(), tensor.stride(), tensor.storage_offset()
 
         def unpack(packed: Any) -> Tensor:
-            return packed if isinstance(packed, Tensor) else place[0].as_strided(*packed)
+            return packed if isinstance(packed, Tensor) else columns[0].as_strided(*packed)
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
             anchor = torch.empty(0, device=u.device, requires_grad=True)
@@ -128,25 +127,25 @@ class Attention:
                 for part in self._heads(u.unflatten(0, (context.batch, context.length)))
             ]
             out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
-        return SavedAttention(out, tuple(get_gradient_edge(leaf) for leaf in leaves), place)
+        return SavedAttention(out, tuple(get_gradient_edge(leaf) for leaf in leaves), columns)
 
     def backward_(
         self,
         u: Tensor,
         dout: Tensor,
-        held: SavedAttention | None,
+        saved: SavedAttention | None,
         context: ForwardContext,
         operands: LoraOperands | None = None,
     ) -> Tensor | LoraGrads:
-        assert held is not None
-        held.u.append(u)
-        gradients = torch.autograd.grad(held.out, held.edges, dout.contiguous())
-        dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)
-        own_q, own_k, own_v = u.split(self._sizes, dim=1)
-        rotate_into(dq, *context.rotary, self.head_size, self.form, own_q, back=True)
-        rotate_into(dk, *context.rotary, self.head_size, self.form, own_k, back=True)
-        copy_into(dv, own_v)
-        return held.out.detach()
+        assert saved is not None
+        saved.u.append(u)
+        gradients = torch.autograd.grad(saved.out, saved.edges, dout.contiguous())
+        dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)  # (M, H D), (M, G D), (M, G D)
+        q, k, v = u.split(self._sizes, dim=1)
+        rotate_into(dq, *context.rotary, self.head_size, self.form, q, back=True)
+        rotate_into(dk, *context.rotary, self.head_size, self.form, k, back=True)
+        copy_into(dv, v)
+        return saved.out.detach()
 
     def _heads(self, u: Tensor) -> list[Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D): views of u (B, T, inputs)."""
@@ -159,7 +158,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class _Activation:
-    """A function of each token's numbers, which keeps nothing."""
+    """A function of each token's values, which saves nothing. Subclasses give its three formulas."""
 
     width: int
 
@@ -170,18 +169,40 @@ class _Activation:
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:
         return
 
-    def hold(self, u: Tensor, context: ForwardContext) -> None:
+    def save(self, u: Tensor, context: ForwardContext) -> None:
         return
 
-    def forward(self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, hold: bool) -> None:
+    def forward(self, u: Tensor, gemm_input: GemmInput, context: ForwardContext, *, save: bool) -> None:
         self.write(u, gemm_input.add())
 
+    def backward_(
+        self,
+        u: Tensor,
+        dout: Tensor,
+        saved: SavedAttention | None,
+        context: ForwardContext,
+        operands: LoraOperands | None = None,
+    ) -> Tensor | LoraGrads:
+        if operands is not None:
+            return self.lora_gradient_(u, dout, operands)
+        self.gradient_(u, dout)
+        return dout
+
     def write(self, u: Tensor, out: Tensor) -> None:
+        """out (M, outputs) = f(u)."""
+        raise NotImplementedError
+
+    def gradient_(self, u: Tensor, dout: Tensor) -> None:
+        """u = f'(u)^T dout, dout = f(u)."""
+        raise NotImplementedError
+
+    def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
+        """u = f'(u)^T dout, and the LoRA gradients on both sides."""
         raise NotImplementedError
 
 
 class Gelu(_Activation):
-    """GPT-J's activation, in the tanh form."""
+    """GELU in the tanh form; u is its input."""
 
     lora_chunks = 1
 
@@ -192,18 +213,11 @@ class Gelu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         gelu_into(u, out)
 
-    def backward_(
-        self,
-        u: Tensor,
-        dout: Tensor,
-        held: SavedAttention | None,
-        context: ForwardContext,
-        operands: LoraOperands | None = None,
-    ) -> Tensor | LoraGrads:
-        if operands is not None:
-            return gelu_lora_backward_(u, dout, operands)
+    def gradient_(self, u: Tensor, dout: Tensor) -> None:
         gelu_backward_(u, dout)
-        return dout
+
+    def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
+        return gelu_lora_backward_(u, dout, operands)
 
 
 class Swiglu(_Activation):
@@ -218,22 +232,15 @@ class Swiglu(_Activation):
     def write(self, u: Tensor, out: Tensor) -> None:
         swiglu_into(u, out)
 
-    def backward_(
-        self,
-        u: Tensor,
-        dout: Tensor,
-        held: SavedAttention | None,
-        context: ForwardContext,
-        operands: LoraOperands | None = None,
-    ) -> Tensor | LoraGrads:
-        if operands is not None:
-            return swiglu_lora_backward_(u, dout, operands)
+    def gradient_(self, u: Tensor, dout: Tensor) -> None:
         swiglu_backward_(u, dout)
-        return dout
+
+    def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
+        return swiglu_lora_backward_(u, dout, operands)
 
 
 class _Entry(torch.autograd.Function):
-    """A tensor that enters a graph without being kept by it: gradients are read at its edge."""
+    """A tensor that enters a graph without being saved by it: gradients are read at its edge."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -241,4 +248,4 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        raise AssertionError("gradients are read before they get here")
+        raise AssertionError("torch.autograd.grad stops at the edges")

@@ -1,19 +1,22 @@
 """What one forward pass passes to its layers: nothing of it is stored on a layer.
 
-Legend: B sequences of a batch, T positions of each.
+Legend: B sequences of a batch, T positions of each, R rotated values of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Self
 
 from torch import Tensor
 
+from octavo.layers.dropout import Dropout
 from octavo.layers.kv_cache import CacheView
 from octavo.ops.attention import Documents
+from octavo.ops.linear_spec import Matmul8
 from octavo.ops.tiles import Phase
 from octavo.runtime.offload import ActivationOffload
 
@@ -28,23 +31,42 @@ class Save(IntEnum):
 
 SaveLevels = Save | Sequence[Save]  # of every block, or of each
 
+EXACT: Mapping[str, Matmul8] = MappingProxyType({})  # no matmul in 8 bits
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """How a training pass runs. The defaults are the exact pass that saves everything on the device.
+
+    `matmul8` has the linears of the blocks that are multiplied in 8 bits, by layer name. With `offload` the blocks'
+    inputs are in CPU memory until backward. `dropout` gives the seeds of the masks on LoRA's inputs. Without `fused`
+    every block runs as plain PyTorch, which is the reference.
+    """
+
+    save: SaveLevels = Save.ALL
+    offload: bool = False
+    matmul8: Mapping[str, Matmul8] = field(default_factory=lambda: EXACT)
+    dropout: Dropout = field(default_factory=Dropout)
+    fused: bool = True
+
 
 @dataclass(frozen=True)
 class ForwardContext:
     """The arguments of a forward pass that all blocks share; `layer` and `save` are those of one block.
 
-    `rotary` is (cos, sin), each (B or 1, T, 1, R/2). `documents` are the packed documents of training. `cache` and
-    `adapter_ids` (B,) int64, 0 for the base, are those of inference. `offload` takes the blocks' inputs to CPU memory.
-    Without `fused` the blocks run as plain PyTorch, which is the reference.
+    `documents` are the packed documents of training. `cache` and `adapter_ids`, 0 for the base, are those of inference.
+    `offload` takes the blocks' inputs to CPU memory. The rest is that of ForwardOptions.
     """
 
     batch: int
     length: int
-    rotary: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor]  # cos and sin, each (B or 1, T, 1, R/2)
     documents: Documents | None = None
     cache: CacheView | None = None
-    adapter_ids: Tensor | None = None
+    adapter_ids: Tensor | None = None  # (B,) int64
     offload: ActivationOffload | None = None
+    matmul8: Mapping[str, Matmul8] = field(default_factory=lambda: EXACT)
+    dropout: Dropout = field(default_factory=Dropout)
     fused: bool = True
     layer: int = 0
     save: Save = Save.ALL

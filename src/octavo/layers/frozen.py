@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.layers.context import ForwardContext
-from octavo.layers.fused_linear import FusedLinear, fused_linear, transposed_weight
+from octavo.layers.dropout import Dropout
+from octavo.layers.fused_linear import FusedLinear, fused_linear
 from octavo.layers.multi_lora import AdapterBank
 from octavo.ops import inference, matmul8
 from octavo.ops.linear import LoraSlice, frozen_linear
-from octavo.ops.linear_spec import LinearSpec, Outliers, QuantErrorProbe
+from octavo.ops.linear_spec import LinearSpec, Matmul8
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
 from octavo.ops.tiles import Phase
 from octavo.runtime.offload import on_card, on_host
@@ -181,11 +182,8 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.lora = nn.ModuleDict()
         self.dropout = 0.0
-        self.use_8bit = False  # whether training multiplies in 8 bits
-        self.outliers: Outliers | None = None  # inputs that stay out of that
-        self.transposed: tuple[Tensor, Tensor] | None = None  # codes and scales for backward, where these are kept
-        self.probe: QuantErrorProbe | None = None  # where training writes what that would cost
-        self.bank: AdapterBank | None = None  # of served adapters, beside `pairs`
+        self.name = ""  # its path in the blocks of a decoder ("3.qkv"), the key of its 8-bit matmul
+        self.bank: AdapterBank | None = None  # of served adapters
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
@@ -201,23 +199,13 @@ class FrozenLinear(nn.Module):
             pairs.append(LoraSlice(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
         return tuple(pairs)
 
-    def keep_transposed_(self, wanted: bool) -> None:
-        """Keeps the codes transposed, for backward in 8 bits: a byte a number more, and no pass over them each time."""
-        if not wanted:
-            self.transposed = None
-        elif self.transposed is None:
-            self.transposed = transposed_weight(
-                self.matrix.codes, torch.empty(0, dtype=self.matrix.dtype, device=self.matrix.device)
-            )
-
-    def frozen(self) -> LinearSpec:
-        """This layer as a wide product reads it."""
+    def spec(self, matmul8: Matmul8 | None = None) -> LinearSpec:
+        """This layer as a matmul reads it: in 8 bits if `matmul8` is given, with LoRA dropout in training."""
         rows, columns = self.matrix.shape
         dropout = self.dropout if self.training else 0.0
-        codes = self.matrix.codes if self.training and (self.use_8bit or self.probe) else None
         return LinearSpec(
-            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, codes, self.probe,
-            self.outliers, self.transposed,
+            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout, self.matrix.codes,
+            matmul8,
         )  # fmt: skip
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None, residual: Tensor | None = None) -> Tensor:
@@ -225,9 +213,11 @@ class FrozenLinear(nn.Module):
 
         Names of one matrix share the dropout mask of their input.
         """
-        if ctx is not None and ctx.cache is not None:
+        if ctx is None:
+            return fused_linear(x, FusedLinear((self.spec(),)), Dropout(), residual)
+        if ctx.cache is not None:
             return self.infer(x, phase=ctx.phase, adapter_ids=ctx.adapter_ids, residual=residual)
-        return fused_linear(x, FusedLinear((self.frozen(),)), residual)
+        return fused_linear(x, FusedLinear((self.spec(ctx.matmul8.get(self.name)),)), ctx.dropout, residual)
 
     def reference(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The reference of `forward`: one matmul after the other (ops/linear.py)."""

@@ -1,6 +1,6 @@
-"""Where the input of a wide product (layers/fused_linear.py) is put together.
+"""The buffer in which the input of a matmul of several parts (layers/fused_linear.py) is assembled.
 
-Legend: M rows; parts are (M, K_i), K the sum of the K_i; C the columns beside them.
+Legend: M rows; parts are (M, K_i), K the sum of the K_i; C the extra columns.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from octavo.ops.pointwise import copy_into
 
 
 class GemmInput:
-    """The parts, one after another, and the C columns beside them.
+    """The parts and the extra columns.
 
-    Of an exact product it is one matrix (M, K + C). In 8 bits each part is a matrix by itself, as each is coded by
-    itself: so one that stands somewhere already is taken as it is.
+    For an exact matmul they are one matrix (M, K + C). For 8 bits each part is a matrix of its own, since each is
+    quantized by itself: an existing tensor is used without a copy.
     """
 
     def __init__(self, columns: Sequence[int], extra: int, rows: int, like: Tensor, *, joined: bool) -> None:
-        self.parts: list[Tensor] = []  # (M, K_i), those that are there
+        self.parts: list[Tensor] = []  # (M, K_i), those added so far
         self._columns = columns
         inputs = sum(columns)
         self._whole = like.new_empty(rows, inputs + extra) if joined else None
@@ -33,7 +33,7 @@ class GemmInput:
         return self._whole
 
     def add(self) -> Tensor:
-        """The next part, which is to be written."""
+        """The next part, for the caller to write."""
         columns, start = self._columns[len(self.parts)], sum(self._columns[: len(self.parts)])
         if self._whole is None:
             self.parts.append(self.extra.new_empty(len(self.extra), columns))
@@ -49,5 +49,5 @@ class GemmInput:
             copy_into(x, self.add())
 
     def detach_extra(self) -> Tensor:
-        """(M, C): the columns beside the parts, without the memory of these; a hundredth of what they come from."""
+        """(M, C): the extra columns in memory of their own, so that the parts can be freed."""
         return self.extra if self._whole is None else self.extra.clone()

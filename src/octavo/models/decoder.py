@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.context import ForwardContext, Save, SaveLevels
+from octavo.layers.context import ForwardContext, ForwardOptions, Save
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.layers.kv_cache import Cache, KeyValueCache, SlotCache
 from octavo.layers.norm import LayerNorm, RmsNorm
@@ -60,6 +60,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {config.embedding: config.vocabulary}))
         self.blocks = nn.ModuleList(blocks)
+        for name, layer in self.blocks.named_modules():
+            if isinstance(layer, FrozenLinear):
+                layer.name = name
         self.norm = config.new_norm()
         matrix = self.embed.matrix if config.tied else FrozenMatrix(config.width, {config.head: config.vocabulary})
         self.head = FrozenLinear(matrix, bias=list(matrix.outputs) if config.head_bias else ())
@@ -72,26 +75,27 @@ class Decoder(nn.Module):
         documents: Documents | None = None,
         cache: Cache | None = None,
         adapter_ids: Tensor | None = None,
-        save: SaveLevels = Save.ALL,
-        offload: ActivationOffload | None = None,
-        fused: bool = True,
+        options: ForwardOptions | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, d), the input of the head.
 
         `positions` (B, T) count within each document; by default from the end of the cache. `documents` are those
-        packed in the rows. Over a `cache` each sequence may take a served adapter, `adapter_ids` (B,). `save` is what
-        each block saves for backward, `offload` takes the blocks' inputs to CPU memory until then. Without `fused`
-        every block runs as plain PyTorch.
+        packed in the rows. Over a `cache` each sequence may take a served adapter, `adapter_ids` (B,). `options` are
+        those of training.
         """
         view = cache.next(ids.shape[1]) if cache is not None else None
         if positions is None:
             positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
         table = rotary_table if view is None else partial(cached_rotary_table, phase=view.phase)
         rotary = table(positions, _frequencies(self.config.frequencies, ids.device))
-        batch, length = ids.shape
-        context = ForwardContext(batch, length, rotary, documents, view, adapter_ids, offload, fused)
+        options, (batch, length) = options or ForwardOptions(), ids.shape
+        offload = ActivationOffload() if options.offload else None
+        context = ForwardContext(
+            batch, length, rotary, documents, view, adapter_ids, offload, options.matmul8, options.dropout,
+            options.fused,
+        )  # fmt: skip
         x = self.embed(ids, adapter_ids)  # (B, T, d)
-        levels = [save] * len(self.blocks) if isinstance(save, Save) else save
+        levels = [options.save] * len(self.blocks) if isinstance(options.save, Save) else options.save
         for layer, (block, level) in enumerate(zip(self.blocks, levels, strict=True)):
             x = run_block(block, x, context.at(layer, level))
         if view is not None:

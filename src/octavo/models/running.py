@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.layers.context import ForwardContext, Save
+from octavo.layers.dropout import RepeatedDropout
 from octavo.models.fused_blocks import FUSED
 
 
@@ -38,7 +39,9 @@ def recomputed(block: nn.Module, x: Tensor, ctx: ForwardContext) -> Tensor:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, block: nn.Module, context: ForwardContext) -> Tensor:
-        ctx.block, ctx.context, ctx.random = block, replace(context, offload=None), torch.get_rng_state()
+        dropout = RepeatedDropout(context.dropout)
+        context = replace(context, dropout=dropout)
+        ctx.block, ctx.context = block, replace(context, offload=None)
         ctx.offload, ctx.needs_x = context.offload, x.requires_grad
         if context.offload is not None:
             context.offload.put(x)
@@ -50,11 +53,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors if ctx.offload is None else (ctx.offload.take(),)
-        random = torch.get_rng_state()
-        torch.set_rng_state(ctx.random)  # the same dropout masks again
+        assert isinstance(ctx.context.dropout, RepeatedDropout)
         with torch.enable_grad():
             x = x.detach().requires_grad_(ctx.needs_x)
-            y = ctx.block(x, ctx.context)
-        torch.set_rng_state(random)
+            y = ctx.block(x, replace(ctx.context, dropout=ctx.context.dropout.again()))
         torch.autograd.backward(y, grad)
         return x.grad, None, None, None

@@ -1,4 +1,7 @@
-"""A frozen linear as a product reads it, and what is known of it in 8 bits."""
+"""A frozen linear as a matmul reads it, and how it is computed in 8 bits.
+
+Legend: N outputs and K inputs of a linear, M rows (tokens), C outlier channels.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +15,67 @@ from torch import Tensor
 from octavo.ops.linear import LoraSlice
 from octavo.ops.quantize import INT8_LEVELS
 
+OUTLIERS = 16  # channels, the depth of one tensor-core step: a model has few outlier channels (arXiv 2208.07339)
+
 
 @dataclass
 class QuantErrorProbe:
-    """What 8 bits would cost a product: ||its result in 8 bits - the exact one|| over what the exact one says.
+    """The errors of a matmul in 8 bits, measured while the exact result is used.
 
-    Of an output that is how far rows are from their mean: a far outlier that all tokens share would hide the loss of
-    everything else behind a large constant. Of a gradient it is its length. `channels` are the inputs with the largest
-    numbers, and `apart` is the cost of an output with these taken apart.
+    forward    ||y8 - y|| / ||y - mean(y)||: the mean over rows is subtracted, since a constant that all tokens share
+               would hide the error of everything else
+    backward   ||dx8 - dx|| / ||dx||
+    outliers   as forward, with the C `channels` of the input with the largest values kept exact
     """
 
     forward: Tensor | None = None
     backward: Tensor | None = None
     outliers: Tensor | None = None
-    channels: Tensor | None = None
+    channels: Tensor | None = None  # (C,)
 
 
 class Outliers(NamedTuple):
-    """Inputs of a product in 8 bits that stay in the compute type: their places (C,), and 127 for each other one, 0 for
-    these (K,), as coding folds it in. One far number would leave its whole row few of the 255 steps."""
+    """Outlier channels of an input, which stay in the compute dtype (LLM.int8(), arXiv 2208.07339).
 
-    channels: Tensor
-    others: Tensor
+    One value of large magnitude would leave the rest of its row few of the 255 quantization levels.
+    """
 
-
-OUTLIERS = 16  # channels, a step of the thin product's: a model's far channels are few (LLM.int8(), arXiv 2208.07339)
+    channels: Tensor  # (C,) int64
+    prescale: Tensor  # (K,) float32, the pre-scale of quantization: 0 for outlier channels, else 127
 
 
 def split_outliers(channels: Tensor, columns: int) -> Outliers:
-    """Takes these of so many inputs apart."""
-    others = torch.full((columns,), float(INT8_LEVELS), device=channels.device)
-    return Outliers(channels, others.index_fill_(0, channels, 0))
+    """The outliers `channels` (C,) of an input with K = `columns`."""
+    prescale = torch.full((columns,), float(INT8_LEVELS), device=channels.device)  # (K,)
+    return Outliers(channels, prescale.index_fill_(0, channels, 0))
+
+
+class Matmul8(NamedTuple):
+    """A linear that training multiplies in 8 bits, with the tensors for that.
+
+    `transposed` is the weight as backward reads it, (K, N) with absmax (N,), if it is kept. With a `probe` the matmul
+    is exact, and its errors in 8 bits are written there.
+    """
+
+    outliers: Outliers | None = None
+    transposed: tuple[Tensor, Tensor] | None = None
+    probe: QuantErrorProbe | None = None
 
 
 class LinearSpec(NamedTuple):
-    """A frozen linear as a product reads it: `fill` writes its matrix into the (N, K) columns that it is given."""
+    """A frozen linear as a matmul reads it. Weight (N, K), bias on rows from `bias_start` on, LoRA slices."""
 
-    rows: int
-    columns: int
-    fill: Callable[[Tensor], None]
+    rows: int  # N
+    columns: int  # K
+    fill: Callable[[Tensor], None]  # writes the weight into the (N, K) tensor that it is given
     bias: Tensor | None = None
     bias_start: int = 0
     lora: tuple[LoraSlice, ...] = ()
-    dropout: float = 0.0  # on what the pairs read, while training
-    int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]] | None = (
-        None  # int8 (N, K) and absmax (N,), to multiply in 8 bits
-    )
-    probe: QuantErrorProbe | None = None
-    outliers: Outliers | None = None
-    transposed: tuple[Tensor, Tensor] | None = (
-        None  # what `codes` gives, transposed (K, N) for backward, if that is kept
-    )
+    dropout: float = 0.0  # on the input of LoRA; 0 in evaluation
+    int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # like -> int8 (N, K) and absmax (N,)
+    matmul8: Matmul8 | None = None  # None: in the compute dtype
 
     @property
     def rank(self) -> int:
+        """The sum of the LoRA ranks."""
         return sum(pair.a.shape[0] for pair in self.lora)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from time import perf_counter
 
 import torch
@@ -18,35 +17,39 @@ from torch import Tensor, nn
 from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
 from octavo.failures import out_of_memory as out_of_memory
-from octavo.layers.lora import gradients_in_place
+from octavo.layers.lora import FlatGroup, gradients_in_place
 from octavo.models import Decoder
 from octavo.train.optim import Adam, LossScaler, Schedule
-from octavo.train.step import MicroStep
+from octavo.train.step import MicroStep, micro_batches
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `loss` is the mean over the step's trained tokens, in nats; None of a step that has none."""
+    """One optimizer step. `loss` is the mean over the step's trained tokens, in nats; None if there are none."""
 
     number: int  # counted from 1
     loss: float | None
     learning_rate: float
     gradient_norm: float  # before clipping
     trained_tokens: int
-    tokens: int  # real tokens that went through the model, padding apart
+    tokens: int  # without padding
     seconds: float
-    following: Position  # where the data go on
+    following: Position  # of the next batch in the data
     skipped: bool  # float16 only: the gradients overflowed and the update was left out
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None where the clock did not move, as some virtual machines' do not."""
+        """None if the clock did not advance, as on some virtual machines."""
         return self.tokens / self.seconds if self.seconds > 0 else None
 
 
 @dataclass
 class Trainer:
-    """What one run trains with. `parameters` are the trained ones by name, laid out in the optimizer's buffers."""
+    """The parts of a run. `parameters` are the trained ones by name, views into the optimizer's flat buffers.
+
+    `sum_over_ranks` is the one place where several processes add up their gradients (`FlatGroup.values.grad`), once per
+    optimizer step, before they are unscaled and clipped. In one process there is nothing to add.
+    """
 
     model: Decoder
     parameters: Mapping[str, nn.Parameter]
@@ -55,25 +58,25 @@ class Trainer:
     scaler: LossScaler
     micro_step: MicroStep
     seed: int
-    accumulate: int = 1
+    sum_over_ranks: Callable[[Sequence[FlatGroup]], None] = lambda groups: None
 
 
 def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Iterator[Step]:
-    """Steps done+1 .. schedule.total, each on the next `accumulate` batches (fewer if the data end within it).
+    """Steps done+1 .. schedule.total, each on the next batch.
 
-    The loss of a step is normalised by the trained tokens of all its batches together, so that batch times
-    accumulation alone counts. Randomness (dropout) is a function of (seed, step, micro-batch). TrainingError
-    for a loss that is not finite, and, at the first step that has trained tokens, for trained parameters that
-    receive no gradient. A step without any changes nothing.
+    The loss of a step is normalized by the total weight of all its labels, so that its micro-batches have no influence
+    beyond rounding. Randomness (dropout) is a function of (seed, step, micro-batch). TrainingError for a loss that is
+    not finite, and, at the first step with trained tokens, for trained parameters without a gradient. A step without
+    trained tokens changes nothing.
     """
     trainer.model.train()
     checked = False
     try:
         for number in range(done + 1, trainer.schedule.total + 1):
-            chosen = list(islice(batches, trainer.accumulate))
-            if not chosen:
+            batch = next(batches, None)
+            if batch is None:
                 return
-            step = _step(trainer, chosen, number, check=not checked)
+            step = _step(trainer, batch, number, check=not checked)
             checked = checked or step.trained_tokens > 0
             yield step
             trainer.model.train()  # the caller may have evaluated in between
@@ -81,72 +84,74 @@ def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Itera
         trainer.model.eval()
 
 
-def _step(trainer: Trainer, chosen: Sequence[Batch], number: int, *, check: bool) -> Step:
+def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     started = perf_counter()
     optimizer, scaler = trainer.optimizer, trainer.scaler
-    trained_tokens = sum(batch.trained_tokens for batch in chosen)
-    losses = gradients(trainer, chosen, number, seed=scaler.scale / max(1, trained_tokens))
+    weight = batch.label_weight if batch.trained_tokens else 1
+    losses, rows = gradients(trainer, batch, number, loss_scale=scaler.scale / weight)
+    trainer.sum_over_ranks(optimizer.groups)
     scaler.unscale_(optimizer.groups)
     gradient_norm = optimizer.gradient_norm()
-    # The one place of a step where the host waits for the card: nothing is updated before it is known to be sound.
+    # The one place of a step where the CPU waits for the GPU: no update before loss and gradients are checked.
     *values, norm = torch.stack([*losses, gradient_norm]).tolist()
-    values = [value / max(1, trained_tokens) for value in values]
-    for value, batch in zip(values, chosen, strict=True):
+    values = [value / weight for value in values]
+    for value, part in zip(values, micro_batches(batch, rows), strict=True):
         if not math.isfinite(value):
-            raise _not_finite(value, number, batch, scaler)
+            raise _not_finite(value, number, part, scaler)
     finite = math.isfinite(norm)
-    if check and trained_tokens:
+    if check and batch.trained_tokens:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
         assert gradients_in_place(optimizer.groups)
     if not finite and (not scaler.active or scaler.scale < 2.0**-10):
-        raise _gradient_not_finite(number, chosen)
+        raise _gradient_not_finite(number, batch)
     learning_rate = trainer.schedule.at(number)
-    if finite and trained_tokens:
+    if finite and batch.trained_tokens:
         optimizer.step(learning_rate, gradient_norm=gradient_norm)
     scaler.update(finite=finite)
     return Step(
         number=number,
-        loss=math.fsum(values) if trained_tokens else None,
+        loss=math.fsum(values) if batch.trained_tokens else None,
         learning_rate=learning_rate,
         gradient_norm=norm,
-        trained_tokens=trained_tokens,
-        tokens=sum(int((batch.document >= 0).sum()) for batch in chosen),
+        trained_tokens=batch.trained_tokens,
+        tokens=int((batch.document >= 0).sum()),
         seconds=perf_counter() - started,
-        following=chosen[-1].following,
+        following=batch.following,
         skipped=not finite,
     )
 
 
-def gradients(trainer: Trainer, chosen: Sequence[Batch], number: int, *, seed: float) -> list[Tensor]:
-    """Sets the gradients of one step, seed times those of its batches together; the batches' summed losses in nats.
+def gradients(trainer: Trainer, batch: Batch, number: int, *, loss_scale: float) -> tuple[list[Tensor], int]:
+    """Sets the gradients of a step to loss_scale times those of its batch.
 
-    Where memory runs out all of it is done once more with a cheaper plan; TrainingError if there is none.
+    Returns (the losses of the micro-batches, in nats, summed over labels; rows of a micro-batch). If memory runs out,
+    the step is repeated with a cheaper plan; TrainingError if there is none.
     """
     while True:
         trainer.optimizer.zero_gradients()
         losses: list[Tensor] = []
+        rows = trainer.micro_step.rows
         try:
-            for index, batch in enumerate(chosen):
+            for index, part in enumerate(micro_batches(batch, rows)):
                 torch.manual_seed(_seed(trainer.seed, number, index))
-                losses.append(trainer.micro_step(batch, seed))
-            return losses
+                losses.append(trainer.micro_step(part, loss_scale))
+            return losses, rows
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        # Only here, where the failed call's tensors are no longer held by its traceback.
+        # After the except clause, whose traceback refers to the tensors of the failed call.
         if not trainer.micro_step.reduce_memory():
             raise TrainingError(
-                f"Step {number} does not fit into the card's memory, however little is kept.",
-                hint="Try a smaller --seq-len or --scheme nf4, or end other programs on the card.",
+                f"Step {number} does not fit into the memory of the GPU, even with everything recomputed.",
+                hint="Use a smaller --seq-len or --scheme nf4, or end other programs on the GPU.",
             )
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bool = True) -> None:
-    """TrainingError unless every trained parameter has a finite gradient and every pair learns something.
+    """TrainingError unless every trained parameter has a finite gradient, and A or B of each LoRA one that is not zero.
 
-    A new pair's A gets a gradient of exactly zero, since its B still is zero (an embedding's, the other way
-    round); so of each pair one factor must receive more than zero. A pair that receives nothing would end the
-    run with an adapter that does nothing, which nobody notices until it is used.
+    The gradient of a new A is exactly zero, since its B is zero (for an embedding the other way round). LoRA without
+    any gradient would end the run with an adapter that does nothing, unnoticed until it is used.
     """
     missing = [name for name, p in parameters.items() if p.grad is None]
     infinite = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
@@ -192,10 +197,9 @@ def _not_finite(value: float, number: int, batch: Batch, scaler: LossScaler) -> 
     )
 
 
-def _gradient_not_finite(number: int, chosen: Sequence[Batch]) -> TrainingError:
-    sources = tuple(dict.fromkeys(source for batch in chosen for source in batch.sources))
+def _gradient_not_finite(number: int, batch: Batch) -> TrainingError:
     return TrainingError(
-        f"The gradient is not finite at step {number}, in the batch with {_named(sources)}.",
+        f"The gradient is not finite at step {number}, in the batch with {_named(batch.sources)}.",
         hint="Try a smaller --lr or --dtype float32.",
     )
 

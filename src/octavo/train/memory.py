@@ -1,10 +1,10 @@
-"""How a step is fitted into memory: what each block keeps, and how many rows go through the model at once.
+"""How a step is fitted into memory: what each block saves, and how many rows go through the model at once.
 
-A plan is found before weights are read, by rehearsing candidates (train/simulate.py): of those that fit the budget
-the one with the shortest step. Where a card runs out of memory all the same, the next plan is one for less memory.
+Before weights are read, candidate plans are simulated (train/simulate.py), and the one with the shortest step within
+the budget is chosen. If a GPU runs out of memory all the same, a plan for less memory follows.
 
-Legend: rows are those of one pass through the model; a batch of more rows goes through in several passes, whose
-gradients add up to the same.
+Legend: rows are the sequences of a micro-batch; an optimizer step runs `batch_size` rows in several micro-batches,
+whose gradients add up to the same.
 """
 
 from __future__ import annotations
@@ -16,81 +16,99 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.hardware import GPUS, Peak
-from octavo.layers.context import Save
+from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.frozen import FrozenMatrix
 from octavo.models import Decoder
-from octavo.objective import Inputs, loss_of
+from octavo.objective import Inputs, Objective, next_token_loss
 from octavo.runtime.offload import pinned_bytes
-from octavo.train.precision import keep_transposed_, transposed_bytes
-from octavo.train.simulate import Forecast, rehearse
+from octavo.train.precision import Precision, matmul8_of, transposed_bytes
+from octavo.train.simulate import Forecast, simulate
 
-# What libraries take beside tensors: workspaces of cuBLAS and cuDNN, and what the allocator cannot fill. Measured on
-# an H100 as the difference to the forecast over 11 settings: 0.15 to 0.31 GiB.
+# Device memory that libraries take: workspaces of cuBLAS and cuDNN, and fragmentation. Measured on an H100 as the
+# difference to the forecast over 11 settings: 0.15 to 0.31 GiB.
 WORKSPACE_BYTES = 220 * 2**20
-OFFLOADING = 1.02  # times as long as forecast: within 11 GiB one that was to save 1.3 % saved nothing (docs/log.md)
-MARGIN = 0.98  # of the budget is planned for: the forecast's own error
+OFFLOAD_FACTOR = 1.02  # of the forecast time with offload: a plan within 11 GiB that was to save 1.3 % saved nothing
+MARGIN = 0.98  # share of the budget that plans may use: the error of the forecast
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What each block keeps, rows of a pass, and what that takes: bytes reserved at the peak, seconds a batch.
+    """What each block saves, rows of a micro-batch, and the forecast: peak device memory, seconds of an optimizer step.
 
-    To `offload` is to have the inputs of layers and the embedding in `host_bytes` of the host's memory. `turned`:
-    weights of products in 8 bits are kept transposed as well.
+    With `offload` the blocks' inputs and the embedding are in `host_bytes` of CPU memory. With `transposed` the weights
+    of 8-bit matmuls are stored transposed as well.
     """
 
     save: tuple[Save, ...]
     rows: int
     peak_bytes: int
-    seconds: float | None
+    seconds: float | None  # None: the GPU's peak throughput is unknown
     offload: bool = False
     host_bytes: int = 0
     transposed: bool = False
 
     def describe(self) -> str:
-        """For people: what is kept in how many layers."""
-        names = {Save.ALL: "all", Save.ATTENTION: "attention's output", Save.INPUT: "the input"}
-        counts = [f"{self.save.count(level)} keep {names[level]}" for level in sorted(set(self.save), reverse=True)]
-        away = f"; their inputs and the embedding in {self.host_bytes / 2**30:.2f} GiB of the host's memory"
-        twice = "; weights are kept transposed as well"
-        return f"of {len(self.save)} layers " + ", ".join(counts) + self.offload * away + self.transposed * twice
+        """For people: rows of a micro-batch, and what is saved in how many layers."""
+        names = {Save.ALL: "all activations", Save.ATTENTION: "attention's output", Save.INPUT: "the input"}
+        counts = [f"{self.save.count(level)} save {names[level]}" for level in sorted(set(self.save), reverse=True)]
+        offload = f"; their inputs and the embedding are in {self.host_bytes / 2**30:.2f} GiB of CPU memory"
+        transposed = "; 8-bit weights are stored transposed too"
+        return (
+            f"micro-batches of {self.rows} sequence{'s' * (self.rows != 1)}, of {len(self.save)} layers "
+            + ", ".join(counts)
+            + self.offload * offload
+            + self.transposed * transposed
+        )
 
 
 @dataclass
 class Planner:
-    """Finds plans for a model without weights (all of it on the meta device, its adapter on it)."""
+    """Finds plans for a decoder on the meta device, without weights but with its adapter."""
 
     model: Decoder
-    length: int
-    batch: int
-    optimizer_bytes: int  # of state a trained number
-    card: Peak | None = None
-    offloads: tuple[bool, ...] = (False,)  # what plans may do
-    host_bytes: float = math.inf  # that they may take
-    _forecasts: dict[tuple[int, tuple[Save, ...], bool, bool], Forecast] = field(default_factory=dict)
+    length: int  # tokens of a row
+    batch_size: int  # rows of an optimizer step
+    optimizer_bytes: int  # of state per trained parameter
+    gpu: Peak | None = None
+    offloads: tuple[bool, ...] = (False,)  # whether plans may offload
+    host_bytes: float = math.inf  # CPU memory that they may use
+    micro_batch_size: int | None = None  # rows of a micro-batch; None: the planner chooses
+    precision: Precision = field(default_factory=Precision)
+    objective: Objective = next_token_loss
+    fused: bool = True
+    _forecasts: dict[tuple[int, tuple[Save, ...], bool, bool], Forecast] = field(init=False, default_factory=dict)
 
     @property
     def fixed_bytes(self) -> int:
-        """What stands all the time: weights, norms and biases, trained numbers with gradient and optimizer state."""
+        """Memory of the whole run: weights, norms and biases, trained parameters with gradient and optimizer state."""
         matrices = {id(m): m for m in self.model.modules() if isinstance(m, FrozenMatrix)}.values()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         frozen = sum(p.numel() * p.itemsize for p in self.model.parameters() if not p.requires_grad)
         return sum(m.stored_bytes for m in matrices) + frozen + trained * (4 + 4 + self.optimizer_bytes)
 
-    def asked(self, save: Sequence[Save], budget_bytes: float) -> MemoryPlan:
-        """The plan for what layers are to keep, all rows at once; it offloads if it must, or fits that way alone."""
-        plans = self._able([self.plan(save, self.batch, offload=offload) for offload in self.offloads])
-        fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
-        return fitting[0] if fitting else min(plans, key=lambda plan: plan.peak_bytes)
+    def fixed(self, save: Sequence[Save], budget_bytes: float) -> MemoryPlan:
+        """The plan with given save levels and the most rows that fit; the smallest one if none fits."""
+        plans: list[MemoryPlan] = []
+        for rows in self.row_counts:
+            plans = self._able([self.plan(save, rows, offload=offload) for offload in self.offloads])
+            fitting = [plan for plan in plans if plan.peak_bytes <= budget_bytes]
+            if fitting:
+                return fitting[0]
+        return min(plans, key=lambda plan: plan.peak_bytes)
+
+    @property
+    def row_counts(self) -> list[int]:
+        """The candidates for the rows of a micro-batch, the largest first."""
+        return list(_halvings(self.batch_size)) if self.micro_batch_size is None else [self.micro_batch_size]
 
     def plan(self, save: Sequence[Save], rows: int, *, offload: bool = False, transposed: bool = False) -> MemoryPlan:
         """One plan, forecast."""
         forecast = self._forecast(rows, tuple(save), offload, transposed)
-        passes = math.ceil(self.batch / rows)
-        seconds = forecast.seconds(self.card) * passes if self.card else None
+        micro_batches = math.ceil(self.batch_size / rows)
+        seconds = forecast.seconds(self.gpu) * micro_batches if self.gpu else None
         table = self.model.table.weight_bytes if offload and self.model.table is not None else 0
-        twice = transposed_bytes(self.model) if transposed else 0
-        peak = self.fixed_bytes - table + twice + forecast.peak_bytes + WORKSPACE_BYTES
+        weights = self.fixed_bytes - table + (transposed_bytes(self.model, self.precision) if transposed else 0)
+        peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(
             tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed
         )
@@ -98,43 +116,41 @@ class Planner:
     def best(self, budget_bytes: float) -> MemoryPlan | None:
         """The plan with the shortest step within the budget; None if there is none."""
         fitting: list[MemoryPlan] = []
-        limit, use_8bit = MARGIN * budget_bytes, transposed_bytes(self.model) > 0
-        for rows in _halvings(self.batch):
+        limit, use_8bit = MARGIN * budget_bytes, bool(self.precision.outliers)
+        for rows in self.row_counts:
             for offload in self.offloads:
                 plan = self._fullest(rows, limit, offload)
                 if plan is None:
                     continue
                 fitting.append(plan)
                 if plan.save == self._all(Save.ALL):
-                    transposed = self._turned(plan, limit) if use_8bit else []
+                    transposed = self._transposed(plan, limit) if use_8bit else []
                     fitting += transposed
-                    if transposed or not use_8bit:  # fewer rows, or less on the card, could only be slower
+                    if transposed or not use_8bit:  # fewer rows, or offload, could only be slower
                         return min(fitting, key=self._cost)
-                    break  # fewer rows may leave room for transposed weights
+                    break  # with fewer rows the transposed weights may fit
         return min(fitting, key=self._cost, default=None)
 
-    def _turned(self, plan: MemoryPlan, limit: float) -> list[MemoryPlan]:
+    def _transposed(self, plan: MemoryPlan, limit: float) -> list[MemoryPlan]:
         """The plan, in which every layer keeps all, with weights kept transposed as well, if that fits."""
         if plan.offload:
             return []
-        found = self.plan(plan.save, plan.rows, transposed=True)
-        return [found] if found.peak_bytes <= limit else []
-
-    def forget(self) -> None:
-        """What was forecast, since the model is computed another way."""
-        self._forecasts.clear()
+        """The plan with transposed weights, if it fits."""
+        transposed = self.plan(plan.save, plan.rows, transposed=True)
+        return [transposed] if transposed.peak_bytes <= limit else []
 
     def smallest(self) -> MemoryPlan:
-        """The plan that takes the least memory of the card, and no more of the host's than there is."""
-        plans = [self.plan(self._all(Save.INPUT), 1, offload=offload) for offload in self.offloads]
+        """The plan with the least device memory, within the CPU memory."""
+        rows = self.row_counts[-1]
+        plans = [self.plan(self._all(Save.INPUT), rows, offload=offload) for offload in self.offloads]
         return min(self._able(plans), key=lambda plan: plan.peak_bytes)
 
     def _able(self, plans: list[MemoryPlan]) -> list[MemoryPlan]:
-        """Those that the host has memory for; all, if there is none."""
+        """The plans that fit CPU memory; all, if none does."""
         return [plan for plan in plans if plan.host_bytes <= self.host_bytes] or plans
 
     def _fullest(self, rows: int, limit: float, offload: bool) -> MemoryPlan | None:
-        """The fastest with so many rows: more kept in the last layers, whose backward comes first."""
+        """The fastest plan with `rows` rows: the last layers, whose backward comes first, save more."""
         full = self.plan(self._all(Save.ALL), rows, offload=offload)
         if full.host_bytes > self.host_bytes:
             return None
@@ -144,17 +160,17 @@ class Planner:
         lean, middle = (self.plan(self._all(level), rows, offload=offload) for level in levels)
         if lean.peak_bytes > limit:
             return None
-        # Attention's output first, where that saves more time for its memory than all of a layer does.
+        # Attention's output first, if it saves more time per byte than all activations of a layer.
         if middle.peak_bytes < full.peak_bytes and self._worth(lean, middle) > self._worth(lean, full):
             if middle.peak_bytes > limit:
-                return self._between(lean, middle, limit, stride=max(1, len(lean.save) // 8))  # a layer's is little
+                return self._between(lean, middle, limit, stride=max(1, len(lean.save) // 8))  # few bytes per layer
             lean = middle
         return self._between(lean, full, limit)
 
     def _between(self, low: MemoryPlan, high: MemoryPlan, limit: float, stride: int = 1) -> MemoryPlan:
-        """The most layers of `high`, after those of `low` which fits; in steps of `stride` layers.
+        """The most layers with the save levels of `high`, the others with those of `low`, which fits.
 
-        Counts down from a guess, so that a larger limit never finds fewer.
+        Counts down from a guess in steps of `stride` layers, so that a larger limit never gives fewer.
         """
         layers = len(low.save)
         guess = min(layers - 1, int(layers * (limit - low.peak_bytes) / (high.peak_bytes - low.peak_bytes)) + 1)
@@ -165,44 +181,39 @@ class Planner:
         return low
 
     def _worth(self, low: MemoryPlan, high: MemoryPlan) -> float:
-        """Seconds saved for each byte more."""
-        return (self._pace(low) - self._pace(high)) / max(1, high.peak_bytes - low.peak_bytes)
+        """Seconds saved per additional byte."""
+        return (self._seconds(low) - self._seconds(high)) / max(1, high.peak_bytes - low.peak_bytes)
 
     def _all(self, level: Save) -> tuple[Save, ...]:
         return (level,) * len(self.model.blocks)
 
     def _cost(self, plan: MemoryPlan) -> float:
-        """What plans are chosen by: they offload only where that is sure to be faster."""
-        return self._pace(plan) * (OFFLOADING if plan.offload else 1)
+        """Plans are chosen by this: offload only if it is certainly faster."""
+        return self._seconds(plan) * (OFFLOAD_FACTOR if plan.offload else 1)
 
-    def _pace(self, plan: MemoryPlan) -> float:
-        """Seconds of a batch; on a card that is not known, those of one that is."""
+    def _seconds(self, plan: MemoryPlan) -> float:
+        """Seconds of an optimizer step; for an unknown GPU, those on an RTX 3090."""
         if plan.seconds is not None:
             return plan.seconds
         forecast = self._forecast(plan.rows, plan.save, plan.offload, plan.transposed)
-        return forecast.seconds(GPUS["RTX 3090"]) * math.ceil(self.batch / plan.rows)
+        return forecast.seconds(GPUS["RTX 3090"]) * math.ceil(self.batch_size / plan.rows)
 
     def _forecast(self, rows: int, save: tuple[Save, ...], offload: bool = False, transposed: bool = False) -> Forecast:
-        asked = rows, save, offload, transposed
-        if asked not in self._forecasts:
-            keep_transposed_(self.model, transposed)
-            self._forecasts[asked] = rehearse(_step(self.model, rows, self.length, save, offload=offload))
-            keep_transposed_(self.model, False)
-        return self._forecasts[asked]
+        key = rows, save, offload, transposed
+        if key not in self._forecasts:
+            matmul8 = matmul8_of(self.model, self.precision, transposed=transposed)
+            options = ForwardOptions(save, offload, matmul8, fused=self.fused)
+            self._forecasts[key] = simulate(self._step(rows, options))
+        return self._forecasts[key]
 
-
-def _step(model: Decoder, rows: int, length: int, save: Sequence[Save], *, offload: bool) -> Callable[[], None]:
-    ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
-    inputs = Inputs(ids, ids, ids.flatten(), None, None)
-
-    def step() -> None:
-        loss_of(model, inputs, save=save, offload=offload).backward()
-
-    return step
+    def _step(self, rows: int, options: ForwardOptions) -> Callable[[], None]:
+        ids = torch.zeros(rows, self.length, dtype=torch.int64, device="meta")  # (B, T)
+        inputs = Inputs(ids, ids, ids.flatten(), None, None)
+        return lambda: self.objective(self.model, inputs, options).backward()
 
 
 def _halvings(batch: int) -> Iterator[int]:
-    """batch, half of it rounded up, .. 1."""
+    """batch, its half rounded up, .. 1."""
     yield batch
     while batch > 1:
         batch = -(-batch // 2)

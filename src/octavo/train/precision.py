@@ -1,41 +1,67 @@
-"""Which products of a model are computed in 8 bits, and what that costs: tried on one batch before training.
+"""The precision of training's matmuls: which frozen linears of the blocks are multiplied in 8 bits.
 
-A trial computes every product both ways, forward and backward, and goes on with the exact result. Where that halves the
-error, the channels of a layer's input with the largest numbers are taken apart. A layer over the limit all the same
-stays exact. What else a run does is exact: the head, attention, norms, low-rank pairs, evaluation. Whether 8 bits are
-faster on a card is timed there.
+On one batch before training, every matmul runs both ways, forward and backward, and the exact result is used. A layer
+whose relative error is over LIMIT stays exact. If the error halves when the channels of its input with the largest
+values are kept exact, they are (LLM.int8(), arXiv 2208.07339). Everything else of a run is exact: the head, attention,
+norms, LoRA, evaluation.
+
+Legend: M rows (tokens), N outputs and K inputs of a layer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from octavo.data.loader import Batch
+from octavo.layers.context import ForwardOptions
+from octavo.layers.dropout import Dropout
 from octavo.layers.frozen import FrozenLinear
-from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.fused_linear import FusedLinear, transposed_weight
 from octavo.models import Decoder
-from octavo.objective import inputs_of, loss_of
-from octavo.ops.linear_spec import QuantErrorProbe, split_outliers
+from octavo.objective import Objective, inputs_of
+from octavo.ops.linear_spec import Matmul8, QuantErrorProbe, split_outliers
 from octavo.ops.matmul8 import fits
 
-# Of a product (Trial in ops/linear_spec.py). SmolLM2 came within 0.3 % of exact mode's loss with all of its layers in 8
-# bits, outputs up to 12 % and gradients up to 5 % off (docs/log.md); the limit is under that, since it is one model.
+# With all layers of SmolLM2 in 8 bits (errors of outputs up to 12 %, of gradients up to 5 %) the loss came within 0.3 %
+# of exact training (docs/log.md). The limit is lower, since that is one model.
 LIMIT = 0.06
-TOKENS = 512  # that a trial reads at most
-TIMED_TOKENS = 4096  # that a product is timed with at most: by then it is as fast a token as with more
+TOKENS = 512  # of the batch on which errors are measured
+TIMED_TOKENS = 4096  # at which the time per token of a matmul no longer falls
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The layers that training multiplies in 8 bits, by name ("3.qkv"), each with the outlier channels of its input.
+
+    All other matmuls are exact: in the compute dtype. The planner and the run use the same value.
+    """
+
+    outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.outliers
+
+    def to_json(self) -> dict[str, list[int]]:
+        """For checkpoints."""
+        return {name: list(channels) for name, channels in self.outliers.items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, list[int]]) -> Precision:
+        """The inverse of `to_json`."""
+        return cls({name: tuple(channels) for name, channels in content.items()})
 
 
 @dataclass(frozen=True)
 class QuantError:
-    """The error of a layer's output and of the gradient to its input, in 8 bits; None where that is not taken.
+    """Relative errors of a layer in 8 bits: of its output, and of the gradient to its input (None: not needed).
 
-    `apart` is that of the output with the input's `channels` taken apart.
+    `outliers` is the error of the output with the input's outlier `channels` kept exact. See QuantErrorProbe.
     """
 
     forward: float
@@ -45,109 +71,110 @@ class QuantError:
 
     @property
     def acceptable(self) -> bool:
-        """Whether the layer may be in 8 bits. A gradient that is not taken costs nothing, one that is NaN is unfair."""
+        """Whether the layer may be in 8 bits. A NaN is not acceptable."""
         forward = self.outliers if self.splits_outliers else self.forward
         return forward <= LIMIT and (self.backward is None or self.backward <= LIMIT)
 
     @property
     def splits_outliers(self) -> bool:
-        """Whether channels are taken apart: in all layers that is 4.5 % of a step, so for half of the error only."""
+        """Whether outlier channels are kept exact: 4.5 % of a step in all layers, so only if the error halves."""
         return self.outliers < self.forward / 2
 
 
-def layers(model: Decoder) -> Iterator[tuple[str, FrozenLinear]]:
-    """The products of the blocks that can be in 8 bits, by name."""
-    blocks: nn.ModuleList = model.blocks
-    for name, layer in blocks.named_modules():
+def layers(decoder: Decoder) -> Iterator[tuple[str, FrozenLinear]]:
+    """(name, layer) of the linears of the blocks whose shapes 8-bit matmuls support."""
+    for layer in decoder.blocks.modules():
         if isinstance(layer, FrozenLinear) and fits(*layer.matrix.shape):
-            yield name, layer
+            yield layer.name, layer
 
 
-def set_precision_(
-    model: Decoder,
-    *,
-    exact: Collection[str] = (),
-    outliers: Mapping[str, Sequence[int]] | None = None,
-    wanted: bool = True,
-) -> None:
-    """Puts the products of the blocks into 8 bits, those named `exact` not, with these channels of inputs `apart`."""
-    for name, layer in layers(model):
-        layer.use_8bit = wanted and name not in exact
-        layer.outliers = None
-        if layer.use_8bit and (channels := (outliers or {}).get(name)):
-            layer.outliers = split_outliers(
-                torch.tensor(channels, device=layer.matrix.device), layer.matrix.in_features
-            )
+def all_8bit(decoder: Decoder) -> Precision:
+    """Every supported layer in 8 bits, without outlier channels."""
+    return Precision({name: () for name, _ in layers(decoder)})
 
 
-def keep_transposed_(model: Decoder, wanted: bool) -> None:
-    """Keeps the weights of products in 8 bits transposed as well, or no longer does."""
-    for _, layer in layers(model):
-        layer.keep_transposed_(wanted and layer.use_8bit)
+def chosen_precision(errors: Mapping[str, QuantError], *, forced: bool = False) -> Precision:
+    """The precision by measured errors: exact over LIMIT, unless `forced`; with outlier channels if that pays."""
+    return Precision(
+        {
+            name: error.channels if error.splits_outliers else ()
+            for name, error in errors.items()
+            if forced or error.acceptable
+        }
+    )
 
 
-def transposed_bytes(model: Decoder) -> int:
-    """What that takes."""
-    return sum(prod(layer.matrix.shape) for _, layer in layers(model) if layer.use_8bit)
+def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: bool = False) -> dict[str, Matmul8]:
+    """The 8-bit matmuls of a decoder by layer name, with their tensors on its device, for `ForwardOptions`.
+
+    With `transposed` the weights are stored transposed too, for backward: one byte more per weight, and no transpose in
+    each step.
+    """
+    made: dict[str, Matmul8] = {}
+    for name, layer in layers(decoder):
+        if name not in precision:
+            continue
+        matrix, outliers = layer.matrix, None
+        if channels := precision.outliers[name]:
+            outliers = split_outliers(torch.tensor(channels, device=matrix.device), matrix.in_features)
+        like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
+        made[name] = Matmul8(outliers, transposed_weight(matrix.codes, like) if transposed else None)
+    return made
+
+
+def transposed_bytes(decoder: Decoder, precision: Precision) -> int:
+    """Bytes of the transposed weights of all layers in 8 bits."""
+    return sum(prod(layer.matrix.shape) for name, layer in layers(decoder) if name in precision)
 
 
 @torch.no_grad()
-def speedup(model: Decoder, tokens: int) -> float:
-    """How many times as fast in 8 bits the largest product of the blocks is, forward and backward. For a card."""
-    found = max((layer for _, layer in layers(model)), key=lambda layer: prod(layer.matrix.shape), default=None)
-    if found is None:
+def speedup(decoder: Decoder, tokens: int) -> float:
+    """Time of the exact over time of the 8-bit matmul, forward and backward, of the largest layer, on a GPU."""
+    layer = max((layer for _, layer in layers(decoder)), key=lambda layer: prod(layer.matrix.shape), default=None)
+    if layer is None:
         return 1.0
-    before, seconds = found.use_8bit, []
-    shape = min(tokens, TIMED_TOKENS), found.matrix.in_features
-    x = torch.randn(shape, dtype=found.matrix.dtype, device=found.matrix.device)
+    shape = min(tokens, TIMED_TOKENS), layer.matrix.in_features
+    x = torch.randn(shape, dtype=layer.matrix.dtype, device=layer.matrix.device)  # (M, K)
     try:
-        for use_8bit in (False, True):
-            found.use_8bit = use_8bit
-            seconds.append(_seconds(FusedLinear((found.frozen(),)), x))
+        exact, fast = (_seconds(FusedLinear((layer.spec(matmul8),)), x) for matmul8 in (None, Matmul8()))
     finally:
-        found.use_8bit = before
         torch.cuda.empty_cache()
-    return seconds[0] / seconds[1]
+    return exact / fast
 
 
-def _seconds(wide: FusedLinear, x: Tensor) -> float:
-    """The least time of three that a product of x (M, K) takes with its backward; none before has to be waited for."""
-    dropout_seeds = wide.dropout_seeds()
-    gemm_input = wide.gemm_input(len(x), x)
+def _seconds(linear: FusedLinear, x: Tensor) -> float:
+    """The shortest of three times of a matmul of x (M, K) with its backward."""
+    seeds = linear.dropout_seeds(Dropout())
+    gemm_input = linear.gemm_input(len(x), x)
     gemm_input.put(x)
-    wide.complete_(gemm_input, dropout_seeds)
-    least = math.inf
-    for _ in range(4):  # the first compiles kernels and makes libraries choose theirs
+    linear.complete_(gemm_input, seeds)
+    shortest = math.inf
+    for _ in range(4):  # the first compiles kernels, and libraries choose theirs
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        wide.backward(wide.product(gemm_input), gemm_input, dropout_seeds, grad_input=True)
+        linear.backward(linear.matmul(gemm_input), gemm_input, seeds, grad_input=True)
         end.record()
         end.synchronize()
-        least = min(least, begin.elapsed_time(end) / 1e3)
-    return least
+        shortest = min(shortest, begin.elapsed_time(end) / 1e3)
+    return shortest
 
 
-def measure_8bit_error(model: Decoder, batch: Batch) -> dict[str, QuantError]:
-    """What 8 bits cost each product on the first row of a batch. The gradients that this adds are the caller's."""
-    own = replace(
+def measure_8bit_error(decoder: Decoder, batch: Batch, objective: Objective) -> dict[str, QuantError]:
+    """The errors of every layer in 8 bits on the first row of a batch. Adds to the gradients of the parameters."""
+    row = replace(
         batch, ids=batch.ids[:1, :TOKENS], labels=batch.labels[:1, :TOKENS], positions=batch.positions[:1, :TOKENS],
-        document=batch.document[:1, :TOKENS],
+        document=batch.document[:1, :TOKENS], weights=None if batch.weights is None else batch.weights[:1, :TOKENS],
     )  # fmt: skip
-    trials = {name: QuantErrorProbe() for name, _ in layers(model)}
-    for name, layer in layers(model):
-        layer.probe = trials[name]
-    try:
-        loss = loss_of(model, inputs_of(own, model.embed.matrix.device))
-        if loss.requires_grad:
-            loss.backward()
-    finally:
-        for _, layer in layers(model):
-            layer.probe = None
+    probes = {name: QuantErrorProbe() for name, _ in layers(decoder)}
+    options = ForwardOptions(matmul8={name: Matmul8(probe=probe) for name, probe in probes.items()})
+    loss = objective(decoder, inputs_of(row, decoder.embed.matrix.device), options)
+    if loss.requires_grad:
+        loss.backward()
     return {
         name: QuantError(
-            float(tried.forward), None if tried.backward is None else float(tried.backward), float(tried.outliers),
-            tuple(tried.channels.tolist()),
+            float(probe.forward), None if probe.backward is None else float(probe.backward), float(probe.outliers),
+            tuple(probe.channels.tolist()),
         )
-        for name, tried in trials.items()
-        if tried.forward is not None and tried.outliers is not None and tried.channels is not None
+        for name, probe in probes.items()
+        if probe.forward is not None and probe.outliers is not None and probe.channels is not None
     }  # fmt: skip

@@ -1,8 +1,8 @@
-"""A training step rehearsed on the meta device: what memory it will take and what work it is, before weights are read.
+"""Simulates a training step on the meta device: its peak memory and its work, before weights are read.
 
-The real model, adapter, loss and backward run, on tensors that have shapes and no numbers. Every tensor that is made
-and freed goes through a model of PyTorch's allocator, so the forecast is of the memory that the card will be asked
-for, and it follows the code: there is no second description of a step that could be wrong.
+The real decoder, adapter, loss and backward run on tensors without data. Every tensor that is allocated and freed goes
+through a model of PyTorch's CUDA allocator. So the forecast is of the memory that PyTorch will reserve, and it follows
+the code: there is no second description of a step that could differ from it.
 
 Source of the allocator's rules: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp, with expandable segments.
 """
@@ -23,46 +23,46 @@ from octavo.hardware import Peak
 from octavo.runtime.dispatch import OP_OBSERVERS
 from octavo.runtime.offload import pinned_bytes
 
-# Shares of an H100's peaks that its products, attention and passes over memory reached: fitted to the seconds of 14
-# settings with int8 weights and 512 tokens or more, which they give within 5 %. NF4's are up to a third too low.
-PRODUCT_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
-# Of the peak of int8: seven settings of 2,048 tokens are given within 8 % (rows of 128 tokens: a third).
-EIGHT_SHARE = 0.70
-BUS_BYTES_PER_SECOND = 2e10  # between host and card, one way at a time: PCIe 4 gives 25 GB/s, an H100's 5 gave 55
-ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to the one; up to the other they come from pages of their own
-PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # by which memory grows, of small blocks and of others
+# Shares of an H100's peak throughput that matmuls, attention and memory-bound operations reached: fitted to the seconds
+# of 14 settings with int8 weights and 512 tokens or more, within 5 %. For nf4 the forecast is up to a third too short.
+MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
+# Share of the int8 peak: within 8 % for seven settings of 2,048 tokens (rows of 128 tokens: within a third).
+MATMUL8_SHARE = 0.70
+BUS_BYTES_PER_SECOND = 2e10  # between CPU and GPU, one direction: PCIe 4 has 25 GB/s, an H100 measured 55
+ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to ROUND; up to SMALL they are allocated from separate pages
+PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # bytes by which an arena grows: of small blocks, of others
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one micro-batch: peak bytes on top of what stood before, floating-point operations, bytes read and written."""
+    """Of one micro-batch: peak bytes beyond those allocated before it, FLOPs, bytes read and written."""
 
     peak_bytes: int
-    product_flops: float
+    matmul_flops: float
     attention_flops: float
     moved_bytes: float
-    eight_flops: float = 0.0  # of products in 8 bits
-    host_bytes: int = 0  # of the host's memory, for what waits there
-    bus_bytes: float = 0.0  # copied there and back
+    matmul8_flops: float = 0.0
+    host_bytes: int = 0  # of pinned CPU memory, for offload
+    bus_bytes: float = 0.0  # copied to CPU memory and back
 
-    def seconds(self, card: Peak) -> float:
-        """What a card of this peak takes, at the shares of its peaks that an H100 reached (docs/log.md).
+    def seconds(self, gpu: Peak) -> float:
+        """Time on a GPU, at the shares of its peak throughput that an H100 reached (docs/log.md).
 
-        Copies to the host and back run beside that, unless they take longer.
+        Offload copies overlap with computing.
         """
-        return max(self._computing(card), self.bus_bytes / BUS_BYTES_PER_SECOND)
+        return max(self._computing(gpu), self.bus_bytes / BUS_BYTES_PER_SECOND)
 
-    def _computing(self, card: Peak) -> float:
+    def _computing(self, gpu: Peak) -> float:
         return (
-            self.product_flops / (PRODUCT_SHARE * card.half_flops_per_second)
-            + self.eight_flops / (EIGHT_SHARE * card.int8_ops_per_second)
-            + self.attention_flops / (ATTENTION_SHARE * card.half_flops_per_second)
-            + self.moved_bytes / (MEMORY_SHARE * card.bytes_per_second)
+            self.matmul_flops / (MATMUL_SHARE * gpu.half_flops_per_second)
+            + self.matmul8_flops / (MATMUL8_SHARE * gpu.int8_ops_per_second)
+            + self.attention_flops / (ATTENTION_SHARE * gpu.half_flops_per_second)
+            + self.moved_bytes / (MEMORY_SHARE * gpu.bytes_per_second)
         )
 
 
-def rehearse(step: Callable[[], Any]) -> Forecast:
-    """Runs `step`, which works on meta tensors that exist already."""
+def simulate(step: Callable[[], Any]) -> Forecast:
+    """Runs `step` on meta tensors that exist already."""
     recorder = _Recorder()
     OP_OBSERVERS.append(recorder.observe)
     try:
@@ -72,21 +72,21 @@ def rehearse(step: Callable[[], Any]) -> Forecast:
         OP_OBSERVERS.remove(recorder.observe)
     peak = sum(arena.end for arena in recorder.arenas.values())
     return Forecast(
-        peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.eight_flops,
+        peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.matmul8_flops,
         recorder.host_bytes, recorder.bus_bytes,
     )  # fmt: skip
 
 
 @dataclass
 class Arena:
-    """Memory that grows at its end and gives the smallest free block that is large enough."""
+    """Memory that grows at its end; an allocation takes the smallest free block that is large enough."""
 
     page: int
     end: int = 0
     free: list[tuple[int, int]] = field(default_factory=list)  # (size, start), sorted
     taken: dict[int, int] = field(default_factory=dict)  # start -> size
 
-    def take(self, size: int) -> int:
+    def allocate(self, size: int) -> int:
         """The start of a block of `size` bytes."""
         at = bisect_left(self.free, (size, 0))
         if at == len(self.free):
@@ -103,8 +103,8 @@ class Arena:
         self.taken[block[1]] = size
         return block[1]
 
-    def give(self, start: int) -> None:
-        """Takes a block back and joins it with free neighbours."""
+    def free_block(self, start: int) -> None:
+        """Frees a block and merges it with free neighbours."""
         size = self.taken.pop(start)
         for other in [block for block in self.free if block[1] + block[0] == start or block[1] == start + size]:
             self.free.remove(other)
@@ -113,14 +113,14 @@ class Arena:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operation: counts its work, and takes and gives back the memory of what it makes."""
+    """Counts the work of every operation, and allocates and frees the memory of its results."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.arenas = {small: Arena(page) for small, page in PAGES.items()}
         self.flops = 0.0
         self.attention_flops = 0.0
-        self.eight_flops = 0.0
+        self.matmul8_flops = 0.0
         self.moved = 0.0
         self.host_bytes = 0
         self.bus_bytes = 0.0
@@ -130,7 +130,7 @@ class _Recorder(TorchDispatchMode):
         given = [x for x in args if isinstance(x, Tensor)]
         for tensor in (*given, *(kwargs or {}).values()):
             if isinstance(tensor, Tensor):
-                self._known.add(tensor.untyped_storage())  # stood before, unless it was made here and is known
+                self._known.add(tensor.untyped_storage())  # allocated before, or in an earlier operation
         result = function(*args, **(kwargs or {}))
         results = result if isinstance(result, tuple | list) else (result,)
         made = [tensor for tensor in results if isinstance(tensor, Tensor) and tensor.is_meta and self._made(tensor)]
@@ -138,15 +138,15 @@ class _Recorder(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             a, b = given[-2:]
             self.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-        elif (made or name.endswith("_")) and not name.startswith(("empty", "new_")):  # views and room move nothing
+        elif (made or name.endswith("_")) and not name.startswith(("empty", "new_")):  # these move no data
             self._move([*given, *made])
         return result
 
     def observe(self, name: str, tensors: list[Tensor]) -> None:
-        """Counts an operation that the mode does not see: a kernel's, or attention."""
+        """Counts an operation that does not reach the dispatch mode: a kernel, or attention."""
         if name.startswith("attention"):
             rows, length, heads, size = tensors[0].shape
-            forward = 2.0 * rows * heads * length**2 * size  # two products over half of the square
+            forward = 2.0 * rows * heads * length**2 * size  # two matmuls over half of the square
             self.attention_flops += forward * (2.5 if name.endswith("backward") else 1.0)
         if name in ("to_host", "from_host"):
             self.bus_bytes += tensors[0].nbytes
@@ -154,7 +154,7 @@ class _Recorder(TorchDispatchMode):
             self.host_bytes += pinned_bytes(tensors[0].nbytes)
         if name == "matmul_8bit_into":
             (m, k), n = tensors[0].shape, len(tensors[2])
-            self.eight_flops += 2.0 * m * k * n
+            self.matmul8_flops += 2.0 * m * k * n
         else:
             self._move(tensors)
 
@@ -162,12 +162,12 @@ class _Recorder(TorchDispatchMode):
         self.moved += sum(float(prod(tensor.shape)) * tensor.itemsize for tensor in tensors)
 
     def _made(self, tensor: Tensor) -> bool:
-        """Takes memory for a tensor's storage and gives it back with it; False if that is known already."""
+        """Allocates memory for a tensor's storage, freed with it; False if the storage existed before."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return False
         self._known.add(storage)
         size = -(-max(1, storage.nbytes()) // ROUND) * ROUND
         arena = self.arenas[size <= SMALL]
-        weakref.finalize(storage, arena.give, arena.take(size))
+        weakref.finalize(storage, arena.free_block, arena.allocate(size))
         return True

@@ -1,15 +1,17 @@
-"""Forward and backward of one micro-batch: launched kernel by kernel, or replayed as a CUDA graph.
+"""Forward and backward of one micro-batch: eager, or as a replayed CUDA graph.
 
-A step of GPT-J on 2,048 tokens is some 3,600 kernels, which a card works through in 115 ms while a host takes 320 ms
-to launch them (one H100, docs/log.md). A graph is recorded once for each kind of batch and replayed with one launch.
+A micro-batch of GPT-J with 2,048 tokens launches about 3,600 kernels. A GPU runs them in 115 ms, and a CPU needs 320 ms
+to launch them (one H100, docs/log.md). A graph is captured once for each kind of micro-batch and replayed with one
+launch.
 
-Legend: B rows of a batch, T positions; the seed of backward is the loss scale over the step's trained tokens.
+Legend: B rows of a micro-batch, T positions; the loss scale is the scaler's scale over the trained tokens of the step.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,26 +19,35 @@ from torch import Tensor
 
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.layers.context import SaveLevels
+from octavo.layers.context import ForwardOptions
+from octavo.layers.dropout import CountingDropout, GraphDropout
+from octavo.layers.frozen import FrozenLinear
 from octavo.models import Decoder
-from octavo.objective import Inputs, inputs_of, loss_of
+from octavo.objective import Inputs, Objective, inputs_of, next_token_loss
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import join
 from octavo.train.memory import MemoryPlan
-from octavo.train.precision import keep_transposed_
+from octavo.train.precision import Precision, matmul8_of
+
+Kind = tuple[int, bool]  # of a graph: document slots, 0 for rows of one document each; whether labels have weights
 
 
 class MicroStep(Protocol):
-    """Adds the gradients of seed * (summed loss of a batch) to the parameters'; returns the summed loss in nats."""
+    """Adds the gradients of loss_scale * (the objective of a batch) to the parameters'; returns the objective."""
 
-    def __call__(self, batch: Batch, seed: float) -> Tensor: ...
+    def __call__(self, batch: Batch, loss_scale: float) -> Tensor: ...
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a micro-batch."""
+        ...
 
     def release(self) -> None:
-        """Gives back what memory is held between calls."""
+        """Frees the memory that is held between calls."""
         ...
 
     def reduce_memory(self) -> bool:
-        """Takes less memory from now on; False if it cannot."""
+        """Uses less memory from now on; False if that is not possible."""
         ...
 
 
@@ -44,60 +55,60 @@ class MicroStep(Protocol):
 class EagerStep:
     """Kernel by kernel, on any device."""
 
-    model: Decoder
-    save: SaveLevels
-    offload: bool = False  # whether inputs of layers wait for backward in the host's memory
+    decoder: Decoder
+    options: ForwardOptions = field(default_factory=ForwardOptions)
+    objective: Objective = next_token_loss
+    rows: int = sys.maxsize
 
-    def __call__(self, batch: Batch, seed: float) -> Tensor:
-        loss = loss_of(self.model, inputs_of(batch, self.device), save=self.save, offload=self.offload)
+    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
+        loss = self.objective(self.decoder, inputs_of(batch, self.device), self.options)
         if loss.requires_grad and batch.trained_tokens:
-            (loss * seed).backward()
+            (loss * loss_scale).backward()
         return loss.detach()
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.matrix.device
+        return self.decoder.embed.matrix.device
 
     def release(self) -> None:
-        if self.offload:
-            join(self.device)  # of a pass that failed: memory that a copy still writes to must not be given to another
+        if self.options.offload:
+            join(self.device)  # memory that a copy of a failed pass still writes to must not be allocated again
 
     def reduce_memory(self) -> bool:
         return False
 
 
 class GraphStep:
-    """As CUDA graphs: one for batches with one document a row, one for packed rows; both in one pool of memory.
+    """CUDA graphs: one for micro-batches with one document per row, one for packed rows, in one memory pool.
 
-    The first batch of a kind is launched, which makes libraries choose their kernels; the next one is recorded. Rows
-    that a batch lacks are filled with padding, so that all batches are of one shape. No dropout: a replay would draw
-    the same mask again.
+    The first micro-batch of a kind runs eagerly, in which libraries choose their kernels; the next one is captured.
+    Missing rows are filled with padding, so that all micro-batches have one shape. A replay draws new dropout masks
+    (layers/dropout.py).
     """
 
-    def __init__(self, model: Decoder, save: SaveLevels, *, rows: int, offload: bool = False) -> None:
-        self.launched = EagerStep(model, save, offload)
-        self.rows = rows
-        self._seen: set[int] = set()
-        self._graphs: dict[int, _Graph] = {}
+    def __init__(self, eager: EagerStep, seen: set[Kind]) -> None:
+        self.eager, self.rows = eager, eager.rows
+        self._seen = seen  # kinds that have run eagerly
+        self._graphs: dict[Kind, _Graph] = {}
 
-    def __call__(self, batch: Batch, seed: float) -> Tensor:
+    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
         documents = find_documents(batch.document, torch.device("cpu"))
-        kind = _room_for(documents, missing=self.rows - len(batch.ids))
+        kind = _document_slots(documents, missing=self.rows - len(batch.ids)), batch.weights is not None
         if kind not in self._seen:
             self._seen.add(kind)
-            self.release()  # a launched batch takes as much memory as the graphs hold
-            return self.launched(batch, seed)
+            self.release()  # an eager pass uses as much memory as the graphs hold
+            return self.eager(batch, loss_scale)
         if kind not in self._graphs:
             shape = (self.rows, batch.ids.shape[1])
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[kind] = _Graph(self.launched, shape, kind, pool)
-        return self._graphs[kind].replay(batch, documents, seed)
+            self._graphs[kind] = _Graph(self.eager, shape, kind, pool)
+        return self._graphs[kind].replay(batch, documents, loss_scale)
 
     def release(self) -> None:
-        """The graphs go, with the memory of their activations; they are recorded again when they are needed."""
-        self.launched.release()
+        """Frees the graphs with the memory of their activations; they are captured again when they are needed."""
+        self.eager.release()
         if self._graphs:
-            torch.cuda.synchronize()  # memory that a replay still works in must not be given back
+            torch.cuda.synchronize()  # a replay may still use the memory
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs.clear()
@@ -108,122 +119,148 @@ class GraphStep:
 
 
 class _Graph:
-    """One recorded micro-step with the tensors that it reads and writes."""
+    """One captured micro-step with the tensors that it reads and writes."""
 
-    def __init__(self, launched: EagerStep, shape: tuple[int, int], room: int, pool: Any) -> None:
-        device = launched.device
-        self.ids, self.positions, self.number = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3))
-        self.labels = torch.full((shape[0] * shape[1],), IGNORE_INDEX, dtype=torch.int64, device=device)
-        self.offsets = torch.zeros(room + 1, dtype=torch.int32, device=device)
-        self.seed = torch.zeros((), device=device)
-        documents = Documents(self.number, self.offsets, shape[1]) if room else None
-        inputs = Inputs(self.ids, self.positions, self.labels, None, documents)
-        torch.cuda.empty_cache()  # what launched batches left behind would stand beside the graph's own memory
+    def __init__(self, eager: EagerStep, shape: tuple[int, int], kind: Kind, pool: Any) -> None:
+        (slots, weighted), device, labels = kind, eager.device, shape[0] * shape[1]
+        self.ids, self.positions, self.number = (  # (B, T) each
+            torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.labels = torch.full((labels,), IGNORE_INDEX, dtype=torch.int64, device=device)  # (B T,)
+        self.weights = torch.ones(labels, device=device) if weighted else None  # (B T,)
+        self.offsets = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+        self.loss_scale = torch.zeros((), device=device)
+        documents = Documents(self.number, self.offsets, shape[1]) if slots else None
+        inputs = Inputs(self.ids, self.positions, self.labels, None, documents, self.weights)
         self.graph = torch.cuda.CUDAGraph()
+        self.dropout = GraphDropout(self.graph, self._count_masks(eager, inputs), device)
+        options = replace(eager.options, dropout=self.dropout)
+        torch.cuda.empty_cache()  # cached blocks of eager passes would add to the memory of the graph
         with torch.cuda.graph(self.graph, pool=pool):
             try:
-                loss = loss_of(launched.model, inputs, save=launched.save, offload=launched.offload)
-                loss.backward(gradient=self.seed)
+                loss = eager.objective(eager.decoder, inputs, options)
+                loss.backward(gradient=self.loss_scale)
                 self.loss = loss.detach()
             finally:
-                join(device)  # a recording that fails and ends before all of its copies would hide what went wrong
+                join(device)  # a failed capture that ends before its copies would report that instead of its error
 
-    def replay(self, batch: Batch, documents: Documents | None, seed: float) -> Tensor:
-        rows, length = self.ids.shape
-        own = len(batch.ids)
+    def _count_masks(self, eager: EagerStep, inputs: Inputs) -> int:
+        """The dropout masks of a pass with these inputs, by an eager one whose loss scale is 0."""
+        layers = (layer for layer in eager.decoder.modules() if isinstance(layer, FrozenLinear))
+        if not any(layer.lora and layer.dropout for layer in layers):
+            return 0
+        counting, state = CountingDropout(), torch.get_rng_state()
+        eager.objective(eager.decoder, inputs, replace(eager.options, dropout=counting)).backward(
+            gradient=self.loss_scale
+        )
+        torch.set_rng_state(state)
+        return counting.count
+
+    def replay(self, batch: Batch, documents: Documents | None, loss_scale: float) -> Tensor:
+        (rows, length), given = self.ids.shape, len(batch.ids)
         for target, source in ((self.ids, batch.ids), (self.positions, batch.positions)):
-            target[:own].copy_(source.pin_memory(), non_blocking=True)
-        self.labels[: own * length].copy_(batch.labels.flatten().pin_memory(), non_blocking=True)
-        if own < rows:
-            self.ids[own:].zero_()
-            self.positions[own:].zero_()
-            self.labels[own * length :].fill_(IGNORE_INDEX)
+            target[:given].copy_(source.pin_memory(), non_blocking=True)
+        self.labels[: given * length].copy_(batch.labels.flatten().pin_memory(), non_blocking=True)
+        if self.weights is not None and batch.weights is not None:
+            self.weights[: given * length].copy_(batch.weights.flatten().pin_memory(), non_blocking=True)
+        if given < rows:
+            self.ids[given:].zero_()
+            self.positions[given:].zero_()
+            self.labels[given * length :].fill_(IGNORE_INDEX)
         if documents is not None:
-            self.number[:own].copy_(batch.document.pin_memory(), non_blocking=True)
-            # Rows that are missing are one document each; what room is left are documents of no length at the end.
-            more = torch.arange(own + 1, rows + 1, dtype=torch.int32) * length
+            self.number[:given].copy_(batch.document.pin_memory(), non_blocking=True)
+            # A missing row is one document; unused slots are documents of no length at the end.
+            more = torch.arange(given + 1, rows + 1, dtype=torch.int32) * length
             offsets = torch.cat([documents.offsets, more])
             end = offsets.new_full((len(self.offsets) - len(offsets),), rows * length)
             self.offsets.copy_(torch.cat([offsets, end]).pin_memory(), non_blocking=True)
-        self.seed.fill_(seed)
+        self.loss_scale.fill_(loss_scale)
+        self.dropout.reseed()
         self.graph.replay()
         return self.loss.clone()
 
 
-def _room_for(documents: Documents | None, *, missing: int = 0) -> int:
-    """0 for rows of one document each; else how many documents a graph makes room for: 64, 128, 256, ..
+def _document_slots(documents: Documents | None, *, missing: int = 0) -> int:
+    """0 for rows of one document each; else the document slots of a graph: 64, 128, 256, ..
 
-    Twice what the batch has, so that few graphs serve all batches; each of the `missing` rows is a document too.
+    At least twice the documents of the micro-batch, so that few graphs serve all; each of the `missing` rows is one.
     """
     if documents is None:
         return 0
-    room = 64
-    while room < 2 * (len(documents.offsets) + missing):
-        room *= 2
-    return room
+    slots = 64
+    while slots < 2 * (len(documents.offsets) + missing):
+        slots *= 2
+    return slots
 
 
 class PlannedStep:
-    """By a plan: so many rows at a time, keeping what it says. A plan that does not hold gives way to a cheaper one."""
+    """Micro-steps by a memory plan. After running out of memory a plan for less memory replaces it."""
 
     def __init__(
         self,
-        model: Decoder,
+        decoder: Decoder,
         plan: MemoryPlan,
         *,
-        record: bool,
+        graphs: bool,
         cheaper: Callable[[MemoryPlan], MemoryPlan | None],
         warn: Callable[[str], None],
+        precision: Precision | None = None,
+        objective: Objective = next_token_loss,
+        fused: bool = True,
     ) -> None:
-        self.model, self.plan, self.record = model, plan, record
+        self.decoder, self.plan, self.graphs = decoder, plan, graphs
+        self.precision, self.objective, self.fused = precision or Precision(), objective, fused
         self._cheaper, self._warn = cheaper, warn
-        self._own = self._made()
-        self._turned = False  # whether weights are kept transposed: to ask all layers would take 0.5 ms a step
+        self._step: EagerStep | GraphStep | None = None
+        self._seen: set[Kind] = set()
+        self._place_embedding()
 
-    def _made(self) -> EagerStep | GraphStep:
-        offload = self.plan.offload
-        if self.model.table is not None:
-            self.model.table.set_host_resident_(offload)
-        if self.record:
-            return GraphStep(self.model, self.plan.save, rows=self.plan.rows, offload=offload)
-        return EagerStep(self.model, self.plan.save, offload)
+    @property
+    def rows(self) -> int:
+        return self.plan.rows
 
-    def __call__(self, batch: Batch, seed: float) -> Tensor:
-        if self.plan.transposed and not self._turned:  # here, where running out of memory leads to another plan
-            keep_transposed_(self.model, True)
-            self._turned = True
-        return torch.stack([self._own(part, seed) for part in parts_of(batch, self.plan.rows)]).sum()
+    def _make(self) -> EagerStep | GraphStep:
+        """The step of the plan, with its tensors."""
+        matmul8 = matmul8_of(self.decoder, self.precision, transposed=self.plan.transposed)
+        options = ForwardOptions(self.plan.save, self.plan.offload, matmul8, fused=self.fused)
+        eager = EagerStep(self.decoder, options, self.objective, self.plan.rows)
+        return GraphStep(eager, self._seen) if self.graphs else eager
+
+    def _place_embedding(self) -> None:
+        if self.decoder.table is not None:
+            self.decoder.table.set_host_resident_(self.plan.offload)
+
+    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
+        if self._step is None:  # made here, where running out of memory leads to another plan
+            self._step = self._make()
+        return self._step(batch, loss_scale)
 
     def release(self) -> None:
-        self._own.release()
-        keep_transposed_(self.model, False)  # after the graphs that read them
-        self._turned = False
-
-    def take(self, plan: MemoryPlan) -> None:
-        """Goes on by another plan; what was held for the last one has been released."""
-        self.plan = plan
-        self._own = self._made()
+        if self._step is not None:
+            self._step.release()
+            self._step = None  # with the transposed weights, after the graphs that read them
 
     def reduce_memory(self) -> bool:
-        """After running out of memory: the next cheaper plan. False if none is left."""
+        """After running out of memory: the next cheaper plan. False if there is none."""
         self.release()
         plan = self._cheaper(self.plan)
         if plan is None:
             return False
         self._warn(
-            f"The card ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. Going on with one for "
-            f"{plan.peak_bytes / 2**30:.2f} GiB: {plan.rows} rows a pass, {plan.describe()}."
+            f"The GPU ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. The run continues with "
+            f"one for {plan.peak_bytes / 2**30:.2f} GiB: {plan.describe()}."
         )
-        self.take(plan)
+        self.plan, self._seen = plan, set()
+        self._place_embedding()
         return True
 
 
-def parts_of(batch: Batch, rows: int) -> Iterator[Batch]:
-    """The batch in parts of up to so many rows."""
+def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch in micro-batches of up to `rows` rows."""
     for start in range(0, len(batch.ids), rows):
         part = slice(start, start + rows)
         labels = batch.labels[part]
         yield replace(
             batch, ids=batch.ids[part], labels=labels, positions=batch.positions[part], document=batch.document[part],
-            trained_tokens=int((labels != IGNORE_INDEX).sum()),
+            weights=None if batch.weights is None else batch.weights[part], row_sources=batch.row_sources[part],
         )  # fmt: skip

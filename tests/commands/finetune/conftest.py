@@ -29,7 +29,7 @@ def settings(tiny_llama: Path, plays: Path) -> Settings:
             "out": str(out),
             "dtype": "float32",
             "seq_len": 32,
-            "batch": 4,
+            "batch_size": 4,
             "steps": 6,
             "lr": 0.03,
             "rank": 2,

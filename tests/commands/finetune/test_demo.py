@@ -94,8 +94,8 @@ def test_the_demo_trains_its_real_model_in_a_few_steps(
     """SmolLM2 and the plays, with a few short rows and two steps; `make demo` is the full run."""
     monkeypatch.setenv("OCTAVO_CACHE", str(smollm2_cache))
     done = octavo(
-        "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 2, "--batch", 4,
-        "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--json",
+        "demo", "--out", tmp_path / "run", "--data", Path(DEMO["data"][0]) / "macbeth.txt", "--steps", 2,
+        "--batch-size", 4, "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--json",
     )  # fmt: skip
     assert done.code == 0
     base, quantised, tuned = (row["perplexity"] for row in done.json["rows"])

@@ -25,7 +25,7 @@ from octavo.data.loader import Position
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.errors import CheckpointError, TrainingError
 from octavo.layers.context import Save
-from octavo.objective import loss_of
+from octavo.objective import next_token_loss
 from octavo.reporting import Report
 from octavo.runs import checkpoint
 from octavo.store import files
@@ -36,7 +36,15 @@ Settings = Callable[..., Config]
 Tune = Callable[..., dict[str, Any]]
 
 module = import_module("octavo.commands.finetune.dry_run")  # the package has a function of its name
-SHORT = {"steps": 4, "accumulate": 2, "dropout": 0.2, "checkpoint_every": 2, "eval_every": 2, "sample_every": 2}
+SHORT = {
+    "steps": 4,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "dropout": 0.2,
+    "checkpoint_every": 2,
+    "eval_every": 2,
+    "sample_every": 2,
+}
 NARROW = MemoryPlan((Save.INPUT,) * 2, 1, 2**28, None)
 TIMES = ("time", "tokens_per_second", "peak_bytes")
 
@@ -73,14 +81,23 @@ def fails(monkeypatch: pytest.MonkeyPatch, times: float) -> list[int]:
     """Makes the first `times` forward passes run out of memory; returns the rows of each pass."""
     seen: list[int] = []
 
-    def loss(model: Any, inputs: Any, *, save: Any, offload: bool) -> Tensor:
+    def loss(decoder: Any, inputs: Any, options: Any) -> Tensor:
         seen.append(len(inputs.ids))
         if len(seen) <= times:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB.")
-        return loss_of(model, inputs, save=save, offload=offload)
+        return next_token_loss(decoder, inputs, options)
 
-    monkeypatch.setattr(step, "loss_of", loss)
+    monkeypatch.setattr(step.EagerStep, "__init__", with_objective(loss))
     return seen
+
+
+def with_objective(objective: Any) -> Callable[..., None]:
+    """The initializer of an eager step whose objective is replaced."""
+
+    def made(self: Any, decoder: Any, options: Any, _: Any, rows: int) -> None:
+        self.decoder, self.options, self.objective, self.rows = decoder, options, objective, rows
+
+    return made
 
 
 def fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,14 +137,15 @@ def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
         return call
 
     whole = module.gradients, module.score, checkpoint.save
-    monkeypatch.setattr(module, "gradients", noted("step", whole[0], lambda trainer, chosen, *_, **__: len(chosen)))
+    monkeypatch.setattr(module, "gradients", noted("step", whole[0], lambda trainer, batch, *_, **__: len(batch.ids)))
     monkeypatch.setattr(module, "score", noted("score", whole[1], lambda model, rows, **_: (model.training, len(rows))))
     monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, contents, **_: folder.name))
     dry_run(begun)
-    steps = [("step", 1)] * 2  # of rows with one document each, and of packed ones
+    steps = [("step", 4)] * 2  # of rows with one document each, and of packed ones
     assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".dry_run")]
     done.clear()
-    begun.micro_step.record = True  # a step runs eagerly once, then is captured
+    monkeypatch.setattr(step, "GraphStep", lambda eager, seen: eager)
+    begun.micro_step.graphs = True  # a step runs eagerly once, then is captured
     dry_run(begun)
     assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]
 
@@ -209,7 +227,7 @@ def test_the_files_of_a_killed_dry_run_are_removed(begun: Run) -> None:
     assert not (begun.folder.path / ".dry_run").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"scheme": "none", "dtype": "float16", "accumulate": 1, "keep": "last"}])
+@pytest.mark.parametrize("changes", [{}, {"scheme": "none", "dtype": "float16", "batch_size": 4, "keep": "last"}])
 def test_a_run_with_and_without_a_dry_run_is_the_same(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -263,7 +281,7 @@ def test_after_out_of_memory_the_dry_run_repeats_with_the_next_plan(
     seen = fails(monkeypatch, 1)
     dry_run(begun)
     assert begun.micro_step.plan == NARROW
-    assert seen == [4] + 16 * [1]  # the pass that failed; two batches by rows; both again
+    assert seen == [4] + 8 * [1] + 2 * [1]  # the pass that failed; two batches row by row; both again
 
 
 def test_a_plan_that_does_not_fit_is_replaced_before_the_run_starts(
@@ -276,7 +294,7 @@ def test_a_plan_that_does_not_fit_is_replaced_before_the_run_starts(
     assert seen[:2] == [4, 1]
     warnings = [event["text"] for event in events(tmp_path / "run") if event["event"] == "warn"]
     assert len(warnings) == 1
-    assert "1 rows a pass" in warnings[0]
+    assert "micro-batches of 1 sequence," in warnings[0]
     recorded = [event["event"] for event in events(tmp_path / "run")]
     assert recorded.index("warn") < recorded.index("hardware")
     monkeypatch.undo()
@@ -290,7 +308,7 @@ def test_a_run_that_no_plan_fits_fails_before_it_starts(
 ) -> None:
     monkeypatch.setattr(FittedPlan, "cheaper", lambda self, plan: NARROW if plan != NARROW else None)
     seen = fails(monkeypatch, float("inf"))
-    with pytest.raises(TrainingError, match="does not fit into the card's memory"):
+    with pytest.raises(TrainingError, match="does not fit into the memory of the GPU"):
         tune(tmp_path / "run", **SHORT)
     assert seen == [4, 1]
     assert contents(tmp_path / "run").keys() <= {"metrics.jsonl"}

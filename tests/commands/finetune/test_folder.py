@@ -88,7 +88,7 @@ def same(folder: Path, whole: Path) -> None:
         assert found[name] == expected[name], name
 
 
-BEFORE_A_STEP = ("prepare", "choose_precision", "dry_run", "write_settings", "measure_base")
+BEFORE_A_STEP = ("prepare", "with_precision", "dry_run", "write_settings", "measure_base")
 
 
 # Whether the same call starts anew or resumes depends only on the files in the folder, as the first and last case show.
@@ -371,7 +371,7 @@ def test_steps_without_a_target_have_no_loss(tune: Tune, tmp_path: Path) -> None
     long, short = {"prompt": "the king " * 30, "completion": "yes"}, {"prompt": "the", "completion": " king and queen"}
     (data := tmp_path / "d.jsonl").write_text("\n".join(json.dumps(one) for one in (*[long] * 11, short)))
     answer = tune(
-        tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0.0, truncate=True, batch=1, steps=12,
+        tmp_path / "run", data=[str(data)], test_data=[], test_fraction=0.0, truncate=True, batch_size=1, steps=12,
         schedule="constant", checkpoint_every=0,
     )  # fmt: skip
     steps = [event for event in read_events(tmp_path / "run" / "metrics.jsonl")[0] if event["event"] == "step"]
@@ -389,9 +389,9 @@ def test_the_error_for_a_loss_that_is_not_finite_names_the_newest_checkpoint(
 ) -> None:
     gradients = loop.gradients
 
-    def broken(trainer: Any, chosen: Any, number: int, *, seed: float) -> list[torch.Tensor]:
-        losses = gradients(trainer, chosen, number, seed=seed)
-        return [loss * math.nan for loss in losses] if number == at else losses
+    def broken(trainer: Any, batch: Any, number: int, *, loss_scale: float) -> tuple[list[torch.Tensor], int]:
+        losses, rows = gradients(trainer, batch, number, loss_scale=loss_scale)
+        return ([loss * math.nan for loss in losses] if number == at else losses), rows
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "gradients", broken)

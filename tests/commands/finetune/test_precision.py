@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests import devices
 
-from octavo.commands.finetune.precision import _measure
+from octavo.commands.finetune.precision import _measured
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.plan import planner_for, wants_8bit
 from octavo.config import Config, MemoryOptions
@@ -22,7 +22,7 @@ from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 from octavo.runs import checkpoint
 from octavo.store.sources import FolderSource
-from octavo.train.precision import layers
+from octavo.train.precision import Precision, QuantError, all_8bit, layers
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
@@ -90,7 +90,7 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_does_not_measure_aga
     assert told["exact"] == list(told["costs"])
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
-    assert saved.state["exact_products"] == told["exact"]
+    assert saved.state["precision"] == {}
     monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
     tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -108,19 +108,17 @@ def test_matmuls_are_exact_on_a_gpu_where_8_bits_are_not_faster(
 
     def trial(*given: Any) -> dict[str, Any]:
         tried.append(given)
-        return {}
+        return {name: QuantError(0.01, 0.01) for name, _ in layers(given[0])}
 
     monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", trial)
     monkeypatch.setattr("octavo.commands.finetune.precision.gradient_type", lambda _: torch.int8)
     with Report(console=False, metrics=tmp_path / "metrics") as report:
-        run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch=4), report)
+        run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch_size=4), report)
         run = replace(run, hardware=NEW)
-        _measure(run)
+        precision = _measured(run)
     assert said in (tmp_path / "metrics").read_text()
     assert len(tried) == (1 if times > 1 else 0)
-    assert (run.progress.exact_products == []) == (times > 1)
-    if times < 1:
-        assert run.progress.exact_products == [name for name, _ in layers(run.model)]
+    assert precision == (all_8bit(run.model) if times > 1 else Precision())
 
 
 @pytest.mark.usefixtures("no_layer_acceptable")
@@ -136,7 +134,7 @@ def test_a_resumed_run_keeps_its_outlier_channels(tune: Tune, tmp_path: Path, mo
     assert told["outliers"].keys() == told["costs"].keys()
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
-    assert saved.state["outliers"] == told["outliers"]
+    assert saved.state["precision"] == told["outliers"]
     monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
     tune(tmp_path / "parts", scheme="int8", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -159,7 +157,7 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
     tune(out, matmul="exact", scheme="int8", resume=True, force=True)
     saved = checkpoint.newest(out / "checkpoints", warn=pytest.fail)
     assert saved is not None
-    assert saved.state["exact_products"] is None
+    assert saved.state["precision"] is None
 
 
 @pytest.mark.parametrize(("hardware", "gpu", "expected"), [

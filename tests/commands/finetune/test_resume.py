@@ -28,7 +28,15 @@ Settings = Callable[..., Config]
 Tune = Callable[..., dict[str, Any]]
 
 # Seven micro-batches make an epoch and three a step: each epoch's edge lies within a step.
-LONG = {"steps": 8, "accumulate": 3, "dropout": 0.2, "checkpoint_every": 2, "eval_every": 3, "scheme": "int8"}
+LONG = {
+    "steps": 8,
+    "batch_size": 12,
+    "micro_batch_size": 4,
+    "dropout": 0.2,
+    "checkpoint_every": 2,
+    "eval_every": 3,
+    "scheme": "int8",
+}
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
 
 
@@ -280,7 +288,7 @@ def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, di
         "rank": {"rank": 4},
         "lora_targets": {"lora_targets": ["q_proj"]},
         "dropout": {"dropout": 0.0},
-        "batch": {"batch": 2},
+        "batch_size": {"batch_size": 2},
         "seed": {"seed": 1},
         "scheme": {"scheme": "none"},
         "dtype": {"dtype": "bfloat16"},
@@ -291,7 +299,7 @@ def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, di
 
 
 @pytest.mark.parametrize(
-    "key", ["rank", "lora_targets", "dropout", "batch", "seed", "scheme", "dtype", "data", "test_data", "model"]
+    "key", ["rank", "lora_targets", "dropout", "batch_size", "seed", "scheme", "dtype", "data", "test_data", "model"]
 )
 def test_a_run_with_other_settings_is_not_resumed_and_nothing_is_changed(
     tune: Tune, halfway: Path, tiny_gptj: Path, plays: Path, tmp_path: Path, key: str

@@ -153,10 +153,10 @@ def test_saving_the_same_state_twice_writes_the_same_bytes(begin: Callable[[], R
     ("options", "rows", "steps"),
     [
         ({"steps": 3, "epochs": 9.0}, 10, 3),
-        ({"steps": None, "epochs": 1.0, "batch": 4}, 10, 3),
-        ({"steps": None, "epochs": 2.0, "batch": 4, "accumulate": 4}, 10, 2),
-        ({"steps": None, "epochs": 0.01, "batch": 4}, 10, 1),
-        ({"steps": None, "epochs": 1.0, "batch": 64}, 10, 1),
+        ({"steps": None, "epochs": 1.0, "batch_size": 4}, 10, 3),
+        ({"steps": None, "epochs": 2.0, "batch_size": 16, "micro_batch_size": 4}, 10, 2),
+        ({"steps": None, "epochs": 0.01, "batch_size": 4}, 10, 1),
+        ({"steps": None, "epochs": 1.0, "batch_size": 64}, 10, 1),
     ],
 )
 def test_a_run_has_as_many_steps_as_its_epochs_take(

@@ -25,7 +25,7 @@ from octavo.commands.finetune.measure import (
     sample,
     save_adapter,
 )
-from octavo.commands.finetune.precision import choose_precision
+from octavo.commands.finetune.precision import with_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
 from octavo.config import Config, RunOptions, TrainOptions
@@ -75,7 +75,7 @@ def _ready(config: Config, report: Report) -> Run:
         events.resume_from(report, -1)  # discards the events of a call that was killed before its first step
     run = prepare(config, report)
     resumed = config[RunOptions].resume and resume(run)
-    choose_precision(run, resumed=resumed)
+    run = with_precision(run, resumed=resumed)
     dry_run(run)
     write_settings(run)
     if resumed:
@@ -88,7 +88,7 @@ def _train(run: Run, signals: StopSignals) -> None:
     options, training, progress = run.config[RunOptions], run.config[TrainOptions], run.progress
     epochs = None if training.steps is not None else training.epochs
     stream = batches(
-        run.train.rows, batch_size=training.batch, seed=training.seed, start=progress.position, epochs=epochs
+        run.train.rows, batch_size=training.batch_size, seed=training.seed, start=progress.position, epochs=epochs
     )
     stop_at = min(run.total, progress.done + (options.stop_after or run.total))
     untrained = 0

@@ -27,8 +27,8 @@ def dry_run(run: Run) -> None:
     while tried != run.micro_step.plan:  # repeats if memory ran out and a cheaper plan replaced this one
         tried = run.micro_step.plan
         for batch in batch_of_each_kind(run):
-            for _ in range(2 if run.micro_step.record else 1):  # eager, then captured as a CUDA graph
-                gradients(run.trainer, [batch], 0, seed=run.trainer.scaler.scale)
+            for _ in range(2 if run.micro_step.graphs else 1):  # eager, then captured as a CUDA graph
+                gradients(run.trainer, batch, 0, loss_scale=run.trainer.scaler.scale)
     run.trainer.optimizer.zero_gradients()
     run.micro_step.release()
     run.model.eval()
@@ -50,7 +50,7 @@ def batch_of_each_kind(run: Run) -> Iterator[Batch]:
 
     Each repeats the row with the most targets of its kind: a row without targets would skip backward.
     """
-    size = run.config[TrainOptions].batch
+    size = min(run.micro_step.rows, run.config[TrainOptions].batch_size)
     best: dict[bool, tuple[int, Row]] = {}
     for row in run.train.rows:
         packed = bool(row.document.max() > row.document[0])  # document numbers increase along a row; padding is -1

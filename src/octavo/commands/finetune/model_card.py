@@ -26,7 +26,7 @@ Made by octavo {__version__}; the adapter of optimizer step {step}.
 | rank, alpha, dropout | {lora.rank}, {lora.alpha:g}, {lora.dropout:g}{" (rsLoRA)" if lora.rslora else ""} |
 | targets | {", ".join(lora.lora_targets)} |
 | data | {", ".join(data.data)} |
-| row length, batch, accumulation | {text.seq_len}, {training.batch}, {training.accumulate} |
+| row length, batch size | {text.seq_len}, {training.batch_size} |
 | learning rate, schedule | {training.lr:g}, {training.schedule} |
 | seed | {training.seed} |
 

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from octavo.commands.finetune.prepare import planned_step
 from octavo.commands.finetune.state import Run
 from octavo.config import MemoryOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.ops.linear_spec import OUTLIERS
 from octavo.ops.matmul8 import FP8, gradient_type
 from octavo.runs import events
-from octavo.train.precision import LIMIT, QuantError, layers, measure_8bit_error, set_precision_, speedup
+from octavo.train.precision import (
+    LIMIT,
+    Precision,
+    QuantError,
+    chosen_precision,
+    layers,
+    measure_8bit_error,
+    speedup,
+)
 
 
-def choose_precision(run: Run, *, resumed: bool) -> None:
-    """Sets the precision of each layer, from the checkpoint or by measurement, and updates the memory plan."""
+def with_precision(run: Run, *, resumed: bool) -> Run:
+    """The run with the precision of each layer, from the checkpoint or by measurement, and the memory plan for it."""
     progress = run.progress
     if not run.use_8bit:
-        progress.exact_products, progress.outliers = None, {}
-    elif not resumed or progress.exact_products is None:
-        _measure(run)
-    set_precision_(run.model, exact=progress.exact_products or (), outliers=progress.outliers, wanted=run.use_8bit)
-    if progress.exact_products:
-        plan = run.fit.with_exact(progress.exact_products)
-        run.micro_step.release()
-        run.micro_step.take(plan)
-        if run.hardware.device.type == "cuda":
-            run.report.say(run.fit.words(plan))
-            if fault := run.fit.fault(plan):
-                run.report.warn(fault)
+        progress.precision = None
+    elif not resumed or progress.precision is None:
+        progress.precision = _measured(run)
+    fit = run.fit.with_precision(progress.precision or Precision())
+    if fit is run.fit:
+        return run
+    if run.hardware.device.type == "cuda" and (warning := fit.warning()):
+        run.report.warn(warning)
+    step = planned_step(run.config, run.model, run.hardware, fit, run.report)
+    return replace(run, fit=fit, micro_step=step, trainer=replace(run.trainer, micro_step=step))
 
 
-def _measure(run: Run) -> None:
-    """Chooses the exact layers and the outlier channels of the others by their measured errors; reports both."""
+def _measured(run: Run) -> Precision:
+    """The layers in 8 bits and the outlier channels of their inputs by measured errors; reports both."""
     run.model.train()
     forced = run.config[MemoryOptions].matmul == "8bit"
     if not forced and run.hardware.device.type == "cuda" and not _is_faster(run):
-        run.progress.exact_products, run.progress.outliers = [name for name, _ in layers(run.model)], {}
-        return
+        return Precision()
     seed = run.config[TrainOptions].seed
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
-    errors = measure_8bit_error(run.model, batch)
+    errors = measure_8bit_error(run.model, batch, run.fit.planner.objective)
     run.trainer.optimizer.zero_gradients()
-    exact = [] if forced else [name for name, error in errors.items() if not error.acceptable]
-    split = {name: error for name, error in errors.items() if error.splits_outliers and name not in exact}
-    outliers = {name: list(error.channels) for name, error in split.items()}
-    run.progress.exact_products, run.progress.outliers = exact, outliers
-    _show(run, errors)
+    precision = chosen_precision(errors, forced=forced)
+    exact = [name for name, _ in layers(run.model) if name not in precision]
+    outliers = {name: list(channels) for name, channels in precision.outliers.items() if channels}
+    _show(run, errors, precision)
     values = {name: (error.forward, error.backward, error.outliers) for name, error in errors.items()}
     events.Matmul(exact, outliers, values).write(run.report)
+    return precision
 
 
 def _is_faster(run: Run) -> bool:
@@ -62,9 +69,10 @@ def _is_faster(run: Run) -> bool:
     return False
 
 
-def _show(run: Run, errors: Mapping[str, QuantError]) -> None:
+def _show(run: Run, errors: Mapping[str, QuantError], precision: Precision) -> None:
     """Prints the table of errors, a row for each kind of layer."""
-    exact, outliers = run.progress.exact_products or [], run.progress.outliers
+    exact = [name for name in errors if name not in precision]
+    outliers = [name for name, channels in precision.outliers.items() if channels]
     kinds: dict[str, list[str]] = {}
     for name in errors:
         kinds.setdefault(name.partition(".")[2], []).append(name)

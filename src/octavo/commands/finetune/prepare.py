@@ -10,7 +10,7 @@ from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Progress, Run, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened
 from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
-from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, TextOptions, TrainOptions
+from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.data.prompt import writes_date
 from octavo.hardware import Hardware
@@ -32,12 +32,13 @@ def prepare(config: Config, report: Report) -> Run:
         # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
     text, held_out = read_sides(config, tokenizer, report)
-    fitting = fit(config, source, scheme, hardware)
+    fitting = fit(config, source, scheme, hardware, resumed=config[RunOptions].resume)
+    config = _with_micro_batch_size(config, fitting.plan.rows, report)
     base_sha256 = fingerprint_of(source, report)
     model = load_model(source, scheme, hardware, report)
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(model, plan, seed=config[TrainOptions].seed)
-    micro_step = _micro_step(config, model, hardware, fitting, report)
+    micro_step = planned_step(config, model, hardware, fitting, report)
     trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=len(text.rows))
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     report.say(
@@ -49,16 +50,34 @@ def prepare(config: Config, report: Report) -> Run:
     )  # fmt: skip
 
 
-def _micro_step(config: Config, model: Decoder, hardware: Hardware, fitting: FittedPlan, report: Report) -> PlannedStep:
-    """Forward and backward with the memory plan, which is reported."""
-    plan, on_gpu = fitting.plan, hardware.device.type == "cuda"
+def planned_step(
+    config: Config, model: Decoder, hardware: Hardware, fitting: FittedPlan, report: Report
+) -> PlannedStep:
+    """Forward and backward with the memory plan, which is reported on a GPU."""
+    options, on_gpu = config[MemoryOptions], hardware.device.type == "cuda"
     if on_gpu:
-        report.say(fitting.words(plan))
-    # A replayed graph would repeat the same dropout mask.
-    record = on_gpu and config[MemoryOptions].cuda_graphs and config[LoraOptions].dropout == 0
-    if on_gpu and config[MemoryOptions].cuda_graphs and not record:
-        report.say("Steps run eagerly: CUDA graphs do not support dropout.")
-    return PlannedStep(model, plan, record=record, cheaper=fitting.cheaper, warn=report.warn)
+        report.say(fitting.describe())
+    return PlannedStep(
+        model,
+        fitting.plan,
+        graphs=on_gpu and options.cuda_graphs,
+        cheaper=fitting.cheaper,
+        warn=report.warn,
+        precision=fitting.planner.precision,
+        objective=fitting.planner.objective,
+        fused=options.fused,
+    )
+
+
+def _with_micro_batch_size(config: Config, rows: int, report: Report) -> Config:
+    """The settings with the micro-batch size of the plan; a warning if it is not that of the settings."""
+    training = config[TrainOptions]
+    if training.micro_batch_size is not None and rows != min(training.micro_batch_size, training.batch_size):
+        report.warn(
+            f"Micro-batches of {training.micro_batch_size} sequences do not fit into memory any more: they have {rows} "
+            "now. Results stay the same up to rounding."
+        )
+    return config.replace(micro_batch_size=rows)
 
 
 def _trainer(
@@ -76,7 +95,6 @@ def _trainer(
         scaler=LossScaler(hardware.dtype),
         micro_step=micro_step,
         seed=options.seed,
-        accumulate=options.accumulate,
     )
 
 
@@ -84,4 +102,4 @@ def total_steps(options: TrainOptions, rows: int) -> int:
     """Optimizer steps of a run: --steps, else those of --epochs."""
     if options.steps is not None:
         return options.steps
-    return math.ceil(math.ceil(batches_per_epoch(rows, options.batch) * options.epochs) / options.accumulate)
+    return math.ceil(batches_per_epoch(rows, options.batch_size) * options.epochs)

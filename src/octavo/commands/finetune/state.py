@@ -34,6 +34,7 @@ from octavo.store import peft
 from octavo.store.peft import Adapter
 from octavo.store.sources import Source, fingerprint
 from octavo.train.loop import Step, Trainer
+from octavo.train.precision import Precision
 from octavo.train.step import PlannedStep
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ class Progress:
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
-    exact_products: list[str] | None = None  # layers with exact matmuls; None: no layer uses 8 bits
-    outliers: dict[str, list[int]] = field(default_factory=dict)  # layer -> outlier channels of its input
+    precision: Precision | None = None  # of the matmuls, if they may be in 8 bits
     last: Step | None = None  # the last step of this call
 
 
@@ -104,8 +104,7 @@ class Run:
             "data": _digest(self.train.rows),
             "test_data": _digest(self.test_rows),  # so that the table and the best loss compare the same text
             "seq_len": self.config[TextOptions].seq_len,
-            "batch": training.batch,
-            "accumulate": training.accumulate,
+            "batch_size": training.batch_size,
             "seed": training.seed,
             "optimizer": training.optimizer,
             **{name: getattr(lora, name) for name in LoraOptions.model_fields},
@@ -133,8 +132,7 @@ def contents_of(run: Run) -> checkpoint.Contents:
         "scaler": run.trainer.scaler.state(),
         "base_rows": [row.to_dict() for row in progress.base_rows],
         "best": progress.best,
-        "exact_products": progress.exact_products,
-        "outliers": progress.outliers,
+        "precision": progress.precision.to_json() if progress.precision is not None else None,
         "config": run.config.to_yaml(),
         "versions": asdict(versions()),
     }
@@ -189,7 +187,8 @@ def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
     progress.done, progress.position = saved.step, Position(**saved.state["position"])
     progress.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
     progress.best = saved.state["best"]
-    progress.exact_products, progress.outliers = saved.state.get("exact_products"), saved.state.get("outliers", {})
+    precision = saved.state["precision"]
+    progress.precision = Precision.from_json(precision) if precision is not None else None
     progress.reference_logits = saved.tensors.get("probe", {}).get("logits")
     if run.config[RunOptions].keep == "last":
         progress.best = None
