@@ -128,7 +128,8 @@ class _Graph:
         )
         self.labels = torch.full((labels,), IGNORE_INDEX, dtype=torch.int64, device=device)  # (B T,)
         self.weights = torch.ones(labels, device=device) if weighted else None  # (B T,)
-        self.offsets = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+        # Valid offsets from the start: attention writes nothing at positions outside of all documents.
+        self.offsets = torch.arange(slots + 1, dtype=torch.int32, device=device).clamp_max(shape[0]) * shape[1]
         self.loss_scale = torch.zeros((), device=device)
         documents = Documents(self.number, self.offsets, shape[1]) if slots else None
         inputs = Inputs(self.ids, self.positions, self.labels, None, documents, self.weights)
