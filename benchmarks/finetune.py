@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import table
 from measure import GIB, REFERENCE, Setting, blank, compare_gradients, run_one
+from shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
 TINY_TOKENS = 64
@@ -85,7 +86,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", choices=SUITES, help="a named list of rows; --rows then keeps only those ways of it")
     add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4-8bit, unsloth-nf4..")
-    add("--model", choices=["gptj", "llama"], help="without --suite: gptj; with it: keep only this one's rows")
+    add("--model", choices=MODELS, help="without --suite: gptj; with it: keep only this one's rows")
     add("--batch", type=int, default=1)
     add("--seq-len", type=int, default=2048)
     add("--cap-gib", type=float, help="what PyTorch may reserve, loading included: a smaller card")

@@ -43,7 +43,8 @@ def build(
     """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes`, or within what is free.
 
     octavo-SCHEME-8bit multiplies in 8 bits, all products of the blocks; else they are exact. octavo-..-card has nothing
-    in the host's memory; else the plan may, where a cap makes that faster or possible.
+    in the host's memory; else the plan may, where a cap makes that faster or possible. octavo-..-plain runs all blocks
+    as plain PyTorch (--no-fused).
     """
     scheme, *more = way.removeprefix("octavo-").split("-")
     compute = "8bit" if "8bit" in more else "exact"
@@ -52,6 +53,7 @@ def build(
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
     if device.type == "cuda" and "card" not in more:
         planner.offloads = (False, True)
+    planner = replace(planner, fused="plain" not in more)
     if compute == "8bit":
         planner = replace(planner, precision=all_8bit(planner.model))
     plan = planner.best(budget) or planner.smallest()
@@ -73,6 +75,7 @@ class Way:
             cheaper=lambda _: None,
             warn=print,
             precision=planner.precision,
+            fused=planner.fused,
         )
         self.trainer = Trainer(
             model, parameters, Adam(flatten_(parameters), OptimizerSettings()),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import octavo_way
+from shapes import MODELS
 
 KINDS = {  # the first that fits a kernel's name
     "products in 8 bits": r"^_product",
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--way", default="octavo-int8")
-    add("--model", choices=["gptj", "llama"], default="gptj")
+    add("--model", choices=MODELS, default="gptj")
     add("--batch", type=int, default=1)
     add("--seq-len", type=int, default=2048)
     add("--cap-gib", type=float)

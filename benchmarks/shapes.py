@@ -18,12 +18,15 @@ STD = 0.02  # of the weights, as transformers initialises them
 # size a pair adds alpha / r * 0.01 * sqrt(16) * |A x| = 8 % of what its weight gives.
 LORA_STD = {"A": 0.02, "B": 0.01}
 RANK, ALPHA = 16, 32.0
-MODELS = ("gptj", "llama")
+MODELS = ("gptj", "llama", "pythia", "qwen3")
 LINEARS = {
     "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "pythia": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
-# EleutherAI/gpt-j-6B; and Llama-3-8B (arXiv 2407.21783, table 3) with a vocabulary cut to a quarter.
+# EleutherAI/gpt-j-6B; Pythia-6.9B (arXiv 2304.01373, table 1); Llama-3-8B (2407.21783, table 3) and Qwen3-8B
+# (2505.09388, table 1), both with vocabularies cut to 32,768.
 _FULL: dict[str, dict[str, Any]] = {
     "gptj": {
         "model_type": "gptj",
@@ -56,17 +59,52 @@ _FULL: dict[str, dict[str, Any]] = {
         "eos_token_id": 0,
         "architectures": ["LlamaForCausalLM"],
     },
+    "pythia": {
+        "model_type": "gpt_neox",
+        "vocab_size": 50432,
+        "max_position_embeddings": 2048,
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_act": "gelu",
+        "rotary_pct": 0.25,
+        "use_parallel_residual": True,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "architectures": ["GPTNeoXForCausalLM"],
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "vocab_size": 32768,
+        "max_position_embeddings": 40960,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "architectures": ["Qwen3ForCausalLM"],
+    },
 }
 _TINY: dict[str, dict[str, Any]] = {
     "gptj": {"vocab_size": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_inner": 512,
              "bos_token_id": 0, "eos_token_id": 0},
     "llama": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2},
+    "pythia": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
+               "num_attention_heads": 4},
+    "qwen3": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
 }  # fmt: skip
 
 
 def shapes(model: str, *, tiny: bool = False) -> dict[str, Any]:
-    """The config of `model` (gptj or llama) as config.json has it. Tiny: the same with two narrow layers."""
+    """The config of `model` (one of MODELS) as config.json has it. Tiny: the same with two narrow layers."""
     return {**_FULL[model], **(_TINY[model] if tiny else {})}
 
 
@@ -80,7 +118,7 @@ def weight(
     parts = name.split(".")
     if parts[-1] == "bias":
         return torch.zeros(shape, device=device, dtype=dtype)
-    if any(part in ("norm", "ln_1", "ln_f", "input_layernorm", "post_attention_layernorm") for part in parts):
+    if any(part.endswith(("norm", "ln_1", "ln_f")) for part in parts):
         return torch.ones(shape, device=device, dtype=dtype)
     return _normal(name, shape, STD, device, dtype, seed)
 
