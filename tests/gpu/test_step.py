@@ -320,7 +320,7 @@ def test_inputs_and_a_table_on_the_host_change_nothing(
     load_step: Load, packed: bool, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Launched and recorded, with layers few enough that all but one are away."""
-    monkeypatch.setattr(offload, "LEAVING", 1)
+    monkeypatch.setattr(offload, "IN_FLIGHT", 1)
     step = load_step(torch.bfloat16, CARD, "int8")
     batch = batch_of(0, packed=packed)
     expected = step.taken(eager(step.model, save), batch)
@@ -344,7 +344,7 @@ def test_a_recording_that_runs_out_of_memory_while_inputs_are_away_can_be_made_a
     load_step: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends with copies under way, which a recording must not: the card's lack of memory would be hidden by that."""
-    monkeypatch.setattr(offload, "LEAVING", 1)
+    monkeypatch.setattr(offload, "IN_FLIGHT", 1)
     step, batch = load_step(torch.bfloat16, CARD, "int8"), batch_of(0, packed=True)
     expected = step.taken(eager(step.model, Save.INPUT), batch)
     recorded = graph(step.model, Save.INPUT, rows=ROWS, offload=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.ops import adam
 from octavo.ops.adam import BLOCK, Moments, Rates, adam8_, no_moments
-from octavo.ops.dynamic import ladder
+from octavo.ops.dynamic import levels
 from octavo.runtime.dispatch import KERNELS
 
 ONE = torch.ones(())
@@ -110,9 +110,9 @@ def test_parts_of_a_buffer_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     whole, parted = numbers(3001), numbers(3001)
     one, other = no_moments(whole), no_moments(parted)
     for step in range(1, 4):
-        monkeypatch.setattr(adam, "_AT_ONCE", 1 << 20)
+        monkeypatch.setattr(adam, "_CHUNK", 1 << 20)
         adam8_(whole, gradients(3001, step), one, ONE, rates(step))
-        monkeypatch.setattr(adam, "_AT_ONCE", 4 * BLOCK)
+        monkeypatch.setattr(adam, "_CHUNK", 4 * BLOCK)
         adam8_(parted, gradients(3001, step), other, ONE, rates(step))
     assert torch.equal(whole, parted)
     assert all(map(torch.equal, one, other))
@@ -127,7 +127,7 @@ def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
         moments.second.fill_(90)
         for absmax in moments[2:]:
             absmax.fill_(1.0)
-        largest = ladder(CARD, signed=True).values[150] * 0.9, ladder(CARD, signed=False).values[90] * 0.999
+        largest = levels(CARD, signed=True).values[150] * 0.9, levels(CARD, signed=False).values[90] * 0.999
         step(values, torch.zeros(n, device=CARD), moments, ONE.to(CARD), rates(1))
         for absmax, expected in zip(moments[2:], largest, strict=True):
             torch.testing.assert_close(absmax, expected.expand(2), rtol=1e-6, atol=0)

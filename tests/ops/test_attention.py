@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import devices
 from torch import Tensor
 
+from octavo.hardware import Capabilities
+from octavo.ops import attention
 from octavo.ops.attention import (
     HALF,
     INTERLEAVED,
@@ -247,3 +250,24 @@ def test_the_table_over_a_cache_is_that_of_all_positions_at_once(phase: Phase) -
         cached_rotary_table(positions, frequencies, phase=phase), rotary_table(positions, frequencies), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=0, atol=2**-23)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (devices.CPU, False), (devices.MI300X, False), (devices.MPS, False), (devices.GTX_1080_TI, False),
+        (devices.T4, False), (devices.A100, True), (devices.H200, True), (devices.UNKNOWN_GPU, True),
+    ],
+)  # fmt: skip
+def test_flash_attention_for_packed_documents_and_shared_keys_needs_compute_capability_8(
+    device: Capabilities, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_varlen_function", lambda: object())
+    for dtype in (torch.bfloat16, torch.float16):
+        assert attention.supports_varlen(device, dtype, "auto") is expected
+        assert attention.supports_shared_keys(device, dtype, "auto") is expected
+        assert attention.supports_varlen(device, dtype, "flash") is expected
+        assert not attention.supports_varlen(device, dtype, "cudnn")
+        assert not attention.supports_shared_keys(device, dtype, "efficient")
+    assert not attention.supports_varlen(device, torch.float32, "auto")
+    assert not attention.supports_shared_keys(device, torch.float32, "auto")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.ops.dynamic import dynamic_code, ladder, nearest
+from octavo.ops.dynamic import dynamic_code, levels, nearest
 
 either = pytest.mark.parametrize("signed", [True, False])
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def test_the_code_is_bitsandbytes_map(signed: bool) -> None:
 
 @either
 def test_the_nearest_code_is_found(signed: bool) -> None:
-    given, tables = shares(signed=signed), ladder(CPU, signed=signed)
+    given, tables = shares(signed=signed), levels(CPU, signed=signed)
     distance = (given.double()[:, None] - tables.values.double()).abs()
     found = nearest(given, tables, signed=signed)
     chosen = distance.gather(1, found[:, None].long())[:, 0]
@@ -41,14 +41,14 @@ def test_the_nearest_code_is_found(signed: bool) -> None:
 
 @either
 def test_values_are_their_own_codes_and_zero_is_zero(signed: bool) -> None:
-    tables = ladder(CPU, signed=signed)
+    tables = levels(CPU, signed=signed)
     assert torch.equal(nearest(tables.values, tables, signed=signed), torch.arange(256, dtype=torch.int32))
     assert tables.values[nearest(torch.tensor([0.0, 1e-12]), tables, signed=signed)].tolist() == [0, 0]
 
 
 @either
 def test_of_two_values_as_near_the_lesser_is_taken(signed: bool) -> None:
-    tables = ladder(CPU, signed=signed)
+    tables = levels(CPU, signed=signed)
     edges = tables.edges[:-1]
     level = nearest(edges, tables, signed=signed) - (127 if signed else 0)
     assert torch.equal(level, torch.arange(len(edges), dtype=torch.int32))

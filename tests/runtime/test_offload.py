@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.errors import UsageError
 from octavo.runtime import offload
 from octavo.runtime.dispatch import OP_OBSERVERS
-from octavo.runtime.offload import LEAVING, ActivationOffload, on_host, pinned_bytes
+from octavo.runtime.offload import IN_FLIGHT, ActivationOffload, on_host, pinned_bytes
 from octavo.train.simulate import simulate
 
 SHAPE = 6, 5
@@ -24,7 +24,7 @@ def tensors(number: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(number)]
 
 
-@pytest.mark.parametrize("number", [1, LEAVING, LEAVING + 1, 7])
+@pytest.mark.parametrize("number", [1, IN_FLIGHT, IN_FLIGHT + 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_put_is_taken_back_last_first(number: int, dtype: torch.dtype) -> None:
     away, expected = ActivationOffload(), tensors(number, dtype=dtype)
@@ -39,7 +39,7 @@ def test_what_was_let_go_may_be_written_over() -> None:
     away, own, expected = ActivationOffload(), tensors(5), tensors(5)
     for x in own:
         away.put(x)
-    for x in own[: 5 - LEAVING]:
+    for x in own[: 5 - IN_FLIGHT]:
         x.zero_()
     assert all(torch.equal(away.take(), x) for x in reversed(expected))
 
@@ -77,8 +77,8 @@ def test_all_but_the_last_are_let_go() -> None:
         del x
         gone.append([ref() is None for ref in held])
     gc.collect()
-    assert gone[-1] == [True] * (6 - LEAVING) + [False] * LEAVING
-    assert gone[LEAVING] == [True, *[False] * LEAVING]
+    assert gone[-1] == [True] * (6 - IN_FLIGHT) + [False] * IN_FLIGHT
+    assert gone[IN_FLIGHT] == [True, *[False] * IN_FLIGHT]
 
 
 def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
@@ -98,9 +98,9 @@ def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
         forecast = simulate(step)
     finally:
         OP_OBSERVERS.pop()
-    assert forecast.peak_bytes == pytest.approx((LEAVING + 1) * size, rel=0.1)
+    assert forecast.peak_bytes == pytest.approx((IN_FLIGHT + 1) * size, rel=0.1)
     assert forecast.host_bytes == number * size
-    assert seen == ["to_host"] * number + ["from_host"] * (number - LEAVING)
+    assert seen == ["to_host"] * number + ["from_host"] * (number - IN_FLIGHT)
 
 
 def test_a_host_without_memory_to_pin_is_not_the_card_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +108,8 @@ def test_a_host_without_memory_to_pin_is_not_the_card_that_lacks_it(monkeypatch:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "empty", full)
-    with pytest.raises(UsageError, match="The host has no 2 MiB"):
-        offload._taken(torch.Size((2**20,)), torch.bfloat16, pinned=True)
+    with pytest.raises(UsageError, match="No 2 MiB of CPU memory can be pinned"):
+        offload._allocate(torch.Size((2**20,)), torch.bfloat16, pinned=True)
 
 
 @pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (2**24, 2**24), (2**24 + 1, 2**25), (206_438_400, 2**28)])
@@ -132,7 +132,7 @@ def test_a_recording_waits_for_its_own_copies_alone(
     current = SimpleNamespace(name="layers", wait_stream=lambda other: waited.append(other.name))
     monkeypatch.setattr(offload, "_stream", lambda device: SimpleNamespace(name="beside"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    monkeypatch.setattr(offload, "_recorded", lambda stream: streams[stream.name])
+    monkeypatch.setattr(offload, "_is_capturing", lambda stream: streams[stream.name])
     offload.join(torch.device("cuda"))
     assert waited == (["beside"] if layers == beside else [])
     offload.join(torch.device("cpu"))

@@ -7,13 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.adam import BLOCK, TINY, Moments, Rates
-from octavo.ops.dynamic import LOWEST, SHIFT, ZERO, ladder
+from octavo.ops.dynamic import LOWEST, SHIFT, ZERO, levels
 
 ROWS, WARPS = 2, 4  # quantization blocks and warps of a program: the fastest of ten (one H100)
 
 
 def adam8_(values: Tensor, gradient: Tensor, moments: Moments, factor: Tensor, rates: Rates) -> None:
-    signed, unsigned = (ladder(values.device, signed=sign) for sign in (True, False))
+    signed, unsigned = (levels(values.device, signed=sign) for sign in (True, False))
     n = values.numel()
     _adam8[(triton.cdiv(n, ROWS * BLOCK),)](
         values, gradient, *moments, factor, *signed, *unsigned, n, len(signed.starts) - 1,
@@ -37,24 +37,23 @@ def _adam8(
     inside, blocks = at < left, row * BLOCK < left
     values, gradient, first, second = values + start, gradient + start, first + start, second + start
     first_absmax, second_absmax = first_absmax + start // BLOCK, second_absmax + start // BLOCK
-    own = tl.load(gradient + at, mask=inside, other=0) * tl.load(factor)
-    m = _decoded(first + at, first_absmax + row, signed, inside, blocks) * beta_1 + own * fresh_1
-    v = _decoded(second + at, second_absmax + row, unsigned, inside, blocks) * beta_2 + own * own * fresh_2
+    grad = tl.load(gradient + at, mask=inside, other=0) * tl.load(factor)
+    m = _dequantized(first + at, first_absmax + row, signed, inside, blocks) * beta_1 + grad * fresh_1
+    v = _dequantized(second + at, second_absmax + row, unsigned, inside, blocks) * beta_2 + grad * grad * fresh_2
     value = tl.load(values + at, mask=inside, other=0) * keep - size * m / (tl.sqrt(v) / root + eps)
     tl.store(values + at, value, mask=inside)
     level = _nearest(m, first_absmax + row, signed_edges, signed_starts, blocks, last, TINY, SHIFT, LOWEST)
-    code = tl.maximum(tl.where(m < 0, ZERO - level, ZERO + level), 0)
-    tl.store(first + at, code.to(tl.uint8), mask=inside)
+    quantized = tl.maximum(tl.where(m < 0, ZERO - level, ZERO + level), 0)
+    tl.store(first + at, quantized.to(tl.uint8), mask=inside)
     level = _nearest(v, second_absmax + row, unsigned_edges, unsigned_starts, blocks, last, TINY, SHIFT, LOWEST)
     tl.store(second + at, tl.maximum(level, (v > 0).to(tl.int32)).to(tl.uint8), mask=inside)
 
 
 @triton.jit
-def _decoded(codes, absmax, values, inside, blocks):
-    code = tl.load(codes, mask=inside, other=0).to(
-        tl.int32
-    )  # code 0 has a nonzero value in the signed data type, so `inside` masks the result too
-    return tl.where(inside, tl.load(values + code) * tl.load(absmax, mask=blocks, other=0)[:, None], 0)
+def _dequantized(quantized, absmax, values, inside, blocks):
+    # A quantized 0 has a nonzero value in the signed data type, so `inside` masks the result too.
+    index = tl.load(quantized, mask=inside, other=0).to(tl.int32)
+    return tl.where(inside, tl.load(values + index) * tl.load(absmax, mask=blocks, other=0)[:, None], 0)
 
 
 @triton.jit

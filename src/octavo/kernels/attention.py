@@ -15,9 +15,8 @@ def rotate_into(
     m, heads = len(x), x.shape[1] // head_size
     cos, sin = cos.flatten(0, 2).contiguous(), sin.flatten(0, 2).contiguous()  # (positions, R/2)
     pairs = cos.shape[1]
-    rest = (
-        head_size - 2 * pairs if x.data_ptr() != out.data_ptr() else 0
-    )  # elements of a head without rotation, copied if out is not x
+    # Elements of a head without rotation are copied if out is not x.
+    rest = head_size - 2 * pairs if x.data_ptr() != out.data_ptr() else 0
     _rotate[(m, triton.cdiv(heads, HEADS))](
         x, cos, sin, out, len(cos), heads, head_size, pairs, x.stride(0), out.stride(0), form == "interleaved", back,
         HEADS, triton.next_power_of_2(pairs), triton.next_power_of_2(rest) if rest else 0, num_warps=4,
@@ -37,8 +36,8 @@ def _rotate(
     s = -s if BACK else s
     source, target = x + row * x_stride, out + row * out_stride
     if INTERLEAVED:  # the two elements of a rotated pair are adjacent: one contiguous load
-        turned = tl.arange(0, 2 * PAIRS)[None, :]
-        place, inside = head * head_size + turned, (head < heads) & (turned < 2 * pairs)
+        rotary = tl.arange(0, 2 * PAIRS)[None, :]
+        place, inside = head * head_size + rotary, (head < heads) & (rotary < 2 * pairs)
         value = tl.load(source + place, mask=inside).to(tl.float32)
         a, b = tl.split(tl.reshape(value, (HEADS, PAIRS, 2)))
         value = tl.reshape(tl.join(a * c - b * s, b * c + a * s), (HEADS, 2 * PAIRS))

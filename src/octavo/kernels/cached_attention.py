@@ -16,37 +16,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP_SIZE, DECODE_TILE = 32, 32  # positions of a span (one decode program), and of a tile in registers
+SPAN, DECODE_TILE = 32, 32  # positions of a span (one decode program), and of a tile in registers
 CHUNK = 16  # spans of a slot that `_join` loads at once
 
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
 ) -> Tensor:
-    (m, h, d), (room, g) = q.shape, keys.shape[1:3]
+    (m, h, d), (max_len, g) = q.shape, keys.shape[1:3]
     out = q.new_empty(m, h, d)
-    spans = triton.cdiv(room, GROUP_SIZE)
-    found = q.new_empty(m, h, spans, d, dtype=torch.float32)
+    spans = triton.cdiv(max_len, SPAN)
+    partial = q.new_empty(m, h, spans, d, dtype=torch.float32)  # sums of exp(score - maximum) * value
     weights = q.new_empty(m, h, spans, 2, dtype=torch.float32)  # maximum score, sum of exp(score - maximum)
     width = triton.next_power_of_2(d)
     _attend[(m, h, spans)](
-        q, k, v, keys, values, lengths, found, weights, d**-0.5, h // g, d, spans,
-        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), GROUP_SIZE, DECODE_TILE, width,
+        q, k, v, keys, values, lengths, partial, weights, d**-0.5, h // g, d, spans,
+        q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), SPAN, DECODE_TILE, width,
         num_warps=2,
     )  # fmt: skip
-    _join[(m, h)](found, weights, lengths, out, d, spans, GROUP_SIZE, CHUNK, width, num_warps=4)
+    _join[(m, h)](partial, weights, lengths, out, d, spans, SPAN, CHUNK, width, num_warps=4)
     return out
 
 
 @triton.jit
 def _attend(
-    q, k, v, keys, values, lengths, found, weights, scale, shared, d, spans,
+    q, k, v, keys, values, lengths, partial, weights, scale, shared, d, spans,
     q_stride, k_stride, v_stride, slot_stride, position_stride,
-    GROUP_SIZE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    SPAN: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     slot, head, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + slot)
-    first = span * GROUP_SIZE
+    first = span * SPAN
     if first > length:  # the length of an idle slot is -1
         return
     group = head // shared
@@ -59,28 +59,28 @@ def _attend(
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
-    for start in range(first, tl.minimum(first + GROUP_SIZE, length + 1), TILE):
+    for start in range(first, tl.minimum(first + SPAN, length + 1), TILE):
         position = start + tl.arange(0, TILE)
         at = place + position[:, None] * position_stride + column[None, :]
-        held = (position[:, None] < length) & wide[None, :]
-        key, value = tl.load(keys + at, mask=held, other=0), tl.load(values + at, mask=held, other=0)
-        fresh = position[:, None] == length  # the new token: another program may not have stored it in the cache yet
-        key = tl.where(fresh, new_key[None, :], key).to(tl.float32)
-        value = tl.where(fresh, new_value[None, :], value).to(tl.float32)
+        cached = (position[:, None] < length) & wide[None, :]
+        key, value = tl.load(keys + at, mask=cached, other=0), tl.load(values + at, mask=cached, other=0)
+        is_new = position[:, None] == length  # the new token: another program may not have stored it in the cache yet
+        key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
+        value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
         score = tl.sum(key * query[None, :], axis=1)
         score = tl.where(position <= length, score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=0))
         share = tl.exp(score - higher)
-        fade = tl.exp(highest - higher)
-        mix = mix * fade + tl.sum(share[:, None] * value, axis=0)
-        total = total * fade + tl.sum(share, axis=0)
+        decay = tl.exp(highest - higher)
+        mix = mix * decay + tl.sum(share[:, None] * value, axis=0)
+        total = total * decay + tl.sum(share, axis=0)
         highest = higher
     cell = (slot * tl.num_programs(1) + head) * spans + span
-    tl.store(found + cell * d + column, mix, mask=wide)
+    tl.store(partial + cell * d + column, mix, mask=wide)
     pair = tl.arange(0, 1)
     tl.store(weights + cell * 2 + pair, highest)
     tl.store(weights + cell * 2 + 1 + pair, total)
-    if (length < first + GROUP_SIZE) & (head % shared == 0):  # exactly one program for each key head stores it
+    if (length < first + SPAN) & (head % shared == 0):  # exactly one program for each key head stores it
         there = place + length * position_stride + column
         tl.store(keys + there, new_key, mask=wide)
         tl.store(values + there, new_value, mask=wide)
@@ -88,14 +88,14 @@ def _attend(
 
 @triton.jit
 def _join(
-    found, weights, lengths, out, d, spans, GROUP_SIZE: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+    partial, weights, lengths, out, d, spans, SPAN: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + slot)
     cell = (slot * tl.num_programs(1) + head) * spans
     column = tl.arange(0, WIDTH)
     wide = column < d
-    live = length // GROUP_SIZE + 1
+    live = length // SPAN + 1
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -105,12 +105,12 @@ def _join(
         score = tl.load(weights + (cell + span) * 2, mask=there, other=float("-inf"))
         sums = tl.load(weights + (cell + span) * 2 + 1, mask=there, other=0)
         part = tl.load(
-            found + (cell + span[:, None]) * d + column[None, :], mask=there[:, None] & wide[None, :], other=0
+            partial + (cell + span[:, None]) * d + column[None, :], mask=there[:, None] & wide[None, :], other=0
         )
         higher = tl.maximum(highest, tl.max(score, axis=0))
-        share, fade = tl.exp(score - higher), tl.exp(highest - higher)
-        mix = mix * fade + tl.sum(share[:, None] * part, axis=0)
-        total = total * fade + tl.sum(share * sums, axis=0)
+        share, decay = tl.exp(score - higher), tl.exp(highest - higher)
+        mix = mix * decay + tl.sum(share[:, None] * part, axis=0)
+        total = total * decay + tl.sum(share * sums, axis=0)
         highest = higher
     mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)
     tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)
@@ -170,16 +170,18 @@ def _prefill(
     mix = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for first in range(0, end, TILE):
         position = first + tl.arange(0, TILE)
-        held = position < end
+        cached = position < end
         pitch = position.to(tl.int64) * position_stride
-        key = tl.load(keys + place + pitch[None, :] + column[:, None], mask=held[None, :] & wide[:, None], other=0)
+        key = tl.load(keys + place + pitch[None, :] + column[:, None], mask=cached[None, :] & wide[:, None], other=0)
         score = tl.dot(query, key, input_precision="ieee") * scale
         score = tl.where(position[None, :] <= start + row[:, None], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=1))
-        share, fade = tl.exp(score - higher[:, None]), tl.exp(highest - higher)
-        value = tl.load(values + place + pitch[:, None] + column[None, :], mask=held[:, None] & wide[None, :], other=0)
-        mix = tl.dot(share.to(value.dtype), value, mix * fade[:, None], input_precision="ieee")
-        total = total * fade + tl.sum(share, axis=1)
+        share, decay = tl.exp(score - higher[:, None]), tl.exp(highest - higher)
+        value = tl.load(
+            values + place + pitch[:, None] + column[None, :], mask=cached[:, None] & wide[None, :], other=0
+        )
+        mix = tl.dot(share.to(value.dtype), value, mix * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(share, axis=1)
         highest = higher
     mix = mix / total[:, None]
     target = out + each * out_stride + at * out_position_stride + head * d + column[None, :]

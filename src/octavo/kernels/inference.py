@@ -47,9 +47,8 @@ def matmul(
 ) -> Tensor:
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n, dtype=dtype or x.dtype)
-    wgmma = phase is Phase.DECODE_ANY_ORDER and m >= WGMMA_FROM
     tile = tile_for(m, x.dtype, phase, lora=lora is not None)
-    parts, span = parts_for(n, k, tile.strip if wgmma else STRIP)
+    parts, span = parts_for(n, k, tile.strip if _any_order(m, phase) else STRIP)
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
     assert lora is None or lora.adapter_ids.is_contiguous()
     assert lora is None or lora.b.numel() < 2**31  # offsets in B are 32-bit integers: 64-bit offsets spill registers
@@ -73,6 +72,11 @@ def matmul(
             sums, out, *after, m, parts, *has, levels, ADD_WIDTH, num_warps=4, **EXACT
         )
     return out
+
+
+def _any_order(m: int, phase: Phase) -> bool:
+    """Whether m rows are computed with `wgmma`, in another order of sums than fewer rows."""
+    return phase is Phase.DECODE_ANY_ORDER and m >= WGMMA_FROM
 
 
 def parts_for(n: int, k: int, strip: int = STRIP) -> tuple[int, int]:
@@ -106,7 +110,7 @@ def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
         return Tile(16, 32, 128, 4, 3)
     if phase is Phase.PREFILL:
         return Tile(64, 128, 64, 4, 4) if m <= 64 else Tile(128, 128, 64, 8, 3)
-    if phase is Phase.DECODE_ANY_ORDER and m >= WGMMA_FROM:
+    if _any_order(m, phase):
         if m <= 64:
             return Tile(64, 64 if lora else 128, 128, 4, 3)  # a larger tile does not fit into registers
         return Tile(128, 64, 64, 8, 3) if lora else Tile(128, 128, 64, 4, 3)
@@ -134,13 +138,13 @@ def _matmul(
         value = tl.load(place + column[:, None], mask=(strip[None, :] < n) & (column[:, None] < last), other=0)
         there = (row[:, None] < m) & (column[None, :] < last)
         source = x + row[:, None].to(tl.int64) * x_stride + column[None, :]
-        own = tl.load(source, mask=there, other=0)
-        value = value.to(own.dtype)
-        total = tl.dot(own, value, total, input_precision="ieee")
+        inputs = tl.load(source, mask=there, other=0)
+        value = value.to(inputs.dtype)
+        total = tl.dot(inputs, value, total, input_precision="ieee")
         if HALVES == 2:  # a second `mma` with the same weights, for the next ROWS rows
             there = (row[:, None] + ROWS < m) & (column[None, :] < last)
-            own = tl.load(source + ROWS * x_stride, mask=there, other=0)
-            lower = tl.dot(own, value, lower, input_precision="ieee")
+            inputs = tl.load(source + ROWS * x_stride, mask=there, other=0)
+            lower = tl.dot(inputs, value, lower, input_precision="ieee")
     _finish(
         total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
         j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
@@ -165,7 +169,7 @@ def _finish(
     if PARTED:
         tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
     else:
-        total = _added(
+        total = _add_terms(
             total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids,
             names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
         )  # fmt: skip
@@ -184,7 +188,7 @@ def _add_parts(
     total = tl.zeros((1, WIDTH), dtype=tl.float32)
     for part in range(parts):
         total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
-    total = _added(
+    total = _add_terms(
         total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names,
         residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, 0,
     )  # fmt: skip
@@ -192,7 +196,7 @@ def _add_parts(
 
 
 @triton.jit
-def _added(
+def _add_terms(
     total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
     j, adapters, m, n, residual_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
@@ -202,7 +206,7 @@ def _added(
     if BIAS:
         total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
     if BETWEEN:
-        total = _routed(total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
+        total = _add_lora(total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
     elif R:
         number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
@@ -210,9 +214,9 @@ def _added(
         for start in range(0, R, 16):
             for step in tl.static_range(16):  # unrolled, so that the loads overlap
                 r = start + step
-                factor = tl.load(inner + row * j + name * R + r, mask=live & (r < R), other=0)
-                own = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
-                total += factor * own.to(tl.float32)
+                t = tl.load(inner + row * j + name * R + r, mask=live & (r < R), other=0)
+                factor = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
+                total += t * factor.to(tl.float32)
     if RESIDUAL:
         total += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
     return total
@@ -229,13 +233,13 @@ def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
 
 
 @triton.jit
-def _routed(
+def _add_lora(
     total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
 ):  # fmt: skip
     # One low-rank GEMM for each adapter of the tile's rows, with zeros in the rows of other adapters.
     line = tl.arange(0, BETWEEN)
     number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
-    own = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
+    t = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
     reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
     lowest = tl.min(tl.min(tl.where(number > 0, number, adapters), axis=1), axis=0)  # 0 is the base
     highest = tl.max(tl.max(number, axis=1), axis=0)
@@ -243,7 +247,7 @@ def _routed(
         through = number == adapter
         if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
             factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
-            part = tl.where(through, own, 0).to(factor.dtype)
+            part = tl.where(through, t, 0).to(factor.dtype)
             # 0 * inf is NaN: an adapter with values that are not finite must not change rows of other adapters.
             total = tl.where(through, tl.dot(part, factor, total, input_precision="ieee"), total)
     return total
@@ -258,8 +262,8 @@ def _shrink(x, a, adapter_ids, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: 
     if number > 0:  # 0 is the base
         for start in range(0, k, WIDTH):
             column = start + tl.arange(0, WIDTH)
-            own = tl.load(x + row * x_stride + column, mask=column < k, other=0).to(tl.float32)
+            inputs = tl.load(x + row * x_stride + column, mask=column < k, other=0).to(tl.float32)
             inside = (line[:, None] < j) & (column[None, :] < k)
             factor = tl.load(a + (number * j + line[:, None]) * k + column[None, :], mask=inside, other=0)
-            products += factor.to(tl.float32) * own[None, :]
+            products += factor.to(tl.float32) * inputs[None, :]
     tl.store(out + row * j + line, tl.sum(products, axis=1), mask=line < j)

@@ -40,9 +40,9 @@ def _pack_b(
     column = tl.arange(0, WIDTH)[None, :]
     value = tl.zeros((HIGH, WIDTH), dtype=tl.float32)
     for i in tl.static_range(len(factors)):
-        own_row, own_column = row - starts[i], column - columns[i]
-        inside = (own_row >= 0) & (row < stops[i]) & (own_column >= 0) & (own_column < ranks[i])
-        found = tl.load(factors[i] + own_row * ranks[i] + own_column, mask=inside, other=0).to(tl.float32)
-        value += found * scalings[i]
+        local_row, local_column = row - starts[i], column - columns[i]
+        inside = (local_row >= 0) & (row < stops[i]) & (local_column >= 0) & (local_column < ranks[i])
+        part = tl.load(factors[i] + local_row * ranks[i] + local_column, mask=inside, other=0).to(tl.float32)
+        value += part * scalings[i]
     place = out + row.to(tl.int64) * out_stride + column
     tl.store(place, value.to(out.dtype.element_ty), mask=(row < n) & (column < c))

@@ -20,14 +20,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
 @triton.jit
 def _cross_entropy(logits, labels, losses, V: tl.constexpr, stride, GRADIENT: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    own = logits + row * stride
+    row_logits = logits + row * stride
     label = tl.load(labels + row)
     counts = label >= 0  # a negative label is ignored
     largest = tl.full((WIDTH,), float("-inf"), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, V, WIDTH):
         column = start + tl.arange(0, WIDTH)
-        value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        value = tl.load(row_logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
         new = tl.maximum(largest, value)
         # Online softmax (arXiv 1805.02867), one maximum and sum a lane. In a lane without a finite logit so far both
         # are -inf, and exp(-inf + inf) would be NaN.
@@ -38,12 +38,12 @@ def _cross_entropy(logits, labels, losses, V: tl.constexpr, stride, GRADIENT: tl
     top = tl.max(largest)
     whole = tl.sum(total * tl.exp(largest - top))
     log_sum = top + tl.log(whole)
-    loss = log_sum - tl.load(own + tl.maximum(label, 0)).to(tl.float32)
+    loss = log_sum - tl.load(row_logits + tl.maximum(label, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     if GRADIENT:
         for start in range(0, V, WIDTH):
             column = start + tl.arange(0, WIDTH)
-            value = tl.load(own + column, mask=column < V, other=float("-inf")).to(tl.float32)
+            value = tl.load(row_logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
             slope = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
             slope = tl.where(counts, slope, 0.0)
-            tl.store(own + column, slope.to(logits.dtype.element_ty), mask=column < V)
+            tl.store(row_logits + column, slope.to(logits.dtype.element_ty), mask=column < V)

@@ -2,7 +2,7 @@
 
 The matmul is a persistent kernel: a program computes several tiles, and the copy engine (TMA) loads the next inputs
 while the tensor cores work. Low-rank term, scales, bias and residual are added before a tile is rounded, so no (M, N)
-tensor is read or written twice. GPUs without a copy engine load by address, which Triton pipelines as well. Hopper has
+tensor is read or written twice. GPUs without TMA load by address, which Triton pipelines as well. Hopper has
 a separate kernel, hopper/matmul8.py.
 
 Legend as in the reference; a tile is (BM, BN) of the result, with BK inputs a stage.
@@ -40,7 +40,7 @@ SHORT = Tile(128, 256, 128, 8, 3)  # 2-byte results: the fastest of 14 on GPT-J'
 LITTLE = Tile(128, 128, 128, 8, 3)
 LONG = Tile(64, 64, 128, 4, 3)  # float32 results, which only tests use
 SHORT_BYTES = 227 * 1024  # shared memory that SHORT needs: that of H100 and B200
-THIN_BYTES = 128  # bytes of a row of the low-rank term in shared memory, in addition to three stages of the matmul
+LOW_RANK_BYTES = 128  # bytes of a row of the low-rank term in shared memory, in addition to three stages of the matmul
 GROUP_M = 8  # consecutive tiles of one column, so that they read the same weights from cache
 LONGEST_ROW = 16384  # elements of a row in registers; GPT-J's 28,672: 0.72 ms that way, 0.55 read twice (H100, fp8)
 PIECE = 4096  # elements of a longer row in registers at once
@@ -71,14 +71,11 @@ def matmul_8bit_into(
     groups = scale.ndim == 2
     capabilities = capabilities_of(out.device)
     tile, tma = tile_for(capabilities, out.itemsize, groups=groups), capabilities.tma
-    read, count, width = (
-        [codes, weight, codes, weight],
-        0,
-        tile.inputs,
-    )  # the last two are placeholders without a low-rank term
+    # The last two matrices are placeholders without a low-rank term.
+    read, count, width = [codes, weight, codes, weight], 0, tile.inputs
     if low_rank is not None:
         count = low_rank.t.shape[1]
-        width = min(THIN_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
+        width = min(LOW_RANK_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
         read[2:] = low_rank
     shapes = [(high, wide) for wide in (tile.inputs, width) for high in (tile.rows, tile.columns)]
     sources = [
@@ -86,7 +83,7 @@ def matmul_8bit_into(
     ]
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     programs = min(tiles, capabilities.processors)
-    _product[(programs,)](
+    _matmul[(programs,)](
         *sources, *(x.stride(0) for x in read), out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
@@ -98,10 +95,10 @@ def matmul_8bit_into(
 
 def readable(x: Tensor) -> Tensor:
     """x (.., C) for TMA: a copy if its rows do not start at multiples of 16 bytes."""
-    each = 16 // x.itemsize
-    if x.data_ptr() % 16 == 0 and x.stride(0) % each == 0 and x.stride(1) == 1:
+    multiple = 16 // x.itemsize  # elements
+    if x.data_ptr() % 16 == 0 and x.stride(0) % multiple == 0 and x.stride(1) == 1:
         return x
-    copied = x.new_empty(len(x), -(-x.shape[1] // each) * each)[:, : x.shape[1]]
+    copied = x.new_empty(len(x), -(-x.shape[1] // multiple) * multiple)[:, : x.shape[1]]
     return copied.copy_(x)
 
 
@@ -113,11 +110,12 @@ def tile_for(capabilities: Capabilities, itemsize: int, *, groups: bool) -> Tile
 
 
 @triton.jit
-def _product(
+def _matmul(
     inputs, weights, t, b, inputs_stride, weights_stride, t_stride, b_stride,
-    out, scale, absmax, bias, bias_start, bias_stop, residual, m, n, k, out_stride, onto_stride, scale_stride, programs,
-    ENGINE: tl.constexpr, INT8: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-    LOW_RANK: tl.constexpr, THIN: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr,
+    out, scale, absmax, bias, bias_start, bias_stop, residual, m, n, k, out_stride, residual_stride, scale_stride,
+    programs,
+    TMA: tl.constexpr, INT8: tl.constexpr, GROUP_SIZE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    LOW_RANK: tl.constexpr, RANK_WIDTH: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     high, wide = tl.cdiv(m, BM), tl.cdiv(n, BN)
@@ -130,16 +128,16 @@ def _product(
         if GROUP_SIZE:
             y = tl.zeros((BM, BN), dtype=tl.float32)
             for start in range(0, k, BK):
-                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
-                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
-                part = tl.dot(own, weight.T, out_dtype=tl.int32).to(tl.float32)
+                x = _read(inputs, inputs_stride, top, start, m, k, TMA, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, TMA, BN, BK)
+                part = tl.dot(x, weight.T, out_dtype=tl.int32).to(tl.float32)
                 y += part * tl.load(scale + row * scale_stride + start // GROUP_SIZE, mask=row < m, other=0)[:, None]
         else:
             total = tl.zeros((BM, BN), dtype=tl.int32 if INT8 else tl.float32)
             for start in range(0, k, BK):
-                own = _read(inputs, inputs_stride, top, start, m, k, ENGINE, BM, BK)
-                weight = _read(weights, weights_stride, left, start, n, k, ENGINE, BN, BK)
-                total = tl.dot(own, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
+                x = _read(inputs, inputs_stride, top, start, m, k, TMA, BM, BK)
+                weight = _read(weights, weights_stride, left, start, n, k, TMA, BN, BK)
+                total = tl.dot(x, weight.T, total, out_dtype=tl.int32 if INT8 else tl.float32)
             y = total.to(tl.float32) * tl.load(scale + row, mask=row < m, other=0)[:, None]
         if SCALED:
             y *= (tl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
@@ -147,13 +145,13 @@ def _product(
             there = (column >= bias_start) & (column < bias_stop)
             y += tl.load(bias + column - bias_start, mask=there, other=0)[None, :]
         if LOW_RANK:
-            for first in tl.range(0, LOW_RANK, THIN, num_stages=1):
-                own = _read(t, t_stride, top, first, m, LOW_RANK, ENGINE, BM, THIN)
-                other = _read(b, b_stride, left, first, n, LOW_RANK, ENGINE, BN, THIN)
-                y = tl.dot(own, other.T, y, input_precision="ieee")
+            for first in tl.range(0, LOW_RANK, RANK_WIDTH, num_stages=1):
+                t_tile = _read(t, t_stride, top, first, m, LOW_RANK, TMA, BM, RANK_WIDTH)
+                b_tile = _read(b, b_stride, left, first, n, LOW_RANK, TMA, BN, RANK_WIDTH)
+                y = tl.dot(t_tile, b_tile.T, y, input_precision="ieee")
         inside = (row[:, None] < m) & (column[None, :] < n)
         if RESIDUAL:
-            at = residual + row[:, None].to(tl.int64) * onto_stride + column[None, :]
+            at = residual + row[:, None].to(tl.int64) * residual_stride + column[None, :]
             y += tl.load(at, mask=inside, other=0).to(tl.float32)
         # A plain store: a TMA store needs shared memory, which would cost a stage or half of the tile.
         at = out + row[:, None].to(tl.int64) * out_stride + column[None, :]
@@ -161,15 +159,15 @@ def _product(
 
 
 @triton.jit
-def _read(source, stride, top, left, rows, columns, ENGINE: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
+def _read(source, stride, top, left, rows, columns, TMA: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
     """A tile (HIGH, WIDE) of a matrix, zeros outside of the matrix."""
-    if ENGINE:
-        found = source.load([top, left])
+    if TMA:
+        tile = source.load([top, left])
     else:
         row, column = top + tl.arange(0, HIGH)[:, None], left + tl.arange(0, WIDE)[None, :]
         inside = (row < rows) & (column < columns)
-        found = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
-    return found
+        tile = tl.load(source + row.to(tl.int64) * stride + column, mask=inside, other=0.0)
+    return tile
 
 
 def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
@@ -179,12 +177,12 @@ def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor
     factor = prescale if prescale is not None else scale
     width = triton.next_power_of_2(groups * GROUP_SIZE or k)
     if width > LONGEST_ROW and not groups:
-        _code_long_rows[(m,)](
+        _quantize_long_rows[(m,)](
             x, codes, scale, factor, k, x.stride(0), codes.stride(0), scaled,
             codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, PIECE, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
         return
-    _code_rows[(m,)](
+    _quantize_rows[(m,)](
         x, codes, scale, factor, k, groups, x.stride(0), codes.stride(0), scaled,
         codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width, GROUP_SIZE if groups else 0,
         num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
@@ -192,14 +190,14 @@ def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor
 
 
 @triton.jit
-def _code_rows(
-    x, codes, scale, prescale, k, groups, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr,
+def _quantize_rows(
+    x, codes, scale, prescale, k, groups, x_stride, codes_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
     LEVELS: tl.constexpr, FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < k
-    value = _folded(x + row * x_stride, prescale, 0, k, FOLD, LEVELS, WIDTH)
+    value = _prescaled(x + row * x_stride, prescale, 0, k, PRESCALE, LEVELS, WIDTH)
     largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
     if GROUP_SIZE:
         parts = tl.reshape(value, (WIDTH // GROUP_SIZE, GROUP_SIZE))
@@ -212,19 +210,20 @@ def _code_rows(
         finite = tl.sum(value * 0.0)  # NaN if any value is not finite: the maximum ignores NaN
         tl.store(scale + row, top / largest + finite)
         code = value * tl.div_rn(largest, top)
-    _store_codes(codes + row * codes_stride + column, code, inside, INT8)
+    _store_quantized(codes + row * codes_stride + column, code, inside, INT8)
 
 
 @triton.jit
-def _store_codes(to, code, inside, INT8: tl.constexpr):
+def _store_quantized(to, code, inside, INT8: tl.constexpr):
     if INT8:
         code = (code + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
     tl.store(to, code.to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _code_long_rows(
-    x, codes, scale, prescale, k, x_stride, codes_stride, FOLD: tl.constexpr, INT8: tl.constexpr, LEVELS: tl.constexpr,
+def _quantize_long_rows(
+    x, codes, scale, prescale, k, x_stride, codes_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
+    LEVELS: tl.constexpr,
     FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     # Reads a row twice, the second time from cache: with a whole row in registers one program fills a multiprocessor.
@@ -232,22 +231,22 @@ def _code_long_rows(
     largest: tl.constexpr = LEVELS if INT8 else FP8_LARGEST
     tops, finite = tl.zeros((PIECE,), dtype=tl.float32), tl.zeros((PIECE,), dtype=tl.float32)
     for start in range(0, k, PIECE):
-        value = _folded(x + row * x_stride, prescale, start, k, FOLD, LEVELS, PIECE)
+        value = _prescaled(x + row * x_stride, prescale, start, k, PRESCALE, LEVELS, PIECE)
         tops, finite = tl.maximum(tops, tl.abs(value)), finite + value * 0.0
     top = tl.maximum(tl.max(tops), TINY * largest)
     tl.store(scale + row, top / largest + tl.sum(finite))
     for start in range(0, k, PIECE):
-        code = _folded(x + row * x_stride, prescale, start, k, FOLD, LEVELS, PIECE) * tl.div_rn(largest, top)
+        code = _prescaled(x + row * x_stride, prescale, start, k, PRESCALE, LEVELS, PIECE) * tl.div_rn(largest, top)
         column = start + tl.arange(0, PIECE)
-        _store_codes(codes + row * codes_stride + column, code, column < k, INT8)
+        _store_quantized(codes + row * codes_stride + column, code, column < k, INT8)
 
 
 @triton.jit
-def _folded(x, prescale, start, k, FOLD: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr):
+def _prescaled(x, prescale, start, k, PRESCALE: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr):
     """PIECE elements of a row from `start` on in float32, times the prescale."""
     column = start + tl.arange(0, PIECE)
     value = tl.load(x + column, mask=column < k, other=0).to(tl.float32)
-    if FOLD:
+    if PRESCALE:
         value *= tl.load(prescale + column, mask=column < k, other=0) / LEVELS
     return value
 

@@ -125,13 +125,13 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
-    own, other = x + row * x_stride + column, dy + row * dy_stride + column
-    value = tl.load(own, mask=inside, other=0).to(tl.float32)
-    g = tl.load(other, mask=inside, other=0).to(tl.float32)
+    x_at, dy_at = x + row * x_stride + column, dy + row * dy_stride + column
+    value = tl.load(x_at, mask=inside, other=0).to(tl.float32)
+    g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place: the thread of a store may not be that of the load from the same address
     s = _sigmoid(_gate(value))
-    tl.store(own, (g * _gelu_slope(value, s)).to(x.dtype.element_ty), mask=inside)
-    tl.store(other, (value * s).to(dy.dtype.element_ty), mask=inside)
+    tl.store(x_at, (g * _gelu_slope(value, s)).to(x.dtype.element_ty), mask=inside)
+    tl.store(dy_at, (value * s).to(dy.dtype.element_ty), mask=inside)
 
 
 def swiglu_into(x: Tensor, out: Tensor) -> None:
@@ -160,16 +160,16 @@ def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
-    own, other = x + row * x_stride + column, dy + row * dy_stride + column
-    gate = tl.load(own, mask=inside, other=0).to(tl.float32)
-    up = tl.load(own + f, mask=inside, other=0).to(tl.float32)
-    g = tl.load(other, mask=inside, other=0).to(tl.float32)
+    x_at, dy_at = x + row * x_stride + column, dy + row * dy_stride + column
+    gate = tl.load(x_at, mask=inside, other=0).to(tl.float32)
+    up = tl.load(x_at + f, mask=inside, other=0).to(tl.float32)
+    g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place, as in _gelu_backward
     s = _sigmoid(gate)
     kind = x.dtype.element_ty
-    tl.store(own, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
-    tl.store(own + f, (g * gate * s).to(kind), mask=inside)
-    tl.store(other, (gate * s * up).to(dy.dtype.element_ty), mask=inside)
+    tl.store(x_at, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
+    tl.store(x_at + f, (g * gate * s).to(kind), mask=inside)
+    tl.store(dy_at, (gate * s * up).to(dy.dtype.element_ty), mask=inside)
 
 
 def _warps(d: int) -> int:

@@ -1,1 +1,1 @@
-"""What is computed, in plain PyTorch: every function here runs on a CPU and is the definition of its result."""
+"""The mathematics, in plain PyTorch: every function runs on a CPU and is the reference of its kernel, if it has one."""

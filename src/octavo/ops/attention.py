@@ -1,7 +1,7 @@
-"""Rotary positions, and causal attention over packed documents.
+"""Rotary position embeddings (RoPE, arXiv 2104.09864), and causal attention over packed documents.
 
-Legend: B rows of a batch, T positions, H query heads, G key/value heads (G divides H),
-D the size of a head, R how many numbers of a head are rotated, M = B T.
+Legend: B rows of a batch, T positions, H query heads, G key/value heads (G divides H), D the size of a head, R the
+rotated elements of a head, M = B T.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ Table = tuple[Tensor, Tensor]
 
 
 def rotary_table(positions: Tensor, frequencies: Tensor) -> Table:
-    """(cos, sin), each (B, T, 1, R/2) float32, of positions (B, T) times R/2 frequencies (RoFormer, 2104.09864)."""
-    angles = positions.float()[..., None] * frequencies.float()
+    """(cos, sin), each (B, T, 1, R/2) float32, of positions (B, T) times R/2 frequencies."""
+    angles = positions.float()[..., None] * frequencies.float()  # (B, T, R/2)
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
 def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase) -> Table:
-    """`rotary_table` of new positions over a cache: on a CPU in tiles, so that no position moves between the vectorised
-    loop and its remainder (ops/tiles.py)."""
+    """`rotary_table` of new positions over a cache; on a CPU in tiles, for batch invariance (ops/tiles.py)."""
     if capabilities_of(positions.device).is_gpu:
         return rotary_table(positions, frequencies)
     dim = 1 if phase is Phase.PREFILL else 0
@@ -47,19 +46,19 @@ def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase)
 
 
 def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
-    """Rotates the first R numbers of each head in pairs (2i, 2i+1), GPT-J's form. x is (B, T, H, D)."""
+    """Rotates the first R elements of each head in pairs (2i, 2i+1), GPT-J's form. x is (B, T, H, D)."""
     cos, sin = table
-    turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    rotary, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)  # (B, T, H, R), (.., D - R)
+    even, odd = rotary.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, R/2) each
     rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def rotate_half(x: Tensor, table: Table) -> Tensor:
-    """Rotates the first R values of each head in pairs (i, i + R/2), Llama's form. x is (B, T, H, D)."""
+    """Rotates the first R elements of each head in pairs (i, i + R/2), Llama's form. x is (B, T, H, D)."""
     cos, sin = table
     r = cos.shape[-1]
-    low, high, rest = x.split([r, r, x.shape[-1] - 2 * r], dim=-1)
+    low, high, rest = x.split([r, r, x.shape[-1] - 2 * r], dim=-1)  # (B, T, H, R/2) twice, (.., D - R)
     rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
@@ -74,9 +73,9 @@ def rotate_into(
     x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str, out: Tensor, *, back: bool = False
 ) -> None:
     """out = all heads of x (M, heads * D) rotated; out may be x. The table is of (B, T) positions, or of (1, T) for all
-    rows. `back` turns the other way, which is a rotation's transpose: what it does to gradients."""
+    rows. `back` rotates by the negative angle: the transpose of the rotation, for gradients."""
     heads, target = (
-        each.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1])) for each in (x, out)
+        matrix.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1])) for matrix in (x, out)
     )  # (n, rows, heads, D)
     table = cos.flatten(0, 1)[None], (-sin if back else sin).flatten(0, 1)[None]
     target.copy_(rotate(heads, table, form))
@@ -84,27 +83,27 @@ def rotate_into(
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of packed rows begin and end. `number` (B, T) counts them, -1 on padding."""
+    """The boundaries of the n documents in packed rows. `number` is the document of each position, -1 on padding."""
 
-    number: Tensor
-    offsets: Tensor  # (n + 1,) int32: where each document starts in the B T positions put end to end
+    number: Tensor  # (B, T)
+    offsets: Tensor  # (n + 1,) int32: the start of each document in the B T positions of all rows
     longest: int
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, 1, T, T), true where a position may look: itself and what precedes it in its own document."""
+        """(B, 1, T, T), true where a query sees a key: its own position and those before it in its document."""
         return (self.number[:, None, :, None] == self.number[:, None, None, :]).tril()
 
 
 def find_documents(document: Tensor | None, device: torch.device) -> Documents | None:
     """The documents of rows (B, T) numbered by `document`, for attention on `device`.
 
-    None where each row is one document, with nothing behind it but padding: then causal attention sees what it may
-    and no more. `document` on the CPU costs a card no wait.
+    None if each row is one document, followed only by padding: plain causal attention is the same then. With `document`
+    on the CPU, nothing waits for the GPU.
     """
     if document is None:
         return None
-    change = document[:, 1:] != document[:, :-1]
+    change = document[:, 1:] != document[:, :-1]  # (B, T - 1)
     if not bool((change & (document[:, 1:] >= 0)).any()):
         return None
     starts = F.pad(change, (1, 0), value=True).flatten().nonzero()[:, 0]
@@ -114,20 +113,20 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, T, H, D), each position looking at itself and before.
+    """softmax(q k^T / sqrt(D)) v, (B, T, H, D), with a causal mask.
 
-    q is (B, T, H, D), k and v are (B, T, G, D). With `documents` each position sees its own document alone; without
-    them the whole row is one document. Over a cache: ops/cached_attention.py.
+    q is (B, T, H, D), k and v are (B, T, G, D). With `documents` a position sees only its own document; without them
+    the whole row is one document. Over a cache: ops/cached_attention.py.
     """
     if q.is_meta:
-        rehearsed: Tensor = _Rehearsed.apply(q, k, v)  # type: ignore[no-untyped-call]
-        return rehearsed
+        simulated: Tensor = _Simulated.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return simulated
     call = capabilities_of(q.device), q.dtype, backends().attention
     if documents is not None and supports_varlen(*call):
         return _varlen(q, k, v, documents)
     mask = documents.mask if documents is not None else None
     groups = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
     shared = groups > 1 and mask is None and supports_shared_keys(*call)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -187,7 +186,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 
 @cache
 def _varlen_options(grouped: bool) -> dict[str, Any]:
-    """What says "causal" and "fewer key heads" to this PyTorch's function: the names changed after 2.11."""
+    """The arguments for a causal mask and for shared key heads: their names changed after PyTorch 2.11."""
     import inspect
 
     known = inspect.signature(_varlen_function() or _varlen).parameters
@@ -197,9 +196,9 @@ def _varlen_options(grouped: bool) -> dict[str, Any]:
     return options
 
 
-class _Rehearsed(torch.autograd.Function):
-    """Attention of shapes alone, with the memory that cuDNN's takes: log-sums kept, in backward dq in float32 first
-    and, where key heads are shared, dk and dv for every query head."""
+class _Simulated(torch.autograd.Function):
+    """Attention on the meta device with the memory of cuDNN's: forward saves the log-sums; backward makes dq in float32
+    first and, if key heads are shared, dk and dv for every query head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

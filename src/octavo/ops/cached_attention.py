@@ -1,4 +1,4 @@
-"""Attention over a key/value cache, whose rows are batch-invariant (ops/tiles.py).
+"""Attention over a key/value cache, batch-invariant (ops/tiles.py).
 
 Legend: B rows of a batch, T new positions of each, S positions of a slot of the cache, H query heads, G key/value
 heads, D the size of a head.
@@ -22,17 +22,17 @@ from octavo.runtime.dispatch import kernel
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int
 ) -> Tensor:
-    """Stores k and v (B, G, D) of one new token at its slot's length, and lets q (B, H, D) look at all up to it.
+    """Stores k and v (B, G, D) of one new token a slot, then attends from q (B, H, D) to all positions of the slot.
 
-    keys and values are (B, S, G, D); the first lengths[b] positions of slot b are filled, `longest` of the fullest.
-    A slot with the length -1 is idle: nothing is stored, its result is 0. Returns (B, H, D).
+    keys and values are (B, S, G, D); the first lengths[b] positions of slot b are filled, at most `longest`. A slot
+    with the length -1 is idle: nothing is stored, its result is 0. Returns (B, H, D).
     """
     out = torch.zeros_like(q)
-    for row, length in enumerate(lengths.tolist()):  # one call for each slot: its shape depends on no other slot
+    for row, length in enumerate(lengths.tolist()):  # one call a slot: its shape depends on no other slot
         if length < 0:
             continue
         keys[row, length], values[row, length] = k[row], v[row]
-        # Query heads that share a key head are its queries: nothing is repeated.
+        # Query heads that share a key head are queries of one head: no key is repeated.
         queries = q[row].unflatten(0, (keys.shape[2], -1))  # (G, H / G, D)
         out[row] = _attend(queries, keys[row, : length + 1], values[row, : length + 1]).flatten(0, 1)
     return out
@@ -40,7 +40,7 @@ def decode_attention(
 
 @kernel
 def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Causal attention of T new positions of each row, whose keys and values are in the cache already.
+    """Causal attention of T new positions of each row. Their keys and values are already in the cache.
 
     q is (B, T, H, D); row b reads slot slots[b] (b if left out) of keys and values (n, S, G, D), and its first new
     position is starts[b]. Returns (B, T, H, D).
@@ -53,8 +53,8 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, s
             tile = q[row, first : first + tiles.PREFILL_TILE].transpose(0, 1)  # (H, t, D)
             end = start + first + tile.shape[1]
             seen = torch.ones(tile.shape[1], end, dtype=torch.bool, device=q.device).tril(start + first)
-            found = _attend(tile, keys[slot, :end], values[slot, :end], mask=seen, repeat=shared)
-            out[row, first : first + tiles.PREFILL_TILE] = found.transpose(0, 1)
+            result = _attend(tile, keys[slot, :end], values[slot, :end], mask=seen, repeat=shared)
+            out[row, first : first + tiles.PREFILL_TILE] = result.transpose(0, 1)
     return out
 
 

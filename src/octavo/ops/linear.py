@@ -1,10 +1,10 @@
-"""A product with a frozen matrix, plus low-rank pairs: y = x W^T + b + sum over pairs of s (x A^T) B^T.
+"""A matmul with a frozen matrix and LoRA adapters: y = x W^T + b + sum over adapters of s (x A^T) B^T.
 
-W is read from its quantised parts for each use and never kept: forward unpacks it once, backward once more.
-Gradients go to x, to the bias if it is trained, and to A and B of each pair; never to W.
+W is dequantized for each use and not saved: once in forward, once in backward. Gradients exist for x, for the bias if
+it is trained, and for A and B of each adapter; never for W.
 
-Legend: x is (..., K); W is (N, K); a pair owns some rows of W (an adapter of one name in a group of stacked
-matrices): A is (r, K), B is (rows, r). M is the number of rows of x.
+Legend: x is (.., K); W is (N, K); an adapter has some rows of W (those of one name in a group of stacked matrices):
+A is (r, K), B is (rows, r). M is the number of rows of x.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Unpack = Callable[[torch.dtype], tuple[Tensor, Tensor | None]]
 
 
 class LoraSlice(NamedTuple):
-    """A low-rank pair on rows [start, stop) of a matrix (LoRA, arXiv 2106.09685)."""
+    """The adapter of rows [start, stop) of a matrix (LoRA, arXiv 2106.09685)."""
 
     start: int
     stop: int
@@ -33,18 +33,18 @@ class LoraSlice(NamedTuple):
 
     @property
     def on_a(self) -> float:
-        """The part of the scaling that goes to A where both are cast: it shrinks A, which is larger than a new B, whose
-        numbers float16 would lose."""
+        """The part of the scaling that is folded into A when both are cast: s if s < 1. A new B is small, and float16
+        would underflow if B were scaled down."""
         return self.scaling if abs(self.scaling) < 1 else 1.0
 
     @property
     def on_b(self) -> float:
-        """The rest: it enlarges B."""
+        """The part of the scaling that is folded into B: s if s >= 1."""
         return 1.0 if abs(self.scaling) < 1 else self.scaling
 
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of two short types, kept in float32."""
+    """a @ b of 2-byte matrices with the result in float32."""
     if a.is_meta or not len(a):
         return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
     if a.dtype != torch.float32 and capabilities_of(a.device).float32_results:
@@ -61,10 +61,10 @@ def frozen_linear(
     lora: Sequence[LoraSlice] = (),
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + bias + low-rank terms, (..., N) in x's type.
+    """x W^T + bias + LoRA terms, (.., N) in the dtype of x.
 
     `unpack(dtype)` gives (matrix (N, K), row scale (N,) or None) with W = scale[:, None] * matrix. `bias` is
-    added to the rows from `bias_start` on. `dropped` is what the pairs read instead of x (x after dropout).
+    added to the rows from `bias_start` on. `dropped` is the input of the adapters instead of x (x after dropout).
     """
     spans = [(pair.start, pair.stop, pair.scaling) for pair in lora]
     factors = [tensor for pair in lora for tensor in (pair.a, pair.b)]
@@ -131,20 +131,20 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _product(rows: Tensor, unpack: Unpack) -> Tensor:
-    """(M, K) -> (M, N). The row scale is applied to the result: the codes are exact in any float type."""
+    """rows (M, K) W^T, (M, N). The row scale is applied to the result: int8 values are exact in any float dtype."""
     matrix, scale = unpack(rows.dtype)
-    y = F.linear(rows, matrix)  # faster than rows @ matrix.T: on a CPU the library is told the layout
+    y = F.linear(rows, matrix)  # (M, N); on a CPU faster than rows @ matrix.T
     return y if scale is None else y.mul_(scale)
 
 
 def _product_backward(dy: Tensor, unpack: Unpack) -> Tensor:
-    """(M, N) -> (M, K). The row scale lies on the axis that is summed, so it goes into dy first."""
+    """dy (M, N) W, (M, K). The row scale is on the axis of the sum, so it is multiplied into dy first."""
     matrix, scale = unpack(dy.dtype)
     return (dy if scale is None else (dy * scale).to(dy.dtype)) @ matrix
 
 
 def _cast(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """(all A stacked (sum of r, K), each B (rows, r)) in the compute type: one thin product serves all pairs."""
+    """(all A stacked (sum of r, K), each B (rows, r)) in the compute dtype: one low-rank GEMM for all adapters."""
     return torch.cat([a.to(dtype) for a in factors[::2]]), [b.to(dtype) for b in factors[1::2]]
 
 
@@ -157,7 +157,7 @@ def _pairs_backward(
     spans: list[tuple[int, int, float]],
     to_source: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of (source (M, K), [A, B, A, B, ..]) of the low-rank terms."""
+    """Gradients of (source (M, K), [A, B, A, B, ..]) of the LoRA terms."""
     a, bs = _cast(factors, dy.dtype)
     dt = torch.empty_like(inner)
     dbs: list[Tensor] = []

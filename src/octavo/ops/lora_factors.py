@@ -1,6 +1,6 @@
-"""Factors of low-rank pairs (LoRA, arXiv 2106.09685) as thin products read them: in the compute type, side by side.
+"""A and B of LoRA adapters (arXiv 2106.09685) as low-rank GEMMs read them: in the compute dtype, stacked.
 
-Legend: a pair is A (r, K) and B (n, r) on rows [start, stop) of N; C columns, at least the ranks of all pairs.
+Legend: an adapter is A (r, K) and B (n, r) on rows [start, stop) of N; C columns, at least the sum of all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from octavo.runtime.dispatch import kernel
 
 @kernel
 def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:
-    """out (N, C) = every B times `on_b` on its rows, one beside the other; zeros elsewhere."""
+    """out (N, C) = every B times `on_b` on its rows, in r columns; zeros elsewhere."""
     out.zero_()
     column = 0
     for pair in pairs:
@@ -26,8 +26,8 @@ def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:
 
 
 def stack_a(pairs: Sequence[LoraSlice], like: Tensor, *, transposed: bool = False) -> Tensor:
-    """(sum of r, K): every A times `on_a`, one under the other, in the type of `like`; `turned` is (K, sum of r)."""
-    each = [pair.a.detach() if pair.on_a == 1 else pair.a.detach() * pair.on_a for pair in pairs]
-    a = each[0] if len(each) == 1 else torch.cat(each)
+    """Every A times `on_a`, stacked along the rank, in the dtype of `like`: (sum of r, K), transposed (K, sum of r)."""
+    factors = [pair.a.detach() if pair.on_a == 1 else pair.a.detach() * pair.on_a for pair in pairs]
+    a = factors[0] if len(factors) == 1 else torch.cat(factors)  # (sum of r, K)
     a = a.T if transposed else a
     return like.new_empty(a.shape).copy_(a)

@@ -1,18 +1,19 @@
-"""Products in 8 bits, forward and backward, from one frozen copy of a weight: int8 codes, one scale a row.
+"""8-bit matmuls, forward and backward, with one frozen copy of a weight: int8, one scale a row.
 
-    forward    y[m, n]  = a[m] s[n] sum_k Xq[m, k] Wq[n, k]        Xq = int8 codes of x's rows, scales a
-    backward   dx[m, k] = g[m]      sum_n Gq[m, n] Wq[n, k]        Gq = fp8 codes of the rows of dy s, scales g
+    forward    y[m, n]  = a[m] s[n] sum_k Xq[m, k] Wq[n, k]        Xq = rows of x in int8, scales a
+    backward   dx[m, k] = g[m]      sum_n Gq[m, n] Wq[n, k]        Gq = rows of dy s in fp8, scales g
 
-Forward both scales leave the sum. In backward the weight's scale lies on the axis that is summed, so it goes into the
-gradient before that is coded: exact algebra, and no second copy of the weight that would be scaled another way. Wq is
-exact as int8; for backward it is written transposed, as fp8 (e4m3, arXiv 2209.05433), into memory that is given back,
-or kept where there is room.
+In forward both scales are applied to the sum. In backward the scale of the weight is on the axis of the sum, so the
+gradient is multiplied by it before quantization: exact algebra, without a second copy of the weight with other scales.
+Wq is exact as int8. For backward it is written transposed as fp8 (e4m3, arXiv 2209.05433) into a temporary, or is kept
+if memory allows.
 
-Activations take int8, whose even steps lose least on rows without far outliers. Gradients take fp8: one scale a row of
-int8 leaves nothing of small numbers beside large ones, and training diverges (docs/log.md). Cards before fp8 take int8
-with a scale for each span of a row, which the product applies as it adds up: nearer to exact, and slower than fp8.
+Activations are int8, whose even steps have the least error on rows without outliers. Gradients are fp8: with int8 and
+one scale a row, small values next to large ones become zero, and training diverges (docs/log.md). GPUs without fp8 use
+int8 with a scale for each group of a row, which the matmul applies while it sums: more precise, and slower than fp8.
 
-Legend: M rows (tokens), K inputs and N outputs of a product, C low-rank columns beside it, S spans of a row's K.
+Legend: M rows (tokens), K inputs and N outputs of a matmul, C columns of the low-rank term, S groups of the K elements
+of a row.
 """
 
 from __future__ import annotations
@@ -29,26 +30,26 @@ from octavo.runtime.dispatch import kernel
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
-GROUP_SIZE = 128  # numbers of a row that share a scale, where rows have several
-ALIGNMENT = 16  # codes: rows of them start where a card's copy engine can read
+GROUP_SIZE = 128  # elements of a row with one scale, if a row has several
+ALIGNMENT = 16  # bytes of a row start: of the copy engine (TMA) of a GPU, and of the reference too
 
 
 class Quantized(NamedTuple):
-    """Rows in 8 bits: codes (M, K) times scale (M,) float32, or (M, S) of spans."""
+    """Quantized rows: the values are codes * scale, by rows or by groups."""
 
-    codes: Tensor
-    scale: Tensor
+    codes: Tensor  # (M, K) int8 or fp8
+    scale: Tensor  # (M,) float32, or (M, S) with groups
 
 
 class LowRankTerm(NamedTuple):
-    """A thin product that is added to a wide one before rounding: t (M, C) b^T, b (N, C)."""
+    """A low-rank GEMM that is added to a matmul before rounding: t b^T."""
 
-    t: Tensor
-    b: Tensor
+    t: Tensor  # (M, C)
+    b: Tensor  # (N, C)
 
 
 def fits(rows: int, columns: int) -> bool:
-    """Whether a weight of this shape can be multiplied so."""
+    """Whether 8-bit matmuls support a weight of this shape: the same on every device, and so is the precision."""
     return rows % ALIGNMENT == 0 and columns % ALIGNMENT == 0
 
 
@@ -69,20 +70,21 @@ def quantize_rows(x: Tensor, kind: torch.dtype, *, prescale: Tensor | None = Non
     (ops/linear_spec.py).
     """
     shape = (len(x), -(-x.shape[1] // GROUP_SIZE)) if groups else (len(x),)
-    made = Quantized(x.new_empty(x.shape, dtype=kind), x.new_empty(shape, dtype=torch.float32))
-    quantize_rows_into(x, made.codes, made.scale, prescale)
-    return made
+    quantized = Quantized(x.new_empty(x.shape, dtype=kind), x.new_empty(shape, dtype=torch.float32))
+    quantize_rows_into(x, quantized.codes, quantized.scale, prescale)
+    return quantized
 
 
 @kernel
 def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
-    """Writes the nearest codes of x (M, K) under the least scale of each row, or span, that holds its largest number.
+    """Writes x (M, K) quantized to the nearest values, with the scale that maps the absmax of a row, or of a group, to
+    the largest one.
 
-    A row with a NaN or an infinity has no number as its scale, so that what is not finite stays so.
+    The scale of a row with a NaN or an infinity is NaN, so the result of its matmul is not finite.
     """
     values = x.float() if prescale is None else x.float() * (prescale / INT8_LEVELS)
     largest = x.new_full((), INT8_LEVELS if codes.dtype == torch.int8 else FP8_LARGEST, dtype=torch.float32)
-    parts = _groups(values) if scale.ndim == 2 else values[:, None]  # (M, S, numbers that share a scale)
+    parts = _groups(values) if scale.ndim == 2 else values[:, None]  # (M, S, elements with one scale)
     top = torch.maximum(parts.abs().amax(dim=2), torch.finfo(torch.float32).tiny * largest)
     values = (parts * (largest / top)[:, :, None]).flatten(1)[:, : x.shape[1]]
     codes.copy_(values.round() if codes.dtype == torch.int8 else values)
@@ -90,13 +92,13 @@ def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor
 
 
 def _groups(values: Tensor) -> Tensor:
-    """(M, S, GROUP_SIZE): the last span is filled up with zeros."""
+    """(M, S, GROUP_SIZE): the last group is padded with zeros."""
     return F.pad(values, (0, -values.shape[1] % GROUP_SIZE)).view(len(values), -1, GROUP_SIZE)
 
 
 @kernel
 def transpose_into(codes: Tensor, out: Tensor) -> None:
-    """out (K, N), int8 or fp8, = codes (N, K) int8; in fp8 one over 16 is rounded to four digits of its binary form."""
+    """out (K, N), int8 or fp8, = codes^T, codes (N, K) int8; fp8 rounds magnitudes above 16 to 4 binary digits."""
     out.copy_(codes.T.float())
 
 
@@ -112,17 +114,17 @@ def matmul_8bit_into(
     low_rank: LowRankTerm | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """out (M, N) = codes (M, K) weight^T (N, K), each row, or span of a row, times its scale, rounded once.
+    """out (M, N) = codes (M, K) weight^T, each row, or group of a row, times its scale, rounded once; weight (N, K).
 
-    With `absmax` column n is multiplied by absmax[n] / 127; `bias` is added to the columns from `bias_start` on, a thin
-    product and `residual` (M, N), which may be `out`, to all.
+    With `absmax` column n is multiplied by absmax[n] / 127. `bias` is added to the columns from `bias_start` on, the
+    low-rank term and `residual` (M, N), which may be `out`, to all.
     """
-    work = torch.float32 if out.dtype == torch.float16 else out.dtype  # sums of whole codes would pass 65504
+    work = torch.float32 if out.dtype == torch.float16 else out.dtype  # sums of int8 values would overflow at 65504
     if scale.ndim == 2:
         parts = zip(_groups(codes.float()).unbind(1), _groups(weight.float()).unbind(1), scale.T, strict=True)
-        y = sum((F.linear(own, other) * size[:, None] for own, other, size in parts), torch.zeros(()).to(scale))
+        y = sum((F.linear(x, w) * size[:, None] for x, w, size in parts), torch.zeros(()).to(scale))  # (M, N)
     else:
-        y = F.linear(codes.to(work), weight.to(work)).float().mul_(scale[:, None])
+        y = F.linear(codes.to(work), weight.to(work)).float().mul_(scale[:, None])  # (M, N)
     if absmax is not None:
         y *= absmax / INT8_LEVELS
     if bias is not None:

@@ -1,21 +1,21 @@
-"""Weight schemes: how a frozen matrix is stored, and how it is read back.
+"""Weight schemes: how a frozen matrix is stored, and how it is dequantized.
 
 | scheme   | stored per weight | scales                                   | bits per weight       |
 |----------|-------------------|------------------------------------------|-----------------------|
-| none     | the number itself | none                                     | 32 or 16              |
+| none     | the value itself  | none                                     | 32 or 16              |
 | int8     | int8              | one float32 absmax an output row         | 8 + 32/K              |
 | dynamic8 | uint8 code        | one float32 absmax a block of 4096       | 8 + 32/4096           |
 | nf4      | 4-bit code        | one float32 absmax a block of 64         | 4 + 32/64             |
 
-Legend: a weight is (N, K), N output rows of K inputs. `parts` are the tensors that hold it: "weight" (the
-codes), "absmax" (the scales) and, for dynamic8, "code" (the value of each of the 256 codes). A scheme is
-stateless. To add one: a class with the members of `Scheme`, and a row in `SCHEMES`.
+Legend: a weight is (N, K), N output rows of K inputs. `parts` are its tensors: "weight" (the quantized values),
+"absmax" (the scales) and, for dynamic8, "code" (the 256 values of its data type). A scheme has no state. To add one: a
+class with the members of `Scheme`, and a row in `SCHEMES`.
 
-Under nf4 the tables of the vocabulary, embedding and head, are under int8 (`embedding_scheme`).
+With nf4, embedding and head are int8 (`embedding_scheme`).
 
-Reading back is `unpack`: a matrix in the compute type and, where the scheme has one scale a row, that scale on
-its own, so that W = scale[:, None] * matrix. The codes of int8 are exact in bfloat16 while their products with
-a scale are not, so a product that applies the scale to its result is both faster and more accurate.
+`unpack` dequantizes: it returns a matrix in the compute dtype and, if the scheme has one scale a row, that scale
+separately, so that W = scale[:, None] * matrix. int8 values are exact in bfloat16 and their multiples of a scale are
+not, so a matmul that applies the scale to its result is both faster and more precise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Parts = dict[str, Tensor]
 Shape = tuple[int, int]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-INT8_LEVELS = 127  # symmetric: -127 .. 127, so that negating a row negates its codes
+INT8_LEVELS = 127  # symmetric: -127 .. 127, so that a negated row has negated quantized values
 DYNAMIC8_BLOCK = 4096  # hivemind/gpt-j-6B-8bit; one row of GPT-J's embedding is exactly one block
 NF4_BLOCK = 64  # bitsandbytes' default for 4 bits
 
@@ -58,16 +58,16 @@ class Scheme(Protocol):
 
     @property
     def embedding_scheme(self) -> str:
-        """The name of the scheme that embedding and head are under where all else is under this one."""
+        """The name of the scheme of embedding and head in a model with this scheme."""
         ...
 
     @property
     def straight(self) -> bool:
-        """Whether products with few rows read the codes as they are (ops/decode.py), and nothing is written out."""
+        """Whether matmuls with few rows read the stored values (ops/inference.py), without a dequantized copy."""
         ...
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
-        """Shape and type of each part of an (N, K) matrix; `dtype` is what unquantised numbers are kept in."""
+        """Shape and dtype of each part of an (N, K) matrix; `dtype` is that of unquantized values."""
         ...
 
     def quantise(self, weight: Tensor) -> Parts:
@@ -79,24 +79,24 @@ class Scheme(Protocol):
         ...
 
     def fill(self, parts: Parts, out: Tensor) -> None:
-        """Writes the matrix into `out` (N, K), rounded to its type; out may be columns of a wider matrix."""
+        """Writes the matrix into `out` (N, K), rounded to its dtype; out may be columns of a wider matrix."""
         ...
 
     def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
-        """(int8 (N, K), absmax (N,)) of nearly the matrix, to multiply in 8 bits; None: round what `fill` writes."""
+        """(int8 (N, K), absmax (N,)) close to the matrix, for 8-bit matmuls; None: quantize the result of `fill`."""
         ...
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` (any shape) of the matrix, (*ids.shape, K); touches no other row."""
+        """Rows `ids` (any shape) of the matrix, (*ids.shape, K); reads no other row."""
         ...
 
     def joins(self, shape: Shape) -> bool:
-        """Whether parts of matrices like this one, put end to end, are the parts of the stacked matrix."""
+        """Whether the concatenated parts of matrices of this shape are the parts of the stacked matrix."""
         ...
 
 
 class Plain:
-    """No quantisation: the number itself, in the type that it was loaded in."""
+    """No quantization: the values in the dtype that they were loaded in."""
 
     name = embedding_scheme = "none"
     straight = False
@@ -124,9 +124,9 @@ class Plain:
 
 
 class Int8:
-    """Symmetric 8 bits, one scale an output row: W[n, k] = code[n, k] * absmax[n] / 127.
+    """Symmetric 8 bits, one scale an output row: W[n, k] = weight[n, k] * absmax[n] / 127.
 
-    |W - dequantised| <= absmax / 254 everywhere, since a code is the nearest of evenly spaced levels.
+    |W - dequantized| <= absmax / 254 everywhere: the quantized value is the nearest of evenly spaced levels.
     """
 
     name = embedding_scheme = "int8"
@@ -139,14 +139,14 @@ class Int8:
         values = weight.float()
         absmax = values.abs().amax(dim=1)
         step = (absmax / INT8_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-        codes = (values / step[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS)
-        return {"weight": codes.to(torch.int8), "absmax": absmax}
+        quantized = (values / step[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS)  # (N, K)
+        return {"weight": quantized.to(torch.int8), "absmax": absmax}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        codes = parts["weight"].new_empty(shape, dtype=dtype)
-        step = 2.0**-7 if dtype == torch.float16 else 1.0  # sums of whole codes would pass 65504
-        codes_into(parts["weight"], step, codes)
-        return codes, parts["absmax"] / (INT8_LEVELS * step)
+        matrix = parts["weight"].new_empty(shape, dtype=dtype)
+        step = 2.0**-7 if dtype == torch.float16 else 1.0  # sums of int8 values would overflow at 65504
+        codes_into(parts["weight"], step, matrix)
+        return matrix, parts["absmax"] / (INT8_LEVELS * step)
 
     def fill(self, parts: Parts, out: Tensor) -> None:
         int8_into(parts["weight"], parts["absmax"], out)
@@ -165,10 +165,10 @@ class Int8:
 class Dynamic8:
     """The format of hivemind/gpt-j-6B-8bit: W flattened in rows, blocks of 4096, value = code[byte] * absmax.
 
-    The code is that of "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561); a file's own
-    code is what counts when reading. The last block may be short. bitsandbytes owns this format, so its own
-    `quantize_blockwise` writes the bytes: on a CPU it looks codes up in 65,536 even bins, so that about one in
-    500 is the neighbour of the nearest code, and only calling it gives the same bytes everywhere.
+    The data type is that of "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561); a file has its
+    own table `code`, which is used to read it. The last block may be short. The format is defined by bitsandbytes, so
+    its `quantize_blockwise` writes the bytes: on a CPU it uses a table of 65,536 even bins, with which about one value
+    in 500 is the one next to the nearest, and no other code gives the same bytes.
     """
 
     name = embedding_scheme = "dynamic8"
@@ -209,10 +209,10 @@ class Dynamic8:
 
 
 class Nf4:
-    """4-bit NormalFloat in bitsandbytes' layout: W flattened in rows, blocks of 64, two codes a byte.
+    """4-bit NormalFloat in the layout of bitsandbytes: W flattened in rows, blocks of 64, two values a byte.
 
-    The first of a pair sits in the high half of its byte. No second quantisation of the scales. Tables stay in 8
-    bits: every token passes through both, and in GPT-J they are 7 % of the numbers.
+    The first value of a byte is in its high half. The scales are not quantized. Embedding and head stay in 8 bits:
+    every token uses both, and in GPT-J they are 7 % of the parameters.
     """
 
     name, embedding_scheme = "nf4", "int8"
@@ -241,7 +241,7 @@ class Nf4:
     def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         if shape[1] % NF4_BLOCK:
             return None
-        absmax = parts["absmax"].view(shape[0], -1).amax(dim=1)  # a block's largest number is its absmax
+        absmax = parts["absmax"].view(shape[0], -1).amax(dim=1)  # the largest magnitude of a block is its absmax
         out = parts["weight"].new_empty(shape, dtype=torch.int8)
         nf4_codes_into(parts["weight"], parts["absmax"], absmax, out)
         return out, absmax
@@ -258,8 +258,8 @@ class Nf4:
 
 @kernel
 def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to out's type."""
-    # In place in float32: a CPU converts and multiplies apart several times as fast as in one operation of two types.
+    """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to the dtype of out."""
+    # In place in float32: on a CPU conversion and multiplication are several times as fast as one mixed operation.
     values = out.copy_(codes) if out.dtype == torch.float32 else codes.float()
     values.mul_((absmax / INT8_LEVELS)[:, None])
     if values is not out:
@@ -268,7 +268,7 @@ def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 @kernel
 def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
-    """out (N, K) = int8 codes * step, a power of two, so that nothing is rounded."""
+    """out (N, K) = int8 codes * step; step is a power of two, so nothing is rounded."""
     out.copy_(codes)
     if step != 1:
         out.mul_(step)
@@ -276,26 +276,26 @@ def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
 
 @kernel
 def dynamic8_into(codes: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> None:
-    """out (N, K) = code[codes] * absmax by blocks of 4096 of the flattened matrix, rounded to out's type."""
+    """out (N, K) = code[codes] * absmax by blocks of 4096 of the flattened matrix, rounded to the dtype of out."""
     values = code.index_select(0, codes.reshape(-1).int())
     out.copy_(_times_blocks_(values, absmax, DYNAMIC8_BLOCK).view(out.shape))
 
 
 @kernel
 def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) = the 4-bit values * absmax by blocks of 64 of the flattened matrix, rounded to out's type."""
+    """out (N, K) = the 4-bit values * absmax by blocks of 64 of the flattened matrix, rounded to the dtype of out."""
     out.copy_(_times_blocks_(_nf4_values(codes, out.numel()), absmax, NF4_BLOCK).view(out.shape))
 
 
 @kernel
 def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) int8 = the 4-bit values as codes of row_absmax / 127 (N,); K in whole blocks of 64.
+    """out (N, K) int8 = the 4-bit values quantized with the scale row_absmax / 127 (N,); K is a multiple of 64.
 
-    At most half a step of int8 is lost, where those of NF4 are 10 to 35 times as far apart in a row's largest block.
+    The error is at most half a step of int8. In the largest block of a row the steps of NF4 are 10 to 35 times larger.
     """
     values = _times_blocks_(_nf4_values(codes, out.numel()), absmax, NF4_BLOCK).view(out.shape)
     tiny = torch.finfo(torch.float32).tiny
-    levels = row_absmax.new_full((), INT8_LEVELS)  # a tensor: for a number PyTorch multiplies with the reciprocal
+    levels = row_absmax.new_full((), INT8_LEVELS)  # a tensor: with a Python number PyTorch multiplies by the reciprocal
     out.copy_((values * (levels / row_absmax.clamp_min(tiny))[:, None]).round_())
 
 
@@ -303,20 +303,20 @@ SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Plain(), Int8()
 
 
 def scheme_named(name: str) -> Scheme:
-    """The scheme of that name; UsageError lists what there is."""
+    """The scheme of that name; a UsageError lists all of them."""
     if name not in SCHEMES:
         raise UsageError(f"There is no weight scheme {name!r}.", hint=f"Choose one of: {', '.join(SCHEMES)}.")
     return SCHEMES[name]
 
 
 def dequantise(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The (N, K) matrix that `parts` stand for."""
+    """The (N, K) matrix of `parts`."""
     matrix, scale = scheme.unpack(parts, shape, dtype)
     return matrix if scale is None else (matrix * scale[:, None]).to(dtype)
 
 
 def stored_bytes(scheme: Scheme, shape: Shape, *, dtype: torch.dtype) -> int:
-    """Bytes that a matrix of this shape takes, scales included."""
+    """Bytes of a matrix of this shape, with its scales."""
     return sum(prod(size) * kind.itemsize for size, kind in scheme.layout(shape, dtype).values())
 
 
@@ -327,26 +327,26 @@ def _nf4_code(device: torch.device) -> Tensor:
 
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
-    """(256,) for each byte its two float32 values side by side, as if they were one number of 8 bytes."""
+    """(256,) for each byte its two float32 values, viewed as one 8-byte element."""
     code = _nf4_code(device)
     return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).view(torch.float64)[:, 0]
 
 
 def _nf4_values(codes: Tensor, count: int) -> Tensor:
     """The first `count` values of 4-bit codes, float32."""
-    # On a CPU a twelfth of the time that indexing a table of (256, 2) takes.
+    # On a CPU this takes a twelfth of the time of indexing a table of (256, 2).
     return _nf4_pairs(codes.device).index_select(0, codes.reshape(-1).int()).view(torch.float32)[:count]
 
 
 def _scaled_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(numbers over their block's absmax, flat; absmax of each block). The last block may be short."""
+    """(values over the absmax of their block, flat; absmax of each block). The last block may be short."""
     flat = weight.float().reshape(-1)
     full = flat.numel() // block * block
     blocks = flat[:full].view(-1, block)
     absmax = blocks.abs().amax(dim=1)
     if full < flat.numel():
         absmax = torch.cat([absmax, flat[full:].abs().amax().view(1)])
-    tiny = torch.finfo(torch.float32).tiny  # a block of zeros divides by this and stays zero
+    tiny = torch.finfo(torch.float32).tiny  # a block of zeros is divided by this and stays zero
     return _times_blocks_(flat.clone(), 1.0 / absmax.clamp_min(tiny), block), absmax
 
 
@@ -360,6 +360,6 @@ def _times_blocks_(flat: Tensor, factor: Tensor, block: int) -> Tensor:
 
 
 def _flat_index(shape: Shape, ids: Tensor) -> Tensor:
-    """(*ids.shape, K): where the numbers of rows `ids` lie in the flattened matrix."""
+    """(*ids.shape, K): the indices of rows `ids` in the flattened matrix."""
     columns = torch.arange(shape[1], device=ids.device)
     return ids.long()[..., None] * shape[1] + columns

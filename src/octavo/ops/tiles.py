@@ -1,14 +1,16 @@
-"""Batch invariance on a CPU: a row of inference has the same bits whatever else is computed with it.
+"""Batch invariance on a CPU: the bits of a row of inference do not depend on the rows that are computed with it.
 
-A BLAS library chooses its blocking by the number of rows, and vectorised loops end in a scalar remainder, so the same
-row in matrices of other heights differs in its last bits. Inference therefore calls them with few, fixed shapes:
+These tiles are part of the mathematics of the references, not of a kernel's launch: which rows are one call decides the
+bits of the result. A BLAS library chooses its blocking by the number of rows, and vectorized loops end in a scalar
+remainder, so one row has different last bits in matrices of different heights. Inference therefore uses few, fixed
+shapes:
 
 - prefill: tiles of PREFILL_TILE positions, counted from the start of the prompt. A tile is a function of the prompt's
-  tokens up to its end alone, so prompts that begin alike share whole tiles bit for bit, however they are chunked.
-- decode: tiles of `decode_tile` rows, the last one filled up with zeros. Within one shape the result of a row depends
-  neither on its index nor on the other rows.
+  tokens up to its end alone, so prompts with a common prefix have the same bits in whole tiles, for any size of chunks.
+- decode: tiles of `decode_tile` rows, the last one padded with zeros. Within one shape the result of a row depends
+  neither on its index nor on other rows.
 
-The Triton kernels have that property by themselves (kernels/inference.py). docs/design/batch-invariance.md
+The Triton kernels have their own tiles with that property (kernels/inference.py). docs/design/batch-invariance.md
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
 
-PREFILL_TILE = 64  # positions; a smaller one makes bfloat16 matmuls of a CPU pack weights more often than they multiply
+PREFILL_TILE = 64  # positions; with fewer a bfloat16 matmul of a CPU takes longer to pack weights than to multiply
 
 
 class Phase(Enum):
@@ -38,26 +40,29 @@ class Phase(Enum):
 
 
 def decode_tile(dtype: torch.dtype) -> int:
-    """Rows of a decode tile: in 2-byte types AMX multiplies 16 in the time of one, in float32 every row costs."""
+    """Rows of a decode tile: AMX multiplies 16 rows of a 2-byte dtype in the time of one; float32 has no such unit."""
     return 4 if dtype == torch.float32 else 16
 
 
 def matmul_in_tiles(x: Tensor, phase: Phase, matmul: Callable[[Tensor], Tensor]) -> Tensor:
-    """`matmul` of x (M, K) in tiles of rows, (M, N)."""
+    """`matmul` of x (M, K) in tiles of rows, joined: (M, N)."""
     if phase is Phase.PREFILL:
         return _joined([matmul(rows) for rows in x.split(PREFILL_TILE)])
     tile = decode_tile(x.dtype)
     results = []
     for rows in x.split(tile):
         count = len(rows)
-        full = rows if count == tile else F.pad(rows, (0, 0, 0, tile - count))
+        full = rows if count == tile else F.pad(rows, (0, 0, 0, tile - count))  # (tile, K)
         results.append(matmul(full)[:count])
     return _joined(results)
 
 
 def elementwise_tiles(x: Tensor, phase: Phase) -> tuple[Tensor, ...]:
-    """x (M, ..) cut into the rows that an elementwise function is called with: its vectorised loop and the scalar
-    remainder may round differently, so a row must not move between the two. CUDA kernels have no remainder."""
+    """x (M, ..) split into the rows that one call of an elementwise function gets.
+
+    A vectorized loop and its scalar remainder may round differently, so a row must always be in the same one of both.
+    A GPU has no remainder: x as it is.
+    """
     if capabilities_of(x.device).is_gpu:
         return (x,)
     return tuple(x.split(PREFILL_TILE if phase is Phase.PREFILL else 1))

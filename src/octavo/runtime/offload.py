@@ -1,9 +1,8 @@
-"""What a card need not hold all the time, in the host's memory: inputs of layers between forward and backward, and
-tables of which a step reads a few rows.
+"""Activation offload to CPU memory between forward and backward, and embeddings in CPU memory.
 
-A pass puts tensors away while it goes forward and takes them back in reverse order. On a card the copies run beside
-the layers, on a stream of their own: forward goes on while the last two are copied away, and backward finds the next
-one fetched while it works on one. Nothing here makes the host wait, so all of it can be recorded in a CUDA graph.
+Forward stores tensors, backward loads them in reverse order. On a GPU the copies run on a stream of their own: while
+the last two tensors are copied to CPU memory, forward continues; while backward uses one tensor, the next one is
+prefetched. Nothing here makes the CPU wait, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,38 +17,38 @@ from torch import Tensor
 from octavo.errors import UsageError
 from octavo.runtime.dispatch import observe
 
-LEAVING = 2  # tensors that may be under way to the host before forward waits for one of them
+IN_FLIGHT = 2  # copies to CPU memory that may be unfinished before forward waits for the oldest
 
 
 @dataclass
-class _Put:
-    """One tensor: its place on the host, itself while it is on the device, and when its last copy has been made."""
+class _Stored:
+    """One tensor: its copy in CPU memory, the tensor while it is on the device, and the event of its last copy."""
 
-    host: Tensor | None  # None where there are shapes alone
+    cpu: Tensor | None  # None on the meta device
     here: Tensor | None
     copied: torch.cuda.Event | None = None
 
 
 @dataclass
 class ActivationOffload:
-    """The tensors that one pass has put away."""
+    """The tensors that one pass has stored, on a stack."""
 
-    _stack: list[_Put] = field(default_factory=list)
+    _stack: list[_Stored] = field(default_factory=list)
     _shape: dict[str, Any] = field(default_factory=dict)
 
     def put(self, x: Tensor) -> None:
-        """Copies x (M, d), the same for all, to the host. It is let go once two more have been put."""
+        """Copies x (M, d) to CPU memory; all tensors of a pass have one shape. x is released after IN_FLIGHT more."""
         self._shape = {"size": x.shape, "dtype": x.dtype, "device": x.device}
-        put = _Put(_room(len(self._stack), x), x)
-        self._copy(put, away=True)
-        self._stack.append(put)
-        if len(self._stack) > LEAVING:
-            left = self._stack[-1 - LEAVING]
-            _wait(left)  # whoever is given its memory next must not write there before it is copied
-            left.here = None
+        stored = _Stored(_buffer(len(self._stack), x), x)
+        self._copy(stored, to_cpu=True)
+        self._stack.append(stored)
+        if len(self._stack) > IN_FLIGHT:
+            oldest = self._stack[-1 - IN_FLIGHT]
+            _wait(oldest)  # the next tensor in its memory must not be written before it is copied
+            oldest.here = None
 
     def take(self) -> Tensor:
-        """What was put last, on the device; the one put before it is fetched meanwhile."""
+        """The last stored tensor, on the device. The one before it is prefetched."""
         last = self._stack.pop()
         self._fetch(last)
         if self._stack:
@@ -58,45 +57,46 @@ class ActivationOffload:
         assert last.here is not None
         return last.here
 
-    def _fetch(self, put: _Put) -> None:
-        if put.here is None:
-            put.here = torch.empty(**self._shape)
-            self._copy(put, away=False)
+    def _fetch(self, stored: _Stored) -> None:
+        if stored.here is None:
+            stored.here = torch.empty(**self._shape)
+            self._copy(stored, to_cpu=False)
 
-    def _copy(self, put: _Put, *, away: bool) -> None:
-        assert put.here is not None
-        if put.host is None:
-            observe("to_host" if away else "from_host", [put.here])
+    def _copy(self, stored: _Stored, *, to_cpu: bool) -> None:
+        assert stored.here is not None
+        if stored.cpu is None:
+            observe("to_host" if to_cpu else "from_host", [stored.here])
             return
-        target, source = (put.host, put.here) if away else (put.here, put.host)
-        if not put.here.is_cuda:
+        target, source = (stored.cpu, stored.here) if to_cpu else (stored.here, stored.cpu)
+        if not stored.here.is_cuda:
             target.copy_(source)
             return
-        beside, layers = _stream(put.here.device), torch.cuda.current_stream(put.here.device)
-        beside.wait_stream(layers)  # for what is copied, or for whoever had this memory before
-        with torch.cuda.stream(beside):
+        copies, layers = _stream(stored.here.device), torch.cuda.current_stream(stored.here.device)
+        copies.wait_stream(layers)  # for the source, or for the tensor that had this memory before
+        with torch.cuda.stream(copies):
             target.copy_(source, non_blocking=True)
-        put.copied = beside.record_event()
+        stored.copied = copies.record_event()
 
 
-def _wait(put: _Put) -> None:
-    """What the layers do from here on comes after the last copy."""
-    if put.copied is not None and put.here is not None:
-        torch.cuda.current_stream(put.here.device).wait_event(put.copied)
+def _wait(stored: _Stored) -> None:
+    """Makes the stream of the layers wait for the last copy of a tensor."""
+    if stored.copied is not None and stored.here is not None:
+        torch.cuda.current_stream(stored.here.device).wait_event(stored.copied)
 
 
 def join(device: torch.device) -> None:
-    """What comes next on the device comes after all copies that are under way, wanted or not.
+    """Makes the current stream wait for all copies on the device.
 
-    A recording waits for copies of its own alone: waiting for others would be an error, in place of what went wrong.
+    During the capture of a CUDA graph only captured copies are waited for. To wait for others is a CUDA error, which
+    would hide the error that ended the capture.
     """
     if device.type == "cuda":
-        beside, layers = _stream(device), torch.cuda.current_stream(device)
-        if _recorded(beside) == _recorded(layers):
-            layers.wait_stream(beside)
+        copies, layers = _stream(device), torch.cuda.current_stream(device)
+        if _is_capturing(copies) == _is_capturing(layers):
+            layers.wait_stream(copies)
 
 
-def _recorded(stream: torch.cuda.Stream) -> bool:
+def _is_capturing(stream: torch.cuda.Stream) -> bool:
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
 
@@ -106,47 +106,45 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-# For the first, second, .. tensor of a pass, whether it comes from a card: rooms in bytes.
+# (index of a tensor in its pass, whether it is on a GPU) -> buffers of bytes. They are never freed, since captured CUDA
+# graphs hold their addresses.
 _PINNED: dict[tuple[int, bool], list[Tensor]] = {}
 
 
-def _room(place: int, x: Tensor) -> Tensor | None:
-    """Where the tensor of this place in a pass stands on the host. Passes come one after another and share it.
-
-    It is kept for as long as the process runs: graphs were recorded with its address.
-    """
+def _buffer(index: int, x: Tensor) -> Tensor | None:
+    """CPU memory for tensor number `index` of a pass. Passes run one after another and share it."""
     if x.is_meta:
         return None
-    rooms = _PINNED.setdefault((place, x.is_cuda), [])
-    room = next((room for room in rooms if room.nbytes >= x.nbytes), None)
-    if room is None:
-        room = _taken(torch.Size((x.nbytes,)), torch.uint8, pinned=x.is_cuda)
-        rooms.append(room)
-    return room[: x.nbytes].view(x.dtype).view(x.shape)
+    buffers = _PINNED.setdefault((index, x.is_cuda), [])
+    buffer = next((buffer for buffer in buffers if buffer.nbytes >= x.nbytes), None)
+    if buffer is None:
+        buffer = _allocate(torch.Size((x.nbytes,)), torch.uint8, pinned=x.is_cuda)
+        buffers.append(buffer)
+    return buffer[: x.nbytes].view(x.dtype).view(x.shape)
 
 
-def _taken(shape: torch.Size, kind: torch.dtype, *, pinned: bool) -> Tensor:
-    """Memory of the host. UsageError if it has none to pin, which is not the card's lack."""
+def _allocate(shape: torch.Size, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """CPU memory. UsageError if it cannot be pinned; PyTorch reports that as if the GPU were out of memory."""
     try:
-        return torch.empty(shape, dtype=kind, pin_memory=pinned)
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     except RuntimeError as error:
-        size = f"{shape.numel() * kind.itemsize / 2**20:,.0f} MiB"
-        raise UsageError(f"The host has no {size} of memory to pin.", hint="Take --offload off.") from error
+        size = f"{shape.numel() * dtype.itemsize / 2**20:,.0f} MiB"
+        raise UsageError(f"No {size} of CPU memory can be pinned.", hint="Use --offload off.") from error
 
 
 def pinned_bytes(size: int) -> int:
-    """What a tensor of so many bytes takes when it is pinned: PyTorch rounds up to a power of two."""
+    """The memory of a pinned tensor of so many bytes: PyTorch rounds up to a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
-_NAMES = {torch.int8: "|i1", torch.uint8: "|u1", torch.int16: "<i2", torch.float32: "<f4"}  # as numpy has them
+_NAMES = {torch.int8: "|i1", torch.uint8: "|u1", torch.int16: "<i2", torch.float32: "<f4"}  # type strings of numpy
 
 
 class _Pinned:
-    """Pinned memory of the host as a card addresses it."""
+    """Pinned CPU memory with the interface by which PyTorch makes a CUDA tensor of it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._kept = tensor  # with this object, which PyTorch keeps as long as the tensor that it makes of it
+        self._tensor = tensor  # PyTorch holds this object as long as the CUDA tensor
         self.__cuda_array_interface__ = {
             "shape": tuple(tensor.shape), "typestr": _NAMES[tensor.dtype], "data": (tensor.data_ptr(), False),
             "version": 3, "strides": None,
@@ -154,19 +152,19 @@ class _Pinned:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The same numbers as a tensor of the card's that lies in the host's memory. What is read of it crosses the bus."""
+    """A copy of a CUDA tensor in pinned CPU memory, as a CUDA tensor. Every read of it goes over the bus."""
     if not tensor.is_cuda:
         return tensor
-    pinned = _taken(tensor.shape, tensor.dtype, pinned=True).copy_(tensor)
+    pinned = _allocate(tensor.shape, tensor.dtype, pinned=True).copy_(tensor)
     plain = pinned if tensor.dtype in _NAMES else pinned.view(torch.int16)
-    found: Tensor = torch.as_tensor(_Pinned(plain), device=tensor.device)
-    return found.view(tensor.dtype)
+    mapped: Tensor = torch.as_tensor(_Pinned(plain), device=tensor.device)
+    return mapped.view(tensor.dtype)
 
 
 def on_card(tensor: Tensor) -> Tensor:
-    """What `on_host` made, in the card's own memory again."""
+    """A tensor of `on_host`, copied back to device memory."""
     copied = tensor.clone()
     if tensor.is_cuda:
-        # PyTorch does not know that the card reads the host's memory, and hands it out again at once.
+        # PyTorch would reuse the CPU memory at once: it does not track that the GPU still reads it.
         torch.cuda.synchronize(tensor.device)
     return copied

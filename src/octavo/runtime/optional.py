@@ -1,4 +1,4 @@
-"""bitsandbytes, imported quietly: it announces at import which optional packages it did not find."""
+"""bitsandbytes, imported without its log messages about optional packages that it does not find."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from octavo.errors import UsageError
 
 
 def bitsandbytes() -> Any:
-    """The module. Imported when first needed, since that takes seconds; UsageError if it is not installed."""
+    """The module, imported at the first call, which takes seconds. UsageError if it is not installed."""
     if find_spec("bitsandbytes") is None:
         raise UsageError(
-            "Weights are put under dynamic8 by bitsandbytes, which is not installed.",
+            "--scheme dynamic8 quantizes with bitsandbytes, which is not installed.",
             hint="pip install 'octavo[dynamic8]', or choose --scheme int8.",
         )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

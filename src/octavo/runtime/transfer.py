@@ -1,4 +1,4 @@
-"""Tensors from the host to where a model is."""
+"""Copies of CPU tensors to the device of a model."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; from pinned memory, since only such a copy does not make the host wait for a card."""
+    """The tensor on the device, copied from pinned memory: only such a copy does not wait for the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

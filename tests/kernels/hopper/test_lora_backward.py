@@ -21,15 +21,15 @@ from octavo.ops.lora_backward import LoraOperands
 
 x, dy, t = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in ({parts} * 512, 512, {parts} * {rank}))
 columns, stages = hopper_tile(x, dy, LoraOperands(t, None, t[:, :{rank}]))
-names = [p.name for p in lora_backward._learn.params]
+names = [p.name for p in lora_backward._lora_backward.params]
 constants = {{"PARTS": {parts}, "TO_T": True, "STAGES": stages}}
 wide = dict.fromkeys(["x", "x_up", "dy"], (ROWS, columns, lora_backward.WIDE))
-thin = dict.fromkeys(["t", "t_up", "after"], (ROWS, {rank}, lora_backward.thin({rank})))
-thin |= dict.fromkeys(["b", "b_up"], (columns, {rank}, lora_backward.thin({rank})))
+thin = dict.fromkeys(["t", "t_up", "after"], (ROWS, {rank}, lora_backward.rank_layout({rank})))
+thin |= dict.fromkeys(["b", "b_up"], (columns, {rank}, lora_backward.rank_layout({rank})))
 signature = dict.fromkeys(names, "i32")
 signature |= {{name: f"tensordesc<bf16[{{h}}, {{w}}],{{l!r}}>" for name, (h, w, l) in (wide | thin).items()}}
 signature |= dict.fromkeys(["sum_t", "sum_b", "sum_a"], "*fp32") | dict.fromkeys(constants, "constexpr")
-source = GluonASTSource(lora_backward._learn, signature, {{(names.index(n),): v for n, v in constants.items()}})
+source = GluonASTSource(lora_backward._lora_backward, signature, {{(names.index(n),): v for n, v in constants.items()}})
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}})
 print(made.metadata.shared)
 print(len(set(re.findall(r"wgmma\\.mma_async\\S*(m64n\\d+k16\\.f32\\.bf16)", made.asm["ptx"]))))

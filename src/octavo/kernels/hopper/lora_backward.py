@@ -35,20 +35,23 @@ def lora_backward_into(x: Tensor, dy: Tensor, operands: LoraOperands, sums: Part
     """Writes partial sums and, over x, dx: of SwiGLU if x (M, 2F) is twice as wide as dy (M, F), else of GELU."""
     columns, stages = tile
     (m, f), parts = dy.shape, x.shape[1] // dy.shape[1]
-    rank, behind, splits = operands.t.shape[1] // parts, operands.after.shape[1], len(sums.b)
+    rank, rank_after, splits = operands.t.shape[1] // parts, operands.after.shape[1], len(sums.b)
     each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS
-    r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, behind))
-    xs = [_tiles(own, columns, WIDE) for own in x.chunk(parts, dim=1)]
-    ts = [_tiles(readable(own), r, thin(r)) for own in operands.t.chunk(parts, dim=1)]
-    bs = ts if operands.b is None else [_tiles(readable(own), r, thin(r), columns) for own in operands.b.chunk(parts)]
-    _learn[(triton.cdiv(f, columns), splits)](
+    r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, rank_after))
+    xs = [_tiles(part, columns, WIDE) for part in x.chunk(parts, dim=1)]
+    ts = [_tiles(readable(part), r, rank_layout(r)) for part in operands.t.chunk(parts, dim=1)]
+    bs = ts
+    if operands.b is not None:
+        bs = [_tiles(readable(part), r, rank_layout(r), columns) for part in operands.b.chunk(parts)]
+    after = _tiles(readable(operands.after), q, rank_layout(q))
+    _lora_backward[(triton.cdiv(f, columns), splits)](
         xs[0], xs[-1], _tiles(dy, columns, WIDE), ts[0], ts[-1], bs[0], bs[-1],
-        _tiles(readable(operands.after), q, thin(q)), sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
-        rank, behind, parts, sums.t is not None, stages, num_warps=8,
+        after, sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
+        rank, rank_after, parts, sums.t is not None, stages, num_warps=8,
     )  # fmt: skip
 
 
-def thin(rank: int) -> gl.NVMMASharedLayout:
+def rank_layout(rank: int) -> gl.NVMMASharedLayout:
     """The shared-memory layout of tiles with `rank` columns."""
     return gl.NVMMASharedLayout(min(128, 2 * rank), 16, 2)
 
@@ -58,8 +61,8 @@ def _tiles(x: Tensor, wide: int, layout: gl.NVMMASharedLayout, high: int = ROWS)
 
 
 @gluon.jit
-def _learn(
-    x, x_up, dy, t, t_up, b, b_up, after, sum_t, sum_b, sum_a, m, f, each, rank, behind,
+def _lora_backward(
+    x, x_up, dy, t, t_up, b, b_up, after, sum_t, sum_b, sum_a, m, f, each, rank, rank_after,
     PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = x.block_type.shape[0]
@@ -80,13 +83,13 @@ def _learn(
     rows = gl.program_id(1) * each, gl.minimum((gl.program_id(1) + 1) * each, m)
     ring = (xs, dys, ts, afters, bs, full, empty)
     gl.warp_specialize([
-        (_add_up, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, behind, PARTS, TO_T, STAGES)),
-        (_bring, (ring, rows, x, x_up, dy, t, t_up, b, b_up, after, PARTS, TO_T, STAGES)),
+        (_compute, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after, PARTS, TO_T, STAGES)),
+        (_load, (ring, rows, x, x_up, dy, t, t_up, b, b_up, after, PARTS, TO_T, STAGES)),
     ], [1], [24])  # fmt: skip
 
 
 @gluon.jit
-def _bring(
+def _load(
     ring, rows, x, x_up, dy, t, t_up, b, b_up, after,
     PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -113,12 +116,12 @@ def _bring(
             tma.async_copy_global_to_shared(t_up, [row, 0], full.index(stage), ts.index(stage * PARTS + 1))
         tma.async_copy_global_to_shared(dy, [row, column], full.index(stage), dys.index(stage))
         tma.async_copy_global_to_shared(after, [row, 0], full.index(stage), afters.index(stage))
-        step += 1  # noqa: SIM113  (Gluon knows no enumerate)
+        step += 1  # noqa: SIM113  (Gluon has no enumerate)
 
 
 @gluon.jit
-def _add_up(
-    ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, behind,
+def _compute(
+    ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after,
     PARTS: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The computing warps: dx and y over the tiles, and the sums of the LoRA gradients."""
@@ -140,19 +143,19 @@ def _add_up(
     for row in range(rows[0], rows[1], BM):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        own, y = xs.index(stage * PARTS), dys.index(stage)
+        x_tile, y = xs.index(stage * PARTS), dys.index(stage)
         up = xs.index(stage * PARTS + PARTS - 1)
-        _backward_(own, up, y, PARTS)
+        _backward_(x_tile, up, y, PARTS)
         fence_async_shared()
-        first = warpgroup_mma(own.permute((1, 0)), ts.index(stage * PARTS), first, is_async=True)
+        first = warpgroup_mma(x_tile.permute((1, 0)), ts.index(stage * PARTS), first, is_async=True)
         last = warpgroup_mma(y.permute((1, 0)), afters.index(stage), last, is_async=True)
-        tma.async_copy_shared_to_global(x, [row, column], own)
+        tma.async_copy_shared_to_global(x, [row, column], x_tile)
         if PARTS == 2:
             second = warpgroup_mma(up.permute((1, 0)), ts.index(stage * PARTS + 1), second, is_async=True)
             tma.async_copy_shared_to_global(x_up, [row, column], up)
         if TO_T:
             none = gl.zeros((BM, R), gl.float32, of_t)
-            _store(warpgroup_mma(own, bs.index(0), none), sum_t, row, m, PARTS * rank, 1, rank)
+            _store(warpgroup_mma(x_tile, bs.index(0), none), sum_t, row, m, PARTS * rank, 1, rank)
             if PARTS == 2:
                 _store(warpgroup_mma(up, bs.index(1), none), sum_t + rank, row, m, PARTS * rank, 1, rank)
         first, last = warpgroup_mma_wait(0, deps=(first, last))
@@ -165,34 +168,34 @@ def _add_up(
         else:
             tma.store_wait(0)
             mbarrier.arrive(empty.index(stage), count=1)
-        step += 1  # noqa: SIM113  (Gluon knows no enumerate)
+        step += 1  # noqa: SIM113  (Gluon has no enumerate)
     tma.store_wait(0)
     sum_b += gl.program_id(1).to(gl.int64) * (PARTS * f * rank)
     _store(first, sum_b, column, f, rank, 1, rank)
     if PARTS == 2:
         _store(second, sum_b + f * rank, column, f, rank, 1, rank)
-    _store(last, sum_a + gl.program_id(1).to(gl.int64) * (f * behind), column, f, 1, f, behind)
+    _store(last, sum_a + gl.program_id(1).to(gl.int64) * (f * rank_after), column, f, 1, f, rank_after)
 
 
 @gluon.jit
-def _backward_(own, up, y, PARTS: gl.constexpr):
+def _backward_(x_tile, up, y, PARTS: gl.constexpr):
     """Writes dx over the tiles of x, and y over the tile of dy; a quarter of the rows at a time is in registers."""
-    HIGH: gl.constexpr = own.shape[0] // 4
-    kind: gl.constexpr = own.dtype
+    HIGH: gl.constexpr = x_tile.shape[0] // 4
+    kind: gl.constexpr = x_tile.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
     for quarter in gl.static_range(4):
-        own_part, y_part = own.slice(quarter * HIGH, HIGH), y.slice(quarter * HIGH, HIGH)
-        value, g = own_part.load(layout).to(gl.float32), y_part.load(layout).to(gl.float32)
+        x_part, y_part = x_tile.slice(quarter * HIGH, HIGH), y.slice(quarter * HIGH, HIGH)
+        value, g = x_part.load(layout).to(gl.float32), y_part.load(layout).to(gl.float32)
         if PARTS == 2:
             up_part = up.slice(quarter * HIGH, HIGH)
             other = up_part.load(layout).to(gl.float32)
             s = _sigmoid(value)
-            own_part.store((g * other * s * (1 + value * (1 - s))).to(kind))
+            x_part.store((g * other * s * (1 + value * (1 - s))).to(kind))
             up_part.store((g * value * s).to(kind))
             y_part.store((value * s * other).to(kind))
         else:
             s = _sigmoid(_gate(value))
-            own_part.store((g * _gelu_slope(value, s)).to(kind))
+            x_part.store((g * _gelu_slope(value, s)).to(kind))
             y_part.store((value * s).to(kind))
 
 

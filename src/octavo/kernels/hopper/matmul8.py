@@ -82,7 +82,7 @@ def matmul_8bit_into(
             (b, columns, INPUTS // 2, SHORTS), (out, ROWS // 2, columns // cuts, SHORTS),
         )
     ]  # fmt: skip
-    _product[(programs,)](
+    _matmul[(programs,)](
         *read, scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
         residual.stride(0) if residual is not None else 0, m, n, k, programs, codes.dtype == torch.int8,
@@ -102,33 +102,33 @@ def _tiles(m: int, n: int, columns: int) -> int:
 
 
 @gluon.jit
-def _product(
-    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, residual, onto_stride, m, n, k, programs,
-    INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, LOW_RANK: gl.constexpr, RESIDUAL: gl.constexpr,
-    LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, CUTS: gl.constexpr,
+def _matmul(
+    inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, residual, residual_stride, m, n, k,
+    programs, INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, LOW_RANK: gl.constexpr,
+    RESIDUAL: gl.constexpr, LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    GROUP_M: gl.constexpr, STAGES: gl.constexpr, CUTS: gl.constexpr,
 ):  # fmt: skip
-    own = gl.allocate_shared_memory(inputs.dtype, [STAGES, BM, BK], inputs.layout)
-    other = gl.allocate_shared_memory(weights.dtype, [STAGES, BN, BK], weights.layout)
+    x_stages = gl.allocate_shared_memory(inputs.dtype, [STAGES, BM, BK], inputs.layout)
+    w_stages = gl.allocate_shared_memory(weights.dtype, [STAGES, BN, BK], weights.layout)
     results = gl.allocate_shared_memory(out.dtype, [2, BM // 2, BN // CUTS], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # both warp groups release a stage
-    ring, sizes = (own, other, full, empty), (m, n, k, programs)
-    joined = (scale, absmax, bias, bias_start, bias_stop, residual, onto_stride)
+    ring, sizes = (x_stages, w_stages, full, empty), (m, n, k, programs)
+    epilogue = (scale, absmax, bias, bias_start, bias_stop, residual, residual_stride)
     gl.warp_specialize(
         [
             (
                 _multiply,
-                (0, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
+                (0, ring, results, t, out, epilogue, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
             ),
             (
                 _multiply,
-                (1, ring, results, t, out, joined, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
+                (1, ring, results, t, out, epilogue, sizes, INT8, SCALED, BIAS, LOW_RANK, RESIDUAL, LEVELS, GROUP_M),
             ),
-            (_bring, (ring, inputs, weights, t, b, sizes, LOW_RANK, GROUP_M)),
+            (_load, (ring, inputs, weights, t, b, sizes, LOW_RANK, GROUP_M)),
         ],
         [4, 1],
         [240, 24],
@@ -145,15 +145,15 @@ def _place(tile, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr
 
 
 @gluon.jit
-def _bring(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: gl.constexpr):
+def _load(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: gl.constexpr):
     """The loading warp: loads the next inputs and weights whenever a stage is empty."""
-    own, other, full, empty = ring
+    x_stages, w_stages, full, empty = ring
     m, n, k, programs = sizes
-    STAGES: gl.constexpr = own.shape[0]
-    BM: gl.constexpr = own.shape[1]
-    BN: gl.constexpr = other.shape[1]
-    BK: gl.constexpr = own.shape[2]
-    THIN: gl.constexpr = BK // 2
+    STAGES: gl.constexpr = x_stages.shape[0]
+    BM: gl.constexpr = x_stages.shape[1]
+    BN: gl.constexpr = w_stages.shape[1]
+    BK: gl.constexpr = x_stages.shape[2]
+    HALF_INPUTS: gl.constexpr = BK // 2
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
         top, left = _place(tile, m, n, BM, BN, GROUP_M)
@@ -161,41 +161,40 @@ def _bring(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: 
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), (BM + BN) * BK)
-            tma.async_copy_global_to_shared(inputs, [top, start], full.index(stage), own.index(stage))
-            tma.async_copy_global_to_shared(weights, [left, start], full.index(stage), other.index(stage))
+            tma.async_copy_global_to_shared(inputs, [top, start], full.index(stage), x_stages.index(stage))
+            tma.async_copy_global_to_shared(weights, [left, start], full.index(stage), w_stages.index(stage))
             step += 1
-        for start in gl.static_range(0, LOW_RANK, THIN):
+        for start in gl.static_range(0, LOW_RANK, HALF_INPUTS):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(stage), (BM + BN) * BK)
-            slim_own = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout)
-            slim_other = other.index(stage)._reinterpret(b.dtype, [BN, THIN], b.layout)
-            tma.async_copy_global_to_shared(t, [top, start], full.index(stage), slim_own)
-            tma.async_copy_global_to_shared(b, [left, start], full.index(stage), slim_other)
+            t_tile = x_stages.index(stage)._reinterpret(t.dtype, [BM, HALF_INPUTS], t.layout)
+            b_tile = w_stages.index(stage)._reinterpret(b.dtype, [BN, HALF_INPUTS], b.layout)
+            tma.async_copy_global_to_shared(t, [top, start], full.index(stage), t_tile)
+            tma.async_copy_global_to_shared(b, [left, start], full.index(stage), b_tile)
             step += 1
 
 
 @gluon.jit
 def _multiply(
-    PART: gl.constexpr, ring, results, t, out, joined, sizes, INT8: gl.constexpr, SCALED: gl.constexpr,
+    PART: gl.constexpr, ring, results, t, out, epilogue, sizes, INT8: gl.constexpr, SCALED: gl.constexpr,
     BIAS: gl.constexpr, LOW_RANK: gl.constexpr, RESIDUAL: gl.constexpr, LEVELS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """A computing warp group: half of the rows of each tile."""
-    own, other, full, empty = ring
-    scale, absmax, bias, bias_start, bias_stop, residual, onto_stride = joined
+    x_stages, w_stages, full, empty = ring
+    scale, absmax, bias, bias_start, bias_stop, residual, residual_stride = epilogue
     m, n, k, programs = sizes
-    STAGES: gl.constexpr = own.shape[0]
-    BM: gl.constexpr = own.shape[1]
-    BN: gl.constexpr = other.shape[1]
-    BK: gl.constexpr = own.shape[2]
+    STAGES: gl.constexpr = x_stages.shape[0]
+    BM: gl.constexpr = x_stages.shape[1]
+    BN: gl.constexpr = w_stages.shape[1]
+    BK: gl.constexpr = x_stages.shape[2]
     HALF: gl.constexpr = BM // 2
-    THIN: gl.constexpr = BK // 2
-    WIDE: gl.constexpr = (
-        128 if INT8 and BN > 128 else BN
-    )  # columns of an instruction: Triton has none with 256 for int8
+    HALF_INPUTS: gl.constexpr = BK // 2
+    # Columns of an instruction: Triton has none with 256 for int8.
+    WIDE: gl.constexpr = 128 if INT8 and BN > 128 else BN
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
-    mine = results.index(PART)
+    results_part = results.index(PART)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(m, BM) * gl.cdiv(n, BN), programs):
         top, left = _place(tile, m, n, BM, BN, GROUP_M)
@@ -203,8 +202,8 @@ def _multiply(
         for start in range(0, k, BK):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
-            rows = own.index(stage).slice(PART * HALF, HALF)
-            total = warpgroup_mma(rows, other.index(stage).permute((1, 0)), total, is_async=True)
+            rows = x_stages.index(stage).slice(PART * HALF, HALF)
+            total = warpgroup_mma(rows, w_stages.index(stage).permute((1, 0)), total, is_async=True)
             total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(total,)))
             if start > 0:
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
@@ -220,30 +219,30 @@ def _multiply(
         if BIAS:
             there = (column >= bias_start) & (column < bias_stop)
             y += gl.load(bias + column - bias_start, mask=there, other=0)[None, :]
-        for _ in gl.static_range(0, LOW_RANK, THIN):
+        for _ in gl.static_range(0, LOW_RANK, HALF_INPUTS):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
-            rows = own.index(stage)._reinterpret(t.dtype, [BM, THIN], t.layout).slice(PART * HALF, HALF)
-            columns = other.index(stage)._reinterpret(t.dtype, [BN, THIN], t.layout)
+            rows = x_stages.index(stage)._reinterpret(t.dtype, [BM, HALF_INPUTS], t.layout).slice(PART * HALF, HALF)
+            columns = w_stages.index(stage)._reinterpret(t.dtype, [BN, HALF_INPUTS], t.layout)
             y = warpgroup_mma(rows, columns.permute((1, 0)), y)
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
         if RESIDUAL:
             inside = (row[:, None] < m) & (column[None, :] < n)
-            at = residual + row[:, None].to(gl.int64) * onto_stride + column[None, :]
+            at = residual + row[:, None].to(gl.int64) * residual_stride + column[None, :]
             y += gl.load(at, mask=inside, other=0).to(gl.float32)
         short = y.to(out.dtype)
-        if mine.shape[1] == BN:
-            _send(short, mine, out, top + PART * HALF, left)
+        if results_part.shape[1] == BN:
+            _store(short, results_part, out, top + PART * HALF, left)
         else:
             lower, upper = gl.split(short.reshape((HALF, 2, BN // 2)).permute((0, 2, 1)))
-            _send(gl.convert_layout(lower, slim), mine, out, top + PART * HALF, left)
-            _send(gl.convert_layout(upper, slim), mine, out, top + PART * HALF, left + BN // 2)
+            _store(gl.convert_layout(lower, slim), results_part, out, top + PART * HALF, left)
+            _store(gl.convert_layout(upper, slim), results_part, out, top + PART * HALF, left + BN // 2)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _send(results, through, out, row, column):
+def _store(results, through, out, row, column):
     """Stores results with TMA, after the previous store from the same buffer has completed."""
     tma.store_wait(0)
     through.store(results)
