@@ -1,4 +1,4 @@
-"""Cases of every Triton kernel: odd shapes, strided columns, in-place results. What they cover is in domains.py."""
+"""Cases of every Triton kernel: odd shapes, strided columns, in-slot results. What they cover is in domains.py."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ for module in iter_modules(ops.__path__):
     import_module(f"octavo.ops.{module.name}")  # so that the table of kernels is whole, whatever a test imports
 
 Case = Callable[[torch.dtype], tuple[tuple[object, ...], dict[str, object], Tensor]]
-CARD = torch.cuda.is_available()
-# The interpreter takes a program after the other, in milliseconds each: rows, outputs and heads just reach over a tile.
-ROWS, OUTPUTS, HEADS, TALL, BROAD = (130, 140, 9, 300, 1040) if CARD else (66, 70, 2, 140, 272)
-TOLERANCES = {torch.float32: 5e-6, torch.float16: 1.5e-3}  # float16 rounds to 2^-11 = 4.9e-4 of a number
-if CARD:  # whose exp is off by some units in the last place
+ON_GPU = torch.cuda.is_available()
+# The interpreter runs one program after another, in milliseconds each: sizes are just larger than a tile.
+ROWS, OUTPUTS, HEADS, TALL, BROAD = (130, 140, 9, 300, 1040) if ON_GPU else (66, 70, 2, 140, 272)
+TOLERANCES = {torch.float32: 5e-6, torch.float16: 1.5e-3}  # float16 rounds to a relative 2^-11 = 4.9e-4
+if ON_GPU:  # its exp has an error of some units in the last slot
     TOLERANCES = {torch.float32: 2e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
 def columns(m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """(m, n) random numbers that are columns of a wider matrix."""
+    """(m, n) random values that are columns of a wider matrix."""
     return torch.randn(m, n + 5).to(dtype)[:, 2 : n + 2]
 
 
@@ -50,11 +50,11 @@ def norm_over_residual(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str
     return (x, torch.randn(100), 1e-5, dy, residual, residual), {"centred": True}, residual
 
 
-def activation(inputs: int, outputs: int, *, backward: bool = False, far: bool = False) -> Case:
+def activation(inputs: int, outputs: int, *, backward: bool = False, large: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        both = columns(3, inputs + outputs + 3, dtype)  # with what is neither's between them
+        both = columns(3, inputs + outputs + 3, dtype)  # with columns of neither between them
         x, other = both[:, :inputs].mul_(3), both[:, inputs + 3 :]
-        if far:
+        if large:
             x[:, :outputs:3] *= 300
         return (x, other), {}, both if backward else other
 
@@ -62,7 +62,7 @@ def activation(inputs: int, outputs: int, *, backward: bool = False, far: bool =
 
 
 def pitches(inputs: int, outputs: int, *, over: str) -> Case:
-    """An activation's backward on rows of which one kind starts at multiples of 16 numbers and the other does not."""
+    """An activation's backward; rows of one matrix start at multiples of 16 elements, those of the other do not."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, dy = aligned(64, inputs, dtype), aligned(64, outputs + 8, dtype)[:, :outputs]
@@ -71,32 +71,32 @@ def pitches(inputs: int, outputs: int, *, over: str) -> Case:
     return make
 
 
-def lora_backward(parts: int, f: int, *, rank: int, behind: int, to_t: bool = True) -> Case:
+def lora_backward(parts: int, f: int, *, rank: int, rank_after: int, to_t: bool = True) -> Case:
     """An activation's backward with LoRA gradients, by separate kernels."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         m = 70
         x, dy = aligned(m, parts * f, dtype), aligned(m, f, dtype)
         b = torch.randn(parts * f, rank).to(dtype) * f**-0.5 if to_t else None
-        t, after = (aligned(m, n, dtype).mul_(m**-0.5) for n in (parts * rank, behind))
+        t, after = (aligned(m, n, dtype).mul_(m**-0.5) for n in (parts * rank, rank_after))
         return (x, dy, LoraOperands(t, b, after)), {}, x
 
     return make
 
 
-def rotation(form: str, turned: int, *, heads: int = 3, rows: int = 1, over: bool = False, back: bool = False) -> Case:
+def rotation(form: str, rotary: int, *, heads: int = 3, rows: int = 1, over: bool = False, back: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, out = columns(10, heads * 24, dtype), columns(10, heads * 24, dtype)
         out = x if over else out
         positions = torch.tensor([[9, 10, 11, 12, 13], [0, 1, 0, 1, 2]])[:rows]
-        table = rotary_table(positions, torch.rand(turned // 2))
+        table = rotary_table(positions, torch.rand(rotary // 2))
         return (x, *table, 24, form, out), {"back": True} if back else {}, out
 
     return make
 
 
-def spread(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
-    """Pairs by (start, stop, rank, scaling)."""
+def packed_b(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
+    """Adapters by (start, stop, rank, scaling)."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         out = columns(n, c, dtype)
@@ -109,7 +109,7 @@ def spread(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
     return make
 
 
-def codes(scheme: str, n: int = 9, k: int = 1111) -> Case:
+def dequantized(scheme: str, n: int = 9, k: int = 1111) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         parts = SCHEMES[scheme].quantise(torch.randn(n, k))
         out = columns(n, k, dtype)
@@ -119,7 +119,7 @@ def codes(scheme: str, n: int = 9, k: int = 1111) -> Case:
     return make
 
 
-def plain_codes(n: int, k: int, step: float) -> Case:
+def int8_values(n: int, k: int, step: float) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         out = columns(n, k, dtype)
         return (torch.randint(-127, 128, (n, k), dtype=torch.int8), step, out), {}, out
@@ -137,14 +137,14 @@ def losses(vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool =
     return make
 
 
-def inferred(
+def matmul(
     m: int, k: int, n: int, *, bias: bool = False, rank: int = 0, residual: bool = False, phase: Phase = Phase.DECODE,
     weight: str = "int8", wide: bool = False,
 ) -> Case:  # fmt: skip
-    """A matmul of m rows; with `rank` two names, and the base and two adapters. `wide`: its result is float32."""
+    """A matmul of m rows; with `rank` two names, and the base model and two adapters. `wide`: its result is float32."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        # The reference rounds whatever is added; of many numbers some cancel to less than that, so they are small.
+        # The reference rounds each term. Sums that cancel have a larger relative error, so values are small.
         x, size = columns(m, k, dtype), 0.3 if m * n > 4000 else 1.0
         matrix = torch.randn(n, k) * k**-0.5 * size
         parts = SCHEMES["int8"].quantise(matrix)
@@ -165,23 +165,25 @@ def inferred(
 
 
 def aligned(m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """As `columns`, where a copy engine can read and write."""
+    """As `columns`, with rows that start at multiples of 16 bytes, for TMA."""
     return torch.randn(m, n + 32).to(dtype)[:, 16 : n + 16]
 
 
-def rounded(m: int, k: int, kind: torch.dtype, *, fold: bool = False, apart: bool = False, spans: bool = False) -> Case:
+def quantized(
+    m: int, k: int, kind: torch.dtype, *, prescale: bool = False, outliers: bool = False, groups: bool = False
+) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         codes, scale = (
             aligned(m, k, torch.float32).to(kind),
-            torch.full((m, -(-k // matmul8.GROUP_SIZE)) if spans else (m,), 7.0),
+            torch.full((m, -(-k // matmul8.GROUP_SIZE)) if groups else (m,), 7.0),
         )
-        factors = torch.full((k,), 127.0).index_fill_(0, torch.arange(0, k, 7), 0) if apart else torch.rand(k) + 0.5
-        return (columns(m, k, dtype), codes, scale, factors if fold or apart else None), {}, codes
+        factors = torch.full((k,), 127.0).index_fill_(0, torch.arange(0, k, 7), 0) if outliers else torch.rand(k) + 0.5
+        return (columns(m, k, dtype), codes, scale, factors if prescale or outliers else None), {}, codes
 
     return make
 
 
-def turned(n: int, k: int, kind: torch.dtype = matmul8.FP8) -> Case:
+def transposed(n: int, k: int, kind: torch.dtype = matmul8.FP8) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         out = aligned(k, n, torch.float32).to(kind)
         return (torch.randint(-127, 128, (n, k), dtype=torch.int8), out), {}, out
@@ -189,7 +191,7 @@ def turned(n: int, k: int, kind: torch.dtype = matmul8.FP8) -> Case:
     return make
 
 
-def product(
+def matmul_8bit(
     m: int,
     k: int,
     n: int,
@@ -198,27 +200,27 @@ def product(
     scaled: bool = False,
     bias: bool = False,
     rank: int = 0,
-    onto: str = "",
-    spans: bool = False,
+    residual: str = "",
+    groups: bool = False,
 ) -> Case:  # fmt: skip
-    """A product of 8-bit codes, added `onto` its own result or another matrix."""
+    """An 8-bit matmul; `residual` is "out", which is overwritten, or another matrix."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        x, w = (matmul8.quantize_rows(torch.randn(rows, k) * k**-0.25, kind, groups=spans) for rows in (m, n))
+        x, w = (matmul8.quantize_rows(torch.randn(rows, k) * k**-0.25, kind, groups=groups) for rows in (m, n))
         out = aligned(m, n, dtype)
         named: dict[str, object] = {"absmax": w.scale * 127} if scaled else {}
         if bias:
             named |= {"bias": torch.randn(n // 2), "bias_start": n // 4}
         if rank:
             named["low_rank"] = matmul8.LowRankTerm(aligned(m, rank, dtype), aligned(n, rank, dtype).mul_(rank**-0.5))
-        if onto:
-            named["residual"] = out if onto == "own" else aligned(m, n, dtype)
+        if residual:
+            named["residual"] = out if residual == "out" else aligned(m, n, dtype)
         return (x.codes, x.scale if scaled else x.scale * 0.01, w.codes, out), named, out
 
     return make
 
 
-def four_bits(n: int, k: int) -> Case:
+def nf4_to_int8(n: int, k: int) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         parts, out = SCHEMES["nf4"].quantise(torch.randn(n, k)), columns(n, k, torch.float32).to(torch.int8)
         return (parts["weight"], parts["absmax"], parts["absmax"].view(n, -1).amax(dim=1), out), {}, out
@@ -226,7 +228,7 @@ def four_bits(n: int, k: int) -> Case:
     return make
 
 
-def shrunk(m: int, k: int, j: int) -> Case:
+def shrink(m: int, k: int, j: int) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, a = columns(m, k, dtype), (torch.randn(3, j, k) * k**-0.5).to(dtype)
         a[0] = 0
@@ -235,12 +237,12 @@ def shrunk(m: int, k: int, j: int) -> Case:
     return make
 
 
-def slots(lengths: list[int], room: int, *, heads: int, groups: int, size: int) -> Case:
-    """Slots of one layer of a cache of two; what is behind their lengths is far from anything."""
+def decode(lengths: list[int], max_len: int, *, heads: int, groups: int, size: int) -> Case:
+    """Slots of one layer of a cache of two; what is rank_after their lengths is far from anything."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         m = len(lengths)
-        cache = torch.randn(2, 2, m + 1, room, groups, size).to(dtype)
+        cache = torch.randn(2, 2, m + 1, max_len, groups, size).to(dtype)
         for slot, length in enumerate(lengths):
             cache[:, :, slot, max(length, 0) :] = 1000
         q, k, v = columns(m, (heads + 2 * groups) * size, dtype).split([heads * size, groups * size, groups * size], 1)
@@ -251,27 +253,27 @@ def slots(lengths: list[int], room: int, *, heads: int, groups: int, size: int) 
     return make
 
 
-def prefilled(
+def prefill(
     length: int, starts: list[int], slots: list[int] | None = None, *, heads: int, groups: int, size: int
 ) -> Case:
-    """New positions of some slots of one layer of a cache of two; what is behind them is far from anything."""
+    """New positions of some slots of one layer of a cache of two; what is rank_after them is far from anything."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        places, room = slots or list(range(len(starts))), max(starts) + length + 9
-        cache = torch.randn(2, 2, max(places) + 1, room, groups, size).to(dtype)
-        for place, start in zip(places, starts, strict=True):
-            cache[:, :, place, start + length :] = 1000
+        slot_ids, max_len = slots or list(range(len(starts))), max(starts) + length + 9
+        cache = torch.randn(2, 2, max(slot_ids) + 1, max_len, groups, size).to(dtype)
+        for slot, start in zip(slot_ids, starts, strict=True):
+            cache[:, :, slot, start + length :] = 1000
         u = columns(len(starts) * length, (heads + 2 * groups) * size, dtype)[:, : heads * size]
         q = u.unflatten(0, (len(starts), length)).unflatten(-1, (heads, size))
-        # Columns of a wider tensor, as they come out of a CUDA graph's one input.
-        wide = torch.tensor([starts, places]).T.contiguous()
+        # Columns of a wider tensor, as in the one input of a CUDA graph.
+        wide = torch.tensor([starts, slot_ids]).T.contiguous()
         return (q, *cache[:, 1], wide[:, 0], None if slots is None else wide[:, 1]), {}, u
 
     return make
 
 
 def step_of_adam(n: int) -> Case:
-    """From moments that are there already; its numbers lie within a wider row."""
+    """A step from moments that are not zero; the parameters are columns of a wider row."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         values, gradient = columns(1, n, torch.float32)[0], torch.randn(n)
@@ -287,66 +289,66 @@ def step_of_adam(n: int) -> Case:
 CASES: dict[str, list[Case]] = {
     "adam.adam8_": [step_of_adam(5000), step_of_adam(255)],
     "inference.matmul": [
-        inferred(1, 1300, 70), inferred(1, 70, 33, bias=True, rank=3, residual=True), inferred(2, 1300, 70, bias=True),
-        inferred(5, 2100, 70, residual=True), inferred(17, 1300, 70, rank=5), inferred(5, 700, 70, rank=5),
-        inferred(33, 520, 70, bias=True, rank=3, residual=True), inferred(70, 200, 70, residual=True),
-        inferred(ROWS, 200, OUTPUTS, rank=5, residual=True),
-        inferred(3, 300, 70, weight="float", bias=True, residual=True),
-        inferred(3, 2100, 70, wide=True), inferred(5, 300, 70, phase=Phase.PREFILL, rank=5, residual=True),
-        inferred(ROWS, 1300, OUTPUTS, phase=Phase.PREFILL, weight="float"),
-        inferred(ROWS, 200, OUTPUTS, phase=Phase.PREFILL, rank=3, bias=True, residual=True),
-        inferred(40 if CARD else ROWS, 1300, OUTPUTS, phase=Phase.DECODE_ANY_ORDER, rank=5, residual=True),
-        inferred(70, 200, OUTPUTS, phase=Phase.DECODE_ANY_ORDER),
+        matmul(1, 1300, 70), matmul(1, 70, 33, bias=True, rank=3, residual=True), matmul(2, 1300, 70, bias=True),
+        matmul(5, 2100, 70, residual=True), matmul(17, 1300, 70, rank=5), matmul(5, 700, 70, rank=5),
+        matmul(33, 520, 70, bias=True, rank=3, residual=True), matmul(70, 200, 70, residual=True),
+        matmul(ROWS, 200, OUTPUTS, rank=5, residual=True),
+        matmul(3, 300, 70, weight="float", bias=True, residual=True),
+        matmul(3, 2100, 70, wide=True), matmul(5, 300, 70, phase=Phase.PREFILL, rank=5, residual=True),
+        matmul(ROWS, 1300, OUTPUTS, phase=Phase.PREFILL, weight="float"),
+        matmul(ROWS, 200, OUTPUTS, phase=Phase.PREFILL, rank=3, bias=True, residual=True),
+        matmul(40 if ON_GPU else ROWS, 1300, OUTPUTS, phase=Phase.DECODE_ANY_ORDER, rank=5, residual=True),
+        matmul(70, 200, OUTPUTS, phase=Phase.DECODE_ANY_ORDER),
     ],
-    "inference.shrink": [shrunk(1, 1300, 6), shrunk(7, 70, 9)],
+    "inference.shrink": [shrink(1, 1300, 6), shrink(7, 70, 9)],
     "cached_attention.prefill_attention": [
-        prefilled(5, [0, 9], heads=4, groups=2, size=24),
-        prefilled(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16),
-        prefilled(1, [130], heads=2, groups=2, size=8), prefilled(64, [0], [1], heads=2, groups=1, size=136),
+        prefill(5, [0, 9], heads=4, groups=2, size=24),
+        prefill(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16),
+        prefill(1, [130], heads=2, groups=2, size=8), prefill(64, [0], [1], heads=2, groups=1, size=136),
     ],
     "cached_attention.decode_attention": [
-        slots([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
-        slots([3], 40, heads=2, groups=2, size=16), slots([260, 7], 288, heads=6, groups=1, size=16),
-        slots([70, -1, 63, 64], 90, heads=2 * HEADS, groups=2, size=8), slots([600], 640, heads=2, groups=1, size=8),
-        slots([130, 127, 128], 150, heads=15 if CARD else 3, groups=3 if CARD else 1, size=8),
+        decode([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
+        decode([3], 40, heads=2, groups=2, size=16), decode([260, 7], 288, heads=6, groups=1, size=16),
+        decode([70, -1, 63, 64], 90, heads=2 * HEADS, groups=2, size=8), decode([600], 640, heads=2, groups=1, size=8),
+        decode([130, 127, 128], 150, heads=15 if ON_GPU else 3, groups=3 if ON_GPU else 1, size=8),
     ],
     "matmul8.quantize_rows_into": [
-        rounded(5, 100, torch.int8), rounded(3, 2100, torch.int8, fold=True),
-        rounded(3, 2100, torch.int8, apart=True), rounded(5, 100, matmul8.FP8),
-        rounded(3, 2100, matmul8.FP8, fold=True), rounded(3, 2100, torch.int8, fold=True, spans=True),
-        rounded(5, 100, torch.int8, spans=True), rounded(2, 384, torch.int8, spans=True),
-        rounded(2, 16400, torch.int8), rounded(3, 20000, torch.int8, apart=True),
-        rounded(3, 20000, matmul8.FP8, fold=True),
+        quantized(5, 100, torch.int8), quantized(3, 2100, torch.int8, prescale=True),
+        quantized(3, 2100, torch.int8, outliers=True), quantized(5, 100, matmul8.FP8),
+        quantized(3, 2100, matmul8.FP8, prescale=True), quantized(3, 2100, torch.int8, prescale=True, groups=True),
+        quantized(5, 100, torch.int8, groups=True), quantized(2, 384, torch.int8, groups=True),
+        quantized(2, 16400, torch.int8), quantized(3, 20000, torch.int8, outliers=True),
+        quantized(3, 20000, matmul8.FP8, prescale=True),
     ],
-    "matmul8.transpose_into": [turned(144, 272), turned(16, 48), turned(48, 144, torch.int8)],
+    "matmul8.transpose_into": [transposed(144, 272), transposed(16, 48), transposed(48, 144, torch.int8)],
     "matmul8.matmul_8bit_into": [
-        product(130, 272, 144, torch.int8, scaled=True, bias=True, rank=24, onto="other"),
-        product(7, 48, 16, torch.int8, scaled=True), product(9, 48, 32, torch.int8, scaled=True, rank=80),
-        product(2, 144, 288, torch.int8, scaled=True, onto="own"),
-        product(130, 272, 144, matmul8.FP8, rank=16),
-        product(TALL, 32, BROAD, matmul8.FP8, scaled=True, bias=True, rank=8),
-        product(130, 400, 144, torch.int8, rank=16, spans=True), product(7, 128, 32, torch.int8, spans=True),
-        product(9, 272, 48, torch.int8, bias=True, onto="own", spans=True),
-        product(TALL, 1040, 400 if CARD else 144, torch.int8, scaled=True, bias=True, rank=80, onto="own"),
+        matmul_8bit(130, 272, 144, torch.int8, scaled=True, bias=True, rank=24, residual="other"),
+        matmul_8bit(7, 48, 16, torch.int8, scaled=True), matmul_8bit(9, 48, 32, torch.int8, scaled=True, rank=80),
+        matmul_8bit(2, 144, 288, torch.int8, scaled=True, residual="out"),
+        matmul_8bit(130, 272, 144, matmul8.FP8, rank=16),
+        matmul_8bit(TALL, 32, BROAD, matmul8.FP8, scaled=True, bias=True, rank=8),
+        matmul_8bit(130, 400, 144, torch.int8, rank=16, groups=True), matmul_8bit(7, 128, 32, torch.int8, groups=True),
+        matmul_8bit(9, 272, 48, torch.int8, bias=True, residual="out", groups=True),
+        matmul_8bit(TALL, 1040, 400 if ON_GPU else 144, torch.int8, scaled=True, bias=True, rank=80, residual="out"),
     ],
-    "quantize.codes_into": [plain_codes(9, 1111, 1.0), plain_codes(2, 4500, 2.0**-7)],
-    "quantize.int8_into": [codes("int8"), codes("int8", 2, 4500)],
-    "quantize.dynamic8_into": [codes("dynamic8"), codes("dynamic8", 2, 4500)],
-    "quantize.nf4_codes_into": [four_bits(3, 128), four_bits(2, 4544)],
-    "quantize.nf4_into": [codes("nf4"), codes("nf4", 2, 4500), codes("nf4", 1, 1)],
+    "quantize.codes_into": [int8_values(9, 1111, 1.0), int8_values(2, 4500, 2.0**-7)],
+    "quantize.int8_into": [dequantized("int8"), dequantized("int8", 2, 4500)],
+    "quantize.dynamic8_into": [dequantized("dynamic8"), dequantized("dynamic8", 2, 4500)],
+    "quantize.nf4_codes_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
+    "quantize.nf4_into": [dequantized("nf4"), dequantized("nf4", 2, 4500), dequantized("nf4", 1, 1)],
     "pointwise.norm_into": [lambda t: norm(t, centred=True), lambda t: norm(t, centred=False)],
     "pointwise.norm_backward_into": [
         lambda t: norm_backward(t, centred=True), lambda t: norm_backward(t, centred=False), norm_over_residual,
     ],
     "pointwise.copy_into": [activation(2100, 2100)],
-    "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, far=True)],
+    "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, large=True)],
     "pointwise.gelu_backward_": [
-        activation(2100, 2100, backward=True), activation(70, 70, backward=True, far=True),
+        activation(2100, 2100, backward=True), activation(70, 70, backward=True, large=True),
         pitches(2048, 2048, over="x"), pitches(2048, 2048, over="dy"),
     ],
-    "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, far=True)],
+    "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
     "pointwise.swiglu_backward_": [
-        activation(4200, 2100, backward=True), activation(70, 35, backward=True, far=True),
+        activation(4200, 2100, backward=True), activation(70, 35, backward=True, large=True),
         pitches(4096, 2048, over="x"), pitches(4096, 2048, over="dy"),
     ],
     "attention.rotate_into": [
@@ -355,16 +357,17 @@ CASES: dict[str, list[Case]] = {
         rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),
     ],
     "lora_backward.gelu_lora_backward_": [
-        lora_backward(1, 200, rank=16, behind=8), lora_backward(1, 200, rank=5, behind=40, to_t=False),
-        lora_backward(1, 200, rank=40, behind=5),
+        lora_backward(1, 200, rank=16, rank_after=8), lora_backward(1, 200, rank=5, rank_after=40, to_t=False),
+        lora_backward(1, 200, rank=40, rank_after=5),
     ],
     "lora_backward.swiglu_lora_backward_": [
-        lora_backward(2, 200, rank=16, behind=8), lora_backward(2, 72, rank=5, behind=40),
-        lora_backward(2, 72, rank=5, behind=40, to_t=False),
+        lora_backward(2, 200, rank=16, rank_after=8), lora_backward(2, 72, rank=5, rank_after=40),
+        lora_backward(2, 72, rank=5, rank_after=40, to_t=False),
     ],
     "lora_factors.pack_b_into": [
-        spread(70, 48, [(0, 30, 8, 2.0), (30, 50, 16, 0.5), (60, 70, 5, 3.0)]), spread(300, 16, [(0, 300, 16, 1.7)]),
-        spread(20, 8, []), spread(5, 2100, [(1, 3, 2000, 1.0)]),
+        packed_b(70, 48, [(0, 30, 8, 2.0), (30, 50, 16, 0.5), (60, 70, 5, 3.0)]),
+        packed_b(300, 16, [(0, 300, 16, 1.7)]),
+        packed_b(20, 8, []), packed_b(5, 2100, [(1, 3, 2000, 1.0)]),
     ],
     "loss.cross_entropy_": [
         losses(9001, [0, 9000, -100, 5000], gradient=True), losses(9001, [0, 9000, -100, 5000], gradient=False),

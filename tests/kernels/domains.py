@@ -50,8 +50,8 @@ def rows(*dtypes: torch.dtype, align: int = 1, optional: bool = False) -> Operan
     return Operand(dtypes, "rows", align, optional)
 
 
-def contiguous(*dtypes: torch.dtype, optional: bool = False) -> Operand:
-    return Operand(dtypes, optional=optional)
+def contiguous(*dtypes: torch.dtype, align: int = 1, optional: bool = False) -> Operand:
+    return Operand(dtypes, align=align, optional=optional)
 
 
 X, OUT, SCALES, SCALES_OR_NONE = rows(*COMPUTE), rows(*COMPUTE), contiguous(F32), contiguous(F32, optional=True)
@@ -90,7 +90,7 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "lora_factors.pack_b_into": {"out": OUT, "pairs[].a": SCALES, "pairs[].b": SCALES},
     "loss.cross_entropy_": {"logits": X, "labels": contiguous(torch.int64)},
     "matmul8.matmul_8bit_into": {
-        "codes": contiguous(I8, FP8), "scale": SCALES, "weight": contiguous(I8, FP8), "out": OUT,
+        "codes": contiguous(I8, FP8, align=16), "scale": SCALES, "weight": contiguous(I8, FP8, align=16), "out": OUT,
         "absmax": SCALES_OR_NONE, "bias": SCALES_OR_NONE, "low_rank": Operand((), optional=True),
         "low_rank.t": X, "low_rank.b": X, "residual": rows(*COMPUTE, optional=True),
     },

@@ -1,4 +1,4 @@
-"""Which kernel a product in 8 bits goes to on a Hopper."""
+"""Which kernel computes an 8-bit matmul on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ M, K, N = 3, 32, 16
     [
         (torch.float16, False, 0, True),
         (torch.float32, False, 0, False),  # results of 4 bytes
-        (torch.float16, True, 0, False),  # a scale for each span
-        (torch.float16, False, 1, False),  # results where the copy engine cannot store
+        (torch.float16, True, 0, False),  # a scale for each group
+        (torch.float16, False, 1, False),  # results that TMA cannot store
     ],
 )
-def test_a_hopper_takes_its_own_for_what_that_can(
+def test_the_hopper_kernel_computes_what_it_supports(
     dtype: torch.dtype, groups: bool, shift: int, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_a_hopper_takes_its_own_for_what_that_can(
         quantize_rows(torch.randn(N, K), torch.int8).codes,
         torch.zeros(M, N + 8, dtype=dtype)[:, shift : N + shift],
     )
-    t, b = (torch.randn(rows, 7).to(dtype)[:, 2:5] for rows in (M, N))  # rows start where it cannot read
+    t, b = (torch.randn(rows, 7).to(dtype)[:, 2:5] for rows in (M, N))  # rows start where TMA cannot read
 
     def starts_right(x: Tensor) -> bool:
         return x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests import devices
-from tests.kernels.cases import CARD, CASES, TOLERANCES, inferred, prefilled
+from tests.kernels.cases import CASES, ON_GPU, TOLERANCES, matmul, prefill
 from torch import Tensor
 
 from octavo.hardware import Capabilities
@@ -22,12 +22,12 @@ from octavo.ops import inference, matmul8
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import KERNELS
 
-pytestmark = [pytest.mark.filterwarnings("default")] if CARD else []  # warnings of compilers are not our errors
+pytestmark = [pytest.mark.filterwarnings("default")] if ON_GPU else []  # warnings of compilers are not our errors
 
 
 def types(*quick: torch.dtype) -> pytest.MarkDecorator:
-    """All types; on a card, where each has its kernels compiled, those that are not `quick` are exhaustive."""
-    marks = {dtype: [pytest.mark.exhaustive] if CARD and dtype not in quick else [] for dtype in TOLERANCES}
+    """All dtypes; on a GPU, which compiles kernels for each, those that are not `quick` are exhaustive."""
+    marks = {dtype: [pytest.mark.exhaustive] if ON_GPU and dtype not in quick else [] for dtype in TOLERANCES}
     return pytest.mark.parametrize(
         "dtype", [pytest.param(dtype, marks=marks[dtype], id=str(dtype)) for dtype in TOLERANCES]
     )
@@ -35,14 +35,14 @@ def types(*quick: torch.dtype) -> pytest.MarkDecorator:
 
 @pytest.fixture(autouse=True)
 def where_kernels_run() -> Iterator[None]:
-    """Makes the tensors of a case on the card if there is one."""
-    with torch.device("cuda" if CARD else "cpu"):
+    """Makes the tensors of a case on the GPU if there is one."""
+    with torch.device("cuda" if ON_GPU else "cpu"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def rounding_to_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter (Triton 3.7.1) loses the carry when it rounds to fp8; PyTorch does it as a card does."""
+    """The interpreter (Triton 3.7.1) loses the carry when it rounds to fp8; PyTorch rounds as a GPU does."""
     interpreter = import_module("triton.runtime.interpreter")
     convert = interpreter._convert_float
 
@@ -59,13 +59,13 @@ def rounding_to_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_8bit_matmul_is_the_same_with_and_without_tma(
     device: Capabilities, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eight_kernels(), "hopper_kernels_run_on", lambda _: False)
-    monkeypatch.setattr(eight_kernels(), "capabilities_of", lambda _: device)
-    test_a_twin_is_its_definition("matmul8.matmul_8bit_into", dtype)
+    monkeypatch.setattr(matmul8_kernels(), "hopper_kernels_run_on", lambda _: False)
+    monkeypatch.setattr(matmul8_kernels(), "capabilities_of", lambda _: device)
+    test_a_kernel_is_its_reference("matmul8.matmul_8bit_into", dtype)
 
 
 def test_tiles_of_8bit_matmuls_fit_into_the_shared_memory_of_a_gpu() -> None:
-    kernels = eight_kernels()
+    kernels = matmul8_kernels()
     for device, tile in (
         (devices.A100, kernels.LITTLE), (devices.RTX_4090, kernels.LITTLE), (devices.H200, kernels.SHORT),
         (devices.B200, kernels.SHORT),
@@ -77,10 +77,10 @@ def test_tiles_of_8bit_matmuls_fit_into_the_shared_memory_of_a_gpu() -> None:
 
 @types(torch.bfloat16)
 @pytest.mark.parametrize("m", [1, 5, 33, 70])
-def test_an_adapter_that_is_not_finite_hurts_no_other_row(dtype: torch.dtype, m: int) -> None:
-    """Requests of several adapters, and of none, share a product."""
+def test_an_adapter_that_is_not_finite_changes_no_other_row(dtype: torch.dtype, m: int) -> None:
+    """Requests of several adapters, and of the base model, share a matmul."""
     torch.manual_seed(0)
-    given, named, _ = inferred(m, 200, 70, rank=5)(dtype)
+    given, named, _ = matmul(m, 200, 70, rank=5)(dtype)
     lora = named["lora"]
     assert isinstance(lora, inference.BatchedLora)
     lora.b[2, 1, 3::5] = torch.nan
@@ -90,7 +90,7 @@ def test_an_adapter_that_is_not_finite_hurts_no_other_row(dtype: torch.dtype, m:
 
 def same_bits(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     """On a GPU; the interpreter's dots are NumPy's, whose order of sums follows the machine and the shape."""
-    tolerance = 0.0 if CARD else TOLERANCES[dtype]
+    tolerance = 0.0 if ON_GPU else TOLERANCES[dtype]
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -98,14 +98,14 @@ def same_bits(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("weight", ["int8", "float"])
 @pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE])
 def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: str, dtype: torch.dtype) -> None:
-    """On a GPU through every tile of rows that there is, with a sum that is parted and one that is not."""
+    """On a GPU with every tile of rows, and with and without split sums."""
     kernel = import_module("octavo.kernels.inference")
     shapes, cuts = ((71, 1100, 70), (130, 200, 140)), ((7, 8), (7, 23), (3, 35), (0, 33), (6, 71))
-    if not CARD:
+    if not ON_GPU:
         shapes, cuts = ((19, 1100, 30),), ((7, 8), (2, 19))  # type: ignore[assignment]
     for m, k, n in shapes:
         torch.manual_seed(0)
-        (x, *given), named, _ = inferred(m, k, n, rank=3, bias=True, residual=True, weight=weight, phase=phase)(dtype)
+        (x, *given), named, _ = matmul(m, k, n, rank=3, bias=True, residual=True, weight=weight, phase=phase)(dtype)
         lora, residual = named.pop("lora"), named.pop("residual")
         assert isinstance(lora, inference.BatchedLora)
         whole = kernel.matmul(x, *given, lora=lora, residual=residual, **named)
@@ -119,25 +119,25 @@ def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: 
 def test_a_query_has_the_same_bits_in_any_chunk_and_batch(dtype: torch.dtype) -> None:
     kernel = import_module("octavo.kernels.cached_attention")
     torch.manual_seed(0)
-    given: Any = prefilled(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16)(dtype)[0]
+    given: Any = prefill(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16)(dtype)[0]
     q, keys, values, starts, slots = given
     whole = kernel.prefill_attention(q, keys, values, starts, slots)
     for row in range(3):
-        for cut in (1, 37, 64) if CARD else (37,):
+        for cut in (1, 37, 64) if ON_GPU else (37,):
             one = slice(row, row + 1)
             found = kernel.prefill_attention(q[one, cut:], keys, values, starts[one] + cut, slots[one])
             same_bits(found, whole[one, cut:], dtype)
 
 
-def eight_kernels() -> Any:
+def matmul8_kernels() -> Any:
     return import_module("octavo.kernels.matmul8")
 
 
 @types(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("name", CASES)
-def test_a_twin_is_its_definition(name: str, dtype: torch.dtype) -> None:
-    room, _, function = name.partition(".")
-    kernel = getattr(import_module(f"octavo.kernels.{room}"), function)
+def test_a_kernel_is_its_reference(name: str, dtype: torch.dtype) -> None:
+    file, _, function = name.partition(".")
+    kernel = getattr(import_module(f"octavo.kernels.{file}"), function)
     for make in CASES[name]:
         torch.manual_seed(0)
         arguments, named, wanted = make(dtype)
@@ -145,16 +145,18 @@ def test_a_twin_is_its_definition(name: str, dtype: torch.dtype) -> None:
         result = KERNELS[name](*arguments, **named)
         torch.manual_seed(0)
         again, named, found = make(dtype)
-        with np.errstate(invalid="ignore"):  # the interpreter's numpy minds -inf + inf, which `where` leaves out
+        with np.errstate(
+            invalid="ignore"
+        ):  # the interpreter's numpy warns of -inf + inf, which `where` does not select
             fast = kernel(*again, **named)
         tolerance = TOLERANCES[dtype]
-        if CARD and name == "matmul8.matmul_8bit_into":  # whose sums of fp8 hold 14 digits (binary) on the tensor cores
+        if ON_GPU and name == "matmul8.matmul_8bit_into":  # tensor cores keep 14 binary digits of sums of fp8
             tolerance = max(tolerance, 2.0**-8)
-        if wanted.itemsize == 1:  # codes: the very same
+        if wanted.itemsize == 1:  # quantized values are equal
             found, wanted, whole, tolerance = (*(x.view(torch.int8) for x in (found, wanted, whole)), 0)
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(fast, result, rtol=tolerance, atol=tolerance)
-        # What lies beside the columns is somebody else's.
-        beside = found._base if found._base is not None else found
-        assert torch.equal(beside[:, :2], whole[:, :2])
-        assert torch.equal(beside[:, -3:], whole[:, -3:])
+        # Columns next to the result are unchanged.
+        base = found._base if found._base is not None else found
+        assert torch.equal(base[:, :2], whole[:, :2])
+        assert torch.equal(base[:, -3:], whole[:, -3:])

@@ -1,4 +1,4 @@
-"""Kernels that write over what they read, compiled for a card that is not here."""
+"""In-place kernels, compiled for a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from tests.forks import Forks
 
 # Prints, for every choice of row pitches that are multiples of 16 or not, the loads (l), barriers (b) and stores (s) of
-# global memory in the order of the program. A pitch decides which thread takes which numbers.
+# global memory in the order of the program. A pitch decides which thread has which elements.
 COMPILED = """
 import re
 from itertools import product
@@ -28,8 +28,8 @@ for even in product([False, True], repeat=2):
 
 
 @pytest.mark.parametrize("kernel", ["_gelu_backward", "_swiglu_backward"])
-def test_no_number_is_written_over_before_all_are_read(kernel: str, forks: Forks) -> None:
-    """A thread may write over what another one reads: with pitches of two kinds gradients were lost on an H100."""
+def test_nothing_is_stored_before_everything_is_loaded(kernel: str, forks: Forks) -> None:
+    """A thread may store to an address that another one loads: with two kinds of pitches an H100 lost gradients."""
     ran = forks.run(COMPILED.format(kernel=kernel))
     out, err = ran.communicate()
     assert ran.returncode == 0, err[-2000:]

@@ -34,8 +34,8 @@ def test_what_is_put_is_taken_back_last_first(number: int, dtype: torch.dtype) -
         assert torch.equal(away.take(), x)
 
 
-def test_what_was_let_go_may_be_written_over() -> None:
-    """As a layer does with memory that it is given."""
+def test_a_released_tensor_may_be_overwritten() -> None:
+    """As a layer does that gets its memory."""
     away, own, expected = ActivationOffload(), tensors(5), tensors(5)
     for x in own:
         away.put(x)
@@ -44,7 +44,7 @@ def test_what_was_let_go_may_be_written_over() -> None:
     assert all(torch.equal(away.take(), x) for x in reversed(expected))
 
 
-def test_passes_share_their_places_one_after_another() -> None:
+def test_passes_share_their_buffers_one_after_another() -> None:
     taken = []
     for seed in range(3):
         away, own = ActivationOffload(), tensors(5)[seed:]
@@ -55,8 +55,8 @@ def test_passes_share_their_places_one_after_another() -> None:
     assert taken == [taken[0]] * 3
 
 
-def test_another_size_has_a_place_of_its_own() -> None:
-    """A last batch has fewer rows, and the graphs of the others still write where theirs is."""
+def test_another_size_has_a_buffer_of_its_own() -> None:
+    """A last batch has fewer rows, and captured graphs still write to the buffers of the others."""
     away, few, own = ActivationOffload(), ActivationOffload(), tensors(4)
     for x in own:
         away.put(x)
@@ -66,7 +66,7 @@ def test_another_size_has_a_place_of_its_own() -> None:
     assert all(torch.equal(few.take(), torch.cat([x, x])) for x in reversed(own))
 
 
-def test_all_but_the_last_are_let_go() -> None:
+def test_all_but_the_last_are_released() -> None:
     away, held, gone = ActivationOffload(), [], []
     for number in count():
         if number == 6:
@@ -81,8 +81,8 @@ def test_all_but_the_last_are_let_go() -> None:
     assert gone[IN_FLIGHT] == [True, *[False] * IN_FLIGHT]
 
 
-def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
-    """Of twelve tensors of 64 MiB those that leave and the one at hand: three at a time, forward and backward."""
+def test_a_simulation_sees_the_memory_and_the_copies_of_a_gpu() -> None:
+    """Of twelve tensors of 64 MiB two in flight and one in use are on the device, forward and backward."""
     size, number = 64 * 2**20, 12
     seen: list[str] = []
 
@@ -103,7 +103,7 @@ def test_a_rehearsal_sees_the_memory_and_the_copies_of_a_card() -> None:
     assert seen == ["to_host"] * number + ["from_host"] * (number - IN_FLIGHT)
 
 
-def test_a_host_without_memory_to_pin_is_not_the_card_that_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_memory_that_cannot_be_pinned_is_not_reported_as_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
@@ -117,16 +117,14 @@ def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
     assert pinned_bytes(size) == taken
 
 
-def test_on_a_cpu_a_table_is_where_it_was() -> None:
+def test_on_a_cpu_an_embedding_is_not_copied() -> None:
     x = torch.ones(3)
     assert on_host(x) is x
 
 
 @pytest.mark.parametrize(("layers", "beside"), [(False, False), (True, True), (True, False), (False, True)])
-def test_a_recording_waits_for_its_own_copies_alone(
-    layers: bool, beside: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To wait for others is an error of CUDA's, which would stand in place of the lack of memory that ended it."""
+def test_a_capture_waits_for_captured_copies_alone(layers: bool, beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To wait for others is a CUDA error, which would hide the lack of memory that ended the capture."""
     waited: list[str] = []
     streams = {"layers": layers, "beside": beside}
     current = SimpleNamespace(name="layers", wait_stream=lambda other: waited.append(other.name))

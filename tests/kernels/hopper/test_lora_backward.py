@@ -1,6 +1,8 @@
-"""The pass in which pairs learn, compiled for a Hopper that is not here: Gluon's names change with Triton's versions.
+"""The backward of an activation with LoRA gradients, compiled for a Hopper GPU that is not here.
 
-Its results are compared with those of its steps on a card (tests/gpu/test_lora_backward.py).
+Gluon's names change with Triton's versions.
+
+Its results are compared with those of separate kernels on a GPU (tests/gpu/test_lora_backward.py).
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import pytest
 from tests.forks import Forks
 
-# Prints the shared memory that a program takes, in bytes, and how many different multiplications it is made of.
+# Prints the shared memory of a program in bytes, and the number of different matmul instructions.
 COMPILED = """
 import re
 import torch
@@ -38,7 +40,7 @@ print(len(set(re.findall(r"wgmma\\.mma_async\\S*(m64n\\d+k16\\.f32\\.bf16)", mad
 
 @pytest.mark.parametrize(("parts", "rank"), [(1, 16), (2, 16), (1, 64)])
 def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(parts: int, rank: int, forks: Forks) -> None:
-    """Where the choice of its shape counts too few bytes, it could not be launched."""
+    """If the choice of its tile counts too few bytes, it cannot be launched."""
     ran = forks.run(COMPILED.format(parts=parts, rank=rank))
     out, err = ran.communicate()
     assert ran.returncode == 0, err[-2000:]

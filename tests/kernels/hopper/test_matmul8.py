@@ -1,6 +1,6 @@
-"""The product for Hopper, compiled for a card that is not here: Gluon's names change between versions of Triton.
+"""The 8-bit matmul for Hopper, compiled for a GPU that is not here: Gluon's names change with Triton's versions.
 
-Its results are compared with the definition on a card (tests/kernels/test_parity.py).
+Its results are compared with the reference on a GPU (tests/kernels/test_parity.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.forks import Forks
 
 from octavo.runtime import dispatch
 
-# Prints what the tensor cores are told, and whether one multiplication is under way while the next is asked for.
+# Prints the instructions of the tensor cores, and whether one is in flight while the next is issued.
 COMPILED = """
 import re
 import torch
@@ -66,17 +66,17 @@ def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(
     shared, instructions = out.strip().splitlines()
     assert int(shared) <= 227 * 1024
     assert told in instructions
-    assert "bf16.bf16" in instructions  # the thin product
-    # Within the loop over inputs a multiplication is waited for once the next one is on its way.
+    assert "bf16.bf16" in instructions  # the low-rank term
+    # Within the loop over inputs an instruction is waited for after the next one is issued.
     assert f"{told} 1" in instructions
 
 
 @pytest.mark.parametrize(
     ("m", "n", "columns"), [(16384, 4096, 256), (2048, 4096, 256), (128, 28672, 256), (512, 4096, 128), (128, 4096, 64)]
 )
-def test_tiles_are_as_wide_as_keeps_a_card_busy(m: int, n: int, columns: int) -> None:
-    product = import_module("octavo.kernels.hopper.matmul8")
-    assert product.shape_of(m, n, torch.int8, 132).columns == columns
+def test_tiles_are_as_wide_as_occupies_the_gpu(m: int, n: int, columns: int) -> None:
+    kernels = import_module("octavo.kernels.hopper.matmul8")
+    assert kernels.shape_of(m, n, torch.int8, 132).columns == columns
 
 
 def test_this_triton_is_one_of_those_that_are_tested() -> None:
