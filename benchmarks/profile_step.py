@@ -19,11 +19,11 @@ import octavo_way
 from shapes import MODELS
 
 KINDS = {  # the first that fits a kernel's name
-    "products in 8 bits": r"^_product",
+    "8-bit matmuls": r"^_matmul_8bit",
     "attention": r"cudnn|flash|fmha|sdpa|sdp",
-    "products": r"gemm|nvjet|cutlass|xmma|splitKreduce|cublas",
-    "codes and transposes": r"^_code_rows|^_code_long_rows|^_transpose",
-    "weights written out": r"^_int8$|^_nf4|^_dynamic8",
+    "matmuls": r"gemm|nvjet|cutlass|xmma|splitKreduce|cublas",
+    "quantization and transposition": r"^_quantize_rows|^_quantize_long_rows|^_transpose",
+    "dequantized weights": r"^_int8$|^_nf4|^_dynamic8",
     "loss": r"^_cross_entropy|^_loss",
     "optimizer": r"^_adam8|Optimizer",
     "elementwise": r"",

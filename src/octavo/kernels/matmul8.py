@@ -83,7 +83,7 @@ def matmul_8bit_into(
     ]
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     programs = min(tiles, capabilities.processors)
-    _matmul[(programs,)](
+    _matmul_8bit[(programs,)](
         *sources, *(x.stride(0) for x in read), out,
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
@@ -110,7 +110,7 @@ def tile_for(capabilities: Capabilities, itemsize: int, *, groups: bool) -> Tile
 
 
 @triton.jit
-def _matmul(
+def _matmul_8bit(
     inputs, weights, t, b, inputs_stride, weights_stride, t_stride, b_stride,
     out, scale, absmax, bias, bias_start, bias_stop, residual, m, n, k, out_stride, residual_stride, scale_stride,
     programs,

@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from octavo.kernels.hopper import matmul8
 
 columns, stages, cuts = matmul8.SHAPES[torch.{type}][{which}]
-names = [p.name for p in matmul8._matmul.params]
+names = [p.name for p in matmul8._matmul_8bit.params]
 constants = {{
     "INT8": {int8}, "SCALED": {int8}, "BIAS": True, "LOW_RANK": 80, "RESIDUAL": True, "LEVELS": 127, "BM": matmul8.ROWS,
     "BN": columns, "BK": matmul8.INPUTS, "GROUP_M": matmul8.GROUP_M, "STAGES": stages, "CUTS": cuts,
@@ -40,7 +40,7 @@ signature = dict.fromkeys(names, "i32")
 signature |= {{name: f"tensordesc<{{t}}[{{h}}, {{w}}],{{l!r}}>" for name, (t, h, w, l) in tiles.items()}}
 signature |= {{"scale": "*fp32", "absmax": "*fp32", "bias": "*fp32", "residual": "*bf16"}}
 signature |= dict.fromkeys(constants, "constexpr")
-source = GluonASTSource(matmul8._matmul, signature, {{(names.index(n),): v for n, v in constants.items()}})
+source = GluonASTSource(matmul8._matmul_8bit, signature, {{(names.index(n),): v for n, v in constants.items()}})
 made = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
 print(made.metadata.shared)
 told = re.findall(r"wgmma\\.(?:mma_async|wait_group)\\.sync\\.aligned(\\S*(?: \\d)?)", made.asm["ptx"])

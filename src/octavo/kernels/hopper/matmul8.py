@@ -82,7 +82,7 @@ def matmul_8bit_into(
             (b, columns, INPUTS // 2, SHORTS), (out, ROWS // 2, columns // cuts, SHORTS),
         )
     ]  # fmt: skip
-    _matmul[(programs,)](
+    _matmul_8bit[(programs,)](
         *read, scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
         residual.stride(0) if residual is not None else 0, m, n, k, programs, codes.dtype == torch.int8,
@@ -102,7 +102,7 @@ def _tiles(m: int, n: int, columns: int) -> int:
 
 
 @gluon.jit
-def _matmul(
+def _matmul_8bit(
     inputs, weights, t, b, out, scale, absmax, bias, bias_start, bias_stop, residual, residual_stride, m, n, k,
     programs, INT8: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr, LOW_RANK: gl.constexpr,
     RESIDUAL: gl.constexpr, LEVELS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
