@@ -65,7 +65,7 @@ class PlanRow(TypedDict):
     peak_gib: float
     least_gib: float
     host_gib: float
-    rows: int
+    micro_batch_size: int
     layers_all: int
     layers_attention: int
     weights_transposed: bool
