@@ -1,13 +1,13 @@
-"""octavo beside its peers: tokens per second, memory and first loss of fine-tuning, every row in a process of its own.
+"""Measures fine-tuning with octavo and its peers: tokens per second, memory and first loss, one process per row.
 
     python benchmarks/finetune.py --suite quick
     python benchmarks/finetune.py --model gptj --rows peft-bf16,octavo-int8 --batch 1 --seq-len 2048 [--cap-gib 11]
     python benchmarks/finetune.py --suite full --gate --budget-s 550 --out results.csv
     python benchmarks/finetune.py --job article --model-dir DIR --text-dir src/octavo/shakespeare/train
 
-Rows are appended to benchmarks/results.csv as they come; `python benchmarks/table.py` writes them into the table of
-benchmarks/README.md, which also describes each way and the common conditions. A way that fails has its error in its
-row, and the others continue. --tiny runs the same code on two narrow layers, on a CPU too.
+Every row is appended to benchmarks/results.csv when it is done; `python benchmarks/table.py` writes the table of
+benchmarks/README.md, which also describes the methods and the common conditions. If a method fails, its row has the
+error and the next row runs. --tiny runs the same code on two narrow layers, also on a CPU.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ TINY_TOKENS = 64
 __all__ = ["SUITES", "Setting", "article_job", "compare_gradients", "main"]
 
 
-def settings(model: str, batch: int, seq_len: int, cap_gib: float | None, *ways: str) -> list[Setting]:
-    """The same setting for several ways."""
-    return [Setting(way, model, batch, seq_len, cap_gib) for way in ways]
+def settings(model: str, batch: int, seq_len: int, cap_gib: float | None, *methods: str) -> list[Setting]:
+    """One setting for several methods."""
+    return [Setting(method, model, batch, seq_len, cap_gib) for method in methods]
 
 
-# The order is that of importance: --budget-s cuts the end off.
+# In order of importance: --budget-s omits the last rows.
 QUICK = settings("gptj", 1, 2048, None, "article", "peft-nf4", "peft-bf16-sdpa", "octavo-int8", "octavo-nf4")
 MEMORY = [
     *settings("gptj", 1, 2048, 11.0, "octavo-int8-8bit", "octavo-int8", "article", "peft-int8", "peft-int8-sdpa"),
@@ -61,165 +61,174 @@ SUITES = {"quick": QUICK, "memory": MEMORY, "full": FULL}
 
 
 def main() -> None:
-    asked = arguments().parse_args()
-    if asked.one:
-        run_one(Setting(**json.loads(asked.one)), wait=asked.wait)
+    args = argument_parser().parse_args()
+    if args.one:
+        run_one(Setting(**json.loads(args.one)), wait=args.wait)
         return
-    table.check(asked.out)
-    commit = asked.commit if asked.commit is not None else commit_of(ROOT)
-    if asked.job:
-        if not asked.model_dir:
-            raise SystemExit("--job needs --model-dir: a model's folder, as full_size.py writes it.")
-        size = {"model": asked.model or "gptj", "batch": asked.batch, "seq_len": asked.seq_len}
-        row = article_job(asked.model_dir, asked.text_dir, **size, extra=asked.extra, limit_s=asked.limit_s)
-        keep(row | {"commit": commit}, asked.out)
+    table.check(args.out)
+    commit = args.commit if args.commit is not None else commit_of(ROOT)
+    if args.job:
+        if not args.model_dir:
+            raise SystemExit("--job needs --model-dir, a model's folder as full_size.py writes it.")
+        size = {"model": args.model or "gptj", "batch": args.batch, "seq_len": args.seq_len}
+        row = article_job(args.model_dir, args.text_dir, **size, extra=args.extra, limit_s=args.limit_s)
+        write_row(row | {"commit": commit}, args.out)
         return
-    rows = chosen(asked) * asked.repeat
+    rows = selected_rows(args) * args.repeat
     with tempfile.TemporaryDirectory() as folder:
-        if asked.gate:
+        if args.gate:
             rows = with_references(rows, Path(folder))
-        run_all(rows, asked, commit)
+        run_all(rows, args, commit)
 
 
-def arguments() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=SUITES, help="a named list of rows; --rows then keeps only those ways of it")
-    add("--rows", default="", help="ways, with commas: those of peers.py, octavo-int8, octavo-nf4-8bit, unsloth-nf4..")
-    add("--model", choices=MODELS, help="without --suite: gptj; with it: keep only this one's rows")
+    add("--suite", choices=SUITES, help="a named list of rows; --rows then selects methods of it")
+    add(
+        "--rows",
+        default="",
+        help="methods, separated by commas: peft-nf4, octavo-nf4-8bit, unsloth-nf4, ..",
+    )
+    add("--model", choices=MODELS, help="default: gptj; with --suite: select the rows of this model")
     add("--batch", type=int, default=1)
     add("--seq-len", type=int, default=2048)
-    add("--cap-gib", type=float, help="what PyTorch may reserve, loading included: a smaller card")
+    add("--cap-gib", type=float, help="limit of the memory that PyTorch reserves, to simulate a smaller GPU")
     add("--steps", type=int, default=6, help="timed steps; 0: only the gate")
-    add("--warmup", type=int, default=3, help="steps before them")
-    add("--repeat", type=int, default=1, help="go through all rows so often, interleaved")
+    add("--warmup", type=int, default=3, help="steps before the timed steps")
+    add("--repeat", type=int, default=1, help="number of passes over all rows")
     add("--seed", type=int, default=0)
-    add("--tiny", action="store_true", help=f"two narrow layers, rows of at most {TINY_TOKENS} tokens: does it run?")
-    add("--gate", action="store_true", help="first compare every way's loss and gradients with a float32 reference")
-    add("--limit-s", type=float, default=150.0, help="seconds that a row may take")
-    add("--budget-s", type=float, default=float("inf"), help="seconds for all rows: those that do not fit are left out")
-    add("--alloc", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF, the same for all")
-    add("--no-prefetch", action="store_true", help="import the next row's libraries only when its turn has come")
-    add("--out", type=Path, default=table.META_RESULTS)
-    add("--commit", help="what to note as octavo's commit; default: what git says")
-    add("--job", choices=["article"], help="the article's own job, from files to a saved adapter")
+    add("--tiny", action="store_true", help=f"two narrow layers, at most {TINY_TOKENS} tokens: a test of this script")
+    add("--gate", action="store_true", help="first compare loss and gradients of each method with a float32 reference")
+    add("--limit-s", type=float, default=150.0, help="time limit of a row in seconds")
+    add("--budget-s", type=float, default=float("inf"), help="time limit of all rows; later rows are omitted")
+    add("--alloc", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF of all methods")
+    add("--no-prefetch", action="store_true", help="do not import the next row's libraries while a row runs")
+    add("--out", type=Path, default=table.RESULTS)
+    add("--commit", help="octavo's commit for the row; default: from git")
+    add("--job", choices=["article"], help="the fine-tuning job of the article, from files to a saved adapter")
     add("--model-dir", type=Path)
     add("--text-dir", type=Path, default=ROOT / "src" / "octavo" / "shakespeare" / "train")
-    add("--extra", nargs=argparse.REMAINDER, default=[], help="last: more options for `octavo finetune` in --job")
-    add("--one", help=argparse.SUPPRESS)  # one row as JSON, in this process
-    add("--wait", action="store_true", help=argparse.SUPPRESS)  # .. once a line comes on standard input
+    add(
+        "--extra",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options of `octavo finetune` for --job; must be last",
+    )
+    add("--one", help=argparse.SUPPRESS)  # measure one row, given as JSON, in this process
+    add("--wait", action="store_true", help=argparse.SUPPRESS)  # start after a line on standard input
     return parser
 
 
-def chosen(asked: argparse.Namespace) -> list[Setting]:
-    """The rows that the command line asks for."""
-    ways = [way for way in asked.rows.split(",") if way]
-    if asked.suite:
-        rows = [row for row in SUITES[asked.suite] if not ways or row.way in ways]
-        rows = [row for row in rows if asked.model in (None, row.model)]
+def selected_rows(args: argparse.Namespace) -> list[Setting]:
+    """The rows that the command line selects."""
+    methods = [method for method in args.rows.split(",") if method]
+    if args.suite:
+        rows = [row for row in SUITES[args.suite] if not methods or row.method in methods]
+        rows = [row for row in rows if args.model in (None, row.model)]
     else:
-        rows = settings(asked.model or "gptj", asked.batch, asked.seq_len, asked.cap_gib, *ways)
+        rows = settings(args.model or "gptj", args.batch, args.seq_len, args.cap_gib, *methods)
     if not rows:
-        raise SystemExit("No rows: give --suite or --rows, or see --help.")
-    same = {"steps": asked.steps, "warmup": asked.warmup, "seed": asked.seed, "tiny": asked.tiny}
+        raise SystemExit("No rows selected: use --suite or --rows (see --help).")
+    same = {"steps": args.steps, "warmup": args.warmup, "seed": args.seed, "tiny": args.tiny}
     rows = [replace(row, **same) for row in rows]
-    return [replace(row, seq_len=min(row.seq_len, TINY_TOKENS), cap_gib=None) for row in rows] if asked.tiny else rows
+    return [replace(row, seq_len=min(row.seq_len, TINY_TOKENS), cap_gib=None) for row in rows] if args.tiny else rows
 
 
 def with_references(rows: Sequence[Setting], folder: Path) -> list[Setting]:
-    """The rows, each preceded by the reference of its model, batch and length unless that came before."""
+    """Inserts the reference of every (model, batch, seq_len) before its first row."""
     listed: list[Setting] = []
     for row in rows:
         file = str(folder / f"{row.model}-{row.batch}-{row.seq_len}.pt")
-        if file not in {before.reference for before in listed}:
-            listed.append(replace(row, way=REFERENCE, cap_gib=None, steps=0, warmup=0, reference=file))
+        if file not in {earlier.reference for earlier in listed}:
+            listed.append(replace(row, method=REFERENCE, cap_gib=None, steps=0, warmup=0, reference=file))
         listed.append(replace(row, reference=file))
     return listed
 
 
-def run_all(rows: Sequence[Setting], asked: argparse.Namespace, commit: str) -> None:
-    """All rows in order. While one runs, the next one's process imports its libraries and waits."""
+def run_all(rows: Sequence[Setting], args: argparse.Namespace, commit: str) -> None:
+    """Measures all rows in order. While a row runs, the process of the next row imports its libraries and waits."""
     began = time.monotonic()
     waiting: Process | None = None
-    known = {"card": "", "octavo": ""}  # a process that died could not say
+    known = {"gpu": "", "octavo": ""}  # for the rows of processes that died
     try:
         for number, row in enumerate(rows):
-            left = asked.budget_s - (time.monotonic() - began)
-            if left < min(asked.limit_s, asked.budget_s / 20):
-                say(f"The budget is spent: {len(rows) - number} rows not run, from {row.way} on.")
+            left = args.budget_s - (time.monotonic() - began)
+            if left < min(args.limit_s, args.budget_s / 20):
+                say(f"Time budget used up: {len(rows) - number} rows are omitted, starting with {row.method}.")
                 break
-            process, waiting = waiting or Process(row, asked.alloc), None
-            if not asked.no_prefetch and number + 1 < len(rows):
-                waiting = Process(rows[number + 1], asked.alloc)
-            result = process.result(min(asked.limit_s, left))
+            process, waiting = waiting or Process(row, args.alloc), None
+            if not args.no_prefetch and number + 1 < len(rows):
+                waiting = Process(rows[number + 1], args.alloc)
+            result = process.result(min(args.limit_s, left))
             known = {name: result[name] or value for name, value in known.items()}
             result.update(known)
-            if row.way == REFERENCE:
+            if row.method == REFERENCE:
                 say(f"reference {row.model} {row.batch} x {row.seq_len}: loss {result['first_loss']} {result['note']}")
-            elif left < asked.limit_s and "stopped after" in result["note"]:
-                say(f"The budget is spent: {row.way} was stopped and is not kept.")
+            elif left < args.limit_s and "stopped after" in result["note"]:
+                say(f"Time budget used up: {row.method} was stopped and has no row.")
             else:
-                keep(result | {"commit": commit}, asked.out)
+                write_row(result | {"commit": commit}, args.out)
     finally:
         if waiting:
             waiting.kill()
 
 
 class Process:
-    """One row in a process of its own: memory counters, allocator and failures are its own."""
+    """A subprocess that measures one row, so that allocator, memory counters and crashes are isolated."""
 
     def __init__(self, row: Setting, alloc: str) -> None:
-        given = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
+        variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
         if alloc:
-            given["PYTORCH_CUDA_ALLOC_CONF"] = alloc
+            variables["PYTORCH_CUDA_ALLOC_CONF"] = alloc
         self.row = row
-        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (not a pipe: nobody reads it meanwhile)
-        self.running = subprocess.Popen(
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (a pipe that nobody reads would fill up)
+        self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__)), "--wait", "--one", json.dumps(asdict(row))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment(given),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=environment(variables),
             start_new_session=True,
         )  # fmt: skip
 
     def result(self, limit_s: float) -> dict[str, Any]:
-        """Lets it begin. A process that dies or takes too long gives a row with a note instead of figures."""
+        """Starts the measurement. If the process dies or reaches its time limit, the row has a note and no values."""
         try:
-            output, _ = self.running.communicate(b"go\n", timeout=max(1.0, limit_s))
-            found = last_row(output.decode(errors="replace"))
-            note = f"died with exit status {self.running.returncode}"
+            output, _ = self.process.communicate(b"go\n", timeout=max(1.0, limit_s))
+            result = last_row(output.decode(errors="replace"))
+            note = f"died with exit status {self.process.returncode}"
         except subprocess.TimeoutExpired:
-            found, note = None, f"stopped after {limit_s:.0f} s"
+            result, note = None, f"stopped after {limit_s:.0f} s"
         self.kill()
-        if found is None:
-            found = blank(self.row) | {"note": note}
-        if found["note"]:
+        if result is None:
+            result = blank(self.row) | {"note": note}
+        if result["note"]:
             self.errors.seek(0)
             sys.stderr.write(self.errors.read()[-3000:].decode(errors="replace") + "\n")
-        return found
+        return result
 
     def kill(self) -> None:
-        """Ends it and whatever it started."""
-        if self.running.poll() is None:
-            os.killpg(self.running.pid, signal.SIGKILL)
-        self.running.wait()
+        """Kills the process group."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def environment(more: dict[str, str]) -> dict[str, str]:
-    """Ours, with this checkout's octavo found first."""
+    """This process's environment with this checkout first in PYTHONPATH, and `more`."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def last_row(output: str) -> dict[str, Any] | None:
-    """The last line that is a row; libraries may print what they like before it."""
+    """The last line that is a row; libraries may print other lines before it."""
     for line in reversed(output.splitlines()):
         if line.startswith('{"date"'):
-            found: dict[str, Any] = json.loads(line)
-            return found
+            row: dict[str, Any] = json.loads(line)
+            return row
     return None
 
 
-def keep(row: dict[str, Any], path: Path) -> None:
-    """Into the file at once, and on the screen."""
+def write_row(row: dict[str, Any], path: Path) -> None:
+    """Appends a row to the file and prints it."""
     table.append(path, row)
     say(" | ".join(table.line_of(row)))
 
@@ -230,11 +239,11 @@ def say(text: str) -> None:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit, with a + if files differ from it; "" where git or the repository is missing."""
+    """The commit, with a + for uncommitted changes; "" without git or a repository."""
     try:
-        ask = ["git", "-C", str(folder)]
-        name = subprocess.run([*ask, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        git = ["git", "-C", str(folder)]
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
@@ -250,16 +259,16 @@ def article_job(
     extra: Sequence[str] = (),
     limit_s: float = 3600.0,
 ) -> dict[str, Any]:
-    """The article's job as a row: one pass over the texts by `octavo finetune`, from files to a saved adapter.
+    """Measures the job of the article: one epoch of `octavo finetune`, from text files to a saved adapter.
 
-    Seconds are the command's, from its start to its end, loading included; memory is the peak that its JSON answer
-    has; tokens per second are all steps' tokens over all seconds. The note holds the bytes of text and the tokens.
+    `seconds` is the time of the command, loading included; memory is the peak in its JSON output; tokens per second are
+    the tokens of all steps over `seconds`. The note has the number of bytes and tokens of the text.
     """
     texts = sum(file.stat().st_size for file in text_dir.rglob("*") if file.is_file())
     row = blank(Setting("octavo finetune", model, batch, seq_len, steps=0, warmup=0))
-    row["note"] = f"one pass over {texts / 1e6:.2f} MB of text"
+    row["note"] = f"one epoch over {texts / 1e6:.2f} MB of text"
     options = ["--model", str(model_dir), "--data", str(text_dir), "--test-fraction", "0", "--epochs", "1"]
-    options += ["--batch", str(batch), "--seq-len", str(seq_len), *extra]
+    options += ["--batch-size", str(batch), "--seq-len", str(seq_len), *extra]
     row["command"] = "octavo finetune " + " ".join(options)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -274,31 +283,33 @@ def article_job(
             sys.stderr.write(ran.stderr[-3000:] + "\n")
             last = " ".join(ran.stderr.strip().splitlines()[-2:])[-200:]
             return row | {"note": f"{row['note']}; exit status {ran.returncode}: {last}"}
-        answer = json.loads(ran.stdout)
+        output = json.loads(ran.stdout)
         events = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     tokens = sum(event["tokens"] for event in steps)
     row["note"] += f", {tokens:,} tokens"
-    row.update(seconds=round(seconds, 1), steps=answer["steps"], first_loss=round(steps[0]["loss"], 6))
-    row.update(tokens_per_second=round(tokens / seconds, 1), **job_memory(answer["peak_memory_bytes"]), **where())
+    row.update(seconds=round(seconds, 1), steps=output["steps"], first_loss=round(steps[0]["loss"], 6))
+    row.update(
+        tokens_per_second=round(tokens / seconds, 1), **job_memory(output["peak_memory_bytes"]), **gpu_and_version()
+    )
     return row
 
 
 def job_memory(peak_bytes: int) -> dict[str, float]:
-    """The answer has one peak, over loading and training: what PyTorch reserved on a card, RAM on a CPU."""
+    """The JSON output has one peak of loading and training: PyTorch's reserved memory on a GPU, RAM on a CPU."""
     peak = round(peak_bytes / GIB, 3)
     return {"peak_reserved_gib": peak, "load_reserved_gib": peak}
 
 
-def where() -> dict[str, str]:
-    """The card and octavo's version, asked in a process of its own: this one never touches the GPU."""
-    ask = (
+def gpu_and_version() -> dict[str, str]:
+    """The GPU and octavo's version, from a subprocess: this process does not initialize CUDA."""
+    program = (
         "import json, torch, octavo; from octavo.hardware import pick;"
-        "print(json.dumps({'card': pick().name, 'octavo': octavo.__version__}))"
+        "print(json.dumps({'gpu': pick().name, 'octavo': octavo.__version__}))"
     )
-    ran = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env=environment({}))
-    found: dict[str, str] = json.loads(ran.stdout.strip().splitlines()[-1]) if ran.returncode == 0 else {}
-    return found
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment({}))
+    result: dict[str, str] = json.loads(ran.stdout.strip().splitlines()[-1]) if ran.returncode == 0 else {}
+    return result
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Conversion and loading at full size: seconds, and how much memory of its own the process holds at most.
+"""Measures conversion and loading of a model of full size: seconds and peak memory of the process.
 
     python benchmarks/full_size.py write DIR --family gptj       # 12 GB: GPT-J-6B's shapes, random, float16
     python benchmarks/full_size.py convert DIR OUT --scheme int8
     python benchmarks/full_size.py load OUT --device cuda
 
-Each prints one JSON line. `peak_anonymous_bytes` is the most of RssAnon in /proc/PID/status, looked at every 20 ms:
-pages of the process's own. Pages of files that it has mapped are not in it (the system takes them back at need), but
-they are in `peak_resident_bytes`, the kernel's VmHWM. The folders may be deleted afterwards: the same command writes
-the same bytes again.
+Each prints one JSON line. `peak_anonymous_bytes` is the maximum of RssAnon in /proc/PID/status, sampled every 20 ms.
+It excludes pages of mapped files, which the operating system reclaims on demand; `peak_resident_bytes`, the kernel's
+VmHWM, includes them. The random weights depend on the seed only, so `write` always writes the same bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from typing import Any
 
 SAMPLE_SECONDS = 0.02
 SHARD_BYTES = 2**30
-STD = 0.02  # of the weights, as transformers initialises them; biases have a tenth of it
-# What transformers adds to the defaults of GPTJConfig, which are EleutherAI/gpt-j-6B; and Llama-3-8B (arXiv
-# 2407.21783, table 3) with a vocabulary cut to a quarter.
+STD = 0.02  # of the weights, as transformers initializes them; biases have a tenth of it
+# Llama-3-8B (arXiv 2407.21783, table 3) with a quarter of its vocabulary. The defaults of GPTJConfig are
+# EleutherAI/gpt-j-6B.
 LLAMA: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 4096,
@@ -46,23 +45,24 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import torch
-from octavo.models import build, places
+from octavo.models import build, weight_entries
 from octavo.store.sources import FolderSource
 from octavo.store.contents import stored_scheme
 from octavo.store.weights import load
 
 def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 source, device = FolderSource(Path(sys.argv[1])), torch.device(sys.argv[2])
 build(source.config)
-torch.ones(1, device=device)  # the driver's own memory is not the loader's
+torch.ones(1, device=device)  # allocates the driver's memory, which is not the loader's
 start, began = anonymous(), time.perf_counter()
 model = load(source, stored_scheme(source), dtype=torch.bfloat16, device=device)
 if device.type == "cuda":
     torch.cuda.synchronize()
-seconds, matrices = time.perf_counter() - began, {id(p.matrix): p.matrix for p in places(model).values() if p.matrix}
+seconds = time.perf_counter() - began
+matrices = {id(entry.matrix): entry.matrix for entry in weight_entries(model).values() if entry.matrix}
 print(json.dumps({
     "scheme": stored_scheme(source).name,
     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -88,21 +88,21 @@ def main() -> None:
     loading = commands.add_parser("load")
     loading.add_argument("folder", type=Path)
     loading.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
-    if asked.command == "write":
-        told = write(asked.folder, asked.family)
-    elif asked.command == "convert":
-        options = ["--model", str(asked.folder), "--out", str(asked.out), "--scheme", asked.scheme, "--json"]
-        told = measured([sys.executable, "-m", "octavo", "quantize", *options])
-        told["layers"] = len(told["layers"])
+    args = parser.parse_args()
+    if args.command == "write":
+        result = write(args.folder, args.family)
+    elif args.command == "convert":
+        options = ["--model", str(args.folder), "--out", str(args.out), "--scheme", args.scheme, "--json"]
+        result = measured([sys.executable, "-m", "octavo", "quantize", *options])
+        result["layers"] = len(result["layers"])
     else:
-        told = measured([sys.executable, "-c", LOAD, str(asked.folder), asked.device])
+        result = measured([sys.executable, "-c", LOAD, str(args.folder), args.device])
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    sys.stdout.write(json.dumps({"command": asked.command, "threads": threads, **told}) + "\n")
+    sys.stdout.write(json.dumps({"command": args.command, "threads": threads, **result}) + "\n")
 
 
 def write(folder: Path, family: str) -> dict[str, Any]:
-    """A random model's folder in shards; at most one shard and one tensor are in memory."""
+    """Writes a random model in shards; at most one shard and one tensor are in memory."""
     from safetensors.torch import save_file
 
     began, total = time.perf_counter(), 0
@@ -115,7 +115,7 @@ def write(folder: Path, family: str) -> dict[str, Any]:
         save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # before the next one is made
+        shard.clear()  # frees this shard before the generator allocates the next one
     weight_entries = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -133,7 +133,7 @@ def write(folder: Path, family: str) -> dict[str, Any]:
 
 
 def model_config(family: str) -> Any:
-    """The configuration of transformers."""
+    """The transformers config of gptj or llama."""
     import torch
     from transformers import GPTJConfig, LlamaConfig
 
@@ -143,7 +143,7 @@ def model_config(family: str) -> Any:
 
 
 def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, Any]]:
-    """Every tensor of a model's checkpoint, in order. Each has a seed of its own: its place."""
+    """Yields (name, tensor) of a checkpoint in order. The seed of a tensor is its index."""
     import torch
 
     from octavo.models import build
@@ -151,9 +151,12 @@ def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, An
 
     for seed, (name, item) in enumerate(items_of(build(config))):
         if item.is_matrix:
-            shape = (item.entry.matrix.outputs[item.entry.rows_key], item.entry.matrix.in_features)
+            assert item.entry.matrix is not None
+            shape: tuple[int, ...] = (item.entry.matrix.outputs[item.entry.rows_key], item.entry.matrix.in_features)
         else:
-            shape = tuple(item.entry.parameter(item.kind).shape)
+            parameter = item.entry.parameter(item.kind)
+            assert parameter is not None
+            shape = tuple(parameter.shape)
         tensor = torch.empty(shape, dtype=dtype)
         if item.is_matrix or item.entry.matrix is not None:
             std = STD if item.is_matrix else STD / 10
@@ -164,10 +167,10 @@ def random_tensors(config: dict[str, Any], dtype: Any) -> Iterator[tuple[str, An
 
 
 def in_shards(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Tables of up to SHARD_BYTES."""
+    """Groups tensors by name in shards of up to SHARD_BYTES."""
     shard: dict[str, Any] = {}
     for name, tensor in tensors:
-        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > SHARD_BYTES:
+        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = tensor
@@ -175,7 +178,7 @@ def in_shards(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def tokenizer() -> Any:
-    """Bytes as tokens. The model's other rows stand for nothing, as the last 143 of the real GPT-J do."""
+    """A byte-level tokenizer of 257 tokens. The other rows of the embedding are unused, as the last 143 of GPT-J-6B."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -187,11 +190,11 @@ def tokenizer() -> Any:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a program that prints one JSON object; adds its seconds and its peaks of memory."""
+    """Runs a program that prints one JSON object; adds its seconds and peak memory to the object."""
     began, anonymous, resident = time.perf_counter(), 0, 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:  # what it prints fits the pipe: it prints at its end
+        while process.poll() is None:  # its output fits into the pipe buffer
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
             except OSError:
@@ -201,10 +204,10 @@ def measured(command: list[str]) -> dict[str, Any]:
         printed, _ = process.communicate()
     if process.returncode:
         sys.exit(process.returncode)
-    told: dict[str, Any] = json.loads(printed)
+    result: dict[str, Any] = json.loads(printed)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        **told,
+        **result,
         "seconds": round(time.perf_counter() - began, 1),
         "user_seconds": round(after.ru_utime - before.ru_utime, 1),
         "system_seconds": round(after.ru_stime - before.ru_stime, 1),
@@ -214,9 +217,9 @@ def measured(command: list[str]) -> dict[str, Any]:
 
 
 def _of(status: str, key: str) -> int:
-    """Bytes that a line of /proc/PID/status gives; 0 if it has none (a process at its end)."""
-    found = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    """Bytes of a line of /proc/PID/status; 0 without that line, as for a process that has ended."""
+    match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 if __name__ == "__main__":

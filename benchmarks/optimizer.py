@@ -1,7 +1,7 @@
-"""What an optimizer step takes on a card: `python benchmarks/optimizer.py [--numbers 33030144]`.
+"""Measures an optimizer step on a GPU: `python benchmarks/optimizer.py [--parameters 33030144]`.
 
-octavo's 8-bit Adam, its gradient norm and its zeroed gradients, beside bitsandbytes' 8-bit Adam and PyTorch's fused
-AdamW on the same numbers, in milliseconds: the median of 50 by CUDA events.
+Compares octavo's 8-bit Adam, gradient norm and zeroing of gradients with bitsandbytes' 8-bit Adam and PyTorch's fused
+AdamW on the same parameters. Prints milliseconds, the median of 50 runs, measured with CUDA events.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from octavo.train.optim import Adam, OptimizerSettings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", type=int, default=33_030_144, help="GPT-J-6B: rank 16 on the six linears")
-    asked = parser.parse_args()
-    card = torch.device("cuda")
-    parameter = nn.Parameter(torch.randn(1, asked.numbers, device=card))
+    parser.add_argument("--parameters", type=int, default=33_030_144, help="default: GPT-J-6B, rank 16 on six linears")
+    args = parser.parse_args()
+    parameter = nn.Parameter(torch.randn(1, args.parameters, device="cuda"))
     ours = Adam(flatten_({"a": parameter}), OptimizerSettings())
     values = ours.groups[0].values
     assert values.grad is not None
@@ -32,31 +31,32 @@ def main() -> None:
     norm = ours.gradient_norm()
     theirs, fused = nn.Parameter(values.detach().clone()), nn.Parameter(values.detach().clone())
     theirs.grad, fused.grad = values.grad.clone(), values.grad.clone()
-    eight, adamw = AdamW8bit([theirs], lr=1e-4), torch.optim.AdamW([fused], lr=1e-4, fused=True)
-    ways: dict[str, Callable[[], object]] = {
+    adam8, adamw = AdamW8bit([theirs], lr=1e-4), torch.optim.AdamW([fused], lr=1e-4, fused=True)
+    operations: dict[str, Callable[[], object]] = {
         "octavo 8-bit Adam": lambda: ours.step(1e-4, gradient_norm=norm),
         "octavo gradient norm": ours.gradient_norm,
         "octavo norm and step": lambda: ours.step(1e-4, gradient_norm=ours.gradient_norm()),
-        "bitsandbytes 8-bit Adam": eight.step,
+        "bitsandbytes 8-bit Adam": adam8.step,
         "PyTorch fused AdamW": adamw.step,
         "octavo zeroing": ours.zero_gradients,
     }
-    for name, run in ways.items():
+    for name, run in operations.items():
         sys.stdout.write(f"{name:24} {milliseconds(run):7.3f} ms\n")
 
 
-def milliseconds(run: Callable[[], object], times: int = 50) -> float:
+def milliseconds(run: Callable[[], object], repetitions: int = 50) -> float:
+    """Median GPU time of `run`."""
     for _ in range(3):
         run()
-    spent = []
-    for _ in range(times):
+    times = []
+    for _ in range(repetitions):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
         end.record()
         end.synchronize()
-        spent.append(begin.elapsed_time(end))
-    return statistics.median(spent)
+        times.append(begin.elapsed_time(end))
+    return float(statistics.median(times))
 
 
 if __name__ == "__main__":

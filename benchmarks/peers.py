@@ -1,14 +1,14 @@
-"""The peers: what people run instead of octavo, written as their documentation says, on the weights of shapes.py.
+"""The peers of octavo, set up as their documentation recommends, on the weights of shapes.py.
 
-`build(way, model, ...)` gives a `Trainable`. The PEFT ways are transformers' model, PEFT's LoRA on every linear of the
-blocks, and bitsandbytes' AdamW8bit, under bfloat16 autocast as Trainer(bf16=True) runs them. `article` is the recipe
-around hivemind/gpt-j-6B-8bit on today's stack. What each way fixes is said in README.md beside this file.
+`build(method, model, ...)` returns a `Trainable`. The PEFT methods use transformers' model, PEFT's LoRA on every linear
+of the blocks and bitsandbytes' AdamW8bit, under bfloat16 autocast as Trainer(bf16=True). `article` is the recipe around
+hivemind/gpt-j-6B-8bit on today's libraries. benchmarks/README.md describes the methods.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shapes import ALPHA, LINEARS, RANK, lora, shapes, weight
 
-CLIP = 1.0
+MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 2e-4
 ARTICLE_LEARNING_RATE = 1e-5
-CODE_BLOCK = 4096  # weights that share one absolute maximum in the article's checkpoint
-OUTLIER = 6.0  # LLM.int8() takes input columns over this in float16: transformers' default
-# The fastest first on an H100 with heads of 256; what a card cannot do falls through to the next.
+BLOCK_SIZE = 4096  # weights with one absolute maximum in the article's checkpoint
+OUTLIER_THRESHOLD = 6.0  # LLM.int8() multiplies larger input channels in float16; transformers' default
+# In order of speed on an H100 with head dimension 256; PyTorch uses the first that the GPU supports.
 ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -36,22 +36,22 @@ ATTENTION = [
 
 
 class Trainable(Protocol):
-    """What is measured. `ids` are (batch, tokens); the loss is a scalar on the device, nothing waits for it."""
+    """A model to measure. ids: (B, T); the loss is a scalar on the device, without synchronization."""
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Forward, backward, gradients clipped at norm 1, update; the loss before the update."""
+        """Forward, backward, gradient clipping at norm 1, update. Returns the loss before the update."""
 
     def gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and every adapter's gradient of it, unclipped, by its name in PEFT's file. No update."""
+        """(loss, unclipped gradient of every adapter by its name in PEFT's file), without an update."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A PEFT way. `strong`: attention by SDPA and embedding, head and norms left in bfloat16."""
+    """A PEFT method. `strong`: SDPA attention; embedding, head and norms stay in bfloat16."""
 
     weights: str  # bf16, int8, nf4 or float32
     checkpointing: bool = True
@@ -59,7 +59,7 @@ class Recipe:
     autocast: bool = True
 
 
-PEFT_WAYS = {
+PEFT_METHODS = {
     "peft-bf16": Recipe("bf16"),
     "peft-bf16-nockpt": Recipe("bf16", checkpointing=False),
     "peft-int8": Recipe("int8"),
@@ -71,22 +71,22 @@ PEFT_WAYS = {
     "reference": Recipe("float32", autocast=False),
 }
 ARTICLE = "article"
-WAYS = (*PEFT_WAYS, ARTICLE)
+METHODS = (*PEFT_METHODS, ARTICLE)
 
 
-def scheme_of(way: str) -> str:
-    """How a peer holds its frozen weights."""
-    return "dynamic8" if way == ARTICLE else PEFT_WAYS[way].weights
+def scheme_of(method: str) -> str:
+    """The scheme of a peer's frozen weights."""
+    return "dynamic8" if method == ARTICLE else PEFT_METHODS[method].weights
 
 
 @dataclass
 class Peer:
-    """A model of transformers with its optimizer. `adapters`: PEFT's name -> (parameter, factor of its gradient)."""
+    """A transformers model and its optimizer. `adapters`: PEFT's name -> (parameter, scale of its gradient)."""
 
     model: nn.Module
     optimizer: Any
     adapters: dict[str, tuple[nn.Parameter, float]]
-    half: torch.dtype | None  # autocast's type
+    autocast_dtype: torch.dtype | None
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -98,19 +98,19 @@ class Peer:
 
     def step(self, ids: Tensor) -> Tensor:
         loss = self._backward(ids)
-        nn.utils.clip_grad_norm_(self.trained, CLIP)
+        nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
 
     def gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._backward(ids)
-        found = {}
+        gradients = {}
         for name, (parameter, factor) in self.adapters.items():
             assert parameter.grad is not None, f"{name} has no gradient"
-            found[name] = (parameter.grad.float() * factor).cpu()
+            gradients[name] = (parameter.grad.float() * factor).cpu()
         self.optimizer.zero_grad()
-        return loss, found
+        return loss, gradients
 
     def _backward(self, ids: Tensor) -> Tensor:
         with self._autocast():
@@ -119,16 +119,16 @@ class Peer:
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.half) if self.half else nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
 
-def build(way: str, model_name: str, *, seed: int, device: torch.device | str, tiny: bool = False) -> Trainable:
-    """A way of WAYS on random weights, ready for its first step."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast at every product
+def build(method: str, model_name: str, *, seed: int, device: torch.device | str, tiny: bool = False) -> Trainable:
+    """A method of METHODS on random weights, ready for its first step."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast in every matmul
     device = torch.device(device)
-    if way == ARTICLE:
+    if method == ARTICLE:
         return _build_article(model_name, seed=seed, device=device, tiny=tiny)
-    return _build_peft(PEFT_WAYS[way], model_name, seed=seed, device=device, tiny=tiny)
+    return _build_peft(PEFT_METHODS[method], model_name, seed=seed, device=device, tiny=tiny)
 
 
 def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Peer:
@@ -141,8 +141,8 @@ def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.dev
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = recipe.weights == "int8", recipe.weights == "nf4"
     model.requires_grad_(False)
     if recipe.weights in ("int8", "nf4") and not recipe.strong:
-        how = {"use_reentrant": False}  # as PEFT advises
-        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=how)
+        checkpointing = {"use_reentrant": False}  # as PEFT recommends
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=checkpointing)
     elif recipe.checkpointing:
         model.gradient_checkpointing_enable()
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS[model_name]), task_type="CAUSAL_LM")
@@ -151,22 +151,23 @@ def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.dev
     adapters = {}
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
-            known = name.replace(".default", "")
-            parameter.data.copy_(lora(known, tuple(parameter.shape), device, parameter.dtype, seed=seed))
-            adapters[known] = (parameter, 1.0)
-    half = torch.bfloat16 if recipe.autocast else None
-    return Peer(tuned, _optimizer("AdamW8bit", adapters, LEARNING_RATE), adapters, half, device)
+            peft_name = name.replace(".default", "")
+            parameter.data.copy_(lora(peft_name, tuple(parameter.shape), device, parameter.dtype, seed=seed))
+            adapters[peft_name] = (parameter, 1.0)
+    autocast_dtype = torch.bfloat16 if recipe.autocast else None
+    return Peer(tuned, _optimizer("AdamW8bit", adapters, LEARNING_RATE), adapters, autocast_dtype, device)
 
 
 def frozen_model(weights: str, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Any:
-    """transformers' model with the weights of `shapes`, held as bf16, int8, nf4 or float32."""
+    """transformers' model with the weights of `shapes`, stored as bf16, int8, nf4 or float32."""
     dtype = torch.float32 if weights == "float32" else torch.bfloat16
-    # GPT-J has no other attention in transformers; a Llama has SDPA unless it is the reference.
-    exact = model_name == "gptj" or weights == "float32"
-    model = _empty_model(model_name, tiny=tiny, dtype=dtype, attention="eager" if exact else "sdpa")
+    # GPT-J has only eager attention in transformers; Llama uses SDPA, except in the reference.
+    eager = model_name == "gptj" or weights == "float32"
+    model = _empty_model(model_name, tiny=tiny, dtype=dtype, attention="eager" if eager else "sdpa")
+    make: Callable[[nn.Linear, tuple[Tensor, Tensor | None]], nn.Module]
     make = {"int8": _int8_linear, "nf4": _nf4_linear}.get(weights, _plain_linear)
     for name, linear in _linears(model):
-        # As transformers does it: the output head is not quantised.
+        # transformers does not quantize the output head.
         layer = (_plain_linear if name == "lm_head" else make)(linear, _values(name, linear, device, dtype, seed))
         model.set_submodule(name, layer)
     _fill_rest_(model, device, dtype, seed)
@@ -181,7 +182,7 @@ def _optimizer(kind: str, adapters: dict[str, tuple[nn.Parameter, float]], learn
 
 
 def _empty_model(model_name: str, *, tiny: bool, dtype: torch.dtype, attention: str) -> Any:
-    """The model without memory: its parameters and buffers are on the meta device."""
+    """The model with parameters and buffers on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = shapes(model_name, tiny=tiny)
@@ -200,9 +201,10 @@ def _values(
     name: str, linear: nn.Linear, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor | None]:
     matrix = weight(f"{name}.weight", tuple(linear.weight.shape), device, dtype, seed=seed)
-    if linear.bias is None:
+    bias = linear._parameters["bias"]
+    if bias is None:
         return matrix, None
-    return matrix, weight(f"{name}.bias", tuple(linear.bias.shape), device, dtype, seed=seed)
+    return matrix, weight(f"{name}.bias", tuple(bias.shape), device, dtype, seed=seed)
 
 
 def _plain_linear(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> nn.Module:
@@ -214,33 +216,32 @@ def _int8_linear(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> nn.
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     matrix, bias = values
-    layer = Linear8bitLt(
-        linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, threshold=OUTLIER,
+    layer: nn.Module = Linear8bitLt(
+        linear.in_features, linear.out_features, bias is not None, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD,
         device="meta",
     )  # fmt: skip
-    codes, row_maxima, _ = int8_vectorwise_quant(matrix.half())
+    quantized, row_maxima, _ = int8_vectorwise_quant(matrix.half())  # (N, K), (N,)
     _with_values(layer, None, bias)
-    layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=row_maxima)
+    layer.weight = Int8Params(quantized, requires_grad=False, has_fp16_weights=False, CB=quantized, SCB=row_maxima)
     return layer
 
 
 def _nf4_linear(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> nn.Module:
-    """QLoRA's: blocks of 64, their scales quantised too, products in bfloat16."""
+    """QLoRA: blocks of 64, double quantization, matmuls in bfloat16."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     matrix, bias = values
-    layer = Linear4bit(
+    layer: Any = Linear4bit(
         linear.in_features, linear.out_features, bias is not None, compute_dtype=torch.bfloat16,
         compress_statistics=True, quant_type="nf4", device="meta",
     )  # fmt: skip
-    layer.support_avx512bf16_for_cpu = False  # on a CPU it would repack the codes for inference
-    _with_values(layer, None, bias)
+    layer.support_avx512bf16_for_cpu = False  # prevents repacking of the weights for inference on a CPU
     frozen = Params4bit(matrix, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer)
     layer.weight = frozen.to(matrix.device)
-    return layer
+    return _with_values(layer, None, bias)
 
 
-def _with_values(layer: Any, matrix: Tensor | None, bias: Tensor | None) -> nn.Module:
+def _with_values(layer: nn.Module, matrix: Tensor | None, bias: Tensor | None) -> nn.Module:
     if matrix is not None:
         layer.weight = nn.Parameter(matrix, requires_grad=False)
     if bias is not None:
@@ -249,7 +250,7 @@ def _with_values(layer: Any, matrix: Tensor | None, bias: Tensor | None) -> nn.M
 
 
 def _fill_rest_(model: Any, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """Embedding, norms, and the tables of positions, which are in no checkpoint."""
+    """Sets embedding and norms, and computes the rotary tables, which checkpoints do not have."""
     from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 
     for name, module in list(model.named_modules()):
@@ -258,12 +259,12 @@ def _fill_rest_(model: Any, device: torch.device, dtype: torch.dtype, seed: int)
                 values = weight(f"{name}.{key}", tuple(parameter.shape), device, dtype, seed=seed)
                 setattr(module, key, nn.Parameter(values, requires_grad=False))
         if hasattr(module, "embed_positions"):
-            table = create_sinusoidal_positions(module.max_positions, module.pos_embd_dim)
-            module.embed_positions = table.to(device)
+            rotary = create_sinusoidal_positions(module.max_positions, module.pos_embd_dim)
+            module.embed_positions = rotary.to(device)
         if hasattr(module, "inv_freq"):
             model.set_submodule(name, type(module)(module.config).to(device))
-    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    assert not left, f"no values for {left}"
+    missing = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    assert not missing, f"no values for {missing}"
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -272,7 +273,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _use_sdpa_(model: nn.Module) -> None:
-    """PyTorch's fused attention in every GPT-J block, in place of float32 scores in full."""
+    """Replaces eager attention with float32 scores by PyTorch's fused attention in every GPT-J block."""
     from transformers.models.gptj.modeling_gptj import GPTJAttention
 
     for module in model.modules():
@@ -283,7 +284,7 @@ def _use_sdpa_(model: nn.Module) -> None:
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """Causal attention of (batch, heads, tokens, size); scale 1/sqrt(size) as GPT-J has it, rows without padding."""
+    """Causal attention of (B, H, T, D) with scale 1/sqrt(D), as GPT-J; rows have no padding."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -291,73 +292,75 @@ def _fused_attention(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
 
 
-class DynamicCodes(nn.Module):
-    """A matrix in bitsandbytes' dynamic 8-bit codes, in blocks of 4096, that is float32 again whenever it is used."""
+class Dynamic8Matrix(nn.Module):
+    """A matrix in bitsandbytes' dynamic 8-bit type with blocks of 4096; every use dequantizes it to float32."""
 
     def __init__(self, matrix: Tensor) -> None:
         from bitsandbytes.functional import quantize_blockwise
 
         super().__init__()
-        codes, state = quantize_blockwise(matrix, blocksize=CODE_BLOCK)
-        self.codes, self.maxima, self.table = (nn.Buffer(t) for t in (codes, state.absmax, state.code))
+        quantized, state = quantize_blockwise(matrix, blocksize=BLOCK_SIZE)
+        self.quantized, self.absmax, self.code = (nn.Buffer(t) for t in (quantized, state.absmax, state.code))
 
     def forward(self) -> Tensor:
         from bitsandbytes.functional import dequantize_blockwise
 
-        matrix: Tensor = dequantize_blockwise(self.codes, absmax=self.maxima, code=self.table, blocksize=CODE_BLOCK)
+        matrix: Tensor = dequantize_blockwise(self.quantized, absmax=self.absmax, code=self.code, blocksize=BLOCK_SIZE)
         return matrix
 
 
-class UnpackedProduct(torch.autograd.Function):
-    """x W^T + b; the matrix is unpacked in forward and once more in backward, so that it is never kept."""
+class DequantizedMatmul(torch.autograd.Function):
+    """x W^T + b; forward and backward both dequantize W, which is not saved between them."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
-    def forward(ctx: Any, x: Tensor, codes: DynamicCodes, bias: Tensor | None) -> Tensor:
-        ctx.codes, ctx.type, ctx.has_bias = codes, x.dtype, bias is not None
-        return F.linear(x, codes(), bias)
+    @torch.amp.custom_fwd(device_type="cuda")  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor, matrix: Dynamic8Matrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix, ctx.dtype, ctx.has_bias = matrix, x.dtype, bias is not None
+        return F.linear(x, matrix(), bias)  # (B, T, N)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
+    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        to_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.has_bias else None
-        matrix = ctx.codes().to(gradient.dtype)
-        return (gradient @ matrix).to(ctx.type), None, to_bias
+        grad_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32) if ctx.has_bias else None  # (N,)
+        matrix = ctx.matrix().to(gradient.dtype)  # (N, K)
+        return (gradient @ matrix).to(ctx.dtype), None, grad_bias
 
 
 class DynamicLinear(nn.Module):
-    """The article's linear: frozen codes, a trained bias, and an adapter whose output is added to a new tensor."""
+    """The article's linear: a frozen 8-bit matrix, a trained bias and an adapter."""
 
     def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         rows, columns = matrix.shape
-        self.codes = DynamicCodes(matrix)
+        self.matrix = Dynamic8Matrix(matrix)
         self.bias = nn.Parameter(bias) if bias is not None else None
-        self.adapter = _pair(columns, rows, matrix.device)
+        self.adapter = _lora(columns, rows, matrix.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The original's `output += ...` fails today: the output of a custom function may not be changed.
-        output: Tensor = UnpackedProduct.apply(x, self.codes, self.bias)
-        return output + self.adapter(x)
+        # The original `output += ...` fails today: PyTorch forbids in-place changes of a custom function's output.
+        output: Tensor = DequantizedMatmul.apply(x, self.matrix, self.bias)  # type: ignore[no-untyped-call]
+        adapter: Tensor = self.adapter(x)
+        return output + adapter
 
 
 class DynamicEmbedding(nn.Module):
-    """The article's embedding: the whole table is unpacked for each look-up, and has an adapter."""
+    """The article's embedding: every look-up dequantizes the entire matrix; it has an adapter."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
         rows, columns = matrix.shape
-        self.codes = DynamicCodes(matrix)
+        self.matrix = Dynamic8Matrix(matrix)
         first = nn.Embedding(rows, RANK, device=matrix.device)
         self.adapter = nn.Sequential(first, nn.Linear(RANK, columns, bias=False, device=matrix.device))
 
     def forward(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            output = F.embedding(ids, self.codes())
-        return output + self.adapter(ids)
+            output = F.embedding(ids, self.matrix())  # (B, T, K)
+        adapter: Tensor = self.adapter(ids)
+        return output + adapter
 
 
-def _pair(columns: int, rows: int, device: torch.device) -> nn.Sequential:
+def _lora(columns: int, rows: int, device: torch.device) -> nn.Sequential:
     first = nn.Linear(columns, RANK, bias=False, device=device)
     return nn.Sequential(first, nn.Linear(RANK, rows, bias=False, device=device))
 
@@ -365,8 +368,8 @@ def _pair(columns: int, rows: int, device: torch.device) -> nn.Sequential:
 def _build_article(model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Peer:
     """Adapters on every linear, the head and the embedding; norms and biases trained too; float16 without a scaler.
 
-    Pairs add A1(A0(x)) without alpha / r, so A1 of a block's linear starts at that multiple of the others' B. The
-    head's and the embedding's start at zero, so that the first loss is of the same function as everybody's.
+    The recipe computes B A x without the scale alpha / r, so B of the blocks' linears starts at alpha / r times the B
+    of the other methods. B of head and embedding starts at zero, so that the first loss is of the same function.
     """
     model = _empty_model(model_name, tiny=tiny, dtype=torch.float32, attention="eager")
     adapters: dict[str, tuple[nn.Parameter, float]] = {}
@@ -381,14 +384,14 @@ def _build_article(model_name: str, *, seed: int, device: torch.device, tiny: bo
             continue
         model.set_submodule(name, layer)
         in_block = name.rpartition(".")[2] in LINEARS[model_name]
-        for key, half, factor in (("lora_A", layer.adapter[0], 1.0), ("lora_B", layer.adapter[1], ALPHA / RANK)):
-            known = f"base_model.model.{name}.{key}.weight"
-            drawn = lora(known, tuple(half.weight.shape), device, torch.float32, seed=seed)
-            half.weight.data.copy_(drawn * factor if in_block or key == "lora_A" else torch.zeros_like(drawn))
+        for key, linear, factor in (("lora_A", layer.adapter[0], 1.0), ("lora_B", layer.adapter[1], ALPHA / RANK)):
+            peft_name = f"base_model.model.{name}.{key}.weight"
+            values = lora(peft_name, tuple(linear.weight.shape), device, torch.float32, seed=seed)
+            linear.weight.data.copy_(values * factor if in_block or key == "lora_A" else torch.zeros_like(values))
             if in_block:
-                adapters[known] = (half.weight, factor)
+                adapters[peft_name] = (linear.weight, factor)
     _fill_rest_(model, device, torch.float32, seed)
-    for parameter in model.parameters():  # norms, biases and adapters: all else is a buffer of codes
+    for parameter in model.parameters():  # norms, biases and adapters; quantized matrices are buffers
         parameter.requires_grad_(True)
     model.gradient_checkpointing_enable()
     model.train()

@@ -1,7 +1,7 @@
-"""The planner's forecast beside what a card was asked for: `python benchmarks/plan.py [--out plan.csv]`, on a GPU.
+"""Compares the planner's memory forecast with a GPU's peak memory: `python benchmarks/plan.py [--out plan.csv]`.
 
-Each setting is planned, built with random weights and trained for three steps, the last of them replayed from a CUDA
-graph; the peak is what PyTorch reserved. Prints one line for each, with the forecast's error in per cent.
+For every setting the script makes a plan, builds the model with random weights and trains four steps, the last from a
+CUDA graph. The peak is the memory that PyTorch reserved. Prints one line per setting, with the error in per cent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from octavo.layers.context import Save
-from octavo_way import Way, planner_of, random_model, with_adapters_
+from octavo_method import TrainableOctavo, planner_of, random_model, with_adapters_
 from shapes import batch_ids
 
 GIB = 2**30
-# (model, scheme, rows of a batch, tokens of a row, what may be reserved in GiB, None: all of the card)
+# (model, scheme, batch size, seq_len, limit of reserved memory in GiB; None: all of the GPU)
 SETTINGS = (
     ("gptj", "int8", 1, 2048, None),
     ("gptj", "int8", 1, 2048, 11.0),
@@ -37,55 +37,55 @@ SETTINGS = (
 )
 COLUMNS = (
     "model", "scheme", "batch", "seq_len", "budget_gib", "rows", "all", "attention", "input",
-    "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds", "seconds", "card", "torch",
+    "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds", "seconds", "gpu", "torch",
 )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    found = []
+    args = parser.parse_args()
+    rows = []
     for setting in SETTINGS:
         try:
-            found.append(measured(*setting))
-            sys.stdout.write(" ".join(f"{name}={found[-1][name]}" for name in COLUMNS[:-2]) + "\n")
+            rows.append(measured(*setting))
+            sys.stdout.write(" ".join(f"{name}={rows[-1][name]}" for name in COLUMNS[:-2]) + "\n")
         except Exception:
             traceback.print_exc()
             sys.stdout.write(f"{setting} failed\n")
         sys.stdout.flush()
         gc.collect()
         torch.cuda.empty_cache()
-    if asked.out:
-        with asked.out.open("w", newline="", encoding="utf-8") as file:
+    if args.out:
+        with args.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(found)
+            writer.writerows(rows)
 
 
 def measured(model: str, scheme: str, batch: int, seq_len: int, budget: float | None) -> dict[str, object]:
-    """One setting: planned, built, trained, compared."""
+    """Plans, builds and trains one setting; returns its row."""
     device = torch.device("cuda")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget * GIB / total) if budget else 1.0, 0)
     planner = planner_of(model, scheme, dtype=torch.bfloat16, tiny=False, batch=batch, seq_len=seq_len)
     plan = planner.best(budget * GIB if budget else total)
     if plan is None:
-        raise RuntimeError(f"no plan: the least is {planner.smallest().peak_bytes / GIB:.2f} GiB")
-    torch.cuda.set_per_process_memory_fraction(1.0, 0)  # a whole table is quantised at once here
-    own = random_model(model, scheme, device=device, dtype=torch.bfloat16, tiny=False, seed=0)
-    with_adapters_(own, seed=0)
+        raise RuntimeError(f"no plan fits: the smallest needs {planner.smallest().peak_bytes / GIB:.2f} GiB")
+    torch.cuda.set_per_process_memory_fraction(1.0, 0)  # random_model quantizes a full embedding matrix at once
+    decoder = random_model(model, scheme, device=device, dtype=torch.bfloat16, tiny=False, seed=0)
+    with_adapters_(decoder, seed=0)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget * GIB / total) if budget else 1.0, 0)
     torch.cuda.reset_peak_memory_stats()
-    way = Way(own, plan, planner)
+    trainable = TrainableOctavo(decoder, plan, planner)
     ids = batch_ids(model, batch, seq_len, seed=0, device="cpu")
     for _ in range(4):
-        way.step(ids)
+        trainable.step(ids)
     peak = torch.cuda.max_memory_reserved()
-    seconds = way.last.seconds
-    way.micro_step.release()
+    seconds = trainable.last.seconds
+    trainable.micro_step.release()
     levels = {level.name.lower(): plan.save.count(level) for level in Save}
     return {
         "model": model, "scheme": scheme, "batch": batch, "seq_len": seq_len, "budget_gib": budget or "",
@@ -93,7 +93,7 @@ def measured(model: str, scheme: str, batch: int, seq_len: int, budget: float | 
         "forecast_gib": round(plan.peak_bytes / GIB, 3), "reserved_gib": round(peak / GIB, 3),
         "error_percent": round(100 * (plan.peak_bytes / peak - 1), 2),
         "forecast_seconds": round(plan.seconds or 0.0, 4), "seconds": round(seconds, 4),
-        "card": torch.cuda.get_device_name(device), "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__,
     }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""Times the reading of data: `python benchmarks/reading.py --text FOLDER..`.
+"""Measures reading and tokenization of text: `python benchmarks/reading.py --text FOLDER..`.
 
-All .txt, .md, .rst and .py files below the folders become one text of `--mb` megabytes, repeated if they are fewer; it
-is read and encoded as `octavo data` does. Beside it in the same run the tokenizer's own call encodes the text's
-beginning, whose speed does not depend on how much there is. The first progress is the time from the start of reading
-until the bar is told of the first characters. A JSON line sums up.
+All .txt, .md, .rst and .py files below the folders are concatenated to `--mb` megabytes, repeated if necessary. The
+script reads and encodes this text as `octavo data` does. For comparison the tokenizer's `encode` encodes the first
+`--plain-mb` megabytes; its speed does not depend on the amount. `first_progress_seconds` is the time from the start of
+reading to the first update of the progress bar. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ SUFFIXES = (".txt", ".md", ".rst", ".py")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="smollm2", help="whose tokenizer is used")
-    add("--text", nargs="+", type=Path, required=True, help="folders to take text from")
-    add("--mb", type=float, default=110.0)
-    add("--plain-mb", type=float, default=4.0, help="that the tokenizer's own call encodes")
-    asked = parser.parse_args()
-    tokenizer = open_source(asked.model).tokenizer()
+    add("--model", default="smollm2", help="model whose tokenizer is measured")
+    add("--text", nargs="+", type=Path, required=True, help="folders of text files")
+    add("--mb", type=float, default=110.0, help="megabytes of text")
+    add("--plain-mb", type=float, default=4.0, help="megabytes for the tokenizer's `encode`")
+    args = parser.parse_args()
+    tokenizer = open_source(args.model).tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.txt"
-        distinct = write_text(file, asked.text, round(asked.mb * 1e6))
+        distinct = write_text(file, args.text, round(args.mb * 1e6))
         began = time.perf_counter()
         first: list[float] = []
 
@@ -48,12 +48,12 @@ def main() -> None:
         encoded = encode_all(documents, tokenizer, end_id=int(tokenizer.eos_token_id), progress=progress)
         ended = time.perf_counter()
         text = documents[0].text
-        part = text[: round(asked.plain_mb * 1e6)]
+        part = text[: round(args.plain_mb * 1e6)]
         plain_began = time.perf_counter()
         plain = tokenizer.backend_tokenizer.encode(part, add_special_tokens=False)
         plain_seconds = time.perf_counter() - plain_began
         size = file.stat().st_size
-    # The same ids, but for a word that the part's end cuts.
+    # The end of `part` may cut a word: the last ids may differ.
     same = encoded[0].ids[: len(plain.ids) - 8].tolist() == plain.ids[:-8]
     speed, plain_speed = size / (ended - began) / 1e6, len(part.encode()) / plain_seconds / 1e6
     sys.stdout.write(
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def write_text(file: Path, folders: list[Path], size: int) -> int:
-    """Writes `size` bytes; how many of them are not repeated."""
+    """Writes `size` bytes; returns how many of them are not repeated."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SUFFIXES)
     distinct = written = 0
     with file.open("wb") as out:

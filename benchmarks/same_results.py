@@ -1,9 +1,9 @@
-"""Compares this code's results with an earlier commit's: `python benchmarks/same_results.py COMMIT`.
+"""Compares results of this code with an earlier commit's: `python benchmarks/same_results.py COMMIT`.
 
-Both train the same tiny models (random weights, two families) in float32 on the CPU, with every weight scheme and the
-options that change arithmetic, and continue ten prompts greedily. Equal means: the SHA-256 of the adapter's tensors,
-sorted by name, all losses, and all token ids. Hashes are not recorded, since CPUs differ; both commits run here, one
-after the other. Exit code 1 if anything differs.
+Both train the same tiny models (random weights, two families) in float32 on the CPU, with every weight scheme and all
+options that change arithmetic, and decode ten prompts greedily. The script compares the SHA-256 of the adapter's
+tensors, sorted by name, all losses and all token ids. Results depend on the CPU, so no hash is stored: both commits run
+here, one after the other. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def main() -> None:
 
 
 def is_same(run: str, folder: Path, before: Path) -> bool:
-    """Whether both commits give the same results; prints a line."""
+    """Whether both commits give the same results; prints one line."""
     old = results(run, folder, before, old_names=not (before / "src" / "octavo" / "commands").is_dir())
     new = results(run, folder, HERE, old_names=False)
-    differing = [what for what in old if old[what] != new[what]]
+    differing = [key for key in old if old[key] != new[key]]
     verdict = f"different {', '.join(differing)}" if differing else "equal"
     sys.stdout.write(f"{run}: {verdict}, adapter {new['adapter'][:12]}\n")
     sys.stdout.flush()
@@ -87,9 +87,9 @@ def is_same(run: str, folder: Path, before: Path) -> bool:
 
 
 def results(run: str, folder: Path, tree: Path, *, old_names: bool) -> dict[str, Any]:
-    """The adapter's hash, the losses and the token ids that the code in `tree` gives."""
-    family, more = RUNS[run]
-    options = {"data": "plays", "test-data": str(PLAYS / "test"), "batch-size": 4, **COMMON, **more}
+    """Hash of the adapter, losses and token ids of a run with the code in `tree`."""
+    family, run_options = RUNS[run]
+    options = {"data": "plays", "test-data": str(PLAYS / "test"), "batch-size": 4, **COMMON, **run_options}
     if "micro_batch_size" not in (tree / "src" / "octavo" / "config" / "options.py").read_text():
         options["accumulate"] = options["batch-size"] // options.get("micro-batch-size", options["batch-size"])
         options["batch"] = options.pop("batch-size") // options["accumulate"]
@@ -124,18 +124,18 @@ def octavo(tree: Path, arguments: list[Any], options: dict[str, Any], *, old_nam
     """Standard output of a command of the code in `tree`."""
     flags: list[str] = []
     for name, value in options.items():
-        used = RENAMED.get(name, name) if old_names else name
-        used_value = VALUES.get(used, {}).get(value, value) if isinstance(value, str) else value
-        flags += [f"--{used}"] if value is True else [f"--{used}", str(used_value)]
+        flag = RENAMED.get(name, name) if old_names else name
+        flag_value = VALUES.get(flag, {}).get(value, value) if isinstance(value, str) else value
+        flags += [f"--{flag}"] if value is True else [f"--{flag}", str(flag_value)]
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "octavo", *map(str, arguments), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-    return done.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert completed.returncode == 0, f"{command}\n{completed.stderr[-3000:]}"
+    return completed.stdout
 
 
 def write_inputs(folder: Path) -> None:
-    """The two models, chats and prompts."""
+    """Writes the two models, the chats and the prompts."""
     text = (PLAYS / "test" / "hamlet.txt").read_text("utf-8")
     tokenizer = trained_tokenizer(text)
     shape = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
@@ -172,12 +172,12 @@ def trained_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         [text], trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, special_tokens=["<|end|>"])
     )
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
-    made.chat_template = (
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+    fast.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] }}{% endgeneration %}"
         "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    return made
+    return fast
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Many streams at once against a real server: `python benchmarks/serve.py [--streams 64] [--seconds 60]`.
+"""Measures `octavo serve` with concurrent streams: `python benchmarks/serve.py [--streams 64] [--seconds 60]`.
 
-Starts `octavo serve` in a process of its own, asks every prompt once alone (the reference for text and speed), then
-keeps so many streams open for so long, each asking one prompt after another. Every answer must be, to the letter, the
-one that the prompt got alone. Prints one JSON line: tokens per second of both, time to the first token and between
-tokens (p50, p99), errors, wrong and lost answers, and the server's resident memory at the start and at most.
+Starts `octavo serve` in a subprocess and sends every prompt once alone, as reference of text and speed. Then
+`--streams` clients send one prompt after another for `--seconds`. Every answer must equal the reference of its prompt
+exactly. Prints one JSON line: tokens per second of both phases, time to the first token and between tokens (p50, p99),
+errors, wrong answers, and the server's resident memory at the start and at its peak.
 
-Greedy answers are compared, so the compute type is float32: in shorter types a product over 64 rows may round otherwise
-than one over a single row, and a tie between two tokens may fall the other way.
+The default dtype is float32: in 16 bits a matmul over 64 rows may round differently from one over a single row, and
+greedy decoding may then pick another token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TEXT = "the king of storm and sea rode out one winter morning to find a quiet ha
 
 @dataclass
 class Measured:
-    """What the streams saw. Times in seconds."""
+    """Measurements of the streams; times in seconds."""
 
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
@@ -48,44 +48,51 @@ def main() -> None:
     add("--model", default="smollm2")
     add("--streams", type=int, default=64)
     add("--seconds", type=float, default=60.0)
-    add("--prompts", type=int, default=16, help="different prompts")
+    add("--prompts", type=int, default=16, help="number of different prompts")
     add("--max-tokens", type=int, default=32)
     add("--slots", type=int, default=32)
     add("--dtype", default="float32")
-    add("--server", nargs=argparse.REMAINDER, default=[], help="last: more options for `octavo serve`")
-    asked = parser.parse_args()
-    sys.stdout.write(json.dumps(asyncio.run(run(asked))) + "\n")
+    add(
+        "--server",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="options of `octavo serve`; must be last",
+    )
+    args = parser.parse_args()
+    sys.stdout.write(json.dumps(asyncio.run(run(args))) + "\n")
 
 
-async def run(asked: argparse.Namespace) -> dict[str, Any]:
-    """The whole measurement."""
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Starts the server and measures both phases."""
     port = free_port()
     command = [
-        sys.executable, "-m", "octavo", "serve", "--model", asked.model, "--port", str(port), "--dtype", asked.dtype,
-        "--slots", str(asked.slots), "--queue", str(2 * asked.streams), *asked.server,
+        sys.executable, "-m", "octavo", "serve", "--model", args.model, "--port", str(port), "--dtype", args.dtype,
+        "--slots", str(args.slots), "--queue", str(2 * args.streams), *args.server,
     ]  # fmt: skip
     path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        limits = httpx.Limits(max_connections=asked.streams + 4)
+        limits = httpx.Limits(max_connections=args.streams + 4)
         async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits, trust_env=False,  # no proxy in between
+            base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits, trust_env=False,  # no proxy
         ) as client:  # fmt: skip
             await ready(client, server)
             model = (await client.get("/v1/models")).json()["data"][0]["id"]
             words = TEXT.split()
-            prompts = [" ".join(words[i % 7 : i % 7 + 3 + i % 9]) + f" {i}" for i in range(asked.prompts)]
+            prompts = [" ".join(words[i % 7 : i % 7 + 3 + i % 9]) + f" {i}" for i in range(args.prompts)]
             alone, reference = Measured(), {}
             began = time.perf_counter()
             for prompt in prompts:
-                reference[prompt] = await answer(client, model, prompt, asked.max_tokens, alone)
+                reference[prompt] = await answer(client, model, prompt, args.max_tokens, alone)
             alone_speed = alone.tokens / (time.perf_counter() - began)
             start_bytes = peak = resident_bytes(server.pid)
-            told, began = Measured(), time.perf_counter()
+            concurrent, began = Measured(), time.perf_counter()
             streams = [
-                asyncio.create_task(stream(client, model, prompts[i:] + prompts[:i], asked, reference, told, began))
-                for i in (n % len(prompts) for n in range(asked.streams))
+                asyncio.create_task(
+                    stream(client, model, prompts[i:] + prompts[:i], args, reference, concurrent, began)
+                )
+                for i in (n % len(prompts) for n in range(args.streams))
             ]
             while not all(task.done() for task in streams):
                 peak = max(peak, resident_bytes(server.pid))
@@ -95,40 +102,40 @@ async def run(asked: argparse.Namespace) -> dict[str, Any]:
     finally:
         server.terminate()
         server.wait(30)
-    speed = told.tokens / spent
+    speed = concurrent.tokens / spent
     return {
-        "model": asked.model, "streams": asked.streams, "slots": asked.slots, "seconds": round(spent, 1),
-        "answers": told.answers, "wrong": len(told.wrong), "errors": len(told.errors),
+        "model": args.model, "streams": args.streams, "slots": args.slots, "seconds": round(spent, 1),
+        "answers": concurrent.answers, "wrong": len(concurrent.wrong), "errors": len(concurrent.errors),
         "tokens_per_second": round(speed, 1), "one_at_a_time": round(alone_speed, 1),
         "ratio": round(speed / alone_speed, 2),
-        **spread("first_token_s", told.first), **spread("between_s", told.between),
+        **percentiles("first_token_s", concurrent.first), **percentiles("between_s", concurrent.between),
         "resident_start_mib": start_bytes >> 20, "resident_peak_mib": peak >> 20,
         "running_after": [line for line in metrics.splitlines() if "running" in line and not line.startswith("#")],
-        "first_errors": (told.errors + told.wrong)[:3], "command": " ".join(command[1:]),
+        "first_errors": (concurrent.errors + concurrent.wrong)[:3], "command": " ".join(command[1:]),
     }  # fmt: skip
 
 
 async def stream(
-    client: httpx.AsyncClient, model: str, prompts: list[str], asked: argparse.Namespace,
-    reference: dict[str, str], told: Measured, began: float,
+    client: httpx.AsyncClient, model: str, prompts: list[str], args: argparse.Namespace,
+    reference: dict[str, str], measured: Measured, began: float,
 ) -> None:  # fmt: skip
-    """One user: the next prompt as soon as the answer is there, until the time is over."""
+    """One client: sends the next prompt after each answer, until `--seconds` have passed."""
     number = 0
-    while time.perf_counter() - began < asked.seconds:
+    while time.perf_counter() - began < args.seconds:
         prompt = prompts[number % len(prompts)]
         number += 1
         try:
-            got = await answer(client, model, prompt, asked.max_tokens, told)
+            actual = await answer(client, model, prompt, args.max_tokens, measured)
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            told.errors.append(repr(error)[:200])
+            measured.errors.append(repr(error)[:200])
             continue
-        told.answers += 1
-        if got != reference[prompt]:
-            told.wrong.append(f"{prompt!r}: {got!r} instead of {reference[prompt]!r}")
+        measured.answers += 1
+        if actual != reference[prompt]:
+            measured.wrong.append(f"{prompt!r}: {actual!r} instead of {reference[prompt]!r}")
 
 
-async def answer(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, told: Measured) -> str:
-    """The text of one streamed completion; its times go into `told`."""
+async def answer(client: httpx.AsyncClient, model: str, prompt: str, max_tokens: int, measured: Measured) -> str:
+    """The text of one streamed completion; adds its times to `measured`."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     began = last = time.perf_counter()
@@ -147,17 +154,17 @@ async def answer(client: httpx.AsyncClient, model: str, prompt: str, max_tokens:
                 usage = event["usage"]["completion_tokens"]
             for choice in event["choices"]:
                 now = time.perf_counter()
-                (told.between if text or last != began else told.first).append(now - last)
+                (measured.between if text or last != began else measured.first).append(now - last)
                 last = now
                 text += choice["text"]
     if not done or usage is None:
         raise ValueError("the stream ended early")
-    told.tokens += usage
+    measured.tokens += usage
     return text
 
 
 async def ready(client: httpx.AsyncClient, server: subprocess.Popen[bytes]) -> None:
-    """Waits until the server says that it is ready."""
+    """Waits until GET /ready answers 200."""
     for _ in range(1200):
         if server.poll() is not None:
             assert server.stderr is not None
@@ -171,8 +178,8 @@ async def ready(client: httpx.AsyncClient, server: subprocess.Popen[bytes]) -> N
     raise SystemExit("the server is not ready after 5 minutes")
 
 
-def spread(name: str, seconds: list[float]) -> dict[str, float]:
-    """p50 and p99."""
+def percentiles(name: str, seconds: list[float]) -> dict[str, float]:
+    """p50 and p99 of the times."""
     if len(seconds) < 2:
         return {}
     cuts = statistics.quantiles(seconds, n=100)
@@ -180,7 +187,7 @@ def spread(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process; 0 if it is gone."""
+    """Resident memory of a process; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

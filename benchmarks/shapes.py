@@ -1,8 +1,8 @@
-"""What every way of the benchmark starts from: the two models' shapes, their random weights, adapters and token ids.
+"""The input of every method of the benchmark: shapes of the two models, random weights, adapters and token ids.
 
-A tensor is a function of the seed and of its name in the checkpoint, so every way computes with the same numbers
-whatever order it makes them in, and a model is made on the device without a file. The numbers are drawn on the device:
-a CPU and a GPU draw others, so a comparison stays on one device. Importing this loads torch only.
+A tensor is a function of the seed and its checkpoint name, so all methods have the same values in any order of
+creation, without a file. The device's generator draws them, and a CPU and a GPU draw different values: compare on one
+device. Importing this module imports torch only.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STD = 0.02  # of the weights, as transformers initialises them
-# B is not zero, so that A gets a gradient in the first step and the first loss sees the adapters. With inputs of unit
-# size a pair adds alpha / r * 0.01 * sqrt(16) * |A x| = 8 % of what its weight gives.
+STD = 0.02  # of the weights, as transformers initializes them
+# B is not zero, so that A has a gradient in the first step and the first loss depends on the adapters. With inputs of
+# unit variance the low-rank term is alpha / r * 0.01 * sqrt(16) * |A x| = 8 % of the frozen matmul's output.
 LORA_STD = {"A": 0.02, "B": 0.01}
 RANK, ALPHA = 16, 32.0
 MODELS = ("gptj", "llama", "pythia", "qwen3")
@@ -26,7 +26,7 @@ LINEARS = {
     "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 # EleutherAI/gpt-j-6B; Pythia-6.9B (arXiv 2304.01373, table 1); Llama-3-8B (2407.21783, table 3) and Qwen3-8B
-# (2505.09388, table 1), both with vocabularies cut to 32,768.
+# (2505.09388, table 1), both with a vocabulary of 32,768.
 _FULL: dict[str, dict[str, Any]] = {
     "gptj": {
         "model_type": "gptj",
@@ -104,16 +104,16 @@ _TINY: dict[str, dict[str, Any]] = {
 
 
 def shapes(model: str, *, tiny: bool = False) -> dict[str, Any]:
-    """The config of `model` (one of MODELS) as config.json has it. Tiny: the same with two narrow layers."""
+    """The config.json of `model` (one of MODELS). Tiny: two narrow layers."""
     return {**_FULL[model], **(_TINY[model] if tiny else {})}
 
 
 def weight(
     name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, *, seed: int = 0
 ) -> Tensor:
-    """The tensor called `name` in the checkpoint: norms are 1, biases 0, all else is drawn from N(0, 0.02).
+    """The tensor `name` of the checkpoint: norms are 1, biases 0, all others from N(0, 0.02).
 
-    The numbers are bfloat16's in every dtype, so that a float32 model and a bfloat16 one hold the same.
+    The values are representable in bfloat16, so that a float32 and a bfloat16 model have equal weights.
     """
     parts = name.split(".")
     if parts[-1] == "bias":
@@ -124,17 +124,17 @@ def weight(
 
 
 def lora(name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
-    """A (r, K) or B (N, r) by its name in PEFT's file, as base_model.model.lm_head.lora_A.weight. Neither is zero."""
+    """A (r, K) or B (N, r) by its name in PEFT's file, as base_model.model.lm_head.lora_A.weight; both random."""
     return _normal(name, shape, LORA_STD["A" if ".lora_A" in name else "B"], device, dtype, seed)
 
 
 def batch_ids(
     model: str, batch: int, seq_len: int, *, seed: int, device: torch.device | str, tiny: bool = False
 ) -> Tensor:
-    """Random tokens (batch, seq_len), one batch for each seed.
+    """Random token ids (B, T), one batch per seed.
 
-    The loss is that of transformers with labels = ids: the mean over the (seq_len - 1) * batch tokens that follow
-    another one, without a mask and without padding.
+    The loss is that of transformers with labels = ids: the mean over the (T - 1) * B next tokens, without mask and
+    padding.
     """
     rows = torch.Generator().manual_seed(_seed("ids", seed))
     ids = torch.randint(shapes(model, tiny=tiny)["vocab_size"], (batch, seq_len), generator=rows)
@@ -144,9 +144,9 @@ def batch_ids(
 def _normal(
     name: str, shape: tuple[int, ...], std: float, device: torch.device | str, dtype: torch.dtype, seed: int
 ) -> Tensor:
-    drawn = torch.empty(shape, device=device, dtype=torch.bfloat16)
-    drawn.normal_(0.0, std, generator=torch.Generator(device).manual_seed(_seed(name, seed)))
-    return drawn.to(dtype)
+    values = torch.empty(shape, device=device, dtype=torch.bfloat16)
+    values.normal_(0.0, std, generator=torch.Generator(device).manual_seed(_seed(name, seed)))
+    return values.to(dtype)
 
 
 def _seed(name: str, seed: int) -> int:

@@ -1,12 +1,12 @@
 """Unsloth as a peer: its FastLanguageModel on the weights of shapes.py, with the defaults of its documentation.
 
-`build(way, model, ...)` gives a `Trainable`, as in peers.py. Unsloth loads from a folder, so the random weights are
-first written as a checkpoint, which is removed once they are loaded. What is set here is what its trainer sets: the
-model in training mode, its checkpointing that keeps the inputs of the blocks in the host's memory, adapters in float32
-under bfloat16 autocast, its fused linear and cross-entropy loss (it answers without logits), AdamW8bit.
+`build(method, model, ...)` returns a `Trainable`, as in peers.py. Unsloth loads from a folder, so the random weights
+are first written to a temporary checkpoint. The settings are those of Unsloth's trainer: training mode, its
+checkpointing with offload of the blocks' inputs to CPU memory, adapters in float32 under bfloat16 autocast, its fused
+linear and cross-entropy loss (without logits), AdamW8bit.
 
-Unsloth replaces parts of transformers, PEFT and TRL as it is imported, so it comes before them: `build` imports it
-first, and measure.py imports nothing of them ahead of it. Importing this loads torch only.
+Unsloth patches transformers, PEFT and TRL at its import and must be imported before them: `build` does, and measure.py
+imports none of them earlier. Importing this module imports torch only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 import peers
 from shapes import ALPHA, LINEARS, RANK, lora, shapes, weight
 
-WAYS = ("unsloth-bf16", "unsloth-nf4")
-LONGEST = 2048  # Unsloth cuts longer rows off without an error
-CHECKPOINTING = "unsloth"  # the inputs of the blocks wait in page-locked host memory
+METHODS = ("unsloth-bf16", "unsloth-nf4")
+MAX_SEQ_LEN = 2048  # Unsloth truncates longer rows without an error
+CHECKPOINTING = "unsloth"  # offloads the inputs of the blocks to page-locked CPU memory
 SHARD_BYTES = 2**30
-# Nothing is sent or fetched; what Unsloth generates goes where it may lie; the loss is the fused one.
-SURROUNDINGS = {
+# No network access; generated code goes to a temporary folder; the loss is the fused one.
+ENVIRONMENT = {
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "HF_HUB_OFFLINE": "1",
     "UNSLOTH_RETURN_LOGITS": "0",
@@ -38,30 +38,32 @@ SURROUNDINGS = {
 }
 
 
-def scheme_of(way: str) -> str:
-    """How a way holds its frozen weights: bf16 or nf4. KeyError if it is none of WAYS."""
-    if way not in WAYS:
-        raise KeyError(way)
-    return way.removeprefix("unsloth-")
+def scheme_of(method: str) -> str:
+    """The scheme of the frozen weights: bf16 or nf4. KeyError if `method` is not in METHODS."""
+    if method not in METHODS:
+        raise KeyError(method)
+    return method.removeprefix("unsloth-")
 
 
 def versions() -> str:
-    """Unsloth's releases, for the note of a row; PackageNotFoundError where it is not installed."""
+    """Unsloth's versions for the note of a row; PackageNotFoundError if it is not installed."""
     return f"unsloth {version('unsloth')}, unsloth_zoo {version('unsloth_zoo')}, trl {version('trl')}"
 
 
-def build(way: str, model_name: str, *, seed: int, device: torch.device | str, tiny: bool = False) -> peers.Trainable:
-    """A way of WAYS on random weights, ready for its first step. Rows may have at most LONGEST tokens."""
-    scheme = scheme_of(way)
+def build(
+    method: str, model_name: str, *, seed: int, device: torch.device | str, tiny: bool = False
+) -> peers.Trainable:
+    """A method of METHODS on random weights, ready for its first step. Rows have at most MAX_SEQ_LEN tokens."""
+    scheme = scheme_of(method)
     if model_name != "llama":
-        raise ValueError(f"{way} is measured on llama: Unsloth has no fast path for {model_name}")
+        raise ValueError(f"{method} is measured on llama: Unsloth has no fast kernels for {model_name}")
     device = torch.device(device)
     fast = _unsloth()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "checkpoint"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkpoint"
         write_checkpoint(folder, model_name, seed=seed, device=device, tiny=tiny)
         model, _ = fast.from_pretrained(
-            str(folder), max_seq_length=LONGEST, dtype=torch.bfloat16, load_in_4bit=scheme == "nf4",
+            str(folder), max_seq_length=MAX_SEQ_LEN, dtype=torch.bfloat16, load_in_4bit=scheme == "nf4",
             use_gradient_checkpointing=CHECKPOINTING,
         )  # fmt: skip
     _restore_embedding_(model, device=device, seed=seed)
@@ -76,31 +78,31 @@ def build(way: str, model_name: str, *, seed: int, device: torch.device | str, t
 
 
 def _unsloth() -> Any:
-    """Unsloth's loader of language models. In a process this comes before anything that imports transformers."""
-    for name, value in SURROUNDINGS.items():
+    """Unsloth's loader of language models. A process must not import transformers before."""
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import unsloth
 
     return unsloth.FastLanguageModel
 
 
-def _restore_embedding_(model: nn.Module, *, device: torch.device, seed: int) -> None:
-    """Unsloth zeroes the padding token's row; here every row is a token of the text, as the other ways have it."""
-    table: nn.Parameter = model.get_input_embeddings().weight
-    values = weight("model.embed_tokens.weight", tuple(table.shape), device, table.dtype, seed=seed)
-    table.data.copy_(values)
+def _restore_embedding_(model: Any, *, device: torch.device, seed: int) -> None:
+    """Restores the padding token's row, which Unsloth zeroes: the random ids contain every token."""
+    embedding: nn.Parameter = model.get_input_embeddings().weight
+    values = weight("model.embed_tokens.weight", tuple(embedding.shape), device, embedding.dtype, seed=seed)
+    embedding.data.copy_(values)
 
 
 def _set_adapters_(tuned: nn.Module, *, device: torch.device, seed: int) -> dict[str, tuple[nn.Parameter, float]]:
-    """Gives A and B the values of `lora`, and returns them by PEFT's names. Nothing else may be trained."""
+    """Sets A and B to the values of `lora` and returns them by PEFT's names. Nothing else may be trained."""
     adapters = {}
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
-            known = name.replace(".default", "")
-            assert ".lora_A." in known or ".lora_B." in known, f"{name} is trained too"
-            drawn = lora(known, tuple(parameter.shape), device, parameter.dtype, seed=seed)
-            parameter.data.copy_(drawn)
-            adapters[known] = (parameter, 1.0)
+            peft_name = name.replace(".default", "")
+            assert ".lora_A." in peft_name or ".lora_B." in peft_name, f"{name} is trained too"
+            values = lora(peft_name, tuple(parameter.shape), device, parameter.dtype, seed=seed)
+            parameter.data.copy_(values)
+            adapters[peft_name] = (parameter, 1.0)
     return adapters
 
 
@@ -127,7 +129,7 @@ def write_checkpoint(folder: Path, model_name: str, *, seed: int, device: torch.
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A word for every row of the embedding: nothing is tokenised, but Unsloth loads a tokenizer and counts it."""
+    """Writes a tokenizer with one token per row of the embedding: Unsloth compares the sizes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -135,12 +137,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     backend = Tokenizer(models.WordLevel(words, unk_token="<2>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<0>", "eos_token": "<0>", "pad_token": "<1>", "unk_token": "<2>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=LONGEST, **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=MAX_SEQ_LEN, **special)
     tokenizer.save_pretrained(folder)
 
 
 def _shards(model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Iterator[dict[str, Tensor]]:
-    """All tensors of the checkpoint on the CPU, some SHARD_BYTES at a time; one is on `device` while it is drawn."""
+    """Yields the tensors of the checkpoint on the CPU in shards of about SHARD_BYTES; `device` draws each."""
     skeleton = peers._empty_model(model_name, tiny=tiny, dtype=torch.bfloat16, attention="sdpa")
     shard: dict[str, Tensor] = {}
     for name, empty in skeleton.named_parameters():
@@ -153,4 +155,4 @@ def _shards(model_name: str, *, seed: int, device: torch.device, tiny: bool) -> 
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(each.numel() * each.element_size() for each in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,4 +1,4 @@
-"""octavo's own rows of the benchmark: the rooms of the package put together as `octavo finetune` does."""
+"""The octavo rows of the benchmark: model, adapters, planner and loop as `octavo finetune` combines them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from octavo.train.step import PlannedStep
 from shapes import ALPHA, RANK, lora, shapes, weight
 
 ADAPTER = AdapterPlan(LoraSpec(RANK, ALPHA))
-MANY = 10**6  # steps of a schedule whose rate is constant
+MAX_STEPS = 10**6  # of the constant schedule
 
 
 def build(
-    way: str,
+    method: str,
     model_name: str,
     *,
     seed: int,
@@ -39,31 +39,30 @@ def build(
     batch: int,
     seq_len: int,
     cap_bytes: int | None,
-) -> Way:
-    """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes`, or within what is free.
+) -> TrainableOctavo:
+    """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes` (None: the free memory).
 
-    octavo-SCHEME-8bit multiplies in 8 bits, all products of the blocks; else they are exact. octavo-..-card has nothing
-    in the host's memory; else the plan may, where a cap makes that faster or possible. octavo-..-plain runs all blocks
-    as plain PyTorch (--no-fused).
+    octavo-SCHEME-8bit uses 8-bit matmuls in all blocks; the others are exact. octavo-..-no-offload stores nothing in
+    CPU memory; other plans may, where a cap makes that faster or necessary. octavo-..-plain runs all blocks as plain
+    PyTorch (--no-fused).
     """
-    scheme, *more = way.removeprefix("octavo-").split("-")
-    compute = "8bit" if "8bit" in more else "exact"
+    scheme, *options = method.removeprefix("octavo-").split("-")
     dtype = torch.bfloat16 if device.type == "cuda" or not tiny else torch.float32
     budget = cap_bytes or free_memory_bytes(device)
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
-    if device.type == "cuda" and "card" not in more:
+    if device.type == "cuda" and "offload" not in options:
         planner.offloads = (False, True)
-    planner = replace(planner, fused="plain" not in more)
-    if compute == "8bit":
+    planner = replace(planner, fused="plain" not in options)
+    if "8bit" in options:
         planner = replace(planner, precision=all_8bit(planner.model))
     plan = planner.best(budget) or planner.smallest()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
-    return Way(model, plan, planner)
+    return TrainableOctavo(model, plan, planner)
 
 
-class Way:
-    """A model that is trained by octavo's own loop, one batch at a time."""
+class TrainableOctavo:
+    """A model that octavo's training loop trains, one batch per call of `step`."""
 
     def __init__(self, model: Decoder, plan: MemoryPlan, planner: Planner) -> None:
         parameters = trained(model)
@@ -79,41 +78,41 @@ class Way:
         )
         self.trainer = Trainer(
             model, parameters, Adam(flatten_(parameters), OptimizerSettings()),
-            Schedule(1e-5, MANY, kind="constant"), LossScaler(model.embed.matrix.dtype), self.micro_step, seed=0,
+            Schedule(1e-5, MAX_STEPS, kind="constant"), LossScaler(model.embed.matrix.dtype), self.micro_step, seed=0,
         )  # fmt: skip
-        self._waiting: deque[Batch] = deque()
+        self._batch_queue: deque[Batch] = deque()
         self._steps = train(self.trainer, self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        while self._waiting:
-            yield self._waiting.popleft()
+        while self._batch_queue:
+            yield self._batch_queue.popleft()
 
     @property
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.trainer.parameters.values())
 
     def step(self, ids: Tensor) -> Tensor:
-        """One step of the loop."""
-        self._waiting.append(make_batch(ids))
+        """One optimizer step of the loop; the loss before the update."""
+        self._batch_queue.append(make_batch(ids))
         self.last = next(self._steps)
         return torch.tensor(self.last.loss)
 
     def gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss and its gradients by PEFT's names; they are zero again afterwards."""
+        """(mean loss, its gradients by PEFT's names). Zeroes the gradients afterwards."""
         batch = make_batch(ids)
         self.trainer.model.train()
         losses, _ = gradients(self.trainer, batch, 1, loss_scale=1 / batch.trained_tokens)
-        found = {
+        by_name = {
             f"base_model.model.{n}.weight": p.grad.clone()
             for n, p in self.trainer.parameters.items()
             if p.grad is not None
         }
         self.trainer.optimizer.zero_gradients()
-        return torch.stack(losses).sum() / batch.trained_tokens, found
+        return torch.stack(losses).sum() / batch.trained_tokens, by_name
 
 
 def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, batch: int, seq_len: int) -> Planner:
-    """The planner that `octavo finetune` would make for this."""
+    """The planner that `octavo finetune` creates for this setting."""
     model = allocated(shapes(model_name, tiny=tiny), scheme_named(scheme), dtype=dtype, device=torch.device("meta"))
     create_(model, ADAPTER, seed=0)
     flatten_(trained(model))
@@ -122,26 +121,26 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
 
 
 def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.dtype, tiny: bool, seed: int) -> Decoder:
-    """The model of `shapes` with the weights that every way has, quantised one by one on the device."""
+    """The model of `shapes` with the weights of every method; quantizes them one by one on the device."""
     model = allocated(shapes(name, tiny=tiny), scheme_named(scheme), dtype=dtype, device=device)
     for tensor, item in items_of(model):
-        place = item.entry
+        entry = item.entry
         if item.is_matrix:
-            assert place.matrix is not None
-            shape = (place.matrix.outputs[place.rows_key], place.matrix.in_features)
+            assert entry.matrix is not None
+            shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)  # (N, K)
             values = weight(tensor, shape, device, torch.bfloat16, seed=seed)
-            own, scheme_here = place.matrix.of(place.rows_key), place.matrix.scheme
-            for rows in row_blocks(shape, scheme_here):
-                put_rows_(own, shape, rows, scheme_here, values[rows].to(dtype))
+            stored, matrix_scheme = entry.matrix.of(entry.rows_key), entry.matrix.scheme
+            for rows in row_blocks(shape, matrix_scheme):
+                put_rows_(stored, shape, rows, matrix_scheme, values[rows].to(dtype))
         else:
-            target = place.parameter(item.kind)
+            target = entry.parameter(item.kind)
             assert target is not None
             target.copy_(weight(tensor, tuple(target.shape), device, torch.float32, seed=seed))
     return model
 
 
 def with_adapters_(model: Decoder, *, seed: int, zero_b: bool = False) -> None:
-    """LoRA on every linear of the blocks, with the numbers that every way has."""
+    """Adds LoRA to every linear of the blocks, with the values of every method; `zero_b` leaves B at zero."""
     create_(model, ADAPTER, seed=seed)
     for name, parameter in trained(model).items():
         if not (zero_b and name.endswith("lora_B")):
@@ -150,7 +149,7 @@ def with_adapters_(model: Decoder, *, seed: int, zero_b: bool = False) -> None:
 
 
 def make_batch(ids: Tensor) -> Batch:
-    """Rows of one document each: every token but the first is predicted."""
+    """A batch with one document per row; every token except the first is a label. ids: (B, T)."""
     ids = ids.cpu()
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
