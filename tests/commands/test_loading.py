@@ -116,9 +116,9 @@ def test_the_base_is_hashed_only_for_an_adapter_that_names_its_base(
     monkeypatch.setattr(base_names, "fingerprint", fingerprint)
     with Report(console=False) as report:
         source = FolderSource(tiny_llama)
-        assert loading.read_adapter(foreign, source, report).trained_on is None
+        assert loading.read_adapter(foreign, source, report)[1].trained_on is None
         assert not hashed
-        assert loading.read_adapter(adapter_folder, source, report).trained_on
+        assert loading.read_adapter(adapter_folder, source, report)[1].trained_on
         assert hashed == ["base"]
 
 

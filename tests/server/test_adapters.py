@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pytest
 from tests.server.clients import PATIENCE, Client, run_scenario, until
 
 from octavo.infer.requests import ServedAdapter
+from octavo.runs import checkpoint
+from octavo.runs.checkpoint import Contents
+from octavo.runs.folder import RunFolder
 
 OpenServer = Callable[..., Any]
 
@@ -78,9 +82,62 @@ def test_paths_inside_the_folder_are_loaded(open_server: OpenServer, adapters_fo
         assert load(server, "hamlet", path_in_request).status_code == 200
 
 
+@pytest.fixture
+def run(adapters_folder: Path) -> Path:
+    """A run with checkpoints of the steps 3 and 4, in the folder of adapters."""
+    folder = RunFolder(adapters_folder / "run")
+    folder.path.mkdir()
+    folder.begin("steps: 5\n")
+    for step in (3, 4):
+        checkpoint.save(folder.checkpoints, step, Contents({}, {"step": step}, {"adapter": partial(fill, step)}))
+    return folder.path
+
+
+def fill(step: int, folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"step %d" % step)
+
+
+def loaded_step(server: Any, name: str, path: str) -> Any:
+    response = load(server, name, path)
+    assert response.status_code == 200, response.text
+    return (server.engine.loaded[name].folder / "adapter_model.safetensors").read_text()
+
+
+def test_runs_and_their_checkpoints_are_loaded(server: Any, run: Path) -> None:
+    assert loaded_step(server, "new", "run") == "step 4"
+    assert loaded_step(server, "third", "run@3") == "step 3"
+    assert loaded_step(server, "fourth", f"{run}@4") == "step 4"
+    (run / "adapter").mkdir()
+    fill(1, run / "adapter")
+    assert loaded_step(server, "kept", "run") == "step 1"
+
+
+def test_a_step_without_a_checkpoint_is_rejected_with_the_steps(server: Any, run: Path) -> None:
+    status, error = server.error(LOAD, lora_name="new", lora_path="run@7")
+    assert (status, error["code"], error["param"]) == (400, "adapter_refused", "lora_path")
+    assert error["message"].startswith("The run run has no checkpoint of step 7. It has those of the steps 3, 4.")
+    assert server.error(LOAD, lora_name="new", lora_path="walk@3")[0] == 404
+
+
+FILE_3, FILE_4 = (f"checkpoints/step-0000000{step}/adapter/adapter_model.safetensors" for step in (3, 4))
+PARTS = [(path, part) for path in ("run", "run@3") for part in ("adapter", "checkpoints", FILE_3[:25], "run.json")]
+
+
+@pytest.mark.parametrize(("path", "part"), [*PARTS, ("run", FILE_4), ("run@3", FILE_3)])
+def test_parts_of_a_run_outside_the_folder_are_rejected(path: str, part: str, server: Any, run: Path) -> None:
+    outside = run.parent.parent / "outside"
+    if (run / part).exists():
+        (run / part).rename(outside / "part")
+    (run / part).symlink_to(outside / "part")
+    status, error = server.error(LOAD, lora_name="new", lora_path=path)
+    assert (status, error["message"][:40]) == (400, "`lora_path` is not inside the folder fro")
+
+
 OUTSIDE = [
     "..", ".", "../outside", "hamlet/../../outside", "hamlet/..", "../adapters/hamlet", "/", "/etc", "/nowhere",
     "{outside}", "{root}", "{root}/../outside", "{root}2", "out", "out/deeper", "dangling", "circle", "hamlet/\0",
+    "out@3", "{outside}@3", "{root}@3",
     "files", "q" * 300, "hamlet/" * 140,
 ]  # fmt: skip
 
@@ -111,6 +168,8 @@ def test_a_missing_folder_is_404(server: Any) -> None:
     status, error = server.error(LOAD, lora_name="new", lora_path="macbeth")
     assert (status, error["param"], error["type"]) == (404, "lora_path", "not_found_error")
     assert server.error(LOAD, lora_name="new", lora_path="hamlet/adapter_model.safetensors")[0] == 404
+    for path in ("@3", "..@3", "hamlet/..@3", "hamlet/@3"):  # names of folders, and not of the parent at a step
+        assert server.error(LOAD, lora_name="new", lora_path=path)[0] == 404
 
 
 def test_an_adapter_that_does_not_match_is_rejected_with_the_reason(server: Any, adapters_folder: Path) -> None:

@@ -445,15 +445,14 @@ def test_a_pickle_that_would_run_a_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_folder_without_an_adapter_suggests_the_right_one(tmp_path: Path) -> None:
-    trainer, run, model = (tmp_path / name for name in ("trainer", "run", "model"))
+    trainer, model = (tmp_path / name for name in ("trainer", "model"))
     for step in (9, 80, 500):
         put(trainer / f"checkpoint-{step}")
     (trainer / "checkpoint-1000").mkdir()  # without an adapter
     (trainer / "checkpoint-best").mkdir()
-    put(run / "adapter")
     model.mkdir()
     (model / "config.json").write_text("{}")
-    for folder, hint in ((trainer, "checkpoint-500"), (run, "run/adapter"), (model, "--model ")):
+    for folder, hint in ((trainer, "checkpoint-500"), (model, "--model ")):
         with pytest.raises(AdapterError, match=f"{folder} .*not an adapter") as caught:
             read(folder)
         assert hint in caught.value.hint

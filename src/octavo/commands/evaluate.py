@@ -65,10 +65,10 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         )
     tasks = load_tasks(options, report)
     hardware, source = opened(model_options, report, own_adapters=options.adapter is None)
-    adapter = None
-    if options.adapter:
-        adapter = read_adapter(options.adapter, source, report, allow_pickle=model_options.allow_pickle)
-    tokenizer = tokenizer_with(adapter, options.adapter, source, report)
+    allow_pickle = model_options.allow_pickle
+    named = options.adapter and read_adapter(options.adapter, source, report, allow_pickle=allow_pickle)
+    adapter_folder, adapter = named or (None, None)
+    tokenizer = tokenizer_with(adapter, adapter_folder, source, report)
     rows = _rows(config, source, tokenizer, report) if options.data else []
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
@@ -84,7 +84,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         model = load_model(source, candidate.scheme, candidate.hardware, report)
         size = written_bytes(base_of(source), candidate.scheme)
         for name in candidate.names:
-            folder = options.adapter if name == "tuned" else None
+            folder = adapter_folder if name == "tuned" else None
             if folder and adapter:
                 apply_(model, adapter)
             if (beyond := _largest_id(rows)) >= model.config.vocabulary:

@@ -48,10 +48,11 @@ def open_speaker(
     """The model of a configuration, with --adapter applied. `before` is called before weights are loaded."""
     model_options, options = config[ModelOptions], config[GenerateOptions]
     hardware, source = opened(model_options, report, own_adapters=options.adapter is None)
-    adapter = None
-    if options.adapter is not None:  # before the weights, so that its errors are reported at once
-        adapter = read_adapter(options.adapter, source, report, allow_pickle=model_options.allow_pickle)
-    tokenizer, stop_ids = tokenizer_with(adapter, options.adapter, source, report), end_ids(source)
+    # Before the weights, so that its errors are reported at once.
+    allow_pickle = model_options.allow_pickle
+    named = options.adapter and read_adapter(options.adapter, source, report, allow_pickle=allow_pickle)
+    folder, adapter = named or (None, None)
+    tokenizer, stop_ids = tokenizer_with(adapter, folder, source, report), end_ids(source)
     if before:
         before(tokenizer)
     model = load_model(source, chosen_scheme(model_options, source), hardware, report)

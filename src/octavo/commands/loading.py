@@ -12,6 +12,7 @@ from octavo.hardware import Hardware, pick
 from octavo.models import Decoder
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
+from octavo.runs.adapter import adapter_folder
 from octavo.store import peft
 from octavo.store.base_names import base_warning
 from octavo.store.contents import refuse_embedded_adapter, stored_scheme
@@ -65,12 +66,16 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
     return model
 
 
-def read_adapter(folder: Path, source: Source, report: Report, *, allow_pickle: bool = False) -> Adapter:
-    """The adapter of a folder, for the model of `source`; warns if it was trained on another base."""
+def read_adapter(path: Path, source: Source, report: Report, *, allow_pickle: bool = False) -> tuple[Path, Adapter]:
+    """(folder, adapter) that --adapter names, for the model of `source`; warns if it was trained on another base.
+
+    `runs.adapter` lists what can be named: a folder, a run, a checkpoint of a run.
+    """
+    folder = adapter_folder(path, say=report.say, warn=report.warn)
     adapter = peft.read(folder, allow_pickle=allow_pickle)
     if warning := base_warning(adapter, folder, source):
         report.warn(warning)
-    return adapter
+    return folder, adapter
 
 
 def tokenizer_with(

@@ -167,7 +167,7 @@ class EvaluateOptions(Section):
     include_path: Path | None = Field(None, description="Folder of your own tasks in YAML; executes their Python code.")
     limit: int | None = Field(None, ge=1, description="Maximum number of documents of a task; default: all.")
     fewshot: int | None = Field(None, ge=0, description="Few-shot examples in a prompt; default: as in the task.")
-    adapter: Path | None = Field(None, description="Folder of an adapter: adds the row 'tuned'.")
+    adapter: Path | None = Field(None, description="An adapter, a run, or RUN@STEP: adds the row 'tuned'.")
     batch_size: int = Field(4, ge=1, description="Packed rows in a batch; with --tasks texts and answers.")
     rows: int = Field(0, ge=0, description="Packed rows to evaluate; 0: all.")
     base: bool = Field(True, description="Also evaluate the unquantized base.")
@@ -181,7 +181,9 @@ class GenerateOptions(Section):
 
     panel = "Generation"
 
-    adapter: Path | None = Field(None, description="Folder of an adapter.")
+    adapter: Path | None = Field(
+        None, description="Folder of an adapter or of a run, or RUN@STEP for one of its checkpoints."
+    )
     max_new_tokens: int = Field(200, ge=1, description="Maximum number of new tokens.")
     temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0: greedy.")
     top_k: int = Field(0, ge=0, description="Sample from the k most likely tokens; 0: all.")
@@ -221,7 +223,9 @@ class ServeOptions(Section):
         "127.0.0.1", min_length=1, description="Address to listen on; one that other machines can reach needs a key."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
-    adapter: Texts = Field([], description="An adapter to serve, as NAME=FOLDER; may be repeated.")
+    adapter: Texts = Field(
+        [], description="An adapter to serve, as NAME=FOLDER, NAME=RUN or NAME=RUN@STEP; may be repeated."
+    )
     adapters_from: Path | None = Field(
         None, description="Clients may load adapters from below this folder, and unload adapters, at runtime."
     )

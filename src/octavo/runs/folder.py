@@ -79,6 +79,10 @@ class RunFolder:
         parts += [self.metrics] if events.only(events.read(self.metrics), events.Step) else []
         return [path.name for path in parts]
 
+    def is_run(self) -> bool:
+        """Whether the folder has parts of a run, also before its first step."""
+        return self.about.exists() or self.adapter.exists() or bool(candidates(self.checkpoints))
+
     def steps(self) -> list[int]:
         """The steps with a checkpoint, in order. The checkpoints are not verified."""
         return sorted(step_of(path) for path in finished(self.checkpoints))

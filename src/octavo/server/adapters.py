@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,9 @@ from fastapi.responses import PlainTextResponse
 
 from octavo.errors import AdapterError
 from octavo.infer.requests import ServedAdapter
+from octavo.runs.adapter import NamedAdapter, adapter_folder
+from octavo.runs.checkpoint_folder import candidates
+from octavo.runs.folder import RunFolder
 from octavo.server.errors import RETRY_SECONDS, ApiError, bad_request, one_line
 from octavo.server.requests import LoadAdapter, UnloadAdapter
 from octavo.server.responses import TEXT_ERROR_RESPONSES
@@ -41,33 +44,48 @@ class AdapterDir:
         self._root = folder.resolve()
 
     def find(self, requested: str) -> Path:
-        """The folder of an adapter. `requested` is absolute or relative to the root. 400 if outside, 404 if missing."""
+        """The folder of an adapter, of a run, or RUN@STEP, as `runs.adapter` has it.
+
+        `requested` is absolute or relative to the root. 400 if outside, 404 if missing; AdapterError as there.
+        """
         path = Path(requested)
         for name in self._names:
             if path.is_relative_to(name):
                 path = path.relative_to(name)
         # A path outside the root is rejected before it is resolved: the result would reveal links outside the root.
-        if path.is_absolute() or ".." in path.parts or not self._contains(path):
-            raise bad_request(
-                "`lora_path` is not inside the folder from which this server loads adapters.", param="lora_path"
-            )
-        folder = (self._root / path).resolve()
-        if not os.path.isdir(folder):  # unlike Path.is_dir, returns False for a name that is too long
+        if path.is_absolute() or ".." in path.parts or not self._contains(self._root / path):
+            raise _outside()
+        named = NamedAdapter.read(self._root / path).folder
+        if not self._contains(named):
+            raise _outside()
+        if not os.path.isdir(named):  # unlike Path.is_dir, returns False for a name that is too long
             raise ApiError(404, f"There is no folder {requested!r}.", code="adapter_not_found", param="lora_path")
-        return folder
+        folder = adapter_folder(self._root / path, say=LOG.info, warn=LOG.warning)
+        if not self._contains(folder):
+            raise _outside()
+        return folder.resolve()
 
     def _contains(self, path: Path) -> bool:
-        """Whether the folder and the adapter files in it are inside the root after resolving links."""
+        """Whether a folder and all in it that is read are inside the root after resolving links."""
         try:
-            folder = (self._root / path).resolve()
-            files = [(folder / name).resolve() for name in (peft.CONFIG, peft.TENSORS, "octavo.json")]
+            folder, run = path.resolve(), RunFolder(path.resolve())
+            parts = [folder, *(folder / name for name in (peft.CONFIG, peft.TENSORS, "octavo.json"))]
+            parts += [run.about, run.adapter, run.checkpoints]
+            inside = all(part.resolve().is_relative_to(self._root) for part in parts)
+            return inside and folder != self._root and self._contains_all(candidates(run.checkpoints))
         except (OSError, RuntimeError, ValueError):  # name too long, circular links, null character
             return False
-        return folder != self._root and all(file.is_relative_to(self._root) for file in (folder, *files))
+
+    def _contains_all(self, paths: Iterable[Path]) -> bool:
+        return all(path.resolve().is_relative_to(self._root) for path in paths)
 
     def error_text(self, error: AdapterError) -> str:
         """The error message on one line, with paths relative to the root."""
         return one_line(error).replace(f"{self._root}{os.sep}", "")
+
+
+def _outside() -> ApiError:
+    return bad_request("`lora_path` is not inside the folder from which this server loads adapters.", param="lora_path")
 
 
 class AdapterManager:
@@ -118,13 +136,13 @@ class AdapterManager:
         if len(loaded) >= most:
             message = f"{len(loaded)} adapters are loaded, and the limit is {most}. Unload one first."
             raise ApiError(409, message, code="adapters_full")
-        folder = self._directory.find(path)
         try:
+            folder = self._directory.find(path)
             served = self._engine.load_adapter(name, folder)
         except AdapterError as error:
             raise bad_request(self._directory.error_text(error), code="adapter_refused", param="lora_path") from error
         except BROKEN_FILE_ERRORS as error:
-            LOG.warning("the adapter in %s cannot be read", folder, exc_info=error)
+            LOG.warning("the adapter in %s cannot be read", path, exc_info=error)
             message = "The adapter's files are corrupt."
             raise bad_request(message, code="adapter_refused", param="lora_path") from error
         LOG.info("loaded the adapter %s from %s (%s)", name, folder, served.sha256)

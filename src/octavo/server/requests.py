@@ -239,7 +239,12 @@ class LoadAdapter(Fields):
 
     lora_name: AdapterName
     lora_path: Annotated[
-        str, Field(min_length=1, max_length=1024, description="A folder in the server's --adapters-from.")
+        str,
+        Field(
+            min_length=1,
+            max_length=1024,
+            description="An adapter, a run, or RUN@STEP, in the server's --adapters-from.",
+        ),
     ]
     load_inplace: OnlyFalse | None = None
 

@@ -16,6 +16,7 @@ from octavo.errors import AdapterError, OctavoError, UsageError
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits
 from octavo.reporting import Report
+from octavo.runs.adapter import adapter_folder
 from octavo.server.addresses import is_loopback
 from octavo.server.requests import ADAPTER_NAME
 from octavo.store.sources import fingerprint
@@ -121,6 +122,7 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     )  # fmt: skip
     for name, folder in adapters.items():
         try:
+            folder = adapter_folder(folder, say=report.say, warn=report.warn)
             served = engine.load_adapter(name, folder, allow_pickle=model_options.allow_pickle)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error

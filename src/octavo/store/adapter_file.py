@@ -24,6 +24,7 @@ from octavo.store.sources import load_pickle
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # written by PEFT before 0.7 and by alpaca-lora
+EXPECTED = "Give the folder of an adapter or of a run, or RUN@STEP for the adapter of a checkpoint."
 LFS_START = b"version https://git-lfs"
 
 
@@ -91,17 +92,15 @@ def tensors_sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 def no_adapter(folder: Path) -> AdapterError:
     """The error for a folder without adapter_config.json, with the kind of the folder and a next step."""
     if not folder.is_dir():
-        return AdapterError(f"There is no folder {folder}.", hint="Give a run's adapter/ folder.")
+        return AdapterError(f"There is no folder {folder}.", hint=EXPECTED)
     if checkpoint := newest_checkpoint(folder, CONFIG):
         what, hint = "holds checkpoints of a Trainer", f"Give its newest adapter: {checkpoint}"
-    elif (folder / "adapter" / CONFIG).is_file():
-        what, hint = "is a run's folder", f"Give {folder / 'adapter'}"
     elif (folder / "config.json").is_file():
         what, hint = "is a model's folder", f"Give it with --model {folder}, without --adapter."
     elif (folder / TENSORS).exists() or (folder / PICKLE).exists():
         what, hint = f"holds an adapter's tensors without {CONFIG}", f"Copy the adapter's {CONFIG} into it."
     else:
-        return AdapterError(f"{folder} holds no adapter (no {CONFIG}).", hint="Give a run's adapter/ folder.")
+        return AdapterError(f"{folder} holds no adapter (no {CONFIG}).", hint=EXPECTED)
     return AdapterError(f"{folder} {what}, not an adapter (no {CONFIG}).", hint=hint)
 
 

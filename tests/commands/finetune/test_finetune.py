@@ -53,7 +53,7 @@ def tuned_model(folder: Path, base: Path) -> Decoder:
     """The base, unquantised, with the adapter of a run on it."""
     with Report(console=False) as report:
         model = loading.load_model(FolderSource(base), scheme_named("none"), CPU, report)
-        adapters.apply_(model, loading.read_adapter(folder / "adapter", FolderSource(base), report))
+        adapters.apply_(model, loading.read_adapter(folder / "adapter", FolderSource(base), report)[1])
     return model
 
 

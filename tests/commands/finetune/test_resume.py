@@ -18,9 +18,13 @@ import yaml
 from safetensors.torch import load_file
 from tests.forks import Forks
 
-from octavo.config import Config
+import octavo as octavo_api
+from octavo.adapters import trained
+from octavo.config import Config, ServeOptions
+from octavo.config.commands import SERVE
 from octavo.errors import CheckpointError, TrainingError
 from octavo.reporting import Report
+from octavo.server.serve import adapter_folders, open_engine
 from octavo.store.files import lock
 
 Octavo = Callable[..., Any]
@@ -399,3 +403,48 @@ def test_a_run_whose_template_has_the_date_resumes_on_another_day(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["template_date"] == "2024-02-29"
     done = octavo("finetune", "--resume", "--out", tmp_path / "run", "--json")
     assert (done.code, done.json["steps"]) == (0, 2)
+
+
+def adapters_of(run: Path) -> dict[str, Path]:
+    """What --adapter can name in the stopped run, and the folder that it stands for."""
+    checkpoints = run / "checkpoints"
+    return {
+        f"{run}": run / "adapter",
+        f"{run}@3": checkpoints / "step-00000003" / "adapter",
+        f"{run}@4": checkpoints / "step-00000004" / "adapter",
+    }
+
+
+def test_every_command_takes_a_run_and_its_steps(octavo: Octavo, tiny_llama: Path, plays: Path, stopped: Path) -> None:
+    model = ("--model", tiny_llama, "--scheme", "none", "--dtype", "float32")
+    rows: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    for name, folder in adapters_of(stopped).items():
+        for adapter in (name, folder):
+            done = octavo("evaluate", *model, "--adapter", adapter, "--json", "--seq-len", 32, plays / "test")
+            assert done.code == 0, done.err
+            (tuned,) = (row for row in done.json["rows"] if row["name"] == "tuned")
+            assert rows.setdefault(name, tuned) == tuned
+            assert tuned["adapter"] == str(folder)
+            ask = ("--prompt", "the king", "--max-new-tokens", 8, "--temperature", 0, "--json")
+            text = octavo("generate", *model, "--adapter", adapter, *ask).json["token_ids"]
+            assert texts.setdefault(name, text) == text
+    assert rows[f"{stopped}@3"]["perplexity"] == rows[str(stopped)]["perplexity"] != rows[f"{stopped}@4"]["perplexity"]
+    done = octavo("generate", *model, "--adapter", f"{stopped}@2", "--prompt", "the")
+    assert (done.code, "It has those of the steps 3, 4." in done.err) == (1, True)
+
+
+def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, stopped: Path) -> None:
+    named = adapters_of(stopped)
+    options = {"model": str(tiny_llama), "scheme": "none", "dtype": "float32", "device": "cpu"}
+    for name, folder in named.items():
+        expected = trained(octavo_api.load(adapter=folder, quiet=True, **options).decoder)
+        found = trained(octavo_api.load(adapter=name, quiet=True, **options).decoder)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    served = {f"a{number}": name for number, name in enumerate(named)}
+    config = Config.read(SERVE, {**options, "adapter": [f"{key}={name}" for key, name in served.items()]}, shown=str)
+    with Report(console=False) as report:
+        engine = open_engine(config, report, adapters=adapter_folders(config[ServeOptions]))
+    assert {key: adapter.folder for key, adapter in engine.adapters().items()} == {
+        key: named[name] for key, name in served.items()
+    }

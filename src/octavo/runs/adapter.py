@@ -1,0 +1,90 @@
+"""The adapter folder that `--adapter` names, everywhere an adapter is taken.
+
+FOLDER      an adapter in PEFT's format
+RUN         a run: the adapter that it keeps, or that of its newest checkpoint as long as it has none
+RUN@STEP    the adapter of one of its checkpoints
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.errors import AdapterError, CheckpointError
+from octavo.runs.checkpoint_folder import folder_of, newest_valid, step_of, verify
+from octavo.runs.folder import RunFolder
+from octavo.store.peft_config import CONFIG
+
+_AT_STEP = re.compile(r"(?P<run>.*[^.].*)@(?P<step>[0-9]{1,12})")  # the name of a folder is not "." or ".."
+ADAPTER = "adapter"  # the folder in a checkpoint
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """What a path names: a folder, and in a run the step of a checkpoint."""
+
+    folder: Path
+    step: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> NamedAdapter:
+        """RUN@STEP as a run and a step; a folder that exists under that name is the folder itself."""
+        match = _AT_STEP.fullmatch(path.name)
+        if match is None or os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+            return cls(path)
+        return cls(path.with_name(match["run"]), int(match["step"]))
+
+
+def adapter_folder(path: Path, *, say: Callable[[str], None], warn: Callable[[str], None]) -> Path:
+    """The folder in PEFT's format that `path` names; a path that names no run is returned as it is.
+
+    `say` is told if it is that of a run's newest checkpoint, `warn` of damaged checkpoints. AdapterError if there is no
+    such run or checkpoint, if the run has no adapter yet, and for a run or a checkpoint of another format version.
+    """
+    named = NamedAdapter.read(path)
+    run = RunFolder(named.folder)
+    try:
+        if named.step is not None:
+            return _of_step(run, named.step)
+        if (run.path / CONFIG).is_file() or not run.is_run():
+            return run.path
+        run.check_format()
+        if (run.adapter / CONFIG).is_file():
+            return run.adapter
+        newest = newest_valid(run.checkpoints, warn=warn)
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+    if newest is None:
+        raise AdapterError(
+            f"The run {run.path} has no adapter and no checkpoint yet.", hint="Resume it, or give another adapter."
+        )
+    say(f"The run {run.path} has no adapter yet: that of its newest checkpoint, step {step_of(newest):,}, is used.")
+    return newest / ADAPTER
+
+
+def _of_step(run: RunFolder, step: int) -> Path:
+    """The adapter of the checkpoint of `step`."""
+    if not run.path.is_dir():
+        raise AdapterError(f"There is no run {run.path}.", hint="Give the folder of a run before @.")
+    run.check_format()
+    steps = run.steps()
+    if step not in steps:
+        there = f"It has those of the steps {_listed(steps)}." if steps else "It has none."
+        raise AdapterError(
+            f"The run {run.path} has no checkpoint of step {step:,}.",
+            hint=f"{there} `octavo finetune --keep-checkpoints` sets how many are kept.",
+        )
+    path = folder_of(run.checkpoints, step)
+    if problems := verify(path):
+        raise AdapterError(
+            f"The checkpoint {path} is damaged: {problems[0]}.",
+            hint=f"The run has checkpoints of the steps {_listed(steps)}.",
+        )
+    return path / ADAPTER
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(f"{step:,}" for step in steps)

@@ -1,0 +1,138 @@
+"""What `--adapter` can name: a folder, a run, a checkpoint of a run; and the errors for all else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.errors import AdapterError
+from octavo.layers.lora import LoraSpec
+from octavo.runs import checkpoint
+from octavo.runs.adapter import adapter_folder
+from octavo.runs.checkpoint import Contents
+from octavo.runs.folder import RunFolder
+from octavo.store import peft
+from octavo.store.peft import Adapter
+
+
+def fill_with(step: int) -> Callable[[Path], None]:
+    pair = torch.full((1, 3), float(step)), torch.full((4, 1), float(step)), 2.0
+    adapter = Adapter(LoraSpec(1, 2.0), {"model.layers.0.q_proj": pair}, {}, {"step": step})
+    return partial(peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", card="#\n")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with checkpoints of the steps 40 and 120, and no adapter yet."""
+    folder = RunFolder(tmp_path / "x")
+    folder.path.mkdir()
+    folder.begin("steps: 200\n")
+    for step in (40, 120):
+        checkpoint.save(folder.checkpoints, step, Contents({}, {}, {"adapter": fill_with(step)}))
+    return folder
+
+
+def finish(run: RunFolder, step: int) -> None:
+    run.adapter.mkdir()
+    fill_with(step)(run.adapter)
+
+
+def found(path: Path, *said: str) -> int:
+    """The step of the adapter that a path names. `said` are all messages."""
+    messages: list[str] = []
+    folder = adapter_folder(path, say=messages.append, warn=messages.append)
+    assert len(messages) == len(said)
+    for message, expected in zip(messages, said, strict=True):
+        assert expected in message
+    step: int = peft.read(folder).origin["step"]
+    return step
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(AdapterError) as caught:
+        adapter_folder(path, say=pytest.fail, warn=lambda _: None)
+    return str(caught.value)
+
+
+def test_a_folder_is_an_adapter_itself(run: RunFolder, tmp_path: Path) -> None:
+    finish(run, 80)
+    assert found(run.adapter) == 80
+    assert found(run.checkpoints / "step-00000040" / "adapter") == 40
+    assert found(run.checkpoints / "step-00000040") == 40
+    nothing = tmp_path / "nothing"
+    assert adapter_folder(nothing, say=pytest.fail, warn=pytest.fail) == nothing
+
+
+def test_a_run_is_its_adapter(run: RunFolder) -> None:
+    finish(run, 80)
+    assert found(run.path) == 80
+
+
+def test_a_run_without_an_adapter_is_its_newest_checkpoint_and_says_so(run: RunFolder) -> None:
+    assert found(run.path, "has no adapter yet: that of its newest checkpoint, step 120, is used") == 120
+    (run.checkpoints / "step-00000120" / "state.json").unlink()
+    assert found(run.path, "step-00000120: the checkpoint is damaged", "newest checkpoint, step 40") == 40
+
+
+def test_a_step_of_a_run_is_its_checkpoint(run: RunFolder) -> None:
+    finish(run, 80)
+    for step in (40, 120):
+        assert found(run.path.with_name(f"x@{step}")) == step
+        assert found(run.path.with_name(f"x@0{step}")) == step
+
+
+def test_a_step_without_a_checkpoint_is_an_error_that_lists_the_steps(run: RunFolder) -> None:
+    told = refused(run.path.with_name("x@80"))
+    assert f"{run.path} has no checkpoint of step 80." in told
+    assert "It has those of the steps 40, 120." in told
+    for step in (40, 120):
+        (run.checkpoints / f"step-{step:08d}").rename(run.path / str(step))
+    assert "It has none." in refused(run.path.with_name("x@80"))
+    assert "has no adapter and no checkpoint yet" in refused(run.path)
+
+
+def test_a_damaged_checkpoint_is_named_and_not_read(run: RunFolder) -> None:
+    file = run.checkpoints / "step-00000040" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    told = refused(run.path.with_name("x@40"))
+    assert "step-00000040 is damaged: adapter/adapter_model.safetensors has changed since it was saved" in told
+    assert "40, 120" in told
+
+
+@pytest.mark.parametrize("name", ["y@40", "x/@40"])
+def test_a_run_that_is_missing_is_an_error(name: str, run: RunFolder) -> None:
+    path = run.path.parent / name
+    if name == "y@40":
+        assert f"There is no run {path.with_name('y')}" in refused(path)
+    else:
+        assert adapter_folder(path, say=pytest.fail, warn=pytest.fail) == path  # no run has an empty name
+
+
+@pytest.mark.parametrize("name", ["..@40", ".@40", "@40", "x@", "x@4_0", "x@-1", "x@40 ", "x@٤٠"])
+def test_what_is_no_step_of_a_run_is_a_folder(name: str, run: RunFolder) -> None:
+    (run.path / "deeper").mkdir()
+    path = run.path / "deeper" / name if name.startswith((".", "@")) else run.path.with_name(name)
+    assert adapter_folder(path, say=pytest.fail, warn=pytest.fail) == path
+
+
+def test_a_folder_with_a_name_like_a_step_is_that_folder(run: RunFolder) -> None:
+    other = run.path.with_name("x@40")
+    other.mkdir()
+    fill_with(7)(other)
+    assert found(other) == 7
+
+
+@pytest.mark.parametrize("file", ["run.json", "checkpoints/step-00000120/manifest.json"])
+def test_another_format_version_is_an_error_that_names_both(file: str, run: RunFolder) -> None:
+    content = json.loads((run.path / file).read_bytes())
+    (run.path / file).write_text(json.dumps({**content, "format": 99}))
+    for path in (run.path, run.path.with_name("x@120")):
+        assert re.search(r"has the format version 99; this octavo reads version [12]\.", refused(path))
