@@ -202,8 +202,8 @@ def test_ids_of_segments_equal_those_of_the_whole_text(name: str, text: str, mos
         patch.setattr(encoding, "BATCH_CHARACTERS", most)
         patch.setattr(encoding, "MAX_SEGMENTS", 3)
         patch.setattr(encoding, "MANY_SEGMENTS", many)
-        codes = list(encode_plain(texts, coder))
-    assert [code.ids.tolist() for code in codes] == [coder.plain.encode(one).ids for one in texts]
+        encoded = list(encode_plain(texts, coder))
+    assert [code.ids.tolist() for code in encoded] == [coder.plain.encode(one).ids for one in texts]
 
 
 @pytest.mark.parametrize("name", MAKES)
@@ -217,9 +217,9 @@ def test_a_text_is_split_only_if_its_tokenizer_allows_it(name: str) -> None:
 def test_a_text_is_split_after_a_line_break_only_if_the_tokenizer_splits_there() -> None:
     text = "The king,\nThe queen\n\nend\n"
     both = [made(name) for name in ("gpt-2", "llama 2")]
-    found = [[word for words, _ in coder_of(one).cuts.segments(text, 99) for word in words] for one in both]
-    assert found[0] == ["The", " king,\n", "The", " queen\n\nend\n"]
-    assert found[1] == ["The", "king,\nThe", "queen\n\nend\n"]
+    actual = [[word for words, _ in coder_of(one).cuts.segments(text, 99) for word in words] for one in both]
+    assert actual[0] == ["The", " king,\n", "The", " queen\n\nend\n"]
+    assert actual[1] == ["The", "king,\nThe", "queen\n\nend\n"]
 
 
 @given(text=TEXTS, most=st.integers(1, 40))

@@ -133,7 +133,7 @@ def test_unused_fields_and_files_are_counted_over_all_files(tmp_path: Path) -> N
 def test_a_column_in_no_record_is_an_error_and_one_in_some_records_is_not(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text('{"q": "A", "a": "B"}\n{"q": "A", "a": "B", "sys": "S"}\n')
     columns = ["prompt=q", "completion=a"]
-    found = read([str(file)], ReadOptions(columns=[*columns, "system=sys"])).documents
-    assert [document.prompt for document in found] == ["A", "S\n\nA"]
+    documents = read([str(file)], ReadOptions(columns=[*columns, "system=sys"])).documents
+    assert [document.prompt for document in documents] == ["A", "S\n\nA"]
     with pytest.raises(UsageError, match="names sytem, which no record has"):
         read([str(file)], ReadOptions(columns=[*columns, "system=sytem"]))

@@ -40,7 +40,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
         coder_of(Slow())
 
 
-def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedTokenizerFast:
+def word_tokenizer(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedTokenizerFast:
     """A word-level tokenizer, whose unknown token may be its BOS token, as in the tests of a hivemind folder."""
     backend = Tokenizer(WordLevel({"<s>": 0, "the": 1, "king": 2, "<x>": 3}, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -58,7 +58,7 @@ def words(*, unknown: str | None, begins: str | None, post: bool) -> PreTrainedT
 def test_bos_ids_are_the_ids_that_the_tokenizer_puts_before_a_text(
     unknown: str | None, begins: str | None, post: bool
 ) -> None:
-    tokenizer = words(unknown=unknown, begins=begins, post=post)
+    tokenizer = word_tokenizer(unknown=unknown, begins=begins, post=post)
     for text in ("the king", "king") + (("a duke",) if unknown else ()):
         plain = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert [*bos_ids(tokenizer), *plain] == tokenizer(text)["input_ids"]

@@ -116,14 +116,14 @@ def test_pieces_and_separators_concatenate_to_the_file_at_any_chunk_size(
     path = write(tmp_path_factory.getbasetemp() / "pieces.txt", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        found = list(pieces(path, separator))
+        actual = list(pieces(path, separator))
     expected = []
     line, offset = 1, 0
     for part in data.split(separator):
         expected.append(Piece(line, offset, part))
         line += (part + separator).count(b"\n")
         offset += len(part + separator)
-    assert found == (expected if expected[-1].data else expected[:-1])
+    assert actual == (expected if expected[-1].data else expected[:-1])
 
 
 @given(
@@ -140,10 +140,10 @@ def test_every_line_end_counts_in_a_separator_at_any_chunk_size(
     path = write(tmp_path_factory.getbasetemp() / "ends.txt", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        found = list(pieces(path, separator))
+        actual = list(pieces(path, separator))
     expected = normal(data).split(separator)
-    assert [normal(piece.data) for piece in found] == (expected if expected[-1] else expected[:-1])
-    for piece in found:
+    assert [normal(piece.data) for piece in actual] == (expected if expected[-1] else expected[:-1])
+    for piece in actual:
         assert data[piece.offset :].startswith(piece.data)
         assert piece.line == normal(data[: piece.offset]).count(b"\n") + 1
 
@@ -158,10 +158,10 @@ def test_data_that_expand_too_much_are_refused_early(
     compress = gzip.compress if compression == ".gz" else lzma.compress
     for data, separator in ((b"x" * 2**21, None), (b"a\n" * 2**20, b"\n")):
         path = write(tmp_path / f"a.txt{compression}", compress(data))
-        found: list[Piece] = []
+        actual: list[Piece] = []
         with pytest.raises(DataError, match="swell to more than 200 times their size"):
-            found.extend(pieces(path, separator))
-        assert sum(len(piece.data) for piece in found) < 2**20
+            actual.extend(pieces(path, separator))
+        assert sum(len(piece.data) for piece in actual) < 2**20
     text = "".join(f"line {number} of some text\n" for number in range(40_000)).encode()
     assert len(text) > 2**19
     assert sum(

@@ -24,8 +24,8 @@ def test_a_folder_gives_its_known_files_sorted_without_hidden_ones(tmp_path: Pat
     names = ["b.txt", "a.jsonl.gz", "deep/er/c.TXT", "picture.png", ".hidden.txt", ".git/d.txt"]
     for name in names:
         write(tmp_path / name, b"x")
-    found = find_files([str(tmp_path)], SUFFIXES).files
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jsonl.gz", "b.txt", "deep/er/c.TXT"]
+    actual = find_files([str(tmp_path)], SUFFIXES).files
+    assert [str(path.relative_to(tmp_path)) for path in actual] == ["a.jsonl.gz", "b.txt", "deep/er/c.TXT"]
 
 
 def test_a_file_is_found_once_in_the_order_given(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_every_file_of_a_folder_is_read_or_counted_by_kind(tmp_path: Path) -> No
         os.chdir(folder)  # the name of a socket is short
         end.bind("s.txt")
         os.chdir(here)
-        found = find_files([str(folder)], SUFFIXES)
-    assert [path.name for path in found.files] == ["a.txt"]
-    assert found.not_read == {
+        actual = find_files([str(folder)], SUFFIXES)
+    assert [path.name for path in actual.files] == ["a.txt"]
+    assert actual.not_read == {
         ".docx": 2,
         ".pdf": 1,
         ".tar.gz": 1,
@@ -96,7 +96,7 @@ def test_every_file_of_a_folder_is_read_or_counted_by_kind(tmp_path: Path) -> No
         "socket": 1,
     }
     everything = sum(len(names) for _, _, names in os.walk(folder)) - 2  # those in the hidden folder
-    assert sum(found.not_read.values()) + len(found.files) == everything + 2  # and two folders
+    assert sum(actual.not_read.values()) + len(actual.files) == everything + 2  # and two folders
 
 
 def test_a_link_is_read_where_it_is_named_and_inside_its_folder(tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_a_named_broken_link_is_an_error(tmp_path: Path) -> None:
 
 def test_a_glob_that_matches_folders_and_their_files_reads_each_file_once(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.txt"), write(tmp_path / "sub" / "b.txt")]
-    found = find_files([str(tmp_path / "**")], SUFFIXES)
-    assert found.files == files
-    assert not found.not_read
+    actual = find_files([str(tmp_path / "**")], SUFFIXES)
+    assert actual.files == files
+    assert not actual.not_read
 
 
 def test_kinds_are_counted_in_words() -> None:

@@ -110,13 +110,13 @@ def test_csv_round_trips_any_field(tmp_path_factory: pytest.TempPathFactory, row
 
 def test_csv_rows_have_their_first_line_and_bad_rows_are_errors(tmp_path: Path) -> None:
     table = b'text,extra\n"two\nlines",1\nonly one\n"a"b,2\nla\xffst,3\ngood,4\n\n"open,5\n'
-    found = list(entries(write(tmp_path / "a.csv", table)))
-    assert [entry.line for entry in found] == [2, 4, 5, 6, 7, 9]
-    assert found[0].value == {"text": "two\nlines", "extra": "1"}
-    assert found[4].value == {"text": "good", "extra": "4"}
-    for entry, message in zip(found[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True):
+    actual = list(entries(write(tmp_path / "a.csv", table)))
+    assert [entry.line for entry in actual] == [2, 4, 5, 6, 7, 9]
+    assert actual[0].value == {"text": "two\nlines", "extra": "1"}
+    assert actual[4].value == {"text": "good", "extra": "4"}
+    for entry, message in zip(actual[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True):
         assert f"a.csv:{message}" in error_of(entry)
-    assert "a.csv:9: not valid CSV: unexpected end" in error_of(found[5])
+    assert "a.csv:9: not valid CSV: unexpected end" in error_of(actual[5])
 
 
 def test_csv_accepts_long_fields_and_windows_line_ends(tmp_path: Path) -> None:
@@ -217,8 +217,8 @@ def test_every_kind_of_line_end_separates_lines_and_records(tmp_path: Path, end:
 
 def test_a_separator_matches_any_kind_of_line_end(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\n\ntwo\r\nthree\n\nfour\r\n\r\nfive\r\rsix\r\n\nseven\r\neight")
-    found = [(entry.line, entry.value) for entry in entries(path, "\n\n")]
-    assert found == [(1, "one"), (3, "two\nthree"), (6, "four"), (8, "five"), (10, "six"), (12, "seven\neight")]
+    actual = [(entry.line, entry.value) for entry in entries(path, "\n\n")]
+    assert actual == [(1, "one"), (3, "two\nthree"), (6, "four"), (8, "five"), (10, "six"), (12, "seven\neight")]
 
 
 @pytest.mark.parametrize("name", ["a.jl", "a.jsonlines", "a.ndjson", "a.JSONL.gz"])

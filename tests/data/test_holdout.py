@@ -86,9 +86,9 @@ def test_copies_of_one_text_alone_are_an_error() -> None:
     ],
 )
 def test_a_copy_is_found_with_other_white_space_unicode_form_or_fields(other: Document) -> None:
-    held = [Document("f", 1, text="Caf\u00e9 au lait, please.")]
-    assert copies([Document("g", 8, text="Caf\u00e9 au the, please."), other], held) == [1]
-    assert digest(other) == digest(held[0])
+    held_out = [Document("f", 1, text="Caf\u00e9 au lait, please.")]
+    assert copies([Document("g", 8, text="Caf\u00e9 au the, please."), other], held_out) == [1]
+    assert digest(other) == digest(held_out[0])
 
 
 IDS = st.lists(st.integers(0, 2), max_size=60)
@@ -115,7 +115,7 @@ def test_shared_runs_equal_those_of_a_plain_search(
             [np.array(one, dtype=np.int32) for one in test],
             [np.array(mask, dtype=np.bool_) for mask in masks],
         )
-    counts = [sum(a and b for a, b in zip(*pair, strict=True)) for pair in zip(inside, masks, strict=True)]
+    counts = [sum(a and b for a, b in zip(*spans, strict=True)) for spans in zip(inside, masks, strict=True)]
     assert shared.tokens == sum(map(sum, masks))
     assert shared.shared == sum(counts)
     assert shared.near_copies == tuple(n for n, count in enumerate(counts) if count > 0.5 * sum(masks[n]))

@@ -90,8 +90,8 @@ def test_rows_of_a_wrong_length_or_type_are_errors_with_their_number(tmp_path: P
     table = {"columns": ["text"], "data": [["a"], ["b", "c"], [], "d", ["e"]]}
     first, *bad, last = values(tmp_path / "a.json", table)
     assert (first, last) == ({"text": "a"}, {"text": "e"})
-    for n, found in enumerate(bad, start=2):
-        assert f"a.json:{n}: row {n} holds" in str(found)
+    for n, error in enumerate(bad, start=2):
+        assert f"a.json:{n}: row {n} holds" in str(error)
     cut = {"rows": [{"row_idx": 0, "row": {"text": "a"}, "truncated_cells": ["text"]}]}
     assert "row 1 has cells that were cut" in str(values(tmp_path / "b.json", cut)[0])
     _, mixed = values(tmp_path / "c.json", {"data": [{"text": "a"}, 7]})

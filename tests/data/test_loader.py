@@ -56,12 +56,12 @@ def test_the_order_does_not_use_global_generators() -> None:
 
 @given(n_rows=st.integers(1, 20), batch_size=st.integers(1, 7), epochs=st.integers(1, 3))
 def test_each_epoch_gives_each_row_once(n_rows: int, batch_size: int, epochs: int) -> None:
-    found = list(batches(rows(n_rows), batch_size=batch_size, seed=1, epochs=epochs))
-    assert len(found) == epochs * batches_per_epoch(n_rows, batch_size)
+    actual = list(batches(rows(n_rows), batch_size=batch_size, seed=1, epochs=epochs))
+    assert len(actual) == epochs * batches_per_epoch(n_rows, batch_size)
     for epoch in range(epochs):
-        own = [batch for batch in found if batch.epoch == epoch]
-        assert [batch.index for batch in own] == list(range(len(own)))
-        assert sorted(number for batch in own for number in numbers(batch)) == list(range(n_rows))
+        of_epoch = [batch for batch in actual if batch.epoch == epoch]
+        assert [batch.index for batch in of_epoch] == list(range(len(of_epoch)))
+        assert sorted(number for batch in of_epoch for number in numbers(batch)) == list(range(n_rows))
 
 
 @given(n_rows=st.integers(1, 12), batch_size=st.integers(1, 5), taken=st.integers(0, 30), shuffle=st.booleans())

@@ -69,9 +69,9 @@ class Counted(str):
     looked_at = 0
 
     def find(self, part: str, start: int = 0, end: int | None = None) -> int:  # type: ignore[override]
-        found = super().find(part, start)
-        self.looked_at += (found if found >= 0 else len(self)) - start
-        return found
+        position = super().find(part, start)
+        self.looked_at += (position if position >= 0 else len(self)) - start
+        return position
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_searches_read_no_page_more_than_a_few_times(monkeypatch: pytest.MonkeyP
         search = getattr(markup, name)
 
         def counted(text: str, *where: Any, search: Any = search) -> int:
-            found: int = search(text, *where)
-            page.looked_at += (found if found >= 0 else len(page)) - where[-1]
-            return found
+            position: int = search(text, *where)
+            page.looked_at += (position if position >= 0 else len(page)) - where[-1]
+            return position
 
         monkeypatch.setattr(markup, name, counted)
     text_of_html(page)

@@ -116,10 +116,10 @@ def test_the_ledger_counts_what_is_in_the_rows(
     assert (ledger.documents, ledger.skipped) == (len(documents), len(bad))
     seen = {number for row in rows for ids, _, _ in segments(row) for number in ids}
     for file in ledger.files:
-        own = [one for one in documents if one.source == file.source]
-        whole = [one for one in own if not (len(one.ids) and int(one.ids[0]) in seen)]
-        assert file.tokens == sum(len(one.ids) for one in own)
-        assert (file.documents, file.dropped) == (len(own), len(whole))
+        of_file = [one for one in documents if one.source == file.source]
+        whole = [one for one in of_file if not (len(one.ids) and int(one.ids[0]) in seen)]
+        assert file.tokens == sum(len(one.ids) for one in of_file)
+        assert (file.documents, file.dropped) == (len(of_file), len(whole))
         if not truncate:
             assert file.left_out == sum(len(one.ids) for one in whole)
         assert file.skipped == bad.count(file.source)

@@ -21,7 +21,7 @@ def theirs(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, tuple[Tokenizer, Pieces]]:
+def splitters() -> dict[str, tuple[Tokenizer, Pieces]]:
     tokenizers = {name: made(name).backend_tokenizer for name in KNOWN}
     return {name: (one, Pieces(one)) for name, one in tokenizers.items()}
 
@@ -29,16 +29,16 @@ def known() -> dict[str, tuple[Tokenizer, Pieces]]:
 @pytest.mark.parametrize("name", KNOWN)
 @given(text=st.one_of(TEXTS, st.text(st.characters(max_codepoint=0x52F, exclude_categories=["Cs"]))))
 def test_pieces_equal_those_of_the_pre_tokenizer(
-    known: dict[str, tuple[Tokenizer, Pieces]], name: str, text: str
+    splitters: dict[str, tuple[Tokenizer, Pieces]], name: str, text: str
 ) -> None:
-    tokenizer, pieces = known[name]
-    (found,) = pieces.split([text])
-    assert found == [text] or found == theirs(tokenizer, text)
+    tokenizer, pieces = splitters[name]
+    (actual,) = pieces.split([text])
+    assert actual == [text] or actual == theirs(tokenizer, text)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_usual_text_is_split(known: dict[str, tuple[Tokenizer, Pieces]], name: str) -> None:
-    tokenizer, pieces = known[name]
+def test_a_usual_text_is_split(splitters: dict[str, tuple[Tokenizer, Pieces]], name: str) -> None:
+    tokenizer, pieces = splitters[name]
     text = "It's 1,204 sacks — “quoted”, naïve Ελλάς: Привет…\n\n\tx_1  end"
     assert list(pieces.split([text, "世界"])) == [theirs(tokenizer, text), ["世界"]]
 

@@ -222,7 +222,7 @@ def test_the_system_message_is_the_synonym_that_is_not_blank(fields: dict[str, o
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({**TALK_AS, "system": "s", "system_prompt": "t"}, "`system` and `system_prompt` give two"),
         ({"prompt": "q", "completion": "a", "system_prompt": "s", "system_message": "t"}, "give two system"),
@@ -233,8 +233,8 @@ def test_the_system_message_is_the_synonym_that_is_not_blank(fields: dict[str, o
         ({"text": "hi", "role": "prompter", "message_id": "1"}, "is one turn"),
     ],
 )
-def test_ambiguous_fields_are_an_error(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_ambiguous_fields_are_an_error(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read(fields)
 
 
@@ -258,10 +258,10 @@ def test_a_filled_synonym_is_read_instead_of_a_blank_one() -> None:
 
 
 def test_turns_in_the_cells_of_a_table_are_turns() -> None:
-    asked, answered = TALK_AS["messages"][:1], TALK_AS["messages"][1:]
-    found = read({"prompt": json.dumps(asked), "completion": json.dumps(answered)})
-    assert found == read({"prompt": asked, "completion": answered})
-    assert [message.role for message in found.messages] == ["user", "assistant"]
+    questions, answers = TALK_AS["messages"][:1], TALK_AS["messages"][1:]
+    document = read({"prompt": json.dumps(questions), "completion": json.dumps(answers)})
+    assert document == read({"prompt": questions, "completion": answers})
+    assert [message.role for message in document.messages] == ["user", "assistant"]
     assert read({"prompt": "[{x}]", "completion": "a"}).prompt == "[{x}]"
 
 

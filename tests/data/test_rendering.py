@@ -55,12 +55,12 @@ TURNS: list[dict[str, Any]] = [
 ]
 
 
-def learned(
+def encoded(
     fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast, unused: Counter[str] | None = None
 ) -> tuple[list[int], str]:
     document = from_fields(fields, source="f", line=3)
-    code = encode_chat(document, tokenizer, coder_of(tokenizer), unused)
-    return code.ids.tolist(), tokenizer.decode(code.ids[code.trained].tolist())
+    tokens = encode_chat(document, tokenizer, coder_of(tokenizer), unused)
+    return tokens.ids.tolist(), tokenizer.decode(tokens.ids[tokens.trained].tolist())
 
 
 def as_strings(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def test_calls_are_trained_as_the_template_writes_them(
 ) -> None:
     own_tokenizer.chat_template = template
     turns = as_strings(TURNS) if strings else TURNS
-    ids, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    ids, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
     whole = own_tokenizer.apply_chat_template(TURNS, tools=TOOLS, tokenize=True, return_dict=False)
     assert ids == whole[: len(ids)]
     assert own_tokenizer.decode(whole[len(ids) :]).strip() == ""
@@ -96,7 +96,7 @@ def test_calls_are_trained_as_the_template_writes_them(
 @pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
 def test_a_conversation_may_end_in_a_call(own_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     own_tokenizer.chat_template = template
-    ids, text = learned({"messages": TURNS[:2], "tools": TOOLS}, own_tokenizer)
+    ids, text = encoded({"messages": TURNS[:2], "tools": TOOLS}, own_tokenizer)
     whole = own_tokenizer.apply_chat_template(TURNS[:2], tools=TOOLS, tokenize=True, return_dict=False)
     assert ids == whole[: len(ids)]
     assert "Ypres" in text
@@ -106,7 +106,7 @@ def test_a_conversation_may_end_in_a_call(own_tokenizer: PreTrainedTokenizerFast
 def test_text_next_to_a_call_is_trained_with_it(own_tokenizer: PreTrainedTokenizerFast) -> None:
     own_tokenizer.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], "content": "Let me see."}, *TURNS[2:]]
-    _, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    _, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
     assert text.startswith(("Let me see.\n<call>", "\nLet me see.\n<call>"))
 
 
@@ -119,7 +119,7 @@ def test_sharegpts_calls_and_results_are_read(own_tokenizer: PreTrainedTokenizer
         {"from": "gpt", "value": "It rains."},
     ]
     tools = json.dumps([TOOLS[0]["function"]])
-    assert learned({"conversations": spoken, "tools": tools}, own_tokenizer) == learned(
+    assert encoded({"conversations": spoken, "tools": tools}, own_tokenizer) == encoded(
         {"messages": TURNS, "tools": TOOLS}, own_tokenizer
     )
 
@@ -128,16 +128,16 @@ def test_sharegpts_calls_and_results_are_read(own_tokenizer: PreTrainedTokenizer
 def test_a_turn_of_weight_0_is_input_only(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     own_tokenizer.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], key: 0}, *TURNS[2:]]
-    ids, text = learned({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    ids, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
     assert text.strip() == "It rains.<|im_end|>"
-    assert ids == learned({"messages": TURNS, "tools": TOOLS}, own_tokenizer)[0]
+    assert ids == encoded({"messages": TURNS, "tools": TOOLS}, own_tokenizer)[0]
 
 
 def test_only_the_completion_of_a_conversational_prompt_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     answer = [{"role": "assistant", "content": "hello"}]
-    ids, text = learned({"prompt": said, "completion": answer}, tokenizer)
-    whole = tokenizer.apply_chat_template([*said, *answer], tokenize=True, return_dict=False)
+    ids, text = encoded({"prompt": turns, "completion": answer}, tokenizer)
+    whole = tokenizer.apply_chat_template([*turns, *answer], tokenize=True, return_dict=False)
     assert ids == whole[: len(ids)]
     assert text == "hello<|im_end|>"
 
@@ -181,7 +181,7 @@ def test_a_field_that_the_template_does_not_write_is_an_error(
     if template:
         own_tokenizer.chat_template = template
     with pytest.raises(DataError) as caught:
-        learned(fields, own_tokenizer)
+        encoded(fields, own_tokenizer)
     assert caught.value.message.startswith("f:3: ")
     assert message in caught.value.message
 
@@ -189,7 +189,7 @@ def test_a_field_that_the_template_does_not_write_is_an_error(
 def test_names_that_the_template_does_not_write_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     unused: Counter[str] = Counter()
     turns = [{"role": "user", "content": "q", "name": "Ann"}, {"role": "assistant", "content": "a"}]
-    learned({"messages": turns}, tokenizer, unused)
+    encoded({"messages": turns}, tokenizer, unused)
     assert list(unused.values()) == [1]
     assert "`name` of turns" in next(iter(unused))
 
@@ -240,8 +240,8 @@ def test_a_template_that_writes_the_reasoning_of_the_last_turn_only_is_refused(
     )
     answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
     with pytest.raises(DataError, match="leaves out `reasoning_content` of turn 2"):
-        learned({"messages": [ASKED, answer, ASKED, answer]}, own_tokenizer)
-    learned({"messages": [ASKED, answer]}, own_tokenizer)
+        encoded({"messages": [ASKED, answer, ASKED, answer]}, own_tokenizer)
+    encoded({"messages": [ASKED, answer]}, own_tokenizer)
 
 
 @pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
@@ -253,7 +253,7 @@ def test_many_turns_with_calls_take_as_many_renderings_as_few(
     counts = []
     for n_calls in (3, 9):
         calls.clear()
-        learned({"messages": long_talk(n_calls), "tools": TOOLS}, own_tokenizer)
+        encoded({"messages": long_talk(n_calls), "tools": TOOLS}, own_tokenizer)
         counts.append(len(calls))
     assert counts[0] == counts[1] <= 16
 
@@ -291,6 +291,6 @@ def test_turn_spans_equal_those_from_rendering_up_to_each_turn(
 ) -> None:
     own_tokenizer.chat_template = template
     fields = {"messages": [*long_talk(3), *turns, *turns, TURNS[3]], "tools": TOOLS}
-    found = learned(fields, own_tokenizer)
+    actual = encoded(fields, own_tokenizer)
     monkeypatch.setattr(rendering, "_gap", lambda *_: None)
-    assert found == learned(fields, own_tokenizer)
+    assert actual == encoded(fields, own_tokenizer)

@@ -84,9 +84,9 @@ def test_any_content_is_written_as_transformers_writes_it(
         "default": tokenizer.chat_template,
         "tool_use": f"{{{{ messages | tojson(indent={str(indent).lower()}) }}}}",
     }
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=named)
-    expected = own.apply_chat_template(talk, tools=TOOLS, tokenize=False)
-    assert render(own, talk, tools=TOOLS) == expected == json.dumps(talk, ensure_ascii=False, indent=indent)
+    with_template = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=named)
+    expected = with_template.apply_chat_template(talk, tools=TOOLS, tokenize=False)
+    assert render(with_template, talk, tools=TOOLS) == expected == json.dumps(talk, ensure_ascii=False, indent=indent)
 
 
 def test_a_conversation_of_thousands_of_turns_is_rendered(tokenizer: PreTrainedTokenizerFast) -> None:

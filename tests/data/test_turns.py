@@ -128,7 +128,7 @@ def test_other_fields_of_turns_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turn", "said"),
+    ("turn", "message"),
     [
         ({"content": [{"type": "text", "text": "what", "image_url": "a.png"}]}, "`image_url` next to its text"),
         ({"content": [{"text": "what", "image": "a.png"}]}, "`image` next to its text"),
@@ -136,8 +136,8 @@ def test_other_fields_of_turns_are_counted() -> None:
         ({"content": None, "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}, "lone surrogate"),
     ],
 )
-def test_a_field_that_a_turn_cannot_use_is_an_error(turn: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_a_field_that_a_turn_cannot_use_is_an_error(turn: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read({"role": "user", "content": "q"}, {"role": "assistant", **turn})
 
 

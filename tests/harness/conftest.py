@@ -25,7 +25,7 @@ CPU = devices.hardware(devices.CPU)
 Write = Callable[..., Path]
 
 
-def asked(folder: Path, *, batch: int = 3, report: Report | None = None) -> OctavoLM:
+def open_lm(folder: Path, *, batch: int = 3, report: Report | None = None) -> OctavoLM:
     """The unquantized model of a folder in float32, as lm-eval calls it."""
     source, quiet = FolderSource(folder), report or Report(console=False)
     model = load_model(source, scheme_named("none"), CPU, quiet)

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from tests.conftest import WORDS
-from tests.harness.conftest import asked
+from tests.harness.conftest import open_lm
 
 from octavo.errors import UsageError
 from octavo.harness import model
@@ -35,14 +35,14 @@ def theirs(folder: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gptj"])
 def folder(request: pytest.FixtureRequest) -> Path:
-    found: Path = request.getfixturevalue(request.param)
-    return found
+    path: Path = request.getfixturevalue(request.param)
+    return path
 
 
 @pytest.fixture(scope="module")
-def pair(folder: Path) -> tuple[OctavoLM, Any]:
+def models(folder: Path) -> tuple[OctavoLM, Any]:
     """(octavo's, lm-eval's) of one model."""
-    return asked(folder), theirs(folder)
+    return open_lm(folder), theirs(folder)
 
 
 CHOICES = [
@@ -58,22 +58,22 @@ CHOICES = [
 ]
 
 
-def test_log_likelihoods_equal_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
+def test_log_likelihoods_equal_those_of_lm_eval(models: tuple[OctavoLM, Any]) -> None:
     requests = instances("loglikelihood", CHOICES)
-    ours, expected = (one.loglikelihood(requests, disable_tqdm=True) for one in pair)
+    ours, expected = (one.loglikelihood(requests, disable_tqdm=True) for one in models)
     # float32: sums of up to some hundred logarithms, each right to 1e-6 or so
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
 
 
-def test_greedy_continuations_are_recognized(pair: tuple[OctavoLM, Any]) -> None:
-    def greedy(asked_for: list[tuple[str, str]]) -> list[bool]:
-        requests = instances("loglikelihood", asked_for)
-        ours, expected = ([hit for _, hit in one.loglikelihood(requests, disable_tqdm=True)] for one in pair)
+def test_greedy_continuations_are_recognized(models: tuple[OctavoLM, Any]) -> None:
+    def greedy(prompts: list[tuple[str, str]]) -> list[bool]:
+        requests = instances("loglikelihood", prompts)
+        ours, expected = ([hit for _, hit in one.loglikelihood(requests, disable_tqdm=True)] for one in models)
         assert ours == expected
         return ours
 
-    words = [pair[0].tokenizer.decode([token]) for token in range(3, 300)]
+    words = [models[0].tokenizer.decode([token]) for token in range(3, 300)]
     alone = [(prompt, word) for prompt in ("the", "king of", "where is") for word in words]
     hits = [one for one, hit in zip(alone, greedy(alone), strict=True) if hit]
     assert hits
@@ -83,14 +83,14 @@ def test_greedy_continuations_are_recognized(pair: tuple[OctavoLM, Any]) -> None
 TEXTS = [("the king spoke to the queen",), (LONG,), ("é \N{GRINNING FACE}\n\n",), ("x",), ("",), (LONG[:400],)]
 
 
-def test_rolling_log_likelihoods_equal_those_of_lm_eval_over_several_windows(pair: tuple[OctavoLM, Any]) -> None:
+def test_rolling_log_likelihoods_equal_those_of_lm_eval_over_several_windows(models: tuple[OctavoLM, Any]) -> None:
     requests = instances("loglikelihood_rolling", TEXTS)
-    ours, expected = (one.loglikelihood_rolling(requests, disable_tqdm=True) for one in pair)
-    assert len(pair[0].tok_encode(LONG)) > 2 * CONTEXT
+    ours, expected = (one.loglikelihood_rolling(requests, disable_tqdm=True) for one in models)
+    assert len(models[0].tok_encode(LONG)) > 2 * CONTEXT
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
-ASKED: list[tuple[str, dict[str, Any]]] = [
+PROMPTS: list[tuple[str, dict[str, Any]]] = [
     ("the king", {"until": ["\n"], "max_gen_toks": 12}),
     ("the queen spoke", {"until": [" s", "o"], "max_gen_toks": 20, "do_sample": False, "temperature": 0.7}),
     ("my lord", {"max_new_tokens": 9}),
@@ -101,15 +101,15 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
 FREE = {"max_gen_toks": 30}
 
 
-def test_generated_answers_equal_those_of_lm_eval(pair: tuple[OctavoLM, Any]) -> None:
-    ours, expected = (one.generate_until(instances("generate_until", ASKED), disable_tqdm=True) for one in pair)
+def test_generated_answers_equal_those_of_lm_eval(models: tuple[OctavoLM, Any]) -> None:
+    ours, expected = (one.generate_until(instances("generate_until", PROMPTS), disable_tqdm=True) for one in models)
     assert ours == expected
     assert len({len(answer) for answer in ours}) > 1
 
 
 def test_an_answer_ends_at_a_control_token_that_is_a_stop_string(tiny_llama: Path, tmp_path: Path) -> None:
     """The token does not occur in decoded text. The model is changed to generate it at the start of an answer."""
-    plain = asked(tiny_llama)
+    plain = open_lm(tiny_llama)
     prompts = ["the king", "where is", "my lord of york"]
     with torch.no_grad():
         likeliest = int(plain.model(torch.tensor([plain.tok_encode(prompts[0])]))[0, -1].argmax())
@@ -117,7 +117,7 @@ def test_an_answer_ends_at_a_control_token_that_is_a_stop_string(tiny_llama: Pat
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][1] = 1.001 * tensors["lm_head.weight"][likeliest]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    ours, expected = asked(folder), theirs(folder)
+    ours, expected = open_lm(folder), theirs(folder)
     bound = {"max_gen_toks": 30, "until": ["<|im_start|>"]}
     requests = instances("generate_until", [(prompt, options) for prompt in prompts for options in (bound, FREE)])
     answers = ours.generate_until(requests)
@@ -125,10 +125,10 @@ def test_an_answer_ends_at_a_control_token_that_is_a_stop_string(tiny_llama: Pat
     assert any(answers[::2][n] != answers[1::2][n] for n in range(len(prompts)))
 
 
-def test_the_batch_size_changes_no_answer(folder: Path, pair: tuple[OctavoLM, Any]) -> None:
-    alone = asked(folder, batch=1)
-    for kind, arguments in (("loglikelihood", CHOICES), ("loglikelihood_rolling", TEXTS), ("generate_until", ASKED)):
-        one, many = (getattr(lm, kind)(instances(kind, arguments)) for lm in (alone, pair[0]))
+def test_the_batch_size_changes_no_answer(folder: Path, models: tuple[OctavoLM, Any]) -> None:
+    alone = open_lm(folder, batch=1)
+    for kind, arguments in (("loglikelihood", CHOICES), ("loglikelihood_rolling", TEXTS), ("generate_until", PROMPTS)):
+        one, many = (getattr(lm, kind)(instances(kind, arguments)) for lm in (alone, models[0]))
         if kind == "generate_until":
             assert one == many
         else:
@@ -136,74 +136,74 @@ def test_the_batch_size_changes_no_answer(folder: Path, pair: tuple[OctavoLM, An
             assert flat[0] == pytest.approx(flat[1], rel=1e-5)
 
 
-def test_logits_are_computed_in_chunks(pair: tuple[OctavoLM, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_computed_in_chunks(models: tuple[OctavoLM, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     requests = instances("loglikelihood_rolling", TEXTS)
-    whole = pair[0].loglikelihood_rolling(requests)
+    whole = models[0].loglikelihood_rolling(requests)
     seen: list[int] = []
-    pair[0].model.head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    models[0].model.head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     monkeypatch.setattr(model, "CHUNK_BYTES", 8 * 300 * 7)
-    assert pair[0].loglikelihood_rolling(requests) == pytest.approx(whole, rel=1e-6)
+    assert models[0].loglikelihood_rolling(requests) == pytest.approx(whole, rel=1e-6)
     assert max(seen) == 7
 
 
-def test_samples_differ_from_each_other_and_are_reproducible(pair: tuple[OctavoLM, Any]) -> None:
+def test_samples_differ_from_each_other_and_are_reproducible(models: tuple[OctavoLM, Any]) -> None:
     requests = instances(
         "generate_until", [("the king", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8})] * 4
     )
-    first, second = (pair[0].generate_until(requests) for _ in range(2))
+    first, second = (models[0].generate_until(requests) for _ in range(2))
     assert first == second
     assert len(set(first)) == 4
 
 
 def test_every_text_has_one_bos_token(beginning: Path) -> None:
-    ours, expected = asked(beginning), theirs(beginning)
+    ours, expected = open_lm(beginning), theirs(beginning)
     assert ours.tok_encode("the king") == expected.tok_encode("the king")
     assert ours.tok_encode("the king")[0] == ours.prefix_token_id == expected.prefix_token_id == 1
     assert ours.tok_encode("<|im_start|>the") == expected.tok_encode("<|im_start|>the")
-    for kind, arguments in (("loglikelihood", CHOICES[:5]), ("generate_until", ASKED[:4])):
+    for kind, arguments in (("loglikelihood", CHOICES[:5]), ("generate_until", PROMPTS[:4])):
         requests = instances(kind, arguments)
-        found, wanted = (getattr(one, kind)(requests, disable_tqdm=True) for one in (ours, expected))
+        actual, expected = (getattr(one, kind)(requests, disable_tqdm=True) for one in (ours, expected))
         if kind == "generate_until":
-            assert found == wanted
+            assert actual == expected
         else:
-            assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in wanted], rel=1e-5)
+            assert [nats for nats, _ in actual] == pytest.approx([nats for nats, _ in expected], rel=1e-5)
 
 
 def test_a_whole_text_is_scored_after_one_bos_token(beginning: Path) -> None:
     """lm-eval's class for transformers scores a second one without add_bos_token=False; its API clients do not."""
     requests = instances("loglikelihood_rolling", TEXTS[:2])
-    found = asked(beginning).loglikelihood_rolling(requests)
+    actual = open_lm(beginning).loglikelihood_rolling(requests)
     bare = theirs(beginning)
     bare.add_bos_token = False
-    assert found == pytest.approx(bare.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
-    assert found != pytest.approx(theirs(beginning).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-3)
+    assert actual == pytest.approx(bare.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-5)
+    assert actual != pytest.approx(theirs(beginning).loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-3)
 
 
-def said(tiny_llama: Path, tmp_path: Path, kind: str, arguments: Sequence[tuple[Any, ...]]) -> str:
+def messages(tiny_llama: Path, tmp_path: Path, kind: str, arguments: Sequence[tuple[Any, ...]]) -> str:
     """The messages of the report while requests run."""
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
-        getattr(asked(tiny_llama, report=report), kind)(instances(kind, arguments))
+        getattr(open_lm(tiny_llama, report=report), kind)(instances(kind, arguments))
     return (tmp_path / "said.jsonl").read_text()
 
 
-def test_an_empty_continuation_has_score_0_and_an_empty_stop_string_is_ignored(pair: tuple[OctavoLM, Any]) -> None:
+def test_an_empty_continuation_has_score_0_and_an_empty_stop_string_is_ignored(models: tuple[OctavoLM, Any]) -> None:
     """lm-eval's class for transformers raises for the first, and stops at once for the second."""
     requests = instances("loglikelihood", [("the king", ""), ("x", "")])
-    assert pair[0].loglikelihood(requests) == [(0.0, True)] * 2
-    asked_for = [("the king", {"max_gen_toks": 8, "until": until}) for until in ([""], [])]
-    first, second = pair[0].generate_until(instances("generate_until", asked_for))
+    assert models[0].loglikelihood(requests) == [(0.0, True)] * 2
+    prompts = [("the king", {"max_gen_toks": 8, "until": until}) for until in ([""], [])]
+    first, second = models[0].generate_until(instances("generate_until", prompts))
     assert first == second != ""
 
 
 def test_truncated_texts_and_unsupported_options_are_reported_once(tiny_llama: Path, tmp_path: Path) -> None:
-    text = said(tiny_llama, tmp_path, "loglikelihood", CHOICES)
+    text = messages(tiny_llama, tmp_path, "loglikelihood", CHOICES)
     assert text.count("lost the beginning") == 1
     assert "1 text did" in text
-    asked_for = [(LONG, {"max_gen_toks": 4, "num_beams": 2}), (LONG, {"max_gen_toks": 5, "num_beams": 2})]
-    text = said(tiny_llama, tmp_path, "generate_until", asked_for)
+    prompts = [(LONG, {"max_gen_toks": 4, "num_beams": 2}), (LONG, {"max_gen_toks": 5, "num_beams": 2})]
+    text = messages(tiny_llama, tmp_path, "generate_until", prompts)
     assert text.count("lost the beginning") == text.count("num_beams") == 1
     assert "2 prompts did" in text
-    assert "lost" not in said(tiny_llama, tmp_path, "loglikelihood_rolling", TEXTS)
+    assert "lost" not in messages(tiny_llama, tmp_path, "loglikelihood_rolling", TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_truncated_texts_and_unsupported_options_are_reported_once(tiny_llama: P
     [("loglikelihood", ("the", f" {LONG}")), ("generate_until", ("the", {"max_gen_toks": CONTEXT}))],
 )
 def test_a_request_longer_than_the_context_is_an_error(
-    pair: tuple[OctavoLM, Any], kind: str, arguments: tuple[Any, ...]
+    models: tuple[OctavoLM, Any], kind: str, arguments: tuple[Any, ...]
 ) -> None:
     with pytest.raises(UsageError, match="context is 128"):
-        getattr(pair[0], kind)(instances(kind, [arguments]))
+        getattr(models[0], kind)(instances(kind, [arguments]))

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 from tests.forks import Forks, Process
-from tests.harness.conftest import Write, asked
+from tests.harness.conftest import Write, open_lm
 from transformers import AutoModelForCausalLM
 
 from octavo import metrics as measure
@@ -78,10 +78,10 @@ def with_lm_eval(model: Any, folder: Path, *names: str) -> dict[str, float]:
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
     for task in loaded["tasks"].values():
         task.set_config(key="num_fewshot", value=0)
-    found = evaluate(model, loaded, log_samples=False, bootstrap_iters=0)
+    actual = evaluate(model, loaded, log_samples=False, bootstrap_iters=0)
     return {
         f"{task} {key.partition(',')[0]}": value
-        for task, metrics in found["results"].items()
+        for task, metrics in actual["results"].items()
         for key, value in metrics.items()
         if "," in key and "_stderr" not in key
     }
@@ -126,7 +126,7 @@ def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Proce
     write_task("choose", QUESTIONS, **CHOICE)
     folder = write_task("write", QUESTIONS, **WRITE)
     names = ("speech", "choose", "write")
-    model = asked(smollm2)
+    model = open_lm(smollm2)
     inside = with_lm_eval(model, folder, *names)
     line = server.stdout.readline()
     assert line, server.communicate()[1]
@@ -138,11 +138,11 @@ def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Proce
     assert inside.keys() == over_http.keys()
     assert len(inside) == 6
     assert list(inside.values()) == pytest.approx(list(over_http.values()), rel=1e-4)
-    assert own_bits_per_byte(model) == pytest.approx(inside["speech bits_per_byte"], rel=1e-4)
+    assert octavo_bits_per_byte(model) == pytest.approx(inside["speech bits_per_byte"], rel=1e-4)
     assert 1 < inside["speech bits_per_byte"] < 3
 
 
-def own_bits_per_byte(model: Any) -> float:
+def octavo_bits_per_byte(model: Any) -> float:
     """octavo's own measure, packed rows and its loss, of the tokens that lm-eval counts.
 
     Those are a text's own, predicted from what lm-eval puts before it. `octavo evaluate` counts a document's end
@@ -173,7 +173,7 @@ def test_with_a_bos_token_octavos_perplexity_is_that_of_lm_eval_plus_the_eos_tok
     )  # fmt: skip
     [row] = done.json["rows"]
     theirs = by_metric(done.json["tasks"])["speech bits_per_byte"]
-    model = asked(beginning)
+    model = open_lm(beginning)
     ids = torch.tensor([model.tok_encode(text)])
     with torch.no_grad():
         end = -AutoModelForCausalLM.from_pretrained(beginning)(ids).logits[0, -1].log_softmax(0)[model.eot_token_id]
@@ -196,16 +196,16 @@ def test_tasks_run_on_every_model_of_the_table(
     done = octavo(*three, plays / "test")
     assert done.code == 0, done.err
     assert [row["name"] for row in done.json["rows"]] == ["base", "quantised", "tuned"]
-    found = {
+    actual = {
         name: by_metric([row for row in done.json["tasks"] if row["name"] == name])
         for name in ("base", "quantised", "tuned")
     }
-    assert {len(values) for values in found.values()} == {6}
-    bits = [values["speech bits_per_byte"] for values in found.values()]
+    assert {len(values) for values in actual.values()} == {6}
+    bits = [values["speech bits_per_byte"] for values in actual.values()]
     assert 0 < abs(bits[0] - bits[1]) < 0.02 < abs(bits[2] - bits[1])
     alone = HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32")
-    assert found["base"] == pytest.approx(with_lm_eval(alone, folder, *names), rel=1e-5)
-    assert found["tuned"] == pytest.approx(by_metric(octavo(*three, "--compare", "int8").json["tasks"]), rel=1e-5)
+    assert actual["base"] == pytest.approx(with_lm_eval(alone, folder, *names), rel=1e-5)
+    assert actual["tuned"] == pytest.approx(by_metric(octavo(*three, "--compare", "int8").json["tasks"]), rel=1e-5)
     assert "word_perplexity" in done.err
     without = octavo(*arguments, "--tasks", "speech", "--limit", 1, "--no-base", "--json")
     assert without.json["rows"] == []
@@ -257,10 +257,10 @@ def test_a_local_task_uses_no_network(
     tiny_llama: Path, write_task: Write, monkeypatch: pytest.MonkeyPatch, octavo: Octavo
 ) -> None:
     """Not even to count downloads of a file, where other programs may use the network."""
-    asked_for: list[Any] = []
+    requests: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:
-        asked_for.append(arguments)
+        requests.append(arguments)
         raise OSError("there is no network")
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -270,7 +270,7 @@ def test_a_local_task_uses_no_network(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     folder = write_task("speech", SPEECHES, **ROLLING)
     done = octavo("evaluate", "--model", tiny_llama, "--no-base", "--tasks", "speech", "--include-path", folder)
-    assert (done.code, asked_for) == (0, [])
+    assert (done.code, requests) == (0, [])
 
 
 def test_output_of_a_tasks_code_is_not_in_the_json_document(
@@ -290,14 +290,14 @@ def test_output_of_a_tasks_code_is_not_in_the_json_document(
 # What is refused, before a model is opened.
 
 
-def refusal(asked_for: EvaluateOptions) -> UsageError:
+def refusal(requests: EvaluateOptions) -> UsageError:
     with pytest.raises(UsageError) as caught, Report(console=False) as report:
-        tasks.load_tasks(asked_for, report)
+        tasks.load_tasks(requests, report)
     return caught.value
 
 
 @pytest.fixture
-def own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hides the tasks of lm-eval, which take seconds to index."""
     manager = TaskManager
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))

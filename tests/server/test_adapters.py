@@ -41,7 +41,7 @@ def server(open_server: OpenServer, adapters_folder: Path) -> Any:
 
 
 def names(server: Any) -> list[str]:
-    return [card["id"] for card in server.client.get("/v1/models").json()["data"]]
+    return [model["id"] for model in server.client.get("/v1/models").json()["data"]]
 
 
 def load(server: Any, name: str, path: str | Path) -> Any:

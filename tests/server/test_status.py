@@ -20,10 +20,10 @@ OpenServer = Callable[..., Any]
 def test_models_lists_the_base_and_its_adapters(server: Any) -> None:
     document = server.client.get("/v1/models").json()
     assert document["object"] == "list"
-    assert [(card["id"], card["parent"], card["system_fingerprint"][0]) for card in document["data"]] == [
+    assert [(model["id"], model["parent"], model["system_fingerprint"][0]) for model in document["data"]] == [
         ("tiny", None, "b"), ("king", "tiny", "c"), ("queen", "tiny", "d")
     ]  # fmt: skip
-    assert all(card["object"] == "model" and card["max_model_len"] == 64 for card in document["data"])
+    assert all(model["object"] == "model" and model["max_model_len"] == 64 for model in document["data"])
     assert document["data"][1]["created"] == 1000
     assert server.client.get("/v1/models/king").json() == document["data"][1]
     assert server.client.get("/v1/models/hamlet").status_code == 404
@@ -78,7 +78,7 @@ def test_during_shutdown_ready_is_503_and_health_is_200(server: Any) -> None:
 
 
 def test_metrics_contain_all_engine_counts(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = {field.name: 1000 + place for place, field in enumerate(fields(Stats))}
+    numbers = {field.name: 1000 + position for position, field in enumerate(fields(Stats))}
     monkeypatch.setattr(server.engine, "stats", lambda: Stats(**numbers), raising=False)
     text = server.client.get("/metrics").text
     assert [number for number in numbers.values() if f" {number}\n" not in text] == []

@@ -97,8 +97,8 @@ def model_of(folder: Path) -> Decoder:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found = model(IDS)
-    return found if isinstance(found, Tensor) else found.logits
+        actual = model(IDS)
+    return actual if isinstance(actual, Tensor) else actual.logits
 
 
 def shake_(parameters: Iterator[torch.nn.Parameter]) -> None:
@@ -108,7 +108,7 @@ def shake_(parameters: Iterator[torch.nn.Parameter]) -> None:
 
 
 def tuned(folder: Path, plan: AdapterPlan) -> Decoder:
-    """A model with an adapter on it, moved away from its start."""
+    """A model with an adapter on it, whose weights are no longer those of the start."""
     model = model_of(folder)
     create_(model, plan, seed=0)
     shake_(iter(trained(model).values()))
@@ -159,13 +159,13 @@ def test_an_adapter_of_pefts_saved_here_gives_the_same_logits_in_peft(
     case: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     family, options = PEFTS[case]
-    wanted = logits(peft_adapter(folders[family], tmp_path / "theirs", options))
+    expected = logits(peft_adapter(folders[family], tmp_path / "theirs", options))
     model = model_of(folders[family])
     plan = apply_(model, read(tmp_path / "theirs"))
     write(tmp_path / "ours", model, plan)
     base = AutoModelForCausalLM.from_pretrained(folders[family])
-    found = logits(PeftModel.from_pretrained(base, tmp_path / "ours"))
-    assert (found - wanted).abs().max() <= TOLERANCE
+    actual = logits(PeftModel.from_pretrained(base, tmp_path / "ours"))
+    assert (actual - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", PLANS)
@@ -178,9 +178,9 @@ def test_an_adapter_read_back_is_the_same_and_can_be_trained_further(
     again = model_of(folders[family])
     apply_(again, read(tmp_path / "adapter"))
     assert torch.equal(logits(again), logits(model))
-    wanted, found = trained(model), trained(again)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected, actual = trained(model), trained(again)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("case", PLANS)
@@ -262,20 +262,20 @@ def test_a_head_of_gpt_neox_is_read_under_the_name_of_its_checkpoint_too(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """transformers 4 calls the module embed_out, as the checkpoint does."""
-    wanted = logits(peft_adapter(folders["neox"], tmp_path / "adapter", {"target_modules": ["dense", "lm_head"]}))
+    expected = logits(peft_adapter(folders["neox"], tmp_path / "adapter", {"target_modules": ["dense", "lm_head"]}))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name.replace("lm_head", "embed_out"): t for name, t in load_file(file).items()}, file)
     model = model_of(folders["neox"])
     apply_(model, read(tmp_path / "adapter"))
-    assert (logits(model) - wanted).abs().max() <= TOLERANCE
+    assert (logits(model) - expected).abs().max() <= TOLERANCE
     assert "embed_out.lora_A" in trained(model)
 
 
 def test_targets_are_selected_in_the_models_order(folders: dict[str, Path]) -> None:
     model = model_of(folders["llama"])
-    names = [place.name for place in select(model, ["down_proj", "q_proj", "model.layers.0.self_attn.q_proj"])]
+    names = [entry.name for entry in select(model, ["down_proj", "q_proj", "model.layers.0.self_attn.q_proj"])]
     assert names == [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
-    every = {place.key for place in select(model, ["all-linear"])}
+    every = {entry.key for entry in select(model, ["all-linear"])}
     assert every == set(LLAMA_LINEARS)
 
 

@@ -49,9 +49,9 @@ def test_names_of_the_same_model_give_no_warning(named: str, folder: str, own_fo
 def test_the_warning_of_another_name_has_both_names(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
     here = tmp_path / folder
     shutil.copytree(own_folder, here)
-    said = warning(named, here)
-    assert named in said
-    assert str(here) in said
+    message = warning(named, here)
+    assert named in message
+    assert str(here) in message
 
 
 def test_an_existing_base_folder_is_compared_by_its_weights(
@@ -77,5 +77,5 @@ def test_the_config_may_name_the_model(own_folder: Path) -> None:
 
 def test_a_hash_of_the_base_decides_if_there_is_one(own_folder: Path) -> None:
     assert warning("any/name", own_folder, fingerprint(FolderSource(own_folder))) == ""
-    said = warning("any/name", own_folder, "0" * 64)
-    assert "other base weights ('any/name')" in said
+    message = warning("any/name", own_folder, "0" * 64)
+    assert "other base weights ('any/name')" in message

@@ -108,7 +108,7 @@ def test_loading_in_8_bits_reads_each_tensor_once_and_quantizes_by_blocks(
 def distinct(model: Decoder) -> list[Any]:
     """The weight-map entries of a model, one for each matrix."""
     return list(
-        {id(place.matrix): place for place in weight_entries(model).values() if place.matrix is not None}.values()
+        {id(entry.matrix): entry for entry in weight_entries(model).values() if entry.matrix is not None}.values()
     )
 
 
@@ -238,17 +238,17 @@ def test_the_first_use_converts_with_a_report_and_replaces_an_incomplete_folder(
 
     monkeypatch.setattr(builtin, "write_folder", write)
     report = Report(console=False)
-    said: list[str] = []
-    monkeypatch.setattr(report, "say", said.append)
+    messages: list[str] = []
+    monkeypatch.setattr(report, "say", messages.append)
     first = open_smollm2(report)
     assert written == [first.folder]
-    assert len(said) == 1
-    assert str(first.folder) in said[0]
+    assert len(messages) == 1
+    assert str(first.folder) in messages[0]
     assert open_smollm2(report).folder == first.folder
-    assert len(written) == len(said) == 1
+    assert len(written) == len(messages) == 1
     (first.folder / "manifest.json").unlink()
     assert open_smollm2(report).names() == FolderSource(folders["llama"]).names()
-    assert len(written) == len(said) == 2
+    assert len(written) == len(messages) == 2
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing", "a folder"])

@@ -79,8 +79,8 @@ def model_of(folder: Path, scheme: str = "dynamic8") -> Decoder:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    found = model(IDS)
-    return found if isinstance(found, Tensor) else found.logits
+    actual = model(IDS)
+    return actual if isinstance(actual, Tensor) else actual.logits
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -133,12 +133,12 @@ def test_a_hivemind_folder_loads_bit_for_bit(hivemind: Path) -> None:
     assert stored_scheme(source).name == "dynamic8"
     assert not has_embedded_adapter(source)
     assert base_of(source) is source
-    for name, place in weight_entries(model_of(hivemind)).items():
-        if place.matrix is not None:
-            for part, tensor in place.matrix.of(place.rows_key).items():
+    for name, entry in weight_entries(model_of(hivemind)).items():
+        if entry.matrix is not None:
+            for part, tensor in entry.matrix.of(entry.rows_key).items():
                 assert torch.equal(tensor, table[f"{name}.{part}"]), name
         for kind in ("weight", "bias"):
-            if (parameter := place.parameter(kind)) is not None:
+            if (parameter := entry.parameter(kind)) is not None:
                 assert torch.equal(parameter, table[f"{name}.{kind}"]), name
 
 
@@ -147,17 +147,17 @@ def test_the_code_table_of_the_file_is_used(changed: Callable[..., Path], hivemi
     halves = {f"{name}.code": source.tensor(f"{name}.code") * 0.5 for name in MODULES if name != "lm_head"}
     shutil.rmtree(hivemind)
     folder = changed({**{name + end: None for name in MODULES for end in ENDS}, **halves})
-    place = weight_entries(model_of(folder))["transformer.h.0.mlp.fc_out"]
-    assert place.matrix is not None
-    assert torch.equal(place.matrix.parts["code"], halves["transformer.h.0.mlp.fc_out.code"])
+    entry = weight_entries(model_of(folder))["transformer.h.0.mlp.fc_out"]
+    assert entry.matrix is not None
+    assert torch.equal(entry.matrix.parts["code"], halves["transformer.h.0.mlp.fc_out.code"])
 
 
 def test_a_hivemind_folder_written_as_safetensors_keeps_every_byte(hivemind: Path, tmp_path: Path) -> None:
     write_folder(opened(hivemind), tmp_path / "out", scheme_named("dynamic8"))
     written = load_file(tmp_path / "out" / "model.safetensors")
-    wanted = {name: t for name, t in saved(hivemind).items() if not name.endswith((".attn.bias", ".masked_bias"))}
-    assert written.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    expected = {name: t for name, t in saved(hivemind).items() if not name.endswith((".attn.bias", ".masked_bias"))}
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert written[name].dtype == tensor.dtype
         assert torch.equal(written[name], tensor), name
     assert torch.equal(logits(model_of(tmp_path / "out")), logits(model_of(hivemind)))
@@ -190,16 +190,16 @@ def test_the_error_of_a_folder_without_a_tokenizer_names_the_missing_files(hivem
 
 
 def test_a_tuned_folder_gives_the_scripts_own_logits(seed: Any) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     source = opened(seed.folder)
     base = load(base_of(source), scheme_named("dynamic8"), dtype=torch.float32, device=torch.device("cpu"))
     untuned = logits(base)
-    apply_embedded_adapter_(base, source, say=said.append)
-    wanted = logits(seed.model)
-    assert distance(untuned, wanted) > 1
-    assert distance(logits(base), wanted) <= EXACT
-    assert len(said) == 1
-    assert f"on {len(MODULES)} layers" in said[0]
+    apply_embedded_adapter_(base, source, say=messages.append)
+    expected = logits(seed.model)
+    assert distance(untuned, expected) > 1
+    assert distance(logits(base), expected) <= EXACT
+    assert len(messages) == 1
+    assert f"on {len(MODULES)} layers" in messages[0]
 
 
 def test_reading_only_the_weights_of_a_tuned_folder_is_refused(seed: Any, tmp_path: Path) -> None:
@@ -215,17 +215,17 @@ def test_reading_only_the_weights_of_a_tuned_folder_is_refused(seed: Any, tmp_pa
 
 
 def test_the_embedded_adapter_is_lora_with_alpha_r_and_all_trained_parameters(seed: Any) -> None:
-    table, found = saved(seed.folder), read_embedded_adapter(opened(seed.folder))
-    assert found.spec == LoraSpec(rank=5, alpha=5.0)
-    assert set(found.lora) == set(MODULES)
-    for name, (a, b, scaling) in found.lora.items():
+    table, actual = saved(seed.folder), read_embedded_adapter(opened(seed.folder))
+    assert actual.spec == LoraSpec(rank=5, alpha=5.0)
+    assert set(actual.lora) == set(MODULES)
+    for name, (a, b, scaling) in actual.lora.items():
         first, second = (table[name + end] for end in ENDS)
         assert scaling == 1
         assert torch.equal(a, first.T if name == "transformer.wte" else first)
         assert torch.equal(b, second)
-    assert found.embeddings == {"transformer.wte"}
-    assert set(found.full) == {*NORMS, *BIASES}
-    assert all(torch.equal(tensor, table[name]) for name, tensor in found.full.items())
+    assert actual.embeddings == {"transformer.wte"}
+    assert set(actual.full) == {*NORMS, *BIASES}
+    assert all(torch.equal(tensor, table[name]) for name, tensor in actual.full.items())
 
 
 def test_adapters_in_16_bits_are_read_too(changed: Callable[..., Path], seed: Any) -> None:
@@ -235,13 +235,13 @@ def test_adapters_in_16_bits_are_read_too(changed: Callable[..., Path], seed: An
 
 
 def test_adapters_on_some_layers_and_of_several_ranks_are_read(changed: Callable[..., Path], tmp_path: Path) -> None:
-    gone = [name for name in MODULES if name.endswith(("k_proj", "fc_in", "wte"))]
-    some: dict[str, Tensor | None] = {name + end: None for name in gone for end in ENDS}
+    missing = [name for name in MODULES if name.endswith(("k_proj", "fc_in", "wte"))]
+    some: dict[str, Tensor | None] = {name + end: None for name in missing for end in ENDS}
     a, b = torch.randn(3, 64) * 0.2, torch.randn(300, 3) * 0.2
     folder = changed({**some, "lm_head" + ENDS[0]: a, "lm_head" + ENDS[1]: b})
-    found = split(opened(folder), tmp_path / "out", card="")
-    assert found.lora.keys() == set(MODULES) - set(gone)
-    assert set(found.full) == {*NORMS, *(name for name in BIASES if "fc_in" not in name)}
+    actual = split(opened(folder), tmp_path / "out", card="")
+    assert actual.lora.keys() == set(MODULES) - set(missing)
+    assert set(actual.full) == {*NORMS, *(name for name in BIASES if "fc_in" not in name)}
     model = model_of(tmp_path / "out" / "base")
     apply_(model, read(tmp_path / "out" / "adapter"))
     assert distance(logits(model), logits(model_of(folder))) <= EXACT
@@ -269,8 +269,8 @@ DAMAGES: dict[str, tuple[dict[str, Tensor | None], str]] = {
 def test_a_damaged_tuned_folder_is_an_error_and_nothing_is_written(
     damage: str, changed: Callable[..., Path], tmp_path: Path
 ) -> None:
-    tensors, told = DAMAGES[damage]
-    with pytest.raises(ModelError, match=told):
+    tensors, message = DAMAGES[damage]
+    with pytest.raises(ModelError, match=message):
         split(opened(changed(tensors)), tmp_path / "out", card="")
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
 
@@ -376,11 +376,11 @@ def test_gpt_j_6b_has_170_adapters_of_340_tensors() -> None:
         "architectures": ["GPTJForCausalLM"], "vocab_size": rows, "n_embd": width, "n_layer": 28, "n_head": 16,
         "rotary_dim": 64, "n_positions": 2048,
     }  # fmt: skip
-    found = read_embedded_adapter(NamesOnly(shapes, config))  # type: ignore[arg-type]
-    halves = [half for a, b, _ in found.lora.values() for half in (a, b)]
-    assert (len(found.lora), len(halves)) == (170, 340)
+    actual = read_embedded_adapter(NamesOnly(shapes, config))  # type: ignore[arg-type]
+    halves = [half for a, b, _ in actual.lora.values() for half in (a, b)]
+    assert (len(actual.lora), len(halves)) == (170, 340)
     assert sum(half.numel() for half in halves) == 34_774_016
-    assert sum(tensor.numel() for tensor in found.full.values()) == 861_408
+    assert sum(tensor.numel() for tensor in actual.full.values()) == 861_408
 
 
 def test_a_folder_without_adapters_cannot_be_split(hivemind: Path, tmp_path: Path) -> None:

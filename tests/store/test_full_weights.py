@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "resized": ("llama", {"resize": 310}),
     "shrunk": ("llama", {"resize": 280}),
     "resized and trained": ("llama", {"resize": 310, "modules_to_save": BOTH}),
-    "resized embedding with a pair": ("llama", {"resize": 310, "target_modules": ["q_proj", *BOTH]}),
+    "resized embedding with LoRA": ("llama", {"resize": 310, "target_modules": ["q_proj", *BOTH]}),
     "tokens": ("llama", {"trainable_token_indices": [7, 3, 250]}),
     "tokens of both": ("llama", {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [4]}}),
     "tokens resized": ("llama", {"trainable_token_indices": [7, 305], "resize": 310}),
@@ -93,8 +93,8 @@ def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.floa
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found = model(IDS.clamp(max=279))
-    return found if isinstance(found, Tensor) else found.logits
+        output = model(IDS.clamp(max=279))
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def base_of(folder: Path, resize: int | None) -> Any:
@@ -123,9 +123,10 @@ def written(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     @cache
     def write(case: str) -> tuple[Path, Tensor]:
         family, options = CASES[case]
-        own = {key: value for key, value in options.items() if key not in ("resize", "save")}
+        lora_options = {key: value for key, value in options.items() if key not in ("resize", "save")}
         torch.manual_seed(0)
-        config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"], **own})
+        defaults = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"]}
+        config = LoraConfig(task_type="CAUSAL_LM", **{**defaults, **lora_options})
         model = get_peft_model(base_of(families[family], options.get("resize")), config)
         shake_(parameter for parameter in model.parameters() if parameter.requires_grad)
         out = tmp_path_factory.mktemp("adapter")
@@ -151,7 +152,7 @@ def test_an_adapter_with_full_weights_gives_pefts_logits(
 
 
 SAVED = (
-    "both", "linears", "all biases", "resized and trained", "resized embedding with a pair", "tokens resized",
+    "both", "linears", "all biases", "resized and trained", "resized embedding with LoRA", "tokens resized",
     "tied head", "tied resized embedding", "gptj q", "some biases",
 )  # fmt: skip
 
@@ -162,7 +163,7 @@ SAVED = (
 def test_saving_an_adapter_again_keeps_its_full_weights(
     case: str, families: dict[str, Path], written: Written, tmp_path: Path
 ) -> None:
-    folder, wanted = written(case)
+    folder, expected = written(case)
     family, options = CASES[case]
     model = model_of(families[family])
     plan = apply_(model, read(folder))
@@ -173,7 +174,7 @@ def test_saving_an_adapter_again_keeps_its_full_weights(
     ours, theirs = (load_file(path / TENSORS).keys() for path in (tmp_path / "ours", folder))
     assert ours >= {key for key in theirs if ".modules_to_save." not in key and ".original_module." not in key}
     peft = PeftModel.from_pretrained(base_of(families[family], options.get("resize")), tmp_path / "ours")
-    assert (logits(peft) - wanted).abs().max() <= TOLERANCE
+    assert (logits(peft) - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
@@ -185,20 +186,20 @@ def test_only_trained_weights_are_unquantized_under_a_scheme(
     folder, adapter = families[CASES[case][0]], read(written(case)[0])
     before, after = weight_entries(model_of(folder, scheme)), model_of(folder, scheme)
     apply_(after, adapter)
-    for name, place in weight_entries(after).items():
-        if place.matrix is None:
+    for name, entry in weight_entries(after).items():
+        if entry.matrix is None:
             continue
-        own, wanted = numbers(place), adapter.full.get(f"{name}.weight", numbers(before[name]))
+        actual, expected = dequantized(entry), adapter.full.get(f"{name}.weight", dequantized(before[name]))
         for tokens, (indices, rows) in adapter.tokens.items():
             if tokens == name or before[tokens].matrix is before[name].matrix:
-                wanted[list(indices)] = rows
-        assert torch.equal(own, wanted), name
+                expected[list(indices)] = rows
+        assert torch.equal(actual, expected), name
 
 
-def numbers(place: WeightEntry) -> Tensor:
-    assert place.matrix is not None
-    shape = place.matrix.outputs[place.rows_key], place.matrix.in_features
-    return dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), shape).clone()
+def dequantized(entry: WeightEntry) -> Tensor:
+    assert entry.matrix is not None
+    shape = entry.matrix.outputs[entry.rows_key], entry.matrix.in_features
+    return dequantise(entry.matrix.scheme, entry.matrix.of(entry.rows_key), shape).clone()
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
@@ -209,9 +210,9 @@ def test_weights_equal_to_the_base_are_ignored(
     """So such adapters can be served next to others, and embedding and head keep their scheme."""
     model, adapter = model_of(families[CASES[case][0]], scheme), read(written(case)[0])
     assert [key for key in adapter.full if "embed" in key]
-    routing = ServedAdapters()
-    serve_(model, routing, adapter, "new")
-    assert routing.served
+    adapters = ServedAdapters()
+    serve_(model, adapters, adapter, "new")
+    assert adapters.served
     alone = model_of(families[CASES[case][0]], scheme)
     apply_(alone, adapter)
     assert alone.embed.matrix.scheme.name == scheme_named(scheme).embedding_scheme
@@ -222,12 +223,12 @@ def test_weights_equal_to_the_base_are_ignored(
 def test_weights_that_all_sequences_share_cannot_be_served(
     case: str, families: dict[str, Path], written: Written
 ) -> None:
-    model, routing = model_of(families[CASES[case][0]]), ServedAdapters()
+    model, adapters = model_of(families[CASES[case][0]]), ServedAdapters()
     before = logits(model)
     with pytest.raises(AdapterError, match="only LoRA can be served") as caught:
-        serve_(model, routing, read(written(case)[0]), "new")
+        serve_(model, adapters, read(written(case)[0]), "new")
     assert "generate --adapter" in caught.value.hint
-    assert not routing.served
+    assert not adapters.served
     assert torch.equal(logits(model), before)
 
 
@@ -250,8 +251,8 @@ MISFITS: dict[str, tuple[str, str, str]] = {  # case, removed part, message
 def test_a_resized_vocabulary_saved_only_in_part_is_an_error(
     misfit: str, families: dict[str, Path], written: Written, tmp_path: Path
 ) -> None:
-    case, gone, message = MISFITS[misfit]
-    adapter = changed(written(case)[0], tmp_path / "x", lambda key, t: None if re.search(gone, key) else t)
+    case, missing, message = MISFITS[misfit]
+    adapter = changed(written(case)[0], tmp_path / "x", lambda key, t: None if re.search(missing, key) else t)
     with pytest.raises(AdapterError, match=message):
         apply_(model_of(families[CASES[case][0]]), adapter)
 

@@ -366,11 +366,11 @@ def test_a_cut_file_is_refused_wherever_it_was_cut(tiny_bytes: bytes, tmp_path: 
 
 
 @QUICK
-@given(place=st.floats(0, 1, exclude_max=True), value=st.binary(min_size=1, max_size=8))
+@given(position=st.floats(0, 1, exclude_max=True), value=st.binary(min_size=1, max_size=8))
 def test_overwritten_header_bytes_end_in_a_model_error_or_in_a_model(
-    tiny_bytes: bytes, tmp_path: Path, place: float, value: bytes
+    tiny_bytes: bytes, tmp_path: Path, position: float, value: bytes
 ) -> None:
-    start = int(place * tiny_bytes.index(b"output.weight"))
+    start = int(position * tiny_bytes.index(b"output.weight"))
     (tmp_path / "m.gguf").write_bytes(tiny_bytes[:start] + value + tiny_bytes[start + len(value) :])
     with suppress(ModelError):
         source = open_gguf(tmp_path / "m.gguf")

@@ -86,12 +86,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def pairs() -> dict[str, tuple[sentencepiece.SentencePieceProcessor, Any]]:
-    found = {}
+def tokenizers() -> dict[str, tuple[sentencepiece.SentencePieceProcessor, Any]]:
+    built = {}
     for name, options in OPTIONS.items():
         theirs = trained(**options)
-        found[name] = theirs, build(metadata(theirs, add_space_prefix=options.get("add_dummy_prefix")))
-    return found
+        built[name] = theirs, build(metadata(theirs, add_space_prefix=options.get("add_dummy_prefix")))
+    return built
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -102,23 +102,23 @@ def pairs() -> dict[str, tuple[sentencepiece.SentencePieceProcessor, Any]]:
 @example(text="the king<|user|>\n\n    spoke")
 @example(text="aaaaaaaaaaa" + " " * 33 + "abababab")
 @example(text="".join(LINES))
-def test_ids_equal_those_of_sentencepiece(pairs: dict[str, tuple[Any, Any]], name: str, text: str) -> None:
-    theirs, ours = pairs[name]
+def test_ids_equal_those_of_sentencepiece(tokenizers: dict[str, tuple[Any, Any]], name: str, text: str) -> None:
+    theirs, ours = tokenizers[name]
     assume(text.replace(" ", "▁") not in OWN or name == "no prefix")  # the one text that is encoded differently
     assert coder_of(ours).plain.encode(text, add_special_tokens=False).ids == theirs.encode(text)
 
 
 @given(text=TEXT)
-def test_text_round_trips(pairs: dict[str, tuple[Any, Any]], text: str) -> None:
+def test_text_round_trips(tokenizers: dict[str, tuple[Any, Any]], text: str) -> None:
     text = text.replace("▁", " ")  # the same to SentencePiece
-    theirs, ours = pairs["llama"]
+    theirs, ours = tokenizers["llama"]
     assume(text not in [piece.replace("▁", " ") for piece in OWN])
     ids = coder_of(ours).plain.encode(text, add_special_tokens=False).ids
     assert ours.decode(ids) == theirs.decode(ids) == text
 
 
-def test_every_byte_of_a_text_is_counted(pairs: dict[str, tuple[Any, Any]]) -> None:
-    _, ours = pairs["llama"]
+def test_every_byte_of_a_text_is_counted(tokenizers: dict[str, tuple[Any, Any]]) -> None:
+    _, ours = tokenizers["llama"]
     text = "".join(LINES) + "😀 <ud>"
     ids = coder_of(ours).plain.encode(text, add_special_tokens=False).ids
     assert token_bytes(ours)[ids].sum() == len(text.encode()) + 1  # and the space that is put before
@@ -148,10 +148,10 @@ def test_a_file_written_by_the_gguf_library_gives_the_same_tokenizer(tmp_path: P
         assert ours(line)["input_ids"] == [1, *theirs.encode(line)]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, [1]), (True, [1]), (False, [])])
-def test_the_bos_token_comes_first_unless_the_file_disables_it(asked: bool | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(("add_bos", "expected"), [(None, [1]), (True, [1]), (False, [])])
+def test_the_bos_token_comes_first_unless_the_file_disables_it(add_bos: bool | None, expected: list[int]) -> None:
     theirs = trained(byte_fallback=True)
-    ours = build(metadata(theirs, add_bos_token=asked))
+    ours = build(metadata(theirs, add_bos_token=add_bos))
     assert bos_ids(ours) == expected
     assert ours("the king")["input_ids"] == [*expected, *theirs.encode("the king")]
     assert (ours.bos_token, ours.eos_token, ours.unk_token, ours.model_max_length) == ("<s>", "</s>", "<unk>", 77)
@@ -164,9 +164,9 @@ def test_default_special_ids_are_sentencepieces() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_a_saved_tokenizer_gives_the_same_ids(
-    pairs: dict[str, tuple[Any, Any]], model_type: str, tmp_path: Path
+    tokenizers: dict[str, tuple[Any, Any]], model_type: str, tmp_path: Path
 ) -> None:
-    _, ours = pairs["llama"]
+    _, ours = tokenizers["llama"]
     ours.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
     again = AutoTokenizer.from_pretrained(tmp_path)

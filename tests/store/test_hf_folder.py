@@ -50,14 +50,14 @@ def write(source: Path, out: Path, scheme: str) -> list[WrittenLayer]:
     return layers
 
 
-def assert_same_model(found: Decoder, wanted: Decoder) -> None:
+def assert_same_model(actual: Decoder, expected: Decoder) -> None:
     """Bit for bit: all parts of all matrices, all norms and biases."""
-    for a, b in zip(weight_entries(found).values(), weight_entries(wanted).values(), strict=True):
+    for a, b in zip(weight_entries(actual).values(), weight_entries(expected).values(), strict=True):
         assert (a.matrix is None) == (b.matrix is None)
         if a.matrix is not None and b.matrix is not None:
             assert a.matrix.parts.keys() == b.matrix.parts.keys()
             assert all(torch.equal(a.matrix.parts[part], b.matrix.parts[part]) for part in b.matrix.parts)
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual.parameters(), expected.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def assert_same_model(found: Decoder, wanted: Decoder) -> None:
 def test_a_written_folder_loads_like_the_original_under_the_scheme(
     family: str, scheme: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    wanted = loaded(folders[family], scheme)
+    expected = loaded(folders[family], scheme)
     original = Path(shutil.copytree(folders[family], tmp_path / "original"))
     write(original, tmp_path / "out", scheme)
     shutil.rmtree(original)
-    assert_same_model(loaded(tmp_path / "out", scheme), wanted)
+    assert_same_model(loaded(tmp_path / "out", scheme), expected)
 
 
 def test_rows_that_are_reordered_and_share_scales_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    told = (
+    message = (
         r"query_key_value.weight is reordered at load in runs of 16 x 64 values.* whole blocks of the scheme dynamic8"
     )
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         write(folders["neox"], tmp_path / "out", "dynamic8")
     assert "--scheme int8" in caught.value.hint
     assert not (tmp_path / "out").exists()
@@ -96,9 +96,9 @@ def test_a_folder_whose_reordered_rows_share_scales_does_not_load(
 def test_a_plain_folder_loads_in_transformers(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders[family], tmp_path / "out", "none")
     with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(folders[family])(IDS).logits
-        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits
-    assert torch.equal(found, wanted)
+        expected = AutoModelForCausalLM.from_pretrained(folders[family])(IDS).logits
+        actual = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits
+    assert torch.equal(actual, expected)
     assert "octavo" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
@@ -124,10 +124,10 @@ def test_the_reported_error_is_that_of_the_written_weights(folders: dict[str, Pa
     model = loaded(tmp_path / "out", "nf4")
     for name, weight in load_file(folders["gptj"] / "model.safetensors").items():
         if name in layers:
-            place = weight_entries(model)[name.removesuffix(".weight")]
-            assert place.matrix is not None
+            entry = weight_entries(model)[name.removesuffix(".weight")]
+            assert entry.matrix is not None
             rows, columns = weight.shape
-            back = dequantise(place.matrix.scheme, place.matrix.of(place.rows_key), (rows, columns))
+            back = dequantise(entry.matrix.scheme, entry.matrix.of(entry.rows_key), (rows, columns))
             error = float((back - weight).norm() / weight.norm())
             assert layers[name].error == pytest.approx(error, rel=1e-5)
 
@@ -198,8 +198,8 @@ def test_written_bytes_predicts_the_size_of_the_tensors(
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, own_folder / "model.safetensors")
     write(own_folder, tmp_path / "source", stored)
     source = FolderSource(tmp_path / "source")
-    told = written_bytes(source, scheme_named(scheme))
-    assert told == write_folder(source, tmp_path / "out", scheme_named(scheme))
+    predicted = written_bytes(source, scheme_named(scheme))
+    assert predicted == write_folder(source, tmp_path / "out", scheme_named(scheme))
 
 
 @pytest.mark.parametrize("scheme", ["none", "dynamic8"])
@@ -225,33 +225,33 @@ def test_shards_are_small_and_load_here_and_in_transformers(
     assert_same_model(loaded(out, scheme), loaded(folders["llama"], scheme))
     if scheme == "none":
         with torch.no_grad():
-            wanted = AutoModelForCausalLM.from_pretrained(folders["llama"])(IDS).logits
-            assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, wanted)
+            expected = AutoModelForCausalLM.from_pretrained(folders["llama"])(IDS).logits
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, expected)
 
 
 def test_the_tokenizer_is_copied(folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders["llama"], tmp_path / "out", "int8")
     text = "he said: “naïve” 12345\n\t<|endoftext|>x"
-    wanted = AutoTokenizer.from_pretrained(folders["llama"])
-    for found in (
+    expected = AutoTokenizer.from_pretrained(folders["llama"])
+    for actual in (
         FolderSource(tmp_path / "out").tokenizer(),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
     ):
-        assert found(text)["input_ids"] == wanted(text)["input_ids"]
-        assert found.eos_token_id == wanted.eos_token_id
+        assert actual(text)["input_ids"] == expected(text)["input_ids"]
+        assert actual.eos_token_id == expected.eos_token_id
 
 
 def test_the_manifest_names_every_file_with_its_size_and_hash(folders: dict[str, Path], tmp_path: Path) -> None:
     write(folders["llama"], tmp_path / "out", "int8")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["scheme"] == "int8"
-    found = {
+    actual = {
         path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in (tmp_path / "out").iterdir()
         if path.name != "manifest.json"
     }
-    assert manifest["files"] == found
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= found.keys()
+    assert manifest["files"] == actual
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= actual.keys()
 
 
 def test_files_have_the_modes_of_the_umask(folders: dict[str, Path], tmp_path: Path) -> None:

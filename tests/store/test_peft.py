@@ -34,13 +34,13 @@ MODULES = [
 ]
 
 
-def pair(rank: int = 4, scaling: float = 3.0) -> tuple[Tensor, Tensor, float]:
+def random_lora(rank: int = 4, scaling: float = 3.0) -> tuple[Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(rank, 8, generator=generator), torch.randn(6, rank, generator=generator), scaling
 
 
-QUERIES = Adapter(SPEC, {f"{block}.attn.q_proj": pair() for block in BLOCKS}, {})
-LINEARS = Adapter(SPEC, {name: pair() for name in MODULES if name.endswith("_proj")}, {})
+QUERIES = Adapter(SPEC, {f"{block}.attn.q_proj": random_lora() for block in BLOCKS}, {})
+LINEARS = Adapter(SPEC, {name: random_lora() for name in MODULES if name.endswith("_proj")}, {})
 
 
 def put(out: Path, adapter: Adapter = QUERIES, *, biases: bool = False, base: str = "base") -> dict[str, Any]:
@@ -65,31 +65,31 @@ def test_an_adapter_round_trips_bit_for_bit(tmp_path: Path) -> None:
     name = f"{BLOCKS[0]}.mlp.up_proj"
     adapter = Adapter(
         SPEC,
-        {"model.embed_tokens": pair(), name: pair(), "lm_head": pair()},
+        {"model.embed_tokens": random_lora(), name: random_lora(), "lm_head": random_lora()},
         {
             f"{BLOCKS[1]}.norm.weight": torch.randn(8),
             f"{BLOCKS[1]}.norm.bias": torch.randn(8),
-            f"{name}.bias": pair()[0],
+            f"{name}.bias": random_lora()[0],
         },
         {"base": {"sha256": "0"}},
         frozenset({"model.embed_tokens"}),
     )
     put(tmp_path / "adapter", adapter, biases=True)
-    found = read(tmp_path / "adapter")
-    assert (found.spec, found.origin, found.embeddings) == (adapter.spec, adapter.origin, adapter.embeddings)
-    assert found.lora.keys() == adapter.lora.keys()
+    actual = read(tmp_path / "adapter")
+    assert (actual.spec, actual.origin, actual.embeddings) == (adapter.spec, adapter.origin, adapter.embeddings)
+    assert actual.lora.keys() == adapter.lora.keys()
     for key, (a, b, scaling) in adapter.lora.items():
-        assert torch.equal(found.lora[key][0], a)
-        assert torch.equal(found.lora[key][1], b)
-        assert found.lora[key][2] == scaling
-    assert found.full.keys() == adapter.full.keys()
-    assert all(torch.equal(found.full[key], tensor) for key, tensor in adapter.full.items())
+        assert torch.equal(actual.lora[key][0], a)
+        assert torch.equal(actual.lora[key][1], b)
+        assert actual.lora[key][2] == scaling
+    assert actual.full.keys() == adapter.full.keys()
+    assert all(torch.equal(actual.full[key], tensor) for key, tensor in adapter.full.items())
 
 
 def test_the_file_has_pefts_tensor_names(tmp_path: Path) -> None:
-    pairs = {"model.embed_tokens": pair(), f"{BLOCKS[0]}.attn.q_proj": pair()}
+    lora = {"model.embed_tokens": random_lora(), f"{BLOCKS[0]}.attn.q_proj": random_lora()}
     full = {f"{BLOCKS[0]}.attn.q_proj.bias": torch.ones(6), f"{BLOCKS[0]}.norm.weight": torch.ones(8)}
-    put(tmp_path / "adapter", Adapter(SPEC, pairs, full, {}, frozenset({"model.embed_tokens"})), biases=True)
+    put(tmp_path / "adapter", Adapter(SPEC, lora, full, {}, frozenset({"model.embed_tokens"})), biases=True)
     assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == {
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.model.embed_tokens.lora_embedding_B",
@@ -103,14 +103,14 @@ def test_the_file_has_pefts_tensor_names(tmp_path: Path) -> None:
 def test_written_tensors_share_no_memory() -> None:
     a = torch.randn(8, 4)
     shared = {"q_proj": (a.T, a, 1.0), "v_proj": (a.T, a, 1.0)}
-    found = tensors_of(Adapter(SPEC, shared, {}))
-    assert all(tensor.is_contiguous() for tensor in found.values())
-    assert len({tensor.untyped_storage().data_ptr() for tensor in [a, *found.values()]}) == 5
+    actual = tensors_of(Adapter(SPEC, shared, {}))
+    assert all(tensor.is_contiguous() for tensor in actual.values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in [a, *actual.values()]}) == 5
 
 
 def test_target_modules_are_last_names_or_full_names_if_a_layer_has_no_lora(tmp_path: Path) -> None:
     assert put(tmp_path / "all", LINEARS)["target_modules"] == ["q_proj", "up_proj", "v_proj"]
-    some = replace(LINEARS, lora={**QUERIES.lora, f"{BLOCKS[1]}.mlp.up_proj": pair()})
+    some = replace(LINEARS, lora={**QUERIES.lora, f"{BLOCKS[1]}.mlp.up_proj": random_lora()})
     assert put(tmp_path / "some", some)["target_modules"] == ["model.layers.1.mlp.up_proj", "q_proj"]
 
 
@@ -120,13 +120,16 @@ def test_modules_of_another_rank_or_scaling_round_trip_through_patterns(rslora: 
     usual = 6.0 if rslora else 3.0
     scalings = {"attn.q_proj": usual, "attn.v_proj": 0.5, "mlp.up_proj": usual}
     ranks = {"attn.q_proj": 4, "attn.v_proj": 4, "mlp.up_proj": 9}
-    pairs = {f"{BLOCKS[0]}.{name}": pair(ranks[name], scalings[name]) for name in ranks}
-    config = put(tmp_path / "adapter", Adapter(replace(SPEC, rslora=rslora), pairs, {}))
+    lora = {f"{BLOCKS[0]}.{name}": random_lora(ranks[name], scalings[name]) for name in ranks}
+    config = put(tmp_path / "adapter", Adapter(replace(SPEC, rslora=rslora), lora, {}))
     assert config["rank_pattern"] == {f"{BLOCKS[0]}.mlp.up_proj": 9}
-    wanted = {f"{BLOCKS[0]}.attn.v_proj": 1.0 if rslora else 2.0, f"{BLOCKS[0]}.mlp.up_proj": 18.0 if rslora else 27.0}
-    assert config["alpha_pattern"] == pytest.approx(wanted)
-    found = {name: scaling for name, (_, _, scaling) in read(tmp_path / "adapter").lora.items()}
-    assert found == pytest.approx({f"{BLOCKS[0]}.{name}": scaling for name, scaling in scalings.items()})
+    expected = {
+        f"{BLOCKS[0]}.attn.v_proj": 1.0 if rslora else 2.0,
+        f"{BLOCKS[0]}.mlp.up_proj": 18.0 if rslora else 27.0,
+    }
+    assert config["alpha_pattern"] == pytest.approx(expected)
+    actual = {name: scaling for name, (_, _, scaling) in read(tmp_path / "adapter").lora.items()}
+    assert actual == pytest.approx({f"{BLOCKS[0]}.{name}": scaling for name, scaling in scalings.items()})
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -225,11 +228,11 @@ NAME_KEYS = {
 def test_names_in_a_pattern_are_matched_as_peft_matches_them(case: str, tmp_path: Path) -> None:
     pattern, alphas = NAME_KEYS[case]
     names = [f"{block}.attn.{key}_proj" for block in BLOCKS for key in "qv"]
-    config = put(tmp_path / "adapter", Adapter(SPEC, {name: pair() for name in names}, {}))
+    config = put(tmp_path / "adapter", Adapter(SPEC, {name: random_lora() for name in names}, {}))
     change(tmp_path / "adapter", config={**config, "alpha_pattern": pattern})
-    found = read(tmp_path / "adapter").lora
+    actual = read(tmp_path / "adapter").lora
     keys = {name: get_pattern_key(list(pattern), name) for name in names}
-    assert [found[name][2] * 4 for name in names] == [pattern.get(keys[name], 12) for name in names] == list(alphas)
+    assert [actual[name][2] * 4 for name in names] == [pattern.get(keys[name], 12) for name in names] == list(alphas)
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no config", "broken config", "no tensors", "cut tensors", "odd name"])
@@ -275,12 +278,12 @@ def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
 def test_a_read_adapter_has_its_files_hash_and_is_independent_of_later_writes(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
-    found = read(out)
+    actual = read(out)
     file = out / "adapter_model.safetensors"
-    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    before = {name: (a.clone(), b.clone()) for name, (a, b, _) in found.lora.items()}
+    assert actual.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    before = {name: (a.clone(), b.clone()) for name, (a, b, _) in actual.lora.items()}
     file.write_bytes(bytes(file.stat().st_size))  # in place, as cp does
-    for name, (a, b, _) in found.lora.items():
+    for name, (a, b, _) in actual.lora.items():
         assert torch.equal(a, before[name][0])
         assert torch.equal(b, before[name][1])
 
@@ -295,9 +298,9 @@ def test_an_adapter_without_a_base_name_has_an_empty_one(origin: dict[str, Any])
 def test_lora_without_a_or_b_is_refused(half: str, tmp_path: Path) -> None:
     put(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
-    gone = f"base_model.model.model.layers.0.attn.q_proj.{half}.weight"
-    change(tmp_path / "adapter", tensors={name: t.clone() for name, t in load_file(path).items() if name != gone})
-    with pytest.raises(AdapterError, match=gone):
+    removed = f"base_model.model.model.layers.0.attn.q_proj.{half}.weight"
+    change(tmp_path / "adapter", tensors={name: t.clone() for name, t in load_file(path).items() if name != removed})
+    with pytest.raises(AdapterError, match=removed):
         read(tmp_path / "adapter")
 
 
@@ -387,9 +390,9 @@ def test_a_flipped_bit_of_a_tensor_or_a_changed_config_value_is_detected(tmp_pat
     config = put(out, LINEARS)
     data = (out / "adapter_model.safetensors").read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    for place in range(start, len(data), (len(data) - start) // 7):
+    for position in range(start, len(data), (len(data) - start) // 7):
         damaged = bytearray(data)
-        damaged[place] ^= 1
+        damaged[position] ^= 1
         (out / "adapter_model.safetensors").write_bytes(damaged)
         with pytest.raises(AdapterError, match="changed since it was written"):
             read(out)
@@ -415,17 +418,17 @@ def test_an_adapter_without_a_hash_is_read(tmp_path: Path) -> None:
 def test_a_pickle_is_read_if_allowed_and_otherwise_the_error_names_the_flag(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     put(out)
-    wanted = read(out)
+    expected = read(out)
     tensors = load_file(out / "adapter_model.safetensors")
     torch.save(tensors, out / "adapter_model.bin")
     (out / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match="pickle") as caught:
         read(out)
     assert "--allow-pickle" in caught.value.hint
-    found = read(out, allow_pickle=True)
-    assert all(torch.equal(found.lora[name][0], wanted.lora[name][0]) for name in wanted.lora)
+    actual = read(out, allow_pickle=True)
+    assert all(torch.equal(actual.lora[name][0], expected.lora[name][0]) for name in expected.lora)
     (out / "adapter_model.bin").write_bytes(bytes(1000))  # in place: the tensors that were read do not change
-    assert all(torch.equal(found.lora[name][0], wanted.lora[name][0]) for name in wanted.lora)
+    assert all(torch.equal(actual.lora[name][0], expected.lora[name][0]) for name in expected.lora)
     with pytest.raises(AdapterError, match="cannot be read"):
         read(out, allow_pickle=True)
 

@@ -27,7 +27,7 @@ def test_a_path_in_the_home_folder_is_expanded(own_folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         ([], "is empty"),
         (["notes.txt"], r"no config\.json"),
@@ -37,11 +37,11 @@ def test_a_path_in_the_home_folder_is_expanded(own_folder: Path, monkeypatch: py
     ],
 )
 def test_the_error_of_a_folder_without_a_config_depends_on_its_content(
-    files: list[str], told: str, tmp_path: Path
+    files: list[str], message: str, tmp_path: Path
 ) -> None:
     for name in files:
         (tmp_path / name).touch()
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         open_source(str(tmp_path))
 
 
@@ -76,16 +76,16 @@ class Hub:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.asked: list[object] = []
+        self.downloads: list[object] = []
         monkeypatch.setattr("huggingface_hub.hf_hub_download", self.file)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot)
 
     def file(self, repo: str, file: str, *, revision: str | None) -> str:
-        self.asked.append((repo, file, revision))
+        self.downloads.append((repo, file, revision))
         return str(self.folder / file)
 
     def snapshot(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        self.asked.append((repo, allow_patterns, revision))
+        self.downloads.append((repo, allow_patterns, revision))
         return str(self.folder)
 
 
@@ -98,11 +98,11 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
     assert isinstance(source, FolderSource)
     assert source.allow_pickle is allowed
     patterns = [*HUB_PATTERNS, "*.bin"] if allowed else HUB_PATTERNS
-    assert hub.asked == [("owner/name", "config.json", "abc"), ("owner/name", patterns, "abc")]
+    assert hub.downloads == [("owner/name", "config.json", "abc"), ("owner/name", patterns, "abc")]
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "BloomForCausalLM"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
@@ -110,15 +110,15 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
     ],
 )
 def test_weights_of_an_unsupported_model_are_not_downloaded(
-    change: dict[str, object], told: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, object], message: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((own_folder / "config.json").read_text())
     (own_folder / "config.json").write_text(json.dumps({**config, **change}))
     hub = Hub(own_folder, monkeypatch)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         open_source("owner/name")
-    assert hub.asked == [("owner/name", "config.json", None)]
-    with pytest.raises(ModelError, match=told):
+    assert hub.downloads == [("owner/name", "config.json", None)]
+    with pytest.raises(ModelError, match=message):
         open_source(str(own_folder))
 
 
@@ -127,7 +127,7 @@ def test_the_error_of_a_missing_model_names_the_folder_and_the_hub(monkeypatch: 
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     response = httpx.Response(404, request=httpx.Request("GET", "http://localhost"))
-    for error, told in (
+    for error, message in (
         (RepositoryNotFoundError("no", response=response), "There is no folder models/mine here, and no such model"),
         (RemoteEntryNotFoundError("no", response=response), r"has no config\.json(.|\n)*\.gguf"),
     ):
@@ -136,21 +136,21 @@ def test_the_error_of_a_missing_model_names_the_folder_and_the_hub(monkeypatch: 
             raise error
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=message):
             open_source("models/mine")
 
 
 def test_without_weights_only_the_config_is_downloaded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+    downloads: list[object] = []
 
     def download(repo: str, file: str, *, revision: str | None) -> str:
-        asked.extend((repo, file, revision))
+        downloads.extend((repo, file, revision))
         return str(own_folder / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("weights"))
     source = open_source("owner/name", revision="abc", weights=False)
-    assert asked == ["owner/name", "config.json", "abc"]
+    assert downloads == ["owner/name", "config.json", "abc"]
     assert source.config == json.loads((own_folder / "config.json").read_text())
     assert not source.names()
     assert not source.files

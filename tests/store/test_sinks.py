@@ -65,11 +65,11 @@ def test_another_format_gets_the_tensors_of_a_folder(
     total = write_folder(source, tmp_path / "folder", wanted)
     with pickle_sink(tmp_path / "file.pt", header_of(source, wanted)) as sink:
         assert write_tensors(source, wanted, sink) == total
-    found = torch.load(tmp_path / "file.pt", weights_only=True)
+    actual = torch.load(tmp_path / "file.pt", weights_only=True)
     expected = load_file(tmp_path / "folder" / "model.safetensors")
-    assert found["tensors"].keys() == expected.keys()
-    assert all(torch.equal(found["tensors"][name], expected[name]) for name in expected)
-    assert found["config"] == json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert actual["tensors"].keys() == expected.keys()
+    assert all(torch.equal(actual["tensors"][name], expected[name]) for name in expected)
+    assert actual["config"] == json.loads((tmp_path / "folder" / "config.json").read_text())
 
 
 def test_a_header_has_all_that_is_no_tensor(folders: dict[str, Path]) -> None:
@@ -128,6 +128,6 @@ def test_tensors_that_share_memory_are_written_apart(header: Header, tmp_path: P
     with folder_sink(tmp_path / "out", header) as sink:
         sink.put("a", parts)
         sink.put("b", parts)
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(found) == {f"{name}.{kind}" for name in "ab" for kind in parts}
-    assert all(torch.equal(found[f"{name}.{kind}"], parts[kind]) for name in "ab" for kind in parts)
+    actual = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(actual) == {f"{name}.{kind}" for name in "ab" for kind in parts}
+    assert all(torch.equal(actual[f"{name}.{kind}"], parts[kind]) for name in "ab" for kind in parts)

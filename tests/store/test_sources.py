@@ -60,14 +60,14 @@ def all_tensors(source: FolderSource) -> dict[str, Tensor]:
     return {name: source.tensor(name) for name in source.names()}
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "pickle", "sharded pickle", "old pickle"])
 def test_every_layout_gives_the_same_tensors(layout: str, own_folder: Path) -> None:
-    wanted = {name: tensor.clone() for name, tensor in load_file(own_folder / WEIGHTS).items()}
+    expected = {name: tensor.clone() for name, tensor in load_file(own_folder / WEIGHTS).items()}
     if layout == "sharded":
         shard(own_folder)
     elif layout == "sharded pickle":
@@ -75,16 +75,16 @@ def test_every_layout_gives_the_same_tensors(layout: str, own_folder: Path) -> N
     elif layout == "pickle":
         as_pickle(own_folder)
     elif layout == "old pickle":  # before torch 1.6
-        torch.save(wanted, own_folder / PICKLE, _use_new_zipfile_serialization=False)
+        torch.save(expected, own_folder / PICKLE, _use_new_zipfile_serialization=False)
         (own_folder / WEIGHTS).unlink()
     source = FolderSource(own_folder, allow_pickle="pickle" in layout)
-    assert_same(all_tensors(source), wanted)
+    assert_same(all_tensors(source), expected)
     assert len(source.files) == (2 if "sharded" in layout else 1)
 
 
-@pytest.mark.parametrize("beside", [PICKLE, "pytorch_model.bin.index.json", "consolidated.safetensors"])
-def test_other_files_next_to_a_safetensors_file_are_not_read(beside: str, own_folder: Path) -> None:
-    (own_folder / beside).write_bytes(b"not even a file of its kind")
+@pytest.mark.parametrize("other", [PICKLE, "pytorch_model.bin.index.json", "consolidated.safetensors"])
+def test_other_files_next_to_a_safetensors_file_are_not_read(other: str, own_folder: Path) -> None:
+    (own_folder / other).write_bytes(b"not even a file of its kind")
     for allowed in (False, True):
         source = FolderSource(own_folder, allow_pickle=allowed)
         assert source.files == [own_folder / WEIGHTS]
@@ -243,11 +243,11 @@ def test_a_damaged_pickle_is_a_model_error_or_a_dict_of_tensors(
     assert all(isinstance(tensor, Tensor) for tensor in tensors.values())
 
 
-@pytest.mark.parametrize(("content", "told"), [("{broken", "not valid JSON"), ("[]", "JSON object"), (None, "read")])
-def test_a_broken_config_is_an_error(content: str | None, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "message"), [("{broken", "not valid JSON"), ("[]", "JSON object"), (None, "read")])
+def test_a_broken_config_is_an_error(content: str | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         _ = FolderSource(tmp_path).config
     assert "config.json" in caught.value.message
 
@@ -324,11 +324,11 @@ def test_a_changed_byte_changes_the_fingerprint(manifest: object, own_folder: Pa
 
 
 def test_every_shard_counts_in_the_fingerprint(own_folder: Path) -> None:
-    found = set()
+    actual = set()
     for file in ["", *sorted(set(shard(own_folder).values()))]:
         if file:
             content = bytearray((own_folder / file).read_bytes())
             content[-1] ^= 1
             (own_folder / file).write_bytes(content)
-        found.add(fingerprint(FolderSource(own_folder)))
-    assert len(found) == 3
+        actual.add(fingerprint(FolderSource(own_folder)))
+    assert len(actual) == 3

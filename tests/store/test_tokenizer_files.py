@@ -28,8 +28,8 @@ def replace(old: Any, new: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": old, "content": new}
 
 
-def sequence(*parts: Any, inner: str = "normalizers") -> dict[str, Any]:
-    return {"type": "Sequence", inner: list(parts)}
+def sequence(*parts: Any, key: str = "normalizers") -> dict[str, Any]:
+    return {"type": "Sequence", key: list(parts)}
 
 
 def precompiled(*texts: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ BOMBS: dict[str, dict[str, Any]] = {
     "patterns of nothing": {"normalizer": sequence(*[replace({"Regex": "x*"}, "y")] * 40)},
     "put before": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
     "precompiled": {"normalizer": precompiled("x" * 10**6)},
-    "decoder": {"decoder": sequence(*[DOUBLES] * 40, inner="decoders")},
+    "decoder": {"decoder": sequence(*[DOUBLES] * 40, key="decoders")},
     "padding": {"padding": {"strategy": {"Fixed": 10**12}, "direction": "Right"}},
     "padding to a multiple": {"padding": {"strategy": "BatchLongest", "pad_to_multiple_of": 10**12}},
     "tokens around": {"post_processor": {**TEMPLATE, "special_tokens": {"x": {"id": "x", "ids": [1] * 1000}}}},
@@ -149,7 +149,7 @@ def more_tokens(folder: Path, role: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize(
-    ("role", "told"),
+    ("role", "message"),
     [
         ("plain", r"2 tokens .* beyond the 300 rows .*: '<extra_a>' \(300\), '<extra_b>' \(301\)\."),
         ("eos", r"1 tokens .* '<extra_a>' \(300\)\. Among them: eos_token\."),
@@ -157,9 +157,9 @@ def more_tokens(folder: Path, role: str) -> PreTrainedTokenizerFast:
         ("pad", r"'<extra_a>' \(300\)\. Among them: pad_token\."),
     ],
 )
-def test_tokens_beyond_the_embedding_are_one_error(role: str, told: str, own_folder: Path) -> None:
+def test_tokens_beyond_the_embedding_are_one_error(role: str, message: str, own_folder: Path) -> None:
     more_tokens(own_folder, role)
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         FolderSource(own_folder).tokenizer()
     assert "resize_token_embeddings" in caught.value.hint
 

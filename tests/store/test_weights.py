@@ -52,20 +52,20 @@ def test_every_tensor_is_loaded_into_its_parameter(
     stored = load_file(folders[family] / WEIGHTS)
     model = loaded(folders[family], scheme)
     seen = set()
-    for place in weight_entries(model).values():
+    for entry in weight_entries(model).values():
         for kind in ("weight", "bias"):
-            name = f"{place.name}.{kind}"
+            name = f"{entry.name}.{kind}"
             if name not in stored:
                 continue
             seen.add(name)
-            if place.matrix is not None and kind == "weight":
-                table = place.key in ("embed_tokens", "wte", "lm_head")  # in 8 bits where all else is in 4
-                wanted = scheme_named("int8" if table and scheme == "nf4" else scheme).quantise(stored[name])
-                parts = place.matrix.of(place.rows_key)
-                assert parts.keys() == wanted.keys()
-                assert all(torch.equal(parts[part], wanted[part]) for part in wanted), name
+            if entry.matrix is not None and kind == "weight":
+                table = entry.key in ("embed_tokens", "wte", "lm_head")  # in 8 bits where all else is in 4
+                expected = scheme_named("int8" if table and scheme == "nf4" else scheme).quantise(stored[name])
+                parts = entry.matrix.of(entry.rows_key)
+                assert parts.keys() == expected.keys()
+                assert all(torch.equal(parts[part], expected[part]) for part in expected), name
             else:
-                parameter = place.parameter(kind)
+                parameter = entry.parameter(kind)
                 assert parameter is not None
                 assert torch.equal(parameter, stored[name]), name
     assert seen == stored.keys()
@@ -86,8 +86,8 @@ def test_parts_of_row_blocks_concatenate_to_those_of_the_matrix(
     blocks = list(row_blocks(shape, under))
     for rows in blocks:
         made = under.quantise(weight[rows])
-        for part, room in parts_of_rows(parts, shape, rows, under).items():
-            room.copy_(made[part])
+        for part, block in parts_of_rows(parts, shape, rows, under).items():
+            block.copy_(made[part])
         assert torch.equal(full_rows(whole, shape, rows, under), dequantise(under, whole, shape)[rows])
     assert [row for rows in blocks for row in range(shape[0])[rows]] == list(range(shape[0]))
     assert all(torch.equal(parts[part], whole[part]) for part in whole)
@@ -105,18 +105,18 @@ def test_a_checkpoint_in_16_bits_loads(
     name = next(name for name in load_file(folder / WEIGHTS) if "q_proj.weight" in name)
     stored = load_file(folder / WEIGHTS)[name]
     for scheme in SCHEMES:
-        place = weight_entries(loaded(folder, scheme))[name.removesuffix(".weight")]
-        assert place.matrix is not None
-        wanted = scheme_named(scheme).quantise(stored.float())
-        parts = place.matrix.of(place.rows_key)
-        assert all(torch.equal(parts[part], wanted[part]) for part in wanted)
+        entry = weight_entries(loaded(folder, scheme))[name.removesuffix(".weight")]
+        assert entry.matrix is not None
+        expected = scheme_named(scheme).quantise(stored.float())
+        parts = entry.matrix.of(entry.rows_key)
+        assert all(torch.equal(parts[part], expected[part]) for part in expected)
 
 
 def test_only_unquantized_weights_have_the_compute_type(folders: dict[str, Path]) -> None:
     for scheme, kinds in (("none", {torch.bfloat16}), ("int8", {torch.int8, torch.float32})):
         model = loaded(folders["llama"], scheme, torch.bfloat16)
-        found = {t.dtype for p in weight_entries(model).values() if p.matrix for t in p.matrix.parts.values()}
-        assert found == kinds
+        actual = {t.dtype for p in weight_entries(model).values() if p.matrix for t in p.matrix.parts.values()}
+        assert actual == kinds
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # norms and biases
 
 
@@ -235,10 +235,10 @@ def test_quantized_values_without_octavos_config_are_read_as_the_hivemind_format
     write_folder(FolderSource(folders["gptj"]), tmp_path / "q", scheme_named("dynamic8"))
     shutil.copy(folders["gptj"] / "config.json", tmp_path / "q")
     assert stored_scheme(FolderSource(tmp_path / "q")).name == "dynamic8"
-    found = weight_entries(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
-    assert found.matrix is not None
+    actual = weight_entries(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
+    assert actual.matrix is not None
     original = load_file(folders["gptj"] / WEIGHTS)["transformer.h.1.mlp.fc_in.weight"]
-    back = dequantise(scheme_named("dynamic8"), found.matrix.of("fc_in"), (256, 64))
+    back = dequantise(scheme_named("dynamic8"), actual.matrix.of("fc_in"), (256, 64))
     assert torch.linalg.vector_norm(back - original) < 0.03 * torch.linalg.vector_norm(original)
 
 
@@ -339,13 +339,13 @@ def test_loading_takes_little_more_memory_than_the_quantized_model(tmp_path: Pat
         written = forks.run(WRITE, tmp_path, json.dumps(LARGE))
         assert written.communicate() == ("", "")
         assert written.wait() == 0
-        found, whole = json.loads(run(MEASURE, str(tmp_path)))
+        actual, whole = json.loads(run(MEASURE, str(tmp_path)))
     finally:
         shutil.rmtree(tmp_path)
-    assert found["float32"] > 3e8
+    assert actual["float32"] > 3e8
     # 16 MB for the libraries, and as much again for float32 copies of a block, 4 MiB each. The
     # pages of the file are not counted.
-    assert found["kept"] <= found["stored"] + 16e6
-    assert found["peak"] <= found["stored"] + 32e6
+    assert actual["kept"] <= actual["stored"] + 16e6
+    assert actual["peak"] <= actual["stored"] + 32e6
     # The measurement itself: a peak that misses the temporaries would be no evidence.
     assert whole["peak"] >= whole["stored"] + 0.5 * whole["largest"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The beginning of a program that measures itself. Memory of the process's own alone: pages of a mapped file are not in
+# The beginning of a program that measures itself. Private memory of the process alone: pages of a mapped file are not in
 # it, since the system takes them back at need.
 WATCHING = """
 import json, sys, threading

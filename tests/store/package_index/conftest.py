@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Responds as the test configured, else with the file at the path."""
-        self.index.asked.append((self.path, dict(self.headers)))
+        self.index.requests.append((self.path, dict(self.headers)))
         answer = self.index.answers.get(self.path)
         if answer is None:
             self.send(404, b"")
@@ -48,10 +48,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class Index:
-    """A server on loopback. `answers` by path; `asked` are the paths and headers of all requests so far."""
+    """A server on loopback. `answers` by path; `requests` are the paths and headers of all requests so far."""
 
     answers: dict[str, Answer] = field(default_factory=dict)
-    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     port: int = 0
 
     @property
@@ -66,16 +66,16 @@ class Index:
         """Serves the file, from where a client asks."""
 
         def answer(handler: Handler) -> None:
-            asked = handler.headers.get("Range") if ranges else None
-            if asked is None:
+            requested = handler.headers.get("Range") if ranges else None
+            if requested is None:
                 handler.send(200, content)
                 return
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            start = int(requested.removeprefix("bytes=").rstrip("-"))
             if start >= len(content):
                 handler.send(416, b"")
                 return
-            place = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            handler.send(206, content[start:], Content_Range=place)
+            content_range = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            handler.send(206, content[start:], Content_Range=content_range)
 
         self.answers[path] = answer
 
@@ -103,22 +103,22 @@ class Index:
 
     def ranges(self) -> list[str | None]:
         """The Range header of each request for the file."""
-        return [headers.get("Range") for path, headers in self.asked if path.startswith("/files/")]
+        return [headers.get("Range") for path, headers in self.requests if path.startswith("/files/")]
 
 
 @pytest.fixture
 def index() -> Iterator[Index]:
     """A running server that lists the file in pip's format, with a relative URL and its hash."""
-    found = Index()
-    handler = type("Bound", (Handler,), {"index": found})
+    index = Index()
+    handler = type("Bound", (Handler,), {"index": index})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    found.port = server.server_address[1]
-    found.page(f'<a href="../../files/{WANTED.filename}#sha256={WANTED.sha256}">{WANTED.filename}</a>')
-    found.file()
+    index.port = server.server_address[1]
+    index.page(f'<a href="../../files/{WANTED.filename}#sha256={WANTED.sha256}">{WANTED.filename}</a>')
+    index.file()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield found
+        yield index
     finally:
         server.shutdown()
         thread.join()

@@ -30,18 +30,18 @@ def settings(index: Index, *more: str, timeout: float = 5.0) -> Settings:
     return Settings(indexes=(f"{index.url}/simple", *more), timeout_seconds=timeout)
 
 
-def fetched(tmp_path: Path, given: Settings) -> list[int]:
+def fetched(tmp_path: Path, configured: Settings) -> list[int]:
     """Fetches into tmp_path and checks the content; returns the values passed to progress."""
     seen: list[int] = []
-    fetch(WANTED, tmp_path / "model.whl", given, progress=seen.append)
+    fetch(WANTED, tmp_path / "model.whl", configured, progress=seen.append)
     assert (tmp_path / "model.whl").read_bytes() == CONTENT
     assert not (tmp_path / "model.whl.part").exists()
     return seen
 
 
-def refused(tmp_path: Path, given: Settings) -> str:
+def refused(tmp_path: Path, configured: Settings) -> str:
     with pytest.raises(FetchError) as caught:
-        fetch(WANTED, tmp_path / "model.whl", given, progress=lambda _: None)
+        fetch(WANTED, tmp_path / "model.whl", configured, progress=lambda _: None)
     assert not (tmp_path / "model.whl").exists()
     return str(caught.value)
 
@@ -50,7 +50,7 @@ def test_the_file_is_found_and_progress_ends_at_its_size(index: Index, tmp_path:
     seen = fetched(tmp_path, settings(index))
     assert seen == sorted(seen)
     assert (seen[0], seen[-1]) == (0, len(CONTENT))
-    page, headers = index.asked[0]
+    page, headers = index.requests[0]
     assert page == "/simple/some-model/"
     assert "application/vnd.pypi.simple.v1+json" in headers["Accept"]
 
@@ -136,13 +136,13 @@ def test_a_wrong_range_is_rejected(index: Index, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"\1" * len(CONTENT), "SHA-256 differs"), (CONTENT + b"x", "more than"), (CONTENT[:-1], "fewer than")],
     ids=["other", "longer", "shorter"],
 )
-def test_a_wrong_file_is_refused_and_removed(index: Index, tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_wrong_file_is_refused_and_removed(index: Index, tmp_path: Path, content: bytes, message: str) -> None:
     index.file(content)
-    assert said in refused(tmp_path, settings(index))
+    assert message in refused(tmp_path, settings(index))
 
 
 def test_an_index_that_lists_another_hash_is_skipped(index: Index, tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_an_index_that_lists_another_hash_is_skipped(index: Index, tmp_path: Pat
 
 def test_the_next_index_is_tried_and_all_failures_are_reported(index: Index, tmp_path: Path) -> None:
     index.page("<html></html>", path="/empty/some-model/")
-    given = Settings(indexes=(f"{index.url}/none", f"{index.url}/empty", f"{index.url}/simple"))
-    fetched(tmp_path, given)
+    configured = Settings(indexes=(f"{index.url}/none", f"{index.url}/empty", f"{index.url}/simple"))
+    fetched(tmp_path, configured)
     (tmp_path / "model.whl").unlink()
-    said = refused(tmp_path, Settings(indexes=given.indexes[:2]))
-    assert "HTTP 404" in said
-    assert "does not list" in said
+    message = refused(tmp_path, Settings(indexes=configured.indexes[:2]))
+    assert "HTTP 404" in message
+    assert "does not list" in message
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -183,24 +183,24 @@ def test_a_password_is_sent_to_its_host_only_and_never_shown(index: Index, tmp_p
     index.page(f'<a href="{elsewhere}{FILE}">x</a>')
     with_password = f"http://us%40er:s%3Acret@127.0.0.1:{index.port}/simple"
     fetched(tmp_path, Settings(indexes=(with_password,)))
-    sent = {path: headers.get("Authorization") for path, headers in index.asked}
+    sent = {path: headers.get("Authorization") for path, headers in index.requests}
     assert sent == {"/simple/some-model/": "Basic dXNAZXI6czpjcmV0", FILE: None}
     (tmp_path / "model.whl").unlink()
     for code in (401, 403, 302):
         index.answers["/simple/some-model/"] = lambda handler, code=code: handler.send(  # type: ignore[misc]
             code, b"", Location=f"{elsewhere}/moved/"
         )
-        said = refused(tmp_path, Settings(indexes=(with_password,)))
-        assert "cret" not in said
-        assert "us" not in said.replace("wants a user", "")
-    assert index.asked[-1][0] == "/moved/"
-    assert "Authorization" not in index.asked[-1][1]
+        message = refused(tmp_path, Settings(indexes=(with_password,)))
+        assert "cret" not in message
+        assert "us" not in message.replace("wants a user", "")
+    assert index.requests[-1][0] == "/moved/"
+    assert "Authorization" not in index.requests[-1][1]
 
 
 def test_a_password_comes_from_netrc(index: Index, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password it\n")
     fetched(tmp_path, settings(index))
-    assert {headers.get("Authorization") for _, headers in index.asked} == {"Basic bWU6aXQ="}
+    assert {headers.get("Authorization") for _, headers in index.requests} == {"Basic bWU6aXQ="}
 
 
 @pytest.mark.parametrize(
@@ -217,21 +217,23 @@ def test_a_proxy_is_used_unless_no_proxy_lists_the_host(
     """The proxy is the index server itself: it gets "GET http://host/path"."""
     for path in list(index.answers):
         index.answers[f"http://elsewhere.invalid{path}"] = index.answers[path]
-    given = Settings(indexes=("http://elsewhere.invalid/simple",), proxy=f"me:it@127.0.0.1:{index.port}")
-    fetched(tmp_path, given)
-    assert all(headers["Proxy-Authorization"] == "Basic bWU6aXQ=" for _, headers in index.asked)
+    configured = Settings(indexes=("http://elsewhere.invalid/simple",), proxy=f"me:it@127.0.0.1:{index.port}")
+    fetched(tmp_path, configured)
+    assert all(headers["Proxy-Authorization"] == "Basic bWU6aXQ=" for _, headers in index.requests)
     monkeypatch.setenv("NO_PROXY", "elsewhere.invalid")
     (tmp_path / "model.whl").unlink()
-    refused(tmp_path, given)
+    refused(tmp_path, configured)
     monkeypatch.setenv("NO_PROXY", "other.invalid")
     monkeypatch.setenv("HTTP_PROXY", index.url)
-    fetched(tmp_path, Settings(indexes=given.indexes))
+    fetched(tmp_path, Settings(indexes=configured.indexes))
 
 
 def test_the_error_of_an_unsupported_proxy_does_not_show_its_password(tmp_path: Path) -> None:
-    said = refused(tmp_path, Settings(indexes=("https://host.invalid/simple",), proxy="socks5://me:cret@127.0.0.1:1"))
-    assert "socks5 proxy" in said
-    assert "cret" not in said
+    message = refused(
+        tmp_path, Settings(indexes=("https://host.invalid/simple",), proxy="socks5://me:cret@127.0.0.1:1")
+    )
+    assert "socks5 proxy" in message
+    assert "cret" not in message
 
 
 def test_a_server_that_does_not_respond_is_given_up(index: Index, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def test_without_settings_pips_defaults_apply() -> None:
 
 
 def test_every_setting_is_read_from_the_environment() -> None:
-    found = read_settings(
+    actual = read_settings(
         {
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_INDEX_URL": "https://a/simple",
@@ -31,7 +31,7 @@ def test_every_setting_is_read_from_the_environment() -> None:
             "UV_INDEX_URL": "https://uv",
         }
     )
-    assert found == Settings(
+    assert actual == Settings(
         ("https://a/simple", "https://b", "https://c"), ("/d", "/e"), "proxy:3128", "/ca.pem", "/own.pem",
         frozenset({"a", "b:8080"}), 7.0,
     )  # fmt: skip
