@@ -306,7 +306,7 @@ def test_convert_errors(octavo: Octavo, seed: Any, tiny_gptj: Path, tmp_path: Pa
 def test_json_of_data(octavo: Octavo, tiny_llama: Path, plays: Path) -> None:
     done = octavo("data", plays / "train", "--model", tiny_llama, "--seq-len", 32, "--json")
     assert done.code == 0
-    counts = ("learned", "read_only", "left_out")
+    counts = ("trained", "masked", "left_out")
     assert done.json["tokens"] == sum(done.json[name] for name in counts) > 0
     assert len(done.json["files"]) == 6
 

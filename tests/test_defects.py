@@ -162,7 +162,7 @@ def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
     assert any("\n" in tokenizer.decode(row.ids.tolist()[4:-4]) for row in text.rows)
     tune(tmp_path / "run", data=paths)
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
-    assert (ledger["learned"], ledger["left_out"], ledger["documents"]) == (len(learned), 0, 7)
+    assert (ledger["trained"], ledger["left_out"], ledger["documents"]) == (len(learned), 0, 7)
 
 
 def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Path, tune: Tune, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_test_files_are_what_is_measured(tune: Tune, plays: Path, tmp_path: 
     for name in runs:
         quantised, tuned = rows[name]
         held_out = json.loads((tmp_path / name / "ledger.json").read_text())["test"]
-        assert quantised["tokens"] == tuned["tokens"] == held_out["learned"] > 0
+        assert quantised["tokens"] == tuned["tokens"] == held_out["trained"] > 0
         assert tuned["perplexity"] != quantised["perplexity"]
         assert events(tmp_path / name, "heldout")
     assert rows["plays"][0]["perplexity"] != pytest.approx(rows["other"][0]["perplexity"], rel=0.01)

@@ -53,7 +53,7 @@ class Reader(HTMLParser):
 
 
 def ledger(*sources: str) -> dict[str, Any]:
-    counts = {"documents": 1, "tokens": 1214, "learned": 1200, "read_only": 4, "left_out": 10, "padding": 20}
+    counts = {"documents": 1, "tokens": 1214, "trained": 1200, "masked": 4, "left_out": 10, "padding": 20}
     return {**counts, "rows": 3, "files": [{"source": source, **counts} for source in sources]}
 
 

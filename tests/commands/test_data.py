@@ -43,8 +43,8 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
     text = text_of([plays / "train"], tokenizer, **{"seq_len": 32, **options})
     both: list[FileLedger | Ledger] = [text.ledger, *text.ledger.files]
     for counted in both:
-        assert counted.tokens == counted.learned + counted.read_only + counted.left_out
-    assert text.ledger.learned == sum(int((row.labels != IGNORE_INDEX).sum()) for row in text.rows) > 0
+        assert counted.tokens == counted.trained + counted.masked + counted.left_out
+    assert text.ledger.trained == sum(int((row.labels != IGNORE_INDEX).sum()) for row in text.rows) > 0
     assert (text.ledger.left_out > 0) == ("truncate" in options)
     expected = sum(len(tokenizer.encode(path.read_text())) + 1 for path in (plays / "train").iterdir())
     if "split_on" not in options:
@@ -130,7 +130,7 @@ def test_show_data_returns_the_ledger(plays: Path, tokenizer: Any, capsys: pytes
     shown = capsys.readouterr()
     assert shown.out == ""
     assert {*LEDGER_COLUMNS.values(), "files"} <= counted.keys()
-    assert f"{counted['learned']:,}" in shown.err
+    assert f"{counted['trained']:,}" in shown.err
     assert f"file in {plays / 'train'}" in shown.err
     assert "play0.txt" in shown.err
     assert shown.err.count("is masked, not trained on") == 1

@@ -203,7 +203,7 @@ def test_ids_of_segments_equal_those_of_the_whole_text(name: str, text: str, mos
         patch.setattr(encoding, "MAX_SEGMENTS", 3)
         patch.setattr(encoding, "MANY_SEGMENTS", many)
         encoded = list(encode_plain(texts, coder))
-    assert [code.ids.tolist() for code in encoded] == [coder.plain.encode(one).ids for one in texts]
+    assert [text.ids.tolist() for text in encoded] == [coder.plain.encode(one).ids for one in texts]
 
 
 @pytest.mark.parametrize("name", MAKES)

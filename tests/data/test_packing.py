@@ -58,7 +58,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once(documents: list[Toke
     labels = sorted(label for row in rows for label in row.labels.tolist() if label != IGNORE_INDEX)
     expected = [number for one in documents if len(one.ids) > 1 for number in one.ids[one.trained].tolist()]
     assert labels == expected
-    assert ledger.learned == len(expected)
+    assert ledger.trained == len(expected)
     # Inputs are every token but a document's last, each once.
     inputs = sorted(number for row in rows for ids, _, _ in segments(row) for number in ids)
     assert inputs == [number for one in documents for number in one.ids[:-1].tolist()]
@@ -70,9 +70,9 @@ def test_a_piece_is_consecutive_tokens_of_one_document_and_padding_has_no_target
 ) -> None:
     rows, _ = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate)
     following = {
-        int(a): (int(b) if learned else IGNORE_INDEX)
+        int(a): (int(b) if trained else IGNORE_INDEX)
         for one in documents
-        for a, b, learned in zip(one.ids[:-1], one.ids[1:], one.trained[1:], strict=True)
+        for a, b, trained in zip(one.ids[:-1], one.ids[1:], one.trained[1:], strict=True)
     }
     for row in rows:
         assert {len(array) for array in (row.ids, row.labels, row.positions, row.document)} == {seq_len}
@@ -111,7 +111,7 @@ def test_the_ledger_counts_what_is_in_the_rows(
     ledger.check()
     padded = sum(int(np.count_nonzero(row.document == -1)) for row in rows)
     trained = sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows)
-    assert (ledger.padding, ledger.learned, ledger.rows) == (padded, trained, len(rows))
+    assert (ledger.padding, ledger.trained, ledger.rows) == (padded, trained, len(rows))
     assert ledger.tokens == sum(len(one.ids) for one in documents)
     assert (ledger.documents, ledger.skipped) == (len(documents), len(bad))
     seen = {number for row in rows for ids, _, _ in segments(row) for number in ids}
@@ -136,16 +136,16 @@ def test_a_long_document_is_split_so_that_the_last_target_is_the_next_input() ->
     ]
     assert [row.positions.tolist() for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
     assert rows[2].document.tolist() == [0, -1, -1]
-    assert (ledger.tokens, ledger.learned, ledger.read_only, ledger.left_out, ledger.padding) == (8, 7, 1, 0, 2)
+    assert (ledger.tokens, ledger.trained, ledger.masked, ledger.left_out, ledger.padding) == (8, 7, 1, 0, 2)
 
 
 def test_truncation_cuts_and_counts_the_rest() -> None:
     rows, ledger = pack(numbered([8, 3]), seq_len=3, pad_id=PAD, truncate=True)
     assert [row.ids.tolist() for row in rows] == [[100, 101, 102], [108, 109, PAD]]
-    assert (ledger.learned, ledger.read_only, ledger.left_out, ledger.padding, ledger.dropped) == (5, 2, 4, 1, 0)
+    assert (ledger.trained, ledger.masked, ledger.left_out, ledger.padding, ledger.dropped) == (5, 2, 4, 1, 0)
     # The dropped rest may be trained or masked.
     _, masked = pack(numbered([8], [True, False]), seq_len=3, pad_id=PAD, truncate=True)
-    assert (masked.learned, masked.read_only, masked.left_out) == (1, 3, 4)
+    assert (masked.trained, masked.masked, masked.left_out) == (1, 3, 4)
 
 
 def test_the_fullest_row_with_enough_space_is_filled_first() -> None:
@@ -193,7 +193,7 @@ def test_the_ledger_is_json_and_its_check_detects_a_lost_token() -> None:
     again = json.loads(json.dumps(ledger.to_dict()))
     assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (9, 2, "file1")
     with pytest.raises(AssertionError, match="accounted for"):
-        total([FileLedger("f", tokens=3, learned=1, read_only=1)], rows=1).check()
+        total([FileLedger("f", tokens=3, trained=1, masked=1)], rows=1).check()
 
 
 def test_a_row_length_of_zero_is_refused() -> None:

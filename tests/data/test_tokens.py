@@ -111,7 +111,7 @@ def test_an_unknown_eos_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> 
 def test_turns_after_the_last_trained_one_are_counted_as_left_out(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     talk = (Message("user", "the king"), Message("assistant", "the queen"))
-    more_turns = (Message("user", "the storm"), Message("assistant", "the duke", learned=False))
+    more_turns = (Message("user", "the storm"), Message("assistant", "the duke", trained=False))
     end = int(tokenizer.eos_token_id)
     documents = (Document("f", 1, messages=turns) for turns in (talk, talk + more_turns))
     short, long = (encode(document, tokenizer, end_id=end) for document in documents)

@@ -70,7 +70,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 )
 def test_calls_of_every_format_become_openais_with_arguments_as_objects(turn: dict[str, Any]) -> None:
     (message,) = read(turn)
-    assert (message.role, message.content, message.learned) == ("assistant", "", True)
+    assert (message.role, message.content, message.trained) == ("assistant", "", True)
     assert message.further == {"tool_calls": [CALL]}
 
 
@@ -147,4 +147,4 @@ def test_harmless_fields_of_a_text_part_are_ignored() -> None:
 
 
 def test_a_turn_with_loss_false_is_input_only() -> None:
-    assert not read({"role": "assistant", "content": "a", "loss": False})[0].learned
+    assert not read({"role": "assistant", "content": "a", "loss": False})[0].trained

@@ -51,7 +51,7 @@ CHOICES = [
     ("the king spoke", " my"),  # differs in its last token alone: one row with the last
     ("the king spoke ", "to"),  # the space belongs to the answer
     ("", "the storm"),
-    ("", "<|im_end|>king"),  # begins with what it would be predicted from
+    ("", "<|im_end|>king"),  # begins with the token that it would be predicted from
     ("<|im_start|>user\nthe king<|im_end|>\n", "the queen é\N{GRINNING FACE}"),
     (LONG, " york"),  # longer than the context: its beginning is lost
     ("where", f" {LONG}"[:300]),
@@ -156,13 +156,13 @@ def test_samples_differ_from_each_other_and_are_reproducible(models: tuple[Octav
 
 
 def test_every_text_has_one_bos_token(beginning: Path) -> None:
-    ours, expected = open_lm(beginning), theirs(beginning)
-    assert ours.tok_encode("the king") == expected.tok_encode("the king")
-    assert ours.tok_encode("the king")[0] == ours.prefix_token_id == expected.prefix_token_id == 1
-    assert ours.tok_encode("<|im_start|>the") == expected.tok_encode("<|im_start|>the")
+    ours, reference = open_lm(beginning), theirs(beginning)
+    assert ours.tok_encode("the king") == reference.tok_encode("the king")
+    assert ours.tok_encode("the king")[0] == ours.prefix_token_id == reference.prefix_token_id == 1
+    assert ours.tok_encode("<|im_start|>the") == reference.tok_encode("<|im_start|>the")
     for kind, arguments in (("loglikelihood", CHOICES[:5]), ("generate_until", PROMPTS[:4])):
         requests = instances(kind, arguments)
-        actual, expected = (getattr(one, kind)(requests, disable_tqdm=True) for one in (ours, expected))
+        actual, expected = (getattr(one, kind)(requests, disable_tqdm=True) for one in (ours, reference))
         if kind == "generate_until":
             assert actual == expected
         else:

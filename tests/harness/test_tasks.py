@@ -87,7 +87,7 @@ def with_lm_eval(model: Any, folder: Path, *names: str) -> dict[str, float]:
     }
 
 
-# One real model, three ways.
+# One real model: octavo, lm-eval, and lm-eval over HTTP.
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +143,10 @@ def test_octavo_lm_eval_and_lm_eval_over_http_agree(smollm2: Path, server: Proce
 
 
 def octavo_bits_per_byte(model: Any) -> float:
-    """octavo's own measure, packed rows and its loss, of the tokens that lm-eval counts.
+    """Bits per byte by octavo's loss over packed rows, of the tokens that lm-eval counts.
 
-    Those are a text's own, predicted from what lm-eval puts before it. `octavo evaluate` counts a document's end
-    token too, and not its first token where the model has no begin token.
+    Those are the tokens of a text, predicted from the token that lm-eval puts before it. `octavo evaluate` counts the
+    EOS token of a document too, and not its first token if the model has no BOS token.
     """
     texts = [speech["text"] for speech in SPEECHES]
     rows, _ = pack(
@@ -172,13 +172,13 @@ def test_with_a_bos_token_octavos_perplexity_is_that_of_lm_eval_plus_the_eos_tok
         "speech", "--include-path", folder, "--seq-len", 64, "--json",
     )  # fmt: skip
     [row] = done.json["rows"]
-    theirs = by_metric(done.json["tasks"])["speech bits_per_byte"]
+    expected = by_metric(done.json["tasks"])["speech bits_per_byte"]
     model = open_lm(beginning)
     ids = torch.tensor([model.tok_encode(text)])
     with torch.no_grad():
         end = -AutoModelForCausalLM.from_pretrained(beginning)(ids).logits[0, -1].log_softmax(0)[model.eot_token_id]
     bits = float(end) / np.log(2)
-    assert row["bits_per_byte"] * len(text) == pytest.approx(theirs * len(text) + bits, rel=1e-5)
+    assert row["bits_per_byte"] * len(text) == pytest.approx(expected * len(text) + bits, rel=1e-5)
 
 
 # The command.
@@ -277,9 +277,9 @@ def test_output_of_a_tasks_code_is_not_in_the_json_document(
     octavo: Octavo, tiny_llama: Path, write_task: Write
 ) -> None:
     folder = write_task("speech", SPEECHES, **{**ROLLING, "doc_to_target": "REPLACED"})
-    (folder / "own.py").write_text("def text(doc):\n    print('printed')\n    return doc['text']\n")
+    (folder / "task_code.py").write_text("def text(doc):\n    print('printed')\n    return doc['text']\n")
     config = folder / "speech.yaml"
-    config.write_text(config.read_text().replace("REPLACED", "!function own.text"))
+    config.write_text(config.read_text().replace("REPLACED", "!function task_code.text"))
     options = ("--no-base", "--tasks", "speech", "--include-path", folder, "--json")
     done = octavo("evaluate", "--model", tiny_llama, *options)
     assert done.code == 0
@@ -287,7 +287,7 @@ def test_output_of_a_tasks_code_is_not_in_the_json_document(
     assert "printed" in done.err
 
 
-# What is refused, before a model is opened.
+# Errors before a model is opened.
 
 
 def refusal(requests: EvaluateOptions) -> UsageError:
@@ -303,7 +303,7 @@ def local_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
 
 
-@pytest.mark.usefixtures("own_tasks")
+@pytest.mark.usefixtures("local_tasks")
 def test_the_error_for_an_unknown_task_names_the_most_similar_one(write_task: Write) -> None:
     folder = write_task("speech", SPEECHES, **ROLLING)
     error = refusal(options(folder, "speech,speach"))
@@ -319,7 +319,7 @@ def test_tasks_of_lm_eval_and_of_a_folder_can_be_combined(write_task: Write) -> 
     assert "network" in error.hint
 
 
-@pytest.mark.usefixtures("own_tasks")
+@pytest.mark.usefixtures("local_tasks")
 def test_names_may_be_patterns_and_paths(write_task: Write) -> None:
     write_task("speech_1", SPEECHES, **ROLLING)
     folder = write_task("speech_2", SPEECHES, **ROLLING)

@@ -1,10 +1,9 @@
-"""What a pass puts away comes back as it was, last first, and takes no room on the device meanwhile."""
+"""Offloaded tensors come back bit for bit, last first, and use no device memory between forward and backward."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -26,59 +25,57 @@ def tensors(number: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 @pytest.mark.parametrize("number", [1, IN_FLIGHT, IN_FLIGHT + 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_put_is_taken_back_last_first(number: int, dtype: torch.dtype) -> None:
-    away, expected = ActivationOffload(), tensors(number, dtype=dtype)
+def test_take_returns_the_tensors_of_put_last_first(number: int, dtype: torch.dtype) -> None:
+    stack, expected = ActivationOffload(), tensors(number, dtype=dtype)
     for x in tensors(number, dtype=dtype):
-        away.put(x)
+        stack.put(x)
     for x in reversed(expected):
-        assert torch.equal(away.take(), x)
+        assert torch.equal(stack.take(), x)
 
 
 def test_a_released_tensor_may_be_overwritten() -> None:
-    """As a layer does that gets its memory."""
-    away, own, expected = ActivationOffload(), tensors(5), tensors(5)
-    for x in own:
-        away.put(x)
-    for x in own[: 5 - IN_FLIGHT]:
+    """A layer that allocates the same memory does so."""
+    stack, xs, expected = ActivationOffload(), tensors(5), tensors(5)
+    for x in xs:
+        stack.put(x)
+    for x in xs[: 5 - IN_FLIGHT]:
         x.zero_()
-    assert all(torch.equal(away.take(), x) for x in reversed(expected))
+    assert all(torch.equal(stack.take(), x) for x in reversed(expected))
 
 
 def test_passes_share_their_buffers_one_after_another() -> None:
-    taken = []
+    n_buffers = []
     for seed in range(3):
-        away, own = ActivationOffload(), tensors(5)[seed:]
-        for x in own:
-            away.put(x)
-        taken.append(sum(len(rooms) for rooms in offload._PINNED.values()))
-        assert all(torch.equal(away.take(), x) for x in reversed(own))
-    assert taken == [taken[0]] * 3
+        stack, xs = ActivationOffload(), tensors(5)[seed:]
+        for x in xs:
+            stack.put(x)
+        n_buffers.append(sum(len(buffers) for buffers in offload._PINNED.values()))
+        assert all(torch.equal(stack.take(), x) for x in reversed(xs))
+    assert n_buffers == [n_buffers[0]] * 3
 
 
-def test_another_size_has_a_buffer_of_its_own() -> None:
+def test_tensors_of_another_size_have_other_buffers() -> None:
     """A last batch has fewer rows, and captured graphs still write to the buffers of the others."""
-    away, few, own = ActivationOffload(), ActivationOffload(), tensors(4)
-    for x in own:
-        away.put(x)
+    stack, larger, xs = ActivationOffload(), ActivationOffload(), tensors(4)
+    for x in xs:
+        stack.put(x)
     for x in tensors(4):
-        few.put(torch.cat([x, x]))  # larger than any before
-    assert all(torch.equal(away.take(), x) for x in reversed(own))
-    assert all(torch.equal(few.take(), torch.cat([x, x])) for x in reversed(own))
+        larger.put(torch.cat([x, x]))  # larger than any before
+    assert all(torch.equal(stack.take(), x) for x in reversed(xs))
+    assert all(torch.equal(larger.take(), torch.cat([x, x])) for x in reversed(xs))
 
 
 def test_all_but_the_last_are_released() -> None:
-    away, held, gone = ActivationOffload(), [], []
-    for number in count():
-        if number == 6:
-            break
+    stack, references, freed = ActivationOffload(), [], []
+    for _ in range(6):
         x = torch.ones(SHAPE)
-        held.append(weakref.ref(x))
-        away.put(x)
+        references.append(weakref.ref(x))
+        stack.put(x)
         del x
-        gone.append([ref() is None for ref in held])
+        freed.append([ref() is None for ref in references])
     gc.collect()
-    assert gone[-1] == [True] * (6 - IN_FLIGHT) + [False] * IN_FLIGHT
-    assert gone[IN_FLIGHT] == [True, *[False] * IN_FLIGHT]
+    assert freed[-1] == [True] * (6 - IN_FLIGHT) + [False] * IN_FLIGHT
+    assert freed[IN_FLIGHT] == [True, *[False] * IN_FLIGHT]
 
 
 def test_a_simulation_sees_the_memory_and_the_copies_of_a_gpu() -> None:
@@ -87,11 +84,11 @@ def test_a_simulation_sees_the_memory_and_the_copies_of_a_gpu() -> None:
     seen: list[str] = []
 
     def step() -> None:
-        away = ActivationOffload()
+        stack = ActivationOffload()
         for _ in range(number):
-            away.put(torch.empty(2**14, 2**11, dtype=torch.bfloat16, device="meta"))
+            stack.put(torch.empty(2**14, 2**11, dtype=torch.bfloat16, device="meta"))
         for _ in range(number):
-            away.take()
+            stack.take()
 
     OP_OBSERVERS.append(lambda name, _: seen.append(name))
     try:
@@ -112,9 +109,9 @@ def test_cpu_memory_that_cannot_be_pinned_is_not_reported_as_gpu_memory(monkeypa
         offload._allocate(torch.Size((2**20,)), torch.bfloat16, pinned=True)
 
 
-@pytest.mark.parametrize(("size", "taken"), [(0, 0), (1, 1), (2**24, 2**24), (2**24 + 1, 2**25), (206_438_400, 2**28)])
-def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
-    assert pinned_bytes(size) == taken
+@pytest.mark.parametrize(("size", "pinned"), [(0, 0), (1, 1), (2**24, 2**24), (2**24 + 1, 2**25), (206_438_400, 2**28)])
+def test_pinned_memory_comes_in_powers_of_two(size: int, pinned: int) -> None:
+    assert pinned_bytes(size) == pinned
 
 
 def test_on_a_cpu_an_embedding_is_not_copied() -> None:
@@ -122,16 +119,16 @@ def test_on_a_cpu_an_embedding_is_not_copied() -> None:
     assert on_host(x) is x
 
 
-@pytest.mark.parametrize(("layers", "beside"), [(False, False), (True, True), (True, False), (False, True)])
-def test_a_capture_waits_for_captured_copies_alone(layers: bool, beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("layers", "copies"), [(False, False), (True, True), (True, False), (False, True)])
+def test_a_capture_waits_for_captured_copies_alone(layers: bool, copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """To wait for others is a CUDA error, which would hide the lack of memory that ended the capture."""
     waited: list[str] = []
-    streams = {"layers": layers, "beside": beside}
+    streams = {"layers": layers, "copies": copies}
     current = SimpleNamespace(name="layers", wait_stream=lambda other: waited.append(other.name))
-    monkeypatch.setattr(offload, "_stream", lambda device: SimpleNamespace(name="beside"))
+    monkeypatch.setattr(offload, "_stream", lambda device: SimpleNamespace(name="copies"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(offload, "_is_capturing", lambda stream: streams[stream.name])
     offload.join(torch.device("cuda"))
-    assert waited == (["beside"] if layers == beside else [])
+    assert waited == (["copies"] if layers == copies else [])
     offload.join(torch.device("cpu"))
     assert len(waited) <= 1

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-TOLERANCE = 3e-4  # of float32 logits of about 7, as test_adapter.py derives it
+TOLERANCE = 3e-4  # of float32 logits of about 7, as test_adapters.py derives it
 BOTH = ["embed_tokens", "lm_head"]
 Written = Callable[[str], tuple[Path, Tensor]]
 

@@ -116,7 +116,7 @@ def test_smollm2_text_round_trips(smollm2: Any, text: str) -> None:
 
 def test_a_saved_tokenizer_gives_the_same_ids(smollm2: Any, source: GgufSource, tmp_path: Path) -> None:
     smollm2.save_pretrained(tmp_path)
-    # Beside a config.json AutoTokenizer may choose a class by the model's type: it must not.
+    # Next to a config.json AutoTokenizer may choose a class by the model's type: it must not.
     (tmp_path / "config.json").write_text(json.dumps(source.config))
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.encode(TEXT) == smollm2.encode(TEXT)

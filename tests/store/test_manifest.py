@@ -123,12 +123,12 @@ def test_a_manifest_that_does_not_list_the_weight_file_is_not_its_identity(
     other = quantized / "other.safetensors"
     other.write_bytes((folders["gptj"] / "model.safetensors").read_bytes())
 
-    class Beside(FolderSource):
+    class OtherFile(FolderSource):
         @property
         def files(self) -> list[Path]:
             return [other]
 
-    assert fingerprint(Beside(quantized)) != fingerprint(FolderSource(quantized))
+    assert fingerprint(OtherFile(quantized)) != fingerprint(FolderSource(quantized))
 
 
 def test_a_file_is_hashed_once_in_a_process_and_again_after_a_change(

@@ -1,6 +1,6 @@
 """Adapters in PEFT's file format: the content of a folder, atomic writes, and what is refused.
 
-No model is needed here; that peft reads these folders, and octavo peft's, is in test_adapter.py.
+No model is needed here; that peft reads these folders, and octavo peft's, is tested in test_adapters.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# The beginning of a program that measures itself. Private memory of the process alone: pages of a mapped file are not in
-# it, since the system takes them back at need.
+# The beginning of a program that measures itself. Only private memory of the process is counted: not the
+# pages of a mapped file, since the system takes them back at need.
 WATCHING = """
 import json, sys, threading
 from pathlib import Path

@@ -26,7 +26,7 @@ from octavo.reporting import Report
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LEDGER_COLUMNS = {"text": "tokens", "trained": "learned", "masked": "read_only", "left out": "left_out"}  # -> fields
+LEDGER_COLUMNS = {"text": "tokens", "trained": "trained", "masked": "masked", "left out": "left_out"}  # -> fields
 MAX_FILES = 11  # rows of the printed table; the other files are summed up in one row (ledger.json and --json have all)
 LARGE_BYTES = 20_000_000  # reading takes seconds from this size on
 MAX_SKIPPED = 20  # skipped records that are listed one by one

@@ -58,10 +58,10 @@ def encode_chat(
     budget, and DataError for a conversation that the template rejects or renders without one of its turns, tool calls
     or tools.
     """
-    last = max(n for n, message in enumerate(document.messages) if message.role == "assistant" and message.learned)
+    last = max(n for n, message in enumerate(document.messages) if message.role == "assistant" and message.trained)
     after = [message.content for message in document.messages[last + 1 :]]
     with name_panics("The tokenizer"):
-        n_after = sum(len(code.ids) for code in coder.plain.encode_batch_fast(after, add_special_tokens=False))
+        n_after = sum(len(encoding.ids) for encoding in coder.plain.encode_batch_fast(after, add_special_tokens=False))
     document = replace(document, messages=document.messages[: last + 1], now=document.now or datetime.now())
     layout = lay_out(document, tokenizer, coder, unused=Counter() if unused is None else unused)
     rendered, controls = layout.rendered, _template_controls(layout, coder)
@@ -102,17 +102,17 @@ def _encode(rendered: str, controls: Sequence[Span], coder: Coder) -> tuple[_Ids
     """(token ids (n,), first character of each token (n,), end character of each token (n,)) of the rendered text."""
     everywhere = [match.span() for match in coder.controls.finditer(rendered)]
     if everywhere == [(control.start, control.end) for control in controls]:
-        code = coder.control.encode(rendered, add_special_tokens=False)
-        ids, offsets = code.ids, code.offsets
+        encoding = coder.control.encode(rendered, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
     else:
         # A content contains the string of a control token. Split at the template's control tokens, as the tokenizer
         # does before anything else, and encode the text between them as plain text.
         ids, offsets = [], []
         at = 0
         for control in [*controls, Span("", len(rendered), len(rendered))]:
-            code = coder.plain.encode(rendered[at : control.start], add_special_tokens=False)
-            ids += code.ids
-            offsets += [(at + start, at + end) for start, end in code.offsets]
+            encoding = coder.plain.encode(rendered[at : control.start], add_special_tokens=False)
+            ids += encoding.ids
+            offsets += [(at + start, at + end) for start, end in encoding.offsets]
             if control.name:
                 ids.append(coder.control_ids[control.name])
                 offsets.append((control.start, control.end))
@@ -127,7 +127,7 @@ def _turns(
     """For each trained turn of the assistant: the span of its trained text, and the end character of its end token."""
     turns = []
     for number, message in enumerate(document.messages):
-        if message.role != "assistant" or not message.learned:
+        if message.role != "assistant" or not message.trained:
             continue
         if number in layout.whole:  # more than a content: tool calls, reasoning
             turns.append(_whole_turn(layout, turn_span(layout, number, document, tokenizer), controls))

@@ -140,6 +140,6 @@ def _keeps_ids(cuts: Cuts, tokenizer: Tokenizer, added: Sequence[str]) -> bool:
     split = [segments for text in texts for segments, _ in cuts.segments(text, len(text))]
     distinct = list(dict.fromkeys([*texts, *(part for segments in split for part in segments)]))
     with name_panics("The tokenizer"):
-        codes = tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
-    ids = {text: code.ids for text, code in zip(distinct, codes, strict=True)}
+        encodings = tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
+    ids = {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
     return all(ids[text] == [n for part in parts for n in ids[part]] for text, parts in zip(texts, split, strict=True))

@@ -76,11 +76,11 @@ def read(
     columns = check_columns(options.columns)
     seen_fields: set[str] = set()
     repair = _repair if options.ftfy else None
-    found = find(paths)
-    reading = Reading(not_read=found.not_read)
+    listing = find(paths)
+    reading = Reading(not_read=listing.not_read)
     if begins:
-        begins(len(found.files), sum(map(_size, found.files)))
-    for path in found.files:
+        begins(len(listing.files), sum(map(_size, listing.files)))
+    for path in listing.files:
         _read_file(path, options, columns, repair, reading, seen_fields)
     if missing := sorted(field for field in columns.values() if field_named(seen_fields, field) not in seen_fields):
         raise UsageError(

@@ -51,8 +51,10 @@ class SegmentCache:
         split = list(coder.pieces.split(new)) if len(new) >= MANY_SEGMENTS else [[segment] for segment in new]
         pieces = list(set(chain.from_iterable(split)).difference(self.pieces))
         with name_panics("The tokenizer"):
-            codes = coder.plain.encode_batch_fast(pieces, add_special_tokens=False)
-        self.pieces.update((piece, array("i", code.ids).tobytes()) for piece, code in zip(pieces, codes, strict=True))
+            encodings = coder.plain.encode_batch_fast(pieces, add_special_tokens=False)
+        self.pieces.update(
+            (piece, array("i", encoding.ids).tobytes()) for piece, encoding in zip(pieces, encodings, strict=True)
+        )
         ids_of = self.pieces.__getitem__
         for segment, parts in zip(new, split, strict=True):
             ids = b"".join(map(ids_of, parts))
@@ -194,8 +196,8 @@ def encode_plain(
 def _first_characters(segment: str, coder: Coder) -> int:
     """How many characters the first token of a text covers; `segment` is the text's first segment."""
     with name_panics("The tokenizer"):
-        code = coder.plain.encode(segment[:FIRST_CHARACTERS], add_special_tokens=False)
-    _, end = (code.token_to_chars(0) if code.ids else None) or (0, 0)
+        encoding = coder.plain.encode(segment[:FIRST_CHARACTERS], add_special_tokens=False)
+    _, end = (encoding.token_to_chars(0) if encoding.ids else None) or (0, 0)
     return end
 
 

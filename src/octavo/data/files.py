@@ -72,8 +72,8 @@ class Piece:
 
 def suffix(path: Path) -> str:
     """The suffix that names the format: `.jsonl` for `a.JSONL.gz`."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    return inner.suffix.lower()
+    uncompressed = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return uncompressed.suffix.lower()
 
 
 def name_of(path: Path) -> str:

@@ -35,7 +35,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> FoundFiles:
     files and folders, linked folders, broken links and links to outside the folder, devices and pipes, and second names
     of a file that is already read. Raises UsageError for a path that matches nothing.
     """
-    found = FoundFiles()
+    result = FoundFiles()
     seen: set[tuple[int, int]] = set()  # (device, inode)
     for given in paths:
         name = os.path.expanduser(given)
@@ -47,7 +47,7 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> FoundFiles:
         not_read: Counter[str] = Counter({"broken link": len(broken)} if broken else {})
         # `**` matches a folder and everything below it.
         files = list(dict.fromkeys(file for match in matches for file in _below(Path(match), suffixes, not_read)))
-        found.not_read += not_read
+        result.not_read += not_read
         if not files:
             _nothing_to_read(given, suffixes, not_read)
         unique: set[Path] = set()
@@ -56,10 +56,10 @@ def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> FoundFiles:
             if (identity := (status.st_dev, status.st_ino)) not in seen or not status.st_ino:
                 seen.add(identity)
                 unique.add(file)
-            elif file not in found.files:
-                found.not_read["second name of a file that is read"] += 1
-        found.files += [file for file in files if file in unique]
-    return found
+            elif file not in result.files:
+                result.not_read["second name of a file that is read"] += 1
+        result.files += [file for file in files if file in unique]
+    return result
 
 
 def _below(path: Path, suffixes: Sequence[str], not_read: Counter[str]) -> list[Path]:

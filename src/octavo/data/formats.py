@@ -64,9 +64,9 @@ def _root(path: Path) -> bytes:
         head = stream.read(CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     at = 0
     while head.startswith((b"<?", b"<!--"), at):
-        ends = b"-->" if head.startswith(b"<!--", at) else b"?>"
-        at = head.find(ends, at) + len(ends)
-        if at < len(ends):
+        mark = b"-->" if head.startswith(b"<!--", at) else b"?>"
+        at = head.find(mark, at) + len(mark)
+        if at < len(mark):
             return head[:5]
         at += len(head[at : at + SAMPLE_BYTES]) - len(head[at : at + SAMPLE_BYTES].lstrip())
     tag = head[at : at + 15].lower()
@@ -206,8 +206,8 @@ def _record(row: Any, source: str, number: int) -> dict[str, object] | DataError
 def _without_nulls(value: Any) -> Any:
     """`value` without null fields of objects, at every depth. Null items of lists carry meaning and are kept."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_names(names: Sequence[str], source: str) -> None:

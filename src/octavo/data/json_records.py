@@ -102,11 +102,11 @@ def table_rows(value: Mapping[str, object], source: str = "") -> list[object] | 
         if is_list and not _OF_RECORDS & value.keys() and not _is_columns(value):
             _check_other_keys(value, name, source)
             return [_unwrapped(row, source, number) for number, row in enumerate(rows, start=1)]
-    inner = list(value.values())
-    if inner and all(isinstance(column, dict) and column for column in inner):
+    values = list(value.values())
+    if values and all(isinstance(column, dict) and column for column in values):
         return _by_labels(value)
     if _is_columns(value):
-        return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+        return [dict(zip(value, row, strict=True)) for row in zip(*values, strict=True)]
     return None
 
 
@@ -166,13 +166,13 @@ def _unwrapped(row: object, source: str, number: int) -> object:
 
 def _by_labels(value: Mapping[str, object]) -> list[object] | None:
     """The records of pandas' {column: {label: cell}} or {label: {column: cell}}. Labels are mostly numbers."""
-    inner = [item for item in value.values() if isinstance(item, dict)]
+    values = [item for item in value.values() if isinstance(item, dict)]
     if all(label.isdecimal() for label in value):
-        return [*inner]
-    labels = dict.fromkeys(label for item in inner for label in item)
+        return [*values]
+    labels = dict.fromkeys(label for item in values for label in item)
     if not all(str(label).isdecimal() for label in labels):
         return None
-    return [{name: item.get(label) for name, item in zip(value, inner, strict=True)} for label in labels]
+    return [{name: item.get(label) for name, item in zip(value, values, strict=True)} for label in labels]
 
 
 def _json_line(piece: Piece, source: str) -> Mapping[str, object] | str | DataError:

@@ -1,11 +1,11 @@
-"""Accounts for every token of the data: tokens = learned + read_only + left_out, for each file and in total."""
+"""Accounts for every token of the data: tokens = trained + masked + left_out, for each file and in total."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-COUNTS = ("tokens", "learned", "read_only", "left_out", "padding", "documents", "dropped", "skipped")
+COUNTS = ("tokens", "trained", "masked", "left_out", "padding", "documents", "dropped", "skipped")
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class FileLedger:
 
     source: str
     tokens: int = 0  # all tokens of its documents
-    learned: int = 0  # target tokens of the loss
-    read_only: int = 0  # input tokens that are no targets: prompts, user turns, and the first token of each document
+    trained: int = 0  # target tokens of the loss
+    masked: int = 0  # input tokens that are no targets: prompts, user turns, and the first token of each document
     left_out: int = 0  # tokens that are in no packed row
     padding: int = 0  # padding of the packed rows whose last document is of this file; not in `tokens`
     documents: int = 0  # documents that were read
@@ -48,8 +48,8 @@ class Ledger:
     """The counts of all files together, and of each file."""
 
     tokens: int
-    learned: int
-    read_only: int
+    trained: int
+    masked: int
     left_out: int
     padding: int
     documents: int
@@ -69,7 +69,7 @@ class Ledger:
         """Asserts that every token is accounted for, in each file and in total."""
         ledgers: list[FileLedger | Ledger] = [*self.files, self]
         for ledger in ledgers:
-            parts = ledger.learned + ledger.read_only + ledger.left_out
+            parts = ledger.trained + ledger.masked + ledger.left_out
             assert ledger.tokens == parts, f"{ledger}: {ledger.tokens} tokens, but {parts} accounted for"
         for name in COUNTS:
             assert getattr(self, name) == sum(getattr(file, name) for file in self.files), name

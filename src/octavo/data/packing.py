@@ -175,8 +175,8 @@ def _ledger(
         first = 1 if targets[index] else 0
         files[document.source] = files[document.source].plus(
             tokens=len(document.ids) + document.n_after,
-            learned=trained[index],
-            read_only=targets[index] - trained[index] + first,
+            trained=trained[index],
+            masked=targets[index] - trained[index] + first,
             left_out=len(document.ids) - targets[index] - first + document.n_after,
             documents=1,
             dropped=1 - first,

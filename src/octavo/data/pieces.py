@@ -91,10 +91,10 @@ def _compiled(source: str, domain: Sequence[range]) -> re.Pattern[str] | None:
     in_class = False
     for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", source, re.DOTALL):
         if part in ("\\s", "\\S") or part[:2] in ("\\p", "\\P"):
-            inner = _WHITE if part in ("\\s", "\\S") else _category(part[3:-1], domain)
+            ranges = _WHITE if part in ("\\s", "\\S") else _category(part[3:-1], domain)
             if in_class and part[1].isupper():
                 return None
-            compiled.append(inner if in_class else f"[{'^' * part[1].isupper()}{inner}]")
+            compiled.append(ranges if in_class else f"[{'^' * part[1].isupper()}{ranges}]")
             continue
         if in_class and part == "[":  # a nested character class
             return None

@@ -145,7 +145,7 @@ def _completion(record: Record, names: list[str], unused: Counter[str]) -> Docum
     """A prompt and its completion, as texts or as two lists of turns; only the completion is trained."""
     values = [record.get(name) for name in names]
     if all(map(is_turns, values)):
-        prompt_turns = [replace(message, learned=False) for message in conversation(record, names[0], unused)]
+        prompt_turns = [replace(message, trained=False) for message in conversation(record, names[0], unused)]
         return _talk(record, [*prompt_turns, *conversation(record, names[1], unused)], names[1])
     prompt, completion = _string(record, names[0]), _filled(record, names[1])
     if tools := next((name for name in ("tools", "functions") if not is_blank(record.get(name))), None):
@@ -184,7 +184,7 @@ def _talk(record: Record, messages: Sequence[Message], name: str) -> Document:
             raise record.error(f"field `system` and a turn of `{name}` give two system messages.")
     if not any(m.role == "assistant" and (m.content or m.fields) for m in messages):
         raise record.error(f"field `{name}` has no turn of the assistant: there is nothing to train on.")
-    if not any(m.role == "assistant" and m.learned and (m.content or m.fields) for m in messages):
+    if not any(m.role == "assistant" and m.trained and (m.content or m.fields) for m in messages):
         raise record.error(f"field `{name}` has no turn of the assistant to train on: all have weight 0.")
     return Document(record.source, record.line, messages=tuple(messages), tools=tools_of(record))
 

@@ -252,10 +252,10 @@ def turn_span(layout: Layout, number: int, document: Document, tokenizer: PreTra
     kind, start, end = gap
     if kind in layout.edges:
         head, tail = layout.edges[kind]
-        inner = Span(document.messages[number].role, start + len(head), end - len(tail))
-        around = layout.rendered[start : inner.start], layout.rendered[inner.end : end]
-        if inner.start < inner.end and around == (head, tail):
-            return inner
+        content_span = Span(document.messages[number].role, start + len(head), end - len(tail))
+        around = layout.rendered[start : content_span.start], layout.rendered[content_span.end : end]
+        if content_span.start < content_span.end and around == (head, tail):
+            return content_span
     span = _rendered_span(layout, number, document, tokenizer)
     if start <= span.start and span.end <= end:
         layout.edges.setdefault(kind, (layout.rendered[start : span.start], layout.rendered[span.end : end]))

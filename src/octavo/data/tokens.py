@@ -61,13 +61,13 @@ def encode_all(
     end = coder.control.id_to_token(end_id)
     if end is None:
         raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
-    codes = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
+    encoded_texts = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
     begin = np.array(bos_ids(tokenizer), dtype=np.int32)
     encoded: list[Tokens] = []
     for document in documents:
         try:
             encoded.append(
-                _tokens(document, tokenizer, coder, codes, begin=begin, end_id=end_id, end=end, unused=unused)
+                _tokens(document, tokenizer, coder, encoded_texts, begin=begin, end_id=end_id, end=end, unused=unused)
             )
         except DataError as error:
             if skipped is None:
@@ -83,7 +83,7 @@ def _tokens(
     document: Document,
     tokenizer: PreTrainedTokenizerFast,
     coder: Coder,
-    codes: Iterator[EncodedText],
+    encoded_texts: Iterator[EncodedText],
     *,
     begin: npt.NDArray[np.int32],
     end_id: int,
@@ -99,8 +99,8 @@ def _tokens(
     else:
         prompt, n_after = begin, 0
         if document.completion is not None:
-            prompt = np.concatenate([begin, next(codes).ids])
-        target = next(codes)
+            prompt = np.concatenate([begin, next(encoded_texts).ids])
+        target = next(encoded_texts)
         ids = np.concatenate([prompt, target.ids, np.array([end_id], dtype=np.int32)])  # (n,)
         trained = np.arange(len(ids)) >= len(prompt)  # (n,)
         text = _texts(document, end)[-1]

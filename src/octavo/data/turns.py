@@ -39,7 +39,7 @@ class Message:
 
     role: str  # user, assistant, system, tool, or another name in the data
     content: str
-    learned: bool = True  # of the assistant's turns: False for a turn that is input only
+    trained: bool = True  # of the assistant's turns: False for a turn that is input only
     fields: str = ""  # a JSON object of further fields for the chat template: tool_calls, name, ..
 
     @property
@@ -125,10 +125,10 @@ def _message(record: Record, at: str, turn: Mapping[str, Any], unused: Counter[s
         record.string(passed[key], f"{at}.{key}")
     if calls:
         passed = {"tool_calls": calls, **passed}
-    learned = _is_learned(record, at, turn, role)
+    trained = _is_trained(record, at, turn, role)
     used = {role_key, content_key, "function_call", *_PASSED, *_SWITCHES}
     unused.update(f"{at.partition('[')[0]}[].{key}" for key in turn if key not in used and not is_blank(turn[key]))
-    return Message(role, content, learned, record.string(_json(passed), f"{at}.tool_calls") if passed else "")
+    return Message(role, content, trained, record.string(_json(passed), f"{at}.tool_calls") if passed else "")
 
 
 def _first(names: Iterable[str], turn: Mapping[str, Any], *, but: str = "") -> str:
@@ -199,7 +199,7 @@ def _call(record: Record, at: str, value: object) -> dict[str, Any]:
     return {**({} if "type" in call else {"type": "function"}), **call, "function": function}
 
 
-def _is_learned(record: Record, at: str, turn: Mapping[str, Any], role: str) -> bool:
+def _is_trained(record: Record, at: str, turn: Mapping[str, Any], role: str) -> bool:
     """Whether the turn is trained: OpenAI's `weight` of 0 or 1, or a `train` of true or false."""
     if masks := [key for key in _MASKS if not is_blank(turn.get(key))]:
         raise record.error(f"`{at}.{masks[0]}` is ambiguous: give `weight` instead, 1 for a turn to train on.")

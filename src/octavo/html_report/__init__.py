@@ -232,7 +232,7 @@ def _ledger(path: Path) -> str:
     for name, part in parts.items():
         if not part:
             continue
-        keys = [key for key in ("documents", "tokens", "learned", "read_only", "left_out", "padding") if key in part]
+        keys = [key for key in ("documents", "tokens", "trained", "masked", "left_out", "padding") if key in part]
         files = sorted(part.get("files", ()), key=lambda file: -file.get("tokens", 0))
         rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]]
         if len(files) > MAX_FILES:

@@ -164,7 +164,7 @@ class Connection(H11Protocol):
             self._socket.close()
 
     def _evict(self) -> bool:
-        """Aborts one connection that is already closing, to free a place. Returns whether there was one."""
+        """Aborts one connection that is already closing, to make room for another. Returns whether there was one."""
         for connection in self.connections:
             if isinstance(connection, Connection) and connection is not self and connection.transport.is_closing():
                 connection._socket.abort()

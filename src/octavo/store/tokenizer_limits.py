@@ -23,9 +23,9 @@ def check_pipeline(content: Mapping[str, Any], *, where: str) -> None:
 
     Unknown structures are ignored here: the library rejects them.
     """
-    for key, inner in _PARTS.items():
+    for key, list_key in _PARTS.items():
         growth = 1.0
-        for part in _flat(content.get(key), inner):
+        for part in _flat(content.get(key), list_key):
             growth *= _growth(part, where)
             if growth > MAX_GROWTH:
                 raise _too_large(where, f"its {key} makes more than {MAX_GROWTH} characters of one")
@@ -41,13 +41,13 @@ def check_pipeline(content: Mapping[str, Any], *, where: str) -> None:
         raise _too_large(where, f"it has a token of more than {MAX_TOKEN_CHARACTERS:,} characters")
 
 
-def _flat(part: Any, inner: str) -> Iterator[Mapping[str, Any]]:
+def _flat(part: Any, list_key: str) -> Iterator[Mapping[str, Any]]:
     """The parts of a pipeline in order. A Sequence may contain Sequences."""
     if not isinstance(part, Mapping):
         return
-    if part.get("type") == "Sequence" and isinstance(part.get(inner), list):
-        for child in part[inner]:
-            yield from _flat(child, inner)
+    if part.get("type") == "Sequence" and isinstance(part.get(list_key), list):
+        for child in part[list_key]:
+            yield from _flat(child, list_key)
     else:
         yield part
 

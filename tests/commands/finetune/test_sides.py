@@ -76,7 +76,7 @@ def test_a_document_on_both_sides_is_removed_from_training(tmp_path: Path, token
     alone = Outcome(tmp_path, tokenizer, data=[str(data / "a.txt")], test_data=[str(held)])
     found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
     assert [row.ids.tolist() for row in found.train.rows] == [row.ids.tolist() for row in alone.train.rows]
-    assert found.train.ledger.learned == learned(found.train)
+    assert found.train.ledger.trained == learned(found.train)
     assert (found.train.ledger.documents, found.train.ledger.dropped) == (2, 1)
     overlap = found.overlap
     assert (overlap["removed_documents"], overlap["near_copies"], overlap["share"]) == (1, 0, 0.0)

@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Index:
         self.answers[path] = lambda handler: handler.send(200, text.encode(), Content_Type=kind)
 
     def file(self, content: bytes = CONTENT, *, path: str = f"/files/{WANTED.filename}", ranges: bool = True) -> None:
-        """Serves the file, from where a client asks."""
+        """Serves the file from the requested byte on."""
 
         def answer(handler: Handler) -> None:
             requested = handler.headers.get("Range") if ranges else None

@@ -41,7 +41,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     sides = _sides(config, tokenizer, report)
     options = config[TextOptions]
     text = to_rows(sides.train, options, tokenizer, excluded=sides.removed)
-    if text.ledger.learned == 0:
+    if text.ledger.trained == 0:
         if sides.removed:
             raise UsageError(
                 "All of the training text is also held out: nothing is left to train on.",
@@ -56,7 +56,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
     show_ledger(held_out.ledger, f"Held-out text ({overlap.share:.1%} of it also in the training text)", report)
-    if held_out.ledger.learned == 0:
+    if held_out.ledger.trained == 0:
         report.warn("The held-out text has no token to evaluate: give other text with --test-data.")
         return text, None
     return text, held_out
@@ -76,17 +76,17 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
     if data.test_data:
         if data.test_fraction not in (0, TrainingData().test_fraction):
             report.say("--test-fraction is not used: --test-data is given.")
-        held = read_documents(data.test_data, options, report)
-        numbers = set(holdout.copies(training.documents, held.documents))
-        kept = [document for number, document in enumerate(training.documents) if number not in numbers]
+        held_out_text = read_documents(data.test_data, options, report)
+        numbers = set(holdout.copies(training.documents, held_out_text.documents))
+        remaining = [document for number, document in enumerate(training.documents) if number not in numbers]
         copies = [document for number, document in enumerate(training.documents) if number in numbers]
-        train = encoded(replace(training, documents=kept))
-        return _Sides(train, encoded(held), encoded_documents(copies) if copies else None, "as given")
+        train = encoded(replace(training, documents=remaining))
+        return _Sides(train, encoded(held_out_text), encoded_documents(copies) if copies else None, "as given")
     if data.test_fraction == 0:
         return _Sides(encoded(training), None, None, "nothing")
     if len(training.documents) == 1:
         return _tail(encoded(training), data.test_fraction, tokenizer, report)
-    kept, rest = holdout.split(training.documents, fraction=data.test_fraction, seed=seed)
+    remaining, rest = holdout.split(training.documents, fraction=data.test_fraction, seed=seed)
     count = len(training.documents)
     report.say(f"Held out: {len(rest):,} of {count:,} documents, chosen by their content and the seed.")
     expected = holdout.share_of(count, data.test_fraction)
@@ -95,7 +95,7 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
             f"--test-fraction {data.test_fraction:g} is {expected:,} documents. The number differs because all copies "
             "of a text are on one side, so that no held-out text is trained on."
         )
-    train = encoded(replace(training, documents=kept))
+    train = encoded(replace(training, documents=remaining))
     return _Sides(train, encoded_documents(rest), None, "a share of the documents")
 
 

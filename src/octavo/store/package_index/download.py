@@ -32,18 +32,18 @@ def fetch(wanted: Pinned, target: Path, settings: Settings, *, progress: Callabl
     """
     client = Client(settings)
     problems: list[str] = []
-    for place in settings.find_links:
-        if (path := in_folder(place, wanted)) is not None:
+    for location in settings.find_links:
+        if (path := in_folder(location, wanted)) is not None:
             try:
                 _fetch_file(path.read_bytes, wanted, target)
                 return
             except FetchError as error:
                 problems.append(f"{path}: {error}")
-    pages = [place for place in settings.find_links if place.startswith(("http://", "https://"))]
+    pages = [location for location in settings.find_links if location.startswith(("http://", "https://"))]
     finders = [(address_on_page, page) for page in pages] + [(address_on_index, index) for index in settings.indexes]
-    for find, place in finders:
+    for find, location in finders:
         try:
-            _from(find, place, wanted, target, client, progress)
+            _from(find, location, wanted, target, client, progress)
             return
         except FetchError as error:
             problems.append(str(error))
@@ -52,14 +52,14 @@ def fetch(wanted: Pinned, target: Path, settings: Settings, *, progress: Callabl
 
 def _from(
     find: Callable[[str, Pinned, Client], str],
-    place: str,
+    location: str,
     wanted: Pinned,
     target: Path,
     client: Client,
     progress: Callable[[int], object],
 ) -> None:
     """Downloads the file from one index or page. A failed query of the index is repeated, as a failed download is."""
-    url = _patiently(lambda: find(place, wanted, client), attempts=PAGE_ATTEMPTS)
+    url = _patiently(lambda: find(location, wanted, client), attempts=PAGE_ATTEMPTS)
     if split(url).scheme == "file":
         path = Path(url2pathname(split(url).path))
         _fetch_file(path.read_bytes, wanted, target)
@@ -100,7 +100,7 @@ def _continue(url: str, wanted: Pinned, part: Path, client: Client, progress: Ca
         if have and not (response.status == 206 and _starts_at(response.headers.get("Content-Range"), have)):
             if response.status != 200:
                 part.unlink()
-                raise FetchError(f"{host_of(url)}: sent another part than was asked for", again=True)
+                raise FetchError(f"{host_of(url)}: sent another part than the requested one", again=True)
             have = 0  # the server does not support ranges and sends the whole file
         _append(response, url, wanted, part, have, progress)
 
@@ -128,8 +128,8 @@ def _append(
         raise FetchError(f"{host_of(url)}: the connection was cut", again=True)
 
 
-def _starts_at(content_range: str | None, place: int) -> bool:
-    return bool(content_range) and str(content_range).replace("=", " ").split()[-1].startswith(f"{place}-")
+def _starts_at(content_range: str | None, offset: int) -> bool:
+    return bool(content_range) and str(content_range).replace("=", " ").split()[-1].startswith(f"{offset}-")
 
 
 def _patiently(act: Callable[[], T], *, attempts: int, grown: Callable[[], int] = lambda: 0) -> T:

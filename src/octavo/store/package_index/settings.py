@@ -64,24 +64,24 @@ def configuration_files(environ: Mapping[str, str]) -> Iterator[Path]:
         return
     home = Path(environ.get("HOME") or environ.get("USERPROFILE") or "~").expanduser()
     if os.name == "nt":
-        own = "pip.ini"
-        yield Path(environ.get("PROGRAMDATA", "C:\\ProgramData")) / "pip" / own
-        yield home / "pip" / own
-        yield Path(environ.get("APPDATA") or home / "AppData" / "Roaming") / "pip" / own
+        file_name = "pip.ini"
+        yield Path(environ.get("PROGRAMDATA", "C:\\ProgramData")) / "pip" / file_name
+        yield home / "pip" / file_name
+        yield Path(environ.get("APPDATA") or home / "AppData" / "Roaming") / "pip" / file_name
     else:
-        own = "pip.conf"
+        file_name = "pip.conf"
         if sys.platform == "darwin":
-            yield Path("/Library/Application Support/pip") / own
+            yield Path("/Library/Application Support/pip") / file_name
         for folder in reversed((environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)):
-            yield Path(folder) / "pip" / own
-        yield Path("/etc") / own
-        yield home / ".pip" / own
+            yield Path(folder) / "pip" / file_name
+        yield Path("/etc") / file_name
+        yield home / ".pip" / file_name
         macs = home / "Library" / "Application Support" / "pip"
         if sys.platform == "darwin" and macs.is_dir():
-            yield macs / own
+            yield macs / file_name
         else:
-            yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / own
-    yield Path(sys.prefix) / own
+            yield Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "pip" / file_name
+    yield Path(sys.prefix) / file_name
     if named:
         yield Path(named)
 

@@ -50,10 +50,10 @@ def address_on_page(page: str, wanted: Pinned, client: Client) -> str:
     raise FetchError(f"{host_of(page)}: does not list {wanted.filename}")
 
 
-def in_folder(place: str, wanted: Pinned) -> Path | None:
+def in_folder(location: str, wanted: Pinned) -> Path | None:
     """The file in a folder, given as a path or a file:// URL; None if either does not exist."""
-    parts = urlsplit(place)
-    folder = Path(url2pathname(parts.path)) if parts.scheme == "file" else Path(place).expanduser()
+    parts = urlsplit(location)
+    folder = Path(url2pathname(parts.path)) if parts.scheme == "file" else Path(location).expanduser()
     try:
         if folder.name == wanted.filename and folder.is_file():
             return folder
