@@ -95,9 +95,9 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     # The one place of a step where the CPU waits for the GPU: no update before loss and gradients are checked.
     *values, norm = torch.stack([*losses, gradient_norm]).tolist()
     values = [value / weight for value in values]
-    for value, part in zip(values, micro_batches(batch, rows), strict=True):
-        if not math.isfinite(value):
-            raise _not_finite(value, number, part, scaler)
+    if not all(map(math.isfinite, values)):
+        parts = zip(values, micro_batches(batch, rows), strict=True)
+        raise _not_finite(*next((value, part) for value, part in parts if not math.isfinite(value)), number, scaler)
     finite = math.isfinite(norm)
     if check and batch.trained_tokens:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
@@ -187,7 +187,7 @@ def _seed(seed: int, step: int, index: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-def _not_finite(value: float, number: int, batch: Batch, scaler: LossScaler) -> TrainingError:
+def _not_finite(value: float, batch: Batch, number: int, scaler: LossScaler) -> TrainingError:
     advice = "a smaller --lr or a longer --warmup"
     if scaler.active:
         advice += ", or --dtype float32 or bfloat16 instead of float16"

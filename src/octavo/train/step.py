@@ -258,6 +258,9 @@ class PlannedStep:
 
 def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
     """The batch in micro-batches of up to `rows` rows."""
+    if rows >= len(batch.ids):
+        yield batch
+        return
     for start in range(0, len(batch.ids), rows):
         part = slice(start, start + rows)
         labels = batch.labels[part]
