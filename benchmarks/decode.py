@@ -158,7 +158,7 @@ def saved_adapters(model: Decoder, count: int, folder: Path) -> dict[str, Path]:
                 parameter.data.normal_(0, 0.01)
         folders[f"adapter-{number}"] = folder / str(number)
         folders[f"adapter-{number}"].mkdir()
-        save(folders[f"adapter-{number}"], model, plan, base="base", origin={}, card="")
+        save(folders[f"adapter-{number}"], model, plan, base="base", origin={}, readme="")
     for module in model.modules():
         if isinstance(module, FrozenLinear):
             module.lora.clear()

@@ -305,7 +305,7 @@ def adapter_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
         if name.endswith("lora_B"):
             parameter.data.normal_(generator=generator)
     origin = {"base": {"sha256": fingerprint(source)}}
-    adapters.save(folder, model, plan, base=str(tiny_llama), origin=origin, card="")
+    adapters.save(folder, model, plan, base=str(tiny_llama), origin=origin, readme="")
     return folder
 
 

@@ -174,7 +174,7 @@ def _trained_in_full(entry: WeightEntry) -> list[tuple[str, Tensor]]:
     return [(f"{entry.name}.{kind}", p) for kind, p in entry.layer.named_parameters(recurse=False) if p.requires_grad]
 
 
-def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], card: str) -> None:
+def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: Mapping[str, Any], readme: str) -> None:
     """Writes the adapter of `model` into `folder` atomically. `origin` is the content of octavo.json."""
     adapter = collect(model, plan.spec, origin=origin)
     modules = {entry.name: entry.module for entry in weight_entries(model).values()}
@@ -184,7 +184,7 @@ def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: 
             adapter, full={**before.full, **adapter.full}, tokens=before.tokens, separate=before.separate,
             base_layers=before.base_layers,
         )  # fmt: skip
-    peft.write(folder, adapter, modules=modules.values(), biases=plan.biases, base=base, card=card)
+    peft.write(folder, adapter, modules=modules.values(), biases=plan.biases, base=base, readme=readme)
 
 
 def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:

@@ -138,7 +138,7 @@ def test_an_adapter_with_added_tokens_is_used_with_its_own_tokenizer(
     }
     adapter = peft.Adapter(LoraSpec(), {}, full)
     peft.write(
-        tmp_path / "adapter", adapter, modules=weight_entries(build(source.config)), biases=False, base="", card=""
+        tmp_path / "adapter", adapter, modules=weight_entries(build(source.config)), biases=False, base="", readme=""
     )
     (tmp_path / "text.txt").write_text("the king <extra_b> said")
     ask = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")

@@ -62,7 +62,7 @@ def adapters(folder: Path, tmp_path: Path) -> list[Path]:
             parameter.data.normal_(0, 0.1)
         found.append(tmp_path / str(rank))
         found[-1].mkdir()
-        save(found[-1], model, plan, base="base", origin={}, card="")
+        save(found[-1], model, plan, base="base", origin={}, readme="")
     return found
 
 

@@ -103,7 +103,7 @@ class Family:
             generator = torch.Generator().manual_seed(len(kind))
             for parameter in trained(model).values():
                 parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-            save(folder, model, plan, base="base", origin={}, card="")
+            save(folder, model, plan, base="base", origin={}, readme="")
         return folder
 
     def engine(self, limits: Limits, model: Decoder | None = None, *, stop_ids: Sequence[int] = ()) -> Engine:

@@ -127,7 +127,7 @@ def test_requests_stay_within_the_domains(
         model, plan = load(source, scheme_named("none"), dtype=torch.float32, device=CPU), AdapterPlan(LoraSpec(4, 8.0))
         adapters.create_(model, plan, seed=0)
         folder.mkdir()
-        adapters.save(folder, model, plan, base="base", origin={}, card="")
+        adapters.save(folder, model, plan, base="base", origin={}, readme="")
         model = load(source, scheme_named(scheme), dtype=dtype, device=CPU).eval()
         adapters.serve_(model, routing, read(folder), "a")
         cache = model.new_slots(slots=3, max_len=100)

@@ -269,7 +269,7 @@ def test_an_adapter_of_a_run_gives_the_same_logits_in_peft(adapter: Path, folder
     model = plain_model(folder)
     plan = apply_(model, read(adapter))
     torch.testing.assert_close(model(ids), theirs, rtol=0, atol=1e-4)
-    save(tmp_path / "again", model, plan, base=str(folder), origin={}, card="")
+    save(tmp_path / "again", model, plan, base=str(folder), origin={}, readme="")
     before, after = read(adapter), read(tmp_path / "again")
     assert before.lora.keys() == after.lora.keys()
     assert before.full.keys() == after.full.keys()

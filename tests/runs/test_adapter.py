@@ -24,7 +24,9 @@ from octavo.store.peft import Adapter
 def fill_with(step: int) -> Callable[[Path], None]:
     pair = torch.full((1, 3), float(step)), torch.full((4, 1), float(step)), 2.0
     adapter = Adapter(LoraSpec(1, 2.0), {"model.layers.0.q_proj": pair}, {}, {"step": step})
-    return partial(peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", card="#\n")
+    return partial(
+        peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", readme="#\n"
+    )
 
 
 @pytest.fixture

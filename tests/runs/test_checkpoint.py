@@ -46,7 +46,9 @@ def adapter_of(step: int) -> Callable[[Path], None]:
     """An adapter of one linear with values that tell the step."""
     pair = torch.full((1, 3), float(step)), torch.full((4, 1), float(step)), 2.0
     adapter = Adapter(LoraSpec(1, 2.0), {"model.layers.0.q_proj": pair}, {}, {"step": step})
-    return partial(peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", card="#\n")
+    return partial(
+        peft.fill, adapter=adapter, modules=["model.layers.0.q_proj"], biases=False, base="base", readme="#\n"
+    )
 
 
 def save(folder: Path, step: int, **options: Any) -> Path:

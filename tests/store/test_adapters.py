@@ -116,7 +116,7 @@ def tuned(folder: Path, plan: AdapterPlan) -> Decoder:
 
 
 def write(out: Path, model: Decoder, plan: AdapterPlan, base: str = "base") -> None:
-    save(out, model, plan, base=base, origin={"base": "hash"}, card="# A card\n")
+    save(out, model, plan, base=base, origin={"base": "hash"}, readme="# A model\n")
 
 
 def peft_adapter(folder: Path, out: Path, options: dict[str, Any]) -> Any:

@@ -239,7 +239,7 @@ def test_adapters_on_some_layers_and_of_several_ranks_are_read(changed: Callable
     some: dict[str, Tensor | None] = {name + end: None for name in missing for end in ENDS}
     a, b = torch.randn(3, 64) * 0.2, torch.randn(300, 3) * 0.2
     folder = changed({**some, "lm_head" + ENDS[0]: a, "lm_head" + ENDS[1]: b})
-    actual = split(opened(folder), tmp_path / "out", card="")
+    actual = split(opened(folder), tmp_path / "out", readme="")
     assert actual.lora.keys() == set(MODULES) - set(missing)
     assert set(actual.full) == {*NORMS, *(name for name in BIASES if "fc_in" not in name)}
     model = model_of(tmp_path / "out" / "base")
@@ -271,7 +271,7 @@ def test_a_damaged_tuned_folder_is_an_error_and_nothing_is_written(
 ) -> None:
     tensors, message = DAMAGES[damage]
     with pytest.raises(ModelError, match=message):
-        split(opened(changed(tensors)), tmp_path / "out", card="")
+        split(opened(changed(tensors)), tmp_path / "out", readme="")
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
 
 
@@ -279,7 +279,7 @@ def test_a_damaged_tuned_folder_is_an_error_and_nothing_is_written(
 def pieces(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The seed's folder, split. Not to be changed."""
     out = tmp_path_factory.mktemp("pieces") / "out"
-    split(opened(seed.folder), out, card="# A card\n")
+    split(opened(seed.folder), out, readme="# A model\n")
     return out
 
 
@@ -333,7 +333,7 @@ def test_the_adapters_config_is_plain_lora_on_every_layer(pieces: Path) -> None:
     )
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     assert config["base_model_name_or_path"] == str(pieces / "base")
-    assert (pieces / "adapter" / "README.md").read_text() == "# A card\n"
+    assert (pieces / "adapter" / "README.md").read_text() == "# A model\n"
 
 
 def test_the_adapter_has_the_identity_of_its_base(pieces: Path) -> None:
@@ -385,7 +385,7 @@ def test_gpt_j_6b_has_170_adapters_of_340_tensors() -> None:
 
 def test_a_folder_without_adapters_cannot_be_split(hivemind: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing to convert") as caught:
-        split(opened(hivemind), tmp_path / "out", card="")
+        split(opened(hivemind), tmp_path / "out", readme="")
     assert "octavo quantize" in caught.value.hint
 
 
@@ -394,10 +394,10 @@ def test_splitting_refuses_a_folder_with_files_and_accepts_an_empty_one(seed: An
     out.mkdir()
     (notes := out / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="already holds"):
-        split(opened(seed.folder), out, card="")
+        split(opened(seed.folder), out, readme="")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
     notes.unlink()
-    split(opened(seed.folder), out, card="")
+    split(opened(seed.folder), out, readme="")
     assert {path.name for path in out.iterdir()} == {"base", "adapter"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -408,7 +408,7 @@ def test_an_interrupted_split_leaves_no_files(seed: Any, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        split(opened(seed.folder), tmp_path / "out", card="", on_layer=interrupt)
+        split(opened(seed.folder), tmp_path / "out", readme="", on_layer=interrupt)
     assert list(tmp_path.iterdir()) == []
 
     def fail(*_: object, **__: object) -> None:
@@ -416,5 +416,5 @@ def test_an_interrupted_split_leaves_no_files(seed: Any, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(peft_module, "write", fail)
     with pytest.raises(OSError, match="No space"):
-        split(opened(seed.folder), tmp_path / "out", card="")
+        split(opened(seed.folder), tmp_path / "out", readme="")
     assert list(tmp_path.iterdir()) == []

@@ -167,7 +167,7 @@ def test_saving_an_adapter_again_keeps_its_full_weights(
     family, options = CASES[case]
     model = model_of(families[family])
     plan = apply_(model, read(folder))
-    save(tmp_path / "ours", model, plan, base=str(families[family]), origin={}, card="")
+    save(tmp_path / "ours", model, plan, base=str(families[family]), origin={}, readme="")
     again = model_of(families[family])
     apply_(again, read(tmp_path / "ours"))
     assert torch.equal(logits(again), logits(model))

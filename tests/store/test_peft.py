@@ -45,7 +45,7 @@ LINEARS = Adapter(SPEC, {name: random_lora() for name in MODULES if name.endswit
 
 def put(out: Path, adapter: Adapter = QUERIES, *, biases: bool = False, base: str = "base") -> dict[str, Any]:
     """Writes an adapter and returns its adapter_config.json."""
-    write(out, adapter, modules=MODULES, biases=biases, base=base, card="# A card\n")
+    write(out, adapter, modules=MODULES, biases=biases, base=base, readme="# A model\n")
     config: dict[str, Any] = json.loads((out / "adapter_config.json").read_text())
     return config
 
@@ -310,7 +310,7 @@ def test_a_written_folder_contains_its_origin(tmp_path: Path) -> None:
     assert config["target_modules"] == ["q_proj"]
     assert (config["modules_to_save"], config["bias"]) == (None, "none")
     assert read(tmp_path / "adapter").origin == {"base": "hash"}
-    assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n"
+    assert (tmp_path / "adapter" / "README.md").read_text() == "# A model\n"
 
 
 def test_fully_trained_modules_are_in_modules_to_save(tmp_path: Path) -> None:

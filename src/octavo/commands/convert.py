@@ -38,7 +38,7 @@ def convert(config: Config, report: Report) -> dict[str, Any]:
             layers.append(layer)
             bar.advance()
 
-        adapter = split(source, out, card=_card(model, out), on_layer=on_layer)
+        adapter = split(source, out, readme=_readme(model, out), on_layer=on_layer)
     rows = _rows(layers, scheme, adapter)
     report.table(str(out), list(rows[0]), [list(row.values()) for row in rows], result=True)
     report.result(f"Use it with --model {out / 'base'} --adapter {out / 'adapter'}.")
@@ -74,7 +74,7 @@ def _row(folder: str, what: str, modules: Collection[str], tensors: Collection[T
     }
 
 
-def _card(model: str, out: Path) -> str:
+def _readme(model: str, out: Path) -> str:
     """README.md of the adapter folder (its model card), with the metadata block that the hub reads."""
     return f"""---
 library_name: peft

@@ -139,13 +139,13 @@ def _read_lora(source: Source, entry: WeightEntry, embedded: set[str]) -> tuple[
     return (a if entry.is_linear else a.T), b, 1.0
 
 
-def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLayer], None] | None = None) -> Adapter:
+def split(source: Source, out: Path, *, readme: str, on_layer: Callable[[WrittenLayer], None] | None = None) -> Adapter:
     """Splits a source with embedded adapters into out/base, a plain model, and out/adapter in PEFT's format.
 
     The base is stored bit for bit as in the source. The norms and biases of the original model are not in the source:
     the base has the trained ones, and so has the adapter, which therefore fits the original base too. `out` is written
     atomically. In memory are one tensor, one open shard and the adapter. `on_layer` is called for each frozen weight,
-    `card` becomes the adapter's README.md. Returns the adapter.
+    `readme` becomes the adapter's README.md. Returns the adapter.
 
     UsageError if `out` is not empty; ModelError if the source has no embedded adapter or no tokenizer, and as
     `read_embedded_adapter`.
@@ -163,5 +163,5 @@ def split(source: Source, out: Path, *, card: str, on_layer: Callable[[WrittenLa
         base = {"name": str(out / "base"), "sha256": identity, "scheme": scheme.name}
         adapter = replace(adapter, origin={"version": __version__, "base": base})
         modules = [entry.module for entry in weight_entries(build(source.config)).values()]
-        peft.write(temporary / "adapter", adapter, modules=modules, biases=True, base=str(out / "base"), card=card)
+        peft.write(temporary / "adapter", adapter, modules=modules, biases=True, base=str(out / "base"), readme=readme)
     return adapter

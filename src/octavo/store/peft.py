@@ -122,17 +122,17 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     return {PREFIX + key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
-def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, card: str) -> None:
+def write(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, readme: str) -> None:
     """Writes `adapter` into `folder` atomically, replacing what is there. The arguments are those of `fill`."""
     with new_folder(folder, replace=True) as temporary:
-        fill(temporary, adapter, modules=modules, biases=biases, base=base, card=card)
+        fill(temporary, adapter, modules=modules, biases=biases, base=base, readme=readme)
 
 
-def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, card: str) -> None:
+def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bool, base: str, readme: str) -> None:
     """Writes the files of `adapter` into an existing folder, for a writer that makes the folder durable.
 
     `modules` are the names of all modules of its model, `biases` is True if the biases of its linears are trained,
-    `base` names the model, and `card` is the text of README.md.
+    `base` names the model, and `readme` is the text of README.md.
     """
     tensors, config = tensors_of(adapter), _config(adapter, modules, biases=biases, base=base)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
@@ -140,7 +140,7 @@ def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bo
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes mode 0600, whatever the umask
     origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
     (folder / ORIGIN).write_bytes(json_bytes(origin))
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+    (folder / "README.md").write_text(readme, encoding="utf-8", errors="replace")
 
 
 def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:

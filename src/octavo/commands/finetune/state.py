@@ -153,8 +153,8 @@ def adapter_files(run: Run, adapter: Adapter) -> Callable[[Path], None]:
     """A function that writes the files of an adapter of this run into an empty folder."""
     base, step = run.config[ModelOptions].model, adapter.origin["step"]
     modules = [entry.module for entry in weight_entries(run.model).values()]
-    card = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
-    return partial(peft.fill, adapter=adapter, modules=modules, biases=run.plan.biases, base=base, card=card)
+    readme = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
+    return partial(peft.fill, adapter=adapter, modules=modules, biases=run.plan.biases, base=base, readme=readme)
 
 
 def resume(run: Run) -> bool:
