@@ -1,4 +1,4 @@
-"""Matrices of cases: `make test-gpu` runs those that each check something of their own, `make test-gpu-all` all."""
+"""Matrices of cases: `make test-gpu` runs a selection that covers all code paths, `make test-gpu-all` all cases."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 
 def matrix(**axes: Iterable[Any]) -> Callable[[Callable[..., bool]], pytest.MarkDecorator]:
-    """All combinations of some arguments' values; those that the function given next refuses are exhaustive ones.
+    """Parametrizes a test with all combinations of the values; those for which `quick` is false are marked exhaustive.
 
-    Each new combination of types, shapes and schemes has kernels compiled, which takes most of the tests' time.
+    Every new combination of dtypes, shapes and schemes compiles kernels, which takes most of the tests' time.
     """
 
     def parametrized(quick: Callable[..., bool]) -> pytest.MarkDecorator:
@@ -26,5 +26,7 @@ def matrix(**axes: Iterable[Any]) -> Callable[[Callable[..., bool]], pytest.Mark
 
 
 def named(value: Any) -> str:
-    """A value's part of a test's name."""
-    return "packed" if value is True else "one a row" if value is False else str(value).removeprefix("torch.")
+    """The part of a test's id for a value."""
+    return (
+        "packed" if value is True else "one document per row" if value is False else str(value).removeprefix("torch.")
+    )

@@ -1,4 +1,4 @@
-"""Tests of what only a CUDA card can do. They are collected where there is one, and nowhere else."""
+"""Tests that need a GPU. Without one, pytest does not collect them."""
 
 from __future__ import annotations
 

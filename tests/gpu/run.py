@@ -1,7 +1,7 @@
-"""The tests of a GPU in as many processes as compile kernels at once: `python tests/gpu/run.py [arguments of pytest]`.
+"""Runs the GPU tests in several processes: `python tests/gpu/run.py [arguments of pytest]`.
 
-Most of their time goes into compiling, one kernel on one core; compiled ones are shared through Triton's cache. With
-pytest-xdist that are its workers; without it each file is a process.
+Most of their time is the compilation of kernels, each on one core; processes share Triton's cache. The processes are
+workers of pytest-xdist; without it every test file has one process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER, OTHERS = "tests/gpu", ("tests/kernels/test_parity.py",)
-MOST = 12  # processes; each takes 4 GB of the host's memory, and 1 GB of the GPU's
+MAX_WORKERS = 12  # a process needs 4 GB of CPU memory and 1 GB of GPU memory
 
 
 def main(arguments: list[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     cores = len(os.sched_getaffinity(0))
-    workers = max(1, min(MOST, cores - 2))
+    workers = max(1, min(MAX_WORKERS, cores - 2))
     if workers > 1 and find_spec("xdist") is not None:
         return run(["-p", "no:benchmark", "-n", str(workers), "--dist", "worksteal", *arguments, FOLDER, *OTHERS])
     files = [*OTHERS, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / FOLDER).glob("test_*.py"))]
     with ThreadPoolExecutor(workers) as pool:
         codes = list(pool.map(lambda file: run([*arguments, file]), files))
-    return max(0 if code == 5 else code for code in codes)  # 5: none of a file's tests were asked for
+    return max(0 if code == 5 else code for code in codes)  # 5: no test of the file is selected
 
 
 def run(arguments: list[str]) -> int:

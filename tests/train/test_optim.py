@@ -1,4 +1,4 @@
-"""The optimizer against bitsandbytes and torch on the same numbers; schedules; the loss scaler of float16."""
+"""The optimizers against bitsandbytes and torch on the same values; schedules; the loss scaler of float16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from octavo.errors import CheckpointError, UsageError
 from octavo.layers.lora import FlatGroup, flatten_
 from octavo.train.optim import OPTIMIZERS, SCHEDULES, Adam, LossScaler, OptimizerSettings, Schedule
 
-# Over 4096 numbers that decay, so that their moments really are held in 8 bits; the biases' are not.
+# More than 4096 values with weight decay, so that their moments are stored in 8 bits; those of biases are not.
 SHAPES = {"a": (64, 80), "bias": (30,), "b": (7, 11), "norm": (5,)}
 DECAYING = ("a", "b")
 UNCLIPPED = OptimizerSettings(weight_decay=0.1, max_grad_norm=0.0)
@@ -49,7 +49,7 @@ def advance(optimizer: Adam, steps: range) -> None:
         optimizer.step(0.01 * (step + 1), gradient_norm=optimizer.gradient_norm())
 
 
-def test_the_state_of_8_bits_is_in_bitsandbytes_format() -> None:
+def test_the_8_bit_state_has_the_format_of_bitsandbytes() -> None:
     ours = optimizer_of(UNCLIPPED)
     values = [nn.Parameter(group.values.detach().clone()) for group in ours.groups]
     arguments = [{"params": [values[0]], "weight_decay": 0.1}, {"params": [values[1]], "weight_decay": 0.0}]
@@ -59,7 +59,7 @@ def test_the_state_of_8_bits_is_in_bitsandbytes_format() -> None:
             value.grad = flat(gradients_of(step), group)
         for arguments_of_group in theirs.param_groups:
             arguments_of_group["lr"] = 0.01 * (step + 1)
-        if step == 4:  # four steps of theirs, taken up by ours
+        if step == 4:  # ours continues from their state after four steps
             saved = {
                 f"{index}.{key}": torch.as_tensor(tensor)
                 for index, value in enumerate(values)
@@ -78,7 +78,7 @@ def test_the_state_of_8_bits_is_in_bitsandbytes_format() -> None:
     assert torch.equal(ours.groups[0].values, values[0])
 
 
-def test_flat_32_bit_adam_is_torchs_on_separate_tensors() -> None:
+def test_32_bit_adam_on_flat_groups_equals_torch_adamw_on_separate_tensors() -> None:
     ours, parameters = optimizer_of(OptimizerSettings("adamw", weight_decay=0.1, max_grad_norm=0.0)), fresh_parameters()
     theirs = torch.optim.AdamW(
         [
@@ -99,7 +99,7 @@ def test_flat_32_bit_adam_is_torchs_on_separate_tensors() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.5, 1e6])
-def test_clipping_is_torchs_over_all_groups_together(clip: float) -> None:
+def test_clipping_over_all_groups_equals_torch(clip: float) -> None:
     optimizer, parameters = optimizer_of(OptimizerSettings("adamw", max_grad_norm=clip)), fresh_parameters()
     for name, gradient in gradients_of(0).items():
         parameters[name].grad = gradient
@@ -114,7 +114,7 @@ def test_clipping_is_torchs_over_all_groups_together(clip: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_one_bad_number_shows_in_the_norm(wrong: float) -> None:
+def test_the_norm_is_not_finite_if_one_gradient_is_not(wrong: float) -> None:
     optimizer = optimizer_of(UNCLIPPED)
     assert optimizer.groups[1].values.grad is not None
     optimizer.groups[1].values.grad[3] = wrong
@@ -134,10 +134,10 @@ def test_only_matrices_decay(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_state_taken_up_goes_on_bit_for_bit(kind: str) -> None:
+def test_a_loaded_state_continues_bit_identically(kind: str) -> None:
     settings = OptimizerSettings(kind, weight_decay=0.1)
-    whole, first, second = (optimizer_of(settings) for _ in range(3))
-    advance(whole, range(6))
+    uninterrupted, first, second = (optimizer_of(settings) for _ in range(3))
+    advance(uninterrupted, range(6))
     advance(first, range(3))
     state = first.state()
     with torch.no_grad():
@@ -145,24 +145,24 @@ def test_a_state_taken_up_goes_on_bit_for_bit(kind: str) -> None:
             new.values.copy_(old.values)
     second.load_state(state)
     advance(second, range(3, 6))
-    for expected, group in zip(whole.groups, second.groups, strict=True):
+    for expected, group in zip(uninterrupted.groups, second.groups, strict=True):
         assert torch.equal(group.values, expected.values)
-    assert all(torch.equal(tensor, second.state()[key]) for key, tensor in whole.state().items())
+    assert all(torch.equal(tensor, second.state()[key]) for key, tensor in uninterrupted.state().items())
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_state_belongs_to_its_owner_alone(kind: str) -> None:
+def test_a_state_is_a_copy(kind: str) -> None:
     optimizer, other = optimizer_of(OptimizerSettings(kind)), optimizer_of(OptimizerSettings(kind))
     advance(optimizer, range(2))
     state = optimizer.state()
-    kept = {key: tensor.clone() for key, tensor in state.items()}
+    saved = {key: tensor.clone() for key, tensor in state.items()}
     advance(optimizer, range(2, 3))
     other.load_state(state)
     advance(other, range(2, 3))
-    assert all(torch.equal(state[key], kept[key]) for key in kept)
+    assert all(torch.equal(state[key], saved[key]) for key in saved)
 
 
-def test_a_state_that_lacks_a_part_is_refused() -> None:
+def test_an_incomplete_state_raises_an_error() -> None:
     optimizer = optimizer_of(UNCLIPPED)
     advance(optimizer, range(1))
     state = optimizer.state()
@@ -172,7 +172,7 @@ def test_a_state_that_lacks_a_part_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_state_of_other_numbers_is_refused(kind: str) -> None:
+def test_a_state_of_other_parameters_raises_an_error(kind: str) -> None:
     optimizer = optimizer_of(OptimizerSettings(kind))
     advance(optimizer, range(1))
     smaller = Adam(flatten_({"a": nn.Parameter(torch.zeros(64, 79))}), OptimizerSettings(kind))
@@ -180,7 +180,7 @@ def test_a_state_of_other_numbers_is_refused(kind: str) -> None:
         smaller.load_state(optimizer.state())
 
 
-def test_an_unknown_optimizer_or_schedule_names_the_known() -> None:
+def test_an_unknown_optimizer_or_schedule_raises_an_error_with_the_choices() -> None:
     with pytest.raises(UsageError, match=r"'sgd'(.|\n)*adamw8bit or adamw"):
         optimizer_of(OptimizerSettings("sgd"))
     with pytest.raises(UsageError, match=r"'steps'(.|\n)*cosine, linear, constant"):
@@ -188,13 +188,13 @@ def test_an_unknown_optimizer_or_schedule_names_the_known() -> None:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_warm_up_is_straight_and_ends_at_the_peak(kind: str) -> None:
+def test_warm_up_is_linear_and_ends_at_the_peak(kind: str) -> None:
     schedule = Schedule(2.0, 20, warmup=4, kind=kind, floor=0.1)
     assert [schedule.at(step) for step in range(1, 5)] == [0.5, 1.0, 1.5, 2.0]
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_rates_fall_from_the_peak_to_the_floor(kind: str) -> None:
+def test_rates_decrease_from_the_peak_to_the_floor(kind: str) -> None:
     schedule = Schedule(2.0, 24, warmup=4, kind=kind, floor=0.1)
     rates = [schedule.at(step) for step in range(4, 25)]
     assert rates == sorted(rates, reverse=True)
@@ -203,19 +203,19 @@ def test_rates_fall_from_the_peak_to_the_floor(kind: str) -> None:
     assert schedule.at(24) == pytest.approx(last)
 
 
-def test_a_cosine_falls_late_and_a_line_evenly() -> None:
-    line, cosine = (Schedule(1.0, 100, kind=kind) for kind in ("linear", "cosine"))
-    assert line.at(25) == pytest.approx(0.75)
+def test_a_cosine_schedule_decreases_later_than_a_linear_one() -> None:
+    linear, cosine = (Schedule(1.0, 100, kind=kind) for kind in ("linear", "cosine"))
+    assert linear.at(25) == pytest.approx(0.75)
     assert cosine.at(25) == pytest.approx((1 + 2**-0.5) / 2)
-    assert Schedule(1.0, 3, warmup=3).at(3) == 1.0  # nothing but warm-up
+    assert Schedule(1.0, 3, warmup=3).at(3) == 1.0  # warm-up only
 
 
-def test_an_overflow_halves_the_scale_and_patience_doubles_it() -> None:
+def test_an_overflow_halves_the_scale_and_finite_steps_double_it() -> None:
     scaler = LossScaler(torch.float16, patience=3)
     start = scaler.scale
     scaler.update(finite=False)
     assert scaler.scale == start / 2
-    for finite in (True, True, False, True, True):  # the overflow begins the count anew
+    for finite in (True, True, False, True, True):  # the overflow resets the count
         scaler.update(finite=finite)
     assert scaler.scale == start / 4
     scaler.update(finite=True)
@@ -223,7 +223,7 @@ def test_an_overflow_halves_the_scale_and_patience_doubles_it() -> None:
     assert scaler.good_steps == 0
 
 
-def test_a_scaler_divides_what_the_loss_was_multiplied_by() -> None:
+def test_unscale_divides_gradients_by_the_loss_scale() -> None:
     scaler, groups = LossScaler(torch.float16), flatten_(fresh_parameters())
     fill(groups, {name: gradient * scaler.scale for name, gradient in gradients_of(0).items()})
     scaler.unscale_(groups)
@@ -233,18 +233,18 @@ def test_a_scaler_divides_what_the_loss_was_multiplied_by() -> None:
         assert torch.equal(group.values.grad, flat(gradients_of(0), group))
 
 
-def test_a_scaler_goes_on_from_its_state() -> None:
+def test_a_scaler_continues_from_its_state() -> None:
     scaler, other = LossScaler(torch.float16, patience=3), LossScaler(torch.float16, patience=3)
     for finite in (False, True, True):
         scaler.update(finite=finite)
     other.load_state(scaler.state())
-    for each in (scaler, other):
-        each.update(finite=True)
+    for continued in (scaler, other):
+        continued.update(finite=True)
     assert other.state() == scaler.state() == {"scale": 2.0**13, "good_steps": 0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scaler_leaves_other_types_alone(dtype: torch.dtype) -> None:
+def test_the_scaler_is_inactive_in_float32_and_bfloat16(dtype: torch.dtype) -> None:
     scaler = LossScaler(dtype, patience=1)
     scaler.update(finite=False)
     scaler.update(finite=True)

@@ -1,4 +1,4 @@
-"""Micro-steps: whose gradients they add, in what parts, and what a graph of a step makes room for."""
+"""EagerStep, PlannedStep, micro-batches, and the number of document slots in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from octavo.ops.attention import find_documents
 from octavo.train.memory import MemoryPlan
 from octavo.train.step import EagerStep, PlannedStep, _document_slots, micro_batches
 
-VOCABULARY, LENGTH, CPU = 61, 12, torch.device("cpu")
+VOCAB_SIZE, SEQ_LEN, CPU = 61, 12, torch.device("cpu")
 CONFIG = LlamaConfig(
-    vocab_size=VOCABULARY,
+    vocab_size=VOCAB_SIZE,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -50,19 +50,19 @@ def model(base: Decoder) -> Decoder:
     return copy.deepcopy(base)
 
 
-def batch_of(rows: int = 5, *, learned: bool = True) -> Batch:
-    """Rows of one, two and three documents, with padding; about half is learned."""
+def batch_of(rows: int = 5, *, labelled: bool = True) -> Batch:
+    """Rows of one, two and three documents, with padding; about half of the tokens have a label."""
     torch.manual_seed(0)
     cuts = [[12], [5, 7], [4, 3, 2], [9], [1, 11]]
-    document, positions = torch.full((rows, LENGTH), -1), torch.zeros(rows, LENGTH, dtype=torch.int64)
+    document, positions = torch.full((rows, SEQ_LEN), -1), torch.zeros(rows, SEQ_LEN, dtype=torch.int64)
     for row in range(rows):
         start = 0
         for number, length in enumerate(cuts[row]):
             document[row, start : start + length] = 10 * row + number
             positions[row, start : start + length] = torch.arange(length)
             start += length
-    ids, labels = torch.randint(VOCABULARY, (2, rows, LENGTH))
-    labels[(torch.rand(rows, LENGTH) < 0.5) | (document < 0) | torch.tensor(not learned)] = IGNORE_INDEX
+    ids, labels = torch.randint(VOCAB_SIZE, (2, rows, SEQ_LEN))
+    labels[(torch.rand(rows, SEQ_LEN) < 0.5) | (document < 0) | torch.tensor(not labelled)] = IGNORE_INDEX
     return Batch(ids, labels, positions, document, (("f:1",),) * len(ids), epoch=0, index=0)
 
 
@@ -71,28 +71,28 @@ def gradients(model: Decoder) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("save", list(Save))
-def test_a_launched_step_adds_the_gradients_of_the_loss_times_the_seed(model: Decoder, save: Save) -> None:
+def test_an_eager_step_adds_the_gradients_of_the_scaled_loss(model: Decoder, save: Save) -> None:
     batch, parameters = batch_of(), list(adapters.trained(model).values())
-    expected = batch_loss(model, batch)
-    theirs = torch.autograd.grad(expected, parameters)
+    expected_loss = batch_loss(model, batch)
+    expected = torch.autograd.grad(expected_loss, parameters)
     step = EagerStep(model, ForwardOptions(save))
     loss = step(batch, 0.25)
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, expected.detach())  # in nats, whatever the seed
-    step(batch, 0.5)  # adds to what is there
-    for mine, other in zip(gradients(model), theirs, strict=True):
-        assert mine is not None
-        torch.testing.assert_close(mine, 0.75 * other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expected_loss.detach())  # in nats, without the scale
+    step(batch, 0.5)  # adds to the gradients of the first call
+    for actual, gradient in zip(gradients(model), expected, strict=True):
+        assert actual is not None
+        torch.testing.assert_close(actual, 0.75 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_with_nothing_to_learn_leaves_gradients_alone(model: Decoder) -> None:
-    batch = batch_of(learned=False)
+def test_a_batch_without_labels_does_not_change_gradients(model: Decoder) -> None:
+    batch = batch_of(labelled=False)
     assert batch.trained_tokens == 0
     assert EagerStep(model)(batch, 1.0).item() == 0
     assert gradients(model) == [None] * len(gradients(model))
 
 
-def test_a_launched_step_holds_nothing_between_calls(model: Decoder) -> None:
+def test_an_eager_step_stores_nothing_between_calls(model: Decoder) -> None:
     step = EagerStep(model)
     assert step.device == CPU
     before = dict(vars(step))
@@ -102,70 +102,78 @@ def test_a_launched_step_holds_nothing_between_calls(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
-def test_parts_are_the_batch_and_their_losses_and_gradients_add_up(model: Decoder, rows: int) -> None:
+def test_micro_batches_sum_to_the_loss_and_gradients_of_the_batch(model: Decoder, rows: int) -> None:
     batch = batch_of()
-    parts = list(micro_batches(batch, rows))
-    assert max(len(part.ids) for part in parts) == min(rows, 5)
+    split = list(micro_batches(batch, rows))
+    assert max(len(micro_batch.ids) for micro_batch in split) == min(rows, 5)
     for name in ("ids", "labels", "positions", "document"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
-    assert sum(part.trained_tokens for part in parts) == batch.trained_tokens
-    assert all(part.trained_tokens == int((part.labels != IGNORE_INDEX).sum()) for part in parts)
+        assert torch.equal(torch.cat([getattr(micro_batch, name) for micro_batch in split]), getattr(batch, name))
+    assert sum(micro_batch.trained_tokens for micro_batch in split) == batch.trained_tokens
+    assert all(micro_batch.trained_tokens == int((micro_batch.labels != IGNORE_INDEX).sum()) for micro_batch in split)
     step, parameters = EagerStep(model, ForwardOptions(Save.INPUT)), list(adapters.trained(model).values())
-    whole = batch_loss(model, batch)
-    total = torch.stack([step(part, 1.0) for part in parts]).sum()
-    torch.testing.assert_close(total, whole.detach())
-    for mine, other in zip(gradients(model), torch.autograd.grad(whole, parameters), strict=True):
-        assert mine is not None
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    expected = batch_loss(model, batch)
+    total = torch.stack([step(micro_batch, 1.0) for micro_batch in split]).sum()
+    torch.testing.assert_close(total, expected.detach())
+    for actual, gradient in zip(gradients(model), torch.autograd.grad(expected, parameters), strict=True):
+        assert actual is not None
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_plan_that_does_not_fit_is_replaced_by_a_cheaper_one(model: Decoder) -> None:
-    kept: list[Any] = []
+def test_reduce_memory_selects_the_next_smaller_plan(model: Decoder) -> None:
+    calls: list[Any] = []
 
-    def noted(model: Decoder, inputs: Inputs, options: ForwardOptions) -> Tensor:
-        kept.append((options.save, len(inputs.ids)))
+    def recording_loss(model: Decoder, inputs: Inputs, options: ForwardOptions) -> Tensor:
+        calls.append((options.save, len(inputs.ids)))
         return next_token_loss(model, inputs, options)
 
     plans = [
         MemoryPlan((save,) * 2, rows, 2**30, None) for save, rows in ((Save.ALL, 5), (Save.INPUT, 2), (Save.INPUT, 1))
     ]
-    told: list[str] = []
+    warnings: list[str] = []
     following = dict(zip([plan.rows for plan in plans], [*plans[1:], None], strict=True))
     step = PlannedStep(
-        model, plans[0], graphs=False, cheaper=lambda plan: following[plan.rows], warn=told.append, objective=noted
+        model,
+        plans[0],
+        graphs=False,
+        cheaper=lambda plan: following[plan.rows],
+        warn=warnings.append,
+        objective=recording_loss,
     )
     batch, parameters = batch_of(), list(adapters.trained(model).values())
-    theirs = torch.autograd.grad(whole := batch_loss(model, batch), parameters)
+    expected_loss = batch_loss(model, batch)
+    expected = torch.autograd.grad(expected_loss, parameters)
     for number, plan in enumerate(plans):
         assert step.plan == plan
-        assert len(told) == number
+        assert len(warnings) == number
         model.zero_grad()
-        kept.clear()
-        losses = [step(part, 0.5) for part in micro_batches(batch, step.rows)]
-        torch.testing.assert_close(torch.stack(losses).sum(), whole.detach())
-        assert kept == [(plan.save, min(plan.rows, 5 - start)) for start in range(0, 5, plan.rows)]
-        for mine, other in zip(gradients(model), theirs, strict=True):
-            assert mine is not None
-            torch.testing.assert_close(mine, 0.5 * other, rtol=1e-4, atol=1e-5)
+        calls.clear()
+        losses = [step(micro_batch, 0.5) for micro_batch in micro_batches(batch, step.rows)]
+        torch.testing.assert_close(torch.stack(losses).sum(), expected_loss.detach())
+        assert calls == [(plan.save, min(plan.rows, 5 - start)) for start in range(0, 5, plan.rows)]
+        for actual, gradient in zip(gradients(model), expected, strict=True):
+            assert actual is not None
+            torch.testing.assert_close(actual, 0.5 * gradient, rtol=1e-4, atol=1e-5)
         assert step.reduce_memory() == (number < 2)
-    assert "micro-batches of 2 sequences" in told[0]
+    assert "micro-batches of 2 sequences" in warnings[0]
 
 
-def test_rows_of_one_document_each_need_no_room() -> None:
+def test_rows_of_one_document_need_no_document_slots() -> None:
     assert _document_slots(find_documents(torch.tensor([[0, 0], [1, -1]]), CPU)) == 0
 
 
 @settings(max_examples=50, deadline=None)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=8), missing=st.integers(0, 200))
-def test_room_is_one_of_few_sizes_and_twice_what_a_batch_needs(counts: list[int], missing: int) -> None:
+def test_document_slots_are_a_power_of_two_and_at_least_twice_the_number_of_documents(
+    counts: list[int], missing: int
+) -> None:
     document = torch.stack([torch.arange(40) * count // 40 for count in counts])
     documents = find_documents(document, CPU)
-    room = _document_slots(documents, missing=missing)
+    slots = _document_slots(documents, missing=missing)
     if documents is None:
-        assert room == 0
+        assert slots == 0
         return
     number = len(documents.offsets) - 1 + missing
     assert number == sum(counts) + missing
-    assert room >= 2 * number
-    assert room == 64 or room < 4 * (number + 1)
-    assert room & (room - 1) == 0  # doubling, so that batches are of few kinds
+    assert slots >= 2 * number
+    assert slots == 64 or slots < 4 * (number + 1)
+    assert slots & (slots - 1) == 0  # few sizes, so few graphs
