@@ -41,7 +41,7 @@ def test_a_step_from_the_state_of_bitsandbytes_equals_its_step() -> None:
             assert difference.max() <= 1
             assert (
                 difference > 0
-            ).float().mean() < 0.02  # bitsandbytes preserves signs, octavo rounds second moments away from zero
+            ).float().mean() < 0.02  # bitsandbytes preserves signs, octavo never rounds second moments to 0
 
 
 def test_a_step_does_not_synchronize() -> None:

@@ -1,4 +1,4 @@
-"""The engine on a card: a recorded step is the definition's, with adapters and idle slots, and answers are whole."""
+"""The engine on a GPU: decode steps with CUDA graphs against the reference, with adapters and idle slots."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from octavo.store.peft import read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
-pytestmark = pytest.mark.filterwarnings("default")  # what libraries say of each other is no fault of ours
-CARD = torch.device("cuda")
-WORDS, ROOM = 512, 400
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of libraries are no failures
+GPU = torch.device("cuda")
+VOCAB_SIZE, MAX_LEN = 512, 400
 CONFIGS = {
     "llama": LlamaConfig(
-        vocab_size=WORDS, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attention_bias=True, initializer_range=0.1, max_position_embeddings=ROOM,
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, initializer_range=0.1, max_position_embeddings=MAX_LEN,
     ),
     "gptj": GPTJConfig(
-        vocab_size=WORDS, n_embd=256, n_inner=1024, n_layer=2, n_head=4, rotary_dim=32, initializer_range=0.1,
-        n_positions=ROOM,
+        vocab_size=VOCAB_SIZE, n_embd=256, n_inner=1024, n_layer=2, n_head=4, rotary_dim=32, initializer_range=0.1,
+        n_positions=MAX_LEN,
     ),
 }  # fmt: skip
-# The largest difference of logits over the largest logit: two layers of sums in another order, rounded to the type.
-NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+# Tolerance: largest difference of logits over the largest logit; the order of sums and the rounding differ.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -54,77 +54,77 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def adapters(folder: Path, tmp_path: Path) -> list[Path]:
     """Two adapters of different ranks."""
-    found = []
+    folders = []
     for rank in (4, 9):
-        model, plan = loaded(folder, "none", torch.float32), AdapterPlan(LoraSpec(rank, 2.0 * rank))
+        model, plan = load_model(folder, "none", torch.float32), AdapterPlan(LoraSpec(rank, 2.0 * rank))
         create_(model, plan, seed=rank)
         for parameter in trained(model).values():
             parameter.data.normal_(0, 0.1)
-        found.append(tmp_path / str(rank))
-        found[-1].mkdir()
-        save(found[-1], model, plan, base="base", origin={}, readme="")
-    return found
+        folders.append(tmp_path / str(rank))
+        folders[-1].mkdir()
+        save(folders[-1], model, plan, base="base", origin={}, readme="")
+    return folders
 
 
 @pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
+def default_backends() -> Iterator[None]:
     yield
     set_backends(Backends())
 
 
-def loaded(folder: Path, scheme: str, dtype: torch.dtype) -> Decoder:
-    return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=CARD).eval()
+def load_model(folder: Path, scheme: str, dtype: torch.dtype) -> Decoder:
+    return load(FolderSource(folder), scheme_named(scheme), dtype=dtype, device=GPU).eval()
 
 
 def logits_of(model: Decoder, adapters: list[Path], *, slots: int, live: int) -> tuple[torch.Tensor, list[int], bool]:
-    """(logits of the last of three steps over prompts of all lengths, the slots' lengths, whether it was recorded)."""
-    routing = ServedAdapters()
+    """(logits of the last of three steps on prompts of many lengths, lengths of the slots, whether it used graphs)."""
+    served = ServedAdapters()
     for number, path in enumerate(adapters):
-        serve_(model, routing, read(path), str(number))
-    cache = model.new_slots(slots=slots, max_len=ROOM)
-    decoder = DecodeRunner(model, cache, routing, WORDS)
-    draw = torch.Generator().manual_seed(0)
+        serve_(model, served, read(path), str(number))
+    cache = model.new_slots(slots=slots, max_len=MAX_LEN)
+    decoder = DecodeRunner(model, cache, served, VOCAB_SIZE)
+    generator = torch.Generator().manual_seed(0)
     for slot in range(live):
-        own = torch.tensor([slot % 3], device=CARD)
-        prompt = torch.randint(WORDS, (1, 1 + 37 * slot % 390), generator=draw)
-        model.hidden(prompt.to(CARD), cache=cache.slot(slot), adapter_ids=own)
+        adapter_id = torch.tensor([slot % 3], device=GPU)
+        prompt = torch.randint(VOCAB_SIZE, (1, 1 + 37 * slot % 390), generator=generator)
+        model.hidden(prompt.to(GPU), cache=cache.slot(slot), adapter_ids=adapter_id)
     adapter_ids = [slot % 3 for slot in range(live)]
     for _ in range(3):
-        found = decoder.step(torch.randint(WORDS, (live,), generator=draw).tolist(), adapter_ids)
-    assert found.greedy == found.logits.argmax(dim=1).tolist()
+        decoded = decoder.step(torch.randint(VOCAB_SIZE, (live,), generator=generator).tolist(), adapter_ids)
+    assert decoded.greedy == decoded.logits.argmax(dim=1).tolist()
     for layer in model.modules():
         if isinstance(layer, FrozenLinear):
             layer.bank = None
-    return found.logits.clone(), list(cache.lengths), decoder.records
+    return decoded.logits.clone(), list(cache.lengths), decoder.records
 
 
-@matrix(scheme=SCHEMES, dtype=NEAR, size=[(1, 1), (5, 3), (16, 16), (40, 33)])(
-    # Kernels of few rows read int8 alone, in tiles by the type and the rows.
+@matrix(scheme=SCHEMES, dtype=TOLERANCES, size=[(1, 1), (5, 3), (16, 16), (40, 33)])(
+    # Decode kernels of few rows support int8 only; their tiles depend on the dtype and the number of rows.
     lambda scheme, dtype, size: (
         (scheme == "int8" and (dtype == torch.bfloat16 or size == (40, 33)))
         or (size == (5, 3) and dtype == torch.bfloat16)
     )
 )
-def test_a_recorded_step_is_the_definitions(
+def test_a_decode_step_with_graphs_equals_the_reference(
     folder: Path, adapters: list[Path], scheme: str, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
     slots, live = size
-    model = loaded(folder, scheme, dtype)
+    model = load_model(folder, scheme, dtype)
     with torch.no_grad():
-        ours, lengths, recorded = logits_of(model, adapters, slots=slots, live=live)
+        actual, lengths, uses_graph = logits_of(model, adapters, slots=slots, live=live)
         set_backends(Backends(kernels=False))
-        theirs, others, plain = logits_of(model, adapters, slots=slots, live=live)
-    assert (recorded, plain) == (True, False)
-    assert lengths == others
-    assert (ours - theirs).abs().max() < NEAR[dtype] * theirs.abs().max()
+        expected, expected_lengths, reference_uses_graph = logits_of(model, adapters, slots=slots, live=live)
+    assert (uses_graph, reference_uses_graph) == (True, False)
+    assert lengths == expected_lengths
+    assert (actual - expected).abs().max() < TOLERANCES[dtype] * expected.abs().max()
 
 
-def adapter_ids() -> PreTrainedTokenizerFast:
-    table = {f"w{number}": number for number in range(WORDS)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(table, unk_token="w0")))
+def numbered_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{number}": number for number in range(VOCAB_SIZE)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="w0")))
 
 
-def run_out(engine: Engine, requests: list[Request]) -> list[tuple[int, ...]]:
+def run_to_end(engine: Engine, requests: list[Request]) -> list[tuple[int, ...]]:
     streams: list[Stream] = [engine.submit(request) for request in requests]
     while engine.stats().running or engine.stats().waiting:
         engine.step()
@@ -133,13 +133,13 @@ def run_out(engine: Engine, requests: list[Request]) -> list[tuple[int, ...]]:
     return [tuple(token.token_id for token in tokens) for tokens in answers]
 
 
-def test_answers_are_those_of_each_request_alone(folder: Path, adapters: list[Path]) -> None:
-    """In float32, where the order of a sum seldom makes another token the likeliest."""
-    model = loaded(folder, "int8", torch.float32)
-    draw = torch.Generator().manual_seed(1)
+def test_concurrent_requests_have_the_answers_of_single_requests(folder: Path, adapters: list[Path]) -> None:
+    """In float32, where the order of sums rarely changes the sampled token."""
+    model = load_model(folder, "int8", torch.float32)
+    generator = torch.Generator().manual_seed(1)
     requests = [
         Request(
-            tuple(torch.randint(WORDS, (1 + 41 * n % 170,), generator=draw).tolist()),
+            tuple(torch.randint(VOCAB_SIZE, (1 + 41 * n % 170,), generator=generator).tolist()),
             Sampling(temperature=0.0 if n % 2 else 0.9, max_new_tokens=20 + n, seed=n),
             (None, "a", "b")[n % 3],
         )
@@ -147,48 +147,52 @@ def test_answers_are_those_of_each_request_alone(folder: Path, adapters: list[Pa
     ]
     answers = []
     for slots in (6, 1):
-        engine = Engine(model, adapter_ids(), base="base", limits=Limits(slots=slots, max_len=ROOM, chunk=64))
+        engine = Engine(model, numbered_tokenizer(), base="base", limits=Limits(slots=slots, max_len=MAX_LEN, chunk=64))
         for name, path in zip("ab", adapters, strict=True):
             engine.load_adapter(name, path)
-        for piece in engine.warmup_tasks():  # short prompts as graphs too
-            piece()
-        answers.append(run_out(engine, requests) if slots > 1 else [run_out(engine, [one])[0] for one in requests])
+        for task in engine.warmup_tasks():  # also captures prefill of short prompts
+            task()
+        answers.append(
+            run_to_end(engine, requests) if slots > 1 else [run_to_end(engine, [request])[0] for request in requests]
+        )
         for name in "ab":
             engine.remove_adapter(name)
-    same = sum(one == other for one, other in zip(*answers, strict=True))
+    same = sum(concurrent == alone for concurrent, alone in zip(*answers, strict=True))
     assert same >= len(requests) - 1
     assert len(set(answers[0])) == len(requests)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_answer_has_the_same_bits_in_any_batch(folder: Path, adapters: list[Path], scheme: str) -> None:
-    """In bfloat16, with prompts read whole and in chunks, and with log-probabilities to show the last digit."""
-    model = loaded(folder, scheme, torch.bfloat16)
-    draw = torch.Generator().manual_seed(1)
-    whole = torch.randint(WORDS, (ROOM,), generator=draw).tolist()
+def test_an_answer_is_bit_identical_in_every_batch(folder: Path, adapters: list[Path], scheme: str) -> None:
+    """In bfloat16, with prefill in one or several chunks; log-probabilities show differences in the last bit."""
+    model = load_model(folder, scheme, torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(VOCAB_SIZE, (MAX_LEN,), generator=generator).tolist()
     requests = [
         Request(
-            tuple(whole[n % 3 : n % 3 + 1 + 43 * n % 380]), Sampling(temperature=0.0, max_new_tokens=16),
+            tuple(text[n % 3 : n % 3 + 1 + 43 * n % 380]), Sampling(temperature=0.0, max_new_tokens=16),
             (None, "a", "b")[n % 3], logprobs=1,
         )
         for n in range(20)
     ]  # fmt: skip
     answers = []
     for slots, chunk, graphs in ((1, 64, False), (20, 128, True), (7, 256, False)):
-        engine = Engine(model, adapter_ids(), base="base", limits=Limits(slots=slots, max_len=ROOM, chunk=chunk))
+        engine = Engine(
+            model, numbered_tokenizer(), base="base", limits=Limits(slots=slots, max_len=MAX_LEN, chunk=chunk)
+        )
         for name, path in zip("ab", adapters, strict=True):
             engine.load_adapter(name, path)
-        for piece in engine.warmup_tasks() if graphs else []:  # short prompts as graphs too
-            piece()
-        for asked in (
+        for task in engine.warmup_tasks() if graphs else []:  # also captures prefill of short prompts
+            task()
+        for submitted in (
             [[request] for request in requests for _ in range(2)] if slots == 1 else [requests, requests[::-1]]
         ):
-            streams = [engine.submit(request) for request in asked]
+            streams = [engine.submit(request) for request in submitted]
             while engine.stats().running or engine.stats().waiting:
                 engine.step()
             answers += [
                 (request, tuple((token.token_id, token.logprob) for token in stream.ready()))
-                for request, stream in zip(asked, streams, strict=True)
+                for request, stream in zip(submitted, streams, strict=True)
             ]
         for name in "ab":
             engine.remove_adapter(name)
@@ -196,29 +200,35 @@ def test_an_answer_has_the_same_bits_in_any_batch(folder: Path, adapters: list[P
     assert len(set(answers)) == len(requests)
 
 
-def test_adapters_that_come_and_go_are_in_the_next_step(folder: Path, adapters: list[Path]) -> None:
+def test_loaded_and_removed_adapters_take_effect_in_the_next_step(folder: Path, adapters: list[Path]) -> None:
     engine = Engine(
-        loaded(folder, "int8", torch.float32), adapter_ids(), base="base", limits=Limits(slots=2, max_len=ROOM)
+        load_model(folder, "int8", torch.float32),
+        numbered_tokenizer(),
+        base="base",
+        limits=Limits(slots=2, max_len=MAX_LEN),
     )
-    asked = [Request((5, 6, 7), Sampling(temperature=0.0, max_new_tokens=12), name) for name in (None, "a")]
-    (base,) = run_out(engine, asked[:1])
+    requests = [Request((5, 6, 7), Sampling(temperature=0.0, max_new_tokens=12), name) for name in (None, "a")]
+    (base,) = run_to_end(engine, requests[:1])
     engine.load_adapter("a", adapters[0])
-    first = run_out(engine, asked)
+    first = run_to_end(engine, requests)
     engine.remove_adapter("a")
     engine.load_adapter("a", adapters[1])
-    second = run_out(engine, asked)
+    second = run_to_end(engine, requests)
     assert first[0] == second[0] == base
     assert len({base, first[1], second[1]}) == 3
 
 
-def test_steps_take_no_memory(folder: Path) -> None:
+def test_steps_allocate_no_memory(folder: Path) -> None:
     engine = Engine(
-        loaded(folder, "int8", torch.bfloat16), adapter_ids(), base="base", limits=Limits(slots=4, max_len=ROOM)
+        load_model(folder, "int8", torch.bfloat16),
+        numbered_tokenizer(),
+        base="base",
+        limits=Limits(slots=4, max_len=MAX_LEN),
     )
-    asked = [Request((5, 6, n), Sampling(temperature=0.0, max_new_tokens=60)) for n in range(4)]
-    run_out(engine, asked)
-    held = torch.cuda.memory_allocated()
+    requests = [Request((5, 6, n), Sampling(temperature=0.0, max_new_tokens=60)) for n in range(4)]
+    run_to_end(engine, requests)
+    allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run_out(engine, asked)
-    assert torch.cuda.memory_allocated() == held
-    assert torch.cuda.max_memory_allocated() - held < 2**21
+    run_to_end(engine, requests)
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.max_memory_allocated() - allocated < 2**21
