@@ -176,7 +176,7 @@ def test_a_state_of_other_parameters_raises_an_error(kind: str) -> None:
     optimizer = optimizer_of(OptimizerSettings(kind))
     advance(optimizer, range(1))
     smaller = Adam(flatten_({"a": nn.Parameter(torch.zeros(64, 79))}), OptimizerSettings(kind))
-    with pytest.raises(CheckpointError, match="another set of trained numbers"):
+    with pytest.raises(CheckpointError, match="another set of trained parameters"):
         smaller.load_state(optimizer.state())
 
 

@@ -88,10 +88,10 @@ class _Branch(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (M, d)
         seeds = this.inner.dropout_seeds(context.dropout), this.outer.dropout_seeds(context.dropout)
-        gemm_input = _norm_input(rows, this, seeds[0])
+        gemm_input = _norm_input(rows, this, seeds[0])  # (M, d + C)
         u, inner_extra = this.inner.matmul(gemm_input), gemm_input.detach_extra()  # (M, U), (M, C)
         del gemm_input  # before the next one is allocated
-        gemm_input = this.outer.gemm_input(len(rows), rows)
+        gemm_input = this.outer.gemm_input(len(rows), rows)  # (M, K + C), K the outputs of all mixers
         saves_attention = save is not None and save > Save.INPUT
         saved = [
             mixer.forward(part, gemm_input, context, save=saves_attention)
@@ -115,7 +115,7 @@ class _Branch(torch.autograd.Function):
         this, context, (inner_seeds, outer_seeds) = ctx.this, ctx.context, ctx.seeds
         *saved_rows, inner_extra, outer_extra = ctx.saved_tensors
         rows = saved_rows[0] if saved_rows else context.offload.take()  # (M, d)
-        dy = grad.reshape(rows.shape)
+        dy = grad.reshape(rows.shape)  # (M, d)
         u, saved_attention = ctx.u, ctx.saved_attention
         ctx.u = ctx.saved_attention = None  # freed as soon as they are used, not with the whole graph
         if u is None:
@@ -123,7 +123,7 @@ class _Branch(torch.autograd.Function):
             for mixer, part in zip(this.mixers, this.columns_of_u(u), strict=True):
                 mixer.prepare_(part, context)
         wants_dx = ctx.needs_input_grad[0]
-        norm_trained = [tensor.requires_grad for tensor in this.norm.trained]
+        norm_trained = [tensor.requires_grad for tensor in this.norm.trained]  # of weight, and bias
         wants_dn = wants_dx or any(norm_trained)
         # An exact matmul for dn gives dt as well (layers/fused_linear.py); else the activation's backward computes it.
         lora_input = LoraInput(inner_extra, wants_dt=this.inner.use_8bit or not wants_dn)
@@ -134,17 +134,17 @@ class _Branch(torch.autograd.Function):
         if wants_dn:
             (dn,), dt = this.inner.grad_input(du, inner_seeds, early=early)  # (M, d), (M, C)
         else:
-            dt = this.inner.grad_t(du, early)
-        normed = torch.empty_like(rows)
+            dt = this.inner.grad_t(du, early)  # (M, C)
+        normed = torch.empty_like(rows)  # (M, d), recomputed: cheaper than saving it
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
         inner_gradients = this.inner.grad_trained(du, [normed], inner_extra, dt, inner_seeds, early)
         norm_gradients = _norm_gradients(rows, dn, this.norm, norm_trained)
         dx = None
         if wants_dx:
             assert dn is not None
-            dx = torch.empty_like(dy)
+            dx = torch.empty_like(dy)  # (M, d)
             norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=this.norm.bias is not None)
-            dx = dx.view(ctx.shape)
+            dx = dx.view(ctx.shape)  # (B, T, d)
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
 
@@ -164,7 +164,7 @@ def _norm_gradients(rows: Tensor, dn: Tensor | None, norm: NormSpec, trained: li
     if not any(trained):
         return [None] * len(trained)
     assert dn is not None
-    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.bias is not None)
+    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.bias is not None)  # (d,) each
     return [gradient if wanted else None for gradient, wanted in zip(gradients, trained, strict=False)]
 
 
@@ -179,10 +179,10 @@ def _outer_backward(
     lora_input: LoraInput,
 ) -> tuple[Tensor, EarlyGrads | None, list[Tensor | None]]:
     """(du, written over u; LoRA gradients of the inner linear computed on the way; gradients of the outer linear)."""
-    columns = this.columns_of_u(u)
+    columns = this.columns_of_u(u)  # views: what a mixer writes there is written to u
     if saved_attention is None:
         saved_attention = [mixer.save(part, context) for mixer, part in zip(this.mixers, columns, strict=True)]
-    dmixed, dt = this.outer.grad_input(dy, seeds)
+    dmixed, dt = this.outer.grad_input(dy, seeds)  # a list of (M, outputs of a mixer); (M, C)
     operands: list[LoraOperands | None] = [None] * len(columns)
     start, operands[-1] = lora_operands(this.mixers[-1], this.inner, this.outer, lora_input, dt)
     mixed = [

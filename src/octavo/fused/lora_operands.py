@@ -40,7 +40,7 @@ def lora_operands(
     if front is None or not behind.rank or behind.dropout:
         return start, None
     dt_behind = dt[:, outer.rank - behind.rank : outer.rank]  # (M, r)
-    rank, width = len(front[0].a), mixer.outputs
+    rank, width = len(front[0].a), mixer.outputs  # r, F
     b = None
     if lora_input.wants_dt:
         b = dt.new_empty(mixer.inputs, rank)  # (mixer.inputs, r)
@@ -58,7 +58,7 @@ def _in_front(inner: FusedLinear, start: int, count: int) -> list[LoraSlice] | N
     if not count or any(part.bias is not None and part.bias.requires_grad for part in inner.parts):
         return None
     slices, stop = inner.lora[-count:], inner.parts[-1].rows
-    size = (stop - start) // count
+    size = (stop - start) // count  # rows of a chunk: F
     rows = [(first, first + size) for first in range(start, stop, size)]
     fits = [(part.start, part.stop) for part in slices] == rows and len({len(part.a) for part in slices}) == 1
     return slices if fits else None

@@ -51,17 +51,17 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         to_hidden = wants and hidden.requires_grad
         any_trained = wants and any(tensor.requires_grad for tensor in trained)
-        matrix = head.matrix(hidden)
-        gradient = torch.empty_like(hidden) if to_hidden else None
+        matrix = head.matrix(hidden)  # (V, d + C), dequantized once for all chunks
+        gradient = torch.empty_like(hidden) if to_hidden else None  # (M, d)
         factors: list[Tensor | None] = [None] * len(trained)
         size = _chunk(hidden, head)
         for start in range(0, len(hidden), size):
             rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds(dropout)
-            gemm_input = head.gemm_input(len(rows), hidden)
+            gemm_input = head.gemm_input(len(rows), hidden)  # (m, d + C)
             gemm_input.put(rows)
             head.complete_(gemm_input, dropout_seeds)
-            logits = F.linear(gemm_input.whole, matrix)
-            losses = cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained)
+            logits = F.linear(gemm_input.whole, matrix)  # (m, V), the gradient after the next line
+            losses = cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained)  # (m,)
             if weights is not None:
                 losses = losses * weights[start : start + size]
                 logits *= weights[start : start + size, None]  # they are the gradient now

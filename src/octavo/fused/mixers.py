@@ -100,7 +100,7 @@ class Attention:
     ) -> SavedAttention | None:
         self.prepare_(u, context)
         if not save:
-            q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))
+            q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))  # (B, T, H or G, D)
             gemm_input.put(causal_attention(q, k, v, documents=context.documents).reshape(len(u), -1))
             return None
         saved = self.save(u, context)
@@ -121,12 +121,12 @@ class Attention:
             return packed if isinstance(packed, Tensor) else columns[0].as_strided(*packed)
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
-            anchor = torch.empty(0, device=u.device, requires_grad=True)
+            anchor = torch.empty(0, device=u.device, requires_grad=True)  # so that autograd runs without a leaf in u
             leaves = [
                 _Entry.apply(part, anchor)  # type: ignore[no-untyped-call]
                 for part in self._heads(u.unflatten(0, (context.batch, context.length)))
             ]
-            out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)
+            out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)  # (M, H D)
         return SavedAttention(out, tuple(get_gradient_edge(leaf) for leaf in leaves), columns)
 
     def backward_(
@@ -141,7 +141,7 @@ class Attention:
         saved.u.append(u)
         gradients = torch.autograd.grad(saved.out, saved.edges, dout.contiguous())
         dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)  # (M, H D), (M, G D), (M, G D)
-        q, k, v = u.split(self._sizes, dim=1)
+        q, k, v = u.split(self._sizes, dim=1)  # views of u: the gradients replace the values
         rotate_into(dq, *context.rotary, self.head_size, self.form, q, back=True)
         rotate_into(dk, *context.rotary, self.head_size, self.form, k, back=True)
         copy_into(dv, v)

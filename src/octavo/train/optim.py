@@ -1,7 +1,9 @@
 """Adam over flat buffers, with 8-bit or 32-bit state; learning-rate schedules; the loss scaler of float16.
 
-In 8 bits the two moments are held as codes in blocks of 256, in bitsandbytes' format (ops/adam.py): one kernel launch a
-buffer. Everything here can be stopped and continued bit for bit: `state` and `load_state`.
+The two moments of 8-bit Adam are quantized in blocks of 256 values, in bitsandbytes' format (ops/adam.py). One kernel
+launch updates a whole buffer. `state` and `load_state` restore everything here bit for bit.
+
+Legend: n values in the flat buffer of a group (layers/lora.py).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 STATE = ("state1", "state2", "absmax1", "absmax2")  # of 8-bit Adam: bitsandbytes' names
 TORCH_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of torch.optim.AdamW
-FEW = 4096  # numbers: the moments of fewer stay in 32 bits, as bitsandbytes has it
+SMALL = 4096  # values: a smaller buffer has moments of 32 bits, as in bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class OptimizerSettings:
     beta_1: float = 0.9
     beta_2: float = 0.999
     eps: float = 1e-8
-    max_grad_norm: float = 1.0  # largest norm of the gradient of all trained numbers; 0 for none
+    max_grad_norm: float = 1.0  # of the gradients of all trained parameters; 0: no clipping
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates of optimizer steps 1 .. total: a straight warm-up, then a fall to `floor` times the peak."""
+    """Learning rates of optimizer steps 1 .. total: linear warm-up, then decay to `floor` times the peak."""
 
     peak: float
     total: int
@@ -52,7 +54,7 @@ class Schedule:
             raise UsageError(f"There is no schedule {self.kind!r}.", hint=f"Choose {', '.join(SCHEDULES)}.")
 
     def at(self, step: int) -> float:
-        """The learning rate of `step`, counted from 1. The last step's is floor * peak, but for constant."""
+        """The learning rate of `step`, counted from 1; floor * peak at the last step, except for constant."""
         if step <= self.warmup:
             return self.peak * step / self.warmup
         if self.kind == "constant":
@@ -63,40 +65,41 @@ class Schedule:
 
 
 class Adam:
-    """The optimizer of one run. Steps in place on `groups`; their gradients stay where they are."""
+    """The optimizer of one run. Updates the buffers of `groups` in place."""
 
     def __init__(self, groups: Sequence[FlatGroup], settings: OptimizerSettings) -> None:
         if settings.kind not in OPTIMIZERS:
             raise UsageError(f"There is no optimizer {settings.kind!r}.", hint=f"Choose {' or '.join(OPTIMIZERS)}.")
         self.groups = list(groups)
         self.settings = settings
-        made = _Eight if settings.kind == "adamw8bit" else _Torch
-        self._updates: list[_Update] = [made(group, settings) for group in self.groups]
+        update = _Adam8bit if settings.kind == "adamw8bit" else _TorchAdamW
+        self._updates: list[_Update] = [update(group, settings) for group in self.groups]  # one for each group
 
     def zero_gradients(self) -> None:
-        """In place: the parameters' gradients are views that must stay."""
+        """In place: the gradients of the parameters are views of the buffers."""
         for group in self.groups:
             assert group.values.grad is not None
             group.values.grad.zero_()
 
     def gradient_norm(self) -> Tensor:
-        """The norm of all gradients together, a float32 scalar; not finite if any of them is not."""
+        """The norm of all gradients as one vector, a float32 scalar; not finite if any gradient is not finite."""
         norms = [torch.linalg.vector_norm(group.values.grad) for group in self.groups if group.values.grad is not None]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))  # () float32
         return total
 
     @torch.no_grad()
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
-        """Clips by the given norm, then one update."""
+        """Clips the gradients, whose norm is given, and updates all groups."""
         if self.settings.max_grad_norm > 0:
-            factor = (self.settings.max_grad_norm / (gradient_norm + 1e-6)).clamp_max(1.0)
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_. The factor stays on the device: no wait for its value.
+            factor = (self.settings.max_grad_norm / (gradient_norm + 1e-6)).clamp_max(1.0)  # ()
         else:
             factor = torch.ones_like(gradient_norm)
         for update in self._updates:
             update.step(learning_rate, factor)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, as plain tensors, on the CPU."""
+        """The complete state, as tensors on the CPU, by group and name."""
         return {
             f"{index}.{key}": tensor.detach().cpu().clone()
             for index, update in enumerate(self._updates)
@@ -104,30 +107,30 @@ class Adam:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up a copy of a state from `state`. CheckpointError if it is not of the same buffers."""
+        """Restores a state of `state`. CheckpointError if it belongs to buffers of other sizes."""
         for index, (group, update) in enumerate(zip(self.groups, self._updates, strict=True)):
-            own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
-            moments = [tensor for key, tensor in own.items() if tensor.numel() == group.values.numel()]
-            if own and len(moments) < 2:
+            saved = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
+            moments = [tensor for tensor in saved.values() if tensor.numel() == group.values.numel()]
+            if saved and len(moments) < 2:
                 raise CheckpointError(
-                    "The optimizer's state in the checkpoint belongs to another set of trained numbers."
+                    "The optimizer's state in the checkpoint belongs to another set of trained parameters."
                 )
-            update.load_state(own)
+            update.load_state(saved)
 
 
 class _Update(Protocol):
-    """Steps of one group."""
+    """The optimizer of one group."""
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         """One step, with the gradient times `factor`."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, own: Mapping[str, Tensor]) -> None: ...
+    def load_state(self, saved: Mapping[str, Tensor]) -> None: ...
 
 
-class _Torch:
-    """AdamW with moments of 32 bits."""
+class _TorchAdamW:
+    """AdamW with 32-bit moments: PyTorch's."""
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         betas, decay = (settings.beta_1, settings.beta_2), settings.weight_decay if group.decays else 0.0
@@ -144,61 +147,63 @@ class _Torch:
     def state(self) -> dict[str, Tensor]:
         return dict(self._adamw.state[self.values])
 
-    def load_state(self, own: Mapping[str, Tensor]) -> None:
-        if own and own.keys() != TORCH_STATE:
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        if saved and saved.keys() != TORCH_STATE:
             raise CheckpointError(
                 "The optimizer's state in the checkpoint is not that of --optimizer adamw.",
-                hint="Go on with the optimizer of the checkpoint.",
+                hint="Resume with the optimizer of the checkpoint.",
             )
         device = self.values.device
-        self._adamw.state[self.values] = {
-            key: tensor.clone() if key == "step" else tensor.to(device, copy=True) for key, tensor in own.items()
+        self._adamw.state[self.values] = {  # "step" stays on the CPU, where PyTorch reads it
+            key: tensor.clone() if key == "step" else tensor.to(device, copy=True) for key, tensor in saved.items()
         }
 
 
-class _Eight:
-    """AdamW with moments of 8 bits; those of few numbers have 32."""
+class _Adam8bit:
+    """AdamW with 8-bit moments, or 32-bit moments for a buffer of fewer than SMALL values."""
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         self.values, self.settings = group.values, settings
         self.decay = settings.weight_decay if group.decays else 0.0
         self.steps = 0
-        few = self.values.numel() < FEW
-        self.held = (torch.zeros_like(self.values), torch.zeros_like(self.values)) if few else no_moments(self.values)
+        small = self.values.numel() < SMALL
+        zeros = torch.zeros_like(self.values), torch.zeros_like(self.values)  # (n,) each
+        self.moments = zeros if small else no_moments(self.values)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
-        own = self.settings
+        settings = self.settings
         self.steps += 1
+        # Bias correction (arXiv 1412.6980, algorithm 1) is in the step size and in the root of the second moment.
         rates = Rates(
-            own.beta_1, own.beta_2, own.eps, keep=1 - learning_rate * self.decay,
-            size=learning_rate / (1 - own.beta_1**self.steps), root=math.sqrt(1 - own.beta_2**self.steps),
+            settings.beta_1, settings.beta_2, settings.eps, keep=1 - learning_rate * self.decay,
+            size=learning_rate / (1 - settings.beta_1**self.steps), root=math.sqrt(1 - settings.beta_2**self.steps),
         )  # fmt: skip
-        values, gradient = self.values.detach(), self.values.grad
+        values, gradient = self.values.detach(), self.values.grad  # (n,)
         assert gradient is not None
-        if isinstance(self.held, Moments):
-            adam8_(values, gradient, self.held, factor, rates)
+        if isinstance(self.moments, Moments):
+            adam8_(values, gradient, self.moments, factor, rates)
         else:
-            adam_(values, gradient * factor, *self.held, rates)
+            adam_(values, gradient * factor, *self.moments, rates)
 
     def state(self) -> dict[str, Tensor]:
-        return {"step": torch.tensor(self.steps), **dict(zip(STATE, self.held, strict=False))}
+        return {"step": torch.tensor(self.steps), **dict(zip(STATE, self.moments, strict=False))}
 
-    def load_state(self, own: Mapping[str, Tensor]) -> None:
-        self.steps = int(own.get("step", 0))
-        for name, tensor in zip(STATE, self.held, strict=False):
-            if own and (name not in own or own[name].numel() != tensor.numel()):
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        self.steps = int(saved.get("step", 0))
+        for name, tensor in zip(STATE, self.moments, strict=False):
+            if saved and (name not in saved or saved[name].numel() != tensor.numel()):
                 raise CheckpointError(
-                    f"The optimizer's state in the checkpoint lacks {name} of the trained numbers.",
-                    hint="Go on with the optimizer of the checkpoint.",
+                    f"The optimizer's state in the checkpoint lacks {name} of the trained parameters.",
+                    hint="Resume with the optimizer of the checkpoint.",
                 )
-            tensor.copy_(own[name].view_as(tensor)) if own else tensor.zero_()
+            tensor.copy_(saved[name].view_as(tensor)) if saved else tensor.zero_()
 
 
 class LossScaler:
-    """Keeps float16 gradients within range: the loss is multiplied by `scale`, the gradients divided again.
+    """Loss scaling for float16 (arXiv 1710.03740, section 4.2): backward starts from `scale`, gradients are unscaled.
 
-    A step whose gradients are not finite is left out and the scale halved; after `patience` good steps in a row
-    it doubles (arXiv 1710.03740, section 4.2). With other types it does nothing: scale 1.
+    A step whose gradients are not finite is skipped and halves the scale; `patience` good steps in a row double it. For
+    other dtypes the scale is 1.
     """
 
     def __init__(self, dtype: torch.dtype, *, patience: int = 200) -> None:
@@ -215,7 +220,7 @@ class LossScaler:
                 group.values.grad.div_(self.scale)
 
     def update(self, *, finite: bool) -> None:
-        """Adapts the scale after a step whose gradients were finite or not."""
+        """Updates the scale after a step, by whether its gradients were finite."""
         if not self.active:
             return
         self.good_steps = self.good_steps + 1 if finite else 0
