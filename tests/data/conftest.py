@@ -26,8 +26,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def own_tokenizer() -> PreTrainedTokenizerFast:
-    """One that a test may change."""
+def tokenizer_copy() -> PreTrainedTokenizerFast:
+    """A tokenizer that a test may change."""
     return chatml_tokenizer()
 
 

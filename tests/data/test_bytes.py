@@ -52,20 +52,20 @@ def test_only_the_completion_counts(tokenizer: PreTrainedTokenizerFast, prompt: 
     assert target_bytes(packed(tokens), tokenizer) == len(completion.encode())
 
 
-def test_control_tokens_have_no_bytes(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.bos_token = own_tokenizer.eos_token = "<|endoftext|>"
+def test_control_tokens_have_no_bytes(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.bos_token = tokenizer_copy.eos_token = "<|endoftext|>"
     messages = (Message("user", "hello"), Message("assistant", "well"))
-    tokens = encoded([Document("f", 1, messages=messages)], own_tokenizer)
+    tokens = encoded([Document("f", 1, messages=messages)], tokenizer_copy)
     learned = tokens[0].ids[tokens[0].trained].tolist()
-    assert own_tokenizer.convert_tokens_to_ids("<|im_end|>") in learned
-    assert target_bytes(packed(tokens), own_tokenizer) == tokens[0].n_bytes == len("well")
+    assert tokenizer_copy.convert_tokens_to_ids("<|im_end|>") in learned
+    assert target_bytes(packed(tokens), tokenizer_copy) == tokens[0].n_bytes == len("well")
 
 
-def test_added_tokens_count_the_bytes_of_their_text(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.add_tokens([AddedToken("naïveté", normalized=False), AddedToken("    ", normalized=False)])
-    lengths = token_bytes(own_tokenizer)
-    assert lengths[own_tokenizer.convert_tokens_to_ids("naïveté")] == 9
-    assert lengths[own_tokenizer.convert_tokens_to_ids("    ")] == 4
+def test_added_tokens_count_the_bytes_of_their_text(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.add_tokens([AddedToken("naïveté", normalized=False), AddedToken("    ", normalized=False)])
+    lengths = token_bytes(tokenizer_copy)
+    assert lengths[tokenizer_copy.convert_tokens_to_ids("naïveté")] == 9
+    assert lengths[tokenizer_copy.convert_tokens_to_ids("    ")] == 4
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

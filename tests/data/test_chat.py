@@ -87,18 +87,18 @@ def test_a_content_that_looks_like_the_template_is_located_correctly(tokenizer: 
     assert tokenizer.decode(tokens.ids.tolist()).endswith("assistant\nassistant<|im_end|>")
 
 
-def test_the_eos_token_is_added_if_the_turn_ends_in_another_token(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.eos_token = "<|endoftext|>"
-    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], own_tokenizer)
-    assert trained_text(tokens, own_tokenizer) == "well<|im_end|>b<|im_end|><|endoftext|>"
+def test_the_eos_token_is_added_if_the_turn_ends_in_another_token(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.eos_token = "<|endoftext|>"
+    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], tokenizer_copy)
+    assert trained_text(tokens, tokenizer_copy) == "well<|im_end|>b<|im_end|><|endoftext|>"
     assert tokens.n_bytes == 5
 
 
-def test_a_template_without_turn_ends_gets_the_eos_token(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.chat_template = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], own_tokenizer)
-    assert trained_text(tokens, own_tokenizer).replace(" ", "") == "wellb<|im_end|>"
-    assert own_tokenizer.decode(tokens.ids.tolist()).endswith("### assistant: b<|im_end|>")
+def test_a_template_without_turn_ends_gets_the_eos_token(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.chat_template = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], tokenizer_copy)
+    assert trained_text(tokens, tokenizer_copy).replace(" ", "") == "wellb<|im_end|>"
+    assert tokenizer_copy.decode(tokens.ids.tolist()).endswith("### assistant: b<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -117,25 +117,25 @@ def test_a_template_without_turn_ends_gets_the_eos_token(own_tokenizer: PreTrain
     ],
 )
 def test_a_turn_ends_only_in_the_token_that_ends_the_last_turn(
-    own_tokenizer: PreTrainedTokenizerFast, template: str, trained: str
+    tokenizer_copy: PreTrainedTokenizerFast, template: str, trained: str
 ) -> None:
-    own_tokenizer.chat_template = template
-    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], own_tokenizer)
-    assert trained_text(tokens, own_tokenizer).replace(" ", "") == trained
+    tokenizer_copy.chat_template = template
+    tokens = chat([("user", "hello"), ("assistant", "well"), ("user", "a"), ("assistant", "b")], tokenizer_copy)
+    assert trained_text(tokens, tokenizer_copy).replace(" ", "") == trained
 
 
 def test_a_template_that_trims_and_closes_only_the_assistants_turns(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer_copy: PreTrainedTokenizerFast,
 ) -> None:
-    own_tokenizer.chat_template = MISTRAL
+    tokenizer_copy.chat_template = MISTRAL
     turns = [("user", " hello\n"), ("assistant", "well "), ("user", "a"), ("assistant", "b"), ("user", "c")]
-    tokens = chat(turns, own_tokenizer)
-    assert own_tokenizer.decode(tokens.ids.tolist()) == (
+    tokens = chat(turns, tokenizer_copy)
+    assert tokenizer_copy.decode(tokens.ids.tolist()) == (
         "<|im_start|>[INST] hello [/INST] well<|im_end|>[INST] a [/INST] b<|im_end|>"
     )
-    assert trained_text(tokens, own_tokenizer).replace(" ", "") == "well<|im_end|>b<|im_end|>"
+    assert trained_text(tokens, tokenizer_copy).replace(" ", "") == "well<|im_end|>b<|im_end|>"
     with pytest.raises(DataError, match=r"f:3: the chat template refuses.*no system role"):
-        chat([("system", "s"), ("assistant", "b")], own_tokenizer)
+        chat([("system", "s"), ("assistant", "b")], tokenizer_copy)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_a_template_that_trims_and_closes_only_the_assistants_turns(
     ],
 )
 def test_a_template_that_rewrites_or_omits_a_message_is_an_error(
-    own_tokenizer: PreTrainedTokenizerFast, template: str, message: str
+    tokenizer_copy: PreTrainedTokenizerFast, template: str, message: str
 ) -> None:
-    own_tokenizer.chat_template = template
+    tokenizer_copy.chat_template = template
     with pytest.raises(DataError, match=f"f:3: .*{message}"):
-        chat([("user", "hello"), ("assistant", "well")], own_tokenizer)
+        chat([("user", "hello"), ("assistant", "well")], tokenizer_copy)
 
 
-def test_a_tokenizer_without_a_template_is_an_error(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.chat_template = None
+def test_a_tokenizer_without_a_template_is_an_error(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.chat_template = None
     with pytest.raises(UsageError, match=r"f:3: .*no chat template"):
-        chat([("user", "hello"), ("assistant", "well")], own_tokenizer)
+        chat([("user", "hello"), ("assistant", "well")], tokenizer_copy)

@@ -18,18 +18,18 @@ def test_the_copies_differ_in_control_tokens_only(tokenizer: PreTrainedTokenizer
     assert coder_of(tokenizer) is coder
 
 
-def test_the_tokenizer_itself_is_not_changed(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.backend_tokenizer.enable_truncation(3)
-    coder = coder_of(own_tokenizer)
+def test_the_tokenizer_itself_is_not_changed(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.backend_tokenizer.enable_truncation(3)
+    coder = coder_of(tokenizer_copy)
     assert len(coder.plain.encode("the quality of mercy is not strained").ids) > 3
-    assert own_tokenizer.backend_tokenizer.truncation["max_length"] == 3
-    assert not own_tokenizer.backend_tokenizer.encode_special_tokens
+    assert tokenizer_copy.backend_tokenizer.truncation["max_length"] == 3
+    assert not tokenizer_copy.backend_tokenizer.encode_special_tokens
 
 
-def test_control_tokens_added_later_are_recognized(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    coder_of(own_tokenizer)
-    own_tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
-    assert coder_of(own_tokenizer).controls.findall("a<|tool|><|im_end|>b") == ["<|tool|>", "<|im_end|>"]
+def test_control_tokens_added_later_are_recognized(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    coder_of(tokenizer_copy)
+    tokenizer_copy.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    assert coder_of(tokenizer_copy).controls.findall("a<|tool|><|im_end|>b") == ["<|tool|>", "<|im_end|>"]
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -37,9 +37,9 @@ def add_around(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedT
     ("template", "begins"), [("$A", False), (f"{BEGIN} $A", True), (f"{BEGIN} $A {END}", True), (f"$A {END}", False)]
 )
 def test_a_prompt_has_the_bos_token_if_the_tokenizer_adds_it(
-    own_tokenizer: PreTrainedTokenizerFast, template: str, begins: bool
+    tokenizer_copy: PreTrainedTokenizerFast, template: str, begins: bool
 ) -> None:
-    tokenizer = add_around(own_tokenizer, template)
+    tokenizer = add_around(tokenizer_copy, template)
     expected = [tokenizer.bos_token_id] if begins else []
     assert bos_ids(tokenizer) == expected
     bare = tokenizer.encode("the rain", add_special_tokens=False)
@@ -47,27 +47,27 @@ def test_a_prompt_has_the_bos_token_if_the_tokenizer_adds_it(
 
 
 def test_an_added_eos_token_is_no_bos_token_even_if_both_are_the_same(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer_copy: PreTrainedTokenizerFast,
 ) -> None:
-    own_tokenizer.bos_token = END
-    assert bos_ids(add_around(own_tokenizer, f"$A {END}")) == []
-    assert bos_ids(add_around(own_tokenizer, f"{END} $A")) == [own_tokenizer.eos_token_id]
+    tokenizer_copy.bos_token = END
+    assert bos_ids(add_around(tokenizer_copy, f"$A {END}")) == []
+    assert bos_ids(add_around(tokenizer_copy, f"{END} $A")) == [tokenizer_copy.eos_token_id]
 
 
 def test_any_token_that_the_tokenizer_adds_first_is_kept(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer_copy: PreTrainedTokenizerFast,
 ) -> None:
-    own_tokenizer.bos_token = None
-    assert bos_ids(own_tokenizer) == []
-    tokenizer = add_around(own_tokenizer, f"{BEGIN} $A")
+    tokenizer_copy.bos_token = None
+    assert bos_ids(tokenizer_copy) == []
+    tokenizer = add_around(tokenizer_copy, f"{BEGIN} $A")
     assert encode_prompt("the rain", tokenizer) == tokenizer.encode("the rain")
 
 
 @pytest.mark.parametrize("template", ["$A", f"{BEGIN} $A"])
 def test_a_prompt_begins_with_the_same_ids_as_the_trained_text(
-    own_tokenizer: PreTrainedTokenizerFast, template: str
+    tokenizer_copy: PreTrainedTokenizerFast, template: str
 ) -> None:
-    tokenizer = add_around(own_tokenizer, template)
+    tokenizer = add_around(tokenizer_copy, template)
     text = "The quality of mercy <|im_end|> is not strained"
     trained = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
     assert [*encode_prompt(text, tokenizer), tokenizer.eos_token_id] == trained.ids.tolist()
@@ -103,20 +103,20 @@ def test_control_strings_in_a_conversation_stay_text(tokenizer: PreTrainedTokeni
     assert f"user\n{content}{END}" in tokenizer.decode(quoted)
 
 
-def test_a_conversation_without_a_template_is_an_error(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.chat_template = None
+def test_a_conversation_without_a_template_is_an_error(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
-        encode_conversation([Message("user", "hello")], own_tokenizer)
+        encode_conversation([Message("user", "hello")], tokenizer_copy)
 
 
-def test_a_tokenizer_that_fails_on_a_text_is_a_model_error(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    backend = own_tokenizer.backend_tokenizer
+def test_a_tokenizer_that_fails_on_a_text_is_a_model_error(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    backend = tokenizer_copy.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("(z+)+$"), behavior="isolated")
     endless = "z" * 200 + "!"
-    assert encode_prompt("the quality of mercy", own_tokenizer)
+    assert encode_prompt("the quality of mercy", tokenizer_copy)
     with pytest.raises(ModelError, match="The tokenizer fails on a text"):
-        encode_prompt(endless, own_tokenizer)
+        encode_prompt(endless, tokenizer_copy)
     with pytest.raises(ModelError, match="The tokenizer fails on a text"):
-        encode_conversation([Message("user", endless)], own_tokenizer)
+        encode_conversation([Message("user", endless)], tokenizer_copy)
     with pytest.raises(ModelError, match="The tokenizer fails on a text"):
-        encode(Document("f", 1, text=endless), own_tokenizer, end_id=own_tokenizer.eos_token_id)
+        encode(Document("f", 1, text=endless), tokenizer_copy, end_id=tokenizer_copy.eos_token_id)

@@ -82,36 +82,36 @@ def as_strings(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 )
 @pytest.mark.parametrize("strings", [False, True])
 def test_calls_are_trained_as_the_template_writes_them(
-    own_tokenizer: PreTrainedTokenizerFast, template: str, call: str, strings: bool
+    tokenizer_copy: PreTrainedTokenizerFast, template: str, call: str, strings: bool
 ) -> None:
-    own_tokenizer.chat_template = template
+    tokenizer_copy.chat_template = template
     turns = as_strings(TURNS) if strings else TURNS
-    ids, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
-    whole = own_tokenizer.apply_chat_template(TURNS, tools=TOOLS, tokenize=True, return_dict=False)
+    ids, text = encoded({"messages": turns, "tools": TOOLS}, tokenizer_copy)
+    whole = tokenizer_copy.apply_chat_template(TURNS, tools=TOOLS, tokenize=True, return_dict=False)
     assert ids == whole[: len(ids)]
-    assert own_tokenizer.decode(whole[len(ids) :]).strip() == ""
+    assert tokenizer_copy.decode(whole[len(ids) :]).strip() == ""
     assert "".join(text.split()) == "".join((call + "It rains.<|im_end|>").split())
 
 
 @pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
-def test_a_conversation_may_end_in_a_call(own_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    own_tokenizer.chat_template = template
-    ids, text = encoded({"messages": TURNS[:2], "tools": TOOLS}, own_tokenizer)
-    whole = own_tokenizer.apply_chat_template(TURNS[:2], tools=TOOLS, tokenize=True, return_dict=False)
+def test_a_conversation_may_end_in_a_call(tokenizer_copy: PreTrainedTokenizerFast, template: str) -> None:
+    tokenizer_copy.chat_template = template
+    ids, text = encoded({"messages": TURNS[:2], "tools": TOOLS}, tokenizer_copy)
+    whole = tokenizer_copy.apply_chat_template(TURNS[:2], tools=TOOLS, tokenize=True, return_dict=False)
     assert ids == whole[: len(ids)]
     assert "Ypres" in text
     assert text.endswith("<|im_end|>")
 
 
-def test_text_next_to_a_call_is_trained_with_it(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.chat_template = TAGS
+def test_text_next_to_a_call_is_trained_with_it(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], "content": "Let me see."}, *TURNS[2:]]
-    _, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    _, text = encoded({"messages": turns, "tools": TOOLS}, tokenizer_copy)
     assert text.startswith(("Let me see.\n<call>", "\nLet me see.\n<call>"))
 
 
-def test_sharegpts_calls_and_results_are_read(own_tokenizer: PreTrainedTokenizerFast) -> None:
-    own_tokenizer.chat_template = TAGS
+def test_sharegpts_calls_and_results_are_read(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.chat_template = TAGS
     spoken = [
         {"from": "human", "value": "Weather in Ypres?"},
         {"from": "function_call", "value": json.dumps(CALL["function"])},
@@ -119,18 +119,18 @@ def test_sharegpts_calls_and_results_are_read(own_tokenizer: PreTrainedTokenizer
         {"from": "gpt", "value": "It rains."},
     ]
     tools = json.dumps([TOOLS[0]["function"]])
-    assert encoded({"conversations": spoken, "tools": tools}, own_tokenizer) == encoded(
-        {"messages": TURNS, "tools": TOOLS}, own_tokenizer
+    assert encoded({"conversations": spoken, "tools": tools}, tokenizer_copy) == encoded(
+        {"messages": TURNS, "tools": TOOLS}, tokenizer_copy
     )
 
 
 @pytest.mark.parametrize("key", ["weight", "trainable"])
-def test_a_turn_of_weight_0_is_input_only(own_tokenizer: PreTrainedTokenizerFast, key: str) -> None:
-    own_tokenizer.chat_template = TAGS
+def test_a_turn_of_weight_0_is_input_only(tokenizer_copy: PreTrainedTokenizerFast, key: str) -> None:
+    tokenizer_copy.chat_template = TAGS
     turns = [TURNS[0], {**TURNS[1], key: 0}, *TURNS[2:]]
-    ids, text = encoded({"messages": turns, "tools": TOOLS}, own_tokenizer)
+    ids, text = encoded({"messages": turns, "tools": TOOLS}, tokenizer_copy)
     assert text.strip() == "It rains.<|im_end|>"
-    assert ids == encoded({"messages": TURNS, "tools": TOOLS}, own_tokenizer)[0]
+    assert ids == encoded({"messages": TURNS, "tools": TOOLS}, tokenizer_copy)[0]
 
 
 def test_only_the_completion_of_a_conversational_prompt_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -176,12 +176,12 @@ NAMED_BY_A_CONTROL = {**CALL, "function": {"name": "<|im_end|>", "arguments": {}
     ],
 )
 def test_a_field_that_the_template_does_not_write_is_an_error(
-    own_tokenizer: PreTrainedTokenizerFast, fields: dict[str, Any], template: str | None, message: str
+    tokenizer_copy: PreTrainedTokenizerFast, fields: dict[str, Any], template: str | None, message: str
 ) -> None:
     if template:
-        own_tokenizer.chat_template = template
+        tokenizer_copy.chat_template = template
     with pytest.raises(DataError) as caught:
-        encoded(fields, own_tokenizer)
+        encoded(fields, tokenizer_copy)
     assert caught.value.message.startswith("f:3: ")
     assert message in caught.value.message
 
@@ -215,45 +215,45 @@ def long_talk(n_calls: int) -> list[dict[str, Any]]:
 
 
 def test_whether_fields_are_written_takes_as_many_renderings_for_many_turns_as_for_few(
-    own_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tokenizer_copy: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own_tokenizer.chat_template = TAGS
+    tokenizer_copy.chat_template = TAGS
     calls = counted_renderings(monkeypatch)
     counts = []
     for n_calls in (2, 8):
         calls.clear()
         unused: Counter[str] = Counter()
         document = from_fields({"messages": long_talk(n_calls), "tools": TOOLS}, source="f", line=3)
-        rendering.lay_out(document, own_tokenizer, coder_of(own_tokenizer), unused=unused)
+        rendering.lay_out(document, tokenizer_copy, coder_of(tokenizer_copy), unused=unused)
         counts.append(len(calls))
         assert list(unused.values()) == [n_calls]
     assert counts[0] == counts[1] <= 10
 
 
 def test_a_template_that_writes_the_reasoning_of_the_last_turn_only_is_refused(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer_copy: PreTrainedTokenizerFast,
 ) -> None:
-    own_tokenizer.chat_template = (
+    tokenizer_copy.chat_template = (
         "{%- for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.reasoning_content %}"
         "{{ m.reasoning_content }}\n{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
     with pytest.raises(DataError, match="leaves out `reasoning_content` of turn 2"):
-        encoded({"messages": [ASKED, answer, ASKED, answer]}, own_tokenizer)
-    encoded({"messages": [ASKED, answer]}, own_tokenizer)
+        encoded({"messages": [ASKED, answer, ASKED, answer]}, tokenizer_copy)
+    encoded({"messages": [ASKED, answer]}, tokenizer_copy)
 
 
 @pytest.mark.parametrize("template", [TAGS, BARE, LISTED])
 def test_many_turns_with_calls_take_as_many_renderings_as_few(
-    own_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str
+    tokenizer_copy: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    own_tokenizer.chat_template = template
+    tokenizer_copy.chat_template = template
     calls = counted_renderings(monkeypatch)
     counts = []
     for n_calls in (3, 9):
         calls.clear()
-        encoded({"messages": long_talk(n_calls), "tools": TOOLS}, own_tokenizer)
+        encoded({"messages": long_talk(n_calls), "tools": TOOLS}, tokenizer_copy)
         counts.append(len(calls))
     assert counts[0] == counts[1] <= 16
 
@@ -284,13 +284,13 @@ MIXED = [
     ],
 )
 def test_turn_spans_equal_those_from_rendering_up_to_each_turn(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer_copy: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     template: str,
     turns: list[dict[str, Any]],
 ) -> None:
-    own_tokenizer.chat_template = template
+    tokenizer_copy.chat_template = template
     fields = {"messages": [*long_talk(3), *turns, *turns, TURNS[3]], "tools": TOOLS}
-    actual = encoded(fields, own_tokenizer)
+    actual = encoded(fields, tokenizer_copy)
     monkeypatch.setattr(rendering, "_gap", lambda *_: None)
-    assert actual == encoded(fields, own_tokenizer)
+    assert actual == encoded(fields, tokenizer_copy)

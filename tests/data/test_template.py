@@ -51,9 +51,9 @@ TEMPLATES = {
 }
 
 
-def test_the_template_gets_the_given_date(own_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_template_gets_the_given_date(tokenizer_copy: PreTrainedTokenizerFast) -> None:
     tokenizer = with_template(
-        own_tokenizer, "{% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}{{ day('%d %b %Y') }}"
+        tokenizer_copy, "{% macro day(f) %}{{ strftime_now(f) }}{% endmacro %}{{ day('%d %b %Y') }}"
     )
     assert render(tokenizer, TALK, now=datetime(2024, 2, 29)) == "29 Feb 2024"
 
@@ -67,9 +67,9 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 @pytest.mark.parametrize("tools", [None, TOOLS])
 @pytest.mark.parametrize("more", [False, True])
 def test_the_rendered_text_equals_that_of_transformers(
-    name: str, tools: Any, more: bool, own_tokenizer: PreTrainedTokenizerFast
+    name: str, tools: Any, more: bool, tokenizer_copy: PreTrainedTokenizerFast
 ) -> None:
-    tokenizer = with_template(own_tokenizer, TEMPLATES[name])
+    tokenizer = with_template(tokenizer_copy, TEMPLATES[name])
     expected = tokenizer.apply_chat_template(TALK, tools=tools, tokenize=False, add_generation_prompt=more)
     assert render(tokenizer, TALK, tools=tools, add_generation_prompt=more) == expected
 
@@ -144,10 +144,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_never_ends_or_fills_the_memory_is_a_model_error(
-    name: str, own_tokenizer: PreTrainedTokenizerFast
+    name: str, tokenizer_copy: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(ModelError, match="chat template") as caught:
-        render(with_template(own_tokenizer, BOMBS[name]), TALK)
+        render(with_template(tokenizer_copy, BOMBS[name]), TALK)
     assert len(caught.value.message) < 400
 
 
@@ -169,9 +169,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("template", BROKEN)
 def test_the_error_quotes_why_a_template_cannot_render_a_conversation(
-    template: str, own_tokenizer: PreTrainedTokenizerFast
+    template: str, tokenizer_copy: PreTrainedTokenizerFast
 ) -> None:
-    tokenizer = with_template(own_tokenizer, template)
+    tokenizer = with_template(tokenizer_copy, template)
     with pytest.raises(TemplateRefusalError, match=BROKEN[template]) as caught:
         render(tokenizer, TALK)
     assert len(str(caught.value)) < 300
@@ -181,8 +181,8 @@ def test_the_error_quotes_why_a_template_cannot_render_a_conversation(
 
 
 def test_a_template_that_takes_too_long_is_stopped(
-    own_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tokenizer_copy: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_limits, "MAX_SECONDS", -1.0)
     with pytest.raises(ModelError, match="seconds"):
-        render(own_tokenizer, TALK)
+        render(tokenizer_copy, TALK)

@@ -57,9 +57,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def own_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A llama that a test may damage."""
-    return Path(shutil.copytree(folders["llama"], tmp_path / "own"))
+def llama_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the folder of a Llama, which a test may change or damage."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
 
 
 @pytest.fixture(scope="session")

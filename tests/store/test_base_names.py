@@ -39,43 +39,45 @@ OTHER = [
 
 
 @pytest.mark.parametrize(("named", "folder"), SAME)
-def test_names_of_the_same_model_give_no_warning(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
+def test_names_of_the_same_model_give_no_warning(named: str, folder: str, llama_folder: Path, tmp_path: Path) -> None:
     here = tmp_path / folder
-    shutil.copytree(own_folder, here)
+    shutil.copytree(llama_folder, here)
     assert warning(named, here) == ""
 
 
 @pytest.mark.parametrize(("named", "folder"), OTHER)
-def test_the_warning_of_another_name_has_both_names(named: str, folder: str, own_folder: Path, tmp_path: Path) -> None:
+def test_the_warning_of_another_name_has_both_names(
+    named: str, folder: str, llama_folder: Path, tmp_path: Path
+) -> None:
     here = tmp_path / folder
-    shutil.copytree(own_folder, here)
+    shutil.copytree(llama_folder, here)
     message = warning(named, here)
     assert named in message
     assert str(here) in message
 
 
 def test_an_existing_base_folder_is_compared_by_its_weights(
-    folders: dict[str, Path], own_folder: Path, tmp_path: Path
+    folders: dict[str, Path], llama_folder: Path, tmp_path: Path
 ) -> None:
     named = str(folders["llama"])
-    assert warning(named, own_folder) == ""  # a copy under another path
-    write_folder(FolderSource(own_folder), tmp_path / "q", scheme_named("int8"))
+    assert warning(named, llama_folder) == ""  # a copy under another path
+    write_folder(FolderSource(llama_folder), tmp_path / "q", scheme_named("int8"))
     assert warning(named, tmp_path / "q") == ""  # made from it
-    weights = own_folder / "model.safetensors"
+    weights = llama_folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "the weights of" in warning(named, own_folder)
+    assert "the weights of" in warning(named, llama_folder)
 
 
-def test_the_config_may_name_the_model(own_folder: Path) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "owner/Some-Model"}))
-    assert warning("other/some-model", own_folder) == ""
-    assert warning("other/some-thing", own_folder)
+def test_the_config_may_name_the_model(llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "owner/Some-Model"}))
+    assert warning("other/some-model", llama_folder) == ""
+    assert warning("other/some-thing", llama_folder)
 
 
-def test_a_hash_of_the_base_decides_if_there_is_one(own_folder: Path) -> None:
-    assert warning("any/name", own_folder, fingerprint(FolderSource(own_folder))) == ""
-    message = warning("any/name", own_folder, "0" * 64)
+def test_a_hash_of_the_base_decides_if_there_is_one(llama_folder: Path) -> None:
+    assert warning("any/name", llama_folder, fingerprint(FolderSource(llama_folder))) == ""
+    message = warning("any/name", llama_folder, "0" * 64)
     assert "other base weights ('any/name')" in message

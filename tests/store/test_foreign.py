@@ -32,21 +32,21 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), CONFIGS)
 def test_the_error_of_a_quantization_config_names_the_format(
-    change: dict[str, Any], message: str, own_folder: Path
+    change: dict[str, Any], message: str, llama_folder: Path
 ) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, **change}))
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ModelError, match=f"quantized with .*{message}") as caught:
-        open_source(str(own_folder))
+        open_source(str(llama_folder))
     assert "16 or 32 bits" in caught.value.hint
     assert len(caught.value.message) < 600
 
 
 @pytest.mark.parametrize("value", [None, {}])
-def test_an_empty_quantization_config_is_ignored(value: Any, own_folder: Path) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
-    assert open_source(str(own_folder)).names()
+def test_an_empty_quantization_config_is_ignored(value: Any, llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    assert open_source(str(llama_folder)).names()
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_an_empty_quantization_config_is_ignored(value: Any, own_folder: Path) -
     [("qweight", "GPTQ"), ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes"), ("weight_scale_inv", "FP8")],
 )
 def test_the_error_of_tensors_of_another_format_names_it_without_a_config(
-    end: str, message: str, own_folder: Path
+    end: str, message: str, llama_folder: Path
 ) -> None:
-    tensors = load_file(own_folder / "model.safetensors")
+    tensors = load_file(llama_folder / "model.safetensors")
     tensors[f"model.layers.0.mlp.up_proj.{end}"] = torch.ones(4)
-    save_file(tensors, own_folder / "model.safetensors")
-    source = FolderSource(own_folder)
+    save_file(tensors, llama_folder / "model.safetensors")
+    source = FolderSource(llama_folder)
     with pytest.raises(ModelError, match=f"quantized with .*{message}"):
         entries(source, build(source.config))

@@ -192,11 +192,11 @@ def test_code_tables_that_share_memory_are_written_separately(folders: dict[str,
 @pytest.mark.parametrize("stored", ["none", "nf4"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_written_bytes_predicts_the_size_of_the_tensors(
-    scheme: str, stored: str, dtype: torch.dtype, own_folder: Path, tmp_path: Path
+    scheme: str, stored: str, dtype: torch.dtype, llama_folder: Path, tmp_path: Path
 ) -> None:
-    tensors = load_file(own_folder / "model.safetensors")
-    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, own_folder / "model.safetensors")
-    write(own_folder, tmp_path / "source", stored)
+    tensors = load_file(llama_folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, llama_folder / "model.safetensors")
+    write(llama_folder, tmp_path / "source", stored)
     source = FolderSource(tmp_path / "source")
     predicted = written_bytes(source, scheme_named(scheme))
     assert predicted == write_folder(source, tmp_path / "out", scheme_named(scheme))
@@ -362,8 +362,8 @@ print(json.dumps([written(weights.BLOCK_VALUES), written(2**40)]))
 )
 
 
-def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(own_folder: Path, tmp_path: Path) -> None:
-    (own_folder / "config.json").write_text(json.dumps(WIDE))
+def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(llama_folder: Path, tmp_path: Path) -> None:
+    (llama_folder / "config.json").write_text(json.dumps(WIDE))
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()
     tensors, largest = {}, 0
     for name, item in items_of(build(WIDE)):
@@ -372,10 +372,10 @@ def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(own_folder
         count = torch.Size(shape).numel()
         tensors[name] = noise.repeat(-(-count // noise.numel()))[:count].view(shape)
         largest = max(largest, count)
-    save_file(tensors, own_folder / "model.safetensors")
+    save_file(tensors, llama_folder / "model.safetensors")
     # The C library returns memory to the system at once, so that the measured memory is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(own_folder), str(tmp_path / "out")]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(llama_folder), str(tmp_path / "out")]
     ran = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     in_blocks, whole = json.loads(ran.stdout)
     # A byte per value and a float32 per row; 16 MB for the libraries, 24 MB for float32 copies of a block, 4 MiB each.
@@ -383,11 +383,11 @@ def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(own_folder
     assert whole > 2 * 4 * largest, "the measurement itself sees what whole tensors would take"
 
 
-def test_a_model_without_a_tokenizer_is_refused_before_writing(own_folder: Path, tmp_path: Path) -> None:
-    (own_folder / "tokenizer.json").unlink()
+def test_a_model_without_a_tokenizer_is_refused_before_writing(llama_folder: Path, tmp_path: Path) -> None:
+    (llama_folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="tokenizer"):
         write_folder(
-            FolderSource(own_folder),
+            FolderSource(llama_folder),
             tmp_path / "out",
             scheme_named("int8"),
             on_layer=lambda layer: pytest.fail(f"{layer.name} was written"),

@@ -76,20 +76,20 @@ FOREIGN: list[Any] = [
 
 
 @pytest.mark.parametrize("content", FOREIGN, ids=str)
-def test_a_manifest_of_another_program_is_ignored(content: Any, own_folder: Path) -> None:
-    before = fingerprint(FolderSource(own_folder))
-    (own_folder / "manifest.json").write_text(json.dumps(content))
-    assert manifest.read_manifest(own_folder) is None
-    assert fingerprint(open_source(str(own_folder))) == before
+def test_a_manifest_of_another_program_is_ignored(content: Any, llama_folder: Path) -> None:
+    before = fingerprint(FolderSource(llama_folder))
+    (llama_folder / "manifest.json").write_text(json.dumps(content))
+    assert manifest.read_manifest(llama_folder) is None
+    assert fingerprint(open_source(str(llama_folder))) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 200_000])
 def test_a_manifest_that_is_not_json_is_ignored_unless_octavo_wrote_the_folder(
-    content: bytes, own_folder: Path, quantized: Path
+    content: bytes, llama_folder: Path, quantized: Path
 ) -> None:
-    before = fingerprint(FolderSource(own_folder))
-    (own_folder / "manifest.json").write_bytes(content)
-    assert fingerprint(open_source(str(own_folder))) == before
+    before = fingerprint(FolderSource(llama_folder))
+    (llama_folder / "manifest.json").write_bytes(content)
+    assert fingerprint(open_source(str(llama_folder))) == before
     (quantized / "manifest.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"is damaged: .*manifest\.json is not valid JSON"):
         open_source(str(quantized))

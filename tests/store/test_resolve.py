@@ -15,15 +15,15 @@ from octavo.store.resolve import HUB_PATTERNS, open_source
 from octavo.store.sources import FolderSource
 
 
-def test_a_folder_is_opened_without_reading_its_weights(own_folder: Path) -> None:
-    (own_folder / "model.safetensors").write_bytes(b"")
-    source = open_source(str(own_folder))
+def test_a_folder_is_opened_without_reading_its_weights(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").write_bytes(b"")
+    source = open_source(str(llama_folder))
     assert source.config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_a_path_in_the_home_folder_is_expanded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(own_folder.parent))
-    assert open_source(f"~/{own_folder.name}").names()
+def test_a_path_in_the_home_folder_is_expanded(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(llama_folder.parent))
+    assert open_source(f"~/{llama_folder.name}").names()
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ class Hub:
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
-    allowed: bool, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    allowed: bool, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(own_folder, monkeypatch)
+    hub = Hub(llama_folder, monkeypatch)
     source = open_source("owner/name", revision="abc", allow_pickle=allowed)
     assert isinstance(source, FolderSource)
     assert source.allow_pickle is allowed
@@ -110,16 +110,16 @@ def test_a_hub_id_is_fetched_with_its_revision_and_pickles_only_if_allowed(
     ],
 )
 def test_weights_of_an_unsupported_model_are_not_downloaded(
-    change: dict[str, object], message: str, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, object], message: str, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, **change}))
-    hub = Hub(own_folder, monkeypatch)
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, **change}))
+    hub = Hub(llama_folder, monkeypatch)
     with pytest.raises(ModelError, match=message):
         open_source("owner/name")
     assert hub.downloads == [("owner/name", "config.json", None)]
     with pytest.raises(ModelError, match=message):
-        open_source(str(own_folder))
+        open_source(str(llama_folder))
 
 
 def test_the_error_of_a_missing_model_names_the_folder_and_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,25 +140,25 @@ def test_the_error_of_a_missing_model_names_the_folder_and_the_hub(monkeypatch: 
             open_source("models/mine")
 
 
-def test_without_weights_only_the_config_is_downloaded(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_weights_only_the_config_is_downloaded(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads: list[object] = []
 
     def download(repo: str, file: str, *, revision: str | None) -> str:
         downloads.extend((repo, file, revision))
-        return str(own_folder / file)
+        return str(llama_folder / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("weights"))
     source = open_source("owner/name", revision="abc", weights=False)
     assert downloads == ["owner/name", "config.json", "abc"]
-    assert source.config == json.loads((own_folder / "config.json").read_text())
+    assert source.config == json.loads((llama_folder / "config.json").read_text())
     assert not source.names()
     assert not source.files
     for lacking in (lambda: source.tensor("x"), source.tokenizer):
         with pytest.raises(ModelError, match="not fetched"):
             lacking()
     # A local folder is opened with its weights.
-    assert open_source(str(own_folder), weights=False).names()
+    assert open_source(str(llama_folder), weights=False).names()
 
 
 @pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])
@@ -175,38 +175,38 @@ def test_no_code_is_downloaded_from_the_hub() -> None:
 
 
 def test_a_folder_called_smollm2_has_precedence_over_the_built_in_model(
-    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolve, "open_smollm2", lambda *, say: pytest.fail("the built-in one"))
-    monkeypatch.chdir(own_folder.parent)
-    own_folder.rename("smollm2")
+    monkeypatch.chdir(llama_folder.parent)
+    llama_folder.rename("smollm2")
     assert open_source("smollm2").names()
 
 
 @pytest.mark.parametrize("named", ["owner/a name", "", None, 3])
-def test_the_error_of_an_adapter_given_as_a_model_shows_its_use(named: object, own_folder: Path) -> None:
+def test_the_error_of_an_adapter_given_as_a_model_shows_its_use(named: object, llama_folder: Path) -> None:
     """Also next to a config.json, which some trainers write too."""
-    for path in own_folder.glob("*.safetensors"):
+    for path in llama_folder.glob("*.safetensors"):
         path.rename(path.with_name("adapter_model.safetensors"))
-    (own_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    (llama_folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
     for _ in range(2):
         with pytest.raises(ModelError, match="is an adapter, not a model") as caught:
-            open_source(str(own_folder))
+            open_source(str(llama_folder))
         base = "'owner/a name'" if named == "owner/a name" else "BASE"
-        assert f"--model {base} --adapter {own_folder}" in caught.value.hint
-        (own_folder / "config.json").unlink(missing_ok=True)
+        assert f"--model {base} --adapter {llama_folder}" in caught.value.hint
+        (llama_folder / "config.json").unlink(missing_ok=True)
 
 
-def test_the_error_of_a_trainers_folder_names_its_newest_checkpoint(own_folder: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_trainers_folder_names_its_newest_checkpoint(llama_folder: Path, tmp_path: Path) -> None:
     for step in (9, 1000, 80):
-        shutil.copytree(own_folder, tmp_path / "out" / f"checkpoint-{step}")
+        shutil.copytree(llama_folder, tmp_path / "out" / f"checkpoint-{step}")
     with pytest.raises(ModelError, match="checkpoints of a Trainer") as caught:
         open_source(str(tmp_path / "out"))
     assert caught.value.hint.endswith("checkpoint-1000")
 
 
-def test_the_error_of_a_weight_file_without_tensors_names_it(own_folder: Path) -> None:
-    for path in own_folder.glob("*.safetensors"):
+def test_the_error_of_a_weight_file_without_tensors_names_it(llama_folder: Path) -> None:
+    for path in llama_folder.glob("*.safetensors"):
         save_file({}, path)
     with pytest.raises(ModelError, match=r"model\.safetensors holds no tensor"):
-        open_source(str(own_folder)).names()
+        open_source(str(llama_folder)).names()

@@ -66,90 +66,90 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "pickle", "sharded pickle", "old pickle"])
-def test_every_layout_gives_the_same_tensors(layout: str, own_folder: Path) -> None:
-    expected = {name: tensor.clone() for name, tensor in load_file(own_folder / WEIGHTS).items()}
+def test_every_layout_gives_the_same_tensors(layout: str, llama_folder: Path) -> None:
+    expected = {name: tensor.clone() for name, tensor in load_file(llama_folder / WEIGHTS).items()}
     if layout == "sharded":
-        shard(own_folder)
+        shard(llama_folder)
     elif layout == "sharded pickle":
-        shard(own_folder, suffix="bin", single=PICKLE)
+        shard(llama_folder, suffix="bin", single=PICKLE)
     elif layout == "pickle":
-        as_pickle(own_folder)
+        as_pickle(llama_folder)
     elif layout == "old pickle":  # before torch 1.6
-        torch.save(expected, own_folder / PICKLE, _use_new_zipfile_serialization=False)
-        (own_folder / WEIGHTS).unlink()
-    source = FolderSource(own_folder, allow_pickle="pickle" in layout)
+        torch.save(expected, llama_folder / PICKLE, _use_new_zipfile_serialization=False)
+        (llama_folder / WEIGHTS).unlink()
+    source = FolderSource(llama_folder, allow_pickle="pickle" in layout)
     assert_same(all_tensors(source), expected)
     assert len(source.files) == (2 if "sharded" in layout else 1)
 
 
 @pytest.mark.parametrize("other", [PICKLE, "pytorch_model.bin.index.json", "consolidated.safetensors"])
-def test_other_files_next_to_a_safetensors_file_are_not_read(other: str, own_folder: Path) -> None:
-    (own_folder / other).write_bytes(b"not even a file of its kind")
+def test_other_files_next_to_a_safetensors_file_are_not_read(other: str, llama_folder: Path) -> None:
+    (llama_folder / other).write_bytes(b"not even a file of its kind")
     for allowed in (False, True):
-        source = FolderSource(own_folder, allow_pickle=allowed)
-        assert source.files == [own_folder / WEIGHTS]
+        source = FolderSource(llama_folder, allow_pickle=allowed)
+        assert source.files == [llama_folder / WEIGHTS]
         assert source.names()
 
 
-def test_other_files_next_to_a_single_pickle_are_not_read(own_folder: Path) -> None:
-    as_pickle(own_folder)
-    torch.save({"learning_rate": 1e-4}, own_folder / "training_args.bin")
-    assert FolderSource(own_folder, allow_pickle=True).files == [own_folder / PICKLE]
+def test_other_files_next_to_a_single_pickle_are_not_read(llama_folder: Path) -> None:
+    as_pickle(llama_folder)
+    torch.save({"learning_rate": 1e-4}, llama_folder / "training_args.bin")
+    assert FolderSource(llama_folder, allow_pickle=True).files == [llama_folder / PICKLE]
 
 
-def test_the_error_of_missing_shards_has_their_number_and_names(own_folder: Path) -> None:
-    file = shard(own_folder)["model.norm.weight"]
-    (own_folder / file).unlink()
+def test_the_error_of_missing_shards_has_their_number_and_names(llama_folder: Path) -> None:
+    file = shard(llama_folder)["model.norm.weight"]
+    (llama_folder / file).unlink()
     with pytest.raises(ModelError, match=f"lacks 1 of the 2 files that {INDEX} names: {file}"):
-        FolderSource(own_folder).names()
+        FolderSource(llama_folder).names()
 
 
-def test_shapes_are_read_from_the_header(own_folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in load_file(own_folder / WEIGHTS).items()}
-    shard(own_folder)
-    source = FolderSource(own_folder)
+def test_shapes_are_read_from_the_header(llama_folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in load_file(llama_folder / WEIGHTS).items()}
+    shard(llama_folder)
+    source = FolderSource(llama_folder)
     assert {name: source.shape(name) for name in source.names()} == expected
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, PICKLE])
-def test_a_git_lfs_pointer_is_an_error(file: str, own_folder: Path) -> None:
-    (own_folder / WEIGHTS).unlink()
-    (own_folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4096\n")
+def test_a_git_lfs_pointer_is_an_error(file: str, llama_folder: Path) -> None:
+    (llama_folder / WEIGHTS).unlink()
+    (llama_folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 4096\n")
     with pytest.raises(ModelError, match=r"Git LFS pointer(.|\n)*git lfs pull"):
-        FolderSource(own_folder, allow_pickle=True).names()
+        FolderSource(llama_folder, allow_pickle=True).names()
 
 
-def test_a_pipe_called_like_weights_is_not_opened(own_folder: Path) -> None:
-    (own_folder / WEIGHTS).unlink()
-    os.mkfifo(own_folder / WEIGHTS)
+def test_a_pipe_called_like_weights_is_not_opened(llama_folder: Path) -> None:
+    (llama_folder / WEIGHTS).unlink()
+    os.mkfifo(llama_folder / WEIGHTS)
     with pytest.raises(ModelError, match="holds no weights"):
-        FolderSource(own_folder).names()
+        FolderSource(llama_folder).names()
 
 
 @pytest.mark.parametrize(
     "file", ["../outside.safetensors", "/etc/passwd.safetensors", "..", "", "sub/x.safetensors", 7]
 )
-def test_an_index_names_only_files_of_its_folder(file: object, own_folder: Path) -> None:
-    shutil.copy(own_folder / WEIGHTS, own_folder.parent / "outside.safetensors")
-    (own_folder / "sub").mkdir()
-    shutil.copy(own_folder / WEIGHTS, own_folder / "sub" / "x.safetensors")
-    table = shard(own_folder)
-    write_index(own_folder, {**table, "model.norm.weight": file})
+def test_an_index_names_only_files_of_its_folder(file: object, llama_folder: Path) -> None:
+    shutil.copy(llama_folder / WEIGHTS, llama_folder.parent / "outside.safetensors")
+    (llama_folder / "sub").mkdir()
+    shutil.copy(llama_folder / WEIGHTS, llama_folder / "sub" / "x.safetensors")
+    table = shard(llama_folder)
+    write_index(llama_folder, {**table, "model.norm.weight": file})
     for allowed in (False, True):
         with pytest.raises(ModelError):
-            FolderSource(own_folder, allow_pickle=allowed).names()
+            FolderSource(llama_folder, allow_pickle=allowed).names()
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[1]", "{broken"])
-def test_a_broken_index_is_an_error(content: str, own_folder: Path) -> None:
-    (own_folder / INDEX).write_text(content)
+def test_a_broken_index_is_an_error(content: str, llama_folder: Path) -> None:
+    (llama_folder / INDEX).write_text(content)
     with pytest.raises(ModelError, match=INDEX):
-        FolderSource(own_folder).names()
+        FolderSource(llama_folder).names()
 
 
-def test_a_tensor_missing_from_its_indexed_file_is_an_error(own_folder: Path) -> None:
+def test_a_tensor_missing_from_its_indexed_file_is_an_error(llama_folder: Path) -> None:
     for suffix, single in (("safetensors", WEIGHTS), ("bin", PICKLE)):
-        folder = Path(shutil.copytree(own_folder, own_folder.parent / suffix))
+        folder = Path(shutil.copytree(llama_folder, llama_folder.parent / suffix))
         table = shard(folder, suffix=suffix, single=single)
         other = next(file for file in table.values() if file != table["model.norm.weight"])
         write_index(folder, {**table, "model.norm.weight": other}, f"{single}.index.json")
@@ -175,22 +175,22 @@ def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_error_of_a_pickle_names_the_flag(sharded: bool, own_folder: Path) -> None:
+def test_the_error_of_a_pickle_names_the_flag(sharded: bool, llama_folder: Path) -> None:
     if sharded:
-        table = shard(own_folder, suffix="bin", single=PICKLE)
-        (own_folder / table["model.norm.weight"]).unlink()  # as after a download without pickles
+        table = shard(llama_folder, suffix="bin", single=PICKLE)
+        (llama_folder / table["model.norm.weight"]).unlink()  # as after a download without pickles
     else:
-        as_pickle(own_folder)
+        as_pickle(llama_folder)
     with pytest.raises(ModelError, match="--allow-pickle"):
-        FolderSource(own_folder).names()
+        FolderSource(llama_folder).names()
 
 
 @pytest.mark.parametrize("file", ["weights.bin", "weights.pt"])
-def test_a_pickle_in_a_safetensors_index_needs_the_flag_too(file: str, own_folder: Path) -> None:
-    torch.save(load_file(own_folder / WEIGHTS), own_folder / file)
-    write_index(own_folder, {"model.norm.weight": file})
+def test_a_pickle_in_a_safetensors_index_needs_the_flag_too(file: str, llama_folder: Path) -> None:
+    torch.save(load_file(llama_folder / WEIGHTS), llama_folder / file)
+    write_index(llama_folder, {"model.norm.weight": file})
     with pytest.raises(ModelError, match="--allow-pickle"):
-        FolderSource(own_folder).tensor("model.norm.weight")
+        FolderSource(llama_folder).tensor("model.norm.weight")
 
 
 class Program:
@@ -283,27 +283,27 @@ def test_the_error_of_a_config_without_a_size_names_the_key(folders: dict[str, P
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken", "empty", "no EOS token"])
-def test_a_tokenizer_that_cannot_be_used_is_a_model_error(damage: str, own_folder: Path) -> None:
+def test_a_tokenizer_that_cannot_be_used_is_a_model_error(damage: str, llama_folder: Path) -> None:
     if damage == "no EOS token":
-        settings = json.loads((own_folder / "tokenizer_config.json").read_text())
+        settings = json.loads((llama_folder / "tokenizer_config.json").read_text())
         del settings["eos_token"]
-        (own_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (llama_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     elif damage == "missing":
-        (own_folder / "tokenizer.json").unlink()
+        (llama_folder / "tokenizer.json").unlink()
     else:
-        (own_folder / "tokenizer.json").write_text("{broken" if damage == "broken" else "{}")
+        (llama_folder / "tokenizer.json").write_text("{broken" if damage == "broken" else "{}")
     with pytest.raises(ModelError, match="tokenizer"):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
 
 
-def test_tokenizer_code_in_the_folder_is_not_run(own_folder: Path) -> None:
-    mark = own_folder / "ran"
-    (own_folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass T: ...\n")
-    settings = json.loads((own_folder / "tokenizer_config.json").read_text())
+def test_tokenizer_code_in_the_folder_is_not_run(llama_folder: Path) -> None:
+    mark = llama_folder / "ran"
+    (llama_folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass T: ...\n")
+    settings = json.loads((llama_folder / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": [None, "code.T"]}, "tokenizer_class": "T"}
-    (own_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (llama_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with suppress(ModelError):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
     assert not mark.exists()
 
 
@@ -313,22 +313,22 @@ def test_a_copy_of_a_folder_has_the_same_fingerprint(folders: dict[str, Path], t
 
 
 @pytest.mark.parametrize("manifest", [None, {"files": ["of another program"]}, {"name": "an app"}])
-def test_a_changed_byte_changes_the_fingerprint(manifest: object, own_folder: Path) -> None:
+def test_a_changed_byte_changes_the_fingerprint(manifest: object, llama_folder: Path) -> None:
     if manifest:
-        (own_folder / "manifest.json").write_text(json.dumps(manifest))
-    before = fingerprint(FolderSource(own_folder))
-    content = bytearray((own_folder / WEIGHTS).read_bytes())
+        (llama_folder / "manifest.json").write_text(json.dumps(manifest))
+    before = fingerprint(FolderSource(llama_folder))
+    content = bytearray((llama_folder / WEIGHTS).read_bytes())
     content[-1] ^= 1
-    (own_folder / WEIGHTS).write_bytes(content)
-    assert fingerprint(FolderSource(own_folder)) != before
+    (llama_folder / WEIGHTS).write_bytes(content)
+    assert fingerprint(FolderSource(llama_folder)) != before
 
 
-def test_every_shard_counts_in_the_fingerprint(own_folder: Path) -> None:
+def test_every_shard_counts_in_the_fingerprint(llama_folder: Path) -> None:
     actual = set()
-    for file in ["", *sorted(set(shard(own_folder).values()))]:
+    for file in ["", *sorted(set(shard(llama_folder).values()))]:
         if file:
-            content = bytearray((own_folder / file).read_bytes())
+            content = bytearray((llama_folder / file).read_bytes())
             content[-1] ^= 1
-            (own_folder / file).write_bytes(content)
-        actual.add(fingerprint(FolderSource(own_folder)))
+            (llama_folder / file).write_bytes(content)
+        actual.add(fingerprint(FolderSource(llama_folder)))
     assert len(actual) == 3

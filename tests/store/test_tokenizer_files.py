@@ -57,10 +57,10 @@ BOMBS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_tokenizer_that_enlarges_texts_without_bound_is_refused_before_it_runs(name: str, own_folder: Path) -> None:
-    change(own_folder, **BOMBS[name])
+def test_a_tokenizer_that_enlarges_texts_without_bound_is_refused_before_it_runs(name: str, llama_folder: Path) -> None:
+    change(llama_folder, **BOMBS[name])
     with pytest.raises(ModelError, match=r"tokenizer") as caught:
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
     assert "is not used" in caught.value.message
 
 
@@ -79,12 +79,12 @@ def test_common_tokenizer_parts_are_within_the_limits(normalizer: Any) -> None:
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+$", "( |  )+$"])
 def test_an_endless_regular_expression_is_a_model_error(
-    pattern: str, own_folder: Path, capfd: pytest.CaptureFixture[str]
+    pattern: str, llama_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    change(own_folder, pre_tokenizer=split)
+    change(llama_folder, pre_tokenizer=split)
     with pytest.raises(ModelError, match="fails on a text"):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
 
 
 @pytest.mark.parametrize(
@@ -92,32 +92,32 @@ def test_an_endless_regular_expression_is_a_model_error(
     ["[" * 200_000, '{"a":' * 5000 + "1" + "}" * 5000, "[]", "", "version https://git-lfs.github.com/spec/v1\n"],
 )
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_the_error_of_broken_and_deep_files_names_the_file(content: str, file: str, own_folder: Path) -> None:
-    (own_folder / file).write_text(content)
+def test_the_error_of_broken_and_deep_files_names_the_file(content: str, file: str, llama_folder: Path) -> None:
+    (llama_folder / file).write_text(content)
     with pytest.raises(ModelError, match=file):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
 
 
-def test_the_error_of_a_config_that_transformers_rejects_quotes_it(own_folder: Path) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, "initializer_range": "wide"}))
+def test_the_error_of_a_config_that_transformers_rejects_quotes_it(llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "initializer_range": "wide"}))
     with pytest.raises(ModelError, match=r"cannot be loaded \(.*initializer_range"):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
 
 
 def test_transformers_prints_no_text_from_the_files(
-    own_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    llama_folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = json.loads((own_folder / "config.json").read_text())
-    (own_folder / "config.json").write_text(json.dumps({**config, "model_type": "x\x1b]0;owned\x07"}))
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "model_type": "x\x1b]0;owned\x07"}))
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
         with pytest.raises(ModelError, match="does not support"):
-            FolderSource(own_folder).tokenizer()
-        (own_folder / "config.json").write_text(json.dumps(config))
-        FolderSource(own_folder).tokenizer()
+            FolderSource(llama_folder).tokenizer()
+        (llama_folder / "config.json").write_text(json.dumps(config))
+        FolderSource(llama_folder).tokenizer()
         assert logger.level == logging.INFO
     finally:
         logger.setLevel(level)
@@ -127,13 +127,13 @@ def test_transformers_prints_no_text_from_the_files(
 
 @pytest.mark.parametrize("lacking", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])
 def test_a_sentencepiece_model_alone_raises_an_error_with_the_packages(
-    lacking: list[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
+    lacking: list[str], llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (own_folder / "tokenizer.json").unlink()
-    (own_folder / "tokenizer.model").write_bytes(b"\n")
+    (llama_folder / "tokenizer.json").unlink()
+    (llama_folder / "tokenizer.model").write_bytes(b"\n")
     monkeypatch.setattr(tokenizer_files, "_is_installed", lambda package: package not in lacking)
     with pytest.raises(ModelError, match=f"needs {' and '.join(lacking)}(.|\\n)*pip install sentencepiece protobuf"):
-        load_tokenizer(own_folder)
+        load_tokenizer(llama_folder)
 
 
 def more_tokens(folder: Path, role: str) -> PreTrainedTokenizerFast:
@@ -157,25 +157,25 @@ def more_tokens(folder: Path, role: str) -> PreTrainedTokenizerFast:
         ("pad", r"'<extra_a>' \(300\)\. Among them: pad_token\."),
     ],
 )
-def test_tokens_beyond_the_embedding_are_one_error(role: str, message: str, own_folder: Path) -> None:
-    more_tokens(own_folder, role)
+def test_tokens_beyond_the_embedding_are_one_error(role: str, message: str, llama_folder: Path) -> None:
+    more_tokens(llama_folder, role)
     with pytest.raises(ModelError, match=message) as caught:
-        FolderSource(own_folder).tokenizer()
+        FolderSource(llama_folder).tokenizer()
     assert "resize_token_embeddings" in caught.value.hint
 
 
-def test_as_many_tokens_as_embedding_rows_are_accepted(own_folder: Path) -> None:
-    more_tokens(own_folder, "none")
-    assert len(FolderSource(own_folder).tokenizer()) == 300
+def test_as_many_tokens_as_embedding_rows_are_accepted(llama_folder: Path) -> None:
+    more_tokens(llama_folder, "none")
+    assert len(FolderSource(llama_folder).tokenizer()) == 300
 
 
-def test_an_id_that_only_the_post_processor_adds_is_found(own_folder: Path) -> None:
+def test_an_id_that_only_the_post_processor_adds_is_found(llama_folder: Path) -> None:
     one = {"SpecialToken": {"id": "<x>", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     special = {"<x>": {"id": "<x>", "ids": [4096], "tokens": ["<x>"]}}
     change(
-        own_folder,
+        llama_folder,
         post_processor={"type": "TemplateProcessing", "single": [one, text], "pair": [text], "special_tokens": special},
     )
     with pytest.raises(ModelError, match=r"id 4,096 .* 300 rows"):
-        FolderSource(own_folder).tokenizer()
+        FolderSource(llama_folder).tokenizer()

@@ -141,10 +141,10 @@ def test_the_items_of_a_model_are_the_entries_of_its_checkpoint(family: str, fol
     assert [name for name, _ in items_of(model)] == list(entries(source, model))
 
 
-def test_the_error_names_missing_and_unknown_tensors(own_folder: Path) -> None:
-    change(own_folder, {UP: None, "model.layers.7.mlp.up_proj.weight": torch.ones(1), "surprise": torch.ones(1)})
+def test_the_error_names_missing_and_unknown_tensors(llama_folder: Path) -> None:
+    change(llama_folder, {UP: None, "model.layers.7.mlp.up_proj.weight": torch.ones(1), "surprise": torch.ones(1)})
     with pytest.raises(ModelError) as caught:
-        loaded(own_folder)
+        loaded(llama_folder)
     assert f"lacks {UP} and has " in caught.value.message
     assert "model.layers.7.mlp.up_proj.weight" in caught.value.message
     assert "surprise" in caught.value.message
@@ -159,12 +159,12 @@ def test_a_bias_that_is_not_in_the_config_is_an_unknown_tensor(folders: dict[str
 
 
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias", "lm_head.weight"])
-def test_the_error_of_a_misshapen_tensor_has_both_shapes(name: str, own_folder: Path) -> None:
-    right = load_file(own_folder / WEIGHTS)[name]
+def test_the_error_of_a_misshapen_tensor_has_both_shapes(name: str, llama_folder: Path) -> None:
+    right = load_file(llama_folder / WEIGHTS)[name]
     wrong = torch.zeros(right.shape[0] + 1, *right.shape[1:])
-    change(own_folder, {name: wrong})
+    change(llama_folder, {name: wrong})
     with pytest.raises(ModelError, match=name) as caught:
-        loaded(own_folder, "int8")
+        loaded(llama_folder, "int8")
     assert str(tuple(right.shape)) in caught.value.message
     assert str(tuple(wrong.shape)) in caught.value.message
 
@@ -173,13 +173,13 @@ def test_the_error_of_a_misshapen_tensor_has_both_shapes(name: str, own_folder: 
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "model.layers.0.self_attn.k_proj.bias"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_the_error_of_a_value_that_is_not_finite_names_the_tensor(
-    name: str, bad: float, scheme: str, own_folder: Path
+    name: str, bad: float, scheme: str, llama_folder: Path
 ) -> None:
-    tensor = load_file(own_folder / WEIGHTS)[name].clone()
+    tensor = load_file(llama_folder / WEIGHTS)[name].clone()
     tensor.view(-1)[17] = bad
-    change(own_folder, {name: tensor})
+    change(llama_folder, {name: tensor})
     with pytest.raises(ModelError, match=name):
-        loaded(own_folder, scheme)
+        loaded(llama_folder, scheme)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "dynamic8", "nf4"])
@@ -195,13 +195,13 @@ def test_the_error_of_a_scale_that_is_not_finite_names_the_tensor(
         loaded(tmp_path / "q", scheme)
 
 
-def test_a_weight_too_large_for_the_compute_type_is_an_error(own_folder: Path) -> None:
-    tensor = load_file(own_folder / WEIGHTS)[UP].clone()
+def test_a_weight_too_large_for_the_compute_type_is_an_error(llama_folder: Path) -> None:
+    tensor = load_file(llama_folder / WEIGHTS)[UP].clone()
     tensor[0, 0] = 1e6
-    change(own_folder, {UP: tensor})
-    assert loaded(own_folder, dtype=torch.bfloat16)
+    change(llama_folder, {UP: tensor})
+    assert loaded(llama_folder, dtype=torch.bfloat16)
     with pytest.raises(ModelError, match=f"{UP} as torch.float16"):
-        loaded(own_folder, dtype=torch.float16)
+        loaded(llama_folder, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
@@ -242,11 +242,11 @@ def test_quantized_values_without_octavos_config_are_read_as_the_hivemind_format
     assert torch.linalg.vector_norm(back - original) < 0.03 * torch.linalg.vector_norm(original)
 
 
-def test_an_unknown_scheme_in_the_config_lists_the_known_ones(own_folder: Path) -> None:
-    config = json.loads((own_folder / "config.json").read_text()) | {"octavo": {"scheme": "int3"}}
-    (own_folder / "config.json").write_text(json.dumps(config))
+def test_an_unknown_scheme_in_the_config_lists_the_known_ones(llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text()) | {"octavo": {"scheme": "int3"}}
+    (llama_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="int3") as caught:
-        loaded(own_folder)
+        loaded(llama_folder)
     assert "nf4" in caught.value.hint
 
 

@@ -39,11 +39,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_format(found: object, supported: int, *, where: Path, error: type[OctavoError], hint: str) -> None:
-    """Raises `error` with both versions if the format version `found` in the file or folder `where` is not read."""
-    if type(found) is not int or found != supported:
-        version = "no format version" if found is None else f"the format version {shown(found)}"
-        raise error(f"{where} has {version}; this octavo reads version {supported}.", hint=hint)
+def check_format(version: object, supported: int, *, where: Path, error: type[OctavoError], hint: str) -> None:
+    """Raises `error` with both versions if the format `version` in the file or folder `where` is not read."""
+    if type(version) is not int or version != supported:
+        text = "no format version" if version is None else f"the format version {shown(version)}"
+        raise error(f"{where} has {text}; this octavo reads version {supported}.", hint=hint)
 
 
 @contextmanager

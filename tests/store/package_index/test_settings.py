@@ -59,17 +59,17 @@ def test_stronger_configuration_files_override_weaker_ones(tmp_path: Path, monke
         "XDG_CONFIG_DIRS": f"{tmp_path / 'strong'}:{tmp_path / 'weak'}",
         "PIP_CONFIG_FILE": str(tmp_path / "named.conf"),
     }
-    own = tmp_path / "home" / ".config" / "pip" / "pip.conf"
+    user_file = tmp_path / "home" / ".config" / "pip" / "pip.conf"
     files = list(configuration_files(environ))
     assert files == [
         tmp_path / "weak" / "pip" / "pip.conf", tmp_path / "strong" / "pip" / "pip.conf", Path("/etc/pip.conf"),
-        tmp_path / "home" / ".pip" / "pip.conf", own, Path(sys.prefix) / "pip.conf", tmp_path / "named.conf",
+        tmp_path / "home" / ".pip" / "pip.conf", user_file, Path(sys.prefix) / "pip.conf", tmp_path / "named.conf",
     ]  # fmt: skip
-    for path in (files[0], files[3], own):
+    for path in (files[0], files[3], user_file):
         path.parent.mkdir(parents=True)
         path.write_text(f"[global]\nindex_url = https://{path.parent.parent.name}/\n")
     assert read_settings(environ).indexes[:1] == ("https://.config/",)
-    own.write_text(
+    user_file.write_text(
         "[global]\n--index-url = https://a\ntimeout = x\n[install]\nextra-index-url =\n  https://b\n  https://c\n"
     )
     assert read_settings(environ).indexes == ("https://a", "https://b", "https://c")
