@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def llama_folder(folders: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the folder of a Llama, which a test may change or damage."""
-    return Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
+    return Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")

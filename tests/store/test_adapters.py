@@ -32,8 +32,8 @@ pytestmark = [
 ]
 
 IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-# Of float32 logits of about 7. those of transformers differ from its float64 ones by up to 1.1e-4 here ("rslora"), ours by
-# as much, and so both from each other by up to twice that. An error changes them by 0.1 and more.
+# Of float32 logits of about 7. The float32 logits of transformers differ from its float64 ones by up to 1.1e-4 here
+# ("rslora"), ours by as much, and so both from each other by up to twice that. An error changes them by 0.1 and more.
 TOLERANCE = 3e-4
 SPEC = LoraSpec(rank=4, alpha=12.0)
 
