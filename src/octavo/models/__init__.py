@@ -100,6 +100,11 @@ def weight_map(config: DecoderConfig) -> dict[str, WeightPath]:
     return paths
 
 
+def module_names(config: DecoderConfig) -> list[str]:
+    """The modules of a checkpoint with this config, under the names that transformers and PEFT give them."""
+    return [path.module or name for name, path in weight_map(config).items()]
+
+
 def weight_entries(model: Decoder) -> dict[str, WeightEntry]:
     """The weight map of a built decoder, with its layers."""
     return {

@@ -24,7 +24,7 @@ from octavo._version import __version__
 from octavo.adapters import apply_
 from octavo.errors import ModelError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Decoder, WeightEntry, build, weight_entries
+from octavo.models import Decoder, WeightEntry, build, module_names, parse, weight_entries
 from octavo.store import peft
 from octavo.store.contents import ADAPTER_SUFFIXES, entries, stored_scheme
 from octavo.store.files import new_folder
@@ -162,6 +162,6 @@ def split(source: Source, out: Path, *, readme: str, on_layer: Callable[[Written
         identity = fingerprint(FolderSource(temporary / "base"))
         base = {"name": str(out / "base"), "sha256": identity, "scheme": scheme.name}
         adapter = replace(adapter, origin={"version": __version__, "base": base})
-        modules = [entry.module for entry in weight_entries(build(source.config)).values()]
+        modules = module_names(parse(source.config))
         peft.write(temporary / "adapter", adapter, modules=modules, biases=True, base=str(out / "base"), readme=readme)
     return adapter

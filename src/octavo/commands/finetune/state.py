@@ -24,7 +24,7 @@ from octavo.data.loader import Position
 from octavo.data.packing import Row
 from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
-from octavo.models import Decoder, weight_entries
+from octavo.models import Decoder, module_names
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
 from octavo.runs import checkpoint, events
@@ -152,7 +152,7 @@ def trained_adapter(run: Run) -> Adapter:
 def adapter_files(run: Run, adapter: Adapter) -> Callable[[Path], None]:
     """A function that writes the files of an adapter of this run into an empty folder."""
     base, step = run.config[ModelOptions].model, adapter.origin["step"]
-    modules = [entry.module for entry in weight_entries(run.model).values()]
+    modules = module_names(run.model.config)
     readme = model_card(run.config, base=base, base_sha256=run.base_sha256, step=step)
     return partial(peft.fill, adapter=adapter, modules=modules, biases=run.plan.biases, base=base, readme=readme)
 
