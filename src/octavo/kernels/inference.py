@@ -258,12 +258,12 @@ def _shrink(x, a, adapter_ids, out, j, k, x_stride, BLOCK: tl.constexpr, WIDTH: 
     row = tl.program_id(0).to(tl.int64)
     line = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     number = tl.load(adapter_ids + row).to(tl.int64)
-    products = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+    partial = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
     if number > 0:  # 0 is the base
         for start in range(0, k, WIDTH):
             column = start + tl.arange(0, WIDTH)
             inputs = tl.load(x + row * x_stride + column, mask=column < k, other=0).to(tl.float32)
             inside = (line[:, None] < j) & (column[None, :] < k)
             factor = tl.load(a + (number * j + line[:, None]) * k + column[None, :], mask=inside, other=0)
-            products += factor.to(tl.float32) * inputs[None, :]
-    tl.store(out + row * j + line, tl.sum(products, axis=1), mask=line < j)
+            partial += factor.to(tl.float32) * inputs[None, :]
+    tl.store(out + row * j + line, tl.sum(partial, axis=1), mask=line < j)

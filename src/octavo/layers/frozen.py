@@ -1,9 +1,8 @@
-"""Layers whose weights are frozen: stored under a scheme, read for each use, trained only through what is added.
+"""Layers with frozen weights, stored under a scheme and dequantized for each use. Their LoRA and biases can be trained.
 
-A `FrozenMatrix` may hold several matrices that read the same input, stacked on their rows (q, k and v of a
-block), so that one product serves them all while each name keeps its own rows, bias, low-rank pair and entry
-in a checkpoint. `FrozenLinear` multiplies with a matrix, `FrozenEmbedding` gathers its rows; a tied head is a
-`FrozenLinear` on the embedding's matrix.
+A `FrozenMatrix` may contain several matrices with the same input, stacked on their rows (q, k and v of a block): one
+matmul computes them all, and every name has its rows, its bias, its LoRA and its entry in a checkpoint. `FrozenLinear`
+multiplies by a matrix, `FrozenEmbedding` gathers its rows; a tied head is a `FrozenLinear` on the embedding's matrix.
 
 Legend: K inputs, N rows in all.
 """
@@ -25,7 +24,7 @@ from octavo.ops.linear import LoraSlice, frozen_linear
 from octavo.ops.linear_spec import LinearSpec, Matmul8
 from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
 from octavo.ops.tiles import Phase
-from octavo.runtime.offload import on_card, on_host
+from octavo.runtime.offload import on_device, on_host
 
 
 class FrozenMatrix(nn.Module):
@@ -39,7 +38,7 @@ class FrozenMatrix(nn.Module):
         self.scheme: Scheme = Plain()
         self.dtype = torch.float32
         self.parts: Parts = {}
-        self.on_host = False  # whether the weight lies in the host's memory, where a card reads what it needs of it
+        self.on_host = False  # whether the weight is in pinned CPU memory, which the GPU reads over the bus
 
     @property
     def shape(self) -> Shape:
@@ -56,11 +55,11 @@ class FrozenMatrix(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Those of the numbers or codes alone."""
+        """The bytes of the weight alone, without scales and code tables."""
         return self.parts["weight"].nbytes
 
     def allocate(self, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> None:
-        """Makes room for the parts under `scheme`; `dtype` is the type that products are computed in."""
+        """Allocates the parts of `scheme`; `dtype` is the compute type of matmuls."""
         self.scheme, self.dtype = scheme, dtype
         sizes: dict[str, list[int]] = {}
         for rows in self.outputs.values():
@@ -73,10 +72,10 @@ class FrozenMatrix(nn.Module):
             self.parts[part] = torch.empty(total, dtype=kind, device=device)
 
     def put(self, name: str, parts: Parts) -> None:
-        """Copies one name's parts into their place. A code table is shared by all names of a matrix."""
-        for part, place in self.of(name).items():
-            assert place.shape == parts[part].shape, (name, part, place.shape, parts[part].shape)
-            place.copy_(parts[part])
+        """Copies the parts of one name into the matrix. All names of a matrix share a code table."""
+        for part, target in self.of(name).items():
+            assert target.shape == parts[part].shape, (name, part, target.shape, parts[part].shape)
+            target.copy_(parts[part])
 
     def of(self, name: str) -> Parts:
         """The parts of one name: views, nothing is copied."""
@@ -141,10 +140,10 @@ class FrozenMatrix(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def set_host_resident_(self, wanted: bool) -> None:
-        """Moves the weight into the host's memory, or back to the card. On a CPU it is there anyway."""
+        """Moves the weight to pinned CPU memory, or back to device memory. No effect on a CPU."""
         if wanted != self.on_host:
-            # The scales stay: they are small, and a code table is read for every number.
-            self.parts["weight"] = (on_host if wanted else on_card)(self.parts["weight"])
+            # The scales stay on the GPU: they are small, and a code table is read for every value.
+            self.parts["weight"] = (on_host if wanted else on_device)(self.parts["weight"])
             self.on_host = wanted
 
     def extra_repr(self) -> str:

@@ -118,13 +118,13 @@ def gradients_in_place(groups: Sequence[FlatGroup]) -> bool:
 
 
 def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor) -> Tensor:
-    """weight (N, K) of the rows `key`, plus what its pair adds to it, in float32."""
+    """weight (N, K) of the rows `key` plus its LoRA, W + scaling B A, in float32."""
     if key not in layer.lora:
         return weight.float()
     pair = layer.lora[key]
     assert isinstance(pair, LoraPair)
-    product = pair.b.detach() @ pair.a.detach()
-    return weight.float() + pair.scaling * (product.T if isinstance(layer, FrozenEmbedding) else product)
+    delta = pair.b.detach() @ pair.a.detach()  # (rows, K)
+    return weight.float() + pair.scaling * (delta.T if isinstance(layer, FrozenEmbedding) else delta)
 
 
 def lora_of(layers: Iterable[nn.Module]) -> list[LoraPair]:

@@ -8,7 +8,7 @@ from typing import Any
 from octavo.bounded_json import JsonError, flag, integer, number, shown, text
 from octavo.errors import ModelError
 
-# Far above every published model, and low enough that no product of two overflows a tensor's size.
+# Far above every published model, and low enough that a tensor of any two of these sizes has less than 2^63 bytes.
 MOST_LAYERS = 1000
 MOST_HEADS = 2**14
 MOST_HEAD_SIZE = 2**13

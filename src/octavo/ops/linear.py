@@ -87,7 +87,7 @@ class _FrozenLinear(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (M, K)
-        y = _product(rows, unpack)
+        y = _matmul(rows, unpack)
         if bias is not None:
             y[:, bias_start : bias_start + bias.numel()] += bias
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -109,7 +109,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dy = grad.reshape(-1, grad.shape[-1])
         needs_x, needs_dropped = ctx.needs_input_grad[:2]
-        dx = _product_backward(dy, ctx.unpack) if needs_x else None
+        dx = _matmul_backward(dy, ctx.unpack) if needs_x else None
         dbias = None
         if ctx.bias is not None and ctx.needs_input_grad[3]:
             start, stop, dtype = ctx.bias
@@ -130,14 +130,14 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, ddropped, None, dbias, None, None, *dfactors
 
 
-def _product(rows: Tensor, unpack: Unpack) -> Tensor:
+def _matmul(rows: Tensor, unpack: Unpack) -> Tensor:
     """rows (M, K) W^T, (M, N). The row scale is applied to the result: int8 values are exact in any float dtype."""
     matrix, scale = unpack(rows.dtype)
     y = F.linear(rows, matrix)  # (M, N); on a CPU faster than rows @ matrix.T
     return y if scale is None else y.mul_(scale)
 
 
-def _product_backward(dy: Tensor, unpack: Unpack) -> Tensor:
+def _matmul_backward(dy: Tensor, unpack: Unpack) -> Tensor:
     """dy (M, N) W, (M, K). The row scale is on the axis of the sum, so it is multiplied into dy first."""
     matrix, scale = unpack(dy.dtype)
     return (dy if scale is None else (dy * scale).to(dy.dtype)) @ matrix

@@ -161,7 +161,7 @@ def on_host(tensor: Tensor) -> Tensor:
     return mapped.view(tensor.dtype)
 
 
-def on_card(tensor: Tensor) -> Tensor:
+def on_device(tensor: Tensor) -> Tensor:
     """A tensor of `on_host`, copied back to device memory."""
     copied = tensor.clone()
     if tensor.is_cuda:
