@@ -195,7 +195,7 @@ def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
     hidden, labels, head = batch(kind)
     _, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     gradients = sum(tensor.nbytes for tensor in (hidden, *head.trained))
-    # Gradients of a bias and of B are columns of one product, whose other columns and padding are held with them.
+    # Gradients of a bias and of B are columns of one matmul: its other columns and padding are allocated with them.
     assert gradients <= held <= gradients + 4 * 8 * VOCABULARY
     assert held < TOKENS * VOCABULARY * 4
 

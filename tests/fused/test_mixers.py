@@ -60,8 +60,8 @@ def plain_of(piece: Mixer, u: Tensor, context: ForwardContext) -> Tensor:
     return plain(piece, u.unflatten(0, (BATCH, LENGTH)), context).flatten(0, 1)
 
 
-def untouched_beside(own: Tensor) -> bool:
-    whole = own._base
+def surroundings_are_unchanged(columns: Tensor) -> bool:
+    whole = columns._base
     assert whole is not None
     return bool((whole[:, :2] == 9).all() and (whole[:, -3:] == 9).all())
 
@@ -78,7 +78,7 @@ def test_forward_is_the_definition(name: str, packed: bool, hold: bool, joined: 
     gemm_input.add().fill_(9)
     torch.testing.assert_close(gemm_input.parts[1], plain_of(piece, plain, context))
     assert all(bool((other == 9).all()) for other in gemm_input.parts[::2])
-    assert untouched_beside(u)
+    assert surroundings_are_unchanged(u)
     assert held is None or hold
 
 
@@ -104,5 +104,5 @@ def test_backward_writes_the_gradient_over_u_and_gives_the_output_once_more(name
     assert isinstance(found, Tensor)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
     torch.testing.assert_close(found, y.detach(), rtol=1e-6, atol=1e-6)
-    assert untouched_beside(u)
-    assert untouched_beside(dout)
+    assert surroundings_are_unchanged(u)
+    assert surroundings_are_unchanged(dout)

@@ -84,7 +84,7 @@ def test_filling_columns_of_a_wider_matrix_writes_all_names_rounded_once(
     assert (wide[:, [0, 1, -3, -2, -1]] == 9).all()
 
 
-def test_a_wide_product_reads_a_layer_as_it_stands() -> None:
+def test_a_fused_linear_reads_a_layer_without_a_copy() -> None:
     weights = weights_of(GROUP, 7)
     layer = FrozenLinear(matrix_of(weights), bias=["k_proj", "v_proj"])
     put_(layer, "v_proj", pair_of(5, 7), dropout=0.5)
@@ -193,7 +193,7 @@ def test_dropout_acts_in_train_mode_and_on_pairs_alone() -> None:
     torch.testing.assert_close(first, base + 0.5 * dropped @ pair.a.T @ pair.b.T)
     with torch.no_grad():
         pair.b.zero_()
-    assert torch.equal(layer.reference(x), base)  # the frozen product reads x itself
+    assert torch.equal(layer.reference(x), base)  # the frozen matmul reads x itself
 
 
 def test_gradients_go_back_through_the_dropped_input() -> None:

@@ -1,4 +1,4 @@
-"""The wide product: one matrix and one product that are the sum of many, forward and backward."""
+"""The fused linear: one matrix and one matmul for the sum of many linears, forward and backward."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def wide_of(
     parts: list[Part], *, dtype: torch.dtype = torch.float64, dropout: float = 0.0
 ) -> tuple[FusedLinear, list[Tensor]]:
-    """(the product, the matrix of each part). All that may be trained is, in `dtype`."""
+    """(the fused linear, the matrix of each part). Every trainable parameter is trained, in `dtype`."""
     torch.manual_seed(0)
     made, weights = [], []
     for part in parts:
@@ -129,7 +129,7 @@ def test_the_matrix_is_the_parts_then_every_scaled_b_then_the_biases(name: str) 
 
 @every_case
 @pytest.mark.parametrize("adding", [False, True], ids=["alone", "onto"])
-def test_the_product_is_the_sum_of_all(name: str, adding: bool) -> None:
+def test_the_output_is_the_sum_of_all_parts(name: str, adding: bool) -> None:
     wide, weights = wide_of(CASES[name])
     x = random(ROWS, wide.inputs)
     residual = random(ROWS, OUT) if adding else None
@@ -191,12 +191,12 @@ def test_a_short_type_is_multiplied_in_kind_and_factors_get_gradients_of_their_o
         assert (mine.double() - other.double()).norm() < 0.02 * other.double().norm()
 
 
-def test_a_thin_product_of_short_types_is_float32() -> None:
+def test_a_low_rank_matmul_of_16_bit_types_is_float32() -> None:
     a, b = random(3, 500).bfloat16(), random(500, 2).bfloat16()
     assert mm_float32(a, b).dtype == torch.float32
 
 
-# With W = 0, A = B = 1 and scaling 1 the product is what the pair reads: x with its dropout.
+# With W = 0, A = B = 1 and scaling 1 the output is the input of the adapter: x with its dropout.
 def showing_its_mask(width: int, dropout: float) -> LinearSpec:
     pair = LoraSlice(0, width, torch.eye(width), torch.eye(width), 1.0)
     return LinearSpec(width, width, _filling(torch.zeros(width, width)), lora=(pair,), dropout=dropout)

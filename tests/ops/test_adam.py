@@ -17,7 +17,7 @@ from octavo.ops.dynamic import levels
 from octavo.runtime.dispatch import KERNELS
 
 ONE = torch.ones(())
-CARD = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LR, DECAY = 0.01, 0.1
 
 
@@ -79,7 +79,7 @@ def test_it_stays_nearer_to_32_bits_than_bitsandbytes_does_on_a_cpu() -> None:
 def test_a_number_whose_gradient_shrinks_is_not_thrown_away() -> None:
     values, moments = torch.zeros(BLOCK), no_moments(torch.zeros(BLOCK))
     gradient = torch.full((BLOCK,), 3e-4)
-    gradient[0] = 1.0  # beside which the squares of the others round to zero
+    gradient[0] = 1.0  # relative to it the squares of the others round to zero
     for step in range(1, 40):
         before = values.clone()
         adam8_(values, gradient if step == 1 else torch.zeros(BLOCK), moments, ONE, rates(step))
@@ -122,25 +122,25 @@ def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
     n = BLOCK + 7
     for step in (KERNELS["adam.adam8_"], kernel):
-        values, moments = torch.zeros(n, device=CARD), no_moments(torch.zeros(n, device=CARD))
+        values, moments = torch.zeros(n, device=DEVICE), no_moments(torch.zeros(n, device=DEVICE))
         moments.first.fill_(150)  # no code is large, so that nothing of the block is as large as its absmax was
         moments.second.fill_(90)
         for absmax in moments[2:]:
             absmax.fill_(1.0)
-        largest = levels(CARD, signed=True).values[150] * 0.9, levels(CARD, signed=False).values[90] * 0.999
-        step(values, torch.zeros(n, device=CARD), moments, ONE.to(CARD), rates(1))
+        largest = levels(DEVICE, signed=True).values[150] * 0.9, levels(DEVICE, signed=False).values[90] * 0.999
+        step(values, torch.zeros(n, device=DEVICE), moments, ONE.to(DEVICE), rates(1))
         for absmax, expected in zip(moments[2:], largest, strict=True):
             torch.testing.assert_close(absmax, expected.expand(2), rtol=1e-6, atol=0)
 
 
-def test_the_twin_chooses_the_same_codes() -> None:
+def test_the_reference_chooses_the_same_quantized_values() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
-    values, fast = (numbers(20_003).to(CARD) for _ in range(2))
+    values, fast = (numbers(20_003).to(DEVICE) for _ in range(2))
     moments, found = no_moments(values), no_moments(values)
     for step in range(1, 5):
-        gradient = gradients(values.numel(), step).to(CARD)
-        KERNELS["adam.adam8_"](values, gradient, moments, ONE.to(CARD), rates(step))
-        kernel(fast, gradient, found, ONE.to(CARD), rates(step))
+        gradient = gradients(values.numel(), step).to(DEVICE)
+        KERNELS["adam.adam8_"](values, gradient, moments, ONE.to(DEVICE), rates(step))
+        kernel(fast, gradient, found, ONE.to(DEVICE), rates(step))
         torch.testing.assert_close(fast, values, rtol=1e-5, atol=1e-5 * LR)
         for codes, expected in zip(found[:2], moments[:2], strict=True):
             off = (codes.int() - expected.int()).abs()

@@ -48,14 +48,14 @@ def turned(pairs: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return pairs * torch.polar(torch.ones_like(angles), angles)[:, :, None]
 
 
-def test_interleaved_rotation_is_a_complex_product_on_neighbours() -> None:
+def test_interleaved_rotation_is_a_complex_multiplication_of_neighbours() -> None:
     x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
     expected = turned(torch.view_as_complex(x.view(2, 5, HEADS, -1, 2)), positions, FREQUENCIES)
     ours = rotate_interleaved(x, rotary_table(positions, FREQUENCIES))
     torch.testing.assert_close(ours, torch.view_as_real(expected).flatten(-2), rtol=1e-6, atol=1e-6)
 
 
-def test_half_rotation_is_a_complex_product_across_the_halves() -> None:
+def test_half_rotation_is_a_complex_multiplication_across_the_halves() -> None:
     x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
     expected = turned(torch.complex(*x.chunk(2, dim=-1)), positions, FREQUENCIES)
     ours = rotate_half(x, rotary_table(positions, FREQUENCIES))
@@ -217,7 +217,7 @@ def test_rotation_in_place_is_the_rotation_and_its_transpose_the_way_back(
     wide = random(10, HEADS * SIZE + 3)
     own = wide[:, 1 : HEADS * SIZE + 1]
     own.copy_(x.view(10, -1))
-    beside = wide[:, [0, -2, -1]].clone()
+    surroundings = wide[:, [0, -2, -1]].clone()
     copied = torch.full_like(own, 9)
     rotate_into(own, cos, sin, SIZE, form, copied)
     rotate_into(own, cos, sin, SIZE, form, own)
@@ -226,7 +226,7 @@ def test_rotation_in_place_is_the_rotation_and_its_transpose_the_way_back(
     assert not torch.equal(own.reshape(x.shape), x)
     rotate_into(own, cos, sin, SIZE, form, own, back=True)
     torch.testing.assert_close(own.reshape(x.shape), x, rtol=1e-6, atol=1e-6)
-    assert torch.equal(wide[:, [0, -2, -1]], beside)
+    assert torch.equal(wide[:, [0, -2, -1]], surroundings)
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,7 +16,7 @@ from octavo.ops.tiles import PREFILL_TILE, Phase, decode_tile, matmul_in_tiles
 
 K, N, R = 96, 40, 3
 SPANS = ((0, 15), (15, N))
-# of the sum of the terms' sizes: roundings to the type of the product, of its scaling and of each thing added
+# of the sum of the terms' sizes: roundings of the matmul, of its scaling and of each added term to the type
 TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 

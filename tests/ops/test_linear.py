@@ -1,4 +1,4 @@
-"""The frozen product: the gradients of autograd, none for W, and nothing kept that can be computed again."""
+"""The frozen linear: the gradients of autograd, none for W, and no saved tensor that can be recomputed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPANS = [
 
 @dataclass(frozen=True)
 class Case:
-    """One product with everything on it."""
+    """The inputs of one linear with bias, dropout and LoRA."""
 
     x: Tensor
     dropped: Tensor | None
@@ -92,7 +92,7 @@ def test_gradcheck_with_all_inputs_at_once() -> None:
     case = case_of(scaled=True, dropping=True)
     assert case.dropped is not None
 
-    def product(x: Tensor, dropped: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+    def linear(x: Tensor, dropped: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
         return frozen_linear(
             x,
             case.unpack,
@@ -102,7 +102,7 @@ def test_gradcheck_with_all_inputs_at_once() -> None:
             dropped=dropped,
         )
 
-    torch.autograd.gradcheck(product, (case.x, case.dropped, case.bias, *case.factors), eps=1e-4)
+    torch.autograd.gradcheck(linear, (case.x, case.dropped, case.bias, *case.factors), eps=1e-4)
 
 
 def test_leading_dimensions_and_a_strided_x_change_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Products in 8 bits against exact ones, within what rounding to 8 bits may cost at most."""
+"""8-bit matmuls against exact ones, within the largest error of rounding to 8 bits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_fp8_codes_are_within_half_a_digit_and_reach_the_largest_number() -> Non
 
 @pytest.mark.parametrize("columns", [50, 128, 300])
 def test_spans_of_a_row_have_a_scale_each(columns: int) -> None:
-    """A number beside far ones elsewhere in its row keeps its digits."""
+    """A value keeps its precision if outliers are in other groups of its row."""
     x = rows(M, columns)
     x[:, 0] *= 1000
     codes, scale = quantize_rows(x, torch.int8, groups=True)
@@ -69,7 +69,7 @@ def test_spans_of_a_row_have_a_scale_each(columns: int) -> None:
         assert bool((codes[:, own].abs().amax(1) == 127).all())
 
 
-def test_a_product_adds_up_spans_with_their_scales() -> None:
+def test_a_matmul_sums_groups_with_their_scales() -> None:
     x, weight = rows(M, 300), torch.randint(-127, 128, (16, 300), dtype=torch.int8)
     codes, scale = quantize_rows(x, torch.int8, groups=True)
     out = torch.empty(M, 16)
@@ -158,7 +158,7 @@ def stored_codes(codes: Tensor, absmax: Tensor) -> Callable[[Tensor], tuple[Tens
 def wide_of(
     columns: list[int], *, use_8bit: bool, rank: int = 3, dropout: float = 0.0, probe: QuantErrorProbe | None = None
 ) -> tuple[FusedLinear, list[Tensor]]:
-    """(the product of matrices with so many columns, each with a bias and a pair; the float32 matrices)."""
+    """(the fused linear of matrices with so many columns, each with a bias and LoRA; the float32 matrices)."""
     generator = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int) -> Tensor:
@@ -205,9 +205,7 @@ def both(
 
 @pytest.mark.parametrize("columns", [[48], [32, 64]])
 @pytest.mark.parametrize("residual", [False, True])
-def test_forward_differs_from_the_exact_product_by_half_a_step_of_each_input(
-    columns: list[int], residual: bool
-) -> None:
+def test_forward_differs_from_the_exact_matmul_by_half_a_step_of_each_input(columns: list[int], residual: bool) -> None:
     fast, matrices = wide_of(columns, use_8bit=True)
     exact, _ = wide_of(columns, use_8bit=False)
     assert fast.use_8bit
@@ -256,7 +254,7 @@ def test_backward_differs_by_the_digits_of_fp8_and_only_in_the_gradient_to_the_i
 def test_a_gradient_in_int8_differs_by_half_a_step_of_its_spans(
     columns: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on cards before fp8. The weight is multiplied as it is."""
+    """As on GPUs without fp8. The weight is multiplied without a copy."""
     monkeypatch.setattr(matmul8, "gradient_type", lambda _: torch.int8)
     fast, matrices = wide_of(columns, use_8bit=True)
     exact, _ = wide_of(columns, use_8bit=False)
@@ -281,7 +279,7 @@ def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
         gemm_input = completed(wide, x, seeds(0))
         _, wanted = wide.backward(dy, gemm_input, seeds(0), grad_input=True)
         monkeypatch.setattr(FusedLinear, "matrix", lambda *_: pytest.fail("the matrix was written"))
-        monkeypatch.setattr(matmul8, "matmul_8bit_into", lambda *_: pytest.fail("a product was taken"))
+        monkeypatch.setattr(matmul8, "matmul_8bit_into", lambda *_: pytest.fail("a matmul was computed"))
         dx, found = wide.backward(dy, gemm_input, seeds(0), grad_input=False)
         monkeypatch.undo()
         assert dx is None
@@ -314,7 +312,7 @@ def test_channels_that_are_apart_are_multiplied_exactly_and_leave_the_others_the
     assert float((found - wanted).norm()) < 0.02 * float((whole - wanted).norm())
 
 
-def test_a_product_with_all_channels_apart_is_exact() -> None:
+def test_a_matmul_with_outlier_channels_only_is_exact() -> None:
     fast, _ = wide_of([32], use_8bit=True)
     exact, _ = wide_of([32], use_8bit=False)
     parted, x = (
@@ -363,7 +361,7 @@ def test_a_trial_measures_both_ways_and_changes_nothing(dropout: float) -> None:
     torch.testing.assert_close(probe.backward, (rough - wanted).norm() / wanted.norm())
 
 
-def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> None:
+def test_a_matmul_with_a_part_that_cannot_be_in_8_bits_is_not_measured() -> None:
     probe = QuantErrorProbe()
     tried, _ = wide_of([32, 64], use_8bit=False, probe=probe)
     parts = (tried.parts[0], tried.parts[1]._replace(matmul8=None))
@@ -374,8 +372,8 @@ def test_a_product_with_a_part_that_cannot_be_in_eight_bits_is_not_tried() -> No
     assert (mixed.probe, probe.forward, probe.backward) == (None, None, None)
 
 
-def test_the_scale_of_a_row_is_that_of_the_twin() -> None:
-    """The codes are compared in tests/kernels/test_parity.py; the scale is written beside them."""
+def test_the_scale_of_a_row_equals_that_of_the_reference() -> None:
+    """tests/kernels/test_parity.py compares the quantized values; this test compares the scales."""
     from octavo.kernels import matmul8 as kernels
 
     place = "cuda" if torch.cuda.is_available() else "cpu"

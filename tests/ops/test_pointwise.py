@@ -32,8 +32,8 @@ def columns(values: Tensor) -> Tensor:
     return wide[:, 2 : values.shape[1] + 2]
 
 
-def beside(own: Tensor) -> Tensor:
-    """What stands left and right of `columns`."""
+def surroundings(own: Tensor) -> Tensor:
+    """The elements to the left and right of `columns`."""
     whole = own._base
     assert whole is not None
     return torch.cat([whole[:, :2], whole[:, -3:]], dim=1)
@@ -60,7 +60,7 @@ def test_a_norm_is_its_formula(centred: bool) -> None:
     with torch.no_grad():
         norm_into(x, weight, bias, EPS, out)
         torch.testing.assert_close(out, plain_norm(x, weight, bias))
-    assert (beside(out) == 9).all()
+    assert (surroundings(out) == 9).all()
 
 
 @both_norms
@@ -73,7 +73,7 @@ def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(centred: b
     with torch.no_grad():
         norm_backward_into(x, weight, EPS, columns(dy), residual, out, centred=centred)
         torch.testing.assert_close(out, residual + theirs[0], rtol=1e-5, atol=1e-6)  # taken in float32
-        assert (beside(out) == 9).all()
+        assert (surroundings(out) == 9).all()
         norm_backward_into(x, weight, EPS, dy, residual, residual, centred=centred)  # over its own input
         assert torch.equal(residual, out)
         dweight, dbias = norm_parameters_backward(x, EPS, columns(dy), centred=centred)
@@ -130,7 +130,7 @@ def test_an_activation_and_its_backward_are_those_of_the_formula(name: str) -> N
     backward_(own, gradient)
     torch.testing.assert_close(own, dx)
     torch.testing.assert_close(gradient, y.detach())
-    assert all((beside(made) == 9).all() for made in (own, out, gradient))
+    assert all((surroundings(made) == 9).all() for made in (own, out, gradient))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

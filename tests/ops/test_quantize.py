@@ -178,7 +178,7 @@ def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_inst
 
 @every_type
 def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
-    """From the product in float32, also into the columns of a wider matrix."""
+    """From value times scale in float32, also into columns of a wider matrix."""
     codes, absmax = torch.randint(-127, 128, (9, 70), dtype=torch.int8), torch.rand(9)
     wide = torch.zeros(9, 75, dtype=dtype)
     int8_into(codes, absmax, wide[:, 2:72])
