@@ -1,4 +1,4 @@
-"""Capabilities of devices that are not there, and hardware made of them."""
+"""Capabilities of devices for tests, without the devices, and `Hardware` with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def gpu(
     name: str, major: int, minor: int, *, memory_gib: int, processors: int, shared_kib: int = 99, gcn: str = "",
     bfloat16: bool = True,
 ) -> Capabilities:  # fmt: skip
-    """Those that are made of what PyTorch reports of a GPU; `gcn`: of an AMD GPU under ROCm."""
+    """Capabilities from the properties that PyTorch reports for a GPU; `gcn`: the architecture of an AMD GPU."""
     properties = SimpleNamespace(
         name=name, major=major, minor=minor, total_memory=memory_gib * GIB, multi_processor_count=processors,
         shared_memory_per_block_optin=shared_kib * KIB, gcnArchName=gcn,
@@ -39,7 +39,7 @@ UNKNOWN_GPU = gpu("NVIDIA Rubin Test Sample", 13, 0, memory_gib=64, processors=1
 
 
 def hardware(capabilities: Capabilities, dtype: torch.dtype | None = None) -> Hardware:
-    """A run on such a device."""
+    """The hardware of a run on this device."""
     kind = "cuda" if capabilities.is_gpu else "cpu"
     if dtype is None:
         half = torch.bfloat16 if "bfloat16" in capabilities.dtypes else torch.float16

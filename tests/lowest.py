@@ -1,6 +1,6 @@
 """The lowest versions that pyproject.toml allows, as constraints for pip: `python tests/lowest.py > constraints.txt`.
 
-`make test-lowest` runs the suite with them: a floor is a version that was tested.
+`make test-lowest` runs the suite with these versions, so that every lower bound is tested.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ NAME, FLOOR = re.compile(r"[A-Za-z0-9._-]+"), re.compile(r">=\s*([0-9][^,;\s]*)"
 
 
 def floors(requirements: list[str]) -> dict[str, str]:
-    """Package -> version, of all that have a floor."""
-    found = {}
+    """Package -> lowest version, for requirements with a lower bound."""
+    versions = {}
     for requirement in requirements:
         name, floor = NAME.match(requirement), FLOOR.search(requirement)
         if name is not None and floor is not None:
-            found[name[0]] = floor[1]
-    return found
+            versions[name[0]] = floor[1]
+    return versions
 
 
 def main() -> None:
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].values()
     for name, version in sorted(
-        floors([*project["dependencies"], *(each for extra in extras for each in extra)]).items()
+        floors([*project["dependencies"], *(requirement for extra in extras for requirement in extra)]).items()
     ):
         sys.stdout.write(f"{name}=={version}\n")
 

@@ -58,18 +58,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class Watch(TorchDispatchMode):
-    """Calls `see` with the name of each operation of torch and the tensors that it made, views left out."""
+    """Calls `see` with the name of every torch operation and its new tensors, without views."""
 
     def __init__(self, see: Callable[[str, list[Tensor]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.see = see
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {value.untyped_storage().data_ptr() for value in _tensors((args, kwargs or {}))}
-        fresh = [value for value in _tensors(made) if value.untyped_storage().data_ptr() not in given]
+        result = func(*args, **(kwargs or {}))
+        existing = {value.untyped_storage().data_ptr() for value in _tensors((args, kwargs or {}))}
+        fresh = [value for value in _tensors(result) if value.untyped_storage().data_ptr() not in existing]
         self.see(func.overloadpacket.__name__, fresh)
-        return made
+        return result
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -82,18 +82,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def test_adapters_are_served_and_said_and_never_dropped(
+def test_embedded_adapters_are_applied_and_reported(
     octavo: Octavo, seed: Any, tune: Tune, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The server loaded the saved model without its adapters, said nothing, and answered as the untuned one."""
+    """The server loaded the saved model without its adapters, without a warning, and served the untuned model."""
     ids = torch.arange(3, 20)[None]
     config = Config.read(cli.GENERATE, {"model": str(seed.folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report, torch.no_grad():
         served = open_speaker(config, report).model(ids)
-        wanted = seed.model(ids).logits
-    assert float((served - wanted).abs().max()) <= 1e-5
+        expected = seed.model(ids).logits
+    assert float((served - expected).abs().max()) <= 1e-5
     assert "trained adapters on 14 layers: they are on" in (tmp_path / "said.jsonl").read_text()
-    # What the run showed of its tuned model is what its adapter's folder says, and not what the base says.
+    # The sample of the tuned model in the run equals the output with its adapter, and differs from that of the base.
     tune(tmp_path / "run", steps=20)
     sampled = ("--temperature", 0.7, "--top-p", 0.9, "--max-new-tokens", 4, "--dtype", "float32", "--json")
     model = ("--model", json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["base"]["name"])
@@ -107,45 +107,45 @@ def test_adapters_are_served_and_said_and_never_dropped(
     assert "does not belong to this model" in foreign.err
 
 
-def test_checkpointing_computes_blocks_again_in_training(tune: Tune, tmp_path: Path) -> None:
-    """Checkpointing was switched on, but the model stayed in eval mode, where it never acts: memory as without."""
-    products = {"mm": 0, "addmm": 0, "addmm_": 0, "bmm": 0}
+def test_recomputation_runs_blocks_twice_in_training(tune: Tune, tmp_path: Path) -> None:
+    """Checkpointing was enabled, but the model was in eval mode, where it has no effect."""
+    matmuls = {"mm": 0, "addmm": 0, "addmm_": 0, "bmm": 0}
 
     def count(name: str, _: list[Tensor]) -> None:
-        if name in products:
-            products[name] += 1
+        if name in matmuls:
+            matmuls[name] += 1
 
     counts, adapters = [], []
-    for kept in ("none", "full"):
-        products.update(dict.fromkeys(products, 0))
+    for recompute in ("none", "full"):
+        matmuls.update(dict.fromkeys(matmuls, 0))
         with Watch(count):
-            tune(tmp_path / kept, recompute=kept, steps=2, test_data=[], test_fraction=0)
-        counts.append(sum(products.values()))
-        adapters.append(load_file(tmp_path / kept / "adapter" / "adapter_model.safetensors"))
-    assert counts[1] >= counts[0] + 2 * 2, "in two steps of two blocks, a product or more in each"
+            tune(tmp_path / recompute, recompute=recompute, steps=2, test_data=[], test_fraction=0)
+        counts.append(sum(matmuls.values()))
+        adapters.append(load_file(tmp_path / recompute / "adapter" / "adapter_model.safetensors"))
+    assert counts[1] >= counts[0] + 2 * 2, "two steps, two blocks, at least one matmul each"
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_an_existing_folder_costs_no_training(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
-    """Where the output folder existed, saving failed at the end, the exception was swallowed, the weights lost."""
+def test_a_run_in_an_existing_folder_is_saved(octavo: Octavo, tune: Tune, tmp_path: Path) -> None:
+    """If the output folder existed, saving failed at the end of training without an error, and lost the weights."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    answer = tune(out)
-    assert Path(answer["adapter"], "adapter_model.safetensors").is_file()
+    outcome = tune(out)
+    assert Path(outcome["adapter"], "adapter_model.safetensors").is_file()
     assert (out / "notes.txt").read_text() == "mine"
     before = files_of(out)
     with pytest.raises(UsageError, match="already contains a run") as caught:
         tune(out, steps=9)
     assert "--resume" in caught.value.hint
-    assert files_of(out) == before, "refused before the first step, and nothing of the first run is touched"
+    assert files_of(out) == before, "the error precedes the first step, and the first run is unchanged"
 
 
-def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
+def test_all_tokens_of_a_text_and_its_end_token_are_labels(
     tiny_gptj: Path, plays: Path, tune: Tune, tmp_path: Path
 ) -> None:
-    """Each line was an example of its own, cut at 128 tokens, and no end token was ever learned."""
+    """Every line was a separate example, truncated to 128 tokens, without an end token."""
     tokenizer, end = load_tokenizer(tiny_gptj), 2
     long_line = tmp_path / "one-long-line.txt"
     long_line.write_text("where is my lord the duke of york " * 80)
@@ -154,19 +154,19 @@ def test_a_text_is_learned_whole_over_all_its_lines_and_with_its_end(
         options = TextOptions.model_validate({"seq_len": 32})
         text = to_text(read_documents(paths, options), options, tokenizer, report)
     written = [path.read_text() for path in [*sorted((plays / "train").iterdir()), long_line]]
-    learned = [int(label) for row in text.rows for label in row.labels if label >= 0]
+    labels = [int(label) for row in text.rows for label in row.labels if label >= 0]
     assert max(len(tokenizer.encode(text)) for text in written) > 2 * 128
-    # Packing lets rows of several documents change places.
-    assert sorted(learned) == sorted(id for text in written for id in [*tokenizer.encode(text)[1:], end])
-    assert learned.count(end) == len(written) == 7
+    # Packing changes the order of documents.
+    assert sorted(labels) == sorted(id for text in written for id in [*tokenizer.encode(text)[1:], end])
+    assert labels.count(end) == len(written) == 7
     assert any("\n" in tokenizer.decode(row.ids.tolist()[4:-4]) for row in text.rows)
     tune(tmp_path / "run", data=paths)
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
-    assert (ledger["trained"], ledger["left_out"], ledger["documents"]) == (len(learned), 0, 7)
+    assert (ledger["trained"], ledger["left_out"], ledger["documents"]) == (len(labels), 0, 7)
 
 
-def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Path, tune: Tune, tmp_path: Path) -> None:
-    """Without an end token in the training text the tuned model ran on to the last token that it was allowed."""
+def test_a_tuned_model_generates_the_end_token(octavo: Octavo, tiny_gptj: Path, tune: Tune, tmp_path: Path) -> None:
+    """Without end tokens in the training text the tuned model always generated the maximum number of tokens."""
     (data := tmp_path / "short").mkdir()
     for number in range(8):
         (data / f"{number}.txt").write_text("my lord the duke of york")
@@ -178,8 +178,8 @@ def test_a_tuned_model_stops_where_its_texts_stop(octavo: Octavo, tiny_gptj: Pat
     assert (done.json["text"], done.json["finish_reason"]) == (" the duke of york", "stop")
 
 
-def test_the_test_files_are_what_is_measured(tune: Tune, plays: Path, tmp_path: Path) -> None:
-    """The test files were loaded and never used: nothing said whether the tuned model was better."""
+def test_the_test_files_are_evaluated(tune: Tune, plays: Path, tmp_path: Path) -> None:
+    """The test files were loaded and never used: the tuned model was not evaluated."""
     (other := tmp_path / "other.txt").write_text("0123456789 ZYXWVU " * 9)
     runs = {"plays": [str(plays / "test")], "other": [str(other)]}
     rows = {name: tune(tmp_path / name, test_data=data, eval_rows=0)["rows"] for name, data in runs.items()}
@@ -191,13 +191,13 @@ def test_the_test_files_are_what_is_measured(tune: Tune, plays: Path, tmp_path: 
         assert events(tmp_path / name, "heldout")
     assert rows["plays"][0]["perplexity"] != pytest.approx(rows["other"][0]["perplexity"], rel=0.01)
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in runs)
-    assert all(torch.equal(first[name], second[name]) for name in first), "and they are measured on, not learned"
+    assert all(torch.equal(first[name], second[name]) for name in first), "the test files are not trained on"
 
 
-def test_float16_gradients_neither_vanish_nor_overflow_unseen(
+def test_float16_gradients_neither_underflow_nor_overflow_without_a_warning(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training in float16 went without a loss scaler: small gradients became zero, large ones not a number."""
+    """Training in float16 had no loss scaler: small gradients became zero, large ones NaN."""
     small = {"alpha": 2e-4, "batch_size": 32, "steps": 1, "test_data": [], "test_fraction": 0}
     norms = {}
     for dtype in ("float32", "float16"):
@@ -205,51 +205,51 @@ def test_float16_gradients_neither_vanish_nor_overflow_unseen(
         norms[dtype] = events(tmp_path / dtype, "step")[0]["grad_norm"]
     assert 0 < norms["float32"] < 1e-4
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.02)
-    # A scale that is too large by far: of 128 tokens with a loss of some nats each, a logit's gradient is then above
-    # 1e5. It halves with each step, and no update is large enough to change the gradients of the next.
+    # A scale that is far too large: with 128 tokens and a loss of some nats per token, the gradient of a logit exceeds
+    # 1e5. The scale halves in every step, and the updates are too small to change the gradients of the next step.
     begin = LossScaler.__init__
 
-    def too_large(scaler: LossScaler, *given: Any, **named: Any) -> None:
-        begin(scaler, *given, **named)
+    def too_large(scaler: LossScaler, *arguments: Any, **options: Any) -> None:
+        begin(scaler, *arguments, **options)
         scaler.scale *= 2**11 if scaler.active else 1
 
     monkeypatch.setattr(LossScaler, "__init__", too_large)
     many = {"scheme": "none", "lr": 1e-9, "steps": 13}
     answers = {dtype: tune(tmp_path / f"{dtype}-many", dtype=dtype, **many) for dtype in norms}
     warnings = [event["text"] for event in events(tmp_path / "float16-many", "warn")]
-    left_out = [int(text.split()[1].rstrip(":")) for text in warnings if "overflowed float16, update skipped" in text]
-    assert left_out[0] == 1
-    assert len(left_out) <= 11, "the scale fell until they fit"
+    skipped = [int(text.split()[1].rstrip(":")) for text in warnings if "overflowed float16, update skipped" in text]
+    assert skipped[0] == 1
+    assert len(skipped) <= 11, "the scale decreases until gradients are finite"
     steps = [events(tmp_path / f"{dtype}-many", "step") for dtype in ("float16", "float32")]
-    for ours, true in zip(*steps, strict=True):
-        if ours["step"] not in left_out:
-            assert ours["grad_norm"] == pytest.approx(true["grad_norm"], rel=0.02)
+    for half, full in zip(*steps, strict=True):
+        if half["step"] not in skipped:
+            assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.02)
     assert answers["float16"]["loss"] == pytest.approx(answers["float32"]["loss"], rel=0.01)
 
 
-@pytest.mark.parametrize("kept", ["none", "full"])
-def test_every_adapter_trains_beside_stacked_frozen_layers(tune: Tune, tmp_path: Path, kept: str) -> None:
-    """`output += adapter(x)` changed a view in place, which newer versions of PyTorch refuse in training."""
-    tune(tmp_path / "run", lora_targets=EVERY_LAYER, recompute=kept, scheme="dynamic8", dropout=0.1)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_all_adapters_on_stacked_frozen_layers_are_trained(tune: Tune, tmp_path: Path, recompute: str) -> None:
+    """`output += adapter(x)` changed a view in place, an error in newer versions of PyTorch."""
+    tune(tmp_path / "run", lora_targets=EVERY_LAYER, recompute=recompute, scheme="dynamic8", dropout=0.1)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    began_at_zero = [name for name in saved if name.endswith(("lora_B.weight", "lora_embedding_A"))]
-    assert len(began_at_zero) == 2 * 6 + 2
-    assert all(saved[name].any() for name in began_at_zero)
+    initially_zero = [name for name in saved if name.endswith(("lora_B.weight", "lora_embedding_A"))]
+    assert len(initially_zero) == 2 * 6 + 2
+    assert all(saved[name].any() for name in initially_zero)
 
 
-def test_an_embedding_lookup_reads_its_rows_alone(seed: Any, tmp_path: Path) -> None:
-    """Each lookup dequantised the whole table, 788 MiB of GPT-J-6B's in float32, to take a few rows of it."""
+def test_an_embedding_lookup_dequantizes_only_its_rows(seed: Any, tmp_path: Path) -> None:
+    """Every lookup dequantized the entire matrix, 788 MiB of GPT-J-6B in float32."""
     folder = Path(shutil.copytree(seed.folder, tmp_path / "plain"))
-    table = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    torch.save({name: t for name, t in table.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: t for name, t in tensors.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
     config = Config.read(cli.GENERATE, {"model": str(folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False) as report:
         model = open_speaker(config, report).model
     ids = torch.tensor([[0, 299, 131]])
     sizes: list[int] = []
-    with torch.no_grad(), Watch(lambda _, made: sizes.extend(tensor.nbytes for tensor in made)):
+    with torch.no_grad(), Watch(lambda _, result: sizes.extend(tensor.nbytes for tensor in result)):
         rows = model.embed(ids)
     assert torch.equal(rows[0], seed.model.transformer.wte.read()[ids[0]])
-    # Three rows of 64 numbers; their places in the flattened table are 64-bit integers.
+    # Three rows of 64 values; their indices in the flattened matrix are 64-bit integers.
     assert 0 < max(sizes) <= 3 * 64 * 8
-    assert model.embed.matrix.parts["weight"].nbytes == 300 * 64, "the table itself stays a byte a number"
+    assert model.embed.matrix.parts["weight"].nbytes == 300 * 64, "the matrix is stored in one byte per value"

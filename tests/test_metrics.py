@@ -1,4 +1,4 @@
-"""Perplexity against transformers on the same windows; bits per byte; scoring leaves the model as it was."""
+"""Perplexity against transformers on the same windows; bits per byte; evaluation does not change the model."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score, score
 from octavo.models import Decoder
 
-VOCABULARY, SEQ_LEN = 61, 24
+VOCAB_SIZE, SEQ_LEN = 61, 24
 CONFIGS = {
     "llama": LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
 }
 LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
+def models(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
     return twins_of(CONFIGS[request.param])
 
 
 def texts() -> list[Tokens]:
-    """Of very unequal lengths; of some only the second half counts, as of a prompt with its completion."""
+    """Documents of unequal lengths; in every third one only the second half has labels, as in prompt and completion."""
     generator = np.random.default_rng(0)
-    made = []
+    documents = []
     for number, length in enumerate(LENGTHS):
-        ids = generator.integers(0, VOCABULARY, length).astype(np.int32)
+        ids = generator.integers(0, VOCAB_SIZE, length).astype(np.int32)
         trained = np.arange(length) >= (length // 2 if number % 3 == 2 else 1)
-        made.append(Tokens(f"f{number}", 1, ids, trained, 3 * length))
-    return made
+        documents.append(Tokens(f"f{number}", 1, ids, trained, 3 * length))
+    return documents
 
 
 def rows() -> list[Row]:
@@ -60,8 +60,8 @@ def scored(model: Decoder, batch_size: int = 3) -> Score:
 
 @torch.no_grad()
 def window_losses(theirs: Any) -> list[tuple[float, int]]:
-    """(mean loss, tokens) of each window, as transformers computes it from unshifted labels."""
-    found = []
+    """(mean loss, tokens) of every window; transformers shifts the labels."""
+    losses = []
     for text in texts():
         for start in range(0, len(text.ids) - 1, SEQ_LEN):
             window = slice(start, start + SEQ_LEN + 1)
@@ -69,12 +69,12 @@ def window_losses(theirs: Any) -> list[tuple[float, int]]:
             labels = ids.masked_fill(~torch.from_numpy(text.trained[window])[None], -100)
             tokens = int((labels[:, 1:] != -100).sum())
             if tokens:
-                found.append((float(theirs(ids, labels=labels).loss), tokens))
-    return found
+                losses.append((float(theirs(ids, labels=labels).loss), tokens))
+    return losses
 
 
-def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[Any, Decoder]) -> None:
-    theirs, ours = kernels
+def test_perplexity_is_that_of_transformers_weighted_by_tokens(models: tuple[Any, Decoder]) -> None:
+    theirs, ours = models
     windows = window_losses(theirs)
     tokens = sum(count for _, count in windows)
     expected = math.exp(sum(loss * count for loss, count in windows) / tokens)
@@ -83,8 +83,8 @@ def test_perplexity_is_that_of_transformers_weighted_by_tokens(kernels: tuple[An
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
 
 
-def test_means_of_window_means_are_another_number(kernels: tuple[Any, Decoder]) -> None:
-    theirs, ours = kernels
+def test_perplexity_differs_from_unweighted_means_of_windows(models: tuple[Any, Decoder]) -> None:
+    theirs, ours = models
     windows = window_losses(theirs)
     perplexity = scored(ours).perplexity
     mean_of_means = math.exp(sum(loss for loss, _ in windows) / len(windows))
@@ -93,11 +93,11 @@ def test_means_of_window_means_are_another_number(kernels: tuple[Any, Decoder]) 
     assert abs(mean_of_perplexities / perplexity - 1) > 0.01
 
 
-def test_the_batch_size_changes_nothing(kernels: tuple[Any, Decoder]) -> None:
-    one, *others = (scored(kernels[1], batch_size) for batch_size in (1, 2, 100))
+def test_the_score_does_not_depend_on_the_batch_size(models: tuple[Any, Decoder]) -> None:
+    single, *others = (scored(models[1], batch_size) for batch_size in (1, 2, 100))
     for other in others:
-        assert other.tokens == one.tokens
-        assert other.nats == pytest.approx(one.nats, rel=1e-6)
+        assert other.tokens == single.tokens
+        assert other.nats == pytest.approx(single.nats, rel=1e-6)
 
 
 def test_bits_per_byte_are_nats_over_the_log_of_2_and_the_bytes() -> None:
@@ -109,11 +109,11 @@ def test_bits_per_byte_are_nats_over_the_log_of_2_and_the_bytes() -> None:
 
 
 @pytest.mark.parametrize(("nats", "expected"), [(5000.0, math.inf), (math.inf, math.inf)])
-def test_a_model_that_fell_apart_has_an_infinite_perplexity(nats: float, expected: float) -> None:
+def test_a_diverged_model_has_an_infinite_perplexity(nats: float, expected: float) -> None:
     assert Score(nats, 2, 10).perplexity == expected
 
 
-def test_scoring_leaves_training_and_gradients_as_they_were(
+def test_evaluation_does_not_change_the_training_mode_and_gradients(
     twins_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
     _, model = twins_of(CONFIGS["llama"])
@@ -129,8 +129,8 @@ def test_scoring_leaves_training_and_gradients_as_they_were(
     assert all(p.grad is not None and bool((p.grad == 3.0).all()) for p in parameters.values())
 
 
-def test_progress_is_told_of_every_row(kernels: tuple[Any, Decoder]) -> None:
+def test_progress_counts_every_row(models: tuple[Any, Decoder]) -> None:
     done: list[int] = []
-    score(kernels[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
+    score(models[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
     assert sum(done) == len(rows())
     assert max(done) == 4

@@ -1,4 +1,4 @@
-"""metrics.jsonl has whole lines only, also after a full disk, a kill during a write, and its deletion."""
+"""metrics.jsonl has complete lines only, also after a full disk, a kill during a write, and its deletion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lines(path: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("torn", "kept"),
+    ("torn", "remaining"),
     [
         (b'{"a": 1}\n{"b": [{"c": 1}', [b'{"a": 1}']),
         (b'{"a": 1}\n{"b": {}}', [b'{"a": 1}', b'{"b": {}}']),
@@ -26,14 +26,14 @@ def lines(path: Path) -> list[bytes]:
         (b"{" + b"[" * 100_000, []),
         (b"", []),
     ],
-    ids=["torn at a brace", "no line end", "whole", "deep", "empty"],
+    ids=["torn at a brace", "no line end", "complete", "deep", "empty"],
 )
-def test_a_partial_last_line_is_removed(torn: bytes, kept: list[bytes], tmp_path: Path) -> None:
+def test_a_partial_last_line_is_removed(torn: bytes, remaining: list[bytes], tmp_path: Path) -> None:
     (path := tmp_path / "m").write_bytes(torn)
     file = MetricsFile(path, append=True)
     file.write(b'{"z": 0}\n')
     file.close()
-    assert lines(path) == [*kept, b'{"z": 0}']
+    assert lines(path) == [*remaining, b'{"z": 0}']
 
 
 def test_a_failed_write_is_not_repeated_on_close(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loss of a batch: what is learned goes through the head and nothing else, whatever stands beside it."""
+"""The loss of a batch: only labelled positions go through the head; documents and padding do not affect each other."""
 
 from __future__ import annotations
 
@@ -23,135 +23,138 @@ from octavo.models import Decoder
 from octavo.objective import batch_loss, inputs_of, next_token_loss
 from octavo.ops import loss as ops_loss
 
-VOCABULARY, LENGTH, CPU = 61, 9, torch.device("cpu")
+VOCAB_SIZE, SEQ_LEN, CPU = 61, 9, torch.device("cpu")
 CONFIGS = {
     "llama": LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
     ),
-    "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
+    "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
+def models(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
     theirs, ours = twins_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
     return theirs, ours
 
 
-def batch_of(*, packed: bool, learned: float = 0.5) -> Batch:
-    """Two rows, the second with padding; about that share of the real positions is learned."""
+def batch_of(*, packed: bool, labelled: float = 0.5) -> Batch:
+    """Two rows, the second with padding; `labelled` is the fraction of tokens with a label."""
     torch.manual_seed(0)
     document = torch.tensor([[0] * 9, [1] * 6 + [-1] * 3])
-    positions = torch.arange(LENGTH).repeat(2, 1)
+    positions = torch.arange(SEQ_LEN).repeat(2, 1)
     if packed:
         document = torch.tensor([[0] * 4 + [1] * 5, [2] * 5 + [3, -1, -1, -1]])
         positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 0, 1, 2]])
-    ids = torch.randint(VOCABULARY, (2, LENGTH))
-    labels = torch.randint(VOCABULARY, (2, LENGTH))
-    labels[(torch.rand(2, LENGTH) >= learned) | (document < 0)] = IGNORE_INDEX
+    ids = torch.randint(VOCAB_SIZE, (2, SEQ_LEN))
+    labels = torch.randint(VOCAB_SIZE, (2, SEQ_LEN))
+    labels[(torch.rand(2, SEQ_LEN) >= labelled) | (document < 0)] = IGNORE_INDEX
     return Batch(ids, labels, positions, document, (("f:1",),) * len(ids), epoch=0, index=0)
 
 
 @torch.no_grad()
 def plain_loss(theirs: Any, batch: Batch) -> Tensor:
-    """Each document by itself through transformers."""
+    """The sum of transformers' losses of the single documents."""
     total = torch.zeros(())
     for number in range(int(batch.document.max()) + 1):
-        own = batch.document == number
-        logits = theirs(batch.ids[own][None]).logits[0]
-        total += F.cross_entropy(logits, batch.labels[own], reduction="sum", ignore_index=IGNORE_INDEX)
+        document = batch.document == number
+        logits = theirs(batch.ids[document][None]).logits[0]  # (T, V)
+        total += F.cross_entropy(logits, batch.labels[document], reduction="sum", ignore_index=IGNORE_INDEX)
     return total
 
 
-both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
+one_document_and_packed = pytest.mark.parametrize("packed", [False, True], ids=["one document per row", "packed"])
 
 
-@both
-@pytest.mark.parametrize("learned", [0.5, 1.0])
-def test_the_loss_is_that_of_transformers_on_each_document(
-    kernels: tuple[Any, Decoder], packed: bool, learned: float
+@one_document_and_packed
+@pytest.mark.parametrize("labelled", [0.5, 1.0])
+def test_the_loss_is_the_sum_of_transformers_losses_of_the_documents(
+    models: tuple[Any, Decoder], packed: bool, labelled: float
 ) -> None:
-    batch = batch_of(packed=packed, learned=learned)
-    expected = plain_loss(kernels[0], batch)
-    torch.testing.assert_close(batch_loss(kernels[1], batch).detach(), expected, rtol=1e-5, atol=0)
+    batch = batch_of(packed=packed, labelled=labelled)
+    expected = plain_loss(models[0], batch)
+    torch.testing.assert_close(batch_loss(models[1], batch).detach(), expected, rtol=1e-5, atol=0)
     assert (inputs_of(batch, CPU).documents is not None) == packed
 
 
-def test_only_what_is_learned_goes_through_the_head(
-    kernels: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch
+def test_only_labelled_positions_go_through_the_head(
+    models: tuple[Any, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    definition = ops_loss.cross_entropy_
+    reference = ops_loss.cross_entropy_
 
-    def noted(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    def recording_cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
         rows.append(len(logits))
         assert (labels >= 0).all()
-        return definition(logits, labels, gradient=gradient)
+        return reference(logits, labels, gradient=gradient)
 
-    monkeypatch.setattr(loss, "cross_entropy_", noted)
+    monkeypatch.setattr(loss, "cross_entropy_", recording_cross_entropy)
     batch = batch_of(packed=True)
-    batch_loss(kernels[1], batch)
-    assert 0 < batch.trained_tokens < 2 * LENGTH
+    batch_loss(models[1], batch)
+    assert 0 < batch.trained_tokens < 2 * SEQ_LEN
     assert sum(rows) == batch.trained_tokens
 
 
-def test_where_all_is_learned_nothing_is_gathered() -> None:
+def test_no_positions_are_gathered_if_all_have_labels() -> None:
     batch = batch_of(packed=False)
-    whole = replace(batch, labels=batch.ids, document=torch.zeros_like(batch.ids))
-    assert inputs_of(whole, CPU).labelled is None
+    all_labelled = replace(batch, labels=batch.ids, document=torch.zeros_like(batch.ids))
+    assert inputs_of(all_labelled, CPU).labelled is None
     assert inputs_of(batch, CPU).labelled is not None
 
 
-@both
-def test_padding_and_what_it_holds_change_nothing(kernels: tuple[Any, Decoder], packed: bool) -> None:
+@one_document_and_packed
+def test_the_ids_of_padding_do_not_change_the_loss(models: tuple[Any, Decoder], packed: bool) -> None:
     batch = batch_of(packed=packed)
     other = replace(batch, ids=torch.where(batch.document < 0, 7, batch.ids))
     assert not torch.equal(batch.ids, other.ids)
-    assert torch.equal(batch_loss(kernels[1], batch), batch_loss(kernels[1], other))
+    assert torch.equal(batch_loss(models[1], batch), batch_loss(models[1], other))
 
 
-@both
-def test_positions_whose_labels_are_ignored_may_go_through_the_head_as_well(
-    kernels: tuple[Any, Decoder], packed: bool
+@one_document_and_packed
+def test_ignored_positions_that_go_through_the_head_do_not_change_the_loss(
+    models: tuple[Any, Decoder], packed: bool
 ) -> None:
-    # As they do in a recorded step, whose shapes cannot depend on the data.
+    # As in a step with CUDA graphs, whose shapes cannot depend on the data.
     batch = batch_of(packed=packed)
     inputs = inputs_of(batch, CPU)
     every = replace(inputs, labels=batch.labels.flatten(), labelled=None)
-    parameters = list(adapters.trained(kernels[1]).values())
+    parameters = list(adapters.trained(models[1]).values())
     options = ForwardOptions(), ForwardOptions(Save.INPUT)
-    one, other = (next_token_loss(kernels[1], *each) for each in zip((inputs, every), options, strict=True))
-    torch.testing.assert_close(one, other)
-    for mine, theirs in zip(torch.autograd.grad(one, parameters), torch.autograd.grad(other, parameters), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    gathered, full = (
+        next_token_loss(models[1], *arguments) for arguments in zip((inputs, every), options, strict=True)
+    )
+    torch.testing.assert_close(gathered, full)
+    expected = torch.autograd.grad(full, parameters)
+    for gradient, wanted in zip(torch.autograd.grad(gathered, parameters), expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_scale_the_loss_of_each_label(kernels: tuple[Any, Decoder]) -> None:
+def test_label_weights_scale_the_loss_of_their_labels(models: tuple[Any, Decoder]) -> None:
     batch = batch_of(packed=True)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(0))
     weighted = replace(batch, weights=weights)
     single = [
-        batch_loss(kernels[1], replace(batch, labels=torch.where(chosen, batch.labels, IGNORE_INDEX))).item()
+        batch_loss(models[1], replace(batch, labels=torch.where(chosen, batch.labels, IGNORE_INDEX))).item()
         for chosen in (weights < 0.5, weights >= 0.5)
     ]
     halves = replace(batch, weights=torch.where(weights < 0.5, 0.25, 3.0))
-    assert batch_loss(kernels[1], halves).item() == pytest.approx(0.25 * single[0] + 3 * single[1], rel=1e-5)
+    assert batch_loss(models[1], halves).item() == pytest.approx(0.25 * single[0] + 3 * single[1], rel=1e-5)
     counted = batch.labels != IGNORE_INDEX
     assert weighted.label_weight == pytest.approx(float(weights[counted].sum()))
     assert batch.label_weight == batch.trained_tokens == int(counted.sum())
 
 
-def test_nothing_learned_is_no_failure(kernels: tuple[Any, Decoder]) -> None:
-    batch = batch_of(packed=False, learned=0.0)
+def test_a_batch_without_labels_has_a_loss_of_zero(models: tuple[Any, Decoder]) -> None:
+    batch = batch_of(packed=False, labelled=0.0)
     assert batch.trained_tokens == 0
-    total = batch_loss(kernels[1], batch)
+    total = batch_loss(models[1], batch)
     assert total.item() == 0
     assert not any(
-        gradient.any() for gradient in torch.autograd.grad(total, list(adapters.trained(kernels[1]).values()))
+        gradient.any() for gradient in torch.autograd.grad(total, list(adapters.trained(models[1]).values()))
     )

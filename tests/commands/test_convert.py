@@ -32,9 +32,9 @@ def converted(folder: Path, out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def made(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def split(seed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `seed`, converted. Read-only."""
-    out = tmp_path_factory.mktemp("made") / "out"
+    out = tmp_path_factory.mktemp("converted") / "out"
     converted(seed.folder, out)
     return out
 
@@ -53,25 +53,25 @@ def logits(**options: Any) -> Tensor:
     """The logits of the model of `octavo generate`, in float32."""
     config = Config.read(cli.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
     with Report(console=False) as report:
-        found: Tensor = open_speaker(config, report).model(IDS)
-    return found
+        actual: Tensor = open_speaker(config, report).model(IDS)
+    return actual
 
 
 @torch.no_grad()
-def wanted(seed: Any) -> Tensor:
-    found: Tensor = seed.model(IDS).logits
-    return found
+def expected_logits(seed: Any) -> Tensor:
+    actual: Tensor = seed.model(IDS).logits
+    return actual
 
 
-def test_the_folder_and_its_converted_parts_give_the_logits_of_the_training_script(seed: Any, made: Path) -> None:
-    base = logits(model=str(made / "base"))
-    assert float((base - wanted(seed)).abs().max()) > 1
-    for found in (
+def test_the_folder_and_its_converted_parts_give_the_logits_of_the_training_script(seed: Any, split: Path) -> None:
+    base = logits(model=str(split / "base"))
+    assert float((base - expected_logits(seed)).abs().max()) > 1
+    for actual in (
         logits(model=str(seed.folder)),
-        logits(model=str(made / "base"), adapter=str(made / "adapter")),
-        logits(model=str(made / "base"), adapter=str(made / "adapter"), scheme="none"),
+        logits(model=str(split / "base"), adapter=str(split / "adapter")),
+        logits(model=str(split / "base"), adapter=str(split / "adapter"), scheme="none"),
     ):
-        assert float((found - wanted(seed)).abs().max()) <= EXACT
+        assert float((actual - expected_logits(seed)).abs().max()) <= EXACT
 
 
 def test_the_written_modules_and_parameters_are_counted(seed: Any, tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_the_written_modules_and_parameters_are_counted(seed: Any, tmp_path: Pat
     assert [answer[key] for key in ("out", "base", "adapter")] == [out, f"{out}/base", f"{out}/adapter"]
     block = 4 * 64 * 64 + 2 * 64 * 256
     table = 300 * 64
-    frozen, pairs, full = answer["contents"]
+    frozen, lora, full = answer["contents"]
     assert (frozen["modules"], frozen["tensors"]) == (14, 42)
     assert frozen["parameters"] == 2 * block + 2 * table
     rank = 5
-    assert (pairs["modules"], pairs["tensors"]) == (14, 28)
-    assert pairs["parameters"] == rank * (2 * (4 * 128 + 2 * 320) + 2 * 364)
+    assert (lora["modules"], lora["tensors"]) == (14, 28)
+    assert lora["parameters"] == rank * (2 * (4 * 128 + 2 * 320) + 2 * 364)
     assert (full["modules"], full["tensors"]) == (3 + 5, 6 + 5)
     assert full["parameters"] == 6 * 64 + 2 * (256 + 64) + 300
     bytes_on_disk = (tmp_path / "out" / "base" / "model.safetensors").stat().st_size
@@ -103,11 +103,11 @@ def test_every_command_reads_a_hivemind_folder_with_allow_pickle(
         "generate": ("the king", "--max-new-tokens", 4),
         "quantize": ("--out", tmp_path / "small"),
     }
-    asked = (command, *arguments[command], "--model", hivemind, "--json")
-    refused = octavo(*asked)
-    assert refused.code == 1
-    assert "--allow-pickle" in refused.err
-    done = octavo(*asked, "--allow-pickle")
+    command_line = (command, *arguments[command], "--model", hivemind, "--json")
+    failed = octavo(*command_line)
+    assert failed.code == 1
+    assert "--allow-pickle" in failed.err
+    done = octavo(*command_line, "--allow-pickle")
     assert done.code == 0
     if command in ("finetune", "evaluate"):
         assert done.json["rows"][0]["scheme"] == "dynamic8"
@@ -135,23 +135,23 @@ def test_the_error_for_a_folder_without_a_tokenizer_names_the_files_to_copy(seed
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
-def test_generate_reports_the_embedded_adapters_once(octavo: Octavo, seed: Any, made: Path) -> None:
+def test_generate_reports_the_embedded_adapters_once(octavo: Octavo, seed: Any, split: Path) -> None:
     greedy = ("--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--allow-pickle")
     tuned = octavo("generate", "the king", "--model", seed.folder, *greedy)
     assert tuned.code == 0
     assert tuned.err.count("holds trained adapters on 14 layers: they are on") == 1
-    apart = octavo("generate", "the king", "--model", made / "base", "--adapter", made / "adapter", *greedy)
-    base = octavo("generate", "the king", "--model", made / "base", *greedy)
-    assert tuned.out == apart.out != base.out
+    separate = octavo("generate", "the king", "--model", split / "base", "--adapter", split / "adapter", *greedy)
+    base = octavo("generate", "the king", "--model", split / "base", *greedy)
+    assert tuned.out == separate.out != base.out
     assert "adapters" not in base.err
 
 
-def test_evaluate_applies_the_embedded_adapters(octavo: Octavo, seed: Any, made: Path, plays: Path) -> None:
+def test_evaluate_applies_the_embedded_adapters(octavo: Octavo, seed: Any, split: Path, plays: Path) -> None:
     common = (plays / "test", "--seq-len", 32, "--dtype", "float32", "--json")
-    whole = octavo("evaluate", *common, "--model", seed.folder, "--allow-pickle")
-    apart = octavo("evaluate", *common, "--model", made / "base", "--adapter", made / "adapter")
-    (row,) = whole.json["rows"]
-    untuned, tuned = apart.json["rows"]
+    embedded = octavo("evaluate", *common, "--model", seed.folder, "--allow-pickle")
+    separate = octavo("evaluate", *common, "--model", split / "base", "--adapter", split / "adapter")
+    (row,) = embedded.json["rows"]
+    untuned, tuned = separate.json["rows"]
     assert (row["name"], untuned["name"], tuned["name"]) == ("tuned", "quantised", "tuned")
     assert row["perplexity"] == pytest.approx(tuned["perplexity"], rel=1e-5)
     assert abs(row["perplexity"] - untuned["perplexity"]) > 1
@@ -159,14 +159,14 @@ def test_evaluate_applies_the_embedded_adapters(octavo: Octavo, seed: Any, made:
 
 @pytest.mark.parametrize("command", ["finetune", "quantize", "evaluate", "generate"])
 def test_commands_that_would_lose_the_embedded_adapters_fail_at_once(
-    octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path, command: str
+    octavo: Octavo, seed: Any, split: Path, plays: Path, tmp_path: Path, command: str
 ) -> None:
     """Two adapters cannot be saved as one; the quantized weights alone would be the untuned model."""
     arguments = {
         "finetune": ("--data", plays / "train", "--out", tmp_path / "run"),
         "quantize": ("--out", tmp_path / "small", "--scheme", "int8"),
-        "evaluate": (plays / "test", "--adapter", made / "adapter"),
-        "generate": ("the", "--adapter", made / "adapter"),
+        "evaluate": (plays / "test", "--adapter", split / "adapter"),
+        "generate": ("the", "--adapter", split / "adapter"),
     }
     done = octavo(command, *arguments[command], "--model", seed.folder, "--allow-pickle")
     assert (done.code, done.out) == (1, "")
@@ -176,16 +176,16 @@ def test_commands_that_would_lose_the_embedded_adapters_fail_at_once(
 
 
 def test_the_converted_base_trains_and_data_reads_the_folder_itself(
-    octavo: Octavo, seed: Any, made: Path, plays: Path, tmp_path: Path
+    octavo: Octavo, seed: Any, split: Path, plays: Path, tmp_path: Path
 ) -> None:
     looked = octavo("data", plays / "train", "--model", seed.folder, "--seq-len", 32, "--json")
     assert looked.code == 0
     tuned = octavo(
-        "finetune", "--model", made / "base", "--data", plays / "train", "--test-data", plays / "test", "--steps", 2,
+        "finetune", "--model", split / "base", "--data", plays / "train", "--test-data", plays / "test", "--steps", 2,
         "--batch-size", 2, "--seq-len", 32, "--sample-tokens", 2, "--out", tmp_path / "run", "--json",
     )  # fmt: skip
     assert tuned.code == 0
     origin = json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())
-    made_of = json.loads((made / "adapter" / "octavo.json").read_text())
-    assert origin["base"]["sha256"] == made_of["base"]["sha256"]
+    converted_origin = json.loads((split / "adapter" / "octavo.json").read_text())
+    assert origin["base"]["sha256"] == converted_origin["base"]["sha256"]
     assert origin["base"]["scheme"] == "dynamic8"

@@ -48,7 +48,7 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
     assert (text.ledger.left_out > 0) == ("truncate" in options)
     expected = sum(len(tokenizer.encode(path.read_text())) + 1 for path in (plays / "train").iterdir())
     if "split_on" not in options:
-        assert text.ledger.tokens == expected, "all tokens of the files and an end for each"
+        assert text.ledger.tokens == expected, "all tokens of the files and an end token per file"
 
 
 def test_no_paths_is_a_usage_error() -> None:
@@ -73,9 +73,9 @@ def test_skipped_records_are_reported_with_file_and_line(plays: Path, tokenizer:
     broken = records(tmp_path, {"text": "the king"}, '{"text": \n')
     (binary := tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     options = TextOptions.model_validate({"skip_bad": True})
-    with Report(console=False, metrics=tmp_path / "said.jsonl") as report:
+    with Report(console=False, metrics=tmp_path / "events.jsonl") as report:
         to_text(read_documents([str(broken), str(binary)], options), options, tokenizer, report)
-    events = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     warnings = [event["text"] for event in events if event["event"] == "warn"]
     assert warnings[0].startswith(f"Skipped {broken}:2: ")
     assert warnings[1].startswith(f"Skipped {binary}")
@@ -141,8 +141,8 @@ def test_the_size_is_reported_before_many_megabytes_are_read(
 ) -> None:
     (tmp_path / "a.txt").write_text("the king " * 120_000)
     options = Config.read(KINDS, {"seq_len": 32})[TextOptions]
-    for smallest, said in ((1_080_001, ""), (1_080_000, "Reading 1 MB from 1 file.\n")):
+    for smallest, message in ((1_080_001, ""), (1_080_000, "Reading 1 MB from 1 file.\n")):
         monkeypatch.setattr("octavo.commands.data.LARGE_BYTES", smallest)
         with Report() as report:
             assert len(read_documents([str(tmp_path)], options, report).documents) == 1
-        assert capsys.readouterr().err == said
+        assert capsys.readouterr().err == message

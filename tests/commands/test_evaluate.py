@@ -27,19 +27,19 @@ Evaluate = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def said(tmp_path: Path) -> Path:
+def event_file(tmp_path: Path) -> Path:
     """The file of the events of `evaluate`."""
-    return tmp_path / "said.jsonl"
+    return tmp_path / "events.jsonl"
 
 
 @pytest.fixture(name="evaluate")
-def table_of(tiny_llama: Path, plays: Path, said: Path) -> Evaluate:
+def table_of(tiny_llama: Path, plays: Path, event_file: Path) -> Evaluate:
     """The table of the tiny Llama on the held-out play, with some options."""
 
     def table(**options: Any) -> list[dict[str, Any]]:
         values = {"model": str(tiny_llama), "data": [str(plays / "test")], "seq_len": 32, **options}
-        said.unlink(missing_ok=True)
-        with Report(console=False, metrics=said) as report:
+        event_file.unlink(missing_ok=True)
+        with Report(console=False, metrics=event_file) as report:
             rows: list[dict[str, Any]] = evaluate.evaluate(Config.read(EVALUATE, values), report)["rows"]
         return rows
 
@@ -160,8 +160,8 @@ def test_the_base_is_evaluated_in_full_precision_and_a_tuned_model_in_its_comput
     monkeypatch.setattr(loading, "pick", lambda *_: devices.hardware(devices.CPU, torch.bfloat16))
     monkeypatch.setattr("octavo.commands.evaluate.load_model", load_model)
     evaluate(**options, rows=1, **({"adapter": str(adapter_folder)} if tuned else {}))
-    own = tuned and options.get("scheme") != "nf4"  # there the first model is the base, without the adapter
-    assert used == (["bfloat16"] * len(expected) if own else expected)
+    tuned_only = tuned and options.get("scheme") != "nf4"  # with nf4 the first model is the base, without the adapter
+    assert used == (["bfloat16"] * len(expected) if tuned_only else expected)
 
 
 @pytest.mark.parametrize(
@@ -184,16 +184,16 @@ def test_a_quantized_folder_has_no_row_for_the_base(evaluate: Evaluate, int8_fol
 
 
 def test_a_warning_says_that_other_schemes_start_from_the_stored_one(
-    evaluate: Evaluate, int8_folder: Path, said: Path
+    evaluate: Evaluate, int8_folder: Path, event_file: Path
 ) -> None:
-    own = evaluate(model=str(int8_folder), compare="int8")
-    assert "stored in int8" not in said.read_text()
-    assert own == evaluate(compare="int8")
+    expected_rows = evaluate(model=str(int8_folder), compare="int8")
+    assert "stored in int8" not in event_file.read_text()
+    assert expected_rows == evaluate(compare="int8")
     rows = evaluate(model=str(int8_folder), compare="none,int8,nf4")
-    assert "stored in int8" in said.read_text()
+    assert "stored in int8" in event_file.read_text()
     assert named(rows) == [("quantised", "none"), ("quantised", "int8"), ("quantised", "nf4")]
-    assert rows[1] == own[0]
-    assert rows[0]["perplexity"] == pytest.approx(own[0]["perplexity"], rel=1e-3)
+    assert rows[1] == expected_rows[0]
+    assert rows[0]["perplexity"] == pytest.approx(expected_rows[0]["perplexity"], rel=1e-3)
     assert rows[2]["perplexity"] != evaluate(compare="nf4")[0]["perplexity"]
 
 
@@ -203,15 +203,15 @@ def test_an_adapter_on_an_unquantized_base_has_two_rows(evaluate: Evaluate, adap
 
 
 def test_an_adapter_of_another_base_is_applied_with_a_warning(
-    evaluate: Evaluate, adapter_folder: Path, tmp_path: Path, said: Path
+    evaluate: Evaluate, adapter_folder: Path, tmp_path: Path, event_file: Path
 ) -> None:
     foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
     (foreign / "octavo.json").write_text(json.dumps({"base": {"sha256": "0" * 64}}))
-    own = evaluate(compare="int8,nf4", adapter=str(adapter_folder))
-    assert "other base weights" not in said.read_text()
+    expected_rows = evaluate(compare="int8,nf4", adapter=str(adapter_folder))
+    assert "other base weights" not in event_file.read_text()
     rows = evaluate(compare="int8,nf4", adapter=str(foreign))
-    assert said.read_text().count("other base weights") == 1
-    assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in own]
+    assert event_file.read_text().count("other base weights") == 1
+    assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in expected_rows]
 
 
 def test_text_without_a_target_is_a_usage_error(evaluate: Evaluate, tmp_path: Path) -> None:

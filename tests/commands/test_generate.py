@@ -1,4 +1,4 @@
-"""`octavo generate` for a file of prompts, with the answer that each prompt gets alone; commands of `octavo chat`."""
+"""`octavo generate` with a file of prompts and the same answers as single prompts; commands of `octavo chat`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_every_line_has_the_answer_that_it_gets_alone_in_order(
+def test_answers_are_in_order_and_equal_those_of_single_prompts(
     octavo: Octavo, tiny_llama: Path, tmp_path: Path, slots: int
 ) -> None:
     file = write(tmp_path / "prompts.jsonl", PROMPTS)
@@ -35,16 +35,16 @@ def test_every_line_has_the_answer_that_it_gets_alone_in_order(
     assert ran.code == 0
     answers = [json.loads(line) for line in ran.out.splitlines()]
     assert len(answers) == len(PROMPTS)
-    for asked, answer in zip(PROMPTS, answers, strict=True):
-        assert answer.items() >= asked.items()  # what a line holds is handed on
-        flags = [(f"--{key.replace('_', '-')}", value) for key, value in asked.items() if key not in ("id", "prompt")]
-        own = [part for flag, value in flags for part in (flag, value[0] if isinstance(value, list) else value)]
-        alone = json.loads(octavo(*common, "--prompt", asked["prompt"], *own, "--json").out)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer.items() >= prompt.items()  # the output repeats the fields of the line
+        flags = [(f"--{key.replace('_', '-')}", value) for key, value in prompt.items() if key not in ("id", "prompt")]
+        options = [part for flag, value in flags for part in (flag, value[0] if isinstance(value, list) else value)]
+        alone = json.loads(octavo(*common, "--prompt", prompt["prompt"], *options, "--json").out)
         assert {key: answer[key] for key in alone} == alone
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "has no prompt"),
         ('{"prompt": "a"}\n{"prompt": ', ":2 is not JSON"),
@@ -55,12 +55,12 @@ def test_every_line_has_the_answer_that_it_gets_alone_in_order(
     ],
 )
 def test_the_error_for_an_invalid_line_names_it(
-    octavo: Octavo, tiny_llama: Path, tmp_path: Path, text: str, told: str
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path, text: str, message: str
 ) -> None:
     (file := tmp_path / "prompts.jsonl").write_text(text)
     ran = octavo("generate", "--model", tiny_llama, "--prompts", file)
     assert (ran.code, ran.out) == (2, "")
-    assert told in ran.err
+    assert message in ran.err
 
 
 def test_the_error_for_a_missing_file_names_it(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
@@ -77,17 +77,17 @@ def test_prompts_are_read_from_regular_files_only(octavo: Octavo, tiny_llama: Pa
 
 def test_another_system_message_starts_a_new_conversation(octavo: Octavo, tiny_llama: Path) -> None:
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
-    told = octavo(*common, stdin=b"of storm\n/system the king of storm\nthe sea\n").out.splitlines()
-    asked = octavo(*common, "--system", "the king of storm", stdin=b"the sea\n").out.splitlines()
+    changed = octavo(*common, stdin=b"of storm\n/system the king of storm\nthe sea\n").out.splitlines()
+    fresh = octavo(*common, "--system", "the king of storm", stdin=b"the sea\n").out.splitlines()
     plain = octavo(*common, stdin=b"the sea\n").out.splitlines()
-    assert told[-len(asked) :] == asked
-    assert asked != plain
+    assert changed[-len(fresh) :] == fresh
+    assert fresh != plain
 
 
 def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
-    file = tmp_path / "kept.jsonl"
-    words = f"/save {file}\nthe king\n/save\n/save {file}\n/save {tmp_path / 'no' / 'such'}\n"
-    ran = octavo("chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, stdin=words.encode())
+    file = tmp_path / "saved.jsonl"
+    lines = f"/save {file}\nthe king\n/save\n/save {file}\n/save {tmp_path / 'no' / 'such'}\n"
+    ran = octavo("chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, stdin=lines.encode())
     assert ran.code == 0
     assert "the conversation is empty" in ran.err
     assert "name a file" in ran.err
@@ -95,8 +95,8 @@ def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path,
     (line,) = [json.loads(text) for text in file.read_text().splitlines()]
     assert [message["role"] for message in line["messages"]] == ["user", "assistant"]
     assert line["messages"][0]["content"] == "the king"
-    looked = octavo("data", "--model", tiny_llama, file)  # as `octavo finetune --data` reads it
-    assert looked.code == 0
+    data = octavo("data", "--model", tiny_llama, file)  # reads it as `octavo finetune --data`
+    assert data.code == 0
 
 
 def test_answers_are_the_same_when_the_cache_grows(
@@ -105,33 +105,33 @@ def test_answers_are_the_same_when_the_cache_grows(
     from octavo.commands import chat, generate
 
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
-    words = b"of storm\nthe sea\nthe king\n"
-    roomy = octavo(*common, stdin=words).out
-    taken: list[int] = []
-    whole = generate.Speaker.engine
+    stdin_bytes = b"of storm\nthe sea\nthe king\n"
+    expected = octavo(*common, stdin=stdin_bytes).out
+    lengths: list[int] = []
+    original = generate.Speaker.engine
 
     def engine(self: generate.Speaker, *, max_len: int) -> Engine:
-        taken.append(max_len)
-        return whole(self, max_len=max_len)
+        lengths.append(max_len)
+        return original(self, max_len=max_len)
 
     monkeypatch.setattr(chat, "INITIAL_MAX_LEN", 8)
     monkeypatch.setattr(generate.Speaker, "engine", engine)
-    assert octavo(*common, stdin=words).out == roomy
-    assert taken[0] == 8
-    assert taken == sorted(set(taken))
-    assert len(taken) > 1
+    assert octavo(*common, stdin=stdin_bytes).out == expected
+    assert lengths[0] == 8
+    assert lengths == sorted(set(lengths))
+    assert len(lengths) > 1
 
 
-BREAK = {"repetition_penalty": 1e-320}  # makes numbers that are not finite, of this request alone
+BREAK = {"repetition_penalty": 1e-320}  # makes the logits of this request infinite
 
 
 def test_an_engine_that_fails_is_an_error(octavo: Octavo, tiny_llama: Path) -> None:
     done = octavo("generate", "the king", "--model", tiny_llama, "--repetition-penalty", "1e-320")
     assert done.code == 1
     assert "not finite" in done.err
-    told = octavo("generate", "the king", "--model", tiny_llama, "--repetition-penalty", "1e-320", "--json")
-    assert told.code == 1
-    assert told.json["error"]["type"] == "ModelError"
+    as_json = octavo("generate", "the king", "--model", tiny_llama, "--repetition-penalty", "1e-320", "--json")
+    assert as_json.code == 1
+    assert as_json.json["error"]["type"] == "ModelError"
 
 
 def test_a_failed_prompt_has_its_error_and_the_others_have_their_answers(
@@ -155,7 +155,7 @@ def test_a_failed_answer_does_not_end_a_conversation(
 ) -> None:
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 4, "--dtype", "float32"]
     alone = octavo(*common, stdin=b"the sea\n").out
-    whole = Engine.step
+    original = Engine.step
     fails = iter([True])
 
     def step(self: Engine) -> None:
@@ -163,7 +163,7 @@ def test_a_failed_answer_does_not_end_a_conversation(
             self._read()
             self._fail(RuntimeError("CUDA out of memory"))
         else:
-            whole(self)
+            original(self)
 
     monkeypatch.setattr(Engine, "step", step)
     done = octavo(*common, stdin=b"the king\nthe sea\n")
@@ -189,7 +189,7 @@ def test_ctrl_c_stops_the_answer_but_not_the_conversation(
     from octavo import cli
 
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 20, "--dtype", "float32"]
-    whole = octavo(*common, stdin=b"the king\n").out
+    original = octavo(*common, stdin=b"the king\n").out
     written: list[str] = []
 
     def write(text: str) -> None:
@@ -201,5 +201,5 @@ def test_ctrl_c_stops_the_answer_but_not_the_conversation(
     done = octavo(*common, stdin=b"the king\nthe sea\n")
     assert done.code == 0
     assert written[3] == "\n"
-    assert whole.startswith("".join(written[:3]))
+    assert original.startswith("".join(written[:3]))
     assert len(written) > 6

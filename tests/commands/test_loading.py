@@ -41,15 +41,15 @@ def test_quantize_returns_the_size_and_the_error_of_every_layer(tiny_llama: Path
     out = tmp_path / "model"
     with Report(console=False) as report:
         config = Config.read(QUANTIZE, {"model": str(tiny_llama), "scheme": "int8", "out": str(out)})
-        told = quantize.quantize(config, report)
-    assert told["scheme"] == "int8"
-    assert {layer["name"] for layer in told["layers"]} >= {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"}
-    assert all(0 < layer["error"] < 0.02 for layer in told["layers"])
-    for layer in told["layers"]:
+        result = quantize.quantize(config, report)
+    assert result["scheme"] == "int8"
+    assert {layer["name"] for layer in result["layers"]} >= {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert all(0 < layer["error"] < 0.02 for layer in result["layers"])
+    for layer in result["layers"]:
         rows, columns = layer["shape"]
         assert layer["bytes"] == rows * columns + 4 * rows, "a byte a weight, a float32 scale a row"
     files = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    assert sum(layer["bytes"] for layer in told["layers"]) <= told["bytes"] <= files
+    assert sum(layer["bytes"] for layer in result["layers"]) <= result["bytes"] <= files
 
 
 def test_quantize_needs_a_new_folder(tiny_llama: Path, int8_folder: Path) -> None:
@@ -141,17 +141,17 @@ def test_an_adapter_with_added_tokens_is_used_with_its_own_tokenizer(
         tmp_path / "adapter", adapter, modules=weight_entries(build(source.config)), biases=False, base="", readme=""
     )
     (tmp_path / "text.txt").write_text("the king <extra_b> said")
-    ask = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")
-    without = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    options = ("--model", tiny_llama, "--adapter", tmp_path / "adapter", "--scheme", "none", "--dtype", "float32")
+    without = octavo("evaluate", *options, "--json", "--seq-len", 32, tmp_path / "text.txt")
     assert [row["name"] for row in json.loads(without.out)["rows"]] == ["base", "tuned"], without.err
     tokenizer.save_pretrained(tmp_path / "adapter")
-    done = octavo("evaluate", *ask, "--json", "--seq-len", 32, tmp_path / "text.txt")
+    done = octavo("evaluate", *options, "--json", "--seq-len", 32, tmp_path / "text.txt")
     assert done.code == 0, done.err
     assert [row["name"] for row in json.loads(done.out)["rows"]] == ["tuned"]
     assert "base is not evaluated" in done.err
     assert "its tokenizer (" in done.err
     assert json.loads(done.out)["rows"][0]["tokens"] < json.loads(without.out)["rows"][0]["tokens"]
-    assert octavo("generate", *ask, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0
+    assert octavo("generate", *options, "--prompt", "the <extra_a>", "--max-new-tokens", 2).code == 0
 
 
 def test_an_adapter_with_fewer_embedding_rows_than_tokens_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
     return Config.read(cli.PLAN, {**values, **changes})
 
 
-def told(folder: Path, **changes: Any) -> dict[str, Any]:
+def plan_result(folder: Path, **changes: Any) -> dict[str, Any]:
     with Report(console=False) as report:
         return plan.plan(config_of(folder, **changes), report)
 
@@ -92,7 +92,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_reads_only_the_headers_of_the_weights(hollow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensor", "tokenizer"):
         monkeypatch.setattr(FolderSource, name, lambda *_: pytest.fail("was read"))
-    assert [row["fits"] for row in told(hollow)["plans"]] == [True, True]
+    assert [row["fits"] for row in plan_result(hollow)["plans"]] == [True, True]
 
 
 def test_shards_of_an_index_may_be_incomplete(hollow: Path, tmp_path: Path) -> None:
@@ -100,22 +100,22 @@ def test_shards_of_an_index_may_be_incomplete(hollow: Path, tmp_path: Path) -> N
     files = dict.fromkeys(FolderSource(hollow).names(), "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (tmp_path / "one.safetensors").write_bytes(b"not yet")
-    assert told(tmp_path) == told(hollow)
+    assert plan_result(tmp_path) == plan_result(hollow)
 
 
 def test_the_error_for_a_truncated_file_names_it(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((hollow / "config.json").read_bytes())
-    with (hollow / "model.safetensors").open("rb") as whole:
-        (tmp_path / "model.safetensors").write_bytes(whole.read(2**16))
+    with (hollow / "model.safetensors").open("rb") as weights:
+        (tmp_path / "model.safetensors").write_bytes(weights.read(2**16))
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read"):
-        told(tmp_path)
+        plan_result(tmp_path)
 
 
 def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
     arguments = ("--seq-len", 1024, "--batch-size", 2, "--rank", 4, "--gpu-memory", "4GiB", "--gpu", "RTX 3060")
     done = octavo("plan", "--model", hollow, *arguments, "--json")
     assert done.code == 0
-    assert done.json == told(hollow)
+    assert done.json == plan_result(hollow)
     assert done.json.keys() == {"budget_bytes", "gpu", "plans"}
     assert (done.json["budget_bytes"], done.json["gpu"]) == (4 * GIB, "RTX 3060")
     assert [row["scheme"] for row in done.json["plans"]] == ["int8", "nf4"]
@@ -133,31 +133,34 @@ def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -
     assert {"int8", "nf4", "True"} <= set(done.out.replace("│", " ").split())
     assert "None" not in done.out  # unknown time of an unknown GPU
     command = done.out.strip().splitlines()[-1]
-    words = shlex.split(command)
-    assert words[:2] == ["octavo", "finetune"]
-    taken = octavo(*words[1:], "--print-config")
-    assert taken.code == 0
-    wanted = {"model": str(hollow), "scheme": "int8", "seq_len": 640, "batch_size": 3}
-    assert wanted.items() <= {key: value for key, value in yaml.safe_load(taken.out).items() if key in wanted}.items()
+    arguments = shlex.split(command)
+    assert arguments[:2] == ["octavo", "finetune"]
+    printed = octavo(*arguments[1:], "--print-config")
+    assert printed.code == 0
+    expected = {"model": str(hollow), "scheme": "int8", "seq_len": 640, "batch_size": 3}
+    assert (
+        expected.items()
+        <= {key: value for key, value in yaml.safe_load(printed.out).items() if key in expected}.items()
+    )
 
 
-@pytest.mark.parametrize("asked", ["int8", "nf4", "dynamic8", "none"])
-def test_with_scheme_there_is_only_its_row(hollow: Path, asked: str) -> None:
-    assert [row["scheme"] for row in told(hollow, scheme=asked)["plans"]] == [asked]
+@pytest.mark.parametrize("requested", ["int8", "nf4", "dynamic8", "none"])
+def test_with_scheme_there_is_only_its_row(hollow: Path, requested: str) -> None:
+    assert [row["scheme"] for row in plan_result(hollow, scheme=requested)["plans"]] == [requested]
 
 
 def test_a_quantized_folder_keeps_its_scheme(tiny_llama: Path, tmp_path: Path) -> None:
     write_folder(FolderSource(tiny_llama), tmp_path / "small", scheme_named("nf4"))
-    found = told(tmp_path / "small", seq_len=64)["plans"]
-    assert [row["scheme"] for row in found] == ["nf4"]
+    result = plan_result(tmp_path / "small", seq_len=64)["plans"]
+    assert [row["scheme"] for row in result] == ["nf4"]
 
 
 def test_no_other_scheme_is_suggested_for_a_quantized_folder(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "octavo": {"scheme": "nf4"}}))
     (tmp_path / "model.safetensors").symlink_to(hollow / "model.safetensors")
-    smallest = told(tmp_path, seq_len=4096)["plans"][0]["least_gib"]
+    smallest = plan_result(tmp_path, seq_len=4096)["plans"][0]["least_gib"]
     with pytest.raises(UsageError) as caught:
-        told(tmp_path, seq_len=4096, gpu_memory=f"{smallest - 0.01}GiB")
+        plan_result(tmp_path, seq_len=4096, gpu_memory=f"{smallest - 0.01}GiB")
     assert "--scheme nf4 --seq-len 2048" in caught.value.hint
     assert "int8" not in caught.value.hint
 
@@ -175,7 +178,7 @@ def test_no_other_scheme_is_suggested_for_a_quantized_folder(hollow: Path, tmp_p
     ],
 )
 def test_memory_sizes_may_have_every_common_form(tiny_llama: Path, size: str, expected: int) -> None:
-    assert told(tiny_llama, seq_len=64, gpu_memory=size)["budget_bytes"] == expected
+    assert plan_result(tiny_llama, seq_len=64, gpu_memory=size)["budget_bytes"] == expected
 
 
 @pytest.mark.parametrize("size", ["big", "-3", "0", "3PiB", "11 Gb/s", "", "nan"])
@@ -187,20 +190,22 @@ def test_other_memory_sizes_are_a_usage_error(octavo: Octavo, hollow: Path, size
 
 
 def test_if_nothing_fits_the_hint_has_settings_that_fit(octavo: Octavo, hollow: Path) -> None:
-    smallest = {row["scheme"]: row["least_gib"] for row in told(hollow, seq_len=4096)["plans"]}
+    smallest = {row["scheme"]: row["least_gib"] for row in plan_result(hollow, seq_len=4096)["plans"]}
     budget = smallest["nf4"] / MARGIN - 0.005  # available, but less than the smallest plan with its margin
     assert budget > smallest["nf4"] + 0.005
-    asked = ("plan", "--model", hollow, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--gpu", "RTX 3060", "--json")
-    done = octavo(*asked, "--seq-len", 4096)
+    requested = ("plan", "--model", hollow, "--rank", 4, "--gpu-memory", f"{budget}GiB", "--gpu", "RTX 3060", "--json")
+    done = octavo(*requested, "--seq-len", 4096)
     assert done.code == 2
-    said = re.search(r"needs at least (\d+\.\d+) GiB; (\d+\.\d+) GiB are available", done.err)
-    assert said is not None
-    assert [float(number) for number in said.groups()] == pytest.approx([smallest["int8"] / MARGIN, budget], abs=0.011)
+    message = re.search(r"needs at least (\d+\.\d+) GiB; (\d+\.\d+) GiB are available", done.err)
+    assert message is not None
+    assert [float(number) for number in message.groups()] == pytest.approx(
+        [smallest["int8"] / MARGIN, budget], abs=0.011
+    )
     offers = done.err.partition("This fits: ")[2].strip().rstrip(".").split("; ")
     assert len(offers) == 2
     for offer in offers:
         flags = offer.partition(" takes ")[0].split()
-        again = octavo(*asked, *flags)
+        again = octavo(*requested, *flags)
         assert again.code == 0, offer
         assert again.json["plans"][0]["fits"], offer
         assert int(flags[3]) < 4096
@@ -208,21 +213,21 @@ def test_if_nothing_fits_the_hint_has_settings_that_fit(octavo: Octavo, hollow: 
 
 def test_if_no_setting_fits_the_hint_says_so(hollow: Path) -> None:
     with pytest.raises(UsageError, match="smaller model"):
-        told(hollow, gpu_memory="100MiB")
+        plan_result(hollow, gpu_memory="100MiB")
 
 
 def test_a_run_that_does_not_fit_with_recompute_none_may_fit_with_auto(hollow: Path) -> None:
     """--recompute is applied as given; without it the planner chooses a plan that fits."""
-    asked = {"scheme": "int8", "seq_len": 4096, "recompute": "none", "micro_batch_size": 2}
-    peak = told(hollow, **asked, gpu_memory="40GiB")["plans"][0]
+    requested = {"scheme": "int8", "seq_len": 4096, "recompute": "none", "micro_batch_size": 2}
+    peak = plan_result(hollow, **requested, gpu_memory="40GiB")["plans"][0]
     assert (peak["layers_all"], peak["micro_batch_size"]) == (LAYERS, 2)
     with pytest.raises(UsageError, match="--scheme int8 --seq-len 4096 --recompute auto takes"):
-        told(hollow, **asked, gpu_memory=f"{peak['peak_bytes'] / GIB - 0.05}GiB")
+        plan_result(hollow, **requested, gpu_memory=f"{peak['peak_bytes'] / GIB - 0.05}GiB")
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_recompute_sets_the_save_level_of_all_layers(hollow: Path, recompute: str) -> None:
-    row = told(hollow, recompute=recompute)["plans"][0]
+    row = plan_result(hollow, recompute=recompute)["plans"][0]
     expected = {"none": (LAYERS, 0), "selective": (0, LAYERS), "full": (0, 0)}
     assert (row["layers_all"], row["layers_attention"]) == expected[recompute]
 
@@ -233,14 +238,14 @@ def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
     planner = plan.planner_for(config_of(hollow, **exact), FolderSource(hollow), SCHEMES["nf4"], CPU, None)
     smallest = planner.smallest().peak_bytes
     short, enough = (f"{factor * smallest / GIB}GiB" for factor in (1.001, 1.001 / MARGIN))
-    for ask in (partial(told, hollow, scheme="nf4", **exact), partial(fitted, hollow, RTX_3060, "nf4", **exact)):
+    for ask in (partial(plan_result, hollow, scheme="nf4", **exact), partial(fitted, hollow, RTX_3060, "nf4", **exact)):
         ask(gpu_memory=enough)
         with pytest.raises(UsageError, match="are available"):
             ask(gpu_memory=short)
 
 
 def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -> None:
-    one, three = (told(hollow, batch_size=2 * count, micro_batch_size=2)["plans"][0] for count in (1, 3))
+    one, three = (plan_result(hollow, batch_size=2 * count, micro_batch_size=2)["plans"][0] for count in (1, 3))
     assert one["micro_batch_size"] == three["micro_batch_size"] == 2
     assert three["seconds"] == pytest.approx(3 * one["seconds"])
     assert three["tokens_per_second"] == pytest.approx(one["tokens_per_second"])
@@ -248,7 +253,7 @@ def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"lora_targets": ["q_porj"]}, AdapterError, "q_proj"),
         ({"seq_len": 4097}, UsageError, "--seq-len 4096"),
@@ -258,38 +263,40 @@ def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -
     ],
 )
 def test_an_invalid_setting_is_reported_before_weights_are_read(
-    hollow: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[Exception], said: str
+    hollow: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     monkeypatch.setattr(FolderSource, "tensor", lambda *_: pytest.fail("was read"))
-    with pytest.raises(error, match=said):
-        told(hollow, **changes)
+    with pytest.raises(error, match=message):
+        plan_result(hollow, **changes)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "said"), [(None, "no GPU to plan for"), ("RTX 3060", "memory of the RTX 3060 is not known")]
+    ("gpu", "message"), [(None, "no GPU to plan for"), ("RTX 3060", "memory of the RTX 3060 is not known")]
 )
-def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gpu: str | None, said: str) -> None:
+def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gpu: str | None, message: str) -> None:
     done = octavo("plan", "--model", hollow, *(["--gpu", gpu] if gpu else []))
     assert (done.code, done.out) == (2, "")
-    assert said in done.err
+    assert message in done.err
     assert "--gpu-memory" in done.err
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_plan_is_for_the_gpu_of_this_machine(hollow: Path) -> None:
     for gpu in (None, "RTX 3060"):
-        found = told(hollow, gpu_memory="auto", gpu=gpu)
-        assert found["budget_bytes"] == 3 * GIB - plan.LIBRARIES_BYTES
-        assert found["plans"][0]["seconds"] is not None
+        result = plan_result(hollow, gpu_memory="auto", gpu=gpu)
+        assert result["budget_bytes"] == 3 * GIB - plan.LIBRARIES_BYTES
+        assert result["plans"][0]["seconds"] is not None
     with pytest.raises(
         UsageError, match="The memory of the H100 is not known"
     ):  # the free memory here is of another GPU
-        told(hollow, gpu_memory="auto", gpu="H100")
-    assert told(hollow, gpu_memory="auto", gpu=None)["gpu"] == RTX_3060.name
+        plan_result(hollow, gpu_memory="auto", gpu="H100")
+    assert plan_result(hollow, gpu_memory="auto", gpu=None)["gpu"] == RTX_3060.name
 
 
 def test_a_faster_gpu_has_a_shorter_predicted_time(hollow: Path) -> None:
-    seconds = [told(hollow, gpu=gpu)["plans"][0]["seconds"] for gpu in ("RTX 3060", "RTX 3090", "A100 80GB", "H100")]
+    seconds = [
+        plan_result(hollow, gpu=gpu)["plans"][0]["seconds"] for gpu in ("RTX 3060", "RTX 3090", "A100 80GB", "H100")
+    ]
     assert seconds == sorted(seconds, reverse=True)
     assert len(set(seconds)) == 4
 
@@ -300,10 +307,10 @@ def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: An
 
 def test_offload_on_needs_a_gpu(hollow: Path) -> None:
     tight: dict[str, Any] = {"gpu_memory": "1.2GiB", "seq_len": 4096}
-    found = {way: fitted(hollow, RTX_3060, offload=way, **tight) for way in ("auto", "on", "off")}
-    assert [found[way].plan.offload for way in ("on", "off")] == [True, False]
-    assert found["auto"].planner.offloads == (False, True)
-    assert found["off"].plan.host_bytes == 0
+    result = {way: fitted(hollow, RTX_3060, offload=way, **tight) for way in ("auto", "on", "off")}
+    assert [result[way].plan.offload for way in ("on", "off")] == [True, False]
+    assert result["auto"].planner.offloads == (False, True)
+    assert result["off"].plan.host_bytes == 0
     with pytest.raises(UsageError, match="needs a GPU"):
         fitted(hollow, CPU, offload="on", **tight)
     assert not fitted(hollow, CPU, **tight).plan.offload
@@ -313,14 +320,14 @@ def test_offload_on_needs_a_gpu(hollow: Path) -> None:
 def test_a_plan_that_offloads_more_than_free_cpu_memory_is_an_error(
     hollow: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
-    asked: dict[str, Any] = {"gpu_memory": "4GiB", "recompute": recompute}
+    requested: dict[str, Any] = {"gpu_memory": "4GiB", "recompute": recompute}
     monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 2**25)
     with pytest.raises(UsageError, match="to CPU memory") as refused:
-        fitted(hollow, RTX_3060, offload="on", **asked)
+        fitted(hollow, RTX_3060, offload="on", **requested)
     assert "--offload off" in (refused.value.hint or "")
-    assert not fitted(hollow, RTX_3060, offload="auto", **asked).plan.offload
+    assert not fitted(hollow, RTX_3060, offload="auto", **requested).plan.offload
     with pytest.raises(UsageError, match="to CPU memory"):
-        told(hollow, offload="on", **asked)
+        plan_result(hollow, offload="on", **requested)
 
 
 def test_a_run_gets_the_fastest_plan_that_fits(hollow: Path) -> None:
@@ -336,28 +343,28 @@ def test_a_run_gets_the_fastest_plan_that_fits(hollow: Path) -> None:
 
 def test_a_run_uses_the_save_level_of_recompute(hollow: Path) -> None:
     """Even if it does not fit: the run then changes to a cheaper plan."""
-    found = fitted(hollow, RTX_3060, recompute="selective", gpu_memory="0.3GiB", micro_batch_size=2)
-    assert (found.plan.save, found.plan.rows) == ((Save.ATTENTION,) * LAYERS, 2)
-    assert found.plan.peak_bytes > found.budget_bytes
+    result = fitted(hollow, RTX_3060, recompute="selective", gpu_memory="0.3GiB", micro_batch_size=2)
+    assert (result.plan.save, result.plan.rows) == ((Save.ATTENTION,) * LAYERS, 2)
+    assert result.plan.peak_bytes > result.budget_bytes
 
 
 def test_too_little_memory_is_an_error_on_a_gpu_but_not_on_a_cpu(hollow: Path) -> None:
     with pytest.raises(UsageError, match=r"needs at least .* GiB; 0\.10 GiB are available"):
         fitted(hollow, RTX_3060, gpu_memory="0.1GiB")
-    found = fitted(hollow, CPU, gpu_memory="0.1GiB")
-    assert found.plan == found.planner.smallest()
+    result = fitted(hollow, CPU, gpu_memory="0.1GiB")
+    assert result.plan == result.planner.smallest()
 
 
 def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
-    found = fitted(hollow, RTX_3060, gpu_memory="8GiB", seq_len=4096)
-    plans = [found.plan]
-    while (following := found.cheaper(plans[-1])) is not None:
+    result = fitted(hollow, RTX_3060, gpu_memory="8GiB", seq_len=4096)
+    plans = [result.plan]
+    while (following := result.cheaper(plans[-1])) is not None:
         plans.append(following)
         assert len(plans) < 30
     peaks = [each.peak_bytes for each in plans]
     assert all(later < 0.95 * earlier for earlier, later in pairwise(peaks[:-1]))
     assert peaks == sorted(set(peaks), reverse=True)
-    assert plans[-1] == found.planner.smallest()
+    assert plans[-1] == result.planner.smallest()
     assert len(plans) > 3
     beyond = fitted(hollow, RTX_3060, recompute="none", gpu_memory="1.15GiB", seq_len=4096, micro_batch_size=2)
     following = beyond.cheaper(beyond.plan)
@@ -369,10 +376,10 @@ def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
 
 def test_the_memory_budget_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "free_memory_bytes", lambda device: {"cuda": 8, "cpu": 6}[device.type] * GIB)
-    auto, asked = (MemoryOptions.model_validate({"gpu_memory": size}) for size in ("auto", "11GB"))
+    auto, requested = (MemoryOptions.model_validate({"gpu_memory": size}) for size in ("auto", "11GB"))
     assert plan.budget_bytes(auto, RTX_3060) == 8 * GIB - plan.LIBRARIES_BYTES
     assert plan.budget_bytes(auto, CPU) == 3 * GIB
-    assert plan.budget_bytes(asked, RTX_3060) == plan.budget_bytes(asked, CPU) == 11 * 10**9
+    assert plan.budget_bytes(requested, RTX_3060) == plan.budget_bytes(requested, CPU) == 11 * 10**9
 
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adamw8bit", 2), ("adamw", 8)])
@@ -438,9 +445,9 @@ AUTO_8BIT = "8 bits where faster and precise enough"
 def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
     tmp_path: Path, device: Capabilities, kernels: str, steps: str, matmuls: str
 ) -> None:
-    said = reported(tmp_path, device)
-    assert said.count("Kernels: ") == 1
-    assert f"Kernels: {kernels}. Attention: auto. Steps: {steps}. Matmuls: {matmuls}." in said
+    message = reported(tmp_path, device)
+    assert message.count("Kernels: ") == 1
+    assert f"Kernels: {kernels}. Attention: auto. Steps: {steps}. Matmuls: {matmuls}." in message
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -454,16 +461,16 @@ def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
         ({"kernels": False}, "Matmuls: exact (8 bits need the kernels)."),
     ],
 )
-def test_options_decide_the_backends(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    assert said in reported(tmp_path, devices.RTX_3060, **options)
+def test_options_decide_the_backends(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in reported(tmp_path, devices.RTX_3060, **options)
 
 
 @pytest.mark.usefixtures("with_triton")
 def test_a_gpu_without_triton_reports_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    said = reported(tmp_path, devices.RTX_3060)
-    assert "Kernels: off (Triton is not installed)." in said
-    assert "Matmuls: exact (8 bits need the kernels)." in said
+    message = reported(tmp_path, devices.RTX_3060)
+    assert "Kernels: off (Triton is not installed)." in message
+    assert "Matmuls: exact (8 bits need the kernels)." in message
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -492,7 +499,7 @@ def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
     (None, 98, ""), (None, 99, "no plan is certain to fit"), (None, 150, "no plan is certain"), (Save.ALL, 100, ""),
     (Save.ALL, 101, "--recompute"),
 ])  # fmt: skip
-def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, words: str) -> None:
+def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, arguments: str) -> None:
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
     fitting = plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
-    assert (words in fitting.warning()) if words else fitting.warning() == ""
+    assert (arguments in fitting.warning()) if arguments else fitting.warning() == ""

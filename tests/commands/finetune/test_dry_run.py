@@ -51,9 +51,9 @@ TIMES = ("time", "tokens_per_second", "peak_bytes")
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """The recorded events, without values that depend on the time or the folder."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{key: value for key, value in event.items() if key not in TIMES} for event in found]
-    text = json.dumps([event for event in kept if event["event"] != "say"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    stable = [{key: value for key, value in event.items() if key not in TIMES} for event in lines]
+    text = json.dumps([event for event in stable if event["event"] != "say"])
     recorded: list[dict[str, Any]] = json.loads(text.replace(str(folder), "RUN"))
     return recorded
 
@@ -69,7 +69,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def begun(settings: Settings, tmp_path: Path) -> Iterator[Run]:
+def prepared_run(settings: Settings, tmp_path: Path) -> Iterator[Run]:
     """A prepared run with the progress of a resumed one."""
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run", **SHORT), report)
@@ -112,41 +112,47 @@ def fills_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "durable_write", full)
 
 
-def noting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def record_dry_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the finished steps of a run at each dry run."""
     seen: list[int] = []
 
-    def noted(run: Run) -> None:
+    def recording(run: Run) -> None:
         seen.append(run.progress.done)
         dry_run(run)
 
-    monkeypatch.setattr(package, "dry_run", noted)
+    monkeypatch.setattr(package, "dry_run", recording)
     return seen
 
 
 def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
-    begun: Run, monkeypatch: pytest.MonkeyPatch
+    prepared_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[tuple[str, Any]] = []
 
-    def noted(name: str, real: Callable[..., Any], told: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            done.append((name, told(*arguments, **named)))
-            return real(*arguments, **named)
+    def recording(name: str, real: Callable[..., Any], describe: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            done.append((name, describe(*arguments, **options)))
+            return real(*arguments, **options)
 
         return call
 
-    whole = module.gradients, module.score, checkpoint.save
-    monkeypatch.setattr(module, "gradients", noted("step", whole[0], lambda trainer, batch, *_, **__: len(batch.ids)))
-    monkeypatch.setattr(module, "score", noted("score", whole[1], lambda model, rows, **_: (model.training, len(rows))))
-    monkeypatch.setattr(checkpoint, "save", noted("save", whole[2], lambda folder, step, contents, **_: folder.name))
-    dry_run(begun)
+    originals = module.gradients, module.score, checkpoint.save
+    monkeypatch.setattr(
+        module, "gradients", recording("step", originals[0], lambda trainer, batch, *_, **__: len(batch.ids))
+    )
+    monkeypatch.setattr(
+        module, "score", recording("score", originals[1], lambda model, rows, **_: (model.training, len(rows)))
+    )
+    monkeypatch.setattr(
+        checkpoint, "save", recording("save", originals[2], lambda folder, step, contents, **_: folder.name)
+    )
+    dry_run(prepared_run)
     steps = [("step", 4)] * 2  # of rows with one document each, and of packed ones
-    assert done == [*steps, ("score", (False, min(4, len(begun.test_rows)))), ("save", ".dry_run")]
+    assert done == [*steps, ("score", (False, min(4, len(prepared_run.test_rows)))), ("save", ".dry_run")]
     done.clear()
     monkeypatch.setattr(step, "GraphStep", lambda eager, seen: eager)
-    begun.micro_step.graphs = True  # a step runs eagerly once, then is captured
-    dry_run(begun)
+    prepared_run.micro_step.graphs = True  # a step runs eagerly once, then is captured
+    dry_run(prepared_run)
     assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]
 
 
@@ -161,26 +167,26 @@ class Kinds:
 
 @pytest.fixture
 def kinds() -> Kinds:
-    def pair(documents: list[int]) -> tuple[Row, Row]:
+    def rows_of(documents: list[int]) -> tuple[Row, Row]:
         ids, document = np.arange(8, dtype=np.int32), np.array(documents, dtype=np.int32)
         silent = np.full(8, IGNORE_INDEX, dtype=np.int32)
         loud = np.where(document < 0, IGNORE_INDEX, ids)
         return Row(ids, silent, ids, document, ("f:1",)), Row(ids, loud, ids, document, ("f:2",))
 
-    return Kinds(pair([0] * 8), pair([0] * 5 + [-1] * 3), pair([0, 0, 0, 1, 1, 1, 1, -1]))
+    return Kinds(rows_of([0] * 8), rows_of([0] * 5 + [-1] * 3), rows_of([0, 0, 0, 1, 1, 1, 1, -1]))
 
 
-def test_rows_of_one_document_and_packed_rows_are_both_run(begun: Run, kinds: Kinds) -> None:
+def test_rows_of_one_document_and_packed_rows_are_both_run(prepared_run: Run, kinds: Kinds) -> None:
     """They use different kernels on a GPU. Rows with targets are chosen, because only these have a backward."""
-    for pairs, expected in (
+    for row_pairs, expected in (
         ((kinds.one, kinds.packed), [kinds.packed[1], kinds.one[1]]),
         ((kinds.packed, kinds.padded), [kinds.packed[1], kinds.padded[1]]),
         ((kinds.packed, kinds.padded, kinds.one), [kinds.packed[1], kinds.one[1]]),  # the last one has the most targets
         ((kinds.packed,), [kinds.packed[1]]),
         ((kinds.padded,), [kinds.padded[1]]),
     ):
-        begun.train.rows[:] = [row for pair in pairs for row in (pair[0], pair[1], pair[0])]
-        batches = list(module.batch_of_each_kind(begun))
+        prepared_run.train.rows[:] = [row for rows_of in row_pairs for row in (rows_of[0], rows_of[1], rows_of[0])]
+        batches = list(module.batch_of_each_kind(prepared_run))
         assert len(batches) == len(expected)
         for batch in batches:
             assert len(batch.ids) == 4
@@ -190,41 +196,47 @@ def test_rows_of_one_document_and_packed_rows_are_both_run(begun: Run, kinds: Ki
         assert sorted(tried) == sorted(row.document.tolist() for row in expected)
 
 
-def test_a_dry_run_saves_all_contents_of_a_checkpoint(begun: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_saves_all_contents_of_a_checkpoint(prepared_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Any] = []
     monkeypatch.setattr(checkpoint, "save", lambda folder, step, contents, **_: saved.append(contents))
-    dry_run(begun)
-    contents = contents_of(begun)
+    dry_run(prepared_run)
+    contents = contents_of(prepared_run)
     assert saved[0].state == contents.state
     assert saved[0].tensors.keys() == contents.tensors.keys() >= {"optimizer"}
     assert saved[0].adapters.keys() == contents.adapters.keys() >= {"adapter"}
 
 
-def test_a_dry_run_does_not_change_the_run(begun: Run) -> None:
+def test_a_dry_run_does_not_change_the_run(prepared_run: Run) -> None:
     def state() -> tuple[Any, ...]:
-        parameters = {name: p.detach().clone() for name, p in begun.trainer.parameters.items()}
-        tensors = {**parameters, **{f"optimizer.{k}": v for k, v in begun.trainer.optimizer.state().items()}}
+        parameters = {name: p.detach().clone() for name, p in prepared_run.trainer.parameters.items()}
+        tensors = {**parameters, **{f"optimizer.{k}": v for k, v in prepared_run.trainer.optimizer.state().items()}}
         bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-        return bits, repr(begun.progress), begun.trainer.scaler.state(), begun.micro_step.plan, begun.model.training
+        return (
+            bits,
+            repr(prepared_run.progress),
+            prepared_run.trainer.scaler.state(),
+            prepared_run.micro_step.plan,
+            prepared_run.model.training,
+        )
 
-    before, files = state(), contents(begun.folder.path)
-    dry_run(begun)
+    before, files = state(), contents(prepared_run.folder.path)
+    dry_run(prepared_run)
     assert state() == before
-    assert not begun.model.training
-    assert contents(begun.folder.path) == files
-    assert not (begun.folder.path / ".dry_run").exists()
-    for group in begun.trainer.optimizer.groups:
+    assert not prepared_run.model.training
+    assert contents(prepared_run.folder.path) == files
+    assert not (prepared_run.folder.path / ".dry_run").exists()
+    for group in prepared_run.trainer.optimizer.groups:
         assert group.values.grad is not None
         assert not group.values.grad.any()
-    for name, parameter in begun.trainer.parameters.items():
+    for name, parameter in prepared_run.trainer.parameters.items():
         assert parameter.grad is not None, name
 
 
-def test_the_files_of_a_killed_dry_run_are_removed(begun: Run) -> None:
-    (left := begun.folder.path / ".dry_run" / "step-00000000").mkdir(parents=True)
+def test_the_files_of_a_killed_dry_run_are_removed(prepared_run: Run) -> None:
+    (left := prepared_run.folder.path / ".dry_run" / "step-00000000").mkdir(parents=True)
     (left / "state.json").write_text("half")
-    dry_run(begun)
-    assert not (begun.folder.path / ".dry_run").exists()
+    dry_run(prepared_run)
+    assert not (prepared_run.folder.path / ".dry_run").exists()
 
 
 @pytest.mark.parametrize("changes", [{}, {"scheme": "none", "dtype": "float16", "batch_size": 4, "keep": "last"}])
@@ -232,7 +244,7 @@ def test_a_run_with_and_without_a_dry_run_is_the_same(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Bit for bit, although dropout and samples use random numbers."""
-    dry_runs = noting(monkeypatch)
+    dry_runs = record_dry_runs(monkeypatch)
     tune(tmp_path / "with", **{**SHORT, **changes})
     monkeypatch.setattr(package, "dry_run", lambda run: None)
     tune(tmp_path / "without", **{**SHORT, **changes})
@@ -274,13 +286,13 @@ def test_a_resumed_run_that_could_not_save_loses_nothing(
 
 
 def test_after_out_of_memory_the_dry_run_repeats_with_the_next_plan(
-    begun: Run, monkeypatch: pytest.MonkeyPatch
+    prepared_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it: a success with the first plan does not imply one with the second."""
-    monkeypatch.setattr(begun.micro_step, "_cheaper", lambda plan: NARROW)
+    monkeypatch.setattr(prepared_run.micro_step, "_cheaper", lambda plan: NARROW)
     seen = fails(monkeypatch, 1)
-    dry_run(begun)
-    assert begun.micro_step.plan == NARROW
+    dry_run(prepared_run)
+    assert prepared_run.micro_step.plan == NARROW
     assert seen == [4] + 8 * [1] + 2 * [1]  # the pass that failed; two batches row by row; both again
 
 
@@ -316,7 +328,7 @@ def test_a_run_that_no_plan_fits_fails_before_it_starts(
 
 def test_a_resumed_run_has_a_dry_run_too(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tune(tmp_path / "run", **SHORT, stop_after=2)
-    done = noting(monkeypatch)
+    done = record_dry_runs(monkeypatch)
     tune(tmp_path / "run", **SHORT, resume=True)
     assert done == [2]  # with the progress of the checkpoint: the saved state is that of a resumed run
 

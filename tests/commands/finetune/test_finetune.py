@@ -1,4 +1,4 @@
-"""A whole run: what its folder holds, that the adapter is the one that was measured, and what stops it."""
+"""A complete run: the files of its folder, the evaluation of the saved adapter, and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def adapter_hash(folder: Path) -> str:
 
 
 def tuned_model(folder: Path, base: Path) -> Decoder:
-    """The base, unquantised, with the adapter of a run on it."""
+    """The base, unquantized, with the adapter of a run on it."""
     with Report(console=False) as report:
         model = loading.load_model(FolderSource(base), scheme_named("none"), CPU, report)
         adapters.apply_(model, loading.read_adapter(folder / "adapter", FolderSource(base), report)[1])
@@ -59,13 +59,13 @@ def tuned_model(folder: Path, base: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def finished(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run that must not be changed, and what it answered."""
+    """(folder, JSON result) of a run. Read-only."""
     out = tmp_path_factory.mktemp("runs") / "run"
     return out, tune(out, checkpoint_every=3, eval_every=2, sample_every=4)
 
 
-def test_the_run_folder_holds_all_that_is_promised(finished: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
-    out, answer = finished
+def test_the_run_folder_contains_all_documented_files(finished: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
+    out, result = finished
     assert {path.name for path in out.iterdir()} - {".lock"} == {
         "run.json", "config.yaml", "ledger.json", "metrics.jsonl", "adapter", "checkpoints", "report.html",
     }  # fmt: skip
@@ -73,42 +73,42 @@ def test_the_run_folder_holds_all_that_is_promised(finished: tuple[Path, dict[st
     assert origin["base"]["sha256"] == fingerprint(FolderSource(tiny_llama))
     assert origin["base"]["sha256"] in (out / "adapter" / "README.md").read_text()
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(contents(out / "adapter"))
-    assert (answer["adapter"], answer["report"]) == (str(out / "adapter"), str(out / "report.html"))
+    assert (result["adapter"], result["report"]) == (str(out / "adapter"), str(out / "report.html"))
     ledger = json.loads((out / "ledger.json").read_text())
     assert {side: len(ledger[side]["files"]) for side in ledger} == {"train": 6, "test": 1}
 
 
-def test_every_step_is_recorded_and_the_loss_falls(finished: tuple[Path, dict[str, Any]]) -> None:
-    out, answer = finished
+def test_every_step_is_recorded_and_the_loss_decreases(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
     steps = events(out, "step")
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second"} <= steps[0].keys()
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
-    assert answer["loss"] == steps[-1]["loss"]
-    quantised, tuned = answer["rows"]
+    assert result["loss"] == steps[-1]["loss"]
+    quantised, tuned = result["rows"]
     assert tuned["perplexity"] < 0.75 * quantised["perplexity"]
 
 
-def test_how_much_of_the_held_out_text_was_trained_on_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:
-    out, answer = finished
+def test_the_overlap_of_held_out_and_training_text_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
     (event,) = events(out, "overlap")
     overlap = json.loads((out / "ledger.json").read_text())["test"]["overlap"]
     assert overlap["tokens"] > 100
     assert overlap.items() <= event.items()
-    assert [row["also_in_training"] for row in answer["rows"]] == [overlap["share"]] * 2
+    assert [row["also_in_training"] for row in result["rows"]] == [overlap["share"]] * 2
 
 
-def test_held_out_losses_and_samples_come_when_asked_for(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_held_out_losses_and_samples_are_recorded_at_their_steps(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     assert [event["step"] for event in events(out, "heldout")] == [2, 4, 6]
     samples = [(event["which"], event["step"]) for event in events(out, "sample")]
     assert samples == [("base", 0), ("training", 4), ("tuned", 6)]
 
 
-def test_the_page_says_the_numbers(finished: tuple[Path, dict[str, Any]]) -> None:
-    out, answer = finished
+def test_the_report_contains_the_scores_and_samples(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, result = finished
     page = (out / "report.html").read_text()
-    for row in answer["rows"]:
+    for row in result["rows"]:
         assert shown(row["perplexity"]) in page
     assert "the king" in page
     assert "<script" not in page
@@ -117,10 +117,10 @@ def test_the_page_says_the_numbers(finished: tuple[Path, dict[str, Any]]) -> Non
 def test_the_saved_configuration_gives_the_same_adapter_again(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    out, answer = finished
+    out, result = finished
     again = finetune(Config.read(cli.FINETUNE, {"out": str(tmp_path / "again")}, out / "config.yaml"), console=False)
     assert adapter_hash(tmp_path / "again") == adapter_hash(out)
-    assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in answer["rows"]]
+    assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in result["rows"]]
 
 
 def test_another_seed_gives_another_adapter(tune: Tune, finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_another_seed_gives_another_adapter(tune: Tune, finished: tuple[Path, di
     assert adapter_hash(tmp_path / "run") != adapter_hash(finished[0])
 
 
-def test_an_existing_run_is_refused_and_nothing_of_it_is_lost(
+def test_a_run_in_the_folder_of_an_existing_run_fails_and_changes_nothing(
     octavo: Octavo, finished: tuple[Path, dict[str, Any]], tiny_llama: Path, plays: Path
 ) -> None:
     out, _ = finished
@@ -150,8 +150,8 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(
     base = request.getfixturevalue(family)
     if more:
         more = {**more, "lora_targets": ["all-linear", "lm_head", "embed_tokens" if family == "tiny_llama" else "wte"]}
-    answer = tune(tmp_path / "run", model=str(base), scheme="none", **more)
-    assert answer["rows"][1]["perplexity"] < 0.75 * answer["rows"][0]["perplexity"]
+    result = tune(tmp_path / "run", model=str(base), scheme="none", **more)
+    assert result["rows"][1]["perplexity"] < 0.75 * result["rows"][0]["perplexity"]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         untuned = plain(IDS).logits
@@ -187,40 +187,40 @@ def test_norms_and_biases_are_trained_saved_and_read_back(tune: Tune, tiny_llama
 def test_the_kept_adapter_is_the_best_on_held_out_text_or_the_last(tune: Tune, tmp_path: Path, keep: str) -> None:
     """Training on the plays raises the loss on this held-out text, which is different from them."""
     (held := tmp_path / "held.txt").write_text("0123456789 ZYXWVU " * 9)
-    answer = tune(tmp_path / "run", keep=keep, test_data=[str(held)], eval_every=1, steps=8)
+    result = tune(tmp_path / "run", keep=keep, test_data=[str(held)], eval_every=1, steps=8)
     losses = {event["step"]: event["loss"] for event in events(tmp_path / "run", "heldout")}
     best = min(losses, key=lambda step: losses[step])
-    assert best != 8, "else this shows nothing"
-    kept = best if keep == "best" else 8
-    assert answer["best_step"] == (best if keep == "best" else None)
-    assert json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["step"] == kept
-    tuned = answer["rows"][-1]["perplexity"]
-    assert tuned == pytest.approx(torch.tensor(losses[kept]).double().exp().item(), rel=1e-5)
+    assert best != 8, "otherwise the test is not meaningful"
+    expected_step = best if keep == "best" else 8
+    assert result["best_step"] == (best if keep == "best" else None)
+    assert json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["step"] == expected_step
+    tuned = result["rows"][-1]["perplexity"]
+    assert tuned == pytest.approx(torch.tensor(losses[expected_step]).double().exp().item(), rel=1e-5)
 
 
 def test_without_held_out_text_there_is_a_warning_and_the_last_adapter_is_kept(
     tune: Tune, plays: Path, tmp_path: Path
 ) -> None:
     data = [str(plays / "train" / "play0.txt")]
-    answer = tune(tmp_path / "run", data=data, test_data=[], test_fraction=0, steps=2)
-    assert (answer["rows"], answer["best_step"]) == ([], None)
-    assert Path(answer["adapter"], "adapter_config.json").is_file()
+    result = tune(tmp_path / "run", data=data, test_data=[], test_fraction=0, steps=2)
+    assert (result["rows"], result["best_step"]) == ([], None)
+    assert Path(result["adapter"], "adapter_config.json").is_file()
     assert any("no held-out text" in event["text"] for event in events(tmp_path / "run", "warn"))
 
 
 def test_without_test_data_a_fraction_of_the_documents_is_held_out(tune: Tune, tmp_path: Path) -> None:
-    answer = tune(tmp_path / "run", test_data=[], test_fraction=0.3, steps=1)
+    result = tune(tmp_path / "run", test_data=[], test_fraction=0.3, steps=1)
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     train, test = ({file["source"] for file in ledger[side]["files"]} for side in ("train", "test"))
     assert train.isdisjoint(test)
     assert len(train | test) == 6
-    assert answer["rows"]
+    assert result["rows"]
 
 
 def test_epochs_count_passes_over_the_data(tune: Tune, tmp_path: Path) -> None:
-    answer = tune(tmp_path / "run", steps=None, epochs=1.5, batch_size=8)
+    result = tune(tmp_path / "run", steps=None, epochs=1.5, batch_size=8)
     rows = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["rows"]
-    assert answer["steps"] == math.ceil(math.ceil(rows / 8) * 1.5)
+    assert result["steps"] == math.ceil(math.ceil(rows / 8) * 1.5)
 
 
 BAD = {
@@ -247,14 +247,14 @@ def test_the_error_for_a_bad_file_names_it_and_leaves_no_run(
     assert "Traceback" not in failed.err
     assert set(contents(tmp_path / "run")) == set()
     skipping = octavo(*command, "--data", bad, "--skip-bad")
-    assert skipping.code == 0, "and the same folder takes the run once the fault is mended"
+    assert skipping.code == 0, "the same folder is usable after the error"
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]
     assert ledger["skipped"] >= 1
     assert {file["source"]: file["skipped"] > 0 for file in ledger["files"]} == {str(good): False, str(bad): True}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "error", "message"),
     [
         ({"lora_targets": ["q_porj"]}, AdapterError, "q_proj"),
         ({"seq_len": 129}, UsageError, "--seq-len 128"),
@@ -264,9 +264,9 @@ def test_the_error_for_a_bad_file_names_it_and_leaves_no_run(
     ],
 )
 def test_an_invalid_setting_is_reported_and_leaves_no_run(
-    tune: Tune, tmp_path: Path, changes: dict[str, Any], error: type[Exception], said: str
+    tune: Tune, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         tune(tmp_path / "run", **changes)
     assert contents(tmp_path / "run") == {}
 
@@ -281,8 +281,8 @@ def test_data_without_targets_are_a_usage_error(tune: Tune, tmp_path: Path) -> N
 def test_held_out_rows_without_targets_are_skipped(tune: Tune, tmp_path: Path) -> None:
     lines = [{"prompt": "q" * 99, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
     (path := tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    answer = tune(tmp_path / "run", test_data=[str(path)], truncate=True, eval_rows=1, steps=1)
-    assert answer["rows"][0]["tokens"] > 0
+    result = tune(tmp_path / "run", test_data=[str(path)], truncate=True, eval_rows=1, steps=1)
+    assert result["rows"][0]["tokens"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_files(
@@ -300,12 +300,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_files(
 def test_an_adapter_that_differs_after_reading_back_is_an_error(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = peft.read
+    original = peft.read
 
     def damaged(folder: Path) -> peft.Adapter:
-        read = whole(folder)
-        pairs = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.lora.items()}
-        return peft.Adapter(read.spec, pairs, read.full, read.origin)
+        read = original(folder)
+        lora = {name: (a, b * 1.5, scaling) for name, (a, b, scaling) in read.lora.items()}
+        return peft.Adapter(read.spec, lora, read.full, read.origin)
 
     monkeypatch.setattr(peft, "read", damaged)
     with pytest.raises(AdapterError, match="other logits"):
@@ -316,10 +316,10 @@ def test_a_run_without_gradients_fails_at_its_first_step(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Simulates a layer that stops the gradient."""
-    whole = adapters.trained
+    original = adapters.trained
 
     def with_a_dead_one(model: Decoder) -> dict[str, torch.nn.Parameter]:
-        named = whole(model)
+        named = original(model)
         device = next(iter(named.values())).device  # the run is planned on the meta device first
         return {**named, "nowhere.lora_A": torch.nn.Parameter(torch.ones(2, 2, device=device))}
 

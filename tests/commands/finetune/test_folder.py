@@ -60,32 +60,32 @@ class Died(BaseException):
 
 
 @contextmanager
-def dying(place: str) -> Iterator[None]:
+def dying(function: str) -> Iterator[None]:
     """Kills a run at its call of a function of octavo.commands.finetune."""
 
     def die(*_: object, **__: object) -> None:
         raise Died
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, place, die)
+        patch.setattr(package, function, die)
         with pytest.raises(Died):
             yield
 
 
 @pytest.fixture(scope="module")
-def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption, in a folder with the same name as the others."""
     out = tmp_path_factory.mktemp("whole") / "run"
     tune(out, **SHORT)
     return out
 
 
-def same(folder: Path, whole: Path) -> None:
-    assert recorded(folder) == recorded(whole)
-    expected, found = tree(whole), tree(folder)
-    assert found.keys() == expected.keys()
+def same(folder: Path, uninterrupted: Path) -> None:
+    assert recorded(folder) == recorded(uninterrupted)
+    expected, actual = tree(uninterrupted), tree(folder)
+    assert actual.keys() == expected.keys()
     for name in ("adapter/adapter_model.safetensors", "adapter/octavo.json", "ledger.json"):
-        assert found[name] == expected[name], name
+        assert actual[name] == expected[name], name
 
 
 BEFORE_A_STEP = ("prepare", "with_precision", "dry_run", "write_settings", "measure_base")
@@ -93,33 +93,37 @@ BEFORE_A_STEP = ("prepare", "with_precision", "dry_run", "write_settings", "meas
 
 # Whether the same call starts anew or resumes depends only on the files in the folder, as the first and last case show.
 SAME_CALL = [
-    pytest.param(place, "the same call", marks=[pytest.mark.exhaustive] if place in BEFORE_A_STEP[1:-1] else [])
-    for place in BEFORE_A_STEP
+    pytest.param(function, "the same call", marks=[pytest.mark.exhaustive] if function in BEFORE_A_STEP[1:-1] else [])
+    for function in BEFORE_A_STEP
 ]
 
 
-@pytest.mark.parametrize(("place", "again"), [*((place, "resume alone") for place in BEFORE_A_STEP), *SAME_CALL])
+@pytest.mark.parametrize(
+    ("function", "again"), [*((function, "resume alone") for function in BEFORE_A_STEP), *SAME_CALL]
+)
 def test_a_kill_before_the_first_checkpoint(
-    place: str, again: str, octavo: Octavo, settings: Settings, whole: Path, tmp_path: Path
+    function: str, again: str, octavo: Octavo, settings: Settings, uninterrupted: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     (file := tmp_path / "settings.yaml").write_text(settings(out, **SHORT).to_yaml())
     for _ in range(2):  # and once more when it goes on
-        with dying(place):
+        with dying(function):
             package.finetune(settings(out, **SHORT), console=False)
     command = ["finetune", "--resume", "--out", out] if again == "resume alone" else ["finetune", "--config", file]
     assert octavo(*command).code == 0
-    same(out, whole)
+    same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("place", ["measure_tuned", "show_scores", "read_back"])
-def test_a_kill_after_the_last_step_records_nothing_twice(place: str, tune: Tune, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["measure_tuned", "show_scores", "read_back"])
+def test_a_kill_after_the_last_step_records_nothing_twice(
+    function: str, tune: Tune, uninterrupted: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
-    with dying(place):
+    with dying(function):
         tune(out, **SHORT)
     for _ in range(2):  # a finished run is finished once more
         tune(out, **SHORT, resume=True)
-        same(out, whole)
+        same(out, uninterrupted)
 
 
 def test_an_error_before_the_run_starts_restores_the_folder(tune: Tune, tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_a_second_signal_during_the_save_of_the_first(
     number: signal.Signals,
     octavo: Octavo,
     settings: Settings,
-    whole: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,37 +177,37 @@ def test_a_second_signal_during_the_save_of_the_first(
     assert "Stopped. The newest checkpoint is of step 2. Resume with: octavo finetune --resume --out" in done.err
     assert [path.name for path in (out / "checkpoints").glob("*0*")] == ["step-00000002"]
     assert octavo("finetune", "--resume", "--out", out).code == 0
-    assert recorded(out) == recorded(whole)
+    assert recorded(out) == recorded(uninterrupted)
 
 
 def test_the_folder_is_checked_again_under_the_lock(
-    tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Tune, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call waits for the lock while another one trains to its end."""
     out, lock = tmp_path / "run", files.lock
 
     @contextmanager
     def late(folder: Path) -> Iterator[None]:
-        shutil.copytree(whole, folder)
+        shutil.copytree(uninterrupted, folder)
         with lock(folder):
             yield
 
     monkeypatch.setattr(folders, "lock", late)
     with pytest.raises(UsageError, match="already contains a run"):
         tune(out, **SHORT)
-    assert tree(out) == tree(whole)
+    assert tree(out) == tree(uninterrupted)
 
 
-def test_files_of_killed_writers_in_the_run_folder_are_removed(tune: Tune, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, out := tmp_path / "run")
-    own = os.getpid()
-    for name in (f".tmp-adapter-{own}", f".old-adapter-{own}", f"checkpoints/.tmp-step-00000004-{own}"):
+def test_files_of_killed_writers_in_the_run_folder_are_removed(tune: Tune, uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, out := tmp_path / "run")
+    pid = os.getpid()
+    for name in (f".tmp-adapter-{pid}", f".old-adapter-{pid}", f"checkpoints/.tmp-step-00000004-{pid}"):
         (out / name).mkdir()
-    for name in (f".config.yaml.{own}", f".ledger.json.{own}", f".report.html.{own}", f"checkpoints/.latest.{own}"):
+    for name in (f".config.yaml.{pid}", f".ledger.json.{pid}", f".report.html.{pid}", f"checkpoints/.latest.{pid}"):
         (out / name).touch()
     tune(out, **SHORT, resume=True)
-    assert tree(out).keys() == tree(whole).keys()
-    assert not list(out.rglob(f"*{own}"))
+    assert tree(out).keys() == tree(uninterrupted).keys()
+    assert not list(out.rglob(f"*{pid}"))
 
 
 def damage(folder: Path, how: str) -> None:
@@ -254,9 +258,9 @@ def test_a_damaged_best_adapter_is_restored_from_the_checkpoint(
     with worse_and_worse(4):
         assert tune(tmp_path / "run", **SHORT, resume=True)["best_step"] == 1
     assert "does not contain the best adapter" in warnings(tmp_path / "run")
-    found = tree(tmp_path / "run")
-    assert found["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
-    assert json.loads(found["adapter/octavo.json"])["step"] == 1
+    actual = tree(tmp_path / "run")
+    assert actual["adapter/adapter_model.safetensors"] == expected["adapter/adapter_model.safetensors"]
+    assert json.loads(actual["adapter/octavo.json"])["step"] == 1
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
@@ -274,7 +278,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
     "lost", ["metrics.jsonl", "run.json", "config.yaml", "ledger.json", "adapter", "checkpoints", "."]
 )
 def test_files_deleted_during_training_are_written_again(
-    lost: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lost: str, tune: Tune, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
 
@@ -284,7 +288,7 @@ def test_files_deleted_during_training_are_written_again(
 
     after_step(monkeypatch, 3, delete)
     tune(out, **SHORT)
-    assert recorded(out) == recorded(whole)
+    assert recorded(out) == recorded(uninterrupted)
     for name in (
         "metrics.jsonl",
         "run.json",
@@ -299,7 +303,7 @@ def test_files_deleted_during_training_are_written_again(
         assert "written again" in warnings(out)
 
 
-def test_a_link_to_another_disk_in_place_of_the_adapter(tune: Tune, whole: Path, tmp_path: Path) -> None:
+def test_a_link_to_another_disk_in_place_of_the_adapter(tune: Tune, uninterrupted: Path, tmp_path: Path) -> None:
     (disk := tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     tune(tmp_path / "run", **SHORT, stop_after=1)
@@ -308,12 +312,12 @@ def test_a_link_to_another_disk_in_place_of_the_adapter(tune: Tune, whole: Path,
     tune(tmp_path / "run", **SHORT, resume=True)
     assert (tmp_path / "run" / "adapter").is_symlink()
     name = "adapter_model.safetensors"
-    assert (disk / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    assert (disk / "adapter" / name).read_bytes() == (uninterrupted / "adapter" / name).read_bytes()
     assert [path.name for path in disk.iterdir()] == ["adapter"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
-    tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Tune, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(1, "Operation not permitted", "step-00000001")
@@ -321,7 +325,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     monkeypatch.setattr(checkpoint, "_delete_earlier", refuse)
     tune(tmp_path / "run", **SHORT)
     assert "cannot be deleted" in warnings(tmp_path / "run")
-    assert recorded(tmp_path / "run") == recorded(whole)
+    assert recorded(tmp_path / "run") == recorded(uninterrupted)
 
 
 def test_changed_training_settings_are_reported_with_the_new_schedule(tune: Tune, tmp_path: Path) -> None:
@@ -385,7 +389,7 @@ def test_steps_without_a_target_have_no_loss(tune: Tune, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("at", "advice"), [(1, "There is no checkpoint yet: "), (3, "is of step 2. Resume with")])
 def test_the_error_for_a_loss_that_is_not_finite_names_the_newest_checkpoint(
-    at: int, advice: str, tune: Tune, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, advice: str, tune: Tune, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gradients = loop.gradients
 
@@ -399,7 +403,7 @@ def test_the_error_for_a_loss_that_is_not_finite_names_the_newest_checkpoint(
             tune(tmp_path / "run", **{**SHORT, "eval_every": 4})
     assert advice in caught.value.hint
     tune(tmp_path / "run", **{**SHORT, "eval_every": 4}, resume=True)
-    assert recorded(tmp_path / "run")[-1] == recorded(whole)[-1]
+    assert recorded(tmp_path / "run")[-1] == recorded(uninterrupted)[-1]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")

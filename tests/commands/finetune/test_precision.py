@@ -26,7 +26,7 @@ from octavo.train.precision import Precision, QuantError, all_8bit, layers
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
-CPU, OLD, NEW = (devices.hardware(each) for each in (devices.CPU, devices.T4, devices.H200))
+CPU, OLD, NEW = (devices.hardware(device) for device in (devices.CPU, devices.T4, devices.H200))
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -53,13 +53,13 @@ def exact(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_with_8bit_matmuls_reports_errors_and_trains(use_8bit: Path, exact: Path) -> None:
-    (told,) = events(use_8bit, "matmul")
-    assert told["exact"] == []
-    assert len(told["costs"]) == 8  # two blocks of four layers
-    assert all(0 < forward < 0.2 for forward, _, _ in told["costs"].values())
-    found, wanted = losses(use_8bit), losses(exact)
-    assert found != wanted
-    assert found == pytest.approx(wanted, rel=0.02)
+    (event,) = events(use_8bit, "matmul")
+    assert event["exact"] == []
+    assert len(event["costs"]) == 8  # two blocks of four layers
+    assert all(0 < forward < 0.2 for forward, _, _ in event["costs"].values())
+    actual, expected = losses(use_8bit), losses(exact)
+    assert actual != expected
+    assert actual == pytest.approx(expected, rel=0.02)
 
 
 def test_evaluation_uses_exact_matmuls(use_8bit: Path, exact: Path) -> None:
@@ -86,8 +86,8 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_does_not_measure_aga
 ) -> None:
     tune(tmp_path / "whole", scheme="int8", checkpoint_every=2)
     tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, stop_after=3)
-    (told,) = events(tmp_path / "whole", "matmul")
-    assert told["exact"] == list(told["costs"])
+    (event,) = events(tmp_path / "whole", "matmul")
+    assert event["exact"] == list(event["costs"])
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
     assert saved.state["precision"] == {}
@@ -96,9 +96,9 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_does_not_measure_aga
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("times", "said"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
+@pytest.mark.parametrize(("times", "message"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
 def test_matmuls_are_exact_on_a_gpu_where_8_bits_are_not_faster(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, said: str
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, message: str
 ) -> None:
     """The GPU is simulated: only the timing and the measurement are called, both replaced here."""
     monkeypatch.setattr(
@@ -106,17 +106,17 @@ def test_matmuls_are_exact_on_a_gpu_where_8_bits_are_not_faster(
     )
     tried: list[Any] = []
 
-    def trial(*given: Any) -> dict[str, Any]:
-        tried.append(given)
-        return {name: QuantError(0.01, 0.01) for name, _ in layers(given[0])}
+    def measure_error(*arguments: Any) -> dict[str, Any]:
+        tried.append(arguments)
+        return {name: QuantError(0.01, 0.01) for name, _ in layers(arguments[0])}
 
-    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", trial)
+    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", measure_error)
     monkeypatch.setattr("octavo.commands.finetune.precision.gradient_type", lambda _: torch.int8)
     with Report(console=False, metrics=tmp_path / "metrics") as report:
         run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch_size=4), report)
         run = replace(run, hardware=NEW)
         precision = _measured(run)
-    assert said in (tmp_path / "metrics").read_text()
+    assert message in (tmp_path / "metrics").read_text()
     assert len(tried) == (1 if times > 1 else 0)
     assert precision == (all_8bit(run.model) if times > 1 else Precision())
 
@@ -129,12 +129,12 @@ def test_a_resumed_run_keeps_its_outlier_channels(tune: Tune, tmp_path: Path, mo
     )
     tune(tmp_path / "whole", scheme="int8")
     tune(tmp_path / "parts", scheme="int8", stop_after=3)
-    (told,) = events(tmp_path / "whole", "matmul")
-    assert told["exact"] == []
-    assert told["outliers"].keys() == told["costs"].keys()
+    (event,) = events(tmp_path / "whole", "matmul")
+    assert event["exact"] == []
+    assert event["outliers"].keys() == event["costs"].keys()
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
-    assert saved.state["precision"] == told["outliers"]
+    assert saved.state["precision"] == event["outliers"]
     monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
     tune(tmp_path / "parts", scheme="int8", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

@@ -79,16 +79,16 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], N
 
 
 @pytest.fixture(scope="module")
-def whole(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def uninterrupted(tune: Tune, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The long run without a stop, in a folder for copies, and its document."""
     out = tmp_path_factory.mktemp("whole") / "run"
     return out, tune(out, **LONG)
 
 
 @pytest.fixture(scope="module")
-def in_one_go(whole: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+def in_one_go(uninterrupted: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     """The outcome of the long run without a stop."""
-    return outcome(whole[0])
+    return outcome(uninterrupted[0])
 
 
 @pytest.fixture(scope="module")
@@ -259,12 +259,12 @@ def test_a_damaged_newest_checkpoint_is_skipped(tune: Tune, halfway: Path, in_on
 
 @pytest.mark.parametrize("resumes", [1, 2])
 def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
-    tune: Tune, whole: tuple[Path, dict[str, Any]], in_one_go: dict[str, Any], tmp_path: Path, resumes: int
+    tune: Tune, uninterrupted: tuple[Path, dict[str, Any]], in_one_go: dict[str, Any], tmp_path: Path, resumes: int
 ) -> None:
-    run, first = shutil.copytree(whole[0], tmp_path / "run"), whole[1]
+    run, first = shutil.copytree(uninterrupted[0], tmp_path / "run"), uninterrupted[1]
     for _ in range(resumes):
         again = tune(run, **LONG, resume=True)
-    assert json.loads(json.dumps(again["rows"]).replace(str(run), str(whole[0]))) == first["rows"]
+    assert json.loads(json.dumps(again["rows"]).replace(str(run), str(uninterrupted[0]))) == first["rows"]
     assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
     assert outcome(run) == in_one_go
 
@@ -287,7 +287,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning_with_a_warning(
 
 
 def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    (held := tmp_path / "held.txt").write_text("where is my lord of york\n" * 9)
+    (held_out := tmp_path / "held.txt").write_text("where is my lord of york\n" * 9)
     return {
         "rank": {"rank": 4},
         "lora_targets": {"lora_targets": ["q_proj"]},
@@ -297,7 +297,7 @@ def other_settings(tiny_gptj: Path, plays: Path, tmp_path: Path) -> dict[str, di
         "scheme": {"scheme": "none"},
         "dtype": {"dtype": "bfloat16"},
         "data": {"data": [str(plays / "train" / "play0.txt")]},
-        "test_data": {"test_data": [str(held)]},
+        "test_data": {"test_data": [str(held_out)]},
         "model": {"model": str(tiny_gptj)},
     }
 
@@ -439,8 +439,8 @@ def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, st
     options = {"model": str(tiny_llama), "scheme": "none", "dtype": "float32", "device": "cpu"}
     for name, folder in named.items():
         expected = trained(octavo_api.load(adapter=folder, quiet=True, **options).decoder)
-        found = trained(octavo_api.load(adapter=name, quiet=True, **options).decoder)
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        parameters = trained(octavo_api.load(adapter=name, quiet=True, **options).decoder)
+        assert all(torch.equal(parameters[key], expected[key]) for key in expected)
     served = {f"a{number}": name for number, name in enumerate(named)}
     config = Config.read(SERVE, {**options, "adapter": [f"{key}={name}" for key, name in served.items()]}, shown=str)
     with Report(console=False) as report:

@@ -37,7 +37,7 @@ class Outcome:
         with Report(console=False, metrics=metrics) as report:
             self.train, self.test = read_sides(Config.read(KINDS, {"seq_len": 64, **options}), tokenizer, report)
         self.events = [json.loads(line) for line in metrics.read_text().splitlines()]
-        self.said = "\n".join(event["text"] for event in self.events if event["event"] in ("say", "warn"))
+        self.messages = "\n".join(event["text"] for event in self.events if event["event"] in ("say", "warn"))
 
     @property
     def overlap(self) -> dict[str, Any]:
@@ -53,39 +53,39 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
-def learned(text: Text) -> int:
+def label_count(text: Text) -> int:
     return sum(int((row.labels != IGNORE_INDEX).sum()) for row in text.rows)
 
 
 @pytest.mark.parametrize("copy", ["same", "link", "content", "spaces", "record", "prompt"])
 def test_a_document_on_both_sides_is_removed_from_training(tmp_path: Path, tokenizer: Any, copy: str) -> None:
-    held = write(tmp_path / "held", b_txt="the queen spoke to the king\nof the storm\n") / "b.txt"
+    held_out = write(tmp_path / "held", b_txt="the queen spoke to the king\nof the storm\n") / "b.txt"
     data = write(tmp_path / "data", a_txt="where is my lord of york and the duke of the sea\n")
     if copy == "same":
-        held = held.rename(data / "b.txt")
+        held_out = held_out.rename(data / "b.txt")
     elif copy == "link":
-        (data / "c.txt").hardlink_to(held)
+        (data / "c.txt").hardlink_to(held_out)
     elif copy == "content":
-        write(data, d_txt=held.read_text())
+        write(data, d_txt=held_out.read_text())
     elif copy == "spaces":
         write(data, d_txt="\ufeffthe queen  spoke to the\tking\r\n\r\nof the storm")
     elif copy == "record":
-        write(data, d_jsonl=json.dumps({"text": held.read_text()}))
+        write(data, d_jsonl=json.dumps({"text": held_out.read_text()}))
     else:
         write(data, d_jsonl=json.dumps({"prompt": "the queen spoke ", "completion": "to the king\nof the storm"}))
-    alone = Outcome(tmp_path, tokenizer, data=[str(data / "a.txt")], test_data=[str(held)])
-    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
-    assert [row.ids.tolist() for row in found.train.rows] == [row.ids.tolist() for row in alone.train.rows]
-    assert found.train.ledger.trained == learned(found.train)
-    assert (found.train.ledger.documents, found.train.ledger.dropped) == (2, 1)
-    overlap = found.overlap
+    alone = Outcome(tmp_path, tokenizer, data=[str(data / "a.txt")], test_data=[str(held_out)])
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held_out)])
+    assert [row.ids.tolist() for row in outcome.train.rows] == [row.ids.tolist() for row in alone.train.rows]
+    assert outcome.train.ledger.trained == label_count(outcome.train)
+    assert (outcome.train.ledger.documents, outcome.train.ledger.dropped) == (2, 1)
+    overlap = outcome.overlap
     assert (overlap["removed_documents"], overlap["near_copies"], overlap["share"]) == (1, 0, 0.0)
-    assert overlap["removed_tokens"] == found.train.ledger.left_out > 5
+    assert overlap["removed_tokens"] == outcome.train.ledger.left_out > 5
     (name,) = overlap["removed"]
-    assert name in found.said
-    assert "Removed from the training text" in found.said
+    assert name in outcome.messages
+    assert "Removed from the training text" in outcome.messages
     assert alone.overlap["removed"] == ()
-    assert "Removed" not in alone.said
+    assert "Removed" not in alone.messages
 
 
 def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -> None:
@@ -94,22 +94,22 @@ def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -
         return json.dumps({"messages": turns}) + "\n"
 
     data = write(tmp_path / "data", a_jsonl=talk("at sea") + talk("in york"))
-    held = write(tmp_path / "held", a_jsonl=talk("in  york"))
-    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
-    assert found.overlap["removed"] == (f"{data / 'a.jsonl'}:2",)
-    assert found.overlap["share"] == 0
+    held_out = write(tmp_path / "held", a_jsonl=talk("in  york"))
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held_out)])
+    assert outcome.overlap["removed"] == (f"{data / 'a.jsonl'}:2",)
+    assert outcome.overlap["share"] == 0
 
 
 def test_near_copies_are_counted_and_warned_about(tmp_path: Path, tokenizer: Any) -> None:
     story = " ".join(f"the king of {a} spoke to the queen of {b}" for a in "abcdef" for b in "uvwxyz")
     data = write(tmp_path / "data", a_txt=f"where is my lord? {story} and so on", b_txt="storm and sea")
-    held = write(tmp_path / "held", c_txt=story.replace("a spoke", "k spoke"), d_txt="my duke, my duke is not here")
-    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held)])
-    assert found.overlap["near"] == (f"{held / 'c.txt'}:1",)
-    assert found.overlap["removed_documents"] == 0
-    assert 0.5 < found.overlap["share"] < 1
-    assert found.overlap["shared_tokens"] == pytest.approx(found.overlap["share"] * found.overlap["tokens"])
-    assert "Near copies: more than half of the text of 1 document" in found.said
+    held_out = write(tmp_path / "held", c_txt=story.replace("a spoke", "k spoke"), d_txt="my duke, my duke is not here")
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)], test_data=[str(held_out)])
+    assert outcome.overlap["near"] == (f"{held_out / 'c.txt'}:1",)
+    assert outcome.overlap["removed_documents"] == 0
+    assert 0.5 < outcome.overlap["share"] < 1
+    assert outcome.overlap["shared_tokens"] == pytest.approx(outcome.overlap["share"] * outcome.overlap["tokens"])
+    assert "Near copies: more than half of the text of 1 document" in outcome.messages
 
 
 def test_if_all_text_is_held_out_there_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -122,40 +122,40 @@ def test_if_all_text_is_held_out_there_is_an_error(tmp_path: Path, tokenizer: An
 def test_the_last_tokens_of_a_single_text_are_held_out(tmp_path: Path, tokenizer: Any, fraction: float) -> None:
     text = "".join(f"the king spoke to queen {number}\n" for number in range(60))
     path = write(tmp_path / "data", a_txt=text) / "a.txt"
-    found = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=fraction, seq_len=2000)
+    outcome = Outcome(tmp_path, tokenizer, data=[str(path)], test_fraction=fraction, seq_len=2000)
     ids = tokenizer(text)["input_ids"]
-    held = round(fraction * len(ids))
-    assert found.test is not None
-    assert found.train.rows[0].ids.tolist()[: len(ids) - held - 1] == ids[: len(ids) - held - 1]
-    assert learned(found.train) == len(ids) - held - 1
-    assert found.test.rows[0].ids.tolist()[:held] == ids[len(ids) - held :]
-    assert learned(found.test) == held
-    assert f"the last {held:,} of {len(ids):,} tokens of {path}" in found.said
-    assert text.endswith(found.test.documents[0].text)
+    held_out = round(fraction * len(ids))
+    assert outcome.test is not None
+    assert outcome.train.rows[0].ids.tolist()[: len(ids) - held_out - 1] == ids[: len(ids) - held_out - 1]
+    assert label_count(outcome.train) == len(ids) - held_out - 1
+    assert outcome.test.rows[0].ids.tolist()[:held_out] == ids[len(ids) - held_out :]
+    assert label_count(outcome.test) == held_out
+    assert f"the last {held_out:,} of {len(ids):,} tokens of {path}" in outcome.messages
+    assert text.endswith(outcome.test.documents[0].text)
 
 
 def test_the_held_out_fraction_of_documents_is_exact_and_reported(tmp_path: Path, tokenizer: Any) -> None:
     lines = "".join(json.dumps({"text": f"the king {number}"}) + "\n" for number in range(30))
     data = write(tmp_path / "data", a_jsonl=lines)
-    found = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.2)
-    assert found.test is not None
-    assert (found.train.ledger.documents, found.test.ledger.documents) == (24, 6)
-    assert "Held out: 6 of 30 documents" in found.said
-    assert "The number differs" not in found.said
-    assert found.overlap["held_out"] == "a share of the documents"
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)], test_fraction=0.2)
+    assert outcome.test is not None
+    assert (outcome.train.ledger.documents, outcome.test.ledger.documents) == (24, 6)
+    assert "Held out: 6 of 30 documents" in outcome.messages
+    assert "The number differs" not in outcome.messages
+    assert outcome.overlap["held_out"] == "a share of the documents"
     copied = write(tmp_path / "copied", a_jsonl=lines + lines.splitlines(keepends=True)[0] * 30)
-    found = Outcome(tmp_path, tokenizer, data=[str(copied)], test_fraction=0.6)
-    assert found.test is not None
-    assert (found.train.ledger.documents, found.test.ledger.documents) == (31, 29)
-    assert "--test-fraction 0.6 is 36 documents. The number differs because all copies of a text" in found.said
+    outcome = Outcome(tmp_path, tokenizer, data=[str(copied)], test_fraction=0.6)
+    assert outcome.test is not None
+    assert (outcome.train.ledger.documents, outcome.test.ledger.documents) == (31, 29)
+    assert "--test-fraction 0.6 is 36 documents. The number differs because all copies of a text" in outcome.messages
 
 
 @pytest.mark.parametrize("record", [{"prompt": "q", "completion": "a b c d e f"}, {"text": "a"}])
 def test_a_single_record_or_word_is_not_split(tmp_path: Path, tokenizer: Any, record: dict[str, str]) -> None:
     data = write(tmp_path / "data", a_jsonl=json.dumps(record))
-    found = Outcome(tmp_path, tokenizer, data=[str(data)])
-    assert found.test is None
-    assert "There is no held-out text" in found.said
+    outcome = Outcome(tmp_path, tokenizer, data=[str(data)])
+    assert outcome.test is None
+    assert "There is no held-out text" in outcome.messages
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_a_chapter_with_other_line_breaks_or_spaces_is_a_near_copy(
         "indented": textwrap.indent(textwrap.fill(chapter, 70), "\t"),
     }[how]
     data = write(tmp_path / "data", a_txt=" ".join(words))
-    held = write(tmp_path / "held", c_txt=f"Another beginning.\n{copy}")
-    found = Outcome(tmp_path, real_tokenizer, data=[str(data)], test_data=[str(held)])
-    assert found.overlap["near_copies"] == 1
-    assert found.overlap["share"] > 0.7
+    held_out = write(tmp_path / "held", c_txt=f"Another beginning.\n{copy}")
+    outcome = Outcome(tmp_path, real_tokenizer, data=[str(data)], test_data=[str(held_out)])
+    assert outcome.overlap["near_copies"] == 1
+    assert outcome.overlap["share"] > 0.7
