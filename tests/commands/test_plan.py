@@ -452,7 +452,7 @@ def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
 
 @pytest.mark.usefixtures("with_triton")
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"kernels": False}, "Kernels: off (--no-kernels)."),
         ({"cuda_graphs": False, "attention": "flash"}, "Attention: flash. Steps: eager (--no-cuda-graphs)."),
@@ -495,11 +495,11 @@ def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
     assert shares == [0.25, 1.0]
 
 
-@pytest.mark.parametrize(("fixed", "peak", "words"), [
+@pytest.mark.parametrize(("fixed", "peak", "text"), [
     (None, 98, ""), (None, 99, "no plan is certain to fit"), (None, 150, "no plan is certain"), (Save.ALL, 100, ""),
     (Save.ALL, 101, "--recompute"),
 ])  # fmt: skip
-def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, arguments: str) -> None:
+def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, text: str) -> None:
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
     fitting = plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
-    assert (arguments in fitting.warning()) if arguments else fitting.warning() == ""
+    assert (text in fitting.warning()) if text else fitting.warning() == ""
