@@ -65,13 +65,13 @@ if TYPE_CHECKING:
     from octavo.models import Decoder
 
 
-def _has_card() -> bool:
+def _has_gpu() -> bool:
     import torch  # reads OMP_NUM_THREADS, so only now; Triton is imported later, by the kernels
 
     return torch.cuda.is_available()
 
 
-if not _has_card():
+if not _has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on tensors of the CPU, and on no others
 
 
@@ -393,7 +393,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Seed:
 
 
 def _freeze_in_8_bits_with_adapters_(model: Any, rank: int = 5) -> None:
-    """Puts, for every linear and embedding, codes with a scale for each 4096 of them, and two thin layers beside."""
+    """For every linear and embedding: int8 values with a scale per 4096 of them, and the two low-rank layers."""
     import torch
     import torch.nn.functional as F
     from bitsandbytes import functional as bnb

@@ -43,8 +43,8 @@ KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 class Case:
     """A branch with everything trained on it. `leaves` are x, then all that is trained, in its order.
 
-    "by name": a pair for every name instead of one for the inner product, and its bias is not trained, as people train:
-    then pairs learn in an activation's backward.
+    "by name": LoRA for every name instead of one for the first matmul, and its bias is not trained, as people train:
+    then the backward of an activation also computes LoRA gradients.
     """
 
     def __init__(self, kind: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
@@ -204,7 +204,7 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, 
     }
     this = case.branch(*case.leaves[1:])
     thin = ROWS * sum(wide.width - wide.inputs for wide in (this.inner, this.outer)) * 4
-    assert held[Save.INPUT] == thin  # beside x, which was there before
+    assert held[Save.INPUT] == thin  # not counting x, which existed before
     attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if "gated MLP" not in kind else 0  # its output and log-sums
     if kind == "attention":
         attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and holds the copies
@@ -244,8 +244,8 @@ def context_bytes() -> int:
     return sum(part.nbytes for part in context_of(packed=False).rotary)
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products by (rows, what is summed, columns)."""
+class MatmulCounter(TorchDispatchMode):
+    """Counts matmuls by (M, K, N)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -260,26 +260,26 @@ class Products(TorchDispatchMode):
 
 @every_kind
 @every_keep
-def test_only_products_whose_output_is_needed_run_again(kind: str, save: Save) -> None:
+def test_only_matmuls_whose_output_is_needed_run_again(kind: str, save: Save) -> None:
     case = Case(kind)
     made = case.branch(*case.leaves[1:])
     inner = ROWS, made.inner.width, case.inner_rows
     outer = ROWS, made.outer.width, WIDTH
-    with Products() as forward:
+    with MatmulCounter() as forward:
         y = case.run(*case.leaves, save=save)
     assert (forward.counts[inner], forward.counts[outer]) == (1, 1)
-    with Products() as backward:
+    with MatmulCounter() as backward:
         torch.autograd.backward(y, case.dy)
     assert backward.counts[outer] == 0  # once is enough, whatever is kept
     assert backward.counts[inner] == (0 if save is Save.ALL else 1)
-    # And the two products that give gradients to what the matrices read.
+    # And the two matmuls of the gradients of their inputs.
     assert backward.counts[ROWS, WIDTH, made.outer.width] == 1
     assert backward.counts[ROWS, case.inner_rows, made.inner.width] == 1
 
 
 @every_kind
 @every_keep
-def test_an_x_that_needs_no_gradient_costs_no_product_for_one(kind: str, save: Save) -> None:
+def test_an_x_without_a_gradient_costs_no_matmul_for_it(kind: str, save: Save) -> None:
     case = Case(kind)
     everything = case.gradients(save=save)
     x, *leaves = case.leaves
@@ -287,7 +287,7 @@ def test_an_x_that_needs_no_gradient_costs_no_product_for_one(kind: str, save: S
     still = [tensor.detach() for tensor in norm]
     trained = [tensor for group in others for tensor in group]
     y = case.run(x.detach(), *still, *trained, save=save)
-    with Products() as backward:
+    with MatmulCounter() as backward:
         found = torch.autograd.grad(y, trained, case.dy)
     for one, other in zip(found, everything[1 + len(norm) :], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

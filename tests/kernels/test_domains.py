@@ -61,13 +61,13 @@ def test_a_tensor_outside_of_a_domain_is_named() -> None:
     assert operand.fault(None) == "None"
 
 
-Recorded = dict[str, list[str]]
+FaultsByKernel = dict[str, list[str]]
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> FaultsByKernel:
     """Kernel -> faults of its calls. Kernels are the references here, so that a CPU runs what a GPU would call."""
-    calls: Recorded = defaultdict(list)
+    calls: FaultsByKernel = defaultdict(list)
 
     class Kernels:
         def __init__(self, module: str) -> None:
@@ -95,7 +95,7 @@ CPU = torch.device("cpu")
 @DTYPES
 @FAMILIES
 def test_a_training_step_stays_within_the_domains(
-    family: str, dtype: torch.dtype, request: pytest.FixtureRequest, recorded: Recorded
+    family: str, dtype: torch.dtype, request: pytest.FixtureRequest, recorded: FaultsByKernel
 ) -> None:
     source = FolderSource(request.getfixturevalue(family))
     ids = torch.arange(60).view(2, 30)
@@ -118,7 +118,7 @@ def test_a_training_step_stays_within_the_domains(
 @FAMILIES
 @torch.no_grad()
 def test_requests_stay_within_the_domains(
-    family: str, dtype: torch.dtype, request: pytest.FixtureRequest, recorded: Recorded, tmp_path: Path
+    family: str, dtype: torch.dtype, request: pytest.FixtureRequest, recorded: FaultsByKernel, tmp_path: Path
 ) -> None:
     """Prompts and decoded tokens, with adapters and without, in a cache of slots."""
     source = FolderSource(request.getfixturevalue(family))

@@ -1,4 +1,4 @@
-"""What blocks keep for backward must really act: little is held, inner products run again, and no gradient changes."""
+"""Save levels of blocks: the saved bytes, the matmuls that backward recomputes, and unchanged gradients."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def test_dropout_is_on_in_what_is_compared(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize(("save", "again"), [(Save.ALL, 0), (Save.ATTENTION, 4), (Save.INPUT, 4), (MIXED, 3)], ids=str)
-def test_a_blocks_inner_products_alone_run_once_more_in_backward(
+def test_only_the_first_matmuls_of_a_block_run_again_in_backward(
     model: Decoder, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []  # K of each product; an inner one has the width of the model
+    ran: list[int] = []  # K of every matmul; the first ones of a branch have K = d_model
     matmul = FusedLinear.matmul
 
     def noted(self: FusedLinear, gemm_input: GemmInput, *, residual: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Deco
     row = 2 * LENGTH * 4  # bytes of one number a token
     held = {save: kept_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
     gptj = hasattr(model.blocks[0], "fc_out")
-    # Beside the blocks': the input of the last norm, what that norm keeps, the head's gradient, the rotary table.
+    # In addition: the input of the last norm, the tensors that this norm saves, the head's gradient, the rotary table.
     thin = 40  # what the pairs of a layer make of their inputs, in whole eights
     inputs = LAYERS * ((1 if gptj else 2) * WIDTH + thin)
     assert inputs <= held[Save.INPUT] <= inputs + 4 * WIDTH
