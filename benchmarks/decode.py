@@ -35,6 +35,7 @@ from octavo.infer.sample import Sampling
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
+from octavo.store.peft import read
 from octavo_method import random_model
 from shapes import MODELS, RANK, shapes
 from table import append
@@ -109,8 +110,8 @@ def measure_octavo(
             slots=batch, max_len=args.max_len, chunk=4 * args.prompt, queue=batch, deterministic=args.deterministic
         )
         engine = Engine(model, tokenizer, base="base", limits=limits)
-        for name, adapter in adapters.items():
-            engine.load_adapter(name, adapter)
+        for name, folder in adapters.items():
+            engine.load_adapter(name, read(folder))
         for task in engine.warmup_tasks():
             task()
         sampling = Sampling(temperature=0.0, max_new_tokens=args.tokens)

@@ -28,6 +28,7 @@ from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
+from octavo.store.peft import read
 from octavo.store.resolve import open_source
 from octavo.store.weights import load as load_weights
 from octavo_method import random_model
@@ -152,7 +153,7 @@ def answers_under(
     )
     engine = Engine(model, tokenizer, base="base", limits=limits)
     for name, folder in adapters.items():
-        engine.load_adapter(name, folder)
+        engine.load_adapter(name, read(folder))
     for task in engine.warmup_tasks():
         task()
     draw = random.Random(f"{args.seed} {load.name}")

@@ -103,7 +103,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return None
 
 
-Twins = Callable[[Any], "tuple[Any, Decoder]"]
+ModelsOf = Callable[[Any], "tuple[Any, Decoder]"]
 
 WORDS = [
     "the",
@@ -129,7 +129,7 @@ CHATML = (
 
 
 @pytest.fixture(scope="session")
-def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
+def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     """transformers config -> (a random model of transformers, octavo's reading of the folder it saves).
 
     Float32, unquantised unless said. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
@@ -156,11 +156,11 @@ def twins_of(tmp_path_factory: pytest.TempPathFactory) -> Twins:
     return make
 
 
-KeptBy = Callable[[Callable[[], "Tensor"]], "tuple[Tensor, int]"]
+SavedBy = Callable[[Callable[[], "Tensor"]], "tuple[Tensor, int]"]
 
 
 @pytest.fixture(scope="session")
-def kept_by() -> KeptBy:
+def saved_by() -> SavedBy:
     """What makes a tensor -> (that tensor, the bytes made on the way to it that are still held, its own apart).
 
     Counts storages, whoever holds them: Python, autograd's nodes, or a circle of both that only the collector frees.

@@ -35,8 +35,8 @@ LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def models(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
-    return twins_of(CONFIGS[request.param])
+def models(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
+    return models_of(CONFIGS[request.param])
 
 
 def texts() -> list[Tokens]:
@@ -114,9 +114,9 @@ def test_a_diverged_model_has_an_infinite_perplexity(nats: float, expected: floa
 
 
 def test_evaluation_does_not_change_the_training_mode_and_gradients(
-    twins_of: Callable[[Any], tuple[Any, Decoder]],
+    models_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
-    _, model = twins_of(CONFIGS["llama"])
+    _, model = models_of(CONFIGS["llama"])
     adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.5)), seed=0)
     parameters = adapters.trained(model)
     for parameter in parameters.values():

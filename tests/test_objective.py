@@ -38,8 +38,8 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def models(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
-    theirs, ours = twins_of(CONFIGS[request.param])
+def models(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
+    theirs, ours = models_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=2, alpha=4)), seed=0)
     return theirs, ours
 

@@ -25,7 +25,8 @@ from octavo.layers.multi_lora import AdapterBank, ServedAdapters
 from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
 from octavo.store import peft
 from octavo.store.full_weights import changed_keys, put_weights_
-from octavo.store.peft import Adapter, renamed
+from octavo.store.peft import Adapter as Adapter
+from octavo.store.peft import renamed
 
 ALL_LINEAR = "all-linear"
 
@@ -203,8 +204,8 @@ def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
     return plan
 
 
-def serve_(model: Decoder, routing: ServedAdapters, adapter: Adapter, name: str) -> None:
-    """Adds an adapter to the served ones under `name`. Each request selects its adapter by the id in `routing`.
+def serve_(model: Decoder, served: ServedAdapters, adapter: Adapter, name: str) -> None:
+    """Adds an adapter to the served ones under `name`. Each request selects its adapter by its id in `served`.
 
     AdapterError if the model has no module for a tensor, or if a norm, a bias or a full weight differs from the
     model's: all sequences of a batch share those.
@@ -219,8 +220,8 @@ def serve_(model: Decoder, routing: ServedAdapters, adapter: Adapter, name: str)
         )
     loras = {module: _lora_for(entries[module], adapter) for module in adapter.lora}
     before = _bank_addresses(model)
-    _take_off_(model, routing, name)
-    adapter_id = routing.free_id()
+    _take_off_(model, served, name)
+    adapter_id = served.free_id()
     for module, lora in loras.items():
         layer = _layer(entries[module])
         if layer.bank is None:
@@ -229,26 +230,26 @@ def serve_(model: Decoder, routing: ServedAdapters, adapter: Adapter, name: str)
     for layer in _frozen_layers(model):
         if layer.bank is not None:
             # Every bank is indexed with this id, also the banks of layers that this adapter does not adapt.
-            layer.bank.make_room(adapter_id + 1)
-    routing.served[name] = adapter_id
-    routing.changes += _bank_addresses(model) != before
+            layer.bank.reserve(adapter_id + 1)
+    served.ids[name] = adapter_id
+    served.changes += _bank_addresses(model) != before
 
 
-def remove_(model: Decoder, routing: ServedAdapters, name: str) -> None:
+def remove_(model: Decoder, served: ServedAdapters, name: str) -> None:
     """Removes a served adapter."""
     before = _bank_addresses(model)
-    _take_off_(model, routing, name)
-    routing.changes += _bank_addresses(model) != before
+    _take_off_(model, served, name)
+    served.changes += _bank_addresses(model) != before
 
 
-def _take_off_(model: Decoder, routing: ServedAdapters, name: str) -> None:
-    adapter_id = routing.served.pop(name, None)
+def _take_off_(model: Decoder, served: ServedAdapters, name: str) -> None:
+    adapter_id = served.ids.pop(name, None)
     if adapter_id is None:
         return
     for layer in _frozen_layers(model):
         if layer.bank is not None:
             layer.bank.clear(adapter_id)
-        if not routing.served:
+        if not served.ids:
             layer.bank = None
 
 

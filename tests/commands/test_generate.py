@@ -160,8 +160,8 @@ def test_a_failed_answer_does_not_end_a_conversation(
 
     def step(self: Engine) -> None:
         if next(fails, False):
-            self._read()
-            self._fail(RuntimeError("CUDA out of memory"))
+            self.scheduler._prefill()
+            self.scheduler.fail(RuntimeError("CUDA out of memory"))
         else:
             original(self)
 

@@ -37,7 +37,7 @@ every_kind = pytest.mark.parametrize("kind", PIECES)
 every_keep = pytest.mark.parametrize("save", list(Save))
 RANK = 2
 
-KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 class Case:
@@ -193,13 +193,13 @@ def test_backward_draws_nothing_from_the_global_generator(kind: str, save: Save)
 
 @every_kind
 @pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
-def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, packed: bool, kept_by: KeptBy) -> None:
+def test_the_saved_bytes_are_those_of_the_save_level(kind: str, packed: bool, saved_by: SavedBy) -> None:
     case = Case(kind, dropout=0.4)
     context = context_of(packed=packed)
     if context.documents is not None:
         assert context.documents.mask.any()  # made once for all blocks
     held = {
-        save: kept_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context.at(0, save)))[1]  # type: ignore[misc]
+        save: saved_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context.at(0, save)))[1]  # type: ignore[misc]
         for save in Save
     }
     this = case.branch(*case.leaves[1:])
@@ -215,11 +215,11 @@ def test_what_is_held_between_forward_and_backward_is_what_keep_says(kind: str, 
 
 
 @every_kind
-def test_without_grad_mode_nothing_is_held_and_the_numbers_are_the_same(kind: str, kept_by: KeptBy) -> None:
+def test_without_grad_mode_nothing_is_held_and_the_numbers_are_the_same(kind: str, saved_by: SavedBy) -> None:
     case = Case(kind, dropout=0.4)
     expected = case.run(*case.leaves, save=Save.ALL)
     with torch.no_grad():
-        y, held = kept_by(lambda: case.run(*case.leaves, save=Save.ALL))
+        y, held = saved_by(lambda: case.run(*case.leaves, save=Save.ALL))
     assert held == 0
     assert not y.requires_grad
     assert torch.equal(y, expected)
@@ -227,7 +227,7 @@ def test_without_grad_mode_nothing_is_held_and_the_numbers_are_the_same(kind: st
 
 @every_kind
 @every_keep
-def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, save: Save, kept_by: KeptBy) -> None:
+def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, save: Save, saved_by: SavedBy) -> None:
     case, outputs = Case(kind), []
 
     def both_ways() -> Tensor:
@@ -235,7 +235,7 @@ def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, sav
         (gradient,) = torch.autograd.grad(outputs[0], case.leaves[0], case.dy)
         return gradient
 
-    _, held = kept_by(both_ways)
+    _, held = saved_by(both_ways)
     assert held == outputs[0].nbytes + context_bytes()
 
 

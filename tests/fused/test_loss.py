@@ -24,7 +24,7 @@ CHUNK_ROWS = 4
 KINDS = ["frozen", "trained"]
 both = pytest.mark.parametrize("kind", KINDS)
 
-KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 @dataclass
@@ -191,9 +191,9 @@ def test_the_matrix_is_written_once_and_no_chunk_is_computed_again(kind: str, ch
 
 
 @both
-def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
+def test_only_gradients_wait_for_backward(kind: str, saved_by: SavedBy) -> None:
     hidden, labels, head = batch(kind)
-    _, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
+    _, held = saved_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     gradients = sum(tensor.nbytes for tensor in (hidden, *head.trained))
     # Gradients of a bias and of B are columns of one matmul: its other columns and padding are allocated with them.
     assert gradients <= held <= gradients + 4 * 8 * VOCABULARY
@@ -201,10 +201,10 @@ def test_only_gradients_wait_for_backward(kind: str, kept_by: KeptBy) -> None:
 
 
 @both
-def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: str, kept_by: KeptBy) -> None:
+def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: str, saved_by: SavedBy) -> None:
     hidden, labels, head = batch(kind)
     with torch.no_grad():
-        total, held = kept_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
+        total, held = saved_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
     assert not total.requires_grad
     assert held == 0
     torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.wide, Dropout()).detach())

@@ -1,4 +1,4 @@
-"""What the tests of the engine stand on: tiny models on disk, adapters for them, and the answers of the kernel."""
+"""Fixtures of the inference tests: tiny models on disk, adapters for them, and the answers of infer/generate.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from octavo.adapters import AdapterPlan, apply_, create_, save, trained
+from octavo.adapters import Adapter, AdapterPlan, apply_, create_, save, trained
 from octavo.infer.engine import Engine
 from octavo.infer.generate import Continuation, complete
 from octavo.infer.requests import Limits, Request, Stream, Token
@@ -41,7 +41,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
 }
-# 64 columns keep whole blocks of nf4. 6 rows of the vocabulary lie past the tokenizer, which are never chosen.
+# 64 columns are one block of nf4. The last 6 tokens of the vocabulary are not the tokenizer's: never selected.
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
     "tied": LlamaConfig(vocab_size=264, **LLAMA, tie_word_embeddings=True),
@@ -56,7 +56,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "gptj": GPTJConfig(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=CONTEXT),
 }
-TABLES = {
+EMBEDDINGS = {
     "llama": ("embed_tokens", "lm_head"),
     "qwen3": ("embed_tokens", "lm_head"),
     "neox": ("embed_in", "embed_out"),
@@ -68,17 +68,17 @@ SPEC = LoraSpec(rank=4, alpha=12.0)
 
 @pytest.fixture(autouse=True)
 def prefill_tiles_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contexts here are shorter than a tile; with the smallest one chunks and reused prompts end anywhere."""
+    """The contexts here are shorter than a tile; with tiles of one token chunks and reused prompts end anywhere."""
     monkeypatch.setattr(tiles, "PREFILL_TILE", 1)
 
 
 @dataclass(repr=False)
 class Family:
-    """A tiny model in a folder, float32 with wide weights, with adapters of any kind and the answers of the kernel."""
+    """A tiny random model in a folder, float32, with its adapters and the answers of the reference."""
 
     name: str
     folder: Path
-    theirs: Any
+    reference: Any  # transformers' model
     tokenizer: PreTrainedTokenizerFast
     _models: dict[tuple[str | None, str, torch.dtype], Decoder] = field(default_factory=dict)
     _answers: dict[tuple[Request, str, torch.dtype, tuple[int, ...]], Continuation] = field(default_factory=dict)
@@ -90,17 +90,21 @@ class Family:
     def plans(self) -> dict[str, AdapterPlan]:
         return {
             "blocks": AdapterPlan(SPEC),
-            "tables": AdapterPlan(SPEC, ("all-linear", *TABLES[self.name])),
+            "embeddings": AdapterPlan(SPEC, ("all-linear", *EMBEDDINGS[self.name])),
             "norms": AdapterPlan(SPEC, norms=True),
         }
 
-    def adapter(self, kind: str) -> Path:
-        """The folder of an adapter that was moved away from its start."""
+    def adapter(self, kind: str) -> Adapter:
+        """The adapter of a plan with random parameters."""
+        return read(self.adapter_folder(kind))
+
+    def adapter_folder(self, kind: str) -> Path:
+        """The folder of `adapter`."""
         folder = self.folder.parent / f"{self.name}-{kind}"
         if not folder.exists():
-            model, plan = self.model(), self.plans[kind]
-            create_(model, plan, seed=len(kind))
-            generator = torch.Generator().manual_seed(len(kind))
+            model, plan, seed = self.model(), self.plans[kind], list(self.plans).index(kind)
+            create_(model, plan, seed=seed)
+            generator = torch.Generator().manual_seed(seed)
             for parameter in trained(model).values():
                 parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
             save(folder, model, plan, base="base", origin={}, readme="")
@@ -116,21 +120,21 @@ class Family:
         dtype: torch.dtype = torch.float32,
         stop_ids: tuple[int, ...] = (),
     ) -> Continuation:
-        """The answer to a request with nothing beside it: by infer/engine, with its adapter put on by `apply_`."""
+        """The answer to a request by infer/generate.py, with the adapter applied to the model by `apply_`."""
         key = request, scheme, dtype, stop_ids
         if key not in self._answers:
             owner = request.adapter, scheme, dtype
             if owner not in self._models:
                 self._models[owner] = self.model(scheme, dtype)
                 if request.adapter is not None:
-                    apply_(self._models[owner], read(self.adapter(request.adapter)))
+                    apply_(self._models[owner], self.adapter(request.adapter))
             model = self._models[owner]
             self._answers[key] = complete(model, self.tokenizer, request.prompt, request.sampling, stop_ids=stop_ids)
         return self._answers[key]
 
     @staticmethod
     def answer(stream: Stream) -> Continuation:
-        """What a stream that has ended says. The mark of an error or a cancellation is no token."""
+        """The answer of a finished stream. The mark of an error or a cancellation is no token."""
         tokens: list[Token] = []
         while not tokens or tokens[-1].finish_reason is None:
             tokens.append(stream.next(timeout=0))
@@ -139,7 +143,7 @@ class Family:
 
     @staticmethod
     def run_out(engine: Engine) -> None:
-        """Takes steps by hand until there is nothing left to do."""
+        """Takes steps until no request is left."""
         while (stats := engine.stats()).running or stats.waiting:
             assert stats.steps_total < 5000
             engine.step()
@@ -148,7 +152,7 @@ class Family:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     folder = tmp_path_factory.mktemp("serving")
-    return {name: Family(name, folder / name, *_written(folder / name, config)) for name, config in CONFIGS.items()}
+    return {name: Family(name, folder / name, *_write_model(folder / name, config)) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(params=["llama", "gptj"])
@@ -161,15 +165,15 @@ def llama(families: dict[str, Family]) -> Family:
     return families["llama"]
 
 
-def _written(folder: Path, config: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+def _write_model(folder: Path, config: Any) -> tuple[Any, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for name, parameter in theirs.named_parameters():
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
         torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
-    theirs.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("h", "e")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return theirs, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0])
+    return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0])

@@ -1,4 +1,4 @@
-"""An answer and its log-probabilities have the same bits alone, again, in any batch and in any chunks."""
+"""An answer and its log-probabilities have the same bits alone, repeated, in any batch and with any chunks."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from octavo.ops import tiles
 if TYPE_CHECKING:
     from tests.infer.conftest import Family
 
-WORDS, CONTEXT, TILE = 258, 48, 4
+VOCAB_SIZE, CONTEXT, TILE = 258, 48, 4
 TYPES = torch.float32, torch.bfloat16
 Answer = list[tuple[int, float | None]]
 
 
 @pytest.fixture(autouse=True)
 def tiles_of_four_tokens(prefill_tiles_of_one_token: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that prompts here have several tiles, and a last one that is cut short."""
+    """So that prompts here have several tiles and an incomplete last one."""
     monkeypatch.setattr(tiles, "PREFILL_TILE", TILE)
 
 
 def requests() -> list[Request]:
     """Prompts of 1 to 33 tokens, half of which begin like another one, to the base and two adapters in turn."""
     draw = torch.Generator().manual_seed(0)
-    whole = torch.randint(1, WORDS, (64,), generator=draw).tolist()
-    asked = []
+    ids = torch.randint(1, VOCAB_SIZE, (64,), generator=draw).tolist()
+    batch = []
     for number, length in enumerate((1, 4, 5, 9, 16, 17, 23, 30, 33)):
         start = 0 if number % 2 else 3 * number
         sampling = Sampling(temperature=0.0 if number % 3 else 0.8, max_new_tokens=6, seed=number)
-        adapter = (None, "blocks", "tables")[number % 3]
-        asked.append(Request(tuple(whole[start : start + length]), sampling, adapter, logprobs=2))
-    return asked
+        adapter = (None, "blocks", "embeddings")[number % 3]
+        batch.append(Request(tuple(ids[start : start + length]), sampling, adapter, logprobs=2))
+    return batch
 
 
-def serving(family: Family, scheme: str, dtype: torch.dtype, **limits: Any) -> Engine:
+def serving_engine(family: Family, scheme: str, dtype: torch.dtype, **limits: Any) -> Engine:
     engine = family.engine(Limits(max_len=CONTEXT, queue=64, **limits), family.model(scheme, dtype))
-    for name in ("blocks", "tables"):
+    for name in ("blocks", "embeddings"):
         engine.load_adapter(name, family.adapter(name))
     return engine
 
@@ -51,8 +51,8 @@ def bits(tokens: list[Token]) -> Answer:
     return [(token.token_id, token.logprob) for token in tokens]
 
 
-def asked_at_once(engine: Engine, family: Family, asked: list[Request]) -> list[Answer]:
-    streams = [engine.submit(request) for request in asked]
+def answers_of(engine: Engine, family: Family, batch: list[Request]) -> list[Answer]:
+    streams = [engine.submit(request) for request in batch]
     family.run_out(engine)
     return [bits(stream.ready()) for stream in streams]
 
@@ -71,26 +71,26 @@ OTHERS = [case for case in product(("llama", "gptj"), ("none", "int8", "nf4"), T
     ids=str,
     indirect=["family"],
 )
-def test_an_answer_has_the_same_bits_alone_again_and_in_any_batch(
+def test_an_answer_has_the_same_bits_alone_repeated_and_in_any_batch(
     family: Family, scheme: str, dtype: torch.dtype
 ) -> None:
-    asked = requests()
-    one = serving(family, scheme, dtype, slots=1, chunk=TILE)
-    alone = [asked_at_once(one, family, [request])[0] for request in asked]
-    assert len({tuple(answer) for answer in alone}) == len(asked)
-    again = [asked_at_once(one, family, [request, request]) for request in asked]
+    batch = requests()
+    one = serving_engine(family, scheme, dtype, slots=1, chunk=TILE)
+    alone = [answers_of(one, family, [request])[0] for request in batch]
+    assert len({tuple(answer) for answer in alone}) == len(batch)
+    again = [answers_of(one, family, [request, request]) for request in batch]
     assert again == [[answer, answer] for answer in alone]
-    assert one.stats().reused_tokens_total > 0  # so part of it was found in the cache
-    several = serving(family, scheme, dtype, slots=5, chunk=3 * TILE)
-    assert asked_at_once(several, family, asked) == alone
-    assert asked_at_once(several, family, asked[::-1]) == alone[::-1]
+    assert one.stats().reused_tokens_total > 0  # part of the prompts was copied
+    several = serving_engine(family, scheme, dtype, slots=5, chunk=3 * TILE)
+    assert answers_of(several, family, batch) == alone
+    assert answers_of(several, family, batch[::-1]) == alone[::-1]
 
 
-def test_an_adapter_that_joins_changes_no_bit_of_another(family: Family) -> None:
-    """Even one of a higher rank, for which the banks of all layers become larger."""
-    asked = [request for request in requests() if request.adapter != "tables"]
+def test_loading_an_adapter_changes_no_bit_of_another(family: Family) -> None:
+    """Even one of a higher rank, for which the banks of all layers grow."""
+    batch = [request for request in requests() if request.adapter != "embeddings"]
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, queue=64), family.model("int8", torch.bfloat16))
     engine.load_adapter("blocks", family.adapter("blocks"))
-    before = asked_at_once(engine, family, asked)
-    engine.load_adapter("tables", family.adapter("tables"))
-    assert asked_at_once(engine, family, asked) == before
+    before = answers_of(engine, family, batch)
+    engine.load_adapter("embeddings", family.adapter("embeddings"))
+    assert answers_of(engine, family, batch) == before

@@ -1,4 +1,4 @@
-"""Every answer out of a full engine is the one that its request gets alone, whatever runs beside it and whenever."""
+"""Every answer of a busy engine is the one that its request gets alone, whatever other requests run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from octavo.infer.sample import Sampling
 if TYPE_CHECKING:
     from tests.infer.conftest import Family
 
-WORDS, CONTEXT = 258, 48
+VOCAB_SIZE, CONTEXT = 258, 48
 PROMPTS = [
-    tuple(torch.randint(1, WORDS, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+    tuple(torch.randint(1, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist())
     for length in (1, 2, 3, 7, 11, 16, 30, 41)
 ]
 LONG = PROMPTS[-2]
@@ -37,7 +37,7 @@ SAMPLINGS = [
 MIXED = [Request(prompt, SAMPLINGS[number % 5]) for number, prompt in enumerate([*PROMPTS, *PROMPTS[:5]])]
 
 
-def counted(stats: Stats) -> int:
+def ended(stats: Stats) -> int:
     return stats.finished_total + stats.cancelled_total + stats.failed_total
 
 
@@ -46,18 +46,18 @@ def test_every_answer_is_that_of_its_request_alone(family: Family, scheme: str) 
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=4), family.model(scheme))
     streams = [engine.submit(request) for request in MIXED]
     family.run_out(engine)
-    wanted = [family.alone(request, scheme) for request in MIXED]
-    assert [family.answer(stream) for stream in streams] == wanted
-    assert len({answer.token_ids for answer in wanted}) == len(wanted)
+    expected = [family.alone(request, scheme) for request in MIXED]
+    assert [family.answer(stream) for stream in streams] == expected
+    assert len({answer.token_ids for answer in expected}) == len(expected)
     stats = engine.stats()
     assert (stats.requests_total, stats.finished_total) == (len(MIXED), len(MIXED))
     assert stats.prompt_tokens_total == sum(len(request.prompt) for request in MIXED)
-    assert stats.generated_tokens_total == sum(len(answer.token_ids) for answer in wanted)
+    assert stats.generated_tokens_total == sum(len(answer.token_ids) for answer in expected)
     assert (stats.cache_tokens_used, stats.running, stats.waiting) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("chunk", range(1, 12))
-def test_the_size_of_chunks_changes_nothing_but_the_steps(family: Family, chunk: int) -> None:
+def test_the_chunk_size_changes_the_number_of_steps_only(family: Family, chunk: int) -> None:
     prompt = PROMPTS[4]
     engine = family.engine(Limits(slots=2, max_len=CONTEXT, chunk=chunk))
     stream = engine.submit(Request(prompt, GREEDY))
@@ -68,7 +68,7 @@ def test_the_size_of_chunks_changes_nothing_but_the_steps(family: Family, chunk:
     assert family.answer(stream) == family.alone(Request(prompt, GREEDY))
 
 
-def test_requests_join_while_others_run_and_are_read(family: Family) -> None:
+def test_requests_join_during_prefill_and_decode_of_others(family: Family) -> None:
     engine = family.engine(Limits(slots=4, max_len=CONTEXT, chunk=5))
     requests = [Request(LONG, GREEDY), *MIXED[:6]]
     streams = []
@@ -81,8 +81,8 @@ def test_requests_join_while_others_run_and_are_read(family: Family) -> None:
 
 
 @pytest.mark.parametrize("gone", [gone for n in range(1, 6) for gone in combinations(range(5), n)], ids=str)
-def test_whoever_is_cancelled_the_others_go_on(llama: Family, gone: tuple[int, ...]) -> None:
-    """0, 1 and 2 run, 3 is being read, 4 waits."""
+def test_cancelled_requests_do_not_change_the_others(llama: Family, gone: tuple[int, ...]) -> None:
+    """0, 1 and 2 run, 3 is in prefill, 4 waits."""
     engine = llama.engine(Limits(slots=4, max_len=CONTEXT, chunk=8))
     requests = [Request(prompt, GREEDY) for prompt in (*PROMPTS[1:4], LONG, PROMPTS[4])]
     streams = [engine.submit(request) for request in requests]
@@ -94,21 +94,21 @@ def test_whoever_is_cancelled_the_others_go_on(llama: Family, gone: tuple[int, .
         streams[number].cancel()
     engine.step()
     stats = engine.stats()
-    admitted = 3 in gone and 4 not in gone  # only one is read at a time
+    admitted = 3 in gone and 4 not in gone  # only one is in prefill at a time
     assert (stats.cancelled_total, stats.running) == (len(gone), len({0, 1, 2, 3} - {*gone}) + admitted)
     llama.run_out(engine)
     for number, (request, stream) in enumerate(zip(requests, streams, strict=True)):
-        found, wanted = llama.answer(stream), llama.alone(request)
+        actual, expected = llama.answer(stream), llama.alone(request)
         if number in gone:
-            assert found.finish_reason == "cancelled"
-            assert found.token_ids == wanted.token_ids[: (4, 4, 3, 0, 0)[number]]
+            assert actual.finish_reason == "cancelled"
+            assert actual.token_ids == expected.token_ids[: (4, 4, 3, 0, 0)[number]]
         else:
-            assert found == wanted
-    assert counted(engine.stats()) == 5
+            assert actual == expected
+    assert ended(engine.stats()) == 5
     assert engine.stats().cache_tokens_used == 0
 
 
-def test_a_request_that_is_cancelled_before_its_first_step_takes_no_slot(llama: Family) -> None:
+def test_a_request_cancelled_before_its_first_step_gets_no_slot(llama: Family) -> None:
     engine = llama.engine(Limits(slots=1, max_len=CONTEXT))
     streams = [engine.submit(Request(LONG, GREEDY)) for _ in range(2)]
     for stream in streams:
@@ -119,7 +119,7 @@ def test_a_request_that_is_cancelled_before_its_first_step_takes_no_slot(llama: 
     assert streams[0].first_token is None
 
 
-def test_a_cancellation_after_the_end_comes_too_late(llama: Family) -> None:
+def test_a_cancellation_after_the_end_has_no_effect(llama: Family) -> None:
     engine = llama.engine(Limits(slots=1, max_len=CONTEXT))
     stream = engine.submit(MIXED[0])
     llama.run_out(engine)
@@ -129,10 +129,10 @@ def test_a_cancellation_after_the_end_comes_too_late(llama: Family) -> None:
     assert engine.stats().cancelled_total == 0
 
 
-def test_stop_strings_end_tokens_and_full_contexts_end_as_alone(family: Family) -> None:
-    whole = family.alone(Request(PROMPTS[3], SAMPLINGS[2]))
-    stop = whole.text[3:5]
-    end = next(token for place, token in enumerate(whole.token_ids) if place > 3 and token < WORDS)
+def test_stop_strings_stop_ids_and_full_contexts_end_answers_as_alone(family: Family) -> None:
+    alone = family.alone(Request(PROMPTS[3], SAMPLINGS[2]))
+    stop = alone.text[3:5]
+    stop_id = next(token for n, token in enumerate(alone.token_ids) if n > 3 and token < VOCAB_SIZE)
     requests = [
         Request(PROMPTS[3], Sampling(temperature=2.0, top_k=40, top_p=1.0, max_new_tokens=17, seed=4, stop=(stop,))),
         Request(PROMPTS[3], SAMPLINGS[2]),
@@ -140,25 +140,25 @@ def test_stop_strings_end_tokens_and_full_contexts_end_as_alone(family: Family) 
         Request(PROMPTS[-1] + PROMPTS[2] + PROMPTS[1] + (9,), Sampling(temperature=0.0, max_new_tokens=500)),
         MIXED[0],
     ]
-    engine = family.engine(Limits(slots=2, max_len=CONTEXT, chunk=6), stop_ids=[end])
+    engine = family.engine(Limits(slots=2, max_len=CONTEXT, chunk=6), stop_ids=[stop_id])
     streams = [engine.submit(request) for request in requests]
     family.run_out(engine)
-    found = [family.answer(stream) for stream in streams]
-    assert found == [family.alone(request, stop_ids=(end,)) for request in requests]
-    assert [answer.finish_reason for answer in found] == ["stop", "stop", "length", "length", "length"]
-    assert stop not in found[0].text
-    assert found[1].token_ids[-1] == end
-    assert [len(answer.token_ids) for answer in found[2:4]] == [CONTEXT - 41, 1]
+    actual = [family.answer(stream) for stream in streams]
+    assert actual == [family.alone(request, stop_ids=(stop_id,)) for request in requests]
+    assert [answer.finish_reason for answer in actual] == ["stop", "stop", "length", "length", "length"]
+    assert stop not in actual[0].text
+    assert actual[1].token_ids[-1] == stop_id
+    assert [len(answer.token_ids) for answer in actual[2:4]] == [CONTEXT - 41, 1]
 
 
-def test_the_room_of_a_slot_ends_an_answer_too(llama: Family) -> None:
+def test_max_len_of_a_slot_ends_an_answer_too(llama: Family) -> None:
     engine = llama.engine(Limits(slots=2, max_len=20, chunk=6))
     assert engine.context == 20
     stream = engine.submit(Request(PROMPTS[4], SAMPLINGS[2]))
     llama.run_out(engine)
-    found = llama.answer(stream)
-    assert found.token_ids == llama.alone(Request(PROMPTS[4], SAMPLINGS[2])).token_ids[:9]
-    assert found.finish_reason == "length"
+    actual = llama.answer(stream)
+    assert actual.token_ids == llama.alone(Request(PROMPTS[4], SAMPLINGS[2])).token_ids[:9]
+    assert actual.finish_reason == "length"
     with pytest.raises(UsageError, match="prompt has 30 tokens"):
         engine.submit(Request(LONG, GREEDY))
     assert llama.engine(Limits(slots=1, max_len=10_000)).context == CONTEXT
@@ -166,12 +166,12 @@ def test_the_room_of_a_slot_ends_an_answer_too(llama: Family) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_log_probabilities_are_those_of_transformers(family: Family, chunk: int) -> None:
-    # Logits of about 10 in float32, whose sums both take in another order: they differ by up to 2e-5 here.
+    # Logits are about 10 in float32; sums in another order differ by up to 2e-5 here.
     close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-4)
     requests = [
         Request(PROMPTS[4], GREEDY, logprobs=5, prompt_logprobs=True),
         Request(PROMPTS[3], SAMPLINGS[3], logprobs=0, prompt_logprobs=True),
-        Request(PROMPTS[3], SAMPLINGS[2], logprobs=WORDS),
+        Request(PROMPTS[3], SAMPLINGS[2], logprobs=VOCAB_SIZE),
         Request(PROMPTS[5], SAMPLINGS[2], prompt_logprobs=True),
     ]
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=chunk))
@@ -182,14 +182,14 @@ def test_log_probabilities_are_those_of_transformers(family: Family, chunk: int)
         ids = torch.tensor([*request.prompt, *(token.token_id for token in tokens)])
         assert tuple(ids[len(request.prompt) :].tolist()) == family.alone(request).token_ids
         with torch.no_grad():
-            scores = family.theirs(ids[None, :-1]).logits[0, :, :WORDS].log_softmax(-1)
-        told = [*stream.prompt, *tokens] if request.prompt_logprobs else [None] * len(request.prompt) + tokens
-        assert len(told) == len(ids)
-        for place, (token, row) in enumerate(zip(told[1:], scores, strict=True), 1):
+            scores = family.reference(ids[None, :-1]).logits[0, :, :VOCAB_SIZE].log_softmax(-1)
+        all_tokens = [*stream.prompt, *tokens] if request.prompt_logprobs else [None] * len(request.prompt) + tokens
+        assert len(all_tokens) == len(ids)
+        for position, (token, row) in enumerate(zip(all_tokens[1:], scores, strict=True), 1):
             if token is None:
                 continue
-            top = request.logprobs if place >= len(request.prompt) else request.logprobs or 0
-            assert token.token_id == ids[place]
+            top = request.logprobs if position >= len(request.prompt) else request.logprobs or 0
+            assert token.token_id == ids[position]
             if top is None:
                 assert (token.logprob, token.top) == (None, ())
                 continue
@@ -204,14 +204,14 @@ def test_log_probabilities_are_those_of_transformers(family: Family, chunk: int)
             assert [token.text for token in stream.prompt] == [family.tokenizer.decode([i]) for i in request.prompt]
 
 
-def test_a_prompt_that_begins_like_another_is_not_read_again(family: Family) -> None:
+def test_the_common_start_of_two_prompts_is_computed_once(family: Family) -> None:
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
     first = Request(LONG, GREEDY)
     followers = [
-        Request(LONG, GREEDY),  # all but its last token, which is read for its logits
+        Request(LONG, GREEDY),  # all but its last token, which is computed for its logits
         Request((*LONG[:20], 5, 6, 7), GREEDY),
-        Request((*LONG, *family.alone(first).token_ids[:10], 7), GREEDY),  # on from the answer, as a conversation goes
-        Request(LONG, GREEDY, prompt_logprobs=True),  # all of its logits are asked for
+        Request((*LONG, *family.alone(first).token_ids[:10], 7), GREEDY),  # continues the answer, as in a conversation
+        Request(LONG, GREEDY, prompt_logprobs=True),  # needs all of its logits
         Request((LONG[0] + 1, *LONG[1:]), GREEDY),
     ]
     reused = []
@@ -222,13 +222,13 @@ def test_a_prompt_that_begins_like_another_is_not_read_again(family: Family) -> 
         reused.append(engine.stats().reused_tokens_total - before.reused_tokens_total)
         assert family.answer(stream) == family.alone(request)
         assert engine.stats().prompt_tokens_total - before.prompt_tokens_total == len(request.prompt)
-        engine.submit(Request(LONG[:20], Sampling(temperature=0.0, max_new_tokens=1)))  # holds slot 0 a while
+        engine.submit(Request(LONG[:20], Sampling(temperature=0.0, max_new_tokens=1)))  # occupies slot 0
         engine.submit(Request(LONG, GREEDY))
         family.run_out(engine)
-    assert reused == [0, 29, 20, 30, 0, 0]  # an answer was decoded, with other bits than a prompt would have
+    assert reused == [0, 29, 20, 30, 0, 0]  # decode computed the answer, with other bits than prefill
 
 
-def test_a_prompt_is_taken_over_from_a_request_that_is_still_running(family: Family) -> None:
+def test_a_prompt_is_copied_from_a_running_request(family: Family) -> None:
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
     requests = [Request(LONG, GREEDY), Request((*LONG[:25], 3), GREEDY), Request(LONG, SAMPLINGS[2])]
     streams = [engine.submit(request) for request in requests]
@@ -237,7 +237,7 @@ def test_a_prompt_is_taken_over_from_a_request_that_is_still_running(family: Fam
     assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
 
 
-def test_more_than_may_wait_are_refused(llama: Family) -> None:
+def test_requests_beyond_the_queue_are_refused(llama: Family) -> None:
     engine = llama.engine(Limits(slots=1, max_len=CONTEXT, queue=2))
     engine.submit(MIXED[0])
     engine.step()
@@ -251,36 +251,36 @@ def test_more_than_may_wait_are_refused(llama: Family) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_a_card_reads_a_token_while_the_host_tells_of_it(
+def test_the_next_step_is_launched_before_tokens_are_emitted(
     family: Family, monkeypatch: pytest.MonkeyPatch, logprobs: int | None
 ) -> None:
-    """But not where the logits of the last step are still to be looked at."""
+    """But not if the logits of the last step are still needed for log-probabilities."""
     engine = family.engine(Limits(slots=2, max_len=CONTEXT))
-    engine._decoder.runs_ahead = True
+    engine.scheduler.decoder.launches_ahead = True
     streams = [engine.submit(Request(prompt, GREEDY, logprobs=logprobs)) for prompt in PROMPTS[:2]]
-    launch, heard = engine._decoder.launch, [0, 0]
-    early = []
+    launch, received = engine.scheduler.decoder.launch, [0, 0]
+    early = []  # at each launch, generated tokens that were not emitted yet
 
     def watched(tokens: list[int], adapter_ids: list[int]) -> None:
         for number, stream in enumerate(streams):
-            heard[number] += len(stream.ready())
-        early.append(engine._running[0].answered - heard[0])  # tokens that are being read and were not told yet
+            received[number] += len(stream.ready())
+        early.append(engine.scheduler.running[0].generated - received[0])
         launch(tokens, adapter_ids)
 
-    monkeypatch.setattr(engine._decoder, "launch", watched)
+    monkeypatch.setattr(engine.scheduler.decoder, "launch", watched)
     family.run_out(engine)
     assert set(early[1:]) == ({1} if logprobs is None else {0})
-    assert [heard[n] + len(stream.ready()) for n, stream in enumerate(streams)] == [GREEDY.max_new_tokens] * 2
-    assert len(early) == GREEDY.max_new_tokens - 1  # no step for nothing
+    assert [received[n] + len(stream.ready()) for n, stream in enumerate(streams)] == [GREEDY.max_new_tokens] * 2
+    assert len(early) == GREEDY.max_new_tokens - 1  # no unnecessary step
 
 
-def test_an_answer_that_ends_while_the_card_goes_on_is_whole_and_the_others_too(family: Family) -> None:
-    """A stop string is found only when the token is told; what was read behind it is nobody's."""
-    whole = family.alone(MIXED[2])
-    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+def test_an_answer_that_ends_during_a_launched_step_is_complete_as_are_the_others(family: Family) -> None:
+    """A stop string is found when the token is emitted; the result of the launched step is discarded for it."""
+    alone = family.alone(MIXED[2])
+    stop = next(alone.text[n : n + 2] for n in range(2, len(alone.text) - 2) if alone.text[n : n + 2].strip())
     requests = [MIXED[0], Request(MIXED[2].prompt, replace(MIXED[2].sampling, stop=(stop,))), MIXED[5], MIXED[9]]
     engine = family.engine(Limits(slots=3, max_len=CONTEXT, chunk=64))
-    engine._decoder.runs_ahead = True
+    engine.scheduler.decoder.launches_ahead = True
     streams = [engine.submit(request) for request in requests]
     family.run_out(engine)
     assert [family.answer(stream) for stream in streams] == [family.alone(request) for request in requests]
@@ -288,32 +288,32 @@ def test_an_answer_that_ends_while_the_card_goes_on_is_whole_and_the_others_too(
     assert (engine.stats().running, engine.stats().cache_tokens_used) == (0, 0)
 
 
-def test_who_asks_while_the_card_goes_on_is_read_in_the_step_after(family: Family) -> None:
+def test_a_request_submitted_during_a_launched_step_is_prefilled_in_the_next(family: Family) -> None:
     engine = family.engine(Limits(slots=2, max_len=CONTEXT))
-    engine._decoder.runs_ahead = True
+    engine.scheduler.decoder.launches_ahead = True
     engine.submit(Request(PROMPTS[3], Sampling(temperature=0.0, max_new_tokens=30)))
     for _ in range(3):
         engine.step()
     late = engine.submit(Request(PROMPTS[4], GREEDY))
-    for _ in range(2):  # one for what is under way
+    for _ in range(2):  # the first one ends the launched step
         engine.step()
     assert late.first_token is not None
     family.run_out(engine)
     assert family.answer(late) == family.alone(late.request)
 
 
-def test_an_answer_that_ended_while_the_card_goes_on_can_be_cancelled_no_more(family: Family) -> None:
-    whole = family.alone(Request(PROMPTS[2], GREEDY))
+def test_an_answer_that_ended_during_a_launched_step_cannot_be_cancelled(family: Family) -> None:
+    alone = family.alone(Request(PROMPTS[2], GREEDY))
     engine = family.engine(Limits(slots=2, max_len=CONTEXT))
-    engine._decoder.runs_ahead = True
-    stop = next(whole.text[n : n + 2] for n in range(2, len(whole.text) - 2) if whole.text[n : n + 2].strip())
+    engine.scheduler.decoder.launches_ahead = True
+    stop = next(alone.text[n : n + 2] for n in range(2, len(alone.text) - 2) if alone.text[n : n + 2].strip())
     stream = engine.submit(Request(PROMPTS[2], replace(GREEDY, stop=(stop,))))
     other = engine.submit(Request(PROMPTS[3], GREEDY))
     tokens: list[Token] = []
     while not tokens or tokens[-1].finish_reason is None:
         engine.step()
         tokens += stream.ready()
-    assert engine._in_flight
+    assert engine.scheduler._in_flight
     stream.cancel()
     family.run_out(engine)
     assert not stream.ready()
@@ -322,7 +322,7 @@ def test_an_answer_that_ended_while_the_card_goes_on_can_be_cancelled_no_more(fa
     assert family.answer(other) == family.alone(other.request)
 
 
-def test_without_a_queue_free_slots_still_take_requests(llama: Family) -> None:
+def test_without_a_queue_free_slots_still_accept_requests(llama: Family) -> None:
     engine = llama.engine(Limits(slots=2, max_len=CONTEXT, queue=0))
     streams = [engine.submit(MIXED[n]) for n in (0, 1)]
     for _ in range(2):
@@ -340,16 +340,16 @@ def test_without_a_queue_free_slots_still_take_requests(llama: Family) -> None:
     [
         (Request((), GREEDY), UsageError, "prompt is empty"),
         (Request((5,) * CONTEXT, GREEDY), UsageError, "48 tokens; the model's context holds 48"),
-        (Request((5, WORDS), GREEDY), UsageError, "no token 258"),
+        (Request((5, VOCAB_SIZE), GREEDY), UsageError, "no token 258"),
         (Request((-1,), GREEDY), UsageError, "no token -1"),
-        (Request((5,), GREEDY, logprobs=WORDS + 1), UsageError, "259 .*log-probabilities"),
+        (Request((5,), GREEDY, logprobs=VOCAB_SIZE + 1), UsageError, "259 .*log-probabilities"),
         (Request((5,), GREEDY, logprobs=-1), UsageError, "-1 .*log-probabilities"),
         (Request((5,), Sampling(seed=2**64)), UsageError, "seed"),
         (Request((5,), Sampling(seed=-(2**63) - 1)), UsageError, "seed"),
         (Request((5,), GREEDY, adapter="none"), AdapterError, "no adapter 'none' here.\nThere are: base"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_at_once(
+def test_an_invalid_request_is_refused_at_once(
     llama: Family, request_: Request, error: type[Exception], match: str
 ) -> None:
     engine = llama.engine(Limits(slots=2, max_len=CONTEXT))
@@ -361,7 +361,7 @@ def test_what_cannot_be_answered_is_refused_at_once(
     llama.run_out(engine)
 
 
-def test_a_request_whose_token_cannot_be_drawn_fails_alone(llama: Family) -> None:
+def test_a_request_whose_token_cannot_be_sampled_fails_alone(llama: Family) -> None:
     engine = llama.engine(Limits(slots=3, max_len=CONTEXT))
     broken = Request(PROMPTS[2], Sampling(repetition_penalty=1e-300))  # its logits become infinite
     streams = [engine.submit(request) for request in (MIXED[0], broken, MIXED[2])]
@@ -369,7 +369,7 @@ def test_a_request_whose_token_cannot_be_drawn_fails_alone(llama: Family) -> Non
     assert llama.answer(streams[1]).finish_reason == "error"
     assert "repetition penalty" in streams[1].error
     assert [llama.answer(streams[n]) for n in (0, 2)] == [llama.alone(MIXED[n]) for n in (0, 2)]
-    assert (engine.stats().failed_total, counted(engine.stats())) == (1, 3)
+    assert (engine.stats().failed_total, ended(engine.stats())) == (1, 3)
 
 
 def alive() -> dict[int, int]:
@@ -379,15 +379,15 @@ def alive() -> dict[int, int]:
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
-def test_memory_is_taken_once(llama: Family) -> None:
+def test_serving_more_requests_needs_no_more_memory(llama: Family) -> None:
     engine = llama.engine(Limits(slots=3, max_len=CONTEXT, chunk=8))
-    kept: list[Stream] = []
+    streams: list[Stream] = []
 
     def serve(count: int) -> int:
         for number in range(count):
             request = MIXED[number % len(MIXED)]
-            kept.append(engine.submit(Request(request.prompt, request.sampling, logprobs=2, prompt_logprobs=True)))
-        kept[-1].cancel()
+            streams.append(engine.submit(Request(request.prompt, request.sampling, logprobs=2, prompt_logprobs=True)))
+        streams[-1].cancel()
         llama.run_out(engine)
         return sum(alive().values())
 

@@ -1,6 +1,6 @@
-"""Any schedule of asking, cancelling, stepping and changing adapters gives the answers of each request alone.
+"""Any schedule of submitting, cancelling, stepping and changing adapters gives the answers of each request alone.
 
-In float64, where the order of a sum cannot make another token the likeliest.
+In float64, in which the order of a sum does not change the likeliest token.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ REQUESTS = [
         ((*START, *START), Sampling(temperature=0.0, max_new_tokens=99), None),
         (START[:9], Sampling(temperature=0.0, max_new_tokens=7), "blocks"),
         ((*START[:9], 3), Sampling(temperature=1.5, top_k=30, max_new_tokens=4, seed=2), "blocks"),
-        (START, Sampling(temperature=0.0, max_new_tokens=6), "tables"),
-        ((4,), Sampling(temperature=1.5, top_p=0.9, max_new_tokens=9, seed=3), "tables"),
+        (START, Sampling(temperature=0.0, max_new_tokens=6), "embeddings"),
+        ((4,), Sampling(temperature=1.5, top_p=0.9, max_new_tokens=9, seed=3), "embeddings"),
     )
 ]
 NUMBERS = st.integers(0, 30)
@@ -40,8 +40,8 @@ STEPS = st.lists(
         *[st.tuples(st.just("submit"), st.integers(0, len(REQUESTS) - 1))] * 3,
         *[st.tuples(st.just("step"), st.integers(1, 6))] * 2,
         st.tuples(st.just("cancel"), NUMBERS),
-        st.tuples(st.just("load"), st.sampled_from(["blocks", "tables"])),
-        st.tuples(st.just("remove"), st.sampled_from(["blocks", "tables"])),
+        st.tuples(st.just("load"), st.sampled_from(["blocks", "embeddings"])),
+        st.tuples(st.just("remove"), st.sampled_from(["blocks", "embeddings"])),
     ),
     min_size=8,
     max_size=40,
@@ -58,7 +58,7 @@ def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family
     @given(steps=STEPS, slots=st.integers(1, 4), chunk=st.sampled_from([1, 3, 5, 64]), ahead=st.booleans())
     def check(steps: list[tuple[str, int | str]], slots: int, chunk: int, ahead: bool) -> None:
         engine = family.engine(Limits(slots=slots, max_len=48, chunk=chunk, queue=5), model)
-        engine._decoder.runs_ahead = ahead  # as on a card
+        engine.scheduler.decoder.launches_ahead = ahead  # as on a GPU
         streams, cancelled = [], set()
         for kind, value in steps:
             if kind == "submit":
@@ -89,13 +89,13 @@ def test_any_schedule_gives_the_answers_of_each_alone(families: dict[str, Family
         family.run_out(engine)
         reasons = []
         for number, stream in enumerate(streams):
-            found, wanted = family.answer(stream), family.alone(stream.request, dtype=torch.float64)
-            reasons.append(found.finish_reason)
-            if found.finish_reason == "cancelled":
+            actual, expected = family.answer(stream), family.alone(stream.request, dtype=torch.float64)
+            reasons.append(actual.finish_reason)
+            if actual.finish_reason == "cancelled":
                 assert number in cancelled
-                assert found.token_ids == wanted.token_ids[: len(found.token_ids)]
+                assert actual.token_ids == expected.token_ids[: len(actual.token_ids)]
             else:
-                assert found == wanted
+                assert actual == expected
         stats = engine.stats()
         assert stats.requests_total == len(streams) == stats.finished_total + stats.cancelled_total
         assert (stats.cancelled_total, stats.failed_total) == (reasons.count("cancelled"), 0)

@@ -1,4 +1,4 @@
-"""Greedy tokens are those of transformers; streamed text is the text of all tokens, up to a stop string."""
+"""Greedy tokens compared with transformers; streamed text is the text of all tokens, up to a stop string."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from octavo.infer.sample import Sampling
 from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 
-UNHURRIED = settings(deadline=None)  # other processes may hold a machine up
+UNHURRIED = settings(deadline=None)  # other processes may slow the machine down
 GREEDY = Sampling(temperature=0.0)
 CONTEXT = 64
 TEXT = st.text(st.sampled_from("ab .\n世界é😀👩‍👧\N{REPLACEMENT CHARACTER}"), max_size=25)
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Bytes and a few merges, some of which join a space, or a letter, and half a character."""
+    """Bytes and a few merges, some of a space or a letter with a part of a character."""
     backend = Tokenizer(tokenizer_models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: a sign for the space that is dropped at the start, and unknown characters byte by byte."""
+    """As Llama 2's: a symbol for the space, dropped at the start, and unknown characters as bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ab.", "▁a", "▁ab"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     merges = [("▁", "a"), ("▁a", "b")]
@@ -62,12 +62,12 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 
 BYTES, PIECES = byte_level(), byte_fallback()
-END = int(BYTES.eos_token_id)
-WORDS = len(BYTES)
-ORDINARY = st.integers(0, WORDS - 1).filter(lambda token: token != END)
+EOS = int(BYTES.eos_token_id)
+VOCAB_SIZE = len(BYTES)
+ORDINARY = st.integers(0, VOCAB_SIZE - 1).filter(lambda token: token != EOS)
 CONFIGS = {
     "llama": LlamaConfig(
-        vocab_size=WORDS,
+        vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -75,13 +75,14 @@ CONFIGS = {
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
     ),
-    "gptj": GPTJConfig(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT),
+    "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT),
 }
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
-    return twins_of(CONFIGS[request.param])
+def models(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> tuple[Any, Decoder]:
+    """(transformers' model, octavo's) with the same weights."""
+    return models_of(CONFIGS[request.param])
 
 
 def theirs_greedy(theirs: Any, prompt: Sequence[int], *, stop_ids: Sequence[int], penalty: float) -> list[int]:
@@ -93,7 +94,7 @@ def theirs_greedy(theirs: Any, prompt: Sequence[int], *, stop_ids: Sequence[int]
         max_new_tokens=30,
         repetition_penalty=penalty,
         eos_token_id=list(stop_ids),
-        pad_token_id=END,
+        pad_token_id=EOS,
     )
     return [int(token) for token in out[0, len(prompt) :]]
 
@@ -101,56 +102,56 @@ def theirs_greedy(theirs: Any, prompt: Sequence[int], *, stop_ids: Sequence[int]
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("prompt", [[5], [40, 41, 200, 7, 7, 90]])
 def test_greedy_tokens_are_those_of_transformers(
-    kernels: tuple[Any, Decoder], prompt: list[int], penalty: float
+    models: tuple[Any, Decoder], prompt: list[int], penalty: float
 ) -> None:
-    theirs, ours = kernels
+    theirs, ours = models
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty, max_new_tokens=30)
-    expected = theirs_greedy(theirs, prompt, stop_ids=[END], penalty=penalty)
+    expected = theirs_greedy(theirs, prompt, stop_ids=[EOS], penalty=penalty)
     assert len(set(expected)) > 3
-    found = complete(ours, BYTES, prompt, sampling)
-    assert list(found.token_ids) == expected
-    # Now an end token in the midst of it, besides the tokenizer's own.
-    end = next(token for place, token in enumerate(expected) if place > 1 and token not in expected[:place])
-    expected = theirs_greedy(theirs, prompt, stop_ids=[END, end], penalty=penalty)
-    found = complete(ours, BYTES, prompt, sampling, stop_ids=[end])
-    assert list(found.token_ids) == expected
-    assert found.token_ids[-1] == end
-    assert found.finish_reason == "stop"
-    assert found.text == BYTES.decode(found.token_ids[:-1], skip_special_tokens=True)
+    answer = complete(ours, BYTES, prompt, sampling)
+    assert list(answer.token_ids) == expected
+    # With a stop id in addition to the tokenizer's EOS token.
+    stop_id = next(token for n, token in enumerate(expected) if n > 1 and token not in expected[:n])
+    expected = theirs_greedy(theirs, prompt, stop_ids=[EOS, stop_id], penalty=penalty)
+    answer = complete(ours, BYTES, prompt, sampling, stop_ids=[stop_id])
+    assert list(answer.token_ids) == expected
+    assert answer.token_ids[-1] == stop_id
+    assert answer.finish_reason == "stop"
+    assert answer.text == BYTES.decode(answer.token_ids[:-1], skip_special_tokens=True)
 
 
 class Scripted(nn.Module):
-    """Stands in for a model that wants to say `script`, token by token, and notes what it is fed."""
+    """A fake model whose greedy tokens are `script`; lists its inputs."""
 
-    def __init__(self, script: Sequence[int], *, words: int = WORDS, context: int = 10_000) -> None:
+    def __init__(self, script: Sequence[int], *, vocab_size: int = VOCAB_SIZE, context: int = 10_000) -> None:
         super().__init__()
-        self.script, self.words = list(script), words
+        self.script, self.vocab_size = list(script), vocab_size
         self.config = SimpleNamespace(context=context)
         self.embed = SimpleNamespace(matrix=SimpleNamespace(device=torch.device("cpu")))
-        self.fed: list[list[int]] = []
+        self.inputs: list[list[int]] = []
         self.max_len = 0
 
     def new_cache(self, *, batch: int, max_len: int) -> None:
         self.max_len = max_len
 
     def hidden(self, ids: Tensor, *, cache: None) -> Tensor:
-        self.fed.append(ids[0].tolist())
+        self.inputs.append(ids[0].tolist())
         return torch.zeros(*ids.shape, 1)
 
     def infer_logits(self, hidden: Tensor, phase: Phase) -> Tensor:
-        logits = torch.zeros(*hidden.shape[:2], self.words)
-        logits[..., self.script[len(self.fed) - 1]] = 1.0
+        logits = torch.zeros(*hidden.shape[:2], self.vocab_size)
+        logits[..., self.script[len(self.inputs) - 1]] = 1.0
         return logits
 
 
 def pieces_of(
     script: Sequence[int], tokenizer: PreTrainedTokenizerFast = BYTES, stop: tuple[str, ...] = ()
 ) -> tuple[list[str], Continuation]:
-    """(the text of each piece, the whole) of a model that says `script`."""
+    """(the text of each token, the complete answer) of a model that generates `script`."""
     sampling = Sampling(temperature=0.0, max_new_tokens=len(script), stop=stop)
 
     def model() -> Decoder:
-        return cast(Decoder, Scripted(script, words=len(tokenizer)))
+        return cast(Decoder, Scripted(script, vocab_size=len(tokenizer)))
 
     pieces = list(generate(model(), tokenizer, [3], sampling))
     whole = complete(model(), tokenizer, [3], sampling)
@@ -162,8 +163,8 @@ def pieces_of(
 
 @UNHURRIED
 @given(script=st.lists(ORDINARY, min_size=1, max_size=30), stop_ids=st.booleans())
-def test_any_tokens_stream_as_the_text_of_them_all(script: list[int], stop_ids: bool) -> None:
-    _, whole = pieces_of([*script, END] if stop_ids else script)
+def test_streamed_text_of_any_tokens_is_the_text_of_all(script: list[int], stop_ids: bool) -> None:
+    _, whole = pieces_of([*script, EOS] if stop_ids else script)
     assert whole.text == BYTES.decode(script, skip_special_tokens=True)
     assert whole.finish_reason == ("stop" if stop_ids else "length")
 
@@ -171,7 +172,7 @@ def test_any_tokens_stream_as_the_text_of_them_all(script: list[int], stop_ids: 
 @pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte level", "byte fallback"])
 @UNHURRIED
 @given(text=TEXT)
-def test_any_text_streams_as_itself(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_any_text_is_streamed_unchanged(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces, whole = pieces_of([*ids, int(tokenizer.eos_token_id)], tokenizer)
     assert whole.text == tokenizer.decode(ids, skip_special_tokens=True)
@@ -179,19 +180,19 @@ def test_any_text_streams_as_itself(tokenizer: PreTrainedTokenizerFast, text: st
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-def test_a_characters_bytes_are_held_until_it_is_whole() -> None:
+def test_the_bytes_of_a_character_are_held_back_until_it_is_complete() -> None:
     script = [token for character in "a😀😀b" for token in PIECES.encode(character, add_special_tokens=False)]
     script = [token for token in script if PIECES.convert_ids_to_tokens(token) != "▁"]
     pieces, _ = pieces_of(script, PIECES)
     assert pieces == ["a", "", "", "", "😀", "", "", "", "😀", "b"]
 
 
-def test_a_control_token_between_words_takes_no_space_away() -> None:
+def test_a_control_token_between_words_keeps_the_space() -> None:
     script = PIECES.convert_tokens_to_ids(["▁ab", "<s>", "▁ab", "<unk>", "<s>", "▁a"])
     assert pieces_of(script, PIECES)[0] == ["ab", "", " ab", "", "", " a"]
 
 
-A_AND_A_HALF = BYTES.encode(" a界")[0]  # the letter and a part of the character, as one token
+A_AND_A_HALF = BYTES.encode(" a界")[0]  # a letter and a part of a character, as one token
 BUILDING = sorted({*BYTES.encode("ab 世 a界 b😀 ba"), *BYTES.convert_tokens_to_ids(["a", "b"]), A_AND_A_HALF})
 STOPS = st.lists(st.text("ab 世", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
 
@@ -205,11 +206,11 @@ STOPS = st.lists(st.text("ab 世", min_size=1, max_size=4), min_size=1, max_size
 def test_no_character_of_a_stop_string_leaks(script: list[int], stop: tuple[str, ...], stop_ids: bool) -> None:
     text = BYTES.decode(script)
     cut = min((at for at in (text.find(word) for word in stop) if at >= 0), default=None)
-    pieces, whole = pieces_of([*script, END] if stop_ids else script, stop=stop)
+    pieces, whole = pieces_of([*script, EOS] if stop_ids else script, stop=stop)
     if cut is None:
         assert whole.text == text
     else:
-        # Of two stop strings, the one that is complete first counts, which may begin later.
+        # Of two stop strings the one that is complete first ends the answer; it may begin later.
         assert text.startswith(whole.text)
         assert len(whole.text) >= cut
         assert any(text.startswith(word, len(whole.text)) for word in stop)
@@ -225,72 +226,72 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it() -> None:
     assert pieces == ["a", "", "ba", "", "", ""]
     assert (whole.text, whole.finish_reason) == ("aba", "stop")
     assert len(whole.token_ids) == 6
-    # What is longest and could still become a stop string is held, or its first letters would be out.
+    # The longest possible start of a stop string is held back.
     assert pieces_of(BYTES.convert_tokens_to_ids(["a", "a", "b"]), stop=("aab",))[0] == ["", "", ""]
-    # The start of a stop string that never ends is shown after all.
+    # The start of a stop string that does not follow is streamed.
     assert pieces_of(script, stop=("bax",))[1].text == "abab.aba"
 
 
-def test_a_stop_string_within_what_is_held_at_the_end_does_not_leak() -> None:
+def test_a_stop_string_within_the_pending_text_at_the_end_does_not_leak() -> None:
     assert BYTES.decode([A_AND_A_HALF]) == " a\N{REPLACEMENT CHARACTER}"
-    assert pieces_of([10, A_AND_A_HALF, END], stop=("a",))[1].text == BYTES.decode([10]) + " "
+    assert pieces_of([10, A_AND_A_HALF, EOS], stop=("a",))[1].text == BYTES.decode([10]) + " "
 
 
-def test_an_end_token_wins_over_the_limit_and_is_no_text() -> None:
-    script = [*BYTES.encode("ab"), END]
+def test_an_eos_token_at_the_limit_is_a_stop_and_no_text() -> None:
+    script = [*BYTES.encode("ab"), EOS]
     pieces, whole = pieces_of(script)
-    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("ab", "stop", END)
+    assert (whole.text, whole.finish_reason, whole.token_ids[-1]) == ("ab", "stop", EOS)
     assert pieces[-1] == ""
     assert pieces_of(script[:-1])[1].finish_reason == "length"
 
 
-def test_the_prompt_runs_once_and_then_each_token_alone() -> None:
+def test_the_prompt_is_prefilled_once_and_each_token_decoded_once() -> None:
     model = Scripted([10, 11, 12])
     complete(cast(Decoder, model), BYTES, [1, 2, 3], Sampling(temperature=0.0, max_new_tokens=3))
-    assert model.fed == [[1, 2, 3], [10], [11]]
+    assert model.inputs == [[1, 2, 3], [10], [11]]
     assert model.max_len == 6
 
 
-def test_generation_ends_where_the_context_is_full(kernels: tuple[Any, Decoder]) -> None:
-    _, model = kernels
+def test_generation_ends_when_the_context_is_full(models: tuple[Any, Decoder]) -> None:
+    _, model = models
     sampling = Sampling(temperature=0.0, max_new_tokens=500)
     prompt = [5] * (CONTEXT - 7)
-    found = complete(model, no_end(), prompt, sampling)
-    assert len(prompt) + len(found.token_ids) == CONTEXT
-    assert found.finish_reason == "length"
+    answer = complete(model, no_eos(), prompt, sampling)
+    assert len(prompt) + len(answer.token_ids) == CONTEXT
+    assert answer.finish_reason == "length"
     with pytest.raises(UsageError, match=f"prompt has {CONTEXT} tokens; the model's context holds {CONTEXT}"):
         complete(model, BYTES, [5] * CONTEXT, sampling)
     with pytest.raises(UsageError, match="prompt is empty"):
         complete(model, BYTES, [], sampling)
 
 
-def no_end() -> PreTrainedTokenizerFast:
+def no_eos() -> PreTrainedTokenizerFast:
     tokenizer = byte_level()
     tokenizer.eos_token = None
     return tokenizer
 
 
-def test_a_tokenizer_without_an_end_token_generates() -> None:
-    model = cast(Decoder, Scripted([10, END, 11]))
+def test_a_tokenizer_without_an_eos_token_generates() -> None:
+    model = cast(Decoder, Scripted([10, EOS, 11]))
     sampling = Sampling(temperature=0.0, max_new_tokens=3)
-    assert complete(model, no_end(), [3], sampling).finish_reason == "length"
+    assert complete(model, no_eos(), [3], sampling).finish_reason == "length"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_past_the_tokenizer_are_never_chosen(
-    twins_of: Callable[[Any], tuple[Any, Decoder]], temperature: float
+def test_tokens_past_the_tokenizer_are_never_selected(
+    models_of: Callable[[Any], tuple[Any, Decoder]], temperature: float
 ) -> None:
-    config = GPTJConfig(vocab_size=WORDS + 14, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=CONTEXT)
-    _, model = twins_of(config)
+    config = GPTJConfig(vocab_size=VOCAB_SIZE + 14, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=CONTEXT)
+    _, model = models_of(config)
     assert model.head.bias is not None
-    model.head.bias.data[WORDS:] = 1000.0
-    assert int(model(torch.tensor([[5]]))[0, -1].argmax()) >= WORDS
-    found = complete(model, BYTES, [5], Sampling(temperature=temperature, max_new_tokens=40))
-    assert max(found.token_ids) < WORDS
+    model.head.bias.data[VOCAB_SIZE:] = 1000.0
+    assert int(model(torch.tensor([[5]]))[0, -1].argmax()) >= VOCAB_SIZE
+    answer = complete(model, BYTES, [5], Sampling(temperature=temperature, max_new_tokens=40))
+    assert max(answer.token_ids) < VOCAB_SIZE
 
 
-def test_a_seed_repeats_a_continuation(kernels: tuple[Any, Decoder]) -> None:
-    _, model = kernels
+def test_a_seed_repeats_a_continuation(models: tuple[Any, Decoder]) -> None:
+    _, model = models
     first, again, other = (
         complete(model, BYTES, [5], Sampling(temperature=2.0, top_p=1.0, max_new_tokens=20, seed=seed))
         for seed in (1, 1, 2)
@@ -299,8 +300,8 @@ def test_a_seed_repeats_a_continuation(kernels: tuple[Any, Decoder]) -> None:
     assert first.token_ids != other.token_ids
 
 
-def test_a_model_in_training_goes_on_training_even_if_the_reader_leaves(kernels: tuple[Any, Decoder]) -> None:
-    _, model = kernels
+def test_train_mode_is_restored_even_if_the_generator_is_closed(models: tuple[Any, Decoder]) -> None:
+    _, model = models
     model.train()
     pieces = generate(model, BYTES, [5], GREEDY)
     next(pieces)

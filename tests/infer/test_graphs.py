@@ -1,4 +1,4 @@
-"""When graphs are recorded and dropped, with stand-ins for what a card records."""
+"""When graphs are captured and dropped, with fakes in place of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from octavo.layers.multi_lora import ServedAdapters
 
 
 class Pooled:
-    """A graph that knows the pool it lies in."""
+    """A graph with its memory pool."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool or object()
@@ -21,8 +21,8 @@ class Pooled:
         return self._pool
 
 
-class Made:
-    """What was recorded: of which size, in which pool."""
+class FakeGraph:
+    """A captured graph, its shape and its pool."""
 
     def __init__(self, size: int, pool: Any) -> None:
         self.size, self.graph = size, Pooled(pool)
@@ -30,30 +30,30 @@ class Made:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The devices that were waited for."""
-    waited: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    return waited
+def synchronized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The devices that were synchronized."""
+    devices: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
+    return devices
 
 
-def test_each_size_is_recorded_once_and_all_share_a_pool(waits: list[Any]) -> None:
+def test_each_shape_is_captured_once_and_all_share_a_pool(synchronized: list[Any]) -> None:
     graphs: Graphs[Any] = Graphs(ServedAdapters(), torch.device("cpu"))
-    first, second = graphs.of(4, Made), graphs.of(16, Made)
+    first, second = graphs.get(4, FakeGraph), graphs.get(16, FakeGraph)
     assert (first.size, second.size) == (4, 16)
-    assert graphs.of(4, Made) is first
-    assert graphs.of(16, Made) is second
+    assert graphs.get(4, FakeGraph) is first
+    assert graphs.get(16, FakeGraph) is second
     assert first.graph.pool() is second.graph.pool()
-    assert waits == []
+    assert synchronized == []
 
 
-def test_other_tensors_make_them_be_recorded_anew_after_the_card_is_done(waits: list[Any]) -> None:
-    routing, device = ServedAdapters(), torch.device("cpu")
-    graphs: Graphs[Any] = Graphs(routing, device)
-    before = graphs.of(4, Made)
-    routing.changes += 1
-    after = graphs.of(4, Made)
+def test_replaced_adapter_tensors_drop_all_graphs_after_a_synchronization(synchronized: list[Any]) -> None:
+    adapters, device = ServedAdapters(), torch.device("cpu")
+    graphs: Graphs[Any] = Graphs(adapters, device)
+    before = graphs.get(4, FakeGraph)
+    adapters.changes += 1
+    after = graphs.get(4, FakeGraph)
     assert after is not before
     assert after.graph.pool() is not before.graph.pool()
-    assert graphs.of(4, Made) is after
-    assert waits == [device]
+    assert graphs.get(4, FakeGraph) is after
+    assert synchronized == [device]

@@ -123,18 +123,18 @@ def test_requests_stay_within_the_domains(
     """Prompts and decoded tokens, with adapters and without, in a cache of slots."""
     source = FolderSource(request.getfixturevalue(family))
     for scheme in SCHEMES:
-        routing, folder = ServedAdapters(), tmp_path / scheme
+        served, folder = ServedAdapters(), tmp_path / scheme
         model, plan = load(source, scheme_named("none"), dtype=torch.float32, device=CPU), AdapterPlan(LoraSpec(4, 8.0))
         adapters.create_(model, plan, seed=0)
         folder.mkdir()
         adapters.save(folder, model, plan, base="base", origin={}, readme="")
         model = load(source, scheme_named(scheme), dtype=dtype, device=CPU).eval()
-        adapters.serve_(model, routing, read(folder), "a")
+        adapters.serve_(model, served, read(folder), "a")
         cache = model.new_slots(slots=3, max_len=100)
         for slot, adapter in enumerate((0, 1)):
             ids = torch.arange(70 + slot)[None]
             model.hidden(ids, cache=cache.slot(slot), adapter_ids=torch.tensor([adapter]))
-        decoder = DecodeRunner(model, cache, routing, 300)
+        decoder = DecodeRunner(model, cache, served, 300)
         decoder._logits(torch.tensor([[5, 6], cache.lengths[:2], [0, 1]]), 71, adapters=True)
     assert {name: found for name, found in recorded.items() if found} == {}
     assert {"inference.matmul", "cached_attention.decode_attention", "inference.shrink"} <= recorded.keys()

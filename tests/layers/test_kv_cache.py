@@ -1,4 +1,4 @@
-"""The key/value caches: a row or slot attends to its own tokens, in order, for each layer, and never past its room."""
+"""The key/value caches: each row or slot attends to its tokens in order, in each layer, within max_len positions."""
 
 from __future__ import annotations
 
@@ -22,62 +22,62 @@ def cache_of(max_len: int, **shape: Any) -> KeyValueCache:
     return KeyValueCache(LAYERS, batch=BATCH, max_len=max_len, **{**SHAPE, **shape})
 
 
-def fresh(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, with twice as many heads, k and v."""
+def random_qkv(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (rows, length, 2 G, D), k and v (rows, length, G, D)."""
     k, v = torch.randn(2, rows, length, HEADS, SIZE)
     return torch.randn(rows, length, 2 * HEADS, SIZE), k, v
 
 
 @settings(max_examples=25, deadline=None)
-@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5), spare=st.integers(0, 2))
-def test_pieces_see_what_they_would_see_in_one(pieces: list[int], spare: int) -> None:
-    cache = cache_of(sum(pieces) + spare)
-    whole = [fresh(BATCH, sum(pieces)) for _ in range(LAYERS)]
-    wanted = [causal_attention(*own) for own in whole]
-    for length in pieces:
+@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5), spare=st.integers(0, 2))
+def test_a_prompt_in_chunks_has_the_attention_of_the_entire_prompt(chunks: list[int], spare: int) -> None:
+    cache = cache_of(sum(chunks) + spare)
+    qkv = [random_qkv(BATCH, sum(chunks)) for _ in range(LAYERS)]
+    expected = [causal_attention(*layer_qkv) for layer_qkv in qkv]
+    for length in chunks:
         span = slice(cache.length, cache.length + length)
-        over = cache.next(length)
-        assert over.positions.tolist() == [list(range(span.start, span.stop))]
-        for layer, own in enumerate(whole):
-            found = over.attend(layer, *(x[:, span] for x in own))
-            torch.testing.assert_close(found, wanted[layer][:, span])
-        over.finish()
-    assert cache.length == sum(pieces)
-    for layer, (_, k, v) in enumerate(whole):
+        view = cache.next(length)
+        assert view.positions.tolist() == [list(range(span.start, span.stop))]
+        for layer, layer_qkv in enumerate(qkv):
+            actual = view.attend(layer, *(x[:, span] for x in layer_qkv))
+            torch.testing.assert_close(actual, expected[layer][:, span])
+        view.finish()
+    assert cache.length == sum(chunks)
+    for layer, (_, k, v) in enumerate(qkv):
         assert torch.equal(cache.keys[layer, :, : cache.length], k)
         assert torch.equal(cache.values[layer, :, : cache.length], v)
 
 
-def test_what_is_not_finished_is_written_again() -> None:
+def test_positions_without_finish_are_overwritten() -> None:
     cache = cache_of(4)
-    cache.next(3).attend(0, *fresh(BATCH, 3))
-    q, k, v = fresh(BATCH, 2)
+    cache.next(3).attend(0, *random_qkv(BATCH, 3))
+    q, k, v = random_qkv(BATCH, 2)
     torch.testing.assert_close(cache.next(2).attend(0, q, k, v), causal_attention(q, k, v))
     assert cache.length == 0
 
 
-def test_more_than_its_room_is_refused() -> None:
+def test_more_than_max_len_positions_are_refused() -> None:
     cache = cache_of(4)
     cache.next(3).finish()
-    with pytest.raises(AssertionError, match="5 positions in a cache with room for 4"):
+    with pytest.raises(AssertionError, match="5 positions in a cache of 4"):
         cache.next(2)
 
 
-def test_keys_are_kept_in_the_caches_type() -> None:
+def test_keys_are_stored_in_the_dtype_of_the_cache() -> None:
     cache = cache_of(4, dtype=torch.bfloat16)
-    q, k, v = (x.bfloat16() for x in fresh(BATCH, 2))
+    q, k, v = (x.bfloat16() for x in random_qkv(BATCH, 2))
     assert cache.next(2).attend(1, q, k, v).dtype == cache.keys.dtype == torch.bfloat16
 
 
-SLOTS, ROOM = 4, 9
+SLOTS, MAX_LEN = 4, 9
 
 
-def slots_of() -> SlotCache:
-    return SlotCache(LAYERS, slots=SLOTS, max_len=ROOM, **SHAPE)
+def slot_cache() -> SlotCache:
+    return SlotCache(LAYERS, slots=SLOTS, max_len=MAX_LEN, **SHAPE)
 
 
 def steps_of(draw: st.DrawFn) -> list[tuple[str, int, int]]:
-    """Reads of several tokens into one slot, or of one into each of the first but one, and copies, as there is room."""
+    """Prefills of one slot, decode steps of the first slots without an idle one, and copies, within max_len."""
     lengths, steps = [0] * SLOTS, []
     for _ in range(draw(st.integers(1, 12))):
         kind = draw(st.sampled_from(["one", "many", "copy"]))
@@ -86,15 +86,15 @@ def steps_of(draw: st.DrawFn) -> list[tuple[str, int, int]]:
             target = draw(st.integers(0, SLOTS - 1))
             lengths[target] = draw(st.integers(0, lengths[first]))
             steps.append((f"copy {target}", first, lengths[target]))
-        elif kind == "one" and lengths[first] < ROOM:
-            count = draw(st.integers(1, ROOM - lengths[first]))
+        elif kind == "one" and lengths[first] < MAX_LEN:
+            count = draw(st.integers(1, MAX_LEN - lengths[first]))
             lengths[first] += count
             steps.append((kind, first, count))
         elif kind == "many":
             count = draw(st.integers(1, SLOTS))
-            idle = draw(st.integers(0, SLOTS - 1))  # one that is left out, if it is among them
+            idle = draw(st.integers(0, SLOTS - 1))  # the idle slot, if it is among them
             live = [slot for slot in range(count) if slot != idle]
-            if live and all(lengths[slot] < ROOM for slot in live):
+            if live and all(lengths[slot] < MAX_LEN for slot in live):
                 for slot in live:
                     lengths[slot] += 1
                 steps.append((kind, idle, count))
@@ -103,85 +103,88 @@ def steps_of(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(steps=st.composite(steps_of)())
-def test_each_slot_attends_to_its_own_tokens_whatever_lies_behind_them(steps: list[tuple[str, int, int]]) -> None:
-    """The kernel keeps each slot's keys and values in a list, and attends to them alone."""
-    cache = slots_of()
-    for store in (cache.keys, cache.values):
-        store.copy_(torch.randn(store.shape) * 1e6)  # what others left behind
-    held = [[(torch.zeros(0, HEADS, SIZE), torch.zeros(0, HEADS, SIZE)) for _ in range(SLOTS)] for _ in range(LAYERS)]
+def test_each_slot_attends_to_its_tokens_only(steps: list[tuple[str, int, int]]) -> None:
+    """The reference has the keys and values of each slot in a tensor of its own."""
+    cache = slot_cache()
+    for tensor in (cache.keys, cache.values):
+        tensor.copy_(torch.randn(tensor.shape) * 1e6)  # of previous requests
+    stored = [[(torch.zeros(0, HEADS, SIZE), torch.zeros(0, HEADS, SIZE)) for _ in range(SLOTS)] for _ in range(LAYERS)]
     for kind, first, count in steps:
         if kind.startswith("copy"):
             target = int(kind.removeprefix("copy "))
             cache.copy_(first, target, count)
-            for own in held:
-                own[target] = own[first][0][:count], own[first][1][:count]
+            for slots in stored:
+                slots[target] = slots[first][0][:count], slots[first][1][:count]
         elif kind == "one":
-            read(cache, held, {first: 0}, count)
+            append(cache, stored, {first: 0}, count)
         else:
-            read(cache, held, {slot: slot for slot in range(count) if slot != first}, 1, rows=count)
-    assert cache.lengths == [len(keys) for keys, _ in held[0]]
-    for layer, own in enumerate(held):
-        for slot, (keys, values) in enumerate(own):
+            append(cache, stored, {slot: slot for slot in range(count) if slot != first}, 1, rows=count)
+    assert cache.lengths == [len(keys) for keys, _ in stored[0]]
+    for layer, slots in enumerate(stored):
+        for slot, (keys, values) in enumerate(slots):
             assert torch.equal(cache.keys[layer, slot, : len(keys)], keys)
             assert torch.equal(cache.values[layer, slot, : len(keys)], values)
 
 
-def read(
-    cache: SlotCache, held: list[list[tuple[Tensor, Tensor]]], live: dict[int, int], new: int, rows: int = 0
+def append(
+    cache: SlotCache, stored: list[list[tuple[Tensor, Tensor]]], live: dict[int, int], new: int, rows: int = 0
 ) -> None:
-    """`new` tokens into each slot of `live`, slot -> row of the batch: by a step of `rows`, or into one slot alone."""
+    """Appends `new` tokens to each slot of `live`, slot -> row of the batch: in a decode step of `rows`, or one slot.
+
+    Compares attention with that over `stored`: for each layer and slot the keys and values (S, G, D).
+    """
     starts = list(cache.lengths)
     if rows:
         lengths = torch.tensor([starts[slot] if slot in live else -1 for slot in range(rows)])
-        over = cache.step(lengths, int(lengths.max())).next(1)
+        view = cache.decode(lengths, int(lengths.max())).next(1)
     else:
-        over = cache.slot(next(iter(live))).next(new)
+        view = cache.slot(next(iter(live))).next(new)
     for slot, row in live.items():
-        assert over.positions[row].tolist() == list(range(starts[slot], starts[slot] + new))
-    for layer, own in enumerate(held):
-        q, k, v = fresh(rows or 1, new)
-        found = over.attend(layer, q, k, v)
+        assert view.positions[row].tolist() == list(range(starts[slot], starts[slot] + new))
+    for layer, slots in enumerate(stored):
+        q, k, v = random_qkv(rows or 1, new)
+        actual = view.attend(layer, q, k, v)
         for slot, row in live.items():
-            own[slot] = torch.cat((own[slot][0], k[row])), torch.cat((own[slot][1], v[row]))
-            seen = torch.ones(new, starts[slot] + new, dtype=torch.bool).tril(starts[slot])
-            whole_k, whole_v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in own[slot])  # (2 G, S, D)
-            wanted = F.scaled_dot_product_attention(q[row].transpose(0, 1), whole_k, whole_v, attn_mask=seen)
-            torch.testing.assert_close(found[row], wanted.transpose(0, 1))
-        assert not any(found[row].any() for row in range(rows) if row not in live.values())
-    assert cache.lengths == starts  # until all layers have stored theirs
-    over.finish()
-    if rows:  # a step leaves the lengths to whoever takes it
+            slots[slot] = torch.cat((slots[slot][0], k[row])), torch.cat((slots[slot][1], v[row]))
+            mask = torch.ones(new, starts[slot] + new, dtype=torch.bool).tril(starts[slot])
+            all_k, all_v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in slots[slot])  # (2 G, S, D)
+            expected = F.scaled_dot_product_attention(q[row].transpose(0, 1), all_k, all_v, attn_mask=mask)
+            torch.testing.assert_close(actual[row], expected.transpose(0, 1))
+        assert not any(actual[row].any() for row in range(rows) if row not in live.values())
+    assert cache.lengths == starts  # until all layers have stored the positions
+    view.finish()
+    if rows:  # the caller of a decode step increments the lengths
         for slot in live:
             cache.lengths[slot] += 1
 
 
 def test_slots_are_finite_from_the_start_and_once_cleared() -> None:
-    """Weights of 0 make nothing of a number, but NaN of NaN: so there is none, though fresh memory may hold it."""
-    torch.use_deterministic_algorithms(True)  # fills what is taken and not written with NaN
+    """Attention weights of 0 times NaN are NaN, and new memory may contain NaN."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
-        cache = slots_of()
+        cache = slot_cache()
     finally:
         torch.use_deterministic_algorithms(False)
     assert not cache.keys.any()
     assert not cache.values.any()
     nan = torch.full((1, 5, HEADS, SIZE), torch.nan)
     for slot in (1, 2):
-        over = cache.slot(slot).next(5)
+        view = cache.slot(slot).next(5)
         for layer in range(LAYERS):
-            over.attend(layer, nan, nan, nan)
-        over.finish()
+            view.attend(layer, nan, nan, nan)
+        view.finish()
     cache.clear_(1)
     assert cache.lengths == [0, 0, 5, 0]
-    for store in (cache.keys, cache.values):
-        assert store.isnan().any(dim=(0, 2, 3, 4)).tolist() == [False, False, True, False]
+    for tensor in (cache.keys, cache.values):
+        assert tensor.isnan().any(dim=(0, 2, 3, 4)).tolist() == [False, False, True, False]
 
 
-def test_more_than_a_slots_room_is_refused_and_so_is_a_step_of_several_tokens() -> None:
-    cache = slots_of()
-    cache.lengths = [0, ROOM - 1, 0, 0]
-    for slot, new in ((0, ROOM + 1), (1, 2)):
-        with pytest.raises(AssertionError, match=f"in a cache with room for {ROOM}"):
+def test_more_than_max_len_positions_of_a_slot_and_decode_of_several_tokens_are_refused() -> None:
+    cache = slot_cache()
+    cache.lengths = [0, MAX_LEN - 1, 0, 0]
+    for slot, new in ((0, MAX_LEN + 1), (1, 2)):
+        with pytest.raises(AssertionError, match=f"in a cache of {MAX_LEN}"):
             cache.slot(slot).next(new)
     with pytest.raises(AssertionError):
-        cache.step(torch.zeros(2, dtype=torch.long), 0).next(2)
+        cache.decode(torch.zeros(2, dtype=torch.long), 0).next(2)

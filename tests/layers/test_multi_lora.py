@@ -1,4 +1,4 @@
-"""Adapters side by side on one layer, against each pair on its own."""
+"""Several adapters on one layer, compared with each one alone."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.layers.multi_lora import RANKS, AdapterBank, ServedAdapters
+from octavo.layers.multi_lora import RANK_MULTIPLE, AdapterBank, ServedAdapters
 from octavo.ops.inference import matmul
 from octavo.ops.tiles import Phase
 
 K = 12
 OUTPUTS = {"q": 5, "k": 3, "v": 4}
 N = sum(OUTPUTS.values())
-SavedAttention = dict[tuple[int, str], tuple[Tensor, Tensor, float]]
+Loras = dict[tuple[int, str], tuple[Tensor, Tensor, float]]  # (adapter id, name) -> A, B, scaling
 
 
-def bank() -> AdapterBank:
+def new_bank() -> AdapterBank:
     return AdapterBank(K, OUTPUTS, torch.float32, torch.device("cpu"))
 
 
-def alone(held: SavedAttention, x: Tensor, number: int) -> Tensor:
-    """(T, N): what one adapter makes of x (T, K)."""
+def alone(loras: Loras, x: Tensor, adapter_id: int) -> Tensor:
+    """The term of one adapter for x (T, K): (T, N)."""
     parts = []
     for name, rows in OUTPUTS.items():
-        if (number, name) in held:
-            a, b, scaling = held[number, name]
+        if (adapter_id, name) in loras:
+            a, b, scaling = loras[adapter_id, name]
             parts.append(F.linear(F.linear(x, a), b) * scaling)
         else:
             parts.append(torch.zeros(len(x), rows))
@@ -46,58 +46,58 @@ PUTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(steps=PUTS, seed=st.integers(0, 99))
-def test_each_row_gets_its_own_adapter_whatever_came_and_went(
+def test_each_row_gets_the_term_of_its_adapter_after_any_loads_and_removals(
     steps: list[tuple[int] | tuple[int, str, int]], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    here = bank()
-    held: SavedAttention = {}
+    bank = new_bank()
+    loras: Loras = {}
     steps = [(1, "q", 2), *steps]
     for step in steps:
         if len(step) == 1:
-            here.clear(step[0])
-            held = {key: pair for key, pair in held.items() if key[0] != step[0]}
-        elif (step[0], step[1]) not in held:
-            number, name, rank = step
-            held[number, name] = torch.randn(rank, K), torch.randn(OUTPUTS[name], rank), float(rank)
-            here.put(number, name, *held[number, name])
-    here.make_room(5)
+            bank.clear(step[0])
+            loras = {key: lora for key, lora in loras.items() if key[0] != step[0]}
+        elif (step[0], step[1]) not in loras:
+            adapter_id, name, rank = step
+            loras[adapter_id, name] = torch.randn(rank, K), torch.randn(OUTPUTS[name], rank), float(rank)
+            bank.put(adapter_id, name, *loras[adapter_id, name])
+    bank.reserve(5)
     adapter_ids = torch.tensor([0, 3, 1, 4, 2, 3])
     x = torch.randn(len(adapter_ids), 2, K)
-    wanted = torch.stack([alone(held, own, int(number)) for own, number in zip(x, adapter_ids, strict=True)])
-    assert here.rank % RANKS == 0
+    expected = torch.stack([alone(loras, row, int(row_id)) for row, row_id in zip(x, adapter_ids, strict=True)])
+    assert bank.rank % RANK_MULTIPLE == 0
     for position in range(2):
-        lora = here.lora(x[:, position], adapter_ids, Phase.DECODE)
+        lora = bank.lora(x[:, position], adapter_ids, Phase.DECODE)
         y = matmul(x[:, position], torch.zeros(N, K), phase=Phase.DECODE, residual=torch.ones(len(x), N), lora=lora)
-        torch.testing.assert_close(y - 1, wanted[:, position], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y - 1, expected[:, position], rtol=1e-5, atol=1e-5)
         assert torch.equal(y[0], torch.ones(N))  # the base's row
         assert [lora.names[start:stop].unique().tolist() for start, stop in lora.spans] == [[0], [1], [2]]
-        for place, (start, stop) in enumerate(lora.spans):
-            inner = lora.inner[:, place * here.rank : (place + 1) * here.rank]
-            own = torch.einsum("mr,mrn->mn", inner, lora.b[adapter_ids])[:, start:stop]
-            torch.testing.assert_close(own, wanted[:, position, start:stop], rtol=1e-5, atol=1e-5)
+        for index, (start, stop) in enumerate(lora.spans):
+            t = lora.inner[:, index * bank.rank : (index + 1) * bank.rank]  # (M, R)
+            term = torch.einsum("mr,mrn->mn", t, lora.b[adapter_ids])[:, start:stop]
+            torch.testing.assert_close(term, expected[:, position, start:stop], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_a_table_get_their_own_adapter() -> None:
-    here = AdapterBank(30, {"embed": 6}, torch.float32, torch.device("cpu"))
-    pairs = {number: (torch.randn(number, 30), torch.randn(6, number), 0.5 * number) for number in (1, 2)}
-    for number, pair in pairs.items():
-        here.put(number, "embed", *pair)
+def test_rows_of_an_embedding_get_the_term_of_their_adapter() -> None:
+    bank = AdapterBank(30, {"embed": 6}, torch.float32, torch.device("cpu"))
+    loras = {n: (torch.randn(n, 30), torch.randn(6, n), 0.5 * n) for n in (1, 2)}
+    for adapter_id, lora in loras.items():
+        bank.put(adapter_id, "embed", *lora)
     ids, adapter_ids = torch.randint(30, (4, 3)), torch.tensor([2, 0, 1, 2])
     y = torch.zeros(4, 3, 6)
-    here.add_rows_(y, ids, adapter_ids)
-    for row, number in enumerate(adapter_ids.tolist()):
-        if number:
-            a, b, scaling = pairs[number]
+    bank.add_rows_(y, ids, adapter_ids)
+    for row, adapter_id in enumerate(adapter_ids.tolist()):
+        if adapter_id:
+            a, b, scaling = loras[adapter_id]
             torch.testing.assert_close(y[row], scaling * (b @ a[:, ids[row]]).T)
         else:
             assert not y[row].any()
 
 
-def test_numbers_are_the_lowest_that_are_free_and_never_the_bases() -> None:
-    routing = ServedAdapters()
+def test_free_id_is_the_lowest_unused_id_and_never_that_of_the_base() -> None:
+    adapters = ServedAdapters()
     for name in "abc":
-        routing.served[name] = routing.free_id()
-    assert routing.served == {"a": 1, "b": 2, "c": 3}
-    del routing.served["b"]
-    assert routing.free_id() == 2
+        adapters.ids[name] = adapters.free_id()
+    assert adapters.ids == {"a": 1, "b": 2, "c": 3}
+    del adapters.ids["b"]
+    assert adapters.free_id() == 2

@@ -110,8 +110,8 @@ class Twins(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def kernels(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Twins:
-    return Twins(*twins_of(CASES[request.param]))
+def kernels(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Twins:
+    return Twins(*models_of(CASES[request.param]))
 
 
 def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:

@@ -37,12 +37,12 @@ CONFIGS = {
 }
 MIXED = [Save.INPUT, Save.ALL, Save.ATTENTION, Save.INPUT]
 
-KeptBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
+SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
-    _, ours = twins_of(CONFIGS[request.param])
+def model(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
+    _, ours = models_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8, dropout=0.3)), seed=0)
     for parameter in adapters.trained(ours).values():
         nn.init.normal_(parameter, std=0.1)
@@ -105,9 +105,9 @@ def test_only_the_first_matmuls_of_a_block_run_again_in_backward(
     assert ran == [WIDTH] * branches * again
 
 
-def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Decoder, kept_by: KeptBy) -> None:
+def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Decoder, saved_by: SavedBy) -> None:
     row = 2 * LENGTH * 4  # bytes of one number a token
-    held = {save: kept_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
+    held = {save: saved_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
     gptj = hasattr(model.blocks[0], "fc_out")
     # In addition: the input of the last norm, the tensors that this norm saves, the head's gradient, the rotary table.
     thin = 40  # what the pairs of a layer make of their inputs, in whole eights
@@ -125,9 +125,9 @@ def test_without_gradients_nothing_is_computed_again(model: Decoder) -> None:
     torch.testing.assert_close(loss_of(model, Save.INPUT), loss_of(model, Save.ALL), rtol=0, atol=0)
 
 
-def test_without_gradients_nothing_is_held(model: Decoder, kept_by: KeptBy) -> None:
+def test_without_gradients_nothing_is_held(model: Decoder, saved_by: SavedBy) -> None:
     with torch.no_grad():
-        _, held = kept_by(lambda: loss_of(model, Save.ALL))
+        _, held = saved_by(lambda: loss_of(model, Save.ALL))
     assert held == 0
 
 

@@ -13,10 +13,12 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from transformers import PreTrainedTokenizerFast
 
+from octavo.adapters import Adapter
 from octavo.config import ServeOptions
 from octavo.errors import AdapterError
 from octavo.infer.generate import TextStream
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream, Token
+from octavo.layers.lora import LoraSpec
 from octavo.server.app import create_app
 from octavo.store import peft
 from octavo.store.files import sha256_of
@@ -53,12 +55,12 @@ class FakeEngine:
     cancelled: int = 0
     failing: bool = False
     names: tuple[str, ...] = ("king", "queen")
-    load_errors: dict[str, str | Exception] = field(default_factory=dict)  # folder name -> error of load_adapter
+    read_errors: dict[str, str | Exception] = field(default_factory=dict)  # folder name -> error of read_adapter
 
     def __post_init__(self) -> None:
         self.draining_adapters: dict[str, ServedAdapter] = {}
         hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
-        self.loaded = {name: ServedAdapter(name, hashes[name], Path("/a", name), 1000.5) for name in self.names}
+        self.loaded = {name: ServedAdapter(name, hashes[name], 1000.5) for name in self.names}
 
     def submit(self, request: Request) -> Stream:
         if request.adapter is not None and request.adapter not in self.loaded:
@@ -120,16 +122,19 @@ class FakeEngine:
     def adapters(self) -> dict[str, ServedAdapter]:
         return dict(self.loaded)
 
-    def load_adapter(self, name: str, folder: Path) -> ServedAdapter:
-        """The adapter's hash is that of the tensor file, which may have any content."""
-        why = self.load_errors.get(folder.name)
+    def read_adapter(self, folder: Path) -> Adapter:
+        """Replaces `peft.read`: an adapter without tensors. Its hash is that of the tensor file, of any content."""
+        why = self.read_errors.get(folder.name)
         if isinstance(why, Exception):
             raise why
         if why is not None:
             raise AdapterError(f"The adapter in {folder} {why}.", hint="Give another one.")
-        origin = folder / "octavo.json"
-        base = json.loads(origin.read_bytes())["base"]["sha256"] if origin.is_file() else None
-        self.loaded[name] = ServedAdapter(name, sha256_of(folder / peft.TENSORS), folder, 2000.5, base)
+        origin_file = folder / "octavo.json"
+        origin = json.loads(origin_file.read_bytes()) if origin_file.is_file() else {}
+        return Adapter(LoraSpec(), {}, {}, origin, sha256=sha256_of(folder / peft.TENSORS))
+
+    def load_adapter(self, name: str, adapter: Adapter) -> ServedAdapter:
+        self.loaded[name] = ServedAdapter(name, adapter.sha256, 2000.5, adapter.trained_on)
         return self.loaded[name]
 
     def draining(self) -> dict[str, ServedAdapter]:
@@ -191,12 +196,13 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def open_server(tokenizer: PreTrainedTokenizerFast) -> Iterator[OpenServer]:
-    """Makes an AppServer. Keywords are server options; `engine` has those of the FakeEngine."""
+def open_server(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenServer]:
+    """Makes an AppServer. Keywords are server options; `engine` has those of the FakeEngine, which reads adapters."""
     clients = []
 
     def make(*, key: str | None = None, engine: dict[str, Any] | None = None, **options: Any) -> AppServer:
         fake = FakeEngine(tokenizer, **(engine or {}))
+        monkeypatch.setattr(peft, "read", fake.read_adapter)
         app = create_app(fake, ServeOptions(**options), key=key, names=("laptop",))
         clients.append(client := TestClient(app, base_url="http://localhost:8000", raise_server_exceptions=False))
         return AppServer(app, fake, client)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.server.clients import PATIENCE, Client, run_scenario, until
 
+from octavo.adapters import Adapter
 from octavo.infer.requests import ServedAdapter
 from octavo.runs import checkpoint
 from octavo.runs.checkpoint import Contents
@@ -63,7 +64,6 @@ def test_load_generate_and_unload(server: Any, adapters_folder: Path) -> None:
     assert response.text.startswith("Success")
     assert response.headers["X-System-Fingerprint"] == sha256
     assert names(server) == ["tiny", "king", "queen", "a/hamlet:1"]
-    assert server.engine.loaded["a/hamlet:1"].folder == adapters_folder / "hamlet"
     assert server.post("/v1/completions", model="a/hamlet:1", prompt="the")["system_fingerprint"] == sha256
     response = server.client.post(UNLOAD, json={"lora_name": "a/hamlet:1"})
     assert (response.status_code, response.text[:7]) == (200, "Success")
@@ -173,7 +173,7 @@ def test_a_missing_folder_is_404(server: Any) -> None:
 
 
 def test_an_adapter_that_does_not_match_is_rejected_with_the_reason(server: Any, adapters_folder: Path) -> None:
-    server.engine.load_errors["hamlet"] = "has no place for layers.7"
+    server.engine.read_errors["hamlet"] = "has no place for layers.7"
     status, error = server.error(LOAD, lora_name="new", lora_path="hamlet")
     assert (status, error["code"]) == (400, "adapter_refused")
     assert error["message"] == "The adapter in hamlet has no place for layers.7. Give another one."
@@ -182,7 +182,7 @@ def test_an_adapter_that_does_not_match_is_rejected_with_the_reason(server: Any,
 
 @pytest.mark.parametrize("error", [IndexError("x"), TypeError("x"), OSError("x"), RecursionError()])
 def test_corrupt_files_are_400(server: Any, error: Exception) -> None:
-    server.engine.load_errors["hamlet"] = error
+    server.engine.read_errors["hamlet"] = error
     status, response_error = server.error(LOAD, lora_name="new", lora_path="hamlet")
     assert (status, response_error["code"], response_error["message"]) == (
         400,
@@ -345,12 +345,12 @@ def test_streams_continue_while_an_adapter_loads_and_the_next_load_waits(
     async def scenario() -> None:
         server = open_server(adapters_from=adapters_folder, engine={"manual": True})
         read, reading = threading.Event(), []
-        plain: Callable[[str, Path], ServedAdapter] = server.engine.load_adapter
+        plain: Callable[[str, Adapter], ServedAdapter] = server.engine.load_adapter
 
-        def slow(name: str, folder: Path) -> ServedAdapter:
+        def slow(name: str, adapter: Adapter) -> ServedAdapter:
             reading.append(name)
             assert read.wait(PATIENCE)
-            return plain(name, folder)
+            return plain(name, adapter)
 
         server.engine.load_adapter = slow
         client = Client(server.app, "/v1/completions", {"prompt": "the king", "max_tokens": 8, "stream": True})
@@ -371,8 +371,8 @@ def test_streams_continue_while_an_adapter_loads_and_the_next_load_waits(
 
 
 def test_errors_contain_paths_relative_to_the_folder(server: Any, adapters_folder: Path) -> None:
-    """The engine's messages contain absolute paths; the response must not."""
-    server.engine.load_errors["lear"] = (
+    """The reader's messages contain absolute paths; the response must not."""
+    server.engine.read_errors["lear"] = (
         f"cannot be read: [Errno 13] Permission denied: '{adapters_folder / 'plays/lear/x'}'"
     )
     _, error = server.error(LOAD, lora_name="new", lora_path="plays/lear")

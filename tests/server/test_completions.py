@@ -338,7 +338,7 @@ def test_the_fingerprint_is_of_the_adapter_at_submission(
     submit = server.engine.submit
 
     def reload_then_submit(request: Any) -> Any:
-        server.engine.load_adapter("king", tmp_path)
+        server.engine.load_adapter("king", server.engine.read_adapter(tmp_path))
         return submit(request)
 
     monkeypatch.setattr(server.engine, "submit", reload_then_submit, raising=False)

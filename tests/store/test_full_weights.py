@@ -212,7 +212,7 @@ def test_weights_equal_to_the_base_are_ignored(
     assert [key for key in adapter.full if "embed" in key]
     adapters = ServedAdapters()
     serve_(model, adapters, adapter, "new")
-    assert adapters.served
+    assert adapters.ids
     alone = model_of(families[CASES[case][0]], scheme)
     apply_(alone, adapter)
     assert alone.embed.matrix.scheme.name == scheme_named(scheme).embedding_scheme
@@ -228,7 +228,7 @@ def test_weights_that_all_sequences_share_cannot_be_served(
     with pytest.raises(AdapterError, match="only LoRA can be served") as caught:
         serve_(model, adapters, read(written(case)[0]), "new")
     assert "generate --adapter" in caught.value.hint
-    assert not adapters.served
+    assert not adapters.ids
     assert torch.equal(logits(model), before)
 
 

@@ -47,8 +47,8 @@ PLANS = [
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
-    return twins_of(CONFIG)[1]
+def base(models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
+    return models_of(CONFIG)[1]
 
 
 def batch_of(seed: int) -> Batch:

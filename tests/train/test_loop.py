@@ -54,13 +54,13 @@ Models = tuple[Any, Decoder]  # (transformers' model, octavo's)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def models(request: pytest.FixtureRequest, twins_of: Callable[[Any], Models]) -> Models:
-    return twins_of(CONFIGS[request.param])
+def models(request: pytest.FixtureRequest, models_of: Callable[[Any], Models]) -> Models:
+    return models_of(CONFIGS[request.param])
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], Models]) -> Decoder:
-    return twins_of(CONFIGS["llama"])[1]
+def base(models_of: Callable[[Any], Models]) -> Decoder:
+    return models_of(CONFIGS["llama"])[1]
 
 
 def texts(count: int) -> list[Tokens]:
@@ -443,9 +443,9 @@ def test_other_errors_are_raised_unchanged(base: Decoder) -> None:
 
 
 @pytest.fixture(scope="module")
-def float16_base(twins_of: Callable[[Any], Models], tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+def float16_base(models_of: Callable[[Any], Models], tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     """The base in float16."""
-    theirs, _ = twins_of(CONFIGS["llama"])
+    theirs, _ = models_of(CONFIGS["llama"])
     folder: Path = tmp_path_factory.mktemp("half")
     theirs.save_pretrained(folder)
     return load(FolderSource(folder), scheme_named("none"), dtype=torch.float16, device=torch.device("cpu"))

@@ -44,8 +44,8 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS)
-def model(request: pytest.FixtureRequest, twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
-    _, ours = twins_of(CONFIGS[request.param])
+def model(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
+    _, ours = models_of(CONFIGS[request.param])
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(ours).values():
         nn.init.normal_(parameter, std=0.1)
@@ -93,12 +93,12 @@ def test_all_matmuls_of_blocks_can_use_8_bits_and_the_head_cannot(model: Decoder
 
 
 def test_layers_with_sizes_that_are_no_multiple_of_16_stay_exact(
-    twins_of: Callable[[Any], tuple[Any, Decoder]],
+    models_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
     odd = LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=WIDTH, intermediate_size=88, num_hidden_layers=1, num_attention_heads=4
     )
-    _, model = twins_of(odd)
+    _, model = models_of(odd)
     assert [name for name, _ in layers(model)] == ["0.qkv", "0.out", "0.gate_up"]  # down has 88 inputs
 
 
@@ -130,10 +130,10 @@ def test_the_error_measurement_uses_one_short_sequence(model: Decoder, monkeypat
 
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_few_outlier_channels_are_split_and_many_keep_the_layer_exact(
-    twins_of: Callable[[Any], tuple[Any, Decoder]], count: int
+    models_of: Callable[[Any], tuple[Any, Decoder]], count: int
 ) -> None:
     """As in trained models, some channels of the residual stream are large for every token."""
-    _, model = twins_of(CONFIGS["llama"])
+    _, model = models_of(CONFIGS["llama"])
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     model.train()
     model.embed.matrix.parts["weight"][:, :count] = 8.0
@@ -211,9 +211,9 @@ def test_a_pass_is_exact_unless_it_is_given_a_precision(model: Decoder) -> None:
 
 
 def test_a_matmul_of_two_layers_is_in_8_bits_only_if_both_are(
-    twins_of: Callable[[Any], tuple[Any, Decoder]],
+    models_of: Callable[[Any], tuple[Any, Decoder]],
 ) -> None:
-    _, model = twins_of(CONFIGS["gptj"])
+    _, model = models_of(CONFIGS["gptj"])
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     model.train()
     loss = batch_loss(model, batch_of())
@@ -227,9 +227,9 @@ def test_a_matmul_of_two_layers_is_in_8_bits_only_if_both_are(
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
 def test_stored_transposed_weights_give_identical_gradients_without_a_transposition(
-    scheme: str, twins_of: Callable[..., tuple[Any, Decoder]], monkeypatch: pytest.MonkeyPatch
+    scheme: str, models_of: Callable[..., tuple[Any, Decoder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, model = twins_of(CONFIGS["gptj"], scheme=scheme)
+    _, model = models_of(CONFIGS["gptj"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(model).values():
         nn.init.normal_(parameter, std=0.1)
@@ -250,8 +250,8 @@ def test_stored_transposed_weights_give_identical_gradients_without_a_transposit
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
-def test_every_scheme_can_be_multiplied_in_8_bits(scheme: str, twins_of: Callable[..., tuple[Any, Decoder]]) -> None:
-    _, model = twins_of(CONFIGS["llama"], scheme=scheme)
+def test_every_scheme_can_be_multiplied_in_8_bits(scheme: str, models_of: Callable[..., tuple[Any, Decoder]]) -> None:
+    _, model = models_of(CONFIGS["llama"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
     for parameter in adapters.trained(model).values():
         nn.init.normal_(parameter, std=0.1)

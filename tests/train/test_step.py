@@ -37,8 +37,8 @@ CONFIG = LlamaConfig(
 
 
 @pytest.fixture(scope="module")
-def base(twins_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
-    _, model = twins_of(CONFIG)
+def base(models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
+    _, model = models_of(CONFIG)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=2, alpha=4, dropout=0.3)), seed=0)
     for parameter in adapters.trained(model).values():
         nn.init.normal_(parameter, std=0.1)

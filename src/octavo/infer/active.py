@@ -1,4 +1,4 @@
-"""A request at work in the engine, and which token comes next for each of several."""
+"""A request that has a slot of the cache, and how the next tokens of several are selected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.infer.decoding import Chosen
+from octavo.infer.decoding import StepOutput
 from octavo.infer.generate import TextStream
 from octavo.infer.requests import Stream, Token
 from octavo.infer.sample import choose_rows
@@ -16,15 +16,16 @@ from octavo.infer.sample import choose_rows
 
 @dataclass
 class ActiveRequest:
-    """`ids` are prompt and answer so far; `done` of them are in the cache. A `limit` of 0 marks one that is over."""
+    """`ids` are the tokens of prompt and answer; the first `cached` of them are in the cache."""
 
     stream: Stream
-    limit: int
+    limit: int  # tokens of the answer
     text: TextStream
     generator: torch.Generator
     ids: list[int]
-    done: int = 0
-    logprobs: list[Token] = field(default_factory=list)  # of the prompt, with their log-probabilities
+    cached: int = 0
+    prompt_logprobs: list[Token] = field(default_factory=list)
+    finished: bool = False
 
     @property
     def adapter(self) -> str | None:
@@ -32,37 +33,43 @@ class ActiveRequest:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken as it is."""
+        """Whether the next token is the argmax of the model's logits."""
         sampling = self.stream.request.sampling
         return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
     @property
-    def answered(self) -> int:
+    def generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.stream.request.prompt)
 
-    def goes_on(self, stop_ids: Collection[int]) -> bool:
-        """Whether another token is sure to be wanted, unless a stop string turns up; and no logits of the last one."""
+    def needs_next_step(self, stop_ids: Collection[int]) -> bool:
+        """Whether another step is certain, unless a stop string ends the answer.
+
+        False with log-probabilities: they are computed from the logits, which the next step overwrites.
+        """
         return (
-            0 < self.answered < self.limit
+            not self.finished
+            and 0 < self.generated < self.limit
             and self.ids[-1] not in stop_ids
             and self.stream.request.logprobs is None
             and not self.stream.cancelled
         )
 
 
-def next_tokens(runs: Sequence[ActiveRequest], found: Chosen) -> list[int | None]:
-    """The next token of each run, by its row of the logits; None where they are not finite, or nothing can be drawn."""
-    tokens: list[int | None] = list(found.greedy)
-    for row, best in enumerate(found.best):
-        if not math.isfinite(best):
-            tokens[row] = None
-    rows = [row for row, run in enumerate(runs) if tokens[row] is not None and not run.greedy]
+def next_tokens(requests: Sequence[ActiveRequest], output: StepOutput) -> list[int | None]:
+    """The next token of every request, by its row of the logits; None where they are not finite."""
+    tokens: list[int | None] = [
+        token if math.isfinite(largest) else None
+        for token, largest in zip(output.argmax, output.max_logits, strict=True)
+    ]
+    rows = [row for row, request in enumerate(requests) if tokens[row] is not None and not request.greedy]
     if rows:
-        drawing = [runs[row] for row in rows]
-        logits = found.logits if len(rows) == len(runs) else found.logits[rows]
-        samplings = [run.stream.request.sampling for run in drawing]
-        drawn = choose_rows(logits, [run.ids for run in drawing], samplings, [run.generator for run in drawing])
-        for row, token in zip(rows, drawn, strict=True):
+        sampled = [requests[row] for row in rows]
+        logits = output.logits if len(rows) == len(requests) else output.logits[rows]  # (n, V)
+        samplings = [request.stream.request.sampling for request in sampled]
+        generators = [request.generator for request in sampled]
+        for row, token in zip(
+            rows, choose_rows(logits, [request.ids for request in sampled], samplings, generators), strict=True
+        ):
             tokens[row] = token
     return tokens

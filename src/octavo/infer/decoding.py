@@ -1,7 +1,9 @@
-"""One new token for each running request: a step over the first slots of the cache, on a card as a CUDA graph.
+"""Decode: one new token for every running request, a step over the first slots of the cache; on a GPU a CUDA graph.
 
-A graph is recorded for a few numbers of rows; a step takes the next larger one and leaves its last rows idle. What
-differs from step to step is sent in one copy, and what the host wants to know comes back in one.
+Graphs are captured for a few numbers of rows. A step uses the smallest graph with enough rows and marks the remaining
+rows as idle. All inputs of a step are sent to the GPU in one copy, and its summary comes back in one copy.
+
+Legend: B rows of a step, V the vocabulary of the tokenizer.
 """
 
 from __future__ import annotations
@@ -14,41 +16,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.infer.graphs import Graphs, record
+from octavo.infer.graphs import Graphs, capture
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernels_run_on
 
-IDLE = -1  # the length of a slot that has no token to read
-BASE = 0  # the number of a row that goes through no adapter
+IDLE = -1  # the length of a slot without a token in this step
+BASE = 0  # the adapter id of a row without an adapter
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a step found: logits (n, V) float32 where the model is; of each row the largest one and its token."""
+class StepOutput:
+    """Logits (B, V) float32 on the model's device, and for each row the largest logit and its token."""
 
     logits: Tensor
-    best: list[float]
-    greedy: list[int]
+    max_logits: list[float]
+    argmax: list[int]
 
 
-def chosen(logits: Tensor, rows: int, summary: Tensor | None = None) -> Chosen:
-    """The first `rows` of the logits (B, V); `summary` is `_summary` of them if that was computed already."""
+def step_output(logits: Tensor, rows: int, summary: Tensor | None = None) -> StepOutput:
+    """Of the first `rows` rows of the logits. `summary` is `_summary(logits)` if the caller has it."""
     summary = _summary(logits) if summary is None else summary
-    best, greedy = summary.tolist()
-    return Chosen(logits[:rows], best[:rows], [int(token) for token in greedy[:rows]])
+    max_logits, argmax = summary.tolist()
+    return StepOutput(logits[:rows], max_logits[:rows], [int(token) for token in argmax[:rows]])
 
 
 def _summary(logits: Tensor) -> Tensor:
-    """(2, B) float64, which holds any token's number: the largest logit of each row, and its token."""
-    best, greedy = logits.max(dim=1)
-    return torch.stack([best.double(), greedy.double()])
+    """(2, B): the largest logit of each row and its token id, which float64 represents exactly."""
+    max_logits, argmax = logits.max(dim=1)
+    return torch.stack([max_logits.double(), argmax.double()])
 
 
-class EagerStep(NamedTuple):
-    """A step under way: its logits (B, V) and their summary, and how many rows count."""
+class PendingStep(NamedTuple):
+    """A launched step: its logits (B, V) and their summary, and the number of rows that are not idle."""
 
     logits: Tensor
     summary: Tensor
@@ -56,106 +58,108 @@ class EagerStep(NamedTuple):
 
 
 class DecodeRunner:
-    """Steps of one model over one cache. `words` are the logits that count: rows past the tokenizer's do not.
+    """Decode steps of one model over one cache. Logits past `vocab_size` are cut off.
 
-    `deterministic`: a row's bits do not depend on the number of rows, however many there are.
+    `deterministic`: the bits of a row do not depend on the number of rows, however many there are.
     """
 
     def __init__(
-        self, model: Decoder, cache: SlotCache, routing: ServedAdapters, vocab_size: int, *, deterministic: bool = False
-    ) -> None:
+        self, model: Decoder, cache: SlotCache, adapters: ServedAdapters, vocab_size: int, *,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
         self.deterministic = deterministic
-        self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
-        self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
-        self._launched: EagerStep | None = None
-        self.runs_ahead = self.records  # whether a step is worth launching before the last one was told
+        self.model, self.cache, self.adapters, self.vocab_size = model, cache, adapters, vocab_size
+        self._graphs: Graphs[_DecodeGraph] = Graphs(adapters, cache.keys.device)
+        self._pending: PendingStep | None = None
+        self.launches_ahead = self.uses_graphs  # whether to launch a step before the previous tokens are emitted
 
     @property
-    def records(self) -> bool:
-        """Whether steps are CUDA graphs: on a card where the kernels run. The definitions ask the card for numbers."""
+    def uses_graphs(self) -> bool:
+        """Whether steps are CUDA graphs: where the kernels run. The references wait for the GPU within a step."""
         return kernels_run_on(self.cache.keys)
 
     def warmup_tasks(self) -> list[Callable[[], object]]:
-        """What would make a request wait, piece by piece: every graph that a step can need, kernels for prompts.
+        """Compiling and capturing that would delay a request, in parts: all decode graphs, and the prefill kernels.
 
-        The first piece has nearly all kernels compiled, unless that was done once on this machine.
+        The first part takes longest, since it compiles nearly all kernels, unless Triton's cache has them.
         """
-        if not self.records:
+        if not self.uses_graphs:
             return []
-        counts = 1, 65  # prefill has a tile for up to 64 rows, and one for more
+        lengths = 1, 65  # the prefill kernels have one tile for up to 64 rows and one for more
         return [
-            *(partial(self._recorded, rows) for rows in _sizes(len(self.cache.lengths))),
-            *(partial(self._rehearse_prompt, count) for count in counts if count <= self.cache.max_len),
+            *(partial(self._graph, rows) for rows in _graph_rows(len(self.cache.lengths))),
+            *(partial(self._warm_up_prefill, length) for length in lengths if length <= self.cache.max_len),
         ]
 
     @torch.no_grad()
-    def _rehearse_prompt(self, count: int) -> None:
-        """Reads a prompt of so many tokens into the first slot and forgets it."""
-        ids = torch.zeros(1, count, dtype=torch.long, device=self.cache.keys.device)
+    def _warm_up_prefill(self, length: int) -> None:
+        """Prefills a prompt of `length` tokens in the first slot, and empties the slot."""
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.cache.keys.device)
         self.model.hidden(ids, cache=self.cache.slot(0))
         self.cache.lengths[0] = 0
 
     def launch(self, tokens: Sequence[int], adapter_ids: Sequence[int]) -> None:
-        """Reads one token into each of the first slots, through the adapters of these numbers. No wait on a card."""
+        """Launches a step that appends one token to each of the first slots; does not wait for the GPU."""
         rows = len(tokens)
         lengths = self.cache.lengths[:rows]
-        if self.records:
-            recorded = self._recorded(next(size for size in _sizes(len(self.cache.lengths)) if size >= rows))
-            self._launched = recorded.run([tokens, lengths, adapter_ids])
+        if self.uses_graphs:
+            graph = self._graph(next(size for size in _graph_rows(len(self.cache.lengths)) if size >= rows))
+            self._pending = graph.run([tokens, lengths, adapter_ids])
         else:
-            given = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.keys.device)
-            logits = self._logits(given, max(lengths), any(adapter_ids))
-            self._launched = EagerStep(logits, _summary(logits), rows)
+            inputs = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.keys.device)  # (3, B)
+            logits = self._logits(inputs, max(lengths), any(adapter_ids))
+            self._pending = PendingStep(logits, _summary(logits), rows)
         for slot in range(rows):
             self.cache.lengths[slot] += 1
 
-    def found(self) -> Chosen:
-        """What the last launch found, once the card is there."""
-        assert self._launched is not None
-        launched, self._launched = self._launched, None
-        return chosen(launched.logits, launched.rows, launched.summary)
+    def result(self) -> StepOutput:
+        """The output of the launched step; waits for the GPU."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        return step_output(pending.logits, pending.rows, pending.summary)
 
-    def step(self, tokens: Sequence[int], adapter_ids: Sequence[int]) -> Chosen:
-        """Both at once."""
+    def step(self, tokens: Sequence[int], adapter_ids: Sequence[int]) -> StepOutput:
+        """`launch` and `result`."""
         self.launch(tokens, adapter_ids)
-        return self.found()
+        return self.result()
 
-    def _recorded(self, rows: int) -> _Recorded:
-        return self._graphs.of(rows, partial(_Recorded, self))
+    def _graph(self, rows: int) -> _DecodeGraph:
+        return self._graphs.get(rows, partial(_DecodeGraph, self))
 
-    def _logits(self, given: Tensor, longest: int, adapters: bool) -> Tensor:
-        """(B, words) float32. `given` (3, B): tokens, lengths of the slots, numbers of the adapters."""
-        tokens, lengths, adapter_ids = given  # (B,) each
+    def _logits(self, inputs: Tensor, longest: int, adapters: bool) -> Tensor:
+        """(B, V) float32. `inputs` (3, B): tokens, lengths of the slots, adapter ids; `longest` bounds the lengths."""
+        tokens, lengths, adapter_ids = inputs  # (B,) each
         ids = adapter_ids if adapters else None
         phase = Phase.DECODE if self.deterministic else Phase.DECODE_ANY_ORDER
-        hidden = self.model.hidden(tokens[:, None], cache=self.cache.step(lengths, longest, phase), adapter_ids=ids)
+        view = self.cache.decode(lengths, longest, phase)
+        hidden = self.model.hidden(tokens[:, None], cache=view, adapter_ids=ids)  # (B, 1, d)
         return self.model.infer_logits(hidden, phase, ids)[:, 0, : self.vocab_size]
 
 
-class _Recorded:
-    """A step of a fixed number of rows as a CUDA graph."""
+class _DecodeGraph:
+    """A captured step of a fixed number of rows."""
 
-    def __init__(self, decoder: DecodeRunner, rows: int, pool: Any) -> None:
-        device = decoder.cache.keys.device
-        self._sent = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()
-        self._given = self._sent.to(device)
-        longest, adapters = decoder.cache.max_len - 1, bool(decoder.routing.served)
+    def __init__(self, runner: DecodeRunner, rows: int, pool: Any) -> None:
+        device = runner.cache.keys.device
+        self._pinned = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()  # (3, B)
+        self._inputs = self._pinned.to(device)
+        longest, adapters = runner.cache.max_len - 1, bool(runner.adapters.ids)
 
         def step() -> tuple[Tensor, Tensor]:
-            logits = decoder._logits(self._given, longest, adapters)
+            logits = runner._logits(self._inputs, longest, adapters)
             return logits, _summary(logits)
 
-        self.graph, (self._logits, self._summary) = record(step, device, pool)
+        self.graph, (self._logits, self._summary) = capture(step, device, pool)
 
-    def run(self, given: Sequence[Sequence[int]]) -> EagerStep:
-        rows = len(given[0])
-        self._sent[1, rows:] = IDLE  # the step before was waited for, so nobody reads this any more
-        self._sent[:, :rows] = torch.tensor([list(line) for line in given])
-        self._given.copy_(self._sent, non_blocking=True)
+    def run(self, inputs: Sequence[Sequence[int]]) -> PendingStep:
+        rows = len(inputs[0])
+        self._pinned[1, rows:] = IDLE  # the previous step has finished, so no copy reads the pinned memory now
+        self._pinned[:, :rows] = torch.tensor([list(values) for values in inputs])
+        self._inputs.copy_(self._pinned, non_blocking=True)
         self.graph.replay()
-        return EagerStep(self._logits, self._summary, rows)
+        return PendingStep(self._logits, self._summary, rows)
 
 
-def _sizes(slots: int) -> list[int]:
-    """Numbers of rows that graphs are recorded for: powers of two, and all slots."""
+def _graph_rows(slots: int) -> list[int]:
+    """The numbers of rows with a graph: powers of two, and all slots."""
     return [*(1 << n for n in range(slots.bit_length()) if 1 << n < slots), slots]

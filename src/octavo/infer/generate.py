@@ -1,4 +1,4 @@
-"""Runs a prompt and its continuation over a key/value cache, one token at a time, as a stream of text."""
+"""Generation of one sequence over a key/value cache, as a stream of text: the reference of the engine."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from octavo.ops.tiles import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the decoded text of an incomplete character
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one new token adds. `text` may be empty while a character or a stop string is incomplete."""
+    """One new token. `text` may be empty while a character or a stop string is incomplete."""
 
     token_id: int
     text: str
-    finish_reason: str | None = None  # with the last piece: "stop" (end token, stop string) or "length"
+    finish_reason: str | None = None  # of the last one: "stop" (stop id or stop string) or "length"
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A finished continuation. `token_ids` are all that were generated, the end token included."""
+    """A finished continuation. `token_ids` are all generated tokens, with the stop id."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -45,11 +45,11 @@ def generate(
     *,
     stop_ids: Collection[int] = (),
 ) -> Iterator[Piece]:
-    """The continuation of the token ids `prompt`, piece by piece.
+    """Yields the continuation of the token ids `prompt`, token by token.
 
-    Ends at the tokenizer's end token or one of `ends`, before a stop string, after `max_new_tokens`, or where
-    the model's context is full. Rows of the vocabulary past the tokenizer's length are never chosen. UsageError
-    if the prompt does not fit.
+    It ends at the tokenizer's EOS token or one of `stop_ids`, before a stop string, after `max_new_tokens`, or when
+    the model's context is full. Tokens past the tokenizer's length are never selected. UsageError if the prompt does
+    not fit.
     """
     max_len = model.config.context
     check_prompt(prompt, max_len)
@@ -71,7 +71,7 @@ def generate(
 
 
 def check_prompt(prompt: Sequence[int], max_len: int) -> None:
-    """UsageError unless the prompt has tokens, and leaves room for one more."""
+    """UsageError unless the prompt has at least one token and fewer than `max_len`."""
     if not prompt:
         raise UsageError("The prompt is empty.", hint="Give at least one character to go on from.")
     if len(prompt) >= max_len:
@@ -82,9 +82,9 @@ def check_prompt(prompt: Sequence[int], max_len: int) -> None:
 
 
 def all_stop_ids(tokenizer: PreTrainedTokenizerFast, stop_ids: Collection[int]) -> frozenset[int]:
-    """The tokens that end a text: the tokenizer's own and those given."""
-    own = tokenizer.eos_token_id
-    return frozenset(stop_ids) if own is None else frozenset({int(own), *stop_ids})
+    """The tokens that end an answer: the tokenizer's EOS token and `stop_ids`."""
+    eos = tokenizer.eos_token_id
+    return frozenset(stop_ids) if eos is None else frozenset({int(eos), *stop_ids})
 
 
 def complete(
@@ -95,19 +95,19 @@ def complete(
     *,
     stop_ids: Collection[int] = (),
 ) -> Continuation:
-    """The whole continuation at once."""
+    """The complete continuation."""
     return finished(list(generate(model, tokenizer, prompt, sampling, stop_ids=stop_ids)))
 
 
 def finished(pieces: Sequence[Piece]) -> Continuation:
-    """The continuation that all its pieces make."""
+    """The continuation of all its tokens."""
     reason = pieces[-1].finish_reason
     assert reason is not None
     return Continuation("".join(p.text for p in pieces), tuple(p.token_id for p in pieces), reason)
 
 
 def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, vocab_size: int) -> Iterator[int]:
-    """Up to `limit` new ids. The prompt runs once, then each new token alone, over the cache."""
+    """Up to `limit` new ids: prefill of the prompt, then a decode step for each new token."""
     device = model.embed.matrix.device
     generator = torch.Generator().manual_seed(sampling.seed)
     was_training = model.training
@@ -128,49 +128,49 @@ def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, v
 
 
 class TextStream:
-    """Token ids to text that can be shown at once: whole characters only, and nothing of a stop string."""
+    """Incremental decoding of token ids to text: complete characters only, and no part of a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.ids: list[int] = []
-        self.context = 0  # where the last settled group of ids begins
-        self.settled = 0  # the ids before this one are decoded for good
-        self.held = ""  # text that may turn out to be the start of a stop string
+        self.context = 0  # the start of the last decoded group of ids
+        self.decoded = 0  # the number of ids whose text is final
+        self.pending = ""  # text that may be the start of a stop string
 
     def push(self, token: int) -> tuple[str, bool]:
-        """(text that is certain now, whether a stop string was completed)."""
+        """Adds a token. Returns (text that is final now, whether a stop string is complete)."""
         self.ids.append(token)
-        self.held += self._new_text()
+        self.pending += self._new_text()
         at = self._stop_at()
         if at is not None:
-            text, self.held = self.held[:at], ""
+            text, self.pending = self.pending[:at], ""
             return text, True
-        keep = max((_overlap(self.held, word) for word in self.stop), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        final = len(self.pending) - max((_overlap(self.pending, word) for word in self.stop), default=0)
+        text, self.pending = self.pending[:final], self.pending[final:]
         return text, False
 
     def finish(self) -> str:
-        """What was held back, up to a stop string within it."""
-        self.held += self._new_text(final=True)
-        text, self.held = self.held[: self._stop_at()], ""
+        """The pending text, up to a stop string within it."""
+        self.pending += self._new_text(final=True)
+        text, self.pending = self.pending[: self._stop_at()], ""
         return text
 
     def _stop_at(self) -> int | None:
-        """Where the first stop string in the held text begins."""
-        return min((at for at in (self.held.find(word) for word in self.stop) if at >= 0), default=None)
+        """The index of the first stop string in the pending text."""
+        return min((at for at in (self.pending.find(word) for word in self.stop) if at >= 0), default=None)
 
     def _new_text(self, *, final: bool = False) -> str:
-        """Decodes the unsettled ids behind the last settled group, since a token's text can depend on what is before.
+        """Decodes the new ids after the last decoded group: the text of a token can depend on the previous tokens.
 
-        A group is settled when its text is whole. The context is a whole group and never a part of one: half a
-        character before it makes a byte-fallback decoder spell the next one out as replacement characters too.
+        A group ends when its text ends with a complete character. The context is a complete group: after a part of a
+        character a byte-fallback decoder decodes the next character to replacement characters too.
         """
-        before = self._decode(self.ids[self.context : self.settled])
+        before = self._decode(self.ids[self.context : self.decoded])
         after = self._decode(self.ids[self.context :])
         if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not final):
             return ""
-        self.context, self.settled = self.settled, len(self.ids)
+        self.context, self.decoded = self.decoded, len(self.ids)
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -179,5 +179,5 @@ class TextStream:
 
 
 def _overlap(text: str, word: str) -> int:
-    """The length of the longest end of `text` that is a proper start of `word`."""
+    """The length of the longest suffix of `text` that is a proper prefix of `word`."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a few shapes: recorded when first needed, dropped when what they read is no longer there."""
+"""CUDA graphs by shape: captured when first needed, dropped when the tensors that they read were replaced."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ import torch
 from octavo.layers.multi_lora import ServedAdapters
 
 
-class Recorded(Protocol):
-    """Something that was recorded, with the tensors that it reads and writes."""
+class Captured(Protocol):
+    """A captured graph with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
 
 
-R = TypeVar("R", bound=Recorded)
+G = TypeVar("G", bound=Captured)
 S = TypeVar("S", bound=Hashable)
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-class Graphs(Generic[R]):
-    """One for each shape. All share one pool of memory: no two may run at a time."""
+class Graphs(Generic[G]):
+    """One graph for each shape. All share one memory pool: no two may run at the same time."""
 
-    def __init__(self, routing: ServedAdapters, device: torch.device) -> None:
-        self._routing, self._device = routing, device
-        self._made: dict[Hashable, R] = {}
-        self._changes = routing.changes
+    def __init__(self, adapters: ServedAdapters, device: torch.device) -> None:
+        self._adapters, self._device = adapters, device
+        self._graphs: dict[Hashable, G] = {}
+        self._changes = adapters.changes
 
     @torch.no_grad()
-    def of(self, shape: S, make: Callable[[S, Any], R]) -> R:
-        """The graph of a shape, recorded by `make(shape, pool)` if that was not done yet.
+    def get(self, shape: S, make: Callable[[S, Any], G]) -> G:
+        """The graph of a shape. `make(shape, pool)` captures it if there is none.
 
-        (`make` is not kept: it knows its owner, and a cycle would hold a cache's memory until it is collected.)
+        `make` is an argument and not an attribute: it refers to the owner of this object, and a reference cycle would
+        delay the freeing of the cache.
         """
-        if self._changes != self._routing.changes:  # graphs hold the addresses of the adapters' tensors
-            torch.cuda.synchronize(self._device)  # memory that a replay still works in must not be given back
-            self._made, self._changes = {}, self._routing.changes
-        if shape not in self._made:
-            pool = next(iter(self._made.values())).graph.pool() if self._made else None
-            self._made[shape] = make(shape, pool)
-        return self._made[shape]
+        if self._changes != self._adapters.changes:  # graphs hold the addresses of the adapters' tensors
+            torch.cuda.synchronize(self._device)  # a replay may still use the memory of the pool
+            self._graphs, self._changes = {}, self._adapters.changes
+        if shape not in self._graphs:
+            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            self._graphs[shape] = make(shape, pool)
+        return self._graphs[shape]
 
 
-def record(run: Callable[[], Found], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, Found]:
-    """(the graph of a call, what the call returns and each replay writes anew)."""
+def capture(run: Callable[[], T], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """(the graph of a call, the result of the call, whose tensors every replay overwrites)."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # once for real: kernels are compiled, libraries take what they need
+    with torch.cuda.stream(stream):  # an eager call first: kernels are compiled, libraries allocate workspaces
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        found = run()
-    return graph, found
+        result = run()
+    return graph, result

@@ -1,4 +1,4 @@
-"""What is told of tokens beside an answer's text: how likely the model found them, and which were likeliest."""
+"""Log-probabilities of tokens, and the most likely tokens at their positions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def tell(token: int, logits: Tensor, top: int | None) -> Token:
-    """The token without its text; with `top` its log-probability, and the `top` likeliest, by its logits (V,)."""
+def token_with_logprobs(token_id: int, logits: Tensor, top: int | None) -> Token:
+    """The token without its text; unless `top` is None, its log-probability and the `top` likeliest, by logits (V,)."""
     if top is None:
-        return Token(token, "")
-    scores = logits.log_softmax(dim=0)
-    values, ids = scores.topk(top)
-    best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(token, "", logprob=float(scores[token]), top=best)
+        return Token(token_id, "")
+    logprobs = logits.log_softmax(dim=0)  # (V,)
+    values, ids = logprobs.topk(top)
+    likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(token_id, "", logprob=float(logprobs[token_id]), top=likeliest)
 
 
-def tell_prompt(
+def prompt_logprobs(
     tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], start: int, logits: Tensor, top: int
 ) -> list[Token]:
-    """What the logits (T, V) of a prompt's tokens `start` and on tell of the tokens behind them.
+    """The tokens of a prompt that the logits (T, V) of positions `start`, `start` + 1, .. predict.
 
-    The last logits of a chunk tell of the next one's first token; before the prompt's first there are none.
+    The last logits of a chunk predict the first token of the next chunk. The first token of the prompt comes with
+    `start` = 0 and has no log-probability.
     """
-    told = [Token(ids[0], tokenizer.decode([ids[0]]))] if start == 0 else []
-    for row, token in enumerate(ids[start + 1 : start + 1 + len(logits)]):
-        told.append(replace(tell(token, logits[row], top), text=tokenizer.decode([token])))
-    return told
+    tokens = [Token(ids[0], tokenizer.decode([ids[0]]))] if start == 0 else []
+    for row, token_id in enumerate(ids[start + 1 : start + 1 + len(logits)]):
+        token = token_with_logprobs(token_id, logits[row], top)
+        tokens.append(replace(token, text=tokenizer.decode([token_id])))
+    return tokens

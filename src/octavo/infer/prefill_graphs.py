@@ -1,8 +1,11 @@
-"""Short prompts as CUDA graphs: a card reads some in a fraction of the time that a host takes to launch the kernels.
+"""Short prompts as CUDA graphs: a GPU computes them in a fraction of the time in which a CPU launches the kernels.
 
-A graph is recorded for a few shapes, so many prompts of so many tokens. Prompts take the next larger one: each is
-filled up behind its end, where nothing looks back, and rows that are left over read the first prompt once more. All of
-this only where it was prepared for, as a server does: one prompt alone is read sooner than its graph is recorded.
+Graphs are captured for a few shapes: a number of prompts and their length. Prompts use the cheapest shape that they
+fit into: a prompt is padded at its end, where causal attention ignores the padding, and unused rows repeat the first
+prompt. Graphs are used only after `warmup_tasks`, as in a server: for a single prompt capturing takes longer than
+prefill.
+
+Legend: B prompts of a shape, T its length, V the vocabulary of the tokenizer, d the width of the model.
 """
 
 from __future__ import annotations
@@ -14,111 +17,113 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.infer.graphs import Graphs, record
+from octavo.infer.graphs import Graphs, capture
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernels_run_on
 
-SIZES = (16, 32, 64, 128, 256)  # tokens of a prompt
-ROWS = (1, 4, 16)  # prompts at once
-MOST = 1024  # tokens at once: more would make running requests wait, and gain little for a token
+LENGTHS = (16, 32, 64, 128, 256)  # T
+ROWS = (1, 4, 16)  # B
+MAX_TOKENS = 1024  # B T; more would delay running requests, and saves little per token
 
-
-Lines = Sequence[Sequence[int]]  # what `Prompts.found` is given, a row for each prompt
+Inputs = Sequence[Sequence[int]]  # of `PrefillGraphs.logits`: a row for each prompt
 
 
 class Prompt(NamedTuple):
-    """A prompt for an empty slot, through the adapter of this number."""
+    """A prompt for an empty slot."""
 
     ids: Sequence[int]
     slot: int
-    number: int
+    adapter_id: int
 
 
 class Shape(NamedTuple):
-    """What a graph reads: so many prompts of up to so many tokens."""
+    """B and T of a graph."""
 
     rows: int
-    size: int
+    length: int
 
 
 class PrefillGraphs:
-    """Reads whole prompts into empty slots of a cache. `words` are the logits that count."""
+    """Prefills entire prompts into empty slots of a cache. Logits past `vocab_size` are cut off."""
 
-    def __init__(self, model: Decoder, cache: SlotCache, routing: ServedAdapters, vocab_size: int) -> None:
-        self.model, self.cache, self.routing, self.vocab_size = model, cache, routing, vocab_size
+    def __init__(self, model: Decoder, cache: SlotCache, adapters: ServedAdapters, vocab_size: int) -> None:
+        self.model, self.cache, self.adapters, self.vocab_size = model, cache, adapters, vocab_size
         self.shapes: list[Shape] = []
-        self._graphs: Graphs[_Recorded] = Graphs(routing, cache.keys.device)
+        self._graphs: Graphs[_PrefillGraph] = Graphs(adapters, cache.keys.device)
 
     @property
-    def records(self) -> bool:
-        """Whether there are graphs: on a card where the kernels run."""
+    def uses_graphs(self) -> bool:
+        """Whether there are graphs: where the kernels run."""
         return kernels_run_on(self.cache.keys)
 
     def shape_for(self, lengths: Sequence[int]) -> Shape | None:
-        """The cheapest shape that prompts of these lengths are read in; None if there is none."""
-        fitting = [shape for shape in self.shapes if shape.rows >= len(lengths) and shape.size >= max(lengths)]
-        return min(fitting, key=lambda shape: (shape.rows * shape.size, shape.size), default=None)
+        """The cheapest shape for prompts of these lengths; None if there is none."""
+        fitting = [shape for shape in self.shapes if shape.rows >= len(lengths) and shape.length >= max(lengths)]
+        return min(fitting, key=lambda shape: (shape.rows * shape.length, shape.length), default=None)
 
-    def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Logits (n, words) float32 behind each prompt's last token; NaN if anything that was computed of it is not
-        finite. The next call writes over them.
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits (n, V) float32 after the last token of each prompt, which the next call overwrites.
+
+        NaN for a prompt with a hidden state or key that is not finite.
         """
         shape = self.shape_for([len(prompt.ids) for prompt in prompts])
-        assert shape is not None, "prompts that `shape_for` has no graph for"
-        given = [_line(prompt, shape.size) for prompt in prompts]
-        given += [given[0]] * (shape.rows - len(given))
-        found = self.recorded(shape, given).run(given)
+        assert shape is not None, "there is no shape for these prompts"
+        inputs = [_input_row(prompt, shape.length) for prompt in prompts]
+        inputs += [inputs[0]] * (shape.rows - len(inputs))
+        logits = self.graph(shape, inputs).run(inputs)
         for prompt in prompts:
             self.cache.lengths[prompt.slot] = len(prompt.ids)
-        return found[: len(prompts)]
+        return logits[: len(prompts)]
 
     def warmup_tasks(self) -> list[Callable[[], object]]:
-        """Has prompts read here from now on; the recording of each graph, which would make a request wait."""
-        sizes = [size for size in SIZES if size <= self.cache.max_len] if self.records else []
-        useful = [rows for rows in ROWS if rows < 4 * len(self.cache.lengths)]  # a slot for more than the one below
-        self.shapes = [Shape(rows, size) for size in sizes for rows in sorted({min(r, MOST // size) for r in useful})]
-        first = {size: _line(Prompt([0], 0, 0), size) for size in sizes}  # no request has a slot yet
-        return [partial(self.recorded, shape, [first[shape.size]] * shape.rows) for shape in self.shapes]
+        """Enables the graphs from now on; the tasks capture them, which would delay a request."""
+        lengths = [length for length in LENGTHS if length <= self.cache.max_len] if self.uses_graphs else []
+        useful = [rows for rows in ROWS if rows < 4 * len(self.cache.lengths)]  # more slots than the next smaller one
+        self.shapes = [
+            Shape(rows, length)
+            for length in lengths
+            for rows in sorted({min(rows, MAX_TOKENS // length) for rows in useful})
+        ]
+        first = {length: _input_row(Prompt([0], 0, 0), length) for length in lengths}  # all slots are empty still
+        return [partial(self.graph, shape, [first[shape.length]] * shape.rows) for shape in self.shapes]
 
-    def recorded(self, shape: Shape, given: Lines) -> _Recorded:
-        """The graph of a shape. To record it is to read `given` once: what is about to be read into those slots."""
-        return self._graphs.of(shape, partial(_Recorded, self, given))
+    def graph(self, shape: Shape, inputs: Inputs) -> _PrefillGraph:
+        """The graph of a shape. Capturing runs it once with `inputs`: those of the prompts that follow."""
+        return self._graphs.get(shape, partial(_PrefillGraph, self, inputs))
 
-    def found(self, given: Tensor) -> Tensor:
-        """`given` (rows, size + 3) int64: of each prompt its ids, how many of them count, its slot and its adapter."""
-        ids, counts, slots, adapter_ids = given[:, :-3], given[:, -3], given[:, -2], given[:, -1]
-        own = adapter_ids if self.routing.served else None
-        over = self.cache.prompts(slots, counts)
-        hidden = self.model.hidden(ids, cache=over, adapter_ids=own)
-        last = hidden[torch.arange(len(ids), device=ids.device), counts - 1]  # (rows, d)
-        logits = self.model.infer_logits(last[:, None], Phase.DECODE, own)[
-            :, 0, : self.vocab_size
-        ]  # (rows, vocab_size)
-        finite = over.finite & last.isfinite().all(dim=1)
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, V) of `inputs` (B, T + 3) int64: the ids of each prompt, its length, slot and adapter id."""
+        ids, lengths, slots, adapter_ids = inputs[:, :-3], inputs[:, -3], inputs[:, -2], inputs[:, -1]
+        used_ids = adapter_ids if self.adapters.ids else None
+        view = self.cache.prefill(slots, lengths)
+        hidden = self.model.hidden(ids, cache=view, adapter_ids=used_ids)  # (B, T, d)
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]  # (B, d)
+        logits = self.model.infer_logits(last[:, None], Phase.DECODE, used_ids)[:, 0, : self.vocab_size]  # (B, V)
+        finite = view.finite & last.isfinite().all(dim=1)
         return logits.masked_fill(~finite[:, None], torch.nan)
 
 
-def _line(prompt: Prompt, size: int) -> list[int]:
-    """A row of what `found` is given."""
+def _input_row(prompt: Prompt, length: int) -> list[int]:
+    """A row of the inputs. The padding repeats the last token: masked values must be finite, since 0 * NaN is NaN."""
     count = len(prompt.ids)
-    more = [prompt.ids[-1]] * (size - count)  # whose numbers are finite if the prompt's are: 0 times NaN is NaN
-    return [*prompt.ids, *more, count, prompt.slot, prompt.number]
+    padding = [prompt.ids[-1]] * (length - count)
+    return [*prompt.ids, *padding, count, prompt.slot, prompt.adapter_id]
 
 
-class _Recorded:
-    """The reading of prompts of one shape as a CUDA graph."""
+class _PrefillGraph:
+    """The captured prefill of prompts of one shape."""
 
-    def __init__(self, prompts: PrefillGraphs, given: Lines, shape: Shape, pool: Any) -> None:
-        device = prompts.cache.keys.device
-        self._sent = torch.tensor(given).pin_memory()
-        self._given = self._sent.to(device)
-        self.graph, self._found = record(lambda: prompts.found(self._given), device, pool)
+    def __init__(self, owner: PrefillGraphs, inputs: Inputs, shape: Shape, pool: Any) -> None:
+        device = owner.cache.keys.device
+        self._pinned = torch.tensor(inputs).pin_memory()  # (B, T + 3)
+        self._inputs = self._pinned.to(device)
+        self.graph, self._logits = capture(lambda: owner.logits(self._inputs), device, pool)
 
-    def run(self, given: Lines) -> Tensor:
-        self._sent.copy_(torch.tensor(given))  # the prompts before were waited for, so nobody reads this any more
-        self._given.copy_(self._sent, non_blocking=True)
+    def run(self, inputs: Inputs) -> Tensor:
+        self._pinned.copy_(torch.tensor(inputs))  # the previous replay has finished: no copy reads the pinned memory
+        self._inputs.copy_(self._pinned, non_blocking=True)
         self.graph.replay()
-        return self._found
+        return self._logits

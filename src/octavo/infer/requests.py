@@ -1,13 +1,10 @@
-"""What is asked of an engine and what it answers: requests in, streams of tokens out, from any thread; its limits and
-counts.
-"""
+"""The interface types of the engine: requests, streams of tokens, limits and statistics."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 
@@ -15,19 +12,19 @@ from octavo.errors import OctavoError, UsageError
 from octavo.infer.generate import check_prompt
 from octavo.infer.sample import Sampling
 
-SEEDS = -(2**63), 2**64 - 1  # what PyTorch's generators take
+SEEDS = -(2**63), 2**64 - 1  # the range of PyTorch's generators
 
 
 class QueueFullError(OctavoError):
-    """More requests wait than the engine takes."""
+    """The queue of waiting requests is full."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from. `adapter` names one that the engine holds, None for the base.
+    """A prompt to continue. `adapter` is the name of a loaded adapter, None for the base model.
 
-    `logprobs`: with each token its log-probability and those of so many likeliest ones; None for none.
-    `prompt_logprobs`: the same for the prompt's tokens, in `Stream.prompt`.
+    `logprobs`: return the log-probability of each token and of the `logprobs` likeliest ones; None: return none.
+    `prompt_logprobs`: return them for the prompt's tokens too, in `Stream.prompt`.
     """
 
     prompt: tuple[int, ...]
@@ -38,7 +35,7 @@ class Request:
 
 
 def check_request(request: Request, *, context: int, vocab_size: int) -> None:
-    """UsageError for what would fail in the midst of a step, where others are at work too."""
+    """UsageError for a request that would fail within a step, together with other requests."""
     check_prompt(request.prompt, context)
     if wrong := [token for token in request.prompt if not 0 <= token < vocab_size]:
         raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {vocab_size - 1}.")
@@ -52,8 +49,9 @@ def check_request(request: Request, *, context: int, vocab_size: int) -> None:
 class Token:
     """One token of an answer. `text` may be empty while a character or a stop string is incomplete.
 
-    `finish_reason` comes with the last one: "stop" (end token, stop string), "length", "cancelled" or "error".
-    `logprob` and `top` (token id, log-probability; likeliest first) are natural logarithms before temperature.
+    The last token has a `finish_reason`: "stop" (stop id or stop string), "length", "cancelled" or "error"; the id of
+    the last two is -1. `logprob` and `top` (token id, log-probability; likeliest first) are natural logarithms of the
+    probabilities without temperature.
     """
 
     token_id: int
@@ -65,23 +63,23 @@ class Token:
 
 @dataclass
 class Stream:
-    """The answer to one request, read token by token from one thread while the engine writes from another.
+    """The answer to one request: one thread reads tokens while the engine's thread writes them.
 
-    `adapter` is what the request's adapter was when it was taken: the name may mean another one by now.
+    `adapter` is the request's adapter at submission: another adapter may have its name later.
     """
 
     request: Request
     adapter: ServedAdapter | None = None
-    first_token: float | None = None  # perf_counter() when it came
+    first_token: float | None = None  # perf_counter() when it was put
     prompt: tuple[Token, ...] = ()  # with `prompt_logprobs`: set before the first token; the first has no logprob
     error: str = ""
-    failure: Exception | None = None  # what `error` tells of
+    failure: Exception | None = None  # the exception of `error`
     _tokens: SimpleQueue[Token] = field(default_factory=SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _on_token: Callable[[], None] | None = None
 
     def __iter__(self) -> Iterator[Token]:
-        """The tokens as they come; ends after the one with a finish reason."""
+        """The tokens as they arrive; ends after the one with a finish reason."""
         while True:
             token = self._tokens.get()
             yield token
@@ -89,37 +87,37 @@ class Stream:
                 return
 
     def ready(self) -> list[Token]:
-        """The tokens that have come since the last call, without waiting."""
-        found = []
+        """The tokens that have arrived since the last call, without waiting."""
+        tokens = []
         while not self._tokens.empty():
-            found.append(self._tokens.get())
-        return found
+            tokens.append(self._tokens.get())
+        return tokens
 
     def next(self, timeout: float | None = None) -> Token:
-        """The next token; queue.Empty if none comes in `timeout` seconds."""
+        """The next token; queue.Empty if none arrives within `timeout` seconds."""
         return self._tokens.get(timeout=timeout)
 
     def put(self, token: Token) -> None:
-        """The engine's side."""
+        """Adds a token; called by the engine."""
         if self.first_token is None and token.token_id >= 0:
             self.first_token = perf_counter()
         self._tokens.put(token)
         if self._on_token is not None:
             try:
                 self._on_token()
-            except Exception:  # whoever listened is gone; the engine has others to serve
+            except Exception:  # the listener is gone; other requests must continue
                 self._on_token = None
                 self.cancel()
 
     def notify(self, on_token: Callable[[], None]) -> None:
-        """Has `on_token` called after each token that comes from now on, in the engine's thread: it must not block.
+        """Calls `on_token` after each token from now on, in the engine's thread: it must not block.
 
-        Whoever then takes what is there with `ready()` and waits for the call misses nothing.
+        A caller that then reads `ready()` once and waits for calls misses no token.
         """
         self._on_token = on_token
 
     def cancel(self) -> None:
-        """The engine frees the request's slot before its next step."""
+        """Ends the request: the engine frees its slot before the next step."""
         self._cancelled.set()
 
     @property
@@ -129,32 +127,31 @@ class Stream:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is taken at once: slots, positions of each (prompt and answer), prompt tokens a step, and how many requests
-    may wait beyond those that free slots will take. `deterministic`: no answer's bits depend on other requests, even
-    where a GPU decodes more than 32 of them at once.
+    """The size of the engine's cache, step and queue.
+
+    `deterministic`: no answer's bits depend on other requests, even if a GPU decodes more than 32 of them at once.
     """
 
-    slots: int = 8
-    max_len: int = 2048
-    chunk: int = 256
-    queue: int = 64
+    slots: int = 8  # requests at once
+    max_len: int = 2048  # tokens of a request: prompt and answer
+    chunk: int = 256  # prompt tokens of a step
+    queue: int = 64  # waiting requests, in addition to those that the next step admits to free slots
     deterministic: bool = False
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter that the engine holds. `sha256` is that of its tensors' file, `trained_on` its base's, if known."""
+    """A loaded adapter: SHA-256 of its tensor file, Unix time of loading, identity of the base it was trained on."""
 
     name: str
     sha256: str
-    folder: Path
     loaded_at: float
     trained_on: str | None = None
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Counts since the start, and what is taken now."""
+    """Counters since the start (*_total), limits, and current use."""
 
     slots: int
     queue_limit: int
@@ -167,6 +164,6 @@ class Stats:
     cancelled_total: int = 0
     failed_total: int = 0
     prompt_tokens_total: int = 0
-    reused_tokens_total: int = 0  # of prompts: found in a slot that began alike
+    reused_tokens_total: int = 0  # of prompts: copied from a slot with the same start
     generated_tokens_total: int = 0
     steps_total: int = 0

@@ -1,4 +1,7 @@
-"""From logits to the next token: pure functions. Legend: logits are (V,), float32; V the vocabulary."""
+"""From logits to the next token: pure functions.
+
+Legend: V the vocabulary; logits are (V,) float32 unless stated.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from torch import Tensor
 
 from octavo.errors import UsageError
 
-CANDIDATES = 512  # of the likeliest tokens, what is looked at first
-# Nothing is divided by less: a temperature of 1e-310 is 0 in float32, and 0 / 0 no number. By this one only the
-# likeliest tokens are left, as logits of float32 differ by more than 1e-7 or not at all.
-LEAST_TEMPERATURE = 1e-30
+CANDIDATES = 512  # the likeliest tokens that are copied to the CPU
+# The smallest divisor: a temperature of 1e-310 is 0 in float32, and 0 / 0 is NaN. With this one only the likeliest
+# tokens have a probability above 0, since different float32 logits differ by more than 1e-7.
+MIN_TEMPERATURE = 1e-30
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How continuations are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+    """How tokens are sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens."""
 
     temperature: float = 0.8
     top_k: int = 0
@@ -32,7 +35,7 @@ class Sampling:
     def __post_init__(self) -> None:
         wrong = [
             text
-            for text, fine in (
+            for text, valid in (
                 (f"temperature {self.temperature} (at least 0)", self.temperature >= 0),
                 (f"top-k {self.top_k} (at least 0)", self.top_k >= 0),
                 (f"top-p {self.top_p} (over 0, at most 1)", 0 < self.top_p <= 1),
@@ -40,14 +43,14 @@ class Sampling:
                 (f"max-new-tokens {self.max_new_tokens} (at least 1)", self.max_new_tokens >= 1),
                 ("an empty stop string", all(self.stop)),
             )
-            if not fine
+            if not valid
         ]
         if wrong:
             raise UsageError(f"Text cannot be generated with {', '.join(wrong)}.")
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens that occurred less likely: positive logits over the penalty, negative ones times it (CTRL)."""
+    """Repetition penalty (CTRL, arXiv 1909.05858): positive logits of `seen` ids / penalty, negative * penalty."""
     if penalty == 1.0:
         return logits
     scores = logits[seen]
@@ -55,49 +58,49 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the k largest become -inf."""
+    """Sets all but the k largest logits to -inf; with ties at the k-th, more remain."""
     if k <= 0 or k >= logits.numel():
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the likeliest tokens whose probabilities together reach p, at least one (arXiv 1904.09751)."""
+    """Nucleus sampling (arXiv 1904.09751): keeps the fewest likeliest tokens whose probabilities sum to p or more."""
     if p >= 1.0:
         return logits
-    ordered, places = logits.sort(descending=True)
+    ordered, ids = logits.sort(descending=True)
     probabilities = ordered.double().softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # what the tokens ahead of each already reach
-    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, places, before >= p), -torch.inf)
+    before = probabilities.cumsum(-1) - probabilities  # the sum over all likelier tokens
+    return logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, ids, before >= p), -torch.inf)
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, *, generator: torch.Generator) -> int:
-    """The next token's id. `seen` (n,) are the ids so far, prompt included."""
+    """The id of the next token. `seen` (n,) are the ids of prompt and answer so far."""
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits - logits.max()  # so that no temperature, however small, divides them to infinity
-    return _drawn_from_all(logits / max(sampling.temperature, LEAST_TEMPERATURE), sampling, generator)
+    logits = logits - logits.max()  # else a small temperature makes them infinite
+    return _sample_all(logits / max(sampling.temperature, MIN_TEMPERATURE), sampling, generator)
 
 
 def choose_rows(
     logits: Tensor, seen: Sequence[Sequence[int]], samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int | None]:
-    """`choose` for each row of logits (n, V); None where a row's numbers are not finite.
+    """`choose` for each row of logits (n, V); None for a row that is not finite.
 
-    The likeliest tokens of all rows are found and sent to the host at once. Nearly always they hold all that a rule
-    keeps; where they do not, the row is drawn from as a whole.
+    The likeliest tokens of all rows are copied to the CPU at once. Nearly always they include all tokens that top-k
+    and top-p keep; if not, the row is sampled from all of its logits.
     """
     scaled = logits.float()
     for row, (past, sampling) in enumerate(zip(seen, samplings, strict=True)):
         if sampling.repetition_penalty != 1:
-            said = torch.tensor(past, dtype=torch.long, device=scaled.device)
-            own = penalise(scaled[row], said, sampling.repetition_penalty)
-            scaled = scaled.index_copy(0, torch.tensor([row], device=scaled.device), own[None])
-    divisors = [max(sampling.temperature, LEAST_TEMPERATURE) if sampling.temperature else 1.0 for sampling in samplings]
+            past_ids = torch.tensor(past, dtype=torch.long, device=scaled.device)
+            penalised = penalise(scaled[row], past_ids, sampling.repetition_penalty)  # (V,)
+            scaled = scaled.index_copy(0, torch.tensor([row], device=scaled.device), penalised[None])
+    divisors = [max(sampling.temperature, MIN_TEMPERATURE) if sampling.temperature else 1.0 for sampling in samplings]
     temperatures = torch.tensor(divisors, dtype=torch.float64)
     scaled = (scaled - scaled.amax(dim=1, keepdim=True)) / temperatures.to(scaled.device, scaled.dtype)[:, None]
-    values, ids = scaled.topk(min(CANDIDATES, scaled.shape[1]), dim=1)
+    values, ids = scaled.topk(min(CANDIDATES, scaled.shape[1]), dim=1)  # (n, candidates) each
     values, ids, totals = values.double().cpu(), ids.cpu(), scaled.double().exp().sum(dim=1).tolist()
     tokens: list[int | None] = []
     for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
@@ -106,25 +109,28 @@ def choose_rows(
         elif sampling.temperature == 0:
             tokens.append(int(ids[row, 0]))
         else:
-            reached = _reached(values[row], totals[row], sampling, complete=len(values[row]) == scaled.shape[1])
-            if reached is None:
-                tokens.append(_drawn_from_all(scaled[row], sampling, generator))
+            distribution = _distribution(
+                values[row], totals[row], sampling, complete=len(values[row]) == scaled.shape[1]
+            )
+            if distribution is None:
+                tokens.append(_sample_all(scaled[row], sampling, generator))
             else:
-                tokens.append(int(ids[row, _drawn(reached, generator)]))
+                tokens.append(int(ids[row, _sample_index(distribution, generator)]))
     return tokens
 
 
-def _drawn_from_all(scaled: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token by all logits (V,), over their temperature already."""
+def _sample_all(scaled: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Samples from all logits (V,), which are divided by the temperature already."""
     ordered, ids = keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p).sort(descending=True, stable=True)
-    kept = ordered[ordered > -torch.inf].double()
-    return int(ids[_drawn(kept.softmax(-1).cumsum(-1).cpu(), generator)])
+    remaining = ordered[ordered > -torch.inf].double()
+    return int(ids[_sample_index(remaining.softmax(-1).cumsum(-1).cpu(), generator)])
 
 
-def _reached(values: Tensor, total: float, sampling: Sampling, *, complete: bool) -> Tensor | None:
-    """What the kept of the likeliest logits (n,), likeliest first, reach in sum; None if there may be more to keep.
+def _distribution(values: Tensor, total: float, sampling: Sampling, *, complete: bool) -> Tensor | None:
+    """The cumulative probabilities (n,) of the tokens that top-k and top-p keep, the likeliest first.
 
-    `total` is the sum of exp over all logits.
+    `values` are the largest logits in descending order, all of them if `complete`; `total` is the sum of exp over all
+    logits. None if more tokens than these may have to be kept.
     """
     k = sampling.top_k
     if 0 < k < len(values):
@@ -133,19 +139,19 @@ def _reached(values: Tensor, total: float, sampling: Sampling, *, complete: bool
         total = float(values.exp().sum())
     elif k > 0 and not complete:
         return None
-    shares = values.exp() / total
-    reached = shares.cumsum(0)
+    probabilities = values.exp() / total
+    cumulative = probabilities.cumsum(0)
     if sampling.top_p < 1:
-        kept = int((reached - shares < sampling.top_p).sum())
-        if kept == len(reached) and not complete:
+        count = int((cumulative - probabilities < sampling.top_p).sum())
+        if count == len(cumulative) and not complete:
             return None
-        reached = reached[: max(kept, 1)]
+        cumulative = cumulative[: max(count, 1)]
     elif not complete:
         return None
-    return reached / reached[-1]
+    return cumulative / cumulative[-1]
 
 
-def _drawn(reached: Tensor, generator: torch.Generator) -> int:
-    """A place, by a number drawn evenly from 0 to 1. `reached` (n,) ends at 1."""
-    number = torch.rand((), dtype=torch.float64, generator=generator)
-    return min(int(torch.searchsorted(reached, number, right=True)), len(reached) - 1)
+def _sample_index(cumulative: Tensor, generator: torch.Generator) -> int:
+    """An index, by inverse transform sampling from cumulative probabilities (n,)."""
+    uniform = torch.rand((), dtype=torch.float64, generator=generator)
+    return min(int(torch.searchsorted(cumulative, uniform, right=True)), len(cumulative) - 1)

@@ -1,10 +1,10 @@
-"""The key/value cache of generation: room for a known number of positions, taken once.
+"""The key/value cache of inference, allocated once for a fixed number of positions.
 
-A cache is asked for the next T positions of its rows and gives a `Pass`: where they stand, and attention over what
-is held and what is new.
+`cache.next(T)` gives a view for T new positions of every row: their indices, and attention over the stored and the new
+keys and values.
 
-Legend: L blocks, B rows of a batch, T new positions, S positions of room, H query heads, G key/value heads, D the
-size of a head.
+Legend: L blocks, B rows of a batch, T new positions, S positions allocated (max_len), H query heads, G key/value heads,
+D the size of a head.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from octavo.ops.tiles import Phase
 
 
 class CacheView(Protocol):
-    """New positions on their way through the blocks."""
+    """The new positions of one forward pass."""
 
     @property
     def phase(self) -> Phase:
-        """Whether they are positions of prompts, or one new token of each row."""
+        """Prefill of prompts, or decode of one new token for each row."""
         ...
 
     @property
     def positions(self) -> Tensor:
-        """(B, T)."""
+        """(B or 1, T) int64."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k and v (B, T, G, D) of one block; q (B, T, H, D) looks at all up to itself. Returns q's shape."""
+        """Stores k, v (B, T, G, D) of one block; causal attention of q (B, T, H, D) over all of a row: (B, T, H, D)."""
         ...
 
     def finish(self) -> None:
-        """Counts the positions as held, once all blocks have stored theirs."""
+        """Adds the positions to the cache's length, after all blocks have stored them."""
         ...
 
 
 class Cache(Protocol):
-    """What a model reads over."""
+    """A cache that a model's forward pass uses."""
 
     def next(self, count: int) -> CacheView: ...
 
 
 class KeyValueCache:
-    """Rows of one length: keys and values of every block, (L, B, S, G, D) each. `length` positions are filled."""
+    """Rows of equal length: keys and values of every block, (L, B, S, G, D) each. `length` positions are stored."""
 
     def __init__(self, layers: int, *, batch: int, max_len: int, **shape: Any) -> None:
         self.keys, self.values = _empty_cache(torch.empty, layers, batch, max_len, **shape)
@@ -57,21 +57,21 @@ class KeyValueCache:
 
     def next(self, count: int) -> CacheView:
         phase = Phase.DECODE if self.length and count == 1 else Phase.PREFILL
-        return AppendView(self.keys, self.values, self.length, count, self._filled, phase)
+        return AppendView(self.keys, self.values, self.length, count, self._set_length, phase)
 
-    def _filled(self, length: int) -> None:
+    def _set_length(self, length: int) -> None:
         self.length = length
 
 
 class SlotCache:
-    """Many requests at once: a slot of `max_len` positions for each, (L, slots, S, G, D), taken once.
+    """Many requests at once: a slot of `max_len` positions for each, (L, slots, S, G, D).
 
-    `lengths` are the filled positions of each slot. A prompt is read through `slot`, several short ones at once
-    through `prompts`, single tokens of the first slots through `step`.
+    `lengths` are the stored positions of each slot. `slot` is the cache of one slot, `prefill` of several prompts in
+    empty slots, `decode` of one token in each of the first slots.
     """
 
     def __init__(self, layers: int, *, slots: int, max_len: int, **shape: Any) -> None:
-        # Masked places are multiplied by 0, so nothing there may be NaN.
+        # Attention multiplies masked values by 0, so none may be NaN.
         self.keys, self.values = _empty_cache(torch.zeros, layers, slots, max_len, **shape)
         self.max_len = max_len
         self.lengths = [0] * slots
@@ -80,70 +80,73 @@ class SlotCache:
         """One slot as the cache of a batch of one row."""
         return Slot(self, number)
 
-    def prompts(self, slots: Tensor, counts: Tensor) -> PrefillView:
-        """Empty slots (B,), for a prompt of `counts` (B,) tokens each; both int64 on the cache's device."""
-        return PrefillView(self, slots, counts)
+    def prefill(self, slots: Tensor, lengths: Tensor) -> PrefillView:
+        """Prompts of `lengths` (B,) tokens in the empty slots `slots` (B,); both int64 on the cache's device."""
+        return PrefillView(self, slots, lengths)
 
-    def step(self, lengths: Tensor, longest: int, phase: Phase = Phase.DECODE) -> DecodeView:
-        """The first slots, for one new token each: `lengths` (B,) int64 on the cache's device, -1 for an idle one."""
+    def decode(self, lengths: Tensor, longest: int, phase: Phase = Phase.DECODE) -> DecodeView:
+        """One new token in each of the first slots: `lengths` (B,) int64 on the cache's device, -1 for an idle slot.
+
+        `longest` is an upper bound of the lengths.
+        """
         return DecodeView(self, lengths, longest, phase)
 
     def copy_(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of one slot into another, which then has that length."""
+        """Copies the first `length` positions of one slot to another and sets its length."""
         if source != target:
             self.keys[:, target, :length] = self.keys[:, source, :length]
             self.values[:, target, :length] = self.values[:, source, :length]
         self.lengths[target] = length
 
     def keys_finite(self, slot: int, count: int) -> Tensor:
-        """Whether the last `count` keys of a slot are finite: attention without a mask may make zeros of NaN keys."""
-        held = self.lengths[slot]
-        return self.keys[:, slot, held - count : held].isfinite().all()
+        """Whether the last `count` keys of a slot are finite: the output of attention may be finite with NaN keys."""
+        end = self.lengths[slot]
+        return self.keys[:, slot, end - count : end].isfinite().all()
 
     def clear_(self, slot: int) -> None:
-        """Empties a slot and writes zeros over all of it."""
+        """Empties a slot and overwrites it with zeros."""
         self.keys[:, slot], self.values[:, slot] = 0, 0
         self.lengths[slot] = 0
 
 
 class Slot:
-    """One slot, to read any number of tokens into."""
+    """One slot, for any number of new tokens."""
 
     def __init__(self, cache: SlotCache, number: int) -> None:
         self.cache, self.number = cache, number
 
     def next(self, count: int) -> CacheView:
-        own = slice(self.number, self.number + 1)
-        held = self.cache.lengths[self.number]
-        return AppendView(self.cache.keys[:, own], self.cache.values[:, own], held, count, self._filled, Phase.PREFILL)
+        row = slice(self.number, self.number + 1)
+        keys, values = self.cache.keys[:, row], self.cache.values[:, row]  # (L, 1, S, G, D)
+        return AppendView(keys, values, self.cache.lengths[self.number], count, self._set_length, Phase.PREFILL)
 
-    def _filled(self, length: int) -> None:
+    def _set_length(self, length: int) -> None:
         self.cache.lengths[self.number] = length
 
 
 class PrefillView:
-    """Whole prompts, each into an empty slot, filled up behind its end to the T positions that all of them take.
+    """Entire prompts in empty slots, padded at their end to T positions; the padding is stored as zeros.
 
-    All that differs from call to call is in tensors, as in `Step`. `finite` (B,) tells whether every block's keys of
-    a prompt are: a kernel may make zeros of NaN keys. Behind a prompt's end zeros are stored.
+    All that changes from call to call is in tensors, so that a pass can be one CUDA graph. `finite` (B,) is whether all
+    keys of a prompt are finite: a kernel's output may be finite with NaN keys.
     """
 
     phase = Phase.PREFILL
 
-    def __init__(self, cache: SlotCache, slots: Tensor, counts: Tensor) -> None:
-        self.cache, self.slots, self.counts = cache, slots, counts
+    def __init__(self, cache: SlotCache, slots: Tensor, lengths: Tensor) -> None:
+        self.cache, self.slots, self.lengths = cache, slots, lengths
         self.finite = torch.ones_like(slots, dtype=torch.bool)
         self._starts = torch.zeros_like(slots)
 
     def next(self, count: int) -> CacheView:
-        self.positions = torch.arange(count, device=self.slots.device)[None]
-        self._behind = (self.positions >= self.counts[:, None])[:, :, None, None]
+        self.positions = torch.arange(count, device=self.slots.device)[None]  # (1, T)
+        self._padding = (self.positions >= self.lengths[:, None])[:, :, None, None]  # (B, T, 1, 1)
         return self
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for store, new in ((self.cache.keys, k), (self.cache.values, v)):
-            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, new.masked_fill(self._behind, 0))
-        self.finite &= (k.isfinite() | self._behind).flatten(1).all(dim=1)
+            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, new.masked_fill(self._padding, 0))
+        self.finite &= (k.isfinite() | self._padding).flatten(1).all(dim=1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         return prefill_attention(q, keys, values, self._starts, self.slots)
 
@@ -152,10 +155,10 @@ class PrefillView:
 
 
 class DecodeView:
-    """One new token for each of the first slots, each at a length of its own.
+    """One new token for each of the first slots, which have different lengths.
 
-    All that differs from step to step is in tensors, so that a step can be one CUDA graph; whoever takes the step
-    counts up the cache's own lengths.
+    All that changes from step to step is in tensors, so that a step can be one CUDA graph; the caller increments
+    `SlotCache.lengths`.
     """
 
     def __init__(self, cache: SlotCache, lengths: Tensor, longest: int, phase: Phase) -> None:
@@ -171,27 +174,28 @@ class DecodeView:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.lengths)
-        held = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]
-        return decode_attention(q[:, 0], k[:, 0], v[:, 0], *held, self.lengths, self.longest)[:, None]
+        stored = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]  # (B, S, G, D) each
+        return decode_attention(q[:, 0], k[:, 0], v[:, 0], *stored, self.lengths, self.longest)[:, None]
 
     def finish(self) -> None:
         return
 
 
 class AppendView:
-    """`count` new positions behind `start` held ones, the same for all rows."""
+    """`count` new positions after `start` stored ones, the same for all rows."""
 
     def __init__(
-        self, keys: Tensor, values: Tensor, start: int, count: int, filled: Callable[[int], None], phase: Phase
+        self, keys: Tensor, values: Tensor, start: int, count: int, set_length: Callable[[int], None], phase: Phase
     ) -> None:
         self.end = start + count
-        assert self.end <= keys.shape[2], f"{self.end} positions in a cache with room for {keys.shape[2]}"
-        self.keys, self.values, self.start, self.filled, self.phase = keys, values, start, filled, phase
+        assert self.end <= keys.shape[2], f"{self.end} positions in a cache of {keys.shape[2]}"
+        self.keys, self.values, self.start, self.phase = keys, values, start, phase
+        self._set_length = set_length
         self.positions = torch.arange(start, self.end, device=keys.device)[None]
         self._starts = torch.full((keys.shape[1],), start, device=keys.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]  # (B, S, G, D) each
         if self.phase is Phase.DECODE:
             return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start)[:, None]
         keys[:, self.start : self.end] = k
@@ -199,7 +203,7 @@ class AppendView:
         return prefill_attention(q, keys, values, self._starts)
 
     def finish(self) -> None:
-        self.filled(self.end)
+        self._set_length(self.end)
 
 
 def _empty_cache(

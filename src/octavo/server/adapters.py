@@ -138,7 +138,7 @@ class AdapterManager:
             raise ApiError(409, message, code="adapters_full")
         try:
             folder = self._directory.find(path)
-            served = self._engine.load_adapter(name, folder)
+            served = self._engine.load_adapter(name, peft.read(folder))
         except AdapterError as error:
             raise bad_request(self._directory.error_text(error), code="adapter_refused", param="lora_path") from error
         except BROKEN_FILE_ERRORS as error:

@@ -19,6 +19,7 @@ from octavo.reporting import Report
 from octavo.runs.adapter import adapter_folder
 from octavo.server.addresses import is_loopback
 from octavo.server.requests import ADAPTER_NAME
+from octavo.store import peft
 from octavo.store.sources import fingerprint
 
 KEY_VARIABLE = "OCTAVO_API_KEY"
@@ -123,7 +124,7 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
     for name, folder in adapters.items():
         try:
             folder = adapter_folder(folder, say=report.say, warn=report.warn)
-            served = engine.load_adapter(name, folder, allow_pickle=model_options.allow_pickle)
+            served = engine.load_adapter(name, peft.read(folder, allow_pickle=model_options.allow_pickle))
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
         if served.trained_on not in (None, engine.base_sha256):

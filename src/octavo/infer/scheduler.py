@@ -1,0 +1,217 @@
+"""Continuous batching: the requests in the slots of one cache, and what a step computes of them.
+
+A step prefills up to one chunk of the oldest waiting prompts, then decodes one token of every running request.
+Requests join and leave between steps. Running requests have slots 0, 1, .. without gaps, so that their part of the
+cache is one view; the requests in prefill have the slots after them.
+
+On a GPU a decode step is launched before the tokens of the previous one are put into the streams, if it is certain
+that the next step is of the same requests. If a request then ends at a stop string, its part of the result is
+discarded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from octavo.errors import ModelError
+from octavo.infer.active import ActiveRequest, next_tokens
+from octavo.infer.decoding import DecodeRunner, StepOutput, step_output
+from octavo.infer.generate import TextStream
+from octavo.infer.logprobs import token_with_logprobs
+from octavo.infer.prefill import Prefiller
+from octavo.infer.requests import Limits, Token
+from octavo.infer.slots import Slots
+from octavo.infer.waiting import WaitingQueue
+from octavo.layers.multi_lora import ServedAdapters
+from octavo.models import Decoder
+from octavo.ops import tiles
+from octavo.ops.tiles import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Scheduler:
+    """Takes requests from `queue` into slots and computes them step by step. One thread at a time may call it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: PreTrainedTokenizerFast,
+        queue: WaitingQueue,
+        limits: Limits,
+        stop_ids: frozenset[int],
+    ) -> None:
+        self.tokenizer, self.queue, self.limits, self.stop_ids = tokenizer, queue, limits, stop_ids
+        self.vocab_size = min(len(tokenizer), model.config.vocabulary)
+        self.slots = Slots(model.new_slots(slots=limits.slots, max_len=limits.max_len))
+        self.adapters = ServedAdapters()
+        self.decoder = DecodeRunner(
+            model, self.slots.cache, self.adapters, self.vocab_size, deterministic=limits.deterministic
+        )
+        self.prefiller = Prefiller(model, tokenizer, self.slots, self.adapters, self.vocab_size)
+        self.running: list[ActiveRequest] = []  # in the order of their slots
+        self._in_flight: list[ActiveRequest] = []  # those of the launched decode step
+
+    @property
+    def active(self) -> list[ActiveRequest]:
+        """All requests that have a slot, in the order of the slots."""
+        return [*self.running, *self.prefiller.active]
+
+    def step(self) -> None:
+        """Prefills up to one chunk of prompt tokens, then decodes one token of every running request."""
+        self._drop_cancelled()
+        if not self._in_flight:
+            self._prefill()
+            self._launch()
+        if self._in_flight:
+            self._decode()
+        self.queue.count("steps_total")
+
+    def fail(self, error: Exception) -> None:
+        """Ends every request that has a slot with the error. Waiting requests stay in the queue."""
+        for active in self.active:
+            if not active.finished:
+                self._fail_request(active, error)
+        self.running, self.prefiller.active, self._in_flight = [], [], []
+        self.slots.invalidate()
+
+    def _prefill(self) -> None:
+        """Prefills up to one chunk of tokens; every pass over the model counts as at least a quarter of a chunk."""
+        left = max(self.limits.chunk, tiles.PREFILL_TILE)
+        while left >= tiles.PREFILL_TILE:
+            self._admit()
+            if not self.prefiller.active:
+                return
+            count, logits = self.prefiller.step(len(self.running), left)
+            left -= max(count, self.limits.chunk // 4)
+            if logits is not None:
+                prefilled, self.prefiller.active = self.prefiller.active, []
+                self.running += prefilled
+                self._add_tokens(prefilled, step_output(logits, len(prefilled)))
+
+    def _admit(self) -> None:
+        """Moves the oldest waiting requests into free slots: one, or as many as one CUDA graph prefills."""
+        while (slot := len(self.active)) < self.limits.slots:
+            stream = self.queue.take(self.prefiller.accepts)
+            if stream is None:
+                return
+            request = stream.request
+            limit = min(request.sampling.max_new_tokens, self.limits.max_len - len(request.prompt))
+            active = ActiveRequest(
+                stream, limit, TextStream(self.tokenizer, request.sampling.stop),
+                torch.Generator().manual_seed(request.sampling.seed), list(request.prompt),
+            )  # fmt: skip
+            self.prefiller.add(active, slot)
+            self.queue.count("prompt_tokens_total", len(active.ids))
+            self.queue.count("reused_tokens_total", active.cached)
+
+    def _launch(self) -> None:
+        """Launches a decode step over the last token of every running request; `_decode` waits for its result."""
+        if not self.running:
+            return
+        tokens = [active.ids[active.cached] for active in self.running]
+        self.decoder.launch(tokens, [self.prefiller.adapter_id(active) for active in self.running])
+        for slot, (active, token) in enumerate(zip(self.running, tokens, strict=True)):
+            active.cached += 1
+            self.slots.append(slot, [token], Phase.DECODE)
+        self._in_flight = list(self.running)
+
+    def _decode(self) -> None:
+        """One new token of every request of the launched step."""
+        in_flight, self._in_flight = self._in_flight, []
+        self._add_tokens(in_flight, self.decoder.result(), launch_next=self.decoder.launches_ahead)
+
+    def _add_tokens(self, requests: list[ActiveRequest], output: StepOutput, *, launch_next: bool = False) -> None:
+        """Selects the next token of every request by its row of the logits, and puts it into the stream.
+
+        With `launch_next` the next step is launched before that, if it is certain to be needed.
+        """
+        tokens = next_tokens(requests, output)
+        for active, token in zip(requests, tokens, strict=True):
+            if token is not None:
+                active.ids.append(token)
+        if launch_next and None not in tokens and self._same_requests_continue():
+            self._launch()
+        for row, (active, token) in enumerate(zip(requests, tokens, strict=True)):
+            if active.finished:  # cancelled, or ended while its next step was in flight
+                continue
+            if token is None:  # the fault of this request alone: an extreme penalty, an adapter with NaN
+                self._fail_request(active, _not_finite())
+            else:
+                logprobs = active.stream.request.logprobs
+                self._emit(active, token_with_logprobs(token, output.logits[row], logprobs))
+        self._remove_finished()
+
+    def _same_requests_continue(self) -> bool:
+        """Whether the next step is certain to be of the same requests, without prefill."""
+        joins = len(self.queue) and len(self.running) < self.limits.slots
+        return (
+            not joins
+            and not self.prefiller.active
+            and all(active.needs_next_step(self.stop_ids) for active in self.running)
+        )
+
+    def _emit(self, active: ActiveRequest, token: Token) -> None:
+        """Puts a token into the request's stream, with its text and, if it is the last one, the finish reason."""
+        reason: str | None = None
+        if token.token_id in self.stop_ids:
+            text, reason = active.text.finish(), "stop"
+        else:
+            text, stopped = active.text.push(token.token_id)
+            if stopped:
+                reason = "stop"
+            elif active.generated == active.limit:
+                text, reason = text + active.text.finish(), "length"
+        self.queue.count("generated_tokens_total")
+        active.stream.put(replace(token, text=text, finish_reason=reason))
+        if reason is not None:
+            active.finished = True
+            self.queue.count("finished_total")
+
+    def _remove_finished(self) -> None:
+        """Frees the slots of finished requests. A step in flight still writes to them, before the copies here."""
+        for slot in reversed(range(len(self.running))):
+            if self.running[slot].finished:
+                self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        """Frees a running request's slot: moves the last running request into it, and those in prefill down by one."""
+        last = len(self.running) - 1
+        if self.running[slot].stream.error:
+            self.slots.clear(slot)
+        self.running[slot] = self.running[last]
+        self.running.pop()
+        self.slots.move(last, slot)
+        for target in range(last, last + len(self.prefiller.active)):
+            self.slots.move(target + 1, target)
+
+    def _drop_cancelled(self) -> None:
+        dropped = self.queue.take_cancelled()
+        for active in self.active:
+            if active.stream.cancelled:
+                dropped.append(active.stream)
+                active.finished = True
+        self.prefiller.active = [active for active in self.prefiller.active if not active.finished]
+        self._remove_finished()
+        for stream in dropped:
+            stream.put(Token(-1, "", "cancelled"))
+        self.queue.count("cancelled_total", len(dropped))
+
+    def _fail_request(self, active: ActiveRequest, error: Exception) -> None:
+        """Ends one request with an error."""
+        active.finished = True
+        active.stream.failure = error
+        active.stream.error = f"{type(error).__name__}: {error}"
+        self.queue.count("failed_total")
+        active.stream.put(Token(-1, "", "error"))
+
+
+def _not_finite() -> ModelError:
+    return ModelError(
+        "The model's logits are not finite.",
+        hint="Is the repetition penalty extreme? If an adapter is used, did its training diverge?",
+    )
