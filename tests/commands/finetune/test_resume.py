@@ -25,6 +25,7 @@ from octavo.config.commands import SERVE
 from octavo.errors import CheckpointError, TrainingError
 from octavo.reporting import Report
 from octavo.server.serve import adapter_folders, open_engine
+from octavo.store import peft
 from octavo.store.files import lock
 
 Octavo = Callable[..., Any]
@@ -445,6 +446,6 @@ def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, st
     config = Config.read(SERVE, {**options, "adapter": [f"{key}={name}" for key, name in served.items()]}, shown=str)
     with Report(console=False) as report:
         engine = open_engine(config, report, adapters=adapter_folders(config[ServeOptions]))
-    assert {key: adapter.folder for key, adapter in engine.adapters().items()} == {
-        key: named[name] for key, name in served.items()
+    assert {key: adapter.sha256 for key, adapter in engine.adapters().items()} == {
+        key: peft.read(named[name]).sha256 for key, name in served.items()
     }
