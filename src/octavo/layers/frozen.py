@@ -89,7 +89,7 @@ class FrozenMatrix(nn.Module):
         return self.parts[part].narrow(0, self._offsets[part][name], length)
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(matrix (N, K) in `dtype`, row scale (N,) or None): what `frozen_linear` multiplies with."""
+        """(matrix (N, K) in `dtype`, row scale (N,) or None), the operands of `frozen_linear`."""
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]
         if len(shapes) == 1 or all(self.scheme.joins(shape) for shape in shapes):
             return self.scheme.unpack(self.parts, self.shape, dtype)
@@ -129,11 +129,11 @@ class FrozenMatrix(nn.Module):
         return made.codes, made.scale * INT8_LEVELS
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (any shape) in the compute type, (*ids.shape, K); the table itself is not dequantised."""
+        """Rows `ids` (any shape) in the compute type, (*ids.shape, K); only these rows are dequantized."""
         return self.scheme.rows(self.parts, self.shape, ids, self.dtype)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        # Parts are no buffers, since .to(dtype) must never touch codes and scales; .to(device) must move them.
+        # Parts are not buffers: .to(dtype) must not convert quantized values and scales, .to(device) must move them.
         for part, tensor in self.parts.items():
             moved = fn(tensor)
             self.parts[part] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -165,7 +165,7 @@ class LoraPair(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + b + low-rank pairs, with W frozen. `bias` names the outputs that have one, in one run."""
+    """y = x W^T + b + LoRA, with W frozen. `bias` names the outputs that have one; their rows are contiguous."""
 
     def __init__(self, matrix: FrozenMatrix, *, bias: Collection[str] = ()) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class FrozenLinear(nn.Module):
             sizes = [matrix.outputs[name] for name in self.bias_names]
             self.bias_start = matrix.starts[self.bias_names[0]]
             end = matrix.starts[self.bias_names[-1]] + sizes[-1]
-            assert end - self.bias_start == sum(sizes), "outputs with a bias must stand in one run"
+            assert end - self.bias_start == sum(sizes), "the rows of outputs with a bias must be contiguous (one run)"
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.lora = nn.ModuleDict()
         self.dropout = 0.0
@@ -190,13 +190,13 @@ class FrozenLinear(nn.Module):
         return self.bias.detach().narrow(0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name])
 
     def low_rank(self) -> tuple[LoraSlice, ...]:
-        """The pairs, with the rows that they are for."""
-        pairs = []
-        for name, pair in self.lora.items():
-            assert isinstance(pair, LoraPair)
+        """The LoRA of every name, with the rows of the name."""
+        slices = []
+        for name, lora in self.lora.items():
+            assert isinstance(lora, LoraPair)
             start = self.matrix.starts[name]
-            pairs.append(LoraSlice(start, start + self.matrix.outputs[name], pair.a, pair.b, pair.scaling))
-        return tuple(pairs)
+            slices.append(LoraSlice(start, start + self.matrix.outputs[name], lora.a, lora.b, lora.scaling))
+        return tuple(slices)
 
     def spec(self, matmul8: Matmul8 | None = None) -> LinearSpec:
         """This layer as a matmul reads it: in 8 bits if `matmul8` is given, with LoRA dropout in training."""
@@ -220,14 +220,14 @@ class FrozenLinear(nn.Module):
 
     def reference(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The reference of `forward`: one matmul after the other (ops/linear.py)."""
-        pairs = self.low_rank()
-        dropping = bool(pairs) and self.training and self.dropout > 0
+        lora = self.low_rank()
+        dropping = bool(lora) and self.training and self.dropout > 0
         y = frozen_linear(
             x,
             self.matrix.unpack,
             bias=self.bias,
             bias_start=self.bias_start,
-            lora=pairs,
+            lora=lora,
             dropped=F.dropout(x, self.dropout) if dropping else None,
         )
         return y if residual is None else residual + y
@@ -236,7 +236,7 @@ class FrozenLinear(nn.Module):
         self, x: Tensor, *, phase: Phase, adapter_ids: Tensor | None = None, residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
-        """(B, T, K) -> (B, T, N) in `dtype`, x's own if left out, plus `residual`.
+        """(B, T, K) -> (B, T, N) in `dtype`, by default that of x, plus `residual`.
 
         `adapter_ids` (B,) says which served adapter each sequence takes, 0 none. No gradient flows. A row's bits depend
         neither on B nor on T (ops/tiles.py).
@@ -244,8 +244,8 @@ class FrozenLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # (M, K)
         lora = None
         if self.bank is not None and adapter_ids is not None:
-            each = adapter_ids.repeat_interleave(x.shape[1]) if x.shape[1] > 1 else adapter_ids
-            lora = self.bank.lora(rows, each, phase)
+            row_ids = adapter_ids.repeat_interleave(x.shape[1]) if x.shape[1] > 1 else adapter_ids  # (M,)
+            lora = self.bank.lora(rows, row_ids, phase)
         weight, absmax = self.matrix.stored(x.dtype)
         y = inference.matmul(
             rows,
@@ -258,47 +258,47 @@ class FrozenLinear(nn.Module):
             residual=None if residual is None else residual.reshape(len(rows), -1),
             dtype=dtype,
         )
-        for pair in self.low_rank():
-            inner = inference.matmul(rows, pair.a.to(x.dtype), phase=phase, dtype=torch.float32) * pair.scaling
-            y[:, pair.start : pair.stop] += inference.matmul(
-                inner.to(x.dtype), pair.b.to(x.dtype), phase=phase, dtype=dtype
+        for part in self.low_rank():
+            t = inference.matmul(rows, part.a.to(x.dtype), phase=phase, dtype=torch.float32) * part.scaling  # (M, r)
+            y[:, part.start : part.stop] += inference.matmul(
+                t.to(x.dtype), part.b.to(x.dtype), phase=phase, dtype=dtype
             )
         return y.view(*x.shape[:-1], -1)
 
     @property
     def trained(self) -> bool:
-        """Whether anything here takes a gradient."""
+        """Whether any parameter requires a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
 
 class FrozenEmbedding(nn.Module):
-    """Rows of a frozen table, plus a low-rank pair: row i + scaling * B A[:, i]. A is (r, V), B is (K, r)."""
+    """Rows of a frozen embedding plus LoRA: row i + scaling * B A[:, i]. A is (r, V), B is (K, r)."""
 
     def __init__(self, matrix: FrozenMatrix) -> None:
         super().__init__()
         assert len(matrix.outputs) == 1
         self.matrix = matrix
         self.lora = nn.ModuleDict()
-        self.dropout = 0.0  # PEFT applies none to an embedding, and neither does octavo
+        self.dropout = 0.0  # embeddings have none, as in PEFT
         self.bank: AdapterBank | None = None
 
     def forward(self, ids: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, K) in the compute type; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
         x = self.matrix.rows(ids)
-        for pair in self.lora.values():
-            assert isinstance(pair, LoraPair)
-            x = x + self._added(ids, pair, x.dtype)
+        for lora in self.lora.values():
+            assert isinstance(lora, LoraPair)
+            x = x + self._lora_term(ids, lora, x.dtype)
         if self.bank is not None and adapter_ids is not None:
             self.bank.add_rows_(x, ids, adapter_ids)
         return x
 
-    def _added(self, ids: Tensor, pair: LoraPair, dtype: torch.dtype) -> Tensor:
-        inner = F.embedding(ids, pair.a.T).to(dtype)
-        return (inner @ pair.b.T.to(dtype)) * pair.scaling
+    def _lora_term(self, ids: Tensor, lora: LoraPair, dtype: torch.dtype) -> Tensor:
+        t = F.embedding(ids, lora.a.T).to(dtype)  # (B, T, r)
+        return (t @ lora.b.T.to(dtype)) * lora.scaling
 
 
 def _sums(counts: list[int]) -> list[int]:
-    """Where each run starts when runs of these lengths stand end to end."""
+    """The exclusive cumulative sum: the first row of every name."""
     return [sum(counts[:i]) for i in range(len(counts))]
 
 

@@ -1,8 +1,8 @@
-"""Low-rank pairs on a frozen model, and everything trained laid out in flat buffers.
+"""LoRA on a frozen model, and all trained parameters in flat buffers.
 
-`attach_` puts a pair on each named linear (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732), `flatten_` moves all
-trained numbers into one buffer for each weight-decay group, so that the optimizer is one kernel on one tensor,
-`merged_rows` is a weight with its pair added.
+`attach_` adds new LoRA matrices to a linear or embedding (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732), `flatten_` moves
+all trained parameters into one buffer for each weight-decay group, so that the optimizer is one kernel on one tensor,
+`merged_rows` is a weight with its LoRA added.
 
 Legend: r the rank, K inputs and N outputs of a linear, V and d the shape of an embedding.
 """
@@ -25,7 +25,7 @@ MAX_ALPHA = 1e6  # bounds the scaling: B A x times it must not overflow float32
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """How pairs are made. The term is alpha / r times B A x, or alpha / sqrt(r) with `rslora`."""
+    """The settings of LoRA. Its term is alpha / r times B A x, or alpha / sqrt(r) times with `rslora`."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -48,10 +48,10 @@ class LoraSpec:
 
 
 def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, generator: torch.Generator) -> None:
-    """Puts a new pair on the rows `key` of `layer`, so that the model's output does not change yet.
+    """Adds new LoRA to the rows `key` of `layer`. The model's output does not change: A or B is zero.
 
     Linear: A (r, K) is drawn from U(-1/sqrt(K), 1/sqrt(K)), B (N, r) is zero. Embedding: A (r, V) is zero,
-    B (d, r) standard normal. Both as PEFT does. float32, whatever the compute type.
+    B (d, r) standard normal. Both as PEFT does. float32, for any compute dtype.
     """
     matrix = layer.matrix
     rows, columns, device = matrix.outputs[key], matrix.in_features, matrix.device
@@ -65,16 +65,16 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
     put_(layer, key, LoraPair(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
 
 
-def put_(layer: FrozenLinear | FrozenEmbedding, key: str, pair: LoraPair, *, dropout: float) -> None:
-    """Puts a given pair on the rows `key` of `layer`. Pairs of one layer keep the order of its rows."""
-    pairs = {**dict(layer.lora.items()), key: pair}
-    layer.lora = nn.ModuleDict({name: pairs[name] for name in layer.matrix.outputs if name in pairs})
+def put_(layer: FrozenLinear | FrozenEmbedding, key: str, lora: LoraPair, *, dropout: float) -> None:
+    """Puts given LoRA on the rows `key` of `layer`; `layer.lora` has the order of the rows."""
+    loras = {**dict(layer.lora.items()), key: lora}
+    layer.lora = nn.ModuleDict({name: loras[name] for name in layer.matrix.outputs if name in loras})
     layer.dropout = dropout
 
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Trained numbers that share a weight decay: `values` (n,) float32 with `values.grad` of the same layout.
+    """Trained parameters that share a weight decay: `values` (n,) float32 with `values.grad` of the same layout.
 
     `parameters` are views into `values`, and their gradients into its gradient, in the order of `names`.
     """
@@ -86,9 +86,9 @@ class FlatGroup:
 
 
 def flatten_(named: Mapping[str, nn.Parameter]) -> list[FlatGroup]:
-    """Moves the trained parameters into flat buffers, one for those that decay and one for norms and biases.
+    """Moves the trained parameters into flat buffers: one with weight decay, one for norms and biases without.
 
-    Autograd adds into the gradients that it finds, so they must be zeroed in place and never set to None.
+    Autograd accumulates into existing gradients, so they must be zeroed in place and never set to None.
     """
     groups = []
     for decays in (True, False):
@@ -128,11 +128,11 @@ def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor)
 
 
 def lora_of(layers: Iterable[nn.Module]) -> list[LoraPair]:
-    """All pairs on the given layers."""
+    """The LoRA of the given layers."""
     return [
-        pair
+        lora
         for layer in layers
         if isinstance(layer, FrozenLinear | FrozenEmbedding)
-        for pair in layer.lora.values()
-        if isinstance(pair, LoraPair)
+        for lora in layer.lora.values()
+        if isinstance(lora, LoraPair)
     ]
