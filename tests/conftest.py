@@ -132,7 +132,7 @@ CHATML = (
 def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     """transformers config -> (a random model of transformers, octavo's reading of the folder it saves).
 
-    Float32, unquantised unless said. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
+    Float32, unquantized unless said. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
     make any difference show.
     """
     import torch

@@ -223,7 +223,7 @@ def test_json_of_finetune(octavo: Octavo, tiny_llama: Path, plays: Path, tmp_pat
     assert done.code == 0
     assert {"out", "adapter", "report", "steps", "rows", "best_step"} <= done.json.keys()
     assert done.json["steps"] == 2
-    assert [row["name"] for row in done.json["rows"]] == ["quantised", "tuned"]
+    assert [row["name"] for row in done.json["rows"]] == ["quantized", "tuned"]
     assert Path(done.json["adapter"], "adapter_config.json").is_file()
 
 
@@ -241,7 +241,7 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     )
     assert done.code == 0
     rows = done.json["rows"]
-    assert [row["name"] for row in rows] == ["base", "quantised", "tuned"]
+    assert [row["name"] for row in rows] == ["base", "quantized", "tuned"]
     keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes"}
     assert all(row.keys() == keys for row in rows)
 

@@ -184,10 +184,10 @@ def test_the_test_files_are_evaluated(tune: Tune, plays: Path, tmp_path: Path) -
     runs = {"plays": [str(plays / "test")], "other": [str(other)]}
     rows = {name: tune(tmp_path / name, test_data=data, eval_rows=0)["rows"] for name, data in runs.items()}
     for name in runs:
-        quantised, tuned = rows[name]
+        quantized, tuned = rows[name]
         held_out = json.loads((tmp_path / name / "ledger.json").read_text())["test"]
-        assert quantised["tokens"] == tuned["tokens"] == held_out["trained"] > 0
-        assert tuned["perplexity"] != quantised["perplexity"]
+        assert quantized["tokens"] == tuned["tokens"] == held_out["trained"] > 0
+        assert tuned["perplexity"] != quantized["perplexity"]
         assert events(tmp_path / name, "heldout")
     assert rows["plays"][0]["perplexity"] != pytest.approx(rows["other"][0]["perplexity"], rel=0.01)
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in runs)

@@ -46,7 +46,7 @@ def table_of(tiny_llama: Path, plays: Path, event_file: Path) -> Evaluate:
     return table
 
 
-def quantised(model: Path, out: Path, scheme: str) -> Path:
+def quantized(model: Path, out: Path, scheme: str) -> Path:
     """The folder that `octavo quantize` writes."""
     with Report(console=False) as report:
         quantize.quantize(Config.read(QUANTIZE, {"model": str(model), "scheme": scheme, "out": str(out)}), report)
@@ -55,7 +55,7 @@ def quantised(model: Path, out: Path, scheme: str) -> Path:
 
 @pytest.fixture(scope="module")
 def int8_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantised(tiny_llama, tmp_path_factory.mktemp("int8") / "model", "int8")
+    return quantized(tiny_llama, tmp_path_factory.mktemp("int8") / "model", "int8")
 
 
 def named(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -64,12 +64,12 @@ def named(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def test_the_table_has_rows_for_base_quantized_and_tuned(evaluate: Evaluate, adapter_folder: Path) -> None:
     rows = evaluate(scheme="int8", adapter=str(adapter_folder))
-    assert named(rows) == [("base", "none"), ("quantised", "int8"), ("tuned", "int8")]
+    assert named(rows) == [("base", "none"), ("quantized", "int8"), ("tuned", "int8")]
     assert [row["adapter"] for row in rows] == [None, None, str(adapter_folder)]
     assert len({row["tokens"] for row in rows}) == 1
-    base, quantised, tuned = (row["perplexity"] for row in rows)
-    assert quantised == pytest.approx(base, rel=0.02)
-    assert abs(tuned - quantised) > 0.1
+    base, quantized, tuned = (row["perplexity"] for row in rows)
+    assert quantized == pytest.approx(base, rel=0.02)
+    assert abs(tuned - quantized) > 0.1
     sizes = [row["size_bytes"] for row in rows]
     assert sizes[0] > 2 * sizes[1] == 2 * sizes[2]
 
@@ -77,14 +77,14 @@ def test_the_table_has_rows_for_base_quantized_and_tuned(evaluate: Evaluate, ada
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [("base", "none"), ("quantised", "int8")]),
-        ({"scheme": "nf4"}, [("base", "none"), ("quantised", "nf4")]),
-        ({"base": False}, [("quantised", "int8")]),
+        ({}, [("base", "none"), ("quantized", "int8")]),
+        ({"scheme": "nf4"}, [("base", "none"), ("quantized", "nf4")]),
+        ({"base": False}, [("quantized", "int8")]),
         ({"scheme": "none"}, [("base", "none")]),
         ({"scheme": "none", "base": False}, [("base", "none")]),
-        ({"compare": ["nf4", "none", "int8"]}, [("quantised", "nf4"), ("base", "none"), ("quantised", "int8")]),
-        ({"compare": "int8,none,int8"}, [("quantised", "int8"), ("base", "none")]),
-        ({"compare": "dynamic8", "base": True}, [("quantised", "dynamic8")]),
+        ({"compare": ["nf4", "none", "int8"]}, [("quantized", "nf4"), ("base", "none"), ("quantized", "int8")]),
+        ({"compare": "int8,none,int8"}, [("quantized", "int8"), ("base", "none")]),
+        ({"compare": "dynamic8", "base": True}, [("quantized", "dynamic8")]),
     ],
 )
 def test_each_selected_model_has_its_row(
@@ -105,9 +105,9 @@ def test_compared_schemes_give_the_same_scores_as_each_alone(evaluate: Evaluate,
 def test_a_scheme_that_cannot_be_written_fails_before_any_evaluation(
     evaluate: Evaluate, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = quantised(tiny_llama, tmp_path / "dynamic8", "dynamic8")
+    folder = quantized(tiny_llama, tmp_path / "dynamic8", "dynamic8")
     monkeypatch.setattr("octavo.runtime.optional.find_spec", lambda _: None)
-    assert named(evaluate(model=str(folder))) == [("quantised", "dynamic8")]
+    assert named(evaluate(model=str(folder))) == [("quantized", "dynamic8")]
     monkeypatch.setattr("octavo.commands.evaluate.score_rows", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UsageError, match="bitsandbytes, which is not installed"):
         evaluate(compare="int8,dynamic8")
@@ -122,7 +122,7 @@ def test_the_size_equals_that_of_the_folder_that_quantize_writes(
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, half / "model.safetensors")
     for model in (tiny_llama, half):
         for row in evaluate(model=str(model), compare=list(SCHEMES)):
-            out = quantised(model, tmp_path / f"{model.name}-{row['scheme']}", row["scheme"])
+            out = quantized(model, tmp_path / f"{model.name}-{row['scheme']}", row["scheme"])
             written = load_file(out / "model.safetensors").values()
             assert row["size_bytes"] == sum(tensor.nbytes for tensor in written)
 
@@ -179,7 +179,7 @@ def test_an_invalid_comparison_fails_before_anything_is_read(
 def test_a_quantized_folder_has_no_row_for_the_base(evaluate: Evaluate, int8_folder: Path) -> None:
     """It has no full-precision weights; its dequantized weights are not the base."""
     rows = evaluate(model=str(int8_folder))
-    assert named(rows) == [("quantised", "int8")]
+    assert named(rows) == [("quantized", "int8")]
     assert rows == evaluate(scheme="int8", base=False), "and it gives what quantising the original gives"
 
 
@@ -191,7 +191,7 @@ def test_a_warning_says_that_other_schemes_start_from_the_stored_one(
     assert expected_rows == evaluate(compare="int8")
     rows = evaluate(model=str(int8_folder), compare="none,int8,nf4")
     assert "stored in int8" in event_file.read_text()
-    assert named(rows) == [("quantised", "none"), ("quantised", "int8"), ("quantised", "nf4")]
+    assert named(rows) == [("quantized", "none"), ("quantized", "int8"), ("quantized", "nf4")]
     assert rows[1] == expected_rows[0]
     assert rows[0]["perplexity"] == pytest.approx(expected_rows[0]["perplexity"], rel=1e-3)
     assert rows[2]["perplexity"] != evaluate(compare="nf4")[0]["perplexity"]

@@ -59,7 +59,7 @@ def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtyp
     layer = FrozenLinear(matrix, **biases)
     for number, (name, rows) in enumerate(outputs.items()):
         weight = torch.randn(rows, columns) / columns**0.5
-        matrix.put(name, SCHEMES[scheme].quantise(weight.to(dtype) if scheme == "none" else weight))
+        matrix.put(name, SCHEMES[scheme].quantize(weight.to(dtype) if scheme == "none" else weight))
         if name != "k_proj":
             rank = 2 + number
             a, b = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / rank
@@ -169,7 +169,7 @@ def test_the_first_layers_input_needs_no_gradient(kind: str, save: Save, packed:
 def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme: str) -> None:
     layers, (x, dy) = layers_of(kind, scheme, torch.bfloat16), x_and_dy(torch.bfloat16)
     exact = layers_of(kind, scheme)
-    for frozen in (exact.inner, *exact.outer):  # the same weights, rounded to bfloat16 or quantised
+    for frozen in (exact.inner, *exact.outer):  # the same weights, rounded to bfloat16 or quantized
         if scheme == "none":
             parts = frozen.matrix.parts
             parts["weight"] = parts["weight"].bfloat16().float()

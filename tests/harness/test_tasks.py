@@ -195,10 +195,10 @@ def test_tasks_run_on_every_model_of_the_table(
     three = (*arguments, "--tasks", ",".join(names), "--adapter", adapter_folder, "--json")
     done = octavo(*three, plays / "test")
     assert done.code == 0, done.err
-    assert [row["name"] for row in done.json["rows"]] == ["base", "quantised", "tuned"]
+    assert [row["name"] for row in done.json["rows"]] == ["base", "quantized", "tuned"]
     actual = {
         name: by_metric([row for row in done.json["tasks"] if row["name"] == name])
-        for name in ("base", "quantised", "tuned")
+        for name in ("base", "quantized", "tuned")
     }
     assert {len(values) for values in actual.values()} == {6}
     bits = [values["speech bits_per_byte"] for values in actual.values()]
@@ -209,7 +209,7 @@ def test_tasks_run_on_every_model_of_the_table(
     assert "word_perplexity" in done.err
     without = octavo(*arguments, "--tasks", "speech", "--limit", 1, "--no-base", "--json")
     assert without.json["rows"] == []
-    assert {(row["name"], row["documents"]) for row in without.json["tasks"]} == {("quantised", 1)}
+    assert {(row["name"], row["documents"]) for row in without.json["tasks"]} == {("quantized", 1)}
 
 
 def test_a_row_has_the_metric_of_lm_eval(octavo: Octavo, tiny_llama: Path, write_task: Write) -> None:
@@ -236,11 +236,11 @@ def test_every_model_gets_the_same_examples(octavo: Octavo, tiny_llama: Path, wr
         "evaluate", "--model", tiny_llama, "--compare", "none,int8,none", "--tasks", "choose", "--include-path", folder,
         "--fewshot", 2, "--json", "--dtype", "float32",
     )  # fmt: skip
-    base, quantised = (
+    base, quantized = (
         [row["value"] for row in done.json["tasks"] if row["scheme"] == scheme] for scheme in ("none", "int8")
     )
-    assert quantised == pytest.approx(base, rel=0.01)
-    assert quantised != base
+    assert quantized == pytest.approx(base, rel=0.01)
+    assert quantized != base
 
 
 def test_a_model_is_freed_before_the_next_one_is_loaded(

@@ -111,7 +111,7 @@ def packed_b(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
 
 def dequantized(scheme: str, n: int = 9, k: int = 1111) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        parts = SCHEMES[scheme].quantise(torch.randn(n, k))
+        parts = SCHEMES[scheme].quantize(torch.randn(n, k))
         out = columns(n, k, dtype)
         names = {"int8": ("weight", "absmax"), "nf4": ("weight", "absmax"), "dynamic8": ("weight", "absmax", "code")}
         return (*(parts[name] for name in names[scheme]), out), {}, out
@@ -147,7 +147,7 @@ def matmul(
         # The reference rounds each term. Sums that cancel have a larger relative error, so values are small.
         x, size = columns(m, k, dtype), 0.3 if m * n > 4000 else 1.0
         matrix = torch.randn(n, k) * k**-0.5 * size
-        parts = SCHEMES["int8"].quantise(matrix)
+        parts = SCHEMES["int8"].quantize(matrix)
         given = (parts["weight"], parts["absmax"]) if weight == "int8" else (matrix.to(dtype), None)
         named: dict[str, object] = {"phase": phase} | ({"dtype": torch.float32} if wide else {})
         if bias:
@@ -222,7 +222,7 @@ def matmul_8bit(
 
 def nf4_to_int8(n: int, k: int) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        parts, out = SCHEMES["nf4"].quantise(torch.randn(n, k)), columns(n, k, torch.float32).to(torch.int8)
+        parts, out = SCHEMES["nf4"].quantize(torch.randn(n, k)), columns(n, k, torch.float32).to(torch.int8)
         return (parts["weight"], parts["absmax"], parts["absmax"].view(n, -1).amax(dim=1), out), {}, out
 
     return make

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix, LoraPair
 from octavo.layers.lora import put_
-from octavo.ops.quantize import SCHEMES, dequantise
+from octavo.ops.quantize import SCHEMES, dequantize
 
 CPU = torch.device("cpu")
 GROUP = {"q_proj": 6, "k_proj": 3, "v_proj": 5}
@@ -30,7 +30,7 @@ def matrix_of(weights: Mapping[str, Tensor], scheme: str = "none", dtype: torch.
     matrix = FrozenMatrix(columns, {name: len(weight) for name, weight in weights.items()})
     matrix.allocate(SCHEMES[scheme], dtype, CPU)
     for name, weight in weights.items():
-        matrix.put(name, SCHEMES[scheme].quantise(weight.to(dtype) if scheme == "none" else weight))
+        matrix.put(name, SCHEMES[scheme].quantize(weight.to(dtype) if scheme == "none" else weight))
     return matrix
 
 
@@ -49,7 +49,7 @@ def test_a_group_is_its_members_stacked(name: str, columns: int) -> None:
     unpacked, scale = group.matrix.unpack(torch.float32)
     restored = unpacked if scale is None else unpacked * scale[:, None]
     scheme = SCHEMES[name]
-    expected = [dequantise(scheme, scheme.quantise(w), (len(w), columns)) for w in weights.values()]
+    expected = [dequantize(scheme, scheme.quantize(w), (len(w), columns)) for w in weights.values()]
     assert torch.equal(restored, torch.cat(expected))
     x = torch.randn(3, columns)
     together = torch.cat([member(x) for member in members], dim=-1)
@@ -62,7 +62,7 @@ def test_parts_come_out_as_they_went_in(name: str, columns: int) -> None:
     weights = weights_of(GROUP, columns)
     matrix = matrix_of(weights, name)
     for key, weight in weights.items():
-        parts = SCHEMES[name].quantise(weight)
+        parts = SCHEMES[name].quantize(weight)
         out = matrix.of(key)
         assert out.keys() == parts.keys()
         assert all(torch.equal(out[part], parts[part]) for part in parts)
@@ -78,8 +78,8 @@ def test_filling_columns_of_a_wider_matrix_writes_all_names_rounded_once(
     matrix = matrix_of(weights, name, dtype)
     wide = torch.full((sum(GROUP.values()), columns + 5), 9.0, dtype=dtype)
     matrix.fill(wide[:, 2 : columns + 2])
-    parts = [scheme.quantise(w.to(dtype) if name == "none" else w) for w in weights.values()]
-    exact = [dequantise(scheme, one, (len(w), columns)) for one, w in zip(parts, weights.values(), strict=True)]
+    parts = [scheme.quantize(w.to(dtype) if name == "none" else w) for w in weights.values()]
+    exact = [dequantize(scheme, one, (len(w), columns)) for one, w in zip(parts, weights.values(), strict=True)]
     assert torch.equal(wide[:, 2 : columns + 2], torch.cat(exact).to(dtype))
     assert (wide[:, [0, 1, -3, -2, -1]] == 9).all()
 
@@ -106,7 +106,7 @@ def test_putting_one_name_leaves_the_others(name: str) -> None:
     weights = weights_of(GROUP, 7)
     matrix = matrix_of(weights, name)
     before = {key: {part: t.clone() for part, t in matrix.of(key).items()} for key in ("q_proj", "v_proj")}
-    matrix.put("k_proj", SCHEMES[name].quantise(torch.full((3, 7), 9.0)))
+    matrix.put("k_proj", SCHEMES[name].quantize(torch.full((3, 7), 9.0)))
     for key, parts in before.items():
         assert all(torch.equal(matrix.of(key)[part], old) for part, old in parts.items())
 

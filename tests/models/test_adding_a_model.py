@@ -184,7 +184,7 @@ def marlin() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def both(request: pytest.FixtureRequest, marlin: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> parity.Twins:
+def both(request: pytest.FixtureRequest, marlin: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> parity.Models:
     """A random reference whose weights are wide enough for a difference to show, and octavo's model of its folder."""
     torch.manual_seed(0)
     theirs = MarlinForCausalLM(CASES[request.param]).eval()
@@ -192,7 +192,7 @@ def both(request: pytest.FixtureRequest, marlin: ModuleType, tmp_path_factory: p
         nn.init.normal_(parameter, std=0.12)
     folder = tmp_path_factory.mktemp("marlin")
     theirs.save_pretrained(folder)
-    return parity.Twins(theirs, plain_model(folder))
+    return parity.Models(theirs, plain_model(folder))
 
 
 @pytest.fixture(scope="module")
@@ -201,17 +201,17 @@ def folder(marlin: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path
     return _write_tiny(tmp_path_factory.mktemp("models") / "marlin", MarlinConfig(**SHAPE))
 
 
-def test_logits_are_those_of_the_reference(both: parity.Twins) -> None:
+def test_logits_are_those_of_the_reference(both: parity.Models) -> None:
     parity.test_logits_are_transformers(both)
     parity.test_logits_far_from_the_start_are_transformers(both)
 
 
-def test_packed_documents_and_a_cache_give_the_logits_of_the_reference(both: parity.Twins) -> None:
+def test_packed_documents_and_a_cache_give_the_logits_of_the_reference(both: parity.Models) -> None:
     parity.test_packed_documents_are_what_transformers_makes_of_each_alone(both)
     parity.test_a_cache_filled_in_pieces_gives_the_same_logits(both)
 
 
-def test_gradients_of_every_adapter_and_norm_are_those_of_the_reference(both: parity.Twins) -> None:
+def test_gradients_of_every_adapter_and_norm_are_those_of_the_reference(both: parity.Models) -> None:
     parity.test_gradients_are_those_of_transformers_and_peft(both)
     for level in Save:
         parity.test_plain_blocks_have_the_output_and_the_gradients_of_the_model(both, level)

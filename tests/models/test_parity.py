@@ -104,14 +104,14 @@ CASES = {
 }
 
 
-class Twins(NamedTuple):
+class Models(NamedTuple):
     theirs: Any
     ours: Decoder
 
 
 @pytest.fixture(scope="module", params=CASES)
-def kernels(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Twins:
-    return Twins(*models_of(CASES[request.param]))
+def kernels(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Models:
+    return Models(*models_of(CASES[request.param]))
 
 
 def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
@@ -119,7 +119,7 @@ def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
 
 
 @torch.no_grad()
-def test_logits_are_transformers(kernels: Twins) -> None:
+def test_logits_are_transformers(kernels: Models) -> None:
     ids = some_ids()
     expected = kernels.theirs(ids).logits
     assert expected.std() > 0.5  # wide enough for a difference to show
@@ -127,7 +127,7 @@ def test_logits_are_transformers(kernels: Twins) -> None:
 
 
 @torch.no_grad()
-def test_logits_far_from_the_start_are_transformers(kernels: Twins) -> None:
+def test_logits_far_from_the_start_are_transformers(kernels: Models) -> None:
     # Angles are near 2000 there, so that a frequency that is off by one unit in the last place shows.
     ids, positions = some_ids(rows=1), torch.arange(2000, 2000 + LENGTH)[None]
     expected = kernels.theirs(ids, position_ids=positions).logits
@@ -135,7 +135,7 @@ def test_logits_far_from_the_start_are_transformers(kernels: Twins) -> None:
 
 
 @torch.no_grad()
-def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Twins) -> None:
+def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Models) -> None:
     lengths, padding = [9, 1, 14, 6], 3
     ids = some_ids(rows=1, length=sum(lengths) + padding)
     document = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)] + [-1] * padding])
@@ -149,7 +149,7 @@ def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Twi
 
 
 @torch.no_grad()
-def test_a_cache_filled_in_pieces_gives_the_same_logits(kernels: Twins) -> None:
+def test_a_cache_filled_in_pieces_gives_the_same_logits(kernels: Models) -> None:
     ids, model = some_ids(), kernels.ours
     cache = model.new_cache(batch=2, max_len=LENGTH + 5)
     pieces = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
@@ -158,7 +158,7 @@ def test_a_cache_filled_in_pieces_gives_the_same_logits(kernels: Twins) -> None:
     torch.testing.assert_close(logits, kernels.theirs(ids).logits, rtol=0, atol=TOLERANCE)
 
 
-def tuned(kernels: Twins) -> Twins:
+def tuned(kernels: Models) -> Models:
     """Copies of both with the same random pairs on everything that may have one, all of it trained.
 
     A tied table stays without: PEFT warns of pairs on one.
@@ -185,7 +185,7 @@ def tuned(kernels: Twins) -> Twins:
         if (bias := biases(place, module)) is not None:
             for one in bias:
                 one.requires_grad_()
-    return Twins(theirs, ours)
+    return Models(theirs, ours)
 
 
 def factors(module: Any) -> tuple[Tensor, Tensor]:
@@ -228,7 +228,7 @@ def in_checkpoint_order(place: WeightEntry, rows: Tensor | None) -> Tensor | Non
     return rows if rows is None or place.order is None else place.order.to_checkpoint(rows)
 
 
-def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
+def test_gradients_are_those_of_transformers_and_peft(kernels: Models) -> None:
     theirs, ours = tuned(kernels)
     ids, labels = some_ids(), some_ids().roll(-1, dims=1)
     labels[:, ::5] = IGNORE_INDEX
@@ -250,7 +250,7 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Twins) -> None:
 
 
 @pytest.mark.parametrize("save", list(Save))
-def test_plain_blocks_have_the_output_and_the_gradients_of_the_model(kernels: Twins, save: Save) -> None:
+def test_plain_blocks_have_the_output_and_the_gradients_of_the_model(kernels: Models, save: Save) -> None:
     """`fused=False` is the reference: every block as plain PyTorch, saved for backward or computed again."""
     ours, ids = tuned(kernels).ours, some_ids()
     parameters = [parameter for parameter in ours.parameters() if parameter.requires_grad]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.inference import BatchedLora, matmul, shrink
-from octavo.ops.quantize import SCHEMES, dequantise
+from octavo.ops.quantize import SCHEMES, dequantize
 from octavo.ops.tiles import PREFILL_TILE, Phase, decode_tile, matmul_in_tiles
 
 K, N, R = 96, 40, 3
@@ -21,8 +21,8 @@ TOLERANCE = {dtype: 4 * torch.finfo(dtype).eps for dtype in (torch.float32, torc
 
 
 def weights() -> tuple[dict[str, Tensor], Tensor]:
-    parts = SCHEMES["int8"].quantise(torch.randn(N, K) * torch.logspace(-2, 2, N)[:, None])
-    return parts, dequantise(SCHEMES["int8"], parts, (N, K))
+    parts = SCHEMES["int8"].quantize(torch.randn(N, K) * torch.logspace(-2, 2, N)[:, None])
+    return parts, dequantize(SCHEMES["int8"], parts, (N, K))
 
 
 def adapters(m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def matmul_of(dtype: torch.dtype, kind: str) -> Callable[[Tensor, Tensor, Phase]
     k, n = WIDE
     weight, absmax = torch.randn(n, k).to(dtype), None
     if kind == "int8":
-        parts = SCHEMES["int8"].quantise(weight.float())
+        parts = SCHEMES["int8"].quantize(weight.float())
         weight, absmax = parts["weight"], parts["absmax"]
     a, b, bias = torch.randn(3, 32, k).to(dtype), torch.randn(3, 16, n).to(dtype), torch.randn(n)
     names, spans = torch.tensor([0] * 64 + [1] * (n - 64), dtype=torch.int32), ((0, 64), (64, n))

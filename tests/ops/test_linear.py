@@ -220,7 +220,7 @@ def test_a_short_type_goes_through_and_float32_factors_get_float32_gradients() -
 
 def test_int8_in_float16_stays_finite_where_its_result_does() -> None:
     inputs = 4096  # the codes alone would sum to 127 * 4096, eight times what float16 holds
-    parts = SCHEMES["int8"].quantise(torch.full((2, inputs), 0.1))
+    parts = SCHEMES["int8"].quantize(torch.full((2, inputs), 0.1))
     x = torch.ones(1, inputs, dtype=torch.float16)
     y = frozen_linear(x, lambda dtype: SCHEMES["int8"].unpack(parts, (2, inputs), dtype))
     torch.testing.assert_close(y.float(), torch.full((1, 2), 409.6), rtol=1e-3, atol=0)

@@ -166,7 +166,7 @@ def wide_of(
 
     parts, matrices = [], []
     for k in columns:
-        stored = SCHEMES["int8"].quantise(drawn(N, k) * torch.logspace(-1, 1, N)[:, None])
+        stored = SCHEMES["int8"].quantize(drawn(N, k) * torch.logspace(-1, 1, N)[:, None])
         codes, absmax = stored["weight"], stored["absmax"]
         matrix = codes * (absmax / 127)[:, None]
         pair = LoraSlice(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)

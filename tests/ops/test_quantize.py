@@ -16,7 +16,7 @@ from octavo.ops.quantize import (
     NF4_CODE,
     SCHEMES,
     Shape,
-    dequantise,
+    dequantize,
     int8_into,
     scheme_named,
     stored_bytes,
@@ -39,10 +39,10 @@ def weight_of(shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0
 def test_dynamic8_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) -> None:
     weight = weight_of(shape, dtype=dtype)
     codes, state = bnb.quantize_blockwise(weight, code=bnb.create_dynamic_map(), blocksize=DYNAMIC8_BLOCK)
-    parts = SCHEMES["dynamic8"].quantise(weight)
+    parts = SCHEMES["dynamic8"].quantize(weight)
     assert torch.equal(parts["weight"], codes.view(shape))
     assert torch.equal(parts["absmax"], state.absmax)
-    ours = dequantise(SCHEMES["dynamic8"], parts, shape, dtype=dtype)
+    ours = dequantize(SCHEMES["dynamic8"], parts, shape, dtype=dtype)
     assert torch.equal(ours, bnb.dequantize_blockwise(codes, state).view(shape))
 
 
@@ -51,10 +51,10 @@ def test_dynamic8_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) 
 def test_nf4_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) -> None:
     weight = weight_of(shape, dtype=dtype)
     codes, state = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
-    parts = SCHEMES["nf4"].quantise(weight)
+    parts = SCHEMES["nf4"].quantize(weight)
     assert torch.equal(parts["weight"], codes.view(-1))
     assert torch.equal(parts["absmax"], state.absmax.view(-1))
-    ours = dequantise(SCHEMES["nf4"], parts, shape, dtype=dtype)
+    ours = dequantize(SCHEMES["nf4"], parts, shape, dtype=dtype)
     assert torch.equal(ours, bnb.dequantize_4bit(codes, state))
 
 
@@ -65,29 +65,29 @@ def test_nf4_breaks_ties_between_codes_as_bitsandbytes() -> None:
     weight = torch.zeros(1, NF4_BLOCK)
     weight[0, :46] = torch.cat([torch.ones(1), middles, *near])
     codes, _ = bnb.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
-    assert torch.equal(SCHEMES["nf4"].quantise(weight)["weight"], codes.view(-1))
+    assert torch.equal(SCHEMES["nf4"].quantize(weight)["weight"], codes.view(-1))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 90), st.floats(-30, 4), st.integers(0, 2**31))
 def test_int8_is_within_half_a_step_everywhere(rows: int, columns: int, magnitude: float, seed: int) -> None:
     weight = weight_of((rows, columns), seed=seed) * 10.0**magnitude
-    parts = SCHEMES["int8"].quantise(weight)
-    error = (dequantise(SCHEMES["int8"], parts, (rows, columns)) - weight).abs()
+    parts = SCHEMES["int8"].quantize(weight)
+    error = (dequantize(SCHEMES["int8"], parts, (rows, columns)) - weight).abs()
     bound = weight.abs().amax(dim=1, keepdim=True) / 254
     assert bool((error <= bound * (1 + 1e-5)).all())
 
 
 def test_int8_negates_with_its_row() -> None:
     weight = weight_of((4, 33))
-    codes = SCHEMES["int8"].quantise(weight)["weight"]
-    assert torch.equal(SCHEMES["int8"].quantise(-weight)["weight"], -codes)
+    codes = SCHEMES["int8"].quantize(weight)["weight"]
+    assert torch.equal(SCHEMES["int8"].quantize(-weight)["weight"], -codes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_int8_codes_are_exact_in_short_types(dtype: torch.dtype) -> None:
     weight = torch.arange(-127.0, 128.0)[None]
-    parts = SCHEMES["int8"].quantise(weight)
+    parts = SCHEMES["int8"].quantize(weight)
     matrix, scale = SCHEMES["int8"].unpack(parts, (1, 255), dtype)
     assert scale is not None
     assert matrix.dtype == dtype
@@ -98,7 +98,7 @@ def test_int8_codes_are_exact_in_short_types(dtype: torch.dtype) -> None:
 def test_zeros_stay_zeros(name: str) -> None:
     weight = weight_of((4, 4096))
     weight[1] = 0
-    restored = dequantise(SCHEMES[name], SCHEMES[name].quantise(weight), (4, 4096))
+    restored = dequantize(SCHEMES[name], SCHEMES[name].quantize(weight), (4, 4096))
     assert torch.equal(restored[1], torch.zeros(4096))
     assert restored[0].isfinite().all()
 
@@ -108,20 +108,20 @@ def test_zeros_stay_zeros(name: str) -> None:
 def test_a_nan_reaches_the_scales(name: str) -> None:
     weight = weight_of((4, 64))
     weight[2, 9] = float("nan")
-    parts = SCHEMES[name].quantise(weight)
+    parts = SCHEMES[name].quantize(weight)
     assert not parts.get("absmax", parts["weight"]).isfinite().all()
 
 
 @every_scheme
 @every_shape
 @every_type
-def test_rows_are_rows_of_the_dequantised_matrix(name: str, shape: Shape, dtype: torch.dtype) -> None:
+def test_rows_are_rows_of_the_dequantized_matrix(name: str, shape: Shape, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
-    parts = scheme.quantise(weight_of(shape))
+    parts = scheme.quantize(weight_of(shape))
     ids = torch.randint(shape[0], (2, 3), generator=torch.Generator().manual_seed(1))
     rows = scheme.rows(parts, shape, ids, dtype)
     assert rows.dtype == dtype
-    assert torch.equal(rows, dequantise(scheme, parts, shape, dtype=dtype)[ids])
+    assert torch.equal(rows, dequantize(scheme, parts, shape, dtype=dtype)[ids])
 
 
 @every_scheme
@@ -129,7 +129,7 @@ def test_rows_are_rows_of_the_dequantised_matrix(name: str, shape: Shape, dtype:
 @every_type
 def test_layout_and_bytes_are_those_of_the_parts(name: str, shape: Shape, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
-    parts = scheme.quantise(weight_of(shape, dtype=dtype))
+    parts = scheme.quantize(weight_of(shape, dtype=dtype))
     layout = scheme.layout(shape, dtype)
     assert {part: (tuple(t.shape), t.dtype) for part, t in parts.items()} == layout
     assert sum(t.nbytes for t in parts.values()) == stored_bytes(scheme, shape, dtype=dtype)
@@ -143,10 +143,10 @@ def test_parts_put_end_to_end_are_the_stacked_matrix_where_it_joins(
 ) -> None:
     scheme, shapes = SCHEMES[name], [(upper, columns), (lower, columns)]
     first, second = (weight_of(shape, seed=seed) for seed, shape in enumerate(shapes))
-    stacked = scheme.quantise(torch.cat([first, second]))
-    joined = {part: torch.cat([scheme.quantise(w)[part] for w in (first, second)]) for part in stacked}
+    stacked = scheme.quantize(torch.cat([first, second]))
+    joined = {part: torch.cat([scheme.quantize(w)[part] for w in (first, second)]) for part in stacked}
     if "code" in stacked:
-        joined["code"] = scheme.quantise(first)["code"]
+        joined["code"] = scheme.quantize(first)["code"]
     equal = all(torch.equal(whole, joined[part]) for part, whole in stacked.items())
     assert equal or not all(scheme.joins(shape) for shape in shapes)
 
@@ -169,11 +169,11 @@ def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_inst
 ) -> None:
     scheme = SCHEMES["dynamic8"]
     weight = weight_of((3, 64))
-    parts = scheme.quantise(weight)
+    parts = scheme.quantize(weight)
     monkeypatch.setattr("octavo.runtime.optional.find_spec", lambda _: None)
-    assert (dequantise(scheme, parts, (3, 64)) - weight).abs().max() < 0.05
+    assert (dequantize(scheme, parts, (3, 64)) - weight).abs().max() < 0.05
     with pytest.raises(UsageError, match=r"not installed(.|\n)*octavo\[dynamic8\]"):
-        scheme.quantise(weight)
+        scheme.quantize(weight)
 
 
 @every_type

@@ -92,13 +92,13 @@ def test_loading_in_8_bits_reads_each_tensor_once_and_quantizes_by_blocks(
     source: FolderSource, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A copy of a block stays in a core's cache; a second reading, or copies of whole tensors, cost seconds."""
-    plain, blocks = type(scheme_named("int8")).quantise, []
+    plain, blocks = type(scheme_named("int8")).quantize, []
 
-    def quantise(self: Any, weight: Tensor) -> Any:
+    def quantize(self: Any, weight: Tensor) -> Any:
         blocks.append(weight.numel())
         return plain(self, weight)
 
-    monkeypatch.setattr(type(scheme_named("int8")), "quantise", quantise)
+    monkeypatch.setattr(type(scheme_named("int8")), "quantize", quantize)
     model = loaded(open_smollm2(), "int8")
     assert reads == Counter(source.names())
     assert max(blocks) <= BLOCK_VALUES

@@ -21,7 +21,7 @@ from octavo.adapters import apply_, save, serve_
 from octavo.errors import AdapterError
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder, WeightEntry, weight_entries
-from octavo.ops.quantize import dequantise, scheme_named
+from octavo.ops.quantize import dequantize, scheme_named
 from octavo.store.peft import TENSORS, Adapter, read
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
@@ -199,7 +199,7 @@ def test_only_trained_weights_are_unquantized_under_a_scheme(
 def dequantized(entry: WeightEntry) -> Tensor:
     assert entry.matrix is not None
     shape = entry.matrix.outputs[entry.rows_key], entry.matrix.in_features
-    return dequantise(entry.matrix.scheme, entry.matrix.of(entry.rows_key), shape).clone()
+    return dequantize(entry.matrix.scheme, entry.matrix.of(entry.rows_key), shape).clone()
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from octavo.errors import ModelError, UsageError
 from octavo.models import Decoder, build, weight_entries
-from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
+from octavo.ops.quantize import SCHEMES, dequantize, scheme_named
 from octavo.store import hf_folder as folder_module
 from octavo.store import sinks
 from octavo.store import weights as weights_module
@@ -127,7 +127,7 @@ def test_the_reported_error_is_that_of_the_written_weights(folders: dict[str, Pa
             entry = weight_entries(model)[name.removesuffix(".weight")]
             assert entry.matrix is not None
             rows, columns = weight.shape
-            back = dequantise(entry.matrix.scheme, entry.matrix.of(entry.rows_key), (rows, columns))
+            back = dequantize(entry.matrix.scheme, entry.matrix.of(entry.rows_key), (rows, columns))
             error = float((back - weight).norm() / weight.norm())
             assert layers[name].error == pytest.approx(error, rel=1e-5)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.errors import ModelError
 from octavo.models import Decoder, build, weight_entries
-from octavo.ops.quantize import SCHEMES, dequantise, scheme_named
+from octavo.ops.quantize import SCHEMES, dequantize, scheme_named
 from octavo.store import weights as weights_module
 from octavo.store.contents import entries, items_of, stored_scheme
 from octavo.store.hf_folder import write_folder
@@ -60,7 +60,7 @@ def test_every_tensor_is_loaded_into_its_parameter(
             seen.add(name)
             if entry.matrix is not None and kind == "weight":
                 table = entry.key in ("embed_tokens", "wte", "lm_head")  # in 8 bits where all else is in 4
-                expected = scheme_named("int8" if table and scheme == "nf4" else scheme).quantise(stored[name])
+                expected = scheme_named("int8" if table and scheme == "nf4" else scheme).quantize(stored[name])
                 parts = entry.matrix.of(entry.rows_key)
                 assert parts.keys() == expected.keys()
                 assert all(torch.equal(parts[part], expected[part]) for part in expected), name
@@ -81,14 +81,14 @@ def test_parts_of_row_blocks_concatenate_to_those_of_the_matrix(
 ) -> None:
     monkeypatch.setattr(weights_module, "BLOCK_VALUES", 1)  # as few rows as the scheme allows
     under, weight = scheme_named(scheme), torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    whole = under.quantise(weight)
+    whole = under.quantize(weight)
     parts = {part: torch.zeros_like(tensor) for part, tensor in whole.items()}
     blocks = list(row_blocks(shape, under))
     for rows in blocks:
-        made = under.quantise(weight[rows])
+        made = under.quantize(weight[rows])
         for part, block in parts_of_rows(parts, shape, rows, under).items():
             block.copy_(made[part])
-        assert torch.equal(full_rows(whole, shape, rows, under), dequantise(under, whole, shape)[rows])
+        assert torch.equal(full_rows(whole, shape, rows, under), dequantize(under, whole, shape)[rows])
     assert [row for rows in blocks for row in range(shape[0])[rows]] == list(range(shape[0]))
     assert all(torch.equal(parts[part], whole[part]) for part in whole)
     if scheme == "int8":
@@ -107,7 +107,7 @@ def test_a_checkpoint_in_16_bits_loads(
     for scheme in SCHEMES:
         entry = weight_entries(loaded(folder, scheme))[name.removesuffix(".weight")]
         assert entry.matrix is not None
-        expected = scheme_named(scheme).quantise(stored.float())
+        expected = scheme_named(scheme).quantize(stored.float())
         parts = entry.matrix.of(entry.rows_key)
         assert all(torch.equal(parts[part], expected[part]) for part in expected)
 
@@ -238,7 +238,7 @@ def test_quantized_values_without_octavos_config_are_read_as_the_hivemind_format
     actual = weight_entries(loaded(tmp_path / "q", "dynamic8"))["transformer.h.1.mlp.fc_in"]
     assert actual.matrix is not None
     original = load_file(folders["gptj"] / WEIGHTS)["transformer.h.1.mlp.fc_in.weight"]
-    back = dequantise(scheme_named("dynamic8"), actual.matrix.of("fc_in"), (256, 64))
+    back = dequantize(scheme_named("dynamic8"), actual.matrix.of("fc_in"), (256, 64))
     assert torch.linalg.vector_norm(back - original) < 0.03 * torch.linalg.vector_norm(original)
 
 

@@ -14,7 +14,7 @@ class Score(TypedDict):
 
 
 class NamedScore(Score):
-    """A row of the table of scores: "base", "quantised" or "tuned" under a scheme, the latter with its adapter.
+    """A row of the table of scores: "base", "quantized" or "tuned" under a scheme, the latter with its adapter.
 
     `size_bytes` are the frozen weights; `also_in_training` is the fraction of the held-out text that also occurs in
     the training text.

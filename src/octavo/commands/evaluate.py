@@ -144,7 +144,7 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
     def untuned(scheme: Scheme) -> str:
         if has_embedded_adapter(source):
             return "tuned"
-        return "base" if scheme.name == stored.name == "none" else "quantised"
+        return "base" if scheme.name == stored.name == "none" else "quantized"
 
     def hardware_for(scheme: Scheme) -> Hardware:
         # A base without an adapter is evaluated in full precision; a tuned model in its compute dtype.

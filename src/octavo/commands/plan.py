@@ -141,7 +141,7 @@ def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
     if limit is not None:
         return limit
     free = free_memory_bytes(hardware.device)
-    return free - LIBRARIES_BYTES if hardware.device.type == "cuda" else free // 2
+    return free - LIBRARIES_BYTES if hardware.capabilities.is_gpu else free // 2
 
 
 def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware, *, resumed: bool = False) -> FittedPlan:
@@ -254,12 +254,12 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     gpu = peak(name)
     if config[PlanOptions].gpu and gpu is None:
         raise UsageError(f"octavo has no data of the GPU {name!r}.", hint=f"Supported are {', '.join(GPUS)}.")
-    is_present = hardware.device.type == "cuda" and gpu == peak(hardware.name)
+    is_present = hardware.capabilities.is_gpu and gpu == peak(hardware.name)
     if size_in_bytes(options.gpu_memory) is None and not is_present:
         fault = f"The memory of the {name} is not known" if gpu else "There is no GPU to plan for"
         raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
     source, budget = open_model(model_options, report, weights=False), budget_bytes(options, hardware)
-    if hardware.device.type != "cuda":  # the plan is for a GPU, whose compute dtype has 2 bytes
+    if not hardware.capabilities.is_gpu:  # the plan is for a GPU, whose compute dtype has 2 bytes
         dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
         hardware = replace(hardware, dtype=dtype)
     chosen = chosen_scheme(model_options, source).name

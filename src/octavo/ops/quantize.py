@@ -70,7 +70,7 @@ class Scheme(Protocol):
         """Shape and dtype of each part of an (N, K) matrix; `dtype` is that of unquantized values."""
         ...
 
-    def quantise(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         """Parts of a floating-point (N, K) matrix."""
         ...
 
@@ -104,7 +104,7 @@ class Plain:
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, dtype)}
 
-    def quantise(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         return {"weight": weight}
 
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +135,7 @@ class Int8:
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, torch.int8), "absmax": (shape[:1], torch.float32)}
 
-    def quantise(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         values = weight.float()
         absmax = values.abs().amax(dim=1)
         step = (absmax / INT8_LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
@@ -182,7 +182,7 @@ class Dynamic8:
             "code": ((256,), torch.float32),
         }
 
-    def quantise(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         code = dynamic_code().to(weight.device)
         codes, state = bitsandbytes().functional.quantize_blockwise(
             weight.contiguous(), code=code, blocksize=DYNAMIC8_BLOCK
@@ -222,7 +222,7 @@ class Nf4:
         n = prod(shape)
         return {"weight": ((-(-n // 2),), torch.uint8), "absmax": ((-(-n // NF4_BLOCK),), torch.float32)}
 
-    def quantise(self, weight: Tensor) -> Parts:
+    def quantize(self, weight: Tensor) -> Parts:
         code = _nf4_code(weight.device)
         scaled, absmax = _scaled_blocks(weight, NF4_BLOCK)
         codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
@@ -309,7 +309,7 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def dequantise(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The (N, K) matrix of `parts`."""
     matrix, scale = scheme.unpack(parts, shape, dtype)
     return matrix if scale is None else (matrix * scale[:, None]).to(dtype)

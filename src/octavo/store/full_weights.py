@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
 from octavo.models import Decoder, WeightEntry
-from octavo.ops.quantize import Scheme, dequantise, scheme_named
+from octavo.ops.quantize import Scheme, dequantize, scheme_named
 from octavo.store.peft import Adapter
 from octavo.store.weights import full_rows, row_blocks
 
@@ -125,7 +125,7 @@ def _with_tokens(entry: WeightEntry, weight: Tensor | None, indices: tuple[int, 
             hint="Give the model that it was trained on.",
         )
     if weight is None:
-        weight = dequantise(matrix.scheme, matrix.of(key), (shape[0], shape[1]), dtype=matrix.dtype)  # (V, K)
+        weight = dequantize(matrix.scheme, matrix.of(key), (shape[0], shape[1]), dtype=matrix.dtype)  # (V, K)
     changed = weight.float().clone()  # (V, K)
     changed[list(indices)] = rows.to(changed.device, changed.dtype)
     return changed
@@ -160,8 +160,8 @@ def _same_rows(block: Tensor, parts: dict[str, Tensor], shape: tuple[int, int], 
     model_rows = full_rows(parts, shape, rows, scheme)
     if scheme.name == "none":
         return _equal(model_rows, block)
-    quantized = scheme.quantise(block.to(model_rows.device).float())
-    return torch.equal(dequantise(scheme, quantized, tuple(block.shape)), model_rows)  # type: ignore[arg-type]
+    quantized = scheme.quantize(block.to(model_rows.device).float())
+    return torch.equal(dequantize(scheme, quantized, tuple(block.shape)), model_rows)  # type: ignore[arg-type]
 
 
 def _equal(target: Tensor, tensor: Tensor) -> bool:

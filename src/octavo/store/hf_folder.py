@@ -16,7 +16,7 @@ import torch
 
 from octavo._version import __version__
 from octavo.models import build, weight_entries
-from octavo.ops.quantize import Parts, Scheme, Shape, dequantise, stored_bytes
+from octavo.ops.quantize import Parts, Scheme, Shape, dequantize, stored_bytes
 from octavo.store.contents import check_shapes, entries, scheme_at, stored_scheme
 from octavo.store.sinks import Header, Sink, check_free, folder_sink
 from octavo.store.sources import Source, fingerprint
@@ -96,7 +96,7 @@ def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> 
     for rows in row_blocks(shape, stored, scheme):
         weight = full_rows(parts, shape, rows, stored).float()  # (rows, K)
         block = put_rows_(target, shape, rows, scheme, weight)
-        restored = dequantise(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
+        restored = dequantize(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
         error += float(torch.linalg.vector_norm(weight - restored)) ** 2
         norm += float(torch.linalg.vector_norm(weight)) ** 2
     return target, math.sqrt(error / norm) if norm else 0.0

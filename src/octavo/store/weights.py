@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
-from octavo.ops.quantize import Parts, Scheme, Shape, dequantise
+from octavo.ops.quantize import Parts, Scheme, Shape, dequantize
 from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
 
@@ -135,12 +135,12 @@ def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Pa
 def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor:
     """A slice of `row_blocks` in floating point (rows, K): as stored, or dequantized to float32."""
     block = parts_of_rows(parts, shape, rows, scheme)
-    return block["weight"] if scheme.name == "none" else dequantise(scheme, block, (rows.stop - rows.start, shape[1]))
+    return block["weight"] if scheme.name == "none" else dequantize(scheme, block, (rows.stop - rows.start, shape[1]))
 
 
 def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: Tensor) -> Parts:
     """Quantizes `weight`, a slice of `row_blocks`, into the parts `target` of the matrix. Returns the slice's parts."""
-    quantized = scheme.quantise(weight)
+    quantized = scheme.quantize(weight)
     for part, view in parts_of_rows(target, shape, rows, scheme).items():
         view.copy_(quantized[part])
     return quantized

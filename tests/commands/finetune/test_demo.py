@@ -37,7 +37,7 @@ def test_the_demo_evaluates_the_base_in_full_precision_quantized_and_tuned(demo:
     assert done.code == 0
     assert [(row["name"], row["scheme"]) for row in done.json["rows"]] == [
         ("base", "none"),
-        ("quantised", "int8"),
+        ("quantized", "int8"),
         ("tuned", "int8"),
     ]
 
@@ -98,6 +98,6 @@ def test_the_demo_trains_its_real_model_in_a_few_steps(
         "--batch-size", 4, "--seq-len", 32, "--eval-rows", 4, "--warmup", 0, "--sample-tokens", 1, "--json",
     )  # fmt: skip
     assert done.code == 0
-    base, quantised, tuned = (row["perplexity"] for row in done.json["rows"])
-    assert quantised == pytest.approx(base, rel=0.1), "on 128 tokens; on the whole play it is far less"
-    assert tuned < quantised
+    base, quantized, tuned = (row["perplexity"] for row in done.json["rows"])
+    assert quantized == pytest.approx(base, rel=0.1), "on 128 tokens; on the whole play it is far less"
+    assert tuned < quantized

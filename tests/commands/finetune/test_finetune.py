@@ -85,8 +85,8 @@ def test_every_step_is_recorded_and_the_loss_decreases(finished: tuple[Path, dic
     assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second"} <= steps[0].keys()
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     assert result["loss"] == steps[-1]["loss"]
-    quantised, tuned = result["rows"]
-    assert tuned["perplexity"] < 0.75 * quantised["perplexity"]
+    quantized, tuned = result["rows"]
+    assert tuned["perplexity"] < 0.75 * quantized["perplexity"]
 
 
 def test_the_overlap_of_held_out_and_training_text_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -35,7 +35,7 @@ def dry_run(run: Run) -> None:
     rows = run.test_rows[: run.micro_step.plan.rows]
     if rows:
         score(run.model, rows, n_bytes=0, batch_size=len(rows))
-    if run.hardware.device.type == "cuda":
+    if run.hardware.capabilities.is_gpu:
         torch.cuda.empty_cache()
     folder = run.folder.dry_run
     shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,7 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
         model = load_model(run.source, plain, full_precision(hardware), report)
         run.progress.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
     if run.test_rows:
-        name, label = ("quantised", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
+        name, label = ("quantized", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
         run.progress.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
     sample(run, which="base", step=0)
 

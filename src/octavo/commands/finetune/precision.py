@@ -33,7 +33,7 @@ def with_precision(run: Run, *, resumed: bool) -> Run:
     fit = run.fit.with_precision(progress.precision or Precision())
     if fit is run.fit:
         return run
-    if run.hardware.device.type == "cuda" and (warning := fit.warning()):
+    if run.hardware.capabilities.is_gpu and (warning := fit.warning()):
         run.report.warn(warning)
     step = planned_step(run.config, run.model, run.hardware, fit, run.report)
     return replace(run, fit=fit, micro_step=step, trainer=replace(run.trainer, micro_step=step))
@@ -43,7 +43,7 @@ def _measured(run: Run) -> Precision:
     """The layers in 8 bits and the outlier channels of their inputs by measured errors; reports both."""
     run.model.train()
     forced = run.config[MemoryOptions].matmul == "8bit"
-    if not forced and run.hardware.device.type == "cuda" and not _is_faster(run):
+    if not forced and run.hardware.capabilities.is_gpu and not _is_faster(run):
         return Precision()
     seed = run.config[TrainOptions].seed
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))

@@ -54,13 +54,13 @@ def planned_step(
     config: Config, model: Decoder, hardware: Hardware, fitting: FittedPlan, report: Report
 ) -> PlannedStep:
     """Forward and backward with the memory plan, which is reported on a GPU."""
-    options, on_gpu = config[MemoryOptions], hardware.device.type == "cuda"
-    if on_gpu:
+    options = config[MemoryOptions]
+    if hardware.capabilities.is_gpu:
         report.say(fitting.describe())
     return PlannedStep(
         model,
         fitting.plan,
-        graphs=on_gpu and options.cuda_graphs,
+        graphs=hardware.capabilities.cuda_graphs and options.cuda_graphs,
         cheaper=fitting.cheaper,
         warn=report.warn,
         precision=fitting.planner.precision,
