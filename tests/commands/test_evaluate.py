@@ -206,7 +206,7 @@ def test_an_adapter_of_another_base_is_applied_with_a_warning(
     evaluate: Evaluate, adapter_folder: Path, tmp_path: Path, event_file: Path
 ) -> None:
     foreign = Path(shutil.copytree(adapter_folder, tmp_path / "foreign"))
-    (foreign / "octavo.json").write_text(json.dumps({"base": {"sha256": "0" * 64}}))
+    (foreign / "octavo.json").write_text(json.dumps({"format": 1, "base": {"sha256": "0" * 64}}))
     expected_rows = evaluate(compare="int8,nf4", adapter=str(adapter_folder))
     assert "other base weights" not in event_file.read_text()
     rows = evaluate(compare="int8,nf4", adapter=str(foreign))

@@ -156,7 +156,7 @@ def test_a_quantized_folder_keeps_its_scheme(tiny_llama: Path, tmp_path: Path) -
 
 
 def test_no_other_scheme_is_suggested_for_a_quantized_folder(hollow: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "octavo": {"scheme": "nf4"}}))
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "octavo": {"format": 1, "scheme": "nf4"}}))
     (tmp_path / "model.safetensors").symlink_to(hollow / "model.safetensors")
     smallest = plan_result(tmp_path, seq_len=4096)["plans"][0]["least_gib"]
     with pytest.raises(UsageError) as caught:

@@ -117,6 +117,16 @@ def test_a_manifest_of_octavo_with_invalid_values_is_damaged(case: str, quantize
         open_source(str(quantized))
 
 
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_an_error_that_names_both(version: object, quantized: Path) -> None:
+    content = json.loads((quantized / "manifest.json").read_text())
+    assert content["format"] == 1
+    (quantized / "manifest.json").write_text(json.dumps(content | {"format": version}))
+    told = "no format version" if version is None else f"the format version {version!r}"
+    with pytest.raises(ModelError, match=rf"manifest\.json has {told}; this octavo reads version 1\."):
+        open_source(str(quantized))
+
+
 def test_a_manifest_that_does_not_list_the_weight_file_is_not_its_identity(
     quantized: Path, folders: dict[str, Path]
 ) -> None:

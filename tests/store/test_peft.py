@@ -195,6 +195,20 @@ def test_json_beyond_the_limits_is_an_adapter_error(case: str, name: str, tmp_pa
     assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_an_error_that_names_both(version: object, tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "octavo.json"
+    origin = json.loads(path.read_bytes())
+    assert origin["format"] == 1
+    path.write_text(json.dumps({**origin, "format": version}))
+    told = "no format version" if version is None else f"the format version {version!r}"
+    with pytest.raises(AdapterError, match=rf"octavo\.json has {told}; this octavo reads version 1\."):
+        read(tmp_path / "adapter")
+    path.unlink()  # as its hint says
+    assert read(tmp_path / "adapter").lora.keys() == QUERIES.lora.keys()
+
+
 EXPRESSIONS = [
     "(?:(?:[a-z_.0-9]+)+)+!", "((.*)*)*x", "(" * 5000, ".*q_proj", r"layers\.\d+\.attn", "q_proj$", "(q|v)_proj", "",
     "q_proj\n", "a^b",

@@ -243,11 +243,25 @@ def test_quantized_values_without_octavos_config_are_read_as_the_hivemind_format
 
 
 def test_an_unknown_scheme_in_the_config_lists_the_known_ones(llama_folder: Path) -> None:
-    config = json.loads((llama_folder / "config.json").read_text()) | {"octavo": {"scheme": "int3"}}
+    config = json.loads((llama_folder / "config.json").read_text()) | {"octavo": {"format": 1, "scheme": "int3"}}
     (llama_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="int3") as caught:
         loaded(llama_folder)
     assert "nf4" in caught.value.hint
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "dynamic8"])
+def test_another_format_version_of_the_weights_is_an_error_that_names_both(
+    scheme: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    write_folder(FolderSource(folders["llama"]), tmp_path / "q", scheme_named(scheme))
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["octavo"]["format"] == 1
+    for version, told in ((2, "the format version 2"), (None, "no format version")):
+        config["octavo"]["format"] = version
+        (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=f"q has {told}; this octavo reads version 1"):
+            loaded(tmp_path / "q")
 
 
 def test_buffers_of_old_checkpoints_and_a_tied_heads_copy_are_ignored(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ CONVERT: Sections = (ConvertOptions,)
 DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 
 
+# The last key of every run's config.yaml. Options of later versions go before it: older runs do not have them.
+LAST_SETTING = "stop_after"
+
+
 def configure(
     sections: Sections,
     given: Mapping[str, Any],
@@ -67,11 +71,11 @@ def _saved_settings(sections: Sections, given: Mapping[str, Any]) -> Path | None
     """The config.yaml of the run to resume."""
     if RunOptions not in sections or not given.get("resume"):
         return None
-    saved = RunFolder(Path(given.get("out", RunOptions.model_fields["out"].default))).settings
-    if not saved.is_file():
+    run = RunFolder(Path(given.get("out", RunOptions.model_fields["out"].default)))
+    run.check_format()
+    if not run.settings.is_file():
         return None
-    last = list(sections[-1].model_fields)[-1]
-    if last not in read_settings(saved):
+    if LAST_SETTING not in read_settings(run.settings):
         hint = "Pass the run's settings with --config FILE, or delete the file and pass them as options."
-        raise UsageError(f"{saved} is cut short: its last key `{last}` is missing.", hint=hint)
-    return saved
+        raise UsageError(f"{run.settings} is cut short: its last key `{LAST_SETTING}` is missing.", hint=hint)
+    return run.settings

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,12 @@ from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, weight_entries
 from octavo.ops.quantize import SCHEMES, Scheme, Shape, scheme_named
+from octavo.store.files import check_format
 from octavo.store.foreign import refuse_tensors
+from octavo.store.manifest import OTHER_FORMAT
 from octavo.store.sources import Source
 
+FORMAT = 1  # of the tensors of int8, nf4 and dynamic8 folders; increase it when their layout changes
 SCALE_KINDS = ("absmax", "code")
 # Suffixes of the A and B of adapters that are embedded in a checkpoint; store/embedded_adapter.py reads them.
 ADAPTER_SUFFIXES = (".adapter.0.weight", ".adapter.1.weight")
@@ -43,9 +47,11 @@ class Item:
 
 
 def stored_scheme(source: Source) -> Scheme:
-    """The scheme of the source's frozen weights."""
+    """The scheme of the source's frozen weights. ModelError for an unknown scheme and another format version."""
     written = source.config.get("octavo")
     if isinstance(written, dict):
+        where = source.files[0].parent if source.files else Path("config.json")
+        check_format(written.get("format"), FORMAT, where=where, error=ModelError, hint=OTHER_FORMAT)
         name = written.get("scheme")
         if not isinstance(name, str) or name not in SCHEMES:
             raise ModelError(

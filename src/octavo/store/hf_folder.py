@@ -17,7 +17,7 @@ import torch
 from octavo._version import __version__
 from octavo.models import build, weight_entries
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantize, stored_bytes
-from octavo.store.contents import check_shapes, entries, scheme_at, stored_scheme
+from octavo.store.contents import FORMAT, check_shapes, entries, scheme_at, stored_scheme
 from octavo.store.sinks import Header, Sink, check_free, folder_sink
 from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, row_blocks
@@ -105,7 +105,7 @@ def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> 
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
     config = {key: value for key, value in source.config.items() if key != "octavo"}
     if scheme.name != "none":
-        config["octavo"] = {"scheme": scheme.name, "version": __version__}
+        config["octavo"] = {"format": FORMAT, "scheme": scheme.name, "version": __version__}
     elif stored_scheme(source).name != "none":
         config["dtype"] = "float32"
     return config

@@ -1,6 +1,6 @@
 """manifest.json of a folder that octavo wrote: the identity of its origin, and size and SHA-256 of every file.
 
-octavo's manifest has the key "octavo". A manifest.json of another program, such as a web app, is ignored.
+octavo's manifest has the keys "octavo" and "format". A manifest.json of another program, such as a web app, is ignored.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pathlib import Path
 
 from octavo.bounded_json import JsonError, integer, read_object, shown, text
 from octavo.errors import ModelError
-from octavo.store.files import sha256_of
+from octavo.store.files import check_format, sha256_of
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest; increase it when its content changes
+OTHER_FORMAT = "Write the folder again with `octavo quantize`, or use the octavo that wrote it."
 # The hint for a damaged folder. A damaged folder in the cache is made again instead.
 REMEDY = (
     "Write the folder again with `octavo quantize`, or take it from a copy. If you changed the file on purpose, delete "
@@ -32,7 +34,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """octavo's manifest of a folder, None if there is none. ModelError if it is damaged."""
+    """octavo's manifest of a folder, None if there is none. ModelError if it is damaged or of another format."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -44,6 +46,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     if "octavo" not in content:
         return None
+    check_format(content.get("format"), FORMAT, where=path, error=ModelError, hint=OTHER_FORMAT)
     try:
         listed = content.get("files")
         if not isinstance(listed, dict) or not listed:

@@ -1,8 +1,8 @@
 """Adapter files in PEFT's format, read and written without a model.
 
 A folder contains adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two files that
-it ignores: octavo.json (the base weights that the adapter was trained on, and the hash of its tensors) and README.md
-(the model card).
+it ignores: octavo.json (a format version, the base weights that the adapter was trained on, and the hash of its
+tensors) and README.md (the model card).
 
 NAME is a module's name in transformers, e.g. model.layers.0.self_attn.q_proj. All tensors of the file have the prefix
 base_model.model.NAME:
@@ -35,12 +35,13 @@ from octavo.layers.lora import LoraSpec
 from octavo.models import embedding_keys, head_keys, layer_of
 from octavo.store.adapter_file import TENSORS as TENSORS
 from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
-from octavo.store.files import json_bytes, new_folder
+from octavo.store.files import check_format, json_bytes, new_folder
 from octavo.store.peft_config import CONFIG as CONFIG
 from octavo.store.peft_config import PeftConfig, read_config
 
 PREFIX = "base_model.model."
 ORIGIN = "octavo.json"
+FORMAT = 1  # of octavo.json; increase it when its content changes. The other files have PEFT's format
 TOKENS = ".token_adapter.trainable_tokens_delta"
 COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
 COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
@@ -138,7 +139,7 @@ def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bo
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_bytes(json_bytes(config))
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes mode 0600, whatever the umask
-    origin = {**adapter.origin, "sha256": tensors_sha256(tensors, config)}
+    origin = {"format": FORMAT, **adapter.origin, "sha256": tensors_sha256(tensors, config)}
     (folder / ORIGIN).write_bytes(json_bytes(origin))
     (folder / "README.md").write_text(readme, encoding="utf-8", errors="replace")
 
@@ -151,7 +152,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise no_adapter(folder)
     config = read_config(folder)
-    origin = read_object(folder / ORIGIN, error=AdapterError) if (folder / ORIGIN).is_file() else {}
+    origin = _origin(folder)
     tensors, sha256 = read_tensors(folder, allow_pickle=allow_pickle)
     expected = origin.pop("sha256", None)
     if expected is not None and expected != tensors_sha256(tensors, config.function):
@@ -189,6 +190,17 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
         config.spec, lora, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
         config.base,
     )  # fmt: skip
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """The content of octavo.json without its format version, {} if there is none."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return {}
+    origin = read_object(path, error=AdapterError)
+    hint = f"Use the octavo that wrote it. Without {ORIGIN} the folder is read as any other adapter in PEFT's format."
+    check_format(origin.pop("format", None), FORMAT, where=path, error=AdapterError, hint=hint)
+    return origin
 
 
 def _lora(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:

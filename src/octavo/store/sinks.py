@@ -20,6 +20,7 @@ from torch import Tensor
 from octavo._version import __version__
 from octavo.errors import UsageError
 from octavo.store.files import json_bytes, new_folder, sha256_of
+from octavo.store.manifest import FORMAT
 from octavo.store.sources import SAFETENSORS_INDEX
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def _write_manifest(folder: Path, header: Header) -> None:
     for path in sorted(folder.iterdir()):
         shutil.copymode(folder / "config.json", path)  # safetensors and tokenizers set other file modes
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = {"octavo": __version__, "scheme": header.scheme, "origin": header.origin, "files": files}
-    (folder / "manifest.json").write_bytes(json_bytes(manifest))
+    about = {"octavo": __version__, "format": FORMAT, "scheme": header.scheme, "origin": header.origin}
+    (folder / "manifest.json").write_bytes(json_bytes({**about, "files": files}))
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -1,9 +1,9 @@
 """Loads the weights of a source into a model or a folder, quantizing them block by block of rows.
 
 A folder that octavo writes under a scheme is a Hugging Face folder with one more entry in config.json,
-"octavo": {"scheme": ..}. Its frozen tensors have the names of hivemind/gpt-j-6B-8bit: NAME.weight are the quantized
-values, NAME.absmax the scales, and NAME.code the code table of dynamic8. Under the scheme `none` it is a plain Hugging
-Face folder.
+"octavo": {"format": .., "scheme": ..}. Its frozen tensors have the names of hivemind/gpt-j-6B-8bit: NAME.weight are
+the quantized values, NAME.absmax the scales, and NAME.code the code table of dynamic8. Under the scheme `none` it is a
+plain Hugging Face folder.
 
 Legend: (N, K) of a matrix, N outputs and K inputs.
 """

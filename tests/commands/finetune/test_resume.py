@@ -21,7 +21,7 @@ from tests.forks import Forks
 import octavo as octavo_api
 from octavo.adapters import trained
 from octavo.config import Config, ServeOptions
-from octavo.config.commands import SERVE
+from octavo.config.commands import LAST_SETTING, SERVE
 from octavo.errors import CheckpointError, TrainingError
 from octavo.reporting import Report
 from octavo.server.serve import adapter_folders, open_engine
@@ -363,6 +363,11 @@ def test_truncated_settings_are_reported(octavo: Octavo, halfway: Path, share: f
     done = octavo("finetune", "--resume", "--out", halfway)
     assert done.code == 2
     assert f"{settings} is cut short" in done.err
+
+
+def test_the_last_key_of_the_settings_is_the_one_that_marks_a_whole_file(stopped: Path) -> None:
+    """Runs of earlier versions end with it: new options go before it."""
+    assert list(yaml.safe_load((stopped / "config.yaml").read_text()))[-1] == LAST_SETTING
 
 
 def test_a_run_of_another_process_is_not_changed(tune: Tune, halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,20 @@ def test_the_error_for_a_tensor_that_does_not_fit_names_it(
     )
 
 
+def test_an_option_that_the_checkpoint_does_not_name_had_its_default(
+    settings: Settings, begin: Callable[[], Run], tmp_path: Path
+) -> None:
+    """A run of an earlier version of octavo, which did not have the option."""
+    run = filled(begin(), step=1)
+    contents = contents_of(run)
+    identity = {name: value for name, value in contents.state["identity"].items() if name != "rslora"}
+    earlier = replace(contents, state={**contents.state, "identity": identity})
+    checkpoint.save(run.folder.checkpoints, 1, earlier)
+    assert resume(begin())
+    with Report(console=False) as report, pytest.raises(CheckpointError, match="rslora: False in the checkpoint, True"):
+        resume(prepare(settings(tmp_path / "run", keep="last", rslora=True), report))
+
+
 def test_only_keep_checkpoints_checkpoints_remain(settings: Settings, tmp_path: Path) -> None:
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run", keep_checkpoints=2), report)

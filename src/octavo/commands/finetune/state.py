@@ -168,7 +168,9 @@ def resume(run: Run) -> bool:
         run.report.warn(f"{run.folder.path} has no checkpoint: starting from the beginning.")
         return False
     force = run.config[RunOptions].force
-    checkpoint.check_identity(saved.state["identity"], run.identity, force=force, warn=run.report.warn)
+    # A run of an earlier version had no option that it does not name: it was trained as with the default.
+    identity = {**LoraOptions().model_dump(), **saved.state["identity"]}
+    checkpoint.check_identity(identity, run.identity, force=force, warn=run.report.warn)
     try:
         adapters.restore_(run.model, saved.adapter())
     except AdapterError as error:
