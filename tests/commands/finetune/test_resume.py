@@ -454,3 +454,13 @@ def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, st
     assert {key: adapter.sha256 for key, adapter in engine.adapters().items()} == {
         key: peft.read(named[name]).sha256 for key, name in served.items()
     }
+
+
+def test_resuming_with_another_micro_batch_size_is_a_warning(tune: Tune, tmp_path: Path) -> None:
+    """The losses stay the same up to rounding; the bits do not."""
+    options = {**LONG, "dropout": 0.0, "steps": 4}
+    tune(tmp_path / "run", **options, stop_after=2)
+    tune(tmp_path / "run", **{**options, "micro_batch_size": 6}, resume=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    texts = [event["text"] for event in map(json.loads, lines) if event["event"] == "warn"]
+    assert any("--micro-batch-size 4 is now 6" in text for text in texts), texts
