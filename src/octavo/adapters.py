@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.lora import LoraSpec, attach_, put_
 from octavo.layers.multi_lora import AdapterBank, ServedAdapters
 from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
@@ -311,7 +311,7 @@ def _reason(model: Decoder, entries: Mapping[str, WeightEntry], key: str) -> str
     return f"this model has no module {shortened(name if kind in ('weight', 'bias') else key)}"
 
 
-def _lora_for(entry: WeightEntry, adapter: Adapter) -> LoraPair:
+def _lora_for(entry: WeightEntry, adapter: Adapter) -> Lora:
     """The adapter's A and B of one module, on the model's device. AdapterError for another layer's shape."""
     a, b, scaling = adapter.lora[entry.name]  # linear: (r, K), (N, r); embedding: (r, V), (d, r)
     layer, key = _layer(entry), entry.rows_key
@@ -325,7 +325,7 @@ def _lora_for(entry: WeightEntry, adapter: Adapter) -> LoraPair:
         )
     device = layer.matrix.device
     b = b if entry.order is None else entry.order.from_checkpoint(b)
-    return LoraPair(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
+    return Lora(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
 
 
 def _plan_of(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> AdapterPlan:
@@ -358,11 +358,11 @@ def _targeted(key: str, entry: WeightEntry, names: Iterable[str]) -> bool:
     return key in siblings
 
 
-def _lora(entry: WeightEntry) -> LoraPair | None:
+def _lora(entry: WeightEntry) -> Lora | None:
     if not isinstance(entry.layer, FrozenLinear | FrozenEmbedding) or entry.rows_key not in entry.layer.lora:
         return None
     lora = entry.layer.lora[entry.rows_key]
-    assert isinstance(lora, LoraPair)
+    assert isinstance(lora, Lora)
     return lora
 
 

@@ -18,7 +18,7 @@ def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
     """(B, T, inputs) -> (B, T, outputs)."""
     with torch.enable_grad():  # without gradients these functions write in place
         if isinstance(mixer, Attention):
-            q, k, v = split_heads(u, mixer.heads, mixer.groups, mixer.groups, size=mixer.head_size)
+            q, k, v = split_heads(u, mixer.heads, mixer.key_value_heads, mixer.key_value_heads, size=mixer.head_size)
             return attention(rope(q, ctx, mixer.form), rope(k, ctx, mixer.form), v, ctx)
         assert isinstance(mixer, Gelu | Swiglu)
         return gelu(u, ctx) if isinstance(mixer, Gelu) else swiglu(u, ctx)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from octavo.fused.branch import residual_branch
 from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix, LoraPair
+from octavo.layers.frozen import FrozenLinear, Lora
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
 from octavo.layers.norm import LayerNorm, RmsNorm
 from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
@@ -63,7 +64,7 @@ def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtyp
         if name != "k_proj":
             rank = 2 + number
             a, b = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) / rank
-            put_(layer, name, LoraPair(a, b, 0.5), dropout=0.0)
+            put_(layer, name, Lora(a, b, 0.5), dropout=0.0)
     if layer.bias is not None:
         nn.init.normal_(layer.bias)
     return layer

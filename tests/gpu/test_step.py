@@ -21,7 +21,8 @@ from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import capabilities_of
 from octavo.kernels import matmul8 as kernels
 from octavo.layers.context import ForwardOptions, Save
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
@@ -324,7 +325,7 @@ def test_offload_of_inputs_and_embedding_does_not_change_results(
     step = load_step(torch.bfloat16, GPU, "int8")
     batch = batch_of(0, packed=packed)
     expected = step.run(eager(step.model, save), batch)
-    embedding = step.model.table
+    embedding = step.model.untied_embedding
     assert embedding is not None
     allocated = torch.cuda.memory_allocated()
     embedding.set_host_resident_(True)

@@ -173,12 +173,12 @@ def quantized(
     m: int, k: int, kind: torch.dtype, *, prescale: bool = False, outliers: bool = False, groups: bool = False
 ) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        codes, scale = (
+        quantized, scale = (
             aligned(m, k, torch.float32).to(kind),
             torch.full((m, -(-k // matmul8.GROUP_SIZE)) if groups else (m,), 7.0),
         )
         factors = torch.full((k,), 127.0).index_fill_(0, torch.arange(0, k, 7), 0) if outliers else torch.rand(k) + 0.5
-        return (columns(m, k, dtype), codes, scale, factors if prescale or outliers else None), {}, codes
+        return (columns(m, k, dtype), quantized, scale, factors if prescale or outliers else None), {}, quantized
 
     return make
 
@@ -215,7 +215,7 @@ def matmul_8bit(
             named["low_rank"] = matmul8.LowRankTerm(aligned(m, rank, dtype), aligned(n, rank, dtype).mul_(rank**-0.5))
         if residual:
             named["residual"] = out if residual == "out" else aligned(m, n, dtype)
-        return (x.codes, x.scale if scaled else x.scale * 0.01, w.codes, out), named, out
+        return (x.values, x.scale if scaled else x.scale * 0.01, w.values, out), named, out
 
     return make
 
@@ -331,10 +331,10 @@ CASES: dict[str, list[Case]] = {
         matmul_8bit(9, 272, 48, torch.int8, bias=True, residual="out", groups=True),
         matmul_8bit(TALL, 1040, 400 if ON_GPU else 144, torch.int8, scaled=True, bias=True, rank=80, residual="out"),
     ],
-    "quantize.codes_into": [int8_values(9, 1111, 1.0), int8_values(2, 4500, 2.0**-7)],
+    "quantize.int8_values_into": [int8_values(9, 1111, 1.0), int8_values(2, 4500, 2.0**-7)],
     "quantize.int8_into": [dequantized("int8"), dequantized("int8", 2, 4500)],
     "quantize.dynamic8_into": [dequantized("dynamic8"), dequantized("dynamic8", 2, 4500)],
-    "quantize.nf4_codes_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
+    "quantize.nf4_as_int8_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
     "quantize.nf4_into": [dequantized("nf4"), dequantized("nf4", 2, 4500), dequantized("nf4", 1, 1)],
     "pointwise.norm_into": [lambda t: norm(t, centred=True), lambda t: norm(t, centred=False)],
     "pointwise.norm_backward_into": [

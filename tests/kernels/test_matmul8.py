@@ -31,9 +31,9 @@ def test_the_hopper_kernel_computes_what_it_supports(
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(matmul8, "hopper_kernels_run_on", lambda _: True)
     monkeypatch.setattr(hopper, "matmul_8bit_into", lambda *call: calls.append(call))
-    codes, scale = quantize_rows(torch.randn(M, K), torch.int8, groups=groups)
+    quantized, scale = quantize_rows(torch.randn(M, K), torch.int8, groups=groups)
     weight, out = (
-        quantize_rows(torch.randn(N, K), torch.int8).codes,
+        quantize_rows(torch.randn(N, K), torch.int8).values,
         torch.zeros(M, N + 8, dtype=dtype)[:, shift : N + shift],
     )
     t, b = (torch.randn(rows, 7).to(dtype)[:, 2:5] for rows in (M, N))  # rows start where TMA cannot read
@@ -41,11 +41,11 @@ def test_the_hopper_kernel_computes_what_it_supports(
     def starts_right(x: Tensor) -> bool:
         return x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
 
-    matmul8.matmul_8bit_into(codes, scale, weight, out, low_rank=LowRankTerm(t, b))
+    matmul8.matmul_8bit_into(quantized, scale, weight, out, low_rank=LowRankTerm(t, b))
     assert bool(out.any()) != taken  # else the general kernel wrote it
     assert len(calls) == taken
     for call in calls:
-        assert call[0] is codes
+        assert call[0] is quantized
         assert call[3] is out
         assert all(starts_right(each) for each in call[7])
         assert all(torch.equal(*both) for both in zip(call[7], (t, b), strict=True))

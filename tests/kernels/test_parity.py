@@ -110,7 +110,7 @@ def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: 
         assert isinstance(lora, inference.BatchedLora)
         whole = kernel.matmul(x, *given, lora=lora, residual=residual, **named)
         for rows in (slice(*cut) for cut in cuts):
-            own = lora._replace(inner=lora.inner[rows], adapter_ids=lora.adapter_ids[rows])
+            own = lora._replace(t=lora.t[rows], adapter_ids=lora.adapter_ids[rows])
             found = kernel.matmul(x[rows], *given, lora=own, residual=residual[rows], **named)  # type: ignore[index]
             same_bits(found, whole[rows], dtype)
 

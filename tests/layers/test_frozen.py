@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix, LoraPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
 from octavo.ops.quantize import SCHEMES, dequantize
 
@@ -34,10 +35,10 @@ def matrix_of(weights: Mapping[str, Tensor], scheme: str = "none", dtype: torch.
     return matrix
 
 
-def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> LoraPair:
+def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> Lora:
     generator = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
-    return LoraPair(a, b, scaling)
+    return Lora(a, b, scaling)
 
 
 @every_scheme
@@ -148,7 +149,7 @@ def test_a_bias_lies_on_the_rows_of_its_names(biased: list[str]) -> None:
 
 
 def test_biases_with_a_gap_between_them_are_no_layer() -> None:
-    with pytest.raises(AssertionError, match="one run"):
+    with pytest.raises(AssertionError, match="adjacent"):
         FrozenLinear(FrozenMatrix(7, GROUP), bias=["q_proj", "v_proj"])
 
 

@@ -114,7 +114,7 @@ def test_the_matrix_is_the_parts_then_every_scaled_b_then_the_biases(name: str) 
         matrix = wide.matrix(torch.empty(0, dtype=torch.float64))
         columns = [*weights]
         for part in wide.parts:
-            columns += [F.pad(pair.on_b * pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.lora]
+            columns += [F.pad(pair.b_scaling * pair.b.T, (pair.start, OUT - pair.stop)).T for pair in part.lora]
         biases = [
             F.pad(part.bias, (part.bias_start, OUT - part.bias_start - len(part.bias)))
             for part in wide.parts

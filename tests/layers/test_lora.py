@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import FlatGroup, LoraSpec, attach_, flatten_, gradients_in_place, lora_of, merged_rows
 from octavo.ops.quantize import SCHEMES
 

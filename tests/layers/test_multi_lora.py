@@ -73,7 +73,7 @@ def test_each_row_gets_the_term_of_its_adapter_after_any_loads_and_removals(
         assert torch.equal(y[0], torch.ones(N))  # the base's row
         assert [lora.names[start:stop].unique().tolist() for start, stop in lora.spans] == [[0], [1], [2]]
         for index, (start, stop) in enumerate(lora.spans):
-            t = lora.inner[:, index * bank.rank : (index + 1) * bank.rank]  # (M, R)
+            t = lora.t[:, index * bank.rank : (index + 1) * bank.rank]  # (M, R)
             term = torch.einsum("mr,mrn->mn", t, lora.b[adapter_ids])[:, start:stop]
             torch.testing.assert_close(term, expected[:, position, start:stop], rtol=1e-5, atol=1e-5)
 

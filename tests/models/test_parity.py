@@ -22,7 +22,7 @@ from octavo.errors import ModelError
 from octavo.fused.loss import cross_entropy_sum
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.dropout import Dropout
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
 from octavo.models import Decoder, WeightEntry, build, weight_entries
@@ -178,7 +178,7 @@ def tuned(kernels: Models) -> Models:
             assert isinstance(place.layer, FrozenLinear | FrozenEmbedding)
             a, b = (factor.detach().clone() for factor in factors(module))
             b = b if place.order is None else place.order.from_checkpoint(b)
-            put_(place.layer, place.rows_key, LoraPair(a, b, 4 / 3), dropout=0.0)
+            put_(place.layer, place.rows_key, Lora(a, b, 4 / 3), dropout=0.0)
         elif place.matrix is None:
             module.requires_grad_()
             place.layer.requires_grad_()
@@ -213,7 +213,7 @@ def gradients(place: WeightEntry, module: Any) -> Iterator[tuple[str, Tensor | N
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
     if place.rows_key in layer.lora:
         pair = layer.lora[place.rows_key]
-        assert isinstance(pair, LoraPair)
+        assert isinstance(pair, Lora)
         a, b = factors(module)
         yield "a", pair.a.grad, a.grad
         yield "b", in_checkpoint_order(place, pair.b.grad), b.grad

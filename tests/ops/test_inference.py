@@ -57,7 +57,7 @@ def test_a_matmul_of_int8_weights_is_that_of_the_dequantized_matrix(
             for (start, stop), own in zip(SPANS, inner.split(R), strict=True):
                 wanted[row, start:stop] += own @ b[numbers[row]].float()[:, start:stop]
         wanted += residual.float()
-        size += residual.float().abs() + bias.abs().max() + (lora.inner.abs().sum(1) * b.abs().max())[:, None]
+        size += residual.float().abs() + bias.abs().max() + (lora.t.abs().sum(1) * b.abs().max())[:, None]
     found = matmul(x, parts["weight"], parts["absmax"], phase=phase, **named)
     assert found.dtype == dtype
     assert ((found.float() - wanted).abs() / size).max() < TOLERANCE[dtype]

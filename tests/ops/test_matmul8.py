@@ -39,21 +39,21 @@ def seeded_and_without_a_graph() -> Iterator[None]:
         yield
 
 
-def test_int8_codes_are_within_half_a_step_and_use_all_levels() -> None:
+def test_int8_values_are_within_half_a_step_and_use_all_levels() -> None:
     x = rows(M, 50)
     before = x.clone()
-    codes, scale = quantize_rows(x, torch.int8)
+    quantized, scale = quantize_rows(x, torch.int8)
     assert torch.equal(x, before)
-    assert bool(((codes * scale[:, None] - x).abs() <= scale[:, None] * (0.5 + 1e-4)).all())
-    assert bool((codes.abs().amax(1) == 127).all())
+    assert bool(((quantized * scale[:, None] - x).abs() <= scale[:, None] * (0.5 + 1e-4)).all())
+    assert bool((quantized.abs().amax(1) == 127).all())
 
 
-def test_fp8_codes_are_within_half_a_digit_and_reach_the_largest_number() -> None:
+def test_fp8_values_are_within_half_a_digit_and_reach_the_largest_number() -> None:
     x = rows(M, 50)
-    codes, scale = quantize_rows(x, FP8)
-    error, limit = (codes.float() * scale[:, None] - x).abs(), x.abs() * HALF_DIGIT + LEAST * scale[:, None]
+    quantized, scale = quantize_rows(x, FP8)
+    error, limit = (quantized.float() * scale[:, None] - x).abs(), x.abs() * HALF_DIGIT + LEAST * scale[:, None]
     assert bool((error <= limit * 1.0001).all())
-    assert bool((codes.float().abs().amax(1) == matmul8.FP8_LARGEST).all())
+    assert bool((quantized.float().abs().amax(1) == matmul8.FP8_LARGEST).all())
 
 
 @pytest.mark.parametrize("columns", [50, 128, 300])
@@ -61,28 +61,28 @@ def test_spans_of_a_row_have_a_scale_each(columns: int) -> None:
     """A value keeps its precision if outliers are in other groups of its row."""
     x = rows(M, columns)
     x[:, 0] *= 1000
-    codes, scale = quantize_rows(x, torch.int8, groups=True)
+    quantized, scale = quantize_rows(x, torch.int8, groups=True)
     for span in range(scale.shape[1]):
         own = slice(span * matmul8.GROUP_SIZE, (span + 1) * matmul8.GROUP_SIZE)
         step = scale[:, span, None]
-        assert bool(((codes[:, own] * step - x[:, own]).abs() <= step * (0.5 + 1e-4)).all())
-        assert bool((codes[:, own].abs().amax(1) == 127).all())
+        assert bool(((quantized[:, own] * step - x[:, own]).abs() <= step * (0.5 + 1e-4)).all())
+        assert bool((quantized[:, own].abs().amax(1) == 127).all())
 
 
 def test_a_matmul_sums_groups_with_their_scales() -> None:
     x, weight = rows(M, 300), torch.randint(-127, 128, (16, 300), dtype=torch.int8)
-    codes, scale = quantize_rows(x, torch.int8, groups=True)
+    quantized, scale = quantize_rows(x, torch.int8, groups=True)
     out = torch.empty(M, 16)
-    matmul8.matmul_8bit_into(codes, scale, weight, out)
-    exact = codes * scale.repeat_interleave(matmul8.GROUP_SIZE, dim=1)[:, :300] @ weight.float().T
+    matmul8.matmul_8bit_into(quantized, scale, weight, out)
+    exact = quantized * scale.repeat_interleave(matmul8.GROUP_SIZE, dim=1)[:, :300] @ weight.float().T
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-4)
 
 
-def test_int8_codes_are_transposed_as_they_are() -> None:
-    codes = torch.randint(-127, 128, (7, 5), dtype=torch.int8)
+def test_int8_values_are_transposed_as_they_are() -> None:
+    quantized = torch.randint(-127, 128, (7, 5), dtype=torch.int8)
     out = torch.empty(5, 7, dtype=torch.int8)
-    matmul8.transpose_into(codes, out)
-    assert torch.equal(out, codes.T)
+    matmul8.transpose_into(quantized, out)
+    assert torch.equal(out, quantized.T)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_type_of_gradients_on_this_cpu_and_in_plans() -> None:
 def test_a_fold_is_applied_before_rounding(kind: torch.dtype) -> None:
     x, prescale = rows(M, 50), torch.rand(50) + 0.1
     found, wanted = quantize_rows(x, kind, prescale=prescale), quantize_rows(x * (prescale / 127), kind)
-    assert torch.equal(found.codes.float(), wanted.codes.float())
+    assert torch.equal(found.values.float(), wanted.values.float())
     assert torch.equal(found.scale, wanted.scale)
 
 
@@ -118,25 +118,25 @@ def test_a_fold_is_applied_before_rounding(kind: torch.dtype) -> None:
 def test_a_row_of_zeros_stays_zero_and_one_that_is_not_finite_stays_so(kind: torch.dtype) -> None:
     x = rows(4, 50)
     x[0], x[1, 3], x[2, 4] = 0, math.nan, math.inf
-    codes, scale = quantize_rows(x, kind)
-    assert bool((codes[0].float() == 0).all())
+    quantized, scale = quantize_rows(x, kind)
+    assert bool((quantized[0].float() == 0).all())
     assert math.isfinite(scale[0])
     out = torch.empty(4, 16)
-    matmul8.matmul_8bit_into(codes, scale, torch.ones(16, 50).to(kind), out)
+    matmul8.matmul_8bit_into(quantized, scale, torch.ones(16, 50).to(kind), out)
     assert bool((out[0] == 0).all())
     assert not bool(out[1:3].isfinite().any())
     assert bool(out[3].isfinite().all())
 
 
-def test_transposed_codes_keep_four_binary_digits() -> None:
-    codes = torch.arange(-127, 128, dtype=torch.int8).repeat(2, 1)
+def test_transposed_values_keep_four_binary_digits() -> None:
+    quantized = torch.arange(-127, 128, dtype=torch.int8).repeat(2, 1)
     out = torch.empty(255, 2, dtype=FP8)
-    matmul8.transpose_into(codes, out)
+    matmul8.transpose_into(quantized, out)
     found = out.float()[:, 0]
     assert torch.equal(out.float()[:, 1], found)
-    small = codes[0].abs() <= 16
-    assert torch.equal(found[small], codes[0][small].float())
-    assert bool(((found - codes[0]).abs() <= codes[0].float().abs() * HALF_DIGIT).all())
+    small = quantized[0].abs() <= 16
+    assert torch.equal(found[small], quantized[0][small].float())
+    assert bool(((found - quantized[0]).abs() <= quantized[0].float().abs() * HALF_DIGIT).all())
 
 
 @pytest.mark.parametrize(("rows", "columns", "expected"), [(16, 32, True), (24, 32, False), (32, 40, False)])
@@ -151,8 +151,8 @@ def filled_with(matrix: Tensor) -> Callable[[Tensor], None]:
     return fill
 
 
-def stored_codes(codes: Tensor, absmax: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    return lambda like: (codes, absmax)
+def stored_weight(quantized: Tensor, absmax: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    return lambda like: (quantized, absmax)
 
 
 def wide_of(
@@ -167,12 +167,12 @@ def wide_of(
     parts, matrices = [], []
     for k in columns:
         stored = SCHEMES["int8"].quantize(drawn(N, k) * torch.logspace(-1, 1, N)[:, None])
-        codes, absmax = stored["weight"], stored["absmax"]
-        matrix = codes * (absmax / 127)[:, None]
+        quantized, absmax = stored["weight"], stored["absmax"]
+        matrix = quantized * (absmax / 127)[:, None]
         pair = LoraSlice(4, 20, drawn(rank, k).requires_grad_(), drawn(16, rank).requires_grad_(), 0.5)
         bias = drawn(8).requires_grad_()
         spec = Matmul8(probe=probe) if use_8bit or probe else None
-        weight = stored_codes(codes, absmax)
+        weight = stored_weight(quantized, absmax)
         parts.append(LinearSpec(N, k, filled_with(matrix), bias, 2, (pair,), dropout, weight, spec))
         matrices.append(matrix)
     return FusedLinear(tuple(parts)), matrices
@@ -380,13 +380,13 @@ def test_the_scale_of_a_row_equals_that_of_the_reference() -> None:
     for kind in (torch.int8, FP8):
         x, prescale = rows(M, 70).to(place), torch.rand(70, device=place)
         x[2, 5] = math.nan
-        wanted, codes, scale = (
+        wanted, quantized, scale = (
             quantize_rows(x, kind, prescale=prescale),
             torch.empty(M, 70, dtype=kind, device=place),
             x.new_empty(M),
         )
         with np.errstate(invalid="ignore"):  # NaN has no code; what counts is its scale
-            kernels.quantize_rows_into(x, codes, scale, prescale)
+            kernels.quantize_rows_into(x, quantized, scale, prescale)
         torch.testing.assert_close(scale, wanted.scale, rtol=1e-6, atol=0, equal_nan=True)
         assert bool(scale[2].isnan())
         assert not bool(scale[3].isnan())

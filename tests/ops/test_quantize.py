@@ -85,7 +85,7 @@ def test_int8_negates_with_its_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_int8_codes_are_exact_in_short_types(dtype: torch.dtype) -> None:
+def test_int8_values_are_exact_in_short_types(dtype: torch.dtype) -> None:
     weight = torch.arange(-127.0, 128.0)[None]
     parts = SCHEMES["int8"].quantize(weight)
     matrix, scale = SCHEMES["int8"].unpack(parts, (1, 255), dtype)
@@ -148,15 +148,15 @@ def test_parts_put_end_to_end_are_the_stacked_matrix_where_it_joins(
     if "code" in stacked:
         joined["code"] = scheme.quantize(first)["code"]
     equal = all(torch.equal(whole, joined[part]) for part, whole in stacked.items())
-    assert equal or not all(scheme.joins(shape) for shape in shapes)
+    assert equal or not all(scheme.stacks(shape) for shape in shapes)
 
 
 def test_joins_exactly_where_blocks_end_with_the_matrix() -> None:
-    assert all(SCHEMES[name].joins((3, 5)) for name in ("none", "int8"))
-    assert SCHEMES["dynamic8"].joins((2, 2048))
-    assert not SCHEMES["dynamic8"].joins((2, 2049))
-    assert SCHEMES["nf4"].joins((2, 32))
-    assert not SCHEMES["nf4"].joins((2, 33))
+    assert all(SCHEMES[name].stacks((3, 5)) for name in ("none", "int8"))
+    assert SCHEMES["dynamic8"].stacks((2, 2048))
+    assert not SCHEMES["dynamic8"].stacks((2, 2049))
+    assert SCHEMES["nf4"].stacks((2, 32))
+    assert not SCHEMES["nf4"].stacks((2, 33))
 
 
 def test_an_unknown_scheme_names_those_there_are() -> None:

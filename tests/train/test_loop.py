@@ -23,7 +23,7 @@ from octavo.data.packing import IGNORE_INDEX, Row, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import TrainingError
 from octavo.layers.context import ForwardOptions, Save
-from octavo.layers.frozen import FrozenLinear, LoraPair
+from octavo.layers.frozen import FrozenLinear, Lora
 from octavo.layers.lora import FlatGroup, LoraSpec, flatten_
 from octavo.models import Decoder, weight_entries
 from octavo.ops.quantize import scheme_named
@@ -133,7 +133,7 @@ def peft_model(theirs: Any, trainer: Trainer) -> Any:
     for entry in entries:
         assert isinstance(entry.layer, FrozenLinear)
         lora, module = entry.layer.lora[entry.rows_key], model.base_model.model.get_submodule(entry.name)
-        assert isinstance(lora, LoraPair)
+        assert isinstance(lora, Lora)
         module.lora_A["default"].weight.data.copy_(lora.a)
         module.lora_B["default"].weight.data.copy_(lora.b)
     return model.train()

@@ -44,8 +44,8 @@ def lora_operands(
     b = None
     if lora_input.wants_dt:
         b = dt.new_empty(mixer.inputs, rank)  # (mixer.inputs, r)
-        for chunk, pair in zip(b.split(width), front, strict=True):
-            pack_b_into(chunk, [pair._replace(start=0, stop=width)])
+        for chunk, lora in zip(b.split(width), front, strict=True):
+            pack_b_into(chunk, [lora._replace(start=0, stop=width)])
     t = lora_input.extra[:, inner.rank - len(front) * rank : inner.rank]  # (M, chunks * r)
     return start, LoraOperands(t, b, dt_behind)
 

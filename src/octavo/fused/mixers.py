@@ -78,21 +78,21 @@ class Attention:
     """Causal attention of rotated queries and keys; u is [q | k | v]. `form`: see ops/attention.py."""
 
     heads: int
-    groups: int
+    key_value_heads: int
     head_size: int
     form: str
     lora_chunks = 0  # its gradient is not elementwise
 
     @property
     def inputs(self) -> int:
-        return (self.heads + 2 * self.groups) * self.head_size
+        return (self.heads + 2 * self.key_value_heads) * self.head_size
 
     @property
     def outputs(self) -> int:
         return self.heads * self.head_size
 
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:
-        rotated = u[:, : (self.heads + self.groups) * self.head_size]  # q and k
+        rotated = u[:, : (self.heads + self.key_value_heads) * self.head_size]  # q and k
         rotate_into(rotated, *context.rotary, self.head_size, self.form, rotated)
 
     def forward(
@@ -153,7 +153,7 @@ class Attention:
 
     @property
     def _sizes(self) -> list[int]:
-        return [heads * self.head_size for heads in (self.heads, self.groups, self.groups)]
+        return [heads * self.head_size for heads in (self.heads, self.key_value_heads, self.key_value_heads)]
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,12 @@ def matmul(
     after = (
         absmax if absmax is not None else x, bias if bias is not None else x, bias_start,
         bias_start + (bias.numel() if bias is not None else 0),
-        *((lora.inner, lora.b, lora.adapter_ids, lora.names) if lora is not None else (x,) * 4),
-        residual if residual is not None else x, lora.inner.shape[1] if lora is not None else 0,
+        *((lora.t, lora.b, lora.adapter_ids, lora.names) if lora is not None else (x,) * 4),
+        residual if residual is not None else x, lora.t.shape[1] if lora is not None else 0,
         len(lora.b) if lora is not None else 0, n, residual.stride(0) if residual is not None else 0,
     )  # fmt: skip
     levels = INT8_LEVELS if absmax is not None else 0
-    between = triton.next_power_of_2(max(16, lora.inner.shape[1])) if lora is not None else 0
+    between = triton.next_power_of_2(max(16, lora.t.shape[1])) if lora is not None else 0
     has = bias is not None, lora.b.shape[1] if lora is not None else 0, residual is not None
     _matmul[(triton.cdiv(n, tile.strip), parts, triton.cdiv(m, tile.rows * tile.halves))](
         x, weight, sums, out, *after, m, k, span, x.stride(0), weight.stride(0),
@@ -121,7 +121,7 @@ def tile_for(m: int, dtype: torch.dtype, phase: Phase, *, lora: bool) -> Tile:
 
 @triton.jit(do_not_specialize=["m", "j", "adapters", "bias_start", "bias_stop"])
 def _matmul(
-    x, weight, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
+    x, weight, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
     j, adapters, n, residual_stride, m, k, span, x_stride, weight_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
     ROWS: tl.constexpr, HALVES: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr, BETWEEN: tl.constexpr,
@@ -146,19 +146,19 @@ def _matmul(
             inputs = tl.load(source + ROWS * x_stride, mask=there, other=0)
             lower = tl.dot(inputs, value, lower, input_precision="ieee")
     _finish(
-        total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
+        total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
         j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
     )  # fmt: skip
     if HALVES == 2:
         _finish(
-            lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids,
+            lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids,
             names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
+    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
     j, adapters, m, n, residual_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
     BETWEEN: tl.constexpr,
@@ -170,7 +170,7 @@ def _finish(
         tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
     else:
         total = _add_terms(
-            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids,
+            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids,
             names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
         )  # fmt: skip
         tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
@@ -178,7 +178,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["m", "j", "adapters", "parts", "bias_start", "bias_stop"])
 def _add_parts(
-    sums, out, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
+    sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
     j, adapters, n, residual_stride, m, parts,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +189,7 @@ def _add_parts(
     for part in range(parts):
         total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
     total = _add_terms(
-        total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names,
+        total, row, column, inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names,
         residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, 0,
     )  # fmt: skip
     tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
@@ -197,7 +197,7 @@ def _add_parts(
 
 @triton.jit
 def _add_terms(
-    total, row, column, inside, absmax, bias, bias_start, bias_stop, inner, b, adapter_ids, names, residual,
+    total, row, column, inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
     j, adapters, m, n, residual_stride,
     BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _add_terms(
     if BIAS:
         total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
     if BETWEEN:
-        total = _add_lora(total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
+        total = _add_lora(total, row, column, lora_t, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
     elif R:
         number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
         name = tl.load(names + column, mask=column < n, other=0)
@@ -214,7 +214,7 @@ def _add_terms(
         for start in range(0, R, 16):
             for step in tl.static_range(16):  # unrolled, so that the loads overlap
                 r = start + step
-                t = tl.load(inner + row * j + name * R + r, mask=live & (r < R), other=0)
+                t = tl.load(lora_t + row * j + name * R + r, mask=live & (r < R), other=0)
                 factor = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
                 total += t * factor.to(tl.float32)
     if RESIDUAL:
@@ -234,12 +234,12 @@ def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
 
 @triton.jit
 def _add_lora(
-    total, row, column, inner, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
+    total, row, column, lora_t, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
 ):  # fmt: skip
     # One low-rank GEMM for each adapter of the tile's rows, with zeros in the rows of other adapters.
     line = tl.arange(0, BETWEEN)
     number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
-    t = tl.load(inner + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
+    t = tl.load(lora_t + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
     reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
     lowest = tl.min(tl.min(tl.where(number > 0, number, adapters), axis=1), axis=0)  # 0 is the base
     highest = tl.max(tl.max(number, axis=1), axis=0)

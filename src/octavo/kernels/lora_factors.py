@@ -17,18 +17,18 @@ from octavo.ops.linear import LoraSlice
 SIZE = 4096  # elements that one program writes
 
 
-def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:
-    if not pairs:
+def pack_b_into(out: Tensor, loras: Sequence[LoraSlice]) -> None:
+    if not loras:
         out.zero_()
         return
     n, c = out.shape
     width = triton.next_power_of_2(c)
     high = max(1, SIZE // width)
-    ranks = [len(pair.a) for pair in pairs]
+    ranks = [len(lora.a) for lora in loras]
     _pack_b[(triton.cdiv(n, high),)](
-        out, tuple(pair.b.detach().contiguous() for pair in pairs), tuple(pair.start for pair in pairs),
-        tuple(pair.stop for pair in pairs), tuple(accumulate(ranks[:-1], initial=0)), tuple(ranks),
-        tuple(float(pair.on_b) for pair in pairs), n, c, out.stride(0), high, width, num_warps=4,
+        out, tuple(lora.b.detach().contiguous() for lora in loras), tuple(lora.start for lora in loras),
+        tuple(lora.stop for lora in loras), tuple(accumulate(ranks[:-1], initial=0)), tuple(ranks),
+        tuple(float(lora.b_scaling) for lora in loras), n, c, out.stride(0), high, width, num_warps=4,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def matmul_8bit_into(
-    codes: Tensor,
+    quantized: Tensor,
     scale: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -65,14 +65,14 @@ def matmul_8bit_into(
         from octavo.kernels.hopper import matmul8
 
         if matmul8.fits(out, scale):
-            matmul8.matmul_8bit_into(codes, scale, weight, out, absmax, bias, bias_start, low_rank, residual)
+            matmul8.matmul_8bit_into(quantized, scale, weight, out, absmax, bias, bias_start, low_rank, residual)
             return
-    (m, k), n = codes.shape, len(weight)
+    (m, k), n = quantized.shape, len(weight)
     groups = scale.ndim == 2
     capabilities = capabilities_of(out.device)
     tile, tma = tile_for(capabilities, out.itemsize, groups=groups), capabilities.tma
     # The last two matrices are placeholders without a low-rank term.
-    read, count, width = [codes, weight, codes, weight], 0, tile.inputs
+    read, count, width = [quantized, weight, quantized, weight], 0, tile.inputs
     if low_rank is not None:
         count = low_rank.t.shape[1]
         width = min(LOW_RANK_BYTES // out.itemsize, max(16, triton.next_power_of_2(count)))
@@ -88,7 +88,7 @@ def matmul_8bit_into(
         scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
         m, n, k, out.stride(0), residual.stride(0) if residual is not None else 0, scale.stride(0), programs,
-        tma, codes.dtype == torch.int8, GROUP_SIZE if groups else 0, absmax is not None, bias is not None, count,
+        tma, quantized.dtype == torch.int8, GROUP_SIZE if groups else 0, absmax is not None, bias is not None, count,
         width, residual is not None, INT8_LEVELS, *tile[:3], GROUP_M, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -170,7 +170,7 @@ def _read(source, stride, top, left, rows, columns, TMA: tl.constexpr, HIGH: tl.
     return tile
 
 
-def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
+def quantize_rows_into(x: Tensor, quantized: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
     m, k = x.shape
     groups = scale.shape[1] if scale.ndim == 2 else 0
     scaled = prescale is not None
@@ -178,20 +178,20 @@ def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor
     width = triton.next_power_of_2(groups * GROUP_SIZE or k)
     if width > LONGEST_ROW and not groups:
         _quantize_long_rows[(m,)](
-            x, codes, scale, factor, k, x.stride(0), codes.stride(0), scaled,
-            codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, PIECE, num_warps=16, enable_fp_fusion=False,
+            x, quantized, scale, factor, k, x.stride(0), quantized.stride(0), scaled,
+            quantized.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, PIECE, num_warps=16, enable_fp_fusion=False,
         )  # fmt: skip
         return
     _quantize_rows[(m,)](
-        x, codes, scale, factor, k, groups, x.stride(0), codes.stride(0), scaled,
-        codes.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width, GROUP_SIZE if groups else 0,
+        x, quantized, scale, factor, k, groups, x.stride(0), quantized.stride(0), scaled,
+        quantized.dtype == torch.int8, INT8_LEVELS, FP8_LARGEST, TINY, width, GROUP_SIZE if groups else 0,
         num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit
 def _quantize_rows(
-    x, codes, scale, prescale, k, groups, x_stride, codes_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
+    x, quantized, scale, prescale, k, groups, x_stride, quantized_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
     LEVELS: tl.constexpr, FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, WIDTH: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -210,7 +210,7 @@ def _quantize_rows(
         finite = tl.sum(value * 0.0)  # NaN if any value is not finite: the maximum ignores NaN
         tl.store(scale + row, top / largest + finite)
         code = value * tl.div_rn(largest, top)
-    _store_quantized(codes + row * codes_stride + column, code, inside, INT8)
+    _store_quantized(quantized + row * quantized_stride + column, code, inside, INT8)
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def _store_quantized(to, code, inside, INT8: tl.constexpr):
 
 @triton.jit
 def _quantize_long_rows(
-    x, codes, scale, prescale, k, x_stride, codes_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
+    x, quantized, scale, prescale, k, x_stride, quantized_stride, PRESCALE: tl.constexpr, INT8: tl.constexpr,
     LEVELS: tl.constexpr,
     FP8_LARGEST: tl.constexpr, TINY: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
@@ -238,7 +238,7 @@ def _quantize_long_rows(
     for start in range(0, k, PIECE):
         code = _prescaled(x + row * x_stride, prescale, start, k, PRESCALE, LEVELS, PIECE) * tl.div_rn(largest, top)
         column = start + tl.arange(0, PIECE)
-        _store_quantized(codes + row * codes_stride + column, code, column < k, INT8)
+        _store_quantized(quantized + row * quantized_stride + column, code, column < k, INT8)
 
 
 @triton.jit
@@ -251,18 +251,18 @@ def _prescaled(x, prescale, start, k, PRESCALE: tl.constexpr, LEVELS: tl.constex
     return value
 
 
-def transpose_into(codes: Tensor, out: Tensor) -> None:
-    n, k = codes.shape
+def transpose_into(weight: Tensor, out: Tensor) -> None:
+    n, k = weight.shape
     _transpose[(triton.cdiv(n, SIDE), triton.cdiv(k, SIDE))](
-        codes, out, n, k, codes.stride(0), out.stride(0), SIDE, num_warps=8
+        weight, out, n, k, weight.stride(0), out.stride(0), SIDE, num_warps=8
     )
 
 
 @triton.jit
-def _transpose(codes, out, n, k, codes_stride, out_stride, SIDE: tl.constexpr):
+def _transpose(weight, out, n, k, weight_stride, out_stride, SIDE: tl.constexpr):
     row, column = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     inside = (row[:, None] < n) & (column[None, :] < k)
-    code = tl.load(codes + row[:, None].to(tl.int64) * codes_stride + column[None, :], mask=inside, other=0)
+    code = tl.load(weight + row[:, None].to(tl.int64) * weight_stride + column[None, :], mask=inside, other=0)
     value = tl.trans(code).to(tl.float32).to(out.dtype.element_ty)
     place = out + column[:, None].to(tl.int64) * out_stride + row[None, :]
     tl.store(place, value, mask=tl.trans(inside))

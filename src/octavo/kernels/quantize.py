@@ -13,32 +13,32 @@ TINY = torch.finfo(torch.float32).tiny
 WIDTH = 4096  # columns that one program writes
 
 
-def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+def int8_into(weight: Tensor, absmax: Tensor, out: Tensor) -> None:
     n, k = out.shape
     scale = absmax / INT8_LEVELS
-    _int8[(n, triton.cdiv(k, WIDTH))](codes, scale, out, k, codes.stride(0), out.stride(0), WIDTH, num_warps=8)
+    _int8[(n, triton.cdiv(k, WIDTH))](weight, scale, out, k, weight.stride(0), out.stride(0), WIDTH, num_warps=8)
 
 
 @triton.jit
-def _int8(codes, scale, out, k, codes_stride, out_stride, WIDTH: tl.constexpr):
+def _int8(weight, scale, out, k, weight_stride, out_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < k
-    value = tl.load(codes + row * codes_stride + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)
+    value = tl.load(weight + row * weight_stride + column, mask=inside, other=0).to(tl.float32) * tl.load(scale + row)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
+def int8_values_into(weight: Tensor, step: float, out: Tensor) -> None:
     n, k = out.shape
-    _plain_codes[(n, triton.cdiv(k, WIDTH))](codes, step, out, k, codes.stride(0), out.stride(0), WIDTH, num_warps=8)
+    _int8_values[(n, triton.cdiv(k, WIDTH))](weight, step, out, k, weight.stride(0), out.stride(0), WIDTH, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["step"])
-def _plain_codes(codes, step, out, k, codes_stride, out_stride, WIDTH: tl.constexpr):
+def _int8_values(weight, step, out, k, weight_stride, out_stride, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < k
-    value = tl.load(codes + row * codes_stride + column, mask=inside, other=0).to(tl.float32) * step
+    value = tl.load(weight + row * weight_stride + column, mask=inside, other=0).to(tl.float32) * step
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -91,17 +91,17 @@ def _pairs(codes, absmax, code, row, k, BLOCK: tl.constexpr, WIDTH: tl.constexpr
     return tl.interleave(tl.load(code + (byte >> 4)) * scale, tl.load(code + (byte & 15)) * scale)
 
 
-def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
+def nf4_as_int8_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
     n, k = out.shape
     grid = (n, triton.cdiv(k, WIDTH))
-    _nf4_codes[grid](
+    _nf4_as_int8[grid](
         codes, absmax, row_absmax, _code(codes.device), out, k, out.stride(0), NF4_BLOCK, INT8_LEVELS, TINY, WIDTH,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit
-def _nf4_codes(
+def _nf4_as_int8(
     codes, absmax, row_absmax, code, out, k, out_stride, BLOCK: tl.constexpr, LEVELS: tl.constexpr,
     TINY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -114,10 +114,10 @@ def _nf4_codes(
     tl.store(out + row * out_stride + column, value.to(tl.int8), mask=column < k)
 
 
-_codes: dict[torch.device, Tensor] = {}
+_code_tables: dict[torch.device, Tensor] = {}
 
 
 def _code(device: torch.device) -> Tensor:
-    if device not in _codes:
-        _codes[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
-    return _codes[device]
+    if device not in _code_tables:
+        _code_tables[device] = torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+    return _code_tables[device]

@@ -1,1 +1,1 @@
-"""Layers that act on any module and know no family: frozen matrices, low-rank pairs, the key/value cache."""
+"""Layers that act on any module and know no family: frozen matrices, LoRA, the key/value cache."""

@@ -1,4 +1,4 @@
-"""Frozen linears whose weights stand next to each other as one matmul, with LoRA and bias as further columns.
+"""Frozen linears whose weights are joined into one matrix, with LoRA and bias as further columns: one matmul for all.
 
     y = x_1 W_1^T + x_2 W_2^T + .. + LoRA + bias
       = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T      (if s < 1, A is scaled instead of B)
@@ -8,7 +8,7 @@ matmul that gives dL/dx also gives dL/dt for t = x A^T, and one low-rank matmul 
 the bias.
 
 The joined matrix is dequantized for each use and not kept. Linears in 8 bits are multiplied without it, as they are
-stored (ops/matmul8.py); their LoRA activations are a low-rank term of that matmul.
+stored (layers/linear8.py); their LoRA activations are a low-rank term of that matmul.
 
 Legend: M rows of input; part i is a frozen linear with weight (N, K_i); K the sum of the K_i; C the extra columns (the
 ranks of all LoRA, a one for the bias), rounded up to ALIGNMENT; LoRA of a part is A (r, K_i), B (n, r).
@@ -16,7 +16,7 @@ ranks of all LoRA, a one for the bias), rounded up to ALIGNMENT; LoRA of a part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from octavo.layers import linear8
 from octavo.layers.dropout import Dropout, Seed, mask
 from octavo.layers.gemm_input import GemmInput
-from octavo.ops import matmul8
 from octavo.ops.linear import LoraSlice, mm_float32
-from octavo.ops.linear_spec import OUTLIERS, LinearSpec, Matmul8, Outliers, QuantErrorProbe, split_outliers
+from octavo.ops.linear_spec import LinearSpec, QuantErrorProbe
 from octavo.ops.lora_backward import LoraGrads
 from octavo.ops.lora_factors import pack_b_into, stack_a
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.matmul8 import LowRankTerm
 
 X = TypeVar("X")
 Seeds = Sequence[Seed | None]  # of the dropout masks of the parts; None for a part without dropout
@@ -42,7 +42,11 @@ ALIGNMENT = 8  # values; 16 bytes of a 2-byte dtype, the alignment of rows that 
 
 
 class EarlyGrads(NamedTuple):
-    """The LoRA gradients of the rows from `start` on, which an activation's backward has computed already."""
+    """Gradients of the LoRA on the output rows N from `start` on.
+
+    The backward of the activation after this linear has computed them in its own pass (fused/lora_operands.py), so
+    `grad_t` and `grad_trained` compute those of the rows before `start` only.
+    """
 
     start: int
     grads: LoraGrads
@@ -61,6 +65,7 @@ class FusedLinear:
 
     @cached_property
     def rank(self) -> int:
+        """The sum of all LoRA ranks."""
         return sum(part.rank for part in self.parts)
 
     @cached_property
@@ -69,11 +74,27 @@ class FusedLinear:
         extra = self.rank + any(part.bias is not None for part in self.parts)
         return self.inputs + -(-extra // ALIGNMENT) * ALIGNMENT
 
+    @cached_property
+    def lora(self) -> list[LoraSlice]:
+        """Of all parts, in the order of their columns."""
+        return [lora for part in self.parts for lora in part.lora]
+
     @property
     def trained(self) -> list[Tensor]:
         """The tensors with a gradient, in the order of `backward`: A, B of each LoRA; then biases."""
-        factors = [tensor for pair in self.lora for tensor in (pair.a, pair.b)]
+        factors = [tensor for lora in self.lora for tensor in (lora.a, lora.b)]
         return factors + [part.bias for part in self.parts if part.bias is not None]
+
+    @property
+    def probe(self) -> QuantErrorProbe | None:
+        """That of the first part, if every part may be in 8 bits: all have the same error."""
+        specs = [part.matmul8 for part in self.parts if part.matmul8 is not None]
+        return specs[0].probe if len(specs) == len(self.parts) else None
+
+    @cached_property
+    def use_8bit(self) -> bool:
+        """Whether the matmul is in 8 bits. With a probe the exact result is used and compared with the 8-bit one."""
+        return self.probe is None and all(part.matmul8 is not None for part in self.parts)
 
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the dtype and on the device of `like`, dequantized anew."""
@@ -81,33 +102,17 @@ class FusedLinear:
         pack_b_into(matrix[:, self.inputs :], self.lora)
         start = 0
         for part in self.parts:
-            part.fill(matrix[:, start : start + part.columns])
+            part.fill(matrix[:, start : start + part.columns])  # (N, K_i)
             start += part.columns
             if part.bias is not None:
                 matrix[part.bias_start : part.bias_start + part.bias.numel(), self.inputs + self.rank] += part.bias
         return matrix
-
-    @cached_property
-    def use_8bit(self) -> bool:
-        """Whether the matmul is in 8 bits. With a probe it is exact, and both are compared."""
-        return self.probe is None and all(part.matmul8 is not None for part in self.parts)
-
-    @property
-    def probe(self) -> QuantErrorProbe | None:
-        """That of the first part, if every part may be in 8 bits: they are computed together."""
-        specs = [part.matmul8 for part in self.parts if part.matmul8 is not None]
-        return specs[0].probe if len(specs) == len(self.parts) else None
 
     def extra(self, like: Tensor) -> Tensor:
         """(N, C) in the dtype of `like`: the last C columns of `matrix`, without the bias."""
         b = like.new_empty(self.parts[0].rows, self.width - self.inputs)  # (N, C)
         pack_b_into(b, self.lora)
         return b
-
-    @cached_property
-    def lora(self) -> list[LoraSlice]:
-        """Of all parts, in the order of their columns."""
-        return [pair for part in self.parts for pair in part.lora]
 
     def gemm_input(self, rows: int, like: Tensor) -> GemmInput:
         """The input of M = `rows` rows: the caller adds the parts, then calls `complete_`."""
@@ -131,30 +136,20 @@ class FusedLinear:
     def matmul(self, gemm_input: GemmInput, *, residual: Tensor | None = None) -> Tensor:
         """(M, N) of a completed input; plus `residual` (M, N) if given, which is not changed."""
         if self.use_8bit:
-            return self._matmul_8bit(gemm_input, residual)
-        matrix = self.matrix(gemm_input.whole)
+            return linear8.matmul_8bit(self.parts, gemm_input.parts, self._low_rank(gemm_input), residual)
+        matrix = self.matrix(gemm_input.whole)  # (N, K + C)
         if self.probe is not None:
-            self._probe_forward(gemm_input, F.linear(gemm_input.whole, matrix))
+            exact = F.linear(gemm_input.whole, matrix)  # (M, N)
+            linear8.probe_forward(self.parts, gemm_input.parts, self._low_rank(gemm_input), exact)
         if residual is None:
             return F.linear(gemm_input.whole, matrix)  # (M, N)
         return torch.addmm(residual, gemm_input.whole, matrix.T)  # (M, N)
 
-    def _matmul_8bit(self, gemm_input: GemmInput, residual: Tensor | None) -> Tensor:
-        like = gemm_input.extra
-        out = like.new_empty(len(like), self.parts[0].rows)  # (M, N)
-        low_rank = None
-        if self.rank:
-            low_rank = matmul8.LowRankTerm(gemm_input.extra[:, : self.rank], self.extra(like)[:, : self.rank])
-        for part, x in zip(self.parts, gemm_input.parts, strict=True):
-            assert part.int8_weight is not None
-            assert part.matmul8 is not None
-            prescale, (weight, absmax), outliers = None, part.int8_weight(x), part.matmul8.outliers
-            if outliers is not None:
-                low_rank, prescale = _with_outliers(low_rank, x, weight, absmax, outliers), outliers.prescale
-            quantized = matmul8.quantize_rows(x, torch.int8, prescale=prescale)
-            matmul8.matmul_8bit_into(*quantized, weight, out, absmax, part.bias, part.bias_start, low_rank, residual)
-            residual, low_rank = out, None
-        return out
+    def _low_rank(self, gemm_input: GemmInput) -> LowRankTerm | None:
+        """The LoRA terms of all parts: t (M, r) and B (N, r), r the sum of all ranks."""
+        if not self.rank:
+            return None
+        return LowRankTerm(gemm_input.extra[:, : self.rank], self.extra(gemm_input.extra)[:, : self.rank])
 
     def backward(
         self,
@@ -188,33 +183,23 @@ class FusedLinear:
         `matrix` is the result of `matrix(dy)` if the caller has it.
         """
         if self.use_8bit:
-            dt = self.grad_t(dy, early)
+            dt = self.grad_t(dy, early)  # (M, C)
             return self._grad_input_8bit(dy, dt, dropout_seeds), dt
         joined = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
         *dx, dt = joined.split([*(part.columns for part in self.parts), self.width - self.inputs], dim=1)
         for part, dx_i, column, seed in self._spans(dx, dropout_seeds):
             if part.rank:
-                _add_low_rank_(dx_i, dt[:, column : column + part.rank], part, seed)
+                linear8.add_lora_gradient_(dx_i, dt[:, column : column + part.rank], part, seed)
         if self.probe is not None:
             dx8 = self._grad_input_8bit(dy, dt, dropout_seeds)
-            self._write_error("backward", torch.cat(dx8, dim=1), joined[:, : self.inputs])
+            linear8.probe_backward(self.parts, dx8, joined[:, : self.inputs])
         return dx, dt
 
     def _grad_input_8bit(self, dy: Tensor, dt: Tensor, dropout_seeds: Seeds) -> list[Tensor]:
-        dx = [dy.new_empty(len(dy), part.columns) for part in self.parts]  # (M, K_i) each
-        kind = matmul8.gradient_type(dy.device)
-        for part, dx_i, column, seed in self._spans(dx, dropout_seeds):
-            assert part.int8_weight is not None
-            assert part.matmul8 is not None
-            transposed, absmax = part.matmul8.transposed or transposed_weight(part.int8_weight, dy)
-            dt_i = dt[:, column : column + part.rank]  # (M, r)
-            fused = part.rank and not part.dropout  # the kernel adds the low-rank term without a dropout mask
-            low_rank = matmul8.LowRankTerm(dt_i, stack_a(part.lora, dy, transposed=True)) if fused else None
-            gradient = matmul8.quantize_rows(dy, kind, prescale=absmax, groups=kind == torch.int8)
-            matmul8.matmul_8bit_into(*gradient, transposed, dx_i, low_rank=low_rank)
-            if part.rank and part.dropout:
-                _add_low_rank_(dx_i, dt_i, part, seed)
-        return dx
+        return [
+            linear8.grad_input_8bit(dy, part, dt[:, column : column + part.rank], seed)  # (M, K_i)
+            for part, _, column, seed in self._spans(self.parts, dropout_seeds)
+        ]
 
     def grad_trained(
         self,
@@ -243,51 +228,33 @@ class FusedLinear:
                 da = x_i.a  # (r, K_i)
             else:
                 da = mm_float32(dt[:, column : column + part.rank].T, _dropped(part, x_i, seed))  # (r, K_i)
-            for pair, da_j in zip(part.lora, da.split([len(pair.a) for pair in part.lora]), strict=True):
-                factors.append((da_j if pair.on_a == 1 else da_j * pair.on_a).to(pair.a.dtype))
-                if early is not None and pair.start >= rows:
-                    db = early.grads.b[pair.start - rows : pair.stop - rows]
-                    db = db if pair.on_b == 1 else db * pair.on_b
+            for lora, da_j in zip(part.lora, da.split([len(lora.a) for lora in part.lora]), strict=True):
+                factors.append((da_j if lora.a_scaling == 1 else da_j * lora.a_scaling).to(lora.a.dtype))
+                if early is not None and lora.start >= rows:
+                    db = early.grads.b[lora.start - rows : lora.stop - rows]  # (n, r)
+                    db = db if lora.b_scaling == 1 else db * lora.b_scaling
                 else:
-                    db = d_extra[pair.start : pair.stop, column : column + len(da_j)]
-                factors.append(db.to(pair.b.dtype))
+                    db = d_extra[lora.start : lora.stop, column : column + len(da_j)]  # (n, r)
+                factors.append(db.to(lora.b.dtype))
                 column += len(da_j)
-        biases: list[Tensor | None] = []
+        return factors + self._bias_gradients(d_extra)
+
+    def _bias_gradients(self, d_extra: Tensor) -> list[Tensor | None]:
+        gradients: list[Tensor | None] = []
         for part in self.parts:
             if part.bias is not None:
                 d_bias = d_extra[part.bias_start : part.bias_start + part.bias.numel(), self.rank]
-                biases.append(d_bias.to(part.bias.dtype) if part.bias.requires_grad else None)
-        return factors + biases
+                gradients.append(d_bias.to(part.bias.dtype) if part.bias.requires_grad else None)
+        return gradients
 
     def _scale_(self, d_extra: Tensor) -> None:
         """Multiplies the gradients of every B (N, C) by the scaling of B; one pass over LoRA with the same scaling."""
         column = 0
-        for scaling, run in groupby(self.lora, lambda pair: pair.on_b):
-            width = sum(len(pair.a) for pair in run)
+        for scaling, equal in groupby(self.lora, lambda lora: lora.b_scaling):
+            width = sum(len(lora.a) for lora in equal)
             if scaling != 1:
                 d_extra[:, column : column + width] *= scaling
             column += width
-
-    def _probe_forward(self, gemm_input: GemmInput, exact: Tensor) -> None:
-        """Writes the errors of the output in 8 bits into the probes, without and with outlier channels kept exact."""
-        with_outliers = []
-        for part, x in zip(self.parts, gemm_input.parts, strict=True):
-            assert part.matmul8 is not None
-            assert part.matmul8.probe is not None
-            channels = x.abs().amax(dim=0).topk(min(OUTLIERS, part.columns)).indices.sort().values  # (C,)
-            part.matmul8.probe.channels = channels
-            with_outliers.append(part._replace(matmul8=Matmul8(split_outliers(channels, part.columns))))
-        self._write_error("forward", self._matmul_8bit(gemm_input, None), exact)
-        self._write_error("outliers", FusedLinear(tuple(with_outliers))._matmul_8bit(gemm_input, None), exact)
-
-    def _write_error(self, name: str, result: Tensor, exact: Tensor) -> None:
-        """Writes a relative error into the probe of every part: the parts are computed together."""
-        exact, tiny = exact.float(), torch.finfo(torch.float32).tiny
-        signal = exact if name == "backward" else exact - exact.mean(dim=0)
-        error = torch.linalg.vector_norm(result.float() - exact) / torch.linalg.vector_norm(signal).clamp_min(tiny)
-        for part in self.parts:
-            assert part.matmul8 is not None
-            setattr(part.matmul8.probe, name, error)
 
     def _spans(self, values: Sequence[X], dropout_seeds: Seeds) -> list[tuple[LinearSpec, X, int, Seed | None]]:
         """(part, its value, the first of its extra columns, the seed of its dropout mask) of each part."""
@@ -327,39 +294,12 @@ class _FusedLinear(torch.autograd.Function):
         dy = grad.reshape(-1, grad.shape[-1])  # (M, N)
         dx = None
         if ctx.needs_input_grad[0]:
-            (dx,), dt = linear.grad_input(dy, dropout_seeds)
+            (dx,), dt = linear.grad_input(dy, dropout_seeds)  # (M, K), (M, C)
             dx = dx.view(x.shape)
         else:
-            dt = linear.grad_t(dy)
+            dt = linear.grad_t(dy)  # (M, C)
         gradients = linear.grad_trained(dy, [x.reshape(len(dy), -1)], extra, dt, dropout_seeds)
         return dx, grad if ctx.has_residual else None, None, None, *gradients
-
-
-def transposed_weight(int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight (K, N) as backward multiplies with it, absmax (N,)), written anew."""
-    weight, absmax = int8_weight(like)
-    transposed = weight.new_empty(weight.shape[::-1], dtype=matmul8.gradient_type(like.device))  # (K, N)
-    matmul8.transpose_into(weight, transposed)
-    return transposed, absmax
-
-
-def _with_outliers(
-    low_rank: matmul8.LowRankTerm | None, x: Tensor, weight: Tensor, absmax: Tensor, outliers: Outliers
-) -> matmul8.LowRankTerm:
-    """The outlier channels as further columns of the low-rank term; x (M, K), weight (N, K) int8."""
-    t = x.index_select(1, outliers.channels)  # (M, C)
-    b = (weight.index_select(1, outliers.channels) * (absmax / INT8_LEVELS)[:, None]).to(x.dtype)  # (N, C)
-    if low_rank is None:
-        return matmul8.LowRankTerm(t, b)
-    return matmul8.LowRankTerm(torch.cat([low_rank.t, t], dim=1), torch.cat([low_rank.b, b], dim=1))
-
-
-def _add_low_rank_(dx: Tensor, dt: Tensor, part: LinearSpec, seed: Seed | None) -> None:
-    """dx (M, K_i) += dt (M, sum of r) A, through the dropout mask."""
-    if part.dropout:
-        dx += mask(dx, part.dropout, seed).mul_(dt @ stack_a(part.lora, dx))
-    else:
-        dx.addmm_(dt, stack_a(part.lora, dx))
 
 
 def _dropped(part: LinearSpec, x: Tensor, seed: Seed | None) -> Tensor:

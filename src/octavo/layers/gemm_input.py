@@ -25,6 +25,10 @@ class GemmInput:
         inputs = sum(columns)
         self._whole = like.new_empty(rows, inputs + extra) if joined else None
         self.extra = like.new_empty(rows, extra) if self._whole is None else self._whole[:, inputs:]
+        if self._whole is not None and like.device.type == "cpu":
+            # A bfloat16 matmul of a CPU may read up to 31 values after the K_i columns of a row and multiply them by 0
+            # (oneDNN, K_i not a multiple of 32). Uninitialized memory may hold NaN there, and 0 * NaN is NaN.
+            self.extra.zero_()
 
     @property
     def whole(self) -> Tensor:

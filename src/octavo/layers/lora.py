@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, LoraPair
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 
 MAX_RANK = 2**16  # more than the inputs of any layer in use
 MAX_ALPHA = 1e6  # bounds the scaling: B A x times it must not overflow float32
@@ -62,10 +62,10 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
         bound = 1 / math.sqrt(columns)
         a = torch.empty(spec.rank, columns).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(rows, spec.rank)
-    put_(layer, key, LoraPair(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
+    put_(layer, key, Lora(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
 
 
-def put_(layer: FrozenLinear | FrozenEmbedding, key: str, lora: LoraPair, *, dropout: float) -> None:
+def put_(layer: FrozenLinear | FrozenEmbedding, key: str, lora: Lora, *, dropout: float) -> None:
     """Puts given LoRA on the rows `key` of `layer`; `layer.lora` has the order of the rows."""
     loras = {**dict(layer.lora.items()), key: lora}
     layer.lora = nn.ModuleDict({name: loras[name] for name in layer.matrix.outputs if name in loras})
@@ -121,18 +121,18 @@ def merged_rows(layer: FrozenLinear | FrozenEmbedding, key: str, weight: Tensor)
     """weight (N, K) of the rows `key` plus its LoRA, W + scaling B A, in float32."""
     if key not in layer.lora:
         return weight.float()
-    pair = layer.lora[key]
-    assert isinstance(pair, LoraPair)
-    delta = pair.b.detach() @ pair.a.detach()  # (rows, K)
-    return weight.float() + pair.scaling * (delta.T if isinstance(layer, FrozenEmbedding) else delta)
+    lora = layer.lora[key]
+    assert isinstance(lora, Lora)
+    delta = lora.b.detach() @ lora.a.detach()  # (rows, K)
+    return weight.float() + lora.scaling * (delta.T if isinstance(layer, FrozenEmbedding) else delta)
 
 
-def lora_of(layers: Iterable[nn.Module]) -> list[LoraPair]:
+def lora_of(layers: Iterable[nn.Module]) -> list[Lora]:
     """The LoRA of the given layers."""
     return [
         lora
         for layer in layers
         if isinstance(layer, FrozenLinear | FrozenEmbedding)
         for lora in layer.lora.values()
-        if isinstance(lora, LoraPair)
+        if isinstance(lora, Lora)
     ]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.layers.context import ForwardContext, ForwardOptions, Save
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.kv_cache import Cache, KeyValueCache, SlotCache
 from octavo.layers.norm import LayerNorm, RmsNorm
 from octavo.models.running import run_block
@@ -117,7 +118,7 @@ class Decoder(nn.Module):
         return self.head.infer(hidden, phase=phase, adapter_ids=adapter_ids, dtype=torch.float32)
 
     @property
-    def table(self) -> FrozenMatrix | None:
+    def untied_embedding(self) -> FrozenMatrix | None:
         """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
         return None if self.config.tied else self.embed.matrix
 

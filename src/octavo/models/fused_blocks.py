@@ -24,7 +24,7 @@ def _gptj(block: gptj.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
 
 
 def _llama(block: llama.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
-    attention = Attention(block.heads, block.groups, block.head_size, HALF)
+    attention = Attention(block.heads, block.key_value_heads, block.head_size, HALF)
     x = residual_branch(x, block.norm_1, block.qkv, (attention,), (block.out,), ctx)
     return residual_branch(x, block.norm_2, block.gate_up, (Swiglu(block.mlp_width),), (block.down,), ctx)
 

@@ -6,7 +6,8 @@ Some derivatives add them one after the other (`parallel` is false): the MLP the
 Checkpoints store q, k and v of one head after the other; here all q come first (`weight_map`). Sources: GPT-NeoX-20B
 (arXiv 2204.06745), Pythia (2304.01373); rotary positions (2104.09864) on the first `rotary` values of each head.
 
-Legend: B sequences of a batch, T positions, d the width, H heads, D the size of a head.
+Legend: B sequences of a batch, T positions, d the width, H heads, D the size of a head, F the width of the
+MLP.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from octavo.bounded_json import shown
 from octavo.errors import ModelError
 from octavo.layers.block import attention, elementwise, rope, split_heads
 from octavo.layers.context import ForwardContext
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
 from octavo.models.config_fields import (
     MOST_HEADS,
@@ -44,7 +46,7 @@ ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partia
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says, under the names of the legend."""
+    """The sizes and settings of a config.json."""
 
     vocabulary: int
     width: int
@@ -114,7 +116,7 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """Where each module of a checkpoint is in the decoder; rows (H, 3, D) of query_key_value become (3, H, D)."""
+    """The layer of each module of a checkpoint; rows (H, 3, D) of query_key_value become (3, H, D)."""
     paths = {"gpt_neox.embed_in": WeightPath("embed")}
     order = RowOrder((config.heads, 3, config.head_size), (1, 0, 2))
     for i in range(config.layers):
@@ -142,11 +144,12 @@ class Block(nn.Module):
         self.fc_out = _linear(c.mlp_width, "dense_4h_to_h", d)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qk, v = split_heads(self.qkv(self.norm_1(x), ctx), 2 * self.heads, self.heads, size=self.head_size)
+        qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, 3 d)
+        qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2 H, D), (B, T, H, D)
         q, k = rope(qk, ctx, HALF).chunk(2, dim=2)  # (B, T, H, D) each
-        h = self.dense(attention(q, k, v, ctx), ctx, residual=x)
-        up = self.fc_in(self.norm_2(x if self.parallel else h), ctx)
-        y: Tensor = self.fc_out(elementwise(ACTIVATIONS[self.activation], up, ctx), ctx, residual=h)
+        h = self.dense(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
+        up = self.fc_in(self.norm_2(x if self.parallel else h), ctx)  # (B, T, F)
+        y: Tensor = self.fc_out(elementwise(ACTIVATIONS[self.activation], up, ctx), ctx, residual=h)  # (B, T, d)
         return y
 
 

@@ -23,7 +23,8 @@ from octavo.bounded_json import shown
 from octavo.errors import ModelError
 from octavo.layers.block import attention, gelu, rope, split_heads
 from octavo.layers.context import ForwardContext
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
@@ -43,7 +44,7 @@ ROTARY_BASE = 10000.0
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says, under the names of the legend."""
+    """The sizes and settings of a config.json."""
 
     vocabulary: int
     width: int
@@ -103,7 +104,7 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """Where each module of a checkpoint is in the decoder. Several names of one path are stacked rows."""
+    """The layer of each module of a checkpoint. Modules of one layer are stacked rows of its matrix."""
     names = {"transformer.wte": "embed"}
     for i in range(config.layers):
         block = f"transformer.h.{i}"
@@ -131,9 +132,9 @@ class Block(nn.Module):
         self.fc_out = FrozenLinear(FrozenMatrix(mlp, {"fc_out": d}), bias=["fc_out"])
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qkv, up = self.in_proj(self.norm(x), ctx).split([3 * x.shape[-1], self.mlp_width], dim=-1)
-        qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2H, D), (B, T, H, D)
+        qkv, up = self.in_proj(self.norm(x), ctx).split([3 * x.shape[-1], self.mlp_width], dim=-1)  # 3 d and F values
+        qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2 H, D), (B, T, H, D)
         q, k = rope(qk, ctx, INTERLEAVED).chunk(2, dim=2)  # (B, T, H, D) each
-        x = self.out_proj(attention(q, k, v, ctx), ctx, residual=x)
-        y: Tensor = self.fc_out(gelu(up, ctx), ctx, residual=x)
+        h = self.out_proj(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
+        y: Tensor = self.fc_out(gelu(up, ctx), ctx, residual=h)  # (B, T, d)
         return y

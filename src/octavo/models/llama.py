@@ -23,7 +23,8 @@ from octavo.bounded_json import shown
 from octavo.errors import ModelError
 from octavo.layers.block import attention, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
-from octavo.layers.frozen import FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import RmsNorm
 from octavo.models.config_fields import (
     MOST_HEAD_SIZE,
@@ -45,7 +46,7 @@ MOST_FACTOR = 1e6
 
 @dataclass(frozen=True)
 class Config:
-    """What config.json says, under the names of the legend."""
+    """The sizes and settings of a config.json."""
 
     vocabulary: int
     width: int
@@ -86,7 +87,7 @@ class Config:
             raise fields.wrong(f"head_dim is {head_size}; it must be an even number")
         context = fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
         if fields.flag("use_sliding_window", default=True):
-            # Within the window of sliding attention (Mistral 7B v0.1) it equals full attention.
+            # Sliding-window attention (Mistral 7B v0.1) equals full attention in a context of at most one window.
             context = min(context, fields.size("sliding_window", most=MOST_POSITIONS, default=context))
         return cls(
             vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
@@ -107,7 +108,7 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """Where each module of a checkpoint is in the decoder. Several names of one path are stacked rows."""
+    """The layer of each module of a checkpoint. Modules of one layer are stacked rows of its matrix."""
     names = {"model.embed_tokens": "embed"}
     for i in range(config.layers):
         block = f"model.layers.{i}"
@@ -128,10 +129,12 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c, d = config, config.width
-        self.heads, self.groups, self.head_size, self.mlp_width = c.heads, c.key_value_heads, c.head_size, c.mlp_width
+        self.heads, self.key_value_heads, self.head_size = c.heads, c.key_value_heads, c.head_size
+        self.mlp_width = c.mlp_width
         queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
         qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
+        # q, k and v read the same input, and so do gate and up: one matmul each.
         self.norm_1 = RmsNorm(d, c.norm_eps)
         self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=qkv if c.qkv_bias else ())
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
@@ -140,13 +143,13 @@ class Block(nn.Module):
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qkv = self.qkv(self.norm_1(x), ctx)
-        qk, v = split_heads(
-            qkv, self.heads + self.groups, self.groups, size=self.head_size
-        )  # (B, T, H+G, D), (.., G, D)
-        q, k = rope(qk, ctx, HALF).split([self.heads, self.groups], dim=2)  # (B, T, H, D), (B, T, G, D)
-        x = self.out(attention(q, k, v, ctx), ctx, residual=x)
-        y: Tensor = self.down(swiglu(self.gate_up(self.norm_2(x), ctx), ctx), ctx, residual=x)
+        heads, kv_heads = self.heads, self.key_value_heads
+        qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, (H + 2 G) D)
+        qk, v = split_heads(qkv, heads + kv_heads, kv_heads, size=self.head_size)  # (B, T, H + G, D), (B, T, G, D)
+        q, k = rope(qk, ctx, HALF).split([heads, kv_heads], dim=2)  # (B, T, H, D), (B, T, G, D)
+        h = self.out(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
+        mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
+        y: Tensor = self.down(mlp, ctx, residual=h)  # (B, T, d)
         return y
 
 

@@ -5,7 +5,8 @@
 
 Source: Qwen3 technical report (arXiv 2505.09388), section 2; the norms of q and k are those of ViT-22B (2302.05442).
 
-Legend: B sequences of a batch, T positions, d the width, H query heads, G key/value heads, D the size of a head.
+Legend: B sequences of a batch, T positions, d the width, H query heads, G key/value heads, D the size of a head,
+F the width of the MLP.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HEAD_SIZE = 128  # where config.json names none
 
 @dataclass(frozen=True)
 class Config(llama.Config):
-    """What config.json says, under the names of the legend."""
+    """The sizes and settings of a config.json."""
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
@@ -37,7 +38,7 @@ class Config(llama.Config):
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """Where each module of a checkpoint is in the decoder: those of a Llama, and the norms of q and k."""
+    """The layer of each module of a checkpoint: those of a Llama, and the norms of q and k."""
     paths = llama.weight_map(config)
     for i in range(config.layers):
         for name in ("q_norm", "k_norm"):
@@ -54,9 +55,11 @@ class Block(llama.Block):
         self.k_norm = RmsNorm(config.head_size, config.norm_eps)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
-        qkv = self.qkv(self.norm_1(x), ctx)
-        q, k, v = split_heads(qkv, self.heads, self.groups, self.groups, size=self.head_size)  # (B, T, H or G, D)
-        q, k = rope(self.q_norm(q), ctx, HALF), rope(self.k_norm(k), ctx, HALF)
-        x = self.out(attention(q, k, v, ctx), ctx, residual=x)
-        y: Tensor = self.down(swiglu(self.gate_up(self.norm_2(x), ctx), ctx), ctx, residual=x)
+        heads, kv_heads = self.heads, self.key_value_heads
+        qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, (H + 2 G) D)
+        q, k, v = split_heads(qkv, heads, kv_heads, kv_heads, size=self.head_size)  # (B, T, H or G, D) each
+        q, k = rope(self.q_norm(q), ctx, HALF), rope(self.k_norm(k), ctx, HALF)  # the norms are over D
+        h = self.out(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
+        mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
+        y: Tensor = self.down(mlp, ctx, residual=h)  # (B, T, d)
         return y

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 
 
 class RowOrder(NamedTuple):

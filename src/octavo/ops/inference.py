@@ -23,12 +23,12 @@ PIECE = 2**20  # elements of a weight that are converted to another dtype at onc
 
 
 class BatchedLora(NamedTuple):
-    """The LoRA terms of a matmul with an adapter for each row: inner[m, name of output] B[adapter_ids[m]]."""
+    """The LoRA terms of a matmul with an adapter for each row: t[m, name of output] B[adapter_ids[m]]."""
 
-    inner: Tensor  # (M, J) float32, from `shrink`
+    t: Tensor  # (M, J) float32, from `shrink`
     b: Tensor  # (n, R, N)
     adapter_ids: Tensor  # (M,) the adapter of each row; 0 is the base model, whose A and B are zero
-    names: Tensor  # (N,) int32: the block of R columns of `inner` that an output reads
+    names: Tensor  # (N,) int32: the block of R columns of `t` that an output reads
     spans: tuple[tuple[int, int], ...]  # the outputs of each name
 
 
@@ -62,18 +62,18 @@ def matmul(
 @kernel
 def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
     """(M, J) float32: x (M, K) times A^T, A (n, J, K) of the adapter of each row."""
-    inner = torch.zeros(len(x), a.shape[1], dtype=torch.float32, device=x.device)
+    t = torch.zeros(len(x), a.shape[1], dtype=torch.float32, device=x.device)
     for number, rows in _rows_by_adapter(adapter_ids):
         factor = a[number].to(x.dtype)
-        inner[rows] = matmul_in_tiles(x[rows], phase, lambda tile, factor=factor: F.linear(tile, factor)).float()  # type: ignore[misc]
-    return inner
+        t[rows] = matmul_in_tiles(x[rows], phase, lambda tile, factor=factor: F.linear(tile, factor)).float()  # type: ignore[misc]
+    return t
 
 
 def _add_lora_(y: Tensor, lora: BatchedLora, phase: Phase) -> None:
     rank = lora.b.shape[1]
     for number, rows in _rows_by_adapter(lora.adapter_ids):
-        inner = lora.inner[rows].to(lora.b.dtype)
-        for (start, stop), part in zip(lora.spans, inner.split(rank, dim=1), strict=True):
+        t = lora.t[rows].to(lora.b.dtype)
+        for (start, stop), part in zip(lora.spans, t.split(rank, dim=1), strict=True):
             factor = lora.b[number, :, start:stop]
             y[rows, start:stop] += matmul_in_tiles(part, phase, lambda tile, factor=factor: tile @ factor)  # type: ignore[misc]
 

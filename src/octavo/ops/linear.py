@@ -32,13 +32,13 @@ class LoraSlice(NamedTuple):
     scaling: float
 
     @property
-    def on_a(self) -> float:
+    def a_scaling(self) -> float:
         """The part of the scaling that is folded into A when both are cast: s if s < 1. A new B is small, and float16
         would underflow if B were scaled down."""
         return self.scaling if abs(self.scaling) < 1 else 1.0
 
     @property
-    def on_b(self) -> float:
+    def b_scaling(self) -> float:
         """The part of the scaling that is folded into B: s if s >= 1."""
         return 1.0 if abs(self.scaling) < 1 else self.scaling
 
@@ -66,8 +66,8 @@ def frozen_linear(
     `unpack(dtype)` gives (matrix (N, K), row scale (N,) or None) with W = scale[:, None] * matrix. `bias` is
     added to the rows from `bias_start` on. `dropped` is the input of the adapters instead of x (x after dropout).
     """
-    spans = [(pair.start, pair.stop, pair.scaling) for pair in lora]
-    factors = [tensor for pair in lora for tensor in (pair.a, pair.b)]
+    spans = [(part.start, part.stop, part.scaling) for part in lora]
+    factors = [tensor for part in lora for tensor in (part.a, part.b)]
     y: Tensor = _FrozenLinear.apply(  # type: ignore[no-untyped-call]
         x, dropped, unpack, bias, bias_start, spans, *factors
     )

@@ -78,4 +78,4 @@ class LinearSpec(NamedTuple):
     @property
     def rank(self) -> int:
         """The sum of the LoRA ranks."""
-        return sum(pair.a.shape[0] for pair in self.lora)
+        return sum(part.a.shape[0] for part in self.lora)

@@ -15,19 +15,19 @@ from octavo.runtime.dispatch import kernel
 
 
 @kernel
-def pack_b_into(out: Tensor, pairs: Sequence[LoraSlice]) -> None:
-    """out (N, C) = every B times `on_b` on its rows, in r columns; zeros elsewhere."""
+def pack_b_into(out: Tensor, loras: Sequence[LoraSlice]) -> None:
+    """out (N, C) = every B times `b_scaling` on its rows, in r columns; zeros elsewhere."""
     out.zero_()
     column = 0
-    for pair in pairs:
-        rank = len(pair.a)
-        torch.mul(pair.b.detach(), pair.on_b, out=out[pair.start : pair.stop, column : column + rank])
+    for lora in loras:
+        rank = len(lora.a)
+        torch.mul(lora.b.detach(), lora.b_scaling, out=out[lora.start : lora.stop, column : column + rank])
         column += rank
 
 
-def stack_a(pairs: Sequence[LoraSlice], like: Tensor, *, transposed: bool = False) -> Tensor:
-    """Every A times `on_a`, stacked along the rank, in the dtype of `like`: (sum of r, K), transposed (K, sum of r)."""
-    factors = [pair.a.detach() if pair.on_a == 1 else pair.a.detach() * pair.on_a for pair in pairs]
+def stack_a(loras: Sequence[LoraSlice], like: Tensor, *, transposed: bool = False) -> Tensor:
+    """Every A times `a_scaling`, stacked along the rank: (sum of r, K) in the dtype of `like`, or transposed."""
+    factors = [lora.a.detach() if lora.a_scaling == 1 else lora.a.detach() * lora.a_scaling for lora in loras]
     a = factors[0] if len(factors) == 1 else torch.cat(factors)  # (sum of r, K)
     a = a.T if transposed else a
     return like.new_empty(a.shape).copy_(a)

@@ -35,9 +35,9 @@ ALIGNMENT = 16  # bytes of a row start: of the copy engine (TMA) of a GPU, and o
 
 
 class Quantized(NamedTuple):
-    """Quantized rows: the values are codes * scale, by rows or by groups."""
+    """Quantized rows: the values of x are values * scale, by rows or by groups."""
 
-    codes: Tensor  # (M, K) int8 or fp8
+    values: Tensor  # (M, K) int8 or fp8
     scale: Tensor  # (M,) float32, or (M, S) with groups
 
 
@@ -71,23 +71,23 @@ def quantize_rows(x: Tensor, kind: torch.dtype, *, prescale: Tensor | None = Non
     """
     shape = (len(x), -(-x.shape[1] // GROUP_SIZE)) if groups else (len(x),)
     quantized = Quantized(x.new_empty(x.shape, dtype=kind), x.new_empty(shape, dtype=torch.float32))
-    quantize_rows_into(x, quantized.codes, quantized.scale, prescale)
+    quantize_rows_into(x, quantized.values, quantized.scale, prescale)
     return quantized
 
 
 @kernel
-def quantize_rows_into(x: Tensor, codes: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
+def quantize_rows_into(x: Tensor, quantized: Tensor, scale: Tensor, prescale: Tensor | None) -> None:
     """Writes x (M, K) quantized to the nearest values, with the scale that maps the absmax of a row, or of a group, to
     the largest one.
 
     The scale of a row with a NaN or an infinity is NaN, so the result of its matmul is not finite.
     """
     values = x.float() if prescale is None else x.float() * (prescale / INT8_LEVELS)
-    largest = x.new_full((), INT8_LEVELS if codes.dtype == torch.int8 else FP8_LARGEST, dtype=torch.float32)
+    largest = x.new_full((), INT8_LEVELS if quantized.dtype == torch.int8 else FP8_LARGEST, dtype=torch.float32)
     parts = _groups(values) if scale.ndim == 2 else values[:, None]  # (M, S, elements with one scale)
     top = torch.maximum(parts.abs().amax(dim=2), torch.finfo(torch.float32).tiny * largest)
     values = (parts * (largest / top)[:, :, None]).flatten(1)[:, : x.shape[1]]
-    codes.copy_(values.round() if codes.dtype == torch.int8 else values)
+    quantized.copy_(values.round() if quantized.dtype == torch.int8 else values)
     scale.copy_((top / largest + 0 * top).view(scale.shape))
 
 
@@ -97,14 +97,14 @@ def _groups(values: Tensor) -> Tensor:
 
 
 @kernel
-def transpose_into(codes: Tensor, out: Tensor) -> None:
-    """out (K, N), int8 or fp8, = codes^T, codes (N, K) int8; fp8 rounds magnitudes above 16 to 4 binary digits."""
-    out.copy_(codes.T.float())
+def transpose_into(weight: Tensor, out: Tensor) -> None:
+    """out (K, N), int8 or fp8, = weight^T, weight (N, K) int8; fp8 rounds magnitudes above 16 to 4 binary digits."""
+    out.copy_(weight.T.float())
 
 
 @kernel
 def matmul_8bit_into(
-    codes: Tensor,
+    quantized: Tensor,
     scale: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -114,17 +114,17 @@ def matmul_8bit_into(
     low_rank: LowRankTerm | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """out (M, N) = codes (M, K) weight^T, each row, or group of a row, times its scale, rounded once; weight (N, K).
+    """out (M, N) = quantized (M, K) weight (N, K)^T, each row, or group of a row, times its scale, rounded once.
 
     With `absmax` column n is multiplied by absmax[n] / 127. `bias` is added to the columns from `bias_start` on, the
     low-rank term and `residual` (M, N), which may be `out`, to all.
     """
     work = torch.float32 if out.dtype == torch.float16 else out.dtype  # sums of int8 values would overflow at 65504
     if scale.ndim == 2:
-        parts = zip(_groups(codes.float()).unbind(1), _groups(weight.float()).unbind(1), scale.T, strict=True)
+        parts = zip(_groups(quantized.float()).unbind(1), _groups(weight.float()).unbind(1), scale.T, strict=True)
         y = sum((F.linear(x, w) * size[:, None] for x, w, size in parts), torch.zeros(()).to(scale))  # (M, N)
     else:
-        y = F.linear(codes.to(work), weight.to(work)).float().mul_(scale[:, None])  # (M, N)
+        y = F.linear(quantized.to(work), weight.to(work)).float().mul_(scale[:, None])  # (M, N)
     if absmax is not None:
         y *= absmax / INT8_LEVELS
     if bias is not None:

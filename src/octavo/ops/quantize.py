@@ -62,7 +62,7 @@ class Scheme(Protocol):
         ...
 
     @property
-    def straight(self) -> bool:
+    def row_scaled(self) -> bool:
         """Whether matmuls with few rows read the stored values (ops/inference.py), without a dequantized copy."""
         ...
 
@@ -82,7 +82,7 @@ class Scheme(Protocol):
         """Writes the matrix into `out` (N, K), rounded to its dtype; out may be columns of a wider matrix."""
         ...
 
-    def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         """(int8 (N, K), absmax (N,)) close to the matrix, for 8-bit matmuls; None: quantize the result of `fill`."""
         ...
 
@@ -90,7 +90,7 @@ class Scheme(Protocol):
         """Rows `ids` (any shape) of the matrix, (*ids.shape, K); reads no other row."""
         ...
 
-    def joins(self, shape: Shape) -> bool:
+    def stacks(self, shape: Shape) -> bool:
         """Whether the concatenated parts of matrices of this shape are the parts of the stacked matrix."""
         ...
 
@@ -99,7 +99,7 @@ class Plain:
     """No quantization: the values in the dtype that they were loaded in."""
 
     name = embedding_scheme = "none"
-    straight = False
+    row_scaled = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, dtype)}
@@ -113,13 +113,13 @@ class Plain:
     def fill(self, parts: Parts, out: Tensor) -> None:
         out.copy_(parts["weight"])
 
-    def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         return None
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return parts["weight"][ids].to(dtype)
 
-    def joins(self, shape: Shape) -> bool:
+    def stacks(self, shape: Shape) -> bool:
         return True
 
 
@@ -130,7 +130,7 @@ class Int8:
     """
 
     name = embedding_scheme = "int8"
-    straight = True
+    row_scaled = True
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         return {"weight": (shape, torch.int8), "absmax": (shape[:1], torch.float32)}
@@ -145,20 +145,20 @@ class Int8:
     def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         matrix = parts["weight"].new_empty(shape, dtype=dtype)
         step = 2.0**-7 if dtype == torch.float16 else 1.0  # sums of int8 values would overflow at 65504
-        codes_into(parts["weight"], step, matrix)
+        int8_values_into(parts["weight"], step, matrix)
         return matrix, parts["absmax"] / (INT8_LEVELS * step)
 
     def fill(self, parts: Parts, out: Tensor) -> None:
         int8_into(parts["weight"], parts["absmax"], out)
 
-    def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         return parts["weight"], parts["absmax"]
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
         scale = parts["absmax"][ids] / INT8_LEVELS
         return (parts["weight"][ids] * scale[..., None]).to(dtype)
 
-    def joins(self, shape: Shape) -> bool:
+    def stacks(self, shape: Shape) -> bool:
         return True
 
 
@@ -172,7 +172,7 @@ class Dynamic8:
     """
 
     name = embedding_scheme = "dynamic8"
-    straight = False
+    row_scaled = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         blocks = -(-prod(shape) // DYNAMIC8_BLOCK)
@@ -197,14 +197,14 @@ class Dynamic8:
     def fill(self, parts: Parts, out: Tensor) -> None:
         dynamic8_into(parts["weight"], parts["absmax"], parts["code"], out)
 
-    def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         return None
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
         absmax = parts["absmax"][_flat_index(shape, ids) // DYNAMIC8_BLOCK]
         return (parts["code"][parts["weight"][ids].int()] * absmax).to(dtype)
 
-    def joins(self, shape: Shape) -> bool:
+    def stacks(self, shape: Shape) -> bool:
         return prod(shape) % DYNAMIC8_BLOCK == 0
 
 
@@ -216,7 +216,7 @@ class Nf4:
     """
 
     name, embedding_scheme = "nf4", "int8"
-    straight = False
+    row_scaled = False
 
     def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
         n = prod(shape)
@@ -238,12 +238,12 @@ class Nf4:
     def fill(self, parts: Parts, out: Tensor) -> None:
         nf4_into(parts["weight"], parts["absmax"], out)
 
-    def codes(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
         if shape[1] % NF4_BLOCK:
             return None
         absmax = parts["absmax"].view(shape[0], -1).amax(dim=1)  # the largest magnitude of a block is its absmax
         out = parts["weight"].new_empty(shape, dtype=torch.int8)
-        nf4_codes_into(parts["weight"], parts["absmax"], absmax, out)
+        nf4_as_int8_into(parts["weight"], parts["absmax"], absmax, out)
         return out, absmax
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,24 +252,24 @@ class Nf4:
         codes = torch.where(index % 2 == 0, byte >> 4, byte & 0xF)
         return (_nf4_code(byte.device)[codes.int()] * parts["absmax"][index // NF4_BLOCK]).to(dtype)
 
-    def joins(self, shape: Shape) -> bool:
+    def stacks(self, shape: Shape) -> bool:
         return prod(shape) % NF4_BLOCK == 0
 
 
 @kernel
-def int8_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) = codes * absmax / 127 by rows, in float32, rounded to the dtype of out."""
+def int8_into(weight: Tensor, absmax: Tensor, out: Tensor) -> None:
+    """out (N, K) = weight * absmax / 127 by rows, in float32, rounded to the dtype of out."""
     # In place in float32: on a CPU conversion and multiplication are several times as fast as one mixed operation.
-    values = out.copy_(codes) if out.dtype == torch.float32 else codes.float()
+    values = out.copy_(weight) if out.dtype == torch.float32 else weight.float()
     values.mul_((absmax / INT8_LEVELS)[:, None])
     if values is not out:
         out.copy_(values)
 
 
 @kernel
-def codes_into(codes: Tensor, step: float, out: Tensor) -> None:
-    """out (N, K) = int8 codes * step; step is a power of two, so nothing is rounded."""
-    out.copy_(codes)
+def int8_values_into(weight: Tensor, step: float, out: Tensor) -> None:
+    """out (N, K) = int8 weight * step; step is a power of two, so nothing is rounded."""
+    out.copy_(weight)
     if step != 1:
         out.mul_(step)
 
@@ -288,7 +288,7 @@ def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 
 @kernel
-def nf4_codes_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
+def nf4_as_int8_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
     """out (N, K) int8 = the 4-bit values quantized with the scale row_absmax / 127 (N,); K is a multiple of 64.
 
     The error is at most half a step of int8. In the largest block of a row the steps of NF4 are 10 to 35 times larger.

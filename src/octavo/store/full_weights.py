@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import AdapterError
-from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, FrozenMatrix
+from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.models import Decoder, WeightEntry
 from octavo.ops.quantize import Scheme, dequantize, scheme_named
 from octavo.store.peft import Adapter

@@ -115,7 +115,7 @@ def row_blocks(shape: Shape, *schemes: Scheme) -> Iterator[slice]:
     """
     rows, columns = shape
     step = 1
-    while step < rows and not all(scheme.joins((step, columns)) for scheme in schemes):
+    while step < rows and not all(scheme.stacks((step, columns)) for scheme in schemes):
         step *= 2  # the blocks of the schemes are powers of two
     step *= max(1, BLOCK_VALUES // (step * columns))
     for start in range(0, rows, step):
@@ -182,7 +182,7 @@ def check_row_order(name: str, entry: WeightEntry, stored: Scheme) -> None:
     """ModelError if a weight is reordered at load and its stored scales belong to rows that the order separates."""
     assert entry.matrix is not None
     columns = entry.matrix.in_features
-    if entry.order is None or stored.joins((entry.order.run, columns)):
+    if entry.order is None or stored.stacks((entry.order.run, columns)):
         return
     raise ModelError(
         f"{name} is reordered at load in runs of {entry.order.run:,} x {columns:,} values, which are not whole blocks "

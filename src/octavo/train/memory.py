@@ -17,7 +17,7 @@ import torch
 
 from octavo.hardware import GPUS, Peak
 from octavo.layers.context import ForwardOptions, Save
-from octavo.layers.frozen import FrozenMatrix
+from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
 from octavo.runtime.offload import pinned_bytes
@@ -106,7 +106,7 @@ class Planner:
         forecast = self._forecast(rows, tuple(save), offload, transposed)
         micro_batches = math.ceil(self.batch_size / rows)
         seconds = forecast.seconds(self.gpu) * micro_batches if self.gpu else None
-        table = self.model.table.weight_bytes if offload and self.model.table is not None else 0
+        table = self.model.untied_embedding.weight_bytes if offload and self.model.untied_embedding is not None else 0
         weights = self.fixed_bytes - table + (transposed_bytes(self.model, self.precision) if transposed else 0)
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(

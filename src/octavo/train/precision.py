@@ -22,7 +22,8 @@ from octavo.data.loader import Batch
 from octavo.layers.context import ForwardOptions
 from octavo.layers.dropout import Dropout
 from octavo.layers.frozen import FrozenLinear
-from octavo.layers.fused_linear import FusedLinear, transposed_weight
+from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.linear8 import transposed_weight
 from octavo.models import Decoder
 from octavo.objective import Objective, inputs_of
 from octavo.ops.linear_spec import Matmul8, QuantErrorProbe, split_outliers
@@ -118,7 +119,7 @@ def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: bool = Fal
         if channels := precision.outliers[name]:
             outliers = split_outliers(torch.tensor(channels, device=matrix.device), matrix.in_features)
         like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-        made[name] = Matmul8(outliers, transposed_weight(matrix.codes, like) if transposed else None)
+        made[name] = Matmul8(outliers, transposed_weight(matrix.int8_weight, like) if transposed else None)
     return made
 
 

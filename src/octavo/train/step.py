@@ -228,8 +228,8 @@ class PlannedStep:
         return GraphStep(eager, self._seen) if self.graphs else eager
 
     def _place_embedding(self) -> None:
-        if self.decoder.table is not None:
-            self.decoder.table.set_host_resident_(self.plan.offload)
+        if self.decoder.untied_embedding is not None:
+            self.decoder.untied_embedding.set_host_resident_(self.plan.offload)
 
     def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
         if self._step is None:  # made here, where running out of memory leads to another plan

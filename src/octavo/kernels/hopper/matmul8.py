@@ -60,7 +60,7 @@ def fits(out: Tensor, scale: Tensor) -> bool:
 
 
 def matmul_8bit_into(
-    codes: Tensor,
+    quantized: Tensor,
     scale: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -70,22 +70,22 @@ def matmul_8bit_into(
     low_rank: LowRankTerm | None,
     residual: Tensor | None,
 ) -> None:
-    (m, k), n = codes.shape, len(weight)
+    (m, k), n = quantized.shape, len(weight)
     t, b = (out, out) if low_rank is None else low_rank
-    processors = capabilities_of(codes.device).processors
-    columns, stages, cuts = shape_of(m, n, codes.dtype, processors)
+    processors = capabilities_of(quantized.device).processors
+    columns, stages, cuts = shape_of(m, n, quantized.dtype, processors)
     programs = min(_tiles(m, n, columns), processors)
     read = [
         TensorDescriptor.from_tensor(x, [high, wide], layout)
         for x, high, wide, layout in (
-            (codes, ROWS, INPUTS, BYTES), (weight, columns, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
+            (quantized, ROWS, INPUTS, BYTES), (weight, columns, INPUTS, BYTES), (t, ROWS, INPUTS // 2, SHORTS),
             (b, columns, INPUTS // 2, SHORTS), (out, ROWS // 2, columns // cuts, SHORTS),
         )
     ]  # fmt: skip
     _matmul_8bit[(programs,)](
         *read, scale, absmax if absmax is not None else scale, bias if bias is not None else scale, bias_start,
         bias_start + (bias.numel() if bias is not None else 0), residual if residual is not None else out,
-        residual.stride(0) if residual is not None else 0, m, n, k, programs, codes.dtype == torch.int8,
+        residual.stride(0) if residual is not None else 0, m, n, k, programs, quantized.dtype == torch.int8,
         absmax is not None, bias is not None, t.shape[1] if low_rank is not None else 0, residual is not None,
         INT8_LEVELS, ROWS, columns, INPUTS, GROUP_M, stages, cuts, num_warps=4,
     )  # fmt: skip
