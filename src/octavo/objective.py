@@ -1,6 +1,9 @@
 """Training objectives: what training minimizes. Evaluation measures the same next-token loss.
 
-Legend: B rows of a batch, T positions, n positions with a label, d the width of the model.
+Most labels of supervised fine-tuning are IGNORE_INDEX: prompts and padding. The hidden states of these positions are
+removed before the head, so that no logits are computed for them.
+
+Legend: B rows of a batch, T positions, n positions with a label (other than IGNORE_INDEX), d the width of the model.
 """
 
 from __future__ import annotations
@@ -23,14 +26,18 @@ from octavo.runtime.transfer import to_device
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on the decoder's device. `labels` and `weights` belong to the positions `labelled`, or to all."""
+    """A batch on the decoder's device.
+
+    `labelled` are the indices of the positions with a label, in the flattened batch; `labels` and `weights` have one
+    value for each of them. If all positions have a label, `labelled` is None: then nothing is selected.
+    """
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
-    labels: Tensor  # (n,), or (B T,)
-    labelled: Tensor | None  # (n,) indices into B T; None: all
-    documents: Documents | None
-    weights: Tensor | None = None  # (n,) or (B T,) float32, of each label's loss; None: 1
+    labels: Tensor  # (n,)
+    labelled: Tensor | None  # (n,) indices into B T; None: all, n = B T
+    documents: Documents | None  # the packed documents, for attention; None: each row is one document
+    weights: Tensor | None = None  # (n,) float32, of each label's loss; None: 1
 
 
 # (decoder, inputs, options) -> the weighted sum of the losses of a batch, a float32 scalar
@@ -38,18 +45,21 @@ Objective = Callable[[Decoder, Inputs, ForwardOptions], Tensor]
 
 
 def inputs_of(batch: Batch, device: torch.device) -> Inputs:
-    """The inputs of a batch. Indices that depend on data are computed on the CPU, so that no kernel is waited for."""
+    """The inputs of a batch.
+
+    `labelled` is computed on the CPU: nonzero on a GPU has a result of unknown size, so the CPU would wait for it.
+    """
     labels = batch.labels.flatten()  # (B T,)
     labelled = (labels != IGNORE_INDEX).nonzero()[:, 0]  # (n,)
-    every = len(labelled) == len(labels)
+    all_labelled = len(labelled) == len(labels)
     weights = None if batch.weights is None else batch.weights.flatten()  # (B T,)
     if weights is not None:
-        weights = to_device(weights if every else weights[labelled], device)
+        weights = to_device(weights if all_labelled else weights[labelled], device)
     return Inputs(
         to_device(batch.ids, device),
         to_device(batch.positions, device),
-        to_device(labels if every else labels[labelled], device),
-        None if every else to_device(labelled, device),
+        to_device(labels if all_labelled else labels[labelled], device),
+        None if all_labelled else to_device(labelled, device),
         find_documents(batch.document, device),
         weights,
     )
@@ -62,7 +72,7 @@ def next_token_loss(decoder: Decoder, inputs: Inputs, options: ForwardOptions) -
     ).flatten(0, 1)  # (B T, d)
     if inputs.labelled is not None:
         hidden = hidden[inputs.labelled]  # (n, d)
-    head = FusedLinear((decoder.head.spec(),))
+    head = FusedLinear((decoder.head.spec(),))  # not its logits: the loss computes them in chunks
     return cross_entropy_sum(hidden, inputs.labels, head, options.dropout, inputs.weights)
 
 

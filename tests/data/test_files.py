@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.data import files
-from octavo.data.files import Piece, decode, pieces, suffix
+from octavo.data.files import FileSection, decode, sections, suffix
 from octavo.errors import DataError
 
 
@@ -21,8 +21,8 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def whole(path: Path) -> str:
-    (piece,) = pieces(path, None)
-    return decode(piece, str(path))
+    (section,) = sections(path, None)
+    return decode(section, str(path))
 
 
 def test_suffix_ignores_the_suffix_of_the_compression() -> None:
@@ -46,7 +46,7 @@ def test_encodings_and_compressions_give_the_same_text(tmp_path: Path, encoding:
 @pytest.mark.parametrize(("mark", "offset"), [(b"", 0), (b"\xef\xbb\xbf", 3)])
 def test_the_error_of_a_bad_byte_has_its_line_and_offset(tmp_path: Path, mark: bytes, offset: int) -> None:
     path = write(tmp_path / "a.txt", mark + b"one\ntwo\nthr\xffee\n")
-    *_, last = [piece for piece in pieces(path, b"\n") if piece.data]
+    *_, last = [section for section in sections(path, b"\n") if section.data]
     with pytest.raises(DataError, match=rf"a\.txt:3: byte {11 + offset} \(0xff\)"):
         decode(last, str(path))
     with pytest.raises(DataError, match=rf"a\.txt:3: byte {11 + offset} "):
@@ -83,25 +83,25 @@ def test_a_truncated_or_false_compressed_file_is_an_error(tmp_path: Path, compre
         data[:50] + b"garbage" * 20 + data[200:],
     ):
         with pytest.raises(DataError, match="cannot be decompressed"):
-            list(pieces(write(tmp_path / f"a.txt{compression}", broken), b"\n"))
+            list(sections(write(tmp_path / f"a.txt{compression}", broken), b"\n"))
 
 
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        list(pieces(tmp_path, None))
+        list(sections(tmp_path, None))
 
 
 def test_a_document_beyond_the_size_limit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 100)
     monkeypatch.setattr(files, "CHUNK_BYTES", 16)
-    assert len(list(pieces(write(tmp_path / "a.txt", b"12345678\n" * 50), b"\n"))) == 50
+    assert len(list(sections(write(tmp_path / "a.txt", b"12345678\n" * 50), b"\n"))) == 50
     with pytest.raises(DataError, match=r"b\.txt\.gz:2: one document"):
-        list(pieces(write(tmp_path / "b.txt.gz", gzip.compress(b"1\n" + b"0" * 10_000)), b"\n"))
+        list(sections(write(tmp_path / "b.txt.gz", gzip.compress(b"1\n" + b"0" * 10_000)), b"\n"))
 
 
 def test_a_separator_with_line_breaks_is_found_in_a_windows_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"one\r\nmore\r\n\r\ntwo")
-    assert [piece.data for piece in pieces(path, b"\n\n")] == [b"one\r\nmore", b"two"]
+    assert [section.data for section in sections(path, b"\n\n")] == [b"one\r\nmore", b"two"]
 
 
 @given(
@@ -113,14 +113,14 @@ def test_pieces_and_separators_concatenate_to_the_file_at_any_chunk_size(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, separator: bytes, chunk: int
 ) -> None:
     data = data.replace(b"\r", b"\n") + separator + data[::-1].replace(b"\r", b"")
-    path = write(tmp_path_factory.getbasetemp() / "pieces.txt", data)
+    path = write(tmp_path_factory.getbasetemp() / "sections.txt", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        actual = list(pieces(path, separator))
+        actual = list(sections(path, separator))
     expected = []
     line, offset = 1, 0
     for part in data.split(separator):
-        expected.append(Piece(line, offset, part))
+        expected.append(FileSection(line, offset, part))
         line += (part + separator).count(b"\n")
         offset += len(part + separator)
     assert actual == (expected if expected[-1].data else expected[:-1])
@@ -140,12 +140,12 @@ def test_every_line_end_counts_in_a_separator_at_any_chunk_size(
     path = write(tmp_path_factory.getbasetemp() / "ends.txt", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        actual = list(pieces(path, separator))
+        actual = list(sections(path, separator))
     expected = normal(data).split(separator)
-    assert [normal(piece.data) for piece in actual] == (expected if expected[-1] else expected[:-1])
-    for piece in actual:
-        assert data[piece.offset :].startswith(piece.data)
-        assert piece.line == normal(data[: piece.offset]).count(b"\n") + 1
+    assert [normal(section.data) for section in actual] == (expected if expected[-1] else expected[:-1])
+    for section in actual:
+        assert data[section.offset :].startswith(section.data)
+        assert section.line == normal(data[: section.offset]).count(b"\n") + 1
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz"])
@@ -158,14 +158,14 @@ def test_data_that_expand_too_much_are_refused_early(
     compress = gzip.compress if compression == ".gz" else lzma.compress
     for data, separator in ((b"x" * 2**21, None), (b"a\n" * 2**20, b"\n")):
         path = write(tmp_path / f"a.txt{compression}", compress(data))
-        actual: list[Piece] = []
+        actual: list[FileSection] = []
         with pytest.raises(DataError, match="swell to more than 200 times their size"):
-            actual.extend(pieces(path, separator))
-        assert sum(len(piece.data) for piece in actual) < 2**20
+            actual.extend(sections(path, separator))
+        assert sum(len(section.data) for section in actual) < 2**20
     text = "".join(f"line {number} of some text\n" for number in range(40_000)).encode()
     assert len(text) > 2**19
     assert sum(
-        len(piece.data) + 1 for piece in pieces(write(tmp_path / "b.txt.gz", gzip.compress(text)), b"\n")
+        len(section.data) + 1 for section in sections(write(tmp_path / "b.txt.gz", gzip.compress(text)), b"\n")
     ) == len(text)
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_regular_is_an_error_and_never_opened(tmp_path: Path,
         path.symlink_to("/dev/zero")
     what = {"pipe": r"pipe \(FIFO\)", "folder": "folder", "link to a device": "character device"}[kind]
     with pytest.raises(DataError, match=f"cannot be read: it is a {what}"):
-        list(pieces(path, None))
+        list(sections(path, None))
 
 
 def test_a_name_that_is_not_utf_8_is_shown_escaped() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from octavo.data import formats
-from octavo.data.formats import Entry, entries
+from octavo.data.formats import RawRecord, raw_records
 from octavo.errors import DataError, UsageError
 
 
@@ -25,12 +25,12 @@ def write(path: Path, text: str | bytes) -> Path:
 
 
 def values(path: Path, split_on: str | None = None) -> list[object]:
-    return [entry.value for entry in entries(path, split_on)]
+    return [record.value for record in raw_records(path, split_on)]
 
 
-def error_of(entry: Entry) -> str:
-    assert isinstance(entry.value, DataError)
-    return str(entry.value)
+def error_of(record: RawRecord) -> str:
+    assert isinstance(record.value, DataError)
+    return str(record.value)
 
 
 def test_a_text_file_is_one_document_with_normalized_line_ends(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_text_file_is_one_document_with_normalized_line_ends(tmp_path: Path) -
 
 def test_each_line_that_is_not_blank_becomes_a_document(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\r\n\r\n  \ntwo\u2028still two\nthree")
-    assert [(entry.line, entry.value) for entry in entries(path, "lines")] == [
+    assert [(record.line, record.value) for record in raw_records(path, "lines")] == [
         (1, "one"),
         (4, "two\u2028still two"),
         (5, "three"),
@@ -48,7 +48,7 @@ def test_each_line_that_is_not_blank_becomes_a_document(tmp_path: Path) -> None:
 
 def test_a_separator_is_removed_with_the_line_breaks_around_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\nmore\n<|endoftext|>\n\ntwo<|endoftext|>three\n<|endoftext|>\n")
-    assert [(entry.line, entry.value) for entry in entries(path, "<|endoftext|>")] == [
+    assert [(record.line, record.value) for record in raw_records(path, "<|endoftext|>")] == [
         (1, "one\nmore"),
         (5, "two"),
         (5, "three"),
@@ -56,7 +56,7 @@ def test_a_separator_is_removed_with_the_line_breaks_around_it(tmp_path: Path) -
 
 
 def test_documents_after_a_bad_one_are_read(tmp_path: Path) -> None:
-    first, bad, last = entries(write(tmp_path / "a.txt", b"one\ntw\xffo\nthree\n"), "lines")
+    first, bad, last = raw_records(write(tmp_path / "a.txt", b"one\ntw\xffo\nthree\n"), "lines")
     assert (first.value, last.value) == ("one", "three")
     assert "a.txt:2: byte 6" in error_of(bad)
     assert bad.n_bytes == 4
@@ -82,14 +82,14 @@ def test_json_lines_round_trip_any_text(tmp_path_factory: pytest.TempPathFactory
 def test_a_bad_json_line_is_an_entry_with_an_error(tmp_path: Path, line: str | bytes, message: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + raw + b'\n{"text": "b"}')
-    first, bad, last = entries(path)
+    first, bad, last = raw_records(path)
     assert (first.value, last.value) == ({"text": "a"}, {"text": "b"})
     assert f"a.jsonl:2: {message}" in error_of(bad)
 
 
 def test_a_json_list_gives_numbered_records(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", '[{"text": "a"}, 7]')
-    first, second = entries(path)
+    first, second = raw_records(path)
     assert (first.line, first.value, second.line) == (1, {"text": "a"}, 2)
     assert "a.json:2: the record is a number" in error_of(second)
 
@@ -110,12 +110,12 @@ def test_csv_round_trips_any_field(tmp_path_factory: pytest.TempPathFactory, row
 
 def test_csv_rows_have_their_first_line_and_bad_rows_are_errors(tmp_path: Path) -> None:
     table = b'text,extra\n"two\nlines",1\nonly one\n"a"b,2\nla\xffst,3\ngood,4\n\n"open,5\n'
-    actual = list(entries(write(tmp_path / "a.csv", table)))
-    assert [entry.line for entry in actual] == [2, 4, 5, 6, 7, 9]
+    actual = list(raw_records(write(tmp_path / "a.csv", table)))
+    assert [record.line for record in actual] == [2, 4, 5, 6, 7, 9]
     assert actual[0].value == {"text": "two\nlines", "extra": "1"}
     assert actual[4].value == {"text": "good", "extra": "4"}
-    for entry, message in zip(actual[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True):
-        assert f"a.csv:{message}" in error_of(entry)
+    for record, message in zip(actual[1:4], ["4: 1 fields, but", "5: not valid CSV", "6: byte 43"], strict=True):
+        assert f"a.csv:{message}" in error_of(record)
     assert "a.csv:9: not valid CSV: unexpected end" in error_of(actual[5])
 
 
@@ -162,13 +162,13 @@ def test_a_parquet_table_that_expands_too_much_is_refused(tmp_path: Path, monkey
     """One long string, which the file stores once for all rows."""
     parquet.write_table(pyarrow.table({"text": ["x" * 10_000] * 5_000}), tmp_path / "a.parquet")
     monkeypatch.setattr(formats, "SURE_BYTES", 2**20)
-    read: list[Entry] = []
+    read: list[RawRecord] = []
     with pytest.raises(DataError, match="the table swells to more than 200 times"):
-        read.extend(entries(tmp_path / "a.parquet"))
+        read.extend(raw_records(tmp_path / "a.parquet"))
     assert len(read) < 1000
     monkeypatch.setattr(formats, "MAX_GROUP_BYTES", 1000)
     with pytest.raises(DataError, match=r"row group 1 holds [\d,]+ bytes, more than 1,000"):
-        list(entries(tmp_path / "a.parquet"))
+        list(raw_records(tmp_path / "a.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_parquet_table_that_expands_too_much_is_refused(tmp_path: Path, monkey
 def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path: Path, cells: Any, reason: str) -> None:
     table = pyarrow.table({"text": ["one", "two", "three"], "other": cells})
     parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
-    first, bad, last = entries(tmp_path / "a.parquet")
+    first, bad, last = raw_records(tmp_path / "a.parquet")
     assert isinstance(first.value, dict)
     assert isinstance(last.value, dict)
     assert (first.value["text"], last.value["text"], last.line) == ("one", "three", 3)
@@ -192,7 +192,7 @@ def test_a_parquet_cell_that_python_cannot_hold_is_a_bad_row(tmp_path: Path, cel
 def test_a_parquet_row_with_an_unknown_time_zone_is_a_bad_row(tmp_path: Path) -> None:
     zone = pyarrow.timestamp("us", "Mars/Phobos")
     parquet.write_table(pyarrow.table({"text": ["a"], "t": pyarrow.array([1], zone)}), tmp_path / "a.parquet")
-    (bad,) = entries(tmp_path / "a.parquet")
+    (bad,) = raw_records(tmp_path / "a.parquet")
     assert "a.parquet:1: column 't' holds what cannot be read" in error_of(bad)
 
 
@@ -208,16 +208,16 @@ def test_every_kind_of_line_end_separates_lines_and_records(tmp_path: Path, end:
     def written(name: str, text: str) -> Path:
         return write(tmp_path / name, text.replace("\n", end))
 
-    lines = [(entry.line, entry.value) for entry in entries(written("a.txt", "one\n\ntwo\n"), "lines")]
+    lines = [(record.line, record.value) for record in raw_records(written("a.txt", "one\n\ntwo\n"), "lines")]
     assert lines == [(1, "one"), (3, "two")]
-    records = list(entries(written("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')))
-    assert [(entry.line, entry.value) for entry in records] == [(1, {"text": "a"}), (3, {"text": "b"})]
+    records = list(raw_records(written("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n')))
+    assert [(record.line, record.value) for record in records] == [(1, {"text": "a"}), (3, {"text": "b"})]
     assert values(written("a.csv", 'text\n"a\nb"\nc\n')) == [{"text": "a\nb"}, {"text": "c"}]
 
 
 def test_a_separator_matches_any_kind_of_line_end(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\n\ntwo\r\nthree\n\nfour\r\n\r\nfive\r\rsix\r\n\nseven\r\neight")
-    actual = [(entry.line, entry.value) for entry in entries(path, "\n\n")]
+    actual = [(record.line, record.value) for record in raw_records(path, "\n\n")]
     assert actual == [(1, "one"), (3, "two\nthree"), (6, "four"), (8, "five"), (10, "six"), (12, "seven\neight")]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from octavo import bounded_json
 from octavo.data import json_records
-from octavo.data.formats import entries
+from octavo.data.formats import raw_records
 from octavo.errors import DataError
 
 RECORDS: list[dict[str, Any]] = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -29,7 +29,7 @@ TABLES: dict[str, Any] = {
 
 def values(path: Path, value: object, *, indent: int | None = None) -> list[object]:
     path.write_text(value if isinstance(value, str) else json.dumps(value, indent=indent))
-    return [str(e.value) if isinstance(e.value, DataError) else e.value for e in entries(path)]
+    return [str(e.value) if isinstance(e.value, DataError) else e.value for e in raw_records(path)]
 
 
 @pytest.mark.parametrize("form", TABLES)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.data import markup
-from octavo.data.formats import entries
+from octavo.data.formats import raw_records
 from octavo.data.markup import REFUSED, text_of_html
 from octavo.errors import DataError
 
@@ -106,7 +106,7 @@ def test_white_space_in_a_page_takes_linear_time() -> None:
 @pytest.mark.parametrize("name", ["a.html", "a.HTM", "a.xhtml", "page", "a.asp"])
 def test_html_is_recognized_by_its_suffix_or_its_first_tag(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("\n<!DOCTYPE html>\n<html><body><p>The tide came in.</p></body></html>")
-    assert [entry.value for entry in entries(tmp_path / name)] == ["The tide came in."]
+    assert [record.value for record in raw_records(tmp_path / name)] == ["The tide came in."]
 
 
 @pytest.mark.parametrize(
@@ -115,29 +115,29 @@ def test_html_is_recognized_by_its_suffix_or_its_first_tag(tmp_path: Path, name:
 @pytest.mark.parametrize("begin", ["<!DOCTYPE html><html>", "<HTML lang='en'>"])
 def test_html_is_recognized_after_comments_and_declarations(tmp_path: Path, before: str, begin: str) -> None:
     (tmp_path / "page").write_text(f"{before}{begin}<body><p>The tide</p></body></html>")
-    assert [entry.value for entry in entries(tmp_path / "page")] == ["The tide"]
+    assert [record.value for record in raw_records(tmp_path / "page")] == ["The tide"]
 
 
 @pytest.mark.parametrize("rest", ["<book/>", "<!DOCTYPE svg><svg/>", "<!-- open"])
 def test_xml_is_recognized_by_its_first_bytes(tmp_path: Path, rest: str) -> None:
     (tmp_path / "page").write_text(f"<?xml version='1.0'?>\n{rest}")
     with pytest.raises(DataError, match="is XML, not plain text"):
-        list(entries(tmp_path / "page"))
+        list(raw_records(tmp_path / "page"))
 
 
 def test_html_in_a_text_file_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("<html>a lesson</html>")
-    assert [entry.value for entry in entries(tmp_path / "a.txt")] == ["<html>a lesson</html>"]
+    assert [record.value for record in raw_records(tmp_path / "a.txt")] == ["<html>a lesson</html>"]
 
 
 @pytest.mark.parametrize("ending", REFUSED)
 def test_files_with_other_markup_suffixes_are_refused(tmp_path: Path, ending: str) -> None:
     (tmp_path / f"a{ending}").write_text("The tide")
     with pytest.raises(DataError, match=r"not plain text.*\n.*Convert"):
-        list(entries(tmp_path / f"a{ending}"))
+        list(raw_records(tmp_path / f"a{ending}"))
 
 
 def test_rtf_is_recognized_by_its_first_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(r"{\rtf1\ansi The tide}")
     with pytest.raises(DataError, match="is RTF, not text"):
-        list(entries(tmp_path / "a.txt"))
+        list(raw_records(tmp_path / "a.txt"))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.data.formats import entries
+from octavo.data.formats import raw_records
 from octavo.errors import DataError
 
 ROWS = [("What, then?", 'Three; "four" | or\tfive.'), ("How many?", "One\nand two"), ("", "x")]
@@ -18,7 +18,7 @@ ROWS = [("What, then?", 'Three; "four" | or\tfive.'), ("How many?", "One\nand tw
 
 def values(path: Path, text: str | bytes) -> list[object]:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return [str(e.value) if isinstance(e.value, DataError) else e.value for e in entries(path)]
+    return [str(e.value) if isinstance(e.value, DataError) else e.value for e in raw_records(path)]
 
 
 def written(separator: str, rows: list[tuple[str, ...]], end: str = "\n") -> str:

@@ -114,7 +114,7 @@ def test_stop_without_grace_time_cancels_all_requests(llama: Family, started: St
     with ThreadPoolExecutor(1) as pool:
         stopped = pool.submit(engine.stop, 0.0)
         deadline = perf_counter() + TIMEOUT_SECONDS
-        while not engine._turn.locked():
+        while not engine._next_lock.locked():
             assert perf_counter() < deadline
             wait([stopped], timeout=0.001)
         gate.set()
@@ -194,7 +194,7 @@ def test_a_permanent_error_fails_every_request(
     llama: Family, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = llama.engine(Limits(slots=2, max_len=48))
-    monkeypatch.setattr(engine.scheduler.slots, "begin", lambda *_: 1 / 0)  # during admission
+    monkeypatch.setattr(engine.scheduler.slots, "reuse_prefix", lambda *_: 1 / 0)  # during admission
     streams = [engine.submit(Request(PROMPT, GREEDY)) for _ in range(4)]
     started(engine=engine)
     assert [outcome(stream) for stream in streams] == [("error", ())] * 4

@@ -86,13 +86,13 @@ def test_begin_copies_the_longest_common_start_of_any_slot(steps: list[tuple[str
         match step:
             case ("serve", int(slot), None | str() as adapter, list(prompt), int(answer)):
                 expected = longest(contents, adapter, prompt)
-                assert slots.begin(slot, adapter, prompt) == expected
+                assert slots.reuse_prefix(slot, adapter, prompt) == expected
                 assert slots.cache.lengths[slot] == expected
                 write(slots, slot, prompt[expected:])
                 write(slots, slot, [1] * answer, Phase.DECODE)  # which is never reused
                 contents[slot] = adapter, list(prompt)
             case ("move", int(source), int(target)):
-                slots.move(source, target)
+                slots.copy(source, target)
                 contents[target] = contents[source]
             case ("forget", None | str() as adapter):
                 slots.invalidate(adapter)
@@ -108,23 +108,23 @@ def test_begin_copies_the_longest_common_start_of_any_slot(steps: list[tuple[str
 def test_the_longest_of_several_common_starts_is_copied_up_to_the_first_difference() -> None:
     slots = fresh()
     for slot, tokens in enumerate([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7], [1, 9]]):
-        slots.begin(slot, None, [])
+        slots.reuse_prefix(slot, None, [])
         write(slots, slot, tokens)
-    assert slots.begin(2, None, [1, 2, 3, 4, 5, 6, 8, 8]) == 6
+    assert slots.reuse_prefix(2, None, [1, 2, 3, 4, 5, 6, 8, 8]) == 6
     assert stored(slots, 2, 6) == [[1, 2, 3, 4, 5, 6]] * 4
-    assert slots.begin(0, None, [1, 2, 3]) == 2  # of the slot itself, in whole tiles
-    assert slots.begin(0, None, [1, 2, 3, 4, 5]) == 4  # the slot lost the rest, which another slot has
-    assert slots.begin(0, "a", [1, 2, 3]) == 0
-    assert slots.begin(0, None, [1, 2, 3]) == 2
-    assert slots.begin(1, None, [2, 3]) == 0
+    assert slots.reuse_prefix(0, None, [1, 2, 3]) == 2  # of the slot itself, in whole tiles
+    assert slots.reuse_prefix(0, None, [1, 2, 3, 4, 5]) == 4  # the slot lost the rest, which another slot has
+    assert slots.reuse_prefix(0, "a", [1, 2, 3]) == 0
+    assert slots.reuse_prefix(0, None, [1, 2, 3]) == 2
+    assert slots.reuse_prefix(1, None, [2, 3]) == 0
 
 
 def test_answers_and_incomplete_tiles_are_not_reused() -> None:
     slots = fresh()
-    slots.begin(0, None, [])
+    slots.reuse_prefix(0, None, [])
     write(slots, 0, [1, 2, 3])
     write(slots, 0, [4, 5], Phase.DECODE)
-    assert slots.begin(1, None, [1, 2, 3, 4, 5, 6]) == 2
+    assert slots.reuse_prefix(1, None, [1, 2, 3, 4, 5, 6]) == 2
     with pytest.raises(AssertionError):
         slots.append(0, [6], Phase.PREFILL)
 
@@ -132,20 +132,20 @@ def test_answers_and_incomplete_tiles_are_not_reused() -> None:
 def test_invalidate_prevents_reuse_of_one_adapter_or_of_all() -> None:
     slots = fresh()
     for slot, adapter in enumerate(ADAPTERS):
-        slots.begin(slot, adapter, [])
+        slots.reuse_prefix(slot, adapter, [])
         write(slots, slot, [1, 2, 3, 4])
     slots.invalidate("a")
-    assert [slots.begin(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 4, 4]
+    assert [slots.reuse_prefix(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 4, 4]
     slots.invalidate()
-    assert [slots.begin(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 0, 0]
+    assert [slots.reuse_prefix(1, adapter, [1, 2, 3, 4]) for adapter in ("a", "b", None)] == [0, 0, 0]
 
 
 def test_a_copy_continues_independently_of_its_source() -> None:
     slots = fresh()
     write(slots, 0, [1, 2, 3])
-    slots.begin(1, None, [1, 2, 5])
+    slots.reuse_prefix(1, None, [1, 2, 5])
     write(slots, 1, [5, 6])
-    slots.move(1, 2)
+    slots.copy(1, 2)
     write(slots, 2, [7])
     write(slots, 1, [8])
     assert [stored(slots, slot, slots.cache.lengths[slot])[3] for slot in range(3)] == [
@@ -153,5 +153,5 @@ def test_a_copy_continues_independently_of_its_source() -> None:
         [1, 2, 5, 6, 8],
         [1, 2, 5, 6, 7],
     ]
-    assert slots.begin(0, None, [1, 2, 5, 6, 8]) == 4
-    assert slots.begin(0, None, [1, 2, 5, 6, 7]) == 4
+    assert slots.reuse_prefix(0, None, [1, 2, 5, 6, 8]) == 4
+    assert slots.reuse_prefix(0, None, [1, 2, 5, 6, 7]) == 4

@@ -1,4 +1,8 @@
-"""Paths to documents: finds the files, reads their records and turns each into a Document."""
+"""Paths to documents: finds the files, reads their records and turns each into a Document.
+
+The types, in this order: `FoundFiles` lists the files. A `RawRecord` is one record of a file: a text, named fields, or
+an error. A `Document` is a record whose fields are interpreted as a text, a prompt and a completion, or messages.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ from pathlib import Path
 from octavo.bounded_json import shortened
 from octavo.data.files import MAX_DOCUMENTS, name_of
 from octavo.data.finding import FoundFiles, counted, find_files
-from octavo.data.formats import READERS, Entry, entries
+from octavo.data.formats import READERS, RawRecord, raw_records
 from octavo.data.records import Document, Message, check_columns, field_named, from_fields, from_text
 from octavo.errors import DataError, UsageError
 
 __all__ = ["READERS", "Document", "Message", "ReadOptions", "Reading", "Skipped", "counted", "find", "read", "skip"]
 
 
-MOST_FIELDS = 1000  # different field names that are remembered
+MAX_FIELD_NAMES = 1000  # distinct field names that are collected, to name them if --columns names a missing one
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,17 @@ class ReadOptions:
     """How files are read."""
 
     split_on: str | None = None  # plain text: "lines", a separator, or None for one document per file
-    skip_bad: bool = False  # count unreadable records and continue, instead of raising
+    skip_bad: bool = False  # list unreadable records in `Reading.skipped` and continue, instead of raising
     ftfy: bool = False  # repair wrongly decoded text; needs ftfy
     columns: Sequence[str] = ()  # NAME=FIELD: maps octavo's field names to those of the records
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that could not be read and was left out, or the rest of a file."""
+    """A record that could not be read, or a file that could not be read to its end; with --skip-bad it is left out."""
 
     source: str
-    line: int  # 0 for a whole file
+    line: int  # 0 for a file
     reason: str
     n_bytes: int  # size of the record, or of the whole file on disk; 0 where the format does not give it
 
@@ -47,7 +51,7 @@ class Reading:
 
     documents: list[Document] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)  # always empty without `skip_bad`
-    not_read: Counter[str] = field(default_factory=Counter)  # kinds of files in folders that are not read
+    not_read: Counter[str] = field(default_factory=Counter)  # kind of file in a folder -> number of them not read
     unused: Counter[str] = field(default_factory=Counter)  # field name -> number of records in which it is not used
 
 
@@ -65,7 +69,7 @@ def read(
 ) -> Reading:
     """All documents of all files in order, with counts of what was left out, skipped or not used.
 
-    `begins` is called before the first file is read, with the number of files and their total bytes.
+    `begins(n_files, n_bytes)` is a callback: it is called once, before the first file is read.
 
     Raises DataError with file and line for a record that cannot be read and for files without any document, and
     UsageError for a path that matches nothing and for a missing optional package.
@@ -105,23 +109,25 @@ def _read_file(
     documents, skipped = reading.documents, reading.skipped
     before = len(documents) + len(skipped)
     try:
-        for entry in entries(path, options.split_on):
+        for record in raw_records(path, options.split_on):
             if len(documents) + len(skipped) >= MAX_DOCUMENTS:
                 message = f"more than {MAX_DOCUMENTS:,} documents."
                 raise UsageError(f"{source}: {message}", hint="Use a part of the data, or longer documents.")
-            if columns and isinstance(entry.value, Mapping):
-                named = {field_named(entry.value, field) for field in columns.values()}
-                seen_fields.update(name for name in entry.value if len(seen_fields) < MOST_FIELDS or name in named)
+            if columns and isinstance(record.value, Mapping):
+                # The fields that --columns names are collected beyond the limit too: the check in `read` needs them.
+                named = {field_named(record.value, field) for field in columns.values()}
+                seen_fields.update(name for name in record.value if len(seen_fields) < MAX_FIELD_NAMES or name in named)
             try:
-                document = _document(entry, source, columns, reading.unused)
+                document = _document(record, source, columns, reading.unused)
             except DataError as error:
                 if not options.skip_bad:
                     raise
-                skipped.append(skip(error, entry.n_bytes))
+                skipped.append(skip(error, record.n_bytes))
                 continue
             documents.append(repair(document) if repair else document)
         if len(documents) + len(skipped) == before:
-            raise DataError("the file holds no text.", source=source, hint="Remove it, or use --skip-bad.")
+            hint = "Leave it out of --data, or skip such files with --skip-bad."
+            raise DataError("the file holds no text.", source=source, hint=hint)
     except DataError as error:
         if not options.skip_bad:
             raise
@@ -135,21 +141,22 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _document(entry: Entry, source: str, columns: Mapping[str, str], unused: Counter[str]) -> Document:
-    if isinstance(entry.value, DataError):
-        raise entry.value
-    if isinstance(entry.value, str):
-        return from_text(entry.value, source=source, line=entry.line)
+def _document(record: RawRecord, source: str, columns: Mapping[str, str], unused: Counter[str]) -> Document:
+    if isinstance(record.value, DataError):
+        raise record.value
+    if isinstance(record.value, str):
+        return from_text(record.value, source=source, line=record.line)
     try:
-        return from_fields(entry.value, source=source, line=entry.line, columns=columns, unused=unused)
+        return from_fields(record.value, source=source, line=record.line, columns=columns, unused=unused)
     except RecursionError as error:
-        raise DataError("the record is nested too deep.", source=source, line=entry.line) from error
+        raise DataError("the record is nested too deep.", source=source, line=record.line) from error
 
 
 def skip(error: DataError, n_bytes: int) -> Skipped:
-    """The entry that counts a record or file which `error` reports as unusable."""
+    """The `Skipped` of a record or file that `error` reports as unusable."""
     where = f"{error.source}:{error.line}: " if error.line else f"{error.source}: "
-    hint = f" {error.hint}" if "--columns" in error.hint else ""  # this flag makes the record readable
+    # Of all hints only --columns makes the record readable, so only that one is useful in a list of skipped records.
+    hint = f" {error.hint}" if "--columns" in error.hint else ""
     return Skipped(error.source, error.line, error.message.removeprefix(where) + hint, n_bytes)
 
 

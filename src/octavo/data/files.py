@@ -1,6 +1,7 @@
 """Bytes of files on disk as UTF-8, from any supported compression and encoding.
 
-A file is read as a stream of pieces. A compressed file is in memory as a whole only if it is one document.
+A file is read as a stream of `FileSection`s, such as the lines of a JSON Lines file. A compressed file is in memory as
+a whole only if it is one document.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ _AS_TEXT = "Convert it to a text file in UTF-8, take it out of the data, or skip
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSection:
     """The bytes of a file between two separators."""
 
     line: int  # 1-based line of the first byte
-    offset: int  # bytes before the piece in the file, after decompression
+    offset: int  # bytes before the section in the file, after decompression
     data: bytes  # UTF-8, not yet validated
 
 
@@ -152,12 +153,12 @@ def read_whole(stream: BinaryIO, source: str) -> bytes:
     return data
 
 
-def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
-    """The file split at each `separator`, which is removed. Without a separator the whole file is one piece.
+def sections(path: Path, separator: bytes | None) -> Iterator[FileSection]:
+    """The file split at each `separator`, which is removed. Without a separator the whole file is one section.
 
-    `\\n` in `separator` matches any line end: `\\n`, `\\r\\n` or `\\r`. Line ends within pieces are kept as they are.
-    A byte-order mark is removed; UTF-16 and UTF-32 are converted to UTF-8. An empty file has no pieces.
-    Raises DataError for a binary file and for a piece of more than MAX_DOCUMENT_BYTES.
+    `\\n` in `separator` matches any line end: `\\n`, `\\r\\n` or `\\r`. Line ends within sections are kept as they are.
+    A byte-order mark is removed; UTF-16 and UTF-32 are converted to UTF-8. An empty file has no sections.
+    Raises DataError for a binary file and for a section of more than MAX_DOCUMENT_BYTES.
     """
     source = name_of(path)
     with open_bytes(path) as stream:
@@ -171,13 +172,15 @@ def pieces(path: Path, separator: bytes | None) -> Iterator[Piece]:
         yield from _cut(stream, head[mark:], separator, offset=mark, source=source)
 
 
-def _cut(stream: BinaryIO, buffer: bytes, separator: bytes | None, *, offset: int, source: str) -> Iterator[Piece]:
+def _cut(
+    stream: BinaryIO, buffer: bytes, separator: bytes | None, *, offset: int, source: str
+) -> Iterator[FileSection]:
     line = 1
     while True:
         if separator:
             begin = 0
             for start, end in _separators(buffer, separator):
-                yield Piece(line, offset + begin, buffer[begin:start])
+                yield FileSection(line, offset + begin, buffer[begin:start])
                 line += line_ends(buffer, begin, end)
                 begin = end
             buffer, offset = buffer[begin:], offset + begin
@@ -191,11 +194,11 @@ def _cut(stream: BinaryIO, buffer: bytes, separator: bytes | None, *, offset: in
     # `_separators` leaves a carriage return at the end of the buffer, after which a line feed could follow.
     if separator and buffer.endswith(b"\r") and (spans := [*_separators(buffer + b"\0", separator)]):
         start, end = spans[-1]
-        yield Piece(line, offset, buffer[:start])
+        yield FileSection(line, offset, buffer[:start])
         line += line_ends(buffer, 0, end)
         buffer, offset = buffer[end:], offset + end
     if buffer:
-        yield Piece(line, offset, buffer)
+        yield FileSection(line, offset, buffer)
 
 
 _LINE_END = rb"(?:\r\n|\n|\r(?!\n))"
@@ -221,24 +224,24 @@ def line_ends(data: bytes, start: int = 0, end: int | None = None) -> int:
     return data.count(b"\n", start, end) + data.count(b"\r", start, end) - data.count(b"\r\n", start, end)
 
 
-def decode(piece: Piece, source: str) -> str:
-    """The piece as text. Raises DataError with line and byte offset of the first byte that is not UTF-8 text."""
+def decode(section: FileSection, source: str) -> str:
+    """The section as text. Raises DataError with line and byte offset of the first byte that is not UTF-8 text."""
     try:
-        text = piece.data.decode("utf-8")
+        text = section.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = piece.line + line_ends(piece.data, 0, error.start)
-        at, byte = piece.offset + error.start, piece.data[error.start]
+        line = section.line + line_ends(section.data, 0, error.start)
+        at, byte = section.offset + error.start, section.data[error.start]
         hint = (
             "Save the file as UTF-8, or skip such documents with --skip-bad. Text of old Windows programs: "
             "iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
         )
         raise DataError(f"byte {at} (0x{byte:02x}) is not UTF-8.", source=source, line=line, hint=hint) from error
     if "\0" in text:
-        nul = piece.data.index(b"\0")
-        line = piece.line + line_ends(piece.data, 0, nul)
-        at = piece.offset + nul
+        nul = section.data.index(b"\0")
+        line = section.line + line_ends(section.data, 0, nul)
+        at = section.offset + nul
         raise DataError(f"byte {at} is NUL: this is not text.", source=source, line=line, hint=_AS_TEXT)
-    _check_controls(piece.data, source, piece.line)
+    _check_controls(section.data, source, section.line)
     return text
 
 

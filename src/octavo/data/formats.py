@@ -1,4 +1,4 @@
-"""File formats: one reader each, from a path to entries. To add a format, write a reader and list it in READERS.
+"""File formats: one reader each, from a path to RawRecords. To add a format, write a reader and list it in READERS.
 
 A reader yields a string for plain text and a mapping for named fields. For a record that it cannot read it yields a
 DataError and continues with the next record. It raises DataError if the rest of the file cannot be read.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from octavo.bounded_json import shortened
-from octavo.data.entries import Entry
 from octavo.data.files import (
     CHUNK_BYTES,
     MAX_RATIO,
@@ -23,28 +22,29 @@ from octavo.data.files import (
     decode,
     name_of,
     open_bytes,
-    pieces,
     read_whole,
+    sections,
     suffix,
 )
 from octavo.data.json_records import parse, read_json, read_jsonl
 from octavo.data.markup import read_html, refuse_markup
+from octavo.data.raw_records import RawRecord
 from octavo.data.tables import read_csv, read_tsv
 from octavo.errors import DataError, UsageError
 
-__all__ = ["READERS", "Entry", "entries"]
+__all__ = ["READERS", "RawRecord", "raw_records"]
 
-Reader = Callable[[Path, str | None], Iterator[Entry]]
+Reader = Callable[[Path, str | None], Iterator[RawRecord]]
 MAX_GROUP_BYTES = 2**30
 _JSON_LINES = 20  # lines that are parsed; of the other lines only the first and last character are checked
 
 
-def entries(path: Path, split_on: str | None = None) -> Iterator[Entry]:
-    """The entries of one file.
+def raw_records(path: Path, split_on: str | None = None) -> Iterator[RawRecord]:
+    """All records of one file.
 
     A file whose suffix is not in READERS is read as plain text, unless its suffix or first bytes show markup. HTML is
     then read as HTML, and other markup raises DataError with a next step. `split_on` splits plain text into documents:
-    "lines", or a separator. Other formats have records.
+    "lines", or a separator. Files of other formats consist of records.
     """
     ending = suffix(path)
     if ending in READERS:
@@ -73,8 +73,8 @@ def _root(path: Path) -> bytes:
     return tag if tag.startswith((b"<!doctype html", b"<html")) else head[:5]
 
 
-def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank pieces between separators are left out.
+def read_text(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+    """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank sections between separators are left out.
 
     Line breaks next to a separator belong to the separator, not to the documents. Raises DataError for a file of JSON
     records.
@@ -83,19 +83,19 @@ def read_text(path: Path, split_on: str | None) -> Iterator[Entry]:
     by_line = split_on == "lines"
     separator = b"\n" if by_line else split_on.encode() if split_on else None
     source = name_of(path)
-    for piece in pieces(path, separator):
+    for section in sections(path, separator):
         try:
-            text = decode(piece, source).replace("\r\n", "\n").replace("\r", "\n")
+            text = decode(section, source).replace("\r\n", "\n").replace("\r", "\n")
         except DataError as error:
-            yield Entry(error.line, error, len(piece.data))
+            yield RawRecord(error.line, error, len(section.data))
             continue
-        line = piece.line
+        line = section.line
         if separator:
             start = text.lstrip("\n")
             line += len(text) - len(start)
             text = start.rstrip("\n")
         if text.strip():
-            yield Entry(line, text, len(piece.data))
+            yield RawRecord(line, text, len(section.data))
 
 
 def _refuse_json(path: Path) -> None:
@@ -107,7 +107,7 @@ def _refuse_json(path: Path) -> None:
         return
     if _each_line_is_an_object(path):
         what, ending = "each line is a JSON object: this is JSON Lines.", ".jsonl"
-    elif path.stat().st_size <= SURE_BYTES and any(_is_records(piece.data) for piece in pieces(path, None)):
+    elif path.stat().st_size <= SURE_BYTES and any(_is_records(section.data) for section in sections(path, None)):
         what, ending = "the file is one JSON value.", ".json"
     else:
         return
@@ -120,8 +120,8 @@ def _refuse_json(path: Path) -> None:
 
 def _each_line_is_an_object(path: Path) -> bool:
     n_lines = 0
-    for piece in pieces(path, b"\n"):
-        line = piece.data.strip()
+    for section in sections(path, b"\n"):
+        line = section.data.strip()
         if not line:
             continue
         n_lines += 1
@@ -140,8 +140,8 @@ def _is_records(data: bytes) -> bool:
     return bool(value) and all(isinstance(record, dict) and record for record in records)
 
 
-def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """A parquet table, row by row. The line of an entry is its row number. Needs pyarrow.
+def read_parquet(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+    """A parquet table, row by row. The line of a record is its row number. Needs pyarrow.
 
     All objects of a parquet column share one set of fields. Fields that an object lacks are null, and are removed.
     """
@@ -168,7 +168,7 @@ def read_parquet(path: Path, split_on: str | None) -> Iterator[Entry]:
                     raise DataError(message, source=source, line=number, hint="Write a new table of the rows you need.")
                 for record in _records(batch, source, number):
                     number += 1
-                    yield Entry(number, record, 0)
+                    yield RawRecord(number, record, 0)
         except (pyarrow.ArrowException, OSError, MemoryError) as error:
             hint = "The file was cut short or damaged: fetch it again."
             raise DataError(f"not valid parquet: {error}", source=source, line=number, hint=hint) from error

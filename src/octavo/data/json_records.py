@@ -10,9 +10,9 @@ from pathlib import Path
 
 from octavo import bounded_json
 from octavo.bounded_json import JsonError, shortened
-from octavo.data.entries import Entry
 from octavo.data.fields import kind
-from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces, suffix
+from octavo.data.files import MAX_DOCUMENT_BYTES, FileSection, decode, name_of, sections, suffix
+from octavo.data.raw_records import RawRecord
 from octavo.errors import DataError
 
 # Bounds the memory of one JSON text: an empty object takes 3 bytes of text and 72 bytes of memory.
@@ -34,7 +34,7 @@ _METADATA = {
 }
 
 
-def read_jsonl(path: Path, split_on: str | None) -> Iterator[Entry]:
+def read_jsonl(path: Path, split_on: str | None) -> Iterator[RawRecord]:
     """One JSON object, or one string, per line. U+2028 and similar characters may be inside a string.
 
     A file of one list, one table, or one object over several lines, is read by `read_json`.
@@ -42,14 +42,14 @@ def read_jsonl(path: Path, split_on: str | None) -> Iterator[Entry]:
     if _is_one_value(path):
         yield from read_json(path, split_on)
         return
-    for piece in pieces(path, b"\n"):
-        if piece.data.strip():
-            yield Entry(piece.line, _json_line(piece, name_of(path)), len(piece.data))
+    for section in sections(path, b"\n"):
+        if section.data.strip():
+            yield RawRecord(section.line, _json_line(section, name_of(path)), len(section.data))
 
 
 def _is_one_value(path: Path) -> bool:
     """Whether the whole file is one list, one table, or one object over several lines."""
-    lines = list(islice((piece for piece in pieces(path, b"\n") if piece.data.strip()), 2))
+    lines = list(islice((section for section in sections(path, b"\n") if section.data.strip()), 2))
     first, second = (lines[0].data.strip() if lines else b""), (lines[1].data.strip() if len(lines) > 1 else b"")
     if first in (b"{", b"["):
         return True
@@ -66,19 +66,19 @@ def _is_one_value(path: Path) -> bool:
         return isinstance(error.__cause__, _TableError)
 
 
-def read_json(path: Path, split_on: str | None) -> Iterator[Entry]:
-    """A list of objects or strings, a table, or a single object. The line of an entry is its number in the list.
+def read_json(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+    """A list of objects or strings, a table, or a single object. The line of a record is its number in the list.
 
     A table is {"data": [..]} or similar, or the output of pandas' to_json with the orient columns, index, split or
     records. Next to the list of records an object may hold metadata: numbers, and the keys in _METADATA. Any other key
     raises DataError.
     """
     source = name_of(path)
-    for piece in pieces(path, None):
-        value = parse(decode(piece, source), source, of_lines=suffix(path) != ".json")
+    for section in sections(path, None):
+        value = parse(decode(section, source), source, of_lines=suffix(path) != ".json")
         rows = table_rows(value, source) if isinstance(value, dict) else value
         for number, record in enumerate(rows if isinstance(rows, list) else [value], start=1):
-            yield Entry(number, _fields(record, source, number), 0)
+            yield RawRecord(number, _fields(record, source, number), 0)
 
 
 class _TableError(ValueError):
@@ -175,12 +175,12 @@ def _by_labels(value: Mapping[str, object]) -> list[object] | None:
     return [{name: item.get(label) for name, item in zip(value, values, strict=True)} for label in labels]
 
 
-def _json_line(piece: Piece, source: str) -> Mapping[str, object] | str | DataError:
+def _json_line(section: FileSection, source: str) -> Mapping[str, object] | str | DataError:
     try:
-        value = parse(decode(piece, source), source, piece.line)
+        value = parse(decode(section, source), source, section.line)
     except DataError as error:
         return error
-    return _fields(value, source, piece.line)
+    return _fields(value, source, section.line)
 
 
 def parse(text: str, source: str, line: int = 0, *, of_lines: bool = False) -> object:

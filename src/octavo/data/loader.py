@@ -54,14 +54,14 @@ class Batch:
 
     @property
     def label_weight(self) -> float:
-        """The sum of the weights of all labels."""
+        """The sum of the weights of all labels; without weights the number of labels."""
         if self.weights is None:
             return self.trained_tokens
         return float(self.weights[self.labels != IGNORE_INDEX].sum())
 
     @property
     def following(self) -> Position:
-        """The position after this batch."""
+        """The position after this batch: a checkpoint after its optimizer step saves it."""
         return Position(self.epoch, self.index + 1)
 
 
@@ -94,10 +94,11 @@ def batches(
     epochs: float | None = None,
     shuffle: bool = True,
 ) -> Iterator[Batch]:
-    """Batches from `start` on, endlessly or up to `epochs` epochs counted from the very first batch.
+    """Batches from position `start` on: endlessly, or until `epochs` epochs are complete.
 
-    A fraction of an epoch is rounded up to whole batches. Raises DataError without rows, and UsageError for a batch
-    size below 1 and for a start beyond the epoch, which other data or another batch size gave.
+    Epochs are counted from batch 0 of epoch 0, also with a later `start`. A fraction of an epoch is rounded up to whole
+    batches. Raises DataError if there are no rows, and UsageError for a batch size below 1 and for a `start` beyond the
+    end of an epoch: it is of a run with other data or another batch size.
     """
     if not rows:
         raise DataError("there is nothing to train on: the data gave no rows.", hint="`octavo data` shows why.")
@@ -108,20 +109,24 @@ def batches(
     if start.epoch < 0 or not 0 <= start.index <= per_epoch:
         message = f"batch {start.index} of epoch {start.epoch} does not exist: an epoch has {per_epoch} batches."
         raise UsageError(message, hint="Resume with the data and the batch size that the run began with.")
-    first = start.epoch * per_epoch + start.index
-    end = None if epochs is None else math.ceil(epochs * per_epoch)
-    return _from(rows, first, end, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    n_read = start.epoch * per_epoch + start.index
+    n_total = None if epochs is None else math.ceil(epochs * per_epoch)
+    return _generate(rows, n_read, n_total, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
-def _from(
-    rows: Sequence[Row], n_read: int, end: int | None, *, batch_size: int, seed: int, shuffle: bool
+def _generate(
+    rows: Sequence[Row], n_read: int, n_total: int | None, *, batch_size: int, seed: int, shuffle: bool
 ) -> Iterator[Batch]:
+    """Batches number n_read .. n_total - 1, counted over all epochs.
+
+    A generator of its own: `batches` checks its arguments when it is called, not when the first batch is read.
+    """
     per_epoch = batches_per_epoch(len(rows), batch_size)
-    while end is None or n_read < end:
+    while n_total is None or n_read < n_total:
         epoch, first = divmod(n_read, per_epoch)
         row_indices = order(len(rows), seed=seed, epoch=epoch, shuffle=shuffle)
-        last = per_epoch if end is None else min(per_epoch, end - epoch * per_epoch)
-        for index in range(first, last):
+        stop = per_epoch if n_total is None else min(per_epoch, n_total - epoch * per_epoch)
+        for index in range(first, stop):
             chosen = [rows[row] for row in row_indices[index * batch_size : (index + 1) * batch_size]]
             yield _batch(chosen, epoch=epoch, index=index)
             n_read += 1

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
-from octavo.data.entries import Entry
-from octavo.data.files import decode, name_of, pieces
+from octavo.data.files import decode, name_of, sections
+from octavo.data.raw_records import RawRecord
 from octavo.errors import DataError
 
 # Suffixes of files whose markup would be trained on as if it were text.
@@ -101,13 +101,13 @@ _PARAGRAPHS = {
 }
 
 
-def read_html(path: Path, split_on: str | None) -> Iterator[Entry]:
+def read_html(path: Path, split_on: str | None) -> Iterator[RawRecord]:
     """The text of a page as one document: without tags, scripts, styles and head, each block on a line of its own."""
     source = name_of(path)
-    for piece in pieces(path, None):
-        text = text_of_html(decode(piece, source))
+    for section in sections(path, None):
+        text = text_of_html(decode(section, source))
         if text:
-            yield Entry(1, text, len(piece.data))
+            yield RawRecord(1, text, len(section.data))
 
 
 def refuse_markup(path: Path, ending: str) -> None:

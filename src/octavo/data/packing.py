@@ -1,7 +1,7 @@
 """Packs documents of any length into rows of one length, and accounts for every token in a ledger.
 
-A row holds pieces of several documents. `document` numbers the pieces and `positions` restart with each piece, so that
-attention can be limited to the piece.
+A row consists of pieces. A piece is a whole document, or a part of a document that is longer than a row. `document`
+numbers the pieces of a row and `positions` restart with each piece, so that attention can be limited to the piece.
 
 Legend: R packed rows, T row length (seq_len), n tokens of one document.
 """
@@ -38,7 +38,7 @@ class Row:
 class _Piece:
     """Inputs ids[start : start + length] of a document. The targets are one token further."""
 
-    tokens: int  # index of the document
+    document: int  # index of the document in the sequence that is packed
     start: int
     length: int
 
@@ -63,7 +63,10 @@ def pack(
     same input gives the same rows.
 
     Dropped whole are documents of fewer than two tokens, those with an index in `excluded`, with `deduplicate` copies
-    of earlier documents, and documents of fewer than `min_unique_tokens` distinct tokens. `pad_id` may be any token.
+    of earlier documents, and documents of fewer than `min_unique_tokens` distinct tokens.
+
+    Padding has the id `pad_id`, the label IGNORE_INDEX and the document -1. Attention and loss ignore it, so `pad_id`
+    may be any token.
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
@@ -103,10 +106,14 @@ def _pieces(index: int, n_inputs: int, seq_len: int, *, truncate: bool) -> list[
 
 
 def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
-    """Groups of pieces that share a row of length `seq_len`, in the order of their first pieces."""
+    """The pieces of each row of length `seq_len` by best-fit decreasing; rows are in the order of their first pieces.
+
+    A search through all rows would make packing quadratic. Here one integer has a bit for each amount of free space, so
+    the search is a shift and the lowest set bit.
+    """
     groups: list[list[int]] = []
     # rows_by_space[s] are the rows with s free tokens, and bit s of the integer `spaces` is set if there are any.
-    # Shifting `spaces` right by a piece's length leaves the rows with enough space; the lowest bit is the best fit.
+    # Shifted right by a piece's length, `spaces` has only the bits of enough space; the lowest is the best fit.
     rows_by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     spaces = 0
     for number in sorted(range(len(pieces)), key=lambda number: (-pieces[number].length, number)):
@@ -137,9 +144,9 @@ def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_l
     arange = np.arange(seq_len, dtype=np.int32)  # (T,)
     rows: list[Row] = []
     for row, group in enumerate(groups):
-        at = 0
+        at = 0  # the next free position of the row
         for number, piece in enumerate(group):
-            source = tokens[piece.tokens]
+            source = tokens[piece.document]
             span = slice(at, at + piece.length)
             inputs = slice(piece.start, piece.start + piece.length)
             targets = slice(inputs.start + 1, inputs.stop + 1)
@@ -148,7 +155,7 @@ def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_l
             positions[row, span] = arange[: piece.length]
             document[row, span] = number
             at += piece.length
-        names = (f"{tokens[piece.tokens].source}:{tokens[piece.tokens].line}" for piece in group)
+        names = (f"{tokens[piece.document].source}:{tokens[piece.document].line}" for piece in group)
         sources = tuple(dict.fromkeys(names))
         rows.append(Row(ids[row], labels[row], positions[row], document[row], sources))
     return rows
@@ -157,7 +164,7 @@ def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_l
 def _ledger(
     tokens: Sequence[Tokens], groups: Sequence[Sequence[_Piece]], *, seq_len: int, skipped: Sequence[Skipped]
 ) -> Ledger:
-    """Counts the pieces that are in rows, not the documents that were selected."""
+    """The ledger of the rows, counted from the pieces that are in them: a mistake of packing would show in it."""
     targets = [0] * len(tokens)
     trained = [0] * len(tokens)
     files = {document.source: FileLedger(document.source) for document in tokens}
@@ -165,21 +172,21 @@ def _ledger(
         files.setdefault(bad.source, FileLedger(bad.source))
     for group in groups:
         for piece in group:
-            targets[piece.tokens] += piece.length
-            mask = tokens[piece.tokens].trained[piece.start + 1 : piece.start + piece.length + 1]
-            trained[piece.tokens] += int(np.count_nonzero(mask))
-        last = tokens[group[-1].tokens].source
+            targets[piece.document] += piece.length
+            mask = tokens[piece.document].trained[piece.start + 1 : piece.start + piece.length + 1]
+            trained[piece.document] += int(np.count_nonzero(mask))
+        last = tokens[group[-1].document].source
         files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in group))
     for index, document in enumerate(tokens):
-        # The first token of a packed document is an input, but no target.
-        first = 1 if targets[index] else 0
+        # A document that is in the rows has one token more than targets: its first token is an input only.
+        input_only = 1 if targets[index] else 0
         files[document.source] = files[document.source].plus(
             tokens=len(document.ids) + document.n_after,
             trained=trained[index],
-            masked=targets[index] - trained[index] + first,
-            left_out=len(document.ids) - targets[index] - first + document.n_after,
+            masked=targets[index] - trained[index] + input_only,
+            left_out=len(document.ids) - targets[index] - input_only + document.n_after,
             documents=1,
-            dropped=1 - first,
+            dropped=1 - input_only,
         )
     for bad in skipped:
         files[bad.source] = files[bad.source].plus(skipped=1)

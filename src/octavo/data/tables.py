@@ -9,8 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 
 from octavo.bounded_json import shortened
-from octavo.data.entries import Entry
-from octavo.data.files import MAX_DOCUMENT_BYTES, Piece, decode, name_of, pieces
+from octavo.data.files import MAX_DOCUMENT_BYTES, FileSection, decode, name_of, sections
+from octavo.data.raw_records import RawRecord
 from octavo.errors import DataError
 
 SEPARATORS = ",;\t|"
@@ -18,31 +18,31 @@ MAX_COLUMNS = 2048
 _SNIFFED_LINES = 50
 
 
-def read_csv(path: Path, split_on: str | None) -> Iterator[Entry]:
+def read_csv(path: Path, split_on: str | None) -> Iterator[RawRecord]:
     """Columns with a header. The separator is the one of SEPARATORS that fits the header and the rows."""
     return _read(path, None)
 
 
-def read_tsv(path: Path, split_on: str | None) -> Iterator[Entry]:
+def read_tsv(path: Path, split_on: str | None) -> Iterator[RawRecord]:
     """Tab-separated values."""
     return _read(path, "\t")
 
 
-def _read(path: Path, separator: str | None) -> Iterator[Entry]:
-    """The rows as entries. Line breaks within a quoted field become `\\n`, as in a text file."""
+def _read(path: Path, separator: str | None) -> Iterator[RawRecord]:
+    """One record a row. Line breaks within a quoted field become `\\n`, as in a text file."""
     source = name_of(path)
     line = 0
 
-    def text(piece: Piece) -> str:
+    def text(section: FileSection) -> str:
         nonlocal line
-        line = piece.line
-        return decode(piece, source) + "\n"
+        line = section.line
+        return decode(section, source) + "\n"
 
     # The csv module limits a field to 128 KiB, less than an essay. The limit can only be set for the whole process.
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    stream = pieces(path, b"\n")
+    stream = sections(path, b"\n")
     first = list(islice(stream, _SNIFFED_LINES))
-    separator = _declared(first) or separator or _sniffed([piece.data.decode("utf-8", "replace") for piece in first])
+    separator = _declared(first) or separator or _sniffed([s.data.decode("utf-8", "replace") for s in first])
     # `map` continues after an exception, where a generator would end; csv.reader continues after an invalid row too.
     rows = csv.reader(map(text, chain(first, stream)), strict=True, delimiter=separator)
     header: list[str] = []
@@ -54,21 +54,21 @@ def _read(path: Path, separator: str | None) -> Iterator[Entry]:
             return
         except csv.Error as error:
             hint = "Quote fields that hold separators, quotes or line breaks, and double the quotes inside."
-            yield Entry(start, DataError(f"not valid CSV: {error}.", source=source, line=start, hint=hint), 0)
+            yield RawRecord(start, DataError(f"not valid CSV: {error}.", source=source, line=start, hint=hint), 0)
         except DataError as error:
             if not error.line:
                 raise
-            yield Entry(error.line, error, 0)
+            yield RawRecord(error.line, error, 0)
         else:
             if not any(cell.strip() for cell in row):  # a blank line, or `;;` as Excel pads one
                 continue
             if header:
-                yield Entry(start, _row(header, row, source, start), 0)
+                yield RawRecord(start, _row(header, row, source, start), 0)
             else:
                 header = _header(row, source, start)
 
 
-def _declared(first: list[Piece]) -> str | None:
+def _declared(first: list[FileSection]) -> str | None:
     """The separator in Excel's first line `sep=;`, which is removed from `first`; None without such a line."""
     match = re.fullmatch(rb"sep=(.)", first[0].data) if first else None
     if match is None:

@@ -32,11 +32,11 @@ class Tokens:
     ids: npt.NDArray[np.int32]  # (n,)
     trained: npt.NDArray[np.bool_]  # (n,)
     n_bytes: int  # UTF-8 bytes of the text of the target tokens, for bits per byte; the EOS token counts 0
-    n_after: int = 0  # tokens of the turns after the last trained turn; they are not in `ids`
+    n_after: int = 0  # a conversation's tokens after the last trained turn: no target needs them, so not in `ids`
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast, *, end_id: int) -> Tokens:
-    """The tokens of one document; see `encode_all`."""
+    """`encode_all` of one document."""
     return encode_all([document], tokenizer, end_id=end_id)[0]
 
 
@@ -49,10 +49,11 @@ def encode_all(
     skipped: list[Skipped] | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Tokens]:
-    """All documents in order, encoded in large batches. `end_id` is the EOS token: tokenizer.eos_token_id.
+    """All documents in order, encoded in large batches. `end_id` is the id of the EOS token: tokenizer.eos_token_id.
 
-    Strings of control tokens in a text stay text. The BOS token comes first if the model has one (`bos_ids`); a chat
-    template writes its own. A text that already ends with the EOS token's string gets no second one. Prompt and
+    A text that contains the string of a control token, such as "<|im_end|>", gets the ids of these characters, not the
+    id of the control token. The BOS token comes first if the model has one (`bos_ids`); a chat template writes its
+    own. A text that already ends with the EOS token's string gets no second one. Prompt and
     completion are encoded separately, as at generation time. `progress` is called with the number of characters done.
     A conversation that the template rejects raises DataError, or is added to `skipped` if that is given. Fields that
     the template does not write are counted in `unused`.
@@ -60,9 +61,9 @@ def encode_all(
     coder = coder_of(tokenizer)
     end = coder.control.id_to_token(end_id)
     if end is None:
-        raise UsageError(f"the end token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
+        raise UsageError(f"the EOS token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
     encoded_texts = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
-    begin = np.array(bos_ids(tokenizer), dtype=np.int32)
+    begin = np.array(bos_ids(tokenizer), dtype=np.int32)  # (0,) or (1,)
     encoded: list[Tokens] = []
     for document in documents:
         try:
@@ -72,6 +73,7 @@ def encode_all(
         except DataError as error:
             if skipped is None:
                 raise
+            # Only a chat template rejects a document here, so its text is in its messages.
             n_bytes = sum(len(message.content.encode()) for message in document.messages)
             skipped.append(skip(error, n_bytes))
         if progress and document.messages:

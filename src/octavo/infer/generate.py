@@ -1,4 +1,7 @@
-"""Generation of one sequence over a key/value cache, as a stream of text: the reference of the engine."""
+"""Generation of one sequence over a key/value cache, as a stream of text: the reference of the engine.
+
+Legend: T new positions of a pass, d the width of the model, V the vocabulary of the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # the decoded text of an incomplete c
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One new token. `text` may be empty while a character or a stop string is incomplete."""
+class GeneratedToken:
+    """One new token with the text that became final with it: "" while a character or a stop string is incomplete."""
 
     token_id: int
     text: str
-    finish_reason: str | None = None  # of the last one: "stop" (stop id or stop string) or "length"
+    finish_reason: str | None = None  # of the last token: "stop" (stop id or stop string) or "length"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def generate(
     sampling: Sampling,
     *,
     stop_ids: Collection[int] = (),
-) -> Iterator[Piece]:
+) -> Iterator[GeneratedToken]:
     """Yields the continuation of the token ids `prompt`, token by token.
 
     It ends at the tokenizer's EOS token or one of `stop_ids`, before a stop string, after `max_new_tokens`, or when
@@ -58,22 +61,22 @@ def generate(
     text = TextStream(tokenizer, sampling.stop)
     for count, token in enumerate(_tokens(model, list(prompt), sampling, limit=limit, vocab_size=len(tokenizer)), 1):
         if token in stop_ids:
-            yield Piece(token, text.finish(), "stop")
+            yield GeneratedToken(token, text.finish(), "stop")
             return
         added, stopped = text.push(token)
         if stopped:
-            yield Piece(token, added, "stop")
+            yield GeneratedToken(token, added, "stop")
             return
         if count == limit:
-            yield Piece(token, added + text.finish(), "length")
+            yield GeneratedToken(token, added + text.finish(), "length")
             return
-        yield Piece(token, added)
+        yield GeneratedToken(token, added)
 
 
 def check_prompt(prompt: Sequence[int], max_len: int) -> None:
     """UsageError unless the prompt has at least one token and fewer than `max_len`."""
     if not prompt:
-        raise UsageError("The prompt is empty.", hint="Give at least one character to go on from.")
+        raise UsageError("The prompt is empty.", hint="Give at least one character to continue.")
     if len(prompt) >= max_len:
         raise UsageError(
             f"The prompt has {len(prompt):,} tokens; the model's context holds {max_len:,}.",
@@ -95,15 +98,15 @@ def complete(
     *,
     stop_ids: Collection[int] = (),
 ) -> Continuation:
-    """The complete continuation."""
+    """`generate` to its end."""
     return finished(list(generate(model, tokenizer, prompt, sampling, stop_ids=stop_ids)))
 
 
-def finished(pieces: Sequence[Piece]) -> Continuation:
-    """The continuation of all its tokens."""
-    reason = pieces[-1].finish_reason
+def finished(tokens: Sequence[GeneratedToken]) -> Continuation:
+    """The continuation that consists of all its `tokens`."""
+    reason = tokens[-1].finish_reason
     assert reason is not None
-    return Continuation("".join(p.text for p in pieces), tuple(p.token_id for p in pieces), reason)
+    return Continuation("".join(token.text for token in tokens), tuple(token.token_id for token in tokens), reason)
 
 
 def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, vocab_size: int) -> Iterator[int]:
@@ -114,11 +117,12 @@ def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, v
     model.eval()
     try:
         cache = model.new_cache(batch=1, max_len=len(ids) + limit)
-        new = ids[:]
+        new = ids[:]  # ids that are not in the cache: the prompt first, then one token
         for _ in range(limit):
             with torch.no_grad():
-                hidden = model.hidden(torch.tensor([new], device=device), cache=cache)
-                logits = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :vocab_size]
+                hidden = model.hidden(torch.tensor([new], device=device), cache=cache)  # (1, T, d)
+                # The head runs as in decode also after the prompt: the engine computes these logits in one batch.
+                logits = model.infer_logits(hidden[:, -1:], Phase.DECODE)[0, 0, :vocab_size]  # (V,)
             token = choose(logits, torch.tensor(ids, device=device), sampling, generator=generator)
             ids.append(token)
             new = [token]
@@ -128,15 +132,20 @@ def _tokens(model: Decoder, ids: list[int], sampling: Sampling, *, limit: int, v
 
 
 class TextStream:
-    """Incremental decoding of token ids to text: complete characters only, and no part of a stop string."""
+    """Incremental decoding of token ids to text: complete characters only, and no part of a stop string.
+
+    Tokens cannot be decoded one by one: a token may have a part of a character only, and in SentencePiece vocabularies
+    the text of a token depends on the previous one (the first space of a text is dropped). So a few previous tokens are
+    decoded again with the new ones, and the difference of both texts is new.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
         self.ids: list[int] = []
-        self.context = 0  # the start of the last decoded group of ids
-        self.decoded = 0  # the number of ids whose text is final
-        self.pending = ""  # text that may be the start of a stop string
+        self.context = 0  # ids[context : decoded] is the last group of ids that was decoded; see `_new_text`
+        self.decoded = 0  # the number of ids that have been decoded
+        self.pending = ""  # decoded text that is not yet returned: it may be the start of a stop string
 
     def push(self, token: int) -> tuple[str, bool]:
         """Adds a token. Returns (text that is final now, whether a stop string is complete)."""
@@ -146,6 +155,7 @@ class TextStream:
         if at is not None:
             text, self.pending = self.pending[:at], ""
             return text, True
+        # The end of the text that a stop string may begin with stays pending until the next tokens decide.
         final = len(self.pending) - max((_overlap(self.pending, word) for word in self.stop), default=0)
         text, self.pending = self.pending[:final], self.pending[final:]
         return text, False

@@ -55,7 +55,7 @@ class Prefiller:
         request = active.stream.request
         # The last token is always computed, for its logits; of a prompt that fits a graph all tokens: it costs no more.
         entire = request.prompt_logprobs or self._fit_graph([request])
-        active.cached = self.slots.begin(slot, active.adapter, () if entire else request.prompt[:-1])
+        active.cached = self.slots.reuse_prefix(slot, active.adapter, () if entire else request.prompt[:-1])
 
     def step(self, first_slot: int, max_tokens: int) -> tuple[int, Tensor | None]:
         """One pass over the model: all active prompts as a graph, or up to `max_tokens` of one, in whole tiles.

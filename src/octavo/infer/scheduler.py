@@ -1,12 +1,15 @@
-"""Continuous batching: the requests in the slots of one cache, and what a step computes of them.
+"""Continuous batching with chunked prefill: which requests have a slot of the cache, and what a step computes.
 
-A step prefills up to one chunk of the oldest waiting prompts, then decodes one token of every running request.
-Requests join and leave between steps. Running requests have slots 0, 1, .. without gaps, so that their part of the
-cache is one view; the requests in prefill have the slots after them.
+A step prefills prompts, oldest first, up to one chunk of tokens in total; then it decodes one token of every running
+request. A request is admitted to a free slot before a step and leaves its slot after one. Running requests have slots
+0, 1, .. without gaps, so that their part of the cache is one view; the requests in prefill have the slots after them.
 
-On a GPU a decode step is launched before the tokens of the previous one are put into the streams, if it is certain
-that the next step is of the same requests. If a request then ends at a stop string, its part of the result is
-discarded.
+Speculative launch: on a GPU the next decode step is launched before the tokens of the previous one are put into the
+streams, so that the GPU works while the CPU decodes text. This is done only if the next step certainly has the same
+requests. Only a stop string, which is found in the text, may end a request nevertheless: the result of the launched
+step is then discarded for this request.
+
+Legend: n requests, V the vocabulary of the tokenizer.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class Scheduler:
             model, self.slots.cache, self.adapters, self.vocab_size, deterministic=limits.deterministic
         )
         self.prefiller = Prefiller(model, tokenizer, self.slots, self.adapters, self.vocab_size)
-        self.running: list[ActiveRequest] = []  # in the order of their slots
-        self._in_flight: list[ActiveRequest] = []  # those of the launched decode step
+        self.running: list[ActiveRequest] = []  # requests in decode; running[i] has slot i
+        self._in_flight: list[ActiveRequest] = []  # the requests of the launched decode step, [] if there is none
 
     @property
     def active(self) -> list[ActiveRequest]:
@@ -64,7 +67,7 @@ class Scheduler:
     def step(self) -> None:
         """Prefills up to one chunk of prompt tokens, then decodes one token of every running request."""
         self._drop_cancelled()
-        if not self._in_flight:
+        if not self._in_flight:  # else the last step launched this decode step already, when no prompt was waiting
             self._prefill()
             self._launch()
         if self._in_flight:
@@ -72,7 +75,10 @@ class Scheduler:
         self.queue.count("steps_total")
 
     def fail(self, error: Exception) -> None:
-        """Ends every request that has a slot with the error. Waiting requests stay in the queue."""
+        """Ends every request that has a slot with the error. Waiting requests stay in the queue.
+
+        The exception may have left any slot half written, so no slot's tokens are reused.
+        """
         for active in self.active:
             if not active.finished:
                 self._fail_request(active, error)
@@ -80,26 +86,31 @@ class Scheduler:
         self.slots.invalidate()
 
     def _prefill(self) -> None:
-        """Prefills up to one chunk of tokens; every pass over the model counts as at least a quarter of a chunk."""
-        left = max(self.limits.chunk, tiles.PREFILL_TILE)
-        while left >= tiles.PREFILL_TILE:
+        """Prefills up to one chunk of tokens, in one or several passes over the model.
+
+        Running requests wait meanwhile. A pass reads all weights, so a short one takes nearly as long as a longer one:
+        each counts as at least a quarter of the chunk, which limits the passes of a step to four.
+        """
+        budget = max(self.limits.chunk, tiles.PREFILL_TILE)  # tokens
+        while budget >= tiles.PREFILL_TILE:
             self._admit()
             if not self.prefiller.active:
                 return
-            count, logits = self.prefiller.step(len(self.running), left)
-            left -= max(count, self.limits.chunk // 4)
+            count, logits = self.prefiller.step(len(self.running), budget)  # logits (n, V)
+            budget -= max(count, self.limits.chunk // 4)
             if logits is not None:
                 prefilled, self.prefiller.active = self.prefiller.active, []
                 self.running += prefilled
                 self._add_tokens(prefilled, step_output(logits, len(prefilled)))
 
     def _admit(self) -> None:
-        """Moves the oldest waiting requests into free slots: one, or as many as one CUDA graph prefills."""
+        """Moves the oldest waiting requests into free slots: one, or as many as one CUDA graph prefills at once."""
         while (slot := len(self.active)) < self.limits.slots:
             stream = self.queue.take(self.prefiller.accepts)
             if stream is None:
                 return
             request = stream.request
+            # Prompt and answer together must fit into the slot.
             limit = min(request.sampling.max_new_tokens, self.limits.max_len - len(request.prompt))
             active = ActiveRequest(
                 stream, limit, TextStream(self.tokenizer, request.sampling.stop),
@@ -110,7 +121,10 @@ class Scheduler:
             self.queue.count("reused_tokens_total", active.cached)
 
     def _launch(self) -> None:
-        """Launches a decode step over the last token of every running request; `_decode` waits for its result."""
+        """Launches a decode step of all running requests; `_decode` waits for its result.
+
+        The input of a request is its last token, the only one whose key and value are not in the cache.
+        """
         if not self.running:
             return
         tokens = [active.ids[active.cached] for active in self.running]
@@ -121,14 +135,14 @@ class Scheduler:
         self._in_flight = list(self.running)
 
     def _decode(self) -> None:
-        """One new token of every request of the launched step."""
+        """Waits for the launched step and adds its tokens."""
         in_flight, self._in_flight = self._in_flight, []
         self._add_tokens(in_flight, self.decoder.result(), launch_next=self.decoder.launches_ahead)
 
     def _add_tokens(self, requests: list[ActiveRequest], output: StepOutput, *, launch_next: bool = False) -> None:
-        """Selects the next token of every request by its row of the logits, and puts it into the stream.
+        """Selects the next token of every request from its row of the logits, and puts it into the request's stream.
 
-        With `launch_next` the next step is launched before that, if it is certain to be needed.
+        With `launch_next` the next step is launched in between, if it certainly has the same requests.
         """
         tokens = next_tokens(requests, output)
         for active, token in zip(requests, tokens, strict=True):
@@ -137,26 +151,26 @@ class Scheduler:
         if launch_next and None not in tokens and self._same_requests_continue():
             self._launch()
         for row, (active, token) in enumerate(zip(requests, tokens, strict=True)):
-            if active.finished:  # cancelled, or ended while its next step was in flight
+            if active.finished:  # cancelled, or ended at a stop string while this step was in flight: discard its token
                 continue
-            if token is None:  # the fault of this request alone: an extreme penalty, an adapter with NaN
+            if token is None:  # logits that are not finite, of this request alone: extreme penalty, adapter with NaN
                 self._fail_request(active, _not_finite())
             else:
-                logprobs = active.stream.request.logprobs
-                self._emit(active, token_with_logprobs(token, output.logits[row], logprobs))
+                n_logprobs = active.stream.request.logprobs
+                self._emit(active, token_with_logprobs(token, output.logits[row], n_logprobs))
         self._remove_finished()
 
     def _same_requests_continue(self) -> bool:
-        """Whether the next step is certain to be of the same requests, without prefill."""
-        joins = len(self.queue) and len(self.running) < self.limits.slots
+        """Whether the next step certainly decodes the same requests, without prefill."""
+        admits = len(self.queue) and len(self.running) < self.limits.slots
         return (
-            not joins
+            not admits
             and not self.prefiller.active
             and all(active.needs_next_step(self.stop_ids) for active in self.running)
         )
 
     def _emit(self, active: ActiveRequest, token: Token) -> None:
-        """Puts a token into the request's stream, with its text and, if it is the last one, the finish reason."""
+        """Puts a token into the request's stream, with the text and, at the end, the finish reason."""
         reason: str | None = None
         if token.token_id in self.stop_ids:
             text, reason = active.text.finish(), "stop"
@@ -173,23 +187,31 @@ class Scheduler:
             self.queue.count("finished_total")
 
     def _remove_finished(self) -> None:
-        """Frees the slots of finished requests. A step in flight still writes to them, before the copies here."""
-        for slot in reversed(range(len(self.running))):
+        """Frees the slots of finished requests.
+
+        A step in flight still writes to these slots. That is safe: the copies here are queued on the same stream, so
+        they run after it.
+        """
+        for slot in reversed(range(len(self.running))):  # from the last: `_free` moves the last request
             if self.running[slot].finished:
                 self._free(slot)
 
     def _free(self, slot: int) -> None:
-        """Frees a running request's slot: moves the last running request into it, and those in prefill down by one."""
+        """Frees a running request's slot, without leaving a gap.
+
+        The last running request moves into the slot, and each request in prefill moves down by one.
+        """
         last = len(self.running) - 1
         if self.running[slot].stream.error:
-            self.slots.clear(slot)
+            self.slots.clear(slot)  # its keys and values may be NaN
         self.running[slot] = self.running[last]
         self.running.pop()
-        self.slots.move(last, slot)
+        self.slots.copy(last, slot)
         for target in range(last, last + len(self.prefiller.active)):
-            self.slots.move(target + 1, target)
+            self.slots.copy(target + 1, target)
 
     def _drop_cancelled(self) -> None:
+        """Ends cancelled requests, waiting or active. A freed slot is available to this step."""
         dropped = self.queue.take_cancelled()
         for active in self.active:
             if active.stream.cancelled:

@@ -1,7 +1,7 @@
-"""The slots of the engine's cache and the tokens in them, so that a common start of two prompts is computed once.
+"""Prefix caching over the slots of the engine's cache: a common prefix of two prompts is computed once.
 
-Only whole tiles of a prompt are reused (ops/tiles.py): they have the bits that the other prompt would compute. The
-last tile of a prompt may be incomplete, and decode computes tokens with other kernels.
+Only whole tiles of a prompt are reused (ops/tiles.py): prefill of the new prompt would compute the same bits. An
+incomplete last tile has other bits, and so have the tokens of an answer, which decode computes with other kernels.
 """
 
 from __future__ import annotations
@@ -14,61 +14,65 @@ from octavo.ops.tiles import Phase
 
 
 class Slots:
-    """A cache with slots, and for each slot the adapter and the tokens of its keys and values.
+    """A cache with slots, and for each slot the adapter and the tokens whose keys and values it stores.
 
-    The content of a slot stays after its request has finished, until the slot is used again.
+    Keys and values depend on the adapter, so only a prompt with the same adapter reuses them. A slot keeps its content
+    after its request has finished, until another request gets the slot.
     """
 
     def __init__(self, cache: SlotCache) -> None:
         self.cache = cache
         self._adapters: list[str | None] = [None] * len(cache.lengths)
         self._tokens: list[list[int]] = [[] for _ in cache.lengths]
-        self._prefilled = [0] * len(cache.lengths)  # the first tokens of each slot that prefill computed
+        self._prefilled = [0] * len(cache.lengths)  # how many of the tokens, from the first on, prefill computed
 
-    def begin(self, slot: int, adapter: str | None, prompt: Sequence[int]) -> int:
-        """Prepares a slot for a prompt: copies its longest start, in whole tiles, that any slot has.
+    def reuse_prefix(self, slot: int, adapter: str | None, prompt: Sequence[int]) -> int:
+        """Prepares a slot for a prompt: copies the longest prefix of it, in whole tiles, that any slot stores.
 
-        Returns the number of copied tokens.
+        Returns the number of reused tokens; the slot has this length. `slot` itself may be the source.
         """
         source, length = slot, 0
-        for other, (owner, tokens) in enumerate(zip(self._adapters, self._tokens, strict=True)):
-            if owner == adapter:
+        for other, (other_adapter, tokens) in enumerate(zip(self._adapters, self._tokens, strict=True)):
+            if other_adapter == adapter:
                 tokens = tokens[: self._prefilled[other]]
-                common = _common_length(tokens, prompt) // tiles.PREFILL_TILE * tiles.PREFILL_TILE
+                common = _common_prefix(tokens, prompt) // tiles.PREFILL_TILE * tiles.PREFILL_TILE
                 source, length = (other, common) if common > length else (source, length)
         self.cache.copy_(source, slot, length)
         self._adapters[slot], self._tokens[slot], self._prefilled[slot] = adapter, list(prompt[:length]), length
         return length
 
     def append(self, slot: int, tokens: Sequence[int], phase: Phase) -> None:
-        """Registers the tokens whose keys and values were written to a slot."""
+        """Records the tokens whose keys and values the model has appended to a slot, and how it computed them."""
         if phase is Phase.PREFILL:
             assert self._prefilled[slot] == len(self._tokens[slot]), "prefill after decode"
             self._prefilled[slot] += len(tokens)
         self._tokens[slot] += tokens
 
-    def move(self, source: int, target: int) -> None:
-        """Copies one slot into another."""
+    def copy(self, source: int, target: int) -> None:
+        """Copies the content of one slot to another."""
         if source != target:
             self.cache.copy_(source, target, self.cache.lengths[source])
             self._adapters[target], self._tokens[target] = self._adapters[source], list(self._tokens[source])
             self._prefilled[target] = self._prefilled[source]
 
     def clear(self, slot: int) -> None:
-        """Writes zeros to a slot whose values may not be finite: attention multiplies masked values by 0."""
+        """Empties a slot whose keys and values may be NaN, and overwrites it with zeros.
+
+        Attention multiplies masked values by 0, and 0 * NaN is NaN: a later request of the slot would get it.
+        """
         self.cache.clear_(slot)
-        self._empty(slot)
+        self._forget(slot)
 
     def invalidate(self, adapter: str | None = None) -> None:
-        """Prevents the reuse of all tokens of an adapter, or of all tokens."""
-        for slot, owner in enumerate(self._adapters):
-            if adapter is None or owner == adapter:
-                self._empty(slot)
+        """Prevents reuse of the slots of an adapter: another one may get its name. None: of all slots."""
+        for slot, slot_adapter in enumerate(self._adapters):
+            if adapter is None or slot_adapter == adapter:
+                self._forget(slot)
 
-    def _empty(self, slot: int) -> None:
+    def _forget(self, slot: int) -> None:
         self._adapters[slot], self._tokens[slot], self._prefilled[slot] = None, [], 0
 
 
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of ids that two sequences have in common at their start."""
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

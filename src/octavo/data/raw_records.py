@@ -1,4 +1,4 @@
-"""One record of a file, before its fields are interpreted."""
+"""One record of a file as a reader yields it: before `records.from_fields` turns it into a Document."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from octavo.errors import DataError
 
 
 @dataclass(frozen=True)
-class Entry:
-    """`value` is a string (plain text), a mapping (named fields), or the error of a record that cannot be read."""
+class RawRecord:
+    """`value` is a string (plain text), a mapping (named fields), or the error if the record cannot be read."""
 
     line: int  # 1-based line where the record starts, or the record's number in a format without lines
     value: str | Mapping[str, object] | DataError
