@@ -128,6 +128,20 @@ CHATML = (
 )
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialized floating-point memory holds NaN during the test."""
+    import torch
+    from torch.utils import deterministic
+
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     """transformers config -> (a random model of transformers, octavo's reading of the folder it saves).

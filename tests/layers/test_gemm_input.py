@@ -30,3 +30,11 @@ def test_by_itself_a_part_that_stands_somewhere_is_taken_as_it_is() -> None:
     assert gemm_input.parts[0].is_contiguous()
     assert gemm_input.detach_extra().shape == (5, 4)
     assert gemm_input.detach_extra().untyped_storage().nbytes() == 5 * 4 * 8
+
+
+def test_on_a_cpu_no_uninitialized_memory_is_next_to_the_parts(poisoned_memory: None) -> None:
+    assert LIKE.new_empty(1).isnan().all()  # the fixture works
+    gemm_input = GemmInput([2, 3], 4, 5, LIKE, joined=True)
+    for part in (gemm_input.add(), gemm_input.add()):
+        part.zero_()
+    assert gemm_input.whole.isfinite().all()

@@ -20,8 +20,11 @@ from octavo.layers.dropout import Dropout
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.lora import LoraSpec
-from octavo.models import Decoder
+from octavo.models import Decoder, weight_entries
 from octavo.ops.attention import find_documents
+from octavo.ops.quantize import Scheme, scheme_named
+from octavo.store.contents import scheme_at
+from octavo.store.weights import allocated
 
 VOCABULARY, LENGTH, LAYERS, WIDTH, MLP_WIDTH = 61, 48, 4, 32, 64
 CONFIGS = {
@@ -134,3 +137,41 @@ def test_without_gradients_nothing_is_held(model: Decoder, saved_by: SavedBy) ->
 def test_as_many_levels_as_blocks_are_asked_for(model: Decoder) -> None:
     with pytest.raises(ValueError, match="shorter"):
         loss_of(model, MIXED[:-1])
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_no_result_depends_on_uninitialized_memory(
+    scheme: str, precision: torch.dtype, fused: bool, poisoned_memory: None
+) -> None:
+    # Widths that are no multiple of 32: there a bfloat16 matmul of oneDNN reads past the K columns of a row.
+    config = {
+        "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 80, "intermediate_size": 176,
+        "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
+    }  # fmt: skip
+    model = allocated(config, scheme_named(scheme), dtype=precision, device=torch.device("cpu"))
+    fill_randomly_(model, scheme_named(scheme))
+    adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)
+    model.train()
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
+    hidden = model.hidden(ids, options=ForwardOptions(Save.ATTENTION, fused=fused))
+    head = FusedLinear((model.head.spec(),))
+    loss = cross_entropy_sum(hidden.flatten(0, 1), ids.flatten(), head, Dropout())
+    torch.autograd.backward(loss)
+    assert loss.isfinite()
+    for name, parameter in adapters.trained(model).items():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all(), name
+
+
+def fill_randomly_(model: Decoder, scheme: Scheme) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for entry in weight_entries(model).values():
+        if entry.matrix is not None:
+            shape = entry.matrix.outputs[entry.rows_key], entry.matrix.in_features
+            weight = torch.randn(shape, generator=generator) * 0.1
+            entry.matrix.put(entry.rows_key, scheme_at(entry, scheme).quantize(weight))
+        else:
+            for parameter in entry.layer.parameters():
+                nn.init.ones_(parameter)

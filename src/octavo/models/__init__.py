@@ -16,6 +16,7 @@ import torch
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
 from octavo.models import gpt_neox, gptj, llama, qwen3
+from octavo.models.checks import check_config, check_entries, check_paths
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
 from octavo.models.decoder import DecoderConfig as DecoderConfig
@@ -61,15 +62,21 @@ def parse(config: Mapping[str, Any]) -> DecoderConfig:
     """The sizes of a config.json, checked; ModelError names a field that is missing, mistyped or out of bounds."""
     model_type, module = family(config)
     parsed: DecoderConfig = module.Config.from_dict({**config, "model_type": model_type})
+    check_config(parsed)
     return parsed
 
 
 def build(config: Mapping[str, Any]) -> Decoder:
-    """The decoder of a config.json, without weights (its parameters are on the meta device). Raises as `parse` does."""
+    """The decoder of a config.json, without weights (its parameters are on the meta device).
+
+    Raises as `parse` does; ModelError too if the family's weight map does not fill the decoder (models/checks.py).
+    """
     parsed = parse(config)
     block = _family_of(parsed).Block
     with torch.device("meta"):
         decoder = Decoder(parsed, [block(parsed) for _ in range(parsed.layers)])
+    check_paths(decoder, weight_map(parsed))
+    check_entries(decoder, weight_entries(decoder).values(), tied=parsed.tied)
     return decoder.eval()
 
 
@@ -80,7 +87,7 @@ def _family_of(config: DecoderConfig) -> ModuleType:
 def table_names(config: Mapping[str, Any]) -> tuple[str, str]:
     """(name of the embedding, name of the head) in a checkpoint of this config's family."""
     paths = weight_map(parse(config))
-    names = {place.path: name for name, place in paths.items()}
+    names = {path.path: name for name, path in paths.items()}
     return names["embed"], names["head"]
 
 

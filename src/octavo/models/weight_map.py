@@ -93,7 +93,9 @@ class WeightEntry:
     def rows_key(self) -> str:
         """The key of the rows in the matrix: the embedding's for a tied head."""
         assert self.matrix is not None
-        return self.key if self.key in self.matrix.outputs else next(iter(self.matrix.outputs))
+        if self.is_head and self.key not in self.matrix.outputs:
+            return next(iter(self.matrix.outputs))
+        return self.key
 
     @property
     def is_linear(self) -> bool:
