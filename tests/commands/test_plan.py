@@ -305,6 +305,22 @@ def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: An
     return plan.fit(config_of(folder, **changes), FolderSource(folder), SCHEMES[scheme], hardware)
 
 
+def test_the_plan_of_a_run_has_no_more_sequences_than_the_data_have_rows(hollow: Path) -> None:
+    def fitted_rows(rows: int, **changes: Any) -> plan.FittedPlan:
+        return plan.fit(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], RTX_3060, rows=rows)
+
+    many, few = fitted_rows(3, batch_size=4000), fitted(hollow, RTX_3060, batch_size=3)
+    assert many.plan == few.plan
+    assert fitted_rows(3, batch_size=2).plan == fitted(hollow, RTX_3060, batch_size=2).plan
+    assert fitted_rows(3, batch_size=4000, micro_batch_size=2000).plan.rows == 3
+
+
+def test_a_batch_size_over_a_million_is_an_error(octavo: Octavo, hollow: Path) -> None:
+    done = octavo("plan", "--model", hollow, "--gpu-memory", "4GiB", "--batch-size", 10**6 + 1)
+    assert done.code == 2
+    assert "--batch-size: must be less than or equal to 1000000" in done.err
+
+
 def test_offload_on_needs_a_gpu(hollow: Path) -> None:
     tight: dict[str, Any] = {"gpu_memory": "1.2GiB", "seq_len": 4096}
     result = {way: fitted(hollow, RTX_3060, offload=way, **tight) for way in ("auto", "on", "off")}

@@ -235,7 +235,7 @@ def test_a_step_that_fits_no_plan_raises_an_error_with_a_hint(base: Decoder) -> 
     objective, seen = failing({0, 1, 2}, exhausted)
     trainer = trainer_of(base, objective=objective)
     before = [group.values.detach().clone() for group in trainer.optimizer.groups]
-    with pytest.raises(TrainingError, match=r"^Step 1 does not fit into the memory of the GPU") as caught:
+    with pytest.raises(TrainingError, match=r"^Step 1 does not fit into memory,") as caught:
         list(train(trainer, iter([BATCH])))
     assert {"--seq-len", "nf4."} & set(caught.value.hint.split())
     assert "checkpoint" not in caught.value.hint  # there is none before the first step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -274,6 +275,58 @@ def test_the_loss_is_the_mean_over_label_weights(base: Decoder) -> None:
     assert results[3][0] != pytest.approx(results[0][0], rel=1e-3)
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_step_whose_label_weights_are_all_0_changes_nothing(base: Decoder, micro: int) -> None:
+    """A micro-batch of such labels within a step has no influence either."""
+    trainer, data = trainer_of(base, total=2, micro=micro), rows(2)
+    (batch,) = batches(data, batch_size=2, seed=SEED, epochs=1, shuffle=False)
+    zeros = torch.zeros(batch.ids.shape)
+    before = values(trainer)
+    one_row = torch.cat([torch.ones(1, SEQ_LEN), zeros[1:]])
+    stream = iter([replace(batch, weights=zeros), replace(batch, weights=one_row)])
+    first = next(steps := train(trainer, stream))
+    assert (first.loss, first.trained_tokens) == (None, 0)
+    assert all(torch.equal(value, values(trainer)[name]) for name, value in before.items())
+    alone = run(trainer_of(base, total=2, micro=micro), [without_labels(data[0]), data[0]], shuffle=False)[-1]
+    assert next(steps).loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(2, SEQ_LEN - 1), "have the shape (2, 23); its labels have (2, 24)"),
+        (torch.ones(2), "have the shape (2,)"),
+        (torch.full((2, SEQ_LEN), -1.0), "at least 0"),
+        (torch.full((2, SEQ_LEN), torch.nan), "finite"),
+    ],
+)
+def test_invalid_label_weights_are_an_error_that_names_the_texts(base: Decoder, weights: Tensor, message: str) -> None:
+    (batch,) = batches(rows(2), batch_size=2, seed=SEED, epochs=1)
+    with pytest.raises(TrainingError, match=re.escape(message)) as caught:
+        list(train(trainer_of(base, total=1), iter([replace(batch, weights=weights)])))
+    assert batch.sources[0] in caught.value.message
+
+
+def test_dropout_does_not_use_the_default_generator(base: Decoder) -> None:
+    """Other threads of the process draw from it too, as a second run."""
+    settings: dict[str, Any] = {"total": 3, "dropout": 0.3}
+    expected = without_seconds(run(trainer_of(base, **settings), rows(4), batch_size=2))
+    trainer = trainer_of(base, **settings)
+    trainer.micro_step = Disturbed(trainer.model, ForwardOptions(Save.INPUT), rows=1)
+    assert without_seconds(run(trainer, rows(4), batch_size=2)) == expected
+    state = torch.get_rng_state()
+    run(trainer_of(base, **settings), rows(4), batch_size=2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Disturbed(EagerStep):
+    """A micro-step before which another thread seeds the default generator."""
+
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
+        torch.manual_seed(99)
+        return super().__call__(batch, loss_scale, generator)
+
+
 def test_ranks_sum_their_gradients_before_they_are_clipped(base: Decoder) -> None:
     alone, doubled = (trainer_of(base, total=1, clip=0.0) for _ in range(2))
 
@@ -402,9 +455,9 @@ class Failing:
     def __init__(self, model: Decoder, error: RuntimeError, cheaper: int) -> None:
         self.eager, self.error, self.cheaper, self.calls, self.rows = EagerStep(model), error, cheaper, 0, 1
 
-    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
         self.calls += 1
-        loss = self.eager(batch, loss_scale)
+        loss = self.eager(batch, loss_scale, generator)
         if self.calls == 2:
             raise self.error
         return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -333,3 +334,19 @@ def test_a_simulation_does_not_depend_on_garbage_collection() -> None:
         gc.set_threshold(*thresholds)
     assert forecasts[0] == forecasts[1] == forecasts[2]
     assert forecasts[0].peak_bytes > 100 * 2**20
+
+
+def test_operations_of_other_threads_are_not_counted() -> None:
+    """Another run may train in this process."""
+
+    def observed() -> None:
+        for observe in OP_OBSERVERS:
+            observe("other", [block(1)])
+
+    def step() -> None:
+        thread = threading.Thread(target=observed)
+        thread.start()
+        thread.join()
+
+    assert simulate(step).moved_bytes == 0
+    assert simulate(observed).moved_bytes > 0

@@ -93,9 +93,15 @@ def adapter_plan(options: LoraOptions) -> AdapterPlan:
     return AdapterPlan(spec, tuple(options.lora_targets), norms=options.train_norms, biases=options.train_biases)
 
 
-def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None) -> Planner:
-    """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context."""
+def planner_for(
+    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, *, rows: int | None = None
+) -> Planner:
+    """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context.
+
+    `rows` is the number of rows of the data, if it is known: no step has more.
+    """
     training, length = config[TrainOptions], config[TextOptions].seq_len
+    batch_size = training.batch_size if rows is None else min(training.batch_size, rows)
     model = allocated(source.config, scheme, dtype=hardware.dtype, device=torch.device("meta"))
     check_context(model.config.context, length)
     adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
@@ -105,12 +111,12 @@ def planner_for(config: Config, source: Source, scheme: Scheme, hardware: Hardwa
     return Planner(
         model,
         length,
-        training.batch_size,
+        batch_size,
         optimizer_bytes=8 if training.optimizer == "adamw" else 2,
         gpu=gpu,
         offloads={"off": (False,), "on": (True,), "auto": (False, True)}[options.offload],
         host_bytes=free_memory_bytes("cpu") / 2,
-        micro_batch_size=min(micro, training.batch_size) if (micro := training.micro_batch_size) else None,
+        micro_batch_size=min(micro, batch_size) if (micro := training.micro_batch_size) else None,
         precision=all_8bit(model) if wants_8bit(options, hardware, gpu) else Precision(),
         fused=options.fused,
     )
@@ -144,13 +150,22 @@ def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
     return free - LIBRARIES_BYTES if hardware.capabilities.is_gpu else free // 2
 
 
-def fit(config: Config, source: Source, scheme: Scheme, hardware: Hardware, *, resumed: bool = False) -> FittedPlan:
+def fit(
+    config: Config,
+    source: Source,
+    scheme: Scheme,
+    hardware: Hardware,
+    *,
+    rows: int | None = None,
+    resumed: bool = False,
+) -> FittedPlan:
     """The fastest plan that fits; if none does, a UsageError with settings that would fit.
 
-    The settings of a resumed run have the micro-batch size of its start; if that does not fit, another is chosen.
+    `rows` are those of the data. The settings of a resumed run have the micro-batch size of its start; if that does not
+    fit, another is chosen.
     """
     options = config[MemoryOptions]
-    planner = planner_for(config, source, scheme, hardware, peak(hardware.name))
+    planner = planner_for(config, source, scheme, hardware, peak(hardware.name), rows=rows)
     budget = budget_bytes(options, hardware)
     if hardware.device.type == "cpu":
         if options.offload == "on":

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Texts
 
+MAX_ROWS = 10**6  # of a step: more is a mistake, which the memory plan would simulate for minutes
+
 
 class ModelOptions(Section):
     """The base model, its device and compute dtype."""
@@ -92,9 +94,12 @@ class TrainOptions(Section):
 
     epochs: float = Field(1.0, gt=0, description="Epochs over the training data, unless --steps is given.")
     steps: int | None = Field(None, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, description="Sequences (packed rows) in an optimizer step.")
+    batch_size: int = Field(4, ge=1, le=MAX_ROWS, description="Sequences (packed rows) in an optimizer step.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Sequences in one forward and backward pass; default: the fastest that fit into memory."
+        None,
+        ge=1,
+        le=MAX_ROWS,
+        description="Sequences in one forward and backward pass; default: the fastest that fit into memory.",
     )
     lr: float = Field(2e-4, gt=0, le=1e30, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Learning rate schedule.")

@@ -2,7 +2,8 @@
 
 A mask is made up to three times in a pass: for the LoRA activations, for the gradient to the input and for the gradient
 of A. Each time a generator with the same seed draws it. A pass takes its seeds, in the order of its layers, from
-torch's default generator on the CPU, so that `torch.manual_seed` before a micro-batch fixes all of its masks.
+one generator on the CPU, whose seed before a micro-batch fixes all of its masks. Training has a generator of its own:
+runs in several threads of a process do not change each other's masks.
 
 A CUDA graph reads the seed of a generator from device memory at each replay, if the generator was registered with it.
 `GraphDropout` therefore keeps one registered generator for each use of a mask, and gives all uses of one mask the same
@@ -22,18 +23,24 @@ Seed = Callable[[torch.device], torch.Generator]  # of one mask: a generator on 
 
 
 class Dropout:
-    """Gives each mask of an eager pass its seed."""
+    """Gives each mask of an eager pass its seed, drawn from `generator`; None: PyTorch's default one on the CPU."""
+
+    generator: torch.Generator | None = None
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        self.generator = generator
 
     def seed(self) -> Seed:
         """The seed of the next mask."""
-        return partial(_generator, int(torch.randint(2**62, ())))
+        return partial(_generator, _draw(self.generator))
 
 
-@dataclass
 class CountingDropout(Dropout):
-    """Eager; counts the generators that a pass uses, before it is captured."""
+    """Eager; counts the generators that a pass uses, before it is captured. Draws from no other generator."""
 
-    count: int = 0
+    def __init__(self) -> None:
+        super().__init__(torch.Generator())
+        self.count = 0
 
     def seed(self) -> Seed:
         made = super().seed()
@@ -88,10 +95,10 @@ class GraphDropout(Dropout):
 
         return registered
 
-    def reseed(self) -> None:
-        """New seeds for the next replay, drawn as an eager pass draws them."""
+    def reseed(self, generator: torch.Generator | None = None) -> None:
+        """New seeds for the next replay, drawn as an eager pass draws them from `generator`."""
         for uses in self._masks:
-            seed = int(torch.randint(2**62, ()))
+            seed = _draw(generator)
             for generator in uses:
                 generator.manual_seed(seed)
 
@@ -102,6 +109,10 @@ def mask(x: Tensor, dropout: float, seed: Seed | None) -> Tensor:
     generator = None if x.is_meta else seed(x.device)
     kept = 1 - dropout
     return x.new_empty(x.shape).bernoulli_(kept, generator=generator).div_(kept)
+
+
+def _draw(generator: torch.Generator | None) -> int:
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def _generator(seed: int, device: torch.device) -> torch.Generator:

@@ -64,8 +64,9 @@ class Trainer:
 def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Iterator[Step]:
     """Steps done+1 .. schedule.total, each on the next batch.
 
-    The loss of a step is normalized by the total weight of all its labels, so that its micro-batches have no influence
-    beyond rounding. Randomness (dropout) is a function of (seed, step, micro-batch). TrainingError for a loss that is
+    The loss of a step is normalized by the total weight of all its labels, so that without
+    dropout its micro-batches have no influence beyond rounding. Randomness (dropout) is a function of (seed, step,
+    micro-batch): with micro-batches of another size the masks differ. TrainingError for a loss that is
     not finite, and, at the first step with trained tokens, for trained parameters without a gradient. A step without
     trained tokens changes nothing.
     """
@@ -87,7 +88,9 @@ def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Itera
 def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     started = perf_counter()
     optimizer, scaler = trainer.optimizer, trainer.scaler
-    weight = batch.label_weight if batch.trained_tokens else 1
+    check_weights(batch)
+    trains = batch.label_weight > 0  # not if all labels have weight 0
+    weight = batch.label_weight if trains else 1
     losses, rows = gradients(trainer, batch, number, loss_scale=scaler.scale / weight)
     trainer.sum_over_ranks(optimizer.groups)
     scaler.unscale_(optimizer.groups)
@@ -99,21 +102,21 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
         parts = zip(values, micro_batches(batch, rows), strict=True)
         raise _not_finite(*next((value, part) for value, part in parts if not math.isfinite(value)), number, scaler)
     finite = math.isfinite(norm)
-    if check and batch.trained_tokens:
+    if check and trains:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
         assert gradients_in_place(optimizer.groups)
     if not finite and (not scaler.active or scaler.scale < 2.0**-10):
         raise _gradient_not_finite(number, batch)
     learning_rate = trainer.schedule.at(number)
-    if finite and batch.trained_tokens:
+    if finite and trains:
         optimizer.step(learning_rate, gradient_norm=gradient_norm)
     scaler.update(finite=finite)
     return Step(
         number=number,
-        loss=math.fsum(values) if batch.trained_tokens else None,
+        loss=math.fsum(values) if trains else None,
         learning_rate=learning_rate,
         gradient_norm=norm,
-        trained_tokens=batch.trained_tokens,
+        trained_tokens=batch.trained_tokens if trains else 0,
         tokens=int((batch.document >= 0).sum()),
         seconds=perf_counter() - started,
         following=batch.following,
@@ -133,18 +136,33 @@ def gradients(trainer: Trainer, batch: Batch, number: int, *, loss_scale: float)
         rows = trainer.micro_step.rows
         try:
             for index, part in enumerate(micro_batches(batch, rows)):
-                torch.manual_seed(_seed(trainer.seed, number, index))
-                losses.append(trainer.micro_step(part, loss_scale))
+                generator = torch.Generator().manual_seed(_seed(trainer.seed, number, index))
+                losses.append(trainer.micro_step(part, loss_scale, generator))
             return losses, rows
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
         # After the except clause, whose traceback refers to the tensors of the failed call.
         if not trainer.micro_step.reduce_memory():
+            place = "the memory of the GPU" if trainer.model.embed.matrix.device.type == "cuda" else "memory"
             raise TrainingError(
-                f"Step {number} does not fit into the memory of the GPU, even with everything recomputed.",
-                hint="Use a smaller --seq-len or --scheme nf4, or end other programs on the GPU.",
+                f"Step {number} does not fit into {place}, even with everything recomputed.",
+                hint=f"Use a smaller --seq-len or --scheme nf4, or end other programs that use {place}.",
             )
+
+
+def check_weights(batch: Batch) -> None:
+    """TrainingError unless the weights of a batch have the shape of its labels, are finite and at least 0."""
+    weights, where = batch.weights, f"The label weights of the batch with {_named(batch.sources)}"
+    if weights is None:
+        return
+    if weights.shape != batch.labels.shape:
+        raise TrainingError(
+            f"{where} have the shape {tuple(weights.shape)}; its labels have {tuple(batch.labels.shape)}.",
+            hint="Give one weight for each label.",
+        )
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise TrainingError(f"{where} are not all finite and at least 0.", hint="Use 0 for labels without a loss.")
 
 
 def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bool = True) -> None:

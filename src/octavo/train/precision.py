@@ -167,7 +167,9 @@ def measure_8bit_error(decoder: Decoder, batch: Batch, objective: Objective) -> 
         document=batch.document[:1, :TOKENS], weights=None if batch.weights is None else batch.weights[:1, :TOKENS],
     )  # fmt: skip
     probes = {name: QuantErrorProbe() for name, _ in layers(decoder)}
-    options = ForwardOptions(matmul8={name: Matmul8(probe=probe) for name, probe in probes.items()})
+    options = ForwardOptions(
+        matmul8={name: Matmul8(probe=probe) for name, probe in probes.items()}, dropout=Dropout(torch.Generator())
+    )
     loss = objective(decoder, inputs_of(row, decoder.embed.matrix.device), options)
     if loss.requires_grad:
         loss.backward()

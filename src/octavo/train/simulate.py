@@ -9,6 +9,7 @@ Source of the allocator's rules: PyTorch 2.11, c10/cuda/CUDACachingAllocator.cpp
 
 from __future__ import annotations
 
+import threading
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -118,6 +119,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.arenas = {small: Arena(page) for small, page in PAGES.items()}
+        self._thread = threading.get_ident()
         self.flops = 0.0
         self.attention_flops = 0.0
         self.matmul8_flops = 0.0
@@ -143,7 +145,12 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def observe(self, name: str, tensors: list[Tensor]) -> None:
-        """Counts an operation that does not reach the dispatch mode: a kernel, or attention."""
+        """Counts an operation that does not reach the dispatch mode: a kernel, or attention.
+
+        Those of other threads, in which another run may train, are not counted: a dispatch mode has one thread too.
+        """
+        if threading.get_ident() != self._thread:
+            return
         if name.startswith("attention"):
             rows, length, heads, size = tensors[0].shape
             forward = 2.0 * rows * heads * length**2 * size  # two matmuls over half of the square

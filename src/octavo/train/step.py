@@ -20,7 +20,7 @@ from torch import Tensor
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.layers.context import ForwardOptions
-from octavo.layers.dropout import CountingDropout, GraphDropout
+from octavo.layers.dropout import CountingDropout, Dropout, GraphDropout
 from octavo.layers.frozen import FrozenLinear
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, inputs_of, next_token_loss
@@ -33,9 +33,12 @@ Kind = tuple[int, bool]  # of a graph: document slots, 0 for rows of one documen
 
 
 class MicroStep(Protocol):
-    """Adds the gradients of loss_scale * (the objective of a batch) to the parameters'; returns the objective."""
+    """Adds the gradients of loss_scale * (the objective of a batch) to the parameters'; returns the objective.
 
-    def __call__(self, batch: Batch, loss_scale: float) -> Tensor: ...
+    `generator`, on the CPU, draws the seeds of the dropout masks; None: PyTorch's default one.
+    """
+
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor: ...
 
     @property
     def rows(self) -> int:
@@ -60,8 +63,9 @@ class EagerStep:
     objective: Objective = next_token_loss
     rows: int = sys.maxsize
 
-    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
-        loss = self.objective(self.decoder, inputs_of(batch, self.device), self.options)
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
+        options = self.options if generator is None else replace(self.options, dropout=Dropout(generator))
+        loss = self.objective(self.decoder, inputs_of(batch, self.device), options)
         if loss.requires_grad and batch.trained_tokens:
             (loss * loss_scale).backward()
         return loss.detach()
@@ -91,18 +95,18 @@ class GraphStep:
         self._seen = seen  # kinds that have run eagerly
         self._graphs: dict[Kind, _Graph] = {}
 
-    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
         documents = find_documents(batch.document, torch.device("cpu"))
         kind = _document_slots(documents, missing=self.rows - len(batch.ids)), batch.weights is not None
         if kind not in self._seen:
             self._seen.add(kind)
             self.release()  # an eager pass uses as much memory as the graphs hold
-            return self.eager(batch, loss_scale)
+            return self.eager(batch, loss_scale, generator)
         if kind not in self._graphs:
             shape = (self.rows, batch.ids.shape[1])
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
             self._graphs[kind] = _Graph(self.eager, shape, kind, pool)
-        return self._graphs[kind].replay(batch, documents, loss_scale)
+        return self._graphs[kind].replay(batch, documents, loss_scale, generator)
 
     def release(self) -> None:
         """Frees the graphs with the memory of their activations; they are captured again when they are needed."""
@@ -150,14 +154,15 @@ class _Graph:
         layers = (layer for layer in eager.decoder.modules() if isinstance(layer, FrozenLinear))
         if not any(layer.lora and layer.dropout for layer in layers):
             return 0
-        counting, state = CountingDropout(), torch.get_rng_state()
+        counting = CountingDropout()
         eager.objective(eager.decoder, inputs, replace(eager.options, dropout=counting)).backward(
             gradient=self.loss_scale
         )
-        torch.set_rng_state(state)
         return counting.count
 
-    def replay(self, batch: Batch, documents: Documents | None, loss_scale: float) -> Tensor:
+    def replay(
+        self, batch: Batch, documents: Documents | None, loss_scale: float, generator: torch.Generator | None
+    ) -> Tensor:
         (rows, length), given = self.ids.shape, len(batch.ids)
         for target, source in ((self.ids, batch.ids), (self.positions, batch.positions)):
             target[:given].copy_(source.pin_memory(), non_blocking=True)
@@ -176,7 +181,7 @@ class _Graph:
             end = offsets.new_full((len(self.offsets) - len(offsets),), rows * length)
             self.offsets.copy_(torch.cat([offsets, end]).pin_memory(), non_blocking=True)
         self.loss_scale.fill_(loss_scale)
-        self.dropout.reseed()
+        self.dropout.reseed(generator)
         self.graph.replay()
         return self.loss.clone()
 
@@ -231,10 +236,10 @@ class PlannedStep:
         if self.decoder.untied_embedding is not None:
             self.decoder.untied_embedding.set_host_resident_(self.plan.offload)
 
-    def __call__(self, batch: Batch, loss_scale: float) -> Tensor:
+    def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
         if self._step is None:  # made here, where running out of memory leads to another plan
             self._step = self._make()
-        return self._step(batch, loss_scale)
+        return self._step(batch, loss_scale, generator)
 
     def release(self) -> None:
         if self._step is not None:
@@ -247,8 +252,9 @@ class PlannedStep:
         plan = self._cheaper(self.plan)
         if plan is None:
             return False
+        device = "the GPU" if self.decoder.embed.matrix.device.type == "cuda" else "the process"
         self._warn(
-            f"The GPU ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. The run continues with "
+            f"{device} ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. The run continues with "
             f"one for {plan.peak_bytes / 2**30:.2f} GiB: {plan.describe()}."
         )
         self.plan, self._seen = plan, set()

@@ -20,7 +20,8 @@ from tests.forks import Forks
 
 import octavo as octavo_api
 from octavo.adapters import trained
-from octavo.config import Config, ServeOptions
+from octavo.commands.finetune.prepare import _with_micro_batch_size
+from octavo.config import Config, ServeOptions, TrainOptions
 from octavo.config.commands import LAST_SETTING, SERVE
 from octavo.errors import CheckpointError, TrainingError
 from octavo.reporting import Report
@@ -457,10 +458,31 @@ def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, st
 
 
 def test_resuming_with_another_micro_batch_size_is_a_warning(tune: Tune, tmp_path: Path) -> None:
-    """The losses stay the same up to rounding; the bits do not."""
+    """Without dropout the losses stay the same up to rounding; the bits do not."""
     options = {**LONG, "dropout": 0.0, "steps": 4}
     tune(tmp_path / "run", **options, stop_after=2)
     tune(tmp_path / "run", **{**options, "micro_batch_size": 6}, resume=True)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     texts = [event["text"] for event in map(json.loads, lines) if event["event"] == "warn"]
     assert any("--micro-batch-size 4 is now 6" in text for text in texts), texts
+
+
+@pytest.mark.parametrize(("dropout", "effect"), [(0.0, "equal up to rounding"), (0.2, "dropout masks change")])
+def test_the_warning_for_another_micro_batch_size_says_what_changes(
+    settings: Settings, tmp_path: Path, dropout: float, effect: str
+) -> None:
+    config = settings(tmp_path / "run", batch_size=8, micro_batch_size=4, dropout=dropout)
+    with Report(console=False, metrics=tmp_path / "said") as report:
+        changed = _with_micro_batch_size(config, 2, 20, report)
+    assert changed[TrainOptions].micro_batch_size == 2
+    assert effect in (tmp_path / "said").read_text()
+
+
+def test_each_call_says_once_that_a_step_has_fewer_sequences(tune: Tune, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 20_000, "micro_batch_size": 10_000, "steps": 2, "checkpoint_every": 1}
+    tune(tmp_path / "run", **options, stop_after=1)
+    tune(tmp_path / "run", **options, resume=True)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    texts = [event["text"] for event in map(json.loads, lines) if event["event"] in ("say", "warn")]
+    assert sum("--micro-batch-size 10,000 is used as" in text for text in texts) == 2, texts
+    assert not any("fit into memory" in text for text in texts)

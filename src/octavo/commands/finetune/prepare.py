@@ -32,14 +32,15 @@ def prepare(config: Config, report: Report) -> Run:
         # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
     text, held_out = read_sides(config, tokenizer, report)
-    fitting = fit(config, source, scheme, hardware, resumed=config[RunOptions].resume)
-    config = _with_micro_batch_size(config, fitting.plan.rows, report)
+    rows = len(text.rows)
+    fitting = fit(config, source, scheme, hardware, rows=rows, resumed=config[RunOptions].resume)
+    config = _with_micro_batch_size(config, fitting.plan.rows, rows, report)
     base_sha256 = fingerprint_of(source, report)
     model = load_model(source, scheme, hardware, report)
     plan = adapter_plan(config[LoraOptions])
     adapters.create_(model, plan, seed=config[TrainOptions].seed)
     micro_step = planned_step(config, model, hardware, fitting, report)
-    trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=len(text.rows))
+    trainer = _trainer(config[TrainOptions], model, hardware, micro_step, rows=rows)
     count = sum(parameter.numel() for parameter in trainer.parameters.values())
     report.say(
         f"Training {count:,} parameters in {len(trainer.parameters)} tensors for {trainer.schedule.total:,} steps."
@@ -69,15 +70,23 @@ def planned_step(
     )
 
 
-def _with_micro_batch_size(config: Config, rows: int, report: Report) -> Config:
-    """The settings with the micro-batch size of the plan; a warning if it is not that of the settings."""
-    training = config[TrainOptions]
-    if training.micro_batch_size is not None and rows != min(training.micro_batch_size, training.batch_size):
+def _with_micro_batch_size(config: Config, planned: int, rows: int, report: Report) -> Config:
+    """The settings with the micro-batch size of the plan; reports it if it is not that of the settings.
+
+    `rows` are those of the data.
+    """
+    training, requested = config[TrainOptions], config[TrainOptions].micro_batch_size
+    most = min(training.batch_size, rows)
+    if requested is not None and planned != min(requested, most):
+        dropout = config[LoraOptions].dropout > 0
+        effect = "The dropout masks change, and the losses slightly" if dropout else "Results stay equal up to rounding"
         report.warn(
-            f"Micro-batches of {training.micro_batch_size} sequences do not fit into memory any more: they have {rows} "
-            "now. Results stay the same up to rounding."
+            f"Micro-batches of {requested} sequences do not fit into memory any more: they have {planned} now. "
+            f"{effect}."
         )
-    return config.replace(micro_batch_size=rows)
+    elif requested is not None and requested > most:
+        report.say(f"A step has {most:,} sequences: --micro-batch-size {requested:,} is used as {most:,}.")
+    return config.replace(micro_batch_size=planned)
 
 
 def _trainer(
