@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from octavo import cli
 from octavo.commands.data import read_documents, to_text
 from octavo.commands.finetune import finetune
-from octavo.commands.generate import open_speaker
+from octavo.commands.generate import open_model
 from octavo.config import Config, TextOptions
 from octavo.errors import UsageError
 from octavo.reporting import Report
@@ -89,10 +89,10 @@ def test_embedded_adapters_are_applied_and_reported(
     ids = torch.arange(3, 20)[None]
     config = Config.read(cli.GENERATE, {"model": str(seed.folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False, metrics=tmp_path / "said.jsonl") as report, torch.no_grad():
-        served = open_speaker(config, report).model(ids)
+        served = open_model(config, report).model(ids)
         expected = seed.model(ids).logits
     assert float((served - expected).abs().max()) <= 1e-5
-    assert "trained adapters on 14 layers: they are on" in (tmp_path / "said.jsonl").read_text()
+    assert "trained adapters on 14 layers: they are applied" in (tmp_path / "said.jsonl").read_text()
     # The sample of the tuned model in the run equals the output with its adapter, and differs from that of the base.
     tune(tmp_path / "run", steps=20)
     sampled = ("--temperature", 0.7, "--top-p", 0.9, "--max-new-tokens", 4, "--dtype", "float32", "--json")
@@ -244,7 +244,7 @@ def test_an_embedding_lookup_dequantizes_only_its_rows(seed: Any, tmp_path: Path
     torch.save({name: t for name, t in tensors.items() if ".adapter." not in name}, folder / "pytorch_model.bin")
     config = Config.read(cli.GENERATE, {"model": str(folder), "allow_pickle": True, "dtype": "float32"})
     with Report(console=False) as report:
-        model = open_speaker(config, report).model
+        model = open_model(config, report).model
     ids = torch.tensor([[0, 299, 131]])
     sizes: list[int] = []
     with torch.no_grad(), Watch(lambda _, result: sizes.extend(tensor.nbytes for tensor in result)):

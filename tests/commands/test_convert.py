@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo import cli
 from octavo.commands.convert import convert
-from octavo.commands.generate import open_speaker
+from octavo.commands.generate import open_model
 from octavo.config import Config
 from octavo.errors import ModelError, UsageError
 from octavo.reporting import Report
@@ -53,7 +53,7 @@ def logits(**options: Any) -> Tensor:
     """The logits of the model of `octavo generate`, in float32."""
     config = Config.read(cli.GENERATE, {"dtype": "float32", "allow_pickle": True, **options})
     with Report(console=False) as report:
-        actual: Tensor = open_speaker(config, report).model(IDS)
+        actual: Tensor = open_model(config, report).model(IDS)
     return actual
 
 
@@ -139,7 +139,7 @@ def test_generate_reports_the_embedded_adapters_once(octavo: Octavo, seed: Any, 
     greedy = ("--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--allow-pickle")
     tuned = octavo("generate", "the king", "--model", seed.folder, *greedy)
     assert tuned.code == 0
-    assert tuned.err.count("holds trained adapters on 14 layers: they are on") == 1
+    assert tuned.err.count("has trained adapters on 14 layers: they are applied") == 1
     separate = octavo("generate", "the king", "--model", split / "base", "--adapter", split / "adapter", *greedy)
     base = octavo("generate", "the king", "--model", split / "base", *greedy)
     assert tuned.out == separate.out != base.out

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import Octavo
 
 from octavo.infer.engine import Engine
+from octavo.infer.loaded_model import LoadedModel
 
 PROMPTS: list[dict[str, Any]] = [
     {"id": 7, "prompt": "the king", "temperature": 0},
@@ -102,20 +103,20 @@ def test_a_saved_conversation_is_training_data(octavo: Octavo, tiny_llama: Path,
 def test_answers_are_the_same_when_the_cache_grows(
     octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo.commands import chat, generate
+    from octavo.commands import chat
 
     common = ["chat", "--model", tiny_llama, "--temperature", 0, "--max-new-tokens", 6, "--dtype", "float32"]
     stdin_bytes = b"of storm\nthe sea\nthe king\n"
     expected = octavo(*common, stdin=stdin_bytes).out
     lengths: list[int] = []
-    original = generate.Speaker.engine
+    original = LoadedModel.engine
 
-    def engine(self: generate.Speaker, *, max_len: int) -> Engine:
+    def engine(self: LoadedModel, *, max_len: int) -> Engine:
         lengths.append(max_len)
         return original(self, max_len=max_len)
 
     monkeypatch.setattr(chat, "INITIAL_MAX_LEN", 8)
-    monkeypatch.setattr(generate.Speaker, "engine", engine)
+    monkeypatch.setattr(LoadedModel, "engine", engine)
     assert octavo(*common, stdin=stdin_bytes).out == expected
     assert lengths[0] == 8
     assert lengths == sorted(set(lengths))

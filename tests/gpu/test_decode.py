@@ -11,7 +11,8 @@ from tests.gpu.cases import matrix
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from octavo.adapters import AdapterPlan, create_, save, serve_, trained
+from octavo.adapters import AdapterPlan, create_, save, trained
+from octavo.adapters.served import serve_
 from octavo.infer.decoding import DecodeRunner
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream

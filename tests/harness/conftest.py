@@ -14,9 +14,9 @@ from tests import devices
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from octavo.commands.generate import Speaker
 from octavo.commands.loading import end_ids, load_model
 from octavo.harness.model import OctavoLM
+from octavo.infer.loaded_model import LoadedModel
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store.sources import FolderSource
@@ -29,7 +29,7 @@ def open_lm(folder: Path, *, batch: int = 3, report: Report | None = None) -> Oc
     """The unquantized model of a folder in float32, as lm-eval calls it."""
     source, quiet = FolderSource(folder), report or Report(console=False)
     model = load_model(source, scheme_named("none"), CPU, quiet)
-    return OctavoLM(Speaker(model, source.tokenizer(), end_ids(source)), batch=batch, report=quiet)
+    return OctavoLM(LoadedModel(model, source.tokenizer(), end_ids(source)), batch=batch, report=quiet)
 
 
 @pytest.fixture

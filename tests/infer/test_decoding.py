@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from octavo.adapters import serve_
+from octavo.adapters.served import serve_
 from octavo.infer.decoding import DecodeRunner, _graph_rows, step_output
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.ops.tiles import Phase

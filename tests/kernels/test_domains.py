@@ -14,6 +14,7 @@ from tests.kernels.domains import DOMAINS, Operand, faults, layout_of, operands
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
+from octavo.adapters.served import serve_
 from octavo.infer.decoding import DecodeRunner
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
@@ -129,7 +130,7 @@ def test_requests_stay_within_the_domains(
         folder.mkdir()
         adapters.save(folder, model, plan, base="base", origin={}, readme="")
         model = load(source, scheme_named(scheme), dtype=dtype, device=CPU).eval()
-        adapters.serve_(model, served, read(folder), "a")
+        serve_(model, served, read(folder), "a")
         cache = model.new_slots(slots=3, max_len=100)
         for slot, adapter in enumerate((0, 1)):
             ids = torch.arange(70 + slot)[None]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from octavo.adapters import apply_
+from octavo.adapters import apply_, apply_embedded_adapter_
 from octavo.errors import ModelError, UsageError
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder, weight_entries
@@ -27,7 +27,6 @@ from octavo.ops.quantize import scheme_named
 from octavo.store import peft as peft_module
 from octavo.store.contents import stored_scheme
 from octavo.store.embedded_adapter import (
-    apply_embedded_adapter_,
     base_of,
     has_embedded_adapter,
     read_embedded_adapter,

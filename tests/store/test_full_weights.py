@@ -17,7 +17,8 @@ from tests.store.conftest import LLAMA, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from octavo.adapters import apply_, save, serve_
+from octavo.adapters import apply_, save
+from octavo.adapters.served import serve_
 from octavo.errors import AdapterError
 from octavo.layers.multi_lora import ServedAdapters
 from octavo.models import Decoder, WeightEntry, weight_entries

@@ -29,11 +29,11 @@ def load(config: Config, quiet: bool) -> LanguageModel:
     The options of generation are the defaults of `LanguageModel.generate`.
     """
     from octavo.api.language_model import LanguageModel
-    from octavo.commands.generate import open_speaker
+    from octavo.commands.generate import open_model
 
     with Report(console=not quiet) as report:
-        speaker = open_speaker(config, report)
-    return LanguageModel(speaker.model, speaker.tokenizer, speaker.stop_ids, config[GenerateOptions])
+        loaded = open_model(config, report)
+    return LanguageModel(loaded.model, loaded.tokenizer, loaded.stop_ids, config[GenerateOptions])
 
 
 @with_options(FINETUNE)

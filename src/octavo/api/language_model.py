@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from octavo.api.options import described_options, document, options_of, signature_of
 from octavo.api.results import GenerateResult, Score
 from octavo.commands.data import to_text
-from octavo.commands.generate import Speaker, continuation, prompt_ids, sampling_of
+from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
 from octavo.data.bytes import target_bytes
 from octavo.data.documents import Reading
 from octavo.data.records import from_text
 from octavo.errors import UsageError
 from octavo.infer.generate import check_prompt
+from octavo.infer.loaded_model import LoadedModel
 from octavo.metrics import score
 from octavo.models import Decoder
 from octavo.reporting import Report
@@ -52,8 +53,8 @@ class LanguageModel:
         chosen = Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions]
         ids = prompt_ids(prompt, self.tokenizer, chat=chat)
         check_prompt(ids, max_len=len(ids) + 1)
-        speaker = Speaker(self.decoder, self.tokenizer, self.stop_ids)
-        return cast(GenerateResult, continuation(speaker, ids, sampling_of(chosen)))
+        loaded = LoadedModel(self.decoder, self.tokenizer, self.stop_ids)
+        return cast(GenerateResult, continuation(loaded, ids, sampling_of(chosen)))
 
     def evaluate(self, text: str | Sequence[str], *, seq_len: int | None = None) -> Score:
         """Perplexity and bits per byte of a text, or of several documents, packed into rows of `seq_len` tokens.

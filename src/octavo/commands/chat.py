@@ -8,11 +8,12 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
-from octavo.commands.generate import Speaker, answer, open_speaker, sampling_of
+from octavo.commands.generate import open_model, sampling_of
 from octavo.config import ChatOptions, Config, GenerateOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation
 from octavo.failures import cut, explained
+from octavo.infer.loaded_model import LoadedModel, answer
 from octavo.infer.requests import Token
 from octavo.infer.sample import Sampling
 from octavo.reporting import Report
@@ -43,9 +44,9 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
     Ctrl-C stops the current answer; its text so far stays in the conversation. If the engine fails at an answer, the
     error is reported, the question is removed, and the conversation continues.
     """
-    speaker = open_speaker(config, report)
+    loaded = open_model(config, report)
     sampling = sampling_of(config[GenerateOptions])
-    engine = speaker.engine(max_len=INITIAL_MAX_LEN)
+    engine = loaded.engine(max_len=INITIAL_MAX_LEN)
     system = config[ChatOptions].system
     opening = [Message("system", system)] if system else []
     messages = list(opening)
@@ -66,11 +67,11 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
             _help(report)
         elif command:
             messages.append(Message("user", line.lstrip()[1:] if command.startswith("//") else line))
-            ids = _fitting(messages, len(opening), speaker, sampling, report)
+            ids = _fitting(messages, len(opening), loaded, sampling, report)
             if not ids:
                 continue
-            if len(ids) + sampling.max_new_tokens > engine.context < speaker.model.config.context:
-                engine = speaker.engine(max_len=max(2 * engine.context, len(ids) + sampling.max_new_tokens))
+            if len(ids) + sampling.max_new_tokens > engine.context < loaded.model.config.context:
+                engine = loaded.engine(max_len=max(2 * engine.context, len(ids) + sampling.max_new_tokens))
             try:
                 text = _streamed(answer(engine, ids, sampling), write)
             except Exception as error:
@@ -118,15 +119,17 @@ def _save(messages: list[Message], name: str, report: Report) -> None:
     report.say(f"Saved the conversation to {name}.")
 
 
-def _fitting(messages: list[Message], opening: int, speaker: Speaker, sampling: Sampling, report: Report) -> list[int]:
+def _fitting(
+    messages: list[Message], opening: int, loaded: LoadedModel, sampling: Sampling, report: Report
+) -> list[int]:
     """The token ids of a conversation; removes its oldest turns in place until it fits into the context.
 
     Removes the last message and returns [] if that alone is too long. A question is removed together with its answer:
     chat templates expect alternating roles.
     """
-    context = speaker.model.config.context
+    context = loaded.model.config.context
     max_len = max(context - sampling.max_new_tokens, context // 2)
-    while len(ids := encode_conversation(messages, speaker.tokenizer)) > max_len:
+    while len(ids := encode_conversation(messages, loaded.tokenizer)) > max_len:
         if len(messages) <= opening + 1:
             report.warn(f"This message is longer than the limit of {max_len:,} tokens: it is ignored.")
             messages.pop()

@@ -15,7 +15,6 @@ import torch
 
 from octavo.adapters import apply_
 from octavo.commands.data import read_documents, to_text
-from octavo.commands.generate import Speaker
 from octavo.commands.loading import (
     check_context,
     chosen_scheme,
@@ -31,6 +30,7 @@ from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
 from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
+from octavo.infer.loaded_model import LoadedModel
 from octavo.metrics import Score, score
 from octavo.models import Decoder, build
 from octavo.ops.quantize import Scheme, scheme_named
@@ -96,10 +96,10 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
                 table.append(replace(score_row(name, candidate.scheme, folder, result), size_bytes=size))
             if tasks:
                 report.say(f"{label} on tasks")
-                speaker = Speaker(model, tokenizer, end_ids(source))
-                results = run_tasks(tasks, speaker, batch=options.batch_size, report=report)
+                loaded = LoadedModel(model, tokenizer, end_ids(source))
+                results = run_tasks(tasks, loaded, batch=options.batch_size, report=report)
                 task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in results]
-                del speaker
+                del loaded
         del model  # frees its memory before the next one is loaded
     if rows:
         show_scores(table, report)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,34 +16,19 @@ from octavo.data.files import name_of, open_bytes, read_whole
 from octavo.data.prompt import encode_conversation, encode_prompt
 from octavo.errors import DataError, ModelError, OctavoError, UsageError
 from octavo.failures import cut, explained
-from octavo.infer.engine import Engine
 from octavo.infer.generate import check_prompt
-from octavo.infer.requests import Limits, Request, Stream, Token
+from octavo.infer.loaded_model import LoadedModel, answer, failure_of, until_finished
+from octavo.infer.requests import Request, Token
 from octavo.infer.sample import Sampling
-from octavo.models import Decoder
 from octavo.reporting import Report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True)
-class Speaker:
-    """A loaded model, its tokenizer and its stop ids."""
-
-    model: Decoder
-    tokenizer: PreTrainedTokenizerFast
-    stop_ids: tuple[int, ...]
-
-    def engine(self, *, max_len: int, slots: int = 1, queue: int = 1) -> Engine:
-        """An engine for `slots` concurrent requests, each of up to `max_len` tokens with its answer."""
-        limits = Limits(slots=slots, max_len=max_len, queue=queue)
-        return Engine(self.model, self.tokenizer, base="model", limits=limits, stop_ids=self.stop_ids)
-
-
-def open_speaker(
+def open_model(
     config: Config, report: Report, *, before: Callable[[PreTrainedTokenizerFast], None] | None = None
-) -> Speaker:
+) -> LoadedModel:
     """The model of a configuration, with --adapter applied. `before` is called before weights are loaded."""
     model_options, options = config[ModelOptions], config[GenerateOptions]
     hardware, source = opened(model_options, report, own_adapters=options.adapter is None)
@@ -58,33 +42,7 @@ def open_speaker(
     model = load_model(source, chosen_scheme(model_options, source), hardware, report)
     if adapter is not None:
         apply_(model, adapter)
-    return Speaker(model, tokenizer, stop_ids)
-
-
-def answer(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> Generator[Token]:
-    """Yields the tokens of one answer. The engine runs in this thread; closing the generator cancels the request.
-
-    Raises the error of the engine, if it fails.
-    """
-    stream = engine.submit(Request(tuple(prompt), sampling))
-    finished = False
-    try:
-        while not finished:
-            engine.step()
-            for token in stream.ready():
-                if token.finish_reason == "error":
-                    raise failure_of(stream)
-                finished = token.finish_reason is not None
-                yield token
-    finally:
-        if not finished:
-            stream.cancel()
-            engine.step()  # releases the slot of the cancelled request
-
-
-def failure_of(stream: Stream) -> Exception:
-    """The exception with which the engine failed at a request."""
-    return stream.failure or ModelError(stream.error or "The engine failed.")
+    return LoadedModel(model, tokenizer, stop_ids)
 
 
 def sampling_of(options: GenerateOptions) -> Sampling:
@@ -116,15 +74,15 @@ def generate_text(config: Config, report: Report, *, write: Callable[[str], None
         ids.extend(prompt_ids(prompt, tokenizer, chat=options.chat))
         check_prompt(ids, max_len=len(ids) + 1)
 
-    return continuation(open_speaker(config, report, before=encode), ids, sampling, write=write)
+    return continuation(open_model(config, report, before=encode), ids, sampling, write=write)
 
 
 def continuation(
-    speaker: Speaker, prompt: Sequence[int], sampling: Sampling, *, write: Callable[[str], None] | None = None
+    loaded: LoadedModel, prompt: Sequence[int], sampling: Sampling, *, write: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """The document of one answer to the token ids of a prompt; `write` gets the text token by token."""
     tokens = []
-    for token in answer(speaker.engine(max_len=len(prompt) + sampling.max_new_tokens), prompt, sampling):
+    for token in answer(loaded.engine(max_len=len(prompt) + sampling.max_new_tokens), prompt, sampling):
         tokens.append(token)
         if write:
             write(token.text)
@@ -142,14 +100,14 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     options = config[PromptOptions]
     assert options.prompts is not None
     lines = _read_lines(options.prompts)
-    speaker = open_speaker(config, report)
+    loaded = open_model(config, report)
     requests = []
     for number, line in enumerate(lines, 1):
         line_options = _line_options(config[GenerateOptions], line, f"{options.prompts}:{number}")
-        ids = prompt_ids(str(line["prompt"]), speaker.tokenizer, chat=options.chat)
+        ids = prompt_ids(str(line["prompt"]), loaded.tokenizer, chat=options.chat)
         requests.append(Request(tuple(ids), sampling_of(line_options)))
     max_len = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
-    engine = speaker.engine(max_len=max_len, slots=min(options.slots, len(requests)), queue=len(requests))
+    engine = loaded.engine(max_len=max_len, slots=min(options.slots, len(requests)), queue=len(requests))
     streams = [engine.submit(request) for request in requests]
     total = failed = 0
     with report.progress(len(streams), "Generating") as bar:
@@ -168,15 +126,6 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
             f"{failed:,} of {len(lines):,} prompts failed.", hint='The field "error" of their lines has the reason.'
         )
     return {"prompts": len(lines), "generated_tokens": total}
-
-
-def until_finished(engine: Engine, stream: Stream) -> list[Token]:
-    """Runs the engine until a stream is finished; returns all of its tokens."""
-    tokens: list[Token] = list(stream.ready())
-    while not tokens or tokens[-1].finish_reason is None:
-        engine.step()
-        tokens += stream.ready()
-    return tokens
 
 
 def _document(tokens: Sequence[Token]) -> dict[str, Any]:

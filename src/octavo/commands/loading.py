@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.adapters import apply_embedded_adapter_
 from octavo.bounded_json import shown
 from octavo.config import ModelOptions
 from octavo.errors import AdapterError, ModelError, UsageError
@@ -16,7 +17,7 @@ from octavo.runs.adapter import adapter_folder
 from octavo.store import peft
 from octavo.store.base_names import base_warning
 from octavo.store.contents import refuse_embedded_adapter, stored_scheme
-from octavo.store.embedded_adapter import apply_embedded_adapter_, base_of
+from octavo.store.embedded_adapter import base_of
 from octavo.store.peft import Adapter
 from octavo.store.resolve import open_source
 from octavo.store.sources import Source

@@ -21,11 +21,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from octavo.commands.generate import Speaker, until_finished
 from octavo.data.encoding import bos_ids, coder_of
 from octavo.errors import ModelError, UsageError
 from octavo.fused.loss import CHUNK_BYTES
 from octavo.infer.engine import Engine
+from octavo.infer.loaded_model import LoadedModel, until_finished
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
 from octavo.reporting import Report
@@ -52,11 +52,11 @@ class _Generation:
 class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """The model for `lm_eval.evaluate`. `batch` is the number of texts, or of generated answers, in a batch."""
 
-    def __init__(self, speaker: Speaker, *, batch: int, report: Report) -> None:
+    def __init__(self, loaded: LoadedModel, *, batch: int, report: Report) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.stop_ids = speaker.model.eval(), speaker.tokenizer, speaker.stop_ids
+        self.model, self.tokenizer, self.stop_ids = loaded.model.eval(), loaded.tokenizer, loaded.stop_ids
         self.batch, self.report = batch, report
-        self._begin = bos_ids(speaker.tokenizer)
+        self._begin = bos_ids(loaded.tokenizer)
         self._warned: set[str] = set()  # unsupported generation_kwargs that were reported
 
     @property

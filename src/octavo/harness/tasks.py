@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from octavo.commands.generate import Speaker
 from octavo.config import EvaluateOptions
 from octavo.errors import OctavoError, UsageError
+from octavo.infer.loaded_model import LoadedModel
 from octavo.reporting import Report
 
 LISTED = "`lm-eval ls tasks` lists the tasks of lm-eval; --include-path names a folder with your own."
@@ -137,7 +137,7 @@ def _seed_(task: Any) -> None:
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
-def run_tasks(tasks: Tasks, speaker: Speaker, *, batch: int, report: Report) -> list[dict[str, Any]]:
+def run_tasks(tasks: Tasks, loaded: LoadedModel, *, batch: int, report: Report) -> list[dict[str, Any]]:
     """One row for each metric of each task and group, in the order of --tasks."""
     from lm_eval.evaluator import evaluate
 
@@ -145,7 +145,7 @@ def run_tasks(tasks: Tasks, speaker: Speaker, *, batch: int, report: Report) -> 
 
     for task in tasks.loaded["tasks"].values():
         _seed_(task)
-    model = OctavoLM(speaker, batch=batch, report=report)
+    model = OctavoLM(loaded, batch=batch, report=report)
     with redirect_stdout(sys.stderr):  # stdout is reserved for --json
         results = evaluate(model, tasks.loaded, limit=tasks.limit, log_samples=False)
     assert results is not None, "lm-eval returns None only in processes other than the first"

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.adapters import Adapter, remove_, serve_
+from octavo.adapters import Adapter
+from octavo.adapters.served import remove_, serve_
 from octavo.errors import AdapterError
 from octavo.infer.generate import all_stop_ids
 from octavo.infer.requests import Limits, QueueFullError, Request, ServedAdapter, Stats, Stream, check_request

@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from octavo._version import __version__
-from octavo.adapters import apply_
 from octavo.errors import ModelError
 from octavo.layers.lora import LoraSpec
-from octavo.models import Decoder, WeightEntry, build, module_names, parse, weight_entries
+from octavo.models import WeightEntry, build, module_names, parse, weight_entries
 from octavo.store import peft
 from octavo.store.contents import ADAPTER_SUFFIXES, entries, stored_scheme
 from octavo.store.files import new_folder
@@ -77,14 +76,6 @@ def has_embedded_adapter(source: Source) -> bool:
 def base_of(source: Source) -> Source:
     """The source without its embedded adapters."""
     return Base(source) if has_embedded_adapter(source) else source
-
-
-def apply_embedded_adapter_(model: Decoder, source: Source, *, say: Callable[[str], None]) -> None:
-    """Applies the embedded adapters of `source` to its base's `model` and reports it; nothing if there are none."""
-    if has_embedded_adapter(source):
-        adapter = read_embedded_adapter(source)
-        apply_(model, adapter)
-        say(f"{source.files[0].parent} holds trained adapters on {len(adapter.lora)} layers: they are on.")
 
 
 def read_embedded_adapter(source: Source) -> Adapter:

@@ -8,7 +8,7 @@ Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d widt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.bounded_json import shortened, shown
+from octavo.adapters.matching import frozen_layer, lora_for, matched
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.lora import LoraSpec, attach_, put_
-from octavo.layers.multi_lora import AdapterBank, ServedAdapters
 from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
 from octavo.store import peft
-from octavo.store.full_weights import changed_keys, put_weights_
+from octavo.store.embedded_adapter import has_embedded_adapter, read_embedded_adapter
+from octavo.store.full_weights import put_weights_
 from octavo.store.peft import Adapter as Adapter
 from octavo.store.peft import renamed
+from octavo.store.sources import Source
 
 ALL_LINEAR = "all-linear"
 
@@ -67,7 +68,7 @@ def create_(model: Decoder, plan: AdapterPlan, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     chosen = select(model, plan.targets)
     for entry in chosen:
-        layer = _layer(entry)
+        layer = frozen_layer(entry)
         attach_(layer, entry.rows_key, plan.spec, generator=generator)
     mark_trained_(model, plan, chosen)
 
@@ -80,7 +81,7 @@ def mark_trained_(model: Decoder, plan: AdapterPlan, chosen: Sequence[WeightEntr
             entry.layer.requires_grad_(True)
     names = {entry.name for entry in chosen}
     for entry in chosen:
-        layer = _layer(entry)
+        layer = frozen_layer(entry)
         layer.lora.requires_grad_(True)
         if plan.biases and isinstance(layer, FrozenLinear) and entry.parameter("bias") is not None:
             assert layer.bias is not None
@@ -194,138 +195,22 @@ def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
     Training continues on its LoRA matrices and norms, and on its biases if it has all biases of each matrix. Full
     weights of linears, embedding and head stay frozen.
     """
-    entries, adapter = _checked(model, adapter)
+    entries, adapter = matched(model, adapter)
     put_weights_(model, adapter, entries)
     for name in adapter.lora:
         entry = entries[name]
-        put_(_layer(entry), entry.rows_key, _lora_for(entry, adapter), dropout=adapter.spec.dropout)
+        put_(frozen_layer(entry), entry.rows_key, lora_for(entry, adapter), dropout=adapter.spec.dropout)
     plan = _plan_of(adapter, entries)
     mark_trained_(model, plan, [entries[name] for name in adapter.lora])
     return plan
 
 
-def serve_(model: Decoder, served: ServedAdapters, adapter: Adapter, name: str) -> None:
-    """Adds an adapter to the served ones under `name`. Each request selects its adapter by its id in `served`.
-
-    AdapterError if the model has no module for a tensor, or if a norm, a bias or a full weight differs from the
-    model's: all sequences of a batch share those.
-    """
-    entries, adapter = _checked(model, adapter)
-    if changed := changed_keys(adapter, entries):
-        raise AdapterError(
-            f"The adapter {name} has trained norms, biases or full weights ({_some(changed)}); only LoRA can be "
-            "served next to other adapters.",
-            hint="Use `octavo generate --adapter`, or merge it into its base with PEFT and serve that. An adapter "
-            "trained without --train-norms, --train-biases and modules_to_save can be served.",
-        )
-    loras = {module: _lora_for(entries[module], adapter) for module in adapter.lora}
-    before = _bank_addresses(model)
-    _take_off_(model, served, name)
-    adapter_id = served.free_id()
-    for module, lora in loras.items():
-        layer = _layer(entries[module])
-        if layer.bank is None:
-            layer.bank = _new_bank(layer)
-        layer.bank.put(adapter_id, entries[module].rows_key, lora.a.detach(), lora.b.detach(), lora.scaling)
-    for layer in _frozen_layers(model):
-        if layer.bank is not None:
-            # Every bank is indexed with this id, also the banks of layers that this adapter does not adapt.
-            layer.bank.reserve(adapter_id + 1)
-    served.ids[name] = adapter_id
-    served.changes += _bank_addresses(model) != before
-
-
-def remove_(model: Decoder, served: ServedAdapters, name: str) -> None:
-    """Removes a served adapter."""
-    before = _bank_addresses(model)
-    _take_off_(model, served, name)
-    served.changes += _bank_addresses(model) != before
-
-
-def _take_off_(model: Decoder, served: ServedAdapters, name: str) -> None:
-    adapter_id = served.ids.pop(name, None)
-    if adapter_id is None:
-        return
-    for layer in _frozen_layers(model):
-        if layer.bank is not None:
-            layer.bank.clear(adapter_id)
-        if not served.ids:
-            layer.bank = None
-
-
-def _bank_addresses(model: Decoder) -> list[object]:
-    """Addresses and shapes of all banks' tensors. Captured CUDA graphs hold them and are invalid if one changes."""
-    banks = [layer.bank for layer in _frozen_layers(model)]
-    return [bank and (bank.a.data_ptr(), bank.a.shape, bank.b.data_ptr(), bank.b.shape) for bank in banks]
-
-
-def _frozen_layers(model: Decoder) -> list[FrozenLinear | FrozenEmbedding]:
-    return [module for module in model.modules() if isinstance(module, FrozenLinear | FrozenEmbedding)]
-
-
-def _new_bank(layer: FrozenLinear | FrozenEmbedding) -> AdapterBank:
-    matrix = layer.matrix
-    if isinstance(layer, FrozenEmbedding):  # A (r, V), B (d, r): the input of an embedding is a row index
-        return AdapterBank(
-            matrix.shape[0], dict.fromkeys(matrix.outputs, matrix.in_features), matrix.dtype, matrix.device
-        )
-    return AdapterBank(matrix.in_features, matrix.outputs, matrix.dtype, matrix.device)
-
-
-def _checked(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], Adapter]:
-    """(the model's weight map, the adapter under the names of its checkpoint).
-
-    AdapterError if the model has no module for a tensor of the adapter.
-    """
-    entries = weight_entries(model)
-    adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
-    unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
-    unknown += [key for key in adapter.full if not _fits_full(entries, key)]
-    unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
-    if unknown:
-        reason = _reason(model, entries, unknown[0])
-        raise AdapterError(
-            f"The adapter does not belong to this model: there is no module for {_some(unknown)} ({reason}).",
-            hint=f"It names {shown(adapter.base)} as its base: give that with --model."
-            if adapter.base
-            else "Give the model that it was trained on.",
-        )
-    return entries, adapter
-
-
-def _some(names: Sequence[str]) -> str:
-    return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _reason(model: Decoder, entries: Mapping[str, WeightEntry], key: str) -> str:
-    """Why the model has no module for a tensor of an adapter."""
-    name, _, kind = key.rpartition(".")
-    if name in entries:
-        return f"this model's {entries[name].key} has no {kind}"
-    layer, count = layer_of(key), len(model.blocks)
-    first = next(name for name in entries if layer_of(name) is not None)
-    if layer is not None and layer >= count and key.partition(".")[0] == first.partition(".")[0]:
-        return f"this model has {count} layers"
-    if layer is not None and key.partition(f".{layer}.")[0] != first.partition(".0.")[0]:
-        return f"this model's layers are called {first.partition('.0.')[0]}"
-    return f"this model has no module {shortened(name if kind in ('weight', 'bias') else key)}"
-
-
-def _lora_for(entry: WeightEntry, adapter: Adapter) -> Lora:
-    """The adapter's A and B of one module, on the model's device. AdapterError for another layer's shape."""
-    a, b, scaling = adapter.lora[entry.name]  # linear: (r, K), (N, r); embedding: (r, V), (d, r)
-    layer, key = _layer(entry), entry.rows_key
-    rows, columns, rank = layer.matrix.outputs[key], layer.matrix.in_features, a.shape[0]
-    outer = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
-    if tuple(a.shape) != (rank, outer[0]) or tuple(b.shape) != (outer[1], rank):
-        raise AdapterError(
-            f"The adapter's LoRA for {entry.name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
-            f"has {columns} inputs and {rows} outputs.",
-            hint="Give the model that it was trained on.",
-        )
-    device = layer.matrix.device
-    b = b if entry.order is None else entry.order.from_checkpoint(b)
-    return Lora(a.to(device, torch.float32), b.to(device, torch.float32), scaling)
+def apply_embedded_adapter_(model: Decoder, source: Source, *, say: Callable[[str], None]) -> None:
+    """Applies the embedded adapters of `source` to its base's `model` and reports it; nothing if there are none."""
+    if has_embedded_adapter(source):
+        adapter = read_embedded_adapter(source)
+        apply_(model, adapter)
+        say(f"{source.files[0].parent} has trained adapters on {len(adapter.lora)} layers: they are applied.")
 
 
 def _plan_of(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> AdapterPlan:
@@ -336,16 +221,9 @@ def _plan_of(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> AdapterPla
     return AdapterPlan(adapter.spec, tuple(adapter.lora), norms=norms, biases=biases, loaded=adapter)
 
 
-def _fits_full(entries: Mapping[str, WeightEntry], key: str) -> bool:
-    name, _, kind = key.rpartition(".")
-    if name in entries and kind == "weight" and entries[name].matrix is not None:
-        return True
-    return name in entries and entries[name].parameter(kind) is not None
-
-
 def _untargeted_biases(entry: WeightEntry, names: Collection[str]) -> list[str]:
     """The keys of the biases stored with the bias of an entry whose modules are not in `names`."""
-    layer = _layer(entry)
+    layer = frozen_layer(entry)
     assert isinstance(layer, FrozenLinear)
     return [key for key in layer.bias_names if not _targeted(key, entry, names)]
 
@@ -369,8 +247,3 @@ def _lora(entry: WeightEntry) -> Lora | None:
 def _to_checkpoint(entry: WeightEntry, rows: Tensor) -> Tensor:
     """Rows (N, ..) of an entry's outputs in the order of the checkpoint."""
     return rows if entry.order is None else entry.order.to_checkpoint(rows.detach())
-
-
-def _layer(entry: WeightEntry) -> FrozenLinear | FrozenEmbedding:
-    assert isinstance(entry.layer, FrozenLinear | FrozenEmbedding)
-    return entry.layer
