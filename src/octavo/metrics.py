@@ -1,6 +1,7 @@
-"""How well a model predicts text: token-weighted perplexity, and bits per byte, which tokenizers do not change.
+"""How well a model predicts a text: perplexity, and bits per byte, which can be compared between tokenizers.
 
-Nats are summed over all tokens and divided once; averaging the means of windows would weigh short ones too much.
+The losses of all tokens are summed and divided once: a mean over the means of rows would overweight tokens of rows with
+few of them.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from octavo.objective import batch_loss
 
 @dataclass(frozen=True)
 class Score:
-    """The cost of a text under a model. `n_bytes` are the UTF-8 bytes of the text that the tokens stand for."""
+    """The negative log-likelihood of a text under a model."""
 
-    nats: float
-    tokens: int
-    n_bytes: int
+    nats: float  # -log p(text), the sum over its tokens
+    tokens: int  # predicted tokens
+    n_bytes: int  # UTF-8 bytes of their text
 
     @property
     def loss(self) -> float:
-        """Mean nats a token; not a number of a text without any."""
+        """Nats per token; NaN for a text without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def perplexity(self) -> float:
-        """e to the loss; infinite where that is more than a float holds."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """exp(loss); infinite if that overflows a float."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf  # log of the largest float64: 709.8
 
     @property
     def bits_per_byte(self) -> float:
+        """NaN for a text without bytes."""
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
@@ -48,7 +50,7 @@ def score(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> Score:
-    """The score of all labelled tokens of `rows`, in eval mode. `progress` is told of the rows done."""
+    """The score of all labelled tokens of `rows`, in eval mode. `progress(n)` is called after each batch of n rows."""
     was_training = model.training
     model.eval()
     nats, tokens = 0.0, 0

@@ -19,11 +19,12 @@ from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import TrainingError
+from octavo.failures import out_of_memory
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
-from octavo.train.loop import Trainer, gradients, out_of_memory, train
+from octavo.train.loop import Trainer, gradients, train
 from octavo.train.memory import MemoryPlan
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.precision import Precision, all_8bit

@@ -1,5 +1,7 @@
 """Where a text may be split before it is tokenized, so that the concatenated ids equal those of the whole text.
 
+The tokenizer then gets segments, of which equal ones are encoded only once (data/encoding.py).
+
 Most tokenizers either split a text at white space first (byte-level BPE with a pattern, WordPiece) or have no token
 with white space inside (BPE converted from SentencePiece). Such a text may be split before a space that follows a
 visible character, and mostly after a line break between two visible characters. `cuts_of` finds the split points that
@@ -29,34 +31,38 @@ _SPACE = re.compile(r"\S(?= (?!\Z))")  # a lone space at the end belongs to the 
 _SPACE_OR_LINE = re.compile(r"\S(?= (?!\Z))|\S\n(?=\w)")
 
 _LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Prepend"}
-_SPACES = " \u2581\u0120"  # a space as plain text, in SentencePiece and in byte-level vocabularies
+_SPACES = " \u2581\u0120"  # the space in a text, in SentencePiece vocabularies ("▁") and in byte-level ones ("Ġ")
 _TEST_WORDS = """
 a The king it's don't we'll 12 1234567 3.14 x1 0 00 end. end, so: so; what?! A.B.C. I ( (a) [b] {c} - -- — … _ a_b / a/b
 * # ' " "quoted" “left” ’ <b> </b> &amp; @you $5 50% ~ `code` = == http://x.y/z?a=b \\n <|x|> é naïve ß
 İ Σ e\u0301 ² ½ Ⅷ 世界 。 日本語 한국 ไทย नमस्ते عربي שלום 🙂 👍🏽
 """
-_MAX_TESTED_ADDED = 64  # added tokens
+_MAX_TESTED_ADDED = 64  # of the added tokens only so many are tested
 _TESTED = (*_TEST_WORDS.split(), "a\tb", "a\n\nb", "a  b", "a" * 40)
 
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """How a text is split into segments that are tokenized separately."""
+    """One way to split a text into segments that are tokenized separately."""
 
     segment: re.Pattern[str] | None  # matches one segment after the other; None: a text is not split
-    end: re.Pattern[str]  # matches the characters before a split point
-    drops_space: bool  # remove the space before every segment but the first: the tokenizer adds one before each text
+    end: re.Pattern[str]  # matches the characters before a split point; finds one near a position without all segments
+    drops_space: bool  # remove the space at the start of every segment but the first: the tokenizer adds one there
 
-    def segments(self, text: str, most: int) -> Iterator[tuple[list[str], bool]]:
-        """Lists of the text's segments, each at least about `most` characters, with True for the last list."""
+    def segments(self, text: str, block_characters: int) -> Iterator[tuple[list[str], bool]]:
+        """Yields (segments of the next block of the text, whether it is the last block).
+
+        A block is `block_characters` or a little more, up to the next split point; the last one may have twice as many.
+        """
         if self.segment is None:
             yield [text], True
             return
         start = 0
         while True:
-            match = self.end.search(text, start + most) if len(text) - start > 2 * most else None
+            is_long = len(text) - start > 2 * block_characters
+            match = self.end.search(text, start + block_characters) if is_long else None
             stop = match.end() if match else len(text)
-            block = text[start:stop] if (start, stop) != (0, len(text)) else text
+            block = text[start:stop] if (start, stop) != (0, len(text)) else text  # no copy of a whole text
             segments = self.segment.findall(block) or [""]
             if self.drops_space:
                 segments = [part.removeprefix(" ") if start or n else part for n, part in enumerate(segments)]
@@ -66,7 +72,7 @@ class Cuts:
             start = stop
 
 
-WHOLE = Cuts(None, _SPACE, drops_space=False)
+WHOLE = Cuts(None, _SPACE, drops_space=False)  # no split
 _CANDIDATES = (  # the finest split first
     Cuts(re.compile(_AT_LINES), _SPACE_OR_LINE, drops_space=False),
     Cuts(re.compile(_AT_SPACES), _SPACE, drops_space=False),
@@ -92,12 +98,13 @@ def _find_cuts(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
     if not _is_local(parts.get("normalizer")) or any(map(_crosses, added)):
         return WHOLE
     with name_panics("The tokenizer"):
-        pieces = tokenizer.pre_tokenizer.pre_tokenize_str("ab cd ef") if tokenizer.pre_tokenizer else []
-    splits = len(pieces) >= 3
-    if not splits and not _has_no_token_across_spaces(parts["model"]):
+        words = tokenizer.pre_tokenizer.pre_tokenize_str("ab cd ef") if tokenizer.pre_tokenizer else []
+    splits_at_spaces = len(words) >= 3
+    if not splits_at_spaces and not _has_no_token_across_spaces(parts["model"]):
         return WHOLE
     # After an added token the tokenizer starts a new text, and may add there the space that it adds before each text.
-    candidates = [cuts for cuts in (_CANDIDATES if splits else _CANDIDATES[1:]) if not (cuts.drops_space and added)]
+    finest = 0 if splits_at_spaces else 1
+    candidates = [cuts for cuts in _CANDIDATES[finest:] if not (cuts.drops_space and added)]
     names = [token["content"] for token in added[:_MAX_TESTED_ADDED]]
     try:
         return next((cuts for cuts in candidates if _keeps_ids(cuts, tokenizer, names)), WHOLE)
@@ -106,7 +113,7 @@ def _find_cuts(tokenizer: Tokenizer, parts: dict[str, Any]) -> Cuts:
 
 
 def _is_local(normalizer: dict[str, Any] | None) -> bool:
-    """Whether the normalizer changes a character independently of distant characters."""
+    """Whether the normalizer is known to change a character independently of distant characters."""
     if normalizer is None:
         return True
     if normalizer["type"] == "Sequence":
@@ -131,7 +138,7 @@ def _has_no_token_across_spaces(model: dict[str, Any]) -> bool:
 
 
 def _keeps_ids(cuts: Cuts, tokenizer: Tokenizer, added: Sequence[str]) -> bool:
-    """Whether pairs of test words and `added` tokens have the same ids whole and split by `cuts`."""
+    """Whether all pairs of test words and `added` tokens get the same ids whole and split by `cuts`."""
     pairs = [(left, right) for left in _TESTED for right in _TESTED]
     pairs += [pair for name in added for word in (*_TESTED[:8], name) for pair in ((name, word), (word, name))]
     texts = [f"{left} {right}" for left, right in pairs]

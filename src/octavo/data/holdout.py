@@ -1,6 +1,6 @@
-"""Held-out documents: the split, copies on both sides, and n-gram overlap with the training text.
+"""Held-out documents: the split, copies on both sides, and n-gram overlap with the training text (contamination).
 
-Legend: V vocabulary size, n tokens of a text.
+Legend: V vocabulary size, n tokens of a text, h n-grams of the held-out text without repetitions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from octavo.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NGRAM = 13  # tokens in a row that both sides share, as in the GPT-3 paper (arXiv 2005.14165, appendix C)
+NGRAM = 13  # tokens of an n-gram, as in the contamination study of the GPT-3 paper (arXiv 2005.14165, appendix C)
 NEAR_COPY = 0.5  # a document is a near copy if more than this share of its trained tokens is in the training text
-_CHUNK_TOKENS = 2**20
+_CHUNK_TOKENS = 2**20  # tokens of the training text that are hashed at once
 _WRITTEN_SPACES = " \t\r\n\u2581\u0120\u010a\u0109\u010d"  # white space as vocabularies write it
 # Characters that a reader does not see: zero-width characters, the byte-order mark, the soft hyphen.
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
@@ -47,22 +47,22 @@ def digest(document: Document) -> bytes:
 
 
 def copies(documents: Sequence[Document], of: Sequence[Document]) -> list[int]:
-    """The indices of those `documents` whose text is also in `of`."""
+    """The indices of those `documents` that have the same text as one of the documents `of`."""
     digests = {digest(document) for document in of}
     return [index for index, document in enumerate(documents) if digest(document) in digests]
 
 
 def share_of(count: int, fraction: float) -> int:
-    """How many of `count` documents are the share `fraction` > 0; at least one document is on either side."""
+    """`fraction` > 0 of `count` documents, rounded, but at least 1 and at most count - 1: neither side is empty."""
     return min(max(1, round(fraction * count)), count - 1)
 
 
 def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """(training documents, test documents); the share `fraction` of the documents is test, exact to one document.
 
-    Documents are ordered by a hash of their content and the seed, and the first ones are the test side. So few change
-    sides when files are added, and none when files are moved or renamed. Copies of one text stay on one side; copies
-    that exceed the share go to the training side. With two or more texts neither side is empty.
+    Documents are ordered by a hash of their content and the seed, and the first ones are the test side. So few
+    documents change sides if files are added, and none if files are moved or renamed. Copies of one text stay on one
+    side; copies that exceed the share go to the training side. With two or more texts neither side is empty.
     Raises UsageError for a fraction outside [0, 1), and if all documents are copies of one text.
     """
     if not 0 <= fraction < 1:
@@ -82,7 +82,7 @@ def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple
     test: set[int] = set()
     n_groups = 0
     for content in ordered:
-        # One group always stays on the training side.
+        # A group that would exceed the share is passed over. One group always stays on the training side.
         if len(test) + len(groups[content]) <= n_test and n_groups < len(groups) - 1:
             test.update(groups[content])
             n_groups += 1
@@ -95,7 +95,7 @@ def split(documents: Sequence[Document], *, fraction: float, seed: int) -> tuple
 
 
 def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[Tokens, Tokens]:
-    """A plain text split before token `at`: (its beginning without an EOS token, its rest with a BOS token)."""
+    """A plain text split before token `at`: (its beginning, without an EOS token; its rest, with a BOS token)."""
     lengths = token_bytes(tokenizer)  # (V,)
     begin = np.array(bos_ids(tokenizer), dtype=np.int32)
     rest = np.concatenate([begin, tokens.ids[at:]])
@@ -109,8 +109,8 @@ def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[To
 def bare_tokens(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
     """(V,) For each token id the id of the token without surrounding white space; -1 for white space alone.
 
-    After this mapping a text has the same ids if it is wrapped at other columns or indented, except for words at the
-    start of a line that the tokenizer splits differently there.
+    Mapped so, a text and a copy of it with other line breaks or indentation have the same ids (without the -1), except
+    for words that the tokenizer splits differently at the start of a line.
     """
     vocabulary = tokenizer.get_vocab()
     bare = np.arange(len(tokenizer), dtype=np.int32)  # (V,)
@@ -122,10 +122,10 @@ def bare_tokens(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class Shared:
-    """The overlap of held-out text with the training text, in runs of at least NGRAM tokens."""
+    """The overlap of held-out text with the training text."""
 
     tokens: int  # trained tokens of the held-out text
-    shared: int  # those of them that are within a run that the training text contains
+    shared: int  # those of them that are in an n-gram which the training text contains
     near_copies: tuple[int, ...]  # indices of held-out documents with a shared part above NEAR_COPY
 
     @property
@@ -139,15 +139,16 @@ def shared_text(
     test: Sequence[npt.NDArray[np.int32]],
     trained: Sequence[npt.NDArray[np.bool_]],
 ) -> Shared:
-    """Runs of NGRAM tokens of `test` that occur in `train`. Only tokens that are `trained` are counted.
+    """How many tokens of `test` are in an n-gram that occurs in `train`. Only tokens that are `trained` are counted.
 
-    Runs are compared by a 64-bit hash. Memory is proportional to the test side: some 30 bytes a token.
+    N-grams are compared by a 64-bit hash. Those of the test side are sorted, and each one of the training side is
+    searched among them, so memory is proportional to the test side: some 30 bytes a token.
     """
     hashes = [_hashes(ids) for ids in test]
-    wanted = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)  # sorted
-    occurs = np.zeros(len(wanted), dtype=np.bool_)
+    wanted = np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)  # (h,) sorted
+    occurs = np.zeros(len(wanted), dtype=np.bool_)  # (h,)
     if len(wanted):
-        # A bitmap over the top bits of the hash rejects most training runs before the binary search.
+        # A bitmap over the top bits of the hash rejects most training n-grams before the binary search.
         shift = np.uint64(64 - min(27, max(10, len(wanted).bit_length() + 4)))
         bitmap = np.zeros(2 ** (64 - int(shift)), dtype=np.bool_)
         bitmap[wanted >> shift] = True
@@ -158,10 +159,10 @@ def shared_text(
             occurs[index[wanted[index] == candidates]] = True
     n_tokens = n_shared = 0
     near: list[int] = []
-    for number, (runs, mask) in enumerate(zip(hashes, trained, strict=True)):
-        starts = np.flatnonzero(occurs[np.searchsorted(wanted, runs)]) if len(runs) else np.zeros(0, dtype=np.int64)
-        # +1 where a run begins, -1 after its end: the cumulative sum is above 0 within runs.
-        edges = np.zeros(len(mask) + 1, dtype=np.int64)
+    for number, (ngrams, mask) in enumerate(zip(hashes, trained, strict=True)):
+        starts = np.flatnonzero(occurs[np.searchsorted(wanted, ngrams)]) if len(ngrams) else np.zeros(0, dtype=np.int64)
+        # +1 where a shared n-gram begins, -1 after its end: the cumulative sum is above 0 within shared n-grams.
+        edges = np.zeros(len(mask) + 1, dtype=np.int64)  # (n + 1,)
         np.add.at(edges, starts, 1)
         np.add.at(edges, starts + NGRAM, -1)
         shared = int(np.count_nonzero((np.cumsum(edges[:-1]) > 0) & mask))
@@ -173,19 +174,19 @@ def shared_text(
 
 
 def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.int32]]:
-    """All runs of the texts in arrays of about _CHUNK_TOKENS ids.
+    """All n-grams of the texts, in arrays of about _CHUNK_TOKENS ids.
 
-    Long texts are split with an overlap of NGRAM - 1. Short texts are concatenated with the id -1 between them, which
-    no token has.
+    A long text is split with an overlap of NGRAM - 1, so that no n-gram is lost. Short texts are concatenated with the
+    id -1 between them, which no token has, so that no n-gram across two texts matches.
     """
     separator = np.array([-1], dtype=np.int32)
     parts: list[npt.NDArray[np.int32]] = []
     size = 0
     for ids in texts:
         for start in range(0, max(0, len(ids) - NGRAM + 1), _CHUNK_TOKENS):
-            piece = ids[start : start + _CHUNK_TOKENS + NGRAM - 1]
-            parts += [piece, separator]
-            size += len(piece) + 1
+            part = ids[start : start + _CHUNK_TOKENS + NGRAM - 1]
+            parts += [part, separator]
+            size += len(part) + 1
             if size >= _CHUNK_TOKENS:
                 yield np.concatenate(parts)
                 parts, size = [], 0
@@ -194,7 +195,10 @@ def _chunks(texts: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np.i
 
 
 def _hashes(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
-    """(max(0, n - NGRAM + 1),) The hash of each run of NGRAM ids: sum_i c_i mix(id_i) modulo 2**64, then mixed."""
+    """(max(0, n - NGRAM + 1),) A hash of each n-gram: sum_i c_i mix(id_i) modulo 2**64, then mixed; the c_i are odd.
+
+    As a sum it takes NGRAM vectorized additions for a whole text. The constants of `mix` and c_i are splitmix64's.
+    """
     n = len(ids) - NGRAM + 1
     if n <= 0:
         return np.zeros(0, dtype=np.uint64)

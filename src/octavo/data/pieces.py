@@ -1,8 +1,8 @@
-"""The pre-tokenizer of a byte-level tokenizer as a Python regular expression: the pieces that merges never cross.
+"""The pre-tokenizer of a byte-level tokenizer as a Python regular expression: it splits a text into pieces.
 
-Each piece can be encoded on its own, and a text of millions of words has few distinct pieces. The tokenizers library
-takes some 15 microseconds to split a word, since it tracks the offset of every character. The pattern alone takes a
-tenth of that.
+A piece is mostly a word with the space before it. BPE merges never cross the border of a piece, so each piece can be
+encoded on its own, and a text of millions of words has few distinct pieces. The tokenizers library takes some 15
+microseconds to split a word, since it tracks the offset of every character. The pattern alone takes a tenth of that.
 
 The pattern is used only for known pre-tokenizers, and only after it has split two test texts exactly as the tokenizer
 does: one with every sequence of four kinds of characters, one with every character of DOMAIN. Characters beyond DOMAIN
@@ -27,7 +27,7 @@ _DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s
 _KINDS = "aB1 \n\r\t.'s_"  # one character of each kind that patterns distinguish
 _CONTRACTIONS = "it's don't we're I've I'm he'll you'd It'S 'tis o'clock 's 1's  's\n're 12345 1,234.5 x1y2 "
 # Latin, Greek and Cyrillic, and the typographic spaces, dashes and quotation marks.
-DOMAIN = (range(0x0530), range(0x2000, 0x2070))
+DOMAIN = (range(0x0530), range(0x2000, 0x2070))  # code points
 ASCII = (range(0x80),)
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of Unicode; Python's \s has more
 
@@ -37,11 +37,13 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         parts: dict[str, Any] = json.loads(tokenizer.to_str())
+        # NFC may change a text before the split, except ASCII. With any other normalizer texts are not split.
         domain = {None: DOMAIN, "NFC": ASCII}.get((parts.get("normalizer") or {}).get("type"), ())
         source = _source(parts.get("pre_tokenizer") or {})
         self._pattern: re.Pattern[str] | None = None
         self._added: re.Pattern[str] | None = None
-        self._inside = re.compile("[" + "".join(f"{chr(r.start)}-{chr(r.stop - 1)}" for r in domain or ASCII) + "]*+")
+        ranges = "".join(f"{chr(r.start)}-{chr(r.stop - 1)}" for r in domain or ASCII)
+        self._in_domain = re.compile(f"[{ranges}]*+")
         if source is None or not domain:
             return
         pattern = _compiled(source, domain)
@@ -54,20 +56,20 @@ class Pieces:
             self._added = re.compile("|".join(map(re.escape, added)))
 
     def split(self, texts: Sequence[str]) -> Iterator[list[str]]:
-        """The pieces of each text; the whole text if its split is not certain."""
-        pattern, added, inside = self._pattern, self._added, self._inside
+        """The pieces of each text; [text] if it is not certain that the tokenizer splits it so."""
+        pattern, added, in_domain = self._pattern, self._added, self._in_domain
         if pattern is None:
             yield from ([text] for text in texts)
             return
         for text in texts:
-            if (text.isascii() or inside.fullmatch(text)) and not (added and added.search(text)):
+            if (text.isascii() or in_domain.fullmatch(text)) and not (added and added.search(text)):
                 yield pattern.findall(text)
             else:
                 yield [text]
 
 
 def _source(parts: dict[str, Any]) -> str | None:
-    """The pattern that a pre-tokenizer splits with; None if it is not a known one."""
+    """The pattern by which a pre-tokenizer splits, in the syntax of the tokenizers library; None if it is unknown."""
     steps = parts.get("pretokenizers", [parts])
     *before, last = steps or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
@@ -92,11 +94,11 @@ def _compiled(source: str, domain: Sequence[range]) -> re.Pattern[str] | None:
     for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", source, re.DOTALL):
         if part in ("\\s", "\\S") or part[:2] in ("\\p", "\\P"):
             ranges = _WHITE if part in ("\\s", "\\S") else _category(part[3:-1], domain)
-            if in_class and part[1].isupper():
+            if in_class and part[1].isupper():  # a complement within a class
                 return None
             compiled.append(ranges if in_class else f"[{'^' * part[1].isupper()}{ranges}]")
             continue
-        if in_class and part == "[":  # a nested character class
+        if in_class and part == "[":  # a nested character class: Python has none
             return None
         in_class = part == "[" or (in_class and part != "]")
         compiled.append(part)
@@ -135,7 +137,10 @@ def _agrees(pattern: re.Pattern[str], tokenizer: Tokenizer, domain: Sequence[ran
 
 
 def _all_sequences(characters: str, length: int) -> str:
-    """A text with every sequence of `length` of the characters: a de Bruijn sequence, built from Lyndon words."""
+    """A text that contains every sequence of `length` of the characters: a de Bruijn sequence.
+
+    It is the concatenation of the Lyndon words whose length divides `length`, in order (Fredricksen, Maiorana).
+    """
     size = len(characters)
     word = [0] * (size * length)
     sequence: list[int] = []

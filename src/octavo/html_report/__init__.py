@@ -34,7 +34,7 @@ from octavo.runs.events import (
 )
 from octavo.runs.folder import RunFolder
 
-MAX_FILES = 60
+MAX_FILES = 60  # rows of the ledger's table; the largest files come first
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -114,7 +114,7 @@ def write(folder: Path) -> Path:
 
 
 def summary(events: Sequence[Event]) -> str:
-    """The run in one line: number of steps, training loss, change of the perplexity."""
+    """The run in one line: steps, training loss, and the perplexity of the last row against that of the first."""
     losses = _points(only(events, Step), "loss")
     newest = last(events, Step)
     parts = [f"{newest.step:,} steps"] if newest else []
@@ -170,7 +170,7 @@ def _perplexities(events: Sequence[Event]) -> str:
 
 
 def _overlap(events: Sequence[Event]) -> str:
-    """Overlap between the held-out text and the training text."""
+    """How much of the held-out text the training text contains."""
     overlap = last(events, Overlap)
     if overlap is None:
         return ""
@@ -194,8 +194,8 @@ def _samples(events: Sequence[Event]) -> str:
         by_prompt.setdefault(sample.prompt, []).append(sample)
     blocks = []
     for samples in by_prompt.values():
-        ends = {which: _last_where(samples, which) for which in ("base", "tuned")}
-        cards = [_sample(title, ends[which]) for which, title in (("base", "Before"), ("tuned", "After"))]
+        before_and_after = ("base", "Before"), ("tuned", "After")
+        cards = [_sample(title, _last_where(samples, which)) for which, title in before_and_after]
         training_samples = [
             _sample(f"Step {'?' if sample.step is None else shown(sample.step)}", sample)
             for sample in samples
@@ -227,21 +227,21 @@ def _ledger(path: Path) -> str:
         raise DataError(f"not JSON: {error}", source=str(path), hint="Delete the file and try again.") from error
     if not isinstance(ledger, dict):
         raise DataError("not a ledger", source=str(path), hint="Delete the file and try again.")
-    parts = {"": ledger} if "tokens" in ledger else ledger
+    sides = {"": ledger} if "tokens" in ledger else ledger  # else of the training and the test text
     blocks = []
-    for name, part in parts.items():
-        if not part:
+    for name, side in sides.items():
+        if not side:
             continue
-        keys = [key for key in ("documents", "tokens", "trained", "masked", "left_out", "padding") if key in part]
-        files = sorted(part.get("files", ()), key=lambda file: -file.get("tokens", 0))
+        keys = [key for key in ("documents", "tokens", "trained", "masked", "left_out", "padding") if key in side]
+        files = sorted(side.get("files", ()), key=lambda file: -file.get("tokens", 0))
         rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]]
         if len(files) > MAX_FILES:
             rows.append([f"and {len(files) - MAX_FILES:,} smaller files", *("" for _ in keys)])
-        not_read = part.get("not_read")
+        not_read = side.get("not_read")
         if isinstance(not_read, dict) and not_read:
             counts = ", ".join(f"{count} {kind}" for kind, count in not_read.items())
             rows.append([f"not read: {counts}", *("" for _ in keys)])
-        rows.append(["all", *(part[key] for key in keys)])
+        rows.append(["all", *(side[key] for key in keys)])
         header = "file" if not name else f"{name} file"
         blocks.append(_table([header, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
     return _section("Token ledger", "".join(blocks))
@@ -257,6 +257,7 @@ def _settings(text: str) -> str:
 
 
 def _facts(title: str, event: Event | None) -> str:
+    """A table of the fields of an event and their values."""
     rows = [[key.replace("_", " "), value] for key, value in (asdict(event) if event else {}).items() if value]
     return _section(title, _table((), rows, text_columns=2) if rows else "")
 
@@ -289,6 +290,7 @@ def _text(value: object) -> str:
 
 
 def _number(value: float | None) -> float | None:
+    """The value if it is finite: infinity and NaN cannot be drawn or compared."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -299,6 +301,7 @@ def _points(events: Iterable[Step | HeldOut], field: str) -> Points:
 
 
 def _rows(events: Sequence[Event]) -> tuple[ScoreRow, ...]:
+    """The rows of the last perplexity table; () before the run's end."""
     evaluation = last(events, Evaluation)
     return evaluation.rows if evaluation else ()
 

@@ -1,4 +1,7 @@
-"""A request that has a slot of the cache, and how the next tokens of several are selected."""
+"""A request that has a slot of the cache, and the selection of the next tokens of several.
+
+Legend: n requests that sample, V the vocabulary of the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from octavo.infer.sample import choose_rows
 
 @dataclass
 class ActiveRequest:
-    """`ids` are the tokens of prompt and answer; the first `cached` of them are in the cache."""
+    """A request with a slot. `ids` are the tokens of prompt and answer; the first `cached` of them are in the cache."""
 
     stream: Stream
-    limit: int  # tokens of the answer
+    limit: int  # the most tokens of the answer
     text: TextStream
     generator: torch.Generator
     ids: list[int]
@@ -33,7 +36,7 @@ class ActiveRequest:
 
     @property
     def greedy(self) -> bool:
-        """Whether the next token is the argmax of the model's logits."""
+        """Whether the next token is the argmax of the model's logits, which `StepOutput` has already."""
         sampling = self.stream.request.sampling
         return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
@@ -43,9 +46,9 @@ class ActiveRequest:
         return len(self.ids) - len(self.stream.request.prompt)
 
     def needs_next_step(self, stop_ids: Collection[int]) -> bool:
-        """Whether another step is certain, unless a stop string ends the answer.
+        """Whether the request certainly continues, unless a stop string ends the answer.
 
-        False with log-probabilities: they are computed from the logits, which the next step overwrites.
+        False with log-probabilities: they are computed from the logits of this step, which the next step overwrites.
         """
         return (
             not self.finished
@@ -57,7 +60,7 @@ class ActiveRequest:
 
 
 def next_tokens(requests: Sequence[ActiveRequest], output: StepOutput) -> list[int | None]:
-    """The next token of every request, by its row of the logits; None where they are not finite."""
+    """The next token of every request, by its row of the logits; None if they are not finite."""
     tokens: list[int | None] = [
         token if math.isfinite(largest) else None
         for token, largest in zip(output.argmax, output.max_logits, strict=True)
@@ -65,7 +68,7 @@ def next_tokens(requests: Sequence[ActiveRequest], output: StepOutput) -> list[i
     rows = [row for row, request in enumerate(requests) if tokens[row] is not None and not request.greedy]
     if rows:
         sampled = [requests[row] for row in rows]
-        logits = output.logits if len(rows) == len(requests) else output.logits[rows]  # (n, V)
+        logits = output.logits if len(rows) == len(requests) else output.logits[rows]  # (n, V); no copy if all sample
         samplings = [request.stream.request.sampling for request in sampled]
         generators = [request.generator for request in sampled]
         for row, token in zip(

@@ -1,9 +1,11 @@
-"""Decode: one new token for every running request, a step over the first slots of the cache; on a GPU a CUDA graph.
+"""Decode: a step computes one new token of every running request, row i from slot i.
 
 Graphs are captured for a few numbers of rows. A step uses the smallest graph with enough rows and marks the remaining
-rows as idle. All inputs of a step are sent to the GPU in one copy, and its summary comes back in one copy.
+rows as idle. All inputs of a step are sent to the GPU in one copy. One copy returns the summary of the logits: the
+largest one of each row and its token. It suffices for greedy requests and shows logits that are not finite; the logits
+themselves stay on the GPU.
 
-Legend: B rows of a step, V the vocabulary of the tokenizer.
+Legend: B rows of a step, V the vocabulary of the tokenizer, d the width of the model.
 """
 
 from __future__ import annotations
@@ -29,36 +31,41 @@ BASE = 0  # the adapter id of a row without an adapter
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Logits (B, V) float32 on the model's device, and for each row the largest logit and its token."""
+    """The logits of a step, and for each row the largest logit and its token id."""
 
-    logits: Tensor
-    max_logits: list[float]
-    argmax: list[int]
+    logits: Tensor  # (B, V) float32 on the model's device; the next step overwrites them
+    max_logits: list[float]  # B; not finite if a logit of the row is NaN or +inf
+    argmax: list[int]  # B
 
 
 def step_output(logits: Tensor, rows: int, summary: Tensor | None = None) -> StepOutput:
-    """Of the first `rows` rows of the logits. `summary` is `_summary(logits)` if the caller has it."""
+    """The output of the first `rows` rows. `summary` is `_summary(logits)`, if the caller has it."""
     summary = _summary(logits) if summary is None else summary
-    max_logits, argmax = summary.tolist()
+    max_logits, argmax = summary.tolist()  # the copy to the CPU
     return StepOutput(logits[:rows], max_logits[:rows], [int(token) for token in argmax[:rows]])
 
 
 def _summary(logits: Tensor) -> Tensor:
-    """(2, B): the largest logit of each row and its token id, which float64 represents exactly."""
-    max_logits, argmax = logits.max(dim=1)
+    """(2, B) float64: the largest logit of each row, and its token id, which float64 represents exactly.
+
+    `max` propagates NaN, so the largest logit shows whether all logits of a row are usable.
+    """
+    max_logits, argmax = logits.max(dim=1)  # (B,) each
     return torch.stack([max_logits.double(), argmax.double()])
 
 
 class PendingStep(NamedTuple):
-    """A launched step: its logits (B, V) and their summary, and the number of rows that are not idle."""
+    """A launched step. Reading the tensors on the CPU waits for the GPU."""
 
-    logits: Tensor
-    summary: Tensor
-    rows: int
+    logits: Tensor  # (B, V) float32
+    summary: Tensor  # (2, B) float64
+    rows: int  # those that are not idle
 
 
 class DecodeRunner:
-    """Decode steps of one model over one cache. Logits past `vocab_size` are cut off.
+    """Decode steps of one model over one cache.
+
+    Logits from `vocab_size` on are cut off: embeddings are often padded beyond the tokenizer's vocabulary.
 
     `deterministic`: the bits of a row do not depend on the number of rows, however many there are.
     """
@@ -71,17 +78,19 @@ class DecodeRunner:
         self.model, self.cache, self.adapters, self.vocab_size = model, cache, adapters, vocab_size
         self._graphs: Graphs[_DecodeGraph] = Graphs(adapters, cache.keys.device)
         self._pending: PendingStep | None = None
-        self.launches_ahead = self.uses_graphs  # whether to launch a step before the previous tokens are emitted
+        # Whether the scheduler launches a step before it emits the tokens of the previous one. Without graphs a launch
+        # is a whole step, so that would only delay the tokens.
+        self.launches_ahead = self.uses_graphs
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether steps are CUDA graphs: where the kernels run. The references wait for the GPU within a step."""
+        """Whether steps are CUDA graphs: if the kernels run. References wait for the GPU; no graph can capture that."""
         return kernels_run_on(self.cache.keys)
 
     def warmup_tasks(self) -> list[Callable[[], object]]:
-        """Compiling and capturing that would delay a request, in parts: all decode graphs, and the prefill kernels.
+        """Functions that capture the decode graphs and compile the prefill kernels, which would delay a request.
 
-        The first part takes longest, since it compiles nearly all kernels, unless Triton's cache has them.
+        The first takes longest: it compiles nearly all kernels, unless Triton's cache has them.
         """
         if not self.uses_graphs:
             return []
@@ -94,7 +103,7 @@ class DecodeRunner:
     @torch.no_grad()
     def _warm_up_prefill(self, length: int) -> None:
         """Prefills a prompt of `length` tokens in the first slot, and empties the slot."""
-        ids = torch.zeros(1, length, dtype=torch.long, device=self.cache.keys.device)
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.cache.keys.device)  # (1, length)
         self.model.hidden(ids, cache=self.cache.slot(0))
         self.cache.lengths[0] = 0
 
@@ -107,7 +116,7 @@ class DecodeRunner:
             self._pending = graph.run([tokens, lengths, adapter_ids])
         else:
             inputs = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.keys.device)  # (3, B)
-            logits = self._logits(inputs, max(lengths), any(adapter_ids))
+            logits = self._logits(inputs, max(lengths), any(adapter_ids))  # (B, V)
             self._pending = PendingStep(logits, _summary(logits), rows)
         for slot in range(rows):
             self.cache.lengths[slot] += 1
@@ -127,7 +136,10 @@ class DecodeRunner:
         return self._graphs.get(rows, partial(_DecodeGraph, self))
 
     def _logits(self, inputs: Tensor, longest: int, adapters: bool) -> Tensor:
-        """(B, V) float32. `inputs` (3, B): tokens, lengths of the slots, adapter ids; `longest` bounds the lengths."""
+        """(B, V) float32. `inputs` (3, B) int64 are tokens, lengths of the slots and adapter ids.
+
+        `longest` is at least every length. `adapters`: whether any row may have an adapter.
+        """
         tokens, lengths, adapter_ids = inputs  # (B,) each
         ids = adapter_ids if adapters else None
         phase = Phase.DECODE if self.deterministic else Phase.DECODE_ANY_ORDER
@@ -141,8 +153,9 @@ class _DecodeGraph:
 
     def __init__(self, runner: DecodeRunner, rows: int, pool: Any) -> None:
         device = runner.cache.keys.device
-        self._pinned = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()  # (3, B)
-        self._inputs = self._pinned.to(device)
+        self._pinned = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()  # (3, B) int64
+        self._inputs = self._pinned.to(device)  # (3, B): the graph reads its inputs at this address
+        # A graph is replayed for any lengths and adapters: it gets the largest length, and adapters if any is loaded.
         longest, adapters = runner.cache.max_len - 1, bool(runner.adapters.ids)
 
         def step() -> tuple[Tensor, Tensor]:
@@ -154,12 +167,12 @@ class _DecodeGraph:
     def run(self, inputs: Sequence[Sequence[int]]) -> PendingStep:
         rows = len(inputs[0])
         self._pinned[1, rows:] = IDLE  # the previous step has finished, so no copy reads the pinned memory now
-        self._pinned[:, :rows] = torch.tensor([list(values) for values in inputs])
+        self._pinned[:, :rows] = torch.tensor([list(values) for values in inputs])  # (3, rows)
         self._inputs.copy_(self._pinned, non_blocking=True)
         self.graph.replay()
         return PendingStep(self._logits, self._summary, rows)
 
 
 def _graph_rows(slots: int) -> list[int]:
-    """The numbers of rows with a graph: powers of two, and all slots."""
+    """The numbers of rows that have a graph: powers of two, and `slots`. So less than half of the rows are idle."""
     return [*(1 << n for n in range(slots.bit_length()) if 1 << n < slots), slots]

@@ -1,4 +1,8 @@
-"""CUDA graphs by shape: captured when first needed, dropped when the tensors that they read were replaced."""
+"""CUDA graphs by shape: captured at first use, and dropped when tensors that they read were replaced.
+
+A graph repeats the launches of its capture, with the same addresses: its inputs are copied to the same tensors before
+each replay, and its results are overwritten by the next one.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ class Graphs(Generic[G]):
         delay the freeing of the cache.
         """
         if self._changes != self._adapters.changes:  # graphs hold the addresses of the adapters' tensors
-            torch.cuda.synchronize(self._device)  # a replay may still use the memory of the pool
+            torch.cuda.synchronize(self._device)  # a replay in flight may still use the memory of the pool
             self._graphs, self._changes = {}, self._adapters.changes
         if shape not in self._graphs:
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
@@ -46,10 +50,12 @@ class Graphs(Generic[G]):
 
 
 def capture(run: Callable[[], T], device: torch.device, pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
-    """(the graph of a call, the result of the call, whose tensors every replay overwrites)."""
+    """(the graph of a call of `run`, the result of the call, whose tensors every replay overwrites)."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # an eager call first: kernels are compiled, libraries allocate workspaces
+    # An eager call first, on a side stream as PyTorch's documentation requires. It compiles kernels and lets libraries
+    # allocate their workspaces: neither is allowed during capture.
+    with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,9 @@
-"""Prefill: a long prompt in chunks, so that running requests continue in between; short prompts at once as a graph.
+"""Prefill: computes the keys and values of prompts, and the logits after their last tokens.
 
-Legend: T tokens of a chunk, V the vocabulary of the tokenizer, d the width of the model.
+A long prompt is computed in chunks, one in each step of the scheduler, so that running requests continue in between.
+Short prompts are computed several at once by a CUDA graph (infer/prefill_graphs.py).
+
+Legend: T tokens of a chunk, n prompts, V the vocabulary of the tokenizer, d the width of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 class Prefiller:
     """Prefills prompts in the slots after those of the running requests.
 
-    `active` are the requests in prefill: one whose prompt is computed in chunks, or several of one CUDA graph.
+    `active` are the requests in prefill: either one, in chunks, or several whose prompts one CUDA graph computes.
     """
 
     def __init__(
@@ -45,35 +48,38 @@ class Prefiller:
         self.active: list[ActiveRequest] = []
 
     def accepts(self, request: Request) -> bool:
-        """Whether a request can be prefilled together with the active ones."""
+        """Whether a request can be prefilled together with the active ones: if there are none, or in one CUDA graph."""
         together = [*(active.stream.request for active in self.active), request]
         return len(together) == 1 or self._fit_graph(together)
 
     def add(self, active: ActiveRequest, slot: int) -> None:
-        """Starts the prefill of a request; copies the start of its prompt if another slot has it."""
+        """Starts the prefill of a request; reuses the longest prefix of its prompt that a slot stores."""
         self.active.append(active)  # first: if the following fails, the request must receive the error
         request = active.stream.request
-        # The last token is always computed, for its logits; of a prompt that fits a graph all tokens: it costs no more.
-        entire = request.prompt_logprobs or self._fit_graph([request])
-        active.cached = self.slots.reuse_prefix(slot, active.adapter, () if entire else request.prompt[:-1])
+        # No prefix is reused for log-probabilities of the prompt, which need the logits of all its tokens, and for a
+        # graph, which computes a whole prompt in any case. Else all but the last token may be reused: its logits are
+        # needed.
+        whole = request.prompt_logprobs or self._fit_graph([request])
+        active.cached = self.slots.reuse_prefix(slot, active.adapter, () if whole else request.prompt[:-1])
 
     def step(self, first_slot: int, max_tokens: int) -> tuple[int, Tensor | None]:
-        """One pass over the model: all active prompts as a graph, or up to `max_tokens` of one, in whole tiles.
+        """One pass over the model: all active prompts as a graph, or up to `max_tokens` of one prompt.
 
-        The active requests have the slots from `first_slot` on. Returns (number of tokens, logits (requests, V)
-        float32 if the prompts are complete, else None). The logits are NaN, and returned at once, for a prompt with a
-        hidden state or key that is not finite.
+        The active requests have the slots from `first_slot` on. Returns (number of tokens computed, logits (n, V)
+        float32 after the last token of each prompt; None if the prompt is not complete). For a prompt with a hidden
+        state or key that is not finite the logits are NaN, and returned at once: the scheduler ends the request.
         """
         if self._fit_graph([active.stream.request for active in self.active]):
             return self._prefill_graph(first_slot)
         (active,) = self.active
+        # Chunks end at multiples of a tile, counted from the prompt's start, so that their size changes no bit.
         end = active.cached + max_tokens // tiles.PREFILL_TILE * tiles.PREFILL_TILE
         chunk = active.ids[active.cached : end]
         return len(chunk), self._prefill_chunk(active, chunk, first_slot)
 
     def _prefill_graph(self, first_slot: int) -> tuple[int, Tensor]:
         prompts = [Prompt(active.ids, first_slot + n, self.adapter_id(active)) for n, active in enumerate(self.active)]
-        logits = self.graphs.prefill(prompts)
+        logits = self.graphs.prefill(prompts)  # (n, V)
         for active, prompt in zip(self.active, prompts, strict=True):
             active.cached = len(active.ids)
             self.slots.append(prompt.slot, prompt.ids, Phase.PREFILL)
@@ -84,11 +90,13 @@ class Prefiller:
         adapter_ids = None if adapter_id == BASE else torch.tensor([adapter_id], device=device)  # (1,)
         ids = torch.tensor([chunk], device=device)  # (1, T)
         hidden = self.model.hidden(ids, cache=self.slots.cache.slot(slot), adapter_ids=adapter_ids)[0]  # (T, d)
+        # The output of attention may be finite although a key is NaN, so both are checked. `bool` waits for the GPU.
         if not bool(hidden[-1].isfinite().all() & self.slots.cache.keys_finite(slot, len(chunk))):
             return hidden.new_full((1, self.vocab_size), torch.nan, dtype=torch.float32)
         request = active.stream.request
         if request.prompt_logprobs:
-            logits = self.model.infer_logits(hidden[None], Phase.PREFILL, adapter_ids)[0, :, : self.vocab_size]
+            logits = self.model.infer_logits(hidden[None], Phase.PREFILL, adapter_ids)[0]  # (T, padded V)
+            logits = logits[:, : self.vocab_size]  # (T, V)
             active.prompt_logprobs += prompt_logprobs(
                 self.tokenizer, active.ids, active.cached, logits, request.logprobs or 0
             )
@@ -97,10 +105,11 @@ class Prefiller:
         if active.cached < len(active.ids):
             return None
         active.stream.prompt = tuple(active.prompt_logprobs)
-        return self.model.infer_logits(hidden[None, -1:], Phase.DECODE, adapter_ids)[0, :, : self.vocab_size]
+        # DECODE as in infer/generate.py and the graphs: only the same tiles give the same bits.
+        return self.model.infer_logits(hidden[None, -1:], Phase.DECODE, adapter_ids)[0, :, : self.vocab_size]  # (1, V)
 
     def adapter_id(self, active: ActiveRequest) -> int:
-        """The id of the request's adapter."""
+        """The id of the request's adapter in the adapter banks."""
         return BASE if active.adapter is None else self.adapters.ids[active.adapter]
 
     def _fit_graph(self, requests: list[Request]) -> bool:

@@ -12,7 +12,7 @@ from octavo.errors import OctavoError, UsageError
 from octavo.infer.generate import check_prompt
 from octavo.infer.sample import Sampling
 
-SEEDS = -(2**63), 2**64 - 1  # the range of PyTorch's generators
+SEEDS = -(2**63), 2**64 - 1  # smallest and largest seed of a torch.Generator
 
 
 class QueueFullError(OctavoError):
@@ -35,7 +35,7 @@ class Request:
 
 
 def check_request(request: Request, *, context: int, vocab_size: int) -> None:
-    """UsageError for a request that would fail within a step, together with other requests."""
+    """UsageError for a request that would fail within a step: an exception there ends all requests of the step."""
     check_prompt(request.prompt, context)
     if wrong := [token for token in request.prompt if not 0 <= token < vocab_size]:
         raise UsageError(f"There is no token {wrong[0]}.", hint=f"Tokens are numbered 0 to {vocab_size - 1}.")
@@ -70,8 +70,8 @@ class Stream:
 
     request: Request
     adapter: ServedAdapter | None = None
-    first_token: float | None = None  # perf_counter() when it was put
-    prompt: tuple[Token, ...] = ()  # with `prompt_logprobs`: set before the first token; the first has no logprob
+    first_token: float | None = None  # perf_counter() at the first token
+    prompt: tuple[Token, ...] = ()  # its tokens, with `prompt_logprobs`; set before the first token of the answer
     error: str = ""
     failure: Exception | None = None  # the exception of `error`
     _tokens: SimpleQueue[Token] = field(default_factory=SimpleQueue)
@@ -105,14 +105,14 @@ class Stream:
         if self._on_token is not None:
             try:
                 self._on_token()
-            except Exception:  # the listener is gone; other requests must continue
+            except Exception:  # nobody reads this stream any more; the other requests must continue
                 self._on_token = None
                 self.cancel()
 
     def notify(self, on_token: Callable[[], None]) -> None:
         """Calls `on_token` after each token from now on, in the engine's thread: it must not block.
 
-        A caller that then reads `ready()` once and waits for calls misses no token.
+        After this call, read `ready()` once: tokens that arrived before it caused no call.
         """
         self._on_token = on_token
 
@@ -134,8 +134,8 @@ class Limits:
 
     slots: int = 8  # requests at once
     max_len: int = 2048  # tokens of a request: prompt and answer
-    chunk: int = 256  # prompt tokens of a step
-    queue: int = 64  # waiting requests, in addition to those that the next step admits to free slots
+    chunk: int = 256  # the most prompt tokens of a step
+    queue: int = 64  # waiting requests, without those for which a slot is free
     deterministic: bool = False
 
 
@@ -164,6 +164,6 @@ class Stats:
     cancelled_total: int = 0
     failed_total: int = 0
     prompt_tokens_total: int = 0
-    reused_tokens_total: int = 0  # of prompts: copied from a slot with the same start
+    reused_tokens_total: int = 0  # prompt tokens whose keys and values another slot had (prefix caching)
     generated_tokens_total: int = 0
     steps_total: int = 0

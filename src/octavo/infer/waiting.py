@@ -1,4 +1,4 @@
-"""The queue of waiting requests and the counters: what the engine's thread shares with the threads that submit."""
+"""The queue of waiting requests and the counters, which the engine's thread shares with the threads that submit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class WaitingQueue:
             self.changed.notify()
 
     def take(self, accepts: Callable[[Request], bool]) -> Stream | None:
-        """Removes and returns the oldest request; None if there is none, or `accepts` refuses it."""
+        """Removes and returns the oldest request; None if there is none or `accepts` refuses it.
+
+        A refused request is not passed over: a later one must not delay it.
+        """
         with self.changed:
             if not self._streams or not accepts(self._streams[0].request):
                 return None
@@ -45,7 +48,7 @@ class WaitingQueue:
             self._streams = deque(stream for stream in self._streams if not stream.cancelled)
         return cancelled
 
-    def count(self, name: str, more: int = 1) -> None:
+    def count(self, name: str, increment: int = 1) -> None:
         """Adds to the counter of a field of Stats."""
         with self.changed:
-            self.counts[name] += more
+            self.counts[name] += increment

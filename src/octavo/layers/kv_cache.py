@@ -1,7 +1,9 @@
 """The key/value cache of inference, allocated once for a fixed number of positions.
 
-`cache.next(T)` gives a view for T new positions of every row: their indices, and attention over the stored and the new
-keys and values.
+A forward pass over T new positions calls `view = cache.next(T)` once. Each block then calls `view.attend`, which stores
+the block's new keys and values and attends over all of them, and at the end the pass calls `view.finish`. There are
+three views, for three kinds of passes: AppendView (any number of tokens after equally many in every row), PrefillView
+(entire prompts into empty slots) and DecodeView (one token in each of several slots of different lengths).
 
 Legend: L blocks, B rows of a batch, T new positions, S positions allocated (max_len), H query heads, G key/value heads,
 D the size of a head.
@@ -20,38 +22,39 @@ from octavo.ops.tiles import Phase
 
 
 class CacheView(Protocol):
-    """The new positions of one forward pass."""
+    """A forward pass over T new positions of each row of a cache."""
 
     @property
     def phase(self) -> Phase:
-        """Prefill of prompts, or decode of one new token for each row."""
+        """Prefill, or decode of one new token for each row: it selects the tiles of all matmuls (ops/tiles.py)."""
         ...
 
     @property
     def positions(self) -> Tensor:
-        """(B or 1, T) int64."""
+        """(B, T) int64, or (1, T) if they are the same in all rows; the rotary embedding needs them."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores k, v (B, T, G, D) of one block; causal attention of q (B, T, H, D) over all of a row: (B, T, H, D)."""
+        """Stores k and v (B, T, G, D) of one block. Returns (B, T, H, D): causal attention of q (B, T, H, D) over the
+        stored and the new positions of its row."""
         ...
 
     def finish(self) -> None:
-        """Adds the positions to the cache's length, after all blocks have stored them."""
+        """Adds T to the length of the cache, after all blocks. No effect if the caller counts lengths itself."""
         ...
 
 
 class Cache(Protocol):
-    """A cache that a model's forward pass uses."""
+    """What `Decoder.hidden` needs of a cache."""
 
     def next(self, count: int) -> CacheView: ...
 
 
 class KeyValueCache:
-    """Rows of equal length: keys and values of every block, (L, B, S, G, D) each. `length` positions are stored."""
+    """Rows of equal length; keys and values of every block. The first `length` positions of each row are stored."""
 
     def __init__(self, layers: int, *, batch: int, max_len: int, **shape: Any) -> None:
-        self.keys, self.values = _empty_cache(torch.empty, layers, batch, max_len, **shape)
+        self.keys, self.values = _empty_cache(torch.empty, layers, batch, max_len, **shape)  # (L, B, S, G, D) each
         self.max_len = max_len
         self.length = 0
 
@@ -64,15 +67,15 @@ class KeyValueCache:
 
 
 class SlotCache:
-    """Many requests at once: a slot of `max_len` positions for each, (L, slots, S, G, D).
+    """Many requests at once: a slot of `max_len` positions for each. `lengths` are the stored positions of each slot.
 
-    `lengths` are the stored positions of each slot. `slot` is the cache of one slot, `prefill` of several prompts in
-    empty slots, `decode` of one token in each of the first slots.
+    It is no `Cache` itself: `slot`, `prefill` and `decode` give one for a forward pass over one slot, over several
+    prompts in empty slots, or over one token in each of the first slots.
     """
 
     def __init__(self, layers: int, *, slots: int, max_len: int, **shape: Any) -> None:
         # Attention multiplies masked values by 0, so none may be NaN.
-        self.keys, self.values = _empty_cache(torch.zeros, layers, slots, max_len, **shape)
+        self.keys, self.values = _empty_cache(torch.zeros, layers, slots, max_len, **shape)  # (L, slots, S, G, D) each
         self.max_len = max_len
         self.lengths = [0] * slots
 
@@ -85,9 +88,9 @@ class SlotCache:
         return PrefillView(self, slots, lengths)
 
     def decode(self, lengths: Tensor, longest: int, phase: Phase = Phase.DECODE) -> DecodeView:
-        """One new token in each of the first slots: `lengths` (B,) int64 on the cache's device, -1 for an idle slot.
+        """One new token in each of the first B slots. `lengths` (B,) int64 on the cache's device; -1: the slot is idle.
 
-        `longest` is an upper bound of the lengths.
+        `longest` is an upper bound of the lengths: known on the CPU, so that kernels need not wait for `lengths`.
         """
         return DecodeView(self, lengths, longest, phase)
 
@@ -99,7 +102,10 @@ class SlotCache:
         self.lengths[target] = length
 
     def keys_finite(self, slot: int, count: int) -> Tensor:
-        """Whether the last `count` keys of a slot are finite: the output of attention may be finite with NaN keys."""
+        """() bool: whether the last `count` keys of a slot are finite.
+
+        The output of attention does not show that: it may be finite although a key is NaN.
+        """
         end = self.lengths[slot]
         return self.keys[:, slot, end - count : end].isfinite().all()
 
@@ -110,7 +116,7 @@ class SlotCache:
 
 
 class Slot:
-    """One slot, for any number of new tokens."""
+    """One slot as a `Cache` of one row, for any number of new tokens."""
 
     def __init__(self, cache: SlotCache, number: int) -> None:
         self.cache, self.number = cache, number
@@ -125,18 +131,19 @@ class Slot:
 
 
 class PrefillView:
-    """Entire prompts in empty slots, padded at their end to T positions; the padding is stored as zeros.
+    """Entire prompts in empty slots, padded at their end to T positions. It is the `Cache` of this pass and its view.
 
-    All that changes from call to call is in tensors, so that a pass can be one CUDA graph. `finite` (B,) is whether all
-    keys of a prompt are finite: a kernel's output may be finite with NaN keys.
+    The padding is stored as zeros: attention multiplies masked values by 0, so none may be NaN. A pass can be one CUDA
+    graph, since all that changes from call to call is in tensors; the caller sets `SlotCache.lengths`. After the pass
+    `finite` (B,) says whether all keys of a prompt are finite.
     """
 
     phase = Phase.PREFILL
 
     def __init__(self, cache: SlotCache, slots: Tensor, lengths: Tensor) -> None:
         self.cache, self.slots, self.lengths = cache, slots, lengths
-        self.finite = torch.ones_like(slots, dtype=torch.bool)
-        self._starts = torch.zeros_like(slots)
+        self.finite = torch.ones_like(slots, dtype=torch.bool)  # (B,)
+        self._starts = torch.zeros_like(slots)  # (B,): the slots are empty
 
     def next(self, count: int) -> CacheView:
         self.positions = torch.arange(count, device=self.slots.device)[None]  # (1, T)
@@ -145,9 +152,10 @@ class PrefillView:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for store, new in ((self.cache.keys, k), (self.cache.values, v)):
-            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, new.masked_fill(self._padding, 0))
+            padded = new.masked_fill(self._padding, 0)  # (B, T, G, D)
+            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, padded)
         self.finite &= (k.isfinite() | self._padding).flatten(1).all(dim=1)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (slots, S, G, D) each
         return prefill_attention(q, keys, values, self._starts, self.slots)
 
     def finish(self) -> None:
@@ -155,9 +163,9 @@ class PrefillView:
 
 
 class DecodeView:
-    """One new token for each of the first slots, which have different lengths.
+    """One new token for each of the first slots, which have different lengths. It is the `Cache` of this step too.
 
-    All that changes from step to step is in tensors, so that a step can be one CUDA graph; the caller increments
+    A step can be one CUDA graph, since all that changes from step to step is in tensors; the caller increments
     `SlotCache.lengths`.
     """
 
@@ -170,7 +178,7 @@ class DecodeView:
 
     @property
     def positions(self) -> Tensor:
-        return self.lengths.clamp_min(0)[:, None]
+        return self.lengths.clamp_min(0)[:, None]  # (B, 1); an idle slot needs a valid position
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = len(self.lengths)
@@ -182,7 +190,7 @@ class DecodeView:
 
 
 class AppendView:
-    """`count` new positions after `start` stored ones, the same for all rows."""
+    """`count` new positions after `start` stored ones; both are the same for all rows."""
 
     def __init__(
         self, keys: Tensor, values: Tensor, start: int, count: int, set_length: Callable[[int], None], phase: Phase
@@ -191,14 +199,14 @@ class AppendView:
         assert self.end <= keys.shape[2], f"{self.end} positions in a cache of {keys.shape[2]}"
         self.keys, self.values, self.start, self.phase = keys, values, start, phase
         self._set_length = set_length
-        self.positions = torch.arange(start, self.end, device=keys.device)[None]
-        self._starts = torch.full((keys.shape[1],), start, device=keys.device)
+        self.positions = torch.arange(start, self.end, device=keys.device)[None]  # (1, T)
+        self._starts = torch.full((keys.shape[1],), start, device=keys.device)  # (B,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]  # (B, S, G, D) each
         if self.phase is Phase.DECODE:
             return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start)[:, None]
-        keys[:, self.start : self.end] = k
+        keys[:, self.start : self.end] = k  # (B, T, G, D)
         values[:, self.start : self.end] = v
         return prefill_attention(q, keys, values, self._starts)
 
@@ -210,5 +218,5 @@ def _empty_cache(
     make: Callable[..., Tensor], layers: int, rows: int, max_len: int, *,
     heads: int, head_size: int, dtype: torch.dtype, device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (layers, rows, max_len, heads, head_size)
+    shape = (layers, rows, max_len, heads, head_size)  # (L, rows, S, G, D)
     return make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device)

@@ -4,8 +4,8 @@
 argument runs octavo's kernels, else to the reference. `kernels_disabled_reason` and `hopper_kernels_disabled_reason`
 decide that, as functions of the device's `Capabilities`.
 
-`set_backends` holds the one setting of the process that decides which code runs, as --no-kernels and --attention do.
-Why it is no argument: docs/design/kernels.md.
+`set_backends` changes the one global setting: which of these code paths the process uses, from --no-kernels and
+--attention. docs/design/kernels.md explains why it is not an argument of every function.
 """
 
 from __future__ import annotations
@@ -117,12 +117,16 @@ def kernel(reference: Operation) -> Operation: ...
 @overload
 def kernel(*, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"]) -> Callable[[Operation], Operation]: ...
 def kernel(reference: Any = None, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None = None) -> Any:
-    """Marks a reference that has a kernel. The device of its first argument decides which of both runs.
+    """Marks a reference that has a kernel. The device of its first argument decides which of the two runs.
 
-    On the meta device, where tensors have shapes and no values, neither runs, so that a whole training step is
-    simulated (train/simulate.py): a call takes the memory of the kernel, and OP_OBSERVERS see its tensors. The memory
-    is none; or the result that `on_meta` makes of the first argument; or, if `on_meta` is "kernel", what the kernel's
-    Python function allocates there, which itself observes and launches nothing (without kernels/: the reference).
+    On the meta device, where tensors have shapes and no values, neither computes anything. A training step is simulated
+    there to forecast its memory (train/simulate.py), so a call allocates what the kernel would allocate, and
+    OP_OBSERVERS get its tensors. `on_meta` says what a call does there:
+
+    - None: it allocates nothing and returns None, as an in-place operation.
+    - a function: it returns this function of the first argument.
+    - "kernel": it calls the kernel's Python function, which allocates its tensors, calls `observe` and launches nothing
+      on the meta device. If the folder kernels/ was deleted, it calls the reference.
     """
     if reference is None:
         return functools.partial(_dispatched, on_meta=on_meta)
@@ -146,6 +150,6 @@ def _dispatched(reference: Operation, *, on_meta: Callable[[Tensor], Tensor] | L
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among arguments, also those in tuples."""
+    """The tensors among positional arguments, also those in tuples."""
     flat = [x for argument in arguments for x in (argument if isinstance(argument, tuple) else (argument,))]
     return [x for x in flat if isinstance(x, Tensor)]

@@ -33,19 +33,23 @@ class _Prompt:
 
 @dataclass
 class _ChoiceBuilder:
-    """Turns the tokens of one choice into response chunks. Tracks text offsets across chunks."""
+    """Turns the tokens of one choice into response chunks, and joins them if the response is not streamed.
+
+    With `echo` the text of a choice is the prompt followed by the answer, and `text_offset` counts from the start of
+    the prompt. With `max_tokens` 0 the answer is empty: the engine always generates one token, which is discarded.
+    """
 
     body: CompletionRequest
     prompt: _Prompt
     vocabulary: Vocabulary
-    index: int
-    length: int = 0  # characters so far
-    generated: int = 0  # tokens counted as completion tokens
-    started: bool = False
+    index: int  # of the choice in the response
+    length: int = 0  # characters of the text so far
+    generated: int = 0  # tokens of the answer so far, for `usage`
+    started: bool = False  # whether the first chunk, with the echo, has been built
     chunks: list[CompletionChoice] = field(default_factory=list)
 
     def chunk(self, token: Token, prompt: Sequence[Token]) -> CompletionChoice:
-        """The chunk for `token`. The first chunk starts with the echo; `prompt` has its tokens if logprobs are on."""
+        """The chunk for `token`. The first chunk starts with the echo; `prompt` are its tokens if logprobs are on."""
         text, tokens, offsets = "", [], []
         if self.body.echo and not self.started:
             text = self.prompt.text
@@ -94,7 +98,7 @@ class _ChoiceBuilder:
 
 @dataclass
 class _Job:
-    """One running request."""
+    """One HTTP request: one builder, and one stream of the engine, for each choice (each prompt n times)."""
 
     body: CompletionRequest
     served: Served
@@ -134,7 +138,7 @@ class _Job:
 
     async def events(self) -> AsyncIterator[str]:
         async for chunk in self.chunks():
-            if chunk.text or chunk.logprobs or chunk.finish_reason:
+            if chunk.text or chunk.logprobs or chunk.finish_reason:  # not for a part of a character
                 yield event_of(self.document([chunk], None).model_dump_json())
         if self.body.with_usage:
             yield event_of(self.document([], self.usage).model_dump_json())

@@ -1,4 +1,8 @@
-"""Reads the engine's token streams from the event loop until they end, the client disconnects, or time runs out."""
+"""The engine's token streams in asyncio: read until they end, the client disconnects, or the deadline passes.
+
+The engine's thread writes tokens; the event loop's thread reads them. After each token the engine's thread schedules
+`_changed.set` in the event loop with `call_soon_threadsafe`, so no thread waits for a request.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from octavo.server.errors import ApiError, unavailable
 from octavo.server.metrics import Metrics
 
 LOG = logging.getLogger("octavo.server")
-# A client that does not read blocks sending. The connection is closed this long after the request's deadline.
+# Sending blocks while the client does not read. The connection is closed this long after the request's deadline.
 SEND_SECONDS = 5.0
 
 
@@ -43,12 +47,12 @@ class Generation:
         self.deadline = loop.time() + seconds
         self._seconds, self._metrics = seconds, metrics
         self._started = perf_counter()
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # set by a token or a disconnect
         self._disconnect = loop.create_task(_wait_for_disconnect(receive))
         self._disconnect.add_done_callback(lambda _: self._changed.set())
 
         def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nothing waits for the event
+            with suppress(RuntimeError):  # the loop is closed: nobody reads the stream
                 loop.call_soon_threadsafe(self._changed.set)
 
         for stream in streams:
@@ -72,7 +76,7 @@ class Generation:
         running = dict(enumerate(self.streams))
         first = True
         while running:
-            self._changed.clear()
+            self._changed.clear()  # before reading: a token that arrives during the reads sets it again
             arrived = [(index, token) for index, stream in running.items() for token in stream.ready()]
             if self._disconnect.done():
                 self._metrics.disconnected += 1
@@ -113,7 +117,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events of a generation. The slots are freed when sending ends or fails."""
+    """A response of server-sent events. The slots of its generation are freed when sending ends or fails."""
 
     media_type = "text/event-stream"
 
@@ -125,6 +129,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        # TimeoutError and OSError: the client does not read, or is gone. There is nobody to receive an error.
         with self._generation as generation, suppress(TimeoutError, OSError):
             async with asyncio.timeout_at(generation.deadline + SEND_SECONDS), aclosing(self._bodies()) as bodies:
                 await send(start)
@@ -144,7 +149,7 @@ class EventStream(Response):
 
 
 def event_of(data: str) -> str:
-    """One server-sent event."""
+    """`data` as one server-sent event."""
     return f"data: {data}\n\n"
 
 

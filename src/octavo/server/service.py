@@ -1,4 +1,4 @@
-"""Shared by all routes: the engine, limits, model names, tokenization of prompts."""
+"""What all routes share: the engine, model names, limits and their errors, tokenization of prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """The engine's interface as the server uses it; implemented by infer/engine.py."""
+    """The methods of infer/engine.py that the server calls. Tests implement them without a model."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast: ...
@@ -53,12 +53,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """A served model. `adapter` is None for the base model."""
+    """A model of /v1/models: the base model or an adapter on it."""
 
     name: str
-    adapter: str | None
-    fingerprint: str
-    created: int
+    adapter: str | None  # its name in the engine; None for the base model
+    fingerprint: str  # sha256 of its weights
+    created: int  # Unix time
 
 
 @dataclass
@@ -74,34 +74,35 @@ class Service:
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.engine.tokenizer)
-        self._longest_token = max(map(len, self.engine.tokenizer.get_vocab()))  # characters (byte-level: bytes)
-        # Tokenizing a long prompt takes a second, so it runs in a thread. There is only one: tokenizers are not thread
-        # safe, and the other cores remain available to the engine.
+        # Characters; in a byte-level vocabulary bytes, of which a character has at least one.
+        self._longest_token = max(map(len, self.engine.tokenizer.get_vocab()))
+        # Tokenizing a long prompt takes a second, so it runs in a thread, not in the event loop. There is one thread:
+        # tokenizers are not thread safe, and the other cores remain available to the engine.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="octavo-encoder")
 
     @property
     def longest_prompt(self) -> int:
-        """Maximum number of prompt tokens: at least one position of the context remains for a new token."""
+        """Maximum number of prompt tokens: one position of the context must remain for a new token."""
         max_len = self.engine.context - 1
         return min(max_len, self.options.max_prompt_tokens or max_len)
 
-    def names(self) -> list[Served]:
-        """The base model, then the adapters in the order of loading."""
+    def models(self) -> list[Served]:
+        """The served models: the base model, then the adapters in the order of loading."""
         engine = self.engine
         base = Served(engine.base, None, engine.base_sha256, self.created)
         return [base, *(Served(a.name, a.name, a.sha256, int(a.loaded_at)) for a in engine.adapters().values())]
 
     def named(self, model: str | None) -> Served:
         """The served model named `model`. None: the first adapter, else the base model. 404 for an unknown name."""
-        names = self.names()
+        models = self.models()
         if model is None:
-            return names[1] if len(names) > 1 else names[0]
-        match = next((served for served in names if served.name == model), None)
+            return models[1] if len(models) > 1 else models[0]
+        match = next((served for served in models if served.name == model), None)
         if match is None and model in self.engine.draining():
             message = f"The adapter `{model}` is being unloaded and accepts no new requests."
             raise ApiError(404, message, code="model_not_found", param="model")
         if match is None:
-            available = ", ".join(served.name for served in names)
+            available = ", ".join(served.name for served in models)
             raise ApiError(
                 404,
                 f"The model `{model}` does not exist. Available: {available}.",
@@ -119,13 +120,13 @@ class Service:
         """400 for unsupported fields of a body that would change the output."""
         check_fields(body, self.unknown_fields, route=route)
 
-    async def encode_text(self, text: str, *, begin: bool = True, param: str = "prompt") -> list[int]:
-        """Token ids of a text to continue, without the BOS token if `begin` is False."""
+    async def encode_text(self, text: str, *, bos: bool = True, param: str = "prompt") -> list[int]:
+        """Token ids of a text to continue, without the BOS token if `bos` is False."""
         tokenizer = self.engine.tokenizer
 
         def encode() -> list[int]:
             ids = encode_prompt(text, tokenizer)
-            return ids if begin else ids[len(bos_ids(tokenizer)) :]
+            return ids if bos else ids[len(bos_ids(tokenizer)) :]
 
         return await self._encoded(encode, characters=len(text), param=param)
 
@@ -139,9 +140,10 @@ class Service:
         )
 
     async def _encoded(self, encode: Callable[[], list[int]], *, characters: int, param: str) -> list[int]:
-        """Runs `encode` in the tokenizer thread. 400 if it fails or if the text is certainly too long.
+        """Runs `encode` in the tokenizer thread. 400 if it fails, or if the text is certainly too long.
 
-        The length check comes first: megabytes of text would block the shared thread for seconds.
+        A text of c characters has at least c / (longest token) tokens. This bound is checked first: megabytes of text
+        would block the thread, which all requests share, for seconds.
         """
         if characters > self.longest_prompt * self._longest_token:
             raise bad_request(
@@ -153,6 +155,7 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         except (DataError, UsageError) as error:
+            # `encode_conversation` names its argument "the conversation", line 1, as if it were a file.
             raise bad_request(error.message.removeprefix("the conversation:1: "), param=param) from error
 
     def check_prompt(self, ids: Sequence[int], *, param: str) -> None:
@@ -205,7 +208,10 @@ class Service:
         ]
 
     def begin(self, requests: Sequence[Request], receive: Receive) -> Generation:
-        """Submits all requests for the client of `receive`, or none of them: 400, 404, 429 or 503."""
+        """Submits all requests or none. ApiError with 400, 404, 429 or 503 if the engine refuses one.
+
+        `receive` is the ASGI function of the HTTP request: it reports when the client disconnects.
+        """
         streams = self._submit(requests)
         adapter = streams[0].adapter  # the adapter at submission: the name may be reloaded meanwhile
         return Generation(

@@ -42,7 +42,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/v1/models", tags=["OpenAI"])
     async def models() -> ModelList:
         """Lists the base model and its adapters."""
-        return ModelList(data=[model_card(served) for served in service.names()])
+        return ModelList(data=[model_card(served) for served in service.models()])
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"])
     async def model(model: str) -> ModelCard:
@@ -63,7 +63,7 @@ def _add_tokens(routes: APIRouter, service: Service) -> None:
         service.check_fields(body, "/tokenize")
         served = service.named(body.model)
         if isinstance(body, TokenizeText):
-            ids = await service.encode_text(body.prompt, begin=body.add_special_tokens)
+            ids = await service.encode_text(body.prompt, bos=body.add_special_tokens)
         else:
             ids = await service.encode_chat(body.messages)
         return Tokens(tokens=ids, count=len(ids), max_model_len=engine.context, system_fingerprint=served.fingerprint)
@@ -85,7 +85,7 @@ def _add_state(routes: APIRouter, service: Service) -> None:
         paths = [f"{method.upper()} {path}" for path, methods in paths_schema.items() for method in methods]
         return Index(
             version=__version__,
-            models=[served.name for served in service.names()],
+            models=[served.name for served in service.models()],
             routes=[*paths, "GET /docs", "GET /openapi.json"],
         )
 
@@ -115,6 +115,6 @@ def _add_state(routes: APIRouter, service: Service) -> None:
     async def metrics() -> PlainTextResponse:
         """Metrics in Prometheus text format."""
         text = service.metrics.text(
-            service.engine.stats(), [(served.name, served.fingerprint) for served in service.names()]
+            service.engine.stats(), [(served.name, served.fingerprint) for served in service.models()]
         )
         return PlainTextResponse(text, headers={"Content-Type": CONTENT_TYPE})

@@ -1,6 +1,7 @@
-"""The training loop: a generator that yields a `Step` for each optimizer step; the caller does the rest.
+"""The training loop: a generator that yields a `Step` for each optimizer step.
 
-One loop serves every model, scheme, data format and device. What varies comes in as arguments.
+The caller evaluates, logs and writes checkpoints between two steps. The loop is the same for every model, scheme, data
+format and device.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from torch import Tensor, nn
 
 from octavo.data.loader import Batch, Position
 from octavo.errors import TrainingError
-from octavo.failures import out_of_memory as out_of_memory
+from octavo.failures import out_of_memory
 from octavo.layers.lora import FlatGroup, gradients_in_place
 from octavo.models import Decoder
 from octavo.train.optim import Adam, LossScaler, Schedule
 from octavo.train.step import MicroStep, micro_batches
 
+# A float16 gradient that overflows at a scale below this one exceeds 65,504 * 2**10 unscaled, or is NaN: no smaller
+# scale helps. From the first scale 2**13 (LossScaler) it takes 24 skipped steps in a row to get here.
+MIN_LOSS_SCALE = 2.0**-10
+
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `loss` is the mean over the step's trained tokens, in nats; None if there are none."""
+    """One optimizer step."""
 
     number: int  # counted from 1
-    loss: float | None
+    loss: float | None  # weighted mean over the step's trained tokens, in nats; None if there are none
     learning_rate: float
     gradient_norm: float  # before clipping
     trained_tokens: int
     tokens: int  # without padding
     seconds: float
-    following: Position  # of the next batch in the data
+    following: Position  # of the next batch in the data: where a resumed run continues
     skipped: bool  # float16 only: the gradients overflowed and the update was left out
 
     @property
@@ -45,10 +50,10 @@ class Step:
 
 @dataclass
 class Trainer:
-    """The parts of a run. `parameters` are the trained ones by name, views into the optimizer's flat buffers.
+    """What a training step needs. `parameters` are the trained ones by name, views into the optimizer's flat buffers.
 
-    `sum_over_ranks` is the one place where several processes add up their gradients (`FlatGroup.values.grad`), once per
-    optimizer step, before they are unscaled and clipped. In one process there is nothing to add.
+    `sum_over_ranks` adds the gradients (`FlatGroup.values.grad`) of several processes, once per optimizer step, before
+    they are unscaled and clipped. The default is for one process and does nothing.
     """
 
     model: Decoder
@@ -64,11 +69,11 @@ class Trainer:
 def train(trainer: Trainer, batches: Iterator[Batch], *, done: int = 0) -> Iterator[Step]:
     """Steps done+1 .. schedule.total, each on the next batch.
 
-    The loss of a step is normalized by the total weight of all its labels, so that without
-    dropout its micro-batches have no influence beyond rounding. Randomness (dropout) is a function of (seed, step,
-    micro-batch): with micro-batches of another size the masks differ. TrainingError for a loss that is
-    not finite, and, at the first step with trained tokens, for trained parameters without a gradient. A step without
-    trained tokens changes nothing.
+    The loss of a step is the sum over its micro-batches, divided by the total weight of all their labels: without
+    dropout the split into micro-batches changes it by rounding only. Randomness (dropout) is a function of (seed, step,
+    micro-batch): with micro-batches of another size the masks differ. TrainingError for a loss that is not finite, and,
+    at the first step with trained tokens, for trained parameters without a gradient. A step without trained tokens
+    changes nothing.
     """
     trainer.model.train()
     checked = False
@@ -95,7 +100,8 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     trainer.sum_over_ranks(optimizer.groups)
     scaler.unscale_(optimizer.groups)
     gradient_norm = optimizer.gradient_norm()
-    # The one place of a step where the CPU waits for the GPU: no update before loss and gradients are checked.
+    # One transfer for all scalars, the only wait of the CPU for the GPU in a step: loss and gradients must be checked
+    # before the update.
     *values, norm = torch.stack([*losses, gradient_norm]).tolist()
     values = [value / weight for value in values]
     if not all(map(math.isfinite, values)):
@@ -104,8 +110,8 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     finite = math.isfinite(norm)
     if check and trains:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
-        assert gradients_in_place(optimizer.groups)
-    if not finite and (not scaler.active or scaler.scale < 2.0**-10):
+        assert gradients_in_place(optimizer.groups)  # else the optimizer would not see them
+    if not finite and (not scaler.active or scaler.scale < MIN_LOSS_SCALE):
         raise _gradient_not_finite(number, batch)
     learning_rate = trainer.schedule.at(number)
     if finite and trains:
@@ -168,8 +174,9 @@ def check_weights(batch: Batch) -> None:
 def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bool = True) -> None:
     """TrainingError unless every trained parameter has a finite gradient, and A or B of each LoRA one that is not zero.
 
-    The gradient of a new A is exactly zero, since its B is zero (for an embedding the other way round). LoRA without
-    any gradient would end the run with an adapter that does nothing, unnoticed until it is used.
+    Only one of the two can be nonzero at the first step: dL/dA has the factor B, which starts as zero in a linear, and
+    dL/dB has the factor A, which starts as zero in an embedding. If both are zero, the run would end with an adapter
+    that changes nothing, unnoticed until it is used.
     """
     missing = [name for name, p in parameters.items() if p.grad is None]
     infinite = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
@@ -177,11 +184,11 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bo
     for name, p in parameters.items():
         group = name.removesuffix(".lora_A").removesuffix(".lora_B")
         received[group] = received.get(group, False) or (p.grad is not None and bool(p.grad.any()))
-    silent = [name for name, any_ in received.items() if not any_]
-    if missing or silent:
-        names = missing or silent
+    zero = [name for name, nonzero in received.items() if not nonzero]
+    if missing or zero:
+        names = missing or zero
         reached = f"No gradient reaches {names[0]}" + (f" and {len(names) - 1} more." if len(names) > 1 else ".")
-        if len(silent) == len(received):
+        if len(zero) == len(received):
             raise TrainingError(
                 f"{reached} None of the trained parameters receives one.",
                 hint="The activations of the base model are zero or overflow: its weights may be damaged, all zero or "

@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw8bit", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 STATE = ("state1", "state2", "absmax1", "absmax2")  # of 8-bit Adam: bitsandbytes' names
 TORCH_STATE = {"step", "exp_avg", "exp_avg_sq"}  # of torch.optim.AdamW
-SMALL = 4096  # values: a smaller buffer has moments of 32 bits, as in bitsandbytes
+MIN_8BIT_VALUES = 4096  # a buffer of fewer values has 32-bit moments, as in bitsandbytes (min_8bit_size)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Schedule:
 
 
 class Adam:
-    """The optimizer of one run. Updates the buffers of `groups` in place."""
+    """AdamW over flat buffers. Updates the buffers of `groups` in place: so the parameters, which are views, change."""
 
     def __init__(self, groups: Sequence[FlatGroup], settings: OptimizerSettings) -> None:
         if settings.kind not in OPTIMIZERS:
@@ -76,7 +76,7 @@ class Adam:
         self._updates: list[_Update] = [update(group, settings) for group in self.groups]  # one for each group
 
     def zero_gradients(self) -> None:
-        """In place: the gradients of the parameters are views of the buffers."""
+        """Sets all gradients to zero, in place: the gradients of the parameters are views of the buffers."""
         for group in self.groups:
             assert group.values.grad is not None
             group.values.grad.zero_()
@@ -91,7 +91,7 @@ class Adam:
     def step(self, learning_rate: float, *, gradient_norm: Tensor) -> None:
         """Clips the gradients, whose norm is given, and updates all groups."""
         if self.settings.max_grad_norm > 0:
-            # 1e-6 as in torch.nn.utils.clip_grad_norm_. The factor stays on the device: no wait for its value.
+            # 1e-6 as in torch.nn.utils.clip_grad_norm_. The factor stays a tensor on the device: `item` would wait.
             factor = (self.settings.max_grad_norm / (gradient_norm + 1e-6)).clamp_max(1.0)  # ()
         else:
             factor = torch.ones_like(gradient_norm)
@@ -109,6 +109,7 @@ class Adam:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores a state of `state`. CheckpointError if it belongs to buffers of other sizes."""
         for index, (group, update) in enumerate(zip(self.groups, self._updates, strict=True)):
+            # {} is a valid state: a checkpoint before the first step of PyTorch's AdamW has no moments.
             saved = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
             moments = [tensor for tensor in saved.values() if tensor.numel() == group.values.numel()]
             if saved and len(moments) < 2:
@@ -119,7 +120,7 @@ class Adam:
 
 
 class _Update(Protocol):
-    """The optimizer of one group."""
+    """The update of one group's buffer."""
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         """One step, with the gradient times `factor`."""
@@ -130,7 +131,7 @@ class _Update(Protocol):
 
 
 class _TorchAdamW:
-    """AdamW with 32-bit moments: PyTorch's."""
+    """AdamW with 32-bit moments: `torch.optim.AdamW` on the flat buffer."""
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         betas, decay = (settings.beta_1, settings.beta_2), settings.weight_decay if group.decays else 0.0
@@ -160,20 +161,20 @@ class _TorchAdamW:
 
 
 class _Adam8bit:
-    """AdamW with 8-bit moments, or 32-bit moments for a buffer of fewer than SMALL values."""
+    """AdamW with 8-bit moments, or 32-bit moments for a buffer of fewer than MIN_8BIT_VALUES values."""
 
     def __init__(self, group: FlatGroup, settings: OptimizerSettings) -> None:
         self.values, self.settings = group.values, settings
         self.decay = settings.weight_decay if group.decays else 0.0
         self.steps = 0
-        small = self.values.numel() < SMALL
-        zeros = torch.zeros_like(self.values), torch.zeros_like(self.values)  # (n,) each
-        self.moments = zeros if small else no_moments(self.values)
+        zeros = torch.zeros_like(self.values), torch.zeros_like(self.values)  # (n,) float32 each
+        self.moments = zeros if self.values.numel() < MIN_8BIT_VALUES else no_moments(self.values)
 
     def step(self, learning_rate: float, factor: Tensor) -> None:
         settings = self.settings
         self.steps += 1
-        # Bias correction (arXiv 1412.6980, algorithm 1) is in the step size and in the root of the second moment.
+        # Bias correction (arXiv 1412.6980, algorithm 1): with m and v uncorrected, the step is
+        # lr / (1 - beta_1^t) m / (sqrt(v) / sqrt(1 - beta_2^t) + eps). Weight decay is decoupled: values *= keep.
         rates = Rates(
             settings.beta_1, settings.beta_2, settings.eps, keep=1 - learning_rate * self.decay,
             size=learning_rate / (1 - settings.beta_1**self.steps), root=math.sqrt(1 - settings.beta_2**self.steps),
@@ -200,10 +201,11 @@ class _Adam8bit:
 
 
 class LossScaler:
-    """Loss scaling for float16 (arXiv 1710.03740, section 4.2): backward starts from `scale`, gradients are unscaled.
+    """Dynamic loss scaling for float16 (arXiv 1710.03740): small gradients would round to zero in float16.
 
-    A step whose gradients are not finite is skipped and halves the scale; `patience` good steps in a row double it. For
-    other dtypes the scale is 1.
+    The loss is multiplied by `scale` before backward, and the gradients are divided by it. A step whose gradients are
+    not finite is skipped and halves the scale; `patience` finite steps in a row double it. For other dtypes the scale
+    is 1.
     """
 
     def __init__(self, dtype: torch.dtype, *, patience: int = 200) -> None:

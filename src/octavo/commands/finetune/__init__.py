@@ -1,8 +1,8 @@
 """`octavo finetune`: trains an adapter on text files, and evaluates the model before and after.
 
-runs/folder.py lists the files of a run folder. A checkpoint has the
-whole state of a run: adapter, optimizer, loss scaler, data position and the best result so far. Data order and dropout
-are functions of the seed. A run that was killed and resumed therefore gives the same bits as an uninterrupted one.
+A checkpoint has the whole state of a run: adapter, optimizer, loss scaler, data position and the best result so far.
+Data order and dropout are functions of the seed and the step, without state. So a run that was killed and resumed gives
+the same bits as an uninterrupted one. The files of a run folder are listed in runs/folder.py.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint; returns the document of `--json`.
 
-    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too. Raises the
-    errors of errors.py, and StopRequest for a signal outside of the training loop. The newest checkpoint is always
-    complete.
+    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too. A signal
+    (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
+    second signal, or one at any other time, raises StopRequest at once. Other errors are those of errors.py.
     """
     with stop_signals() as signals:
         try:
@@ -70,7 +70,10 @@ def finetune(
 
 
 def _ready(config: Config, report: Report) -> Run:
-    """A run after its dry run, with the state of its newest checkpoint if it is resumed; writes the settings."""
+    """Prepares a run: loads data, model and adapter, restores the newest checkpoint if resumed, makes a dry run.
+
+    Writes the settings only after the dry run: a run that does not fit into memory writes none.
+    """
     if not config[RunOptions].resume:
         events.resume_from(report, -1)  # discards the events of a call that was killed before its first step
     run = prepare(config, report)
@@ -167,7 +170,7 @@ def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
 
 
 def _between(run: Run, step: Step) -> bool:
-    """Evaluations and samples after a step, before its checkpoint. Whether the held-out loss improved."""
+    """Evaluates and samples after a step, before its checkpoint, if due. Returns whether the held-out loss improved."""
     options = run.config[RunOptions]
     every = options.eval_every or math.ceil(run.total / DEFAULT_EVALUATIONS)
     improved = (step.number % every == 0 or step.number == run.total) and evaluate_held_out(run)
