@@ -13,8 +13,8 @@ import torch
 
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
-from octavo.runs import checkpoint
-from octavo.runs.adapter import adapter_folder
+from octavo.runs import checkpoint, checkpoint_folder
+from octavo.runs.adapter import adapter_folder, read_adapter
 from octavo.runs.checkpoint import Contents
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
@@ -92,10 +92,10 @@ def test_a_step_of_a_run_is_its_checkpoint(run: RunFolder) -> None:
 def test_a_step_without_a_checkpoint_is_an_error_that_lists_the_steps(run: RunFolder) -> None:
     told = refused(run.path.with_name("x@80"))
     assert f"{run.path} has no checkpoint of step 80." in told
-    assert "It has those of the steps 40, 120." in told
+    assert "The run has checkpoints of the steps 40, 120." in told
     for step in (40, 120):
         (run.checkpoints / f"step-{step:08d}").rename(run.path / str(step))
-    assert "It has none." in refused(run.path.with_name("x@80"))
+    assert "The run has no checkpoint." in refused(run.path.with_name("x@80"))
     assert "has no adapter and no checkpoint yet" in refused(run.path)
 
 
@@ -109,20 +109,60 @@ def test_a_damaged_checkpoint_is_named_and_not_read(run: RunFolder) -> None:
     assert "40, 120" in told
 
 
-@pytest.mark.parametrize("name", ["y@40", "x/@40"])
+@pytest.mark.parametrize("name", ["y@40", "y/@40"])
 def test_a_run_that_is_missing_is_an_error(name: str, run: RunFolder) -> None:
-    path = run.path.parent / name
-    if name == "y@40":
-        assert f"There is no run {path.with_name('y')}" in refused(path)
-    else:
-        assert adapter_folder(path, say=pytest.fail, warn=pytest.fail) == path  # no run has an empty name
+    assert f"There is no run {run.path.with_name('y')}" in refused(run.path.parent / name)
 
 
-@pytest.mark.parametrize("name", ["..@40", ".@40", "@40", "x@", "x@4_0", "x@-1", "x@40 ", "x@٤٠"])
+def test_a_slash_before_the_at_sign_changes_nothing(run: RunFolder) -> None:
+    assert found(run.path / "@40") == 40
+    assert "has no checkpoint of step 80" in refused(run.path / "@80")
+
+
+@pytest.mark.parametrize("name", ["..@40", ".@40", "y@-1", "y@"])
 def test_what_is_no_step_of_a_run_is_a_folder(name: str, run: RunFolder) -> None:
     (run.path / "deeper").mkdir()
-    path = run.path / "deeper" / name if name.startswith((".", "@")) else run.path.with_name(name)
+    path = run.path / "deeper" / name
     assert adapter_folder(path, say=pytest.fail, warn=pytest.fail) == path
+
+
+@pytest.mark.parametrize("name", ["x@", "x@4_0", "x@-1", "x@40 ", "x@٤٠", "x/@-1", "x/@"])
+def test_what_follows_the_at_sign_of_a_run_is_a_step_or_an_error(name: str, run: RunFolder) -> None:
+    told = refused(run.path.parent / name)
+    assert f"names no checkpoint: {name.partition('@')[2]!r} after @ is no step." in told
+    assert f"Give a step, as {run.path}@120. The run has checkpoints of the steps 40, 120." in told
+
+
+def test_a_checkpoint_that_is_deleted_before_it_is_read_is_replaced_by_the_newer_one(run: RunFolder) -> None:
+    """A run with --keep-checkpoints 1 saves the next step at that moment."""
+    calls: list[Path] = []
+
+    def find(path: Path) -> Path:
+        folder = adapter_folder(path, say=lambda _: None, warn=pytest.fail)
+        if not calls:
+            checkpoint.save(run.checkpoints, 160, Contents({}, {}, {"adapter": fill_with(160)}), keep=1)
+        calls.append(folder)
+        return folder
+
+    folder, adapter = read_adapter(run.path, find=find)
+    assert (adapter.origin["step"], folder) == (160, run.checkpoints / "step-00000160" / "adapter")
+    assert len(calls) == 2
+    with pytest.raises(AdapterError):  # an error that is not of a deletion is not retried
+        read_adapter(run.path.with_name("y"), find=lambda path: path)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_verified_is_not_damaged(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = checkpoint_folder.verify
+
+    def verify_late(path: Path) -> list[str]:
+        if path.name == "step-00000120":
+            checkpoint.save(run.checkpoints, 160, Contents({}, {}, {"adapter": fill_with(160)}), keep=1)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint_folder, "verify", verify_late)
+    assert found(run.path, "newest checkpoint, step 160") == 160
 
 
 def test_a_folder_with_a_name_like_a_step_is_that_folder(run: RunFolder) -> None:

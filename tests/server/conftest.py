@@ -122,7 +122,7 @@ class FakeEngine:
     def adapters(self) -> dict[str, ServedAdapter]:
         return dict(self.loaded)
 
-    def read_adapter(self, folder: Path) -> Adapter:
+    def read_adapter(self, folder: Path, *, allow_pickle: bool = False) -> Adapter:
         """Replaces `peft.read`: an adapter without tensors. Its hash is that of the tensor file, of any content."""
         why = self.read_errors.get(folder.name)
         if isinstance(why, Exception):

@@ -118,7 +118,9 @@ def test_runs_and_their_checkpoints_are_loaded(server: Any, run: Path) -> None:
 def test_a_step_without_a_checkpoint_is_rejected_with_the_steps(server: Any, run: Path) -> None:
     status, error = server.error(LOAD, lora_name="new", lora_path="run@7")
     assert (status, error["code"], error["param"]) == (400, "adapter_refused", "lora_path")
-    assert error["message"].startswith("The run run has no checkpoint of step 7. It has those of the steps 3, 4.")
+    assert error["message"].startswith(
+        "The run run has no checkpoint of step 7. The run has checkpoints of the steps 3, 4."
+    )
     assert server.error(LOAD, lora_name="new", lora_path="walk@3")[0] == 404
 
 
@@ -170,8 +172,10 @@ def test_a_missing_folder_is_404(server: Any) -> None:
     status, error = server.error(LOAD, lora_name="new", lora_path="macbeth")
     assert (status, error["param"], error["type"]) == (404, "lora_path", "not_found_error")
     assert server.error(LOAD, lora_name="new", lora_path="hamlet/adapter_model.safetensors")[0] == 404
-    for path in ("@3", "..@3", "hamlet/..@3", "hamlet/@3"):  # names of folders, and not of the parent at a step
+    for path in ("..@3", "hamlet/..@3"):  # names of folders, and not of the parent at a step
         assert server.error(LOAD, lora_name="new", lora_path=path)[0] == 404
+    for path in ("@3", "hamlet/@3"):  # the folder before @ is outside, and no run
+        assert server.error(LOAD, lora_name="new", lora_path=path)[0] == 400
 
 
 def test_an_adapter_that_does_not_match_is_rejected_with_the_reason(server: Any, adapters_folder: Path) -> None:

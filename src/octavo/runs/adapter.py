@@ -16,9 +16,12 @@ from pathlib import Path
 from octavo.errors import AdapterError, CheckpointError
 from octavo.runs.checkpoint_folder import folder_of, newest_valid, step_of, verify
 from octavo.runs.folder import RunFolder
+from octavo.store import peft
+from octavo.store.peft import Adapter
 from octavo.store.peft_config import CONFIG
 
 _AT_STEP = re.compile(r"(?P<run>.*[^.].*)@(?P<step>[0-9]{1,12})")  # the name of a folder is not "." or ".."
+_STEP_ALONE = re.compile(r"@(?P<step>[0-9]{1,12})")
 ADAPTER = "adapter"  # the folder in a checkpoint
 
 
@@ -32,10 +35,29 @@ class NamedAdapter:
     @classmethod
     def read(cls, path: Path) -> NamedAdapter:
         """RUN@STEP as a run and a step; a folder that exists under that name is the folder itself."""
-        match = _AT_STEP.fullmatch(path.name)
-        if match is None or os.path.exists(path):  # unlike Path.exists, False for a name that is too long
+        if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             return cls(path)
-        return cls(path.with_name(match["run"]), int(match["step"]))
+        if match := _STEP_ALONE.fullmatch(path.name):
+            return cls(path.parent, int(match["step"]))  # RUN/@STEP
+        if match := _AT_STEP.fullmatch(path.name):
+            return cls(path.with_name(match["run"]), int(match["step"]))
+        return cls(path)
+
+
+def read_adapter(path: Path, *, find: Callable[[Path], Path], allow_pickle: bool = False) -> tuple[Path, Adapter]:
+    """(folder, adapter) that `path` names. `find` is `adapter_folder`, with checks of the caller.
+
+    A run that trains deletes old checkpoints, possibly between finding one and reading it: then the newest one is found
+    and read, once.
+    """
+    folder = find(path)
+    try:
+        return folder, peft.read(folder, allow_pickle=allow_pickle)
+    except (AdapterError, OSError):
+        if os.path.exists(folder) or folder == path:
+            raise
+    folder = find(path)
+    return folder, peft.read(folder, allow_pickle=allow_pickle)
 
 
 def adapter_folder(path: Path, *, say: Callable[[str], None], warn: Callable[[str], None]) -> Path:
@@ -50,6 +72,7 @@ def adapter_folder(path: Path, *, say: Callable[[str], None], warn: Callable[[st
         if named.step is not None:
             return _of_step(run, named.step)
         if (run.path / CONFIG).is_file() or not run.is_run():
+            _check_step(path)
             return run.path
         run.check_format()
         if (run.adapter / CONFIG).is_file():
@@ -65,6 +88,19 @@ def adapter_folder(path: Path, *, say: Callable[[str], None], warn: Callable[[st
     return newest / ADAPTER
 
 
+def _check_step(path: Path) -> None:
+    """AdapterError for a path like RUN@ or RUN@-1: after the name of a run and @ comes no step."""
+    name, at, step = path.name.rpartition("@")
+    run = RunFolder(path.with_name(name) if name.strip(".") else path.parent)
+    if at and not os.path.exists(path) and os.path.isdir(run.path) and run.is_run():
+        steps = run.steps()
+        example = f"{run.path}@{steps[-1] if steps else 100}"
+        raise AdapterError(
+            f"{path} names no checkpoint: {step!r} after @ is no step.",
+            hint=f"Give a step, as {example}. {_checkpoints(steps)}",
+        )
+
+
 def _of_step(run: RunFolder, step: int) -> Path:
     """The adapter of the checkpoint of `step`."""
     if not run.path.is_dir():
@@ -72,18 +108,21 @@ def _of_step(run: RunFolder, step: int) -> Path:
     run.check_format()
     steps = run.steps()
     if step not in steps:
-        there = f"It has those of the steps {_listed(steps)}." if steps else "It has none."
         raise AdapterError(
             f"The run {run.path} has no checkpoint of step {step:,}.",
-            hint=f"{there} `octavo finetune --keep-checkpoints` sets how many are kept.",
+            hint=f"{_checkpoints(steps)} `octavo finetune --keep-checkpoints` sets how many are kept.",
         )
     path = folder_of(run.checkpoints, step)
     if problems := verify(path):
         raise AdapterError(
             f"The checkpoint {path} is damaged: {problems[0]}.",
-            hint=f"The run has checkpoints of the steps {_listed(steps)}.",
+            hint=_checkpoints(steps),
         )
     return path / ADAPTER
+
+
+def _checkpoints(steps: list[int]) -> str:
+    return f"The run has checkpoints of the steps {_listed(steps)}." if steps else "The run has no checkpoint."
 
 
 def _listed(steps: list[int]) -> str:

@@ -62,6 +62,8 @@ def newest_valid(checkpoints: Path, *, warn: Callable[[str], None]) -> Path | No
         problems = verify(path)
         if not problems:
             return path
+        if not path.exists():  # the run, which trains in another process, has deleted it and saved a newer one
+            return newest_valid(checkpoints, warn=warn)
         warn(f"{path}: the checkpoint is damaged ({problems[0]}); looking for an earlier one.")
     if paths:
         raise CheckpointError(

@@ -20,7 +20,7 @@ from fastapi.responses import PlainTextResponse
 
 from octavo.errors import AdapterError
 from octavo.infer.requests import ServedAdapter
-from octavo.runs.adapter import NamedAdapter, adapter_folder
+from octavo.runs.adapter import NamedAdapter, adapter_folder, read_adapter
 from octavo.runs.checkpoint_folder import candidates
 from octavo.runs.folder import RunFolder
 from octavo.server.errors import RETRY_SECONDS, ApiError, bad_request, one_line
@@ -137,8 +137,8 @@ class AdapterManager:
             message = f"{len(loaded)} adapters are loaded, and the limit is {most}. Unload one first."
             raise ApiError(409, message, code="adapters_full")
         try:
-            folder = self._directory.find(path)
-            served = self._engine.load_adapter(name, peft.read(folder))
+            folder, adapter = read_adapter(Path(path), find=lambda _: self._directory.find(path))
+            served = self._engine.load_adapter(name, adapter)
         except AdapterError as error:
             raise bad_request(self._directory.error_text(error), code="adapter_refused", param="lora_path") from error
         except BROKEN_FILE_ERRORS as error:

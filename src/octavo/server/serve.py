@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from octavo.errors import AdapterError, OctavoError, UsageError
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits
 from octavo.reporting import Report
-from octavo.runs.adapter import adapter_folder
+from octavo.runs.adapter import adapter_folder, read_adapter
 from octavo.server.addresses import is_loopback
 from octavo.server.requests import ADAPTER_NAME
-from octavo.store import peft
 from octavo.store.sources import fingerprint
 
 KEY_VARIABLE = "OCTAVO_API_KEY"
@@ -121,10 +121,11 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
             slots=options.slots, max_len=options.max_model_len, queue=options.queue, deterministic=options.deterministic
         ),
     )  # fmt: skip
+    find = partial(adapter_folder, say=report.say, warn=report.warn)
     for name, folder in adapters.items():
         try:
-            folder = adapter_folder(folder, say=report.say, warn=report.warn)
-            served = engine.load_adapter(name, peft.read(folder, allow_pickle=model_options.allow_pickle))
+            _, adapter = read_adapter(folder, find=find, allow_pickle=model_options.allow_pickle)
+            served = engine.load_adapter(name, adapter)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
         if served.trained_on not in (None, engine.base_sha256):

@@ -132,6 +132,40 @@ def test_the_error_for_a_tensor_that_does_not_fit_names_it(
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("optimizer", "optimizer.safetensors"),
+        ("probe", "probe.safetensors"),
+        ("adapter", "adapter"),
+        ("best", "best"),
+        ("scaler", "state.json: scaler"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_an_error_that_names_it(
+    settings: Settings, tmp_path: Path, part: str, named: str
+) -> None:
+    """Its manifest is in order: it lists only what is there."""
+    with Report(console=False) as report:
+        run = prepare(settings(tmp_path / "run"), report)
+        run.progress.done = 1
+        run.progress.best, run.progress.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
+        run.progress.done, run.progress.reference_logits = 2, torch.ones(3, 4)
+        whole = contents_of(run)
+        lacking = checkpoint.Contents(
+            {key: value for key, value in whole.tensors.items() if key != part},
+            {key: value for key, value in whole.state.items() if key != part or part == "best"},
+            {key: value for key, value in whole.adapters.items() if key != part},
+        )
+        checkpoint.save(run.folder.checkpoints, 2, lacking)
+        fresh = prepare(settings(tmp_path / "run"), report)
+        with pytest.raises(CheckpointError, match=rf"step-00000002 lacks {named}\.") as caught:
+            resume(fresh)
+        assert "Delete its folder" in caught.value.hint
+        checkpoint.save(run.folder.checkpoints, 2, whole)
+        assert resume(fresh)
+
+
 def test_an_option_that_the_checkpoint_does_not_name_had_its_default(
     settings: Settings, begin: Callable[[], Run], tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from octavo.models import Decoder, module_names
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
 from octavo.runs import checkpoint, events
+from octavo.runs.checkpoint_folder import STATE
 from octavo.runs.events import ScoreRow
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
@@ -39,6 +40,8 @@ from octavo.train.step import PlannedStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+STATE_KEYS = ("identity", "position", "scaler", "base_rows", "best", "precision", "config")  # that resuming reads
 
 
 @dataclass
@@ -167,6 +170,7 @@ def resume(run: Run) -> bool:
         events.resume_from(run.report, -1)
         run.report.warn(f"{run.folder.path} has no checkpoint: starting from the beginning.")
         return False
+    _check_complete(saved)
     force = run.config[RunOptions].force
     # A run of an earlier version had no option that it does not name: it was trained as with the default.
     identity = {**LoraOptions().model_dump(), **saved.state["identity"]}
@@ -182,6 +186,21 @@ def resume(run: Run) -> bool:
     run.report.say(f"Resuming after step {saved.step:,} from {saved.path}.")
     _report_changes(run, saved.state)
     return True
+
+
+def _check_complete(saved: checkpoint.Checkpoint) -> None:
+    """CheckpointError that names what the checkpoint lacks of `contents_of`, although its manifest lists the rest."""
+    missing = [f"{STATE}: {key}" for key in STATE_KEYS if key not in saved.state]
+    best = saved.state.get("best")
+    files = ["optimizer"] + ["probe"] * (best is not None)
+    missing += [f"{name}.safetensors" for name in files if name not in saved.tensors]
+    folders = ["adapter"] + ["best"] * (best is not None and best["step"] != saved.step)
+    missing += [name for name in folders if not (saved.path / name).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint {saved.path} lacks {', '.join(missing)}.",
+            hint="Delete its folder to resume from the checkpoint before it, or start again with another --out.",
+        )
 
 
 def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
