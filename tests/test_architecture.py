@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
 LEVELS = {
     8: ("octavo", "__main__"),
-    7: ("api", "cli", "exits", "flags", "server", "web"),
+    7: ("api", "cli", "exits", "flags", "server"),
     6: ("config", "commands", "harness"),
     5: ("train", "infer", "metrics", "objective", "html_report"),
     4: ("store", "runs", "adapters"),
@@ -74,7 +74,6 @@ SIDEWAYS = {
     ("flags", "exits"),
     ("cli", "flags"),
     ("cli", "server"),
-    ("server", "web"),
     ("__main__", "octavo"),
 }
 
@@ -314,7 +313,7 @@ def package_with(folder: Path, files: dict[str, str]) -> Path:
         ),
         ("data.py", "import_module('octavo.models')", "octavo.data:1 -> octavo.models: imports upward"),
         (
-            "web.py",
+            "exits.py",
             "import octavo.config",
             "config is only for ['api', 'cli', 'commands', 'flags', 'harness', 'server']",
         ),

@@ -59,6 +59,8 @@ class Report:
         width = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else UNLIMITED_WIDTH
         self._results = Console(width=width, **console_options) if results else self._console
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
+        # The number of events in the file that earlier calls recorded.
+        self.earlier_events = len(read_events(metrics)[0]) if metrics and append else 0
 
     def __enter__(self) -> Report:
         return self

@@ -21,6 +21,7 @@ from tests.forks import Forks
 
 import octavo as api
 from octavo.api import results
+from octavo.api.options import name_keywords_
 from octavo.config import Config, GenerateOptions, ModelOptions, fields
 from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
 
@@ -103,6 +104,34 @@ def test_an_invalid_value_is_named_as_it_was_written() -> None:
         api.load(scheme="int3")
     with pytest.raises(api.UsageError, match="There is no prompt"):
         api.generate()
+
+
+def test_values_of_other_types_are_errors_that_name_the_parameter(tiny_llama: Path) -> None:
+    with pytest.raises(api.UsageError, match=r"^quiet: must be True or False, not 'no'"):
+        api.plan(quiet="no")
+    with pytest.raises(api.UsageError, match=r"^seq_len: must be a number, not True"):
+        api.finetune(seq_len=True)
+    with pytest.raises(api.UsageError, match=r"^steps: must be a number, not False"):
+        api.finetune(steps=False)
+    with pytest.raises(api.UsageError, match=r"^prompt: must be a string, not b'x'"):
+        api.generate(b"x", model=tiny_llama)  # type: ignore[call-overload]
+
+
+def test_an_error_names_keywords_instead_of_flags(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(api.UsageError) as caught:
+        api.quantize(model=tiny_llama)
+    assert (caught.value.message, caught.value.hint) == ("The output folder is missing.", "Name a new folder with out.")
+    with pytest.raises(api.UsageError, match=r"Device 'mps'.*\n.*Use device cpu"):
+        api.quantize(model=tiny_llama, out=tmp_path / "out", device="mps")
+    assert str(api.UsageError("x")) == "x"
+    error = api.UsageError("Set --seq-len.", hint="Resume with: octavo finetune --resume --out x")
+    name_keywords_(error)
+    assert str(error) == "Set seq_len.\nResume with: octavo finetune --resume --out x"
+
+
+def test_a_setting_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(api.UsageError, match=r"There is no option 'seqlen'\. Did you mean 'seq_len'\?"):
+        Config.read(PLAN, {"seqlen": 8})
 
 
 def test_settings_come_from_a_file_and_keywords_have_precedence(tiny_llama: Path, tmp_path: Path) -> None:

@@ -63,6 +63,22 @@ def test_wrong_options_of_generate_are_errors(model: LanguageModel) -> None:
         model.generate("x", top_p=2)
 
 
+def test_values_of_other_types_are_errors_that_name_the_parameter(model: LanguageModel) -> None:
+    anything: Any = model
+    for method, text, options, message in (
+        ("generate", ["x"], {}, r"^prompt: must be a string, not \['x'\]"),
+        ("generate", b"x", {}, r"^prompt: must be a string, not b'x'"),
+        ("generate", "x", {"chat": 1}, r"^chat: must be True or False, not 1"),
+        ("generate", "x", {"max_new_tokens": True}, r"^max_new_tokens: must be a number, not True"),
+        ("evaluate", b"x", {}, r"^text: must be a string, or a list of strings, not b'x'"),
+        ("perplexity", ["x", 3], {}, r"^text: must be a string, or a list of strings"),
+        ("perplexity", "the king", {"seq_len": True}, r"^seq_len: must be a number, not True"),
+        ("perplexity", "the king", {"seq_len": "long"}, r"^seq_len: must be a valid integer"),
+    ):
+        with pytest.raises(octavo.UsageError, match=message):
+            getattr(anything, method)(text, **options)
+
+
 @pytest.mark.parametrize("seq_len", [None, 16])
 def test_perplexity_is_that_of_the_command(
     seq_len: int | None, model: LanguageModel, tiny_llama: Path, plays: Path

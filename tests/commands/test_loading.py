@@ -13,7 +13,7 @@ from tests import devices
 from tests.conftest import Octavo
 
 from octavo.commands import generate, loading, quantize
-from octavo.config import Config, ModelOptions, QuantizeOptions
+from octavo.config import Config, ModelOptions, QuantizeOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score
@@ -158,3 +158,33 @@ def test_an_adapter_with_fewer_embedding_rows_than_tokens_is_an_error(tiny_llama
     adapter = peft.Adapter(LoraSpec(), {}, {"model.embed_tokens.weight": torch.ones(3, 4)})
     with Report(console=False) as report, pytest.raises(AdapterError, match="has 3 rows"):
         loading.tokenizer_with(adapter, tmp_path, FolderSource(tiny_llama), report)
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:99", "tpu"])
+def test_quantize_refuses_a_device_that_is_not_available(tiny_llama: Path, tmp_path: Path, device: str) -> None:
+    config = Config.read(QUANTIZE, {"model": str(tiny_llama), "out": str(tmp_path / "out"), "device": device})
+    with Report(console=False) as report, pytest.raises(UsageError, match=f"[Dd]evice '{device}'"):
+        quantize.quantize(config, report)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_have_the_context_of_the_model_if_the_default_is_more(tiny_llama: Path, tmp_path: Path) -> None:
+    source, kinds = FolderSource(tiny_llama), (ModelOptions, TextOptions, RunOptions)
+    with Report(console=False, metrics=tmp_path / "said") as report:
+        for given, expected in (({}, 128), ({"seq_len": 64}, 64), ({"seq_len": 512}, 512)):
+            config = loading.with_fitting_rows(Config.read(kinds, given), source, report)
+            assert config[TextOptions].seq_len == expected
+        saved = Config.read(kinds, {"seq_len": 512, "resume": True})  # of a run that was killed before its plan
+        assert loading.with_fitting_rows(saved, source, report)[TextOptions].seq_len == 128
+    assert (tmp_path / "said").read_text().count("Rows have 128 tokens, the model's context.") == 2
+
+
+def test_chat_needs_a_chat_template(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").unlink()
+    done = octavo("chat", "--model", folder)
+    assert done.code == 2
+    assert "has no chat template, so it cannot chat" in done.err
+    assert "octavo generate" in done.err
+    assert "Loading weights" not in done.err

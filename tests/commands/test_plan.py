@@ -144,6 +144,26 @@ def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -
     )
 
 
+def test_the_command_has_all_given_options(octavo: Octavo, hollow: Path) -> None:
+    given = (
+        "--no-fused",
+        "--micro-batch-size",
+        1,
+        "--gpu-memory",
+        "4GiB",
+        "--dropout",
+        0.1,
+        "--lora-targets",
+        "q_proj",
+    )
+    done = octavo("plan", "--model", hollow, *given)
+    assert done.code == 0
+    printed = octavo(*shlex.split(done.out.strip().splitlines()[-1])[1:], "--print-config")
+    values = yaml.safe_load(printed.out)
+    expected = {"fused": False, "micro_batch_size": 1, "gpu_memory": "4GiB", "dropout": 0.1, "lora_targets": ["q_proj"]}
+    assert {name: values[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("requested", ["int8", "nf4", "dynamic8", "none"])
 def test_with_scheme_there_is_only_its_row(hollow: Path, requested: str) -> None:
     assert [row["scheme"] for row in plan_result(hollow, scheme=requested)["plans"]] == [requested]

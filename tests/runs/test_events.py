@@ -155,6 +155,27 @@ def test_after_resuming_each_step_is_recorded_once(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
 
 
+def test_resuming_removes_the_messages_of_a_call_that_was_killed(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with Report(console=False, metrics=path) as report:
+        report.say("first")
+        events.Step(1).write(report)
+        report.warn("of step 1")
+    with Report(console=False, metrics=path, append=True) as report:
+        report.say("killed before its first step")
+        events.Step(2).write(report)
+    with Report(console=False, metrics=path, append=True) as report:
+        report.say("now")
+        events.resume_from(report, 1)
+    assert events.read(path) == [
+        events.Say("first"), events.Step(1), events.Warn("of step 1"), events.Say("now"),
+    ]  # fmt: skip
+    with Report(console=False, metrics=path, append=True) as report:
+        report.warn("now")
+        events.resume_from(report, -1)
+    assert events.read(path) == [events.Warn("now")]
+
+
 def test_missing_steps_are_a_warning(tmp_path: Path) -> None:
     with Report(console=False, metrics=tmp_path / "m") as report:
         events.Step(2).write(report)

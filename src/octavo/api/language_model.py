@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.api.options import described_options, document, options_of, signature_of
 from octavo.api.results import GenerateResult, Score
+from octavo.bounded_json import shortened
 from octavo.commands.data import to_text
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _HINT = "help(octavo.LanguageModel.generate) lists the options."
+_EVALUATE_HINT = "help(octavo.LanguageModel.evaluate) describes the parameters."
 ROWS = 8  # packed rows that are scored at once
 
 
@@ -48,6 +50,10 @@ class LanguageModel:
 
     def generate(self, prompt: str, *, chat: bool = False, **options: Any) -> GenerateResult:
         """Continues a text, or answers it as a user's message with `chat`."""
+        if not isinstance(prompt, str):
+            raise _mistyped("prompt", "a string", prompt)
+        if not isinstance(chat, bool):
+            raise _mistyped("chat", "True or False", chat)
         named = options_of(options, [name for name, _ in _OPTIONS], function="LanguageModel.generate")
         values = {**self.options.model_dump(), **named}
         chosen = Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions]
@@ -62,12 +68,15 @@ class LanguageModel:
         The default is that of `octavo evaluate`, at most the model's context. UsageError without a token to predict.
         """
         context = self.decoder.config.context
-        length = min(TextOptions().seq_len, context) if seq_len is None else seq_len
+        given = {"seq_len": min(TextOptions().seq_len, context) if seq_len is None else seq_len}
+        options = Config.read((TextOptions,), given, shown=str, hint=_EVALUATE_HINT)[TextOptions]
+        length = options.seq_len
         if length > context:
             raise UsageError(f"seq_len {length:,} is more than the model's context of {context:,} tokens.")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, Sequence) and not isinstance(text, str | bytes) else [text]
+        if not all(isinstance(each, str) for each in texts):
+            raise _mistyped("text", "a string, or a list of strings", text)
         reading = Reading([from_text(each, source=f"text {number}", line=0) for number, each in enumerate(texts, 1)])
-        options = Config.read((TextOptions,), {"seq_len": length}, shown=str)[TextOptions]
         with Report(console=False) as report:
             rows = to_text(reading, options, self.tokenizer, report).measurable(0)
         if not rows:
@@ -78,6 +87,10 @@ class LanguageModel:
     def perplexity(self, text: str | Sequence[str], *, seq_len: int | None = None) -> float:
         """e to the mean loss of a token of a text or of several documents; see `evaluate`."""
         return self.evaluate(text, seq_len=seq_len)["perplexity"]
+
+
+def _mistyped(name: str, expected: str, value: object) -> UsageError:
+    return UsageError(f"{name}: must be {expected}, not {shortened(repr(value))}.")
 
 
 _OPTIONS = [(name, field) for name, field in GenerateOptions.model_fields.items() if name != "adapter"]

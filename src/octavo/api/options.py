@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
+from octavo.bounded_json import shortened
 from octavo.config import Config, Section, fields
 from octavo.config.commands import configure
-from octavo.errors import UnknownOptionError
+from octavo.errors import OctavoError, UnknownOptionError, UsageError
 
+_COMMAND = re.compile(r"(`[^`\n]*`|octavo [a-z]+ -[^\n]*)")
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 
 Result = TypeVar("Result")
@@ -45,12 +47,18 @@ def with_options(
 
         @functools.wraps(run)
         def call(*values: Any, config: str | os.PathLike[str] | None = None, quiet: bool = False, **given: Any) -> Any:
+            if not isinstance(quiet, bool):
+                raise UsageError(f"quiet: must be True or False, not {shortened(repr(quiet))}.", hint=_hint(function))
             if len(values) > bool(positional) or (values and positional in given):
                 accepted = f"only {positional} without its name" if positional else "options by their names only"
                 raise TypeError(f"octavo.{function} takes {accepted}, once.")
             options = options_of({**given, **dict(zip([positional], values, strict=False))}, names, function=function)
             file = None if config is None else Path(config)
-            return run(configure(sections, options, file, shown=str, hint=_hint(function)), quiet)
+            try:
+                return run(configure(sections, options, file, shown=str, hint=_hint(function)), quiet)
+            except OctavoError as error:
+                name_keywords_(error)
+                raise
 
         call.__name__ = call.__qualname__ = function
         extra = [
@@ -96,6 +104,17 @@ def described_options(options: Iterable[tuple[str, FieldInfo]]) -> list[tuple[st
 def _keyword(flag: re.Match[str]) -> str:
     name = flag[1].replace("-", "_")
     return f"{name.removeprefix('no_')}=False" if name.startswith("no_") else name
+
+
+def name_keywords_(error: OctavoError) -> None:
+    """Writes the flags in an error as keywords. Commands to call in a shell keep theirs."""
+    error.message, error.hint = _with_keywords(error.message), _with_keywords(error.hint)
+    error.args = (error.message, *error.args[1:])
+
+
+def _with_keywords(text: str) -> str:
+    parts = _COMMAND.split(text)  # every second one is a command
+    return "".join(part if number % 2 else _FLAG.sub(_keyword, part) for number, part in enumerate(parts))
 
 
 def document(function: Any, signature: inspect.Signature, described: Iterable[tuple[str, str]]) -> None:

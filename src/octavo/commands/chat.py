@@ -7,17 +7,22 @@ import signal
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo.commands.generate import open_model, sampling_of
 from octavo.config import ChatOptions, Config, GenerateOptions
 from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation
+from octavo.errors import UsageError
 from octavo.failures import cut, explained
 from octavo.infer.loaded_model import LoadedModel, answer
 from octavo.infer.requests import Token
 from octavo.infer.sample import Sampling
 from octavo.reporting import Report
 from octavo.stopping import handled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Initial max_len of the KV cache, in tokens; it doubles, up to the model's context. A cache for a whole context of
 # 131,072 tokens would take more memory than the model.
@@ -44,7 +49,7 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
     Ctrl-C stops the current answer; its text so far stays in the conversation. If the engine fails at an answer, the
     error is reported, the question is removed, and the conversation continues.
     """
-    loaded = open_model(config, report)
+    loaded = open_model(config, report, before=_check_template)
     sampling = sampling_of(config[GenerateOptions])
     engine = loaded.engine(max_len=INITIAL_MAX_LEN)
     system = config[ChatOptions].system
@@ -83,6 +88,16 @@ def talk(config: Config, report: Report, *, read: Callable[[], str | None], writ
                 continue
             messages.append(Message("assistant", text))
     return failed
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """UsageError for a model that was not tuned for chat, before its weights are loaded."""
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "The model's tokenizer has no chat template, so it cannot chat.",
+            hint="Use a model that was tuned for chat (often named -Instruct), or continue a text with "
+            "`octavo generate`.",
+        )
 
 
 def _streamed(tokens: Generator[Token], write: Callable[[str], None]) -> str:

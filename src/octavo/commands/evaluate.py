@@ -23,6 +23,7 @@ from octavo.commands.loading import (
     opened,
     read_adapter,
     tokenizer_with,
+    with_fitting_rows,
 )
 from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
 from octavo.data.bytes import target_bytes
@@ -69,7 +70,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     named = options.adapter and read_adapter(options.adapter, source, report, allow_pickle=allow_pickle)
     adapter_folder, adapter = named or (None, None)
     tokenizer = tokenizer_with(adapter, adapter_folder, source, report)
-    rows = _rows(config, source, tokenizer, report) if options.data else []
+    rows = _rows(with_fitting_rows(config, source, report), source, tokenizer, report) if options.data else []
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")

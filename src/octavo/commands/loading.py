@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.adapters import apply_embedded_adapter_
 from octavo.bounded_json import shown
-from octavo.config import ModelOptions
+from octavo.config import Config, ModelOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware, pick
-from octavo.models import Decoder
+from octavo.models import Decoder, parse
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
-from octavo.runs.adapter import adapter_folder
-from octavo.store import peft
+from octavo.runs import adapter as named_adapter
 from octavo.store.base_names import base_warning
 from octavo.store.contents import refuse_embedded_adapter, stored_scheme
 from octavo.store.embedded_adapter import base_of
@@ -72,8 +72,8 @@ def read_adapter(path: Path, source: Source, report: Report, *, allow_pickle: bo
 
     `runs.adapter` lists what can be named: a folder, a run, a checkpoint of a run.
     """
-    folder = adapter_folder(path, say=report.say, warn=report.warn)
-    adapter = peft.read(folder, allow_pickle=allow_pickle)
+    find = partial(named_adapter.adapter_folder, say=report.say, warn=report.warn)
+    folder, adapter = named_adapter.read_adapter(path, find=find, allow_pickle=allow_pickle)
     if warning := base_warning(adapter, folder, source):
         report.warn(warning)
     return folder, adapter
@@ -102,6 +102,17 @@ def tokenizer_with(
             "folder.",
         )
     return tokenizer
+
+
+def with_fitting_rows(config: Config, source: Source, report: Report) -> Config:
+    """The settings, with the model's context as row length if the default of --seq-len is more; says so."""
+    context, length = parse(source.config).context, config[TextOptions].seq_len
+    resumed = RunOptions in config.kinds and config[RunOptions].resume  # its settings contain the default
+    given = "seq_len" in config[TextOptions].model_fields_set
+    if length <= context or (given and not (resumed and length == TextOptions().seq_len)):
+        return config
+    report.say(f"Rows have {context:,} tokens, the model's context. The default of --seq-len, {length:,}, is more.")
+    return config.replace(seq_len=context)
 
 
 def check_context(model_context: int, seq_len: int) -> None:

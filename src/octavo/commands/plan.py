@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.commands.loading import check_context, chosen_scheme, open_model
+from octavo.commands.loading import check_context, chosen_scheme, open_model, with_fitting_rows
 from octavo.config import (
     Config,
     LoraOptions,
@@ -21,6 +20,7 @@ from octavo.config import (
     TrainOptions,
     size_in_bytes,
 )
+from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
 from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak, pick
 from octavo.layers.context import Save
@@ -36,6 +36,7 @@ from octavo.runtime.dispatch import (
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
+from octavo.system import quoted
 from octavo.train.memory import MARGIN, MemoryPlan, Planner
 from octavo.train.precision import Precision, all_8bit
 
@@ -274,6 +275,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         fault = f"The memory of the {name} is not known" if gpu else "There is no GPU to plan for"
         raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
     source, budget = open_model(model_options, report, weights=False), budget_bytes(options, hardware)
+    config = with_fitting_rows(config, source, report)
     if not hardware.capabilities.is_gpu:  # the plan is for a GPU, whose compute dtype has 2 bytes
         dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
         hardware = replace(hardware, dtype=dtype)
@@ -300,11 +302,18 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
         raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["peak_bytes"], budget)
-    report.result(
-        f"octavo finetune --model {shlex.quote(model_options.model)} --scheme {first['scheme']} "
-        f"--seq-len {config[TextOptions].seq_len} --batch-size {config[TrainOptions].batch_size} --data YOUR_TEXTS"
-    )
+    report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+
+
+def _arguments(config: Config, scheme: str) -> list[str]:
+    """The arguments of the planned run: those that are always shown, and all values that differ from the default."""
+    always = {"seq_len": config[TextOptions].seq_len, "batch_size": config[TrainOptions].batch_size}
+    arguments = ["--model", config[ModelOptions].model, "--scheme", scheme]
+    arguments += [text for name, value in always.items() for text in (flag_of(name), str(value))]
+    for kind in (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions):
+        arguments += arguments_of(config[kind], leave_out={"model", "scheme", *always})
+    return arguments
 
 
 _COLUMNS = (

@@ -103,7 +103,12 @@ class Config:
         write an option of `flags`, `hint` what they add.
         """
         given = {**(defaults or {}), **(_read_file(file, kinds) if file else {}), **flags}
-        problems: list[str] = []
+        names = [name for name, _ in fields(kinds)]
+        problems = [
+            f"There is no option {shortened(repr(key))}.{_similar(str(key), names)}"
+            for key in flags
+            if key not in names
+        ]
         sections = {}
         for kind in kinds:
             values = {key: given[key] for key in kind.model_fields if key in given}
@@ -151,6 +156,11 @@ def _read_file(path: Path, kinds: tuple[type[Section], ...]) -> dict[str, Any]:
             )
         values[name] = value
     return values
+
+
+def _similar(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _name(key: object, flags: Mapping[str, Any], shown: Callable[[str], str]) -> object:

@@ -67,7 +67,7 @@ class TrainingData(Section):
         0.05,
         ge=0,
         lt=1,
-        description="Without --test-data: fraction of documents, or of a single text, to hold out.",
+        description="Without --test-data: fraction of the documents to hold out; of a single text, of its tokens.",
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import date
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -77,10 +77,37 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_type(cls, value: object, info: ValidationInfo) -> object:
+        """Rejects what pydantic would convert: True as the number 1, and bytes as text."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        numbers = {int, float} & {kind, *get_args(kind)}
+        if isinstance(value, bool) and numbers:
+            raise ValueError("must be a number")
+        if isinstance(value, bytes | bytearray):
+            raise ValueError("must be a string")
+        return value
+
 
 def flag_of(name: str) -> str:
     """The flag of an option: --seq-len for seq_len."""
     return f"--{name.replace('_', '-')}"
+
+
+def arguments_of(section: Section, *, leave_out: Collection[str] = ()) -> list[str]:
+    """The command-line arguments of the values of a section that differ from their defaults."""
+    arguments: list[str] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name in leave_out or value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag_of(name if value else f"no_{name}"))
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            arguments += [flag_of(name), str(each)]
+    return arguments
 
 
 def fields(kinds: tuple[type[Section], ...]) -> Iterator[tuple[str, FieldInfo]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -231,11 +232,28 @@ def last(events: Iterable[Event], cls: type[E]) -> E | None:
 def resume_from(report: Report, step: int) -> None:
     """Removes the events after `step`, which the resumed run records again; if `step` is -1, all but messages.
 
-    Atomic: after a crash there is either the old or the new file. Warns if steps up to `step` are missing.
+    Of earlier calls the messages after the last event that is kept are removed too (warnings only if `step` is -1): a
+    call that was killed recorded them, and each call records its own. Atomic: after a crash there is either the old or
+    the new file. Warns if steps up to `step` are missing.
     """
     if report.metrics is None:
         return
-    kept = report.keep_events(lambda record: not _is_recorded_again(record, step))
+    records, earlier = read_events(report.metrics)[0], report.earlier_events
+    messages = (SAY, WARN) if step < 0 else (SAY,)
+    lasting = [
+        number
+        for number, record in enumerate(records[:earlier])
+        if record.get("event") not in messages and not _is_recorded_again(record, step)
+    ]
+    numbers = count()
+
+    def keep(record: Mapping[str, Any]) -> bool:
+        number = next(numbers)
+        if record.get("event") in messages:
+            return number >= earlier or number < max(lasting, default=0)
+        return not _is_recorded_again(record, step)
+
+    kept = report.keep_events(keep)
     recorded = {event.step for record in kept if isinstance(event := of_record(record), Step)}
     if missing := sum(number not in recorded for number in range(1, step + 1)):
         report.warn(

@@ -252,10 +252,10 @@ class PlannedStep:
         plan = self._cheaper(self.plan)
         if plan is None:
             return False
-        device = "the GPU" if self.decoder.embed.matrix.device.type == "cuda" else "the process"
+        device = "The GPU" if self.decoder.embed.matrix.device.type == "cuda" else "The process"
         self._warn(
-            f"{device} ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. The run continues with "
-            f"one for {plan.peak_bytes / 2**30:.2f} GiB: {plan.describe()}."
+            f"{device} ran out of memory with a plan for {self.plan.peak_bytes / 2**30:.2f} GiB. The run continues "
+            f"with one for {plan.peak_bytes / 2**30:.2f} GiB: {plan.describe()}."
         )
         self.plan, self._seen = plan, set()
         self._place_embedding()

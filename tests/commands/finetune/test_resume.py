@@ -271,6 +271,12 @@ def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
     assert outcome(run) == in_one_go
 
 
+def test_resuming_a_finished_run_returns_its_last_loss(tune: Tune, tmp_path: Path) -> None:
+    first = tune(tmp_path / "run")
+    assert first["loss"] is not None
+    assert tune(tmp_path / "run", resume=True)["loss"] == first["loss"]
+
+
 def test_a_finished_run_can_be_made_longer(tune: Tune, tmp_path: Path) -> None:
     short = {**LONG, "steps": 4, "schedule": "constant", "warmup": 0}
     tune(tmp_path / "run", **short)
@@ -438,7 +444,7 @@ def test_every_command_takes_a_run_and_its_steps(octavo: Octavo, tiny_llama: Pat
             assert texts.setdefault(name, text) == text
     assert rows[f"{stopped}@3"]["perplexity"] == rows[str(stopped)]["perplexity"] != rows[f"{stopped}@4"]["perplexity"]
     done = octavo("generate", *model, "--adapter", f"{stopped}@2", "--prompt", "the")
-    assert (done.code, "It has those of the steps 3, 4." in done.err) == (1, True)
+    assert (done.code, "The run has checkpoints of the steps 3, 4." in done.err) == (1, True)
 
 
 def test_the_python_api_and_the_server_take_a_step_of_a_run(tiny_llama: Path, stopped: Path) -> None:

@@ -179,6 +179,12 @@ def _between(run: Run, step: Step) -> bool:
     return improved
 
 
+def _recorded_loss(run: Run) -> float | None:
+    """The loss of the last step, of an earlier call."""
+    step = events.last(events.read(run.folder.metrics), events.Step)
+    return step.loss if step else None
+
+
 def _finish(run: Run) -> dict[str, Any]:
     """Saves the adapter and reads it back, evaluates the tuned model, writes report.html; returns the JSON."""
     report, progress = run.report, run.progress
@@ -208,7 +214,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "adapter": str(run.folder.adapter) if finished else None,
         "report": str(written),
         "steps": progress.done,
-        "loss": progress.last.loss if progress.last else None,
+        "loss": progress.last.loss if progress.last else _recorded_loss(run),
         "best_step": progress.best["step"] if progress.best else None,
         "rows": [row.to_dict() for row in rows],
         "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,

@@ -8,7 +8,7 @@ from datetime import date
 from octavo import adapters
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Progress, Run, fingerprint_of
-from octavo.commands.loading import chosen_scheme, load_model, opened
+from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
 from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
@@ -26,6 +26,7 @@ def prepare(config: Config, report: Report) -> Run:
     """A run before its first step. Reads the text first, so that its errors appear before the weights are loaded."""
     options = config[ModelOptions]
     hardware, source = opened(options, report)
+    config = with_fitting_rows(config, source, report)
     configure_backends(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(options, source)
     if config[TextOptions].template_date is None and writes_date(tokenizer):
