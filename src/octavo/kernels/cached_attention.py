@@ -49,13 +49,14 @@ def _attend(
     first = span * SPAN
     if first > length:  # the length of an idle slot is -1
         return
-    group = head // shared
+    group = head // shared  # the key/value head of a query head (GQA)
     column = tl.arange(0, WIDTH)
     wide = column < d
     query = tl.load(q + slot * q_stride + head * d + column, mask=wide, other=0).to(tl.float32) * scale
     new_key = tl.load(k + slot * k_stride + group * d + column, mask=wide, other=0)
     new_value = tl.load(v + slot * v_stride + group * d + column, mask=wide, other=0)
     place = slot * slot_stride + group * d
+    # Online softmax (FlashAttention, arXiv 2205.14135): when the maximum rises, earlier sums are scaled down.
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -67,7 +68,7 @@ def _attend(
         is_new = position[:, None] == length  # the new token: another program may not have stored it in the cache yet
         key = tl.where(is_new, new_key[None, :], key).to(tl.float32)
         value = tl.where(is_new, new_value[None, :], value).to(tl.float32)
-        score = tl.sum(key * query[None, :], axis=1)
+        score = tl.sum(key * query[None, :], axis=1)  # (TILE,)
         score = tl.where(position <= length, score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=0))
         share = tl.exp(score - higher)
@@ -75,11 +76,11 @@ def _attend(
         mix = mix * decay + tl.sum(share[:, None] * value, axis=0)
         total = total * decay + tl.sum(share, axis=0)
         highest = higher
-    cell = (slot * tl.num_programs(1) + head) * spans + span
+    cell = (slot * tl.num_programs(1) + head) * spans + span  # of (m, h, spans)
     tl.store(partial + cell * d + column, mix, mask=wide)
-    pair = tl.arange(0, 1)
-    tl.store(weights + cell * 2 + pair, highest)
-    tl.store(weights + cell * 2 + 1 + pair, total)
+    one = tl.arange(0, 1)  # `highest` and `total` are (1,), and so must be their addresses
+    tl.store(weights + cell * 2 + one, highest)
+    tl.store(weights + cell * 2 + 1 + one, total)
     if (length < first + SPAN) & (head % shared == 0):  # exactly one program for each key head stores it
         there = place + length * position_stride + column
         tl.store(keys + there, new_key, mask=wide)
@@ -95,7 +96,7 @@ def _join(
     cell = (slot * tl.num_programs(1) + head) * spans
     column = tl.arange(0, WIDTH)
     wide = column < d
-    live = length // SPAN + 1
+    live = length // SPAN + 1  # spans that `_attend` has written
     highest = tl.full((1,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((1,), dtype=tl.float32)
     mix = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -112,7 +113,9 @@ def _join(
         mix = mix * decay + tl.sum(share[:, None] * part, axis=0)
         total = total * decay + tl.sum(share * sums, axis=0)
         highest = higher
-    mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)
+    mix = tl.where(
+        length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0
+    )  # an idle slot: zeros
     tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)
 
 
@@ -161,9 +164,7 @@ def _prefill(
     inside = (row[:, None] < length) & wide[None, :]
     at = row[:, None].to(tl.int64)
     query = tl.load(q + each * q_stride + at * q_position_stride + head * d + column[None, :], mask=inside, other=0)
-    end = start + tl.minimum(
-        tl.program_id(0) * ROWS + ROWS, length
-    )  # end of the positions visible to the last query of the tile
+    end = start + tl.minimum(tl.program_id(0) * ROWS + ROWS, length)  # of the positions that the last query sees
     place = slot * slot_stride + (head // shared) * d
     highest = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
@@ -171,16 +172,16 @@ def _prefill(
     for first in range(0, end, TILE):
         position = first + tl.arange(0, TILE)
         cached = position < end
-        pitch = position.to(tl.int64) * position_stride
+        pitch = position.to(tl.int64) * position_stride  # int64: a cache may have more than 2^31 elements
         key = tl.load(keys + place + pitch[None, :] + column[:, None], mask=cached[None, :] & wide[:, None], other=0)
-        score = tl.dot(query, key, input_precision="ieee") * scale
+        score = tl.dot(query, key, input_precision="ieee") * scale  # (ROWS, TILE)
         score = tl.where(position[None, :] <= start + row[:, None], score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, axis=1))
         share, decay = tl.exp(score - higher[:, None]), tl.exp(highest - higher)
         value = tl.load(
             values + place + pitch[:, None] + column[None, :], mask=cached[:, None] & wide[None, :], other=0
         )
-        mix = tl.dot(share.to(value.dtype), value, mix * decay[:, None], input_precision="ieee")
+        mix = tl.dot(share.to(value.dtype), value, mix * decay[:, None], input_precision="ieee")  # (ROWS, WIDTH)
         total = total * decay + tl.sum(share, axis=1)
         highest = higher
     mix = mix / total[:, None]

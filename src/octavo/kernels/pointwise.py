@@ -28,9 +28,10 @@ def _norm(x, weight, bias, out, d, x_stride, out_stride, eps, CENTRED: tl.conste
     inside = column < d
     kind = x.dtype.element_ty
     value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    if CENTRED:
+    if CENTRED:  # LayerNorm; RMSNorm has neither mean nor bias
         value = tl.where(inside, value - tl.sum(value) / d, 0)
     value *= tl.rsqrt(tl.sum(value * value) / d + eps)
+    # Weight and bias are float32; the reference rounds them to the dtype of x.
     value *= tl.load(weight + column, mask=inside, other=0).to(kind).to(tl.float32)
     if CENTRED:
         value += tl.load(bias + column, mask=inside, other=0).to(kind).to(tl.float32)
@@ -62,9 +63,11 @@ def _norm_backward(
     value *= inverse
     g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
     g *= tl.load(weight + column, mask=inside, other=0).to(x.dtype.element_ty).to(tl.float32)
+    # With n = (x - mean) / std and g = dL/dn: dx = (g - n mean(g n) - mean(g)) / std; RMSNorm lacks the last mean.
     dx = g - value * (tl.sum(g * value) / d)
     if CENTRED:
         dx -= tl.sum(g) / d
+    # Rounded before the residual's gradient is added, as autograd adds two tensors of this dtype.
     dx = (dx * inverse).to(out.dtype.element_ty).to(tl.float32)
     dx += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
     tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
@@ -165,7 +168,7 @@ def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     up = tl.load(x_at + f, mask=inside, other=0).to(tl.float32)
     g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place, as in _gelu_backward
-    s = _sigmoid(gate)
+    s = _sigmoid(gate)  # y = gate s up
     kind = x.dtype.element_ty
     tl.store(x_at, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
     tl.store(x_at + f, (g * gate * s).to(kind), mask=inside)

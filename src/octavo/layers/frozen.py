@@ -119,9 +119,10 @@ class FrozenLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])  # (M, K)
         lora = None
         if self.bank is not None and adapter_ids is not None:
+            # All T positions of a sequence use its adapter.
             row_ids = adapter_ids.repeat_interleave(x.shape[1]) if x.shape[1] > 1 else adapter_ids  # (M,)
             lora = self.bank.lora(rows, row_ids, phase)
-        weight, absmax = self.matrix.stored(x.dtype)
+        weight, absmax = self.matrix.stored(x.dtype)  # (N, K), (N,) or None
         y = inference.matmul(
             rows,
             weight,
@@ -132,8 +133,8 @@ class FrozenLinear(nn.Module):
             lora=lora,
             residual=None if residual is None else residual.reshape(len(rows), -1),
             dtype=dtype,
-        )
-        for part in self.low_rank():
+        )  # (M, N)
+        for part in self.low_rank():  # an adapter that is applied to the model, as `octavo generate` does
             t = inference.matmul(rows, part.a.to(x.dtype), phase=phase, dtype=torch.float32) * part.scaling  # (M, r)
             y[:, part.start : part.stop] += inference.matmul(
                 t.to(x.dtype), part.b.to(x.dtype), phase=phase, dtype=dtype
@@ -159,7 +160,7 @@ class FrozenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, K) in the compute type; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
-        x = self.matrix.rows(ids)
+        x = self.matrix.rows(ids)  # (B, T, K)
         for lora in self.lora.values():
             assert isinstance(lora, Lora)
             x = x + self._lora_term(ids, lora, x.dtype)

@@ -81,6 +81,8 @@ class FrozenMatrix(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(matrix (N, K) in `dtype`, row scale (N,) or None), the operands of `frozen_linear`."""
+        # Blocks of a scheme may span two rows, but not two names: a stack whose parts are not whole blocks is
+        # dequantized name by name.
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]
         if len(shapes) == 1 or all(self.scheme.stacks(shape) for shape in shapes):
             return self.scheme.unpack(self.parts, self.shape, dtype)
@@ -93,7 +95,7 @@ class FrozenMatrix(nn.Module):
     def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(weight (N, K), absmax (N,)): the int8 weight as it is stored, or a matrix in `dtype` and None."""
         if self.scheme.row_scaled:
-            return self.parts["weight"], self.parts["absmax"]
+            return self.parts["weight"], self.parts["absmax"]  # decode multiplies int8 values and scales the result
         matrix, scale = self.unpack(dtype)
         assert scale is None  # only int8 has a scale for each row
         return matrix, None

@@ -56,12 +56,12 @@ def attach_(layer: FrozenLinear | FrozenEmbedding, key: str, spec: LoraSpec, *, 
     matrix = layer.matrix
     rows, columns, device = matrix.outputs[key], matrix.in_features, matrix.device
     if isinstance(layer, FrozenEmbedding):
-        a = torch.zeros(spec.rank, rows)
-        b = torch.randn(columns, spec.rank, generator=generator)
+        a = torch.zeros(spec.rank, rows)  # (r, V)
+        b = torch.randn(columns, spec.rank, generator=generator)  # (d, r)
     else:
         bound = 1 / math.sqrt(columns)
-        a = torch.empty(spec.rank, columns).uniform_(-bound, bound, generator=generator)
-        b = torch.zeros(rows, spec.rank)
+        a = torch.empty(spec.rank, columns).uniform_(-bound, bound, generator=generator)  # (r, K)
+        b = torch.zeros(rows, spec.rank)  # (N, r)
     put_(layer, key, Lora(a.to(device), b.to(device), spec.scaling), dropout=spec.dropout)
 
 
@@ -98,7 +98,7 @@ def flatten_(named: Mapping[str, nn.Parameter]) -> list[FlatGroup]:
         values = nn.Parameter(torch.cat([p.detach().float().reshape(-1) for p in chosen.values()]))
         values.grad = torch.zeros_like(values)
         start = 0
-        for p in chosen.values():
+        for p in chosen.values():  # each becomes a view, so the optimizer's update of `values` updates it
             stop = start + p.numel()
             p.data = values.detach()[start:stop].view(p.shape)
             p.grad = values.grad[start:stop].view(p.shape)

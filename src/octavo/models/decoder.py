@@ -84,9 +84,10 @@ class Decoder(nn.Module):
         packed in the rows. Over a `cache` each sequence may take a served adapter, `adapter_ids` (B,). `options` are
         those of training.
         """
-        view = cache.next(ids.shape[1]) if cache is not None else None
+        view = cache.next(ids.shape[1]) if cache is not None else None  # where this pass stores its keys and values
         if positions is None:
             positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
+        # Over a cache the table's bits must not depend on the number of positions (ops/tiles.py).
         table = rotary_table if view is None else partial(cached_rotary_table, phase=view.phase)
         rotary = table(positions, _frequencies(self.config.frequencies, ids.device))
         options, (batch, length) = options or ForwardOptions(), ids.shape
@@ -98,10 +99,10 @@ class Decoder(nn.Module):
         x = self.embed(ids, adapter_ids)  # (B, T, d)
         levels = [options.save] * len(self.blocks) if isinstance(options.save, Save) else options.save
         for layer, (block, level) in enumerate(zip(self.blocks, levels, strict=True)):
-            x = run_block(block, x, context.at(layer, level))
+            x = run_block(block, x, context.at(layer, level))  # (B, T, d)
         if view is not None:
             view.finish()
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(x)  # (B, T, d)
         return normed
 
     def forward(self, ids: Tensor, **context: Any) -> Tensor:
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
 
     @property
     def untied_embedding(self) -> FrozenMatrix | None:
-        """The matrix of which a pass reads a few rows only; None if the head multiplies with it."""
+        """The embedding's matrix, of which a pass reads only the rows of its tokens; None if the head shares it."""
         return None if self.config.tied else self.embed.matrix
 
     def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:

@@ -23,6 +23,7 @@ def run_block(block: nn.Module, x: Tensor, ctx: ForwardContext) -> Tensor:
     """(B, T, d) -> (B, T, d)."""
     if ctx.cache is None and ctx.fused and (fused := FUSED.get(type(block))) is not None:
         return fused(block, x, ctx)
+    # A block without a fused form has two save levels: all that autograd saves, or its input.
     if ctx.cache is None and torch.is_grad_enabled() and (ctx.save < Save.ALL or ctx.offload is not None):
         return recomputed(block, x, ctx)
     y: Tensor = block(x, ctx)
@@ -39,7 +40,7 @@ def recomputed(block: nn.Module, x: Tensor, ctx: ForwardContext) -> Tensor:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, block: nn.Module, context: ForwardContext) -> Tensor:
-        dropout = RepeatedDropout(context.dropout)
+        dropout = RepeatedDropout(context.dropout)  # backward draws the same masks
         context = replace(context, dropout=dropout)
         ctx.block, ctx.context = block, replace(context, offload=None)
         ctx.offload, ctx.needs_x = context.offload, x.requires_grad
@@ -54,8 +55,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors if ctx.offload is None else (ctx.offload.take(),)
         assert isinstance(ctx.context.dropout, RepeatedDropout)
-        with torch.enable_grad():
+        with torch.enable_grad():  # the block again, this time with a graph
             x = x.detach().requires_grad_(ctx.needs_x)
             y = ctx.block(x, replace(ctx.context, dropout=ctx.context.dropout.again()))
-        torch.autograd.backward(y, grad)
+        torch.autograd.backward(y, grad)  # also adds the gradients of the block's parameters
         return x.grad, None, None, None

@@ -57,7 +57,7 @@ class RowOrder(NamedTuple):
 
     @staticmethod
     def _permuted(rows: Tensor, shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
-        rest = rows.shape[1:]
+        rest = rows.shape[1:]  # () for a bias, (K,) for a weight
         last = range(len(axes), len(axes) + len(rest))
         return rows.reshape(*shape, *rest).permute(*axes, *last).reshape(rows.shape)
 

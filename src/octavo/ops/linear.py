@@ -91,17 +91,17 @@ class _FrozenLinear(torch.autograd.Function):
         if bias is not None:
             y[:, bias_start : bias_start + bias.numel()] += bias
         source = rows if dropped is None else dropped.reshape(rows.shape)
-        inner = None
+        t = None
         if spans:
             a, bs = _cast(factors, x.dtype)
-            inner = F.linear(source, a)  # (M, sum of r)
+            t = F.linear(source, a)  # (M, sum of r)
             column = 0
             for (start, stop, scaling), b in zip(spans, bs, strict=True):
-                y[:, start:stop].addmm_(inner[:, column : column + b.shape[1]], b.T, alpha=scaling)
+                y[:, start:stop].addmm_(t[:, column : column + b.shape[1]], b.T, alpha=scaling)
                 column += b.shape[1]
         ctx.unpack, ctx.spans, ctx.has_dropped = unpack, spans, dropped is not None
         ctx.bias = None if bias is None else (bias_start, bias_start + bias.numel(), bias.dtype)
-        ctx.save_for_backward(*((source, inner, *factors) if spans else ()))
+        ctx.save_for_backward(*((source, t, *factors) if spans else ()))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -117,9 +117,9 @@ class _FrozenLinear(torch.autograd.Function):
         dsource: Tensor | None = None
         dfactors: list[Tensor] = []
         if ctx.spans:
-            source, inner, *factors = ctx.saved_tensors
+            source, t, *factors = ctx.saved_tensors
             wanted = needs_dropped if ctx.has_dropped else needs_x
-            dsource, dfactors = _pairs_backward(dy, source, inner, factors, spans=ctx.spans, to_source=wanted)
+            dsource, dfactors = _lora_backward(dy, source, t, factors, spans=ctx.spans, to_source=wanted)
         ddropped = None
         if ctx.has_dropped and dsource is not None:
             ddropped = dsource.view(*grad.shape[:-1], dsource.shape[-1])
@@ -148,10 +148,10 @@ def _cast(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[T
     return torch.cat([a.to(dtype) for a in factors[::2]]), [b.to(dtype) for b in factors[1::2]]
 
 
-def _pairs_backward(
+def _lora_backward(
     dy: Tensor,
     source: Tensor,
-    inner: Tensor,
+    t: Tensor,
     factors: Sequence[Tensor],
     *,
     spans: list[tuple[int, int, float]],
@@ -159,18 +159,16 @@ def _pairs_backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of (source (M, K), [A, B, A, B, ..]) of the LoRA terms."""
     a, bs = _cast(factors, dy.dtype)
-    dt = torch.empty_like(inner)
+    dt = torch.empty_like(t)  # (M, sum of r)
     dbs: list[Tensor] = []
     column = 0
     for (start, stop, scaling), b in zip(spans, bs, strict=True):
         columns = slice(column, column + b.shape[1])
         dt[:, columns] = (dy[:, start:stop] @ b).mul_(scaling)
-        dbs.append((dy[:, start:stop].T @ inner[:, columns]).mul_(scaling))
+        dbs.append((dy[:, start:stop].T @ t[:, columns]).mul_(scaling))
         column += b.shape[1]
-    da = dt.T @ source
+    da = dt.T @ source  # (sum of r, K)
     dfactors: list[Tensor] = []
-    for part, db, pair_a, pair_b in zip(
-        da.split([b.shape[1] for b in bs]), dbs, factors[::2], factors[1::2], strict=True
-    ):
-        dfactors += [part.to(pair_a.dtype), db.to(pair_b.dtype)]
+    for da_i, db, a_i, b_i in zip(da.split([b.shape[1] for b in bs]), dbs, factors[::2], factors[1::2], strict=True):
+        dfactors += [da_i.to(a_i.dtype), db.to(b_i.dtype)]
     return (dt @ a if to_source else None), dfactors

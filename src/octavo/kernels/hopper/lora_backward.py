@@ -4,8 +4,10 @@ Reference: ops/lora_backward.py. The kernel is warp-specialized. One warp loads 
 memory with the copy engine (TMA). Eight warps write dx and y over the tiles, multiply them with the low-rank matrices
 from shared memory, and store dx over x.
 
-Legend as in the reference; a program has BN columns and a part of the rows, BM at a time; `_up` is the second half of
-SwiGLU's input.
+Legend as in the reference (M rows, F columns of the activation's output, r and q the ranks of the LoRA before and after
+it); a program has BN columns and a part of the rows, BM at a time; R and Q are r and q rounded up to a power of two.
+PARTS is 1 for GELU, whose input x is (M, F), and 2 for SwiGLU, whose input is [gate | up] (M, 2F); `_up` is the second
+half.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ def lora_backward_into(x: Tensor, dy: Tensor, operands: LoraOperands, sums: Part
     columns, stages = tile
     (m, f), parts = dy.shape, x.shape[1] // dy.shape[1]
     rank, rank_after, splits = operands.t.shape[1] // parts, operands.after.shape[1], len(sums.b)
-    each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS
-    r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, rank_after))
+    each = triton.cdiv(triton.cdiv(m, splits), ROWS) * ROWS  # rows of a program, whole tiles
+    r, q = (max(16, triton.next_power_of_2(n)) for n in (rank, rank_after))  # 16: the depth of a wgmma
     xs = [_tiles(part, columns, WIDE) for part in x.chunk(parts, dim=1)]
     ts = [_tiles(readable(part), r, rank_layout(r)) for part in operands.t.chunk(parts, dim=1)]
-    bs = ts
+    bs = ts  # not read by the kernel, which needs an argument
     if operands.b is not None:
         bs = [_tiles(readable(part), r, rank_layout(r), columns) for part in operands.b.chunk(parts)]
     after = _tiles(readable(operands.after), q, rank_layout(q))
@@ -74,6 +76,8 @@ def _lora_backward(
     ts = gl.allocate_shared_memory(x.dtype, [STAGES * PARTS, BM, R], t.layout)
     afters = gl.allocate_shared_memory(x.dtype, [STAGES, BM, Q], after.layout)
     bs = gl.allocate_shared_memory(x.dtype, [PARTS, BN, R], t.layout)
+    # full: the tiles of a stage have arrived, and at index STAGES those of B, which are loaded once.
+    # empty: the computing warps have released a stage.
     full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -82,6 +86,7 @@ def _lora_backward(
         mbarrier.init(full.index(stage), count=1)
     rows = gl.program_id(1) * each, gl.minimum((gl.program_id(1) + 1) * each, m)
     ring = (xs, dys, ts, afters, bs, full, empty)
+    # One more warp loads, with 24 registers a thread: the computing warps get the rest of the register file.
     gl.warp_specialize([
         (_compute, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after, PARTS, TO_T, STAGES)),
         (_load, (ring, rows, x, x_up, dy, t, t_up, b, b_up, after, PARTS, TO_T, STAGES)),
@@ -107,8 +112,10 @@ def _load(
     step = 0
     for row in range(rows[0], rows[1], BM):
         stage = step % STAGES
+        # A barrier's phase alternates with each turn of the ring. The first turn waits for the phase before the first
+        # one, which counts as complete: all stages start empty.
         mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-        mbarrier.expect(full.index(stage), ((PARTS + 1) * BN + PARTS * R + afters.shape[2]) * BM * 2)
+        mbarrier.expect(full.index(stage), ((PARTS + 1) * BN + PARTS * R + afters.shape[2]) * BM * 2)  # bytes
         tma.async_copy_global_to_shared(x, [row, column], full.index(stage), xs.index(stage * PARTS))
         tma.async_copy_global_to_shared(t, [row, 0], full.index(stage), ts.index(stage * PARTS))
         if PARTS == 2:
@@ -135,32 +142,34 @@ def _compute(
     of_t: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, R // 2, 16])
     column = gl.program_id(0) * BN
     sum_t += gl.program_id(0).to(gl.int64) * m * (PARTS * rank)
-    first, second = gl.zeros((BN, R), gl.float32, of_b), gl.zeros((BN, R), gl.float32, of_b)
-    last = gl.zeros((BN, Q), gl.float32, of_a)
+    # Sums over the rows of this program: dB = dx^T t of each part, (BN, R), and dA = y^T dt of the LoRA after, (BN, Q).
+    grad_b, grad_b_up = gl.zeros((BN, R), gl.float32, of_b), gl.zeros((BN, R), gl.float32, of_b)
+    grad_a = gl.zeros((BN, Q), gl.float32, of_a)
     if TO_T:
         mbarrier.wait(full.index(STAGES), 0)
     step = 0
     for row in range(rows[0], rows[1], BM):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        x_tile, y = xs.index(stage * PARTS), dys.index(stage)
-        up = xs.index(stage * PARTS + PARTS - 1)
+        x_tile, y = xs.index(stage * PARTS), dys.index(stage)  # (BM, BN) each
+        up = xs.index(stage * PARTS + PARTS - 1)  # (BM, BN); x_tile again if there is one part
         _backward_(x_tile, up, y, PARTS)
-        fence_async_shared()
-        first = warpgroup_mma(x_tile.permute((1, 0)), ts.index(stage * PARTS), first, is_async=True)
-        last = warpgroup_mma(y.permute((1, 0)), afters.index(stage), last, is_async=True)
+        fence_async_shared()  # wgmma and TMA read shared memory through another proxy than the stores above
+        grad_b = warpgroup_mma(x_tile.permute((1, 0)), ts.index(stage * PARTS), grad_b, is_async=True)
+        grad_a = warpgroup_mma(y.permute((1, 0)), afters.index(stage), grad_a, is_async=True)
         tma.async_copy_shared_to_global(x, [row, column], x_tile)
         if PARTS == 2:
-            second = warpgroup_mma(up.permute((1, 0)), ts.index(stage * PARTS + 1), second, is_async=True)
+            grad_b_up = warpgroup_mma(up.permute((1, 0)), ts.index(stage * PARTS + 1), grad_b_up, is_async=True)
             tma.async_copy_shared_to_global(x_up, [row, column], up)
         if TO_T:
-            none = gl.zeros((BM, R), gl.float32, of_t)
-            _store(warpgroup_mma(x_tile, bs.index(0), none), sum_t, row, m, PARTS * rank, 1, rank)
+            # dt = dx B of these columns: the programs of all columns are added up afterwards (lora_tiles.sum_parts).
+            zero = gl.zeros((BM, R), gl.float32, of_t)
+            _store(warpgroup_mma(x_tile, bs.index(0), zero), sum_t, row, m, PARTS * rank, 1, rank)
             if PARTS == 2:
-                _store(warpgroup_mma(up, bs.index(1), none), sum_t + rank, row, m, PARTS * rank, 1, rank)
-        first, last = warpgroup_mma_wait(0, deps=(first, last))
+                _store(warpgroup_mma(up, bs.index(1), zero), sum_t + rank, row, m, PARTS * rank, 1, rank)
+        grad_b, grad_a = warpgroup_mma_wait(0, deps=(grad_b, grad_a))
         if PARTS == 2:
-            second = warpgroup_mma_wait(0, deps=(second,))
+            grad_b_up = warpgroup_mma_wait(0, deps=(grad_b_up,))
         if STAGES > 2:  # the store of this stage overlaps with the computation of the next one
             tma.store_wait(PARTS)
             if step > 0:
@@ -171,10 +180,10 @@ def _compute(
         step += 1  # noqa: SIM113  (Gluon has no enumerate)
     tma.store_wait(0)
     sum_b += gl.program_id(1).to(gl.int64) * (PARTS * f * rank)
-    _store(first, sum_b, column, f, rank, 1, rank)
+    _store(grad_b, sum_b, column, f, rank, 1, rank)
     if PARTS == 2:
-        _store(second, sum_b + f * rank, column, f, rank, 1, rank)
-    _store(last, sum_a + gl.program_id(1).to(gl.int64) * (f * rank_after), column, f, 1, f, rank_after)
+        _store(grad_b_up, sum_b + f * rank, column, f, rank, 1, rank)
+    _store(grad_a, sum_a + gl.program_id(1).to(gl.int64) * (f * rank_after), column, f, 1, f, rank_after)
 
 
 @gluon.jit
@@ -189,12 +198,12 @@ def _backward_(x_tile, up, y, PARTS: gl.constexpr):
         if PARTS == 2:
             up_part = up.slice(quarter * HIGH, HIGH)
             other = up_part.load(layout).to(gl.float32)
-            s = _sigmoid(value)
+            s = _sigmoid(value)  # y = silu(gate) up; silu'(gate) = s (1 + gate (1 - s))
             x_part.store((g * other * s * (1 + value * (1 - s))).to(kind))
             up_part.store((g * value * s).to(kind))
             y_part.store((value * s * other).to(kind))
         else:
-            s = _sigmoid(_gate(value))
+            s = _sigmoid(_gate(value))  # y = gelu(x) = x s
             x_part.store((g * _gelu_slope(value, s)).to(kind))
             y_part.store((value * s).to(kind))
 

@@ -116,6 +116,7 @@ def _matmul_8bit(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)  # both warp groups release a stage
+    # full: the tiles of a stage have arrived. empty: both warp groups have multiplied them.
     ring, sizes = (x_stages, w_stages, full, empty), (m, n, k, programs)
     epilogue = (scale, absmax, bias, bias_start, bias_stop, residual, residual_stride)
     gl.warp_specialize(
@@ -138,9 +139,10 @@ def _matmul_8bit(
 @gluon.jit
 def _place(tile, m, n, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
     """(the first row, the first column) of a tile."""
-    high, wide = gl.cdiv(m, BM), gl.cdiv(n, BN)
-    band = tile // (GROUP_M * wide) * GROUP_M
-    tall = gl.minimum(high - band, GROUP_M)
+    # GROUP_M tiles of one column, then those of the next: tiles that run at once share inputs and weights in L2.
+    high, wide = gl.cdiv(m, BM), gl.cdiv(n, BN)  # tiles of a column, of a row
+    band = tile // (GROUP_M * wide) * GROUP_M  # the first row of tiles of the group
+    tall = gl.minimum(high - band, GROUP_M)  # the last group may have fewer rows
     return (band + tile % (GROUP_M * wide) % tall) * BM, tile % (GROUP_M * wide) // tall * BN
 
 
@@ -159,8 +161,9 @@ def _load(ring, inputs, weights, t, b, sizes, LOW_RANK: gl.constexpr, GROUP_M: g
         top, left = _place(tile, m, n, BM, BN, GROUP_M)
         for start in range(0, k, BK):
             stage = step % STAGES
+            # A barrier's phase alternates with each turn of the ring; all stages start empty.
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (BM + BN) * BK)
+            mbarrier.expect(full.index(stage), (BM + BN) * BK)  # bytes
             tma.async_copy_global_to_shared(inputs, [top, start], full.index(stage), x_stages.index(stage))
             tma.async_copy_global_to_shared(weights, [left, start], full.index(stage), w_stages.index(stage))
             step += 1
@@ -192,6 +195,7 @@ def _multiply(
     HALF_INPUTS: gl.constexpr = BK // 2
     # Columns of an instruction: Triton has none with 256 for int8.
     WIDE: gl.constexpr = 128 if INT8 and BN > 128 else BN
+    # The accumulators of 8-bit and of 2-byte instructions have the same layout in registers under two names.
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32])
     slim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     results_part = results.index(PART)
@@ -202,15 +206,16 @@ def _multiply(
         for start in range(0, k, BK):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
-            rows = x_stages.index(stage).slice(PART * HALF, HALF)
+            rows = x_stages.index(stage).slice(PART * HALF, HALF)  # (BM / 2, BK)
             total = warpgroup_mma(rows, w_stages.index(stage).permute((1, 0)), total, is_async=True)
+            # At most one wgmma is in flight, so the previous one is complete and its stage can be filled again.
             total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(total,)))
             if start > 0:
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
             step += 1
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        y = gl.convert_layout(total, slim, assert_trivial=True).to(gl.float32)
+        y = gl.convert_layout(total, slim, assert_trivial=True).to(gl.float32)  # (BM / 2, BN)
         row = top + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, slim))
         column = left + gl.arange(0, BN, gl.SliceLayout(0, slim))
         y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
@@ -231,10 +236,11 @@ def _multiply(
             inside = (row[:, None] < m) & (column[None, :] < n)
             at = residual + row[:, None].to(gl.int64) * residual_stride + column[None, :]
             y += gl.load(at, mask=inside, other=0).to(gl.float32)
-        short = y.to(out.dtype)
+        short = y.to(out.dtype)  # rounded once, after all terms
         if results_part.shape[1] == BN:
             _store(short, results_part, out, top + PART * HALF, left)
         else:
+            # Half of the columns at a time: the buffer of a whole tile would take the place of a stage.
             lower, upper = gl.split(short.reshape((HALF, 2, BN // 2)).permute((0, 2, 1)))
             _store(gl.convert_layout(lower, slim), results_part, out, top + PART * HALF, left)
             _store(gl.convert_layout(upper, slim), results_part, out, top + PART * HALF, left + BN // 2)
