@@ -113,9 +113,7 @@ def _join(
         mix = mix * decay + tl.sum(share[:, None] * part, axis=0)
         total = total * decay + tl.sum(share * sums, axis=0)
         highest = higher
-    mix = tl.where(
-        length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0
-    )  # an idle slot: zeros
+    mix = tl.where(length >= 0, mix / tl.where(length >= 0, total, 1.0), 0.0)  # an idle slot: zeros
     tl.store(out + (slot * tl.num_programs(1) + head) * d + column, mix.to(out.dtype.element_ty), mask=wide)
 
 

@@ -185,7 +185,7 @@ def _multiply(
 ):  # fmt: skip
     """A computing warp group: half of the rows of each tile."""
     x_stages, w_stages, full, empty = ring
-    scale, absmax, bias, bias_start, bias_stop, residual, residual_stride = epilogue
+    _, _, _, _, _, residual, residual_stride = epilogue
     m, n, k, programs = sizes
     STAGES: gl.constexpr = x_stages.shape[0]
     BM: gl.constexpr = x_stages.shape[1]
@@ -218,12 +218,7 @@ def _multiply(
         y = gl.convert_layout(total, slim, assert_trivial=True).to(gl.float32)  # (BM / 2, BN)
         row = top + PART * HALF + gl.arange(0, HALF, gl.SliceLayout(1, slim))
         column = left + gl.arange(0, BN, gl.SliceLayout(0, slim))
-        y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
-        if SCALED:
-            y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
-        if BIAS:
-            there = (column >= bias_start) & (column < bias_stop)
-            y += gl.load(bias + column - bias_start, mask=there, other=0)[None, :]
+        y = _scaled(y, row, column, m, n, epilogue, SCALED, BIAS, LEVELS)
         for _ in gl.static_range(0, LOW_RANK, HALF_INPUTS):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
@@ -245,6 +240,19 @@ def _multiply(
             _store(gl.convert_layout(lower, slim), results_part, out, top + PART * HALF, left)
             _store(gl.convert_layout(upper, slim), results_part, out, top + PART * HALF, left + BN // 2)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _scaled(y, row, column, m, n, epilogue, SCALED: gl.constexpr, BIAS: gl.constexpr, LEVELS: gl.constexpr):
+    """y (BM / 2, BN) times the scales of its rows and columns, plus the bias."""
+    scale, absmax, bias, bias_start, bias_stop, _, _ = epilogue
+    y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
+    if SCALED:
+        y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
+    if BIAS:
+        has_bias = (column >= bias_start) & (column < bias_stop)
+        y += gl.load(bias + column - bias_start, mask=has_bias, other=0)[None, :]
+    return y
 
 
 @gluon.jit
