@@ -397,7 +397,7 @@ def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
     while (following := result.cheaper(plans[-1])) is not None:
         plans.append(following)
         assert len(plans) < 30
-    peaks = [each.peak_bytes for each in plans]
+    peaks = [plan.peak_bytes for plan in plans]
     assert all(later < 0.95 * earlier for earlier, later in pairwise(peaks[:-1]))
     assert peaks == sorted(set(peaks), reverse=True)
     assert plans[-1] == result.planner.smallest()

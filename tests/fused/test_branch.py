@@ -1,6 +1,6 @@
-"""A branch with a backward of its own: what it holds, what it computes again, and the dropout that both sides share.
+"""A branch with a hand-written backward: what it saves, what it recomputes, and that both passes use one dropout mask.
 
-That its numbers are those of the definition is tests/layers/test_residual.py.
+tests/fused/test_residual_branch.py compares its output and gradients with the reference.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from octavo.runtime.offload import ActivationOffload
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
 ROWS, HEADS, HEAD_SIZE = BATCH * LENGTH, 3, 4  # heads are wider than d on the whole, so that no size is another's
-PIECES: dict[str, tuple[Mixer, ...]] = {
+MIXERS: dict[str, tuple[Mixer, ...]] = {
     "GPT-J's": (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
     "attention": (Attention(HEADS, 1, HEAD_SIZE, HALF),),
     "gated MLP": (Swiglu(MLP_WIDTH),),
 }
-PIECES |= {f"{kind}, by name": PIECES[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
-every_kind = pytest.mark.parametrize("kind", PIECES)
-every_keep = pytest.mark.parametrize("save", list(Save))
+MIXERS |= {f"{kind}, by name": MIXERS[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
+every_kind = pytest.mark.parametrize("kind", MIXERS)
+every_save = pytest.mark.parametrize("save", list(Save))
 RANK = 2
 
 SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
@@ -43,7 +43,7 @@ SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 class Case:
     """A branch with everything trained on it. `leaves` are x, then all that is trained, in its order.
 
-    "by name": LoRA for every name instead of one for the first matmul, and its bias is not trained, as people train:
+    "by name": LoRA for every name instead of one for the first matmul, and its bias is not trained, as is usual:
     then the backward of an activation also computes LoRA gradients.
     """
 
@@ -53,23 +53,23 @@ class Case:
         def random(*shape: int, scale: float = 0.5) -> Tensor:
             return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
-        self.pieces, self.dropout = PIECES[kind], dropout
-        self.inner_rows = sum(piece.inputs for piece in self.pieces)
+        self.mixers, self.dropout = MIXERS[kind], dropout
+        self.inner_rows = sum(mixer.inputs for mixer in self.mixers)
         self.by_name, bias = "by name" in kind, "gated MLP" not in kind
-        self.weights = [random(self.inner_rows, WIDTH)] + [random(WIDTH, piece.outputs) for piece in self.pieces]
+        self.weights = [random(self.inner_rows, WIDTH)] + [random(WIDTH, mixer.outputs) for mixer in self.mixers]
         norm = [random(WIDTH) + 1] + ([random(WIDTH)] if bias else [])
         self.groups = [self.inner_rows]
         if self.by_name:
             self.groups = [
                 n
-                for piece in self.pieces
-                for n in [piece.inputs // (piece.lora_chunks or 1)] * (piece.lora_chunks or 1)
+                for mixer in self.mixers
+                for n in [mixer.inputs // (mixer.lora_chunks or 1)] * (mixer.lora_chunks or 1)
             ]
         inner = [factor for n in self.groups for factor in (random(RANK, WIDTH), random(n, RANK))]
         self.bias = random(self.inner_rows) if bias else None
         if self.bias is not None and not self.by_name:
             inner.append(self.bias)
-        outer = [factor for piece in self.pieces for factor in (random(RANK, piece.outputs), random(WIDTH, RANK))]
+        outer = [factor for mixer in self.mixers for factor in (random(RANK, mixer.outputs), random(WIDTH, RANK))]
         self.sizes = [len(norm), len(inner), len(outer)]
         self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer]
         for leaf in self.leaves:
@@ -86,11 +86,11 @@ class Case:
         bias = self.bias if self.by_name or self.bias is None else inner[-1]
         first = LinearSpec(self.inner_rows, WIDTH, _filling(self.weights[0]), bias, 0, low, self.dropout)
         parts = [
-            LinearSpec(WIDTH, piece.outputs, _filling(weight), None, 0, (LoraSlice(0, WIDTH, a, b, 2.0),), self.dropout)
-            for piece, weight, a, b in zip(self.pieces, self.weights[1:], outer[::2], outer[1::2], strict=True)
+            LinearSpec(WIDTH, mixer.outputs, _filling(weight), None, 0, (LoraSlice(0, WIDTH, a, b, 2.0),), self.dropout)
+            for mixer, weight, a, b in zip(self.mixers, self.weights[1:], outer[::2], outer[1::2], strict=True)
         ]
         norms = NormSpec(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
-        return Branch(norms, FusedLinear((first,)), self.pieces, FusedLinear(tuple(parts)))
+        return Branch(norms, FusedLinear((first,)), self.mixers, FusedLinear(tuple(parts)))
 
     def run(
         self,
@@ -131,7 +131,7 @@ def context_of(*, packed: bool, offload: ActivationOffload | None = None) -> For
 @pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_finite_differences_under_one_seed(kind: str, packed: bool, dropout: float) -> None:
-    # With dropout, only if forward and backward drop the same.
+    # With dropout this holds only if forward and backward use the same mask.
     case = Case(kind, dropout=dropout, dtype=torch.float64)
 
     def run(*leaves: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_finite_differences_under_one_seed(kind: str, packed: bool, dropout: flo
 @every_kind
 @pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
 @pytest.mark.parametrize("save", [Save.INPUT, Save.ATTENTION])
-def test_what_is_kept_changes_no_bit_with_dropout_on(kind: str, packed: bool, save: Save) -> None:
+def test_the_save_level_changes_no_bit_with_dropout(kind: str, packed: bool, save: Save) -> None:
     case = Case(kind, dropout=0.4)
     everything = case.gradients(save=Save.ALL, packed=packed)
     for one, other in zip(everything, case.gradients(save=save, packed=packed), strict=True):
@@ -152,8 +152,8 @@ def test_what_is_kept_changes_no_bit_with_dropout_on(kind: str, packed: bool, sa
 
 
 @every_kind
-@every_keep
-def test_an_input_that_was_away_changes_no_bit(kind: str, save: Save) -> None:
+@every_save
+def test_an_offloaded_input_changes_no_bit(kind: str, save: Save) -> None:
     case = Case(kind, dropout=0.4)
     for one, other in zip(
         case.gradients(save=save), case.gradients(save=save, offload=ActivationOffload()), strict=True
@@ -161,7 +161,7 @@ def test_an_input_that_was_away_changes_no_bit(kind: str, save: Save) -> None:
         assert torch.equal(one, other)
 
 
-def test_no_input_is_put_away_that_no_backward_takes_back() -> None:
+def test_no_input_is_offloaded_without_a_backward() -> None:
     case, offload = Case("GPT-J's"), ActivationOffload()
     y = case.run(*(leaf.detach() for leaf in case.leaves), save=Save.ALL, offload=offload)
     assert not y.requires_grad
@@ -174,7 +174,7 @@ def test_no_input_is_put_away_that_no_backward_takes_back() -> None:
 
 
 @every_kind
-def test_another_seed_drops_others(kind: str) -> None:
+def test_another_seed_gives_another_dropout_mask(kind: str) -> None:
     case = Case(kind, dropout=0.4)
     first, again, other = (case.run(*case.leaves, save=Save.INPUT, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -182,7 +182,7 @@ def test_another_seed_drops_others(kind: str) -> None:
 
 
 @every_kind
-@every_keep
+@every_save
 def test_backward_draws_nothing_from_the_global_generator(kind: str, save: Save) -> None:
     case = Case(kind, dropout=0.4)
     y = case.run(*case.leaves, save=save)
@@ -197,37 +197,37 @@ def test_the_saved_bytes_are_those_of_the_save_level(kind: str, packed: bool, sa
     case = Case(kind, dropout=0.4)
     context = context_of(packed=packed)
     if context.documents is not None:
-        assert context.documents.mask.any()  # made once for all blocks
-    held = {
+        assert context.documents.mask.any()  # computed once for all blocks
+    saved = {
         save: saved_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context.at(0, save)))[1]  # type: ignore[misc]
         for save in Save
     }
-    this = case.branch(*case.leaves[1:])
-    thin = ROWS * sum(wide.width - wide.inputs for wide in (this.inner, this.outer)) * 4
-    assert held[Save.INPUT] == thin  # not counting x, which existed before
+    built = case.branch(*case.leaves[1:])
+    lora_bytes = ROWS * sum(linear.width - linear.inputs for linear in (built.inner, built.outer)) * 4
+    assert saved[Save.INPUT] == lora_bytes  # not counting x, which existed before
     attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if "gated MLP" not in kind else 0  # its output and log-sums
     if kind == "attention":
-        attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and holds the copies
+        attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and saves the copies
     if packed and "gated MLP" not in kind:
-        attention += BATCH * LENGTH * LENGTH * 4  # and takes the mask in numbers
-    assert held[Save.ATTENTION] == thin + attention
-    assert held[Save.ALL] == thin + attention + ROWS * case.inner_rows * 4  # and u
+        attention += BATCH * LENGTH * LENGTH * 4  # and the mask is float32
+    assert saved[Save.ATTENTION] == lora_bytes + attention
+    assert saved[Save.ALL] == lora_bytes + attention + ROWS * case.inner_rows * 4  # and u
 
 
 @every_kind
-def test_without_grad_mode_nothing_is_held_and_the_numbers_are_the_same(kind: str, saved_by: SavedBy) -> None:
+def test_without_grad_mode_nothing_is_saved_and_the_output_is_the_same(kind: str, saved_by: SavedBy) -> None:
     case = Case(kind, dropout=0.4)
     expected = case.run(*case.leaves, save=Save.ALL)
     with torch.no_grad():
-        y, held = saved_by(lambda: case.run(*case.leaves, save=Save.ALL))
-    assert held == 0
+        y, saved = saved_by(lambda: case.run(*case.leaves, save=Save.ALL))
+    assert saved == 0
     assert not y.requires_grad
     assert torch.equal(y, expected)
 
 
 @every_kind
-@every_keep
-def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, save: Save, saved_by: SavedBy) -> None:
+@every_save
+def test_backward_frees_the_saved_tensors_while_the_output_is_alive(kind: str, save: Save, saved_by: SavedBy) -> None:
     case, outputs = Case(kind), []
 
     def both_ways() -> Tensor:
@@ -235,12 +235,12 @@ def test_backward_frees_what_it_used_while_the_output_still_lives(kind: str, sav
         (gradient,) = torch.autograd.grad(outputs[0], case.leaves[0], case.dy)
         return gradient
 
-    _, held = saved_by(both_ways)
-    assert held == outputs[0].nbytes + context_bytes()
+    _, saved = saved_by(both_ways)
+    assert saved == outputs[0].nbytes + context_bytes()
 
 
 def context_bytes() -> int:
-    """Of what `run` makes besides: the rotary table, which the output's graph refers to."""
+    """Bytes of the rotary table, which the output's graph refers to."""
     return sum(part.nbytes for part in context_of(packed=False).rotary)
 
 
@@ -259,27 +259,27 @@ class MatmulCounter(TorchDispatchMode):
 
 
 @every_kind
-@every_keep
+@every_save
 def test_only_matmuls_whose_output_is_needed_run_again(kind: str, save: Save) -> None:
     case = Case(kind)
-    made = case.branch(*case.leaves[1:])
-    inner = ROWS, made.inner.width, case.inner_rows
-    outer = ROWS, made.outer.width, WIDTH
+    built = case.branch(*case.leaves[1:])
+    inner = ROWS, built.inner.width, case.inner_rows
+    outer = ROWS, built.outer.width, WIDTH
     with MatmulCounter() as forward:
         y = case.run(*case.leaves, save=save)
     assert (forward.counts[inner], forward.counts[outer]) == (1, 1)
     with MatmulCounter() as backward:
         torch.autograd.backward(y, case.dy)
-    assert backward.counts[outer] == 0  # once is enough, whatever is kept
+    assert backward.counts[outer] == 0  # never recomputed, at any save level
     assert backward.counts[inner] == (0 if save is Save.ALL else 1)
     # And the two matmuls of the gradients of their inputs.
-    assert backward.counts[ROWS, WIDTH, made.outer.width] == 1
-    assert backward.counts[ROWS, case.inner_rows, made.inner.width] == 1
+    assert backward.counts[ROWS, WIDTH, built.outer.width] == 1
+    assert backward.counts[ROWS, case.inner_rows, built.inner.width] == 1
 
 
 @every_kind
-@every_keep
-def test_an_x_without_a_gradient_costs_no_matmul_for_it(kind: str, save: Save) -> None:
+@every_save
+def test_no_matmul_computes_the_gradient_of_an_x_that_needs_none(kind: str, save: Save) -> None:
     case = Case(kind)
     everything = case.gradients(save=save)
     x, *leaves = case.leaves
@@ -288,27 +288,27 @@ def test_an_x_without_a_gradient_costs_no_matmul_for_it(kind: str, save: Save) -
     trained = [tensor for group in others for tensor in group]
     y = case.run(x.detach(), *still, *trained, save=save)
     with MatmulCounter() as backward:
-        found = torch.autograd.grad(y, trained, case.dy)
-    for one, other in zip(found, everything[1 + len(norm) :], strict=True):
+        gradients = torch.autograd.grad(y, trained, case.dy)
+    for one, other in zip(gradients, everything[1 + len(norm) :], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    made = case.branch(*leaves)
-    assert backward.counts[ROWS, case.inner_rows, made.inner.width] == 0
-    # Norms in front of it may be trained all the same.
+    built = case.branch(*leaves)
+    assert backward.counts[ROWS, case.inner_rows, built.inner.width] == 0
+    # A norm before it may be trained nevertheless.
     y = case.run(x.detach(), *leaves, save=save)
     for one, other in zip(torch.autograd.grad(y, leaves, case.dy), everything[1:], strict=True):
         assert torch.equal(one, other)
 
 
 @every_kind
-def test_the_gradient_that_comes_in_is_left_as_it_is(kind: str) -> None:
+def test_the_incoming_gradient_is_not_changed(kind: str) -> None:
     case = Case(kind)
     before = case.dy.clone()
     case.gradients(save=Save.ALL)
     assert torch.equal(case.dy, before)
 
 
-@every_keep
-def test_a_graph_that_is_kept_gives_the_same_gradients_again(save: Save) -> None:
+@every_save
+def test_a_retained_graph_gives_the_same_gradients_again(save: Save) -> None:
     case = Case("GPT-J's", dropout=0.4)
     y = case.run(*case.leaves, save=save)
     first = torch.autograd.grad(y, case.leaves, case.dy, retain_graph=True)

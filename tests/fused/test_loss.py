@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: the number and gradients of the plain one, and never all logits at once."""
+"""Cross-entropy in chunks: the loss and gradients of F.cross_entropy, and never all logits at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 @dataclass
 class Head:
-    """A head with a bias and, if it is trained, a pair; it notes how often its matrix is written."""
+    """A head with a bias and, if it is trained, LoRA; it counts how often its matrix is written."""
 
     weight: Tensor
     bias: Tensor
@@ -41,9 +41,9 @@ class Head:
         out.copy_(self.weight)
 
     @property
-    def wide(self) -> FusedLinear:
-        pairs = (LoraSlice(0, VOCABULARY, self.factors[0], self.factors[1], 0.5),) if self.factors else ()
-        return FusedLinear((LinearSpec(VOCABULARY, WIDTH, self.fill, self.bias, 0, pairs),))
+    def linear(self) -> FusedLinear:
+        lora = (LoraSlice(0, VOCABULARY, self.factors[0], self.factors[1], 0.5),) if self.factors else ()
+        return FusedLinear((LinearSpec(VOCABULARY, WIDTH, self.fill, self.bias, 0, lora),))
 
     @property
     def trained(self) -> list[Tensor]:
@@ -73,31 +73,31 @@ def plain_loss(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes chunks small; the number of rows in each that was taken."""
-    taken: list[int] = []
+    """Makes chunks small; returns the number of rows of each."""
+    chunk_rows: list[int] = []
     monkeypatch.setattr(loss, "CHUNK_BYTES", (4 + 8) * (CHUNK_ROWS * VOCABULARY + VOCABULARY - 1))
 
-    def noted(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-        taken.append(len(logits))
+    def recorded(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+        chunk_rows.append(len(logits))
         assert logits.shape == (len(labels), VOCABULARY)
         return cross_entropy_(logits, labels, gradient=gradient)
 
-    monkeypatch.setattr(loss, "cross_entropy_", noted)
-    return taken
+    monkeypatch.setattr(loss, "cross_entropy_", recorded)
+    return chunk_rows
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sum_and_gradients_are_those_of_cross_entropy(kind: str, dtype: torch.dtype) -> None:
     hidden, labels, head = batch(kind, dtype)
-    ours, theirs = cross_entropy_sum(hidden, labels, head.wide, Dropout()), plain_loss(hidden, labels, head)
+    ours, theirs = cross_entropy_sum(hidden, labels, head.linear, Dropout()), plain_loss(hidden, labels, head)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs.float())
     leaves = [hidden, *head.trained]
     assert len(leaves) == (4 if kind == "trained" else 1)
     mine, other = torch.autograd.grad(0.5 * ours, leaves), torch.autograd.grad(0.5 * theirs, leaves)
     for one, two in zip(mine, other, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # the loss is taken in float32
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)  # the loss is computed in float32
 
 
 @both
@@ -105,20 +105,20 @@ def test_weights_scale_the_loss_and_the_gradient_of_each_label(kind: str) -> Non
     hidden, labels, head = batch(kind)
     weights = torch.rand(TOKENS) * 2
     weights[5] = 0
-    ours = cross_entropy_sum(hidden, labels, head.wide, Dropout(), weights)
-    each = F.cross_entropy(head.plain(hidden), labels, reduction="none", ignore_index=IGNORE_INDEX)
-    theirs = (each * weights).sum()
+    ours = cross_entropy_sum(hidden, labels, head.linear, Dropout(), weights)
+    losses = F.cross_entropy(head.plain(hidden), labels, reduction="none", ignore_index=IGNORE_INDEX)
+    theirs = (losses * weights).sum()
     torch.testing.assert_close(ours, theirs)
     leaves = [hidden, *head.trained]
     for one, two in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)
     with torch.no_grad():
-        torch.testing.assert_close(cross_entropy_sum(hidden, labels, head.wide, Dropout(), weights), theirs.detach())
+        torch.testing.assert_close(cross_entropy_sum(hidden, labels, head.linear, Dropout(), weights), theirs.detach())
 
 
-def test_a_trained_head_gets_its_gradients_under_a_hidden_that_needs_none() -> None:
+def test_a_trained_head_gets_gradients_if_hidden_needs_none() -> None:
     hidden, labels, head = batch("trained")
-    ours = torch.autograd.grad(cross_entropy_sum(hidden.detach(), labels, head.wide, Dropout()), head.trained)
+    ours = torch.autograd.grad(cross_entropy_sum(hidden.detach(), labels, head.linear, Dropout()), head.trained)
     theirs = torch.autograd.grad(plain_loss(hidden.detach(), labels, head), head.trained)
     for one, two in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, two)
@@ -126,19 +126,19 @@ def test_a_trained_head_gets_its_gradients_under_a_hidden_that_needs_none() -> N
 
 def test_a_frozen_bias_takes_no_gradient() -> None:
     hidden, labels, head = batch("frozen")
-    torch.autograd.backward(cross_entropy_sum(hidden, labels, head.wide, Dropout()))
+    torch.autograd.backward(cross_entropy_sum(hidden, labels, head.linear, Dropout()))
     assert head.bias.grad is None
-    assert not cross_entropy_sum(hidden.detach(), labels, head.wide, Dropout()).requires_grad
+    assert not cross_entropy_sum(hidden.detach(), labels, head.linear, Dropout()).requires_grad
 
 
 @both
-def test_what_stands_at_an_ignored_position_does_not_matter(kind: str) -> None:
+def test_hidden_states_at_ignored_positions_do_not_matter(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    expected = cross_entropy_sum(hidden, labels, head.wide, Dropout())
+    expected = cross_entropy_sum(hidden, labels, head.linear, Dropout())
     spoiled = hidden.detach().clone()
     spoiled[labels == IGNORE_INDEX] = 1e4
     spoiled.requires_grad_()
-    total = cross_entropy_sum(spoiled, labels, head.wide, Dropout())
+    total = cross_entropy_sum(spoiled, labels, head.linear, Dropout())
     assert torch.equal(total, expected)
     mine = torch.autograd.grad(total, [spoiled, *head.trained])
     theirs = torch.autograd.grad(expected, [hidden, *head.trained])
@@ -151,16 +151,16 @@ def test_what_stands_at_an_ignored_position_does_not_matter(kind: str) -> None:
 @both
 def test_all_ignored_costs_nothing_and_has_zero_gradients(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), head.wide, Dropout())
+    total = cross_entropy_sum(hidden, torch.full_like(labels, IGNORE_INDEX), head.linear, Dropout())
     assert total.item() == 0
     for gradient in torch.autograd.grad(total, [hidden, *head.trained]):
         assert not gradient.any()
 
 
 @both
-def test_no_rows_at_all_are_no_failure(kind: str) -> None:
+def test_no_rows_give_a_loss_of_zero(kind: str) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden[:0], labels[:0], head.wide, Dropout())
+    total = cross_entropy_sum(hidden[:0], labels[:0], head.linear, Dropout())
     assert total.item() == 0
     (gradient,) = torch.autograd.grad(total, hidden)
     assert not gradient.any()
@@ -169,7 +169,7 @@ def test_no_rows_at_all_are_no_failure(kind: str) -> None:
 @both
 def test_the_logits_of_no_more_than_a_chunk_exist(kind: str, chunks: list[int]) -> None:
     hidden, labels, head = batch(kind)
-    cross_entropy_sum(hidden, labels, head.wide, Dropout())
+    cross_entropy_sum(hidden, labels, head.linear, Dropout())
     assert chunks == [4, 4, 4, 4, 4, 3]
 
 
@@ -177,58 +177,58 @@ def test_the_logits_of_no_more_than_a_chunk_exist(kind: str, chunks: list[int]) 
 def test_a_chunk_is_at_least_one_row(kind: str, chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_BYTES", VOCABULARY)
     hidden, labels, head = batch(kind)
-    cross_entropy_sum(hidden, labels, head.wide, Dropout())
+    cross_entropy_sum(hidden, labels, head.linear, Dropout())
     assert chunks == [1] * TOKENS
 
 
 @both
 def test_the_matrix_is_written_once_and_no_chunk_is_computed_again(kind: str, chunks: list[int]) -> None:
     hidden, labels, head = batch(kind)
-    total = cross_entropy_sum(hidden, labels, head.wide, Dropout())
+    total = cross_entropy_sum(hidden, labels, head.linear, Dropout())
     torch.autograd.backward(total)
     assert head.written == 1
     assert sum(chunks) == TOKENS
 
 
 @both
-def test_only_gradients_wait_for_backward(kind: str, saved_by: SavedBy) -> None:
+def test_only_gradients_are_saved_for_backward(kind: str, saved_by: SavedBy) -> None:
     hidden, labels, head = batch(kind)
-    _, held = saved_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
+    _, saved_bytes = saved_by(lambda: cross_entropy_sum(hidden, labels, head.linear, Dropout()))
     gradients = sum(tensor.nbytes for tensor in (hidden, *head.trained))
     # Gradients of a bias and of B are columns of one matmul: its other columns and padding are allocated with them.
-    assert gradients <= held <= gradients + 4 * 8 * VOCABULARY
-    assert held < TOKENS * VOCABULARY * 4
+    assert gradients <= saved_bytes <= gradients + 4 * 8 * VOCABULARY
+    assert saved_bytes < TOKENS * VOCABULARY * 4
 
 
 @both
-def test_without_grad_mode_the_number_is_the_same_and_nothing_hangs_on_it(kind: str, saved_by: SavedBy) -> None:
+def test_without_grad_mode_the_loss_is_the_same_and_nothing_is_saved(kind: str, saved_by: SavedBy) -> None:
     hidden, labels, head = batch(kind)
     with torch.no_grad():
-        total, held = saved_by(lambda: cross_entropy_sum(hidden, labels, head.wide, Dropout()))
+        total, saved_bytes = saved_by(lambda: cross_entropy_sum(hidden, labels, head.linear, Dropout()))
     assert not total.requires_grad
-    assert held == 0
-    torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.wide, Dropout()).detach())
+    assert saved_bytes == 0
+    torch.testing.assert_close(total, cross_entropy_sum(hidden, labels, head.linear, Dropout()).detach())
 
 
 @both
-def test_without_grad_mode_no_gradient_is_worked_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_grad_mode_no_gradient_is_computed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, labels, head = batch(kind)
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("asked for gradients")
+        raise AssertionError("computed gradients")
 
     monkeypatch.setattr(FusedLinear, "backward", refuse)
     with torch.no_grad():
-        cross_entropy_sum(hidden, labels, head.wide, Dropout())
-    with pytest.raises(AssertionError, match="asked for gradients"):
-        cross_entropy_sum(hidden, labels, head.wide, Dropout())
+        cross_entropy_sum(hidden, labels, head.linear, Dropout())
+    with pytest.raises(AssertionError, match="computed gradients"):
+        cross_entropy_sum(hidden, labels, head.linear, Dropout())
 
 
 @both
-def test_a_short_type_is_summed_in_float32_and_answered_in_kind(kind: str) -> None:
+def test_bfloat16_is_summed_in_float32_and_gets_bfloat16_gradients(kind: str) -> None:
     hidden, labels, head = batch(kind)
     short = hidden.detach().bfloat16().requires_grad_()
-    total = cross_entropy_sum(short, labels, head.wide, Dropout())
+    total = cross_entropy_sum(short, labels, head.linear, Dropout())
     expected = plain_loss(hidden, labels, head)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, expected, rtol=0.02, atol=0)
@@ -239,9 +239,9 @@ def test_a_short_type_is_summed_in_float32_and_answered_in_kind(kind: str) -> No
         assert (one.float() - two).norm() < 0.02 * two.norm()
 
 
-def test_a_dropout_on_the_heads_pair_draws_another_mask_for_every_chunk() -> None:
+def test_dropout_of_the_heads_lora_draws_another_mask_for_every_chunk() -> None:
     hidden, labels, head = batch("trained")
-    (part,) = head.wide.parts
+    (part,) = head.linear.parts
     dropping = FusedLinear((part._replace(dropout=0.5),))
     same = hidden.detach()[:1].expand(8, -1).contiguous().requires_grad_()  # two chunks of the same rows
     torch.manual_seed(0)

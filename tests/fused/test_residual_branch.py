@@ -1,4 +1,4 @@
-"""A residual branch made of layers against its definition under autograd: the output and every gradient."""
+"""A residual branch made of layers against its reference under autograd: the output and every gradient."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 0, 1]])
 
 @dataclass
 class Layers:
-    """What `residual` takes."""
+    """The layers of a branch: the arguments of `residual_branch`."""
 
     norm: LayerNorm | RmsNorm
     inner: FrozenLinear
-    pieces: tuple[Mixer, ...]
+    mixers: tuple[Mixer, ...]
     outer: tuple[FrozenLinear, ...]
 
     @property
@@ -44,17 +44,17 @@ class Layers:
         return {name: p for name, p in self.all.named_parameters() if p.requires_grad}
 
     def run(self, x: Tensor, *, save: Save | None, packed: bool) -> Tensor:
-        """By `residual`, or where `keep` is None by the definition."""
+        """`residual_branch`, or if `save` is None the reference."""
         documents = find_documents(DOCUMENT, DOCUMENT.device) if packed else None
         frequencies = torch.tensor([0.9, 0.4, 0.2, 0.1, 0.05])[: 2 if isinstance(self.norm, LayerNorm) else 5]
         table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
         context = ForwardContext(BATCH, LENGTH, table, documents)
-        parts = self.norm, self.inner, self.pieces, self.outer
+        parts = self.norm, self.inner, self.mixers, self.outer
         return plain_branch(x, *parts, context) if save is None else residual_branch(x, *parts, context.at(0, save))
 
 
 def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtype, **biases: Any) -> FrozenLinear:
-    """A layer with a bias where asked for, and a pair on each name but k_proj."""
+    """A layer with the given biases, and LoRA on each name but k_proj."""
     matrix = FrozenMatrix(columns, outputs)
     matrix.allocate(SCHEMES[scheme], dtype, torch.device("cpu"))
     layer = FrozenLinear(matrix, **biases)
@@ -104,7 +104,7 @@ def llama_mlp(scheme: str, dtype: torch.dtype) -> Layers:
 
 KINDS = {"gptj": gptj, "llama's attention": llama_attention, "llama's MLP": llama_mlp}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_keep = pytest.mark.parametrize("save", list(Save))
+every_save = pytest.mark.parametrize("save", list(Save))
 both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed, with padding"])
 
 
@@ -127,7 +127,7 @@ def x_and_dy(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def results(layers: Layers, x: Tensor, dy: Tensor, *, save: Save | None, packed: bool) -> dict[str, Tensor]:
-    """The output and the gradients of all that takes one, by name."""
+    """The output and all gradients, by name."""
     leaves: dict[str, Tensor] = {**({"x": x} if x.requires_grad else {}), **layers.trained}
     y = layers.run(x, save=save, packed=packed)
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
@@ -144,9 +144,9 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 @every_kind
 @pytest.mark.parametrize("scheme", SCHEMES)
-@every_keep
+@every_save
 @both
-def test_output_and_gradients_are_those_of_the_definition(kind: str, scheme: str, save: Save, packed: bool) -> None:
+def test_output_and_gradients_equal_those_of_the_reference(kind: str, scheme: str, save: Save, packed: bool) -> None:
     layers, (x, dy) = layers_of(kind, scheme), x_and_dy()
     names = {name.rpartition(".")[2] for name in layers.trained}
     assert names >= {"weight", "bias", "a", "b"}  # norms and biases too
@@ -155,7 +155,7 @@ def test_output_and_gradients_are_those_of_the_definition(kind: str, scheme: str
 
 
 @every_kind
-@every_keep
+@every_save
 @both
 def test_the_first_layers_input_needs_no_gradient(kind: str, save: Save, packed: bool) -> None:
     for all_trained in (False, True):
@@ -167,7 +167,7 @@ def test_the_first_layers_input_needs_no_gradient(kind: str, save: Save, packed:
 
 @every_kind
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme: str) -> None:
+def test_bfloat16_is_as_near_to_float32_as_the_reference(kind: str, scheme: str) -> None:
     layers, (x, dy) = layers_of(kind, scheme, torch.bfloat16), x_and_dy(torch.bfloat16)
     exact = layers_of(kind, scheme)
     for frozen in (exact.inner, *exact.outer):  # the same weights, rounded to bfloat16 or quantized
@@ -179,6 +179,6 @@ def test_a_short_type_is_as_near_to_float32_as_the_definition(kind: str, scheme:
     ours = results(layers, x, dy, save=Save.ATTENTION, packed=True)
     for name, true in expected.items():
         assert ours[name].dtype == theirs[name].dtype
-        own, other = ((found[name].float() - true).norm() / true.norm() for found in (ours, theirs))
-        assert own < 1.5 * other + 2e-3, name
-        assert own < 0.03, name
+        our_error, their_error = ((y[name].float() - true).norm() / true.norm() for y in (ours, theirs))
+        assert our_error < 1.5 * their_error + 2e-3, name
+        assert our_error < 0.03, name

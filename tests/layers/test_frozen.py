@@ -1,4 +1,4 @@
-"""Frozen layers: a group is its members, parts go in and come out whole, and only the pairs feel dropout."""
+"""Frozen layers: a group equals its members, stored tensors come out as they went in, and dropout acts on LoRA only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def matrix_of(weights: Mapping[str, Tensor], scheme: str = "none", dtype: torch.
     return matrix
 
 
-def pair_of(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> Lora:
+def random_lora(rows: int, columns: int, rank: int = 2, scaling: float = 0.5) -> Lora:
     generator = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
     return Lora(a, b, scaling)
@@ -59,7 +59,7 @@ def test_a_group_is_its_members_stacked(name: str, columns: int) -> None:
 
 @every_scheme
 @every_width
-def test_parts_come_out_as_they_went_in(name: str, columns: int) -> None:
+def test_stored_tensors_come_out_as_they_went_in(name: str, columns: int) -> None:
     weights = weights_of(GROUP, columns)
     matrix = matrix_of(weights, name)
     for key, weight in weights.items():
@@ -77,25 +77,25 @@ def test_filling_columns_of_a_wider_matrix_writes_all_names_rounded_once(
 ) -> None:
     weights, scheme = weights_of(GROUP, columns), SCHEMES[name]
     matrix = matrix_of(weights, name, dtype)
-    wide = torch.full((sum(GROUP.values()), columns + 5), 9.0, dtype=dtype)
-    matrix.fill(wide[:, 2 : columns + 2])
+    buffer = torch.full((sum(GROUP.values()), columns + 5), 9.0, dtype=dtype)
+    matrix.fill(buffer[:, 2 : columns + 2])
     parts = [scheme.quantize(w.to(dtype) if name == "none" else w) for w in weights.values()]
     exact = [dequantize(scheme, one, (len(w), columns)) for one, w in zip(parts, weights.values(), strict=True)]
-    assert torch.equal(wide[:, 2 : columns + 2], torch.cat(exact).to(dtype))
-    assert (wide[:, [0, 1, -3, -2, -1]] == 9).all()
+    assert torch.equal(buffer[:, 2 : columns + 2], torch.cat(exact).to(dtype))
+    assert (buffer[:, [0, 1, -3, -2, -1]] == 9).all()
 
 
 def test_a_fused_linear_reads_a_layer_without_a_copy() -> None:
     weights = weights_of(GROUP, 7)
     layer = FrozenLinear(matrix_of(weights), bias=["k_proj", "v_proj"])
-    put_(layer, "v_proj", pair_of(5, 7), dropout=0.5)
+    put_(layer, "v_proj", random_lora(5, 7), dropout=0.5)
     frozen = layer.eval().spec()
     assert (frozen.rows, frozen.columns, frozen.bias_start, frozen.dropout) == (14, 7, 6, 0.0)
     assert frozen.bias is layer.bias
-    (pair,) = frozen.lora
-    assert (pair.start, pair.stop, pair.scaling) == (9, 14, 0.5)
-    assert pair.a is layer.lora["v_proj"].a
-    assert pair.b is layer.lora["v_proj"].b
+    (lora,) = frozen.lora
+    assert (lora.start, lora.stop, lora.scaling) == (9, 14, 0.5)
+    assert lora.a is layer.lora["v_proj"].a
+    assert lora.b is layer.lora["v_proj"].b
     out = torch.empty(14, 7)
     frozen.fill(out)
     assert torch.equal(out, torch.cat(list(weights.values())))
@@ -103,7 +103,7 @@ def test_a_fused_linear_reads_a_layer_without_a_copy() -> None:
 
 
 @every_scheme
-def test_putting_one_name_leaves_the_others(name: str) -> None:
+def test_putting_one_name_does_not_change_the_others(name: str) -> None:
     weights = weights_of(GROUP, 7)
     matrix = matrix_of(weights, name)
     before = {key: {part: t.clone() for part, t in matrix.of(key).items()} for key in ("q_proj", "v_proj")}
@@ -113,13 +113,13 @@ def test_putting_one_name_leaves_the_others(name: str) -> None:
 
 
 @every_scheme
-def test_bytes_are_those_of_the_parts_that_stand_for_it(name: str) -> None:
+def test_stored_bytes_are_those_of_the_stored_tensors(name: str) -> None:
     matrix = matrix_of(weights_of({"only": 5}, 7), name)
     assert matrix.stored_bytes == sum(part.nbytes for part in matrix.parts.values())
 
 
 @every_scheme
-def test_moving_to_another_type_leaves_the_parts_alone(name: str) -> None:
+def test_conversion_to_another_dtype_does_not_change_the_stored_tensors(name: str) -> None:
     matrix = matrix_of(weights_of({"only": 5}, 70), name)
     before = {part: tensor.clone() for part, tensor in matrix.parts.items()}
     layer = FrozenLinear(matrix, bias=["only"]).to(torch.bfloat16)
@@ -137,7 +137,7 @@ def test_moving_to_another_device_moves_the_parts() -> None:
 
 
 @pytest.mark.parametrize("biased", [["q_proj"], ["k_proj", "v_proj"], list(GROUP)], ids=str)
-def test_a_bias_lies_on_the_rows_of_its_names(biased: list[str]) -> None:
+def test_a_bias_is_added_to_the_rows_of_its_names(biased: list[str]) -> None:
     weights = weights_of(GROUP, 7)
     layer = FrozenLinear(matrix_of(weights), bias=biased)
     expected = {key: torch.randn(rows) if key in biased else torch.zeros(rows) for key, rows in GROUP.items()}
@@ -148,42 +148,42 @@ def test_a_bias_lies_on_the_rows_of_its_names(biased: list[str]) -> None:
     torch.testing.assert_close(layer(x), reference)
 
 
-def test_biases_with_a_gap_between_them_are_no_layer() -> None:
+def test_biases_with_a_gap_between_them_are_an_error() -> None:
     with pytest.raises(AssertionError, match="adjacent"):
         FrozenLinear(FrozenMatrix(7, GROUP), bias=["q_proj", "v_proj"])
 
 
-def test_each_name_has_its_own_pair() -> None:
+def test_each_name_has_its_own_lora() -> None:
     weights = weights_of(GROUP, 7)
     layer = FrozenLinear(matrix_of(weights))
     x = torch.randn(4, 7)
     base = layer(x).split(list(GROUP.values()), dim=-1)
     for key in ("v_proj", "q_proj"):  # in another order than the rows
-        put_(layer, key, pair_of(GROUP[key], 7), dropout=0.0)
+        put_(layer, key, random_lora(GROUP[key], 7), dropout=0.0)
     tuned = layer(x).split(list(GROUP.values()), dim=-1)
     for key, before, after in zip(GROUP, base, tuned, strict=True):
-        pair = pair_of(GROUP[key], 7)
-        added = 0.5 * (x @ pair.a.T) @ pair.b.T if key != "k_proj" else torch.zeros_like(before)
+        lora = random_lora(GROUP[key], 7)
+        added = 0.5 * (x @ lora.a.T) @ lora.b.T if key != "k_proj" else torch.zeros_like(before)
         torch.testing.assert_close(after, before + added)
 
 
-def test_a_layer_is_trained_through_pairs_or_bias_alone() -> None:
-    still, biased, paired = (FrozenLinear(matrix_of(weights_of(GROUP, 7)), bias=GROUP) for _ in range(3))
+def test_a_layer_is_trained_if_it_has_lora_or_a_trained_bias() -> None:
+    frozen_only, biased, with_lora = (FrozenLinear(matrix_of(weights_of(GROUP, 7)), bias=GROUP) for _ in range(3))
     assert biased.bias is not None
     biased.bias.requires_grad_()
-    put_(paired, "q_proj", pair_of(6, 7), dropout=0.0)
-    assert [layer.trained for layer in (still, biased, paired)] == [False, True, True]
-    assert {name for name, _ in paired.named_parameters()} == {"bias", "lora.q_proj.a", "lora.q_proj.b"}
+    put_(with_lora, "q_proj", random_lora(6, 7), dropout=0.0)
+    assert [layer.trained for layer in (frozen_only, biased, with_lora)] == [False, True, True]
+    assert {name for name, _ in with_lora.named_parameters()} == {"bias", "lora.q_proj.a", "lora.q_proj.b"}
 
 
-def test_dropout_acts_in_train_mode_and_on_pairs_alone() -> None:
+def test_dropout_acts_in_train_mode_and_on_lora_only() -> None:
     layer = FrozenLinear(matrix_of(weights_of({"only": 5}, 40)))
     x = torch.randn(3, 40)
     base = layer.reference(x)
-    pair = pair_of(5, 40)
-    put_(layer, "only", pair, dropout=0.5)
+    lora = random_lora(5, 40)
+    put_(layer, "only", lora, dropout=0.5)
     tuned = layer.eval().reference(x)
-    torch.testing.assert_close(tuned, base + 0.5 * x @ pair.a.T @ pair.b.T)
+    torch.testing.assert_close(tuned, base + 0.5 * x @ lora.a.T @ lora.b.T)
     layer.train()
     torch.manual_seed(0)
     first = layer.reference(x)
@@ -191,24 +191,24 @@ def test_dropout_acts_in_train_mode_and_on_pairs_alone() -> None:
     assert not torch.equal(first, layer.reference(x))  # another mask
     torch.manual_seed(0)
     dropped = nn.functional.dropout(x, 0.5)
-    torch.testing.assert_close(first, base + 0.5 * dropped @ pair.a.T @ pair.b.T)
+    torch.testing.assert_close(first, base + 0.5 * dropped @ lora.a.T @ lora.b.T)
     with torch.no_grad():
-        pair.b.zero_()
+        lora.b.zero_()
     assert torch.equal(layer.reference(x), base)  # the frozen matmul reads x itself
 
 
-def test_gradients_go_back_through_the_dropped_input() -> None:
+def test_gradients_pass_through_the_dropped_input() -> None:
     layer = FrozenLinear(matrix_of(weights_of({"only": 5}, 40))).train()
-    pair = pair_of(5, 40)
-    put_(layer, "only", pair, dropout=0.5)
+    lora = random_lora(5, 40)
+    put_(layer, "only", lora, dropout=0.5)
     x = torch.randn(3, 40, requires_grad=True)
     torch.manual_seed(0)
-    ours = torch.autograd.grad(layer.reference(x).square().sum(), [x, pair.a, pair.b])
+    ours = torch.autograd.grad(layer.reference(x).square().sum(), [x, lora.a, lora.b])
     torch.manual_seed(0)
     dropped = nn.functional.dropout(x, 0.5)
     weight = layer.matrix.parts["weight"]
-    composed = x @ weight.T + 0.5 * dropped @ pair.a.T @ pair.b.T
-    theirs = torch.autograd.grad(composed.square().sum(), [x, pair.a, pair.b])
+    composed = x @ weight.T + 0.5 * dropped @ lora.a.T @ lora.b.T
+    theirs = torch.autograd.grad(composed.square().sum(), [x, lora.a, lora.b])
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
@@ -217,7 +217,7 @@ def test_names_of_one_matrix_share_the_mask_of_their_input() -> None:
     weight = torch.randn(5, 40)
     layer = FrozenLinear(matrix_of({"one": weight, "two": weight})).train()
     for key in ("one", "two"):
-        put_(layer, key, pair_of(5, 40), dropout=0.5)
+        put_(layer, key, random_lora(5, 40), dropout=0.5)
     one, two = layer(torch.randn(3, 40)).chunk(2, dim=-1)
     torch.testing.assert_close(one, two)
 
@@ -234,23 +234,23 @@ def test_an_embedding_gathers_rows_in_the_compute_type(name: str) -> None:
     assert torch.equal(rows, whole[ids])
 
 
-def test_an_embeddings_pair_is_a_low_rank_change_of_its_table() -> None:
+def test_lora_of_an_embedding_is_a_low_rank_change_of_its_matrix() -> None:
     table = torch.randn(9, 6)
     embedding = FrozenEmbedding(matrix_of({"wte": table}))
-    pair = pair_of(6, 9)  # A (r, V), B (d, r)
-    put_(embedding, "wte", pair, dropout=0.9)  # as in PEFT, an embedding takes none
+    lora = random_lora(6, 9)  # A (r, V), B (d, r)
+    put_(embedding, "wte", lora, dropout=0.9)  # as in PEFT, an embedding takes none
     ids = torch.tensor([[0, 8, 3], [3, 3, 1]])
     ours = embedding.train()(ids)
-    changed = table + 0.5 * (pair.b @ pair.a).T
+    changed = table + 0.5 * (lora.b @ lora.a).T
     torch.testing.assert_close(ours, changed[ids])
-    mine = torch.autograd.grad(ours.square().sum(), [pair.a, pair.b])
-    theirs = torch.autograd.grad(changed[ids].square().sum(), [pair.a, pair.b])
+    mine = torch.autograd.grad(ours.square().sum(), [lora.a, lora.b])
+    theirs = torch.autograd.grad(changed[ids].square().sum(), [lora.a, lora.b])
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, other)
     assert not mine[0][:, [2, 4, 5, 6, 7]].any()  # tokens that do not occur
 
 
-def test_a_tied_head_is_the_embeddings_own_table() -> None:
+def test_a_tied_head_is_the_embeddings_matrix() -> None:
     table = matrix_of(weights_of({"wte": 9}, 6))
     model = nn.ModuleDict({"embed": FrozenEmbedding(table), "head": FrozenLinear(table)})
     x = torch.randn(2, 6)
@@ -262,9 +262,9 @@ def test_a_tied_head_is_the_embeddings_own_table() -> None:
     assert kernel["head"].matrix is not table
 
 
-def test_pairs_on_a_tied_head_leave_the_embedding_alone() -> None:
+def test_lora_on_a_tied_head_does_not_change_the_embedding() -> None:
     table = matrix_of(weights_of({"wte": 9}, 6))
     embedding, head = FrozenEmbedding(table), FrozenLinear(table)
     before = embedding(torch.arange(9)[None])
-    put_(head, "wte", pair_of(9, 6), dropout=0.0)
+    put_(head, "wte", random_lora(9, 6), dropout=0.0)
     assert torch.equal(embedding(torch.arange(9)[None]), before)

@@ -9,7 +9,7 @@ from octavo.layers.gemm_input import GemmInput
 LIKE = torch.empty(0, dtype=torch.float64)
 
 
-def test_joined_it_is_one_matrix_into_which_parts_are_written_or_copied() -> None:
+def test_if_joined_parts_are_written_or_copied_into_one_matrix() -> None:
     gemm_input, x = GemmInput([2, 3], 4, 5, LIKE, joined=True), torch.rand(5, 3).double()
     gemm_input.add().fill_(1)
     gemm_input.put(x)
@@ -22,7 +22,7 @@ def test_joined_it_is_one_matrix_into_which_parts_are_written_or_copied() -> Non
     assert detach_extra.untyped_storage().nbytes() == 5 * 4 * 8  # and not the whole
 
 
-def test_by_itself_a_part_that_stands_somewhere_is_taken_as_it_is() -> None:
+def test_if_not_joined_an_existing_tensor_is_used_without_a_copy() -> None:
     gemm_input, x = GemmInput([2, 3], 4, 5, LIKE, joined=False), torch.rand(5, 3)
     assert gemm_input.add().shape == (5, 2)
     gemm_input.put(x)

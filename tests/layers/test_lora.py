@@ -1,4 +1,4 @@
-"""Low-rank pairs: they start as nothing, train in one flat buffer, and merge into what they added."""
+"""LoRA: new factors change nothing, train in one flat buffer, and merge into the weight."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def randomise(layer: nn.Module) -> None:
             parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
 
 
-def test_new_pairs_change_no_output() -> None:
+def test_new_lora_changes_no_output() -> None:
     x, ids = torch.randn(4, COLUMNS), torch.arange(9)[None]
     assert torch.equal(attached()(x), linear()(x))
     table = embedding()
@@ -60,21 +60,21 @@ def test_new_pairs_change_no_output() -> None:
     assert torch.equal(table(ids), before)
 
 
-def test_new_pairs_learn_from_the_first_step_on() -> None:
+def test_new_lora_has_a_gradient_in_the_first_step() -> None:
     layer = attached()
     torch.autograd.backward(layer(torch.randn(4, COLUMNS)).square().sum())
-    for pair in lora_of([layer]):
-        assert pair.b.grad is not None
-        assert pair.b.grad.abs().max() > 0
+    for lora in lora_of([layer]):
+        assert lora.b.grad is not None
+        assert lora.b.grad.abs().max() > 0
     table = embedding()
     attach_(table, "wte", SPEC, generator=torch.Generator().manual_seed(0))
     torch.autograd.backward(table(torch.arange(9)[None]).square().sum())
-    (pair,) = lora_of([table])
-    assert pair.a.grad is not None
-    assert pair.a.grad.abs().max() > 0
+    (lora,) = lora_of([table])
+    assert lora.a.grad is not None
+    assert lora.a.grad.abs().max() > 0
 
 
-def test_pairs_are_drawn_from_the_seed_within_their_bound() -> None:
+def test_a_is_drawn_from_the_seed_within_its_bound() -> None:
     first, again, other = attached(), attached(), attached(seed=2)
     for mine, same, different in zip(*(lora_of([x]) for x in (first, again, other)), strict=True):
         assert torch.equal(mine.a, same.a)
@@ -89,7 +89,7 @@ def test_scaling_is_alpha_over_the_rank_or_its_root() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_a_spec_that_makes_no_pair_is_refused(wrong: dict[str, float]) -> None:
+def test_an_invalid_spec_is_an_error(wrong: dict[str, float]) -> None:
     with pytest.raises(AdapterError, match="must be at least"):
         LoraSpec(**wrong)  # type: ignore[arg-type]
 
@@ -102,7 +102,7 @@ def flattened() -> tuple[FrozenLinear, list[FlatGroup]]:
     return layer, flatten_(dict(layer.named_parameters()))
 
 
-def test_flattening_keeps_values_and_parts_biases_from_matrices() -> None:
+def test_flattening_keeps_values_and_separates_biases_from_matrices() -> None:
     layer = attached()
     randomise(layer)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
@@ -159,7 +159,7 @@ def test_an_embeddings_gradient_stays_in_its_buffer_too() -> None:
     assert group.values.grad.any()
 
 
-def test_a_gradient_that_left_its_buffer_is_noticed() -> None:
+def test_a_gradient_outside_its_buffer_is_detected() -> None:
     layer, groups = flattened()
     groups[0].parameters[1].grad = None
     assert not gradients_in_place(groups)
@@ -167,7 +167,7 @@ def test_a_gradient_that_left_its_buffer_is_noticed() -> None:
     assert not gradients_in_place(groups)
 
 
-def test_merged_rows_multiply_to_what_the_layer_gives() -> None:
+def test_merged_rows_give_the_output_of_the_layer() -> None:
     layer = attached()
     randomise(layer)
     assert layer.bias is not None
@@ -185,7 +185,7 @@ def test_merged_rows_of_an_embedding_are_its_rows() -> None:
     torch.testing.assert_close(merged, table(torch.arange(9)))
 
 
-def test_rows_without_a_pair_merge_to_themselves_in_float32() -> None:
+def test_rows_without_lora_merge_to_themselves_in_float32() -> None:
     weight: Tensor = torch.randn(6, COLUMNS).bfloat16()
     merged = merged_rows(linear(), "up_proj", weight)
     assert merged.dtype == torch.float32

@@ -208,7 +208,7 @@ def test_logits_are_those_of_the_reference(both: parity.Models) -> None:
 
 def test_packed_documents_and_a_cache_give_the_logits_of_the_reference(both: parity.Models) -> None:
     parity.test_packed_documents_are_what_transformers_makes_of_each_alone(both)
-    parity.test_a_cache_filled_in_pieces_gives_the_same_logits(both)
+    parity.test_a_cache_filled_in_chunks_gives_the_same_logits(both)
 
 
 def test_gradients_of_every_adapter_and_norm_are_those_of_the_reference(both: parity.Models) -> None:

@@ -49,7 +49,7 @@ OPTIONAL = [
 
 
 @pytest.mark.parametrize(("key", "value"), OPTIONAL, ids=lambda value: repr(value)[:30])
-def test_a_field_that_may_be_left_out_is_checked_too(key: str, value: Any) -> None:
+def test_an_optional_field_is_checked_too(key: str, value: Any) -> None:
     config = {name: field for name, field in LLAMA.items() if name != "rope_parameters"}
     with pytest.raises(ModelError, match=r"config\.json") as caught:
         build({**config, key: value})

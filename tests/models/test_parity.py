@@ -122,7 +122,7 @@ def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
 def test_logits_are_transformers(kernels: Models) -> None:
     ids = some_ids()
     expected = kernels.theirs(ids).logits
-    assert expected.std() > 0.5  # wide enough for a difference to show
+    assert expected.std() > 0.5  # large enough for a difference to show
     torch.testing.assert_close(kernels.ours(ids), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -149,19 +149,19 @@ def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Mod
 
 
 @torch.no_grad()
-def test_a_cache_filled_in_pieces_gives_the_same_logits(kernels: Models) -> None:
+def test_a_cache_filled_in_chunks_gives_the_same_logits(kernels: Models) -> None:
     ids, model = some_ids(), kernels.ours
     cache = model.new_cache(batch=2, max_len=LENGTH + 5)
-    pieces = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
-    logits = torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+    chunks = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
+    logits = torch.cat([model(chunk, cache=cache) for chunk in chunks], dim=1)
     assert cache.length == LENGTH
     torch.testing.assert_close(logits, kernels.theirs(ids).logits, rtol=0, atol=TOLERANCE)
 
 
 def tuned(kernels: Models) -> Models:
-    """Copies of both with the same random pairs on everything that may have one, all of it trained.
+    """Copies of both with the same random LoRA on every matrix that may have one, all of it trained.
 
-    A tied table stays without: PEFT warns of pairs on one.
+    A tied embedding has none: PEFT warns of LoRA on one.
     """
     table = weight_entries(kernels.ours)
     named = {p.key for p in table.values() if p.matrix is not None}
@@ -212,11 +212,11 @@ def gradients(place: WeightEntry, module: Any) -> Iterator[tuple[str, Tensor | N
         return
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
     if place.rows_key in layer.lora:
-        pair = layer.lora[place.rows_key]
-        assert isinstance(pair, Lora)
+        lora = layer.lora[place.rows_key]
+        assert isinstance(lora, Lora)
         a, b = factors(module)
-        yield "a", pair.a.grad, a.grad
-        yield "b", in_checkpoint_order(place, pair.b.grad), b.grad
+        yield "a", lora.a.grad, a.grad
+        yield "b", in_checkpoint_order(place, lora.b.grad), b.grad
     if (both := biases(place, module)) is not None:
         assert isinstance(layer, FrozenLinear)
         assert both[0].grad is not None
@@ -282,7 +282,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_would_not_be_the_same_is_refused(what: str) -> None:
+def test_unsupported_options_of_a_config_are_errors(what: str) -> None:
     config = REFUSED[what].to_dict()
     architecture = "GPTJForCausalLM" if config["model_type"] == "gptj" else "LlamaForCausalLM"
     with pytest.raises(ModelError, match="The model's config asks for"):

@@ -108,19 +108,19 @@ def test_only_the_first_matmuls_of_a_block_run_again_in_backward(
     assert ran == [WIDTH] * branches * again
 
 
-def test_what_is_held_between_forward_and_backward_is_what_keep_says(model: Decoder, saved_by: SavedBy) -> None:
+def test_the_saved_bytes_are_those_of_the_save_level(model: Decoder, saved_by: SavedBy) -> None:
     row = 2 * LENGTH * 4  # bytes of one number a token
-    held = {save: saved_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
+    saved_bytes = {save: saved_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
     gptj = hasattr(model.blocks[0], "fc_out")
     # In addition: the input of the last norm, the tensors that this norm saves, the head's gradient, the rotary table.
-    thin = 40  # what the pairs of a layer make of their inputs, in whole eights
-    inputs = LAYERS * ((1 if gptj else 2) * WIDTH + thin)
-    assert inputs <= held[Save.INPUT] <= inputs + 4 * WIDTH
-    # Attention's output with a log-sum for each head; on a CPU shared heads are repeated, and these copies held.
+    lora_width = 40  # x A^T of the LoRA adapters of a layer, padded to multiples of 8
+    inputs = LAYERS * ((1 if gptj else 2) * WIDTH + lora_width)
+    assert inputs <= saved_bytes[Save.INPUT] <= inputs + 4 * WIDTH
+    # Attention's output with a log-sum for each head; on a CPU shared heads are repeated, and these copies are saved.
     attention = LAYERS * (WIDTH + 4 + (0 if gptj else 2 * WIDTH))
-    assert held[Save.ATTENTION] - held[Save.INPUT] == attention
+    assert saved_bytes[Save.ATTENTION] - saved_bytes[Save.INPUT] == attention
     u = LAYERS * (3 * WIDTH + MLP_WIDTH if gptj else 2 * WIDTH + 2 * MLP_WIDTH)
-    assert held[Save.ALL] - held[Save.ATTENTION] == u
+    assert saved_bytes[Save.ALL] - saved_bytes[Save.ATTENTION] == u
 
 
 @torch.no_grad()
@@ -128,13 +128,13 @@ def test_without_gradients_nothing_is_computed_again(model: Decoder) -> None:
     torch.testing.assert_close(loss_of(model, Save.INPUT), loss_of(model, Save.ALL), rtol=0, atol=0)
 
 
-def test_without_gradients_nothing_is_held(model: Decoder, saved_by: SavedBy) -> None:
+def test_without_gradients_nothing_is_saved(model: Decoder, saved_by: SavedBy) -> None:
     with torch.no_grad():
-        _, held = saved_by(lambda: loss_of(model, Save.ALL))
-    assert held == 0
+        _, saved_bytes = saved_by(lambda: loss_of(model, Save.ALL))
+    assert saved_bytes == 0
 
 
-def test_as_many_levels_as_blocks_are_asked_for(model: Decoder) -> None:
+def test_too_few_levels_are_an_error(model: Decoder) -> None:
     with pytest.raises(ValueError, match="shorter"):
         loss_of(model, MIXED[:-1])
 

@@ -76,7 +76,7 @@ def test_it_stays_nearer_to_32_bits_than_bitsandbytes_does_on_a_cpu() -> None:
     assert off < 0.8 * ((theirs - exact).norm() / moved).item()
 
 
-def test_a_number_whose_gradient_shrinks_is_not_thrown_away() -> None:
+def test_a_step_is_bounded_if_the_gradient_shrinks() -> None:
     values, moments = torch.zeros(BLOCK), no_moments(torch.zeros(BLOCK))
     gradient = torch.full((BLOCK,), 3e-4)
     gradient[0] = 1.0  # relative to it the squares of the others round to zero
@@ -87,7 +87,7 @@ def test_a_number_whose_gradient_shrinks_is_not_thrown_away() -> None:
     assert (moments.second > 0).all()
 
 
-def test_numbers_without_gradient_stay_where_they_are() -> None:
+def test_values_without_gradient_do_not_change() -> None:
     values, moments = numbers(3 * BLOCK), no_moments(numbers(3 * BLOCK))
     before = values.clone()
     for step in range(1, 4):
@@ -106,7 +106,7 @@ def test_the_factor_is_one_of_the_gradient() -> None:
     assert all(map(torch.equal, one, other))
 
 
-def test_parts_of_a_buffer_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updating_parts_of_a_buffer_equals_updating_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parted = numbers(3001), numbers(3001)
     one, other = no_moments(whole), no_moments(parted)
     for step in range(1, 4):
@@ -118,7 +118,7 @@ def test_parts_of_a_buffer_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(map(torch.equal, one, other))
 
 
-def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
+def test_memory_after_the_last_value_is_not_in_its_block() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
     n = BLOCK + 7
     for step in (KERNELS["adam.adam8_"], kernel):
@@ -136,14 +136,14 @@ def test_what_lies_behind_the_last_number_is_not_in_its_block() -> None:
 def test_the_reference_chooses_the_same_quantized_values() -> None:
     kernel = import_module("octavo.kernels.adam").adam8_
     values, fast = (numbers(20_003).to(DEVICE) for _ in range(2))
-    moments, found = no_moments(values), no_moments(values)
+    moments, kernel_moments = no_moments(values), no_moments(values)
     for step in range(1, 5):
         gradient = gradients(values.numel(), step).to(DEVICE)
         KERNELS["adam.adam8_"](values, gradient, moments, ONE.to(DEVICE), rates(step))
-        kernel(fast, gradient, found, ONE.to(DEVICE), rates(step))
+        kernel(fast, gradient, kernel_moments, ONE.to(DEVICE), rates(step))
         torch.testing.assert_close(fast, values, rtol=1e-5, atol=1e-5 * LR)
-        for codes, expected in zip(found[:2], moments[:2], strict=True):
+        for codes, expected in zip(kernel_moments[:2], moments[:2], strict=True):
             off = (codes.int() - expected.int()).abs()
             assert off.max() <= 1
             assert off.sum() <= 5  # sums that are added up in another order may stand on the other side of an edge
-        torch.testing.assert_close(found[2:], moments[2:], rtol=1e-6, atol=0)
+        torch.testing.assert_close(kernel_moments[2:], moments[2:], rtol=1e-6, atol=0)

@@ -42,22 +42,22 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def turned(pairs: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Complex pairs (B, T, H, R/2), each turned by position times frequency."""
+def rotated(pairs: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Complex pairs (B, T, H, R/2), each rotated by position times frequency."""
     angles = positions.double()[..., None] * frequencies.double()
     return pairs * torch.polar(torch.ones_like(angles), angles)[:, :, None]
 
 
 def test_interleaved_rotation_is_a_complex_multiplication_of_neighbours() -> None:
     x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
-    expected = turned(torch.view_as_complex(x.view(2, 5, HEADS, -1, 2)), positions, FREQUENCIES)
+    expected = rotated(torch.view_as_complex(x.view(2, 5, HEADS, -1, 2)), positions, FREQUENCIES)
     ours = rotate_interleaved(x, rotary_table(positions, FREQUENCIES))
     torch.testing.assert_close(ours, torch.view_as_real(expected).flatten(-2), rtol=1e-6, atol=1e-6)
 
 
 def test_half_rotation_is_a_complex_multiplication_across_the_halves() -> None:
     x, positions = random(2, 5, HEADS, SIZE), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
-    expected = turned(torch.complex(*x.chunk(2, dim=-1)), positions, FREQUENCIES)
+    expected = rotated(torch.complex(*x.chunk(2, dim=-1)), positions, FREQUENCIES)
     ours = rotate_half(x, rotary_table(positions, FREQUENCIES))
     torch.testing.assert_close(ours, torch.cat((expected.real, expected.imag), dim=-1), rtol=1e-6, atol=1e-6)
 
@@ -169,7 +169,7 @@ def test_rows_of_one_document_need_no_mask() -> None:
     assert find_documents(torch.tensor([[0, 0, 0], [7, 8, 8]]), CPU) is not None
 
 
-def test_padding_behind_one_document_needs_no_mask_and_changes_nothing_before_it() -> None:
+def test_padding_after_one_document_needs_no_mask_and_changes_no_earlier_position() -> None:
     assert find_documents(torch.tensor([[0, 0, 0], [7, 7, -1]]), CPU) is None
     assert find_documents(torch.tensor([[0, 1, -1]]), CPU) is not None
     q, k, v = three(6)
@@ -208,33 +208,33 @@ def test_where_documents_start_says_the_same_as_the_mask(rows: list[list[int]], 
 
 @pytest.mark.parametrize(("form", "turned_numbers"), [(INTERLEAVED, 4), (INTERLEAVED, SIZE), (HALF, SIZE)])
 @pytest.mark.parametrize("table_rows", [1, 2], ids=["one row for all", "a row each"])
-def test_rotation_in_place_is_the_rotation_and_its_transpose_the_way_back(
+def test_rotation_in_place_is_the_rotation_and_its_transpose_the_inverse(
     form: str, turned_numbers: int, table_rows: int
 ) -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])[:table_rows]
     cos, sin = rotary_table(positions, FREQUENCIES[: turned_numbers // 2])
     x = random(2, 5, HEADS, SIZE)
-    wide = random(10, HEADS * SIZE + 3)
-    own = wide[:, 1 : HEADS * SIZE + 1]
-    own.copy_(x.view(10, -1))
-    surroundings = wide[:, [0, -2, -1]].clone()
-    copied = torch.full_like(own, 9)
-    rotate_into(own, cos, sin, SIZE, form, copied)
-    rotate_into(own, cos, sin, SIZE, form, own)
-    assert torch.equal(copied, own)
-    torch.testing.assert_close(own.reshape(x.shape), rotate(x, (cos, sin), form), rtol=0, atol=0)
-    assert not torch.equal(own.reshape(x.shape), x)
-    rotate_into(own, cos, sin, SIZE, form, own, back=True)
-    torch.testing.assert_close(own.reshape(x.shape), x, rtol=1e-6, atol=1e-6)
-    assert torch.equal(wide[:, [0, -2, -1]], surroundings)
+    buffer = random(10, HEADS * SIZE + 3)
+    heads = buffer[:, 1 : HEADS * SIZE + 1]
+    heads.copy_(x.view(10, -1))
+    surroundings = buffer[:, [0, -2, -1]].clone()
+    copied = torch.full_like(heads, 9)
+    rotate_into(heads, cos, sin, SIZE, form, copied)
+    rotate_into(heads, cos, sin, SIZE, form, heads)
+    assert torch.equal(copied, heads)
+    torch.testing.assert_close(heads.reshape(x.shape), rotate(x, (cos, sin), form), rtol=0, atol=0)
+    assert not torch.equal(heads.reshape(x.shape), x)
+    rotate_into(heads, cos, sin, SIZE, form, heads, back=True)
+    torch.testing.assert_close(heads.reshape(x.shape), x, rtol=1e-6, atol=1e-6)
+    assert torch.equal(buffer[:, [0, -2, -1]], surroundings)
 
 
 @settings(max_examples=40, deadline=None)
-@given(pieces=st.lists(st.integers(1, 4), min_size=1, max_size=5))
-def test_attention_over_a_cache_in_pieces_is_attention_at_once(pieces: list[int]) -> None:
-    q, k, v = three(sum(pieces), groups=2)
+@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5))
+def test_attention_over_a_cache_in_chunks_is_attention_at_once(chunks: list[int]) -> None:
+    q, k, v = three(sum(chunks), groups=2)
     start, outputs = 0, []
-    for length in pieces:
+    for length in chunks:
         outputs.append(prefill_attention(q[:, start : start + length], k, v, torch.full((len(q),), start)))
         start += length
     torch.testing.assert_close(torch.cat(outputs, dim=1), causal_attention(q, k, v))

@@ -24,15 +24,15 @@ def formula(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
 def test_a_slots_token_looks_at_what_its_slot_holds_and_itself(heads: int, groups: int) -> None:
     torch.manual_seed(heads)
-    lengths, room = [0, 4, -1, 9, 1], 10
+    lengths, max_len = [0, 4, -1, 9, 1], 10
     m = len(lengths)
     q, k, v = torch.randn(m, heads, SIZE), torch.randn(m, groups, SIZE), torch.randn(m, groups, SIZE)
-    keys, values = torch.randn(2, m, room, groups, SIZE)
+    keys, values = torch.randn(2, m, max_len, groups, SIZE)
     before = keys.clone(), values.clone()
-    found = decode_attention(q, k, v, keys, values, torch.tensor(lengths), max(lengths))
+    output = decode_attention(q, k, v, keys, values, torch.tensor(lengths), max(lengths))
     for slot, length in enumerate(lengths):
         if length < 0:
-            assert not found[slot].any()
+            assert not output[slot].any()
         for store, old, new in ((keys, before[0], k), (values, before[1], v)):
             wanted = old[slot].clone()
             if length >= 0:
@@ -40,28 +40,28 @@ def test_a_slots_token_looks_at_what_its_slot_holds_and_itself(heads: int, group
             assert torch.equal(store[slot], wanted)  # and nothing else was written
         if length >= 0:
             wanted = formula(q[slot, None], keys[slot, : length + 1], values[slot, : length + 1], length)
-            torch.testing.assert_close(found[slot, None], wanted)
+            torch.testing.assert_close(output[slot, None], wanted)
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 2, PREFILL_TILE, PREFILL_TILE + 3])
 def test_a_chunk_looks_at_what_is_before_it_in_its_own_slot(heads: int, groups: int, length: int) -> None:
     torch.manual_seed(length)
-    starts, slots, room = [0, 5, PREFILL_TILE], [2, 0, 3], 2 * PREFILL_TILE + 8
-    q, (keys, values) = torch.randn(3, length, heads, SIZE), torch.randn(2, 4, room, groups, SIZE)
-    found = prefill_attention(q, keys, values, torch.tensor(starts), torch.tensor(slots))
+    starts, slots, max_len = [0, 5, PREFILL_TILE], [2, 0, 3], 2 * PREFILL_TILE + 8
+    q, (keys, values) = torch.randn(3, length, heads, SIZE), torch.randn(2, 4, max_len, groups, SIZE)
+    output = prefill_attention(q, keys, values, torch.tensor(starts), torch.tensor(slots))
     for row, (start, slot) in enumerate(zip(starts, slots, strict=True)):
         end = start + length
-        torch.testing.assert_close(found[row], formula(q[row], keys[slot, :end], values[slot, :end], start))
+        torch.testing.assert_close(output[row], formula(q[row], keys[slot, :end], values[slot, :end], start))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_has_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    m, room, heads, groups = 9, 300, 6, 3
+    m, max_len, heads, groups = 9, 300, 6, 3
     lengths = torch.tensor([0, 5, 299, 128, 127, 1, 64, 200, 33])
     q, k, v = (torch.randn(m, n, SIZE).to(dtype) for n in (heads, groups, groups))
-    keys, values = torch.randn(2, m, room, groups, SIZE).to(dtype)
+    keys, values = torch.randn(2, m, max_len, groups, SIZE).to(dtype)
     together = decode_attention(q, k, v, keys.clone(), values.clone(), lengths, 299)
     for row, length in enumerate(lengths.tolist()):
         one = slice(row, row + 1)

@@ -40,14 +40,14 @@ def test_the_nearest_code_is_found(signed: bool) -> None:
 
 
 @either
-def test_values_are_their_own_codes_and_zero_is_zero(signed: bool) -> None:
+def test_levels_are_quantized_to_themselves_and_zero_to_zero(signed: bool) -> None:
     tables = levels(CPU, signed=signed)
     assert torch.equal(nearest(tables.values, tables, signed=signed), torch.arange(256, dtype=torch.int32))
     assert tables.values[nearest(torch.tensor([0.0, 1e-12]), tables, signed=signed)].tolist() == [0, 0]
 
 
 @either
-def test_of_two_values_as_near_the_lesser_is_taken(signed: bool) -> None:
+def test_of_two_levels_as_near_the_smaller_is_selected(signed: bool) -> None:
     tables = levels(CPU, signed=signed)
     edges = tables.edges[:-1]
     level = nearest(edges, tables, signed=signed) - (127 if signed else 0)

@@ -54,19 +54,19 @@ def test_a_matmul_of_int8_weights_is_that_of_the_dequantized_matrix(
         wanted[:, 5:16] += bias
         for row in range(m):
             inner = a[numbers[row]].float() @ x[row].float()
-            for (start, stop), own in zip(SPANS, inner.split(R), strict=True):
-                wanted[row, start:stop] += own @ b[numbers[row]].float()[:, start:stop]
+            for (start, stop), t in zip(SPANS, inner.split(R), strict=True):
+                wanted[row, start:stop] += t @ b[numbers[row]].float()[:, start:stop]
         wanted += residual.float()
         size += residual.float().abs() + bias.abs().max() + (lora.t.abs().sum(1) * b.abs().max())[:, None]
-    found = matmul(x, parts["weight"], parts["absmax"], phase=phase, **named)
-    assert found.dtype == dtype
-    assert ((found.float() - wanted).abs() / size).max() < TOLERANCE[dtype]
+    actual = matmul(x, parts["weight"], parts["absmax"], phase=phase, **named)
+    assert actual.dtype == dtype
+    assert ((actual.float() - wanted).abs() / size).max() < TOLERANCE[dtype]
 
 
 def test_int8_values_that_sum_past_float16_are_no_infinity() -> None:
     codes, absmax = torch.full((2, 4096), 127, dtype=torch.int8), torch.tensor([1.0, 0.01])
-    found = matmul(torch.ones(1, 4096, dtype=torch.float16), codes, absmax, phase=Phase.DECODE)
-    torch.testing.assert_close(found.float(), torch.tensor([[4096.0, 40.96]]), rtol=2e-3, atol=0)
+    actual = matmul(torch.ones(1, 4096, dtype=torch.float16), codes, absmax, phase=Phase.DECODE)
+    torch.testing.assert_close(actual.float(), torch.tensor([[4096.0, 40.96]]), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["int8", "float"])
@@ -78,9 +78,9 @@ def test_float32_results_of_shorter_inputs_are_not_rounded_to_their_type(kind: s
     x = torch.randn(5, K).bfloat16()
     wanted = x.double() @ (matrix.double() if kind == "int8" else weight.double()).T
     size = x.double().abs() @ matrix.double().abs().T
-    found = matmul(x, weight, absmax, phase=Phase.DECODE, dtype=torch.float32)
-    assert found.dtype == torch.float32
-    assert ((found - wanted).abs() / size).max() < 8 * torch.finfo(torch.float32).eps
+    actual = matmul(x, weight, absmax, phase=Phase.DECODE, dtype=torch.float32)
+    assert actual.dtype == torch.float32
+    assert ((actual - wanted).abs() / size).max() < 8 * torch.finfo(torch.float32).eps
 
 
 def test_other_rows_adapters_leave_no_trace() -> None:
@@ -96,12 +96,12 @@ def test_other_rows_adapters_leave_no_trace() -> None:
     assert not torch.equal(both[0][~other], both[1][~other])
 
 
-WIDE = 576, 320  # inputs and outputs of matrices that a BLAS library does block
+BLOCKED_SHAPE = 576, 320  # inputs and outputs of matrices that a BLAS library does block
 
 
 def matmul_of(dtype: torch.dtype, kind: str) -> Callable[[Tensor, Tensor, Phase], Tensor]:
     """A matmul with adapters, bias and residual over one weight; its arguments are rows, their adapters, the phase."""
-    k, n = WIDE
+    k, n = BLOCKED_SHAPE
     weight, absmax = torch.randn(n, k).to(dtype), None
     if kind == "int8":
         parts = SCHEMES["int8"].quantize(weight.float())
@@ -124,7 +124,7 @@ KINDS = [(torch.float32, "float"), (torch.bfloat16, "float"), (torch.float32, "i
 def test_a_decoded_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, kind: str, m: int) -> None:
     torch.manual_seed(m)
     run = matmul_of(dtype, kind)
-    x, numbers = torch.randn(m, WIDE[0]).to(dtype), torch.arange(m) % 3
+    x, numbers = torch.randn(m, BLOCKED_SHAPE[0]).to(dtype), torch.arange(m) % 3
     together = run(x, numbers, Phase.DECODE)
     order = torch.randperm(m)
     assert torch.equal(run(x[order], numbers[order], Phase.DECODE), together[order])
@@ -136,7 +136,7 @@ def test_a_decoded_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, kind: 
 def test_a_prefilled_tile_has_the_same_bits_in_any_chunk(dtype: torch.dtype, kind: str) -> None:
     torch.manual_seed(0)
     run = matmul_of(dtype, kind)
-    x, numbers = torch.randn(3 * PREFILL_TILE + 10, WIDE[0]).to(dtype), torch.full((3 * PREFILL_TILE + 10,), 2)
+    x, numbers = torch.randn(3 * PREFILL_TILE + 10, BLOCKED_SHAPE[0]).to(dtype), torch.full((3 * PREFILL_TILE + 10,), 2)
     whole = run(x, numbers, Phase.PREFILL)
     for cut in (PREFILL_TILE, 2 * PREFILL_TILE, 3 * PREFILL_TILE):
         parts = [run(x[part], numbers[part], Phase.PREFILL) for part in (slice(cut), slice(cut, None))]

@@ -107,8 +107,8 @@ def test_gradcheck_with_all_inputs_at_once() -> None:
 
 def test_leading_dimensions_and_a_strided_x_change_nothing() -> None:
     case = case_of()
-    wide = torch.randn(IN, 2, 3, dtype=torch.float64)
-    x = wide.permute(1, 2, 0).requires_grad_()
+    buffer = torch.randn(IN, 2, 3, dtype=torch.float64)
+    x = buffer.permute(1, 2, 0).requires_grad_()
     flat = x.detach().reshape(-1, IN).requires_grad_()
     y = frozen_linear(x, case.unpack, lora=case.lora())
     reference = frozen_linear(flat, case.unpack, lora=case.lora())
@@ -138,7 +138,7 @@ def test_a_frozen_bias_takes_no_gradient_and_is_added_all_the_same() -> None:
     assert frozen.grad is None
 
 
-def test_x_that_needs_no_gradient_leaves_those_of_the_pairs_alone() -> None:
+def test_lora_gradients_are_the_same_if_x_needs_no_gradient() -> None:
     case = case_of()
     still = case.x.detach()
     y = frozen_linear(still, case.unpack, lora=case.lora())
@@ -170,8 +170,8 @@ def watched(matrix: Tensor) -> tuple[Unpack, list[weakref.ref[Tensor]]]:
     return unpack, made
 
 
-def saved_by(case: Case, unpack: Unpack, pairs: list[LoraSlice]) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """The output, and the shapes of what it keeps for backward."""
+def saved_by(case: Case, unpack: Unpack, lora: list[LoraSlice]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The output, and the shapes of the tensors that it saves for backward."""
     shapes: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -179,11 +179,11 @@ def saved_by(case: Case, unpack: Unpack, pairs: list[LoraSlice]) -> tuple[Tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = frozen_linear(case.x, unpack, bias=case.bias, bias_start=BIAS_START, lora=pairs)
+        y = frozen_linear(case.x, unpack, bias=case.bias, bias_start=BIAS_START, lora=lora)
     return y, shapes
 
 
-def test_nothing_is_kept_for_backward_without_pairs() -> None:
+def test_nothing_is_saved_for_backward_without_lora() -> None:
     case = case_of()
     unpack, made = watched(case.matrix)
     y, shapes = saved_by(case, unpack, [])
@@ -195,7 +195,7 @@ def test_nothing_is_kept_for_backward_without_pairs() -> None:
     assert [matrix() for matrix in made] == [None, None]  # and backward unpacked it once more
 
 
-def test_pairs_keep_their_factors_their_input_and_what_lies_between() -> None:
+def test_lora_saves_its_factors_its_input_and_x_times_a() -> None:
     case = case_of()
     unpack, made = watched(case.matrix)
     _, shapes = saved_by(case, unpack, case.lora())
@@ -204,7 +204,7 @@ def test_pairs_keep_their_factors_their_input_and_what_lies_between() -> None:
     assert [matrix() for matrix in made] == [None]
 
 
-def test_a_short_type_goes_through_and_float32_factors_get_float32_gradients() -> None:
+def test_bfloat16_stays_bfloat16_and_float32_factors_get_float32_gradients() -> None:
     case = case_of()
     x = case.x.detach().bfloat16().requires_grad_()
     factors = [f.detach().float().requires_grad_() for f in case.factors]

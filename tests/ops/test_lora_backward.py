@@ -1,4 +1,4 @@
-"""What pairs around an activation learn in its backward: autograd's gradients, and when a branch takes this way.
+"""LoRA gradients computed in the backward of an activation: those of autograd, and when a branch computes them there.
 
 The Hopper kernel is compared with separate kernels in tests/gpu/test_lora_backward.py.
 """
@@ -24,7 +24,7 @@ from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
 from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
 
-M, WIDTH, RANK, BEHIND = 7, 10, 3, 2
+M, WIDTH, RANK, NEXT_RANK = 7, 10, 3, 2
 
 
 def plain(x: Tensor, parts: int) -> Tensor:
@@ -44,42 +44,42 @@ def test_gradients_are_those_of_autograd(parts: int, to_t: bool) -> None:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
     base, t, b = random(M, parts * WIDTH), random(M, parts * RANK), random(parts * WIDTH, RANK)
-    a, down = random(BEHIND, WIDTH), torch.randn(M, WIDTH, dtype=torch.float64)
-    after = torch.randn(M, BEHIND, dtype=torch.float64)
-    added = [own_t @ own_b.T for own_t, own_b in zip(t.chunk(parts, dim=1), b.chunk(parts), strict=True)]
+    a, down = random(NEXT_RANK, WIDTH), torch.randn(M, WIDTH, dtype=torch.float64)
+    after = torch.randn(M, NEXT_RANK, dtype=torch.float64)
+    added = [t_part @ b_part.T for t_part, b_part in zip(t.chunk(parts, dim=1), b.chunk(parts), strict=True)]
     x = base + torch.cat(added, dim=1)
     y = plain(x, parts)
     wanted = torch.autograd.grad((y * down).sum(), (x, t, b), retain_graph=True)
     (wanted_a,) = torch.autograd.grad((y @ a.T * after).sum(), a)
     dx, dy = x.detach().clone(), down.clone()
-    around = LoraOperands(t.detach(), b.detach() if to_t else None, after)
-    found = (gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_)(dx, dy, around)
+    operands = LoraOperands(t.detach(), b.detach() if to_t else None, after)
+    grads = (gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_)(dx, dy, operands)
     near: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # sums are float32
     torch.testing.assert_close(dx, wanted[0])
-    torch.testing.assert_close(found.b.double(), wanted[2], **near)
-    torch.testing.assert_close(found.a.double(), wanted_a, **near)
+    torch.testing.assert_close(grads.b.double(), wanted[2], **near)
+    torch.testing.assert_close(grads.a.double(), wanted_a, **near)
     if to_t:
-        assert found.t is not None
-        torch.testing.assert_close(found.t.double(), wanted[1], **near)
+        assert grads.t is not None
+        torch.testing.assert_close(grads.t.double(), wanted[1], **near)
     else:
-        assert found.t is None
+        assert grads.t is None
 
 
-# When a branch takes this way.
+# When a branch computes LoRA gradients in the backward of an activation.
 
 
 class Decoder:
-    """A branch of d = 6 with pairs as a case changes them."""
+    """A branch of d = 6; `ranks` and `next_rank` are those of the LoRA before and after the activation."""
 
     def __init__(
-        self, piece: str, *, ranks: tuple[int, ...], behind: int = 2, dropout: float = 0, bias: str = ""
+        self, activation: str, *, ranks: tuple[int, ...], next_rank: int = 2, dropout: float = 0, bias: str = ""
     ) -> None:
         torch.manual_seed(0)
-        pieces: dict[str, tuple[Mixer, ...]] = {
+        mixers: dict[str, tuple[Mixer, ...]] = {
             "gelu": (Attention(2, 2, 4, INTERLEAVED), Gelu(10)), "swiglu": (Swiglu(10),),
         }  # fmt: skip
-        self.pieces = pieces[piece]
-        groups = [24, 10] if piece == "gelu" else [10, 10]
+        self.mixers = mixers[activation]
+        groups = [24, 10] if activation == "gelu" else [10, 10]
         inner, start = [], 0
         for span, rank in zip(groups, ranks, strict=True):
             if rank:
@@ -88,18 +88,22 @@ class Decoder:
         bias_of = {"": None, "frozen": torch.randn(start), "trained": parameter(start)}[bias]
         first = LinearSpec(start, 6, filling(start, 6), bias_of, 0, tuple(inner))
         outer = []
-        for own in self.pieces:
-            pairs = (LoraSlice(0, 6, parameter(behind, own.outputs), parameter(6, behind), 0.5),) if behind else ()
-            outer.append(LinearSpec(6, own.outputs, filling(6, own.outputs), None, 0, pairs, dropout))
+        for mixer in self.mixers:
+            lora = (
+                (LoraSlice(0, 6, parameter(next_rank, mixer.outputs), parameter(6, next_rank), 0.5),)
+                if next_rank
+                else ()
+            )
+            outer.append(LinearSpec(6, mixer.outputs, filling(6, mixer.outputs), None, 0, lora, dropout))
         self.made = Branch(
-            NormSpec(torch.ones(6), None, 1e-5), FusedLinear((first,)), self.pieces, FusedLinear(tuple(outer))
+            NormSpec(torch.ones(6), None, 1e-5), FusedLinear((first,)), self.mixers, FusedLinear(tuple(outer))
         )
 
     def gradients(self) -> list[Tensor]:
         torch.manual_seed(1)
         x = torch.randn(1, 5, 6).requires_grad_()
         y = branch(x, self.made, ForwardContext(1, 5, rotary_table(torch.arange(5)[None], torch.ones(2))))
-        trained = [each for each in (*self.made.inner.trained, *self.made.outer.trained) if each.requires_grad]
+        trained = [tensor for tensor in (*self.made.inner.trained, *self.made.outer.trained) if tensor.requires_grad]
         return list(torch.autograd.grad(y.square().sum(), [x, *trained]))
 
 
@@ -117,12 +121,12 @@ def filling(*shape: int) -> Callable[[Tensor], None]:
 
 
 @pytest.mark.parametrize(
-    ("piece", "case", "taken"),
+    ("activation", "case", "expected"),
     [
         ("gelu", {"ranks": (3, 2)}, True),
         ("gelu", {"ranks": (0, 2), "bias": "frozen"}, True),
         ("gelu", {"ranks": (3, 0)}, False),
-        ("gelu", {"ranks": (3, 2), "behind": 0}, False),
+        ("gelu", {"ranks": (3, 2), "next_rank": 0}, False),
         ("gelu", {"ranks": (3, 2), "bias": "trained"}, False),
         ("gelu", {"ranks": (3, 2), "dropout": 0.4}, False),
         ("swiglu", {"ranks": (2, 2)}, True),
@@ -131,22 +135,22 @@ def filling(*shape: int) -> Callable[[Tensor], None]:
         ("swiglu", {"ranks": (2, 0)}, False),
     ],
 )
-def test_pairs_learn_in_the_pass_where_there_are_some_on_both_sides(
-    piece: str, case: dict[str, Any], taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_lora_gradients_are_computed_in_the_pass_if_layers_before_and_after_have_lora(
+    activation: str, case: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And whichever way is taken, the gradients are the same."""
+    """In either case the gradients are the same."""
     calls: list[LoraOperands] = []
-    real = getattr(mixers, f"{piece}_lora_backward_")
+    real = getattr(mixers, f"{activation}_lora_backward_")
 
-    def watched(x: Tensor, dy: Tensor, around: LoraOperands) -> LoraGrads:
-        calls.append(around)
-        found: LoraGrads = real(x, dy, around)
-        return found
+    def recorded(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+        calls.append(operands)
+        grads: LoraGrads = real(x, dy, operands)
+        return grads
 
-    monkeypatch.setattr(mixers, f"{piece}_lora_backward_", watched)
-    found = Decoder(piece, **case).gradients()
-    assert len(calls) == taken
+    monkeypatch.setattr(mixers, f"{activation}_lora_backward_", recorded)
+    grads = Decoder(activation, **case).gradients()
+    assert len(calls) == expected
     monkeypatch.setattr(lora_operands, "_in_front", lambda *_: None)
-    for one, other in zip(found, Decoder(piece, **case).gradients(), strict=True):
+    for one, other in zip(grads, Decoder(activation, **case).gradients(), strict=True):
         torch.testing.assert_close(one, other)
-    assert len(calls) == taken
+    assert len(calls) == expected

@@ -27,14 +27,14 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def columns(values: Tensor) -> Tensor:
     """The same numbers as columns of a wider matrix."""
-    wide = torch.full((len(values), values.shape[1] + 5), 9.0, dtype=values.dtype)
-    wide[:, 2 : values.shape[1] + 2] = values
-    return wide[:, 2 : values.shape[1] + 2]
+    buffer = torch.full((len(values), values.shape[1] + 5), 9.0, dtype=values.dtype)
+    buffer[:, 2 : values.shape[1] + 2] = values
+    return buffer[:, 2 : values.shape[1] + 2]
 
 
-def surroundings(own: Tensor) -> Tensor:
+def surroundings(columns: Tensor) -> Tensor:
     """The elements to the left and right of `columns`."""
-    whole = own._base
+    whole = columns._base
     assert whole is not None
     return torch.cat([whole[:, :2], whole[:, -3:]], dim=1)
 
@@ -85,7 +85,7 @@ def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(centred: b
 
 
 @both_norms
-def test_a_norms_weights_are_taken_in_the_type_of_x(centred: bool) -> None:
+def test_a_norms_weights_are_converted_to_the_dtype_of_x(centred: bool) -> None:
     x = random(ROWS, WIDTH, dtype=torch.bfloat16)
     weight, bias = (random(WIDTH, seed=seed, dtype=torch.float32) for seed in (1, 2))
     out = torch.empty_like(x)
@@ -123,14 +123,14 @@ def test_an_activation_and_its_backward_are_those_of_the_formula(name: str) -> N
     x, dy = (3 * random(ROWS, share * WIDTH)).requires_grad_(), random(ROWS, WIDTH, seed=1)
     y = plain(x)
     (dx,) = torch.autograd.grad(y, x, dy)
-    own, out, gradient = columns(x.detach()), columns(torch.zeros_like(dy)), columns(dy)
-    into(own, out)
+    over, out, gradient = columns(x.detach()), columns(torch.zeros_like(dy)), columns(dy)
+    into(over, out)
     torch.testing.assert_close(out, y.detach())
-    assert torch.equal(own, x)
-    backward_(own, gradient)
-    torch.testing.assert_close(own, dx)
+    assert torch.equal(over, x)
+    backward_(over, gradient)
+    torch.testing.assert_close(over, dx)
     torch.testing.assert_close(gradient, y.detach())
-    assert all((surroundings(made) == 9).all() for made in (own, out, gradient))
+    assert all((surroundings(made) == 9).all() for made in (over, out, gradient))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -58,7 +58,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape: Shape, dtype: torch.dtype) -> No
     assert torch.equal(ours, bnb.dequantize_4bit(codes, state))
 
 
-def test_nf4_breaks_ties_between_codes_as_bitsandbytes() -> None:
+def test_nf4_breaks_ties_between_levels_as_bitsandbytes() -> None:
     code = torch.tensor(NF4_CODE)
     middles = (code[:-1] + code[1:]) / 2
     near = [torch.nextafter(middles, torch.tensor(to)) for to in (-2.0, 2.0)]
@@ -138,7 +138,7 @@ def test_layout_and_bytes_are_those_of_the_parts(name: str, shape: Shape, dtype:
 @every_scheme
 @pytest.mark.parametrize("columns", [3, 32, 64, 96, 2048, 4096])
 @pytest.mark.parametrize(("upper", "lower"), [(1, 1), (2, 5), (4, 2), (6, 3)])
-def test_parts_put_end_to_end_are_the_stacked_matrix_where_it_joins(
+def test_concatenated_parts_are_the_stacked_matrix_if_the_scheme_joins(
     name: str, columns: int, upper: int, lower: int
 ) -> None:
     scheme, shapes = SCHEMES[name], [(upper, columns), (lower, columns)]
@@ -180,8 +180,8 @@ def test_without_bitsandbytes_dynamic8_is_read_and_its_writing_says_what_to_inst
 def test_int8_weights_are_rounded_once(dtype: torch.dtype) -> None:
     """From value times scale in float32, also into columns of a wider matrix."""
     codes, absmax = torch.randint(-127, 128, (9, 70), dtype=torch.int8), torch.rand(9)
-    wide = torch.zeros(9, 75, dtype=dtype)
-    int8_into(codes, absmax, wide[:, 2:72])
-    assert torch.equal(wide[:, 2:72], (codes.float() * (absmax / 127)[:, None]).to(dtype))
-    assert not wide[:, :2].any()
-    assert not wide[:, 72:].any()
+    buffer = torch.zeros(9, 75, dtype=dtype)
+    int8_into(codes, absmax, buffer[:, 2:72])
+    assert torch.equal(buffer[:, 2:72], (codes.float() * (absmax / 127)[:, None]).to(dtype))
+    assert not buffer[:, :2].any()
+    assert not buffer[:, 72:].any()

@@ -34,11 +34,11 @@ def losses(run: Path) -> list[float]:
 def test_a_run_on_packed_documents_with_8bit_matmuls_is_near_to_the_exact_one(
     folder: Path, tune: Tune, tmp_path: Path
 ) -> None:
-    found = []
+    runs = []
     for matmul in ("exact", "8bit"):
         tune(tmp_path / matmul, model=str(folder), scheme="int8", matmul=matmul, split_on="lines", steps=16)
-        found.append(losses(tmp_path / matmul))
-    exact, short = found
+        runs.append(losses(tmp_path / matmul))
+    exact, short = runs
     assert exact[0] - exact[-1] > 0.05
     assert short != exact
     assert short == pytest.approx(exact, rel=0.02)

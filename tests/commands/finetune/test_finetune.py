@@ -186,8 +186,8 @@ def test_norms_and_biases_are_trained_saved_and_read_back(tune: Tune, tiny_llama
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_kept_adapter_is_the_best_on_held_out_text_or_the_last(tune: Tune, tmp_path: Path, keep: str) -> None:
     """Training on the plays raises the loss on this held-out text, which is different from them."""
-    (held := tmp_path / "held.txt").write_text("0123456789 ZYXWVU " * 9)
-    result = tune(tmp_path / "run", keep=keep, test_data=[str(held)], eval_every=1, steps=8)
+    (held_out := tmp_path / "held_out.txt").write_text("0123456789 ZYXWVU " * 9)
+    result = tune(tmp_path / "run", keep=keep, test_data=[str(held_out)], eval_every=1, steps=8)
     losses = {event["step"]: event["loss"] for event in events(tmp_path / "run", "heldout")}
     best = min(losses, key=lambda step: losses[step])
     assert best != 8, "otherwise the test is not meaningful"
@@ -280,7 +280,7 @@ def test_data_without_targets_are_a_usage_error(tune: Tune, tmp_path: Path) -> N
 
 def test_held_out_rows_without_targets_are_skipped(tune: Tune, tmp_path: Path) -> None:
     lines = [{"prompt": "q" * 99, "completion": "king"}, {"prompt": "my ", "completion": "lord"}]
-    (path := tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path := tmp_path / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = tune(tmp_path / "run", test_data=[str(path)], truncate=True, eval_rows=1, steps=1)
     assert result["rows"][0]["tokens"] > 0
 
