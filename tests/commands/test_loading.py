@@ -188,3 +188,12 @@ def test_chat_needs_a_chat_template(octavo: Octavo, tiny_llama: Path, tmp_path: 
     assert "has no chat template, so it cannot chat" in done.err
     assert "octavo generate" in done.err
     assert "Loading weights" not in done.err
+
+
+@pytest.mark.parametrize("command", [("data",), ("evaluate", "--scheme", "none", "--rows", 1)])
+def test_a_command_without_a_row_length_uses_the_context_and_says_so_once(
+    octavo: Octavo, tiny_llama: Path, plays: Path, command: tuple[object, ...]
+) -> None:
+    done = octavo(*command, "--model", tiny_llama, plays / "test")
+    assert done.code == 0, done.err
+    assert done.err.count("Rows have 128 tokens, the model's context.") == 1
