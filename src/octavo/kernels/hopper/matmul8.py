@@ -185,7 +185,7 @@ def _multiply(
 ):  # fmt: skip
     """A computing warp group: half of the rows of each tile."""
     x_stages, w_stages, full, empty = ring
-    _, _, _, _, _, residual, residual_stride = epilogue
+    residual, residual_stride = epilogue[5], epilogue[6]
     m, n, k, programs = sizes
     STAGES: gl.constexpr = x_stages.shape[0]
     BM: gl.constexpr = x_stages.shape[1]
@@ -245,7 +245,7 @@ def _multiply(
 @gluon.jit
 def _scaled(y, row, column, m, n, epilogue, SCALED: gl.constexpr, BIAS: gl.constexpr, LEVELS: gl.constexpr):
     """y (BM / 2, BN) times the scales of its rows and columns, plus the bias."""
-    scale, absmax, bias, bias_start, bias_stop, _, _ = epilogue
+    scale, absmax, bias, bias_start, bias_stop, residual, residual_stride = epilogue
     y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
     if SCALED:
         y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
