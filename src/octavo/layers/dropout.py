@@ -99,8 +99,8 @@ class GraphDropout(Dropout):
         """New seeds for the next replay, drawn as an eager pass draws them from `generator`."""
         for uses in self._masks:
             seed = _draw(generator)
-            for generator in uses:
-                generator.manual_seed(seed)
+            for registered in uses:
+                registered.manual_seed(seed)
 
 
 def mask(x: Tensor, dropout: float, seed: Seed | None) -> Tensor:

@@ -245,7 +245,7 @@ def _multiply(
 @gluon.jit
 def _scaled(y, row, column, m, n, epilogue, SCALED: gl.constexpr, BIAS: gl.constexpr, LEVELS: gl.constexpr):
     """y (BM / 2, BN) times the scales of its rows and columns, plus the bias."""
-    scale, absmax, bias, bias_start, bias_stop, residual, residual_stride = epilogue
+    scale, absmax, bias, bias_start, bias_stop = epilogue[0], epilogue[1], epilogue[2], epilogue[3], epilogue[4]
     y *= gl.load(scale + row, mask=row < m, other=0)[:, None]
     if SCALED:
         y *= (gl.load(absmax + column, mask=column < n, other=0) / LEVELS)[None, :]
