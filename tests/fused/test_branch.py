@@ -20,7 +20,7 @@ from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
-from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
 from octavo.runtime.offload import ActivationOffload
@@ -28,8 +28,8 @@ from octavo.runtime.offload import ActivationOffload
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
 ROWS, HEADS, HEAD_SIZE = BATCH * LENGTH, 3, 4  # heads are wider than d on the whole, so that no size is another's
 MIXERS: dict[str, tuple[Mixer, ...]] = {
-    "GPT-J's": (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
-    "attention": (Attention(HEADS, 1, HEAD_SIZE, HALF),),
+    "GPT-J's": (Attention(HEADS, HEADS, HEAD_SIZE, ROTATE_INTERLEAVED), Gelu(MLP_WIDTH)),
+    "attention": (Attention(HEADS, 1, HEAD_SIZE, ROTATE_HALF),),
     "gated MLP": (Swiglu(MLP_WIDTH),),
 }
 MIXERS |= {f"{kind}, by name": MIXERS[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case

@@ -12,14 +12,14 @@ from torch import Tensor
 from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
-from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
 
 BATCH, LENGTH = 2, 6
 ROWS = BATCH * LENGTH
 MIXERS: dict[str, Any] = {
-    "attention, interleaved, part of a head": (Attention(4, 4, 6, INTERLEAVED), 2),
-    "attention, halves, shared heads": (Attention(4, 2, 6, HALF), 3),
-    "attention, halves, one key head": (Attention(3, 1, 4, HALF), 2),
+    "attention, interleaved, part of a head": (Attention(4, 4, 6, ROTATE_INTERLEAVED), 2),
+    "attention, halves, shared heads": (Attention(4, 2, 6, ROTATE_HALF), 3),
+    "attention, halves, one key head": (Attention(3, 1, 4, ROTATE_HALF), 2),
     "gelu": (Gelu(5), 1),
     "swiglu": (Swiglu(5), 1),
 }  # -> (the mixer, rotary pairs of a head)

@@ -17,7 +17,7 @@ from octavo.layers.frozen import FrozenLinear, Lora
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
 from octavo.layers.norm import LayerNorm, RmsNorm
-from octavo.ops.attention import HALF, INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
 from octavo.ops.quantize import SCHEMES
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
@@ -75,7 +75,7 @@ def gptj(scheme: str, dtype: torch.dtype) -> Layers:
     return Layers(
         LayerNorm(WIDTH, 1e-5),
         linear(WIDTH, stack_a, scheme, dtype, bias=["fc_in"]),
-        (Attention(HEADS, HEADS, HEAD_SIZE, INTERLEAVED), Gelu(MLP_WIDTH)),
+        (Attention(HEADS, HEADS, HEAD_SIZE, ROTATE_INTERLEAVED), Gelu(MLP_WIDTH)),
         (
             linear(WIDTH, {"out_proj": WIDTH}, scheme, dtype),
             linear(MLP_WIDTH, {"fc_out": WIDTH}, scheme, dtype, bias=["fc_out"]),
@@ -88,7 +88,7 @@ def llama_attention(scheme: str, dtype: torch.dtype) -> Layers:
     return Layers(
         RmsNorm(WIDTH, 1e-5),
         linear(WIDTH, stack_a, scheme, dtype, bias=list(stack_a)),
-        (Attention(HEADS, 2, HEAD_SIZE, HALF),),
+        (Attention(HEADS, 2, HEAD_SIZE, ROTATE_HALF),),
         (linear(WIDTH, {"o_proj": WIDTH}, scheme, dtype),),
     )
 

@@ -151,7 +151,7 @@ def test_backward_gives_the_gradients_of_autograd(name: str, grad_input: bool, g
         gemm_input = completed(linear, x)
         matrix = linear.matrix(dy) if given else None
         dropout_seeds = seeds(0) * len(linear.parts)
-        dx, gradients = linear.backward(dy, gemm_input, dropout_seeds, grad_input=grad_input, matrix=matrix)
+        dx, gradients = linear.backward(dy, gemm_input, dropout_seeds, wants_dx=grad_input, matrix=matrix)
     leaves = [x, *(tensor for tensor in linear.trained if tensor.requires_grad)]
     theirs = torch.autograd.grad(composed(linear, weights, x), leaves, dy)
     assert (dx is not None) == grad_input
@@ -168,7 +168,7 @@ def test_a_frozen_bias_is_added_and_gets_no_gradient() -> None:
     assert [tensor.requires_grad for tensor in linear.trained] == [False]
     with torch.no_grad():
         _, gradients = linear.backward(
-            random(ROWS, OUT), completed(linear, random(ROWS, linear.inputs)), seeds(0), grad_input=True
+            random(ROWS, OUT), completed(linear, random(ROWS, linear.inputs)), seeds(0), wants_dx=True
         )
     assert gradients == [None]
 
@@ -179,7 +179,7 @@ def test_bfloat16_is_multiplied_as_bfloat16_and_float32_factors_get_float32_grad
     with torch.no_grad():
         gemm_input = completed(linear, x)
         y = linear.matmul(gemm_input)
-        dx, gradients = linear.backward(dy, gemm_input, seeds(0, 0), grad_input=True)
+        dx, gradients = linear.backward(dy, gemm_input, seeds(0, 0), wants_dx=True)
     exact = x.double().requires_grad_()
     expected = composed(linear, weights, exact)
     theirs = torch.autograd.grad(expected, [exact, *linear.trained], dy.double())
@@ -212,7 +212,7 @@ def test_dropout_zeroes_a_share_scales_the_rest_and_backward_draws_the_same_mask
     mask = linear.matmul(gemm_input) / x
     assert (mask == 0).float().mean().item() == pytest.approx(rate, abs=0.05)
     torch.testing.assert_close(mask[mask != 0], torch.full_like(mask[mask != 0], 1 / (1 - rate)))
-    dx, (da, db) = linear.backward(dy, gemm_input, dropout_seeds, grad_input=True)
+    dx, (da, db) = linear.backward(dy, gemm_input, dropout_seeds, wants_dx=True)
     assert dx is not None
     torch.testing.assert_close(dx[0], dy * mask)
     torch.testing.assert_close(da, dy.T @ (x * mask))

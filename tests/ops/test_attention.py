@@ -14,8 +14,8 @@ from torch import Tensor
 from octavo.hardware import Capabilities
 from octavo.ops import attention
 from octavo.ops.attention import (
-    HALF,
-    INTERLEAVED,
+    ROTATE_HALF,
+    ROTATE_INTERLEAVED,
     Documents,
     cached_rotary_table,
     causal_attention,
@@ -206,7 +206,9 @@ def test_where_documents_start_says_the_same_as_the_mask(rows: list[list[int]], 
     assert torch.equal((number[:, None, :, None] == number[:, None, None, :]).tril(), documents.mask)
 
 
-@pytest.mark.parametrize(("form", "turned_numbers"), [(INTERLEAVED, 4), (INTERLEAVED, SIZE), (HALF, SIZE)])
+@pytest.mark.parametrize(
+    ("form", "turned_numbers"), [(ROTATE_INTERLEAVED, 4), (ROTATE_INTERLEAVED, SIZE), (ROTATE_HALF, SIZE)]
+)
 @pytest.mark.parametrize("table_rows", [1, 2], ids=["one row for all", "a row each"])
 def test_rotation_in_place_is_the_rotation_and_its_transpose_the_inverse(
     form: str, turned_numbers: int, table_rows: int

@@ -19,7 +19,7 @@ from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
-from octavo.ops.attention import INTERLEAVED, rotary_table
+from octavo.ops.attention import ROTATE_INTERLEAVED, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
 from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
@@ -76,7 +76,7 @@ class Decoder:
     ) -> None:
         torch.manual_seed(0)
         mixers: dict[str, tuple[Mixer, ...]] = {
-            "gelu": (Attention(2, 2, 4, INTERLEAVED), Gelu(10)), "swiglu": (Swiglu(10),),
+            "gelu": (Attention(2, 2, 4, ROTATE_INTERLEAVED), Gelu(10)), "swiglu": (Swiglu(10),),
         }  # fmt: skip
         self.mixers = mixers[activation]
         groups = [24, 10] if activation == "gelu" else [10, 10]

@@ -198,7 +198,7 @@ def both(
     linear: FusedLinear, x: Tensor, dy: Tensor, dropout_seeds: list[Seed | None]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Backward: (the gradient of the input, those of the trained tensors)."""
-    dx, actual = linear.backward(dy, completed(linear, x, dropout_seeds), dropout_seeds, grad_input=True)
+    dx, actual = linear.backward(dy, completed(linear, x, dropout_seeds), dropout_seeds, wants_dx=True)
     assert dx is not None
     return torch.cat(dx, dim=1), actual
 
@@ -277,10 +277,10 @@ def test_without_a_gradient_to_the_input_nothing_is_multiplied_with_the_matrix(
         linear, _ = fused_linear_of([48], use_8bit=use_8bit)
         x, dy = rows(M, 48), rows(M, N)
         gemm_input = completed(linear, x, seeds(0))
-        _, expected = linear.backward(dy, gemm_input, seeds(0), grad_input=True)
+        _, expected = linear.backward(dy, gemm_input, seeds(0), wants_dx=True)
         monkeypatch.setattr(FusedLinear, "matrix", lambda *_: pytest.fail("the matrix was written"))
         monkeypatch.setattr(matmul8, "matmul_8bit_into", lambda *_: pytest.fail("a matmul was computed"))
-        dx, actual = linear.backward(dy, gemm_input, seeds(0), grad_input=False)
+        dx, actual = linear.backward(dy, gemm_input, seeds(0), wants_dx=False)
         monkeypatch.undo()
         assert dx is None
         for mine, other in zip(actual, expected, strict=True):
@@ -368,7 +368,7 @@ def test_a_matmul_with_a_part_that_cannot_be_in_8_bits_is_not_measured() -> None
     mixed, x = FusedLinear(parts), rows(M, 96)
     gemm_input = completed(mixed, x, seeds(0, 0))
     mixed.matmul(gemm_input)
-    mixed.backward(rows(M, N), gemm_input, seeds(0, 0), grad_input=True)
+    mixed.backward(rows(M, N), gemm_input, seeds(0, 0), wants_dx=True)
     assert (mixed.probe, probe.forward, probe.backward) == (None, None, None)
 
 

@@ -2,16 +2,19 @@
 
 Every block of GPT-J is one of these (the mix is attention and GELU in parallel), every block of Llama two (attention,
 then SwiGLU). Autograd would save the output of every operation. Here forward saves what `Save` says, and backward
-recomputes the rest, but no matmul whose output it does not need: the outer one, 42 % of GPT-J's parameters, is computed
-once at every level.
+recomputes the rest, except the outer matmul, whose output backward does not need: it has 42 % of the weights of GPT-J's
+block.
 
-    saved       bytes per token and layer of GPT-J (2-byte dtype)    recomputed in backward
+    saved       bytes per token and block of GPT-J (2-byte dtype)    recomputed in backward
     ALL         x, u = W_in norm(x), attention's output: 73,728      norm, activations
-    ATTENTION   x, attention's output: 16,384                        and u
-    INPUT       x: 8,192                                             and attention
+    ATTENTION   x, attention's output: 16,384                        norm, activations, u
+    INPUT       x: 8,192                                             norm, activations, u, attention
 
-and, at every level, the LoRA activations x A^T of both matmuls: 224 bytes at rank 16. x may be offloaded to CPU memory
+and, at every level, the extra columns of both matmuls (LoRA activations and a one for the bias, padded): 224 bytes at
+rank 16. x may be offloaded to CPU memory
 (`ForwardContext.offload`).
+
+A mix has one or two mixers (fused/mixers.py): attention, GELU or SwiGLU, each a function of some columns of u.
 
 Derivation, with n = norm(x), u = W_in n, m = mix(u), y = x + W_out m, where W_in and W_out include LoRA and bias:
 
@@ -20,8 +23,9 @@ Derivation, with n = norm(x), u = W_in n, m = mix(u), y = x + W_out m, where W_i
 and the gradients of LoRA and bias of W_out from (dy, m), of W_in from (du, n), as in layers/fused_linear.py. The mix
 writes du over u, and m, which the gradients of W_out need once more, over dm: no second matrix of either size exists.
 
-Legend: M rows (tokens), d the width of the model, U the outputs of W_in, which are the inputs of the mixers, side by
-side; the mixers' outputs are the parts of the input of W_out (layers/gemm_input.py).
+Legend: B sequences, T positions, M = B T rows, d the width of the model, C extra columns (layers/fused_linear.py); U
+the outputs of W_in, the inputs of all mixers side by side; K the outputs of all mixers, the parts of the input of W_out
+(layers/gemm_input.py).
 """
 
 from __future__ import annotations
@@ -65,12 +69,12 @@ def residual_branch(
     inner: FrozenLinear,
     mixers: Sequence[Mixer],
     outer: Sequence[FrozenLinear],
-    ctx: ForwardContext,
+    context: ForwardContext,
 ) -> Tensor:
     """x (B, T, d) + sum of outer_i(mixer_i(inner(norm(x)))): each mixer reads its columns of inner's output."""
-    first = FusedLinear((inner.spec(ctx.matmul8.get(inner.name)),))
-    second = FusedLinear(tuple(layer.spec(ctx.matmul8.get(layer.name)) for layer in outer))
-    return branch(x, Branch(norm.spec(), first, mixers, second), ctx)
+    first = FusedLinear((inner.spec(context.matmul8.get(inner.path)),))
+    second = FusedLinear(tuple(layer.spec(context.matmul8.get(layer.path)) for layer in outer))
+    return branch(x, Branch(norm.spec(), first, mixers, second), context)
 
 
 def branch(x: Tensor, this: Branch, context: ForwardContext) -> Tensor:
@@ -100,7 +104,8 @@ class _Branch(torch.autograd.Function):
         this.outer.complete_(gemm_input, seeds[1])
         y = this.outer.matmul(gemm_input, residual=rows)  # (M, d)
         if save is not None:
-            offloads = context.offload is not None and any(ctx.needs_input_grad)  # without a backward none is fetched
+            # A stored x is freed when backward takes it, so without a backward it is not stored.
+            offloads = context.offload is not None and any(ctx.needs_input_grad)
             if offloads and context.offload is not None:
                 context.offload.put(rows)
             ctx.save_for_backward(*(() if offloads else (rows,)), inner_extra, gemm_input.detach_extra())
@@ -134,7 +139,7 @@ class _Branch(torch.autograd.Function):
         if wants_dn:
             (dn,), dt = this.inner.grad_input(du, inner_seeds, early=early)  # (M, d), (M, C)
         else:
-            dt = this.inner.grad_t(du, early)  # (M, C)
+            dt = this.inner.grad_extra(du, early)  # (M, C)
         normed = torch.empty_like(rows)  # (M, d), recomputed: cheaper than saving it
         norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
         inner_gradients = this.inner.grad_trained(du, [normed], inner_extra, dt, inner_seeds, early)
@@ -143,19 +148,19 @@ class _Branch(torch.autograd.Function):
         if wants_dx:
             assert dn is not None
             dx = torch.empty_like(dy)  # (M, d)
-            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=this.norm.bias is not None)
+            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=this.norm.centred)
             dx = dx.view(ctx.shape)  # (B, T, d)
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
 
-def _norm_input(rows: Tensor, this: Branch, completion: Seeds | Tensor) -> GemmInput:
-    """The input of the inner matmul. Its extra columns are computed with dropout seeds, or given as (M, C)."""
+def _norm_input(rows: Tensor, this: Branch, extra_or_seeds: Seeds | Tensor) -> GemmInput:
+    """The input of the inner matmul (M, d + C), from its saved extra columns or, in forward, from their dropout seeds."""
     gemm_input = this.inner.gemm_input(len(rows), rows)
     norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, gemm_input.add())
-    if isinstance(completion, Tensor):
-        gemm_input.extra.copy_(completion)
+    if isinstance(extra_or_seeds, Tensor):
+        gemm_input.extra.copy_(extra_or_seeds)
     else:
-        this.inner.complete_(gemm_input, completion)
+        this.inner.complete_(gemm_input, extra_or_seeds)
     return gemm_input
 
 
@@ -164,7 +169,7 @@ def _norm_gradients(rows: Tensor, dn: Tensor | None, norm: NormSpec, trained: li
     if not any(trained):
         return [None] * len(trained)
     assert dn is not None
-    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.bias is not None)  # (d,) each
+    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.centred)  # (d,) each
     return [gradient if wanted else None for gradient, wanted in zip(gradients, trained, strict=False)]
 
 
@@ -185,12 +190,13 @@ def _outer_backward(
     dmixed, dt = this.outer.grad_input(dy, seeds)  # a list of (M, outputs of a mixer); (M, C)
     operands: list[LoraOperands | None] = [None] * len(columns)
     start, operands[-1] = lora_operands(this.mixers[-1], this.inner, this.outer, lora_input, dt)
-    mixed = [
+    # The outputs of the mixers; of the last one its LoRA gradients instead, if it has computed them in its pass.
+    mixed: list[Tensor | LoraGrads] = [
         mixer.backward_(part, dout, saved, context, its_operands)
         for mixer, part, dout, saved, its_operands in zip(
             this.mixers, columns, dmixed, saved_attention, operands, strict=True
         )
     ]
     early = EarlyGrads(start, mixed[-1]) if isinstance(mixed[-1], LoraGrads) else None
-    del dmixed  # overwritten
+    del dmixed  # the mixers have written their outputs over it
     return u, early, this.outer.grad_trained(dy, mixed, extra, dt, seeds)

@@ -3,7 +3,8 @@
 The full logits of GPT-J at 2048 tokens are 394 MiB in float32, and training would have two or three copies. Here the
 logits of a chunk exist only while its loss is computed.
 
-Legend: M rows (positions), d the width, V the vocabulary; hidden is (M, d), labels (M,), the head (V, d).
+Legend: M rows (positions), d the width, V the vocabulary, m the rows of a chunk, C extra
+columns (layers/fused_linear.py); hidden is (M, d), labels (M,), the head (V, d).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.loss import cross_entropy_
 from octavo.runtime.dispatch import kernels_run_on
 
-CHUNK_BYTES = 96 * 2**20  # of one chunk's logits and their copies
+# Of one chunk's logits and their copies: chunks of hundreds of rows still fill a GPU.
+CHUNK_BYTES = 96 * 2**20
 
 
 def cross_entropy_sum(
@@ -29,15 +31,15 @@ def cross_entropy_sum(
     """Sum over the labelled positions of -weight log softmax(head(hidden))[label], a float32 scalar.
 
     `weights` (M,) float32 are 1 by default. Positions with a negative label have no loss, but take part in the matmuls:
-    leave them out where that is free.
+    a caller drops them first (objective.py). The head is exact, never in 8 bits.
 
     Gradients are computed in forward, chunk by chunk while the logits exist: two matmuls with the head instead of
     three. Saved are the gradient to `hidden` (M, d) and those of the trained tensors of the head. Without grad mode
     only the sum is computed.
     """
-    wants = torch.is_grad_enabled()
+    grad_mode = torch.is_grad_enabled()
     total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, head, dropout, weights, wants, *head.trained
+        hidden, labels, head, dropout, weights, grad_mode, *head.trained
     )
     return total
 
@@ -46,14 +48,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None,
-        wants: bool, *trained: Tensor,
+        grad_mode: bool, *trained: Tensor,
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        to_hidden = wants and hidden.requires_grad
-        any_trained = wants and any(tensor.requires_grad for tensor in trained)
+        to_hidden = grad_mode and hidden.requires_grad
+        any_trained = grad_mode and any(tensor.requires_grad for tensor in trained)
         matrix = head.matrix(hidden)  # (V, d + C), dequantized once for all chunks
         gradient = torch.empty_like(hidden) if to_hidden else None  # (M, d)
-        factors: list[Tensor | None] = [None] * len(trained)
+        sums: list[Tensor | None] = [None] * len(trained)  # of the gradients of LoRA and bias over the chunks
         size = _chunk(hidden, head)
         for start in range(0, len(hidden), size):
             rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds(dropout)
@@ -68,25 +70,23 @@ class _CrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if not (to_hidden or any_trained):
                 continue
-            dx, gradients = head.backward(logits, gemm_input, dropout_seeds, grad_input=to_hidden, matrix=matrix)
+            dx, gradients = head.backward(logits, gemm_input, dropout_seeds, wants_dx=to_hidden, matrix=matrix)
             if gradient is not None:
                 assert dx is not None
                 gradient[start : start + size] = dx[0]
-            factors = [
-                new if old is None or new is None else old + new for old, new in zip(factors, gradients, strict=True)
-            ]
-        ctx.gradients = [gradient, *factors]
+            sums = [new if old is None or new is None else old + new for old, new in zip(sums, gradients, strict=True)]
+        ctx.gradients = [gradient, *sums]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradient, *factors = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
+        gradient, *sums = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
         ctx.gradients = []
-        return gradient, *[None] * 5, *factors
+        return gradient, *[None] * 5, *sums
 
 
 def _chunk(hidden: Tensor, head: FusedLinear) -> int:
-    """Rows of a chunk: their logits fit CHUNK_BYTES, with the float32 copies of the reference."""
+    """Rows of a chunk: their logits fit CHUNK_BYTES; the reference also has two float32 copies. Meta stands for a GPU."""
     each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
     return max(1, CHUNK_BYTES // (each * head.parts[0].rows))

@@ -1,7 +1,8 @@
 """Layers with frozen weights, stored under a scheme and dequantized for each use. Their LoRA and biases can be trained.
 
 `FrozenLinear` multiplies by a `FrozenMatrix` (layers/frozen_matrix.py), `FrozenEmbedding` gathers its rows; a tied head
-is a `FrozenLinear` on the embedding's matrix. A name is one of the matrices that are stacked in a `FrozenMatrix`.
+is a `FrozenLinear` on the embedding's matrix. A `FrozenMatrix` stacks the weights of several outputs, each with a name
+(q_proj, k_proj, v_proj).
 
 Legend: B sequences, T positions, M = B T rows of input; K inputs, N outputs (rows of the weight); r the rank of LoRA.
 """
@@ -56,15 +57,15 @@ class FrozenLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(sum(sizes)), requires_grad=False)
         self.lora = nn.ModuleDict()
         self.dropout = 0.0
-        self.name = ""  # its path in the blocks of a decoder ("3.qkv"), the key of its 8-bit matmul
-        self.bank: AdapterBank | None = None  # of served adapters
+        self.path = ""  # in the blocks of a decoder ("3.qkv"): the key of this layer in `Precision`
+        self.bank: AdapterBank | None = None  # the A and B of all served adapters, stacked
 
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
         assert self.bias is not None
         return self.bias.detach().narrow(0, self.matrix.starts[name] - self.bias_start, self.matrix.outputs[name])
 
-    def low_rank(self) -> tuple[LoraSlice, ...]:
+    def lora_slices(self) -> tuple[LoraSlice, ...]:
         """The LoRA of every name, with the rows of the name."""
         slices = []
         for name, lora in self.lora.items():
@@ -78,24 +79,24 @@ class FrozenLinear(nn.Module):
         rows, columns = self.matrix.shape
         dropout = self.dropout if self.training else 0.0
         return LinearSpec(
-            rows, columns, self.matrix.fill, self.bias, self.bias_start, self.low_rank(), dropout,
-            self.matrix.int8_weight, matmul8,
+            rows, columns, fill=self.matrix.fill, bias=self.bias, bias_start=self.bias_start, lora=self.lora_slices(),
+            dropout=dropout, int8_weight=self.matrix.int8_weight, matmul8=matmul8,
         )  # fmt: skip
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None, residual: Tensor | None = None) -> Tensor:
-        """(B, T, K) -> (B, T, N), plus `residual` if given: over a cache by `infer`, else under autograd.
+        """(B, T, K) -> (B, T, N), plus `residual` if given: with a cache in `ctx` by `infer`, else under autograd.
 
-        Names of one matrix share the dropout mask of their input.
+        The outputs of one matrix share the dropout mask of their input.
         """
-        if ctx is None:
+        if ctx is None:  # the head, which is outside the blocks and exact
             return fused_linear(x, FusedLinear((self.spec(),)), Dropout(), residual)
         if ctx.cache is not None:
             return self.infer(x, phase=ctx.phase, adapter_ids=ctx.adapter_ids, residual=residual)
-        return fused_linear(x, FusedLinear((self.spec(ctx.matmul8.get(self.name)),)), ctx.dropout, residual)
+        return fused_linear(x, FusedLinear((self.spec(ctx.matmul8.get(self.path)),)), ctx.dropout, residual)
 
     def reference(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The reference of `forward`: one matmul after the other (ops/linear.py)."""
-        lora = self.low_rank()
+        lora = self.lora_slices()
         dropping = bool(lora) and self.training and self.dropout > 0
         y = frozen_linear(
             x,
@@ -113,8 +114,8 @@ class FrozenLinear(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(B, T, K) -> (B, T, N) in `dtype`, by default that of x, plus `residual`.
 
-        `adapter_ids` (B,) says which served adapter each sequence takes, 0 none. No gradient flows. A row's bits depend
-        neither on B nor on T (ops/tiles.py).
+        `phase` is prefill or decode, which have tiles of their own: a row's bits depend neither on B nor on T
+        (ops/tiles.py). `adapter_ids` (B,) says which served adapter each sequence takes, 0 none. No gradient flows.
         """
         rows = x.reshape(-1, x.shape[-1])  # (M, K)
         lora = None
@@ -122,7 +123,8 @@ class FrozenLinear(nn.Module):
             # All T positions of a sequence use its adapter.
             row_ids = adapter_ids.repeat_interleave(x.shape[1]) if x.shape[1] > 1 else adapter_ids  # (M,)
             lora = self.bank.lora(rows, row_ids, phase)
-        weight, absmax = self.matrix.stored(x.dtype)  # (N, K), (N,) or None
+        # int8 (N, K) with absmax (N,), or under the other schemes a matrix (N, K) in the dtype of x, and None.
+        weight, absmax = self.matrix.stored(x.dtype)
         y = inference.matmul(
             rows,
             weight,
@@ -134,7 +136,7 @@ class FrozenLinear(nn.Module):
             residual=None if residual is None else residual.reshape(len(rows), -1),
             dtype=dtype,
         )  # (M, N)
-        for part in self.low_rank():  # an adapter that is applied to the model, as `octavo generate` does
+        for part in self.lora_slices():  # an adapter that is applied to the model, as `octavo generate` does
             t = inference.matmul(rows, part.a.to(x.dtype), phase=phase, dtype=torch.float32) * part.scaling  # (M, r)
             y[:, part.start : part.stop] += inference.matmul(
                 t.to(x.dtype), part.b.to(x.dtype), phase=phase, dtype=dtype
@@ -148,7 +150,10 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenEmbedding(nn.Module):
-    """Rows of a frozen embedding plus LoRA: row i + scaling * B A[:, i]. A is (r, V), B is (K, r)."""
+    """Rows of a frozen embedding (V, K) plus LoRA: row i + scaling * B A[:, i]. A is (r, V), B is (K, r).
+
+    V is the number of tokens, K the width of the model: an embedding is a lookup of rows, not a matmul over V inputs.
+    """
 
     def __init__(self, matrix: FrozenMatrix) -> None:
         super().__init__()
@@ -159,7 +164,7 @@ class FrozenEmbedding(nn.Module):
         self.bank: AdapterBank | None = None
 
     def forward(self, ids: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, K) in the compute type; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
+        """(B, T) -> (B, T, K) in the compute dtype; `adapter_ids` (B,) as for `FrozenLinear.infer`."""
         x = self.matrix.rows(ids)  # (B, T, K)
         for lora in self.lora.values():
             assert isinstance(lora, Lora)

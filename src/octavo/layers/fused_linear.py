@@ -1,17 +1,19 @@
 """Frozen linears whose weights are joined into one matrix, with LoRA and bias as further columns: one matmul for all.
 
     y = x_1 W_1^T + x_2 W_2^T + .. + LoRA + bias
-      = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T      (if s < 1, A is scaled instead of B)
+      = [x_1 | x_2 | .. | x A^T | 1] [W_1 | W_2 | .. | s B | bias]^T
 
-A GPU runs one matmul instead of one for each weight, each adapter and the bias, and y is written once. In backward the
-matmul that gives dL/dx also gives dL/dt for t = x A^T, and one low-rank matmul gives the gradients of every B and of
-the bias.
+If the scaling s is under 1, A is scaled instead of B: a new B is small and could underflow in float16. A GPU runs one
+matmul instead of one for each weight, each adapter and the bias, and y is written once. In backward the matmul that
+gives dL/dx also gives dL/dt for t = x A^T, and one low-rank matmul gives the gradients of every B and of the bias.
 
 The joined matrix is dequantized for each use and not kept. Linears in 8 bits are multiplied without it, as they are
-stored (layers/linear8.py); their LoRA activations are a low-rank term of that matmul.
+stored (layers/linear8.py); their LoRA activations are a low-rank term of that matmul. The residual branches of fused/
+are made of these linears.
 
-Legend: M rows of input; part i is a frozen linear with weight (N, K_i); K the sum of the K_i; C the extra columns (the
-ranks of all LoRA, a one for the bias), rounded up to ALIGNMENT; LoRA of a part is A (r, K_i), B (n, r).
+Legend: M rows of input; part i is a frozen linear with weight (N, K_i); K the sum of the K_i; one LoRA is A (r, K_i)
+and B (n, r) on n of the N outputs; r_i the sum of the ranks of part i, R that of all parts; C extra columns: R, plus
+one for the bias if there is one, rounded up to ALIGNMENT.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ ALIGNMENT = 8  # values; 16 bytes of a 2-byte dtype, the alignment of rows that 
 
 
 class EarlyGrads(NamedTuple):
-    """Gradients of the LoRA on the output rows N from `start` on.
+    """Gradients of the LoRA on the outputs [start, N), which the next activation's backward has computed.
 
-    The backward of the activation after this linear has computed them in its own pass (fused/lora_operands.py), so
-    `grad_t` and `grad_trained` compute those of the rows before `start` only.
+    Example: q, k, v and fc_in of GPT-J are stacked. The backward of the GELU after fc_in computes the gradients of
+    fc_in's LoRA in its own pass (fused/lora_operands.py); `grad_extra` and `grad_trained` compute those of q, k and v.
     """
 
     start: int
@@ -65,7 +67,7 @@ class FusedLinear:
 
     @cached_property
     def rank(self) -> int:
-        """The sum of all LoRA ranks."""
+        """R, the sum of all LoRA ranks."""
         return sum(part.rank for part in self.parts)
 
     @cached_property
@@ -87,19 +89,19 @@ class FusedLinear:
 
     @property
     def probe(self) -> QuantErrorProbe | None:
-        """That of the first part, if every part may be in 8 bits: all have the same error."""
+        """The first part's probe, which stands for all: either every part has one or none, and all get one error."""
         specs = [part.matmul8 for part in self.parts if part.matmul8 is not None]
         return specs[0].probe if len(specs) == len(self.parts) else None
 
     @cached_property
     def use_8bit(self) -> bool:
-        """Whether the matmul is in 8 bits. With a probe the exact result is used and compared with the 8-bit one."""
+        """Whether the result is computed in 8 bits. With a probe it is not: the exact result is used, and compared."""
         return self.probe is None and all(part.matmul8 is not None for part in self.parts)
 
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the dtype and on the device of `like`, dequantized anew."""
         matrix = like.new_empty(self.parts[0].rows, self.width)  # (N, K + C)
-        pack_b_into(matrix[:, self.inputs :], self.lora)
+        pack_b_into(matrix[:, self.inputs :], self.lora)  # also writes zeros where there is no LoRA
         start = 0
         for part in self.parts:
             part.fill(matrix[:, start : start + part.columns])  # (N, K_i)
@@ -127,9 +129,9 @@ class FusedLinear:
         """Writes the extra columns: x A^T of each LoRA, and a one for the bias."""
         for part, x, column, seed in self._spans(gemm_input.parts, dropout_seeds):
             if part.rank:
-                t = gemm_input.extra[:, column : column + part.rank]  # (M, r)
+                t = gemm_input.extra[:, column : column + part.rank]  # (M, r_i)
                 torch.mm(_dropped(part, x, seed), stack_a(part.lora, x).T, out=t)
-        if gemm_input.extra.shape[1] > self.rank:
+        if gemm_input.extra.shape[1] > self.rank:  # a column of ones for the bias; without one `matrix` has zeros there
             gemm_input.extra[:, self.rank :].zero_()
             gemm_input.extra[:, self.rank].fill_(1)
 
@@ -139,6 +141,7 @@ class FusedLinear:
             return linear8.matmul_8bit(self.parts, gemm_input.parts, self._low_rank(gemm_input), residual)
         matrix = self.matrix(gemm_input.whole)  # (N, K + C)
         if self.probe is not None:
+            # Without the residual, whose size would hide the error. The result below is computed as without a probe.
             exact = F.linear(gemm_input.whole, matrix)  # (M, N)
             linear8.probe_forward(self.parts, gemm_input.parts, self._low_rank(gemm_input), exact)
         if residual is None:
@@ -146,7 +149,7 @@ class FusedLinear:
         return torch.addmm(residual, gemm_input.whole, matrix.T)  # (M, N)
 
     def _low_rank(self, gemm_input: GemmInput) -> LowRankTerm | None:
-        """The LoRA terms of all parts: t (M, r) and B (N, r), r the sum of all ranks."""
+        """The LoRA terms of all parts: t (M, R) and B (N, R)."""
         if not self.rank:
             return None
         return LowRankTerm(gemm_input.extra[:, : self.rank], self.extra(gemm_input.extra)[:, : self.rank])
@@ -157,14 +160,14 @@ class FusedLinear:
         gemm_input: GemmInput,
         dropout_seeds: Seeds,
         *,
-        grad_input: bool,
+        wants_dx: bool,
         matrix: Tensor | None = None,
     ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-        """(gradients to the parts of the input (M, K_i) with `grad_input`, gradients of `trained`), from dy (M, N)."""
-        dx, dt = self.grad_input(dy, dropout_seeds, matrix) if grad_input else (None, self.grad_t(dy))
+        """From dy (M, N): (with `wants_dx` the gradients to the parts of the input (M, K_i), those of `trained`)."""
+        dx, dt = self.grad_input(dy, dropout_seeds, matrix) if wants_dx else (None, self.grad_extra(dy))
         return dx, self.grad_trained(dy, gemm_input.parts, gemm_input.extra, dt, dropout_seeds)
 
-    def grad_t(self, dy: Tensor, early: EarlyGrads | None = None) -> Tensor:
+    def grad_extra(self, dy: Tensor, early: EarlyGrads | None = None) -> Tensor:
         """The gradient to the extra columns (M, C)."""
         if early is None or early.grads.t is None:
             return dy @ self.extra(dy)  # (M, C)
@@ -183,7 +186,7 @@ class FusedLinear:
         `matrix` is the result of `matrix(dy)` if the caller has it.
         """
         if self.use_8bit:
-            dt = self.grad_t(dy, early)  # (M, C)
+            dt = self.grad_extra(dy, early)  # (M, C)
             return self._grad_input_8bit(dy, dt, dropout_seeds), dt
         joined = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
         *dx, dt = joined.split([*(part.columns for part in self.parts), self.width - self.inputs], dim=1)
@@ -217,27 +220,27 @@ class FusedLinear:
         """
         if not self.rank and not any(tensor.requires_grad for tensor in self.trained):
             return [None] * len(self.trained)
-        rows = dy.shape[1] if early is None else early.start
-        d_extra = mm_float32(dy[:, :rows].T, extra)  # (N, C): the gradients of every B, and of the bias
+        outputs = dy.shape[1] if early is None else early.start  # those whose gradients are not computed yet
+        d_extra = mm_float32(dy[:, :outputs].T, extra)  # (outputs, C): the gradients of every B, and of the bias
         self._scale_(d_extra)
-        factors: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for part, x_i, column, seed in self._spans(x, dropout_seeds):
             if not part.rank:
                 continue
             if isinstance(x_i, LoraGrads):
-                da = x_i.a  # (r, K_i)
+                da = x_i.a  # (r_i, K_i)
             else:
-                da = mm_float32(dt[:, column : column + part.rank].T, _dropped(part, x_i, seed))  # (r, K_i)
+                da = mm_float32(dt[:, column : column + part.rank].T, _dropped(part, x_i, seed))  # (r_i, K_i)
             for lora, da_j in zip(part.lora, da.split([len(lora.a) for lora in part.lora]), strict=True):
-                factors.append((da_j if lora.a_scaling == 1 else da_j * lora.a_scaling).to(lora.a.dtype))
-                if early is not None and lora.start >= rows:
-                    db = early.grads.b[lora.start - rows : lora.stop - rows]  # (n, r)
+                gradients.append((da_j if lora.a_scaling == 1 else da_j * lora.a_scaling).to(lora.a.dtype))
+                if early is not None and lora.start >= outputs:
+                    db = early.grads.b[lora.start - outputs : lora.stop - outputs]  # (n, r)
                     db = db if lora.b_scaling == 1 else db * lora.b_scaling
                 else:
                     db = d_extra[lora.start : lora.stop, column : column + len(da_j)]  # (n, r)
-                factors.append(db.to(lora.b.dtype))
+                gradients.append(db.to(lora.b.dtype))
                 column += len(da_j)
-        return factors + self._bias_gradients(d_extra)
+        return gradients + self._bias_gradients(d_extra)
 
     def _bias_gradients(self, d_extra: Tensor) -> list[Tensor | None]:
         gradients: list[Tensor | None] = []
@@ -248,8 +251,8 @@ class FusedLinear:
         return gradients
 
     def _scale_(self, d_extra: Tensor) -> None:
-        """Multiplies the gradients of every B (N, C) by the scaling of B; one pass over LoRA with the same scaling."""
-        column = 0
+        """Multiplies the gradients of every B (N, C) by the scaling of B."""
+        column = 0  # adjacent LoRA with an equal scaling are multiplied at once
         for scaling, equal in groupby(self.lora, lambda lora: lora.b_scaling):
             width = sum(len(lora.a) for lora in equal)
             if scaling != 1:
@@ -257,7 +260,7 @@ class FusedLinear:
             column += width
 
     def _spans(self, values: Sequence[X], dropout_seeds: Seeds) -> list[tuple[LinearSpec, X, int, Seed | None]]:
-        """(part, its value, the first of its extra columns, the seed of its dropout mask) of each part."""
+        """(part, its item of `values`, its first extra column, the seed of its dropout mask) of each part."""
         columns = accumulate((part.rank for part in self.parts[:-1]), initial=0)
         return list(zip(self.parts, values, columns, dropout_seeds, strict=True))
 
@@ -297,7 +300,7 @@ class _FusedLinear(torch.autograd.Function):
             (dx,), dt = linear.grad_input(dy, dropout_seeds)  # (M, K), (M, C)
             dx = dx.view(x.shape)
         else:
-            dt = linear.grad_t(dy)  # (M, C)
+            dt = linear.grad_extra(dy)  # (M, C)
         gradients = linear.grad_trained(dy, [x.reshape(len(dy), -1)], extra, dt, dropout_seeds)
         return dx, grad if ctx.has_residual else None, None, None, *gradients
 

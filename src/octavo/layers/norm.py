@@ -21,6 +21,11 @@ class NormSpec(NamedTuple):
     eps: float
 
     @property
+    def centred(self) -> bool:
+        """Whether it is a LayerNorm, which subtracts the mean. Every LayerNorm here has a bias."""
+        return self.bias is not None
+
+    @property
     def trained(self) -> list[Tensor]:
         """The parameters, which may require a gradient."""
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None]

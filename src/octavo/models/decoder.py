@@ -61,9 +61,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = FrozenEmbedding(FrozenMatrix(config.width, {config.embedding: config.vocabulary}))
         self.blocks = nn.ModuleList(blocks)
-        for name, layer in self.blocks.named_modules():
+        for path, layer in self.blocks.named_modules():
             if isinstance(layer, FrozenLinear):
-                layer.name = name
+                layer.path = path
         self.norm = config.new_norm()
         matrix = self.embed.matrix if config.tied else FrozenMatrix(config.width, {config.head: config.vocabulary})
         self.head = FrozenLinear(matrix, bias=list(matrix.outputs) if config.head_bias else ())

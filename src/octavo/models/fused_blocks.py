@@ -14,17 +14,17 @@ from octavo.fused.branch import residual_branch
 from octavo.fused.mixers import Attention, Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.models import gptj, llama
-from octavo.ops.attention import HALF, INTERLEAVED
+from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED
 
 
 def _gptj(block: gptj.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
-    attention = Attention(block.heads, block.heads, block.head_size, INTERLEAVED)
+    attention = Attention(block.heads, block.heads, block.head_size, ROTATE_INTERLEAVED)
     mixers, outer = (attention, Gelu(block.mlp_width)), (block.out_proj, block.fc_out)
     return residual_branch(x, block.norm, block.in_proj, mixers, outer, ctx)
 
 
 def _llama(block: llama.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
-    attention = Attention(block.heads, block.key_value_heads, block.head_size, HALF)
+    attention = Attention(block.heads, block.key_value_heads, block.head_size, ROTATE_HALF)
     x = residual_branch(x, block.norm_1, block.qkv, (attention,), (block.out,), ctx)
     return residual_branch(x, block.norm_2, block.gate_up, (Swiglu(block.mlp_width),), (block.down,), ctx)
 

@@ -38,7 +38,7 @@ from octavo.models.config_fields import (
     ConfigFields,
 )
 from octavo.models.weight_map import RowOrder, WeightPath
-from octavo.ops.attention import HALF
+from octavo.ops.attention import ROTATE_HALF
 
 ROTARY_BASE = 10000.0
 ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
@@ -131,7 +131,7 @@ def weight_map(config: Config) -> dict[str, WeightPath]:
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One decoder block."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
         qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, 3 d)
         qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2 H, D), (B, T, H, D)
-        q, k = rope(qk, ctx, HALF).chunk(2, dim=2)  # (B, T, H, D) each
+        q, k = rope(qk, ctx, ROTATE_HALF).chunk(2, dim=2)  # (B, T, H, D) each
         h = self.dense(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         up = self.fc_in(self.norm_2(x if self.parallel else h), ctx)  # (B, T, F)
         y: Tensor = self.fc_out(elementwise(ACTIVATIONS[self.activation], up, ctx), ctx, residual=h)  # (B, T, d)

@@ -37,7 +37,7 @@ from octavo.models.config_fields import (
     ConfigFields,
 )
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import INTERLEAVED
+from octavo.ops.attention import ROTATE_INTERLEAVED
 
 ROTARY_BASE = 10000.0
 
@@ -104,7 +104,7 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """The layer of each module of a checkpoint. Modules of one layer are stacked rows of its matrix."""
+    """The layer (module of the decoder) of each module of a checkpoint. Several in one layer are rows of its matrix."""
     names = {"transformer.wte": "embed"}
     for i in range(config.layers):
         block = f"transformer.h.{i}"
@@ -118,7 +118,7 @@ def weight_map(config: Config) -> dict[str, WeightPath]:
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One decoder block."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
         qkv, up = self.in_proj(self.norm(x), ctx).split([3 * x.shape[-1], self.mlp_width], dim=-1)  # 3 d and F values
         qk, v = split_heads(qkv, 2 * self.heads, self.heads, size=self.head_size)  # (B, T, 2 H, D), (B, T, H, D)
-        q, k = rope(qk, ctx, INTERLEAVED).chunk(2, dim=2)  # (B, T, H, D) each
+        q, k = rope(qk, ctx, ROTATE_INTERLEAVED).chunk(2, dim=2)  # (B, T, H, D) each
         h = self.out_proj(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         y: Tensor = self.fc_out(gelu(up, ctx), ctx, residual=h)  # (B, T, d)
         return y

@@ -37,11 +37,10 @@ from octavo.models.config_fields import (
     ConfigFields,
 )
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import HALF
+from octavo.ops.attention import ROTATE_HALF
 
 DEFAULT_ROPE_THETA = 10000.0
-MOST_THETA = 1e15
-MOST_FACTOR = 1e6
+MOST_THETA, MOST_FACTOR = 1e15, 1e6  # far above published models
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Config:
     context: int  # positions that the model was made for
     frequencies: tuple[float, ...]  # of the rotary pairs, D/2 of them
 
-    embedding = "embed_tokens"
+    embedding = "embed_tokens"  # the last parts of their names in a checkpoint
     head = "lm_head"
     head_bias = False
 
@@ -86,7 +85,7 @@ class Config:
         if head_size % 2:
             raise fields.wrong(f"head_dim is {head_size}; it must be an even number")
         context = fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
-        if fields.flag("use_sliding_window", default=True):
+        if fields.flag("use_sliding_window", default=True):  # Qwen2 has this flag, Mistral has not
             # Sliding-window attention (Mistral 7B v0.1) equals full attention in a context of at most one window.
             context = min(context, fields.size("sliding_window", most=MOST_POSITIONS, default=context))
         return cls(
@@ -99,7 +98,7 @@ class Config:
             head_size=head_size,
             norm_eps=fields.number("rms_norm_eps", least=0.0, most=1.0, default=1e-6),
             tied=fields.flag("tie_word_embeddings"),
-            qkv_bias=qwen or bias,
+            qkv_bias=qwen or bias,  # Qwen2 has biases on q, k and v and none on o; its config does not say so
             out_bias=bias and not qwen,
             mlp_bias=fields.flag("mlp_bias"),
             context=context,
@@ -108,7 +107,7 @@ class Config:
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
-    """The layer of each module of a checkpoint. Modules of one layer are stacked rows of its matrix."""
+    """The layer (module of the decoder) of each module of a checkpoint. Several in one layer are rows of its matrix."""
     names = {"model.embed_tokens": "embed"}
     for i in range(config.layers):
         block = f"model.layers.{i}"
@@ -124,7 +123,7 @@ def weight_map(config: Config) -> dict[str, WeightPath]:
 
 
 class Block(nn.Module):
-    """One layer: attention, then the gated MLP, each after its norm and added to its input."""
+    """One decoder block: attention, then the gated MLP, each after its norm and added to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -136,17 +135,17 @@ class Block(nn.Module):
         gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
         # q, k and v read the same input, and so do gate and up: one matmul each.
         self.norm_1 = RmsNorm(d, c.norm_eps)
-        self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=qkv if c.qkv_bias else ())
+        self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=list(qkv) if c.qkv_bias else ())
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
         self.norm_2 = RmsNorm(d, c.norm_eps)
-        self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=gate_up if c.mlp_bias else ())
+        self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=list(gate_up) if c.mlp_bias else ())
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
         heads, kv_heads = self.heads, self.key_value_heads
         qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, (H + 2 G) D)
         qk, v = split_heads(qkv, heads + kv_heads, kv_heads, size=self.head_size)  # (B, T, H + G, D), (B, T, G, D)
-        q, k = rope(qk, ctx, HALF).split([heads, kv_heads], dim=2)  # (B, T, H, D), (B, T, G, D)
+        q, k = rope(qk, ctx, ROTATE_HALF).split([heads, kv_heads], dim=2)  # (B, T, H, D), (B, T, G, D)
         h = self.out(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
         y: Tensor = self.down(mlp, ctx, residual=h)  # (B, T, d)
@@ -156,7 +155,7 @@ class Block(nn.Module):
 def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
     """(D/2,) angles a position turns each pair by: theta^(-2i/D), stretched as the config's rope type says."""
     fields = ConfigFields(source)
-    # In transformers too an older config's `rope_scaling` counts where both are given.
+    # `rope_scaling`, the older key, wins over `rope_parameters` as in transformers.
     rope = fields.object("rope_scaling") or fields.object("rope_parameters") or ConfigFields({})
     theta = fields.number("rope_theta", least=1.0, most=MOST_THETA, default=DEFAULT_ROPE_THETA)
     theta = rope.number("rope_theta", least=1.0, most=MOST_THETA, default=theta)

@@ -22,7 +22,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
 from octavo.models import llama
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import HALF
+from octavo.ops.attention import ROTATE_HALF
 
 HEAD_SIZE = 128  # where config.json names none
 
@@ -47,7 +47,7 @@ def weight_map(config: Config) -> dict[str, WeightPath]:
 
 
 class Block(llama.Block):
-    """One layer: attention, then the gated MLP, each after its norm and added to its input."""
+    """One decoder block: attention, then the gated MLP, each after its norm and added to its input."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -58,7 +58,7 @@ class Block(llama.Block):
         heads, kv_heads = self.heads, self.key_value_heads
         qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, (H + 2 G) D)
         q, k, v = split_heads(qkv, heads, kv_heads, kv_heads, size=self.head_size)  # (B, T, H or G, D) each
-        q, k = rope(self.q_norm(q), ctx, HALF), rope(self.k_norm(k), ctx, HALF)  # the norms are over D
+        q, k = rope(self.q_norm(q), ctx, ROTATE_HALF), rope(self.k_norm(k), ctx, ROTATE_HALF)  # the norms are over D
         h = self.out(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
         y: Tensor = self.down(mlp, ctx, residual=h)  # (B, T, d)

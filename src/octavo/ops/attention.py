@@ -23,7 +23,7 @@ from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import backends, kernel, observe
 from octavo.runtime.transfer import to_device
 
-INTERLEAVED, HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
+ROTATE_INTERLEAVED, ROTATE_HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
 
 Table = tuple[Tensor, Tensor]
 
@@ -64,8 +64,8 @@ def rotate_half(x: Tensor, table: Table) -> Tensor:
 
 
 def rotate(x: Tensor, table: Table, form: str) -> Tensor:
-    """x (B, T, H, D) rotated in the form INTERLEAVED or HALF."""
-    return rotate_interleaved(x, table) if form == INTERLEAVED else rotate_half(x, table)
+    """x (B, T, H, D) rotated in the form ROTATE_INTERLEAVED or ROTATE_HALF."""
+    return rotate_interleaved(x, table) if form == ROTATE_INTERLEAVED else rotate_half(x, table)
 
 
 @kernel

@@ -86,7 +86,7 @@ def layers(decoder: Decoder) -> Iterator[tuple[str, FrozenLinear]]:
     """(name, layer) of the linears of the blocks whose shapes 8-bit matmuls support."""
     for layer in decoder.blocks.modules():
         if isinstance(layer, FrozenLinear) and fits(*layer.matrix.shape):
-            yield layer.name, layer
+            yield layer.path, layer
 
 
 def all_8bit(decoder: Decoder) -> Precision:
@@ -153,7 +153,7 @@ def _seconds(linear: FusedLinear, x: Tensor) -> float:
     for _ in range(4):  # the first compiles kernels, and libraries choose theirs
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        linear.backward(linear.matmul(gemm_input), gemm_input, seeds, grad_input=True)
+        linear.backward(linear.matmul(gemm_input), gemm_input, seeds, wants_dx=True)
         end.record()
         end.synchronize()
         shortest = min(shortest, begin.elapsed_time(end) / 1e3)
