@@ -154,7 +154,7 @@ class _Branch(torch.autograd.Function):
 
 
 def _norm_input(rows: Tensor, this: Branch, extra_or_seeds: Seeds | Tensor) -> GemmInput:
-    """The input of the inner matmul (M, d + C), from its saved extra columns or, in forward, from their dropout seeds."""
+    """The input of the inner matmul (M, d + C), from saved extra columns or, in forward, from dropout seeds."""
     gemm_input = this.inner.gemm_input(len(rows), rows)
     norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, gemm_input.add())
     if isinstance(extra_or_seeds, Tensor):

@@ -87,6 +87,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk(hidden: Tensor, head: FusedLinear) -> int:
-    """Rows of a chunk: their logits fit CHUNK_BYTES; the reference also has two float32 copies. Meta stands for a GPU."""
+    """Rows of a chunk: their logits fit CHUNK_BYTES; the reference has two float32 copies too. Meta counts as a GPU."""
     each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
     return max(1, CHUNK_BYTES // (each * head.parts[0].rows))
