@@ -43,7 +43,7 @@ def main() -> None:
     source = open_smollm2()
     tokenizer = source.tokenizer()
     read = documents.read([str(PLAYS)])
-    encoded = tokens.encode_all(read.documents, tokenizer, end_id=int(tokenizer.eos_token_id))
+    encoded = tokens.encode_all(read.documents, tokenizer)
     rows, _ = packing.pack(encoded, seq_len=args.seq_len, pad_id=0)
     chosen = list(islice(batches(rows, batch_size=args.rows, seed=0), args.steps))
 
@@ -88,7 +88,7 @@ def peer_losses(folder: str, start: dict[str, torch.Tensor], chosen: list[Batch]
     losses = []
     for batch in chosen:
         optimizer.zero_grad()
-        same = batch.document[:, None, :, None] == batch.document[:, None, None, :]
+        same = batch.piece[:, None, :, None] == batch.piece[:, None, None, :]
         mask = torch.zeros(same.shape).masked_fill(~same.tril(), torch.finfo(torch.float32).min)
         logits = model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())

@@ -45,7 +45,7 @@ def main() -> None:
 
         documents = read([str(file)]).documents
         after_reading = time.perf_counter()
-        encoded = encode_all(documents, tokenizer, end_id=int(tokenizer.eos_token_id), progress=progress)
+        encoded = encode_all(documents, tokenizer, progress=progress)
         ended = time.perf_counter()
         text = documents[0].text
         part = text[: round(args.plain_mb * 1e6)]

@@ -62,8 +62,8 @@ def batch_of(*, packed: bool, labelled: float = 0.5) -> Batch:
 def plain_loss(theirs: Any, batch: Batch) -> Tensor:
     """The sum of transformers' losses of the single documents."""
     total = torch.zeros(())
-    for number in range(int(batch.document.max()) + 1):
-        document = batch.document == number
+    for number in range(int(batch.piece.max()) + 1):
+        document = batch.piece == number
         logits = theirs(batch.ids[document][None]).logits[0]  # (T, V)
         total += F.cross_entropy(logits, batch.labels[document], reduction="sum", ignore_index=IGNORE_INDEX)
     return total
@@ -103,7 +103,7 @@ def test_only_labelled_positions_go_through_the_head(
 
 def test_no_positions_are_gathered_if_all_have_labels() -> None:
     batch = batch_of(packed=False)
-    all_labelled = replace(batch, labels=batch.ids, document=torch.zeros_like(batch.ids))
+    all_labelled = replace(batch, labels=batch.ids, piece=torch.zeros_like(batch.ids))
     assert inputs_of(all_labelled, CPU).labelled is None
     assert inputs_of(batch, CPU).labelled is not None
 
@@ -111,7 +111,7 @@ def test_no_positions_are_gathered_if_all_have_labels() -> None:
 @one_document_and_packed
 def test_the_ids_of_padding_do_not_change_the_loss(models: tuple[Any, Decoder], packed: bool) -> None:
     batch = batch_of(packed=packed)
-    other = replace(batch, ids=torch.where(batch.document < 0, 7, batch.ids))
+    other = replace(batch, ids=torch.where(batch.piece < 0, 7, batch.ids))
     assert not torch.equal(batch.ids, other.ids)
     assert torch.equal(batch_loss(models[1], batch), batch_loss(models[1], other))
 

@@ -27,10 +27,10 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-def test_all_files_exist_and_there_are_about_twelve_steps() -> None:
+def test_all_files_exist_and_there_are_thirteen_stops() -> None:
     missing = [path for path in paths() if not (PACKAGE / path).is_file()]
     assert not missing
-    assert len(re.findall(r"^\d+\. \*\*`", TEXT, re.MULTILINE)) == 12
+    assert len(re.findall(r"^\d+\. \*\*`", TEXT, re.MULTILINE)) == 13
 
 
 def test_all_names_are_defined_in_the_files_of_their_paragraph() -> None:

@@ -60,7 +60,7 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
         to_device(batch.positions, device),
         to_device(labels if all_labelled else labels[labelled], device),
         None if all_labelled else to_device(labelled, device),
-        find_documents(batch.document, device),
+        find_documents(batch.piece, device),
         weights,
     )
 

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.bytes import target_bytes, token_bytes
-from octavo.data.documents import Document, Message
+from octavo.data.bytes import token_bytes, trained_bytes
 from octavo.data.packing import Row, pack
+from octavo.data.records import Document
 from octavo.data.tokens import Tokens, encode_all
+from octavo.data.turns import Message
 
 UNHURRIED = settings(deadline=None)  # other processes may slow a machine down
 ALPHABET = st.characters(codec="utf-8") | st.sampled_from("ae \n世é😀👩‍👧<|>")
@@ -20,7 +21,7 @@ TEXTS = st.lists(st.text(ALPHABET, max_size=30), min_size=1, max_size=4)
 
 
 def encoded(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
-    return encode_all(documents, tokenizer, end_id=int(tokenizer.eos_token_id))
+    return encode_all(documents, tokenizer)
 
 
 def packed(tokens: Sequence[Tokens], seq_len: int = 7) -> list[Row]:
@@ -29,12 +30,12 @@ def packed(tokens: Sequence[Tokens], seq_len: int = 7) -> list[Row]:
 
 @UNHURRIED
 @given(texts=TEXTS, seq_len=st.integers(1, 20))
-def test_target_bytes_are_the_bytes_of_the_texts(
+def test_trained_bytes_are_the_bytes_of_the_texts(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], seq_len: int
 ) -> None:
     # The first token of a text is no target. After "The" no token ends within a character.
     tokens = encoded([Document("f", 1, text="The " + text) for text in texts], tokenizer)
-    assert target_bytes(packed(tokens, seq_len), tokenizer) == sum(one.n_bytes for one in tokens)
+    assert trained_bytes(packed(tokens, seq_len), tokenizer) == sum(one.n_bytes for one in tokens)
 
 
 @UNHURRIED
@@ -42,14 +43,14 @@ def test_target_bytes_are_the_bytes_of_the_texts(
 def test_a_token_within_a_character_counts_its_own_bytes(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     (tokens,) = encoded([Document("f", 1, text=text)], tokenizer)
     first = len(tokenizer.convert_ids_to_tokens(int(tokens.ids[0])))
-    assert target_bytes(packed([tokens]), tokenizer) == len(text.encode()) - first
+    assert trained_bytes(packed([tokens]), tokenizer) == len(text.encode()) - first
 
 
 @UNHURRIED
 @given(prompt=st.text(ALPHABET, min_size=1, max_size=9), completion=st.text(ALPHABET, max_size=9))
 def test_only_the_completion_counts(tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> None:
     tokens = encoded([Document("f", 1, prompt=prompt, completion=completion)], tokenizer)
-    assert target_bytes(packed(tokens), tokenizer) == len(completion.encode())
+    assert trained_bytes(packed(tokens), tokenizer) == len(completion.encode())
 
 
 def test_control_tokens_have_no_bytes(tokenizer_copy: PreTrainedTokenizerFast) -> None:
@@ -58,7 +59,7 @@ def test_control_tokens_have_no_bytes(tokenizer_copy: PreTrainedTokenizerFast) -
     tokens = encoded([Document("f", 1, messages=messages)], tokenizer_copy)
     learned = tokens[0].ids[tokens[0].trained].tolist()
     assert tokenizer_copy.convert_tokens_to_ids("<|im_end|>") in learned
-    assert target_bytes(packed(tokens), tokenizer_copy) == tokens[0].n_bytes == len("well")
+    assert trained_bytes(packed(tokens), tokenizer_copy) == tokens[0].n_bytes == len("well")
 
 
 def test_added_tokens_count_the_bytes_of_their_text(tokenizer_copy: PreTrainedTokenizerFast) -> None:
@@ -93,7 +94,7 @@ def test_bytes_of_a_sentencepiece_vocabulary() -> None:
 
 @UNHURRIED
 @given(texts=TEXTS)
-def test_target_bytes_of_a_sentencepiece_tokenizer_are_the_bytes_of_the_texts(texts: list[str]) -> None:
+def test_trained_bytes_of_a_sentencepiece_tokenizer_are_the_bytes_of_the_texts(texts: list[str]) -> None:
     documents = [Document("f", 1, text="t" + text.replace("▁", "")) for text in texts]
     tokens = encoded(documents, SENTENCEPIECE)
-    assert target_bytes(packed(tokens), SENTENCEPIECE) == sum(one.n_bytes for one in tokens)
+    assert trained_bytes(packed(tokens), SENTENCEPIECE) == sum(one.n_bytes for one in tokens)

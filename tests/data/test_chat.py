@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.documents import Document, Message
+from octavo.data.records import Document
 from octavo.data.tokens import Tokens, encode
+from octavo.data.turns import Message
 from octavo.errors import DataError, UsageError
 
 CONTENT = st.text("aeu <|>\n.世", max_size=12)
@@ -26,7 +27,7 @@ MISTRAL = (
 
 def chat(turns: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> Tokens:
     messages = tuple(Message(role, content) for role, content in turns)
-    return encode(Document("f", 3, messages=messages), tokenizer, end_id=tokenizer.eos_token_id)
+    return encode(Document("f", 3, messages=messages), tokenizer)
 
 
 def trained_text(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:

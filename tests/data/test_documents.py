@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from octavo.data import documents as documents_module
-from octavo.data.documents import Message, ReadOptions, find, read
+from octavo.data.documents import ReadOptions, find, read
+from octavo.data.turns import Message
 from octavo.errors import DataError, UsageError
 
 

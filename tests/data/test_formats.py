@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from octavo.data import formats
-from octavo.data.formats import RawRecord, raw_records
+from octavo.data.formats import raw_records
+from octavo.data.raw_records import RawRecord
 from octavo.errors import DataError, UsageError
 
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from octavo.data import holdout
 from octavo.data.holdout import NGRAM, copies, cut, digest, shared_text, split
-from octavo.data.records import Document, Message, from_fields
+from octavo.data.records import Document, from_fields
 from octavo.data.tokens import encode
+from octavo.data.turns import Message
 from octavo.errors import UsageError
 
 
@@ -123,7 +124,7 @@ def test_shared_runs_equal_those_of_a_plain_search(
 
 def test_a_single_text_is_cut_into_a_beginning_and_a_rest(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "The quality of mercy is not strained, it droppeth as the gentle rain from heaven. " * 5
-    whole = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
+    whole = encode(Document("f", 1, text=text), tokenizer)
     first, rest = cut(whole, 40, tokenizer)
     assert np.concatenate([first.ids, rest.ids]).tolist() == whole.ids.tolist()
     assert first.ids[-1] != tokenizer.eos_token_id

@@ -89,7 +89,7 @@ def test_a_fraction_of_an_epoch_counts_from_the_very_first_batch() -> None:
 
 def test_a_batch_is_int64_and_has_its_documents_and_trained_tokens() -> None:
     (batch,) = batches(rows(3), batch_size=3, seed=0, epochs=1, shuffle=False)
-    for tensor in (batch.ids, batch.labels, batch.positions, batch.document):
+    for tensor in (batch.ids, batch.labels, batch.positions, batch.piece):
         assert tensor.dtype == torch.int64
         assert tensor.shape == (3, 2)
     assert batch.labels.tolist() == [[0, IGNORE_INDEX], [1, IGNORE_INDEX], [2, IGNORE_INDEX]]

@@ -39,8 +39,8 @@ def numbered(lengths: list[int], masks: list[bool] | None = None) -> list[Tokens
 def segments(row: Row) -> list[tuple[list[int], list[int], list[int]]]:
     """(ids, labels, positions) of each piece."""
     pieces = []
-    for number in range(int(row.document.max()) + 1):
-        here = row.document == number
+    for number in range(int(row.piece.max()) + 1):
+        here = row.piece == number
         pieces.append((row.ids[here].tolist(), row.labels[here].tolist(), row.positions[here].tolist()))
     return pieces
 
@@ -75,18 +75,18 @@ def test_a_piece_is_consecutive_tokens_of_one_document_and_padding_has_no_target
         for a, b, trained in zip(one.ids[:-1], one.ids[1:], one.trained[1:], strict=True)
     }
     for row in rows:
-        assert {len(array) for array in (row.ids, row.labels, row.positions, row.document)} == {seq_len}
-        assert all(array.dtype == np.int32 for array in (row.ids, row.labels, row.positions, row.document))
+        assert {len(array) for array in (row.ids, row.labels, row.positions, row.piece)} == {seq_len}
+        assert all(array.dtype == np.int32 for array in (row.ids, row.labels, row.positions, row.piece))
         for ids, labels, positions in segments(row):
             assert ids == list(range(ids[0], ids[0] + len(ids)))
             assert labels == [following[number] for number in ids]
             assert positions == list(range(len(ids)))
-        padding = row.document == -1
+        padding = row.piece == -1
         assert not np.any(np.diff(padding.astype(int)) < 0), "padding stands at the end"
         assert set(row.ids[padding].tolist()) <= {PAD}
         assert set(row.labels[padding].tolist()) <= {IGNORE_INDEX}
         assert set(row.positions[padding].tolist()) <= {0}
-        assert np.all(np.diff(row.document[~padding]) >= 0)
+        assert np.all(np.diff(row.piece[~padding]) >= 0)
 
 
 @given(
@@ -109,7 +109,7 @@ def test_the_ledger_counts_what_is_in_the_rows(
         skipped=skipped,
     )
     ledger.check()
-    padded = sum(int(np.count_nonzero(row.document == -1)) for row in rows)
+    padded = sum(int(np.count_nonzero(row.piece == -1)) for row in rows)
     trained = sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows)
     assert (ledger.padding, ledger.trained, ledger.rows) == (padded, trained, len(rows))
     assert ledger.tokens == sum(len(one.ids) for one in documents)
@@ -135,7 +135,7 @@ def test_a_long_document_is_split_so_that_the_last_target_is_the_next_input() ->
         [107, IGNORE_INDEX, IGNORE_INDEX],
     ]
     assert [row.positions.tolist() for row in rows] == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
-    assert rows[2].document.tolist() == [0, -1, -1]
+    assert rows[2].piece.tolist() == [0, -1, -1]
     assert (ledger.tokens, ledger.trained, ledger.masked, ledger.left_out, ledger.padding) == (8, 7, 1, 0, 2)
 
 
@@ -167,7 +167,7 @@ def test_packing_wastes_little_and_is_repeatable(lengths: list[int]) -> None:
     again, _ = pack(numbered(lengths), seq_len=16, pad_id=PAD)
     assert [row.ids.tolist() for row in first] == [row.ids.tolist() for row in again]
     # Best fit never opens a row while another has enough space: no two rows could be joined.
-    used = sorted(int(np.count_nonzero(row.document >= 0)) for row in first)
+    used = sorted(int(np.count_nonzero(row.piece >= 0)) for row in first)
     assert len(used) < 2 or used[0] + used[1] > 16
 
 

@@ -9,10 +9,11 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.documents import Document, Message
 from octavo.data.encoding import bos_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.data.records import Document
 from octavo.data.tokens import encode
+from octavo.data.turns import Message
 from octavo.errors import ModelError, UsageError
 
 UNHURRIED = settings(deadline=None)  # other processes may slow a machine down
@@ -69,7 +70,7 @@ def test_a_prompt_begins_with_the_same_ids_as_the_trained_text(
 ) -> None:
     tokenizer = add_around(tokenizer_copy, template)
     text = "The quality of mercy <|im_end|> is not strained"
-    trained = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
+    trained = encode(Document("f", 1, text=text), tokenizer)
     assert [*encode_prompt(text, tokenizer), tokenizer.eos_token_id] == trained.ids.tolist()
 
 
@@ -119,4 +120,4 @@ def test_a_tokenizer_that_fails_on_a_text_is_a_model_error(tokenizer_copy: PreTr
     with pytest.raises(ModelError, match="The tokenizer fails on a text"):
         encode_conversation([Message("user", endless)], tokenizer_copy)
     with pytest.raises(ModelError, match="The tokenizer fails on a text"):
-        encode(Document("f", 1, text=endless), tokenizer_copy, end_id=tokenizer_copy.eos_token_id)
+        encode(Document("f", 1, text=endless), tokenizer_copy)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from octavo.data.records import Document, Message, check_columns, from_fields
+from octavo.data.records import Document, check_columns, from_fields
+from octavo.data.turns import Message
 from octavo.errors import DataError, UsageError
 
 TALK = (Message("system", "s"), Message("user", "q"), Message("assistant", "a"))

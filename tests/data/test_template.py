@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from octavo.data import template_limits
-from octavo.data.documents import Document, Message
+from octavo.data.records import Document
 from octavo.data.template import TemplateRefusalError, render
 from octavo.data.tokens import encode
+from octavo.data.turns import Message
 from octavo.errors import DataError, ModelError
 
 TALK = [
@@ -177,7 +178,7 @@ def test_the_error_quotes_why_a_template_cannot_render_a_conversation(
     assert len(str(caught.value)) < 300
     document = Document("f", 3, messages=(Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(DataError, match="f:3: the chat template"):
-        encode(document, tokenizer, end_id=tokenizer.eos_token_id)
+        encode(document, tokenizer)
 
 
 def test_a_template_that_takes_too_long_is_stopped(

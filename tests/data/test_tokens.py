@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.documents import Document, Message, Skipped
+from octavo.data.documents import Skipped
 from octavo.data.packing import pack
+from octavo.data.records import Document
 from octavo.data.tokens import Tokens, _without_end, encode, encode_all
+from octavo.data.turns import Message
 from octavo.errors import DataError, UsageError
 from octavo.store.tokenizer_files import load_tokenizer
 
@@ -31,7 +33,7 @@ def text_of(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
 @given(text=ANY_TEXT)
 def test_a_text_round_trips_with_one_eos_token(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     end_id = tokenizer.eos_token_id
-    tokens = encode(Document("f", 1, text=text), tokenizer, end_id=end_id)
+    tokens = encode(Document("f", 1, text=text), tokenizer)
     assert tokens.ids[-1] == end_id
     assert np.count_nonzero(tokens.ids == end_id) == 1
     bare = text
@@ -45,9 +47,8 @@ def test_a_text_round_trips_with_one_eos_token(tokenizer: PreTrainedTokenizerFas
 def test_only_the_completion_and_the_eos_token_are_trained(
     tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str
 ) -> None:
-    end_id = tokenizer.eos_token_id
     document = Document("f", 1, prompt=prompt, completion=completion + "!")
-    tokens = encode(document, tokenizer, end_id=end_id)
+    tokens = encode(document, tokenizer)
     masked = tokenizer.decode(tokens.ids[~tokens.trained].tolist())
     trained = tokenizer.decode(tokens.ids[tokens.trained].tolist())
     if prompt:
@@ -59,13 +60,13 @@ def test_only_the_completion_and_the_eos_token_are_trained(
 
 def test_n_bytes_counts_the_predicted_text(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "gentle “rain”"
-    tokens = encode(Document("f", 1, text=text), tokenizer, end_id=tokenizer.eos_token_id)
+    tokens = encode(Document("f", 1, text=text), tokenizer)
     first = tokenizer.decode(tokens.ids[:1].tolist())
     assert tokens.n_bytes == len(text.encode()) - len(first.encode()) > 0
 
 
 def test_a_text_of_only_the_eos_token_has_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokens = encode(Document("f", 1, text="<|im_end|>\n"), tokenizer, end_id=tokenizer.eos_token_id)
+    tokens = encode(Document("f", 1, text="<|im_end|>\n"), tokenizer)
     assert (tokens.ids.tolist(), tokens.trained.tolist(), tokens.n_bytes) == (
         [tokenizer.eos_token_id],
         [False],
@@ -80,12 +81,11 @@ def test_many_documents_are_encoded_in_order_and_as_each_alone(tokenizer: PreTra
         Document("f", 3, prompt="four", completion="five"),
         Document("g", 1, text="six"),
     ]
-    end_id = tokenizer.eos_token_id
     done: list[int] = []
-    together = encode_all(documents, tokenizer, end_id=end_id, progress=done.append)
+    together = encode_all(documents, tokenizer, progress=done.append)
     assert sum(done) == len("onetwothreefourfivesix")
     for document, tokens in zip(documents, together, strict=True):
-        alone = encode(document, tokenizer, end_id=end_id)
+        alone = encode(document, tokenizer)
         assert (tokens.source, tokens.line) == (document.source, document.line)
         assert tokens.ids.tolist() == alone.ids.tolist()
         assert tokens.ids.dtype == np.int32
@@ -94,27 +94,26 @@ def test_many_documents_are_encoded_in_order_and_as_each_alone(tokenizer: PreTra
 def test_a_refused_conversation_is_added_to_skipped_if_given(tokenizer: PreTrainedTokenizerFast) -> None:
     bad = Document("f", 1, messages=(Message("not a role", "ü"), Message("assistant", "b")))
     good = Document("f", 2, text="good")
-    end_id = tokenizer.eos_token_id
     with pytest.raises(DataError, match=r"f:1: the role 'not a role'"):
-        encode_all([bad, good], tokenizer, end_id=end_id)
+        encode_all([bad, good], tokenizer)
     skipped: list[Skipped] = []
-    (tokens,) = encode_all([bad, good], tokenizer, end_id=end_id, skipped=skipped)
+    (tokens,) = encode_all([bad, good], tokenizer, skipped=skipped)
     assert tokens.line == 2
     assert skipped == [Skipped("f", 1, "the role 'not a role' is not a word.", 3)]
 
 
-def test_an_unknown_eos_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UsageError, match="50256"):
-        encode(Document("f", 1, text="a"), tokenizer, end_id=50256)
+def test_a_tokenizer_without_an_eos_token_is_refused(tokenizer_copy: PreTrainedTokenizerFast) -> None:
+    tokenizer_copy.eos_token = None
+    with pytest.raises(UsageError, match="no EOS token"):
+        encode(Document("f", 1, text="a"), tokenizer_copy)
 
 
 def test_turns_after_the_last_trained_one_are_counted_as_left_out(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
     talk = (Message("user", "the king"), Message("assistant", "the queen"))
     more_turns = (Message("user", "the storm"), Message("assistant", "the duke", trained=False))
-    end = int(tokenizer.eos_token_id)
     documents = (Document("f", 1, messages=turns) for turns in (talk, talk + more_turns))
-    short, long = (encode(document, tokenizer, end_id=end) for document in documents)
+    short, long = (encode(document, tokenizer) for document in documents)
     assert long.ids.tolist() == short.ids.tolist()
     assert (short.n_after, long.n_after) == (
         0,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from octavo.data.prompt import encode_conversation
-from octavo.data.records import Message
+from octavo.data.turns import Message
 
 OpenServer = Callable[..., Any]
 

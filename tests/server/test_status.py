@@ -11,7 +11,7 @@ import pytest
 
 from octavo._version import __version__
 from octavo.data.prompt import encode_conversation
-from octavo.data.records import Message
+from octavo.data.turns import Message
 from octavo.infer.requests import Stats
 
 OpenServer = Callable[..., Any]

@@ -67,7 +67,7 @@ def batch_of(seed: int) -> Batch:
 
 def concatenated(batches: list[Batch]) -> Batch:
     """One batch with the rows of all batches."""
-    names = ("ids", "labels", "positions", "document")
+    names = ("ids", "labels", "positions", "piece")
     tensors: dict[str, Any] = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}
     return replace(batches[0], **tensors, row_sources=sum((batch.row_sources for batch in batches), ()))
 

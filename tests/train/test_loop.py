@@ -434,7 +434,7 @@ def test_a_nan_gradient_stops_the_run(base: Decoder) -> None:
 def test_the_last_step_of_an_epoch_has_the_remaining_rows(base: Decoder, epochs: float, sizes: list[int]) -> None:
     data = rows(5)
     steps = run(trainer_of(base, total=9), data, batch_size=2, epochs=epochs, shuffle=False)
-    counts = iter([int((row.document >= 0).sum()) for row in [*data, *data]])
+    counts = iter([int((row.piece >= 0).sum()) for row in [*data, *data]])
     assert [step.tokens for step in steps] == [sum(next(counts) for _ in range(n)) for n in sizes]
     assert steps[-1].following == Position((len(sizes) - 1) // 3, (len(sizes) - 1) % 3 + 1)
 

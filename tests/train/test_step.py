@@ -106,7 +106,7 @@ def test_micro_batches_sum_to_the_loss_and_gradients_of_the_batch(model: Decoder
     batch = batch_of()
     split = list(micro_batches(batch, rows))
     assert max(len(micro_batch.ids) for micro_batch in split) == min(rows, 5)
-    for name in ("ids", "labels", "positions", "document"):
+    for name in ("ids", "labels", "positions", "piece"):
         assert torch.equal(torch.cat([getattr(micro_batch, name) for micro_batch in split]), getattr(batch, name))
     assert sum(micro_batch.trained_tokens for micro_batch in split) == batch.trained_tokens
     assert all(micro_batch.trained_tokens == int((micro_batch.labels != IGNORE_INDEX).sum()) for micro_batch in split)

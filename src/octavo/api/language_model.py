@@ -13,7 +13,7 @@ from octavo.bounded_json import shortened
 from octavo.commands.data import to_text
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
-from octavo.data.bytes import target_bytes
+from octavo.data.bytes import trained_bytes
 from octavo.data.documents import Reading
 from octavo.data.records import from_text
 from octavo.errors import UsageError
@@ -81,7 +81,7 @@ class LanguageModel:
             rows = to_text(reading, options, self.tokenizer, report).measurable(0)
         if not rows:
             raise UsageError("The text has no token to evaluate.")
-        result = score(self.decoder, rows, n_bytes=target_bytes(rows, self.tokenizer), batch_size=ROWS)
+        result = score(self.decoder, rows, n_bytes=trained_bytes(rows, self.tokenizer), batch_size=ROWS)
         return {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
 
     def perplexity(self, text: str | Sequence[str], *, seq_len: int | None = None) -> float:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from octavo.commands.generate import open_model, sampling_of
 from octavo.config import ChatOptions, Config, GenerateOptions
-from octavo.data.documents import Message
 from octavo.data.prompt import encode_conversation
+from octavo.data.turns import Message
 from octavo.errors import UsageError
 from octavo.failures import cut, explained
 from octavo.infer.loaded_model import LoadedModel, answer

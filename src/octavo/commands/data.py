@@ -17,9 +17,11 @@ import numpy as np
 from octavo.config import Config, DataOptions, TextOptions
 from octavo.data import documents, packing, tokens
 from octavo.data.bytes import token_bytes
-from octavo.data.documents import Document, Reading, ReadOptions, Skipped, counted
+from octavo.data.documents import Reading, ReadOptions, Skipped
+from octavo.data.finding import counted
 from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import Row
+from octavo.data.records import Document
 from octavo.errors import UsageError
 from octavo.reporting import Report
 
@@ -52,7 +54,7 @@ class Text:
     documents: list[Document]
 
     def measurable(self, most: int) -> list[Row]:
-        """The first `most` rows (0: all) that have targets; rows without targets have no loss."""
+        """The first `most` rows (0: all) that have trained tokens; the others have no loss."""
         rows = [row for row in self.rows if (row.labels != packing.IGNORE_INDEX).any()]
         return rows[: most or None]
 
@@ -66,7 +68,7 @@ def read_documents(paths: Sequence[str], options: TextOptions, report: Report | 
         ReadOptions(
             split_on=options.split_on, skip_bad=options.skip_bad, ftfy=options.ftfy, columns=tuple(options.columns)
         ),
-        begins=partial(_say_size, report=report) if report else None,
+        on_begin=partial(_say_size, report=report) if report else None,
     )
     if options.template_date:
         now = datetime.fromisoformat(options.template_date)
@@ -89,7 +91,6 @@ def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenize
         encoded = tokens.encode_all(
             reading.documents,
             tokenizer,
-            end_id=int(tokenizer.eos_token_id),
             progress=bar.advance,
             skipped=skipped if options.skip_bad else None,
             unused=unused,
@@ -192,7 +193,7 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
     options = config[DataOptions]
     text = to_text(reading, config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
-    lengths = sorted(int((row.document >= 0).sum()) for row in text.rows)
+    lengths = sorted(int((row.piece >= 0).sum()) for row in text.rows)
     if lengths:
         filled = sum(lengths) / (len(lengths) * config[TextOptions].seq_len)
         documents = f"{text.ledger.documents:,} document{'' if text.ledger.documents == 1 else 's'}"
@@ -206,8 +207,8 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
 def marked(row: Row, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 200) -> str:
     """The text of a row with masked tokens in [[..]]."""
     shown: list[str] = []
-    for number in range(int(row.document.max()) + 1):
-        positions = np.flatnonzero(row.document == number)[:max_tokens]
+    for number in range(int(row.piece.max()) + 1):
+        positions = np.flatnonzero(row.piece == number)[:max_tokens]
         targets = row.labels[positions]
         ids = [*row.ids[positions].tolist(), int(targets[-1])]
         trained = [False, *(targets != packing.IGNORE_INDEX).tolist()]
@@ -220,5 +221,5 @@ def marked(row: Row, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 200) 
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The padding id. Any id works: padding is masked by labels and document numbers, never by its id."""
+    """The padding id. Any id works: padding is masked by labels and piece numbers, never by its id."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

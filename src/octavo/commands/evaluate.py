@@ -26,7 +26,7 @@ from octavo.commands.loading import (
     with_fitting_rows,
 )
 from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
-from octavo.data.bytes import target_bytes
+from octavo.data.bytes import trained_bytes
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
@@ -172,7 +172,7 @@ def score_rows(
 ) -> Score:
     """The score of packed rows, with a progress bar."""
     with report.progress(len(rows), label) as bar:
-        return score(model, rows, n_bytes=target_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
+        return score(model, rows, n_bytes=trained_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
 
 
 def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from octavo.adapters import apply_
 from octavo.bounded_json import JsonError, parse
 from octavo.commands.loading import chosen_scheme, end_ids, load_model, opened, read_adapter, tokenizer_with
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
-from octavo.data.documents import Message
 from octavo.data.files import name_of, open_bytes, read_whole
 from octavo.data.prompt import encode_conversation, encode_prompt
+from octavo.data.turns import Message
 from octavo.errors import DataError, ModelError, OctavoError, UsageError
 from octavo.failures import cut, explained
 from octavo.infer.generate import check_prompt

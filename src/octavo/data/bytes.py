@@ -1,4 +1,4 @@
-"""UTF-8 bytes of the text of the target tokens: the denominator of bits per byte.
+"""UTF-8 bytes of the text of the trained tokens: the denominator of bits per byte.
 
 Legend: V vocabulary size, T row length.
 """
@@ -39,8 +39,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     return lengths
 
 
-def target_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
-    """UTF-8 bytes of the text of all target tokens of `rows`: labels other than IGNORE_INDEX."""
+def trained_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
+    """UTF-8 bytes of the text of all trained tokens of `rows`: labels other than IGNORE_INDEX."""
     lengths = token_bytes(tokenizer)
     return int(sum(lengths[row.labels[row.labels != IGNORE_INDEX]].sum() for row in rows))
 

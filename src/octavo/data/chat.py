@@ -1,4 +1,4 @@
-"""Conversations to token ids with the tokenizer's chat template. The assistant's turns are the training targets.
+"""Conversations to token ids with the tokenizer's chat template. Of a conversation the assistant's turns are trained.
 
 The template is rendered twice: with the messages, and with a placeholder in place of each content. The placeholders
 show which characters of the rendered text are message contents and which the template wrote, whatever either contains.
@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from octavo.data.encoding import Coder
 from octavo.data.panics import name_panics
-from octavo.data.records import Document, Message
+from octavo.data.records import Document
 from octavo.data.rendering import Layout, Span, lay_out, turn_span
+from octavo.data.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,8 +50,8 @@ def encode_chat(
 ) -> EncodedChat:
     """The ids of apply_chat_template, except that the string of a control token in a content stays text.
 
-    Messages after the assistant's last trained turn are left out: no target depends on them. A token that begins in
-    the template's text and ends in a content counts as content: " yes" in "Answer: yes". Of a turn with tool calls
+    Messages after the assistant's last trained turn are left out: no trained token depends on them. A token that begins
+    in the template's text and ends in a content counts as content: " yes" in "Answer: yes". Of a turn with tool calls
     everything between the turn's header and its end is trained. Names of fields that the template does not write are
     counted in `unused`.
 

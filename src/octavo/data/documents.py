@@ -14,13 +14,11 @@ from pathlib import Path
 
 from octavo.bounded_json import shortened
 from octavo.data.files import MAX_DOCUMENTS, name_of
-from octavo.data.finding import FoundFiles, counted, find_files
-from octavo.data.formats import READERS, RawRecord, raw_records
-from octavo.data.records import Document, Message, check_columns, field_named, from_fields, from_text
+from octavo.data.finding import FoundFiles, find_files
+from octavo.data.formats import READERS, raw_records
+from octavo.data.raw_records import RawRecord
+from octavo.data.records import Document, check_columns, field_named, from_fields, from_text, is_field
 from octavo.errors import DataError, UsageError
-
-__all__ = ["READERS", "Document", "Message", "ReadOptions", "Reading", "Skipped", "counted", "find", "read", "skip"]
-
 
 MAX_FIELD_NAMES = 1000  # distinct field names that are collected, to name them if --columns names a missing one
 
@@ -65,11 +63,11 @@ def find(paths: Sequence[str]) -> FoundFiles:
 
 
 def read(
-    paths: Sequence[str], options: ReadOptions | None = None, begins: Callable[[int, int], None] | None = None
+    paths: Sequence[str], options: ReadOptions | None = None, on_begin: Callable[[int, int], None] | None = None
 ) -> Reading:
     """All documents of all files in order, with counts of what was left out, skipped or not used.
 
-    `begins(n_files, n_bytes)` is a callback: it is called once, before the first file is read.
+    `on_begin(n_files, n_bytes)` is called once, before the first file is read.
 
     Raises DataError with file and line for a record that cannot be read and for files without any document, and
     UsageError for a path that matches nothing and for a missing optional package.
@@ -82,11 +80,11 @@ def read(
     repair = _repair if options.ftfy else None
     listing = find(paths)
     reading = Reading(not_read=listing.not_read)
-    if begins:
-        begins(len(listing.files), sum(map(_size, listing.files)))
+    if on_begin:
+        on_begin(len(listing.files), sum(map(_size, listing.files)))
     for path in listing.files:
         _read_file(path, options, columns, repair, reading, seen_fields)
-    if missing := sorted(field for field in columns.values() if field_named(seen_fields, field) not in seen_fields):
+    if missing := sorted(field for field in columns.values() if not is_field(seen_fields, field)):
         raise UsageError(
             f"--columns names {', '.join(map(shortened, missing))}, which no record has.",
             hint=f"The records have: {shortened(', '.join(sorted(seen_fields))) or 'no fields'}.",
@@ -122,7 +120,7 @@ def _read_file(
             except DataError as error:
                 if not options.skip_bad:
                     raise
-                skipped.append(skip(error, record.n_bytes))
+                skipped.append(skipped_of(error, record.n_bytes))
                 continue
             documents.append(repair(document) if repair else document)
         if len(documents) + len(skipped) == before:
@@ -131,7 +129,7 @@ def _read_file(
     except DataError as error:
         if not options.skip_bad:
             raise
-        skipped.append(skip(error, os.path.getsize(path)))
+        skipped.append(skipped_of(error, os.path.getsize(path)))
 
 
 def _size(path: Path) -> int:
@@ -152,7 +150,7 @@ def _document(record: RawRecord, source: str, columns: Mapping[str, str], unused
         raise DataError("the record is nested too deep.", source=source, line=record.line) from error
 
 
-def skip(error: DataError, n_bytes: int) -> Skipped:
+def skipped_of(error: DataError, n_bytes: int) -> Skipped:
     """The `Skipped` of a record or file that `error` reports as unusable."""
     where = f"{error.source}:{error.line}: " if error.line else f"{error.source}: "
     # Of all hints only --columns makes the record readable, so only that one is useful in a list of skipped records.

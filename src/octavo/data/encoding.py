@@ -100,7 +100,7 @@ class EncodedText:
     """One text as token ids."""
 
     ids: npt.NDArray[np.int32]  # (n,)
-    first_characters: int  # characters of the text that its first token covers
+    first_token_length: int  # of its first token, in characters of the text
 
 
 _CODERS: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, Coder]] = weakref.WeakKeyDictionary()
@@ -189,11 +189,11 @@ def encode_plain(
                 progress(sum(map(len, segments)))
             if is_last:
                 all_ids = np.concatenate(parts) if len(parts) > 1 else parts[0]
-                yield EncodedText(all_ids, _first_characters(first, coder))
+                yield EncodedText(all_ids, _first_token_length(first, coder))
                 parts = []
 
 
-def _first_characters(segment: str, coder: Coder) -> int:
+def _first_token_length(segment: str, coder: Coder) -> int:
     """How many characters the first token of a text covers; `segment` is the text's first segment."""
     with name_panics("The tokenizer"):
         encoding = coder.plain.encode(segment[:FIRST_CHARACTERS], add_special_tokens=False)

@@ -1,4 +1,8 @@
-"""The named fields of a record, and errors that name a field."""
+"""The named fields of a record, and errors that name a field.
+
+A `RawRecord` is what a reader yields, a `Record` its named fields with their place, a `Document` the result: the text,
+prompt and completion, or messages that records.py makes of the fields.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 from octavo.bounded_json import shortened
 from octavo.errors import DataError
 
+_MESSAGE_CHARACTERS = 400  # of an error: a record may hold a word or a name of megabytes
 _SKIP = "Correct the record, or skip such records with --skip-bad."
 
 
@@ -21,8 +26,8 @@ class Record:
     line: int
 
     def error(self, message: str, hint: str = _SKIP) -> DataError:
-        """A DataError about this record. Long words of the record are shortened in the message."""
-        return DataError(shortened(message, 400), source=self.source, line=self.line, hint=hint)
+        """A DataError about this record. The message, which may quote the record, is cut if it is long."""
+        return DataError(shortened(message, _MESSAGE_CHARACTERS), source=self.source, line=self.line, hint=hint)
 
     def get(self, name: str) -> object:
         """The value of a field; None if it is null or absent."""
@@ -42,7 +47,7 @@ class Record:
         return value
 
     def filled(self, value: object, at: str) -> str:
-        """As `string`; DataError for a blank one too."""
+        """As `string`; DataError for a text of white space alone too. Unlike `is_blank`, "[]" and "null" are texts."""
         text = self.string(value, at)
         if not text.strip():
             raise self.error(f"{_named(at)} is empty.")
@@ -54,12 +59,14 @@ class Record:
         if not isinstance(value, str):
             return value
         try:
+            # Not bounded_json.parse: a long conversation exceeds its limits. The reader has limited the record's size
+            # (MAX_DOCUMENT_BYTES), and what is read of the value is checked by `string` and its callers.
             return json.loads(value)
         except (ValueError, RecursionError) as error:
             raise self.error(f"field `{name}` is not a JSON list: {error}.") from error
 
 
-# The names of types in JSON.
+# The names of types in JSON. The first match counts, so bool is before int: True is an int in Python.
 _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
     ((type(None),), "null"),
     ((bool,), "true or false"),
@@ -71,7 +78,10 @@ _KINDS: tuple[tuple[tuple[type, ...], str], ...] = (
 
 
 def is_blank(value: object) -> bool:
-    """Whether a value is null, a blank string, or an empty list or object. The number 0 is not blank."""
+    """Whether a value is null, a blank string, or an empty list or object; also as a string: "null", "[]" or "{}".
+
+    The cells of a CSV file are strings. The number 0 is not blank.
+    """
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or value == [] or value == {}
@@ -88,4 +98,5 @@ def kind(value: object) -> str:
 
 
 def _named(at: str) -> str:
+    # An `at` such as messages[2].content is a path into a field, not the name of one.
     return f"`{at}`" if "[" in at else f"field `{at}`"

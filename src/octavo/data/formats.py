@@ -32,8 +32,6 @@ from octavo.data.raw_records import RawRecord
 from octavo.data.tables import read_csv, read_tsv
 from octavo.errors import DataError, UsageError
 
-__all__ = ["READERS", "RawRecord", "raw_records"]
-
 Reader = Callable[[Path, str | None], Iterator[RawRecord]]
 MAX_GROUP_BYTES = 2**30
 _JSON_LINES = 20  # lines that are parsed; of the other lines only the first and last character are checked

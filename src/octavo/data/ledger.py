@@ -1,4 +1,8 @@
-"""Accounts for every token of the data: tokens = trained + masked + left_out, for each file and in total."""
+"""Accounts for every token of the data: tokens = trained + masked + left_out, for each file and in total.
+
+A trained token has a loss. A masked token is in a row but has none: it is read only. A token that is left out is in no
+row.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ class FileLedger:
 
     source: str
     tokens: int = 0  # all tokens of its documents
-    trained: int = 0  # target tokens of the loss
-    masked: int = 0  # input tokens that are no targets: prompts, user turns, and the first token of each document
+    trained: int = 0  # tokens with a loss
+    masked: int = 0  # without a loss: prompts, user turns, and the first token of each document
     left_out: int = 0  # tokens that are in no packed row
     padding: int = 0  # padding of the packed rows whose last document is of this file; not in `tokens`
     documents: int = 0  # documents that were read

@@ -34,13 +34,14 @@ class Batch:
     """B packed rows of length T; see Row for their content. The last batch of an epoch may have fewer rows."""
 
     ids: torch.Tensor  # (B, T) int64
-    labels: torch.Tensor  # (B, T) int64, already shifted; IGNORE_INDEX where there is no target
+    labels: torch.Tensor  # (B, T) int64, already shifted; IGNORE_INDEX where the next token is not trained
     positions: torch.Tensor  # (B, T) int64
-    document: torch.Tensor  # (B, T) int64, -1 on padding
+    piece: torch.Tensor  # (B, T) int64, number of the piece within the row; -1 on padding
     row_sources: tuple[tuple[str, ...], ...]  # "file:line" of each document in each row
     epoch: int
     index: int  # number of the batch within its epoch, from 0
-    weights: torch.Tensor | None = None  # (B, T) float32, of each label's loss; None: 1
+    # (B, T) float32, of each label's loss; None: 1. No command sets it yet: it is for callers of `train` in Python.
+    weights: torch.Tensor | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -106,15 +107,16 @@ def batches(
         raise UsageError(f"a batch of {batch_size} rows.", hint="--batch-size must be at least 1.")
     per_epoch = batches_per_epoch(len(rows), batch_size)
     start = start or Position()
+    # `index` may equal `per_epoch`: a checkpoint after the last batch of an epoch has that position (`following`).
     if start.epoch < 0 or not 0 <= start.index <= per_epoch:
         message = f"batch {start.index} of epoch {start.epoch} does not exist: an epoch has {per_epoch} batches."
         raise UsageError(message, hint="Resume with the data and the batch size that the run began with.")
     n_read = start.epoch * per_epoch + start.index
     n_total = None if epochs is None else math.ceil(epochs * per_epoch)
-    return _generate(rows, n_read, n_total, batch_size=batch_size, seed=seed, shuffle=shuffle)
+    return _batches_between(rows, n_read, n_total, batch_size=batch_size, seed=seed, shuffle=shuffle)
 
 
-def _generate(
+def _batches_between(
     rows: Sequence[Row], n_read: int, n_total: int | None, *, batch_size: int, seed: int, shuffle: bool
 ) -> Iterator[Batch]:
     """Batches number n_read .. n_total - 1, counted over all epochs.
@@ -133,15 +135,15 @@ def _generate(
 
 
 def _batch(rows: Sequence[Row], *, epoch: int, index: int) -> Batch:
-    ids, labels, positions, document = (  # (B, T) each
+    ids, labels, positions, piece = (  # (B, T) each
         torch.from_numpy(np.stack([getattr(row, name) for row in rows]).astype(np.int64))
-        for name in ("ids", "labels", "positions", "document")
+        for name in ("ids", "labels", "positions", "piece")
     )
     return Batch(
         ids,
         labels,
         positions,
-        document,
+        piece,
         row_sources=tuple(row.sources for row in rows),
         epoch=epoch,
         index=index,

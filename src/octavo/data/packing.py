@@ -1,7 +1,10 @@
 """Packs documents of any length into rows of one length, and accounts for every token in a ledger.
 
-A row consists of pieces. A piece is a whole document, or a part of a document that is longer than a row. `document`
+A row consists of pieces. A piece is a whole document, or a part of a document that is longer than a row. `piece`
 numbers the pieces of a row and `positions` restart with each piece, so that attention can be limited to the piece.
+
+Every token but the first of a document is the next token of another one, which predicts it. Of these next tokens the
+trained ones have a loss; the others, such as those of a prompt, have none.
 
 Legend: R packed rows, T row length (seq_len), n tokens of one document.
 """
@@ -25,20 +28,20 @@ IGNORE_INDEX = -100  # the label of a token without a loss: the default of torch
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """T input tokens with their targets. The arrays are views into one array (R, T) of all rows."""
+    """T input tokens with the next token of each. The arrays are views into one array (R, T) of all rows."""
 
     ids: npt.NDArray[np.int32]  # (T,) input
-    labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t], or IGNORE_INDEX
+    labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t]; IGNORE_INDEX if not trained
     positions: npt.NDArray[np.int32]  # (T,) position within the piece; 0 on padding
-    document: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
+    piece: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
     sources: tuple[str, ...]  # "file:line" of each document in the row, once, in order
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Inputs ids[start : start + length] of a document. The targets are one token further."""
+    """Inputs ids[start : start + length] of a document. The next tokens are one further."""
 
-    document: int  # index of the document in the sequence that is packed
+    index: int  # of its document in the sequence that is packed
     start: int
     length: int
 
@@ -56,16 +59,16 @@ def pack(
 ) -> tuple[list[Row], Ledger]:
     """(packed rows of length `seq_len`, the ledger).
 
-    A document of n tokens takes n - 1 inputs: its first token is never a target, its last never an input. A document
-    longer than a row is split so that the last target of a piece is the first input of the next piece, and every token
-    but the first is a target exactly once. With `truncate` the rest is dropped instead. Pieces go, the longest first,
-    into the fullest row with enough space (best-fit decreasing). Rows are ordered by their first documents, and the
-    same input gives the same rows.
+    A document of n tokens takes n - 1 inputs: its first token is no next token, its last no input. A document
+    longer than a row is split so that the last next token of a piece is the first input of the following piece, and
+    every token but the first is a next token exactly once. With `truncate` the rest is dropped instead. Pieces go, the
+    longest first, into the fullest row with enough space (best-fit decreasing). Rows are ordered by their first
+    documents, and the same input gives the same rows.
 
     Dropped whole are documents of fewer than two tokens, those with an index in `excluded`, with `deduplicate` copies
     of earlier documents, and documents of fewer than `min_unique_tokens` distinct tokens.
 
-    Padding has the id `pad_id`, the label IGNORE_INDEX and the document -1. Attention and loss ignore it, so `pad_id`
+    Padding has the id `pad_id`, the label IGNORE_INDEX and the piece -1. Attention and loss ignore it, so `pad_id`
     may be any token.
     """
     if seq_len < 1:
@@ -81,10 +84,10 @@ def pack(
         if kept[index]
         for piece in _pieces(index, len(document.ids) - 1, seq_len, truncate=truncate)
     ]
-    groups = _best_fit(pieces, seq_len)
-    ledger = _ledger(tokens, groups, seq_len=seq_len, skipped=skipped)
+    rows = _best_fit(pieces, seq_len)
+    ledger = _ledger(tokens, rows, seq_len=seq_len, skipped=skipped)
     ledger.check()
-    return _fill(groups, tokens, seq_len=seq_len, pad_id=pad_id), ledger
+    return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id), ledger
 
 
 def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
@@ -101,8 +104,10 @@ def _drop_copies(tokens: Sequence[Tokens], kept: list[bool]) -> None:
 
 
 def _pieces(index: int, n_inputs: int, seq_len: int, *, truncate: bool) -> list[_Piece]:
-    starts = range(0, seq_len if truncate else n_inputs, seq_len)
-    return [_Piece(index, start, min(seq_len, n_inputs - start)) for start in starts]
+    """The pieces of a document: all of it, or with `truncate` the first piece alone."""
+    if truncate:
+        return [_Piece(index, 0, min(seq_len, n_inputs))]
+    return [_Piece(index, start, min(seq_len, n_inputs - start)) for start in range(0, n_inputs, seq_len)]
 
 
 def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
@@ -111,9 +116,9 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
     A search through all rows would make packing quadratic. Here one integer has a bit for each amount of free space, so
     the search is a shift and the lowest set bit.
     """
-    groups: list[list[int]] = []
-    # rows_by_space[s] are the rows with s free tokens, and bit s of the integer `spaces` is set if there are any.
-    # Shifted right by a piece's length, `spaces` has only the bits of enough space; the lowest is the best fit.
+    rows: list[list[int]] = []  # indices into `pieces`
+    # rows_by_space[s] are the indices of the rows with s free tokens, and bit s of the integer `spaces` is set if there
+    # are any. Shifted right by a piece's length, it has only the bits of enough space: the lowest is the best fit.
     rows_by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     spaces = 0
     for number in sorted(range(len(pieces)), key=lambda number: (-pieces[number].length, number)):
@@ -121,73 +126,74 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
         fitting = spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
-            row = rows_by_space[space].pop()
+            index = rows_by_space[space].pop()
             if not rows_by_space[space]:
                 spaces ^= 1 << space
-            groups[row].append(number)
+            rows[index].append(number)
         else:
-            space, row = seq_len, len(groups)
-            groups.append([number])
+            space, index = seq_len, len(rows)
+            rows.append([number])
         free = space - length
         if free:
-            rows_by_space[free].append(row)
+            rows_by_space[free].append(index)
             spaces |= 1 << free
-    return [[pieces[number] for number in group] for group in sorted(map(sorted, groups))]
+    return [[pieces[number] for number in row] for row in sorted(map(sorted, rows))]
 
 
-def _fill(groups: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
-    shape = (len(groups), seq_len)
+def _fill(rows: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
+    """The arrays of all rows from the pieces of each."""
+    shape = (len(rows), seq_len)
     ids = np.full(shape, pad_id, dtype=np.int32)  # (R, T)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int32)  # (R, T)
     positions = np.zeros(shape, dtype=np.int32)  # (R, T)
-    document = np.full(shape, -1, dtype=np.int32)  # (R, T)
+    numbers = np.full(shape, -1, dtype=np.int32)  # (R, T)
     arange = np.arange(seq_len, dtype=np.int32)  # (T,)
-    rows: list[Row] = []
-    for row, group in enumerate(groups):
+    filled: list[Row] = []
+    for row, pieces in enumerate(rows):
         at = 0  # the next free position of the row
-        for number, piece in enumerate(group):
-            source = tokens[piece.document]
+        for number, piece in enumerate(pieces):
+            document = tokens[piece.index]
             span = slice(at, at + piece.length)
             inputs = slice(piece.start, piece.start + piece.length)
-            targets = slice(inputs.start + 1, inputs.stop + 1)
-            ids[row, span] = source.ids[inputs]
-            labels[row, span] = np.where(source.trained[targets], source.ids[targets], IGNORE_INDEX)
+            following = slice(inputs.start + 1, inputs.stop + 1)  # the next tokens
+            ids[row, span] = document.ids[inputs]
+            labels[row, span] = np.where(document.trained[following], document.ids[following], IGNORE_INDEX)
             positions[row, span] = arange[: piece.length]
-            document[row, span] = number
+            numbers[row, span] = number
             at += piece.length
-        names = (f"{tokens[piece.document].source}:{tokens[piece.document].line}" for piece in group)
-        sources = tuple(dict.fromkeys(names))
-        rows.append(Row(ids[row], labels[row], positions[row], document[row], sources))
-    return rows
+        places = (f"{tokens[piece.index].source}:{tokens[piece.index].line}" for piece in pieces)
+        sources = tuple(dict.fromkeys(places))
+        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources))
+    return filled
 
 
 def _ledger(
-    tokens: Sequence[Tokens], groups: Sequence[Sequence[_Piece]], *, seq_len: int, skipped: Sequence[Skipped]
+    tokens: Sequence[Tokens], rows: Sequence[Sequence[_Piece]], *, seq_len: int, skipped: Sequence[Skipped]
 ) -> Ledger:
     """The ledger of the rows, counted from the pieces that are in them: a mistake of packing would show in it."""
-    targets = [0] * len(tokens)
+    next_tokens = [0] * len(tokens)
     trained = [0] * len(tokens)
     files = {document.source: FileLedger(document.source) for document in tokens}
     for bad in skipped:
         files.setdefault(bad.source, FileLedger(bad.source))
-    for group in groups:
-        for piece in group:
-            targets[piece.document] += piece.length
-            mask = tokens[piece.document].trained[piece.start + 1 : piece.start + piece.length + 1]
-            trained[piece.document] += int(np.count_nonzero(mask))
-        last = tokens[group[-1].document].source
-        files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in group))
+    for pieces in rows:
+        for piece in pieces:
+            next_tokens[piece.index] += piece.length
+            mask = tokens[piece.index].trained[piece.start + 1 : piece.start + piece.length + 1]
+            trained[piece.index] += int(np.count_nonzero(mask))
+        last = tokens[pieces[-1].index].source
+        files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in pieces))
     for index, document in enumerate(tokens):
-        # A document that is in the rows has one token more than targets: its first token is an input only.
-        input_only = 1 if targets[index] else 0
+        # A document that is in the rows has one token more than next tokens: its first token is an input only.
+        input_only = 1 if next_tokens[index] else 0
         files[document.source] = files[document.source].plus(
             tokens=len(document.ids) + document.n_after,
             trained=trained[index],
-            masked=targets[index] - trained[index] + input_only,
-            left_out=len(document.ids) - targets[index] - input_only + document.n_after,
+            masked=next_tokens[index] - trained[index] + input_only,
+            left_out=len(document.ids) - next_tokens[index] - input_only + document.n_after,
             documents=1,
             dropped=1 - input_only,
         )
     for bad in skipped:
         files[bad.source] = files[bad.source].plus(skipped=1)
-    return total(files.values(), rows=len(groups))
+    return total(files.values(), rows=len(rows))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from octavo.data.chat import encode_turns
 from octavo.data.encoding import bos_ids, coder_of
 from octavo.data.panics import name_panics
-from octavo.data.records import Message
+from octavo.data.turns import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

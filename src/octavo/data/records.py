@@ -17,8 +17,6 @@ from octavo.data.fields import Record, is_blank
 from octavo.data.turns import ROLES, Message, conversation, has_answer, is_turns, tools_of
 from octavo.errors import DataError, UsageError
 
-__all__ = ["Document", "Message", "check_columns", "from_fields", "from_text"]
-
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -52,18 +50,18 @@ def from_fields(
     columns: Mapping[str, str] | None = None,
     unused: Counter[str] | None = None,
 ) -> Document:
-    """A document from named fields, by the first of SHAPES whose fields all exist and whose target is not blank.
+    """A document from named fields, by the first of SHAPES whose fields all exist, the last of them not blank.
 
     `columns` maps octavo's names to the record's; then only those fields are read. Names of unused fields are counted
     in `unused`. Raises DataError for a record of no known shape, with the field's name for a wrong type or a blank
-    target, and for a field that would change the training but has no use in the shape.
+    text to train on, and for a field that would change the training but has no use in the shape.
     """
     unused = Counter() if unused is None else unused
     record = _renamed(fields, columns, source, line) if columns else _lowered(fields, source, line)
     candidates = [(shape, names) for shape in SHAPES if (names := _names_in(record, shape))]
     if not candidates:
         raise _unknown(record, fields, columns)
-    # A table with rows of several shapes leaves cells blank, so the first shape with a filled target is taken.
+    # A table with rows of several shapes leaves cells blank, so the first shape with a filled last field is taken.
     shape, names = next(((s, n) for s, n in candidates if not is_blank(record.get(n[-1]))), candidates[0])
     document = shape.build(record, names, unused)
     _account(record, fields, columns, [*names, *shape.uses], shape, unused)
@@ -111,6 +109,11 @@ def _renamed(fields: Mapping[str, object], columns: Mapping[str, str], source: s
 def field_named(fields: Collection[str], name: str) -> str:
     """The field that --columns means by `name`: with its surrounding spaces if there is such a field, else without."""
     return name if name in fields else name.strip()
+
+
+def is_field(fields: Collection[str], name: str) -> bool:
+    """Whether the `name` of --columns is one of the fields, with or without its surrounding spaces."""
+    return field_named(fields, name) in fields
 
 
 def _lowered(fields: Mapping[str, object], source: str, line: int) -> Record:

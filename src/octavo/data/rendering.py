@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from octavo.data.records import Document, Message
+from octavo.data.records import Document
+from octavo.data.turns import Message
 from octavo.errors import DataError, UsageError
 
 if TYPE_CHECKING:

@@ -1,17 +1,25 @@
-"""Documents to token ids, each with one EOS token and a mask of the target tokens. Legend: n tokens of one document."""
+"""Documents to token ids, each with one EOS token and a mask of the trained tokens: those that have a loss.
+
+Control tokens are those that a tokenizer's file marks as special, such as <|im_end|>. A tokenizer has two copies in a
+`Coder`: `plain` encodes the string of a control token as text, `control` as that token's id. Documents are encoded with
+`plain`, so that a text about chat templates has no control tokens; only a chat template's own strings become some.
+
+Legend: n tokens of one document.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.data.chat import encode_chat
-from octavo.data.documents import Skipped, skip
+from octavo.data.documents import Skipped, skipped_of
 from octavo.data.encoding import Coder, EncodedText, bos_ids, coder_of, encode_plain
 from octavo.data.records import Document
 from octavo.errors import DataError, UsageError
@@ -24,32 +32,31 @@ if TYPE_CHECKING:
 class Tokens:
     """One document as token ids. The last id is the EOS token.
 
-    `trained[i]` is True if `ids[i]` is a target of the loss. The first token never is, since no token precedes it.
+    `trained[i]` is True if `ids[i]` has a loss. The first token has none, since no token precedes it.
     """
 
     source: str
     line: int
     ids: npt.NDArray[np.int32]  # (n,)
     trained: npt.NDArray[np.bool_]  # (n,)
-    n_bytes: int  # UTF-8 bytes of the text of the target tokens, for bits per byte; the EOS token counts 0
-    n_after: int = 0  # a conversation's tokens after the last trained turn: no target needs them, so not in `ids`
+    n_bytes: int  # UTF-8 bytes of the text of the trained tokens, for bits per byte; the EOS token counts 0
+    n_after: int = 0  # a conversation's tokens after the last trained turn: none is trained, so not in `ids`
 
 
-def encode(document: Document, tokenizer: PreTrainedTokenizerFast, *, end_id: int) -> Tokens:
+def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Tokens:
     """`encode_all` of one document."""
-    return encode_all([document], tokenizer, end_id=end_id)[0]
+    return encode_all([document], tokenizer)[0]
 
 
 def encode_all(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerFast,
     *,
-    end_id: int,
     progress: Callable[[int], None] | None = None,
     skipped: list[Skipped] | None = None,
     unused: Counter[str] | None = None,
 ) -> list[Tokens]:
-    """All documents in order, encoded in large batches. `end_id` is the id of the EOS token: tokenizer.eos_token_id.
+    """All documents in order, encoded in large batches.
 
     A text that contains the string of a control token, such as "<|im_end|>", gets the ids of these characters, not the
     id of the control token. The BOS token comes first if the model has one (`bos_ids`); a chat template writes its
@@ -59,57 +66,67 @@ def encode_all(
     the template does not write are counted in `unused`.
     """
     coder = coder_of(tokenizer)
-    end = coder.control.id_to_token(end_id)
-    if end is None:
-        raise UsageError(f"the EOS token {end_id} is not in the tokenizer.", hint="Use the model's own tokenizer.")
+    if tokenizer.eos_token_id is None:
+        raise UsageError("the tokenizer has no EOS token.", hint="Use the model's own tokenizer.")
+    end_id = int(tokenizer.eos_token_id)
+    end = str(coder.control.id_to_token(end_id))
+    # One iterator over the texts of all documents, since batches are larger than most documents.
     encoded_texts = encode_plain((text for document in documents for text in _texts(document, end)), coder, progress)
     begin = np.array(bos_ids(tokenizer), dtype=np.int32)  # (0,) or (1,)
     encoded: list[Tokens] = []
     for document in documents:
+        texts = _texts(document, end)
+        own = list(islice(encoded_texts, len(texts)))  # the next ones: documents and texts come in the same order
         try:
-            encoded.append(
-                _tokens(document, tokenizer, coder, encoded_texts, begin=begin, end_id=end_id, end=end, unused=unused)
-            )
+            if document.messages:
+                encoded.append(_chat_tokens(document, tokenizer, coder, end_id=end_id, unused=unused))
+            else:
+                encoded.append(_text_tokens(document, texts[-1], own, begin=begin, end_id=end_id))
         except DataError as error:
             if skipped is None:
                 raise
             # Only a chat template rejects a document here, so its text is in its messages.
             n_bytes = sum(len(message.content.encode()) for message in document.messages)
-            skipped.append(skip(error, n_bytes))
+            skipped.append(skipped_of(error, n_bytes))
         if progress and document.messages:
             progress(characters(document))
     return encoded
 
 
-def _tokens(
+def _chat_tokens(
     document: Document,
     tokenizer: PreTrainedTokenizerFast,
     coder: Coder,
-    encoded_texts: Iterator[EncodedText],
+    *,
+    end_id: int,
+    unused: Counter[str] | None,
+) -> Tokens:
+    chat = encode_chat(document, tokenizer, coder, unused)
+    ids, trained = chat.ids, chat.trained
+    if not len(ids) or ids[-1] != end_id:
+        ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
+    trained[0] = False
+    return Tokens(document.source, document.line, ids, trained, chat.n_bytes, chat.n_after)
+
+
+def _text_tokens(
+    document: Document,
+    trained_text: str,
+    encoded_texts: Sequence[EncodedText],
     *,
     begin: npt.NDArray[np.int32],
     end_id: int,
-    end: str,
-    unused: Counter[str] | None,
 ) -> Tokens:
-    if document.messages:
-        chat = encode_chat(document, tokenizer, coder, unused)
-        ids, trained, n_bytes = chat.ids, chat.trained, chat.n_bytes
-        if not len(ids) or ids[-1] != end_id:
-            ids, trained = np.append(ids, np.int32(end_id)), np.append(trained, True)
-        n_after = chat.n_after
-    else:
-        prompt, n_after = begin, 0
-        if document.completion is not None:
-            prompt = np.concatenate([begin, next(encoded_texts).ids])
-        target = next(encoded_texts)
-        ids = np.concatenate([prompt, target.ids, np.array([end_id], dtype=np.int32)])  # (n,)
-        trained = np.arange(len(ids)) >= len(prompt)  # (n,)
-        text = _texts(document, end)[-1]
-        # Without a prompt the first token of the text is no target, so its characters are not counted.
-        n_bytes = len((text if len(prompt) else text[target.first_characters :]).encode())
+    """The tokens of a document from its encoded `_texts`, the last of which is that of `trained_text`."""
+    prompt, last = begin, encoded_texts[-1]
+    if document.completion is not None:
+        prompt = np.concatenate([begin, encoded_texts[0].ids])
+    ids = np.concatenate([prompt, last.ids, np.array([end_id], dtype=np.int32)])  # (n,)
+    trained = np.arange(len(ids)) >= len(prompt)  # (n,)
     trained[0] = False
-    return Tokens(document.source, document.line, ids, trained, n_bytes, n_after)
+    # Without a prompt the first token of the text is not trained, so its characters are not counted.
+    counted = trained_text if len(prompt) else trained_text[last.first_token_length :]
+    return Tokens(document.source, document.line, ids, trained, n_bytes=len(counted.encode()))
 
 
 def characters(document: Document) -> int:
@@ -119,7 +136,7 @@ def characters(document: Document) -> int:
 
 
 def _texts(document: Document, end: str) -> tuple[str, ...]:
-    """The texts to encode as plain text, the target text last; () for a conversation."""
+    """The texts to encode as plain text, the trained one last; () for a conversation."""
     if document.messages:
         return ()
     if document.completion is not None:
@@ -128,7 +145,10 @@ def _texts(document: Document, end: str) -> tuple[str, ...]:
 
 
 def _without_end(text: str, end: str) -> str:
-    """The text without EOS strings at its end, and without the white space after them."""
+    """The text without EOS strings at its end, and without the white space after them.
+
+    "a </s> </s> " is "a " if the EOS token is </s>. "a " stays: no EOS string precedes its white space.
+    """
     stop = len(text)
     while True:
         bare = stop

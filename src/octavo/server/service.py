@@ -16,7 +16,7 @@ from octavo.adapters import Adapter
 from octavo.config import ServeOptions
 from octavo.data.encoding import bos_ids
 from octavo.data.prompt import encode_conversation, encode_prompt
-from octavo.data.records import Message
+from octavo.data.turns import Message
 from octavo.errors import AdapterError, DataError, UsageError
 from octavo.infer.requests import QueueFullError, Request, ServedAdapter, Stats, Stream
 from octavo.infer.sample import Sampling

@@ -123,7 +123,7 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
         learning_rate=learning_rate,
         gradient_norm=norm,
         trained_tokens=batch.trained_tokens if trains else 0,
-        tokens=int((batch.document >= 0).sum()),
+        tokens=int((batch.piece >= 0).sum()),
         seconds=perf_counter() - started,
         following=batch.following,
         skipped=not finite,

@@ -164,7 +164,7 @@ def measure_8bit_error(decoder: Decoder, batch: Batch, objective: Objective) -> 
     """The errors of every layer in 8 bits on the first row of a batch. Adds to the gradients of the parameters."""
     row = replace(
         batch, ids=batch.ids[:1, :TOKENS], labels=batch.labels[:1, :TOKENS], positions=batch.positions[:1, :TOKENS],
-        document=batch.document[:1, :TOKENS], weights=None if batch.weights is None else batch.weights[:1, :TOKENS],
+        piece=batch.piece[:1, :TOKENS], weights=None if batch.weights is None else batch.weights[:1, :TOKENS],
     )  # fmt: skip
     probes = {name: QuantErrorProbe() for name, _ in layers(decoder)}
     options = ForwardOptions(

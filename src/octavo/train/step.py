@@ -96,7 +96,7 @@ class GraphStep:
         self._graphs: dict[Kind, _Graph] = {}
 
     def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
-        documents = find_documents(batch.document, torch.device("cpu"))
+        documents = find_documents(batch.piece, torch.device("cpu"))
         kind = _document_slots(documents, missing=self.rows - len(batch.ids)), batch.weights is not None
         if kind not in self._seen:
             self._seen.add(kind)
@@ -174,7 +174,7 @@ class _Graph:
             self.positions[given:].zero_()
             self.labels[given * length :].fill_(IGNORE_INDEX)
         if documents is not None:
-            self.number[:given].copy_(batch.document.pin_memory(), non_blocking=True)
+            self.number[:given].copy_(batch.piece.pin_memory(), non_blocking=True)
             # A missing row is one document; unused slots are documents of no length at the end.
             more = torch.arange(given + 1, rows + 1, dtype=torch.int32) * length
             offsets = torch.cat([documents.offsets, more])
@@ -271,6 +271,6 @@ def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
         part = slice(start, start + rows)
         labels = batch.labels[part]
         yield replace(
-            batch, ids=batch.ids[part], labels=labels, positions=batch.positions[part], document=batch.document[part],
+            batch, ids=batch.ids[part], labels=labels, positions=batch.positions[part], piece=batch.piece[part],
             weights=None if batch.weights is None else batch.weights[part], row_sources=batch.row_sources[part],
         )  # fmt: skip

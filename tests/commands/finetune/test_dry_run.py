@@ -192,8 +192,8 @@ def test_rows_of_one_document_and_packed_rows_are_both_run(prepared_run: Run, ki
             assert len(batch.ids) == 4
             assert batch.trained_tokens == 4 * int((batch.labels[0] != IGNORE_INDEX).sum()) > 0
             assert all(torch.equal(batch.labels[0], row) for row in batch.labels)
-        tried = [batch.document[0].tolist() for batch in batches]
-        assert sorted(tried) == sorted(row.document.tolist() for row in expected)
+        tried = [batch.piece[0].tolist() for batch in batches]
+        assert sorted(tried) == sorted(row.piece.tolist() for row in expected)
 
 
 def test_a_dry_run_saves_all_contents_of_a_checkpoint(prepared_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

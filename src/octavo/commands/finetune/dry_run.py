@@ -53,7 +53,7 @@ def batch_of_each_kind(run: Run) -> Iterator[Batch]:
     size = min(run.micro_step.rows, run.config[TrainOptions].batch_size)
     best: dict[bool, tuple[int, Row]] = {}
     for row in run.train.rows:
-        packed = bool(row.document.max() > row.document[0])  # document numbers increase along a row; padding is -1
+        packed = bool(row.piece.max() > row.piece[0])  # the numbers of pieces increase along a row; padding is -1
         targets = int((row.labels != IGNORE_INDEX).sum())
         if packed not in best or targets > best[packed][0]:
             best[packed] = targets, row

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from octavo.commands.data import Encoded, Text, encode, read_documents, show_ledger, to_rows
 from octavo.config import Config, TextOptions, TrainingData, TrainOptions
 from octavo.data import holdout
-from octavo.data.documents import Document, Reading
+from octavo.data.documents import Reading
 from octavo.data.ledger import Overlap
+from octavo.data.records import Document
 from octavo.errors import UsageError
 from octavo.reporting import Report
 

@@ -245,7 +245,7 @@ def versions() -> events.Versions:
 def _digest(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(row.ids.tobytes() + row.labels.tobytes() + row.document.tobytes())
+        digest.update(row.ids.tobytes() + row.labels.tobytes() + row.piece.tobytes())
     return digest.hexdigest()
 
 
