@@ -26,7 +26,8 @@ from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
 from octavo.models import Decoder, WeightEntry, build, weight_entries
-from octavo.models.llama import rotary_frequencies
+from octavo.models.config_fields import ConfigFields
+from octavo.models.rotary import frequencies
 from octavo.ops.attention import find_documents
 
 VOCABULARY, LENGTH = 97, 40
@@ -271,7 +272,7 @@ def test_where_two_forms_of_rotary_settings_are_given_the_one_of_transformers_co
     both = like_llama(4, 2, head_dim=16) | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     both |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1000.0}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**both)).inv_freq
-    torch.testing.assert_close(rotary_frequencies(both, 16), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(frequencies(ConfigFields(both), 16), theirs, rtol=1e-6, atol=0)
 
 
 REFUSED = {

@@ -9,13 +9,14 @@ from octavo.bounded_json import JsonError, flag, integer, number, shown, text
 from octavo.errors import ModelError
 
 # Far above every published model, and low enough that a tensor of any two of these sizes has less than 2^63 bytes.
-MOST_LAYERS = 1000
-MOST_HEADS = 2**14
-MOST_HEAD_SIZE = 2**13
-MOST_WIDTH = 2**20
-MOST_MLP_WIDTH = 2**23
-MOST_TOKENS = 2**24
-MOST_POSITIONS = 2**31
+MAX_LAYERS = 1000
+MAX_HEADS = 2**14
+MAX_HEAD_SIZE = 2**13
+MAX_WIDTH = 2**20
+MAX_MLP_WIDTH = 2**23
+MAX_TOKENS = 2**24
+MAX_POSITIONS = 2**31
+DEFAULT_CONTEXT = 2048  # the default of transformers for the families that octavo supports
 
 
 class ConfigFields:
@@ -31,6 +32,38 @@ class ConfigFields:
             return integer(self.source, key, least=least, most=most, default=default)
         except JsonError as error:
             raise self.wrong(str(error)) from error
+
+    def vocabulary(self, key: str = "vocab_size") -> int:
+        """The number of tokens."""
+        return self.size(key, most=MAX_TOKENS)
+
+    def width(self, key: str = "hidden_size") -> int:
+        """The width of the model."""
+        return self.size(key, most=MAX_WIDTH)
+
+    def mlp_width(self, key: str = "intermediate_size", *, default: int | None = None) -> int:
+        """The width of the MLP."""
+        return self.size(key, most=MAX_MLP_WIDTH, default=default)
+
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """The number of blocks."""
+        return self.size(key, most=MAX_LAYERS)
+
+    def heads(self, key: str = "num_attention_heads", *, default: int | None = None) -> int:
+        """A number of heads."""
+        return self.size(key, most=MAX_HEADS, default=default)
+
+    def head_size(self, key: str = "head_dim", *, default: int) -> int:
+        """The size of a head, or the number of its values that are rotated."""
+        return self.size(key, most=MAX_HEAD_SIZE, default=default)
+
+    def positions(self, key: str = "max_position_embeddings", *, default: int = DEFAULT_CONTEXT) -> int:
+        """A number of positions, such as the context that the model was made for."""
+        return self.size(key, most=MAX_POSITIONS, default=default)
+
+    def epsilon(self, key: str, *, default: float) -> float:
+        """The epsilon of a norm."""
+        return self.number(key, least=0.0, most=1.0, default=default)
 
     def number(self, key: str, *, most: float, least: float, default: float | None = None) -> float:
         """A number from `least` to `most`; `default` for a key that is absent or null."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,19 +27,11 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
-from octavo.models.config_fields import (
-    MOST_HEADS,
-    MOST_LAYERS,
-    MOST_MLP_WIDTH,
-    MOST_POSITIONS,
-    MOST_TOKENS,
-    MOST_WIDTH,
-    ConfigFields,
-)
+from octavo.models.config_fields import ConfigFields
+from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, default_frequencies
 from octavo.models.weight_map import RowOrder, WeightPath
 from octavo.ops.attention import ROTATE_HALF
 
-ROTARY_BASE = 10000.0
 ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
 
 
@@ -76,9 +67,7 @@ class Config:
 
     @cached_property
     def frequencies(self) -> tuple[float, ...]:
-        """Angles a position turns each pair by, base^(-2i/R)."""
-        exponents = torch.arange(0, self.rotary, 2).float() / self.rotary
-        return tuple((1.0 / self.rotary_base**exponents).tolist())
+        return tuple(default_frequencies(self.rotary_base, self.rotary).tolist())
 
     def new_norm(self) -> LayerNorm:
         return LayerNorm(self.width, self.norm_eps)
@@ -89,7 +78,7 @@ class Config:
         fields = ConfigFields(source)
         if (act := fields.text("hidden_act", default="gelu")) not in ACTIVATIONS:
             raise ModelError(f"The model's config asks for the activation {shown(act)}; GPT-NeoX blocks have a GELU.")
-        width, heads = fields.size("hidden_size", most=MOST_WIDTH), fields.size("num_attention_heads", most=MOST_HEADS)
+        width, heads = fields.width(), fields.heads()
         if width % heads:
             raise fields.wrong(f"hidden_size is {width}, which num_attention_heads {heads} does not divide")
         # Newer configs hold both numbers in rope_parameters.
@@ -97,21 +86,21 @@ class Config:
         if (kind := rope.text("rope_type", default="default")) != "default" or source.get("rope_scaling"):
             raise ModelError(f"The model's config asks for rotary positions of type {shown(kind)} in GPT-NeoX.")
         share = fields.number("rotary_pct", least=0.0, most=1.0, default=0.25)
-        base = fields.number("rotary_emb_base", least=1.0, most=1e15, default=ROTARY_BASE)
+        base = fields.number("rotary_emb_base", least=1.0, most=MAX_THETA, default=DEFAULT_THETA)
         return cls(
-            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
+            vocabulary=fields.vocabulary(),
             width=width,
-            mlp_width=fields.size("intermediate_size", most=MOST_MLP_WIDTH),
-            layers=fields.size("num_hidden_layers", most=MOST_LAYERS),
+            mlp_width=fields.mlp_width(),
+            layers=fields.layers(),
             heads=heads,
             rotary=int(rope.number("partial_rotary_factor", least=0.0, most=1.0, default=share) * (width // heads)),
-            rotary_base=rope.number("rope_theta", least=1.0, most=1e15, default=base),
-            norm_eps=fields.number("layer_norm_eps", least=0.0, most=1.0, default=1e-5),
+            rotary_base=rope.number("rope_theta", least=1.0, most=MAX_THETA, default=base),
+            norm_eps=fields.epsilon("layer_norm_eps", default=1e-5),
             activation=act,
             parallel=fields.flag("use_parallel_residual", default=True),
             bias=fields.flag("attention_bias", default=True),
             tied=fields.flag("tie_word_embeddings"),
-            context=fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048),
+            context=fields.positions(),
         )
 
 

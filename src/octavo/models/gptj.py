@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from octavo.bounded_json import shown
@@ -26,20 +25,10 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
-from octavo.models.config_fields import (
-    MOST_HEAD_SIZE,
-    MOST_HEADS,
-    MOST_LAYERS,
-    MOST_MLP_WIDTH,
-    MOST_POSITIONS,
-    MOST_TOKENS,
-    MOST_WIDTH,
-    ConfigFields,
-)
+from octavo.models.config_fields import ConfigFields
+from octavo.models.rotary import DEFAULT_THETA, default_frequencies
 from octavo.models.weight_map import WeightPath
 from octavo.ops.attention import ROTATE_INTERLEAVED
-
-ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True)
@@ -66,9 +55,7 @@ class Config:
 
     @cached_property
     def frequencies(self) -> tuple[float, ...]:
-        """Angles a position turns each pair by, theta^(-2i/R)."""
-        exponents = torch.arange(0, self.rotary, 2) / self.rotary
-        return tuple((1.0 / ROTARY_BASE**exponents).tolist())
+        return tuple(default_frequencies(DEFAULT_THETA, self.rotary).tolist())
 
     embedding = "wte"
     head = "lm_head"
@@ -84,22 +71,22 @@ class Config:
         act = fields.text("activation_function", default="gelu_new")
         if act != "gelu_new":
             raise ModelError(f"The model's config asks for the activation {shown(act)}; a GPT-J block has gelu_new.")
-        width, heads = fields.size("n_embd", most=MOST_WIDTH), fields.size("n_head", most=MOST_HEADS)
+        width, heads = fields.width("n_embd"), fields.heads("n_head")
         if width % heads:
             raise fields.wrong(f"n_embd is {width}, which n_head {heads} does not divide")
-        rotary = fields.size("rotary_dim", most=MOST_HEAD_SIZE, default=width // heads)
+        rotary = fields.head_size("rotary_dim", default=width // heads)
         if rotary % 2 or rotary > width // heads:
             raise fields.wrong(f"rotary_dim is {rotary}; it must be even and at most {width // heads}, a head's size")
         return cls(
-            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
+            vocabulary=fields.vocabulary(),
             width=width,
-            mlp_width=fields.size("n_inner", most=MOST_MLP_WIDTH, default=4 * width),
-            layers=fields.size("n_layer", most=MOST_LAYERS),
+            mlp_width=fields.mlp_width("n_inner", default=4 * width),
+            layers=fields.layers("n_layer"),
             heads=heads,
             rotary=rotary,
-            norm_eps=fields.number("layer_norm_epsilon", least=0.0, most=1.0, default=1e-5),
+            norm_eps=fields.epsilon("layer_norm_epsilon", default=1e-5),
             tied=fields.flag("tie_word_embeddings"),
-            context=fields.size("n_positions", most=MOST_POSITIONS, default=2048),
+            context=fields.positions("n_positions"),
         )
 
 

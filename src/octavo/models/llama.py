@@ -11,12 +11,10 @@ F the width of the MLP.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from octavo.bounded_json import shown
@@ -26,21 +24,10 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import RmsNorm
-from octavo.models.config_fields import (
-    MOST_HEAD_SIZE,
-    MOST_HEADS,
-    MOST_LAYERS,
-    MOST_MLP_WIDTH,
-    MOST_POSITIONS,
-    MOST_TOKENS,
-    MOST_WIDTH,
-    ConfigFields,
-)
+from octavo.models.config_fields import ConfigFields
+from octavo.models.rotary import frequencies
 from octavo.models.weight_map import WeightPath
 from octavo.ops.attention import ROTATE_HALF
-
-DEFAULT_ROPE_THETA = 10000.0
-MOST_THETA, MOST_FACTOR = 1e15, 1e6  # far above published models
 
 
 @dataclass(frozen=True)
@@ -77,32 +64,32 @@ class Config:
             raise ModelError(f"The model's config asks for the activation {shown(act)}; a Llama block has silu.")
         qwen = source.get("model_type") == "qwen2"
         bias = fields.flag("attention_bias")
-        width, heads = fields.size("hidden_size", most=MOST_WIDTH), fields.size("num_attention_heads", most=MOST_HEADS)
-        key_heads = fields.size("num_key_value_heads", most=MOST_HEADS, default=heads)
+        width, heads = fields.width(), fields.heads()
+        key_heads = fields.heads("num_key_value_heads", default=heads)
         if heads % key_heads:
             raise fields.wrong(f"num_attention_heads is {heads}, which num_key_value_heads {key_heads} does not divide")
-        head_size = fields.size("head_dim", most=MOST_HEAD_SIZE, default=width // heads)
+        head_size = fields.head_size(default=width // heads)
         if head_size % 2:
             raise fields.wrong(f"head_dim is {head_size}; it must be an even number")
-        context = fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
+        context = fields.positions()
         if fields.flag("use_sliding_window", default=True):  # Qwen2 has this flag, Mistral has not
             # Sliding-window attention (Mistral 7B v0.1) equals full attention in a context of at most one window.
-            context = min(context, fields.size("sliding_window", most=MOST_POSITIONS, default=context))
+            context = min(context, fields.positions("sliding_window", default=context))
         return cls(
-            vocabulary=fields.size("vocab_size", most=MOST_TOKENS),
+            vocabulary=fields.vocabulary(),
             width=width,
-            mlp_width=fields.size("intermediate_size", most=MOST_MLP_WIDTH),
-            layers=fields.size("num_hidden_layers", most=MOST_LAYERS),
+            mlp_width=fields.mlp_width(),
+            layers=fields.layers(),
             heads=heads,
             key_value_heads=key_heads,
             head_size=head_size,
-            norm_eps=fields.number("rms_norm_eps", least=0.0, most=1.0, default=1e-6),
+            norm_eps=fields.epsilon("rms_norm_eps", default=1e-6),
             tied=fields.flag("tie_word_embeddings"),
             qkv_bias=qwen or bias,  # Qwen2 has biases on q, k and v and none on o; its config does not say so
             out_bias=bias and not qwen,
             mlp_bias=fields.flag("mlp_bias"),
             context=context,
-            frequencies=tuple(rotary_frequencies(source, head_size).tolist()),
+            frequencies=tuple(frequencies(fields, head_size).tolist()),
         )
 
 
@@ -150,39 +137,3 @@ class Block(nn.Module):
         mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
         y: Tensor = self.down(mlp, ctx, residual=h)  # (B, T, d)
         return y
-
-
-def rotary_frequencies(source: Mapping[str, Any], head_size: int) -> Tensor:
-    """(D/2,) angles a position turns each pair by: theta^(-2i/D), stretched as the config's rope type says."""
-    fields = ConfigFields(source)
-    # `rope_scaling`, the older key, wins over `rope_parameters` as in transformers.
-    rope = fields.object("rope_scaling") or fields.object("rope_parameters") or ConfigFields({})
-    theta = fields.number("rope_theta", least=1.0, most=MOST_THETA, default=DEFAULT_ROPE_THETA)
-    theta = rope.number("rope_theta", least=1.0, most=MOST_THETA, default=theta)
-    base = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
-    kind = rope.text("rope_type", default=rope.text("type", default="default"))
-    if kind == "default":
-        return base
-    if kind == "linear":
-        return base / rope.number("factor", least=1e-3, most=MOST_FACTOR)
-    if kind == "llama3":
-        return _llama3_frequencies(
-            base, rope, fields.size("max_position_embeddings", most=MOST_POSITIONS, default=2048)
-        )
-    raise ModelError(
-        f"The model's config asks for rotary positions of type {shown(kind)}.",
-        hint="octavo knows default, linear and llama3. Use a model with one of these.",
-    )
-
-
-def _llama3_frequencies(base: Tensor, rope: ConfigFields, context: int) -> Tensor:
-    """Llama 3.1's stretch: long waves by the whole factor, short ones not at all, a ramp between."""
-    factor = rope.number("factor", least=1e-3, most=MOST_FACTOR)
-    original = rope.size("original_max_position_embeddings", most=MOST_POSITIONS, default=context)
-    low = rope.number("low_freq_factor", least=1e-3, most=MOST_FACTOR)
-    high = rope.number("high_freq_factor", least=1e-3, most=MOST_FACTOR)
-    if low >= high:
-        raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
-    turns = original * base / (2 * math.pi)  # of each pair over the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * kept + base / factor * (1 - kept)
