@@ -18,7 +18,7 @@ from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.store.contents import items_of
 from octavo.store.weights import allocated, put_rows_, row_blocks
-from octavo.train.loop import Trainer, gradients, train
+from octavo.train.loop import Trainer, accumulate_gradients, train
 from octavo.train.memory import MemoryPlan, Planner
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.precision import all_8bit
@@ -101,7 +101,7 @@ class TrainableOctavo:
         """(mean loss, its gradients by PEFT's names). Zeroes the gradients afterwards."""
         batch = make_batch(ids)
         self.trainer.model.train()
-        losses, _ = gradients(self.trainer, batch, 1, loss_scale=1 / batch.trained_tokens)
+        losses, _ = accumulate_gradients(self.trainer, batch, 1, loss_scale=1 / batch.trained_tokens)
         by_name = {
             f"base_model.model.{n}.weight": p.grad.clone()
             for n, p in self.trainer.parameters.items()

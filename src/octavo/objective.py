@@ -28,14 +28,14 @@ from octavo.runtime.transfer import to_device
 class Inputs:
     """A batch on the decoder's device.
 
-    `labelled` are the indices of the positions with a label, in the flattened batch; `labels` and `weights` have one
-    value for each of them. If all positions have a label, `labelled` is None: then nothing is selected.
+    `labelled` are the positions with a label, as indices into the flattened (B T,) positions; `labels` and `weights`
+    have one value for each of them. If all positions have a label, `labelled` is None: then nothing is selected.
     """
 
     ids: Tensor  # (B, T)
     positions: Tensor  # (B, T)
     labels: Tensor  # (n,)
-    labelled: Tensor | None  # (n,) indices into B T; None: all, n = B T
+    labelled: Tensor | None  # (n,) indices into the flattened (B T,) positions; None: all, n = B T
     documents: Documents | None  # the packed documents, for attention; None: each row is one document
     weights: Tensor | None = None  # (n,) float32, of each label's loss; None: 1
 
@@ -72,7 +72,8 @@ def next_token_loss(decoder: Decoder, inputs: Inputs, options: ForwardOptions) -
     ).flatten(0, 1)  # (B T, d)
     if inputs.labelled is not None:
         hidden = hidden[inputs.labelled]  # (n, d)
-    head = FusedLinear((decoder.head.spec(),))  # not its logits: the loss computes them in chunks
+    # The head as a spec, not applied here: the loss computes the logits in chunks.
+    head = FusedLinear((decoder.head.spec(),))
     return cross_entropy_sum(hidden, inputs.labels, head, options.dropout, inputs.weights)
 
 

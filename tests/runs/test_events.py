@@ -132,13 +132,13 @@ def test_resuming_removes_events_that_are_recorded_again(tmp_path: Path) -> None
         events.Step(4).write(report)
     before = path.read_text().splitlines()
     with Report(console=False, metrics=path, append=True) as report:
-        events.resume_from(report, 3)
+        events.drop_events_after(report, 3)
     kept = [("hardware", None), ("sample", 0), ("step", 1), ("step", 2), ("step", 3), ("heldout", 3), ("sample", 3)]
     assert kinds(path) == kept
     assert path.read_text().splitlines() == [before[number] for number in (0, 1, 3, 4, 5, 6, 7, 8)]
     with Report(console=False, metrics=path, append=True) as report:
         report.say("said")
-        events.resume_from(report, -1)
+        events.drop_events_after(report, -1)
     assert kinds(path) == [("say", None)]
 
 
@@ -146,7 +146,7 @@ def test_after_resuming_each_step_is_recorded_once(tmp_path: Path) -> None:
     path = tmp_path / "m"
     record(path, *(event for step in range(1, 8) for event in (events.Step(step), events.HeldOut(step))))
     with Report(console=False, metrics=path, append=True) as report:
-        events.resume_from(report, 4)
+        events.drop_events_after(report, 4)
         for step in range(5, 10):
             events.Step(step).write(report)
     recorded = events.read(path)
@@ -166,24 +166,24 @@ def test_resuming_removes_the_messages_of_a_call_that_was_killed(tmp_path: Path)
         events.Step(2).write(report)
     with Report(console=False, metrics=path, append=True) as report:
         report.say("now")
-        events.resume_from(report, 1)
+        events.drop_events_after(report, 1)
     assert events.read(path) == [
         events.Say("first"), events.Step(1), events.Warn("of step 1"), events.Say("now"),
     ]  # fmt: skip
     with Report(console=False, metrics=path, append=True) as report:
         report.warn("now")
-        events.resume_from(report, -1)
+        events.drop_events_after(report, -1)
     assert events.read(path) == [events.Warn("now")]
 
 
 def test_missing_steps_are_a_warning(tmp_path: Path) -> None:
     with Report(console=False, metrics=tmp_path / "m") as report:
         events.Step(2).write(report)
-        events.resume_from(report, 4)
+        events.drop_events_after(report, 4)
     (warning,) = events.only(events.read(tmp_path / "m"), events.Warn)
     assert "lacks 3 of the steps 1 to 4" in warning.text
 
 
 def test_a_report_without_a_file_has_nothing_to_resume() -> None:
     with Report(console=False) as report:
-        events.resume_from(report, 4)
+        events.drop_events_after(report, 4)

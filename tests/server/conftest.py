@@ -81,7 +81,7 @@ class FakeEngine:
         for run in self.active[:]:
             if run.stream.cancelled:
                 self.cancelled += 1
-                run.stream.put(Token(-1, "", "cancelled"))
+                run.stream.put(Token.end("cancelled"))
                 self.active.remove(run)
         for run in self.active[: self.slots]:
             token = self._next(run)
@@ -92,7 +92,7 @@ class FakeEngine:
     def _next(self, run: ActiveRequest) -> Token:
         if self.failing:
             run.stream.error = "RuntimeError: /secret/path"
-            return Token(-1, "", "error")
+            return Token.end("error")
         request = run.stream.request
         if request.prompt_logprobs:
             run.stream.prompt = (

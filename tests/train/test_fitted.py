@@ -24,7 +24,7 @@ from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
-from octavo.train.loop import Trainer, gradients, train
+from octavo.train.loop import Trainer, accumulate_gradients, train
 from octavo.train.memory import MemoryPlan
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
 from octavo.train.precision import Precision, all_8bit
@@ -103,7 +103,7 @@ def trainer_of(
 
 def loss_and_gradients(trainer: Trainer, loss_scale: float = 0.5) -> tuple[Tensor, Tensor]:
     """(loss, all gradients as one vector) of a step with BATCH."""
-    losses = torch.stack(gradients(trainer, BATCH, 1, loss_scale=loss_scale)[0]).sum()
+    losses = torch.stack(accumulate_gradients(trainer, BATCH, 1, loss_scale=loss_scale)[0]).sum()
     flat = [group.values.grad for group in trainer.optimizer.groups]
     return losses, torch.cat([gradient.clone() for gradient in flat if gradient is not None])
 

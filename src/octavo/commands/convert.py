@@ -23,7 +23,7 @@ from octavo.store.resolve import open_source
 
 
 def convert(config: Config, report: Report) -> dict[str, Any]:
-    """Writes base/ and adapter/ into the folder `--out` and prints their contents; returns the document of `--json`."""
+    """Writes base/ and adapter/ into the folder `--out` and prints their contents; returns the JSON result."""
     model, out = config[ConvertOptions].model, config[ConvertOptions].out
     if model is None:
         raise UsageError("The model to convert is missing.", hint="Name the folder that the training script saved.")

@@ -54,7 +54,10 @@ class Record:
         return text
 
     def parsed(self, name: str) -> object:
-        """A field that holds a list or an object, or a string of JSON: the cell of a CSV file holds only strings."""
+        """The value of a field that should be a list; a string is parsed as JSON, since a CSV file has only strings.
+
+        The callers check the type: one of them accepts an object too, a single tool.
+        """
         value = self.fields[name]
         if not isinstance(value, str):
             return value

@@ -3,17 +3,19 @@
 The scored tokens follow lm-eval's class for transformers (`hf`), so that results compare with published ones. They
 differ from octavo's own perplexity: the first token of a text is scored too, given the BOS token (else the EOS token);
 the EOS token is not scored; and strings of control tokens in a text are encoded as control tokens, since tasks contain
-chat templates. If a model's texts start with a BOS token, contexts and prompts get one. A whole text is scored after
-one BOS token and gets no second one, as in lm-eval's API clients.
+chat templates. If a model's texts start with a BOS token, contexts and prompts get one. A whole text
+(`loglikelihood_rolling`) is scored after one BOS token and gets no second one, as in lm-eval's API clients.
 
 Importing this file needs lm-eval (the extra octavo[eval]).
+
+Legend: B rows of a batch, T positions, d the width of the model, V its vocabulary, N scored tokens of a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,14 @@ NEW_TOKENS = 256  # default limit of generation, that of lm-eval
 # Supported generation_kwargs of a task. `normalize_gen_kwargs` handles "do_sample": without it the temperature is 0.
 _SUPPORTED = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"}
 
-Scored = tuple[Any, list[int], list[int]]  # (texts, ids of the context, ids of the continuation)
+ToScore = tuple[Any, list[int], list[int]]  # lm-eval's: (texts, ids of the context, ids of the continuation)
+
+
+class _End(NamedTuple):
+    """Where a continuation ends: position `length` - 1 of row `row` predicts its last token."""
+
+    row: int
+    length: int  # of the row, in tokens
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,13 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(sum of log p in nats, whether greedy decoding gives it) of each continuation in its context."""
+        # Always without lm-eval's bar, in all methods: `report` shows octavo's own.
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihoods (nats) of whole texts; one longer than the context is split, each token counts once."""
-        windows: list[Scored] = []
+        windows: list[ToScore] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -104,7 +114,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return totals
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: Sequence[Scored], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[ToScore], **_: Any) -> list[tuple[float, bool]]:
         """As `loglikelihood`, for ids. Requests that differ only in their last token share one row."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
@@ -117,35 +127,42 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 inputs = longest_first[start : start + self.batch]
                 pairs = [(row, number) for row, ids in enumerate(inputs) for number in rows[ids]]
                 targets = [requests[number][2] for _, number in pairs]
-                ends = [(row, len(inputs[row])) for row, _ in pairs]
+                ends = [_End(row, len(inputs[row])) for row, _ in pairs]
                 for (_row, number), score in zip(pairs, self._scores(inputs, ends, targets), strict=True):
                     scores[number] = score
                 bar.advance(len(pairs))
-        self._warn_of_truncation(
-            [len(context) + len(rest) - 1 - self.max_length for _, context, rest in requests], "text"
-        )
+        self._warn_of_truncation([self._excess(context, rest) for _, context, rest in requests], "text")
         return scores
 
+    def _excess(self, context: list[int], continuation: list[int]) -> int:
+        """Input tokens beyond the model's context; 0 or less if all fit. The last token of a text is no input."""
+        return len(context) + len(continuation) - 1 - self.max_length
+
     def _inputs(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """The input ids: all except the last token; only the end of a text that is longer than the context."""
+        """The input ids: all except the last token; only the end of a text that is longer than the context.
+
+        UsageError for a continuation that is itself longer: a part of it would be scored without its context.
+        """
         if len(continuation) > self.max_length:
             raise UsageError(
                 f"A task has an answer of {len(continuation):,} tokens; the model's context is {self.max_length:,}.",
                 hint="Use a model with a longer context, or leave this task out.",
             )
-        return tuple((context + continuation)[-self.max_length - 1 : -1])
+        return tuple((context + continuation)[max(0, self._excess(context, continuation)) : -1])
 
     def _scores(
-        self, inputs: Sequence[tuple[int, ...]], ends: Sequence[tuple[int, int]], targets: Sequence[list[int]]
+        self, inputs: Sequence[tuple[int, ...]], ends: Sequence[_End], targets: Sequence[list[int]]
     ) -> list[tuple[float, bool]]:
-        """The score of each of `targets`; its last token is predicted at position n - 1 of row r, `ends` = (r, n).
+        """The score of each of `targets`, the ids of continuations, which end at `ends`.
 
         Rows are padded on the right, where causal attention of earlier positions does not see the padding.
         """
         longest, device = len(inputs[0]), self.model.embed.matrix.device
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in inputs], device=device)  # (B, T)
         hidden = self.model.hidden(ids)  # (B, T, d)
-        picked = torch.cat([hidden[row, n - len(t) : n] for (row, n), t in zip(ends, targets, strict=True)])  # (N, d)
+        picked = torch.cat(
+            [hidden[end.row, end.length - len(target) : end.length] for end, target in zip(ends, targets, strict=True)]
+        )  # (N, d)
         labels = torch.tensor(
             [token for target in targets for token in target], dtype=torch.long, device=device
         )  # (N,)
@@ -162,6 +179,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The continuation of each prompt, up to one of its stop strings, an EOS token or its limit of tokens."""
+        # A seed of its own for each request: prompts that a task repeats get different samples, the same in every run.
         generations = [self._generation(*request.args, seed=number) for number, request in enumerate(requests)]
         self._warn_of_truncation([generation.excess for generation in generations], "prompt")
         by_stop_ids: dict[frozenset[int], list[int]] = {}  # an engine has one set of stop ids
@@ -180,6 +198,7 @@ class OctavoLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _engine(self, requests: Sequence[Request], stop_ids: frozenset[int]) -> Engine:
         max_len = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
         limits = Limits(slots=min(self.batch, len(requests)), max_len=max_len, queue=len(requests))
+        # No request names a model, so the name of the base is never used.
         return Engine(self.model, self.tokenizer, base="model", limits=limits, stop_ids=stop_ids)
 
     def _generation(self, prompt: str, generation_kwargs: Mapping[str, Any], *, seed: int) -> _Generation:

@@ -4,9 +4,18 @@ One thread runs the model, in steps (infer/scheduler.py). Other threads submit r
 time, and load and remove adapters between two steps. The cache is allocated once, with a fixed number of slots: a
 request waits in the queue until a slot is free, and is refused if the queue is full.
 
+Adapters have several representations:
+
+    Adapter          (adapters) the tensors of an adapter file, without a model
+    AdapterBank      (layers/multi_lora.py) the LoRA of all served adapters on one layer, by adapter id
+    ServedAdapters   (layers/multi_lora.py) the adapter ids by name: `scheduler.adapters`
+    ServedAdapter    (infer/requests.py) what a client learns of an adapter: name, hash, time of loading
+    Engine.adapters  the ServedAdapter by name, of those that accept requests: `_adapters`
+
 Batch invariance: an answer has the same bits as that of infer/generate.py, the reference, whatever other requests run
-and whatever part of its prompt was already in the cache. On a GPU that decodes more than 32 requests at once this needs
-`Limits.deterministic` (docs/design/batch-invariance.md).
+and whatever part of its prompt was already in the cache. On a GPU this needs `Limits.deterministic` if more than 32
+requests are decoded at once: for so many rows another matmul instruction is faster, which sums in another order
+(docs/design/batch-invariance.md).
 """
 
 from __future__ import annotations
@@ -59,7 +68,7 @@ class Engine:
         self.limits = replace(limits, max_len=min(limits.max_len, model.config.context))
         self.context = self.limits.max_len
         self._queue = WaitingQueue()
-        self._condition = self._queue.changed
+        self._condition = self._queue.changed  # the queue's own: `_loop` waits for a new request or for `_stopping`
         self.scheduler = Scheduler(model, tokenizer, self._queue, self.limits, all_stop_ids(tokenizer, stop_ids))
         self._adapters: dict[str, ServedAdapter] = {}
         self._draining: dict[str, ServedAdapter] = {}  # accept no new requests; removed when the last one has finished
@@ -79,7 +88,8 @@ class Engine:
                 raise self._unknown_adapter(request.adapter)
             if self._stopping:
                 raise QueueFullError("The engine is stopping.", hint="Send the request to another engine.")
-            # Requests that the next step moves into free slots do not count as waiting.
+            # Requests that the next step moves into free slots do not count as waiting. `active` belongs to
+            # `_step_lock`, so the number may be stale; then one request more or less waits, which is harmless.
             free = self.limits.slots - len(self.scheduler.active)
             if len(self._queue) >= self.limits.queue + free:
                 raise QueueFullError(f"{len(self._queue)} requests are waiting already.", hint="Try again later.")
@@ -134,10 +144,16 @@ class Engine:
     def stats(self) -> Stats:
         """The limits, the current use of slots and cache, and the counters."""
         with self._condition:
-            active = self.scheduler.active
-            limits = self.limits.slots, self.limits.queue, self.limits.slots * self.limits.max_len
-            used = sum(request.cached for request in active)
-            return Stats(*limits, len(active), len(self._queue), used, **self._queue.counts)
+            active = self.scheduler.active  # may be stale, which is harmless: `_step_lock` guards it
+            return Stats(
+                slots=self.limits.slots,
+                queue_limit=self.limits.queue,
+                cache_tokens_total=self.limits.slots * self.limits.max_len,
+                running=len(active),
+                waiting=len(self._queue),
+                cache_tokens_used=sum(request.cached for request in active),
+                **self._queue.counts,
+            )
 
     def warmup_tasks(self) -> list[Callable[[], object]]:
         """Functions that compile kernels and capture graphs, which would delay the first requests; none on a CPU.

@@ -60,6 +60,11 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
+    @classmethod
+    def end(cls, reason: str) -> Token:
+        """The last token of a stream that is "cancelled" or ends by an "error": it has no id and no text."""
+        return cls(-1, "", reason)
+
 
 @dataclass
 class Stream:

@@ -4,6 +4,10 @@ A step prefills prompts, oldest first, up to one chunk of tokens in total; then 
 request. A request is admitted to a free slot before a step and leaves its slot after one. Running requests have slots
 0, 1, .. without gaps, so that their part of the cache is one view; the requests in prefill have the slots after them.
 
+Prefix reuse: a slot keeps the keys and values of its last request until another request gets it. If the prompt of a new
+request starts with the same tokens as a slot's, and has the same adapter, they are copied instead of computed again
+(infer/slots.py). `ActiveRequest.cached` counts the tokens whose keys and values a slot has, reused or computed.
+
 Speculative launch: on a GPU the next decode step is launched before the tokens of the previous one are put into the
 streams, so that the GPU works while the CPU decodes text. This is done only if the next step certainly has the same
 requests. Only a stop string, which is found in the text, may end a request nevertheless: the result of the launched
@@ -67,7 +71,9 @@ class Scheduler:
     def step(self) -> None:
         """Prefills up to one chunk of prompt tokens, then decodes one token of every running request."""
         self._drop_cancelled()
-        if not self._in_flight:  # else the last step launched this decode step already, when no prompt was waiting
+        # If the previous step launched this step's decode already (speculative launch), there is nothing to prefill: it
+        # did so only because no prompt was waiting.
+        if not self._in_flight:
             self._prefill()
             self._launch()
         if self._in_flight:
@@ -89,7 +95,8 @@ class Scheduler:
         """Prefills up to one chunk of tokens, in one or several passes over the model.
 
         Running requests wait meanwhile. A pass reads all weights, so a short one takes nearly as long as a longer one:
-        each counts as at least a quarter of the chunk, which limits the passes of a step to four.
+        each counts as at least a quarter of the chunk, which limits the passes of a step to four. A pass works in whole
+        tiles (ops/tiles.py), so none starts with a budget of less than one.
         """
         budget = max(self.limits.chunk, tiles.PREFILL_TILE)  # tokens
         while budget >= tiles.PREFILL_TILE:
@@ -104,7 +111,11 @@ class Scheduler:
                 self._add_tokens(prefilled, step_output(logits, len(prefilled)))
 
     def _admit(self) -> None:
-        """Moves the oldest waiting requests into free slots: one, or as many as one CUDA graph prefills at once."""
+        """Moves the oldest waiting requests into free slots and starts their prefill.
+
+        `Prefiller.accepts` limits them to those that one pass prefills together: one request, or on a GPU several short
+        ones in a CUDA graph.
+        """
         while (slot := len(self.active)) < self.limits.slots:
             stream = self.queue.take(self.prefiller.accepts)
             if stream is None:
@@ -131,7 +142,7 @@ class Scheduler:
         self.decoder.launch(tokens, [self.prefiller.adapter_id(active) for active in self.running])
         for slot, (active, token) in enumerate(zip(self.running, tokens, strict=True)):
             active.cached += 1
-            self.slots.append(slot, [token], Phase.DECODE)
+            self.slots.append(slot, [token], Phase.DECODE)  # so that no prompt reuses it: decode has other bits
         self._in_flight = list(self.running)
 
     def _decode(self) -> None:
@@ -146,7 +157,7 @@ class Scheduler:
         """
         tokens = next_tokens(requests, output)
         for active, token in zip(requests, tokens, strict=True):
-            if token is not None:
+            if token is not None:  # None: the logits are not finite, and the request is ended below
                 active.ids.append(token)
         if launch_next and None not in tokens and self._same_requests_continue():
             self._launch()
@@ -189,8 +200,8 @@ class Scheduler:
     def _remove_finished(self) -> None:
         """Frees the slots of finished requests.
 
-        A step in flight still writes to these slots. That is safe: the copies here are queued on the same stream, so
-        they run after it.
+        A step in flight still writes to these slots. That is safe: the copies here are queued on the same CUDA
+        stream, so they run after it.
         """
         for slot in reversed(range(len(self.running))):  # from the last: `_free` moves the last request
             if self.running[slot].finished:
@@ -220,7 +231,7 @@ class Scheduler:
         self.prefiller.active = [active for active in self.prefiller.active if not active.finished]
         self._remove_finished()
         for stream in dropped:
-            stream.put(Token(-1, "", "cancelled"))
+            stream.put(Token.end("cancelled"))
         self.queue.count("cancelled_total", len(dropped))
 
     def _fail_request(self, active: ActiveRequest, error: Exception) -> None:
@@ -229,7 +240,7 @@ class Scheduler:
         active.stream.failure = error
         active.stream.error = f"{type(error).__name__}: {error}"
         self.queue.count("failed_total")
-        active.stream.put(Token(-1, "", "error"))
+        active.stream.put(Token.end("error"))
 
 
 def _not_finite() -> ModelError:

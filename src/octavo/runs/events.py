@@ -79,7 +79,7 @@ class Sample(Event):
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A row of the perplexity table, also in the document of `--json` and in checkpoints."""
+    """A row of the perplexity table, also in the JSON result (`--json`) and in checkpoints."""
 
     name: str
     scheme: str = ""
@@ -229,8 +229,8 @@ def last(events: Iterable[Event], cls: type[E]) -> E | None:
     return next(reversed(only(events, cls)), None)
 
 
-def resume_from(report: Report, step: int) -> None:
-    """Removes the events after `step`, which the resumed run records again; if `step` is -1, all but messages.
+def drop_events_after(report: Report, step: int) -> None:
+    """Removes the events after `step`, which a resumed run records again; if `step` is -1, all but messages.
 
     Of earlier calls the messages after the last event that is kept are removed too (warnings only if `step` is -1): a
     call that was killed recorded them, and each call records its own. Atomic: after a crash there is either the old or

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request
 
-from octavo.infer import requests
+from octavo.infer import requests as engine_requests
 from octavo.infer.requests import Token
 from octavo.server.generation import DONE, EventStream, Generation, event_of
 from octavo.server.logprobs import chat_logprob
@@ -146,8 +146,8 @@ async def _begin(service: Service, body: ChatRequest, request: Request) -> _Job:
     new_tokens = service.new_tokens(getattr(body, name), service.options.max_new_tokens, param=name)
     ids = await service.encode_chat(body.messages)
     service.check_prompt(ids, param="messages")
-    engine_requests = [
-        requests.Request(tuple(ids), sampling, served.adapter, body.logprob_count)
+    submitted = [
+        engine_requests.Request(tuple(ids), sampling, served.adapter, body.logprob_count)
         for sampling in service.samplings(body, new_tokens)
     ]
-    return _Job(body, served, len(ids), new_tokens, service, service.begin(engine_requests, request.receive))
+    return _Job(body, served, len(ids), new_tokens, service, service.begin(submitted, request.receive))

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from fastapi import APIRouter, Request
 
-from octavo.infer import requests
+from octavo.infer import requests as engine_requests
 from octavo.infer.requests import Token
 from octavo.server.generation import DONE, EventStream, Generation, event_of
 from octavo.server.logprobs import Vocabulary, completion_logprobs
@@ -46,16 +46,17 @@ class _ChoiceBuilder:
     length: int = 0  # characters of the text so far
     generated: int = 0  # tokens of the answer so far, for `usage`
     started: bool = False  # whether the first chunk, with the echo, has been built
-    chunks: list[CompletionChoice] = field(default_factory=list)
+    collected: list[CompletionChoice] = field(default_factory=list)  # the chunks of a response that is not streamed
 
-    def chunk(self, token: Token, prompt: Sequence[Token]) -> CompletionChoice:
-        """The chunk for `token`. The first chunk starts with the echo; `prompt` are its tokens if logprobs are on."""
+    def chunk(self, token: Token, prompt_tokens: Sequence[Token]) -> CompletionChoice:
+        """The chunk for `token`. The first one starts with the echo; `prompt_tokens` are () without logprobs."""
         text, tokens, offsets = "", [], []
         if self.body.echo and not self.started:
             text = self.prompt.text
-            tokens = list(prompt)
+            tokens = list(prompt_tokens)
             starts = accumulate((len(self.vocabulary.text_of(t.token_id)) for t in tokens), initial=0)
             # A token that holds part of a character has a longer text ("bytes:\xe2"), so the sum may exceed the length.
+            # Not strict: `accumulate` also yields the end of the last token.
             offsets = [min(start, len(text)) for start, _ in zip(starts, tokens, strict=False)]
             self.length = len(text)
         self.started = True
@@ -80,8 +81,8 @@ class _ChoiceBuilder:
         return completion_logprobs(tokens, offsets, vocabulary=self.vocabulary, top=self.body.logprobs)
 
     def merged(self) -> CompletionChoice:
-        """All chunks joined into one choice."""
-        logprobs = [part.logprobs for part in self.chunks if part.logprobs is not None]
+        """The collected chunks joined into one choice."""
+        logprobs = [part.logprobs for part in self.collected if part.logprobs is not None]
         joined = CompletionLogprobs(
             tokens=[x for part in logprobs for x in part.tokens],
             token_logprobs=[x for part in logprobs for x in part.token_logprobs],
@@ -90,9 +91,9 @@ class _ChoiceBuilder:
         )
         return CompletionChoice(
             index=self.index,
-            text="".join(part.text for part in self.chunks),
+            text="".join(part.text for part in self.collected),
             logprobs=joined if logprobs else None,
-            finish_reason=self.chunks[-1].finish_reason,
+            finish_reason=self.collected[-1].finish_reason,
         )
 
 
@@ -108,7 +109,7 @@ class _Job:
     id: str = field(default_factory=lambda: f"cmpl-{uuid4().hex}")
     created: int = field(default_factory=lambda: int(time()))
 
-    def document(self, choices: Sequence[CompletionChoice], usage: Usage | None) -> Completion:
+    def completion(self, choices: Sequence[CompletionChoice], usage: Usage | None) -> Completion:
         return Completion(
             id=self.id,
             created=self.created,
@@ -126,6 +127,7 @@ class _Job:
         return Usage(prompt_tokens=prompt_tokens, completion_tokens=generated, total_tokens=total)
 
     async def chunks(self) -> AsyncIterator[CompletionChoice]:
+        """The chunks of all choices as their tokens arrive. The caller enters `generation`, which frees the slots."""
         async with aclosing(self.generation.tokens()) as tokens:
             async for index, token in tokens:
                 yield self.builders[index].chunk(token, self.generation.streams[index].prompt)
@@ -133,15 +135,16 @@ class _Job:
     async def response(self) -> Completion:
         with self.generation:
             async for chunk in self.chunks():
-                self.builders[chunk.index].chunks.append(chunk)
-        return self.document([builder.merged() for builder in self.builders], self.usage)
+                self.builders[chunk.index].collected.append(chunk)
+        return self.completion([builder.merged() for builder in self.builders], self.usage)
 
     async def events(self) -> AsyncIterator[str]:
+        """The response as server-sent events. `EventStream` enters `generation`, since sending may fail as well."""
         async for chunk in self.chunks():
             if chunk.text or chunk.logprobs or chunk.finish_reason:  # not for a part of a character
-                yield event_of(self.document([chunk], None).model_dump_json())
+                yield event_of(self.completion([chunk], None).model_dump_json())
         if self.body.with_usage:
-            yield event_of(self.document([], self.usage).model_dump_json())
+            yield event_of(self.completion([], self.usage).model_dump_json())
         yield DONE
 
 
@@ -164,8 +167,10 @@ async def _begin(service: Service, body: CompletionRequest, request: Request) ->
     samplings = service.samplings(body, service.new_tokens(body.max_tokens, DEFAULT_MAX_TOKENS))
     prompts = await _prompts(service, body)
     score_prompt = bool(body.echo) and body.logprobs is not None
-    engine_requests = [
-        requests.Request(tuple(prompt.ids), sampling, served.adapter, body.logprobs, prompt_logprobs=score_prompt)
+    submitted = [
+        engine_requests.Request(
+            tuple(prompt.ids), sampling, served.adapter, body.logprobs, prompt_logprobs=score_prompt
+        )
         for prompt in prompts
         for sampling in samplings
     ]
@@ -173,7 +178,7 @@ async def _begin(service: Service, body: CompletionRequest, request: Request) ->
         _ChoiceBuilder(body, prompt, service.vocabulary, index)
         for index, prompt in enumerate(prompt for prompt in prompts for _ in samplings)
     ]
-    return _Job(body, served, prompts, builders, service.begin(engine_requests, request.receive))
+    return _Job(body, served, prompts, builders, service.begin(submitted, request.receive))
 
 
 async def _prompts(service: Service, body: CompletionRequest) -> list[_Prompt]:

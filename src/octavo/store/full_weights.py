@@ -3,15 +3,19 @@
 A matrix that the adapter changes is stored unquantized in the compute type, whatever the model's scheme, since PEFT
 trained it so. A matrix equal to the model's own is ignored: PEFT also saves embeddings that were not trained.
 
-For a model with tied embedding and head: a copy in modules_to_save belongs to that module alone, and PEFT unties the
-two. A weight outside modules_to_save is the base's own and belongs to both modules, as do trained token rows.
+Where the adapter has a weight of the embedding or the head, and the model ties the two:
 
-Legend: V vocabulary size, N rows of any matrix, K its columns.
+    in modules_to_save              it belongs to this module alone: PEFT unties the two
+    outside modules_to_save         it is the base's own, saved too: it belongs to both
+    trained_token_indices           the rows of some tokens, trained: they belong to both
+
+Legend: V vocabulary size, N rows of any matrix, K its columns. `entries` are the weight map's, by their names in the
+checkpoint, which are also those of an adapter's tensors here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,21 +54,17 @@ def put_weights_(model: Decoder, adapter: Adapter, entries: Mapping[str, WeightE
     adapter = _in_decoder_order(adapter, entries)
     embed, head = _embedding_and_head(entries)
     matrices, untied = _changed_matrices(adapter, entries, embed, head)
-    rows = {
-        entry.name: len(matrices.get(entry.name, range(entry.matrix.outputs[entry.rows_key])))
-        for entry in (embed, head)
-        if entry.matrix is not None
-    }
-    if len(set(rows.values())) > 1:
+    embed_rows, head_rows = _rows_after(embed, matrices), _rows_after(head, matrices)
+    if embed_rows != head_rows:
         raise AdapterError(
-            f"With the adapter the embedding has {rows[embed.name]:,} rows and the head {rows[head.name]:,}.",
+            f"With the adapter the embedding has {embed_rows:,} rows and the head {head_rows:,}.",
             hint="The vocabulary was resized in training, but only one of the two was saved: save both, with PEFT's "
             "save_embedding_layers=True or modules_to_save.",
         )
     _replace_embedding_and_head_(embed, head, matrices, untied=untied)
     _resize_head_bias_(head, adapter)
     config: Any = model.config  # a frozen dataclass of the family
-    model.config = replace(config, vocabulary=rows[embed.name], tied=config.tied and not untied)
+    model.config = replace(config, vocabulary=embed_rows, tied=config.tied and not untied)
     for entry in entries.values():
         if entry not in (embed, head) and entry.name in matrices:
             _replace_matrix_(entry, matrices)
@@ -87,6 +87,14 @@ def _embedding_and_head(entries: Mapping[str, WeightEntry]) -> tuple[WeightEntry
     return embed, next(entry for entry in entries.values() if entry.is_head)
 
 
+def _rows_after(entry: WeightEntry, matrices: Matrices) -> int:
+    """The rows of an entry's matrix once the adapter's `matrices` are applied."""
+    if entry.name in matrices:
+        return len(matrices[entry.name])
+    assert entry.matrix is not None  # None for a norm only
+    return entry.matrix.outputs[entry.rows_key]
+
+
 def _changed_matrices(
     adapter: Adapter, entries: Mapping[str, WeightEntry], embed: WeightEntry, head: WeightEntry
 ) -> tuple[Matrices, bool]:
@@ -98,37 +106,39 @@ def _changed_matrices(
     }
     for name, tensor in matrices.items():
         _check_shape(entries[name], tensor)
-    for name, (indices, rows) in adapter.tokens.items():
-        matrices[name] = _with_tokens(entries[name], matrices.get(name), indices, rows)
+    for name, (token_ids, trained_rows) in adapter.tokens.items():  # PEFT's trainable_token_indices
+        matrices[name] = _with_tokens(entries[name], matrices.get(name), token_ids, trained_rows)
     untied = False
     if embed.matrix is head.matrix and (embed.name in matrices or head.name in matrices):
-        # A weight that is not a copy of its own (modules_to_save) applies to both modules.
+        # A weight outside PEFT's modules_to_save (`adapter.separate`) belongs to both modules.
         for name, other in ((embed.name, head.name), (head.name, embed.name)):
             if name in matrices and other not in matrices and name not in adapter.separate:
                 matrices[other] = matrices[name]
         e, h = matrices.get(embed.name), matrices.get(head.name)
-        untied = e is None or h is None or not (e.shape == h.shape and torch.equal(e, h))
-        if untied and all(t is None or _equals_model(p, t, adapter) for p, t in ((embed, e), (head, h))):
-            untied = False
-    changed = {name: tensor for name, tensor in matrices.items() if not _equals_model(entries[name], tensor, adapter)}
+        differ = e is None or h is None or not (e.shape == h.shape and torch.equal(e, h))
+        # PEFT saves a module of modules_to_save also if its training changed nothing: then the two stay tied.
+        untied = differ and not _all_equal_quantized(((embed, e), (head, h)), adapter)
+    changed = {
+        name: matrix for name, matrix in matrices.items() if not _equals_quantized(entries[name], matrix, adapter)
+    }
     return changed, untied
 
 
-def _with_tokens(entry: WeightEntry, weight: Tensor | None, indices: tuple[int, ...], rows: Tensor) -> Tensor:
-    """The adapter's `weight` (V, K), or the model's if it is None, with `rows` (len(indices), K) at `indices`."""
+def _with_tokens(entry: WeightEntry, weight: Tensor | None, token_ids: tuple[int, ...], trained_rows: Tensor) -> Tensor:
+    """The adapter's `weight` (V, K), or the model's if it is None, with the `trained_rows` (len(token_ids), K)."""
     matrix, key = entry.matrix, entry.rows_key
     assert matrix is not None
     shape = tuple(weight.shape) if weight is not None else (matrix.outputs[key], matrix.in_features)
-    if tuple(rows.shape) != (len(indices), shape[1]) or max(indices, default=0) >= shape[0]:
+    if tuple(trained_rows.shape) != (len(token_ids), shape[1]) or max(token_ids, default=0) >= shape[0]:
         raise AdapterError(
-            f"The adapter's rows for {len(indices)} tokens of {entry.name}, the last of which is "
-            f"{max(indices, default=0):,}, are {tuple(rows.shape)}; this model's matrix is {shape}.",
+            f"The adapter's rows for {len(token_ids)} tokens of {entry.name}, the last of which is "
+            f"{max(token_ids, default=0):,}, are {tuple(trained_rows.shape)}; this model's matrix is {shape}.",
             hint="Give the model that it was trained on.",
         )
     if weight is None:
         weight = dequantize(matrix.scheme, matrix.of(key), (shape[0], shape[1]), dtype=matrix.dtype)  # (V, K)
     changed = weight.float().clone()  # (V, K)
-    changed[list(indices)] = rows.to(changed.device, changed.dtype)
+    changed[list(token_ids)] = trained_rows.to(changed.device, changed.dtype)
     return changed
 
 
@@ -143,8 +153,13 @@ def _check_shape(entry: WeightEntry, tensor: Tensor) -> None:
         )
 
 
-def _equals_model(entry: WeightEntry, tensor: Tensor, adapter: Adapter) -> bool:
-    """Whether a matrix has the same quantized values as the model's: then it is the base's own."""
+def _all_equal_quantized(matrices: Iterable[tuple[WeightEntry, Tensor | None]], adapter: Adapter) -> bool:
+    """`_equals_quantized` of all matrices that are not None."""
+    return all(matrix is None or _equals_quantized(entry, matrix, adapter) for entry, matrix in matrices)
+
+
+def _equals_quantized(entry: WeightEntry, tensor: Tensor, adapter: Adapter) -> bool:
+    """Whether a matrix, quantized like the model's, has the same values: then it is the base's own."""
     assert entry.matrix is not None
     matrix, key = entry.matrix, entry.rows_key
     shape = (matrix.outputs[key], matrix.in_features)
@@ -154,15 +169,16 @@ def _equals_model(entry: WeightEntry, tensor: Tensor, adapter: Adapter) -> bool:
         return f"{entry.name}.weight" in adapter.base_layers
     parts = matrix.of(key)
     blocks = row_blocks(shape, matrix.scheme)
-    return all(_same_rows(tensor[rows], parts, shape, rows, matrix.scheme) for rows in blocks)
+    return all(_same_block(tensor[block], parts, shape, block, matrix.scheme) for block in blocks)
 
 
-def _same_rows(block: Tensor, parts: dict[str, Tensor], shape: tuple[int, int], rows: slice, scheme: Scheme) -> bool:
-    model_rows = full_rows(parts, shape, rows, scheme)
+def _same_block(rows: Tensor, parts: dict[str, Tensor], shape: tuple[int, int], block: slice, scheme: Scheme) -> bool:
+    """Whether `rows` equal the rows `block` of the model's matrix, of `shape`."""
+    model_rows = full_rows(parts, shape, block, scheme)
     if scheme.name == "none":
-        return _equal(model_rows, block)
-    quantized = scheme.quantize(block.to(model_rows.device).float())
-    return torch.equal(dequantize(scheme, quantized, tuple(block.shape)), model_rows)  # type: ignore[arg-type]
+        return _equal(model_rows, rows)
+    quantized = scheme.quantize(rows.to(model_rows.device).float())
+    return torch.equal(dequantize(scheme, quantized, tuple(rows.shape)), model_rows)  # type: ignore[arg-type]
 
 
 def _equal(target: Tensor, tensor: Tensor) -> bool:
@@ -183,7 +199,10 @@ def _replace_embedding_and_head_(embed: WeightEntry, head: WeightEntry, matrices
 
 
 def _replace_matrix_(entry: WeightEntry, matrices: Matrices) -> None:
-    """Gives the layer of an entry an unquantized matrix: the adapter's rows for it, the model's for other entries."""
+    """Gives the layer of an entry an unquantized matrix with the adapter's rows for this entry.
+
+    The matrix may stack several entries (q, k and v): the rows of the others are the model's, dequantized.
+    """
     layer = entry.layer
     assert isinstance(layer, FrozenLinear | FrozenEmbedding)
     old, tensor = layer.matrix, matrices[entry.name]
@@ -215,7 +234,7 @@ def _resize_head_bias_(head: WeightEntry, adapter: Adapter) -> None:
 
 
 def _parameter(entries: Mapping[str, WeightEntry], key: str) -> Tensor | None:
-    """The norm's parameter or the bias that a key names; None for a matrix."""
+    """The model's tensor that a key names, if it is a norm's weight or a bias; None if it is a matrix."""
     name, _, kind = key.rpartition(".")
     return entries[name].parameter(kind)
 

@@ -23,8 +23,8 @@ from octavo.models import Decoder
 from octavo.train.optim import Adam, LossScaler, Schedule
 from octavo.train.step import MicroStep, micro_batches
 
-# A float16 gradient that overflows at a scale below this one exceeds 65,504 * 2**10 unscaled, or is NaN: no smaller
-# scale helps. From the first scale 2**13 (LossScaler) it takes 24 skipped steps in a row to get here.
+# LossScaler starts at 2**13 and halves the scale at each overflow: 24 skipped steps in a row go below this scale. A
+# gradient that overflows float16 even then exceeds 65,504 * 2**10 unscaled, or is NaN: no smaller scale helps.
 MIN_LOSS_SCALE = 2.0**-10
 
 
@@ -50,10 +50,13 @@ class Step:
 
 @dataclass
 class Trainer:
-    """What a training step needs. `parameters` are the trained ones by name, views into the optimizer's flat buffers.
+    """What a training step needs. `parameters` are the trained ones by name.
 
-    `sum_over_ranks` adds the gradients (`FlatGroup.values.grad`) of several processes, once per optimizer step, before
-    they are unscaled and clipped. The default is for one process and does nothing.
+    They are views into the optimizer's flat buffers: a `FlatGroup` holds the parameters of one weight decay as one
+    vector `values`, and their gradients as `values.grad`.
+
+    `sum_over_ranks` adds the gradients of several processes, once per optimizer step, before they are unscaled and
+    clipped. The default is for one process and does nothing; no command sets another one yet.
     """
 
     model: Decoder
@@ -96,7 +99,7 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     check_weights(batch)
     trains = batch.label_weight > 0  # not if all labels have weight 0
     weight = batch.label_weight if trains else 1
-    losses, rows = gradients(trainer, batch, number, loss_scale=scaler.scale / weight)
+    losses, rows = accumulate_gradients(trainer, batch, number, loss_scale=scaler.scale / weight)
     trainer.sum_over_ranks(optimizer.groups)
     scaler.unscale_(optimizer.groups)
     gradient_norm = optimizer.gradient_norm()
@@ -104,9 +107,10 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     # before the update.
     *values, norm = torch.stack([*losses, gradient_norm]).tolist()
     values = [value / weight for value in values]
-    if not all(map(math.isfinite, values)):
-        parts = zip(values, micro_batches(batch, rows), strict=True)
-        raise _not_finite(*next((value, part) for value, part in parts if not math.isfinite(value)), number, scaler)
+    wrong = [index for index, value in enumerate(values) if not math.isfinite(value)]
+    if wrong:
+        part = list(micro_batches(batch, rows))[wrong[0]]
+        raise _not_finite(values[wrong[0]], part, number, scaler)
     finite = math.isfinite(norm)
     if check and trains:
         check_gradients(trainer.parameters, finite_needed=not scaler.active)
@@ -130,8 +134,8 @@ def _step(trainer: Trainer, batch: Batch, number: int, *, check: bool) -> Step:
     )
 
 
-def gradients(trainer: Trainer, batch: Batch, number: int, *, loss_scale: float) -> tuple[list[Tensor], int]:
-    """Sets the gradients of a step to loss_scale times those of its batch.
+def accumulate_gradients(trainer: Trainer, batch: Batch, number: int, *, loss_scale: float) -> tuple[list[Tensor], int]:
+    """Sets the gradients to loss_scale times those of the batch, accumulated over its micro-batches.
 
     Returns (the losses of the micro-batches, in nats, summed over labels; rows of a micro-batch). If memory runs out,
     the step is repeated with a cheaper plan; TrainingError if there is none.
@@ -178,17 +182,17 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bo
     dL/dB has the factor A, which starts as zero in an embedding. If both are zero, the run would end with an adapter
     that changes nothing, unnoticed until it is used.
     """
-    missing = [name for name, p in parameters.items() if p.grad is None]
-    infinite = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
+    without_gradient = [name for name, p in parameters.items() if p.grad is None]
+    not_finite = [name for name, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
     received: dict[str, bool] = {}
     for name, p in parameters.items():
         group = name.removesuffix(".lora_A").removesuffix(".lora_B")
         received[group] = received.get(group, False) or (p.grad is not None and bool(p.grad.any()))
-    zero = [name for name, nonzero in received.items() if not nonzero]
-    if missing or zero:
-        names = missing or zero
+    all_zero = [name for name, nonzero in received.items() if not nonzero]
+    if without_gradient or all_zero:
+        names = without_gradient or all_zero
         reached = f"No gradient reaches {names[0]}" + (f" and {len(names) - 1} more." if len(names) > 1 else ".")
-        if len(zero) == len(received):
+        if len(all_zero) == len(received):
             raise TrainingError(
                 f"{reached} None of the trained parameters receives one.",
                 hint="The activations of the base model are zero or overflow: its weights may be damaged, all zero or "
@@ -199,9 +203,9 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], *, finite_needed: bo
             hint="The first batch must train something through each of them: leave them out with --lora-targets, or "
             "check with `octavo data` that the data have trained tokens.",
         )
-    if infinite and finite_needed:
+    if not_finite and finite_needed:
         raise TrainingError(
-            f"The gradient of {infinite[0]} is not finite at the first step.",
+            f"The gradient of {not_finite[0]} is not finite at the first step.",
             hint="Try --dtype float32, or bfloat16 instead of float16.",
         )
 

@@ -43,7 +43,7 @@ def settings(tiny_llama: Path, plays: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def tune(settings: Settings) -> Tune:
-    """Runs a configuration of `settings` without output, and returns the document of `--json`."""
+    """Runs a configuration of `settings` without output, and returns the JSON result."""
 
     def run(out: Path, /, **changes: Any) -> dict[str, Any]:
         return finetune(settings(out, **changes), console=False)

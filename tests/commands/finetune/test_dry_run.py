@@ -73,7 +73,7 @@ def prepared_run(settings: Settings, tmp_path: Path) -> Iterator[Run]:
     """A prepared run with the progress of a resumed one."""
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run", **SHORT), report)
-        run.progress.done, run.progress.position = 2, Position(1, 3)
+        run.state.done, run.state.position = 2, Position(1, 3)
         yield run
 
 
@@ -117,7 +117,7 @@ def record_dry_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
 
     def recording(run: Run) -> None:
-        seen.append(run.progress.done)
+        seen.append(run.state.done)
         dry_run(run)
 
     monkeypatch.setattr(package, "dry_run", recording)
@@ -136,9 +136,9 @@ def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
 
         return call
 
-    originals = module.gradients, module.score, checkpoint.save
+    originals = module.accumulate_gradients, module.score, checkpoint.save
     monkeypatch.setattr(
-        module, "gradients", recording("step", originals[0], lambda trainer, batch, *_, **__: len(batch.ids))
+        module, "accumulate_gradients", recording("step", originals[0], lambda trainer, batch, *_, **__: len(batch.ids))
     )
     monkeypatch.setattr(
         module, "score", recording("score", originals[1], lambda model, rows, **_: (model.training, len(rows)))
@@ -213,7 +213,7 @@ def test_a_dry_run_does_not_change_the_run(prepared_run: Run) -> None:
         bits = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
         return (
             bits,
-            repr(prepared_run.progress),
+            repr(prepared_run.state),
             prepared_run.trainer.scaler.state(),
             prepared_run.micro_step.plan,
             prepared_run.model.training,

@@ -88,7 +88,7 @@ def same(folder: Path, uninterrupted: Path) -> None:
         assert actual[name] == expected[name], name
 
 
-BEFORE_A_STEP = ("prepare", "with_precision", "dry_run", "write_settings", "measure_base")
+BEFORE_A_STEP = ("prepare", "choose_precision", "dry_run", "write_settings", "measure_base")
 
 
 # Whether the same call starts anew or resumes depends only on the files in the folder, as the first and last case show.
@@ -391,14 +391,14 @@ def test_steps_without_a_target_have_no_loss(tune: Tune, tmp_path: Path) -> None
 def test_the_error_for_a_loss_that_is_not_finite_names_the_newest_checkpoint(
     at: int, advice: str, tune: Tune, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradients = loop.gradients
+    accumulate = loop.accumulate_gradients
 
     def broken(trainer: Any, batch: Any, number: int, *, loss_scale: float) -> tuple[list[torch.Tensor], int]:
-        losses, rows = gradients(trainer, batch, number, loss_scale=loss_scale)
+        losses, rows = accumulate(trainer, batch, number, loss_scale=loss_scale)
         return ([loss * math.nan for loss in losses] if number == at else losses), rows
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "gradients", broken)
+        patch.setattr(loop, "accumulate_gradients", broken)
         with pytest.raises(TrainingError, match=f"loss is nan at step {at}") as caught:
             tune(tmp_path / "run", **{**SHORT, "eval_every": 4})
     assert advice in caught.value.hint

@@ -12,8 +12,8 @@ import torch
 from octavo.adapters import copied
 from octavo.commands.finetune.prepare import prepare, total_steps
 from octavo.commands.finetune.state import (
-    Progress,
     Run,
+    RunState,
     adapter_files,
     contents_of,
     resume,
@@ -43,24 +43,22 @@ def filled(run: Run, *, step: int) -> Run:
     generator = torch.Generator().manual_seed(step)
     for parameter in run.trainer.parameters.values():
         parameter.data.normal_(generator=generator)
-    run.progress.done, run.progress.position = step, Position(2, 5)
-    run.progress.base_rows = [ScoreRow("base", "int8", perplexity=1 / 3, also_in_training=0.25)]
-    run.progress.reference_logits = torch.rand(4, 300, generator=generator)
+    run.state.done, run.state.position = step, Position(2, 5)
+    run.state.base_rows = [ScoreRow("base", "int8", perplexity=1 / 3, also_in_training=0.25)]
+    run.state.reference_logits = torch.rand(4, 300, generator=generator)
     run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
     return run
 
 
-def test_progress_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:
+def test_the_state_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:
     saved = filled(begin(), step=7)
     save_checkpoint(saved)
     fresh = begin()
     assert resume(fresh)
-    assert (fresh.progress.done, fresh.progress.position) == (7, Position(2, 5))
-    assert fresh.progress.base_rows == saved.progress.base_rows
+    assert (fresh.state.done, fresh.state.position) == (7, Position(2, 5))
+    assert fresh.state.base_rows == saved.state.base_rows
     assert fresh.trainer.scaler.state() == {"scale": 2.0**7, "good_steps": 7}
-    assert torch.equal(
-        torch.as_tensor(fresh.progress.reference_logits), torch.as_tensor(saved.progress.reference_logits)
-    )
+    assert torch.equal(torch.as_tensor(fresh.state.reference_logits), torch.as_tensor(saved.state.reference_logits))
     for name, parameter in saved.trainer.parameters.items():
         assert torch.equal(fresh.trainer.parameters[name], parameter), name
 
@@ -92,7 +90,7 @@ def test_the_seed_determines_the_initial_adapters(settings: Settings, tmp_path: 
 def test_an_empty_folder_has_nothing_to_resume(begin: Callable[[], Run]) -> None:
     run = begin()
     assert not resume(run)
-    assert run.progress == Progress()
+    assert run.state == RunState()
 
 
 def test_the_identity_depends_on_the_data_and_not_on_their_path(
@@ -148,9 +146,9 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error_that_names_it(
     """Its manifest is in order: it lists only what is there."""
     with Report(console=False) as report:
         run = prepare(settings(tmp_path / "run"), report)
-        run.progress.done = 1
-        run.progress.best, run.progress.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
-        run.progress.done, run.progress.reference_logits = 2, torch.ones(3, 4)
+        run.state.done = 1
+        run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
+        run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
         whole = contents_of(run)
         lacking = checkpoint.Contents(
             {key: value for key, value in whole.tensors.items() if key != part},

@@ -15,17 +15,17 @@ from typing import Any
 from octavo import html_report
 from octavo.commands.evaluate import show_scores
 from octavo.commands.finetune.dry_run import dry_run
-from octavo.commands.finetune.folder import restore, run_folder, write_settings
+from octavo.commands.finetune.folder import rewrite_lost_files, run_folder, write_settings
 from octavo.commands.finetune.measure import (
+    ensure_best_adapter,
     evaluate_held_out,
-    keep_best_adapter,
     measure_base,
     measure_tuned,
     read_back,
     sample,
     save_adapter,
 )
-from octavo.commands.finetune.precision import with_precision
+from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
 from octavo.config import Config, RunOptions, TrainOptions
@@ -45,7 +45,7 @@ DEFAULT_EVALUATIONS = 5  # on held-out text in a run without --eval-every
 def finetune(
     config: Config, *, console: bool = True, results: bool = False, compare_full: bool = False
 ) -> dict[str, Any]:
-    """Trains from the start or from the newest checkpoint; returns the document of `--json`.
+    """Trains from the start or from the newest checkpoint; returns the JSON result (`--json`).
 
     With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too. A signal
     (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
@@ -57,79 +57,80 @@ def finetune(
                 run_folder(config) as folder,
                 Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
             ):
-                run = _ready(config, report)
-                if run.progress.done == 0:
+                run = _prepared_run(config, report)
+                if run.state.done == 0:
                     measure_base(run, compare_full=compare_full)
                 _train(run, signals)
-                answer = _finish(run)
+                result = _finish(run)
                 signals.check()
-                return answer
+                return result
         except KeyboardInterrupt as error:
             number = signals.received[0] if signals.received else signal.SIGINT
             raise StopRequest(number, f"Stopped. {_resume_hint(config)}") from error
 
 
-def _ready(config: Config, report: Report) -> Run:
+def _prepared_run(config: Config, report: Report) -> Run:
     """Prepares a run: loads data, model and adapter, restores the newest checkpoint if resumed, makes a dry run.
 
     Writes the settings only after the dry run: a run that does not fit into memory writes none.
     """
     if not config[RunOptions].resume:
-        events.resume_from(report, -1)  # discards the events of a call that was killed before its first step
+        events.drop_events_after(report, -1)  # all events: of a call that was killed before its first step
     run = prepare(config, report)
     resumed = config[RunOptions].resume and resume(run)
-    run = with_precision(run, resumed=resumed)
+    run = choose_precision(run, resumed=resumed)
     dry_run(run)
     write_settings(run)
     if resumed:
-        keep_best_adapter(run)
+        ensure_best_adapter(run)
     return run
 
 
 def _train(run: Run, signals: StopSignals) -> None:
     """The training loop with metrics, held-out losses, samples, checkpoints and stop signals."""
-    options, training, progress = run.config[RunOptions], run.config[TrainOptions], run.progress
+    options, training, state = run.config[RunOptions], run.config[TrainOptions], run.state
     epochs = None if training.steps is not None else training.epochs
     stream = batches(
-        run.train.rows, batch_size=training.batch_size, seed=training.seed, start=progress.position, epochs=epochs
+        run.train.rows, batch_size=training.batch_size, seed=training.seed, start=state.position, epochs=epochs
     )
-    stop_at = min(run.total, progress.done + (options.stop_after or run.total))
-    untrained = 0
+    stop_at = min(run.total, state.done + (options.stop_after or run.total))
+    steps_without_loss = 0
     try:
-        with signals.waits(), run.report.progress(run.total, "Training", done=progress.done) as bar:
-            for step in train(run.trainer, stream, done=progress.done):
-                progress.done, progress.position, progress.last = step.number, step.following, step
+        with signals.waits(), run.report.progress(run.total, "Training", done=state.done) as bar:
+            for step in train(run.trainer, stream, done=state.done):
+                state.done, state.position, state.last = step.number, step.following, step
                 bar.advance(**_shown(step))
-                untrained += step.loss is None
-                _record(run, step, first_untrained=step.loss is None and untrained == 1)
-                improved = _between(run, step)
+                steps_without_loss += step.loss is None
+                _record(run, step, is_first_without_loss=step.loss is None and steps_without_loss == 1)
+                improved = _evaluate_if_due(run, step)
                 stopping = bool(signals.received) or step.number >= stop_at
                 due = options.checkpoint_every > 0 and step.number % options.checkpoint_every == 0
-                if (
-                    due or stopping or improved
-                ):  # `improved`: the adapter in the folder is always one of a checkpoint too
-                    restore(run)
+                # If it improved too: the adapter in the folder is always one of a checkpoint.
+                if due or stopping or improved:
+                    rewrite_lost_files(run)
                     save_checkpoint(run)
                 if stopping:
                     break
     except TrainingError as error:
         raise TrainingError(error.message, hint=f"{error.hint} {_resume_hint(run.config)}".strip()) from error
-    if untrained > 1:
-        run.report.warn(f"{untrained:,} steps had no token to train on: they have no loss and changed nothing.")
+    if steps_without_loss > 1:
+        run.report.warn(
+            f"{steps_without_loss:,} steps had no token to train on: they have no loss and changed nothing."
+        )
     command = f"{own_command()} finetune --resume {quoted(['--out', run.folder.path])}"
     if signals.received:
         number = signals.received[0]
         raise StoppedError(
-            f"Stopped after step {progress.done:,}; a checkpoint is saved.",
+            f"Stopped after step {state.done:,}; a checkpoint is saved.",
             number=number,
             hint=f"Resume with: {command}",
         )
-    if progress.done < run.total:
+    if state.done < run.total:
         if options.stop_after is None:
             raise TrainingError(
-                f"The data ended after step {progress.done:,}; a checkpoint is saved.", hint=f"Resume with: {command}"
+                f"The data ended after step {state.done:,}; a checkpoint is saved.", hint=f"Resume with: {command}"
             )
-        run.report.say(f"Stopped after step {progress.done:,} (--stop-after). Resume with: {command}")
+        run.report.say(f"Stopped after step {state.done:,} (--stop-after). Resume with: {command}")
 
 
 def _resume_hint(config: Config) -> str:
@@ -149,7 +150,7 @@ def _shown(step: Step) -> dict[str, object]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
+def _record(run: Run, step: Step, *, is_first_without_loss: bool) -> None:
     events.Step(
         step=step.number,
         loss=step.loss,
@@ -162,14 +163,14 @@ def _record(run: Run, step: Step, *, first_untrained: bool) -> None:
     if step.skipped:
         scale = run.trainer.scaler.scale
         run.report.warn(f"Step {step.number}: gradients overflowed float16, update skipped, loss scale {scale:g}.")
-    if first_untrained:
+    if is_first_without_loss:
         run.report.warn(
             f"Step {step.number} had no token to train on: its rows have only prompts, for example because --truncate "
             "removed the answers. Such a step has no loss and changes nothing."
         )
 
 
-def _between(run: Run, step: Step) -> bool:
+def _evaluate_if_due(run: Run, step: Step) -> bool:
     """Evaluates and samples after a step, before its checkpoint, if due. Returns whether the held-out loss improved."""
     options = run.config[RunOptions]
     every = options.eval_every or math.ceil(run.total / DEFAULT_EVALUATIONS)
@@ -187,22 +188,22 @@ def _recorded_loss(run: Run) -> float | None:
 
 def _finish(run: Run) -> dict[str, Any]:
     """Saves the adapter and reads it back, evaluates the tuned model, writes report.html; returns the JSON."""
-    report, progress = run.report, run.progress
-    finished = progress.done >= run.total
-    rows = list(progress.base_rows)
+    report, state = run.report, run.state
+    finished = state.done >= run.total
+    rows = list(state.base_rows)
     if finished:
-        if progress.best is None:
+        if state.best is None:
             save_adapter(run)
-        keep_best_adapter(run)
+        ensure_best_adapter(run)
         read_back(run)
         rows = measure_tuned(run)
-        if progress.best is not None and progress.best["step"] != progress.done:
-            report.say(f"The adapter of step {progress.best['step']:,}, the best on the held-out text, is kept.")
-        sample(run, which="tuned", step=progress.done)
-        events.Evaluation(progress.done, tuple(rows)).write(report)
+        if state.best is not None and state.best["step"] != state.done:
+            report.say(f"The adapter of step {state.best['step']:,}, the best on the held-out text, is kept.")
+        sample(run, which="tuned", step=state.done)
+        events.Evaluation(state.done, tuple(rows)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
-    events.Memory(progress.done, memory).write(report)
-    restore(run)
+    events.Memory(state.done, memory).write(report)
+    rewrite_lost_files(run)
     written = html_report.write(run.folder.path)
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
@@ -213,9 +214,9 @@ def _finish(run: Run) -> dict[str, Any]:
         "out": str(run.folder.path),
         "adapter": str(run.folder.adapter) if finished else None,
         "report": str(written),
-        "steps": progress.done,
-        "loss": progress.last.loss if progress.last else _recorded_loss(run),
-        "best_step": progress.best["step"] if progress.best else None,
+        "steps": state.done,
+        "loss": state.last.loss if state.last else _recorded_loss(run),
+        "best_step": state.best["step"] if state.best else None,
         "rows": [row.to_dict() for row in rows],
         "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,
         "peak_memory_bytes": memory,

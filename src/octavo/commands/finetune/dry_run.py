@@ -17,7 +17,7 @@ from octavo.data.loader import Batch, batches
 from octavo.data.packing import IGNORE_INDEX, Row
 from octavo.metrics import score
 from octavo.runs import checkpoint
-from octavo.train.loop import gradients
+from octavo.train.loop import accumulate_gradients
 
 
 def dry_run(run: Run) -> None:
@@ -28,7 +28,7 @@ def dry_run(run: Run) -> None:
         tried = run.micro_step.plan
         for batch in batch_of_each_kind(run):
             for _ in range(2 if run.micro_step.graphs else 1):  # eager, then captured as a CUDA graph
-                gradients(run.trainer, batch, 0, loss_scale=run.trainer.scaler.scale)
+                accumulate_gradients(run.trainer, batch, 0, loss_scale=run.trainer.scaler.scale)
     run.trainer.optimizer.zero_gradients()
     run.micro_step.release()
     run.model.eval()

@@ -26,7 +26,7 @@ def write_settings(run: Run) -> None:
     run.folder.write(settings=_settings(run.config), ledger=_ledgers(run))
 
 
-def restore(run: Run) -> None:
+def rewrite_lost_files(run: Run) -> None:
     """Writes files again that were deleted or moved during training, with a warning."""
     lost = [run.folder.metrics.name] if run.report.restore() else []
     lost += run.folder.restore(settings=_settings(run.config), ledger=_ledgers(run))

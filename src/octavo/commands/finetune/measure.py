@@ -42,10 +42,10 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
     if run.test_rows and compare_full and quantized:
         plain = scheme_named("none")
         model = load_model(run.source, plain, full_precision(hardware), report)
-        run.progress.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
+        run.state.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
     if run.test_rows:
         name, label = ("quantized", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
-        run.progress.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
+        run.state.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
     sample(run, which="base", step=0)
 
 
@@ -54,21 +54,21 @@ def measure_tuned(run: Run) -> list[ScoreRow]:
     if not run.test_rows:
         return []
     tuned = table_row(run, "tuned", run.scheme, _score(run, run.model, "Evaluating the tuned model"))
-    return [*run.progress.base_rows, tuned]
+    return [*run.state.base_rows, tuned]
 
 
 def evaluate_held_out(run: Run) -> bool:
     """Computes a held-out loss, and saves the adapter if it is the best so far. Whether it was saved."""
     if not run.test_rows:
         return False
-    progress = run.progress
-    result = _score(run, run.model, f"Held-out loss after step {progress.done}")
-    events.HeldOut(progress.done, result.loss, result.perplexity).write(run.report)
-    better = math.isfinite(result.loss) and (progress.best is None or result.loss < progress.best["loss"])
+    state = run.state
+    result = _score(run, run.model, f"Held-out loss after step {state.done}")
+    events.HeldOut(state.done, result.loss, result.perplexity).write(run.report)
+    better = math.isfinite(result.loss) and (state.best is None or result.loss < state.best["loss"])
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
-        progress.best = {"step": progress.done, "loss": result.loss}
-        progress.best_adapter = adapters.copied(trained_adapter(run))
+        state.best = {"step": state.done, "loss": result.loss}
+        state.best_adapter = adapters.copied(trained_adapter(run))
         save_adapter(run)
     return improved
 
@@ -76,12 +76,12 @@ def evaluate_held_out(run: Run) -> bool:
 def save_adapter(run: Run) -> None:
     """Writes the adapter folder, and stores reference logits of the model with this adapter."""
     _write_adapter(run, trained_adapter(run))
-    run.progress.reference_logits = _reference_logits(run)
+    run.state.reference_logits = _reference_logits(run)
 
 
-def keep_best_adapter(run: Run) -> None:
+def ensure_best_adapter(run: Run) -> None:
     """Writes the best adapter again, with a warning, if its folder is missing, damaged or has another adapter."""
-    best = run.progress.best_adapter
+    best = run.state.best_adapter
     if best is not None and not _is_in_folder(run, best):
         run.report.warn(
             f"{run.folder.adapter} does not contain the best adapter (step {best.origin['step']:,}): it is written "
@@ -109,7 +109,7 @@ def _write_adapter(run: Run, adapter: Adapter) -> None:
 def read_back(run: Run) -> None:
     """Applies the saved adapter to the model; AdapterError if its logits differ from the reference logits."""
     adapters.apply_(run.model, peft.read(run.folder.adapter))
-    expected = run.progress.reference_logits
+    expected = run.state.reference_logits
     assert expected is not None
     difference = float((_reference_logits(run) - expected).abs().max())
     if not difference <= 1e-4 * float(expected.abs().max()):

@@ -23,14 +23,14 @@ from octavo.train.precision import (
 )
 
 
-def with_precision(run: Run, *, resumed: bool) -> Run:
-    """The run with the precision of each layer, from the checkpoint or by measurement, and the memory plan for it."""
-    progress = run.progress
+def choose_precision(run: Run, *, resumed: bool) -> Run:
+    """Chooses which layers use 8-bit matmuls, by the checkpoint or by measuring; returns the run with a plan for it."""
+    state = run.state
     if not run.use_8bit:
-        progress.precision = None
-    elif not resumed or progress.precision is None:
-        progress.precision = _measured(run)
-    fit = run.fit.with_precision(progress.precision or Precision())
+        state.precision = None
+    elif not resumed or state.precision is None:
+        state.precision = _measured(run)
+    fit = run.fit.with_precision(state.precision or Precision())
     if fit is run.fit:
         return run
     if run.hardware.capabilities.is_gpu and (warning := fit.warning()):

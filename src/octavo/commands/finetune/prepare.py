@@ -7,7 +7,7 @@ from datetime import date
 
 from octavo import adapters
 from octavo.commands.finetune.sides import read_sides
-from octavo.commands.finetune.state import Progress, Run, fingerprint_of
+from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
 from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
@@ -48,7 +48,7 @@ def prepare(config: Config, report: Report) -> Run:
     )
     return Run(
         config, report, hardware, source, scheme, tokenizer, text, held_out, model, plan, trainer, fitting,
-        micro_step, base_sha256, Progress(),
+        micro_step, base_sha256, RunState(),
     )  # fmt: skip
 
 

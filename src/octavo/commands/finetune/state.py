@@ -1,4 +1,4 @@
-"""A run, its progress, and how both are stored in checkpoints and restored."""
+"""A run, its state, and how both are stored in checkpoints and restored."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ STATE_KEYS = ("identity", "position", "scaler", "base_rows", "best", "precision"
 
 
 @dataclass
-class Progress:
-    """The progress of a run; everything except `last` is in its checkpoints."""
+class RunState:
+    """What changes during a run; everything except `last` is in its checkpoints."""
 
     done: int = 0  # optimizer steps
     position: Position = field(default_factory=Position)  # of the next batch in the data
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """A prepared run: its configuration, text, model, trainer and progress."""
+    """A prepared run: its configuration, text, model, trainer and state."""
 
     config: Config
     report: Report
@@ -76,7 +76,7 @@ class Run:
     fit: FittedPlan
     micro_step: PlannedStep
     base_sha256: str
-    progress: Progress
+    state: RunState
 
     @property
     def folder(self) -> RunFolder:
@@ -117,29 +117,29 @@ class Run:
 def save_checkpoint(run: Run) -> None:
     """Writes a checkpoint with all state that is needed to resume the run."""
     keep = run.config[RunOptions].keep_checkpoints
-    checkpoint.save(run.folder.checkpoints, run.progress.done, contents_of(run), keep=keep, warn=run.report.warn)
+    checkpoint.save(run.folder.checkpoints, run.state.done, contents_of(run), keep=keep, warn=run.report.warn)
 
 
 def contents_of(run: Run) -> checkpoint.Contents:
     """All state that is needed to resume the run."""
-    progress = run.progress
+    state = run.state
     adapters_ = {"adapter": adapter_files(run, trained_adapter(run))}
-    if progress.best is not None and progress.best_adapter is not None and progress.best["step"] != progress.done:
-        adapters_["best"] = adapter_files(run, progress.best_adapter)  # to restore a damaged adapter folder
+    if state.best is not None and state.best_adapter is not None and state.best["step"] != state.done:
+        adapters_["best"] = adapter_files(run, state.best_adapter)  # to restore a damaged adapter folder
     tensors = {"optimizer": run.trainer.optimizer.state()}
-    if progress.reference_logits is not None:
-        tensors["probe"] = {"logits": progress.reference_logits}
-    state = {
+    if state.reference_logits is not None:
+        tensors["probe"] = {"logits": state.reference_logits}
+    values = {
         "identity": run.identity,
-        "position": {"epoch": progress.position.epoch, "index": progress.position.index},
+        "position": {"epoch": state.position.epoch, "index": state.position.index},
         "scaler": run.trainer.scaler.state(),
-        "base_rows": [row.to_dict() for row in progress.base_rows],
-        "best": progress.best,
-        "precision": progress.precision.to_json() if progress.precision is not None else None,
+        "base_rows": [row.to_dict() for row in state.base_rows],
+        "best": state.best,
+        "precision": state.precision.to_json() if state.precision is not None else None,
         "config": run.config.to_yaml(),
         "versions": asdict(versions()),
     }
-    return checkpoint.Contents(tensors, state, adapters_)
+    return checkpoint.Contents(tensors, values, adapters_)
 
 
 def trained_adapter(run: Run) -> Adapter:
@@ -147,7 +147,7 @@ def trained_adapter(run: Run) -> Adapter:
     origin = {
         "version": __version__,
         "base": {"name": run.config[ModelOptions].model, "sha256": run.base_sha256, "scheme": run.scheme.name},
-        "step": run.progress.done,
+        "step": run.state.done,
     }
     return adapters.collect(run.model, run.plan.spec, origin=origin)
 
@@ -167,7 +167,7 @@ def resume(run: Run) -> bool:
     """
     saved = checkpoint.newest(run.folder.checkpoints, warn=run.report.warn)
     if saved is None:
-        events.resume_from(run.report, -1)
+        events.drop_events_after(run.report, -1)
         run.report.warn(f"{run.folder.path} has no checkpoint: starting from the beginning.")
         return False
     _check_complete(saved)
@@ -181,8 +181,8 @@ def resume(run: Run) -> bool:
         raise CheckpointError(f"The checkpoint {saved.path} does not fit. {error.message}", hint=error.hint) from error
     run.trainer.optimizer.load_state(saved.tensors["optimizer"])
     run.trainer.scaler.load_state(saved.state["scaler"])
-    _restore_progress(run, saved)
-    events.resume_from(run.report, saved.step)
+    _restore_state(run, saved)
+    events.drop_events_after(run.report, saved.step)
     run.report.say(f"Resuming after step {saved.step:,} from {saved.path}.")
     _report_changes(run, saved.state)
     return True
@@ -203,24 +203,24 @@ def _check_complete(saved: checkpoint.Checkpoint) -> None:
         )
 
 
-def _restore_progress(run: Run, saved: checkpoint.Checkpoint) -> None:
-    progress = run.progress
-    progress.done, progress.position = saved.step, Position(**saved.state["position"])
-    progress.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
-    progress.best = saved.state["best"]
+def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
+    state = run.state
+    state.done, state.position = saved.step, Position(**saved.state["position"])
+    state.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
+    state.best = saved.state["best"]
     precision = saved.state["precision"]
-    progress.precision = Precision.from_json(precision) if precision is not None else None
-    progress.reference_logits = saved.tensors.get("probe", {}).get("logits")
+    state.precision = Precision.from_json(precision) if precision is not None else None
+    state.reference_logits = saved.tensors.get("probe", {}).get("logits")
     if run.config[RunOptions].keep == "last":
-        progress.best = None
-    if progress.best is not None:
-        progress.best_adapter = saved.adapter("adapter" if progress.best["step"] == saved.step else "best")
+        state.best = None
+    if state.best is not None:
+        state.best_adapter = saved.adapter("adapter" if state.best["step"] == saved.step else "best")
 
 
 def _report_changes(run: Run, state: dict[str, Any]) -> None:
     """Warns if steps, epochs or learning rates differ from the checkpoint, with the schedule that is used now."""
     saved = parse_settings(state["config"], "The configuration in the checkpoint")
-    options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.progress.done
+    options, schedule, done = run.config[TrainOptions], run.trainer.schedule, run.state.done
     changes = [
         f"--{name.replace('_', '-')} {saved.get(name)} is now {getattr(options, name)}"
         for name in TrainOptions.model_fields
