@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from octavo.errors import ModelError
-from octavo.layers.norm import RmsNorm
 from octavo.models import build, gpt_neox, llama
 from octavo.models.weight_map import RowOrder, WeightPath
 
@@ -48,9 +49,27 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
     ),
     "a path of another block": (
         llama, LLAMA, placed(Q, WeightPath("blocks.0.qkv")),
-        "the rows q_proj of blocks.0.qkv two modules: model.layers.0.self_attn.q_proj and model.layers.1.self",
+        "gives model.layers.1.self_attn.q_proj the layer 'blocks.0.qkv', of another block",
     ),
     "a module on a block": (llama, LLAMA, placed(NORM, WeightPath("blocks.1")), "parameter blocks.1.norm_1.weight"),
+    "blocks exchanged": (
+        llama, LLAMA,
+        lambda paths: {**paths, Q: WeightPath("blocks.0.qkv"), Q.replace("1", "0", 1): WeightPath("blocks.1.qkv")},
+        "of another block",
+    ),
+    "two modules of one name in PEFT": (
+        llama, LLAMA, placed("lm_head", WeightPath("head", module="model.norm")), "model.norm and lm_head one module"
+    ),
+    "a row order of a norm, of too few values": (
+        llama, LLAMA, placed(NORM, WeightPath("blocks.1.norm_1", RowOrder((4, 3), (1, 0)))), "none of {16} values"
+    ),
+    "negative sizes": (
+        gpt_neox, NEOX, placed(QKV, WeightPath("blocks.1.qkv", RowOrder((-4, -12), (0, 1)))), "none of 48 rows"
+    ),
+    "a row order of tokens": (
+        llama, LLAMA, placed("model.embed_tokens", WeightPath("embed", RowOrder((4, 8), (1, 0)))),
+        "in the order of the token ids",
+    ),
     "two names of a norm": (llama, LLAMA, placed("model.extra", WeightPath("norm")), "model.norm and model.extra"),
     "a row order of too few rows": (
         gpt_neox, NEOX, placed(QKV, WeightPath("blocks.1.qkv", RowOrder((4, 3, 2), (1, 0, 2)))), "none of 48 rows"
@@ -73,22 +92,48 @@ def test_a_wrong_weight_map_is_an_error_that_names_the_place(case: str, monkeypa
     assert "docs/adding-a-model.md" in error.value.hint
 
 
-def test_a_parameter_that_no_checkpoint_fills_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scaled(RmsNorm):
-        def __init__(self, width: int, eps: float) -> None:
-            super().__init__(width, eps)
-            self.scale = self.weight
+def with_scale(layer: Any) -> None:
+    layer.scale = nn.Parameter(torch.empty(1), requires_grad=False)
 
-    monkeypatch.setattr(llama.Config, "new_norm", lambda config: Scaled(config.width, config.norm_eps))
-    build(LLAMA)  # the same parameter under two names has one value
-    monkeypatch.setattr(Scaled, "__init__", with_scale)
-    with pytest.raises(ModelError, match=r"no module for the parameter norm\.scale"):
+
+def with_second_name(layer: Any) -> None:
+    layer.scale = next(layer.parameters())
+
+
+def with_buffer(layer: Any) -> None:
+    layer.register_buffer("mask", torch.empty(1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "message"),
+    [
+        ("norm_1", with_scale, "no module for the parameter blocks.0.norm_1.scale and 1 more"),
+        ("out", with_scale, "no module for the parameter blocks.0.out.scale and 1 more"),
+        ("", with_scale, "no module for the parameter blocks.0.scale and 1 more"),
+        ("norm_1", with_second_name, "weight, scale of blocks.0.norm_1 are one parameter"),
+        ("out", with_second_name, "bias, scale of blocks.0.out are one parameter"),
+        ("norm_1", with_buffer, "blocks.0.norm_1 has the buffer mask"),
+        ("", with_buffer, "blocks.0 has the buffer mask"),
+    ],
+)
+def test_what_loading_does_not_fill_is_an_error(
+    layer: str, change: Callable[[Any], None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = llama.Block.__init__
+
+    def init(block: llama.Block, config: llama.Config) -> None:
+        original(block, config)
+        change(block.get_submodule(layer))
+
+    monkeypatch.setattr(llama.Block, "__init__", init)
+    with pytest.raises(ModelError, match=message):
         build(LLAMA)
 
 
-def with_scale(norm: Any, width: int, eps: float) -> None:
-    RmsNorm.__init__(norm, width, eps)
-    norm.scale = type(norm.weight)(norm.weight.new_empty(width), requires_grad=False)
+def test_frequencies_for_more_values_than_a_head_has_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "frequencies", lambda fields, rotated: torch.ones(3))
+    with pytest.raises(ModelError, match=r"rotates 6 values of a head of 4"):
+        build(LLAMA)
 
 
 def test_a_config_without_what_the_decoder_reads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

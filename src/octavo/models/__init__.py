@@ -6,7 +6,6 @@ for each of its architectures in FAMILIES.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,7 @@ from octavo.models.decoder import Decoder as Decoder
 from octavo.models.decoder import DecoderConfig as DecoderConfig
 from octavo.models.weight_map import WeightEntry as WeightEntry
 from octavo.models.weight_map import WeightPath as WeightPath
+from octavo.models.weight_map import layer_of as layer_of
 
 # The architectures of a config.json, each with its model_type, and the family that computes it.
 FAMILIES: dict[str, tuple[str, ModuleType]] = {
@@ -120,9 +120,3 @@ def weight_entries(model: Decoder) -> dict[str, WeightEntry]:
         )
         for name, (path, order, module) in weight_map(model.config).items()
     }
-
-
-def layer_of(name: str) -> int | None:
-    """The index of the block that a checkpoint name belongs to, or None."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else None

@@ -1,7 +1,9 @@
 """Checks of a family: that its Config has what the decoder reads, and that its weight map fills the whole decoder.
 
-A layer without a module of the checkpoint would compute with uninitialized memory, and a module on a wrong layer with
-wrong weights; neither shows in shapes alone. `build` therefore checks every decoder before weights are read.
+A layer without a module of the checkpoint would compute with uninitialized memory, and a module in a wrong block with
+wrong weights; neither shows in shapes alone. `build` therefore checks every decoder before weights are read. What no
+check can see are layers of equal shape that are exchanged within a block, and a missing row order: parity with
+transformers shows these (tests/models/test_parity.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import nn
 from octavo.errors import ModelError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.models.decoder import DecoderConfig
-from octavo.models.weight_map import RowOrder, WeightEntry, WeightPath
+from octavo.models.weight_map import RowOrder, WeightEntry, WeightPath, layer_of
 
 HINT = "This is a mistake in the model's family, src/octavo/models; see docs/adding-a-model.md."
 Tensors = dict[tuple[int, str, str], str]  # (id of the matrix or the layer, key of its rows, kind) -> description
@@ -25,12 +27,23 @@ def check_config(config: DecoderConfig) -> None:
     missing = [name for name in vars(DecoderConfig) if not name.startswith("_") and not hasattr(config, name)]
     if missing:
         raise ModelError(f"{type(config).__module__}.Config lacks {', '.join(missing)}.", hint=HINT)
+    if 2 * len(config.frequencies) > config.head_size:
+        raise ModelError(
+            f"{type(config).__module__}.Config rotates {2 * len(config.frequencies)} values of a head of "
+            f"{config.head_size}.",
+            hint=HINT,
+        )
 
 
 def check_paths(decoder: nn.Module, paths: Mapping[str, WeightPath]) -> None:
-    """ModelError unless every path of a weight map is that of a layer."""
+    """ModelError unless every path of a weight map is that of a layer, in the block that the module's name says."""
     layers = dict(decoder.named_modules())
+    modules: dict[str, str] = {}  # in PEFT's files -> in the checkpoint
     for name, path in paths.items():
+        if (other := modules.setdefault(path.module or name, name)) != name:
+            raise ModelError(f"The weight map gives {other} and {name} one module, {path.module or name}.", hint=HINT)
+        if (number := layer_of(name)) is not None and layer_of(f"{path.path}.") != number:
+            raise ModelError(f"The weight map gives {name} the layer {path.path!r}, of another block.", hint=HINT)
         if path.path not in layers:
             parent = path.path.rpartition(".")[0]
             siblings = ", ".join(layer for layer, _ in layers[parent].named_children()) if parent in layers else ""
@@ -60,7 +73,12 @@ def check_entries(decoder: nn.Module, entries: Iterable[WeightEntry], *, tied: b
 def _check_rows(entry: WeightEntry, *, tied: bool) -> None:
     """ModelError unless the module's last name is a name of its matrix, and its row order has as many rows."""
     if entry.matrix is None:
+        sizes = {len(parameter) for kind in ("weight", "bias") if (parameter := entry.parameter(kind)) is not None}
+        if entry.order is not None and not all(_orders(entry.order, size) for size in sizes):
+            raise ModelError(f"The row order of {entry.name}, {entry.order}, is none of {sizes} values.", hint=HINT)
         return
+    if entry.order is not None and entry.is_embedding:
+        raise ModelError(f"{entry.name} has a row order, but its rows are in the order of the token ids.", hint=HINT)
     if entry.key not in entry.matrix.outputs and not (tied and entry.is_head):
         names = ", ".join(entry.matrix.outputs)
         raise ModelError(f"{entry.name} is on a matrix whose outputs are {names}: none is {entry.key}.", hint=HINT)
@@ -70,11 +88,14 @@ def _check_rows(entry: WeightEntry, *, tied: bool) -> None:
 
 
 def _orders(order: RowOrder, rows: int) -> bool:
-    return prod(order.shape) == rows and sorted(order.axes) == list(range(len(order.shape)))
+    return min(order.shape) > 0 and prod(order.shape) == rows and sorted(order.axes) == list(range(len(order.shape)))
 
 
 def _tensors_of(decoder: nn.Module) -> Tensors:
-    """The tensors of a decoder that a checkpoint fills: rows of matrices, biases of linears, parameters of norms."""
+    """The tensors of a decoder that a checkpoint fills: rows of matrices, biases of linears, other parameters.
+
+    ModelError for a parameter with two names and for a buffer: loading makes new parameters, and no buffers.
+    """
     tensors: Tensors = {}
     for path, layer in decoder.named_modules():
         if isinstance(layer, FrozenLinear | FrozenEmbedding):
@@ -82,9 +103,16 @@ def _tensors_of(decoder: nn.Module) -> Tensors:
                 tensors.setdefault((id(layer.matrix), key, "weight"), f"the rows {key} of {path}")
         if isinstance(layer, FrozenLinear):
             tensors |= {(id(layer), key, "bias"): f"the bias {key} of {path}" for key in layer.bias_names}
-        else:
-            for name, _ in layer.named_parameters(recurse=False):
+        own = dict(layer.named_parameters(recurse=False, remove_duplicate=False))
+        if len(set(own.values())) < len(own):
+            raise ModelError(f"Two of the names {', '.join(own)} of {path} are one parameter.", hint=HINT)
+        for name in own:
+            if not (isinstance(layer, FrozenLinear) and name == "bias"):
                 tensors[id(layer), "", name] = f"the parameter {path}.{name}"
+        if buffers := [name for name, _ in layer.named_buffers(recurse=False)]:
+            raise ModelError(
+                f"{path} has the buffer {buffers[0]}, which no checkpoint fills: compute it in forward.", hint=HINT
+            )
     return tensors
 
 

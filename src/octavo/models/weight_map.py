@@ -6,6 +6,7 @@ where that differs. Several names of one layer are stacked rows (layers/frozen.p
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the block that a checkpoint name belongs to, or None."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 class RowOrder(NamedTuple):
