@@ -52,7 +52,10 @@ def test_answers_are_in_order_and_equal_those_of_single_prompts(
         ('{"text": "a"}', ":1 has no prompt"),
         ('{"prompt": ["a"]}', ":1 has no prompt"),
         ('{"prompt": "a"}\n\n{"prompt": "a", "top_p": 2}', "top_p"),
-        ('{"prompt": "a", "stop": [""]}', "empty stop string"),
+        ('{"prompt": "a", "stop": [""]}', "prompts.jsonl:1: "),
+        ('{"prompt": "a"}\n\n{"prompt": "a", "top_p": 2}', "prompts.jsonl:3: "),
+        ('{"prompt": "a"}\n\n{"prompt": "a", "stop": [""]}', "prompts.jsonl:3: "),
+        (f'{{"prompt": "a"}}\r\n\r\n{{"prompt": "{"the king " * 900}"}}', "prompts.jsonl:3: The prompt has"),
     ],
 )
 def test_the_error_for_an_invalid_line_names_it(
@@ -62,6 +65,15 @@ def test_the_error_for_an_invalid_line_names_it(
     ran = octavo("generate", "--model", tiny_llama, "--prompts", file)
     assert (ran.code, ran.out) == (2, "")
     assert message in ran.err
+
+
+def test_a_line_separator_of_unicode_within_a_string_does_not_end_the_line(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (file := tmp_path / "prompts.jsonl").write_bytes('{"prompt": "the\u2028king\u0085of"}\r\n'.encode())
+    ran = octavo("generate", "--model", tiny_llama, "--max-new-tokens", 2, "--prompts", file)
+    assert ran.code == 0
+    assert json.loads(ran.out)["prompt"] == "the\u2028king\u0085of"
 
 
 def test_the_error_for_a_missing_file_names_it(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:

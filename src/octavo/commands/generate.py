@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from octavo.adapters import apply_
 from octavo.bounded_json import JsonError, parse
@@ -99,16 +102,24 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     """
     options = config[PromptOptions]
     assert options.prompts is not None
-    lines = _read_lines(options.prompts)
+    numbered = _read_lines(options.prompts)
+    lines = list(numbered.values())
+    places = [f"{options.prompts}:{number}" for number in numbered]
+    samplings = [
+        _line_sampling(config[GenerateOptions], line, place) for line, place in zip(lines, places, strict=True)
+    ]
     loaded = open_model(config, report)
     requests = []
-    for number, line in enumerate(lines, 1):
-        line_options = _line_options(config[GenerateOptions], line, f"{options.prompts}:{number}")
-        ids = prompt_ids(str(line["prompt"]), loaded.tokenizer, chat=options.chat)
-        requests.append(Request(tuple(ids), sampling_of(line_options)))
+    for line, sampling, place in zip(lines, samplings, places, strict=True):
+        with _located(place):
+            ids = prompt_ids(str(line["prompt"]), loaded.tokenizer, chat=options.chat)
+        requests.append(Request(tuple(ids), sampling))
     max_len = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
     engine = loaded.engine(max_len=max_len, slots=min(options.slots, len(requests)), queue=len(requests))
-    streams = [engine.submit(request) for request in requests]
+    streams = []
+    for request, place in zip(requests, places, strict=True):
+        with _located(place):
+            streams.append(engine.submit(request))
     total = failed = 0
     with report.progress(len(streams), "Generating") as bar:
         for line, stream in zip(lines, streams, strict=True):
@@ -143,15 +154,25 @@ def _failed(error: Exception) -> dict[str, Any]:
     return {"text": None, "token_ids": None, "finish_reason": "error", "error": document}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+@contextmanager
+def _located(place: str) -> Iterator[None]:
+    """Context in which a UsageError gets the file and line of the prompt."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error.message}", hint=error.hint) from error
+
+
+def _read_lines(path: Path) -> dict[int, dict[str, Any]]:
+    """The prompts of a file by their 1-based line."""
     try:
         with open_bytes(path) as stream:
-            lines = read_whole(stream, name_of(path)).decode("utf-8-sig").splitlines()
+            lines = read_whole(stream, name_of(path)).decode("utf-8-sig").split("\n")
     except (DataError, UnicodeDecodeError) as error:
         reason, hint = (error.message, error.hint) if isinstance(error, DataError) else (f"{path}: {error}", "")
         raise UsageError(f"The prompts cannot be read: {reason}", hint=hint) from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
+    prompts = {}
+    for number, line in enumerate(lines, 1):  # not splitlines, which splits at U+2028 within a JSON string
         if not line.strip():
             continue
         try:
@@ -160,17 +181,18 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{path}:{number} is not JSON ({error}).", hint="Write one JSON object a line.") from error
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
             raise UsageError(f"{path}:{number} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
-        prompts.append(value)
+        prompts[number] = value
     if not prompts:
         raise UsageError(f"{path} has no prompt.", hint='A line is {"prompt": "Once upon a time"}.')
     return prompts
 
 
-def _line_options(options: GenerateOptions, line: Mapping[str, Any], where: str) -> GenerateOptions:
-    """`options`, overridden by the fields of a line."""
+def _line_sampling(options: GenerateOptions, line: Mapping[str, Any], place: str) -> Sampling:
+    """The sampling parameters of `options`, overridden by the fields of a line."""
     values = {name: line[name] for name in GenerateOptions.model_fields if name in line and name != "adapter"}
-    try:
-        return GenerateOptions.model_validate({**options.model_dump(), **values})
-    except ValueError as error:
-        first = str(error).splitlines()[1:3]
-        raise UsageError(f"{where}: {' '.join(part.strip() for part in first)}") from error
+    with _located(place):
+        try:
+            return sampling_of(GenerateOptions.model_validate({**options.model_dump(), **values}))
+        except ValidationError as error:
+            first = str(error).splitlines()[1:3]
+            raise UsageError(" ".join(part.strip() for part in first)) from error
