@@ -173,6 +173,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest bytes": lambda path: (path / "manifest.json").write_bytes(b"\xff\x00"),
     "another's manifest": lambda path: shutil.copy(path.parent / "step-00000010/manifest.json", path),
     "another's files": lambda path: shutil.copytree(path.parent / "step-00000010", path, dirs_exist_ok=True),
+    "manifest of other types": lambda path: change_entries(path, size_bytes="1", sha256=3),
+    "manifest with a size of text": lambda path: change_entries(path, size_bytes="1"),
     "outside": lambda path: list_in_manifest(path, "../latest"),
     "outside from within": lambda path: list_in_manifest(path, "adapter/../../latest"),
     "absolute": lambda path: list_in_manifest(path, str(path.parent / "latest")),
@@ -182,6 +184,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def change_manifest(path: Path, **values: Any) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, **values}))
+
+
+def change_entries(path: Path, **values: Any) -> None:
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    change_manifest(path, files={name: {**entry, **values} for name, entry in listed.items()})
 
 
 def list_in_manifest(path: Path, name: str) -> None:
@@ -214,6 +221,16 @@ def test_another_format_version_is_an_error_that_names_both(version: int, tmp_pa
     change_manifest(save(tmp_path, 20), format=version)
     with pytest.raises(CheckpointError, match=rf"step-00000020 has the format version {version}; .* reads version 2"):
         checkpoint.newest(tmp_path, warn=pytest.fail)
+
+
+def test_a_tensor_file_that_is_none_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """The manifest lists it as it is."""
+    path = save(tmp_path, 10)
+    (path / "optimizer.safetensors").write_bytes((path / "optimizer.safetensors").read_bytes()[:-1])
+    list_in_manifest(path, "optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not a safetensors file") as caught:
+        checkpoint.newest(tmp_path, warn=pytest.fail)
+    assert "Delete its folder" in caught.value.hint
 
 
 def test_damaged_checkpoints_without_a_valid_one_are_an_error(tmp_path: Path) -> None:

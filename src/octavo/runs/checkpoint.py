@@ -33,6 +33,7 @@ from octavo.bounded_json import read_object
 from octavo.errors import AdapterError, CheckpointError
 from octavo.failures import cut, explained
 from octavo.runs.checkpoint_folder import (
+    DELETE,
     LATEST,
     STATE,
     files_of,
@@ -123,7 +124,7 @@ def newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
         return None
     # load() of bytes, since safetensors opens no path that is not UTF-8.
     names = [Path(name) for name in files_of(path) if name.endswith(".safetensors") and "/" not in name]
-    tensors = {name.stem: load((path / name).read_bytes()) for name in names}
+    tensors = {name.stem: _loaded(path / name) for name in names}
     state = read_object(path / STATE, error=CheckpointError, strict=False)  # allows NaN: losses of a diverged run
     return Checkpoint(step=step_of(path), path=path, tensors=tensors, state=state)
 
@@ -148,6 +149,17 @@ def check_identity(
             hint="Give the same settings as before, or --force to resume nevertheless, or another --out.",
         )
     warn(message)
+
+
+def _loaded(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint. CheckpointError if it is not safetensors."""
+    try:
+        return load(path.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: {cut(error)}. The checkpoint's manifest lists it with this content.",
+            hint=DELETE,
+        ) from error
 
 
 def _write(path: Path, step: int, contents: Contents) -> None:

@@ -21,6 +21,7 @@ from octavo.store.files import check_format, durable_write, json_bytes, sha256_o
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 FORMAT = 2  # of the manifest and of what the other files hold; increase it when either changes
 UNREADABLE = "Resume it with the octavo that wrote it, or start a new run with another --out."
+DELETE = "Delete its folder to resume from the checkpoint before it, or start again with another --out."
 
 _FINISHED = re.compile(r"step-\d+")
 # Between the two renames of a replacement the old checkpoint is still a candidate for loading.
@@ -104,6 +105,8 @@ def verify(path: Path) -> list[str]:
         step, files = manifest["step"], manifest["files"]
         expected = {name: (entry["size_bytes"], entry["sha256"]) for name, entry in files.items()}
     except (KeyError, TypeError, AttributeError):
+        expected = None
+    if expected is None or any(type(size) is not int or type(digest) is not str for size, digest in expected.values()):
         return [f"{MANIFEST} is not what octavo writes"]
     problems = [] if manifest.get("format") == FORMAT else [f"{MANIFEST} has no format version"]
     problems += [] if step == step_of(path) else [f"{MANIFEST} is that of step {step}"]

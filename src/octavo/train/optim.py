@@ -107,7 +107,7 @@ class Adam:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores a state of `state`. CheckpointError if it belongs to buffers of other sizes."""
+        """Restores a state of `state`. CheckpointError if it lacks a tensor or belongs to buffers of other sizes."""
         for index, (group, update) in enumerate(zip(self.groups, self._updates, strict=True)):
             # {} is a valid state: a checkpoint before the first step of PyTorch's AdamW has no moments.
             saved = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
@@ -116,7 +116,15 @@ class Adam:
                 raise CheckpointError(
                     "The optimizer's state in the checkpoint belongs to another set of trained parameters."
                 )
+            # Without it the bias corrections would be those of the first step.
+            if tensors and not _is_count(saved.get("step")):
+                raise CheckpointError(f"The optimizer's state lacks {index}.step, the number of steps.")
             update.load_state(saved)
+
+
+def _is_count(step: Tensor | None) -> bool:
+    """Whether a tensor is one number that is at least 0."""
+    return step is not None and step.numel() == 1 and bool(torch.isfinite(step).all()) and float(step) >= 0
 
 
 class _Update(Protocol):
@@ -190,7 +198,7 @@ class _Adam8bit:
         return {"step": torch.tensor(self.steps), **dict(zip(STATE, self.moments, strict=False))}
 
     def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        self.steps = int(saved.get("step", 0))
+        self.steps = int(saved["step"]) if saved else 0
         for name, tensor in zip(STATE, self.moments, strict=False):
             if saved and (name not in saved or saved[name].numel() != tensor.numel()):
                 raise CheckpointError(

@@ -113,7 +113,7 @@ def test_the_error_for_a_tensor_that_does_not_fit_names_it(
     change: str, begin: Callable[[], Run], tmp_path: Path
 ) -> None:
     """A complete checkpoint by its manifest, but of a version with other tensors."""
-    run = filled(begin(), step=1)
+    run = filled(begin(), step=2)
     adapter = copied(trained_adapter(run))
     name, (a, b, scaling) = next(iter(adapter.lora.items()))
     lora = {key: value for key, value in adapter.lora.items() if key != name}
@@ -162,6 +162,81 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error_that_names_it(
         assert "Delete its folder" in caught.value.hint
         checkpoint.save(run.folder.checkpoints, 2, whole)
         assert resume(fresh)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"position": {}},
+        {"position": []},
+        {"position": {"epoch": 0, "index": "1"}},
+        {"position": {"epoch": -1, "index": 0}},
+        {"scaler": {}},
+        {"scaler": {"scale": "1", "good_steps": 0}},
+        {"best": {}},
+        {"best": {"step": "2", "loss": 1.0}},
+        {"best": 3},
+        {"precision": []},
+        {"precision": {"no layer": []}},
+        {"precision": {"0.qkv": 3}},
+        {"config": 3},
+        {"identity": []},
+        {"base_rows": {}},
+        {"base_rows": [3]},
+        {"base_rows": [{}]},
+        {"step": 3},
+        {"step": "2"},
+    ],
+    ids=str,
+)
+def test_a_state_with_another_field_than_was_saved_is_an_error_that_names_it(
+    begin: Callable[[], Run], settings: Settings, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    run = filled(begin(), step=2)
+    whole = contents_of(run)
+    adapters = {**whole.adapters, "best": whole.adapters["adapter"]}
+    contents = replace(whole, state={**whole.state, **wrong}, adapters=adapters)
+    checkpoint.save(run.folder.checkpoints, 2, contents)
+    (name,) = wrong
+    with pytest.raises(CheckpointError, match=rf"state\.json is not what octavo writes: {name}") as caught:
+        resume(begin())
+    assert "Delete its folder" in caught.value.hint
+
+
+def test_a_state_without_a_step_is_that_of_the_manifest(begin: Callable[[], Run]) -> None:
+    run = filled(begin(), step=2)
+    whole = contents_of(run)
+    assert whole.state["step"] == 2
+    state = {key: value for key, value in whole.state.items() if key != "step"}
+    checkpoint.save(run.folder.checkpoints, 2, replace(whole, state=state))
+    assert resume(fresh := begin())
+    assert fresh.state.done == 2
+
+
+def test_an_optimizer_state_without_the_number_of_steps_is_an_error_that_names_it(begin: Callable[[], Run]) -> None:
+    run = filled(begin(), step=2)
+    whole = contents_of(run)
+    optimizer = {key: tensor for key, tensor in whole.tensors["optimizer"].items() if key != "0.step"}
+    checkpoint.save(run.folder.checkpoints, 2, replace(whole, tensors={**whole.tensors, "optimizer": optimizer}))
+    with pytest.raises(CheckpointError, match=r"step-00000002.optimizer\.safetensors: .* 0\.step"):
+        resume(begin())
+
+
+def test_a_best_adapter_without_its_step_is_an_error_that_names_the_file(settings: Settings, tmp_path: Path) -> None:
+    with Report(console=False) as report:
+        run = prepare(settings(tmp_path / "run"), report)
+        run.state.done = 1
+        run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
+        run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
+        whole = contents_of(run)
+
+        def without_origin(folder: Path) -> None:
+            whole.adapters["best"](folder)
+            (folder / "octavo.json").unlink()
+
+        checkpoint.save(run.folder.checkpoints, 2, replace(whole, adapters={**whole.adapters, "best": without_origin}))
+        with pytest.raises(CheckpointError, match=r"best.octavo\.json: step is None"):
+            resume(prepare(settings(tmp_path / "run"), report))
 
 
 def test_an_option_that_the_checkpoint_does_not_name_had_its_default(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from octavo import adapters
 from octavo._version import __version__
 from octavo.adapters import AdapterPlan
+from octavo.bounded_json import JsonError, integer, number, shown
 from octavo.commands.data import Text
 from octavo.commands.finetune.model_card import model_card
 from octavo.commands.plan import FittedPlan, wants_8bit
@@ -28,20 +30,28 @@ from octavo.models import Decoder, module_names
 from octavo.ops.quantize import Scheme
 from octavo.reporting import Report
 from octavo.runs import checkpoint, events
-from octavo.runs.checkpoint_folder import STATE
+from octavo.runs.checkpoint_folder import DELETE, STATE
 from octavo.runs.events import ScoreRow
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
-from octavo.store.peft import Adapter
+from octavo.store.peft import ORIGIN, Adapter
 from octavo.store.sources import Source, fingerprint
 from octavo.train.loop import Step, Trainer
-from octavo.train.precision import Precision
+from octavo.train.precision import Precision, layers
 from octavo.train.step import PlannedStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-STATE_KEYS = ("identity", "position", "scaler", "base_rows", "best", "precision", "config")  # that resuming reads
+N = TypeVar("N", int, float)
+
+# What resuming reads of state.json, and the types. `step` is compared with the manifest's, where the
+# checkpoint has it.
+STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "identity": (dict,), "position": (dict,), "scaler": (dict,), "base_rows": (list,), "best": (dict, NoneType),
+    "precision": (dict, NoneType), "config": (str,),
+}  # fmt: skip
+MAX_COUNT = 2**53  # of steps, epochs, batches and channels; a float is exact up to it
 
 
 @dataclass
@@ -130,6 +140,7 @@ def contents_of(run: Run) -> checkpoint.Contents:
     if state.reference_logits is not None:
         tensors["probe"] = {"logits": state.reference_logits}
     values = {
+        "step": state.done,
         "identity": run.identity,
         "position": {"epoch": state.position.epoch, "index": state.position.index},
         "scaler": run.trainer.scaler.state(),
@@ -179,8 +190,11 @@ def resume(run: Run) -> bool:
         adapters.restore_(run.model, saved.adapter())
     except AdapterError as error:
         raise CheckpointError(f"The checkpoint {saved.path} does not fit. {error.message}", hint=error.hint) from error
-    run.trainer.optimizer.load_state(saved.tensors["optimizer"])
-    run.trainer.scaler.load_state(saved.state["scaler"])
+    try:
+        run.trainer.optimizer.load_state(saved.tensors["optimizer"])
+    except CheckpointError as error:
+        where = saved.path / "optimizer.safetensors"
+        raise CheckpointError(f"{where}: {error.message}", hint=error.hint or DELETE) from error
     _restore_state(run, saved)
     events.drop_events_after(run.report, saved.step)
     run.report.say(f"Resuming after step {saved.step:,} from {saved.path}.")
@@ -190,31 +204,81 @@ def resume(run: Run) -> bool:
 
 def _check_complete(saved: checkpoint.Checkpoint) -> None:
     """CheckpointError that names what the checkpoint lacks of `contents_of`, although its manifest lists the rest."""
-    missing = [f"{STATE}: {key}" for key in STATE_KEYS if key not in saved.state]
+    missing = [f"{STATE}: {key}" for key in STATE_TYPES if key not in saved.state]
     best = saved.state.get("best")
     files = ["optimizer"] + ["probe"] * (best is not None)
     missing += [f"{name}.safetensors" for name in files if name not in saved.tensors]
-    folders = ["adapter"] + ["best"] * (best is not None and best["step"] != saved.step)
+    if best is not None and "logits" not in saved.tensors.get("probe", {"logits"}):
+        missing.append("probe.safetensors: logits")
+    folders = ["adapter"] + ["best"] * (isinstance(best, dict) and best.get("step") != saved.step)
     missing += [name for name in folders if not (saved.path / name).is_dir()]
     if missing:
-        raise CheckpointError(
-            f"The checkpoint {saved.path} lacks {', '.join(missing)}.",
-            hint="Delete its folder to resume from the checkpoint before it, or start again with another --out.",
-        )
+        raise CheckpointError(f"The checkpoint {saved.path} lacks {', '.join(missing)}.", hint=DELETE)
+    for key, kinds in STATE_TYPES.items():
+        if type(saved.state[key]) not in kinds:
+            raise _wrong_state(saved, f"{key} is {shown(saved.state[key])}")
+    if (step := saved.state.get("step", saved.step)) != saved.step:
+        raise _wrong_state(saved, f"step is {shown(step)}; the manifest's is {saved.step:,}")
+
+
+def _wrong_state(saved: checkpoint.Checkpoint, problem: str) -> CheckpointError:
+    return CheckpointError(f"{saved.path / STATE} is not what octavo writes: {problem}.", hint=DELETE)
 
 
 def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Restores what state.json has. CheckpointError that names a field of another type or value."""
     state = run.state
-    state.done, state.position = saved.step, Position(**saved.state["position"])
-    state.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
-    state.best = saved.state["best"]
-    precision = saved.state["precision"]
-    state.precision = Precision.from_json(precision) if precision is not None else None
+    try:
+        position, scaler = saved.state["position"], saved.state["scaler"]
+        state.position = Position(*(_count(position, "position", key) for key in ("epoch", "index")))
+        scale = _field(number, scaler, "scaler", "scale", least=0, most=MAX_COUNT)
+        run.trainer.scaler.load_state({"scale": scale, "good_steps": _count(scaler, "scaler", "good_steps")})
+        state.best = saved.state["best"]
+        if state.best is not None:
+            _count(state.best, "best", "step")
+            _field(number, state.best, "best", "loss", least=0, most=float("inf"))
+        state.precision = _precision(saved.state["precision"], [name for name, _ in layers(run.model)])
+    except JsonError as error:
+        raise _wrong_state(saved, str(error)) from error
+    try:
+        state.base_rows = [ScoreRow.read(row) for row in saved.state["base_rows"]]
+    except (ValueError, TypeError) as error:
+        raise _wrong_state(saved, f"base_rows: {error}") from error
+    state.done = saved.step
     state.reference_logits = saved.tensors.get("probe", {}).get("logits")
     if run.config[RunOptions].keep == "last":
         state.best = None
     if state.best is not None:
-        state.best_adapter = saved.adapter("adapter" if state.best["step"] == saved.step else "best")
+        name = "adapter" if state.best["step"] == saved.step else "best"
+        state.best_adapter = saved.adapter(name)
+        if (step := state.best_adapter.origin.get("step")) != state.best["step"]:
+            raise CheckpointError(
+                f"{saved.path / name / ORIGIN}: step is {shown(step)}; {STATE} has {state.best['step']:,} for the "
+                "best adapter.",
+                hint=DELETE,
+            )
+
+
+def _field(read: Callable[..., N], source: Mapping[str, Any], name: str, key: str, **bounds: float) -> N:
+    """A field of an object in state.json. JsonError that names both."""
+    try:
+        return read(source, key, **bounds)
+    except JsonError as error:
+        raise JsonError(f"{name}: {error}") from error
+
+
+def _count(source: Mapping[str, Any], name: str, key: str) -> int:
+    return _field(integer, source, name, key, least=0, most=MAX_COUNT)
+
+
+def _precision(value: Mapping[str, Any] | None, names: Collection[str]) -> Precision | None:
+    """The precision of the matmuls of the layers `names`. JsonError if it is of other layers or types."""
+    for name, channels in (value or {}).items():
+        if name not in names:
+            raise JsonError(f"precision: there is no layer {shown(name)}")
+        if not isinstance(channels, list) or not all(type(channel) is int and channel >= 0 for channel in channels):
+            raise JsonError(f"precision: the channels of {name} are {shown(channels)}; they must be a list of integers")
+    return None if value is None else Precision.from_json(value)
 
 
 def _report_changes(run: Run, state: dict[str, Any]) -> None:
