@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.store.conftest import LLAMA, write_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, GPTJConfig, Qwen2Config
 
 from octavo.adapters import apply_, save
 from octavo.adapters.served import serve_
@@ -74,6 +74,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj all biases": ("gptj", {"bias": "all"}),
     "gptj resized": ("gptj", {"resize": 310}),
     "gptj tokens": ("gptj", {"trainable_token_indices": {"wte": [5, 2]}}),
+    "gptj tied head": ("gptj-tied", {"modules_to_save": ["lm_head"]}),
+    "gptj tied both": ("gptj-tied", {"modules_to_save": ["wte", "lm_head"]}),
+    "gptj tied resized": ("gptj-tied", {"resize": 310, "modules_to_save": ["wte", "lm_head"]}),
     "some biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "lora_only"}),
     "one bias": ("qwen2", {"target_modules": ["k_proj"], "bias": "lora_only"}),
     "qwen2 all biases": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
@@ -83,9 +86,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="session")
 def families(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of `folders`, and one in which only q, k and v have biases, which are one parameter here."""
-    qwen2 = write_model(tmp_path_factory.mktemp("models") / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
-    return {**folders, "qwen2": qwen2}
+    """The folders of `folders`, one in which only q, k and v have biases, and one of a tied head with a bias."""
+    models = tmp_path_factory.mktemp("models")
+    qwen2 = write_model(models / "qwen2", Qwen2Config(**LLAMA, tie_word_embeddings=True))
+    gptj = GPTJConfig(vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, tie_word_embeddings=True)
+    return {**folders, "qwen2": qwen2, "gptj-tied": write_model(models / "gptj-tied", gptj)}
 
 
 def model_of(folder: Path, scheme: str = "none", dtype: torch.dtype = torch.float32) -> Decoder:

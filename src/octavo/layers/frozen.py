@@ -60,6 +60,14 @@ class FrozenLinear(nn.Module):
         self.path = ""  # in the blocks of a decoder ("3.qkv"): the key of this layer in `Precision`
         self.bank: AdapterBank | None = None  # the A and B of all served adapters, stacked
 
+    def replace_matrix_(self, matrix: FrozenMatrix) -> None:
+        """Takes another matrix. With one output its name may change, and the bias follows: an untied head has the rows
+        lm_head in place of the embedding's."""
+        self.matrix = matrix
+        if self.bias_names and len(matrix.outputs) == 1:
+            self.bias_names = list(matrix.outputs)
+        assert set(self.bias_names) <= matrix.outputs.keys()
+
     def bias_of(self, name: str) -> Tensor:
         """The bias of one name, a view (rows,)."""
         assert self.bias is not None

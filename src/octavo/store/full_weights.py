@@ -191,7 +191,7 @@ def _replace_embedding_and_head_(embed: WeightEntry, head: WeightEntry, matrices
         assert isinstance(embed.layer, FrozenEmbedding)
         assert isinstance(head.layer, FrozenLinear)
         _replace_matrix_(embed, matrices)
-        head.layer.matrix = embed.layer.matrix
+        head.layer.replace_matrix_(embed.layer.matrix)
         return
     for entry in (embed, head):
         if entry.name in matrices:
@@ -218,7 +218,10 @@ def _replace_matrix_(entry: WeightEntry, matrices: Matrices) -> None:
             f"The adapter's {entry.name}.weight holds values that are too large for {old.dtype}.",
             hint="Choose another compute type with --dtype.",
         )
-    layer.matrix = new
+    if isinstance(layer, FrozenLinear):
+        layer.replace_matrix_(new)
+    else:
+        layer.matrix = new
 
 
 def _resize_head_bias_(head: WeightEntry, adapter: Adapter) -> None:
@@ -242,7 +245,10 @@ def _parameter(entries: Mapping[str, WeightEntry], key: str) -> Tensor | None:
 def _put_parameter_(entries: Mapping[str, WeightEntry], key: str, tensor: Tensor) -> None:
     target = _parameter(entries, key)
     if target is None:
-        return
+        name, _, kind = key.rpartition(".")
+        if kind == "weight" and entries[name].matrix is not None:
+            return  # `put_weights_` has replaced the matrix
+        raise AdapterError(f"The model has no parameter for the adapter's {key}.")
     if target.shape != tensor.shape:
         raise AdapterError(f"The adapter's {key} is {tuple(tensor.shape)}, the model's {tuple(target.shape)}.")
     target.copy_(tensor)

@@ -129,13 +129,15 @@ class Planner:
                     if transposed or not use_8bit:  # fewer rows, or offload, could only be slower
                         return min(fitting, key=self._cost)
                     break  # with fewer rows the transposed weights may fit
+            # Each row count takes three simulations an offload mode: one more spares those of a run that cannot fit.
+            if not fitting and rows == self.row_counts[0] and self.smallest().peak_bytes > limit:
+                return None
         return min(fitting, key=self._cost, default=None)
 
     def _transposed(self, plan: MemoryPlan, limit: float) -> list[MemoryPlan]:
         """The plan, in which every layer keeps all, with weights kept transposed as well, if that fits."""
         if plan.offload:
             return []
-        """The plan with transposed weights, if it fits."""
         transposed = self.plan(plan.save, plan.rows, transposed=True)
         return [transposed] if transposed.peak_bytes <= limit else []
 
@@ -156,10 +158,10 @@ class Planner:
             return None
         if full.peak_bytes <= limit:
             return full
-        levels = (Save.INPUT, Save.ATTENTION)
-        lean, middle = (self.plan(self._all(level), rows, offload=offload) for level in levels)
+        lean = self.plan(self._all(Save.INPUT), rows, offload=offload)
         if lean.peak_bytes > limit:
             return None
+        middle = self.plan(self._all(Save.ATTENTION), rows, offload=offload)
         # Attention's output first, if it saves more time per byte than all activations of a layer.
         if middle.peak_bytes < full.peak_bytes and self._worth(lean, middle) > self._worth(lean, full):
             if middle.peak_bytes > limit:
