@@ -55,7 +55,7 @@ def parse(
         value = (_DECODER if strict else _LENIENT_DECODER).decode(text)
         if openings > max_depth:
             _check_depth(value, max_depth)
-        if strict and (_SURROGATE_ESCAPE.search(text) or not _encodable(text)):
+        if strict and (_SURROGATE_ESCAPE.search(text) or not encodable(text)):
             _check_strings(value)
     except RecursionError as error:
         raise JsonError(f"it is nested more than {max_depth} deep") from error
@@ -209,14 +209,15 @@ def _check_depth(value: Any, max_depth: int) -> None:
 
 def _check_strings(value: Any) -> None:
     """JsonError for a string with a lone surrogate. Recursive: the depth has been checked before."""
-    if isinstance(value, str) and not _encodable(value):
+    if isinstance(value, str) and not encodable(value):
         raise JsonError("a string has a lone surrogate, which is not valid Unicode")
     if isinstance(value, dict | list):
         for item in [*value, *value.values()] if isinstance(value, dict) else value:
             _check_strings(item)
 
 
-def _encodable(string: str) -> bool:
+def encodable(string: str) -> bool:
+    """Whether a string can be written as UTF-8: it has no lone surrogate."""
     try:
         string.encode("utf-8")
     except UnicodeEncodeError:

@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
@@ -115,6 +116,47 @@ def test_values_of_other_types_are_errors_that_name_the_parameter(tiny_llama: Pa
         api.finetune(steps=False)
     with pytest.raises(api.UsageError, match=r"^prompt: must be a string, not b'x'"):
         api.generate(b"x", model=tiny_llama)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("call", "options", "message"),
+    [
+        ("generate", {"prompt": "\ud800"}, "prompt is not Unicode text"),
+        ("generate", {"prompt": 5}, "^prompt: must be a valid string, not 5\\.\n."),
+        ("generate", {"prompts": "\0"}, "^prompts: must have no null character"),
+        ("generate", {"prompts": "\ud800"}, "^prompts: must be Unicode text"),
+        ("generate", {"prompt": "x", "stop": ["\ud800"]}, "^stop: must be Unicode text"),
+        ("finetune", {"out": "\0"}, "^out: must have no null character"),
+        ("finetune", {"out": "\0", "resume": True}, "^out: must have no null character"),
+        ("finetune", {"out": 3, "resume": True}, "^out: "),
+        ("finetune", {"config": "\0"}, "cannot be read"),
+        ("finetune", {"config": "\ud800"}, "cannot be read"),
+        ("finetune", {"config": {"steps": 3}}, "^config: must be a path, not {'steps': 3}"),
+        ("finetune", {"steps": "4"}, "^steps: must be a number, not '4'"),
+        ("finetune", {"resume": "yes"}, "^resume: must be True or False, not 'yes'"),
+        ("finetune", {"data": 5}, "^data: must be a valid list, not 5\\.\n"),
+        ("load", {"model": 3}, "^model: must be a valid string, not 3\\.\n"),
+    ],
+)
+def test_a_value_that_no_option_can_have_is_an_error_with_a_hint(
+    call: str, options: dict[str, Any], message: str, tiny_llama: Path
+) -> None:
+    with pytest.raises(api.UsageError, match=message) as caught:
+        getattr(api, call)(**{"model": tiny_llama, **options}, quiet=True)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_text_is_read_is_a_stopped_error(
+    number: signal.Signals, short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = import_module("octavo.commands.finetune.prepare")
+    monkeypatch.setattr(prepare, "read_sides", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    with pytest.raises(api.StoppedError, match="there is no checkpoint yet") as caught:
+        api.finetune(**short_run, quiet=True)
+    assert caught.value.exit_code == 128 + number
+    assert f"octavo.finetune(out={str(short_run['out'])!r}, resume=True)" in caught.value.hint
 
 
 def test_an_error_names_keywords_instead_of_flags(tiny_llama: Path, tmp_path: Path) -> None:

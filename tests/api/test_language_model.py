@@ -73,10 +73,11 @@ def test_values_of_other_types_are_errors_that_name_the_parameter(model: Languag
         ("evaluate", b"x", {}, r"^text: must be a string, or a list of strings, not b'x'"),
         ("perplexity", ["x", 3], {}, r"^text: must be a string, or a list of strings"),
         ("perplexity", "the king", {"seq_len": True}, r"^seq_len: must be a number, not True"),
-        ("perplexity", "the king", {"seq_len": "long"}, r"^seq_len: must be a valid integer"),
+        ("perplexity", "the king", {"seq_len": "long"}, r"^seq_len: must be a number, not 'long'"),
     ):
-        with pytest.raises(octavo.UsageError, match=message):
+        with pytest.raises(octavo.UsageError, match=message) as caught:
             getattr(anything, method)(text, **options)
+        assert caught.value.hint
 
 
 @pytest.mark.parametrize("seq_len", [None, 16])
@@ -98,7 +99,12 @@ def test_perplexity_is_that_of_the_command(
 
 
 def test_texts_that_cannot_be_measured_are_errors(model: LanguageModel) -> None:
-    with pytest.raises(octavo.UsageError, match="no token to evaluate"):
-        model.perplexity("")
+    for text in ("", "k", ["k"]):  # the last token of a text is EOS, which has no bytes
+        with pytest.raises(octavo.UsageError, match="no token to evaluate"):
+            model.evaluate(text)
+    with pytest.raises(octavo.UsageError, match="Text 2 is not Unicode text"):
+        model.perplexity(["the king", "\ud800"])
+    with pytest.raises(octavo.UsageError, match="prompt is not Unicode text"):
+        model.generate("\ud800")
     with pytest.raises(octavo.UsageError, match="more than the model's context of 128 tokens"):
         model.perplexity("the king", seq_len=129)

@@ -51,7 +51,9 @@ def load(server: Any, name: str, path: str | Path) -> Any:
 
 def test_without_adapters_from_there_are_no_adapter_routes(open_server: OpenServer) -> None:
     server = open_server()
-    assert load(server, "hamlet", "hamlet").status_code == 404
+    refused = load(server, "hamlet", "hamlet")
+    assert refused.status_code == 404
+    assert "--adapters-from" in refused.json()["error"]["message"]
     assert server.client.post(UNLOAD, json={"lora_name": "king"}).status_code == 404
     assert not {LOAD, UNLOAD} & server.client.get("/openapi.json").json()["paths"].keys()
     assert names(server) == ["tiny", "king", "queen"]

@@ -381,3 +381,10 @@ def test_a_body_that_cannot_be_parsed_has_a_clear_error(server: Any, body: bytes
     response = server.client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert "not UTF-8, or its JSON is nested too deeply" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_has_one_clear_error(server: Any, prompt: Any) -> None:
+    status, error = server.error(PATH, model="tiny", prompt=prompt)
+    assert (status, error["param"]) == (400, "prompt")
+    assert error["message"] == "`prompt` is empty: give at least one character or token to continue."

@@ -134,9 +134,9 @@ def test_index_lists_version_models_and_routes(server: Any) -> None:
     assert server.client.get("/ping").json() == {"status": "ok"}
 
 
-def test_the_error_for_an_unknown_route_names_the_docs(server: Any) -> None:
+def test_the_error_for_an_unknown_route_names_the_index(server: Any) -> None:
     status, error = server.error("/v1/nothing")
-    assert (status, error["message"]) == (404, "There is no route POST /v1/nothing. GET /docs lists the routes.")
+    assert (status, error["message"]) == (404, "There is no route POST /v1/nothing. GET / lists the routes.")
     response = server.client.delete("/v1/models")
     assert response.status_code == 405
-    assert "GET /docs" in response.json()["error"]["message"]
+    assert "GET / lists" in response.json()["error"]["message"]

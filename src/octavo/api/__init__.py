@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 from octavo.api.options import with_options
 from octavo.api.results import EvaluateResult, FinetuneResult, GenerateResult, PlanResult, QuantizeResult
-from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
+from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions, RunOptions
 from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
-from octavo.errors import UsageError
+from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
+from octavo.runs.folder import RunFolder
+from octavo.stopping import StopRequest
 
 if TYPE_CHECKING:
     from octavo.api.language_model import LanguageModel
@@ -41,7 +44,22 @@ def finetune(config: Config, quiet: bool) -> FinetuneResult:
     """Fine-tunes a model on text files. Writes a run folder with the adapter, metrics and a report."""
     from octavo.commands.finetune import finetune as run
 
-    return cast(FinetuneResult, run(config, console=not quiet))
+    try:
+        return cast(FinetuneResult, run(config, console=not quiet))
+    except StopRequest as error:
+        message, hint = _stopped(config[RunOptions].out)
+        raise StoppedError(message, number=error.number, hint=hint) from error
+    except StoppedError as error:
+        error.hint = _stopped(config[RunOptions].out)[1]
+        raise
+
+
+def _stopped(out: Path) -> tuple[str, str]:
+    """(message, hint) of a run that a signal stopped outside its training steps, at once."""
+    steps, call = RunFolder(out).steps(), f"octavo.finetune(out={str(out)!r}, resume=True)"
+    if not steps:
+        return "Stopped by a signal; there is no checkpoint yet.", f"{call} starts from the beginning."
+    return f"Stopped by a signal; the newest checkpoint is of step {steps[-1]:,}.", f"{call} continues after it."
 
 
 @with_options(EVALUATE)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from octavo.api.options import described_options, document, options_of, signature_of
 from octavo.api.results import GenerateResult, Score
-from octavo.bounded_json import shortened
+from octavo.bounded_json import encodable, shortened
 from octavo.commands.data import to_text
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
@@ -51,9 +51,9 @@ class LanguageModel:
     def generate(self, prompt: str, *, chat: bool = False, **options: Any) -> GenerateResult:
         """Continues a text, or answers it as a user's message with `chat`."""
         if not isinstance(prompt, str):
-            raise _mistyped("prompt", "a string", prompt)
+            raise _mistyped("prompt", "a string", prompt, hint=_HINT)
         if not isinstance(chat, bool):
-            raise _mistyped("chat", "True or False", chat)
+            raise _mistyped("chat", "True or False", chat, hint=_HINT)
         named = options_of(options, [name for name, _ in _OPTIONS], function="LanguageModel.generate")
         values = {**self.options.model_dump(), **named}
         chosen = Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions]
@@ -75,13 +75,18 @@ class LanguageModel:
             raise UsageError(f"seq_len {length:,} is more than the model's context of {context:,} tokens.")
         texts = list(text) if isinstance(text, Sequence) and not isinstance(text, str | bytes) else [text]
         if not all(isinstance(each, str) for each in texts):
-            raise _mistyped("text", "a string, or a list of strings", text)
+            raise _mistyped("text", "a string, or a list of strings", text, hint=_EVALUATE_HINT)
+        if wrong := [number for number, each in enumerate(texts, 1) if not encodable(each)]:
+            raise UsageError(
+                f"Text {wrong[0]} is not Unicode text: it has a lone surrogate.", hint="Decode it from UTF-8."
+            )
         reading = Reading([from_text(each, source=f"text {number}", line=0) for number, each in enumerate(texts, 1)])
         with Report(console=False) as report:
             rows = to_text(reading, options, self.tokenizer, report).measurable(0)
-        if not rows:
-            raise UsageError("The text has no token to evaluate.")
-        result = score(self.decoder, rows, n_bytes=trained_bytes(rows, self.tokenizer), batch_size=ROWS)
+        # The first token of a document is not predicted, and an EOS token has no bytes.
+        if not rows or not (n_bytes := trained_bytes(rows, self.tokenizer)):
+            raise UsageError("The text has no token to evaluate.", hint="Give a longer text, or a list of texts.")
+        result = score(self.decoder, rows, n_bytes=n_bytes, batch_size=ROWS)
         return {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
 
     def perplexity(self, text: str | Sequence[str], *, seq_len: int | None = None) -> float:
@@ -89,8 +94,8 @@ class LanguageModel:
         return self.evaluate(text, seq_len=seq_len)["perplexity"]
 
 
-def _mistyped(name: str, expected: str, value: object) -> UsageError:
-    return UsageError(f"{name}: must be {expected}, not {shortened(repr(value))}.")
+def _mistyped(name: str, expected: str, value: object, *, hint: str) -> UsageError:
+    return UsageError(f"{name}: must be {expected}, not {shortened(repr(value))}.", hint=hint)
 
 
 _OPTIONS = [(name, field) for name, field in GenerateOptions.model_fields.items() if name != "adapter"]

@@ -46,13 +46,18 @@ def with_options(
         names = [option for option, _ in fields(sections)]
 
         @functools.wraps(run)
-        def call(*values: Any, config: str | os.PathLike[str] | None = None, quiet: bool = False, **given: Any) -> Any:
+        def call(*values: Any, config: str | Path | None = None, quiet: bool = False, **given: Any) -> Any:
             if not isinstance(quiet, bool):
                 raise UsageError(f"quiet: must be True or False, not {shortened(repr(quiet))}.", hint=_hint(function))
             if len(values) > bool(positional) or (values and positional in given):
                 accepted = f"only {positional} without its name" if positional else "options by their names only"
                 raise TypeError(f"octavo.{function} takes {accepted}, once.")
             options = options_of({**given, **dict(zip([positional], values, strict=False))}, names, function=function)
+            if not isinstance(config, str | Path | None):
+                raise UsageError(
+                    f"config: must be a path, not {shortened(repr(config))}.",
+                    hint="Give the path of a YAML file, and options as keyword arguments.",
+                )
             file = None if config is None else Path(config)
             try:
                 return run(configure(sections, options, file, shown=str, hint=_hint(function)), quiet)

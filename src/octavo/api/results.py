@@ -57,7 +57,7 @@ class GenerateResult(TypedDict):
 
 
 class PlanRow(TypedDict):
-    """The plan of a scheme: peak memory (`least_gib`: of the plan with the least), and time if the GPU is known."""
+    """The plan of a scheme: its memory (`least_gib`: the smallest limit that fits), and time if the GPU is known."""
 
     scheme: str
     fits: bool

@@ -33,7 +33,7 @@ from octavo.hardware import Hardware
 from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.infer.loaded_model import LoadedModel
 from octavo.metrics import Score, score
-from octavo.models import Decoder, build
+from octavo.models import Decoder, parse
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.reporting import Report
 from octavo.runs.events import ScoreRow
@@ -111,6 +111,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
 
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
     """The packed rows for perplexity. UsageError if there are none, or they are longer than the model's context."""
+    check_context(parse(source.config).context, config[TextOptions].seq_len)
     text = to_text(
         read_documents(config[EvaluateOptions].data, config[TextOptions], report),
         config[TextOptions],
@@ -120,7 +121,6 @@ def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, re
     rows = text.measurable(config[EvaluateOptions].rows)
     if not rows:
         raise UsageError("The text has no token to evaluate.", hint="Inspect it with `octavo data`.")
-    check_context(build(source.config).config.context, config[TextOptions].seq_len)
     return rows
 
 

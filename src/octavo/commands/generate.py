@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from octavo.adapters import apply_
-from octavo.bounded_json import JsonError, parse
+from octavo.bounded_json import JsonError, encodable, parse
 from octavo.commands.loading import chosen_scheme, end_ids, load_model, opened, read_adapter, tokenizer_with
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.files import name_of, open_bytes, read_whole
@@ -62,7 +62,12 @@ def sampling_of(options: GenerateOptions) -> Sampling:
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> list[int]:
-    """The token ids of a prompt: encoded as training text, or with `chat` as a user message of the chat template."""
+    """The token ids of a prompt: encoded as training text, or with `chat` as a user message of the chat template.
+
+    UsageError for a prompt with a lone surrogate, which tokenizers do not encode.
+    """
+    if not encodable(text):
+        raise UsageError("The prompt is not Unicode text: it has a lone surrogate.", hint="Decode it from UTF-8.")
     return encode_conversation([Message("user", text)], tokenizer) if chat else encode_prompt(text, tokenizer)
 
 

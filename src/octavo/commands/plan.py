@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +22,11 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.config.section import arguments_of, flag_of
-from octavo.errors import UsageError
+from octavo.errors import AdapterError, UsageError
 from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak, pick
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
+from octavo.models import Decoder, build
 from octavo.ops.quantize import SCHEMES, Scheme
 from octavo.reporting import Report
 from octavo.runtime.dispatch import (
@@ -94,6 +96,21 @@ def adapter_plan(options: LoraOptions) -> AdapterPlan:
     return AdapterPlan(spec, tuple(options.lora_targets), norms=options.train_norms, biases=options.train_biases)
 
 
+def check_run(config: Config, source: Source) -> None:
+    """UsageError for rows longer than the model's context and for unknown LoRA targets, by config.json alone."""
+    model = build(source.config)
+    check_context(model.config.context, config[TextOptions].seq_len)
+    check_targets(model, config[LoraOptions])
+
+
+def check_targets(model: Decoder, options: LoraOptions) -> None:
+    """UsageError for a name in --lora-targets that no layer of the model has."""
+    try:
+        adapters.select(model, options.lora_targets)
+    except AdapterError as error:
+        raise UsageError(f"--lora-targets: {error.message}", hint=error.hint) from error
+
+
 def planner_for(
     config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, *, rows: int | None = None
 ) -> Planner:
@@ -105,6 +122,7 @@ def planner_for(
     batch_size = training.batch_size if rows is None else min(training.batch_size, rows)
     model = allocated(source.config, scheme, dtype=hardware.dtype, device=torch.device("meta"))
     check_context(model.config.context, length)
+    check_targets(model, config[LoraOptions])
     adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapters.trained(model))
     model.train()  # so that dropout is simulated too
@@ -187,7 +205,12 @@ def fit(
     if hardware.device.type == "cpu":  # the simulation is of a GPU's allocator: no reason for an error on a CPU
         return FittedPlan(planner.smallest(), budget, planner)
     _check_cpu_memory(planner.smallest(), planner)
-    raise _too_small(config, source, scheme, hardware, planner.gpu, planner.smallest().peak_bytes, budget)
+    raise _too_small(config, source, scheme, hardware, planner.gpu, _least_bytes(planner), budget)
+
+
+def _least_bytes(planner: Planner) -> int:
+    """The smallest memory budget with which a run fits."""
+    return math.ceil(planner.smallest().peak_bytes / MARGIN)
 
 
 def _check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
@@ -249,17 +272,33 @@ def _too_small(
         lengths.append(lengths[-1] // 2)
     auto = " --recompute auto" if config[MemoryOptions].recompute != "auto" else ""
     hints = []
+    tried: dict[str, int] = {}  # what does not fit, and the memory that it needs
     for name in names:
         for length in lengths:
             shorter = config.replace(seq_len=length)
-            smallest = planner_for(shorter, source, SCHEMES[name], hardware, gpu).smallest().peak_bytes
-            if smallest <= MARGIN * budget:
+            planner = planner_for(shorter, source, SCHEMES[name], hardware, gpu)
+            smallest, least = planner.smallest().peak_bytes, _least_bytes(planner)
+            if least <= budget:
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")
                 break
+            tried[f"--scheme {name} --seq-len {length}{auto}"] = least
+    is_limited = size_in_bytes(config[MemoryOptions].gpu_memory) is not None
+    more = "raise --gpu-memory" if is_limited else "free device memory"
+    if hints:
+        hint = f"This fits: {'; '.join(hints)}."
+    else:
+        cheapest = min(tried, key=lambda options: tried[options])
+        hint = f"Use a smaller model, or {more}: {cheapest} needs {_gib(tried[cheapest])} GiB."
     return UsageError(
-        f"The run needs at least {needed / MARGIN / GIB:.2f} GiB; {budget / GIB:.2f} GiB are available.",
-        hint=f"This fits: {'; '.join(hints)}." if hints else "Use a smaller model, or free device memory.",
+        f"With --scheme {scheme.name} --seq-len {config[TextOptions].seq_len} the run needs at least {_gib(needed)} "
+        f"GiB; {budget / GIB:.2f} GiB are available.",
+        hint=hint,
     )
+
+
+def _gib(budget: int) -> str:
+    """A memory budget in GiB, rounded up: with the shown value the run fits."""
+    return f"{math.ceil(budget / GIB * 100) / 100:.2f}"
 
 
 def plan(config: Config, report: Report) -> dict[str, Any]:
@@ -296,14 +335,25 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     ]
     shape = f"{config[TrainOptions].batch_size} x {config[TextOptions].seq_len}"
     title = f"{model_options.model}: {shape} in {budget / GIB:.1f} GiB"
-    report.table(
-        title, titles, [["" if row[key] is None else row[key] for key in _COLUMNS] for row in rows], result=True
+    report.table(title, titles, [[_cell(row[key]) for key in _COLUMNS] for row in rows], result=True)
+    report.say(
+        "least GiB: the smallest --gpu-memory with which the scheme fits. full layers: the layers that keep all "
+        "activations for backward; the others recompute them."
     )
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["peak_bytes"], budget)
+        # A level of --recompute that is given is planned without a margin.
+        needed = rows[0]["peak_bytes"] / (MARGIN if options.recompute == "auto" else 1)
+        raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, math.ceil(needed), budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+
+
+def _cell(value: object) -> object:
+    """A value of the table for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else value
 
 
 def _arguments(config: Config, scheme: str) -> list[str]:
@@ -349,7 +399,7 @@ def _row(
         "fits": fits,
         "peak_bytes": plan.peak_bytes,
         "peak_gib": round(plan.peak_bytes / GIB, 2),
-        "least_gib": round(planner.smallest().peak_bytes / GIB, 2),
+        "least_gib": float(_gib(_least_bytes(planner))),
         "host_gib": round(plan.host_bytes / GIB, 2),
         "micro_batch_size": plan.rows,
         "layers_all": plan.save.count(Save.ALL),

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import shortened
 from octavo.config.options import (
@@ -109,15 +110,21 @@ class Config:
             for key in flags
             if key not in names
         ]
+        # A settings file may have them: YAML reads 1e-4 as a string.
+        mistyped = {key: wanted for key, field in fields(kinds) if (wanted := _mistyped(field, flags.get(key)))}
+        problems += [
+            f"{shown(key)}: must be {wanted}, not {shortened(repr(flags[key]))}." for key, wanted in mistyped.items()
+        ]
         sections = {}
         for kind in kinds:
-            values = {key: given[key] for key in kind.model_fields if key in given}
+            values = {key: given[key] for key in kind.model_fields if key in given and key not in mistyped}
             try:
                 sections[kind] = kind.model_validate(values)
             except ValidationError as error:
                 errors = error.errors()[:MAX_PROBLEMS]
                 problems += [
-                    _problem(_name(entry["loc"][0], flags, shown), entry["msg"], entry["input"]) for entry in errors
+                    _problem(entry["loc"][0], entry["msg"], entry["input"], flags=flags, shown=shown)
+                    for entry in errors
                 ]
         if problems:
             raise UsageError("\n".join(problems), hint=hint)
@@ -138,7 +145,8 @@ class Config:
 
     def replace(self, **values: Any) -> Config:
         """A copy with some values changed and validated."""
-        flags = {key: value for section in self._sections.values() for key, value in section.model_dump().items()}
+        dumps = [section.model_dump(exclude_unset=True) for section in self._sections.values()]
+        flags = {key: value for dump in dumps for key, value in dump.items()}
         return Config.read(self.kinds, {**flags, **values})
 
 
@@ -163,19 +171,24 @@ def _similar(name: str, names: list[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _name(key: object, flags: Mapping[str, Any], shown: Callable[[str], str]) -> object:
-    """An option as the user wrote it: `--seq-len`, or `seq_len` in a file."""
-    return shown(str(key)) if key in flags else key
+def _mistyped(field: FieldInfo, value: object) -> str:
+    """What a string should be that pydantic would convert to the type of the field; "" for other values."""
+    kinds = {field.annotation, *get_args(field.annotation)}
+    if not isinstance(value, str) or not kinds & {int, float, bool}:
+        return ""
+    return "True or False" if bool in kinds else "a number"
 
 
-def _problem(key: object, message: str, value: object) -> str:
+def _problem(key: object, message: str, value: object, *, flags: Mapping[str, Any], shown: Callable[[str], str]) -> str:
+    """The error of an option, which is named as the user wrote it: `--seq-len`, or `seq_len` in a file."""
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     hint = ""
-    if any(kind in message for kind in ("string", "list", "path")):
+    if key not in flags and any(kind in message for kind in ("string", "list", "path")):
         if isinstance(value, bool):
             hint = f" (YAML reads an unquoted word like yes, no, on or off as {value}: put it in quotes)"
         elif isinstance(value, int | float):
             hint = f" (YAML reads it as the number {value}: put it in quotes)"
         elif isinstance(value, date):
             hint = f" (YAML reads it as the date {value}: put it in quotes)"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {shortened(repr(value))}{hint}."
+    name = shown(str(key)) if key in flags else key
+    return f"{name}: {message[0].lower()}{message[1:]}, not {shortened(repr(value))}{hint}."

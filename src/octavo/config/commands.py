@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from octavo.config import (
     ChatOptions,
     Config,
@@ -71,7 +73,10 @@ def _saved_settings(sections: Sections, given: Mapping[str, Any]) -> Path | None
     """The config.yaml of the run to resume."""
     if RunOptions not in sections or not given.get("resume"):
         return None
-    run = RunFolder(Path(given.get("out", RunOptions.model_fields["out"].default)))
+    try:
+        run = RunFolder(RunOptions.model_validate({key: given[key] for key in given if key == "out"}).out)
+    except ValidationError:  # `Config.read` names the option
+        return None
     run.check_format()
     if not run.settings.is_file():
         return None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Texts
+from octavo.config.section import Columns, Date, MemorySize, Names, Paths, Section, Text, Texts
 
 MAX_ROWS = 10**6  # of a step: more is a mistake, which the memory plan would simulate for minutes
 
@@ -151,8 +151,14 @@ class RunOptions(Section):
     force: bool = Field(
         False, description="Resume even if model, data, adapter or batch size differ from the checkpoint."
     )
-    checkpoint_every: int = Field(100, ge=0, description="Steps between checkpoints; 0: one at the end.")
-    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep.")
+    checkpoint_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between checkpoints, besides those of each best held-out loss and the last step; 0: none.",
+    )
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Number of newest checkpoints to keep, those of a best held-out loss included."
+    )
     eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out text; 0: five in a run.")
     eval_rows: int = Field(0, ge=0, description="Held-out packed rows to evaluate; 0: all.")
     keep: Literal["best", "last"] = Field("best", description="Adapter to keep: best held-out loss, or last.")
@@ -216,7 +222,7 @@ class ChatOptions(Section):
 
     panel = "Conversation"
 
-    system: str | None = Field(None, description="The system message.")
+    system: Text = Field(None, description="The system message.")
 
 
 class ServeOptions(Section):
@@ -228,7 +234,7 @@ class ServeOptions(Section):
         "127.0.0.1", min_length=1, description="Address to listen on; one that other machines can reach needs a key."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0: any free port.")
-    adapter: Texts = Field(
+    adapter: Paths = Field(
         [], description="An adapter to serve, as NAME=FOLDER, NAME=RUN or NAME=RUN@STEP; may be repeated."
     )
     adapters_from: Path | None = Field(

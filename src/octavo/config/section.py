@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from datetime import date
+from pathlib import Path
 from typing import Annotated, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from octavo.bounded_json import encodable
 
 
 def _split_commas(value: object) -> object:
@@ -34,6 +38,23 @@ def _columns(value: object) -> object:
 
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _text(value: object) -> object:
+    """A string, or a list of strings, without a lone surrogate, which tokenizers do not encode."""
+    if not all(encodable(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+        raise ValueError("must be Unicode text, without a lone surrogate")
+    return value
+
+
+def _check_path(path: str) -> None:
+    """ValueError for a path that no file can have."""
+    try:
+        has_null = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError("must be Unicode text, without a lone surrogate") from error
+    if has_null:
+        raise ValueError("must have no null character")
 
 
 def _memory_size(value: object) -> object:
@@ -67,7 +88,8 @@ Date = Annotated[str | None, BeforeValidator(_date)]
 Columns = Annotated[list[str], BeforeValidator(_columns)]
 Names = Annotated[list[str], BeforeValidator(_split_commas)]
 Paths = Annotated[list[str], BeforeValidator(_one_or_many)]
-Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
+Text = Annotated[str | None, BeforeValidator(_text)]
+Texts = Annotated[list[str], BeforeValidator(_text), BeforeValidator(_one_or_many)]
 
 
 class Section(BaseModel):
@@ -87,6 +109,8 @@ class Section(BaseModel):
             raise ValueError("must be a number")
         if isinstance(value, bytes | bytearray):
             raise ValueError("must be a string")
+        if Path in {kind, *get_args(kind)} and isinstance(value, str):
+            _check_path(value)
         return value
 
 

@@ -29,7 +29,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         if len(content) > MAX_BYTES:
             raise UsageError(f"{source} is larger than {MAX_BYTES:,} bytes.", hint="Settings are a few lines.")
         text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null character
         reason = error.strerror if isinstance(error, OSError) else f"{error}"
         raise UsageError(f"{source} cannot be read: {reason}.", hint="Check the path.") from error
     return parse_settings(text, source)

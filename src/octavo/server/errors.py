@@ -44,8 +44,10 @@ class ApiError(Exception):
         return JSONResponse(self.document, self.status, self.headers)
 
 
+ADAPTER_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # routes only with --adapters-from
 UNREADABLE = "There was an error parsing the body"  # FastAPI's message for every exception of json.loads
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TOO_SHORT = ("string_too_short", "too_short")  # pydantic's types of errors
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -86,7 +88,9 @@ def install(app: FastAPI) -> None:
         if message == UNREADABLE:
             message = "The body is not UTF-8, or its JSON is nested too deeply or has a number with too many digits."
         if message == phrase and error.status_code in (404, 405):
-            message = f"There is no route {request.method} {shortened(request.url.path)}. GET /docs lists the routes."
+            message = f"There is no route {request.method} {shortened(request.url.path)}. GET / lists the routes."
+            if error.status_code == 404 and request.url.path in ADAPTER_PATHS:
+                message = "This server loads no adapters at runtime. Start it with --adapters-from FOLDER."
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
@@ -108,9 +112,13 @@ def _invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     first = next(problem for problem, field in zip(problems, names, strict=True) if field == name)
     if first["type"] == "unsupported":
         return bad_request(f"`{_field_path(first['loc'])}`: {first['msg']}.", param=name, code="unsupported_parameter")
-    messages = dict.fromkeys(
-        str(problem["msg"]) for problem, field in zip(problems, names, strict=True) if field == name
-    )
+    # A union field fails once for each member: that it is empty is the reason, not that it is no list.
+    own = [problem for problem, field in zip(problems, names, strict=True) if field == name]
+    if any(problem["type"] in TOO_SHORT and problem["input"] in ("", []) for problem in own):
+        path = _field_path(first["loc"]) if name == "messages" else name
+        more = ": give at least one character or token to continue" if name == "prompt" else ""
+        return bad_request(f"`{path}` is empty{more}.", param=name)
+    messages = dict.fromkeys(str(problem["msg"]) for problem in own)
     reasons = "; ".join(list(messages)[:4])
     if not name:
         return bad_request("The body must be a JSON object, sent as `Content-Type: application/json`.")

@@ -256,7 +256,7 @@ def test_the_error_for_a_bad_file_names_it_and_leaves_no_run(
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"lora_targets": ["q_porj"]}, AdapterError, "q_proj"),
+        ({"lora_targets": ["q_porj"]}, UsageError, "--lora-targets.*'q_porj'.*\n.*q_proj"),
         ({"seq_len": 129}, UsageError, "--seq-len 128"),
         ({"data": ["absent"]}, UsageError, "absent"),
         ({"test_data": ["absent"]}, UsageError, "absent"),
@@ -269,6 +269,14 @@ def test_an_invalid_setting_is_reported_and_leaves_no_run(
     with pytest.raises(error, match=message):
         tune(tmp_path / "run", **changes)
     assert contents(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("changes", [{"lora_targets": ["foo"]}, {"seq_len": 129}], ids=str)
+def test_settings_that_do_not_fit_the_model_are_reported_before_text_is_read(
+    tune: Tune, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=r"--(lora-targets|seq-len)"):
+        tune(tmp_path / "run", data=["absent"], **changes)
 
 
 def test_data_without_targets_are_a_usage_error(tune: Tune, tmp_path: Path) -> None:

@@ -182,3 +182,12 @@ def test_a_chapter_with_other_line_breaks_or_spaces_is_a_near_copy(
     outcome = Outcome(tmp_path, real_tokenizer, data=[str(data)], test_data=[str(held_out)])
     assert outcome.overlap["near_copies"] == 1
     assert outcome.overlap["share"] > 0.7
+
+
+def test_a_test_fraction_beside_test_data_is_reported(tmp_path: Path, tokenizer: Any) -> None:
+    folder = write(tmp_path / "texts", train_txt="the king of storm\n" * 9, test_txt="my lord of the sea\n" * 9)
+    common = {"data": [str(folder / "train.txt")], "test_data": [str(folder / "test.txt")]}
+    said = "--test-fraction is not used"
+    assert said not in Outcome(tmp_path, tokenizer, **common).messages
+    for fraction in (0.1, TrainingData().test_fraction):
+        assert said in Outcome(tmp_path, tokenizer, **common, test_fraction=fraction).messages

@@ -9,7 +9,7 @@ from octavo import adapters
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
-from octavo.commands.plan import FittedPlan, adapter_plan, configure_backends, fit
+from octavo.commands.plan import FittedPlan, adapter_plan, check_run, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.data.prompt import writes_date
@@ -27,6 +27,7 @@ def prepare(config: Config, report: Report) -> Run:
     options = config[ModelOptions]
     hardware, source = opened(options, report)
     config = with_fitting_rows(config, source, report)
+    check_run(config, source)
     configure_backends(config[MemoryOptions], hardware, report)
     tokenizer, scheme = source.tokenizer(), chosen_scheme(options, source)
     if config[TextOptions].template_date is None and writes_date(tokenizer):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from octavo.commands.data import Encoded, Text, encode, read_documents, show_ledger, to_rows
-from octavo.config import Config, TextOptions, TrainingData, TrainOptions
+from octavo.config import Config, RunOptions, TextOptions, TrainingData, TrainOptions
 from octavo.data import holdout
 from octavo.data.documents import Reading
 from octavo.data.ledger import Overlap
@@ -75,7 +75,8 @@ def _sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -
         return encoded(Reading(documents=list(some)))
 
     if data.test_data:
-        if data.test_fraction not in (0, TrainingData().test_fraction):
+        resumed = RunOptions in config.kinds and config[RunOptions].resume  # its settings have every option
+        if "test_fraction" in data.model_fields_set and not resumed:
             report.say("--test-fraction is not used: --test-data is given.")
         held_out_text = read_documents(data.test_data, options, report)
         numbers = set(holdout.copies(training.documents, held_out_text.documents))
