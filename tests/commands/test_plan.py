@@ -20,7 +20,7 @@ import yaml
 from tests import devices
 
 from octavo import cli
-from octavo.commands import plan
+from octavo.commands import plan, run_plan
 from octavo.config import Config, MemoryOptions
 from octavo.errors import ModelError, UsageError
 from octavo.hardware import GPUS, Capabilities, Hardware
@@ -86,7 +86,7 @@ def plan_result(folder: Path, **changes: Any) -> dict[str, Any]:
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulates an RTX 3060 with 3 GiB of free memory."""
     monkeypatch.setattr(plan, "pick", lambda device, dtype: RTX_3060)
-    monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 3 * GIB)
+    monkeypatch.setattr(run_plan, "free_memory_bytes", lambda device: 3 * GIB)
 
 
 def test_plan_reads_only_the_headers_of_the_weights(hollow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_recompute_sets_the_save_level_of_all_layers(hollow: Path, recompute: st
 def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:
     """If the budget is between the smallest plan and that plan plus its margin, `octavo finetune` fails."""
     exact = {"matmul": "exact"}
-    planner = plan.planner_for(config_of(hollow, **exact), FolderSource(hollow), SCHEMES["nf4"], CPU, None)
+    planner = run_plan.planner_for(config_of(hollow, **exact), FolderSource(hollow), SCHEMES["nf4"], CPU, None)
     smallest = planner.smallest().peak_bytes
     short, enough = (f"{factor * smallest / GIB}GiB" for factor in (1.001, 1.001 / MARGIN))
     for ask in (partial(plan_result, hollow, scheme="nf4", **exact), partial(fitted, hollow, RTX_3060, "nf4", **exact)):
@@ -307,7 +307,7 @@ def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gp
 def test_plan_is_for_the_gpu_of_this_machine(hollow: Path) -> None:
     for gpu in (None, "RTX 3060"):
         result = plan_result(hollow, gpu_memory="auto", gpu=gpu)
-        assert result["budget_bytes"] == 3 * GIB - plan.LIBRARIES_BYTES
+        assert result["budget_bytes"] == 3 * GIB - run_plan.LIBRARIES_BYTES
         assert result["plans"][0]["seconds"] is not None
     with pytest.raises(
         UsageError, match="The memory of the H100 is not known"
@@ -324,13 +324,13 @@ def test_a_faster_gpu_has_a_shorter_predicted_time(hollow: Path) -> None:
     assert len(set(seconds)) == 4
 
 
-def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: Any) -> plan.FittedPlan:
-    return plan.fit(config_of(folder, **changes), FolderSource(folder), SCHEMES[scheme], hardware)
+def fitted(folder: Path, hardware: Hardware, scheme: str = "int8", **changes: Any) -> run_plan.FittedPlan:
+    return run_plan.fit(config_of(folder, **changes), FolderSource(folder), SCHEMES[scheme], hardware)
 
 
 def test_the_plan_of_a_run_has_no_more_sequences_than_the_data_have_rows(hollow: Path) -> None:
-    def fitted_rows(rows: int, **changes: Any) -> plan.FittedPlan:
-        return plan.fit(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], RTX_3060, rows=rows)
+    def fitted_rows(rows: int, **changes: Any) -> run_plan.FittedPlan:
+        return run_plan.fit(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], RTX_3060, rows=rows)
 
     many, few = fitted_rows(3, batch_size=4000), fitted(hollow, RTX_3060, batch_size=3)
     assert many.plan == few.plan
@@ -360,7 +360,7 @@ def test_a_plan_that_offloads_more_than_free_cpu_memory_is_an_error(
     hollow: Path, monkeypatch: pytest.MonkeyPatch, recompute: str
 ) -> None:
     requested: dict[str, Any] = {"gpu_memory": "4GiB", "recompute": recompute}
-    monkeypatch.setattr(plan, "free_memory_bytes", lambda device: 2**25)
+    monkeypatch.setattr(run_plan, "free_memory_bytes", lambda device: 2**25)
     with pytest.raises(UsageError, match="to CPU memory") as refused:
         fitted(hollow, RTX_3060, offload="on", **requested)
     assert "--offload off" in (refused.value.hint or "")
@@ -414,17 +414,17 @@ def test_cheaper_plans_end_with_the_smallest(hollow: Path) -> None:
 
 
 def test_the_memory_budget_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "free_memory_bytes", lambda device: {"cuda": 8, "cpu": 6}[device.type] * GIB)
+    monkeypatch.setattr(run_plan, "free_memory_bytes", lambda device: {"cuda": 8, "cpu": 6}[device.type] * GIB)
     auto, requested = (MemoryOptions.model_validate({"gpu_memory": size}) for size in ("auto", "11GB"))
-    assert plan.budget_bytes(auto, RTX_3060) == 8 * GIB - plan.LIBRARIES_BYTES
-    assert plan.budget_bytes(auto, CPU) == 3 * GIB
-    assert plan.budget_bytes(requested, RTX_3060) == plan.budget_bytes(requested, CPU) == 11 * 10**9
+    assert run_plan.budget_bytes(auto, RTX_3060) == 8 * GIB - run_plan.LIBRARIES_BYTES
+    assert run_plan.budget_bytes(auto, CPU) == 3 * GIB
+    assert run_plan.budget_bytes(requested, RTX_3060) == run_plan.budget_bytes(requested, CPU) == 11 * 10**9
 
 
 @pytest.mark.parametrize(("optimizer", "state"), [("adamw8bit", 2), ("adamw", 8)])
 def test_the_planner_has_the_settings_of_the_run(hollow: Path, optimizer: str, state: int) -> None:
     changes = {"optimizer": optimizer, "lora_targets": ["q_proj", "lm_head"], "train_norms": True, "batch_size": 3}
-    made = plan.planner_for(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], CPU, GPUS["L4"])
+    made = run_plan.planner_for(config_of(hollow, **changes), FolderSource(hollow), SCHEMES["int8"], CPU, GPUS["L4"])
     assert (made.batch_size, made.length, made.gpu, made.optimizer_bytes) == (3, 1024, GPUS["L4"], state)
     trained = [p for p in made.model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == LAYERS * 4 * 2 * 2048 + 4 * (2048 + 16384) + (LAYERS + 1) * 2 * 2048
@@ -454,7 +454,7 @@ def with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def reported(folder: Path, capabilities: Capabilities, **options: Any) -> str:
     """What a run on this device reports of its backends."""
     with Report(console=False, metrics=folder / "said") as report:
-        plan.configure_backends(MemoryOptions.model_validate(options), devices.hardware(capabilities), report)
+        run_plan.configure_backends(MemoryOptions.model_validate(options), devices.hardware(capabilities), report)
     return (folder / "said").read_text()
 
 
@@ -540,5 +540,5 @@ def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
 ])  # fmt: skip
 def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: Any, peak: int, text: str) -> None:
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
-    fitting = plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
+    fitting = run_plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
     assert (text in fitting.warning()) if text else fitting.warning() == ""

@@ -1,16 +1,24 @@
-"""Plans the memory of a run before its weights are read, for `octavo finetune` and `octavo plan`."""
+"""`octavo plan`: the memory and time of a run on a GPU, without reading weights."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from octavo import adapters
-from octavo.adapters import AdapterPlan
-from octavo.commands.loading import check_context, chosen_scheme, open_model, with_fitting_rows
+from octavo.commands.loading import chosen_scheme, open_model, with_fitting_rows
+from octavo.commands.run_plan import (
+    GIB,
+    LEVELS,
+    budget_bytes,
+    check_cpu_memory,
+    gib_text,
+    least_bytes,
+    planner_for,
+    too_small,
+)
 from octavo.config import (
     Config,
     LoraOptions,
@@ -22,283 +30,15 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.config.section import arguments_of, flag_of
-from octavo.errors import AdapterError, UsageError
-from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak, pick
+from octavo.errors import UsageError
+from octavo.hardware import GPUS, Hardware, Peak, peak, pick
 from octavo.layers.context import Save
-from octavo.layers.lora import LoraSpec, flatten_
-from octavo.models import Decoder, build
 from octavo.ops.quantize import SCHEMES, Scheme
 from octavo.reporting import Report
-from octavo.runtime.dispatch import (
-    Backends,
-    hopper_kernels_disabled_reason,
-    kernels_disabled_reason,
-    set_backends,
-)
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
-from octavo.store.weights import allocated
 from octavo.system import quoted
-from octavo.train.memory import MARGIN, MemoryPlan, Planner
-from octavo.train.precision import Precision, all_8bit
-
-LEVELS = {"none": Save.ALL, "selective": Save.ATTENTION, "full": Save.INPUT}
-GIB = 2**30
-LIBRARIES_BYTES = 400 * 2**20  # kernels that CUDA libraries load into device memory at their first use
-SHORTEST = 256  # tokens: shorter rows hardly take less memory
-
-
-@dataclass(frozen=True)
-class FittedPlan:
-    """A plan, its memory budget, and the planner for alternatives."""
-
-    plan: MemoryPlan
-    budget_bytes: int
-    planner: Planner
-    fixed: tuple[Save, ...] | None = None  # the save level of each layer, if --recompute sets it
-
-    def with_precision(self, precision: Precision) -> FittedPlan:
-        """The plan for another precision of the matmuls."""
-        if precision == self.planner.precision:
-            return self
-        planner = replace(self.planner, precision=precision)
-        if self.fixed is not None:
-            plan = planner.fixed(self.fixed, self.budget_bytes)
-        else:
-            plan = planner.best(self.budget_bytes) or planner.smallest()
-        return replace(self, plan=plan, planner=planner)
-
-    def describe(self) -> str:
-        """The plan for people."""
-        plan, time = self.plan, f", {self.plan.seconds:.3g} s a step" if self.plan.seconds else ""
-        return (
-            f"Plan: {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
-            f"{self.budget_bytes / GIB:.2f} GiB predicted{time}."
-        )
-
-    def warning(self) -> str:
-        """A warning if the plan of `with_precision` may not fit; "" if it fits."""
-        if self.fixed is not None and self.plan.peak_bytes > self.budget_bytes:
-            return "With this many exact matmuls the level of --recompute does not fit. --recompute auto may fit."
-        if self.fixed is None and self.plan.peak_bytes > MARGIN * self.budget_bytes:
-            return "With this many exact matmuls no plan is certain to fit: this is the plan of the least memory."
-        return ""
-
-    def cheaper(self, plan: MemoryPlan) -> MemoryPlan | None:
-        """A plan that takes less memory than `plan`; None if there is none."""
-        cheaper = self.planner.best(min(self.budget_bytes, plan.peak_bytes) * 0.94) or self.planner.smallest()
-        return cheaper if cheaper.peak_bytes < plan.peak_bytes else None
-
-
-def adapter_plan(options: LoraOptions) -> AdapterPlan:
-    """The trained parameters of a run: LoRA, norms, biases."""
-    spec = LoraSpec(options.rank, options.alpha, options.dropout, options.rslora)
-    return AdapterPlan(spec, tuple(options.lora_targets), norms=options.train_norms, biases=options.train_biases)
-
-
-def check_run(config: Config, source: Source) -> None:
-    """UsageError for rows longer than the model's context and for unknown LoRA targets, by config.json alone."""
-    model = build(source.config)
-    check_context(model.config.context, config[TextOptions].seq_len)
-    check_targets(model, config[LoraOptions])
-
-
-def check_targets(model: Decoder, options: LoraOptions) -> None:
-    """UsageError for a name in --lora-targets that no layer of the model has."""
-    try:
-        adapters.select(model, options.lora_targets)
-    except AdapterError as error:
-        raise UsageError(f"--lora-targets: {error.message}", hint=error.hint) from error
-
-
-def planner_for(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, *, rows: int | None = None
-) -> Planner:
-    """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context.
-
-    `rows` is the number of rows of the data, if it is known: no step has more.
-    """
-    training, length = config[TrainOptions], config[TextOptions].seq_len
-    batch_size = training.batch_size if rows is None else min(training.batch_size, rows)
-    model = allocated(source.config, scheme, dtype=hardware.dtype, device=torch.device("meta"))
-    check_context(model.config.context, length)
-    check_targets(model, config[LoraOptions])
-    adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
-    flatten_(adapters.trained(model))
-    model.train()  # so that dropout is simulated too
-    options = config[MemoryOptions]
-    return Planner(
-        model,
-        length,
-        batch_size,
-        optimizer_bytes=8 if training.optimizer == "adamw" else 2,
-        gpu=gpu,
-        offloads={"off": (False,), "on": (True,), "auto": (False, True)}[options.offload],
-        host_bytes=free_memory_bytes("cpu") / 2,
-        micro_batch_size=min(micro, batch_size) if (micro := training.micro_batch_size) else None,
-        precision=all_8bit(model) if wants_8bit(options, hardware, gpu) else Precision(),
-        fused=options.fused,
-    )
-
-
-def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
-    """Whether to use 8-bit matmuls. UsageError if --matmul 8bit is given and the GPU does not support them.
-
-    `gpu` is the GPU to plan for on a machine without one.
-    """
-    if options.matmul == "exact":
-        return False
-    device = hardware.capabilities
-    supported = device.matmul_8bit if device.is_gpu else gpu is not None and gpu.matmul_8bit
-    if options.matmul == "8bit":
-        if device.is_gpu and not supported:
-            raise UsageError(
-                f"{hardware.name} has no 8-bit matmuls: they need an NVIDIA GPU of compute capability 8.0.",
-                hint="Use --matmul exact.",
-            )
-        return True
-    return supported and options.kernels and not (device.is_gpu and kernels_disabled_reason(device))
-
-
-def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
-    """The memory budget of a run: --gpu-memory, else all free device memory, or half of the free RAM on a CPU."""
-    limit = size_in_bytes(options.gpu_memory)
-    if limit is not None:
-        return limit
-    free = free_memory_bytes(hardware.device)
-    return free - LIBRARIES_BYTES if hardware.capabilities.is_gpu else free // 2
-
-
-def fit(
-    config: Config,
-    source: Source,
-    scheme: Scheme,
-    hardware: Hardware,
-    *,
-    rows: int | None = None,
-    resumed: bool = False,
-) -> FittedPlan:
-    """The fastest plan that fits; if none does, a UsageError with settings that would fit.
-
-    `rows` are those of the data. The settings of a resumed run have the micro-batch size of its start; if that does not
-    fit, another is chosen.
-    """
-    options = config[MemoryOptions]
-    planner = planner_for(config, source, scheme, hardware, peak(hardware.name), rows=rows)
-    budget = budget_bytes(options, hardware)
-    if hardware.device.type == "cpu":
-        if options.offload == "on":
-            raise UsageError("--offload on needs a GPU.", hint="Leave the option out.")
-        planner.offloads = (False,)
-    if options.recompute != "auto":
-        level = LEVELS[options.recompute]
-        levels = (level,) * len(planner.model.blocks)
-        fixed = planner.fixed(levels, budget)
-        _check_cpu_memory(fixed, planner)
-        return FittedPlan(fixed, budget, planner, levels)
-    best = planner.best(budget)
-    if best is None and resumed and planner.micro_batch_size is not None:
-        planner = replace(planner, micro_batch_size=None)
-        best = planner.best(budget)
-    if best is not None:
-        return FittedPlan(best, budget, planner)
-    if hardware.device.type == "cpu":  # the simulation is of a GPU's allocator: no reason for an error on a CPU
-        return FittedPlan(planner.smallest(), budget, planner)
-    _check_cpu_memory(planner.smallest(), planner)
-    raise _too_small(config, source, scheme, hardware, planner.gpu, _least_bytes(planner), budget)
-
-
-def _least_bytes(planner: Planner) -> int:
-    """The smallest memory budget with which a run fits."""
-    return math.ceil(planner.smallest().peak_bytes / MARGIN)
-
-
-def _check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
-    """UsageError if a plan offloads more than half of the free CPU memory."""
-    if plan.host_bytes > planner.host_bytes:
-        raise UsageError(
-            f"The plan offloads {plan.host_bytes / GIB:.2f} GiB to CPU memory; the limit is "
-            f"{planner.host_bytes / GIB:.2f} GiB, half of the free CPU memory.",
-            hint="Use --offload off, fewer or shorter rows, or free CPU memory.",
-        )
-
-
-def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
-    """Sets the kernels and the attention backend of this process, and reports the choices and their reasons."""
-    set_backends(Backends(options.kernels, options.attention))
-    if not hardware.capabilities.is_gpu:
-        return
-    disabled = kernels_disabled_reason(hardware.capabilities) if options.kernels else "--no-kernels"
-    kernels = f"off ({disabled})" if disabled else _triton(hardware)
-    steps = "CUDA graphs" if options.cuda_graphs else "eager (--no-cuda-graphs)"
-    if not hardware.capabilities.cuda_graphs:
-        steps = "eager (CUDA graphs are tested on NVIDIA GPUs only)"
-    report.say(
-        f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Matmuls: {_matmuls(options, hardware)}."
-    )
-    limit = size_in_bytes(options.gpu_memory)
-    if limit is not None:
-        share = min(1.0, limit / hardware.capabilities.memory_bytes)
-        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
-
-
-def _triton(hardware: Hardware) -> str:
-    """ "Triton", with the reason if the Hopper kernels are disabled on a Hopper GPU."""
-    device = hardware.capabilities
-    reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
-    return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
-
-
-def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
-    """The precision of matmuls with frozen weights, and the reason."""
-    if wants_8bit(options, hardware):
-        return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
-    if options.matmul == "exact":
-        return "exact (--matmul exact)"
-    if hardware.capabilities.matmul_8bit:
-        return "exact (8 bits need the kernels)"
-    return "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
-
-
-def _too_small(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, needed: int, budget: int
-) -> UsageError:
-    """The error for a run that does not fit. Its hint has the longest rows that fit for each scheme."""
-    names = [scheme.name]
-    if stored_scheme(source).name == "none":
-        names += [name for name in ("int8", "nf4") if name != scheme.name]
-    lengths = [config[TextOptions].seq_len]
-    while lengths[-1] > SHORTEST:
-        lengths.append(lengths[-1] // 2)
-    auto = " --recompute auto" if config[MemoryOptions].recompute != "auto" else ""
-    hints = []
-    tried: dict[str, int] = {}  # what does not fit, and the memory that it needs
-    for name in names:
-        for length in lengths:
-            shorter = config.replace(seq_len=length)
-            planner = planner_for(shorter, source, SCHEMES[name], hardware, gpu)
-            smallest, least = planner.smallest().peak_bytes, _least_bytes(planner)
-            if least <= budget:
-                hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")
-                break
-            tried[f"--scheme {name} --seq-len {length}{auto}"] = least
-    is_limited = size_in_bytes(config[MemoryOptions].gpu_memory) is not None
-    more = "raise --gpu-memory" if is_limited else "free device memory"
-    if hints:
-        hint = f"This fits: {'; '.join(hints)}."
-    else:
-        cheapest = min(tried, key=lambda options: tried[options])
-        hint = f"Use a smaller model, or {more}: {cheapest} needs {_gib(tried[cheapest])} GiB."
-    return UsageError(
-        f"With --scheme {scheme.name} --seq-len {config[TextOptions].seq_len} the run needs at least {_gib(needed)} "
-        f"GiB; {budget / GIB:.2f} GiB are available.",
-        hint=hint,
-    )
-
-
-def _gib(budget: int) -> str:
-    """A memory budget in GiB, rounded up: with the shown value the run fits."""
-    return f"{math.ceil(budget / GIB * 100) / 100:.2f}"
+from octavo.train.memory import MARGIN
 
 
 def plan(config: Config, report: Report) -> dict[str, Any]:
@@ -344,7 +84,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     if first is None:
         # A level of --recompute that is given is planned without a margin.
         needed = rows[0]["peak_bytes"] / (MARGIN if options.recompute == "auto" else 1)
-        raise _too_small(config, source, SCHEMES[chosen], hardware, gpu, math.ceil(needed), budget)
+        raise too_small(config, source, SCHEMES[chosen], hardware, gpu, math.ceil(needed), budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
 
@@ -392,14 +132,14 @@ def _row(
     else:
         plan = planner.fixed((LEVELS[level],) * len(planner.model.blocks), budget)
         fits = plan.peak_bytes <= budget
-    _check_cpu_memory(plan, planner)
+    check_cpu_memory(plan, planner)
     tokens = training.batch_size * planner.length
     return {
         "scheme": scheme.name,
         "fits": fits,
         "peak_bytes": plan.peak_bytes,
         "peak_gib": round(plan.peak_bytes / GIB, 2),
-        "least_gib": float(_gib(_least_bytes(planner))),
+        "least_gib": float(gib_text(least_bytes(planner))),
         "host_gib": round(plan.host_bytes / GIB, 2),
         "micro_batch_size": plan.rows,
         "layers_all": plan.save.count(Save.ALL),

@@ -19,7 +19,7 @@ import octavo.commands.finetune as package
 from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, contents_of
-from octavo.commands.plan import FittedPlan
+from octavo.commands.run_plan import FittedPlan
 from octavo.config import Config
 from octavo.data.loader import Position
 from octavo.data.packing import IGNORE_INDEX, Row

@@ -14,7 +14,7 @@ from tests import devices
 
 from octavo.commands.finetune.precision import _measured
 from octavo.commands.finetune.prepare import prepare
-from octavo.commands.plan import planner_for, wants_8bit
+from octavo.commands.run_plan import planner_for, wants_8bit
 from octavo.config import Config, MemoryOptions
 from octavo.errors import CheckpointError, UsageError
 from octavo.hardware import GPUS, Hardware
@@ -76,7 +76,7 @@ def test_on_a_cpu_auto_is_exact(exact: Path) -> None:
 def no_layer_acceptable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enables 8-bit matmuls as on a GPU, with an error limit that no layer is under."""
     monkeypatch.setattr("octavo.commands.finetune.state.wants_8bit", lambda *_: True)
-    monkeypatch.setattr("octavo.commands.plan.wants_8bit", lambda *_: True)
+    monkeypatch.setattr("octavo.commands.run_plan.wants_8bit", lambda *_: True)
     monkeypatch.setattr("octavo.train.precision.LIMIT", 0.0)
 
 
@@ -167,14 +167,14 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
 def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
     hardware: Hardware, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.commands.plan.kernels_disabled_reason", lambda _: "")
+    monkeypatch.setattr("octavo.commands.run_plan.kernels_disabled_reason", lambda _: "")
     assert wants_8bit(MemoryOptions(), hardware, GPUS[gpu] if gpu else None) is expected
     assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[gpu] if gpu else None)
 
 
 def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_8bit(MemoryOptions(kernels=False), NEW)
-    monkeypatch.setattr("octavo.commands.plan.kernels_disabled_reason", lambda _: "Triton is not installed")
+    monkeypatch.setattr("octavo.commands.run_plan.kernels_disabled_reason", lambda _: "Triton is not installed")
     assert not wants_8bit(MemoryOptions(), NEW)
 
 

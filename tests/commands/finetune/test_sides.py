@@ -184,7 +184,7 @@ def test_a_chapter_with_other_line_breaks_or_spaces_is_a_near_copy(
     assert outcome.overlap["share"] > 0.7
 
 
-def test_a_test_fraction_beside_test_data_is_reported(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_test_fraction_together_with_test_data_is_reported(tmp_path: Path, tokenizer: Any) -> None:
     folder = write(tmp_path / "texts", train_txt="the king of storm\n" * 9, test_txt="my lord of the sea\n" * 9)
     common = {"data": [str(folder / "train.txt")], "test_data": [str(folder / "test.txt")]}
     said = "--test-fraction is not used"

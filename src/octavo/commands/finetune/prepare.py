@@ -9,7 +9,7 @@ from octavo import adapters
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
-from octavo.commands.plan import FittedPlan, adapter_plan, check_run, configure_backends, fit
+from octavo.commands.run_plan import FittedPlan, adapter_plan, check_run, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.data.prompt import writes_date

@@ -19,7 +19,7 @@ from octavo.adapters import AdapterPlan
 from octavo.bounded_json import JsonError, integer, number, shown
 from octavo.commands.data import Text
 from octavo.commands.finetune.model_card import model_card
-from octavo.commands.plan import FittedPlan, wants_8bit
+from octavo.commands.run_plan import FittedPlan, wants_8bit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.config.settings import parse_settings
 from octavo.data.loader import Position
