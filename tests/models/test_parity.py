@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.data.packing import IGNORE_INDEX
@@ -96,6 +105,29 @@ CASES = {
     "qwen3, grouped heads": Qwen3Config(**like_llama(4, 2, head_dim=16)),
     "qwen3, wide heads, biases, tied": Qwen3Config(
         **like_llama(3, 1, head_dim=24, attention_bias=True, tie_word_embeddings=True)
+    ),
+    "smollm3, every fourth layer without rotary": SmolLM3Config(
+        **like_llama(4, 2, num_hidden_layers=4, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    ),
+    "smollm3, given layers without rotary, untied": SmolLM3Config(
+        **like_llama(
+            3,
+            1,
+            num_hidden_layers=3,
+            no_rope_layers=[0, 1, 0],
+            tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "smollm3, biases": SmolLM3Config(
+        **like_llama(2, 2, attention_bias=True, mlp_bias=True, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    ),
+    "olmo2, grouped heads": Olmo2Config(**like_llama(4, 2, eos_token_id=2, pad_token_id=None)),
+    "olmo2, tied": Olmo2Config(**like_llama(3, 3, tie_word_embeddings=True, eos_token_id=2, pad_token_id=None)),
+    "olmo2, one key head, biases": Olmo2Config(
+        **like_llama(4, 1, attention_bias=True, eos_token_id=2, pad_token_id=None)
     ),
     "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
     "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),

@@ -86,6 +86,15 @@ class ConfigFields:
         except JsonError as error:
             raise self.wrong(str(error)) from error
 
+    def flags(self, key: str, *, default: list[bool]) -> list[bool]:
+        """A list of truth values, each true, false, 1 or 0; `default` for a key that is absent or null."""
+        value = self.source.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, list) or not all(isinstance(item, int) and item in (0, 1) for item in value):
+            raise self.wrong(f"{key} is {shown(value)}; it must be a list of 0 and 1")
+        return [bool(item) for item in value]
+
     def texts(self, key: str) -> list[str]:
         """A list of strings; [] for a key that is absent or null."""
         value = self.source.get(key)
