@@ -16,8 +16,10 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from octavo.adapters import Adapter, AdapterPlan, apply_, create_, save, trained
@@ -41,11 +43,15 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
 }
+# The families' own ids of special tokens are beyond the vocabulary here.
+NO_IDS: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 # 64 columns are one block of nf4. The last 6 tokens of the vocabulary are not the tokenizer's: never selected.
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
     "tied": LlamaConfig(vocab_size=264, **LLAMA, tie_word_embeddings=True),
     "qwen3": Qwen3Config(vocab_size=264, **LLAMA, head_dim=16),
+    "smollm3": SmolLM3Config(vocab_size=264, **LLAMA, no_rope_layers=[1, 0], tie_word_embeddings=False, **NO_IDS),
+    "olmo2": Olmo2Config(vocab_size=264, **LLAMA, **NO_IDS),
     "neox": GPTNeoXConfig(
         vocab_size=264,
         hidden_size=64,
@@ -59,6 +65,8 @@ CONFIGS: dict[str, Any] = {
 EMBEDDINGS = {
     "llama": ("embed_tokens", "lm_head"),
     "qwen3": ("embed_tokens", "lm_head"),
+    "smollm3": ("embed_tokens", "lm_head"),
+    "olmo2": ("embed_tokens", "lm_head"),
     "neox": ("embed_in", "embed_out"),
     "tied": ("embed_tokens",),
     "gptj": ("wte", "lm_head"),

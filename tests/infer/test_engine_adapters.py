@@ -57,7 +57,10 @@ def stored(engine: Engine) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [*product(["llama", "tied", "gptj"], ["none", "int8", "nf4"]), ("qwen3", "int8"), ("neox", "int8")],
+    [
+        *product(["llama", "tied", "gptj"], ["none", "int8", "nf4"]),
+        *product(["qwen3", "smollm3", "olmo2", "neox"], ["int8"]),
+    ],
 )
 def test_each_row_uses_the_adapter_of_its_request(families: dict[str, Family], name: str, scheme: str) -> None:
     family = families[name]

@@ -14,8 +14,10 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from octavo.store.builtin import open_smollm2
@@ -38,6 +40,8 @@ CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama-tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, head_dim=16),
+    "smollm3": SmolLM3Config(**LLAMA, no_rope_layers=[0, 1], pad_token_id=None),
+    "olmo2": Olmo2Config(**LLAMA, pad_token_id=None),
     "neox": GPTNeoXConfig(**NEOX),
     "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
     # The rows of q, k and v of a head are two whole blocks of dynamic8.
