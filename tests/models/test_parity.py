@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -84,6 +85,9 @@ def like_neox(heads: int, **changes: Any) -> dict[str, Any]:
     return shape | changes
 
 
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+}  # fmt: skip
 SEQUENTIAL = {"use_parallel_residual": False}
 CASES = {
     "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
@@ -128,6 +132,13 @@ CASES = {
     "olmo2, tied": Olmo2Config(**like_llama(3, 3, tie_word_embeddings=True, eos_token_id=2, pad_token_id=None)),
     "olmo2, one key head, biases": Olmo2Config(
         **like_llama(4, 1, attention_bias=True, eos_token_id=2, pad_token_id=None)
+    ),
+    "granite, all multipliers": GraniteConfig(**like_llama(4, 2, **MULTIPLIERS)),
+    "granite, tied, biases": GraniteConfig(
+        **like_llama(3, 1, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **MULTIPLIERS)
+    ),
+    "granite, one multiplier, three layers": GraniteConfig(
+        **like_llama(2, 2, num_hidden_layers=3, attention_multiplier=0.1)
     ),
     "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
     "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),

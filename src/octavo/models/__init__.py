@@ -14,7 +14,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gpt_neox, gptj, llama, olmo2, qwen3, smollm3
+from octavo.models import gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
 from octavo.models.checks import check_config, check_entries, check_paths
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
@@ -31,6 +31,7 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "Qwen2ForCausalLM": ("qwen2", llama),
     "Qwen3ForCausalLM": ("qwen3", qwen3),
     "SmolLM3ForCausalLM": ("smollm3", smollm3),
+    "GraniteForCausalLM": ("granite", granite),
     "Olmo2ForCausalLM": ("olmo2", olmo2),
     "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
 }

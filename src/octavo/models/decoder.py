@@ -50,6 +50,10 @@ class DecoderConfig(Protocol):
     def head(self) -> str: ...
     @property
     def head_bias(self) -> bool: ...
+    @property
+    def embedding_scale(self) -> float: ...  # the embedding's output is multiplied by it
+    @property
+    def output_scale(self) -> float: ...  # and the input of the head by this
     def new_norm(self) -> LayerNorm | RmsNorm: ...
 
 
@@ -96,14 +100,17 @@ class Decoder(nn.Module):
             batch, length, rotary, documents, view, adapter_ids, offload, options.matmul8, options.dropout,
             options.fused,
         )  # fmt: skip
-        x = self.embed(ids, adapter_ids)  # (B, T, d)
+        x = self._scaled(self.embed(ids, adapter_ids), self.config.embedding_scale)  # (B, T, d)
         levels = [options.save] * len(self.blocks) if isinstance(options.save, Save) else options.save
         for layer, (block, level) in enumerate(zip(self.blocks, levels, strict=True)):
             x = run_block(block, x, context.at(layer, level))  # (B, T, d)
         if view is not None:
             view.finish()
-        normed: Tensor = self.norm(x)  # (B, T, d)
-        return normed
+        return self._scaled(self.norm(x), self.config.output_scale)  # (B, T, d)
+
+    @staticmethod
+    def _scaled(x: Tensor, scale: float) -> Tensor:
+        return x if scale == 1 else x * scale
 
     def forward(self, ids: Tensor, **context: Any) -> Tensor:
         """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""

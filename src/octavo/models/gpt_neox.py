@@ -56,6 +56,7 @@ class Config:
     embedding = "embed_in"
     head = "embed_out"
     head_bias = False
+    embedding_scale = output_scale = 1.0
 
     @property
     def key_value_heads(self) -> int:

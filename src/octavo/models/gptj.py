@@ -60,6 +60,7 @@ class Config:
     embedding = "wte"
     head = "lm_head"
     head_bias = True
+    embedding_scale = output_scale = 1.0
 
     def new_norm(self) -> LayerNorm:
         return LayerNorm(self.width, self.norm_eps)

@@ -52,6 +52,7 @@ class Config:
     embedding = "embed_tokens"  # the last parts of their names in a checkpoint
     head = "lm_head"
     head_bias = False
+    embedding_scale = output_scale = 1.0
 
     def new_norm(self) -> RmsNorm:
         return RmsNorm(self.width, self.norm_eps)
