@@ -18,6 +18,7 @@ import typer
 from octavo._version import __version__
 from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions
 from octavo.config.commands import CHAT as CHAT
+from octavo.config.commands import CHECK as CHECK
 from octavo.config.commands import CONVERT as CONVERT
 from octavo.config.commands import DATA as DATA
 from octavo.config.commands import EVALUATE as EVALUATE
@@ -154,6 +155,34 @@ def convert(config: Config, as_json: bool) -> None:
 
     with Report(results=not as_json) as report:
         _print_json(run(config, report), as_json)
+
+
+models_app = typer.Typer(name="models", epilog=EXIT_CODES)
+app.add_typer(models_app)
+
+
+@models_app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """List the supported architectures, or check one model."""
+    from octavo.commands.models import list_models
+    from octavo.reporting import Report
+
+    if context.invoked_subcommand is None:
+        with Report(results=not as_json) as report:
+            _print_json(list_models(report), as_json)
+
+
+@command(models_app, CHECK, usual=("model", "revision"), positional="model")
+def check(config: Config, as_json: bool) -> None:
+    """Check whether a model is supported, from its config.json alone: sizes, LoRA targets, memory of the weights."""
+    from octavo.commands.models import check_model
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(check_model(config, report), as_json)
 
 
 @command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")

@@ -21,6 +21,7 @@ from octavo.bounded_json import shortened
 from octavo.config.options import (
     DEMO,
     ChatOptions,
+    CheckOptions,
     ConvertOptions,
     DataOptions,
     EvaluateOptions,
@@ -44,6 +45,7 @@ from octavo.errors import UsageError
 __all__ = [
     "DEMO",
     "ChatOptions",
+    "CheckOptions",
     "Config",
     "ConvertOptions",
     "DataOptions",

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from octavo.config import (
     ChatOptions,
+    CheckOptions,
     Config,
     ConvertOptions,
     DataOptions,
@@ -44,6 +45,7 @@ CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
 SERVE: Sections = (ModelOptions, ServeOptions)
 QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
+CHECK: Sections = (CheckOptions,)
 DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 
 

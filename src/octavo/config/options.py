@@ -302,6 +302,15 @@ class ConvertOptions(Section):
     out: Path | None = Field(None, description="New folder to write, with base/ and adapter/.")
 
 
+class CheckOptions(Section):
+    """The model whose config.json is checked."""
+
+    panel = "Model"
+
+    model: str | None = Field(None, description="Model to check: a folder, a .gguf file, a hub id, or smollm2.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+
+
 class DataOptions(Section):
     """The text to inspect."""
 

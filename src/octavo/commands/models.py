@@ -1,0 +1,79 @@
+"""`octavo models`: the supported architectures; `octavo models check`: what octavo makes of one model's config.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from octavo.config import CheckOptions, Config
+from octavo.errors import UsageError
+from octavo.layers.frozen_matrix import FrozenMatrix
+from octavo.models import FAMILIES, Decoder, build, family, weight_entries
+from octavo.models.fused_blocks import FUSED
+from octavo.ops.quantize import SCHEMES, Scheme
+from octavo.reporting import Report
+from octavo.store.resolve import open_source
+from octavo.store.sources import Source
+from octavo.store.weights import allocated
+
+GIB = 2**30
+
+
+def list_models(report: Report) -> dict[str, Any]:
+    """Prints the table of architectures; returns the JSON result."""
+    rows = [
+        {"architecture": architecture, "model_type": model_type, "fused": module.Block in FUSED}
+        for architecture, (model_type, module) in sorted(FAMILIES.items())
+    ]
+    cells = [[row["architecture"], row["model_type"], "yes" if row["fused"] else "no"] for row in rows]
+    report.table("Supported architectures", ["architecture", "model_type", "fused block"], cells, result=True)
+    report.say("A fused block trains faster and gives the same results; all other commands have no such difference.")
+    return {"architectures": rows}
+
+
+def check_model(config: Config, report: Report) -> dict[str, Any]:
+    """Prints the sizes of a model and its weights under each scheme; ModelError names what octavo does not support."""
+    options = config[CheckOptions]
+    if options.model is None:
+        raise UsageError("The model to check is missing.", hint="octavo models check FOLDER, or a hub id.")
+    source = open_source(options.model, revision=options.revision, weights=False, report=report)
+    facts = _facts(source)
+    shown = {**facts, "parameters": f"{facts['parameters']:,}", "lora_targets": ", ".join(facts["lora_targets"])}
+    shown |= {name: "yes" if value else "no" for name, value in facts.items() if isinstance(value, bool)}
+    report.table(options.model, ["config.json", ""], [[name, str(value)] for name, value in shown.items()], result=True)
+    weights = {name: round(_weight_bytes(source, scheme) / GIB, 2) for name, scheme in SCHEMES.items()}
+    report.table("Weights", ["scheme", "GiB"], [[name, f"{gib:.2f}"] for name, gib in weights.items()], result=True)
+    report.say("A run also needs memory for activations, adapters and the optimizer: see `octavo plan`.")
+    return {**facts, "weights_gib": weights}
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    model_type, module = family(source.config)
+    decoder = build(source.config)
+    config = decoder.config
+    return {
+        "model_type": model_type,
+        "fused": module.Block in FUSED,
+        "parameters": sum(matrix.shape[0] * matrix.shape[1] for matrix in _matrices(decoder)),
+        "layers": config.layers,
+        "width": config.width,
+        "key_value_heads": config.key_value_heads,
+        "head_size": config.head_size,
+        "vocabulary": config.vocabulary,
+        "context": config.context,
+        "tied": config.tied,
+        "lora_targets": list(dict.fromkeys(e.key for e in weight_entries(decoder).values() if e.matrix is not None)),
+    }
+
+
+def _matrices(model: Decoder) -> list[FrozenMatrix]:
+    """The matrices of a model, that of a tied embedding once."""
+    return [module for module in model.modules() if isinstance(module, FrozenMatrix)]
+
+
+def _weight_bytes(source: Source, scheme: Scheme) -> int:
+    """The bytes of all weights under a scheme; unquantized ones have 2 bytes, norms and biases 4."""
+    model = allocated(source.config, scheme, dtype=torch.bfloat16, device=torch.device("meta"))
+    parameters = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    return sum(matrix.stored_bytes for matrix in _matrices(model)) + parameters

@@ -1,0 +1,64 @@
+"""`octavo models` and `octavo models check`, from config.json files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conftest import Octavo
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GraniteConfig, LlamaConfig
+
+from octavo.models import FAMILIES
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+CONFIGS = {
+    "llama, tied": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, mlp_bias=True),
+    "granite": GraniteConfig(**SIZES, num_key_value_heads=1),
+    "neox": GPTNeoXConfig(**SIZES),
+}
+
+
+def folder_of(config: Any, folder: Path) -> Path:
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_all_architectures_are_listed(octavo: Octavo) -> None:
+    listed = json.loads(octavo("models", "--json").out)["architectures"]
+    assert {row["architecture"]: row["model_type"] for row in listed} == {
+        architecture: model_type for architecture, (model_type, _) in FAMILIES.items()
+    }
+    assert {row["model_type"] for row in listed if row["fused"]} == {"gptj", "llama", "mistral", "qwen2"}
+    assert all(architecture in octavo("models").out for architecture in FAMILIES)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_alone_tells_the_parameters_of_the_model(case: str, octavo: Octavo, tmp_path: Path) -> None:
+    facts = json.loads(octavo("models", "check", folder_of(CONFIGS[case], tmp_path), "--json").out)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(CONFIGS[case])
+    matrices = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim == 2)
+    others = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim == 1)
+    assert facts["parameters"] == matrices
+    assert facts["layers"] == 3
+    assert facts["weights_gib"]["none"] == round((2 * matrices + 4 * others) / 2**30, 2)
+    modules = {
+        name.rpartition(".")[2] for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    assert modules - set(facts["lora_targets"]) <= {"lm_head"}  # GPT-NeoX calls its head embed_out in files
+
+
+def test_what_is_not_supported_is_named(octavo: Octavo, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Gemma4ForConditionalGeneration"]}')
+    failed = octavo("models", "check", tmp_path)
+    assert failed.code == 1
+    assert "does not support this model's architecture: Gemma4ForConditionalGeneration" in failed.err
+    missing = octavo("models", "check")
+    assert (missing.code, "octavo models check FOLDER" in missing.err) == (2, True)
