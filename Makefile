@@ -19,7 +19,8 @@ demo: $(VENV)/.run
 
 test: lint types tests
 
-# The exhaustive matrices; `make test` has a case of each. That none is marked (5) is no failure.
+# The exhaustive matrices, of which `make test` has a case each, and single tests that take long. That none is marked (5)
+# is no failure.
 test-all: $(VENV)/.dev
 	$(PYTEST) -m exhaustive || test $$? -eq 5
 

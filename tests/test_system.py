@@ -225,6 +225,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.exhaustive
 def test_finetune_and_resume_with_windows_modules_only(tiny_llama: Path, plays: Path, tmp_path: Path) -> None:
     """In a separate process, in which no library has imported the hidden modules yet."""
     run = ("finetune", "--out", tmp_path / "run")

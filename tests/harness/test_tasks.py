@@ -312,6 +312,7 @@ def test_the_error_for_an_unknown_task_names_the_most_similar_one(write_task: Wr
     assert "lm-eval ls tasks" in error.hint
 
 
+@pytest.mark.exhaustive
 def test_tasks_of_lm_eval_and_of_a_folder_can_be_combined(write_task: Write) -> None:
     folder = write_task("speech", SPEECHES, **ROLLING)
     error = refusal(options(folder, "hellaswag,speech"))

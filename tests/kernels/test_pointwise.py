@@ -27,6 +27,7 @@ for even in product([False, True], repeat=2):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", ["_gelu_backward", "_swiglu_backward"])
 def test_nothing_is_stored_before_everything_is_loaded(kernel: str, forks: Forks) -> None:
     """A thread may store to an address that another one loads: with two kinds of pitches an H100 lost gradients."""

@@ -334,7 +334,10 @@ def test_unsupported_options_of_a_config_are_errors(what: str) -> None:
 
 
 def test_an_unknown_architecture_names_the_known() -> None:
-    with pytest.raises(ModelError, match=r"OPTForCausalLM(.|\n)*GPTJForCausalLM, GPTNeoXForCausalLM, LlamaForCausalLM"):
+    with pytest.raises(
+        ModelError,
+        match=r"OPTForCausalLM(.|\n)*GPTNeoXForCausalLM, GraniteForCausalLM, LlamaForCausalLM",
+    ):
         build({"architectures": ["OPTForCausalLM"]})
 
 

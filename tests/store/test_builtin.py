@@ -138,6 +138,7 @@ def test_logits_are_as_accurate_as_those_of_transformers(source: FolderSource, p
     assert true.abs().max() > 10
 
 
+@pytest.mark.exhaustive
 def test_8_bits_cost_at_most_two_percent_of_perplexity(source: FolderSource, plain: Decoder, ids: Tensor) -> None:
     def perplexity(model: Decoder) -> float:
         with torch.no_grad():

@@ -362,6 +362,7 @@ print(json.dumps([written(weights.BLOCK_VALUES), written(2**40)]))
 )
 
 
+@pytest.mark.exhaustive
 def test_writing_takes_the_memory_of_a_shard_and_one_quantized_tensor(llama_folder: Path, tmp_path: Path) -> None:
     (llama_folder / "config.json").write_text(json.dumps(WIDE))
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).half()

@@ -342,6 +342,7 @@ print(json.dumps([loaded(weights.BLOCK_VALUES), loaded(2**40)]))
 )
 
 
+@pytest.mark.exhaustive
 def test_loading_takes_little_more_memory_than_the_quantized_model(tmp_path: Path, forks: Forks) -> None:
     def run(program: str, *arguments: str) -> str:
         command = [sys.executable, "-W", "ignore", "-c", program, *arguments]

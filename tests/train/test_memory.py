@@ -233,6 +233,7 @@ def test_an_unknown_gpu_has_the_plan_of_a_known_one() -> None:
     ]
 
 
+@pytest.mark.exhaustive
 def test_offload_moves_inputs_and_the_embedding_to_cpu_memory() -> None:
     """Expected: 2 bytes per value of the input of all branches except two; a Llama has two branches per layer."""
     for shape, rows, branches, vocab_size in (("gptj", 1, 28, 50400), ("llama", 4, 64, 32768)):

@@ -38,6 +38,7 @@ print(len(set(re.findall(r"wgmma\\.mma_async\\S*(m64n\\d+k16\\.f32\\.bf16)", mad
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("parts", "rank"), [(1, 16), (2, 16), (1, 64)])
 def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(parts: int, rank: int, forks: Forks) -> None:
     """If the choice of its tile counts too few bytes, it cannot be launched."""

@@ -48,6 +48,7 @@ print(" ".join(each.strip(". ") for each in told))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "name", "which", "told"),
     [
