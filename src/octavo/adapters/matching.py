@@ -38,6 +38,7 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
 
 
 def some(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
     return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
@@ -80,5 +81,6 @@ def _fits_full(entries: Mapping[str, WeightEntry], key: str) -> bool:
 
 
 def frozen_layer(entry: WeightEntry) -> FrozenLinear | FrozenEmbedding:
+    """The layer of an entry that has a matrix."""
     assert isinstance(entry.layer, FrozenLinear | FrozenEmbedding)
     return entry.layer

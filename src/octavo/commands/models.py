@@ -8,8 +8,7 @@ import torch
 
 from octavo.config import CheckOptions, Config
 from octavo.errors import UsageError
-from octavo.layers.frozen_matrix import FrozenMatrix
-from octavo.models import FAMILIES, Decoder, build, family, weight_entries
+from octavo.models import FAMILIES, build, family, weight_entries
 from octavo.models.fused_blocks import FUSED
 from octavo.ops.quantize import SCHEMES, Scheme
 from octavo.reporting import Report
@@ -55,7 +54,7 @@ def _facts(source: Source) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "fused": module.Block in FUSED,
-        "parameters": sum(matrix.shape[0] * matrix.shape[1] for matrix in _matrices(decoder)),
+        "parameters": sum(matrix.shape[0] * matrix.shape[1] for matrix in decoder.matrices),
         "layers": config.layers,
         "width": config.width,
         "key_value_heads": config.key_value_heads,
@@ -67,13 +66,6 @@ def _facts(source: Source) -> dict[str, Any]:
     }
 
 
-def _matrices(model: Decoder) -> list[FrozenMatrix]:
-    """The matrices of a model, that of a tied embedding once."""
-    return [module for module in model.modules() if isinstance(module, FrozenMatrix)]
-
-
 def _weight_bytes(source: Source, scheme: Scheme) -> int:
     """The bytes of all weights under a scheme; unquantized ones have 2 bytes, norms and biases 4."""
-    model = allocated(source.config, scheme, dtype=torch.bfloat16, device=torch.device("meta"))
-    parameters = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    return sum(matrix.stored_bytes for matrix in _matrices(model)) + parameters
+    return allocated(source.config, scheme, dtype=torch.bfloat16, device=torch.device("meta")).frozen_bytes

@@ -89,7 +89,7 @@ class FusedLinear:
 
     @property
     def probe(self) -> QuantErrorProbe | None:
-        """The first part's probe, which stands for all: either every part has one or none, and all get one error."""
+        """The first part's probe. Either every part has one or none, and all get the same error."""
         specs = [part.matmul8 for part in self.parts if part.matmul8 is not None]
         return specs[0].probe if len(specs) == len(self.parts) else None
 

@@ -130,6 +130,17 @@ class Decoder(nn.Module):
         """The embedding's matrix, of which a pass reads only the rows of its tokens; None if the head shares it."""
         return None if self.config.tied else self.embed.matrix
 
+    @property
+    def matrices(self) -> list[FrozenMatrix]:
+        """All frozen matrices, a shared one once."""
+        return [module for module in self.modules() if isinstance(module, FrozenMatrix)]
+
+    @property
+    def frozen_bytes(self) -> int:
+        """The bytes of the frozen weights under their schemes, and of the norms and biases that are not trained."""
+        parameters = sum(p.numel() * p.itemsize for p in self.parameters() if not p.requires_grad)
+        return sum(matrix.stored_bytes for matrix in self.matrices) + parameters
+
     def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
         """An empty cache for `batch` sequences of up to `max_len` positions."""
         return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
@@ -51,12 +51,11 @@ class Config(llama.Config):
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not support."""
         base, settings = llama.Config.from_dict({"use_sliding_window": False, **source}), ConfigFields(source)
-        values = {field.name: getattr(base, field.name) for field in fields(base)}
         multipliers: dict[str, Any] = {
             key: settings.number(key, least=1e-6, most=MAX_MULTIPLIER, default=1.0)
             for key in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
         }
-        return cls(**values, **multipliers)
+        return cls(**vars(base), **multipliers)
 
 
 weight_map = llama.weight_map

@@ -12,7 +12,7 @@ F the width of the MLP.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
@@ -46,8 +46,7 @@ class Config(llama.Config):
         rotary = settings.flags("no_rope_layers", default=[(i + 1) % interval != 0 for i in range(base.layers)])
         if len(rotary) != base.layers:
             raise settings.wrong(f"no_rope_layers has {len(rotary)} values for {base.layers} layers")
-        values = {field.name: getattr(base, field.name) for field in fields(base)}
-        return cls(**values, rotary_layers=tuple(rotary))
+        return cls(**vars(base), rotary_layers=tuple(rotary))
 
 
 weight_map = llama.weight_map

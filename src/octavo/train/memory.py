@@ -17,7 +17,6 @@ import torch
 
 from octavo.hardware import GPUS, Peak
 from octavo.layers.context import ForwardOptions, Save
-from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
 from octavo.runtime.offload import pinned_bytes
@@ -81,10 +80,8 @@ class Planner:
     @property
     def fixed_bytes(self) -> int:
         """Memory of the whole run: weights, norms and biases, trained parameters with gradient and optimizer state."""
-        matrices = {id(m): m for m in self.model.modules() if isinstance(m, FrozenMatrix)}.values()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        frozen = sum(p.numel() * p.itemsize for p in self.model.parameters() if not p.requires_grad)
-        return sum(m.stored_bytes for m in matrices) + frozen + trained * (4 + 4 + self.optimizer_bytes)
+        return self.model.frozen_bytes + trained * (4 + 4 + self.optimizer_bytes)
 
     def fixed(self, save: Sequence[Save], budget_bytes: float) -> MemoryPlan:
         """The plan with given save levels and the most rows that fit; the smallest one if none fits."""

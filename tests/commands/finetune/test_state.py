@@ -50,6 +50,15 @@ def filled(run: Run, *, step: int) -> Run:
     return run
 
 
+def run_with_best(config: Config, report: Report) -> Run:
+    """A prepared run after two steps, of which the first had the best held-out loss."""
+    run = prepare(config, report)
+    run.state.done = 1
+    run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
+    run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
+    return run
+
+
 def test_the_state_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:
     saved = filled(begin(), step=7)
     save_checkpoint(saved)
@@ -145,10 +154,7 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error_that_names_it(
 ) -> None:
     """Its manifest is in order: it lists only what is there."""
     with Report(console=False) as report:
-        run = prepare(settings(tmp_path / "run"), report)
-        run.state.done = 1
-        run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
-        run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
+        run = run_with_best(settings(tmp_path / "run"), report)
         whole = contents_of(run)
         lacking = checkpoint.Contents(
             {key: value for key, value in whole.tensors.items() if key != part},
@@ -224,10 +230,7 @@ def test_an_optimizer_state_without_the_number_of_steps_is_an_error_that_names_i
 
 def test_a_best_adapter_without_its_step_is_an_error_that_names_the_file(settings: Settings, tmp_path: Path) -> None:
     with Report(console=False) as report:
-        run = prepare(settings(tmp_path / "run"), report)
-        run.state.done = 1
-        run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
-        run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
+        run = run_with_best(settings(tmp_path / "run"), report)
         whole = contents_of(run)
 
         def without_origin(folder: Path) -> None:
