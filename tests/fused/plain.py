@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
-from octavo.layers.block import attention, gelu, rope, split_heads, swiglu
+from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.layers.block import attention, geglu, gelu, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.norm import LayerNorm, RmsNorm
+
+ACTIVATIONS: dict[type[Any], Callable[[Tensor, ForwardContext], Tensor]] = {Gelu: gelu, Swiglu: swiglu, Geglu: geglu}
 
 
 def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
@@ -20,8 +23,7 @@ def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
         if isinstance(mixer, Attention):
             q, k, v = split_heads(u, mixer.heads, mixer.key_value_heads, mixer.key_value_heads, size=mixer.head_size)
             return attention(rope(q, ctx, mixer.form), rope(k, ctx, mixer.form), v, ctx)
-        assert isinstance(mixer, Gelu | Swiglu)
-        return gelu(u, ctx) if isinstance(mixer, Gelu) else swiglu(u, ctx)
+        return ACTIVATIONS[type(mixer)](u, ctx)
 
 
 def plain_branch(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.fused.branch import Branch, branch
-from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
@@ -31,6 +31,7 @@ MIXERS: dict[str, tuple[Mixer, ...]] = {
     "GPT-J's": (Attention(HEADS, HEADS, HEAD_SIZE, ROTATE_INTERLEAVED), Gelu(MLP_WIDTH)),
     "attention": (Attention(HEADS, 1, HEAD_SIZE, ROTATE_HALF),),
     "gated MLP": (Swiglu(MLP_WIDTH),),
+    "gated MLP, GELU": (Geglu(MLP_WIDTH),),
 }
 MIXERS |= {f"{kind}, by name": MIXERS[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
 every_kind = pytest.mark.parametrize("kind", MIXERS)

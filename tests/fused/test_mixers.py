@@ -9,7 +9,7 @@ import torch
 from tests.fused.plain import plain
 from torch import Tensor
 
-from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
 from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
@@ -22,6 +22,7 @@ MIXERS: dict[str, Any] = {
     "attention, halves, one key head": (Attention(3, 1, 4, ROTATE_HALF), 2),
     "gelu": (Gelu(5), 1),
     "swiglu": (Swiglu(5), 1),
+    "geglu": (Geglu(5), 1),
 }  # -> (the mixer, rotary pairs of a head)
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])

@@ -15,12 +15,13 @@ from triton.compiler import ASTSource, compile
 from octavo.kernels import pointwise
 
 kernel = getattr(pointwise, "{kernel}")
-names = [p.name for p in kernel.params]
+names, constants = [p.name for p in kernel.params], {{"WIDTH": pointwise.WIDTH, **{constants}}}
 for even in product([False, True], repeat=2):
-    signature = {{"x": "*bf16", "dy": "*bf16", "f": "i32", "x_stride": "i32", "dy_stride": "i32", "WIDTH": "constexpr"}}
+    signature = {{"x": "*bf16", "dy": "*bf16", "f": "i32", "x_stride": "i32", "dy_stride": "i32"}}
+    signature |= dict.fromkeys(constants, "constexpr")
     divisible = ["x", "dy", "f", *(n for n, is_even in zip(["x_stride", "dy_stride"], even) if is_even)]
     attrs = {{(names.index(n),): [["tt.divisibility", 16]] for n in divisible}}
-    source = ASTSource(kernel, signature, {{(names.index("WIDTH"),): pointwise.WIDTH}}, attrs)
+    source = ASTSource(kernel, signature, {{(names.index(name),): value for name, value in constants.items()}}, attrs)
     text = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 8}}).asm["ptx"]
     found = re.findall(r"(ld\\.global|bar\\.sync|st\\.global)", text)
     print("".join({{"ld.global": "l", "bar.sync": "b", "st.global": "s"}}[each] for each in found))
@@ -28,10 +29,14 @@ for even in product([False, True], repeat=2):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kernel", ["_gelu_backward", "_swiglu_backward"])
-def test_nothing_is_stored_before_everything_is_loaded(kernel: str, forks: Forks) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [("_gelu_backward", {}), ("_gated_backward", {"GELU": False}), ("_gated_backward", {"GELU": True})],
+    ids=["gelu", "swiglu", "geglu"],
+)
+def test_nothing_is_stored_before_everything_is_loaded(kernel: str, constants: dict[str, object], forks: Forks) -> None:
     """A thread may store to an address that another one loads: with two kinds of pitches an H100 lost gradients."""
-    ran = forks.run(COMPILED.format(kernel=kernel))
+    ran = forks.run(COMPILED.format(kernel=kernel, constants=constants))
     out, err = ran.communicate()
     assert ran.returncode == 0, err[-2000:]
     orders = out.split()

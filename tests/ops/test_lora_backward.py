@@ -15,30 +15,32 @@ from torch import Tensor
 
 from octavo.fused import lora_operands, mixers
 from octavo.fused.branch import Branch, branch
-from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
+from octavo.ops import lora_backward
 from octavo.ops.attention import ROTATE_INTERLEAVED, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
-from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
+from octavo.ops.lora_backward import LoraGrads, LoraOperands
 
 M, WIDTH, RANK, NEXT_RANK = 7, 10, 3, 2
 
 
-def plain(x: Tensor, parts: int) -> Tensor:
+def plain(x: Tensor, activation: str) -> Tensor:
     """The activation."""
-    if parts == 1:
+    if activation == "gelu":
         return F.gelu(x, approximate="tanh")
     gate, up = x.chunk(2, dim=1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
 
 
-@pytest.mark.parametrize("parts", [1, 2], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu"])
 @pytest.mark.parametrize("to_t", [True, False])
-def test_gradients_are_those_of_autograd(parts: int, to_t: bool) -> None:
+def test_gradients_are_those_of_autograd(activation: str, to_t: bool) -> None:
     torch.manual_seed(0)
+    parts = 1 if activation == "gelu" else 2
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
@@ -48,12 +50,12 @@ def test_gradients_are_those_of_autograd(parts: int, to_t: bool) -> None:
     after = torch.randn(M, NEXT_RANK, dtype=torch.float64)
     added = [t_part @ b_part.T for t_part, b_part in zip(t.chunk(parts, dim=1), b.chunk(parts), strict=True)]
     x = base + torch.cat(added, dim=1)
-    y = plain(x, parts)
+    y = plain(x, activation)
     wanted = torch.autograd.grad((y * down).sum(), (x, t, b), retain_graph=True)
     (wanted_a,) = torch.autograd.grad((y @ a.T * after).sum(), a)
     dx, dy = x.detach().clone(), down.clone()
     operands = LoraOperands(t.detach(), b.detach() if to_t else None, after)
-    grads = (gelu_lora_backward_ if parts == 1 else swiglu_lora_backward_)(dx, dy, operands)
+    grads: LoraGrads = getattr(lora_backward, f"{activation}_lora_backward_")(dx, dy, operands)
     near: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # sums are float32
     torch.testing.assert_close(dx, wanted[0])
     torch.testing.assert_close(grads.b.double(), wanted[2], **near)
@@ -77,6 +79,7 @@ class Decoder:
         torch.manual_seed(0)
         mixers: dict[str, tuple[Mixer, ...]] = {
             "gelu": (Attention(2, 2, 4, ROTATE_INTERLEAVED), Gelu(10)), "swiglu": (Swiglu(10),),
+            "geglu": (Geglu(10),),
         }  # fmt: skip
         self.mixers = mixers[activation]
         groups = [24, 10] if activation == "gelu" else [10, 10]
@@ -133,6 +136,8 @@ def filling(*shape: int) -> Callable[[Tensor], None]:
         ("swiglu", {"ranks": (2, 3)}, False),
         ("swiglu", {"ranks": (0, 2)}, False),
         ("swiglu", {"ranks": (2, 0)}, False),
+        ("geglu", {"ranks": (2, 2)}, True),
+        ("geglu", {"ranks": (2, 3)}, False),
     ],
 )
 def test_lora_gradients_are_computed_in_the_pass_if_layers_before_and_after_have_lora(

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.pointwise import (
+    geglu_backward_,
+    geglu_into,
     gelu_backward_,
     gelu_into,
     norm_backward_into,
@@ -111,7 +113,13 @@ def plain_swiglu(x: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def plain_geglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=1)
+    return plain_gelu(gate) * up
+
+
 ACTIVATIONS = {
+    "geglu": (plain_geglu, geglu_into, geglu_backward_, 2),
     "gelu": (plain_gelu, gelu_into, gelu_backward_, 1),
     "swiglu": (plain_swiglu, swiglu_into, swiglu_backward_, 2),
 }

@@ -1,4 +1,4 @@
-"""The functions between the two matmuls of a branch: attention, GELU, SwiGLU. models/fused_blocks.py combines them.
+"""The functions between the two matmuls of a branch: attention and activations. models/fused_blocks.py combines them.
 
 A mixer reads its columns of u (M, inputs) and adds its output (M, outputs) to the input of the outer matmul. In
 backward, du is written over u. The output is needed once more, for the LoRA gradients of the outer linear: it is
@@ -20,8 +20,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
 from octavo.ops.attention import causal_attention, rotate_into
-from octavo.ops.lora_backward import LoraGrads, LoraOperands, gelu_lora_backward_, swiglu_lora_backward_
-from octavo.ops.pointwise import copy_into, gelu_backward_, gelu_into, swiglu_backward_, swiglu_into
+from octavo.ops.lora_backward import (
+    LoraGrads,
+    LoraOperands,
+    geglu_lora_backward_,
+    gelu_lora_backward_,
+    swiglu_lora_backward_,
+)
+from octavo.ops.pointwise import (
+    copy_into,
+    geglu_backward_,
+    geglu_into,
+    gelu_backward_,
+    gelu_into,
+    swiglu_backward_,
+    swiglu_into,
+)
 
 
 @dataclass
@@ -58,7 +72,7 @@ class Mixer(Protocol):
 
     @property
     def lora_chunks(self) -> int:
-        """Number of input chunks (GELU 1, SwiGLU 2) whose LoRA gradients the fused backward supports."""
+        """Number of input chunks (GELU 1, SwiGLU and GEGLU 2) whose LoRA gradients the fused backward supports."""
         ...
 
     def backward_(
@@ -237,6 +251,25 @@ class Swiglu(_Activation):
 
     def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
         return swiglu_lora_backward_(u, dout, operands)
+
+
+class Geglu(_Activation):
+    """gelu(gate) * up; u is [gate | up]."""
+
+    lora_chunks = 2
+
+    @property
+    def inputs(self) -> int:
+        return 2 * self.width
+
+    def write(self, u: Tensor, out: Tensor) -> None:
+        geglu_into(u, out)
+
+    def gradient_(self, u: Tensor, dout: Tensor) -> None:
+        geglu_backward_(u, dout)
+
+    def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
+        return geglu_lora_backward_(u, dout, operands)
 
 
 class _Entry(torch.autograd.Function):

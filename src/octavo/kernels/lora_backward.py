@@ -12,19 +12,26 @@ from torch import Tensor
 
 from octavo.kernels.lora_tiles import hopper_tile, partial_sums, sum_parts
 from octavo.ops.lora_backward import LoraGrads, LoraOperands, lora_grads
-from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
+from octavo.ops.pointwise import geglu_backward_, gelu_backward_, swiglu_backward_
 from octavo.runtime.dispatch import hopper_kernels_run_on, observe
 
 
 def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
-    return _run(x, dy, operands, gelu_backward_)
+    return _run(x, dy, operands, gelu_backward_, gelu=True)
 
 
 def swiglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
-    return _run(x, dy, operands, swiglu_backward_)
+    return _run(x, dy, operands, swiglu_backward_, gelu=False)
 
 
-def _run(x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Tensor, Tensor], None]) -> LoraGrads:
+def geglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+    return _run(x, dy, operands, geglu_backward_, gelu=True)
+
+
+def _run(
+    x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Tensor, Tensor], None], *, gelu: bool
+) -> LoraGrads:
+    """`backward_` is the separate kernel of the activation; `gelu` says whether its function is GELU, else SiLU."""
     tile = hopper_tile(x, dy, operands) if x.is_meta or hopper_kernels_run_on(x) else None
     if x.is_meta:
         sums = partial_sums(x, dy, operands, tile)
@@ -36,5 +43,5 @@ def _run(x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Ten
     from octavo.kernels.hopper.lora_backward import lora_backward_into
 
     sums = partial_sums(x, dy, operands, tile)
-    lora_backward_into(x, dy, operands, sums, tile)
+    lora_backward_into(x, dy, operands, sums, tile, gelu=gelu)
     return sum_parts(sums)

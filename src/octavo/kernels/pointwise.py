@@ -138,28 +138,45 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
 
 
 def swiglu_into(x: Tensor, out: Tensor) -> None:
+    _gated_into(x, out, gelu=False)
+
+
+def geglu_into(x: Tensor, out: Tensor) -> None:
+    _gated_into(x, out, gelu=True)
+
+
+def _gated_into(x: Tensor, out: Tensor, *, gelu: bool) -> None:
     m, f = out.shape
-    _swiglu[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), WIDTH, num_warps=8)
+    _gated[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), gelu, WIDTH, num_warps=8)
 
 
 @triton.jit
-def _swiglu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
+def _gated(x, out, f, x_stride, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
+    """gelu(gate) * up or silu(gate) * up, where x is [gate | up]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
     gate = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(x + row * x_stride + f + column, mask=inside, other=0).to(tl.float32)
-    value = gate * _sigmoid(gate) * up
+    value = gate * _sigmoid(_gate(gate) if GELU else gate) * up
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
+    _gated_backward_(x, dy, gelu=False)
+
+
+def geglu_backward_(x: Tensor, dy: Tensor) -> None:
+    _gated_backward_(x, dy, gelu=True)
+
+
+def _gated_backward_(x: Tensor, dy: Tensor, *, gelu: bool) -> None:
     m, f = dy.shape
-    _swiglu_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), WIDTH, num_warps=8)
+    _gated_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), gelu, WIDTH, num_warps=8)
 
 
 @triton.jit
-def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
+def _gated_backward(x, dy, f, x_stride, dy_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
@@ -168,9 +185,10 @@ def _swiglu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     up = tl.load(x_at + f, mask=inside, other=0).to(tl.float32)
     g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place, as in _gelu_backward
-    s = _sigmoid(gate)  # y = gate s up
+    s = _sigmoid(_gate(gate) if GELU else gate)  # y = gate s up
     kind = x.dtype.element_ty
-    tl.store(x_at, (g * up * s * (1 + gate * (1 - s))).to(kind), mask=inside)
+    dgate = g * up * _gelu_slope(gate, s) if GELU else g * up * s * (1 + gate * (1 - s))
+    tl.store(x_at, dgate.to(kind), mask=inside)
     tl.store(x_at + f, (g * gate * s).to(kind), mask=inside)
     tl.store(dy_at, (gate * s * up).to(dy.dtype.element_ty), mask=inside)
 

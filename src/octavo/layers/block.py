@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.layers.context import ForwardContext
 from octavo.ops.attention import causal_attention, rotate, rotate_into
-from octavo.ops.pointwise import gelu_into, swiglu_into
+from octavo.ops.pointwise import geglu_into, gelu_into, swiglu_into
 from octavo.ops.tiles import elementwise_tiles
 
 
@@ -54,6 +54,14 @@ def swiglu(x: Tensor, ctx: ForwardContext) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     return _in_tiles(x, x.shape[-1] // 2, swiglu_into, ctx)
+
+
+def geglu(x: Tensor, ctx: ForwardContext) -> Tensor:
+    """gelu(gate) * up (GEGLU, arXiv 2002.05202; GELU in its tanh form) of x = [gate | up], (B, T, 2 F) -> (B, T, F)."""
+    if torch.is_grad_enabled():
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+    return _in_tiles(x, x.shape[-1] // 2, geglu_into, ctx)
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -10,8 +10,8 @@ term s (y A^T) B^T. Given dy, the gradient of y:
 Computed one by one these are three more passes over the widest matrices of a model, and y is a matrix of its own. A
 kernel reads x and dy once, writes dx over x and keeps the sums in registers (kernels/lora_backward.py).
 
-Legend: M rows; x is (M, H F), H parts of F columns: GELU has one, SwiGLU two (gate, up), each with an adapter of rank
-r; the adapter of the layer after has rank q.
+Legend: M rows; x is (M, H F), H parts of F columns: GELU has one, SwiGLU and GEGLU two (gate, up), each with an adapter
+of rank r; the adapter of the layer after has rank q.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops.linear import mm_float32
-from octavo.ops.pointwise import gelu_backward_, swiglu_backward_
+from octavo.ops.pointwise import geglu_backward_, gelu_backward_, swiglu_backward_
 from octavo.runtime.dispatch import kernel
 
 
@@ -53,6 +53,13 @@ def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGr
 def swiglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
     """Writes the gradients of [gate | up], x (M, 2F), over them; dy (M, F) is overwritten."""
     swiglu_backward_(x, dy)
+    return lora_grads(x, dy, operands)
+
+
+@kernel(on_meta="kernel")
+def geglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+    """Writes the gradients of [gate | up], x (M, 2F), over them; dy (M, F) is overwritten."""
+    geglu_backward_(x, dy)
     return lora_grads(x, dy, operands)
 
 

@@ -93,6 +93,23 @@ def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
     torch.cat((dgate, dup), dim=1, out=x)
 
 
+@kernel
+def geglu_into(x: Tensor, out: Tensor) -> None:
+    """out (M, F) = gelu(gate) * up, where x (M, 2F) is [gate | up] (arXiv 2002.05202); GELU in its tanh form."""
+    gate, up = x.chunk(2, dim=1)  # (M, F) each
+    torch.mul(F.gelu(gate, approximate="tanh"), up, out=out)
+
+
+@kernel
+def geglu_backward_(x: Tensor, dy: Tensor) -> None:
+    """Writes the gradients of [gate | up] over x (M, 2F), and gelu(gate) * up over its gradient dy (M, F)."""
+    gate, up = x.chunk(2, dim=1)  # (M, F) each
+    active = F.gelu(gate, approximate="tanh")
+    dgate, dup = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh"), dy * active
+    torch.mul(active, up, out=dy)
+    torch.cat((dgate, dup), dim=1, out=x)
+
+
 def _standardized(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
     """(x (M, d) in float32, minus its mean if `centred`, over its deviation; 1 / deviation (M, 1))."""
     values = x.float()
