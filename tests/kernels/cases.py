@@ -34,20 +34,26 @@ def columns(m: int, n: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(m, n + 5).to(dtype)[:, 2 : n + 2]
 
 
-def norm(dtype: torch.dtype, *, centred: bool) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-    out = columns(7, 100, dtype)
-    return (columns(7, 100, dtype), torch.randn(100), torch.randn(100) if centred else None, 1e-5, out), {}, out
+def norm(*, centred: bool, heads: int = 1, plus_one: bool = False, over: bool = False) -> Case:
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, out = columns(7, heads * 100, dtype), columns(7, heads * 100, dtype)
+        out = x if over else out
+        bias = torch.randn(100) if centred else None
+        return (x, torch.randn(100), bias, 1e-5, out), {"zero_centred_weight": plus_one}, out
+
+    return make
 
 
-def norm_backward(dtype: torch.dtype, *, centred: bool) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-    out = columns(7, 100, dtype)
-    x, dy, residual = (columns(7, 100, dtype) for _ in range(3))
-    return (x, torch.randn(100), 1e-5, dy, residual, out), {"centred": centred}, out
+def norm_backward(*, centred: bool, heads: int = 1, plus_one: bool = False, residual: str = "", over: str = "") -> Case:
+    """`residual` is "given" or ""; `over` says which operand the result overwrites: "x", "residual" or none."""
 
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, dy, added, out = (columns(7, heads * 100, dtype) for _ in range(4))
+        out = {"x": x, "residual": added}.get(over, out)
+        named: dict[str, object] = {"centred": centred, "zero_centred_weight": plus_one}
+        return (x, torch.randn(100), 1e-5, dy, added if residual else None, out), named, out
 
-def norm_over_residual(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-    x, dy, residual = (columns(7, 100, dtype) for _ in range(3))
-    return (x, torch.randn(100), 1e-5, dy, residual, residual), {"centred": True}, residual
+    return make
 
 
 def activation(inputs: int, outputs: int, *, backward: bool = False, large: bool = False, scale: float = 3) -> Case:
@@ -336,9 +342,15 @@ CASES: dict[str, list[Case]] = {
     "quantize.dynamic8_into": [dequantized("dynamic8"), dequantized("dynamic8", 2, 4500)],
     "quantize.nf4_as_int8_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
     "quantize.nf4_into": [dequantized("nf4"), dequantized("nf4", 2, 4500), dequantized("nf4", 1, 1)],
-    "pointwise.norm_into": [lambda t: norm(t, centred=True), lambda t: norm(t, centred=False)],
+    "pointwise.norm_into": [
+        norm(centred=True), norm(centred=False), norm(centred=False, plus_one=True, over=True),
+        norm(centred=False, heads=3), norm(centred=False, heads=2, plus_one=True),
+    ],
     "pointwise.norm_backward_into": [
-        lambda t: norm_backward(t, centred=True), lambda t: norm_backward(t, centred=False), norm_over_residual,
+        norm_backward(centred=True, residual="given"), norm_backward(centred=False, residual="given"),
+        norm_backward(centred=True, residual="given", over="residual"), norm_backward(centred=False, plus_one=True),
+        norm_backward(centred=False, heads=3, over="x"),
+        norm_backward(centred=False, heads=2, plus_one=True, residual="given"),
     ],
     "pointwise.copy_into": [activation(2100, 2100)],
     "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, large=True)],

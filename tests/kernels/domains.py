@@ -105,7 +105,9 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "pointwise.geglu_into": {"x": X, "out": OUT},
     "pointwise.gelu_backward_": {"x": X, "dy": X},
     "pointwise.gelu_into": {"x": X, "out": OUT},
-    "pointwise.norm_backward_into": {"x": X, "weight": SCALES, "dy": X, "residual": X, "out": OUT},
+    "pointwise.norm_backward_into": {
+        "x": X, "weight": SCALES, "dy": X, "residual": rows(*COMPUTE, optional=True), "out": OUT,
+    },
     "pointwise.norm_into": {"x": X, "weight": SCALES, "bias": SCALES_OR_NONE, "out": OUT},
     "pointwise.swiglu_backward_": {"x": X, "dy": X},
     "pointwise.swiglu_into": {"x": X, "out": OUT},

@@ -12,6 +12,7 @@ from octavo.ops.pointwise import (
     geglu_into,
     gelu_backward_,
     gelu_into,
+    norm,
     norm_backward_into,
     norm_into,
     norm_parameters_backward,
@@ -20,7 +21,9 @@ from octavo.ops.pointwise import (
 )
 
 ROWS, WIDTH, EPS = 7, 30, 1e-2  # an eps that shows
-both_norms = pytest.mark.parametrize("centred", [True, False], ids=["LayerNorm", "RMSNorm"])
+KINDS = {"LayerNorm": (True, False), "RMSNorm": (False, False), "RMSNorm with 1 + w": (False, True)}
+every_norm = pytest.mark.parametrize(("centred", "plus_one"), KINDS.values(), ids=KINDS)
+heads = pytest.mark.parametrize("heads", [1, 3], ids=["rows", "heads"])
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,43 +45,57 @@ def surroundings(columns: Tensor) -> Tensor:
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Written out, so that no library's eps or mean is trusted."""
+    """Written out, so that no library's eps or mean is trusted. Each group of len(weight) columns is normalized."""
+    x = x.unflatten(1, (-1, len(weight)))
     if bias is not None:
-        x = x - x.mean(dim=1, keepdim=True)
-    standard = x / (x.square().mean(dim=1, keepdim=True) + EPS).sqrt()
-    return standard * weight + (0 if bias is None else bias)
+        x = x - x.mean(dim=2, keepdim=True)
+    standard = x / (x.square().mean(dim=2, keepdim=True) + EPS).sqrt()
+    return (standard * weight + (0 if bias is None else bias)).flatten(1)
 
 
-def norm_case(centred: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, weight, bias = random(ROWS, WIDTH) + 0.5, random(WIDTH, seed=1) + 1, random(WIDTH, seed=2)
+def norm_case(centred: bool, heads: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, weight, bias = random(ROWS, heads * WIDTH) + 0.5, random(WIDTH, seed=1) + 1, random(WIDTH, seed=2)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     return leaves[0], leaves[1], leaves[2] if centred else None
 
 
-@both_norms
-def test_a_norm_is_its_formula(centred: bool) -> None:
-    x, weight, bias = norm_case(centred)
-    out = columns(torch.zeros(ROWS, WIDTH, dtype=torch.float64))
+@every_norm
+@heads
+def test_a_norm_is_its_formula(centred: bool, plus_one: bool, heads: int) -> None:
+    x, weight, bias = norm_case(centred, heads)
+    out = columns(torch.zeros(ROWS, heads * WIDTH, dtype=torch.float64))
     with torch.no_grad():
-        norm_into(x, weight, bias, EPS, out)
-        torch.testing.assert_close(out, plain_norm(x, weight, bias))
-    assert (surroundings(out) == 9).all()
-
-
-@both_norms
-def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(centred: bool) -> None:
-    x, weight, bias = norm_case(centred)
-    dy, residual = random(ROWS, WIDTH, seed=3), random(ROWS, WIDTH, seed=4)
-    leaves = [x, weight] + ([bias] if bias is not None else [])
-    theirs = torch.autograd.grad(plain_norm(x, weight, bias), leaves, dy)
-    out = columns(torch.zeros(ROWS, WIDTH, dtype=torch.float64))
-    with torch.no_grad():
-        norm_backward_into(x, weight, EPS, columns(dy), residual, out, centred=centred)
-        torch.testing.assert_close(out, residual + theirs[0], rtol=1e-5, atol=1e-6)  # taken in float32
+        norm_into(columns(x), weight, bias, EPS, out, zero_centred_weight=plus_one)
+        expected = plain_norm(x, weight + plus_one, bias)
+        torch.testing.assert_close(out, expected)
         assert (surroundings(out) == 9).all()
-        norm_backward_into(x, weight, EPS, dy, residual, residual, centred=centred)  # over its own input
+        norm_into(x, weight, bias, EPS, x, zero_centred_weight=plus_one)  # over its own input
+        torch.testing.assert_close(x, expected)
+
+
+@every_norm
+@heads
+def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(
+    centred: bool, plus_one: bool, heads: int
+) -> None:
+    x, weight, bias = norm_case(centred, heads)
+    dy, residual = random(ROWS, heads * WIDTH, seed=3), random(ROWS, heads * WIDTH, seed=4)
+    leaves = [x, weight] + ([bias] if bias is not None else [])
+    theirs = torch.autograd.grad(plain_norm(x, weight + plus_one, bias), leaves, dy)
+    out, own = (columns(torch.zeros(ROWS, heads * WIDTH, dtype=torch.float64)) for _ in range(2))
+    kind = {"centred": centred, "zero_centred_weight": plus_one}
+    with torch.no_grad():
+        norm_backward_into(columns(x), weight, EPS, columns(dy), residual, out, **kind)
+        torch.testing.assert_close(out, residual + theirs[0], rtol=1e-5, atol=2e-6)  # taken in float32
+        assert (surroundings(out) == 9).all()
+        norm_backward_into(x, weight, EPS, dy, residual, residual, **kind)  # over the residual
         assert torch.equal(residual, out)
-        dweight, dbias = norm_parameters_backward(x, EPS, columns(dy), centred=centred)
+        grouped, dy_grouped = (tensor.unflatten(1, (heads, WIDTH)) for tensor in (x, columns(dy)))
+        dweight, dbias = norm_parameters_backward(grouped, EPS, dy_grouped, centred=centred)
+        norm_backward_into(x, weight, EPS, dy, None, own, **kind)
+        torch.testing.assert_close(own, theirs[0], rtol=1e-5, atol=2e-6)
+        norm_backward_into(x, weight, EPS, dy, None, x, **kind)  # over its input
+        assert torch.equal(x, own)
     torch.testing.assert_close(dweight, theirs[1].float(), rtol=1e-5, atol=1e-5)
     assert (dbias is not None) == centred
     if dbias is not None:
@@ -86,7 +103,7 @@ def test_a_norms_backward_is_that_of_autograd_on_top_of_the_residuals(centred: b
     assert dweight.dtype == torch.float32
 
 
-@both_norms
+@pytest.mark.parametrize("centred", [True, False], ids=["LayerNorm", "RMSNorm"])
 def test_a_norms_weights_are_converted_to_the_dtype_of_x(centred: bool) -> None:
     x = random(ROWS, WIDTH, dtype=torch.bfloat16)
     weight, bias = (random(WIDTH, seed=seed, dtype=torch.float32) for seed in (1, 2))
@@ -102,6 +119,21 @@ def test_a_norms_weights_are_converted_to_the_dtype_of_x(centred: bool) -> None:
     norm_backward_into(x, weight, EPS, dy, residual, near, centred=centred)
     norm_backward_into(x, weight.bfloat16().float(), EPS, dy, residual, rounded, centred=centred)
     assert torch.equal(near, rounded)
+
+
+def test_a_zero_centred_weight_is_not_rounded() -> None:
+    """In a 2-byte dtype only the result is rounded; under autograd too."""
+    x, dy = (random(ROWS, WIDTH, seed=seed, dtype=torch.bfloat16) for seed in (0, 3))
+    weight, out, dx = random(WIDTH, seed=1, dtype=torch.float32) / 3, torch.empty_like(x), torch.empty_like(x)
+    norm_into(x, weight, None, EPS, out, zero_centred_weight=True)
+    exact = x.double().requires_grad_()
+    expected = plain_norm(exact, 1 + weight.double(), None)
+    assert torch.equal(out, expected.bfloat16())
+    assert torch.equal(out, norm(x, weight, None, EPS, zero_centred_weight=True))
+    assert not torch.equal(out, plain_norm(exact, (1 + weight).bfloat16().double(), None).bfloat16())
+    (wanted,) = torch.autograd.grad(expected, exact, dy.double())
+    norm_backward_into(x, weight, EPS, dy, None, dx, centred=False, zero_centred_weight=True)
+    torch.testing.assert_close(dx.double(), wanted, rtol=2.0**-8, atol=1e-6)
 
 
 def plain_gelu(x: Tensor) -> Tensor:

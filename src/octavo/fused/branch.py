@@ -46,7 +46,6 @@ from octavo.layers.fused_linear import EarlyGrads, FusedLinear, Seeds
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.norm import LayerNorm, NormSpec, RmsNorm
 from octavo.ops.lora_backward import LoraGrads, LoraOperands
-from octavo.ops.pointwise import norm_backward_into, norm_into, norm_parameters_backward
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,7 @@ class _Branch(torch.autograd.Function):
             for mixer, part in zip(this.mixers, this.columns_of_u(u), strict=True):
                 mixer.prepare_(part, context)
         wants_dx = ctx.needs_input_grad[0]
-        norm_trained = [tensor.requires_grad for tensor in this.norm.trained]  # of weight, and bias
-        wants_dn = wants_dx or any(norm_trained)
+        wants_dn = wants_dx or any(tensor.requires_grad for tensor in this.norm.trained)
         # An exact matmul for dn gives dt as well (layers/fused_linear.py); else the activation's backward computes it.
         lora_input = LoraInput(inner_extra, wants_dt=this.inner.use_8bit or not wants_dn)
         du, early, outer_gradients = _outer_backward(
@@ -141,14 +139,14 @@ class _Branch(torch.autograd.Function):
         else:
             dt = this.inner.grad_extra(du, early)  # (M, C)
         normed = torch.empty_like(rows)  # (M, d), recomputed: cheaper than saving it
-        norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, normed)
+        this.norm.write(rows, normed)
         inner_gradients = this.inner.grad_trained(du, [normed], inner_extra, dt, inner_seeds, early)
-        norm_gradients = _norm_gradients(rows, dn, this.norm, norm_trained)
+        norm_gradients = this.norm.grad_trained(rows, dn)
         dx = None
         if wants_dx:
             assert dn is not None
             dx = torch.empty_like(dy)  # (M, d)
-            norm_backward_into(rows, this.norm.weight, this.norm.eps, dn, dy, dx, centred=this.norm.centred)
+            this.norm.backward(rows, dn, dy, dx)
             dx = dx.view(ctx.shape)  # (B, T, d)
         return dx, None, None, None, *norm_gradients, *inner_gradients, *outer_gradients
 
@@ -156,21 +154,12 @@ class _Branch(torch.autograd.Function):
 def _norm_input(rows: Tensor, this: Branch, extra_or_seeds: Seeds | Tensor) -> GemmInput:
     """The input of the inner matmul (M, d + C), from saved extra columns or, in forward, from dropout seeds."""
     gemm_input = this.inner.gemm_input(len(rows), rows)
-    norm_into(rows, this.norm.weight, this.norm.bias, this.norm.eps, gemm_input.add())
+    this.norm.write(rows, gemm_input.add())
     if isinstance(extra_or_seeds, Tensor):
         gemm_input.extra.copy_(extra_or_seeds)
     else:
         this.inner.complete_(gemm_input, extra_or_seeds)
     return gemm_input
-
-
-def _norm_gradients(rows: Tensor, dn: Tensor | None, norm: NormSpec, trained: list[bool]) -> list[Tensor | None]:
-    """The gradients of the norm's parameters; None for those that are not trained."""
-    if not any(trained):
-        return [None] * len(trained)
-    assert dn is not None
-    gradients = norm_parameters_backward(rows, norm.eps, dn, centred=norm.centred)  # (d,) each
-    return [gradient if wanted else None for gradient, wanted in zip(gradients, trained, strict=False)]
 
 
 def _outer_backward(

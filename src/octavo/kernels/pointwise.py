@@ -1,7 +1,7 @@
 """Norms and activations, each in one pass over memory. Reference: ops/pointwise.py.
 
-Legend: one program for a row of a norm, and for WIDTH columns of a row of an activation; `*_stride` is the stride of a
-row in elements.
+Legend: one program for a row of a norm, or for the d columns of one head in it, and for WIDTH columns of a row of an
+activation; `*_stride` is the stride of a row in elements.
 """
 
 from __future__ import annotations
@@ -13,64 +13,78 @@ from torch import Tensor
 WIDTH = 2048  # columns of an activation in one program
 
 
-def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
-    m, d = x.shape
-    _norm[(m,)](
+def norm_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, *, zero_centred_weight: bool = False
+) -> None:
+    m, d = len(x), weight.numel()
+    _norm[(m, x.shape[1] // d)](
         x, weight, bias if bias is not None else weight, out, d, x.stride(0), out.stride(0), eps,
-        bias is not None, triton.next_power_of_2(d), num_warps=_warps(d),
+        bias is not None, zero_centred_weight, triton.next_power_of_2(d), num_warps=_warps(d),
     )  # fmt: skip
 
 
 @triton.jit
-def _norm(x, weight, bias, out, d, x_stride, out_stride, eps, CENTRED: tl.constexpr, WIDTH: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _norm(
+    x, weight, bias, out, d, x_stride, out_stride, eps,
+    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * d
     column = tl.arange(0, WIDTH)
     inside = column < d
-    kind = x.dtype.element_ty
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    value = tl.load(x + row * x_stride + start + column, mask=inside, other=0).to(tl.float32)
     if CENTRED:  # LayerNorm; RMSNorm has neither mean nor bias
         value = tl.where(inside, value - tl.sum(value) / d, 0)
     value *= tl.rsqrt(tl.sum(value * value) / d + eps)
-    # Weight and bias are float32; the reference rounds them to the dtype of x.
-    value *= tl.load(weight + column, mask=inside, other=0).to(kind).to(tl.float32)
+    value *= _scale(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
     if CENTRED:
-        value += tl.load(bias + column, mask=inside, other=0).to(kind).to(tl.float32)
-    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
+        value += tl.load(bias + column, mask=inside, other=0).to(x.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * out_stride + start + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _scale(weight, column, inside, kind: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr):
+    """The factors of a norm: 1 + weight, or the float32 weight rounded to the dtype of x, as in the reference."""
+    value = tl.load(weight + column, mask=inside, other=0)
+    return 1 + value.to(tl.float32) if ZERO_CENTRED_WEIGHT else value.to(kind).to(tl.float32)
 
 
 def norm_backward_into(
-    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor, out: Tensor, *, centred: bool
-) -> None:
-    m, d = x.shape
-    _norm_backward[(m,)](
-        x, weight, dy, residual, out, d, x.stride(0), dy.stride(0), residual.stride(0), out.stride(0), eps,
-        centred, triton.next_power_of_2(d), num_warps=_warps(d),
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor | None, out: Tensor, *,
+    centred: bool, zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    m, d = len(x), weight.numel()
+    added = dy if residual is None else residual  # without one not read by the kernel, which needs an argument
+    _norm_backward[(m, x.shape[1] // d)](
+        x, weight, dy, added, out, d, x.stride(0), dy.stride(0), added.stride(0), out.stride(0), eps,
+        centred, zero_centred_weight, residual is not None, triton.next_power_of_2(d), num_warps=_warps(d),
     )  # fmt: skip
 
 
 @triton.jit
 def _norm_backward(
     x, weight, dy, residual, out, d, x_stride, dy_stride, residual_stride, out_stride, eps,
-    CENTRED: tl.constexpr, WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * d
     column = tl.arange(0, WIDTH)
     inside = column < d
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
+    value = tl.load(x + row * x_stride + start + column, mask=inside, other=0).to(tl.float32)
     if CENTRED:
         value = tl.where(inside, value - tl.sum(value) / d, 0)
     inverse = tl.rsqrt(tl.sum(value * value) / d + eps)
     value *= inverse
-    g = tl.load(dy + row * dy_stride + column, mask=inside, other=0).to(tl.float32)
-    g *= tl.load(weight + column, mask=inside, other=0).to(x.dtype.element_ty).to(tl.float32)
+    g = tl.load(dy + row * dy_stride + start + column, mask=inside, other=0).to(tl.float32)
+    g *= _scale(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
     # With n = (x - mean) / std and g = dL/dn: dx = (g - n mean(g n) - mean(g)) / std; RMSNorm lacks the last mean.
     dx = g - value * (tl.sum(g * value) / d)
     if CENTRED:
         dx -= tl.sum(g) / d
     # Rounded before the residual's gradient is added, as autograd adds two tensors of this dtype.
     dx = (dx * inverse).to(out.dtype.element_ty).to(tl.float32)
-    dx += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
-    tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
+    if RESIDUAL:
+        dx += tl.load(residual + row * residual_stride + start + column, mask=inside, other=0).to(tl.float32)
+    # Out may be x: the sums need the elements of all threads, so all of x is loaded before the first store.
+    tl.store(out + row * out_stride + start + column, dx.to(out.dtype.element_ty), mask=inside)
 
 
 def copy_into(x: Tensor, out: Tensor) -> None:
@@ -194,4 +208,4 @@ def _gated_backward(x, dy, f, x_stride, dy_stride, GELU: tl.constexpr, WIDTH: tl
 
 
 def _warps(d: int) -> int:
-    return 4 if d <= 1024 else 8 if d <= 8192 else 16
+    return 1 if d <= 256 else 4 if d <= 1024 else 8 if d <= 8192 else 16

@@ -19,6 +19,7 @@ class NormSpec(NamedTuple):
     weight: Tensor  # (d,)
     bias: Tensor | None  # (d,)
     eps: float
+    zero_centred_weight: bool = False  # an RMSNorm multiplies by 1 + weight, in float32 (ops/pointwise.py)
 
     @property
     def centred(self) -> bool:
@@ -29,6 +30,27 @@ class NormSpec(NamedTuple):
     def trained(self) -> list[Tensor]:
         """The parameters, which may require a gradient."""
         return [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """out = the norm of each group of d columns of x; both (M, n d)."""
+        pointwise.norm_into(x, self.weight, self.bias, self.eps, out, zero_centred_weight=self.zero_centred_weight)
+
+    def backward(self, x: Tensor, dy: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """out = residual + dx for the gradient dy of the output; all (M, n d)."""
+        pointwise.norm_backward_into(
+            x, self.weight, self.eps, dy, residual, out,
+            centred=self.centred, zero_centred_weight=self.zero_centred_weight,
+        )  # fmt: skip
+
+    def grad_trained(self, x: Tensor, dy: Tensor | None) -> list[Tensor | None]:
+        """The gradients (d,) of `trained`, None for those that need none; dy (M, n d) may be None if all are."""
+        wanted = [tensor.requires_grad for tensor in self.trained]
+        if not any(wanted):
+            return [None] * len(wanted)
+        assert dy is not None
+        x, dy = (matrix.unflatten(1, (-1, self.weight.numel())) for matrix in (x, dy))  # (M, n, d) each
+        gradients = pointwise.norm_parameters_backward(x, self.eps, dy, centred=self.centred)
+        return [gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=False)]
 
 
 class LayerNorm(nn.Module):
@@ -62,11 +84,18 @@ class RmsNorm(nn.Module):
         return NormSpec(self.weight, None, self.eps)
 
 
+class GemmaRmsNorm(RmsNorm):
+    """x / rms(x) * (1 + weight), in float32 until the result is rounded (Gemma, 2403.08295): a zero-centred weight."""
+
+    def spec(self) -> NormSpec:
+        return NormSpec(self.weight, None, self.eps, zero_centred_weight=True)
+
+
 def _normalize(x: Tensor, norm: NormSpec) -> Tensor:
     """The reference where a gradient is needed; else one pass over memory."""
     if torch.is_grad_enabled():
-        return pointwise.norm(x, norm.weight, norm.bias, norm.eps)
+        return pointwise.norm(x, norm.weight, norm.bias, norm.eps, zero_centred_weight=norm.zero_centred_weight)
     x = x.contiguous()  # the kernel reads whole rows
     out = torch.empty_like(x)
-    pointwise.norm_into(x.view(-1, x.shape[-1]), norm.weight, norm.bias, norm.eps, out.view(-1, x.shape[-1]))
+    norm.write(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]))
     return out

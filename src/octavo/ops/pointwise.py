@@ -17,43 +17,57 @@ from torch import Tensor
 from octavo.runtime.dispatch import kernel
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, zero_centred_weight: bool = False) -> Tensor:
     """x (.., d) normalized: LayerNorm (arXiv 1607.06450) with a bias, RMSNorm (1910.07467) without.
 
-    weight and bias (d,) are rounded to the dtype of x, as transformers does for a model in that dtype.
+    weight and bias (d,) are rounded to the dtype of x, as transformers does for a model in that dtype. With
+    `zero_centred_weight` an RMSNorm multiplies by 1 + weight in float32 and rounds the result only (Gemma, 2403.08295).
     """
+    if zero_centred_weight:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), x.shape[-1:], 1 + weight.to(wide), eps).to(x.dtype)
     if bias is None:
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 @kernel
-def norm_into(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
-    """`norm` of x (M, d), into out (M, d)."""
-    out.copy_(norm(x, weight, bias, eps))
+def norm_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, *, zero_centred_weight: bool = False
+) -> None:
+    """`norm` of each group of d columns of x (M, n d), into out (M, n d), for a weight (d,). out may be x.
+
+    n is 1 for the norms of a block, and the number of heads for a norm of each head.
+    """
+    grouped, target = (_grouped(matrix, weight) for matrix in (x, out))  # (M, n, d) each
+    target.copy_(norm(grouped, weight, bias, eps, zero_centred_weight=zero_centred_weight))
 
 
 @kernel
 def norm_backward_into(
-    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor, out: Tensor, *, centred: bool
-) -> None:
-    """out = residual + dx for a norm whose output has the gradient dy; all (M, d).
+    x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor | None, out: Tensor, *,
+    centred: bool, zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    """out = residual + dx for a norm whose output has the gradient dy; all (M, n d), the weight is (d,).
 
-    `centred`: LayerNorm, which subtracts the mean; else RMSNorm. out may be residual.
+    `centred`: LayerNorm, which subtracts the mean; else RMSNorm. out may be residual or x. Without residual out = dx.
     """
-    xhat, inverse = _standardized(x, eps, centred=centred)  # (M, d), (M, 1)
-    g = dy.float() * weight.to(x.dtype).float()
-    dx = g - xhat * (g * xhat).mean(dim=1, keepdim=True)
+    scale = 1 + weight.float() if zero_centred_weight else weight.to(x.dtype).float()
+    target = _grouped(out, weight)  # (M, n, d)
+    xhat, inverse = _standardized(_grouped(x, weight), eps, centred=centred)  # (M, n, d), (M, n, 1)
+    g = _grouped(dy, weight).float() * scale
+    dx = g - xhat * (g * xhat).mean(dim=-1, keepdim=True)
     if centred:
-        dx = dx - g.mean(dim=1, keepdim=True)
-    torch.add(residual, (dx * inverse).to(out.dtype), out=out)
+        dx = dx - g.mean(dim=-1, keepdim=True)
+    dx = (dx * inverse).to(out.dtype)
+    target.copy_(dx if residual is None else _grouped(residual, weight) + dx)
 
 
 def norm_parameters_backward(x: Tensor, eps: float, dy: Tensor, *, centred: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients (d,) float32 of the weight of a norm, and of its bias if it is `centred`."""
+    """Gradients (d,) float32 of the weight of a norm of x (.., d), and of its bias if it is `centred`."""
     xhat, _ = _standardized(x, eps, centred=centred)
-    dweight = (dy.float() * xhat).sum(dim=0)
-    return dweight, dy.sum(dim=0, dtype=torch.float32) if centred else None
+    dweight = (dy.float() * xhat).flatten(0, -2).sum(dim=0)
+    return dweight, dy.flatten(0, -2).sum(dim=0, dtype=torch.float32) if centred else None
 
 
 @kernel
@@ -111,9 +125,15 @@ def geglu_backward_(x: Tensor, dy: Tensor) -> None:
 
 
 def _standardized(x: Tensor, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
-    """(x (M, d) in float32, minus its mean if `centred`, over its deviation; 1 / deviation (M, 1))."""
+    """(x (.., d) in float32, minus its mean if `centred`, over its deviation; 1 / deviation (.., 1))."""
     values = x.float()
     if centred:
-        values = values - values.mean(dim=1, keepdim=True)
-    inverse = torch.rsqrt(values.square().mean(dim=1, keepdim=True) + eps)
+        values = values - values.mean(dim=-1, keepdim=True)
+    inverse = torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
     return values * inverse, inverse
+
+
+def _grouped(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, n d) as a view (M, n, d) for a weight (d,)."""
+    view: Tensor = x.unflatten(1, (-1, weight.numel()))
+    return view
