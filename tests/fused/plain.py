@@ -28,14 +28,20 @@ def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
 
 def plain_branch(
     x: Tensor,
-    norm: LayerNorm | RmsNorm,
+    norm: LayerNorm | RmsNorm | None,
     inner: FrozenLinear,
     mixers: Sequence[Mixer],
     outer: Sequence[FrozenLinear],
     ctx: ForwardContext,
+    *,
+    residual: Tensor | None = None,
+    post_norm: LayerNorm | RmsNorm | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """(B, T, d) -> (B, T, d)."""
-    u = inner.reference(norm(x)).split([mixer.inputs for mixer in mixers], dim=-1)
+    u = inner.reference(x if norm is None else norm(x)).split([mixer.inputs for mixer in mixers], dim=-1)
+    y = x if residual is None else residual
     for mixer, columns, layer in zip(mixers, u, outer, strict=True):
-        x = x + layer.reference(plain(mixer, columns, ctx))
-    return x
+        z = layer.reference(plain(mixer, columns, ctx))
+        y = y + scale * (z if post_norm is None else post_norm(z))
+    return y

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,6 +34,26 @@ MIXERS: dict[str, tuple[Mixer, ...]] = {
     "gated MLP, GELU": (Geglu(MLP_WIDTH),),
 }
 MIXERS |= {f"{kind}, by name": MIXERS[kind] for kind in ("GPT-J's", "gated MLP")}  # see Case
+
+
+class Form(NamedTuple):
+    """A branch that differs from y = x + W_out mix(W_in norm(x))."""
+
+    norm: bool = True
+    post_norm: bool = False
+    plus_one: bool = False  # the weights of its norms are 1 + w
+    scale: float = 1.0
+    residual: bool = False  # another one than x
+
+
+FORMS = {
+    "attention, post-norm": Form(norm=False, post_norm=True),
+    "attention, scaled": Form(scale=0.3),
+    "gated MLP, GELU, both norms": Form(post_norm=True, plus_one=True, scale=0.6),
+    "gated MLP, by name, other residual": Form(residual=True),
+}
+MIXERS |= {kind: MIXERS["attention" if kind.startswith("attention") else "gated MLP"] for kind in FORMS}
+MIXERS["gated MLP, GELU, both norms"] = (Geglu(MLP_WIDTH),)
 every_kind = pytest.mark.parametrize("kind", MIXERS)
 every_save = pytest.mark.parametrize("save", list(Save))
 RANK = 2
@@ -54,11 +74,11 @@ class Case:
         def random(*shape: int, scale: float = 0.5) -> Tensor:
             return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
-        self.mixers, self.dropout = MIXERS[kind], dropout
+        self.mixers, self.dropout, self.form = MIXERS[kind], dropout, FORMS.get(kind, Form())
         self.inner_rows = sum(mixer.inputs for mixer in self.mixers)
         self.by_name, bias = "by name" in kind, "gated MLP" not in kind
         self.weights = [random(self.inner_rows, WIDTH)] + [random(WIDTH, mixer.outputs) for mixer in self.mixers]
-        norm = [random(WIDTH) + 1] + ([random(WIDTH)] if bias else [])
+        norm = ([random(WIDTH) + 1] + ([random(WIDTH)] if bias else [])) if self.form.norm else []
         self.groups = [self.inner_rows]
         if self.by_name:
             self.groups = [
@@ -71,14 +91,16 @@ class Case:
         if self.bias is not None and not self.by_name:
             inner.append(self.bias)
         outer = [factor for mixer in self.mixers for factor in (random(RANK, mixer.outputs), random(WIDTH, RANK))]
-        self.sizes = [len(norm), len(inner), len(outer)]
-        self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer]
+        post = [random(WIDTH) + 1] if self.form.post_norm else []
+        residual = [random(BATCH, LENGTH, WIDTH)] if self.form.residual else []
+        self.sizes = [len(norm), len(inner), len(outer), len(post), len(residual)]
+        self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer, *post, *residual]
         for leaf in self.leaves:
             leaf.requires_grad_()
         self.dy = random(BATCH, LENGTH, WIDTH)
 
     def branch(self, *trained: Tensor) -> Branch:
-        norm, inner, outer = _split(list(trained), self.sizes)
+        norm, inner, outer, post, _ = _split(list(trained), self.sizes)
         stops = list(accumulate(self.groups))
         low = tuple(
             LoraSlice(stop - span, stop, a, b, 2.5 if self.by_name else 0.5)
@@ -90,8 +112,14 @@ class Case:
             LinearSpec(WIDTH, mixer.outputs, _filling(weight), None, 0, (LoraSlice(0, WIDTH, a, b, 2.0),), self.dropout)
             for mixer, weight, a, b in zip(self.mixers, self.weights[1:], outer[::2], outer[1::2], strict=True)
         ]
-        norms = NormSpec(norm[0], norm[1] if len(norm) > 1 else None, 1e-2)
-        return Branch(norms, FusedLinear((first,)), self.mixers, FusedLinear(tuple(parts)))
+        norms = [self.norm_of(parameters) for parameters in (norm, post)]
+        linears = FusedLinear((first,)), self.mixers, FusedLinear(tuple(parts))
+        return Branch(norms[0], *linears, norms[1], self.form.scale)
+
+    def norm_of(self, parameters: list[Tensor]) -> NormSpec | None:
+        if not parameters:
+            return None
+        return NormSpec(parameters[0], parameters[1] if len(parameters) > 1 else None, 1e-2, self.form.plus_one)
 
     def run(
         self,
@@ -103,7 +131,8 @@ class Case:
         offload: ActivationOffload | None = None,
     ) -> Tensor:
         torch.manual_seed(seed)
-        return branch(x, self.branch(*trained), context_of(packed=packed, offload=offload).at(0, save))
+        residual = trained[-1] if self.form.residual else None
+        return branch(x, self.branch(*trained), context_of(packed=packed, offload=offload).at(0, save), residual)
 
     def gradients(
         self, *, save: Save, packed: bool = False, seed: int = 3, offload: ActivationOffload | None = None
@@ -200,17 +229,26 @@ def test_the_saved_bytes_are_those_of_the_save_level(kind: str, packed: bool, sa
     if context.documents is not None:
         assert context.documents.mask.any()  # computed once for all blocks
     saved = {
-        save: saved_by(lambda save=save: branch(case.leaves[0], case.branch(*case.leaves[1:]), context.at(0, save)))[1]  # type: ignore[misc]
+        save: saved_by(
+            lambda save=save: branch(  # type: ignore[misc]
+                case.leaves[0],
+                case.branch(*case.leaves[1:]),
+                context.at(0, save),
+                case.leaves[-1] if case.form.residual else None,
+            )
+        )[1]
         for save in Save
     }
     built = case.branch(*case.leaves[1:])
     lora_bytes = ROWS * sum(linear.width - linear.inputs for linear in (built.inner, built.outer)) * 4
     assert saved[Save.INPUT] == lora_bytes  # not counting x, which existed before
     attention = ROWS * HEADS * (HEAD_SIZE + 1) * 4 if "gated MLP" not in kind else 0  # its output and log-sums
-    if kind == "attention":
+    if kind.startswith("attention"):
         attention += 2 * ROWS * HEADS * HEAD_SIZE * 4  # a CPU repeats shared heads and saves the copies
     if packed and "gated MLP" not in kind:
         attention += BATCH * LENGTH * LENGTH * 4  # and the mask is float32
+    if case.form.post_norm:
+        attention += ROWS * WIDTH * 4  # and its input
     assert saved[Save.ATTENTION] == lora_bytes + attention
     assert saved[Save.ALL] == lora_bytes + attention + ROWS * case.inner_rows * 4  # and u
 
@@ -271,7 +309,8 @@ def test_only_matmuls_whose_output_is_needed_run_again(kind: str, save: Save) ->
     assert (forward.counts[inner], forward.counts[outer]) == (1, 1)
     with MatmulCounter() as backward:
         torch.autograd.backward(y, case.dy)
-    assert backward.counts[outer] == 0  # never recomputed, at any save level
+    # Recomputed for a norm after it only, whose backward reads its output.
+    assert backward.counts[outer] == (case.form.post_norm and save is Save.INPUT)
     assert backward.counts[inner] == (0 if save is Save.ALL else 1)
     # And the two matmuls of the gradients of their inputs.
     assert backward.counts[ROWS, WIDTH, built.outer.width] == 1
@@ -294,6 +333,8 @@ def test_no_matmul_computes_the_gradient_of_an_x_that_needs_none(kind: str, save
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     built = case.branch(*leaves)
     assert backward.counts[ROWS, case.inner_rows, built.inner.width] == 0
+    if not norm:
+        return
     # A norm before it may be trained nevertheless.
     y = case.run(x.detach(), *leaves, save=save)
     for one, other in zip(torch.autograd.grad(y, leaves, case.dy), everything[1:], strict=True):
@@ -309,8 +350,9 @@ def test_the_incoming_gradient_is_not_changed(kind: str) -> None:
 
 
 @every_save
-def test_a_retained_graph_gives_the_same_gradients_again(save: Save) -> None:
-    case = Case("GPT-J's", dropout=0.4)
+@pytest.mark.parametrize("kind", ["GPT-J's", "gated MLP, GELU, both norms"])
+def test_a_retained_graph_gives_the_same_gradients_again(kind: str, save: Save) -> None:
+    case = Case(kind, dropout=0.4)
     y = case.run(*case.leaves, save=save)
     first = torch.autograd.grad(y, case.leaves, case.dy, retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(y, case.leaves, case.dy), strict=True):

@@ -11,13 +11,14 @@ from tests.fused.plain import plain_branch
 from torch import Tensor, nn
 
 from octavo.fused.branch import residual_branch
-from octavo.fused.mixers import Attention, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.frozen import FrozenLinear, Lora
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
-from octavo.layers.norm import LayerNorm, RmsNorm
+from octavo.layers.norm import GemmaRmsNorm, LayerNorm, RmsNorm
 from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
+from octavo.ops.linear_spec import Matmul8
 from octavo.ops.quantize import SCHEMES
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
@@ -30,27 +31,39 @@ POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 0, 1]])
 class Layers:
     """The layers of a branch: the arguments of `residual_branch`."""
 
-    norm: LayerNorm | RmsNorm
+    norm: LayerNorm | RmsNorm | None
     inner: FrozenLinear
     mixers: tuple[Mixer, ...]
     outer: tuple[FrozenLinear, ...]
+    post_norm: LayerNorm | RmsNorm | None = None
+    scale: float = 1.0
+    other_residual: bool = False  # is a function of x here, so that both gradients add up in that to x
+
+    @property
+    def norms(self) -> list[LayerNorm | RmsNorm]:
+        return [norm for norm in (self.norm, self.post_norm) if norm is not None]
 
     @property
     def all(self) -> nn.ModuleList:
-        return nn.ModuleList([self.norm, self.inner, *self.outer])
+        return nn.ModuleList([*self.norms, self.inner, *self.outer])
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.all.named_parameters() if p.requires_grad}
 
-    def run(self, x: Tensor, *, save: Save | None, packed: bool) -> Tensor:
+    def run(self, x: Tensor, *, save: Save | None, packed: bool, use_8bit: bool = False) -> Tensor:
         """`residual_branch`, or if `save` is None the reference."""
         documents = find_documents(DOCUMENT, DOCUMENT.device) if packed else None
         frequencies = torch.tensor([0.9, 0.4, 0.2, 0.1, 0.05])[: 2 if isinstance(self.norm, LayerNorm) else 5]
         table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
-        context = ForwardContext(BATCH, LENGTH, table, documents)
+        matmul8 = {"": Matmul8()} if use_8bit else {}  # the layers here have no path
+        context = ForwardContext(BATCH, LENGTH, table, documents, matmul8=matmul8)
         parts = self.norm, self.inner, self.mixers, self.outer
-        return plain_branch(x, *parts, context) if save is None else residual_branch(x, *parts, context.at(0, save))
+        residual = torch.sin(x) if self.other_residual else None
+        named: dict[str, Any] = {"residual": residual, "post_norm": self.post_norm, "scale": self.scale}
+        if save is None:
+            return plain_branch(x, *parts, context, **named)
+        return residual_branch(x, *parts, context.at(0, save), **named)
 
 
 def linear(columns: int, outputs: dict[str, int], scheme: str, dtype: torch.dtype, **biases: Any) -> FrozenLinear:
@@ -102,7 +115,44 @@ def llama_mlp(scheme: str, dtype: torch.dtype) -> Layers:
     )
 
 
-KINDS = {"gptj": gptj, "llama's attention": llama_attention, "llama's MLP": llama_mlp}
+def neox_mlp(scheme: str, dtype: torch.dtype) -> Layers:
+    return Layers(
+        LayerNorm(WIDTH, 1e-5),
+        linear(WIDTH, {"dense_h_to_4h": MLP_WIDTH}, scheme, dtype, bias=["dense_h_to_4h"]),
+        (Gelu(MLP_WIDTH),),
+        (linear(MLP_WIDTH, {"dense_4h_to_h": WIDTH}, scheme, dtype, bias=["dense_4h_to_h"]),),
+        other_residual=True,
+    )
+
+
+def olmo2_attention(scheme: str, dtype: torch.dtype) -> Layers:
+    layers = llama_attention(scheme, dtype)
+    layers.norm, layers.post_norm = None, RmsNorm(WIDTH, 1e-5)
+    return layers
+
+
+def gemma_mlp(scheme: str, dtype: torch.dtype) -> Layers:
+    layers = llama_mlp(scheme, dtype)
+    layers.mixers = (Geglu(MLP_WIDTH),)
+    layers.norm, layers.post_norm = GemmaRmsNorm(WIDTH, 1e-5), GemmaRmsNorm(WIDTH, 1e-5)
+    return layers
+
+
+def granite_mlp(scheme: str, dtype: torch.dtype) -> Layers:
+    layers = llama_mlp(scheme, dtype)
+    layers.scale = 0.4
+    return layers
+
+
+KINDS = {
+    "gptj": gptj,
+    "llama's attention": llama_attention,
+    "llama's MLP": llama_mlp,
+    "neox's MLP": neox_mlp,
+    "olmo2's attention": olmo2_attention,
+    "gemma's MLP": gemma_mlp,
+    "granite's MLP": granite_mlp,
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_save = pytest.mark.parametrize("save", list(Save))
 both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed, with padding"])
@@ -113,9 +163,10 @@ def layers_of(
 ) -> Layers:
     torch.manual_seed(0)
     layers = KINDS[kind](scheme, dtype)
-    nn.init.normal_(layers.norm.weight, mean=1, std=0.3)
-    if isinstance(layers.norm, LayerNorm):
-        nn.init.normal_(layers.norm.bias)
+    for norm in layers.norms:
+        nn.init.normal_(norm.weight, mean=0 if isinstance(norm, GemmaRmsNorm) else 1, std=0.3)
+        if isinstance(norm, LayerNorm):
+            nn.init.normal_(norm.bias)
     if all_trained:
         layers.all.requires_grad_()
     return layers
@@ -126,10 +177,12 @@ def x_and_dy(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return x.to(dtype).requires_grad_(), dy.to(dtype)
 
 
-def results(layers: Layers, x: Tensor, dy: Tensor, *, save: Save | None, packed: bool) -> dict[str, Tensor]:
+def results(
+    layers: Layers, x: Tensor, dy: Tensor, *, save: Save | None, packed: bool, use_8bit: bool = False
+) -> dict[str, Tensor]:
     """The output and all gradients, by name."""
     leaves: dict[str, Tensor] = {**({"x": x} if x.requires_grad else {}), **layers.trained}
-    y = layers.run(x, save=save, packed=packed)
+    y = layers.run(x, save=save, packed=packed, use_8bit=use_8bit)
     return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
 
 
@@ -152,6 +205,18 @@ def test_output_and_gradients_equal_those_of_the_reference(kind: str, scheme: st
     assert names >= {"weight", "bias", "a", "b"}  # norms and biases too
     theirs = results(layers, x, dy, save=None, packed=packed)
     assert_near(results(layers, x, dy, save=save, packed=packed), theirs, 1e-5)
+
+
+@every_kind
+def test_in_8_bits_results_are_near_and_the_save_level_changes_no_bit(kind: str) -> None:
+    layers, (x, dy) = layers_of(kind, "int8"), x_and_dy()
+    exact = results(layers, x, dy, save=Save.ALL, packed=False)
+    everything = results(layers, x, dy, save=Save.ALL, packed=False, use_8bit=True)
+    assert_near(everything, exact, 0.1)
+    assert not torch.equal(everything["y"], exact["y"])
+    for save in (Save.INPUT, Save.ATTENTION):
+        again = results(layers, x, dy, save=save, packed=False, use_8bit=True)
+        assert all(torch.equal(again[name], wanted) for name, wanted in everything.items())
 
 
 @every_kind
