@@ -20,9 +20,10 @@ from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
-from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import find_documents
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
+from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED, rotary_table
 from octavo.runtime.offload import ActivationOffload
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 4, 6, 10  # B, T, d, F
@@ -280,7 +281,9 @@ def test_backward_frees_the_saved_tensors_while_the_output_is_alive(kind: str, s
 
 def context_bytes() -> int:
     """Bytes of the rotary table, which the output's graph refers to."""
-    return sum(part.nbytes for part in context_of(packed=False).rotary)
+    table = context_of(packed=False).rotary
+    assert table is not None
+    return sum(part.nbytes for part in table)
 
 
 class MatmulCounter(TorchDispatchMode):

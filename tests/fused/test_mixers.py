@@ -12,7 +12,8 @@ from torch import Tensor
 from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
-from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import find_documents
+from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED, rotary_table
 
 BATCH, LENGTH = 2, 6
 ROWS = BATCH * LENGTH

@@ -17,9 +17,10 @@ from octavo.layers.frozen import FrozenLinear, Lora
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
 from octavo.layers.norm import GemmaRmsNorm, LayerNorm, RmsNorm
-from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED, find_documents, rotary_table
+from octavo.ops.attention import find_documents
 from octavo.ops.linear_spec import Matmul8
 from octavo.ops.quantize import SCHEMES
+from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED, rotary_table
 
 BATCH, LENGTH, WIDTH, MLP_WIDTH = 2, 7, 40, 56  # blocks of 64 end within rows and within names
 HEADS, HEAD_SIZE = 4, 10

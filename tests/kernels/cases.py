@@ -11,10 +11,11 @@ from torch import Tensor
 
 from octavo import ops
 from octavo.ops import adam, inference, matmul8
-from octavo.ops.attention import rotary_table
+from octavo.ops.attention import PLAIN, AttentionSpec
 from octavo.ops.linear import LoraSlice
 from octavo.ops.lora_backward import LoraOperands
 from octavo.ops.quantize import SCHEMES
+from octavo.ops.rotary import rotary_table
 from octavo.ops.tiles import Phase
 
 for module in iter_modules(ops.__path__):
@@ -243,29 +244,33 @@ def shrink(m: int, k: int, j: int) -> Case:
     return make
 
 
-def decode(lengths: list[int], max_len: int, *, heads: int, groups: int, size: int) -> Case:
+def decode(
+    lengths: list[int], max_len: int, *, heads: int, groups: int, size: int, spec: AttentionSpec = PLAIN
+) -> Case:
     """Slots of one layer of a cache of two; what is rank_after their lengths is far from anything."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         m = len(lengths)
         cache = torch.randn(2, 2, m + 1, max_len, groups, size).to(dtype)
         for slot, length in enumerate(lengths):
-            cache[:, :, slot, max(length, 0) :] = 1000
+            cache[:, :, slot, max(length, 0) :] = 1000  # none if the positions have wrapped around
         q, k, v = columns(m, (heads + 2 * groups) * size, dtype).split([heads * size, groups * size, groups * size], 1)
         given = q.unflatten(1, (heads, size)), k.unflatten(1, (groups, size)), v.unflatten(1, (groups, size))
         keys, values = cache[:, 1, :m]
-        return (*given, keys, values, torch.tensor(lengths), max(lengths)), {}, cache.flatten(0, 2).flatten(1)
+        arguments = (*given, keys, values, torch.tensor(lengths), max(lengths), spec)
+        return arguments, {}, cache.flatten(0, 2).flatten(1)
 
     return make
 
 
 def prefill(
-    length: int, starts: list[int], slots: list[int] | None = None, *, heads: int, groups: int, size: int
-) -> Case:
+    length: int, starts: list[int], slots: list[int] | None = None, *, heads: int, groups: int, size: int,
+    spec: AttentionSpec = PLAIN, held: int = 0,
+) -> Case:  # fmt: skip
     """New positions of some slots of one layer of a cache of two; what is rank_after them is far from anything."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
-        slot_ids, max_len = slots or list(range(len(starts))), max(starts) + length + 9
+        slot_ids, max_len = slots or list(range(len(starts))), held or max(starts) + length + 9
         cache = torch.randn(2, 2, max(slot_ids) + 1, max_len, groups, size).to(dtype)
         for slot, start in zip(slot_ids, starts, strict=True):
             cache[:, :, slot, start + length :] = 1000
@@ -273,7 +278,7 @@ def prefill(
         q = u.unflatten(0, (len(starts), length)).unflatten(-1, (heads, size))
         # Columns of a wider tensor, as in the one input of a CUDA graph.
         wide = torch.tensor([starts, slot_ids]).T.contiguous()
-        return (q, *cache[:, 1], wide[:, 0], None if slots is None else wide[:, 1]), {}, u
+        return (q, *cache[:, 1], wide[:, 0], None if slots is None else wide[:, 1], spec), {}, u
 
     return make
 
@@ -310,10 +315,18 @@ CASES: dict[str, list[Case]] = {
     "cached_attention.prefill_attention": [
         prefill(5, [0, 9], heads=4, groups=2, size=24),
         prefill(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16),
+        prefill(70, [0, 200, 9], heads=4, groups=2, size=24, spec=AttentionSpec(window=33)),
+        prefill(70, [0, 150, 9], [1, 3, 0], heads=2, groups=1, size=16, spec=AttentionSpec(window=17), held=128),
+        prefill(40, [3, 70], heads=2, groups=1, size=16, spec=AttentionSpec(0.5, softcap=2.0)),
+        prefill(40, [3, 70], heads=2, groups=2, size=16, spec=AttentionSpec(0.5, softcap=2.0, window=1)),
         prefill(1, [130], heads=2, groups=2, size=8), prefill(64, [0], [1], heads=2, groups=1, size=136),
     ],
     "cached_attention.decode_attention": [
         decode([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24),
+        decode([0, 5, -1, 299, 127, 128, 31, 32], 300, heads=4, groups=2, size=24, spec=AttentionSpec(window=40)),
+        decode([700, 64, 3, 63], 64, heads=2, groups=1, size=16, spec=AttentionSpec(window=64)),
+        decode([90, 5, 33], 100, heads=2, groups=1, size=16, spec=AttentionSpec(1.5, softcap=3.0, window=1)),
+        decode([90, 5, 31], 100, heads=2, groups=2, size=16, spec=AttentionSpec(0.5, softcap=3.0)),
         decode([3], 40, heads=2, groups=2, size=16), decode([260, 7], 288, heads=6, groups=1, size=16),
         decode([70, -1, 63, 64], 90, heads=2 * HEADS, groups=2, size=8), decode([600], 640, heads=2, groups=1, size=8),
         decode([130, 127, 128], 150, heads=15 if ON_GPU else 3, groups=3 if ON_GPU else 1, size=8),
@@ -369,7 +382,7 @@ CASES: dict[str, list[Case]] = {
         activation(4200, 2100, backward=True, scale=1), activation(70, 35, backward=True, large=True, scale=1),
         pitches(4096, 2048, over="x"), pitches(4096, 2048, over="dy"),
     ],
-    "attention.rotate_into": [
+    "rotary.rotate_into": [
         rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2, over=True),
         rotation("half", 24, heads=9, rows=2, over=True), rotation("interleaved", 8, heads=9, over=True, back=True),
         rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),

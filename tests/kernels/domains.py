@@ -69,7 +69,7 @@ DOMAINS: dict[str, dict[str, Operand]] = {
         "values": SCALES, "gradient": SCALES, "moments.first": contiguous(U8), "moments.second": contiguous(U8),
         "moments.first_absmax": SCALES, "moments.second_absmax": SCALES, "factor": SCALES,
     },
-    "attention.rotate_into": {"x": X, "cos": SCALES, "sin": SCALES, "out": OUT},
+    "rotary.rotate_into": {"x": X, "cos": SCALES, "sin": SCALES, "out": OUT},
     "cached_attention.decode_attention": {
         "q": X, "k": X, "v": X, "keys": contiguous(*COMPUTE), "values": contiguous(*COMPUTE),
         "lengths": contiguous(torch.int64),
@@ -132,7 +132,7 @@ def operands(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> It
     bound = inspect.signature(KERNELS[name]).bind(*arguments, **named)
     bound.apply_defaults()
     for key, value in bound.arguments.items():
-        if key != "dtype":
+        if key not in ("dtype", "spec"):  # spec: numbers alone
             yield from _flat(key, value)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo.hardware import Capabilities
 from octavo.ops import inference, matmul8
+from octavo.ops.attention import PLAIN, AttentionSpec
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import KERNELS
 
@@ -117,17 +118,18 @@ def test_a_row_of_a_matmul_has_the_same_bits_in_any_batch(phase: Phase, weight: 
             same_bits(found, whole[rows], dtype)
 
 
+@pytest.mark.parametrize("spec", [PLAIN, AttentionSpec(window=21)], ids=["all", "window"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_a_query_has_the_same_bits_in_any_chunk_and_batch(dtype: torch.dtype) -> None:
+def test_a_query_has_the_same_bits_in_any_chunk_and_batch(dtype: torch.dtype, spec: AttentionSpec) -> None:
     kernel = import_module("octavo.kernels.cached_attention")
     torch.manual_seed(0)
     given: Any = prefill(70, [64, 0, 3], [4, 0, 2], heads=3, groups=1, size=16)(dtype)[0]
-    q, keys, values, starts, slots = given
-    whole = kernel.prefill_attention(q, keys, values, starts, slots)
+    q, keys, values, starts, slots, _ = given
+    whole = kernel.prefill_attention(q, keys, values, starts, slots, spec)
     for row in range(3):
         for cut in (1, 37, 64) if ON_GPU else (37,):
             one = slice(row, row + 1)
-            found = kernel.prefill_attention(q[one, cut:], keys, values, starts[one] + cut, slots[one])
+            found = kernel.prefill_attention(q[one, cut:], keys, values, starts[one] + cut, slots[one], spec)
             same_bits(found, whole[one, cut:], dtype)
 
 

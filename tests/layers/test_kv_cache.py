@@ -38,8 +38,8 @@ def test_a_prompt_in_chunks_has_the_attention_of_the_entire_prompt(chunks: list[
         span = slice(cache.length, cache.length + length)
         view = cache.next(length)
         assert view.positions.tolist() == [list(range(span.start, span.stop))]
-        for layer, layer_qkv in enumerate(qkv):
-            actual = view.attend(layer, *(x[:, span] for x in layer_qkv))
+        for layer, (q, k, v) in enumerate(qkv):
+            actual = view.attend(layer, q[:, span], k[:, span], v[:, span])
             torch.testing.assert_close(actual, expected[layer][:, span])
         view.finish()
     assert cache.length == sum(chunks)

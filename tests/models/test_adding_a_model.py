@@ -165,7 +165,7 @@ def blocks(document: str) -> dict[str, str]:
 
 FILES = blocks(DOCUMENT.read_text("utf-8"))
 NAMES = {**vars(parity), "MarlinConfig": MarlinConfig}
-CASES: dict[str, Any] = eval("{" + FILES["tests/models/test_parity.py, in CASES"] + "}", NAMES)
+CASES: dict[str, Any] = eval("{" + FILES["tests/models/families.py, in CASES"] + "}", NAMES)
 AutoConfig.register("marlin", MarlinConfig, exist_ok=True)
 AutoModelForCausalLM.register(MarlinConfig, MarlinForCausalLM, exist_ok=True)
 

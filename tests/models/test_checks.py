@@ -11,6 +11,7 @@ from torch import nn
 
 from octavo.errors import ModelError
 from octavo.models import build, gpt_neox, llama
+from octavo.models.rotary import Rotary
 from octavo.models.weight_map import RowOrder, WeightPath
 
 LLAMA = {
@@ -19,7 +20,7 @@ LLAMA = {
 }  # fmt: skip
 NEOX = {
     "model_type": "gpt_neox", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 4, "rotary_pct": 0.5,
 }  # fmt: skip
 Q, GATE, NORM = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate_proj", "model.layers.1.input_layernorm"
 QKV = "gpt_neox.layers.1.attention.query_key_value"
@@ -131,7 +132,7 @@ def test_what_loading_does_not_fill_is_an_error(
 
 
 def test_frequencies_for_more_values_than_a_head_has_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "frequencies", lambda fields, rotated: torch.ones(3))
+    monkeypatch.setattr(llama, "rotary_of", lambda *_, **__: Rotary((1.0, 1.0, 1.0)))
     with pytest.raises(ModelError, match=r"rotates 6 values of a head of 4"):
         build(LLAMA)
 

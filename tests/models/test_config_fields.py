@@ -40,7 +40,7 @@ OPTIONAL = [
     ("rope_theta", "nan"), ("rope_theta", 0), ("max_position_embeddings", -1), ("max_position_embeddings", 2**80),
     ("tie_word_embeddings", "yes"), ("attention_bias", 1), ("mlp_bias", []), ("hidden_act", 5),
     ("model_type", ["llama"]),
-    ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("sliding_window", "x"), ("use_sliding_window", "x"),
+    ("architectures", "LlamaForCausalLM"), ("architectures", [1]), ("sliding_window", "x"),
     ("rope_parameters", []), ("rope_parameters", "linear"), ("rope_parameters", {"rope_type": 3}),
     ("rope_parameters", {"rope_type": "linear"}), ("rope_parameters", {"rope_type": "linear", "factor": 0}),
     ("rope_parameters", {**LLAMA3, "low_freq_factor": 4.0}), ("rope_parameters", {**LLAMA3, "factor": float("nan")}),
@@ -54,6 +54,30 @@ def test_an_optional_field_is_checked_too(key: str, value: Any) -> None:
     with pytest.raises(ModelError, match=r"config\.json") as caught:
         build({**config, key: value})
     assert key in caught.value.message or next(iter(value)) in caught.value.message or key.startswith("num_key")
+
+
+MISTRAL = {**LLAMA, "model_type": "mistral"}
+QWEN = {**LLAMA, "model_type": "qwen3", "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (MISTRAL, "sliding_window", "x"), (MISTRAL, "sliding_window", 0), (QWEN, "use_sliding_window", "x"),
+        (QWEN, "max_window_layers", -1), (QWEN, "layer_types", ["full_attention"]), (QWEN, "layer_types", "x"),
+    ],
+)  # fmt: skip
+def test_the_fields_of_sliding_windows_are_checked(config: dict[str, Any], key: str, value: Any) -> None:
+    config = {name: field for name, field in config.items() if name != "architectures"}
+    with pytest.raises(ModelError, match=key):
+        build({**config, key: value})
+
+
+def test_another_type_of_layer_is_named() -> None:
+    config = {name: field for name, field in QWEN.items() if name != "architectures"}
+    layers = ["linear_attention"] * config["num_hidden_layers"]
+    with pytest.raises(ModelError, match="layers of type 'linear_attention'"):
+        build({**config, "layer_types": layers})
 
 
 @pytest.mark.parametrize(

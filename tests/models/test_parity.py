@@ -13,18 +13,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.models.families import CASES, LENGTH, VOCABULARY, like_gptj, like_llama
 from torch import Tensor, nn
-from transformers import (
-    GPTJConfig,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import GPTJConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.data.packing import IGNORE_INDEX
@@ -37,115 +28,10 @@ from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.lora import put_
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.config_fields import ConfigFields
-from octavo.models.rotary import frequencies
+from octavo.models.rotary import rotary_of
 from octavo.ops.attention import find_documents
 
-VOCABULARY, LENGTH = 97, 40
 TOLERANCE = 1e-5  # of logits, absolute; of a gradient, the difference's norm over its own
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
-
-
-def like_llama(heads: int, groups: int, **changes: Any) -> dict[str, Any]:
-    shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "max_position_embeddings": 2048,
-    }
-    return shape | changes
-
-
-def like_gptj(heads: int, rotary: int, **changes: Any) -> dict[str, Any]:
-    shape = {
-        "vocab_size": VOCABULARY,
-        "n_embd": 48,
-        "n_layer": 2,
-        "n_head": heads,
-        "rotary_dim": rotary,
-        "n_positions": 2048,
-    }
-    return shape | changes
-
-
-def like_neox(heads: int, **changes: Any) -> dict[str, Any]:
-    shape = like_llama(heads, heads, intermediate_size=96)
-    del shape["num_key_value_heads"]
-    return shape | changes
-
-
-MULTIPLIERS = {
-    "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
-}  # fmt: skip
-SEQUENTIAL = {"use_parallel_residual": False}
-CASES = {
-    "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
-    "llama, one key head, three layers": LlamaConfig(**like_llama(4, 1, num_hidden_layers=3)),
-    "llama, all biases, llama3 rope": LlamaConfig(
-        **like_llama(4, 4, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE)
-    ),
-    "llama, wide heads, linear rope": LlamaConfig(**like_llama(3, 3, head_dim=24, rope_parameters=LINEAR_ROPE)),
-    "llama, other eps and base": LlamaConfig(
-        **like_llama(4, 2, rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    ),
-    "mistral, row as long as its window": MistralConfig(**like_llama(4, 2, head_dim=16, sliding_window=LENGTH)),
-    "mistral, no window": MistralConfig(**like_llama(4, 4, sliding_window=None)),
-    "qwen2, grouped heads": Qwen2Config(**like_llama(4, 2)),
-    "qwen2, one key head, tied": Qwen2Config(**like_llama(2, 1, tie_word_embeddings=True)),
-    "gptj, partial rotary": GPTJConfig(**like_gptj(4, 4)),
-    "gptj, whole rotary, own width": GPTJConfig(**like_gptj(2, 24, n_inner=100, n_layer=3)),
-    "gptj, tied, other eps": GPTJConfig(**like_gptj(3, 6, tie_word_embeddings=True, layer_norm_epsilon=1e-2)),
-    "qwen3, grouped heads": Qwen3Config(**like_llama(4, 2, head_dim=16)),
-    "qwen3, wide heads, biases, tied": Qwen3Config(
-        **like_llama(3, 1, head_dim=24, attention_bias=True, tie_word_embeddings=True)
-    ),
-    "smollm3, every fourth layer without rotary": SmolLM3Config(
-        **like_llama(4, 2, num_hidden_layers=4, pad_token_id=None, bos_token_id=1, eos_token_id=2)
-    ),
-    "smollm3, given layers without rotary, untied": SmolLM3Config(
-        **like_llama(
-            3,
-            1,
-            num_hidden_layers=3,
-            no_rope_layers=[0, 1, 0],
-            tie_word_embeddings=False,
-            pad_token_id=None,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ),
-    "smollm3, biases": SmolLM3Config(
-        **like_llama(2, 2, attention_bias=True, mlp_bias=True, pad_token_id=None, bos_token_id=1, eos_token_id=2)
-    ),
-    "olmo2, grouped heads": Olmo2Config(**like_llama(4, 2, eos_token_id=2, pad_token_id=None)),
-    "olmo2, tied": Olmo2Config(**like_llama(3, 3, tie_word_embeddings=True, eos_token_id=2, pad_token_id=None)),
-    "olmo2, one key head, biases": Olmo2Config(
-        **like_llama(4, 1, attention_bias=True, eos_token_id=2, pad_token_id=None)
-    ),
-    "granite, all multipliers": GraniteConfig(**like_llama(4, 2, **MULTIPLIERS)),
-    "granite, tied, biases": GraniteConfig(
-        **like_llama(3, 1, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **MULTIPLIERS)
-    ),
-    "granite, one multiplier, three layers": GraniteConfig(
-        **like_llama(2, 2, num_hidden_layers=3, attention_multiplier=0.1)
-    ),
-    "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
-    "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),
-    "neox, tanh, no bias of attention, tied": GPTNeoXConfig(
-        **like_neox(2, rotary_pct=0.5, hidden_act="gelu_fast", attention_bias=False, tie_word_embeddings=True)
-    ),
-}
 
 
 class Models(NamedTuple):
@@ -195,7 +81,7 @@ def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Mod
 @torch.no_grad()
 def test_a_cache_filled_in_chunks_gives_the_same_logits(kernels: Models) -> None:
     ids, model = some_ids(), kernels.ours
-    cache = model.new_cache(batch=2, max_len=LENGTH + 5)
+    cache = model.new_cache(batch=2, max_len=LENGTH)
     chunks = torch.split(ids, [17, 1, 13, *[1] * (LENGTH - 31)], dim=1)
     logits = torch.cat([model(chunk, cache=cache) for chunk in chunks], dim=1)
     assert cache.length == LENGTH
@@ -315,11 +201,10 @@ def test_where_two_forms_of_rotary_settings_are_given_the_one_of_transformers_co
     both = like_llama(4, 2, head_dim=16) | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
     both |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1000.0}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**both)).inv_freq
-    torch.testing.assert_close(frequencies(ConfigFields(both), 16), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(rotary_of(ConfigFields(both), 16).frequencies), theirs, rtol=1e-6, atol=0)
 
 
 REFUSED = {
-    "rope": LlamaConfig(**like_llama(4, 2, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})),
     "llama's activation": LlamaConfig(**like_llama(4, 2, hidden_act="gelu")),
     "gptj's activation": GPTJConfig(**like_gptj(4, 4, activation_function="relu")),
 }
@@ -346,10 +231,3 @@ def test_a_config_that_lacks_a_size_says_which() -> None:
     del config["n_head"]
     with pytest.raises(ModelError, match=r"config\.json: n_head is missing"):
         build(config)
-
-
-def test_a_window_bounds_the_context() -> None:
-    config = CASES["mistral, row as long as its window"].to_dict()
-    assert build(config | {"architectures": ["MistralForCausalLM"]}).config.context == LENGTH
-    qwen = Qwen2Config(**like_llama(4, 2)).to_dict() | {"sliding_window": 8, "use_sliding_window": False}
-    assert build(qwen | {"architectures": ["Qwen2ForCausalLM"]}).config.context == 2048

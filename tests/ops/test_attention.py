@@ -12,21 +12,19 @@ from tests import devices
 from torch import Tensor
 
 from octavo.hardware import Capabilities
-from octavo.ops import attention
-from octavo.ops.attention import (
+from octavo.ops import attention, softcap
+from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents
+from octavo.ops.cached_attention import prefill_attention
+from octavo.ops.rotary import (
     ROTATE_HALF,
     ROTATE_INTERLEAVED,
-    Documents,
     cached_rotary_table,
-    causal_attention,
-    find_documents,
     rotary_table,
     rotate,
     rotate_half,
     rotate_interleaved,
     rotate_into,
 )
-from octavo.ops.cached_attention import prefill_attention
 from octavo.ops.tiles import Phase
 
 CPU = torch.device("cpu")
@@ -116,12 +114,70 @@ def test_attention_is_the_formula() -> None:
     torch.testing.assert_close(causal_attention(q, k, v), explicit(q, k, v, seen))
 
 
+SPECS = [
+    AttentionSpec(0.7), AttentionSpec(window=3), AttentionSpec(softcap=1.5), AttentionSpec(0.9, softcap=0.8, window=2),
+    AttentionSpec(window=100),
+]  # fmt: skip
+
+
+def of_spec(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, number: list[int]) -> Tensor:
+    """Attention written out, one query and head at a time; `number` is the document of each position."""
+    out = torch.zeros_like(q)
+    for row, at, head in torch.ones(q.shape[:3]).nonzero().tolist():
+        first = 0 if spec.window is None else max(0, at + 1 - spec.window)
+        seen = [other for other in range(first, at + 1) if number[other] == number[at]]
+        group = head * k.shape[2] // q.shape[2]
+        scores = k[row, seen, group] @ q[row, at, head] * (spec.scale or q.shape[3] ** -0.5)
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        out[row, at, head] = scores.softmax(dim=0) @ v[row, seen, group]
+    return out
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_windows_scales_and_soft_caps_are_the_formula(
+    spec: AttentionSpec, packed: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softcap, "CHUNK", 4)  # scores of several chunks
+    q, k, v = three(11, groups=groups)
+    number = [0] * 5 + [1] * 6 if packed else [0] * 11
+    documents = documents_of(torch.tensor([number, number])) if packed else None
+    found = causal_attention(q, k, v, spec, documents=documents)
+    torch.testing.assert_close(found, of_spec(q, k, v, spec, number), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_gradient_of_soft_capped_attention_is_that_of_the_formula(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softcap, "CHUNK", 4)
+    number = [0] * 5 + [1] * 6 if packed else [0] * 11
+    documents = documents_of(torch.tensor([number, number])) if packed else None
+    spec = AttentionSpec(0.6, softcap=1.1, window=4)
+    inputs = [x.requires_grad_() for x in three(11)]
+    again = [x.detach().clone().requires_grad_() for x in inputs]
+    found = causal_attention(inputs[0], inputs[1], inputs[2], spec, documents=documents)
+    weight = random(*found.shape, seed=9)
+    torch.autograd.backward((found * weight).sum())
+    seen = torch.ones(11, 11, dtype=torch.bool).tril().triu(-3)
+    seen = seen & (torch.tensor(number)[:, None] == torch.tensor(number))
+    a = torch.einsum("bthd,bshd->bhts", again[0], again[1]) * 0.6
+    weights = (1.1 * torch.tanh(a / 1.1)).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    torch.autograd.backward((torch.einsum("bhts,bshd->bthd", weights, again[2]) * weight).sum())
+    for one, other in zip(inputs, again, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)  # computed in float32
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_heads_are_repeated_heads(groups: int) -> None:
     q, k, v = three(6, groups=groups)
     share = HEADS // groups
     many = [torch.cat([x[:, :, h // share, None] for h in range(HEADS)], dim=2) for x in (k, v)]
-    assert torch.equal(causal_attention(q, k, v), causal_attention(q, *many))
+    assert torch.equal(causal_attention(q, k, v), causal_attention(q, many[0], many[1]))
 
 
 @settings(max_examples=25, deadline=None)

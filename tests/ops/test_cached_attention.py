@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from octavo.ops.attention import AttentionSpec, causal_attention
 from octavo.ops.cached_attention import decode_attention, prefill_attention
 from octavo.ops.tiles import PREFILL_TILE
 
@@ -82,3 +83,40 @@ def test_prefill_has_the_same_bits_in_any_chunks(dtype: torch.dtype) -> None:
             prefill_attention(q[:, cut:], keys, values, torch.tensor([cut])),
         ]
         assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+WINDOWS = [AttentionSpec(window=5), AttentionSpec(1.3, softcap=0.9, window=17), AttentionSpec(0.4, softcap=2.0)]
+
+
+def whole(q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention of a whole sequence (T, H or G, D)."""
+    return causal_attention(q[None], keys[None], values[None], spec)[0]
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_a_cache_of_one_window_gives_the_attention_of_the_whole_sequence(spec: AttentionSpec) -> None:
+    """Position p is held at p mod S: tokens that no query sees any more are overwritten."""
+    torch.manual_seed(0)
+    length, heads, groups = 60, 4, 2
+    held = spec.window or length
+    q, (k, v) = torch.randn(length, heads, SIZE), torch.randn(2, length, groups, SIZE)
+    wanted = whole(q, k, v, spec)
+    keys, values = torch.zeros(2, 1, held, groups, SIZE)
+    for at in range(length):
+        found = decode_attention(q[None, at], k[None, at], v[None, at], keys, values, torch.tensor([at]), at, spec)
+        torch.testing.assert_close(found[0], wanted[at])
+
+
+@pytest.mark.parametrize("spec", WINDOWS, ids=str)
+def test_chunks_in_a_cache_that_wraps_around_give_the_attention_of_the_whole_sequence(spec: AttentionSpec) -> None:
+    torch.manual_seed(0)
+    length, heads, groups, chunk = 60, 4, 2, 12
+    held = spec.window + chunk if spec.window else length
+    q, (k, v) = torch.randn(length, heads, SIZE), torch.randn(2, length, groups, SIZE)
+    wanted = whole(q, k, v, spec)
+    keys, values = torch.zeros(2, 1, held, groups, SIZE)
+    for start in range(0, length, chunk):
+        cells = torch.arange(start, start + chunk) % held
+        keys[0, cells], values[0, cells] = k[start : start + chunk], v[start : start + chunk]
+        found = prefill_attention(q[None, start : start + chunk], keys, values, torch.tensor([start]), None, spec)
+        torch.testing.assert_close(found[0], wanted[start : start + chunk])

@@ -20,10 +20,10 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
 from octavo.ops import lora_backward
-from octavo.ops.attention import ROTATE_INTERLEAVED, rotary_table
 from octavo.ops.linear import LoraSlice
 from octavo.ops.linear_spec import LinearSpec
 from octavo.ops.lora_backward import LoraGrads, LoraOperands
+from octavo.ops.rotary import ROTATE_INTERLEAVED, rotary_table
 
 M, WIDTH, RANK, NEXT_RANK = 7, 10, 3, 2
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from octavo.layers.block import attention
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
-from octavo.ops.attention import causal_attention, rotate_into
 from octavo.ops.lora_backward import (
     LoraGrads,
     LoraOperands,
@@ -36,6 +36,7 @@ from octavo.ops.pointwise import (
     swiglu_backward_,
     swiglu_into,
 )
+from octavo.ops.rotary import rotate_into
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Mixer(Protocol):
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal attention of rotated queries and keys; u is [q | k | v]. `form`: see ops/attention.py."""
+    """Causal attention of rotated queries and keys; u is [q | k | v]. `form`: see ops/rotary.py."""
 
     heads: int
     key_value_heads: int
@@ -106,6 +107,8 @@ class Attention:
         return self.heads * self.head_size
 
     def prepare_(self, u: Tensor, context: ForwardContext) -> None:
+        if context.rotary is None:
+            return
         rotated = u[:, : (self.heads + self.key_value_heads) * self.head_size]  # q and k
         rotate_into(rotated, *context.rotary, self.head_size, self.form, rotated)
 
@@ -115,7 +118,7 @@ class Attention:
         self.prepare_(u, context)
         if not save:
             q, k, v = self._heads(u.unflatten(0, (context.batch, context.length)))  # (B, T, H or G, D)
-            gemm_input.put(causal_attention(q, k, v, documents=context.documents).reshape(len(u), -1))
+            gemm_input.put(attention(q, k, v, context).flatten(0, 1))
             return None
         saved = self.save(u, context)
         gemm_input.put(saved.out.detach())
@@ -136,12 +139,12 @@ class Attention:
 
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
             anchor = torch.empty(0, device=u.device, requires_grad=True)  # so that autograd runs without a leaf in u
-            leaves = [
+            q, k, v = (
                 _Entry.apply(part, anchor)  # type: ignore[no-untyped-call]
                 for part in self._heads(u.unflatten(0, (context.batch, context.length)))
-            ]
-            out = causal_attention(*leaves, documents=context.documents).reshape(len(u), -1)  # (M, H D)
-        return SavedAttention(out, tuple(get_gradient_edge(leaf) for leaf in leaves), columns)
+            )
+            out = attention(q, k, v, context).flatten(0, 1)  # (M, H D)
+        return SavedAttention(out, tuple(get_gradient_edge(leaf) for leaf in (q, k, v)), columns)
 
     def backward_(
         self,
@@ -156,8 +159,12 @@ class Attention:
         gradients = torch.autograd.grad(saved.out, saved.edges, dout.contiguous())
         dq, dk, dv = (gradient.reshape(len(u), -1) for gradient in gradients)  # (M, H D), (M, G D), (M, G D)
         q, k, v = u.split(self._sizes, dim=1)  # views of u: the gradients replace the values
-        rotate_into(dq, *context.rotary, self.head_size, self.form, q, back=True)
-        rotate_into(dk, *context.rotary, self.head_size, self.form, k, back=True)
+        if context.rotary is None:
+            copy_into(dq, q)
+            copy_into(dk, k)
+        else:
+            rotate_into(dq, *context.rotary, self.head_size, self.form, q, back=True)
+            rotate_into(dk, *context.rotary, self.head_size, self.form, k, back=True)
         copy_into(dv, v)
         return saved.out.detach()
 

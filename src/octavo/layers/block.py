@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.layers.context import ForwardContext
-from octavo.ops.attention import causal_attention, rotate, rotate_into
+from octavo.ops.attention import causal_attention
 from octavo.ops.pointwise import geglu_into, gelu_into, swiglu_into
+from octavo.ops.rotary import rotate, rotate_into
 from octavo.ops.tiles import elementwise_tiles
 
 
@@ -26,7 +27,12 @@ def split_heads(x: Tensor, *heads: int, size: int) -> list[Tensor]:
 
 
 def rope(x: Tensor, ctx: ForwardContext, form: str) -> Tensor:
-    """x (B, T, heads, D) with rotary positions (RoFormer, arXiv 2104.09864); in place where no gradient is needed."""
+    """x (B, T, heads, D) with rotary positions (RoFormer, arXiv 2104.09864), if the layer has them.
+
+    In place where no gradient is needed.
+    """
+    if ctx.rotary is None:
+        return x
     if torch.is_grad_enabled():
         return rotate(x, ctx.rotary, form)
     rows = x.flatten(2).flatten(0, 1)  # (B T, heads D), a view
@@ -35,10 +41,15 @@ def rope(x: Tensor, ctx: ForwardContext, form: str) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
-    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), and over the cache if there is one: (B, T, H D)."""
+    """Causal attention of q (B, T, H, D) over k and v (B, T, G, D), and over the cache if there is one: (B, T, H D).
+
+    The layer's window, scale and soft-cap are those of `ctx`.
+    """
+    if ctx.query_scale is not None:
+        q = q * ctx.query_scale.to(q.dtype)
     if ctx.cache is not None:
-        return ctx.cache.attend(ctx.layer, q, k, v).reshape(*q.shape[:2], -1)
-    return causal_attention(q, k, v, documents=ctx.documents).flatten(2)
+        return ctx.cache.attend(ctx.layer, q, k, v, ctx.attention).reshape(*q.shape[:2], -1)
+    return causal_attention(q, k, v, ctx.attention, documents=ctx.documents).flatten(2)
 
 
 def gelu(x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from octavo.layers.dropout import Dropout
 from octavo.layers.kv_cache import CacheView
-from octavo.ops.attention import Documents
+from octavo.ops.attention import PLAIN, AttentionSpec, Documents
 from octavo.ops.linear_spec import Matmul8
 from octavo.ops.tiles import Phase
 from octavo.runtime.offload import ActivationOffload
@@ -52,15 +52,16 @@ class ForwardOptions:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The arguments of a forward pass that all blocks share; `layer` and `save` are those of one block.
+    """The arguments of a forward pass. The last five are those of one block (`at`), the others are shared by all.
 
+    `rotary` is None in a layer without rotary positions. `query_scale` multiplies the queries of each position.
     `documents` are the packed documents of training. `cache` and `adapter_ids`, 0 for the base, are those of inference.
     `offload` takes the blocks' inputs to CPU memory. The rest is that of ForwardOptions.
     """
 
     batch: int
     length: int
-    rotary: tuple[Tensor, Tensor]  # cos and sin, each (B or 1, T, 1, R/2)
+    rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, each (B or 1, T, 1, R/2)
     documents: Documents | None = None
     cache: CacheView | None = None
     adapter_ids: Tensor | None = None  # (B,) int64
@@ -70,11 +71,13 @@ class ForwardContext:
     fused: bool = True
     layer: int = 0
     save: Save = Save.ALL
+    attention: AttentionSpec = PLAIN
+    query_scale: Tensor | None = None  # (B or 1, T, 1, 1)
 
     @property
     def phase(self) -> Phase:
         return self.cache.phase if self.cache is not None else Phase.PREFILL
 
-    def at(self, layer: int, save: Save) -> Self:
-        """The context of one block."""
-        return replace(self, layer=layer, save=save)
+    def at(self, layer: int, save: Save, **attention: Any) -> Self:
+        """The context of one block: `attention` has `rotary`, `attention` and `query_scale`."""
+        return replace(self, layer=layer, save=save, **attention)

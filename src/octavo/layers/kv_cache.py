@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo.ops.attention import PLAIN, AttentionSpec
 from octavo.ops.cached_attention import decode_attention, prefill_attention
 from octavo.ops.tiles import Phase
 
@@ -34,7 +35,12 @@ class CacheView(Protocol):
         """(B, T) int64, or (1, T) if they are the same in all rows; the rotary embedding needs them."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @property
+    def max_len(self) -> int:
+        """The greatest number of positions of a row."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """Stores k and v (B, T, G, D) of one block. Returns (B, T, H, D): causal attention of q (B, T, H, D) over the
         stored and the new positions of its row."""
         ...
@@ -142,6 +148,7 @@ class PrefillView:
 
     def __init__(self, cache: SlotCache, slots: Tensor, lengths: Tensor) -> None:
         self.cache, self.slots, self.lengths = cache, slots, lengths
+        self.max_len = cache.max_len
         self.finite = torch.ones_like(slots, dtype=torch.bool)  # (B,)
         self._starts = torch.zeros_like(slots)  # (B,): the slots are empty
 
@@ -150,13 +157,13 @@ class PrefillView:
         self._padding = (self.positions >= self.lengths[:, None])[:, :, None, None]  # (B, T, 1, 1)
         return self
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         for store, new in ((self.cache.keys, k), (self.cache.values, v)):
             padded = new.masked_fill(self._padding, 0)  # (B, T, G, D)
             store[layer, :, : new.shape[1]].index_copy_(0, self.slots, padded)
         self.finite &= (k.isfinite() | self._padding).flatten(1).all(dim=1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (slots, S, G, D) each
-        return prefill_attention(q, keys, values, self._starts, self.slots)
+        return prefill_attention(q, keys, values, self._starts, self.slots, spec)
 
     def finish(self) -> None:
         return
@@ -171,6 +178,7 @@ class DecodeView:
 
     def __init__(self, cache: SlotCache, lengths: Tensor, longest: int, phase: Phase) -> None:
         self.cache, self.lengths, self.longest, self.phase = cache, lengths, longest, phase
+        self.max_len = cache.max_len
 
     def next(self, count: int) -> CacheView:
         assert count == 1
@@ -180,10 +188,10 @@ class DecodeView:
     def positions(self) -> Tensor:
         return self.lengths.clamp_min(0)[:, None]  # (B, 1); an idle slot needs a valid position
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         rows = len(self.lengths)
         stored = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]  # (B, S, G, D) each
-        return decode_attention(q[:, 0], k[:, 0], v[:, 0], *stored, self.lengths, self.longest)[:, None]
+        return decode_attention(q[:, 0], k[:, 0], v[:, 0], *stored, self.lengths, self.longest, spec)[:, None]
 
     def finish(self) -> None:
         return
@@ -198,17 +206,18 @@ class AppendView:
         self.end = start + count
         assert self.end <= keys.shape[2], f"{self.end} positions in a cache of {keys.shape[2]}"
         self.keys, self.values, self.start, self.phase = keys, values, start, phase
+        self.max_len = keys.shape[2]
         self._set_length = set_length
         self.positions = torch.arange(start, self.end, device=keys.device)[None]  # (1, T)
         self._starts = torch.full((keys.shape[1],), start, device=keys.device)  # (B,)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]  # (B, S, G, D) each
         if self.phase is Phase.DECODE:
-            return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start)[:, None]
+            return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start, spec)[:, None]
         keys[:, self.start : self.end] = k  # (B, T, G, D)
         values[:, self.start : self.end] = v
-        return prefill_attention(q, keys, values, self._starts)
+        return prefill_attention(q, keys, values, self._starts, spec=spec)
 
     def finish(self) -> None:
         self._set_length(self.end)

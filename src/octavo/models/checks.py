@@ -27,12 +27,12 @@ def check_config(config: DecoderConfig) -> None:
     missing = [name for name in vars(DecoderConfig) if not name.startswith("_") and not hasattr(config, name)]
     if missing:
         raise ModelError(f"{type(config).__module__}.Config lacks {', '.join(missing)}.", hint=HINT)
-    if 2 * len(config.frequencies) > config.head_size:
-        raise ModelError(
-            f"{type(config).__module__}.Config rotates {2 * len(config.frequencies)} values of a head of "
-            f"{config.head_size}.",
-            hint=HINT,
-        )
+    where = f"{type(config).__module__}.Config"
+    if len(config.attention) != config.layers:
+        raise ModelError(f"{where} has the attention of {len(config.attention)} of {config.layers} layers.", hint=HINT)
+    for layer in config.attention:
+        if layer.rotary is not None and (rotated := 2 * len(layer.rotary.frequencies)) > config.head_size:
+            raise ModelError(f"{where} rotates {rotated} values of a head of {config.head_size}.", hint=HINT)
 
 
 def check_paths(decoder: nn.Module, paths: Mapping[str, WeightPath]) -> None:

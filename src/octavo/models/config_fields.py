@@ -95,6 +95,13 @@ class ConfigFields:
             raise self.wrong(f"{key} is {shown(value)}; it must be a list of 0 and 1")
         return [bool(item) for item in value]
 
+    def numbers(self, key: str, *, count: int, least: float, most: float) -> list[float]:
+        """A list of `count` numbers from `least` to `most`."""
+        value = self.source.get(key)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.wrong(f"{key} is {shown(value)}; it must be a list of {count} numbers")
+        return [ConfigFields({key: item}, self.where).number(key, least=least, most=most) for item in value]
+
     def texts(self, key: str) -> list[str]:
         """A list of strings; [] for a key that is absent or null."""
         value = self.source.get(key)

@@ -8,7 +8,6 @@ Legend: B sequences of a batch, T positions, d the width of the model, V the voc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +18,10 @@ from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.kv_cache import Cache, KeyValueCache, SlotCache
 from octavo.layers.norm import LayerNorm, RmsNorm
+from octavo.layers.positions import LearnedPositions
+from octavo.models.layer_attention import LayerAttention, per_layer
 from octavo.models.running import run_block
-from octavo.ops.attention import Documents, cached_rotary_table, rotary_table
+from octavo.ops.attention import Documents
 from octavo.ops.tiles import Phase
 from octavo.runtime.offload import ActivationOffload
 
@@ -43,7 +44,9 @@ class DecoderConfig(Protocol):
     @property
     def context(self) -> int: ...
     @property
-    def frequencies(self) -> tuple[float, ...]: ...  # of the rotated pairs, R/2 of them
+    def attention(self) -> tuple[LayerAttention, ...]: ...  # of each layer
+    @property
+    def position_embedding(self) -> str: ...  # the last part of the name of learned positions; "" for none
     @property
     def embedding(self) -> str: ...  # the last part of its name in a checkpoint
     @property
@@ -68,6 +71,8 @@ class Decoder(nn.Module):
         for path, layer in self.blocks.named_modules():
             if isinstance(layer, FrozenLinear):
                 layer.path = path
+        positions = LearnedPositions(config.context, config.width) if config.position_embedding else None
+        self.positions = positions
         self.norm = config.new_norm()
         matrix = self.embed.matrix if config.tied else FrozenMatrix(config.width, {config.head: config.vocabulary})
         self.head = FrozenLinear(matrix, bias=list(matrix.outputs) if config.head_bias else ())
@@ -91,19 +96,21 @@ class Decoder(nn.Module):
         view = cache.next(ids.shape[1]) if cache is not None else None  # where this pass stores its keys and values
         if positions is None:
             positions = view.positions if view is not None else torch.arange(ids.shape[1], device=ids.device)[None]
-        # Over a cache the table's bits must not depend on the number of positions (ops/tiles.py).
-        table = rotary_table if view is None else partial(cached_rotary_table, phase=view.phase)
-        rotary = table(positions, _frequencies(self.config.frequencies, ids.device))
         options, (batch, length) = options or ForwardOptions(), ids.shape
         offload = ActivationOffload() if options.offload else None
         context = ForwardContext(
-            batch, length, rotary, documents, view, adapter_ids, offload, options.matmul8, options.dropout,
+            batch, length, None, documents, view, adapter_ids, offload, options.matmul8, options.dropout,
             options.fused,
         )  # fmt: skip
-        x = self._scaled(self.embed(ids, adapter_ids), self.config.embedding_scale)  # (B, T, d)
+        layers = per_layer(self.config.attention, positions, documents, view)
+        x = self.embed(ids, adapter_ids)  # (B, T, d)
+        # Rounded to the type of x, as Gemma's is: 67.88 in float32 is 68 in bfloat16.
+        x = self._scaled(x, float(torch.tensor(self.config.embedding_scale, dtype=x.dtype)))
+        if self.positions is not None:
+            x = x + self.positions(positions, x.dtype)
         levels = [options.save] * len(self.blocks) if isinstance(options.save, Save) else options.save
-        for layer, (block, level) in enumerate(zip(self.blocks, levels, strict=True)):
-            x = run_block(block, x, context.at(layer, level))  # (B, T, d)
+        for layer, (block, level, attention) in enumerate(zip(self.blocks, levels, layers, strict=True)):
+            x = run_block(block, x, context.at(layer, level, **attention))  # (B, T, d)
         if view is not None:
             view.finish()
         return self._scaled(self.norm(x), self.config.output_scale)  # (B, T, d)
@@ -153,9 +160,3 @@ class Decoder(nn.Module):
     def _cache_shape(self) -> dict[str, Any]:
         c, matrix = self.config, self.embed.matrix
         return {"heads": c.key_value_heads, "head_size": c.head_size, "dtype": matrix.dtype, "device": matrix.device}
-
-
-@cache
-def _frequencies(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(R/2,), copied once: a copy from pageable CPU memory makes a GPU wait, and cannot be in a CUDA graph."""
-    return torch.tensor(values, device=device)

@@ -14,7 +14,7 @@ from octavo.fused.branch import residual_branch
 from octavo.fused.mixers import Attention, Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.models import gptj, llama
-from octavo.ops.attention import ROTATE_HALF, ROTATE_INTERLEAVED
+from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED
 
 
 def _gptj(block: gptj.Block, x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Self
 
 import torch.nn.functional as F
@@ -28,9 +28,10 @@ from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
 from octavo.models.config_fields import ConfigFields
-from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, default_frequencies
+from octavo.models.layer_attention import LayerAttention
+from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, context_of, rotary_of
 from octavo.models.weight_map import RowOrder, WeightPath
-from octavo.ops.attention import ROTATE_HALF
+from octavo.ops.rotary import ROTATE_HALF
 
 ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
 
@@ -44,18 +45,18 @@ class Config:
     mlp_width: int
     layers: int
     heads: int
-    rotary: int
-    rotary_base: float
     norm_eps: float
     activation: str
     parallel: bool
     bias: bool  # of attention's linears
     tied: bool
     context: int  # positions that the model was made for
+    attention: tuple[LayerAttention, ...]
 
     embedding = "embed_in"
     head = "embed_out"
     head_bias = False
+    position_embedding = ""
     embedding_scale = output_scale = 1.0
 
     @property
@@ -65,10 +66,6 @@ class Config:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
-
-    @cached_property
-    def frequencies(self) -> tuple[float, ...]:
-        return tuple(default_frequencies(self.rotary_base, self.rotary).tolist())
 
     def new_norm(self) -> LayerNorm:
         return LayerNorm(self.width, self.norm_eps)
@@ -82,26 +79,23 @@ class Config:
         width, heads = fields.width(), fields.heads()
         if width % heads:
             raise fields.wrong(f"hidden_size is {width}, which num_attention_heads {heads} does not divide")
-        # Newer configs hold both numbers in rope_parameters.
-        rope = fields.object("rope_parameters") or ConfigFields({})
-        if (kind := rope.text("rope_type", default="default")) != "default" or source.get("rope_scaling"):
-            raise ModelError(f"The model's config asks for rotary positions of type {shown(kind)} in GPT-NeoX.")
+        # Older files have these two numbers, newer ones partial_rotary_factor and rope_theta.
         share = fields.number("rotary_pct", least=0.0, most=1.0, default=0.25)
-        base = fields.number("rotary_emb_base", least=1.0, most=MAX_THETA, default=DEFAULT_THETA)
+        theta = fields.number("rotary_emb_base", least=1.0, most=MAX_THETA, default=DEFAULT_THETA)
+        rotary = rotary_of(fields, width // heads, theta=theta, share=share)
         return cls(
             vocabulary=fields.vocabulary(),
             width=width,
             mlp_width=fields.mlp_width(),
-            layers=fields.layers(),
+            layers=(layers := fields.layers()),
             heads=heads,
-            rotary=int(rope.number("partial_rotary_factor", least=0.0, most=1.0, default=share) * (width // heads)),
-            rotary_base=rope.number("rope_theta", least=1.0, most=MAX_THETA, default=base),
             norm_eps=fields.epsilon("layer_norm_eps", default=1e-5),
             activation=act,
             parallel=fields.flag("use_parallel_residual", default=True),
             bias=fields.flag("attention_bias", default=True),
             tied=fields.flag("tie_word_embeddings"),
-            context=fields.positions(),
+            context=context_of(fields),
+            attention=(LayerAttention(rotary),) * layers,
         )
 
 

@@ -26,9 +26,10 @@ from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
 from octavo.models.config_fields import ConfigFields
-from octavo.models.rotary import DEFAULT_THETA, default_frequencies
+from octavo.models.layer_attention import LayerAttention
+from octavo.models.rotary import DEFAULT_THETA, Rotary, default_frequencies
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import ROTATE_INTERLEAVED
+from octavo.ops.rotary import ROTATE_INTERLEAVED
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Config:
         return self.width // self.heads
 
     @cached_property
-    def frequencies(self) -> tuple[float, ...]:
-        return tuple(default_frequencies(DEFAULT_THETA, self.rotary).tolist())
+    def attention(self) -> tuple[LayerAttention, ...]:
+        rotary = Rotary(tuple(default_frequencies(DEFAULT_THETA, self.rotary).tolist()))
+        return (LayerAttention(rotary),) * self.layers
 
     embedding = "wte"
     head = "lm_head"
     head_bias = True
+    position_embedding = ""
     embedding_scale = output_scale = 1.0
 
     def new_norm(self) -> LayerNorm:

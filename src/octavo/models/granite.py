@@ -13,7 +13,6 @@ F the width of the MLP.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -24,7 +23,8 @@ from octavo.layers.block import attention, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
 from octavo.models import llama
 from octavo.models.config_fields import ConfigFields
-from octavo.ops.attention import ROTATE_HALF
+from octavo.ops.attention import AttentionSpec
+from octavo.ops.rotary import ROTATE_HALF
 
 MAX_MULTIPLIER = 1e4  # far above published models
 
@@ -36,7 +36,7 @@ class Config(llama.Config):
     embedding_multiplier: float
     logits_scaling: float
     residual_multiplier: float
-    attention_multiplier: float
+    attention_multiplier: float  # the scale of scores
 
     @property
     def embedding_scale(self) -> float:  # type: ignore[override]
@@ -50,12 +50,14 @@ class Config(llama.Config):
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not support."""
-        base, settings = llama.Config.from_dict({"use_sliding_window": False, **source}), ConfigFields(source)
+        base, settings = llama.Config.from_dict(source), ConfigFields(source)
         multipliers: dict[str, Any] = {
             key: settings.number(key, least=1e-6, most=MAX_MULTIPLIER, default=1.0)
             for key in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
         }
-        return cls(**vars(base), **multipliers)
+        spec = AttentionSpec(scale=multipliers["attention_multiplier"])
+        layers = tuple(layer._replace(spec=spec) for layer in base.attention)
+        return cls(**{**vars(base), "attention": layers}, **multipliers)
 
 
 weight_map = llama.weight_map
@@ -66,7 +68,6 @@ class Block(llama.Block):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.query_scale = config.attention_multiplier * math.sqrt(config.head_size)  # attention divides by sqrt(D)
         self.residual_scale = config.residual_multiplier
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
@@ -74,7 +75,7 @@ class Block(llama.Block):
         qkv = self.qkv(self.norm_1(x), ctx)  # (B, T, (H + 2 G) D)
         qk, v = split_heads(qkv, heads + kv_heads, kv_heads, size=self.head_size)  # (B, T, H + G, D), (B, T, G, D)
         q, k = rope(qk, ctx, ROTATE_HALF).split([heads, kv_heads], dim=2)  # (B, T, H, D), (B, T, G, D)
-        h = x + self.out(attention(q * self.query_scale, k, v, ctx), ctx) * self.residual_scale  # (B, T, d)
+        h = x + self.out(attention(q, k, v, ctx), ctx) * self.residual_scale  # (B, T, d)
         mlp = swiglu(self.gate_up(self.norm_2(h), ctx), ctx)  # (B, T, F)
         y: Tensor = h + self.down(mlp, ctx) * self.residual_scale  # (B, T, d)
         return y

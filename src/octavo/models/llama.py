@@ -24,10 +24,15 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import RmsNorm
-from octavo.models.config_fields import ConfigFields
-from octavo.models.rotary import frequencies
+from octavo.models.config_fields import MAX_LAYERS, ConfigFields
+from octavo.models.layer_attention import LayerAttention, sliding_layers, window_of
+from octavo.models.rotary import DEFAULT_THETA, context_of, rotary_of
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import ROTATE_HALF
+from octavo.ops.attention import AttentionSpec
+from octavo.ops.rotary import ROTATE_HALF
+
+WINDOW = 4096  # positions of a sliding window, where config.json does not say
+QWEN_FULL_LAYERS = 28  # the first layers of a Qwen have no window, where config.json does not say how many
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class Config:
     out_bias: bool
     mlp_bias: bool
     context: int  # positions that the model was made for
-    frequencies: tuple[float, ...]  # of the rotary pairs, D/2 of them
+    attention: tuple[LayerAttention, ...]
 
     embedding = "embed_tokens"  # the last parts of their names in a checkpoint
     head = "lm_head"
     head_bias = False
+    position_embedding = ""
     embedding_scale = output_scale = 1.0
+    theta = DEFAULT_THETA  # of rotary positions, where config.json does not say
 
     def new_norm(self) -> RmsNorm:
         return RmsNorm(self.width, self.norm_eps)
@@ -72,15 +79,15 @@ class Config:
         head_size = fields.head_size(default=width // heads)
         if head_size % 2:
             raise fields.wrong(f"head_dim is {head_size}; it must be an even number")
-        context = fields.positions()
-        if fields.flag("use_sliding_window", default=True):  # Qwen2 has this flag, Mistral has not
-            # Sliding-window attention (Mistral 7B v0.1) equals full attention in a context of at most one window.
-            context = min(context, fields.positions("sliding_window", default=context))
+        layers = fields.layers()
+        window = window_of(fields, WINDOW)
+        spec = [AttentionSpec(window=window if slides else None) for slides in cls.sliding(fields, layers)]
+        rotary = rotary_of(fields, head_size, theta=cls.theta)
         return cls(
             vocabulary=fields.vocabulary(),
             width=width,
             mlp_width=fields.mlp_width(),
-            layers=fields.layers(),
+            layers=layers,
             heads=heads,
             key_value_heads=key_heads,
             head_size=head_size,
@@ -89,9 +96,25 @@ class Config:
             qkv_bias=qwen or bias,  # Qwen2 has biases on q, k and v and none on o; its config does not say so
             out_bias=bias and not qwen,
             mlp_bias=fields.flag("mlp_bias"),
-            context=context,
-            frequencies=tuple(frequencies(fields, head_size).tolist()),
+            context=context_of(fields),
+            attention=tuple(LayerAttention(rotary, each) for each in spec),
         )
+
+    @classmethod
+    def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
+        """Whether each layer has a sliding window: all of a Mistral, in a Qwen2 the last ones, if it has any."""
+        kind = fields.text("model_type", default="")
+        if kind == "mistral":
+            return [True] * layers
+        return qwen_sliding(fields, layers) if kind == "qwen2" else [False] * layers
+
+
+def qwen_sliding(fields: ConfigFields, layers: int) -> list[bool]:
+    """Whether each layer of a Qwen2 or Qwen3 has a sliding window."""
+    if not fields.flag("use_sliding_window"):
+        return [False] * layers
+    first = fields.size("max_window_layers", least=0, most=MAX_LAYERS, default=QWEN_FULL_LAYERS)
+    return sliding_layers(fields, [layer >= first for layer in range(layers)])
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:

@@ -22,7 +22,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
 from octavo.models import llama
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import ROTATE_HALF
+from octavo.ops.rotary import ROTATE_HALF
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from octavo.layers.block import attention, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
 from octavo.models import llama
+from octavo.models.config_fields import ConfigFields
 from octavo.models.weight_map import WeightPath
-from octavo.ops.attention import ROTATE_HALF
+from octavo.ops.rotary import ROTATE_HALF
 
 HEAD_SIZE = 128  # where config.json names none
 
@@ -34,7 +35,12 @@ class Config(llama.Config):
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not support."""
-        return super().from_dict({"head_dim": HEAD_SIZE, "use_sliding_window": False, **source})
+        return super().from_dict({"head_dim": HEAD_SIZE, **source})
+
+    @classmethod
+    def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
+        """Whether each layer has a sliding window."""
+        return llama.qwen_sliding(fields, layers)
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:

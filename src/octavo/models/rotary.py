@@ -1,4 +1,4 @@
-"""The frequencies of rotary positions (RoFormer, arXiv 2104.09864), from the settings of a config.json.
+"""Rotary positions (RoFormer, arXiv 2104.09864) as the settings of a config.json describe them.
 
 Pair i of the R rotated values of a head turns by the angle p f_i at position p:
 
@@ -6,6 +6,15 @@ Pair i of the R rotated values of a head turns by the angle p f_i at position p:
     linear     f_i / factor: positions are compressed into the original context (arXiv 2306.15595)
     llama3     f_i / factor for pairs that turn less than low_freq_factor times in the original context, f_i for those
                that turn more than high_freq_factor times, a linear ramp between (Llama 3.1, arXiv 2407.21783)
+    yarn       the same, between beta_slow and beta_fast turns with a ramp over i; cos and sin are scaled (2309.00071)
+    longrope   f_i / short_factor_i in sequences of at most the original context, f_i / long_factor_i in longer ones;
+               cos and sin are scaled (2402.13753)
+    dynamic    in sequences of L positions, longer than the original context C, theta grows by the factor
+               (factor L / C - factor + 1)^(R / (R - 2))
+
+The length that longrope and dynamic ask for is that of a document in training, and the greatest length that a request
+may have over a cache: keys that are stored once cannot turn by other angles later. transformers takes the longest
+sequence of a batch, and stores keys under angles that change while a sequence grows.
 
 Frequencies are computed on the CPU, as transformers does: the power function of a GPU rounds differently.
 """
@@ -13,6 +22,8 @@ Frequencies are computed on the CPU, as transformers does: the power function of
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,6 +34,47 @@ from octavo.models.config_fields import ConfigFields
 
 DEFAULT_THETA = 10000.0
 MAX_THETA, MAX_FACTOR = 1e15, 1e6  # far above published models
+TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary positions of a layer."""
+
+    frequencies: tuple[float, ...]  # (R/2,)
+    scale: float = 1.0  # of cos and sin
+    original: int = 0  # the original context, for the two types below
+    long: tuple[float, ...] = ()  # longrope: the frequencies of sequences longer than `original`
+    dynamic: tuple[float, float] | None = None  # (theta, factor)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies are others in long sequences."""
+        return bool(self.long) or self.dynamic is not None
+
+    def at(self, length: Tensor | int, device: torch.device) -> Tensor:
+        """(R/2,) for sequences of `length`; (B, T, R/2) if it is (B, T), the length of each position's sequence."""
+        short = _on_device(self.frequencies, device)
+        if not self.depends_on_length or (isinstance(length, int) and length <= self.original):
+            return short
+        long = _on_device(self.long, device) if self.long else self._stretched(length, device)
+        if isinstance(length, int):
+            return long
+        return torch.where((length > self.original)[..., None], long, short)
+
+    def _stretched(self, length: Tensor | int, device: torch.device) -> Tensor:
+        assert self.dynamic is not None
+        (theta, factor), rotated = self.dynamic, 2 * len(self.frequencies)
+        lengths = torch.as_tensor(length, device=device).clamp_min(self.original)  # () or (B, T)
+        growth = (factor * lengths / self.original - (factor - 1)) ** (rotated / (rotated - 2))
+        exponents = torch.arange(0, rotated, 2, device=device).float() / rotated  # (R/2,)
+        return 1.0 / (theta * growth)[..., None] ** exponents
+
+
+@cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(R/2,), copied once: a copy from pageable CPU memory makes a GPU wait, and cannot be in a CUDA graph."""
+    return torch.tensor(values, device=device)
 
 
 def default_frequencies(theta: float, rotated: int) -> Tensor:
@@ -30,33 +82,117 @@ def default_frequencies(theta: float, rotated: int) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated)
 
 
-def frequencies(fields: ConfigFields, rotated: int) -> Tensor:
-    """(R/2,) float32 for R = `rotated` values of a head. ModelError for a rope type that is not supported."""
-    # `rope_scaling`, the older key, wins over `rope_parameters` as in transformers.
-    rope = fields.object("rope_scaling") or fields.object("rope_parameters") or ConfigFields({})
-    theta = fields.number("rope_theta", least=1.0, most=MAX_THETA, default=DEFAULT_THETA)
+def rotary_of(
+    fields: ConfigFields,
+    head_size: int,
+    *,
+    theta: float = DEFAULT_THETA,
+    share: float | None = None,
+    layer_type: str = "",
+) -> Rotary:
+    """The rotary positions of a config.json; ModelError for what octavo does not support.
+
+    `theta` is the family's default. `share` is the part of a head that it rotates where the file does not say; None for
+    a family that always rotates whole heads. With a `layer_type` the settings may be those of this type of layers.
+    """
+    rope = _settings(fields, layer_type)
+    theta = fields.number("rope_theta", least=1.0, most=MAX_THETA, default=theta)
     theta = rope.number("rope_theta", least=1.0, most=MAX_THETA, default=theta)
-    base = default_frequencies(theta, rotated)  # (R/2,)
+    rotated = head_size
+    if share is not None:
+        share = fields.number("partial_rotary_factor", least=0.0, most=1.0, default=share)
+        rotated = int(head_size * rope.number("partial_rotary_factor", least=0.0, most=1.0, default=share))
+    base = default_frequencies(theta, rotated)  # (R/2,): an odd R is rounded up, except in the exponents
     kind = rope.text("rope_type", default=rope.text("type", default="default"))
+    context = fields.positions()
     if kind == "linear":
-        base = base / rope.number("factor", least=1e-3, most=MAX_FACTOR)
+        base = base / _factor(rope)
     elif kind == "llama3":
-        base = _llama3(base, rope, fields.positions())
+        base = _llama3(base, rope, rope.positions("original_max_position_embeddings", default=context))
+    elif kind == "yarn":
+        return _yarn(base, theta, rope, _original(fields, rope, context), context)
+    elif kind == "longrope":
+        return _longrope(base, rope, _original(fields, rope, context), context)
+    elif kind == "dynamic":
+        return Rotary(_values(base), original=context, dynamic=(theta, _factor(rope)))
     elif kind != "default":
         raise ModelError(
             f"The model's config asks for rotary positions of type {shown(kind)}.",
-            hint="octavo supports default, linear and llama3. Use a model with one of these.",
+            hint=f"octavo supports {', '.join(TYPES)}. Use a model with one of these.",
         )
-    return base
+    return Rotary(_values(base))
 
 
-def _llama3(base: Tensor, rope: ConfigFields, context: int) -> Tensor:
-    factor = rope.number("factor", least=1e-3, most=MAX_FACTOR)
-    original = rope.positions("original_max_position_embeddings", default=context)
-    low = rope.number("low_freq_factor", least=1e-3, most=MAX_FACTOR)
-    high = rope.number("high_freq_factor", least=1e-3, most=MAX_FACTOR)
+def context_of(fields: ConfigFields) -> int:
+    """The positions that a model was made for; dynamic rotary positions extend them by their factor."""
+    rope = _settings(fields, "")
+    kind = rope.text("rope_type", default=rope.text("type", default="default"))
+    return int(fields.positions() * (_factor(rope) if kind == "dynamic" else 1))
+
+
+def _settings(fields: ConfigFields, layer_type: str) -> ConfigFields:
+    """`rope_scaling`, the older key, wins over `rope_parameters` as in transformers."""
+    rope = fields.object("rope_scaling") or fields.object("rope_parameters") or ConfigFields({})
+    return (rope.object(layer_type) if layer_type else None) or rope
+
+
+def _original(fields: ConfigFields, rope: ConfigFields, context: int) -> int:
+    """The original context: transformers reads it outside of the settings first (Phi-3's files)."""
+    inside = rope.positions("original_max_position_embeddings", default=context)
+    return fields.positions("original_max_position_embeddings", default=inside)
+
+
+def _factor(rope: ConfigFields, key: str = "factor", default: float | None = None) -> float:
+    return rope.number(key, least=1e-3, most=MAX_FACTOR, default=default)
+
+
+def _values(frequencies: Tensor) -> tuple[float, ...]:
+    return tuple(frequencies.tolist())
+
+
+def _llama3(base: Tensor, rope: ConfigFields, original: int) -> Tensor:
+    factor, low, high = _factor(rope), _factor(rope, "low_freq_factor"), _factor(rope, "high_freq_factor")
     if low >= high:
         raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
     turns = original * base / (2 * math.pi)  # (R/2,) of each pair in the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return base * kept + base / factor * (1 - kept)
+
+
+def _yarn(base: Tensor, theta: float, rope: ConfigFields, original: int, context: int) -> Rotary:
+    """Pairs up to `low` keep their frequencies, pairs from `high` on have them divided by the factor."""
+    rotated, factor = 2 * len(base), _factor(rope, default=context / original)
+
+    def pair_of(turns: float) -> float:
+        """The pair, a real number, that turns so many times in the original context."""
+        return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_of(_factor(rope, "beta_fast", 32.0)), pair_of(_factor(rope, "beta_slow", 1.0))
+    if rope.flag("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    divided = ((torch.arange(len(base)) - low) / max(high - low, 1e-3)).clamp(0, 1)  # (R/2,)
+    scale = _factor(rope, "attention_factor", _yarn_scale(rope, factor))
+    return Rotary(_values(base / factor * divided + base * (1 - divided)), scale)
+
+
+def _yarn_scale(rope: ConfigFields, factor: float) -> float:
+    """The scale of cos and sin, where the file does not say: 0.1 ln(factor) + 1, or a ratio of two such numbers."""
+
+    def scale_of(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    above = rope.number("mscale", least=0.0, most=MAX_FACTOR, default=0.0)
+    below = rope.number("mscale_all_dim", least=0.0, most=MAX_FACTOR, default=0.0)
+    return scale_of(above) / scale_of(below) if above and below else scale_of(1.0)
+
+
+def _longrope(base: Tensor, rope: ConfigFields, original: int, context: int) -> Rotary:
+    factor = _factor(rope, default=context / original)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    scale = _factor(rope, "attention_factor", grown)
+    short, long = (
+        _values(base / torch.tensor(rope.numbers(key, count=len(base), least=1e-3, most=MAX_FACTOR)))
+        for key in ("short_factor", "long_factor")
+    )
+    return Rotary(short, scale, original, long)

@@ -1,7 +1,6 @@
-"""Rotary position embeddings (RoPE, arXiv 2104.09864), and causal attention over packed documents.
+"""Causal attention over packed documents, with sliding windows and soft-capped scores.
 
-Legend: B rows of a batch, T positions, H query heads, G key/value heads (G divides H), D the size of a head, R the
-rotated elements of a head, M = B T.
+Legend: B rows of a batch, T positions, H query heads, G key/value heads (G divides H), D the size of a head.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,67 +17,35 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.hardware.capabilities import Capabilities, capabilities_of
-from octavo.ops import tiles
-from octavo.ops.tiles import Phase
-from octavo.runtime.dispatch import backends, kernel, observe
+from octavo.ops.softcap import softcapped_attention
+from octavo.runtime.dispatch import backends, observe
 from octavo.runtime.transfer import to_device
 
-ROTATE_INTERLEAVED, ROTATE_HALF = "interleaved", "half"  # pairs (2i, 2i+1) of GPT-J, pairs (i, i + D/2) of Llama
 
-Table = tuple[Tensor, Tensor]
+class AttentionSpec(NamedTuple):
+    """How the heads of a layer attend: softmax of the scores s over the positions that a query sees.
 
+        s = scale q k^T               without a `softcap`
+        s = c tanh(scale q k^T / c)   with a `softcap` c (Gemma 2, arXiv 2408.00118)
 
-def rotary_table(positions: Tensor, frequencies: Tensor) -> Table:
-    """(cos, sin), each (B, T, 1, R/2) float32, of positions (B, T) times R/2 frequencies."""
-    angles = positions.float()[..., None] * frequencies.float()  # (B, T, R/2)
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+    A query sees its own position and those before it in its document: all of them, or with a `window` w the last w with
+    its own (sliding-window attention, arXiv 2004.05150).
+    """
 
+    scale: float | None = None  # None: 1 / sqrt(D)
+    softcap: float | None = None
+    window: int | None = None
 
-def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase) -> Table:
-    """`rotary_table` of new positions over a cache; on a CPU in tiles, for batch invariance (ops/tiles.py)."""
-    if capabilities_of(positions.device).is_gpu:
-        return rotary_table(positions, frequencies)
-    dim = 1 if phase is Phase.PREFILL else 0
-    parts = positions.split(tiles.PREFILL_TILE if dim else 1, dim=dim)
-    tables = [rotary_table(part, frequencies) for part in parts]
-    cos, sin = (torch.cat(each, dim=dim) for each in zip(*tables, strict=True))
-    return cos, sin
+    def scale_of(self, head_size: int) -> float:
+        """The factor of q k^T for heads of `head_size`."""
+        return head_size**-0.5 if self.scale is None else self.scale
 
-
-def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
-    """Rotates the first R elements of each head in pairs (2i, 2i+1), GPT-J's form. x is (B, T, H, D)."""
-    cos, sin = table
-    rotary, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)  # (B, T, H, R), (.., D - R)
-    even, odd = rotary.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, R/2) each
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    def bounded(self, length: int) -> AttentionSpec:
+        """This spec for sequences of `length`: a window that covers them all has no effect."""
+        return self if self.window is None or self.window < length else self._replace(window=None)
 
 
-def rotate_half(x: Tensor, table: Table) -> Tensor:
-    """Rotates the first R elements of each head in pairs (i, i + R/2), Llama's form. x is (B, T, H, D)."""
-    cos, sin = table
-    r = cos.shape[-1]
-    low, high, rest = x.split([r, r, x.shape[-1] - 2 * r], dim=-1)  # (B, T, H, R/2) twice, (.., D - R)
-    rotated = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
-
-
-def rotate(x: Tensor, table: Table, form: str) -> Tensor:
-    """x (B, T, H, D) rotated in the form ROTATE_INTERLEAVED or ROTATE_HALF."""
-    return rotate_interleaved(x, table) if form == ROTATE_INTERLEAVED else rotate_half(x, table)
-
-
-@kernel
-def rotate_into(
-    x: Tensor, cos: Tensor, sin: Tensor, head_size: int, form: str, out: Tensor, *, back: bool = False
-) -> None:
-    """out = all heads of x (M, heads * D) rotated; out may be x. The table is of (B, T) positions, or of (1, T) for all
-    rows. `back` rotates by the negative angle: the transpose of the rotation, for gradients."""
-    heads, target = (
-        matrix.unflatten(1, (-1, head_size)).unflatten(0, (-1, cos.shape[0] * cos.shape[1])) for matrix in (x, out)
-    )  # (n, rows, heads, D)
-    table = cos.flatten(0, 1)[None], (-sin if back else sin).flatten(0, 1)[None]
-    target.copy_(rotate(heads, table, form))
+PLAIN = AttentionSpec()
 
 
 @dataclass(frozen=True)
@@ -93,6 +60,21 @@ class Documents:
     def mask(self) -> Tensor:
         """(B, 1, T, T), true where a query sees a key: its own position and those before it in its document."""
         return (self.number[:, None, :, None] == self.number[:, None, None, :]).tril()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B, T): the length of the document of each position."""
+        spans = self.offsets.diff().long()
+        return spans.repeat_interleave(spans, output_size=self.number.numel()).view(self.number.shape)
+
+
+def seen_mask(length: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor:
+    """(B or 1, 1, T, T), true where a query sees a key of its row."""
+    if documents is not None:
+        seen = documents.mask
+    else:
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
 
 
 def find_documents(document: Tensor | None, device: torch.device) -> Documents | None:
@@ -112,8 +94,10 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
     return Documents(to_device(document, device), to_device(offsets, device), longest)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, T, H, D), with a causal mask.
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN, *, documents: Documents | None = None
+) -> Tensor:
+    """softmax(s) v, (B, T, H, D), with the scores s and the window of `spec`.
 
     q is (B, T, H, D), k and v are (B, T, G, D). With `documents` a position sees only its own document; without them
     the whole row is one document. Over a cache: ops/cached_attention.py.
@@ -121,18 +105,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | 
     if q.is_meta:
         simulated: Tensor = _Simulated.apply(q, k, v)  # type: ignore[no-untyped-call]
         return simulated
+    spec = spec.bounded(documents.longest if documents is not None else q.shape[1])
     call = capabilities_of(q.device), q.dtype, backends().attention
-    if documents is not None and supports_varlen(*call):
-        return _varlen(q, k, v, documents)
-    mask = documents.mask if documents is not None else None
+    masked = spec.window is not None or documents is not None
+    if masked and spec.softcap is None and supports_varlen(*call, windows=spec.window is not None):
+        return _varlen(q, k, v, spec, documents)
     groups = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
-    shared = groups > 1 and mask is None and supports_shared_keys(*call)
+    shared = groups > 1 and not masked and spec.softcap is None and supports_shared_keys(*call)
     if groups > 1 and not shared:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    mask = seen_mask(q.shape[1], spec.window, documents, q.device) if masked else None
+    if spec.softcap is not None:
+        return softcapped_attention(q, k, v, spec.scale_of(q.shape[3]), spec.softcap, mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
     causal = mask is None and q.shape[2] > 1
     with _sdpa_backends(q):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared, scale=spec.scale
+        )
     return out.transpose(1, 2)
 
 
@@ -160,10 +150,10 @@ def supports_shared_keys(capabilities: Capabilities, dtype: torch.dtype, wanted:
     return capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "cudnn", "flash")
 
 
-def supports_varlen(capabilities: Capabilities, dtype: torch.dtype, wanted: str) -> bool:
-    """Whether FlashAttention runs on packed documents; else attention has a mask."""
+def supports_varlen(capabilities: Capabilities, dtype: torch.dtype, wanted: str, *, windows: bool = False) -> bool:
+    """Whether FlashAttention runs on packed documents, and on sliding `windows`; else attention has a mask."""
     supported = capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "flash")
-    return supported and _varlen_function() is not None
+    return supported and _varlen_function() is not None and (not windows or "window_size" in _varlen_parameters())
 
 
 @cache
@@ -175,25 +165,39 @@ def _varlen_function() -> Callable[..., Tensor] | None:
     return cast(Callable[..., Tensor], varlen_attn)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, documents: Documents | None) -> Tensor:
+    """FlashAttention over documents, or over the rows, which are one document each."""
     function = _varlen_function()
     assert function is not None
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    span = documents.offsets, documents.offsets, documents.longest, documents.longest
-    out = function(*flat, *span, **_varlen_options(q.shape[2] != k.shape[2]))
-    return out.view(q.shape)
+    rows, length = q.shape[:2]
+    if documents is not None:
+        offsets, longest = documents.offsets, documents.longest
+    else:
+        offsets, longest = torch.arange(rows + 1, device=q.device, dtype=torch.int32) * length, length  # (B + 1,)
+    options = _varlen_options(q.shape[2] != k.shape[2])
+    if spec.window is not None:
+        options = {**options, "window_size": (spec.window - 1, 0)}
+    if spec.scale is not None:
+        options = {**options, "scale": spec.scale}
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # (B T, H or G, D)
+    return function(*flat, offsets, offsets, longest, longest, **options).view(q.shape)
 
 
 @cache
 def _varlen_options(grouped: bool) -> dict[str, Any]:
     """The arguments for a causal mask and for shared key heads: their names changed after PyTorch 2.11."""
-    import inspect
-
-    known = inspect.signature(_varlen_function() or _varlen).parameters
+    known = _varlen_parameters()
     options: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     if grouped and "enable_gqa" in known:
         options["enable_gqa"] = True
     return options
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    import inspect
+
+    return frozenset(inspect.signature(_varlen_function() or _varlen).parameters)
 
 
 class _Simulated(torch.autograd.Function):

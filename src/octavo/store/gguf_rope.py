@@ -18,7 +18,7 @@ from torch import Tensor
 
 from octavo.errors import ModelError
 from octavo.models.config_fields import ConfigFields
-from octavo.models.rotary import frequencies
+from octavo.models.rotary import rotary_of
 from octavo.store.gguf_vocabulary import ELSEWHERE
 
 TOLERANCE = 1e-4  # relative; the converter computes in float32, and meaningful factors differ by much more
@@ -28,7 +28,7 @@ PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # in all Llama 3.
 def llama3_rope(factors: Tensor, *, theta: float, head_size: int, path: Path) -> dict[str, Any]:
     """The rope_parameters of config.json for these divisors (D/2,) of the frequencies; ModelError if none fit."""
     plain = {"rope_type": "default", "rope_theta": theta}
-    base = frequencies(ConfigFields({"rope_parameters": plain}), head_size).double()  # (D/2,)
+    base = _frequencies(plain, head_size)  # (D/2,)
     factors = factors.double()
     if factors.shape != base.shape or not bool((factors.isfinite() & (factors > 0)).all()):
         raise _unknown(path)
@@ -38,7 +38,7 @@ def llama3_rope(factors: Tensor, *, theta: float, head_size: int, path: Path) ->
     for candidate in [*candidates, *_fitted(base, factors)]:
         parameters = {**plain, "rope_type": "llama3", "factor": _round(float(factors.max())), **candidate}
         try:
-            scaled = frequencies(ConfigFields({"rope_parameters": parameters}), head_size).double()  # (D/2,)
+            scaled = _frequencies(parameters, head_size)  # (D/2,)
         except ModelError:  # for other factors the fitted parameters may be out of bounds
             continue
         if bool(torch.isclose(base / scaled, factors, rtol=TOLERANCE).all()):
@@ -82,3 +82,9 @@ def _unknown(path: Path) -> ModelError:
     return ModelError(
         f"{path}: its rotary factors (the tensor rope_freqs.weight) are not those of Llama 3's formula.", hint=ELSEWHERE
     )
+
+
+def _frequencies(parameters: dict[str, Any], head_size: int) -> Tensor:
+    """(D/2,) float64, of the rope_parameters of a config.json."""
+    found = rotary_of(ConfigFields({"rope_parameters": parameters}), head_size)
+    return torch.tensor(found.frequencies, dtype=torch.float64)

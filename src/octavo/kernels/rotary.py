@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoPE, arXiv 2104.09864). Reference: ops/attention.py."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864). Reference: ops/rotary.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""Tiny configs of every family, for the parity tests: with and without shared key heads, biases, a tied head, windows.
+
+transformers gives SmolLM3 and OLMo 2 a padding token, whose row of the embedding then has no gradient: here they have
+none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+VOCABULARY, LENGTH = 97, 40
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+YARN_SETTINGS = {
+    "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "factor": 16.0,
+}  # fmt: skip
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
+
+
+def like_llama(heads: int, groups: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 2048,
+    }
+    return shape | changes
+
+
+def like_gptj(heads: int, rotary: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": heads,
+        "rotary_dim": rotary,
+        "n_positions": 2048,
+    }
+    return shape | changes
+
+
+def like_neox(heads: int, **changes: Any) -> dict[str, Any]:
+    shape = like_llama(heads, heads, intermediate_size=96)
+    del shape["num_key_value_heads"]
+    return shape | changes
+
+
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+}  # fmt: skip
+SEQUENTIAL = {"use_parallel_residual": False}
+CASES = {
+    "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
+    "llama, one key head, three layers": LlamaConfig(**like_llama(4, 1, num_hidden_layers=3)),
+    "llama, all biases, llama3 rope": LlamaConfig(
+        **like_llama(4, 4, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3_ROPE)
+    ),
+    "llama, wide heads, linear rope": LlamaConfig(**like_llama(3, 3, head_dim=24, rope_parameters=LINEAR_ROPE)),
+    "llama, other eps and base": LlamaConfig(
+        **like_llama(4, 2, rms_norm_eps=1e-2, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    ),
+    "llama, yarn": LlamaConfig(**like_llama(4, 2, rope_parameters=YARN)),
+    "llama, yarn with all settings": LlamaConfig(**like_llama(2, 1, head_dim=32, rope_parameters=YARN | YARN_SETTINGS)),
+    "llama, dynamic rope, longer than its context": LlamaConfig(
+        **like_llama(4, 2, max_position_embeddings=24, rope_parameters=DYNAMIC_ROPE)
+    ),
+    "mistral, short window": MistralConfig(**like_llama(4, 2, head_dim=16, sliding_window=7)),
+    "mistral, window of two positions": MistralConfig(**like_llama(3, 1, num_hidden_layers=1, sliding_window=2)),
+    "mistral, no window": MistralConfig(**like_llama(4, 4, sliding_window=None)),
+    "qwen2, grouped heads": Qwen2Config(**like_llama(4, 2)),
+    "qwen2, windows in the last layers": Qwen2Config(
+        **like_llama(4, 4, num_hidden_layers=3, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen2, one key head, tied": Qwen2Config(**like_llama(2, 1, tie_word_embeddings=True)),
+    "gptj, partial rotary": GPTJConfig(**like_gptj(4, 4)),
+    "gptj, whole rotary, own width": GPTJConfig(**like_gptj(2, 24, n_inner=100, n_layer=3)),
+    "gptj, tied, other eps": GPTJConfig(**like_gptj(3, 6, tie_word_embeddings=True, layer_norm_epsilon=1e-2)),
+    "qwen3, grouped heads": Qwen3Config(**like_llama(4, 2, head_dim=16)),
+    "qwen3, wide heads, biases, tied": Qwen3Config(
+        **like_llama(3, 1, head_dim=24, attention_bias=True, tie_word_embeddings=True)
+    ),
+    "qwen3, windows in given layers": Qwen3Config(
+        **like_llama(
+            4,
+            2,
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "smollm3, every third layer without rotary": SmolLM3Config(
+        **like_llama(
+            4, 2, num_hidden_layers=3, no_rope_layer_interval=3, pad_token_id=None, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "smollm3, given layers without rotary, untied": SmolLM3Config(
+        **like_llama(
+            3,
+            1,
+            num_hidden_layers=3,
+            no_rope_layers=[0, 1, 0],
+            tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "smollm3, biases": SmolLM3Config(
+        **like_llama(2, 2, attention_bias=True, mlp_bias=True, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    ),
+    "olmo2, grouped heads": Olmo2Config(**like_llama(4, 2, eos_token_id=2, pad_token_id=None)),
+    "olmo2, tied": Olmo2Config(**like_llama(3, 3, tie_word_embeddings=True, eos_token_id=2, pad_token_id=None)),
+    "olmo2, one key head, biases": Olmo2Config(
+        **like_llama(4, 1, attention_bias=True, eos_token_id=2, pad_token_id=None)
+    ),
+    "granite, all multipliers": GraniteConfig(**like_llama(4, 2, **MULTIPLIERS)),
+    "granite, tied, biases": GraniteConfig(
+        **like_llama(3, 1, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **MULTIPLIERS)
+    ),
+    "granite, one multiplier, three layers": GraniteConfig(
+        **like_llama(2, 2, num_hidden_layers=3, attention_multiplier=0.1)
+    ),
+    "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
+    "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),
+    "neox, tanh, no bias of attention, tied": GPTNeoXConfig(
+        **like_neox(2, rotary_pct=0.5, hidden_act="gelu_fast", attention_bias=False, tie_word_embeddings=True)
+    ),
+}
