@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.attention import Attention
+from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.block import attention, geglu, gelu, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
-from octavo.layers.norm import LayerNorm, RmsNorm
+from octavo.layers.norm import LayerNorm, NormSpec, RmsNorm
+from octavo.ops import pointwise
 
 ACTIVATIONS: dict[type[Any], Callable[[Tensor, ForwardContext], Tensor]] = {Gelu: gelu, Swiglu: swiglu, Geglu: geglu}
 
@@ -22,8 +24,17 @@ def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
     with torch.enable_grad():  # without gradients these functions write in place
         if isinstance(mixer, Attention):
             q, k, v = split_heads(u, mixer.heads, mixer.key_value_heads, mixer.key_value_heads, size=mixer.head_size)
+            if mixer.norms is not None:
+                q, k = (normed(x, spec) for x, spec in zip((q, k), mixer.norms, strict=True))
             return attention(rope(q, ctx, mixer.form), rope(k, ctx, mixer.form), v, ctx)
         return ACTIVATIONS[type(mixer)](u, ctx)
+
+
+def normed(x: Tensor, spec: NormSpec) -> Tensor:
+    """x (B, T, heads, D), with a norm of each head or, if the weight has so many values, of all heads together."""
+    groups = x.flatten(2).unflatten(-1, (-1, len(spec.weight)))
+    y = pointwise.norm(groups, spec.weight, spec.bias, spec.eps, zero_centred_weight=spec.zero_centred_weight)
+    return y.view_as(x)
 
 
 def plain_branch(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.fused.attention import Attention
 from octavo.fused.branch import Branch, branch
-from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec
@@ -45,11 +47,13 @@ class Form(NamedTuple):
     plus_one: bool = False  # the weights of its norms are 1 + w
     scale: float = 1.0
     residual: bool = False  # another one than x
+    head_norms: bool = False  # of q and k
 
 
 FORMS = {
     "attention, post-norm": Form(norm=False, post_norm=True),
     "attention, scaled": Form(scale=0.3),
+    "attention, norms of heads": Form(head_norms=True),
     "gated MLP, GELU, both norms": Form(post_norm=True, plus_one=True, scale=0.6),
     "gated MLP, by name, other residual": Form(residual=True),
 }
@@ -93,15 +97,16 @@ class Case:
             inner.append(self.bias)
         outer = [factor for mixer in self.mixers for factor in (random(RANK, mixer.outputs), random(WIDTH, RANK))]
         post = [random(WIDTH) + 1] if self.form.post_norm else []
+        heads = [random(HEAD_SIZE) + 1, random(HEAD_SIZE) + 1] if self.form.head_norms else []
         residual = [random(BATCH, LENGTH, WIDTH)] if self.form.residual else []
-        self.sizes = [len(norm), len(inner), len(outer), len(post), len(residual)]
-        self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer, *post, *residual]
+        self.sizes = [len(norm), len(inner), len(outer), len(heads), len(post), len(residual)]
+        self.leaves = [random(BATCH, LENGTH, WIDTH, scale=1.0), *norm, *inner, *outer, *heads, *post, *residual]
         for leaf in self.leaves:
             leaf.requires_grad_()
         self.dy = random(BATCH, LENGTH, WIDTH)
 
     def branch(self, *trained: Tensor) -> Branch:
-        norm, inner, outer, post, _ = _split(list(trained), self.sizes)
+        norm, inner, outer, heads, post, _ = _split(list(trained), self.sizes)
         stops = list(accumulate(self.groups))
         low = tuple(
             LoraSlice(stop - span, stop, a, b, 2.5 if self.by_name else 0.5)
@@ -114,7 +119,11 @@ class Case:
             for mixer, weight, a, b in zip(self.mixers, self.weights[1:], outer[::2], outer[1::2], strict=True)
         ]
         norms = [self.norm_of(parameters) for parameters in (norm, post)]
-        linears = FusedLinear((first,)), self.mixers, FusedLinear(tuple(parts))
+        mixers = self.mixers
+        if heads:
+            assert isinstance(mixers[0], Attention)
+            mixers = (replace(mixers[0], norms=(NormSpec(heads[0], None, 1e-2), NormSpec(heads[1], None, 1e-2))),)
+        linears = FusedLinear((first,)), mixers, FusedLinear(tuple(parts))
         return Branch(norms[0], *linears, norms[1], self.form.scale)
 
     def norm_of(self, parameters: list[Tensor]) -> NormSpec | None:

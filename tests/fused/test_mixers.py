@@ -9,18 +9,33 @@ import torch
 from tests.fused.plain import plain
 from torch import Tensor
 
-from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.attention import Attention
+from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.gemm_input import GemmInput
+from octavo.layers.norm import NormSpec
 from octavo.ops.attention import find_documents
 from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED, rotary_table
 
 BATCH, LENGTH = 2, 6
 ROWS = BATCH * LENGTH
+
+
+def norms_of(q: int, k: int, *, plus_one: bool = False) -> tuple[NormSpec, NormSpec]:
+    """Norms of groups of q and of k columns."""
+    weights = [torch.linspace(0.5, 2, width, dtype=torch.float64, requires_grad=True) for width in (q, k)]
+    return NormSpec(weights[0], None, 1e-2, plus_one), NormSpec(weights[1], None, 1e-2, plus_one)
+
+
 MIXERS: dict[str, Any] = {
     "attention, interleaved, part of a head": (Attention(4, 4, 6, ROTATE_INTERLEAVED), 2),
     "attention, halves, shared heads": (Attention(4, 2, 6, ROTATE_HALF), 3),
     "attention, halves, one key head": (Attention(3, 1, 4, ROTATE_HALF), 2),
+    "attention, norms of heads": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 3),
+    "attention, norms of heads with 1 + w": (Attention(3, 1, 4, ROTATE_HALF, norms_of(4, 4, plus_one=True)), 2),
+    "attention, no rotary positions": (Attention(4, 2, 6, ROTATE_HALF), 0),
+    "attention, norms of heads, no rotary positions": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 0),
+    "attention, norms of all heads": (Attention(4, 2, 6, ROTATE_INTERLEAVED, norms_of(24, 12)), 3),
     "gelu": (Gelu(5), 1),
     "swiglu": (Swiglu(5), 1),
     "geglu": (Geglu(5), 1),
@@ -36,7 +51,8 @@ def context_of(rotary_pairs: int, *, packed: bool) -> ForwardContext:
         positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 0]])
         documents = find_documents(document, document.device)
         assert documents is not None
-    return ForwardContext(BATCH, LENGTH, rotary_table(positions, torch.rand(rotary_pairs)), documents)
+    table = rotary_table(positions, torch.rand(rotary_pairs)) if rotary_pairs else None
+    return ForwardContext(BATCH, LENGTH, table, documents)
 
 
 def case(name: str, *, packed: bool) -> tuple[Mixer, ForwardContext, Tensor, Tensor]:
@@ -93,7 +109,7 @@ def test_backward_writes_the_gradient_over_u_and_returns_the_output(name: str, p
         y = plain_of(mixer, plain, context)
         dout = torch.full((ROWS, mixer.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : mixer.outputs + 2]
         dout.copy_(torch.randn(ROWS, mixer.outputs, dtype=torch.float64))
-        (expected,) = torch.autograd.grad(y, plain, dout)
+        expected, *expected_trained = torch.autograd.grad(y, [plain, *mixer.trained], dout)
     saved = mixer.forward(u, gemm_input_for(mixer), context, save=how != "all recomputed")
     if how != "saved by forward":
         u = u._base.clone()[:, 2 : mixer.inputs + 2]  # type: ignore[union-attr]
@@ -105,5 +121,7 @@ def test_backward_writes_the_gradient_over_u_and_returns_the_output(name: str, p
     assert isinstance(output, Tensor)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
     torch.testing.assert_close(output, y.detach(), rtol=1e-6, atol=1e-6)
+    for found, wanted in zip(saved.grad_trained if saved is not None else [], expected_trained, strict=True):
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     assert surroundings_are_unchanged(u)
     assert surroundings_are_unchanged(dout)

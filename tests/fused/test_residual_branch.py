@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,8 +10,9 @@ import torch
 from tests.fused.plain import plain_branch
 from torch import Tensor, nn
 
+from octavo.fused.attention import Attention
 from octavo.fused.branch import residual_branch
-from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext, Save
 from octavo.layers.frozen import FrozenLinear, Lora
 from octavo.layers.frozen_matrix import FrozenMatrix
@@ -38,11 +39,12 @@ class Layers:
     outer: tuple[FrozenLinear, ...]
     post_norm: LayerNorm | RmsNorm | None = None
     scale: float = 1.0
+    head_norms: tuple[RmsNorm, RmsNorm] | None = None  # of q and k
     other_residual: bool = False  # is a function of x here, so that both gradients add up in that to x
 
     @property
     def norms(self) -> list[LayerNorm | RmsNorm]:
-        return [norm for norm in (self.norm, self.post_norm) if norm is not None]
+        return [norm for norm in (self.norm, self.post_norm, *(self.head_norms or ())) if norm is not None]
 
     @property
     def all(self) -> nn.ModuleList:
@@ -59,7 +61,11 @@ class Layers:
         table = rotary_table(POSITIONS if packed else torch.arange(LENGTH)[None], frequencies)
         matmul8 = {"": Matmul8()} if use_8bit else {}  # the layers here have no path
         context = ForwardContext(BATCH, LENGTH, table, documents, matmul8=matmul8)
-        parts = self.norm, self.inner, self.mixers, self.outer
+        mixers = self.mixers
+        if self.head_norms is not None:
+            assert isinstance(mixers[0], Attention)
+            mixers = (replace(mixers[0], norms=(self.head_norms[0].spec(), self.head_norms[1].spec())),)
+        parts = self.norm, self.inner, mixers, self.outer
         residual = torch.sin(x) if self.other_residual else None
         named: dict[str, Any] = {"residual": residual, "post_norm": self.post_norm, "scale": self.scale}
         if save is None:
@@ -129,6 +135,20 @@ def neox_mlp(scheme: str, dtype: torch.dtype) -> Layers:
 def olmo2_attention(scheme: str, dtype: torch.dtype) -> Layers:
     layers = llama_attention(scheme, dtype)
     layers.norm, layers.post_norm = None, RmsNorm(WIDTH, 1e-5)
+    layers.head_norms = RmsNorm(WIDTH, 1e-5), RmsNorm(2 * HEAD_SIZE, 1e-5)  # of all heads
+    return layers
+
+
+def qwen3_attention(scheme: str, dtype: torch.dtype) -> Layers:
+    layers = llama_attention(scheme, dtype)
+    layers.head_norms = RmsNorm(HEAD_SIZE, 1e-5), RmsNorm(HEAD_SIZE, 1e-5)
+    return layers
+
+
+def gemma_attention(scheme: str, dtype: torch.dtype) -> Layers:
+    layers = llama_attention(scheme, dtype)
+    layers.norm, layers.post_norm = GemmaRmsNorm(WIDTH, 1e-5), GemmaRmsNorm(WIDTH, 1e-5)
+    layers.head_norms = GemmaRmsNorm(HEAD_SIZE, 1e-5), GemmaRmsNorm(HEAD_SIZE, 1e-5)
     return layers
 
 
@@ -151,6 +171,8 @@ KINDS = {
     "llama's MLP": llama_mlp,
     "neox's MLP": neox_mlp,
     "olmo2's attention": olmo2_attention,
+    "qwen3's attention": qwen3_attention,
+    "gemma's attention": gemma_attention,
     "gemma's MLP": gemma_mlp,
     "granite's MLP": granite_mlp,
 }

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.fused import lora_operands, mixers
+from octavo.fused.attention import Attention
 from octavo.fused.branch import Branch, branch
-from octavo.fused.mixers import Attention, Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.norm import NormSpec

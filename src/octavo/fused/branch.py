@@ -78,7 +78,8 @@ class Branch:
     def trained(self) -> list[Tensor]:
         """The tensors with a gradient, in the order of backward."""
         norms = [[] if norm is None else norm.trained for norm in (self.norm, self.post_norm)]
-        return [*norms[0], *self.inner.trained, *self.outer.trained, *norms[1]]
+        mixers = [tensor for mixer in self.mixers for tensor in mixer.trained]
+        return [*norms[0], *self.inner.trained, *self.outer.trained, *mixers, *norms[1]]
 
     @property
     def is_plain_sum(self) -> bool:
@@ -273,7 +274,8 @@ def _outer_backward(
     extra: Tensor,
     lora_input: LoraInput,
 ) -> tuple[Tensor, EarlyGrads | None, list[Tensor | None]]:
-    """(du, written over u; LoRA gradients of the inner linear computed on the way; gradients of the outer linear)."""
+    """(du, written over u; LoRA gradients of the inner linear computed on the way; gradients of the outer linear and of
+    the mixers)."""
     columns = this.columns_of_u(u)  # views: what a mixer writes there is written to u
     if saved_attention is None:
         saved_attention = [mixer.save(part, context) for mixer, part in zip(this.mixers, columns, strict=True)]
@@ -289,4 +291,5 @@ def _outer_backward(
     ]
     early = EarlyGrads(start, mixed[-1]) if isinstance(mixed[-1], LoraGrads) else None
     del dmixed  # the mixers have written their outputs over it
-    return u, early, this.outer.grad_trained(dy, mixed, extra, dt, seeds)
+    gradients = this.outer.grad_trained(dy, mixed, extra, dt, seeds)
+    return u, early, gradients + [each for saved in saved_attention if saved is not None for each in saved.grad_trained]

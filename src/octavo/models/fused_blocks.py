@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo.fused.attention import Attention
 from octavo.fused.branch import residual_branch
-from octavo.fused.mixers import Attention, Gelu, Swiglu
+from octavo.fused.mixers import Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.models import gptj, llama
 from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED
