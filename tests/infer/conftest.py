@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     Olmo2Config,
@@ -60,6 +61,18 @@ CONFIGS: dict[str, Any] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
     ),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=264,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["local", "global"], 1]],
+        window_size=8,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        **NO_IDS,
+    ),
     "gptj": GPTJConfig(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=CONTEXT),
 }
 EMBEDDINGS = {
@@ -69,6 +82,7 @@ EMBEDDINGS = {
     "olmo2": ("embed_tokens", "lm_head"),
     "neox": ("embed_in", "embed_out"),
     "tied": ("embed_tokens",),
+    "gpt_neo": ("wte", "lm_head"),
     "gptj": ("wte", "lm_head"),
 }
 SPEC = LoraSpec(rank=4, alpha=12.0)

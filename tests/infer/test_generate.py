@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
-from transformers import GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPTJConfig, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from octavo.errors import UsageError
 from octavo.infer.generate import Continuation, complete, generate
@@ -76,6 +76,17 @@ CONFIGS = {
         max_position_embeddings=CONTEXT,
     ),
     "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["local", "global"], 1]],
+        window_size=5,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
 }
 
 

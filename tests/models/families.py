@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import (
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -66,6 +67,21 @@ def like_gptj(heads: int, rotary: int, **changes: Any) -> dict[str, Any]:
 def like_neox(heads: int, **changes: Any) -> dict[str, Any]:
     shape = like_llama(heads, heads, intermediate_size=96)
     del shape["num_key_value_heads"]
+    return shape | changes
+
+
+def like_neo(heads: int, kinds: list[str], window: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "num_layers": len(kinds),
+        "num_heads": heads,
+        "attention_types": [[kinds, 1]],
+        "window_size": window,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return shape | changes
 
 
@@ -149,5 +165,14 @@ CASES = {
     "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),
     "neox, tanh, no bias of attention, tied": GPTNeoXConfig(
         **like_neox(2, rotary_pct=0.5, hidden_act="gelu_fast", attention_bias=False, tie_word_embeddings=True)
+    ),
+    "gpt_neo, full and local in turns": GPTNeoConfig(
+        **like_neo(4, ["global", "local"], 7, num_layers=4, attention_types=[[["global", "local"], 2]])
+    ),
+    "gpt_neo, untied, own width": GPTNeoConfig(
+        **like_neo(3, ["local", "global"], 2, tie_word_embeddings=False, intermediate_size=100)
+    ),
+    "gpt_neo, local alone, erf, other eps": GPTNeoConfig(
+        **like_neo(4, ["local"] * 2, 16, activation_function="gelu", layer_norm_epsilon=1e-2)
     ),
 }

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     Olmo2Config,
@@ -46,6 +47,10 @@ CONFIGS: dict[str, Any] = {
     "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
     # The rows of q, k and v of a head are two whole blocks of dynamic8.
     "neox-blocks": GPTNeoXConfig(**NEOX | {"hidden_size": 128, "num_attention_heads": 2}),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=6, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    ),
     "gptj": GPTJConfig(
         vocab_size=300, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=64, bos_token_id=0,
         eos_token_id=0,

@@ -83,7 +83,7 @@ class LoraOptions(Section):
     lora_targets: Names = Field(
         ["all-linear"], description="Modules with LoRA: all-linear, or names like q_proj,v_proj,lm_head."
     )
-    train_norms: bool = Field(False, description="Also train the norms.")
+    train_norms: bool = Field(False, description="Also train the norms, and learned positions if the model has them.")
     train_biases: bool = Field(False, description="Also train the biases of the targets.")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class LearnedPositions(nn.Module):
-    """weight[p] for each position p, in float32 and frozen unless all weights of this kind are trained."""
+    """weight[p] for each position p, in float32; trained where the norms are trained."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()

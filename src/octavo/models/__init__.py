@@ -14,7 +14,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
+from octavo.models import gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
 from octavo.models.checks import check_config, check_entries, check_paths
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
@@ -34,6 +34,7 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "GraniteForCausalLM": ("granite", granite),
     "Olmo2ForCausalLM": ("olmo2", olmo2),
     "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
+    "GPTNeoForCausalLM": ("gpt_neo", gpt_neo),
 }
 
 

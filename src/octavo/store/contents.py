@@ -24,7 +24,9 @@ SCALE_KINDS = ("absmax", "code")
 # Suffixes of the A and B of adapters that are embedded in a checkpoint; store/embedded_adapter.py reads them.
 ADAPTER_SUFFIXES = (".adapter.0.weight", ".adapter.1.weight")
 # Buffers in older checkpoints that octavo computes.
-UNUSED_TENSORS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.rotary_emb.inv_freq")
+UNUSED_TENSORS = (
+    ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
