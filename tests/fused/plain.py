@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from octavo.fused.attention import Attention
-from octavo.fused.mixers import Geglu, Gelu, Mixer, Swiglu
+from octavo.fused.mixers import Gelu, Mixer, Swiglu
 from octavo.layers.block import attention, geglu, gelu, rope, split_heads, swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.norm import LayerNorm, NormSpec, RmsNorm
 from octavo.ops import pointwise
-
-ACTIVATIONS: dict[type[Any], Callable[[Tensor, ForwardContext], Tensor]] = {Gelu: gelu, Swiglu: swiglu, Geglu: geglu}
 
 
 def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
@@ -27,7 +24,9 @@ def plain(mixer: Mixer, u: Tensor, ctx: ForwardContext) -> Tensor:
             if mixer.norms is not None:
                 q, k = (normed(x, spec) for x, spec in zip((q, k), mixer.norms, strict=True))
             return attention(rope(q, ctx, mixer.form), rope(k, ctx, mixer.form), v, ctx)
-        return ACTIVATIONS[type(mixer)](u, ctx)
+        if isinstance(mixer, Gelu):
+            return gelu(u, ctx, mixer.approximate)
+        return swiglu(u, ctx) if isinstance(mixer, Swiglu) else geglu(u, ctx)
 
 
 def normed(x: Tensor, spec: NormSpec) -> Tensor:

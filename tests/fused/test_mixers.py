@@ -37,6 +37,7 @@ MIXERS: dict[str, Any] = {
     "attention, norms of heads, no rotary positions": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 0),
     "attention, norms of all heads": (Attention(4, 2, 6, ROTATE_INTERLEAVED, norms_of(24, 12)), 3),
     "gelu": (Gelu(5), 1),
+    "gelu with erf": (Gelu(5, "none"), 1),
     "swiglu": (Swiglu(5), 1),
     "geglu": (Geglu(5), 1),
 }  # -> (the mixer, rotary pairs of a head)

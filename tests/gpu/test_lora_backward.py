@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tests.gpu.cases import matrix
@@ -27,10 +29,12 @@ def columns(m: int, n: int, dtype: torch.dtype) -> Tensor:
         (4096, 4096, "gelu", 16, 16),
         (4096, 4096, "swiglu", 16, 16),
         (4096, 4096, "geglu", 16, 16),
+        (4096, 4096, "gelu none", 16, 16),
         (1000, 16384, "gelu", 16, 16),  # the last tile has fewer rows
         (65, 264, "gelu", 8, 24),  # and fewer columns
         (3, 520, "swiglu", 16, 16),
         (65, 520, "geglu", 16, 16),
+        (65, 264, "gelu none", 16, 16),
         (333, 264, "gelu", 64, 40),
         (333, 264, "swiglu", 5, 64),  # rows of t are not aligned for TMA
         (300, 264, "gelu", 300, 16),  # the rank is too large for the fused kernel
@@ -42,7 +46,9 @@ def test_the_fused_backward_equals_the_separate_kernels(
 ) -> None:
     torch.manual_seed(0)
     m, f, activation, rank, next_rank = shape
-    chunks = 1 if activation == "gelu" else 2
+    chunks = 1 if activation.startswith("gelu") else 2
+    activation, _, approximate = activation.partition(" ")
+    named = {"approximate": approximate} if approximate else {}
     x, dy = columns(m, chunks * f, dtype), columns(m, f, dtype) * 0.1
     b = (torch.randn(chunks * f, rank, device="cuda") * f**-0.5).to(dtype)
     operands = LoraOperands(columns(m, chunks * rank, dtype), b, columns(m, next_rank, dtype))
@@ -50,10 +56,10 @@ def test_the_fused_backward_equals_the_separate_kernels(
     assert fused == (HOPPER and rank < 300 and f % 8 == 0)
     base, y = x._base.clone(), dy.clone()  # type: ignore[union-attr]
     dx = base[:, 24:]
-    getattr(pointwise, f"{activation}_backward_")(dx, y)
+    getattr(pointwise, f"{activation}_backward_")(dx, y, **named)
     expected = lora_grads(dx, y, operands)
     before = x._base.clone()  # type: ignore[union-attr]
-    backward_ = getattr(lora_backward, f"{activation}_lora_backward_")
+    backward_ = partial(getattr(lora_backward, f"{activation}_lora_backward_"), **named)
     actual = backward_(x, dy.clone(), operands)
     assert torch.equal(x._base, base)  # type: ignore[arg-type]  # columns next to x are unchanged
     for gradient, wanted in zip(actual, expected, strict=True):

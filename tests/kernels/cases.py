@@ -57,13 +57,15 @@ def norm_backward(*, centred: bool, heads: int = 1, plus_one: bool = False, resi
     return make
 
 
-def activation(inputs: int, outputs: int, *, backward: bool = False, large: bool = False, scale: float = 3) -> Case:
+def activation(
+    inputs: int, outputs: int, *, backward: bool = False, large: bool = False, scale: float = 3, **named: object
+) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         both = columns(3, inputs + outputs + 3, dtype)  # with columns of neither between them
         x, other = both[:, :inputs].mul_(scale), both[:, inputs + 3 :]
         if large:
             x[:, :outputs:3] *= 300
-        return (x, other), {}, both if backward else other
+        return (x, other), named, both if backward else other
 
     return make
 
@@ -78,7 +80,7 @@ def pitches(inputs: int, outputs: int, *, over: str) -> Case:
     return make
 
 
-def lora_backward(parts: int, f: int, *, rank: int, rank_after: int, to_t: bool = True) -> Case:
+def lora_backward(parts: int, f: int, *, rank: int, rank_after: int, to_t: bool = True, **named: object) -> Case:
     """An activation's backward with LoRA gradients, by separate kernels."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
@@ -86,7 +88,7 @@ def lora_backward(parts: int, f: int, *, rank: int, rank_after: int, to_t: bool 
         x, dy = aligned(m, parts * f, dtype), aligned(m, f, dtype)
         b = torch.randn(parts * f, rank).to(dtype) * f**-0.5 if to_t else None
         t, after = (aligned(m, n, dtype).mul_(m**-0.5) for n in (parts * rank, rank_after))
-        return (x, dy, LoraOperands(t, b, after)), {}, x
+        return (x, dy, LoraOperands(t, b, after)), named, x
 
     return make
 
@@ -366,9 +368,14 @@ CASES: dict[str, list[Case]] = {
         norm_backward(centred=False, heads=2, plus_one=True, residual="given"),
     ],
     "pointwise.copy_into": [activation(2100, 2100)],
-    "pointwise.gelu_into": [activation(2100, 2100), activation(2100, 2100, large=True)],
+    "pointwise.gelu_into": [
+        activation(2100, 2100), activation(2100, 2100, large=True), activation(2100, 2100, approximate="none"),
+        activation(70, 70, large=True, approximate="none"),
+    ],
     "pointwise.gelu_backward_": [
         activation(2100, 2100, backward=True), activation(70, 70, backward=True, large=True),
+        activation(2100, 2100, backward=True, approximate="none"),
+        activation(70, 70, backward=True, large=True, approximate="none"),
         pitches(2048, 2048, over="x"), pitches(2048, 2048, over="dy"),
     ],
     "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
@@ -389,7 +396,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "lora_backward.gelu_lora_backward_": [
         lora_backward(1, 200, rank=16, rank_after=8), lora_backward(1, 200, rank=5, rank_after=40, to_t=False),
-        lora_backward(1, 200, rank=40, rank_after=5),
+        lora_backward(1, 200, rank=40, rank_after=5), lora_backward(1, 72, rank=5, rank_after=8, approximate="none"),
     ],
     "lora_backward.swiglu_lora_backward_": [
         lora_backward(2, 200, rank=16, rank_after=8), lora_backward(2, 72, rank=5, rank_after=40),

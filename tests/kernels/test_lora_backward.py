@@ -37,7 +37,7 @@ def test_the_hopper_kernel_computes_what_it_supports(
     calls: list[tuple[Any, ...]] = []
     backward_ = f"{activation}_backward_"
     monkeypatch.setattr(dispatch, "capabilities_of", lambda _: device)
-    monkeypatch.setattr(hopper, "lora_backward_into", lambda *call, gelu: calls.append((*call, gelu)))
+    monkeypatch.setattr(hopper, "lora_backward_into", lambda *call: calls.append(call))
     monkeypatch.setattr(lora_backward, backward_, dispatch.KERNELS[f"pointwise.{backward_}"])
     x, dy, t, after = (torch.randn(M, n).to(dtype) for n in (2 * F, F, 2 * RANK, RANK))
     operands, before = LoraOperands(t, torch.randn(2 * F, RANK).to(dtype), after), x.clone()
@@ -48,4 +48,4 @@ def test_the_hopper_kernel_computes_what_it_supports(
     assert len(calls) == taken
     for call in calls:
         assert all(given is wanted for given, wanted in zip(call[:3], (x, dy, operands), strict=True))
-        assert call[4:] == (Tile(256, 2), activation == "geglu")
+        assert call[4:] == (Tile(256, 2), {"swiglu": "silu", "geglu": "gelu"}[activation])

@@ -31,8 +31,13 @@ for even in product([False, True], repeat=2):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kernel", "constants"),
-    [("_gelu_backward", {}), ("_gated_backward", {"GELU": False}), ("_gated_backward", {"GELU": True})],
-    ids=["gelu", "swiglu", "geglu"],
+    [
+        ("_gelu_backward", {"FUNCTION": "gelu"}),
+        ("_gelu_backward", {"FUNCTION": "gelu_erf"}),
+        ("_gated_backward", {"FUNCTION": "silu"}),
+        ("_gated_backward", {"FUNCTION": "gelu"}),
+    ],
+    ids=["gelu", "gelu with erf", "swiglu", "geglu"],
 )
 def test_nothing_is_stored_before_everything_is_loaded(kernel: str, constants: dict[str, object], forks: Forks) -> None:
     """A thread may store to an address that another one loads: with two kinds of pitches an H100 lost gradients."""

@@ -31,17 +31,19 @@ M, WIDTH, RANK, NEXT_RANK = 7, 10, 3, 2
 
 def plain(x: Tensor, activation: str) -> Tensor:
     """The activation."""
+    if activation == "gelu none":
+        return F.gelu(x)
     if activation == "gelu":
         return F.gelu(x, approximate="tanh")
     gate, up = x.chunk(2, dim=1)
     return (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu", "geglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu none", "swiglu", "geglu"])
 @pytest.mark.parametrize("to_t", [True, False])
 def test_gradients_are_those_of_autograd(activation: str, to_t: bool) -> None:
     torch.manual_seed(0)
-    parts = 1 if activation == "gelu" else 2
+    parts = 1 if activation.startswith("gelu") else 2
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
@@ -56,7 +58,9 @@ def test_gradients_are_those_of_autograd(activation: str, to_t: bool) -> None:
     (wanted_a,) = torch.autograd.grad((y @ a.T * after).sum(), a)
     dx, dy = x.detach().clone(), down.clone()
     operands = LoraOperands(t.detach(), b.detach() if to_t else None, after)
-    grads: LoraGrads = getattr(lora_backward, f"{activation}_lora_backward_")(dx, dy, operands)
+    name, _, approximate = activation.partition(" ")
+    named = {"approximate": approximate} if approximate else {}
+    grads: LoraGrads = getattr(lora_backward, f"{name}_lora_backward_")(dx, dy, operands, **named)
     near: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # sums are float32
     torch.testing.assert_close(dx, wanted[0])
     torch.testing.assert_close(grads.b.double(), wanted[2], **near)
@@ -148,9 +152,9 @@ def test_lora_gradients_are_computed_in_the_pass_if_layers_before_and_after_have
     calls: list[LoraOperands] = []
     real = getattr(mixers, f"{activation}_lora_backward_")
 
-    def recorded(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+    def recorded(x: Tensor, dy: Tensor, operands: LoraOperands, **named: Any) -> LoraGrads:
         calls.append(operands)
-        grads: LoraGrads = real(x, dy, operands)
+        grads: LoraGrads = real(x, dy, operands, **named)
         return grads
 
     monkeypatch.setattr(mixers, f"{activation}_lora_backward_", recorded)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,6 +144,10 @@ def plain_gelu(x: Tensor) -> Tensor:
     return x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
+def plain_gelu_erf(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.erf(x / 2**0.5))
+
+
 def plain_swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=1)
     return gate / (1 + torch.exp(-gate)) * up
@@ -150,11 +158,14 @@ def plain_geglu(x: Tensor) -> Tensor:
     return plain_gelu(gate) * up
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any], Callable[..., Any], int]] = {
     "geglu": (plain_geglu, geglu_into, geglu_backward_, 2),
+    "gelu with erf": (
+        plain_gelu_erf, partial(gelu_into, approximate="none"), partial(gelu_backward_, approximate="none"), 1,
+    ),
     "gelu": (plain_gelu, gelu_into, gelu_backward_, 1),
     "swiglu": (plain_swiglu, swiglu_into, swiglu_backward_, 2),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

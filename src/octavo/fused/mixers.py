@@ -149,19 +149,21 @@ class _Activation:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Gelu(_Activation):
-    """GELU in the tanh form; u is its input."""
+    """GELU in the tanh form or, if `approximate` is "none", with erf; u is its input."""
 
+    approximate: str = "tanh"
     lora_chunks = 1
 
     def write(self, u: Tensor, out: Tensor) -> None:
-        gelu_into(u, out)
+        gelu_into(u, out, approximate=self.approximate)
 
     def gradient_(self, u: Tensor, dout: Tensor) -> None:
-        gelu_backward_(u, dout)
+        gelu_backward_(u, dout, approximate=self.approximate)
 
     def lora_gradient_(self, u: Tensor, dout: Tensor, operands: LoraOperands) -> LoraGrads:
-        return gelu_lora_backward_(u, dout, operands)
+        return gelu_lora_backward_(u, dout, operands, approximate=self.approximate)
 
 
 class Swiglu(_Activation):

@@ -7,6 +7,7 @@ ops/lora_backward.py. On the meta device memory is allocated as on a Hopper GPU,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -16,22 +17,23 @@ from octavo.ops.pointwise import geglu_backward_, gelu_backward_, swiglu_backwar
 from octavo.runtime.dispatch import hopper_kernels_run_on, observe
 
 
-def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
-    return _run(x, dy, operands, gelu_backward_, gelu=True)
+def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands, *, approximate: str = "tanh") -> LoraGrads:
+    function = {"tanh": "gelu", "none": "gelu_erf"}[approximate]
+    return _run(x, dy, operands, partial(gelu_backward_, approximate=approximate), function)
 
 
 def swiglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
-    return _run(x, dy, operands, swiglu_backward_, gelu=False)
+    return _run(x, dy, operands, swiglu_backward_, "silu")
 
 
 def geglu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
-    return _run(x, dy, operands, geglu_backward_, gelu=True)
+    return _run(x, dy, operands, geglu_backward_, "gelu")
 
 
 def _run(
-    x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Tensor, Tensor], None], *, gelu: bool
+    x: Tensor, dy: Tensor, operands: LoraOperands, backward_: Callable[[Tensor, Tensor], None], function: str
 ) -> LoraGrads:
-    """`backward_` is the separate kernel of the activation; `gelu` says whether its function is GELU, else SiLU."""
+    """`backward_` is the separate kernel of an activation with f = `function` (kernels/pointwise.py)."""
     tile = hopper_tile(x, dy, operands) if x.is_meta or hopper_kernels_run_on(x) else None
     if x.is_meta:
         sums = partial_sums(x, dy, operands, tile)
@@ -43,5 +45,5 @@ def _run(
     from octavo.kernels.hopper.lora_backward import lora_backward_into
 
     sums = partial_sums(x, dy, operands, tile)
-    lora_backward_into(x, dy, operands, sums, tile, gelu=gelu)
+    lora_backward_into(x, dy, operands, sums, tile, function)
     return sum_parts(sums)

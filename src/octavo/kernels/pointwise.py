@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 WIDTH = 2048  # columns of an activation in one program
+# The function f of an activation, in kernels the constant FUNCTION: "silu", "gelu" (its tanh form) or "gelu_erf".
+GELU_FORMS = {"tanh": "gelu", "none": "gelu_erf"}
 
 
 def norm_into(
@@ -100,18 +102,19 @@ def _copy(x, out, n, x_stride, out_stride, WIDTH: tl.constexpr):
     tl.store(out + row * out_stride + column, value, mask=column < n)
 
 
-def gelu_into(x: Tensor, out: Tensor) -> None:
+def gelu_into(x: Tensor, out: Tensor, *, approximate: str = "tanh") -> None:
     m, f = out.shape
-    _gelu[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), WIDTH, num_warps=8)
+    grid = m, triton.cdiv(f, WIDTH)
+    _gelu[grid](x, out, f, x.stride(0), out.stride(0), GELU_FORMS[approximate], WIDTH, num_warps=8)
 
 
 @triton.jit
-def _gelu(x, out, f, x_stride, out_stride, WIDTH: tl.constexpr):
+def _gelu(x, out, f, x_stride, out_stride, FUNCTION: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
     value = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
-    value = value * _sigmoid(_gate(value))
+    value = value * _factor(value, FUNCTION)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -121,24 +124,32 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _gate(x):
-    # gelu(x) = x (1 + tanh(z)) / 2 = x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3)
-    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+def _factor(x, FUNCTION: tl.constexpr):
+    """s in f(x) = x s: the sigmoid of x for SiLU, the normal distribution's function for GELU."""
+    if FUNCTION == "silu":
+        return _sigmoid(x)
+    if FUNCTION == "gelu":
+        # gelu(x) = x (1 + tanh(z)) / 2 = x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3)
+        return _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))  # 1 / sqrt(2)
 
 
 @triton.jit
-def _gelu_slope(x, s):
-    """gelu'(x), where s = sigmoid(gate(x))."""
-    return s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+def _gelu_slope(x, s, FUNCTION: tl.constexpr):
+    """gelu'(x), where s is its factor."""
+    if FUNCTION == "gelu":
+        return s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+    return s + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)  # s' is the normal density
 
 
-def gelu_backward_(x: Tensor, dy: Tensor) -> None:
+def gelu_backward_(x: Tensor, dy: Tensor, *, approximate: str = "tanh") -> None:
     m, f = dy.shape
-    _gelu_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), WIDTH, num_warps=8)
+    grid = m, triton.cdiv(f, WIDTH)
+    _gelu_backward[grid](x, dy, f, x.stride(0), dy.stride(0), GELU_FORMS[approximate], WIDTH, num_warps=8)
 
 
 @triton.jit
-def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
+def _gelu_backward(x, dy, f, x_stride, dy_stride, FUNCTION: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
@@ -146,51 +157,51 @@ def _gelu_backward(x, dy, f, x_stride, dy_stride, WIDTH: tl.constexpr):
     value = tl.load(x_at, mask=inside, other=0).to(tl.float32)
     g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place: the thread of a store may not be that of the load from the same address
-    s = _sigmoid(_gate(value))
-    tl.store(x_at, (g * _gelu_slope(value, s)).to(x.dtype.element_ty), mask=inside)
+    s = _factor(value, FUNCTION)
+    tl.store(x_at, (g * _gelu_slope(value, s, FUNCTION)).to(x.dtype.element_ty), mask=inside)
     tl.store(dy_at, (value * s).to(dy.dtype.element_ty), mask=inside)
 
 
 def swiglu_into(x: Tensor, out: Tensor) -> None:
-    _gated_into(x, out, gelu=False)
+    _gated_into(x, out, "silu")
 
 
 def geglu_into(x: Tensor, out: Tensor) -> None:
-    _gated_into(x, out, gelu=True)
+    _gated_into(x, out, "gelu")
 
 
-def _gated_into(x: Tensor, out: Tensor, *, gelu: bool) -> None:
+def _gated_into(x: Tensor, out: Tensor, function: str) -> None:
     m, f = out.shape
-    _gated[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), gelu, WIDTH, num_warps=8)
+    _gated[(m, triton.cdiv(f, WIDTH))](x, out, f, x.stride(0), out.stride(0), function, WIDTH, num_warps=8)
 
 
 @triton.jit
-def _gated(x, out, f, x_stride, out_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
-    """gelu(gate) * up or silu(gate) * up, where x is [gate | up]."""
+def _gated(x, out, f, x_stride, out_stride, FUNCTION: tl.constexpr, WIDTH: tl.constexpr):
+    """f(gate) * up, where x is [gate | up]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
     gate = tl.load(x + row * x_stride + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(x + row * x_stride + f + column, mask=inside, other=0).to(tl.float32)
-    value = gate * _sigmoid(_gate(gate) if GELU else gate) * up
+    value = gate * _factor(gate, FUNCTION) * up
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 def swiglu_backward_(x: Tensor, dy: Tensor) -> None:
-    _gated_backward_(x, dy, gelu=False)
+    _gated_backward_(x, dy, "silu")
 
 
 def geglu_backward_(x: Tensor, dy: Tensor) -> None:
-    _gated_backward_(x, dy, gelu=True)
+    _gated_backward_(x, dy, "gelu")
 
 
-def _gated_backward_(x: Tensor, dy: Tensor, *, gelu: bool) -> None:
+def _gated_backward_(x: Tensor, dy: Tensor, function: str) -> None:
     m, f = dy.shape
-    _gated_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), gelu, WIDTH, num_warps=8)
+    _gated_backward[(m, triton.cdiv(f, WIDTH))](x, dy, f, x.stride(0), dy.stride(0), function, WIDTH, num_warps=8)
 
 
 @triton.jit
-def _gated_backward(x, dy, f, x_stride, dy_stride, GELU: tl.constexpr, WIDTH: tl.constexpr):
+def _gated_backward(x, dy, f, x_stride, dy_stride, FUNCTION: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < f
@@ -199,9 +210,9 @@ def _gated_backward(x, dy, f, x_stride, dy_stride, GELU: tl.constexpr, WIDTH: tl
     up = tl.load(x_at + f, mask=inside, other=0).to(tl.float32)
     g = tl.load(dy_at, mask=inside, other=0).to(tl.float32)
     tl.debug_barrier()  # in place, as in _gelu_backward
-    s = _sigmoid(_gate(gate) if GELU else gate)  # y = gate s up
+    s = _factor(gate, FUNCTION)  # y = gate s up
     kind = x.dtype.element_ty
-    dgate = g * up * _gelu_slope(gate, s) if GELU else g * up * s * (1 + gate * (1 - s))
+    dgate = g * up * s * (1 + gate * (1 - s)) if FUNCTION == "silu" else g * up * _gelu_slope(gate, s, FUNCTION)
     tl.store(x_at, dgate.to(kind), mask=inside)
     tl.store(x_at + f, (g * gate * s).to(kind), mask=inside)
     tl.store(dy_at, (gate * s * up).to(dy.dtype.element_ty), mask=inside)

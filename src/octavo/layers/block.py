@@ -9,6 +9,7 @@ Legend: B sequences, T positions, H query heads, G key/value heads, D the size o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +53,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
     return causal_attention(q, k, v, ctx.attention, documents=ctx.documents).flatten(2)
 
 
-def gelu(x: Tensor, ctx: ForwardContext) -> Tensor:
-    """GELU (arXiv 1606.08415) in its tanh form, (B, T, F) -> (B, T, F)."""
+def gelu(x: Tensor, ctx: ForwardContext, approximate: str = "tanh") -> Tensor:
+    """GELU (arXiv 1606.08415) in its tanh form or, if `approximate` is "none", with erf: (B, T, F) -> (B, T, F)."""
     if torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
-    return _in_tiles(x, x.shape[-1], gelu_into, ctx)
+        return F.gelu(x, approximate=approximate)
+    return _in_tiles(x, x.shape[-1], partial(gelu_into, approximate=approximate), ctx)
 
 
 def swiglu(x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.layers.block import attention, elementwise, rope, split_heads
+from octavo.layers.block import attention, gelu, rope, split_heads
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
@@ -33,7 +31,7 @@ from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, context_of, rotary_of
 from octavo.models.weight_map import RowOrder, WeightPath
 from octavo.ops.rotary import ROTATE_HALF
 
-ACTIVATIONS = {"gelu": F.gelu} | dict.fromkeys(("gelu_new", "gelu_fast"), partial(F.gelu, approximate="tanh"))
+ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh"}  # hidden_act -> the form of GELU
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,8 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c, d = config, config.width
-        self.heads, self.head_size, self.parallel, self.activation = c.heads, c.head_size, c.parallel, c.activation
+        self.heads, self.head_size, self.parallel = c.heads, c.head_size, c.parallel
+        self.mlp_width, self.gelu_form = c.mlp_width, ACTIVATIONS[c.activation]
         self.norm_1, self.norm_2 = c.new_norm(), c.new_norm()
         self.qkv = _linear(d, "query_key_value", 3 * d, bias=c.bias)
         self.dense = _linear(d, "dense", d, bias=c.bias)
@@ -133,7 +132,7 @@ class Block(nn.Module):
         q, k = rope(qk, ctx, ROTATE_HALF).chunk(2, dim=2)  # (B, T, H, D) each
         h = self.dense(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         up = self.fc_in(self.norm_2(x if self.parallel else h), ctx)  # (B, T, F)
-        y: Tensor = self.fc_out(elementwise(ACTIVATIONS[self.activation], up, ctx), ctx, residual=h)  # (B, T, d)
+        y: Tensor = self.fc_out(gelu(up, ctx, self.gelu_form), ctx, residual=h)  # (B, T, d)
         return y
 
 

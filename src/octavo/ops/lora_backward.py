@@ -43,9 +43,9 @@ class LoraGrads(NamedTuple):
 
 
 @kernel(on_meta="kernel")
-def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands) -> LoraGrads:
+def gelu_lora_backward_(x: Tensor, dy: Tensor, operands: LoraOperands, *, approximate: str = "tanh") -> LoraGrads:
     """Writes dy gelu'(x) over x, both (M, F); dy is overwritten."""
-    gelu_backward_(x, dy)
+    gelu_backward_(x, dy, approximate=approximate)
     return lora_grads(x, dy, operands)
 
 

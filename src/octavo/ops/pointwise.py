@@ -77,16 +77,16 @@ def copy_into(x: Tensor, out: Tensor) -> None:
 
 
 @kernel
-def gelu_into(x: Tensor, out: Tensor) -> None:
-    """out = gelu(x), (M, F), in the tanh form that GPT-2 and GPT-J use (arXiv 1606.08415)."""
-    out.copy_(F.gelu(x, approximate="tanh"))
+def gelu_into(x: Tensor, out: Tensor, *, approximate: str = "tanh") -> None:
+    """out = gelu(x), (M, F) (arXiv 1606.08415): in the tanh form of GPT-2 and GPT-J, or with erf ("none") of Pythia."""
+    out.copy_(F.gelu(x, approximate=approximate))
 
 
 @kernel
-def gelu_backward_(x: Tensor, dy: Tensor) -> None:
+def gelu_backward_(x: Tensor, dy: Tensor, *, approximate: str = "tanh") -> None:
     """Writes dy gelu'(x) over x and gelu(x) over dy, both (M, F): the LoRA gradients need both."""
-    y = F.gelu(x, approximate="tanh")
-    x.copy_(torch.ops.aten.gelu_backward(dy, x, approximate="tanh"))
+    y = F.gelu(x, approximate=approximate)
+    x.copy_(torch.ops.aten.gelu_backward(dy, x, approximate=approximate))
     dy.copy_(y)
 
 

@@ -24,7 +24,7 @@ from octavo.ops.lora_backward import LoraOperands
 x, dy, t = (torch.empty(64, n, dtype=torch.bfloat16, device="meta") for n in ({parts} * 512, 512, {parts} * {rank}))
 columns, stages = hopper_tile(x, dy, LoraOperands(t, None, t[:, :{rank}]))
 names = [p.name for p in lora_backward._lora_backward.params]
-constants = {{"PARTS": {parts}, "TO_T": True, "STAGES": stages}}
+constants = {{"PARTS": {parts}, "FUNCTION": "{function}", "TO_T": True, "STAGES": stages}}
 wide = dict.fromkeys(["x", "x_up", "dy"], (ROWS, columns, lora_backward.WIDE))
 thin = dict.fromkeys(["t", "t_up", "after"], (ROWS, {rank}, lora_backward.rank_layout({rank})))
 thin |= dict.fromkeys(["b", "b_up"], (columns, {rank}, lora_backward.rank_layout({rank})))
@@ -39,10 +39,15 @@ print(len(set(re.findall(r"wgmma\\.mma_async\\S*(m64n\\d+k16\\.f32\\.bf16)", mad
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("parts", "rank"), [(1, 16), (2, 16), (1, 64)])
-def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(parts: int, rank: int, forks: Forks) -> None:
+@pytest.mark.parametrize(
+    ("parts", "function", "rank"),
+    [(1, "gelu", 16), (2, "silu", 16), (1, "gelu", 64), (2, "gelu", 16), (1, "gelu_erf", 16)],
+)
+def test_it_compiles_for_a_hopper_and_fits_into_its_shared_memory(
+    parts: int, function: str, rank: int, forks: Forks
+) -> None:
     """If the choice of its tile counts too few bytes, it cannot be launched."""
-    ran = forks.run(COMPILED.format(parts=parts, rank=rank))
+    ran = forks.run(COMPILED.format(parts=parts, function=function, rank=rank))
     out, err = ran.communicate()
     assert ran.returncode == 0, err[-2000:]
     shared, kinds = map(int, out.split())

@@ -7,7 +7,7 @@ from shared memory, and store dx over x.
 Legend as in the reference (M rows, F columns of the activation's output, r and q the ranks of the LoRA before and after
 it); a program has BN columns and a part of the rows, BM at a time; R and Q are r and q rounded up to a power of two.
 PARTS is 1 for GELU, whose input x is (M, F), and 2 for SwiGLU and GEGLU, whose input is [gate | up] (M, 2F); `_up` is
-the second half. GELU says which function the activation has: GELU in its tanh form, else SiLU.
+the second half. FUNCTION is the function of the activation (kernels/pointwise.py).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.lora_tiles import ROWS, PartialSums, Tile
 from octavo.kernels.matmul8 import readable
-from octavo.kernels.pointwise import _gate, _gelu_slope, _sigmoid
+from octavo.kernels.pointwise import _factor, _gelu_slope
 from octavo.ops.lora_backward import LoraOperands
 
 WIDE = gl.NVMMASharedLayout(128, 16, 2)
 
 
 def lora_backward_into(
-    x: Tensor, dy: Tensor, operands: LoraOperands, sums: PartialSums, tile: Tile, *, gelu: bool
+    x: Tensor, dy: Tensor, operands: LoraOperands, sums: PartialSums, tile: Tile, function: str
 ) -> None:
     """Writes partial sums and, over x, dx: of a gated activation if x (M, 2F) is twice as wide as dy (M, F)."""
     columns, stages = tile
@@ -51,7 +51,7 @@ def lora_backward_into(
     _lora_backward[(triton.cdiv(f, columns), splits)](
         xs[0], xs[-1], _tiles(dy, columns, WIDE), ts[0], ts[-1], bs[0], bs[-1],
         after, sums.b if sums.t is None else sums.t, sums.b, sums.a, m, f, each,
-        rank, rank_after, parts, gelu, sums.t is not None, stages, num_warps=8,
+        rank, rank_after, parts, function, sums.t is not None, stages, num_warps=8,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def _tiles(x: Tensor, wide: int, layout: gl.NVMMASharedLayout, high: int = ROWS)
 @gluon.jit
 def _lora_backward(
     x, x_up, dy, t, t_up, b, b_up, after, sum_t, sum_b, sum_a, m, f, each, rank, rank_after,
-    PARTS: gl.constexpr, GELU: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, FUNCTION: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = x.block_type.shape[0]
     BN: gl.constexpr = x.block_type.shape[1]
@@ -90,7 +90,7 @@ def _lora_backward(
     ring = (xs, dys, ts, afters, bs, full, empty)
     # One more warp loads, with 24 registers a thread: the computing warps get the rest of the register file.
     gl.warp_specialize([
-        (_compute, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after, PARTS, GELU, TO_T, STAGES)),
+        (_compute, (ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after, PARTS, FUNCTION, TO_T, STAGES)),
         (_load, (ring, rows, x, x_up, dy, t, t_up, b, b_up, after, PARTS, TO_T, STAGES)),
     ], [1], [24])  # fmt: skip
 
@@ -131,7 +131,7 @@ def _load(
 @gluon.jit
 def _compute(
     ring, rows, x, x_up, sum_t, sum_b, sum_a, m, f, rank, rank_after,
-    PARTS: gl.constexpr, GELU: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
+    PARTS: gl.constexpr, FUNCTION: gl.constexpr, TO_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The computing warps: dx and y over the tiles, and the sums of the LoRA gradients."""
     xs, dys, ts, afters, bs, full, empty = ring
@@ -155,7 +155,7 @@ def _compute(
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         x_tile, y = xs.index(stage * PARTS), dys.index(stage)  # (BM, BN) each
         up = xs.index(stage * PARTS + PARTS - 1)  # (BM, BN); x_tile again if there is one part
-        _backward_(x_tile, up, y, PARTS, GELU)
+        _backward_(x_tile, up, y, PARTS, FUNCTION)
         fence_async_shared()  # wgmma and TMA read shared memory through another proxy than the stores above
         grad_b = warpgroup_mma(x_tile.permute((1, 0)), ts.index(stage * PARTS), grad_b, is_async=True)
         grad_a = warpgroup_mma(y.permute((1, 0)), afters.index(stage), grad_a, is_async=True)
@@ -189,7 +189,7 @@ def _compute(
 
 
 @gluon.jit
-def _backward_(x_tile, up, y, PARTS: gl.constexpr, GELU: gl.constexpr):
+def _backward_(x_tile, up, y, PARTS: gl.constexpr, FUNCTION: gl.constexpr):
     """Writes dx over the tiles of x, and y over the tile of dy; a quarter of the rows at a time is in registers."""
     HIGH: gl.constexpr = x_tile.shape[0] // 4
     kind: gl.constexpr = x_tile.dtype
@@ -197,18 +197,18 @@ def _backward_(x_tile, up, y, PARTS: gl.constexpr, GELU: gl.constexpr):
     for quarter in gl.static_range(4):
         x_part, y_part = x_tile.slice(quarter * HIGH, HIGH), y.slice(quarter * HIGH, HIGH)
         value, g = x_part.load(layout).to(gl.float32), y_part.load(layout).to(gl.float32)
-        s = _sigmoid(_gate(value) if GELU else value)  # gelu(x) = x s and silu(x) = x s
+        s = _factor(value, FUNCTION)  # f(x) = x s
         if PARTS == 2:
             up_part = up.slice(quarter * HIGH, HIGH)
             other = up_part.load(layout).to(gl.float32)
-            if GELU:
-                x_part.store((g * other * _gelu_slope(value, s)).to(kind))
-            else:  # silu'(gate) = s (1 + gate (1 - s))
+            if FUNCTION == "silu":  # silu'(gate) = s (1 + gate (1 - s))
                 x_part.store((g * other * s * (1 + value * (1 - s))).to(kind))
+            else:
+                x_part.store((g * other * _gelu_slope(value, s, FUNCTION)).to(kind))
             up_part.store((g * value * s).to(kind))
             y_part.store((value * s * other).to(kind))
         else:
-            x_part.store((g * _gelu_slope(value, s)).to(kind))
+            x_part.store((g * _gelu_slope(value, s, FUNCTION)).to(kind))
             y_part.store((value * s).to(kind))
 
 
