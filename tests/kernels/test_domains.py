@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.kernels.cases import CASES, TOLERANCES
 from tests.kernels.domains import DOMAINS, Operand, faults, layout_of, operands
+from tests.models.families import CASES as FAMILY_CASES
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
@@ -19,6 +20,7 @@ from octavo.infer.decoding import DecodeRunner
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.layers.multi_lora import ServedAdapters
+from octavo.models import Decoder
 from octavo.objective import Inputs, next_token_loss
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.runtime import dispatch
@@ -86,6 +88,24 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> FaultsByKernel:
     monkeypatch.setattr(dispatch, "kernels_run_on", lambda tensor: not tensor.is_meta)
     monkeypatch.setattr(dispatch, "import_module", Kernels)
     return calls
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["neox, in parallel", "qwen3, grouped heads", "olmo2, grouped heads", "granite, all multipliers"],
+)
+@pytest.mark.parametrize("use_8bit", [False, True])
+def test_a_step_of_every_form_of_a_branch_stays_within_the_domains(
+    case: str, use_8bit: bool, models_of: Callable[[Any], tuple[Any, Decoder]], recorded: FaultsByKernel
+) -> None:
+    _, model = models_of(FAMILY_CASES[case])
+    adapters.create_(model.train(), AdapterPlan(LoraSpec(3, 6.0), norms=True, biases=True), seed=0)
+    ids, matmul8 = torch.arange(60).view(2, 30), matmul8_of(model, all_8bit(model) if use_8bit else Precision())
+    for save in Save:
+        inputs = Inputs(ids, ids, ids.flatten(), None, None)
+        next_token_loss(model, inputs, ForwardOptions(save, matmul8=matmul8)).backward()
+    assert {name: found for name, found in recorded.items() if found} == {}
+    assert "pointwise.norm_backward_into" in recorded
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

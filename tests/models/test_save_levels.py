@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPTJConfig, LlamaConfig
+from transformers import (
+    GPTJConfig,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    Qwen3Config,
+)
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
@@ -21,22 +30,53 @@ from octavo.layers.fused_linear import FusedLinear
 from octavo.layers.gemm_input import GemmInput
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder, weight_entries
+from octavo.models.fused_blocks import FUSED
 from octavo.ops.attention import find_documents
 from octavo.ops.quantize import Scheme, scheme_named
 from octavo.store.contents import scheme_at
 from octavo.store.weights import allocated
 
 VOCABULARY, LENGTH, LAYERS, WIDTH, MLP_WIDTH = 61, 48, 4, 32, 64
+LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": MLP_WIDTH, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}  # fmt: skip
+GROUPED = LIKE_LLAMA | {"num_key_value_heads": 2}
 CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=MLP_WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
+    "llama": LlamaConfig(**GROUPED),
     "gptj": GPTJConfig(vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=MLP_WIDTH, n_layer=LAYERS, n_head=4, rotary_dim=4),
+    "gpt_neox": GPTNeoXConfig(**LIKE_LLAMA),
+    "gpt_neox, one after the other": GPTNeoXConfig(**LIKE_LLAMA, use_parallel_residual=False),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_layers=LAYERS, num_heads=4,
+        attention_types=[[["global"], LAYERS]], max_position_embeddings=64,
+    ),
+    "granite": GraniteConfig(**GROUPED, residual_multiplier=0.4),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "olmo2": Olmo2Config(**GROUPED, eos_token_id=2, pad_token_id=None),
+}  # fmt: skip
+
+
+class Saved(NamedTuple):
+    """What a block saves, in values a token."""
+
+    lora: int  # x A^T of its adapters of rank 4, and a one for a bias; for each matmul padded to a multiple of 8
+    inputs: int = 2 * WIDTH  # of the branches
+    u: int = 2 * WIDTH + 2 * MLP_WIDTH
+    attention: int = 3 * WIDTH + 4  # output, log-sums; on a CPU shared heads are repeated, and the copies are saved
+    post_norms: int = 0  # their inputs
+
+
+ALL_HEADS = WIDTH + 4
+SAVED = {
+    "llama": Saved(40),
+    "gptj": Saved(40, WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
+    "gpt_neox": Saved(32, WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),  # its branches have one input
+    "gpt_neox, one after the other": Saved(32, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
+    "gpt_neo": Saved(40, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
+    "granite": Saved(40),
+    "qwen3": Saved(40),
+    "olmo2": Saved(40, post_norms=2 * WIDTH),
 }
 MIXED = [Save.INPUT, Save.ALL, Save.ATTENTION, Save.INPUT]
 
@@ -44,8 +84,14 @@ SavedBy = Callable[[Callable[[], Tensor]], tuple[Tensor, int]]
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
-    _, ours = models_of(CONFIGS[request.param])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Decoder:
+    _, ours = models_of(CONFIGS[name])
+    assert type(ours.blocks[0]) in FUSED
     adapters.create_(ours, AdapterPlan(LoraSpec(rank=4, alpha=8, dropout=0.3)), seed=0)
     for parameter in adapters.trained(ours).values():
         nn.init.normal_(parameter, std=0.1)
@@ -89,38 +135,39 @@ def test_dropout_is_on_in_what_is_compared(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize(("save", "again"), [(Save.ALL, 0), (Save.ATTENTION, 4), (Save.INPUT, 4), (MIXED, 3)], ids=str)
-def test_only_the_first_matmuls_of_a_block_run_again_in_backward(
-    model: Decoder, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
+def test_only_the_first_matmuls_of_a_branch_run_again_in_backward(
+    name: str, model: Decoder, save: Save | Sequence[Save], again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[int] = []  # K of every matmul; the first ones of a branch have K = d_model
+    """And with a norm of its result the other one, where that is not saved."""
+    ran: Counter[str] = Counter()
     matmul = FusedLinear.matmul
 
     def noted(self: FusedLinear, gemm_input: GemmInput, *, residual: Tensor | None = None) -> Tensor:
-        ran.append(self.inputs if residual is None else 0)
+        first = self.parts[0].rows > WIDTH  # the second one of a branch has d outputs
+        ran["first" if first else "second"] += 1
         return matmul(self, gemm_input, residual=residual)
 
     monkeypatch.setattr(FusedLinear, "matmul", noted)
-    branches = 1 if hasattr(model.blocks[0], "fc_out") else 2
+    branches = 1 if name == "gptj" else 2
     loss = loss_of(model, save)
-    assert ran == [WIDTH, 0] * branches * LAYERS
+    assert ran == {"first": branches * LAYERS, "second": branches * LAYERS}
     ran.clear()
     torch.autograd.backward(loss)
-    assert ran == [WIDTH] * branches * again
+    inputs_alone = [save] * LAYERS if isinstance(save, Save) else save
+    second = branches * inputs_alone.count(Save.INPUT) if SAVED[name].post_norms else 0
+    assert ran == Counter({"first": branches * again, "second": second})
 
 
-def test_the_saved_bytes_are_those_of_the_save_level(model: Decoder, saved_by: SavedBy) -> None:
-    row = 2 * LENGTH * 4  # bytes of one number a token
+def test_the_saved_bytes_are_those_of_the_save_level(name: str, model: Decoder, saved_by: SavedBy) -> None:
+    row = 2 * LENGTH * 4  # bytes of one value a token
     saved_bytes = {save: saved_by(partial(loss_of, model, save, packed=False))[1] / row for save in Save}
-    gptj = hasattr(model.blocks[0], "fc_out")
+    saved = SAVED[name]
     # In addition: the input of the last norm, the tensors that this norm saves, the head's gradient, the rotary table.
-    lora_width = 40  # x A^T of the LoRA adapters of a layer, padded to multiples of 8
-    inputs = LAYERS * ((1 if gptj else 2) * WIDTH + lora_width)
+    inputs = LAYERS * (saved.inputs + saved.lora)
     assert inputs <= saved_bytes[Save.INPUT] <= inputs + 4 * WIDTH
-    # Attention's output with a log-sum for each head; on a CPU shared heads are repeated, and these copies are saved.
-    attention = LAYERS * (WIDTH + 4 + (0 if gptj else 2 * WIDTH))
+    attention = LAYERS * (saved.attention + saved.post_norms)
     assert saved_bytes[Save.ATTENTION] - saved_bytes[Save.INPUT] == attention
-    u = LAYERS * (3 * WIDTH + MLP_WIDTH if gptj else 2 * WIDTH + 2 * MLP_WIDTH)
-    assert saved_bytes[Save.ALL] - saved_bytes[Save.ATTENTION] == u
+    assert saved_bytes[Save.ALL] - saved_bytes[Save.ATTENTION] == LAYERS * saved.u
 
 
 @torch.no_grad()
