@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -61,6 +62,7 @@ CONFIGS: dict[str, Any] = {
         num_attention_heads=4,
         max_position_embeddings=CONTEXT,
     ),
+    "gpt2": GPT2Config(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, n_positions=CONTEXT, **NO_IDS),
     "gpt_neo": GPTNeoConfig(
         vocab_size=264,
         hidden_size=64,
@@ -82,6 +84,7 @@ EMBEDDINGS = {
     "olmo2": ("embed_tokens", "lm_head"),
     "neox": ("embed_in", "embed_out"),
     "tied": ("embed_tokens",),
+    "gpt2": ("wte",),
     "gpt_neo": ("wte", "lm_head"),
     "gptj": ("wte", "lm_head"),
 }

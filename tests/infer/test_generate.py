@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
-from transformers import GPTJConfig, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPTJConfig, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from octavo.errors import UsageError
 from octavo.infer.generate import Continuation, complete, generate
@@ -76,6 +76,9 @@ CONFIGS = {
         max_position_embeddings=CONTEXT,
     ),
     "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=CONTEXT),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, bos_token_id=0, eos_token_id=0
+    ),
     "gpt_neo": GPTNeoConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -79,6 +80,19 @@ def like_neo(heads: int, kinds: list[str], window: int, **changes: Any) -> dict[
         "attention_types": [[kinds, 1]],
         "window_size": window,
         "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return shape | changes
+
+
+def like_gpt2(heads: int, **changes: Any) -> dict[str, Any]:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": heads,
+        "n_positions": 2048,
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
@@ -165,6 +179,16 @@ CASES = {
     "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),
     "neox, tanh, no bias of attention, tied": GPTNeoXConfig(
         **like_neox(2, rotary_pct=0.5, hidden_act="gelu_fast", attention_bias=False, tie_word_embeddings=True)
+    ),
+    "gpt2, tied": GPT2Config(**like_gpt2(4)),
+    "gpt2, untied, own width, three layers": GPT2Config(
+        **like_gpt2(3, n_inner=100, n_layer=3, tie_word_embeddings=False)
+    ),
+    "gpt2, scores divided by the number of the layer": GPT2Config(
+        **like_gpt2(2, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True)
+    ),
+    "gpt2, scores not scaled, erf, other eps": GPT2Config(
+        **like_gpt2(4, scale_attn_weights=False, activation_function="gelu", layer_norm_epsilon=1e-2)
     ),
     "gpt_neo, full and local in turns": GPTNeoConfig(
         **like_neo(4, ["global", "local"], 7, num_layers=4, attention_types=[[["global", "local"], 2]])

@@ -71,6 +71,8 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], Change, str]] = {
         llama, LLAMA, placed("model.embed_tokens", WeightPath("embed", RowOrder((4, 8), (1, 0)))),
         "in the order of the token ids",
     ),
+    "a transposed norm": (llama, LLAMA, placed(NORM, WeightPath("blocks.1.norm_1", transposed=True)), "no linear"),
+    "a transposed head": (llama, LLAMA, placed("lm_head", WeightPath("head", transposed=True)), "head is transposed"),
     "two names of a norm": (llama, LLAMA, placed("model.extra", WeightPath("norm")), "model.norm and model.extra"),
     "a row order of too few rows": (
         gpt_neox, NEOX, placed(QKV, WeightPath("blocks.1.qkv", RowOrder((4, 3, 2), (1, 0, 2)))), "none of 48 rows"

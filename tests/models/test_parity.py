@@ -31,6 +31,9 @@ from octavo.models.config_fields import ConfigFields
 from octavo.models.rotary import rotary_of
 from octavo.ops.attention import find_documents
 
+# PEFT warns where an adapter is on linears of both kinds, and does the right thing.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
+
 TOLERANCE = 1e-5  # of logits, absolute; of a gradient, the difference's norm over its own
 
 
@@ -100,6 +103,7 @@ def tuned(kernels: Models) -> Models:
     torch.manual_seed(2)
     targets = sorted({p.module.rpartition(".")[2] for p in table.values() if p.key in named})
     spec = peft.LoraConfig(r=3, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    spec.fan_in_fan_out = any(place.transposed for place in table.values())
     theirs = peft.get_peft_model(copy.deepcopy(kernels.theirs), spec).eval()
     ours = copy.deepcopy(kernels.ours)
     for place in weight_entries(ours).values():

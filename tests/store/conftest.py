@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -47,6 +48,10 @@ CONFIGS: dict[str, Any] = {
     "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
     # The rows of q, k and v of a head are two whole blocks of dynamic8.
     "neox-blocks": GPTNeoXConfig(**NEOX | {"hidden_size": 128, "num_attention_heads": 2}),
+    "gpt2": GPT2Config(
+        vocab_size=300, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=False,
+    ),
     "gpt_neo": GPTNeoConfig(
         vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
         window_size=6, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,

@@ -28,6 +28,7 @@ pytestmark = [
     # peft 0.21 and the torch that it calls.
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
@@ -53,6 +54,9 @@ PLANS: dict[str, tuple[str, AdapterPlan]] = {
     "neox norms and biases": ("neox", AdapterPlan(SPEC, norms=True, biases=True)),
     "neox ends": ("neox", AdapterPlan(SPEC, ("all-linear", "lm_head", "embed_in"))),
     "neox tied ends": ("neox-tied", AdapterPlan(SPEC, ("query_key_value", "embed_out", "embed_in"))),
+    "gpt2": ("gpt2", AdapterPlan(SPEC)),
+    "gpt2 ends": ("gpt2", AdapterPlan(SPEC, ("c_attn", "transformer.h.1.mlp.c_proj", "wte", "lm_head"))),
+    "gpt2 norms, positions and biases": ("gpt2", AdapterPlan(SPEC, norms=True, biases=True)),
     "gpt_neo norms, positions and biases": ("gpt_neo", AdapterPlan(SPEC, norms=True, biases=True)),
     "gpt_neo tied ends": ("gpt_neo", AdapterPlan(SPEC, ("all-linear", "wte", "lm_head"))),
     "gptj": ("gptj", AdapterPlan(SPEC)),
@@ -89,6 +93,10 @@ PEFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "neox biases": ("neox", {"target_modules": ["query_key_value", "dense"], "bias": "lora_only"}),
     "neox ends": ("neox", {"target_modules": ["query_key_value", "lm_head", "embed_in"]}),
     "neox head in full": ("neox", {"target_modules": ["dense"], "modules_to_save": ["lm_head", "embed_in"]}),
+    "gpt2": ("gpt2", {"target_modules": "all-linear"}),
+    "gpt2 some": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "bias": "lora_only"}),
+    "gpt2 default": ("gpt2", {}),
+    "gpt2 in full": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["c_fc", "wpe"]}),
     "gpt_neo": ("gpt_neo", {"target_modules": "all-linear"}),
     "gpt_neo positions": ("gpt_neo", {"target_modules": ["q_proj", "c_fc"], "modules_to_save": ["wpe", "ln_f"]}),
     "gptj": ("gptj", {"target_modules": "all-linear"}),
@@ -160,6 +168,20 @@ def test_an_adapter_of_pefts_gives_the_same_logits_here(case: str, folders: dict
     apply_(model, read(tmp_path / "adapter"))
     assert (theirs - untouched).abs().max() > 0.1
     assert (theirs - logits(model)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("error:fan_in_fan_out is set to:UserWarning")
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neo norms, positions and biases"])
+def test_peft_merges_an_adapter_into_weights_as_the_base_stores_them(
+    case: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    family, plan = PLANS[case]
+    model = tuned(folders[family], plan)
+    write(tmp_path / "adapter", model, plan)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] is (family == "gpt2")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[family]), tmp_path / "adapter")
+    assert (logits(theirs.merge_and_unload()) - logits(model)).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("case", PEFTS)

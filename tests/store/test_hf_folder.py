@@ -32,7 +32,7 @@ from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder, wri
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
-FAMILIES = ["llama", "llama-tied", "gptj", "neox", "neox-blocks", "gpt_neo"]
+FAMILIES = ["llama", "llama-tied", "gptj", "neox", "neox-blocks", "gpt2", "gpt_neo"]
 IDS = torch.arange(1, 41).view(2, 20)
 # Relative error of a layer of normally distributed weights, K = 64: int8 rounds evenly to absmax / 127 (its
 # root mean square is absmax / 127 / sqrt(12), and absmax of 64 numbers is about 2.4 deviations), dynamic8
@@ -132,8 +132,11 @@ def test_the_reported_error_is_that_of_the_written_weights(folders: dict[str, Pa
             assert layers[name].error == pytest.approx(error, rel=1e-5)
 
 
-def test_a_quantized_folder_is_converted_to_another_scheme_or_to_none(folders: dict[str, Path], tmp_path: Path) -> None:
-    write(folders["llama"], tmp_path / "dynamic8", "dynamic8")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_quantized_folder_is_converted_to_another_scheme_or_to_none(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    write(folders[family], tmp_path / "dynamic8", "dynamic8")
     write(tmp_path / "dynamic8", tmp_path / "none", "none")
     write(tmp_path / "dynamic8", tmp_path / "int8", "int8")
     write(tmp_path / "none", tmp_path / "again", "int8")

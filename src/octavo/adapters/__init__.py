@@ -120,17 +120,18 @@ def collect(model: Decoder, spec: LoraSpec, *, origin: Mapping[str, Any] | None 
     """
     loras: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
-    embeddings = set()
+    embeddings, transposed = set(), False
     entries = weight_entries(model)
     for entry in entries.values():
         lora = _lora(entry)
         if lora is not None:
+            transposed = transposed or entry.transposed
             loras[entry.name] = (lora.a, _to_checkpoint(entry, lora.b), lora.scaling)
             if isinstance(entry.layer, FrozenEmbedding):
                 embeddings.add(entry.name)
         for key, tensor in _trained_in_full(entry):
             full[key] = _to_checkpoint(entry, tensor)
-    adapter = Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings))
+    adapter = Adapter(spec, loras, full, dict(origin or {}), frozenset(embeddings), fan_in_fan_out=transposed)
     return renamed(adapter, {entry.name: entry.module for entry in entries.values()})
 
 

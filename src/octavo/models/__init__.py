@@ -14,7 +14,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
+from octavo.models import gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
 from octavo.models.checks import check_config, check_entries, check_paths
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
@@ -25,6 +25,7 @@ from octavo.models.weight_map import layer_of as layer_of
 
 # The architectures of a config.json, each with its model_type, and the family that computes it.
 FAMILIES: dict[str, tuple[str, ModuleType]] = {
+    "GPT2LMHeadModel": ("gpt2", gpt2),
     "GPTJForCausalLM": ("gptj", gptj),
     "LlamaForCausalLM": ("llama", llama),
     "MistralForCausalLM": ("mistral", llama),
@@ -118,9 +119,10 @@ def module_names(config: DecoderConfig) -> list[str]:
 
 def weight_entries(model: Decoder) -> dict[str, WeightEntry]:
     """The weight map of a built decoder, with its layers."""
-    return {
-        name: WeightEntry(
-            name, model.get_submodule(path), module or name, name.rpartition(".")[2], order, is_head=path == "head"
-        )
-        for name, (path, order, module) in weight_map(model.config).items()
-    }
+
+    def entry(name: str, path: WeightPath) -> WeightEntry:
+        module, key, is_head = path.module or name, name.rpartition(".")[2], path.path == "head"
+        layer = model.get_submodule(path.path)
+        return WeightEntry(name, layer, module, key, path.order, is_head=is_head, transposed=path.transposed)
+
+    return {name: entry(name, path) for name, path in weight_map(model.config).items()}

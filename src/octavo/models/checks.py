@@ -72,6 +72,8 @@ def check_entries(decoder: nn.Module, entries: Iterable[WeightEntry], *, tied: b
 
 def _check_rows(entry: WeightEntry, *, tied: bool) -> None:
     """ModelError unless the module's last name is a name of its matrix, and its row order has as many rows."""
+    if entry.transposed and (entry.matrix is None or entry.is_embedding):
+        raise ModelError(f"{entry.name} is transposed, but it is no linear of a block.", hint=HINT)
     if entry.matrix is None:
         sizes = {len(parameter) for kind in ("weight", "bias") if (parameter := entry.parameter(kind)) is not None}
         if entry.order is not None and not all(_orders(entry.order, size) for size in sizes):

@@ -73,11 +73,13 @@ class WeightPath(NamedTuple):
     """The path of the layer that holds a module of the checkpoint, and the order of the module's rows there.
 
     `module` is the name of the module in transformers, and so in PEFT's files, if it differs from the checkpoint's.
+    `transposed`: its weight is stored (K, N) where a linear's is (N, K), as in Conv1D of transformers.
     """
 
     path: str
     order: RowOrder | None = None
     module: str = ""
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class WeightEntry:
     key: str  # the last part of the name, q_proj
     order: RowOrder | None = None
     is_head: bool = False
+    transposed: bool = False  # an unquantized weight is (K, N) in the checkpoint; a quantized one is always (N, K)
 
     @property
     def matrix(self) -> FrozenMatrix | None:

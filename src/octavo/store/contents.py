@@ -70,6 +70,11 @@ def scheme_at(entry: WeightEntry, scheme: Scheme) -> Scheme:
     return scheme_named(scheme.embedding_scheme) if entry.is_embedding else scheme
 
 
+def is_transposed(entry: WeightEntry, scheme: Scheme) -> bool:
+    """Whether a weight is stored as (K, N) under `scheme`. Quantized ones are (N, K), as bitsandbytes has them too."""
+    return entry.transposed and scheme.name == "none"
+
+
 def entries(source: Source, model: Decoder) -> dict[str, Item]:
     """Tensor name -> Item, in the model's order. ModelError unless all needed tensors exist and no unknown ones."""
     refuse_embedded_adapter(source)
@@ -119,6 +124,8 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
         else:
             scheme = scheme_at(item.entry, stored)
             expected = tuple(scheme.layout(item.shape, torch.float32)["weight"][0])
+            if is_transposed(item.entry, scheme):
+                expected = expected[::-1]
             if scheme.name == "nf4":
                 shape = (math.prod(shape),)  # bitsandbytes writes a column
         if shape != expected:

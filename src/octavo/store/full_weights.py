@@ -73,11 +73,14 @@ def put_weights_(model: Decoder, adapter: Adapter, entries: Mapping[str, WeightE
 
 
 def _in_decoder_order(adapter: Adapter, entries: Mapping[str, WeightEntry]) -> Adapter:
-    """The adapter, with the rows of its full weights and biases in the decoder's order."""
+    """The adapter, with its full weights (N, K) and biases, whose rows are in the decoder's order."""
     full = dict(adapter.full)
     for key, tensor in adapter.full.items():
-        if (order := entries[key.rpartition(".")[0]].order) is not None:
-            full[key] = order.from_checkpoint(tensor)
+        entry = entries[key.rpartition(".")[0]]
+        if entry.transposed and tensor.ndim == 2:
+            full[key] = tensor.t().contiguous()
+        if entry.order is not None:
+            full[key] = entry.order.from_checkpoint(full[key])
     return replace(adapter, full=full)
 
 

@@ -17,7 +17,7 @@ import torch
 from octavo._version import __version__
 from octavo.models import build, weight_entries
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantize, stored_bytes
-from octavo.store.contents import FORMAT, check_shapes, entries, scheme_at, stored_scheme
+from octavo.store.contents import FORMAT, check_shapes, entries, is_transposed, scheme_at, stored_scheme
 from octavo.store.sinks import Header, Sink, check_free, folder_sink
 from octavo.store.sources import Source, fingerprint
 from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, row_blocks
@@ -82,6 +82,8 @@ def write_tensors(
         parts, error = matrix_parts(source, name, item.entry, old), 0.0
         if old is not new:
             parts, error = _requantized(parts, shape, old, new)
+        if is_transposed(item.entry, new):
+            parts = {**parts, "weight": parts["weight"].t()}
         size = sink.put(module, parts)
         total += size
         if on_layer:

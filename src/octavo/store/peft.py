@@ -65,6 +65,7 @@ class Adapter:
     separate: frozenset[str] = frozenset()  # modules with a weight of their own, untied (modules_to_save)
     base_layers: frozenset[str] = frozenset()  # keys of `full` that PEFT saved with a LoRA layer, not trained
     base: str = ""  # the name of its base (base_model_name_or_path)
+    fan_in_fan_out: bool = False  # whether it has LoRA on weights that the base stores (K, N), as GPT-2 does
 
     @property
     def vocabulary(self) -> int | None:
@@ -232,7 +233,7 @@ def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: s
         "modules_to_save": sorted(set(in_full) - adapter.lora.keys() - adapter.tokens.keys()) or None,
         "trainable_token_indices": {name: list(indices) for name, (indices, _) in adapter.tokens.items()} or None,
         "bias": "all" if bias_only else "lora_only" if biases or owners & adapter.lora.keys() else "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "init_lora_weights": True,
     }
 

@@ -21,7 +21,7 @@ from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
 from octavo.ops.quantize import Parts, Scheme, Shape, dequantize
-from octavo.store.contents import Item, check_shapes, entries, misshapen, scheme_at, stored_scheme
+from octavo.store.contents import Item, check_shapes, entries, is_transposed, misshapen, scheme_at, stored_scheme
 from octavo.store.sources import Source
 
 PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of unquantized weights
@@ -95,6 +95,8 @@ def matrix_parts(source: Source, name: str, entry: WeightEntry, stored: Scheme) 
         tensor = source.tensor(key)
         if part == "weight" and stored.name == "nf4":
             tensor = tensor.reshape(-1)
+        if is_transposed(entry, stored) and tensor.ndim == 2:
+            tensor = tensor.t()  # a view
         if tuple(tensor.shape) != tuple(size):
             raise misshapen(key, tensor.shape, size)
         if tensor.dtype != dtype and not (stored.name == "none" and tensor.dtype in PLAIN_TYPES):
@@ -135,7 +137,9 @@ def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Pa
 def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor:
     """A slice of `row_blocks` in floating point (rows, K): as stored, or dequantized to float32."""
     block = parts_of_rows(parts, shape, rows, scheme)
-    return block["weight"] if scheme.name == "none" else dequantize(scheme, block, (rows.stop - rows.start, shape[1]))
+    if scheme.name == "none":
+        return block["weight"].contiguous()  # a copy if the matrix is stored transposed
+    return dequantize(scheme, block, (rows.stop - rows.start, shape[1]))
 
 
 def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: Tensor) -> Parts:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.commands.finetune.conftest import Tune
 from tests.conftest import _write_tiny
-from transformers import GPTNeoConfig, GPTNeoXConfig, Olmo2Config, Qwen3Config, SmolLM3Config
+from transformers import GPT2Config, GPTNeoConfig, GPTNeoXConfig, Olmo2Config, Qwen3Config, SmolLM3Config
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -21,6 +21,7 @@ CONFIGS = {
     "smollm3": SmolLM3Config(**SHAPE, num_key_value_heads=2, no_rope_layers=[0, 1], **NO_IDS),
     "olmo2": Olmo2Config(**SHAPE, **NO_IDS),
     "neox": GPTNeoXConfig(**SHAPE),
+    "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_IDS),
     "gpt_neo": GPTNeoConfig(
         vocab_size=320,
         hidden_size=32,
