@@ -147,7 +147,7 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     """transformers config -> (a random model of transformers, octavo's reading of the folder it saves).
 
     Float32, unquantized unless said. Weights are wide (0.2; norms 1 +- 0.2, so that attention is far from uniform), to
-    make any difference show.
+    make any difference show. Gemma's norms multiply by 1 + weight: their weights are 0 +- 0.2.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -159,9 +159,10 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     def make(config: Any, scheme: str = "none") -> tuple[Any, Decoder]:
         torch.manual_seed(0)
         theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        zero_centred = config.model_type.startswith("gemma")
         for name, parameter in theirs.named_parameters():
             is_norm = parameter.ndim == 1 and name.endswith("weight")
-            torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
+            torch.nn.init.normal_(parameter, mean=float(is_norm and not zero_centred), std=0.2)
         folder = tmp_path_factory.mktemp("kernels")
         theirs.save_pretrained(folder)
         source = FolderSource(folder)

@@ -89,10 +89,10 @@ def test_only_labelled_positions_go_through_the_head(
     rows: list[int] = []
     reference = ops_loss.cross_entropy_
 
-    def recording_cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    def recording_cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool, softcap: float | None) -> Tensor:
         rows.append(len(logits))
         assert (labels >= 0).all()
-        return reference(logits, labels, gradient=gradient)
+        return reference(logits, labels, gradient=gradient, softcap=softcap)
 
     monkeypatch.setattr(loss, "cross_entropy_", recording_cross_entropy)
     batch = batch_of(packed=True)

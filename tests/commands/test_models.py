@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Octavo
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GraniteConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, GraniteConfig, LlamaConfig
 
 from octavo.models import FAMILIES
 
@@ -20,12 +20,13 @@ SIZES: dict[str, Any] = {
 CONFIGS = {
     "llama, tied": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, mlp_bias=True),
     "granite": GraniteConfig(**SIZES, num_key_value_heads=1),
+    "gemma3": Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=24),
     "neox": GPTNeoXConfig(**SIZES),
 }
 
 
 def folder_of(config: Any, folder: Path) -> Path:
-    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.architectures = [type(config).__name__.replace("Text", "").replace("Config", "ForCausalLM")]
     config.save_pretrained(folder)
     return folder
 

@@ -77,10 +77,10 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     chunk_rows: list[int] = []
     monkeypatch.setattr(loss, "CHUNK_BYTES", (4 + 8) * (CHUNK_ROWS * VOCABULARY + VOCABULARY - 1))
 
-    def recorded(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    def recorded(logits: Tensor, labels: Tensor, *, gradient: bool, softcap: float | None) -> Tensor:
         chunk_rows.append(len(logits))
         assert logits.shape == (len(labels), VOCABULARY)
-        return cross_entropy_(logits, labels, gradient=gradient)
+        return cross_entropy_(logits, labels, gradient=gradient, softcap=softcap)
 
     monkeypatch.setattr(loss, "cross_entropy_", recorded)
     return chunk_rows
@@ -114,6 +114,25 @@ def test_weights_scale_the_loss_and_the_gradient_of_each_label(kind: str) -> Non
         torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy_sum(hidden, labels, head.linear, Dropout(), weights), theirs.detach())
+
+
+@both
+def test_a_soft_cap_bounds_the_logits_of_loss_and_gradient(kind: str, chunks: list[int]) -> None:
+    hidden, labels, head = batch(kind)
+    ours = cross_entropy_sum(hidden, labels, head.linear, Dropout(), softcap=3.0)
+    assert sum(chunks) == TOKENS
+    assert max(chunks) < CHUNK_ROWS  # a chunk has fewer rows: the reference has more copies of its logits
+    logits = head.plain(hidden)
+    assert logits.abs().max() > 6  # the soft-cap has an effect
+    theirs = F.cross_entropy(3 * torch.tanh(logits / 3), labels, reduction="sum", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(ours, theirs)
+    leaves = [hidden, *head.trained]
+    for one, two in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=2e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cross_entropy_sum(hidden, labels, head.linear, Dropout(), softcap=3.0), theirs.detach()
+        )
 
 
 def test_a_trained_head_gets_gradients_if_hidden_needs_none() -> None:

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -47,6 +49,10 @@ LLAMA: dict[str, Any] = {
 }
 # The families' own ids of special tokens are beyond the vocabulary here.
 NO_IDS: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+# With a tied head and scaled embeddings a random model repeats its last token.
+GEMMA: dict[str, Any] = {
+    "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "tie_word_embeddings": False, **NO_IDS,
+}  # fmt: skip
 # 64 columns are one block of nf4. The last 6 tokens of the vocabulary are not the tokenizer's: never selected.
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
@@ -54,6 +60,11 @@ CONFIGS: dict[str, Any] = {
     "qwen3": Qwen3Config(vocab_size=264, **LLAMA, head_dim=16),
     "smollm3": SmolLM3Config(vocab_size=264, **LLAMA, no_rope_layers=[1, 0], tie_word_embeddings=False, **NO_IDS),
     "olmo2": Olmo2Config(vocab_size=264, **LLAMA, **NO_IDS),
+    "gemma2": Gemma2Config(
+        vocab_size=264, **LLAMA, **GEMMA, attn_logit_softcapping=4.0, final_logit_softcapping=5.0,
+        attn_implementation="eager",
+    ),
+    "gemma3": Gemma3TextConfig(vocab_size=264, **LLAMA, **GEMMA, sliding_window_pattern=2),
     "neox": GPTNeoXConfig(
         vocab_size=264,
         hidden_size=64,
@@ -76,12 +87,14 @@ CONFIGS: dict[str, Any] = {
         **NO_IDS,
     ),
     "gptj": GPTJConfig(vocab_size=264, n_embd=64, n_inner=64, n_layer=2, n_head=4, rotary_dim=8, n_positions=CONTEXT),
-}
+}  # fmt: skip
 EMBEDDINGS = {
     "llama": ("embed_tokens", "lm_head"),
     "qwen3": ("embed_tokens", "lm_head"),
     "smollm3": ("embed_tokens", "lm_head"),
     "olmo2": ("embed_tokens", "lm_head"),
+    "gemma2": ("embed_tokens", "lm_head"),
+    "gemma3": ("embed_tokens", "lm_head"),
     "neox": ("embed_in", "embed_out"),
     "tied": ("embed_tokens",),
     "gpt2": ("wte",),
@@ -193,9 +206,10 @@ def llama(families: dict[str, Family]) -> Family:
 def _write_model(folder: Path, config: Any) -> tuple[Any, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    zero_centred = config.model_type.startswith("gemma")  # norms multiply by 1 + weight
     for name, parameter in model.named_parameters():
         is_norm = parameter.ndim == 1 and name.endswith("weight")
-        torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.2)
+        torch.nn.init.normal_(parameter, mean=float(is_norm and not zero_centred), std=0.2)
     model.save_pretrained(folder)
     tokens = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("h", "e")]))

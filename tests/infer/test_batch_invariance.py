@@ -61,6 +61,7 @@ def answers_of(engine: Engine, family: Family, batch: list[Request]) -> list[Ans
 USUAL = [
     ("llama", "none", torch.float32), ("llama", "int8", torch.bfloat16), ("llama", "nf4", torch.bfloat16),
     ("gptj", "none", torch.bfloat16), ("gptj", "int8", torch.float32), ("gptj", "nf4", torch.float32),
+    ("gemma2", "int8", torch.float32), ("gemma3", "none", torch.bfloat16),
 ]  # fmt: skip
 OTHERS = [case for case in product(("llama", "gptj"), ("none", "int8", "nf4"), TYPES) if case not in USUAL]
 

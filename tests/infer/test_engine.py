@@ -165,6 +165,7 @@ def test_max_len_of_a_slot_ends_an_answer_too(llama: Family) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("family", ["llama", "gptj", "gemma2", "gemma3"], indirect=True)
 def test_log_probabilities_are_those_of_transformers(family: Family, chunk: int) -> None:
     # Logits are about 10 in float32; sums in another order differ by up to 2e-5 here.
     close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-4)

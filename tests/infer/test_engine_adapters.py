@@ -59,7 +59,7 @@ def stored(engine: Engine) -> set[str]:
     ("name", "scheme"),
     [
         *product(["llama", "tied", "gptj"], ["none", "int8", "nf4"]),
-        *product(["qwen3", "smollm3", "olmo2", "neox", "gpt_neo", "gpt2"], ["int8"]),
+        *product(["qwen3", "smollm3", "olmo2", "gemma2", "gemma3", "neox", "gpt_neo", "gpt2"], ["int8"]),
     ],
 )
 def test_each_row_uses_the_adapter_of_its_request(families: dict[str, Family], name: str, scheme: str) -> None:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
-from transformers import GPT2Config, GPTJConfig, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from octavo.errors import UsageError
 from octavo.infer.generate import Continuation, complete, generate
@@ -65,6 +73,11 @@ BYTES, PIECES = byte_level(), byte_fallback()
 EOS = int(BYTES.eos_token_id)
 VOCAB_SIZE = len(BYTES)
 ORDINARY = st.integers(0, VOCAB_SIZE - 1).filter(lambda token: token != EOS)
+GEMMA: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6,
+    "max_position_embeddings": CONTEXT, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
 CONFIGS = {
     "llama": LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -90,6 +103,8 @@ CONFIGS = {
         bos_token_id=0,
         eos_token_id=0,
     ),
+    "gemma2": Gemma2Config(**GEMMA, final_logit_softcapping=5.0, attn_implementation="eager"),
+    "gemma3": Gemma3TextConfig(**GEMMA, sliding_window_pattern=2),
 }
 
 

@@ -136,12 +136,14 @@ def int8_values(n: int, k: int, step: float) -> Case:
     return make
 
 
-def losses(vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool = False) -> Case:
+def losses(
+    vocabulary: int, labels: list[int], *, gradient: bool, hidden: bool = False, softcap: float | None = None
+) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         logits = columns(len(labels), vocabulary, dtype).mul_(4)
         if hidden:
             logits[:, 1::2] = float("-inf")
-        return (logits, torch.tensor(labels)), {"gradient": gradient}, logits
+        return (logits, torch.tensor(labels)), {"gradient": gradient, "softcap": softcap}, logits
 
     return make
 
@@ -415,5 +417,7 @@ CASES: dict[str, list[Case]] = {
         losses(9001, [0, 9000, -100, 5000], gradient=True), losses(9001, [0, 9000, -100, 5000], gradient=False),
         losses(37, [36, -100, 0], gradient=True), losses(37, [-100, -100], gradient=True),
         losses(9001, [0, 9000, 8192], gradient=True, hidden=True),
+        losses(9001, [0, 9000, -100, 5000], gradient=True, softcap=5.0),
+        losses(37, [36, -100, 0], gradient=True, softcap=30.0), losses(37, [5, 0], gradient=False, softcap=0.5),
     ],
 }  # fmt: skip

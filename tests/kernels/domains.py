@@ -89,7 +89,7 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "lora_backward.gelu_lora_backward_": LORA_BACKWARD,
     "lora_backward.swiglu_lora_backward_": LORA_BACKWARD,
     "lora_factors.pack_b_into": {"out": OUT, "loras[].a": SCALES, "loras[].b": SCALES},
-    "loss.cross_entropy_": {"logits": X, "labels": contiguous(torch.int64)},
+    "loss.cross_entropy_": {"logits": X, "labels": contiguous(torch.int64), "softcap": Operand((), optional=True)},
     "matmul8.matmul_8bit_into": {
         "quantized": contiguous(I8, FP8, align=16), "scale": SCALES, "weight": contiguous(I8, FP8, align=16),
         "out": OUT,

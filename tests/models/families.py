@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -103,6 +105,14 @@ MULTIPLIERS = {
     "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
 SEQUENTIAL = {"use_parallel_residual": False}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 20, "pad_token_id": None}
+# Only eager attention of transformers soft-caps scores: the others ignore the soft-cap.
+EAGER = {"attn_implementation": "eager"}
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA3_ROPE = {
+    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+    SLIDING: {"rope_type": "default", "rope_theta": 2e3},
+}  # fmt: skip
 CASES = {
     "llama, grouped heads, tied": LlamaConfig(**like_llama(6, 2, tie_word_embeddings=True)),
     "llama, one key head, three layers": LlamaConfig(**like_llama(4, 1, num_hidden_layers=3)),
@@ -174,6 +184,36 @@ CASES = {
     ),
     "granite, one multiplier, three layers": GraniteConfig(
         **like_llama(2, 2, num_hidden_layers=3, attention_multiplier=0.1)
+    ),
+    "gemma2, grouped heads, window, soft-caps": Gemma2Config(
+        **like_llama(4, 2, num_hidden_layers=3, sliding_window=7, **GEMMA, **EAGER)
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    ),
+    "gemma2, one key head, untied, biases, given layers": Gemma2Config(
+        **like_llama(3, 1, sliding_window=5, layer_types=[FULL, SLIDING], attention_bias=True, **GEMMA, **EAGER)
+        | {"tie_word_embeddings": False}
+    ),
+    "gemma2, no soft-cap of scores, own base, other eps": Gemma2Config(
+        **like_llama(4, 4, rms_norm_eps=1e-2, **GEMMA)
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": 2.5}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    ),
+    "gemma2, no soft-cap of logits": Gemma2Config(
+        **like_llama(2, 2, sliding_window=3, **GEMMA, **EAGER)
+        | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": None}
+    ),
+    "gemma3, a full layer after five": Gemma3TextConfig(
+        **like_llama(4, 2, num_hidden_layers=7, sliding_window=6, **GEMMA)
+    ),
+    "gemma3, every second layer full, both rotary settings": Gemma3TextConfig(
+        **like_llama(3, 1, sliding_window_pattern=2, sliding_window=9, rope_parameters=GEMMA3_ROPE, **GEMMA)
+    ),
+    "gemma3, given layers, untied, biases, soft-capped logits": Gemma3TextConfig(
+        **like_llama(4, 4, layer_types=[FULL, SLIDING], sliding_window=5, attention_bias=True, **GEMMA)
+        | {"tie_word_embeddings": False, "final_logit_softcapping": 3.0}
+    ),
+    "gemma3, all layers full, wide heads": Gemma3TextConfig(
+        **like_llama(2, 2, layer_types=[FULL] * 2, **GEMMA | {"head_dim": 32})
     ),
     "neox, in parallel": GPTNeoXConfig(**like_neox(4, rotary_pct=0.25)),
     "neox, one after the other, whole rotary": GPTNeoXConfig(**like_neox(3, rotary_pct=1.0, **SEQUENTIAL)),

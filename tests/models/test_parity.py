@@ -169,7 +169,8 @@ def test_gradients_are_those_of_transformers_and_peft(kernels: Models) -> None:
     expected = F.cross_entropy(theirs(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.autograd.backward(expected)
     hidden = ours.hidden(ids).flatten(0, 1)
-    loss = cross_entropy_sum(hidden, labels.flatten(), FusedLinear((ours.head.spec(),)), Dropout())
+    head, softcap = FusedLinear((ours.head.spec(),)), ours.config.logit_softcap
+    loss = cross_entropy_sum(hidden, labels.flatten(), head, Dropout(), softcap=softcap)
     torch.autograd.backward(loss)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     compared = 0
@@ -225,7 +226,7 @@ def test_unsupported_options_of_a_config_are_errors(what: str) -> None:
 def test_an_unknown_architecture_names_the_known() -> None:
     with pytest.raises(
         ModelError,
-        match=r"OPTForCausalLM(.|\n)*GPTNeoXForCausalLM, GraniteForCausalLM, LlamaForCausalLM",
+        match=r"OPTForCausalLM(.|\n)*Gemma3ForCausalLM, GraniteForCausalLM, LlamaForCausalLM",
     ):
         build({"architectures": ["OPTForCausalLM"]})
 

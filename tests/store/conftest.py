@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -37,6 +39,7 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "pad_token_id": None}
 NEOX = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(**LLAMA, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
@@ -44,6 +47,8 @@ CONFIGS: dict[str, Any] = {
     "qwen3": Qwen3Config(**LLAMA, head_dim=16),
     "smollm3": SmolLM3Config(**LLAMA, no_rope_layers=[0, 1], pad_token_id=None),
     "olmo2": Olmo2Config(**LLAMA, pad_token_id=None),
+    "gemma2": Gemma2Config(**LLAMA, **GEMMA),
+    "gemma3": Gemma3TextConfig(**LLAMA, **GEMMA, sliding_window_pattern=2),
     "neox": GPTNeoXConfig(**NEOX),
     "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
     # The rows of q, k and v of a head are two whole blocks of dynamic8.

@@ -32,7 +32,7 @@ from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder, wri
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
-FAMILIES = ["llama", "llama-tied", "gptj", "neox", "neox-blocks", "gpt2", "gpt_neo"]
+FAMILIES = ["llama", "llama-tied", "gptj", "gemma2", "gemma3", "neox", "neox-blocks", "gpt2", "gpt_neo"]
 IDS = torch.arange(1, 41).view(2, 20)
 # Relative error of a layer of normally distributed weights, K = 64: int8 rounds evenly to absmax / 127 (its
 # root mean square is absmax / 127 / sqrt(12), and absmax of 64 numbers is about 2.4 deviations), dynamic8

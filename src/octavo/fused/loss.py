@@ -26,12 +26,14 @@ CHUNK_BYTES = 96 * 2**20
 
 
 def cross_entropy_sum(
-    hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None = None
-) -> Tensor:
-    """Sum over the labelled positions of -weight log softmax(head(hidden))[label], a float32 scalar.
+    hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None = None,
+    *, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Sum over the labelled positions of -weight log softmax(logits)[label], a float32 scalar.
 
-    `weights` (M,) float32 are 1 by default. Positions with a negative label have no loss, but take part in the matmuls:
-    a caller drops them first (objective.py). The head is exact, never in 8 bits.
+    The logits are head(hidden), or with a `softcap` c: c tanh(head(hidden) / c). `weights` (M,) float32 are 1 by
+    default. Positions with a negative label have no loss, but take part in the matmuls: a caller drops them first
+    (objective.py). The head is exact, never in 8 bits.
 
     Gradients are computed in forward, chunk by chunk while the logits exist: two matmuls with the head instead of
     three. Saved are the gradient to `hidden` (M, d) and those of the trained tensors of the head. Without grad mode
@@ -39,7 +41,7 @@ def cross_entropy_sum(
     """
     grad_mode = torch.is_grad_enabled()
     total: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, head, dropout, weights, grad_mode, *head.trained
+        hidden, labels, head, dropout, weights, softcap, grad_mode, *head.trained
     )
     return total
 
@@ -48,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, weights: Tensor | None,
-        grad_mode: bool, *trained: Tensor,
+        softcap: float | None, grad_mode: bool, *trained: Tensor,
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         to_hidden = grad_mode and hidden.requires_grad
@@ -56,19 +58,21 @@ class _CrossEntropy(torch.autograd.Function):
         matrix = head.matrix(hidden)  # (V, d + C), dequantized once for all chunks
         gradient = torch.empty_like(hidden) if to_hidden else None  # (M, d)
         sums: list[Tensor | None] = [None] * len(trained)  # of the gradients of LoRA and bias over the chunks
-        size = _chunk(hidden, head)
+        size, wants_gradient = _chunk(hidden, head, softcap), to_hidden or any_trained
         for start in range(0, len(hidden), size):
             rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds(dropout)
             gemm_input = head.gemm_input(len(rows), hidden)  # (m, d + C)
             gemm_input.put(rows)
             head.complete_(gemm_input, dropout_seeds)
             logits = F.linear(gemm_input.whole, matrix)  # (m, V), the gradient after the next line
-            losses = cross_entropy_(logits, labels[start : start + size], gradient=to_hidden or any_trained)  # (m,)
+            losses = cross_entropy_(
+                logits, labels[start : start + size], gradient=wants_gradient, softcap=softcap
+            )  # (m,)
             if weights is not None:
                 losses = losses * weights[start : start + size]
                 logits *= weights[start : start + size, None]  # they are the gradient now
             total += losses.sum()
-            if not (to_hidden or any_trained):
+            if not wants_gradient:
                 continue
             dx, gradients = head.backward(logits, gemm_input, dropout_seeds, wants_dx=to_hidden, matrix=matrix)
             if gradient is not None:
@@ -83,10 +87,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gradient, *sums = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
         ctx.gradients = []
-        return gradient, *[None] * 5, *sums
+        return gradient, *[None] * 6, *sums
 
 
-def _chunk(hidden: Tensor, head: FusedLinear) -> int:
-    """Rows of a chunk: their logits fit CHUNK_BYTES; the reference has two float32 copies too. Meta counts as a GPU."""
-    each = hidden.itemsize + (0 if kernels_run_on(hidden) or hidden.is_meta else 8)
+def _chunk(hidden: Tensor, head: FusedLinear, softcap: float | None) -> int:
+    """Rows of a chunk: their logits fit CHUNK_BYTES. Meta counts as a GPU.
+
+    The reference also has two float32 copies of the logits, and two more with a soft-cap.
+    """
+    copies = 0 if kernels_run_on(hidden) or hidden.is_meta else 2 if softcap is None else 4
+    each = hidden.itemsize + 4 * copies
     return max(1, CHUNK_BYTES // (each * head.parts[0].rows))

@@ -14,7 +14,7 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
+from octavo.models import gemma2, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
 from octavo.models.checks import check_config, check_entries, check_paths
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
@@ -34,6 +34,8 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "SmolLM3ForCausalLM": ("smollm3", smollm3),
     "GraniteForCausalLM": ("granite", granite),
     "Olmo2ForCausalLM": ("olmo2", olmo2),
+    "Gemma2ForCausalLM": ("gemma2", gemma2),
+    "Gemma3ForCausalLM": ("gemma3_text", gemma3),
     "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
     "GPTNeoForCausalLM": ("gpt_neo", gpt_neo),
 }

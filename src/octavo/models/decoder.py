@@ -22,7 +22,7 @@ from octavo.layers.positions import LearnedPositions
 from octavo.models.layer_attention import LayerAttention, per_layer
 from octavo.models.running import run_block
 from octavo.ops.attention import Documents
-from octavo.ops.tiles import Phase
+from octavo.ops.tiles import Phase, elementwise_tiles
 from octavo.runtime.offload import ActivationOffload
 
 
@@ -57,6 +57,8 @@ class DecoderConfig(Protocol):
     def embedding_scale(self) -> float: ...  # the embedding's output is multiplied by it
     @property
     def output_scale(self) -> float: ...  # and the input of the head by this
+    @property
+    def logit_softcap(self) -> float | None: ...  # c of c tanh(logits / c); None: logits are those of the head
     def new_norm(self) -> LayerNorm | RmsNorm: ...
 
 
@@ -124,13 +126,18 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(ids, **context))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(.., d) -> (.., V) in the compute type, under autograd."""
+        """(.., d) -> (.., V) in the compute type, under autograd. The training loss has its own (fused/loss.py)."""
         logits: Tensor = self.head(hidden)
-        return logits
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def infer_logits(self, hidden: Tensor, phase: Phase, adapter_ids: Tensor | None = None) -> Tensor:
         """(B, T, d) -> (B, T, V) float32, as they were accumulated; `adapter_ids` (B,) as for `hidden`."""
-        return self.head.infer(hidden, phase=phase, adapter_ids=adapter_ids, dtype=torch.float32)
+        logits = self.head.infer(hidden, phase=phase, adapter_ids=adapter_ids, dtype=torch.float32)
+        if (softcap := self.config.logit_softcap) is not None:
+            for rows in elementwise_tiles(logits.flatten(0, 1), phase):
+                rows.div_(softcap).tanh_().mul_(softcap)
+        return logits
 
     @property
     def untied_embedding(self) -> FrozenMatrix | None:

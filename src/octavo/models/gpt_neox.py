@@ -56,6 +56,7 @@ class Config:
     head_bias = False
     position_embedding = ""
     embedding_scale = output_scale = 1.0
+    logit_softcap = None
 
     @property
     def key_value_heads(self) -> int:

@@ -64,6 +64,7 @@ class Config:
     head_bias = True
     position_embedding = ""
     embedding_scale = output_scale = 1.0
+    logit_softcap = None
 
     def new_norm(self) -> LayerNorm:
         return LayerNorm(self.width, self.norm_eps)

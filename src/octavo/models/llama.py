@@ -59,6 +59,8 @@ class Config:
     head_bias = False
     position_embedding = ""
     embedding_scale = output_scale = 1.0
+    logit_softcap = None
+    activation_key, activation = "hidden_act", "silu"  # the key of config.json, and its value that the block computes
     theta = DEFAULT_THETA  # of rotary positions, where config.json does not say
 
     def new_norm(self) -> RmsNorm:
@@ -68,8 +70,10 @@ class Config:
     def from_dict(cls, source: Mapping[str, Any]) -> Self:
         """Reads a Hugging Face config.json; ModelError names what octavo does not know."""
         fields = ConfigFields(source)
-        if (act := fields.text("hidden_act", default="silu")) != "silu":
-            raise ModelError(f"The model's config asks for the activation {shown(act)}; a Llama block has silu.")
+        if (act := fields.text(cls.activation_key, default=cls.activation)) != cls.activation:
+            raise ModelError(
+                f"The model's config asks for the activation {shown(act)}; its blocks have {cls.activation}."
+            )
         qwen = source.get("model_type") == "qwen2"
         bias = fields.flag("attention_bias")
         width, heads = fields.width(), fields.heads()

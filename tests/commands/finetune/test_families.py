@@ -9,17 +9,29 @@ from typing import Any
 import pytest
 from tests.commands.finetune.conftest import Tune
 from tests.conftest import _write_tiny
-from transformers import GPT2Config, GPTNeoConfig, GPTNeoXConfig, Olmo2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    Olmo2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }  # fmt: skip
 NO_IDS: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+GEMMA = {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
 CONFIGS = {
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16),
     "smollm3": SmolLM3Config(**SHAPE, num_key_value_heads=2, no_rope_layers=[0, 1], **NO_IDS),
     "olmo2": Olmo2Config(**SHAPE, **NO_IDS),
+    "gemma2": Gemma2Config(**SHAPE, **GEMMA, **NO_IDS, initializer_range=0.05),
+    "gemma3": Gemma3TextConfig(**SHAPE, **GEMMA, **NO_IDS, sliding_window_pattern=2),
     "neox": GPTNeoXConfig(**SHAPE),
     "gpt2": GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=128, **NO_IDS),
     "gpt_neo": GPTNeoConfig(
