@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
@@ -51,6 +52,10 @@ CONFIGS = {
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_layers=LAYERS, num_heads=4,
         attention_types=[[["global"], LAYERS]], max_position_embeddings=64,
     ),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=MLP_WIDTH, n_layer=LAYERS, n_head=4, n_positions=64,
+        scale_attn_by_inverse_layer_idx=True,
+    ),
     "granite": GraniteConfig(**GROUPED, residual_multiplier=0.4),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
     "olmo2": Olmo2Config(**GROUPED, eos_token_id=2, pad_token_id=None),
@@ -74,6 +79,7 @@ SAVED = {
     "gpt_neox": Saved(32, WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),  # its branches have one input
     "gpt_neox, one after the other": Saved(32, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
     "gpt_neo": Saved(40, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
+    "gpt2": Saved(32, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
     "granite": Saved(40),
     "qwen3": Saved(40),
     "olmo2": Saved(40, post_norms=2 * WIDTH),

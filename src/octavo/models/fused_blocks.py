@@ -17,7 +17,7 @@ from octavo.fused.branch import residual_branch
 from octavo.fused.mixers import Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
-from octavo.models import gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3
+from octavo.models import gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3
 from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED
 
 
@@ -29,9 +29,9 @@ def _gptj(block: gptj.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
 
 def _gpt_neo(block: gpt_neo.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
     attention = Attention(block.heads, block.heads, block.head_size, ROTATE_HALF)  # its layers have no rotary positions
-    gelu = Gelu(block.mlp_width, "none" if block.activation == "gelu" else "tanh")
+    mlp = (Gelu(block.mlp_width, block.gelu_form),)
     x = residual_branch(x, block.norm_1, block.qkv, (attention,), (block.out,), ctx)
-    return residual_branch(x, block.norm_2, block.fc_in, (gelu,), (block.fc_out,), ctx)
+    return residual_branch(x, block.norm_2, block.fc_in, mlp, (block.fc_out,), ctx)
 
 
 def _gpt_neox(block: gpt_neox.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -72,6 +72,7 @@ def _attention(block: llama.Block, *norms: RmsNorm) -> Attention:
 
 FUSED: dict[type[nn.Module], Callable[[Any, Tensor, ForwardContext], Tensor]] = {
     gptj.Block: _gptj,
+    gpt2.Block: _gpt_neo,
     gpt_neo.Block: _gpt_neo,
     gpt_neox.Block: _gpt_neox,
     llama.Block: _llama,

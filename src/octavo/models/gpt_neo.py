@@ -11,17 +11,15 @@ Legend: B sequences of a batch, T positions, d the width, H heads, D the size of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.bounded_json import shown
 from octavo.errors import ModelError
-from octavo.layers.block import attention, elementwise, gelu, split_heads
+from octavo.layers.block import attention, gelu, split_heads
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
@@ -31,8 +29,7 @@ from octavo.models.layer_attention import LayerAttention
 from octavo.models.weight_map import WeightPath
 from octavo.ops.attention import AttentionSpec
 
-ACTIVATIONS: dict[str, Callable[[Tensor, ForwardContext], Tensor]] = {"gelu": partial(elementwise, F.gelu)}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gelu)
+ACTIVATIONS = {"gelu": "none"} | dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "tanh")  # forms of GELU
 GLOBAL, LOCAL = "global", "local"  # the kinds of attention in a config.json
 
 
@@ -152,7 +149,8 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         c, d = config, config.width
-        self.heads, self.head_size, self.mlp_width, self.activation = c.heads, c.head_size, c.mlp_width, c.activation
+        self.heads, self.head_size, self.mlp_width = c.heads, c.head_size, c.mlp_width
+        self.gelu_form = ACTIVATIONS[c.activation]
         self.norm_1, self.norm_2 = c.new_norm(), c.new_norm()
         self.qkv = FrozenLinear(FrozenMatrix(d, {"q_proj": d, "k_proj": d, "v_proj": d}))
         self.out = FrozenLinear(FrozenMatrix(d, {"out_proj": d}), bias=["out_proj"])
@@ -164,5 +162,5 @@ class Block(nn.Module):
         q, k, v = split_heads(self.qkv(self.norm_1(x), ctx), heads, heads, heads, size=self.head_size)  # (B, T, H, D)
         h = self.out(attention(q, k, v, ctx), ctx, residual=x)  # (B, T, d)
         up = self.fc_in(self.norm_2(h), ctx)  # (B, T, F)
-        y: Tensor = self.fc_out(ACTIVATIONS[self.activation](up, ctx), ctx, residual=h)  # (B, T, d)
+        y: Tensor = self.fc_out(gelu(up, ctx, self.gelu_form), ctx, residual=h)  # (B, T, d)
         return y
