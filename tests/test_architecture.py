@@ -98,7 +98,10 @@ ONLY_IMPORTS = {
 
 # A family's file reads like its paper: it does not import how matrices are stored or adapted. Inference reads no files:
 # commands and the server pass it models and adapters.
-FORBIDDEN = {"models": ("octavo.data", "octavo.layers.lora", "octavo.ops.quantize"), "infer": ("octavo.store",)}
+FORBIDDEN = {
+    "models": ("octavo.data", "octavo.layers.lora", "octavo.ops.quantize", "octavo.ops.scheme"),
+    "infer": ("octavo.store",),
+}
 
 LONGEST_FUNCTION = 65
 LONGEST_FILE = 400

@@ -231,7 +231,7 @@ def test_a_replay_does_not_synchronize(load_step: Load, packed: bool) -> None:
         graph_step(partial, 0.1)
 
 
-@matrix(packed=[False, True], scheme=["none", "int8", "dynamic8", "nf4"])(
+@matrix(packed=[False, True], scheme=["none", "int8", "dynamic8", "nf4", "nf4-double"])(
     lambda packed, scheme: packed or scheme == "int8"
 )
 def test_a_step_with_kernels_equals_the_step_with_references(load_step: Load, packed: bool, scheme: str) -> None:
@@ -252,7 +252,9 @@ def test_a_step_of_many_rows_equals_the_reference_for_every_rank(load_step: Load
     assert_close(fast, step.run(eager_step, batch), TOLERANCES[torch.bfloat16])
 
 
-@matrix(packed=[False, True], scheme=["none", "int8", "nf4"])(lambda packed, scheme: packed or scheme == "int8")
+@matrix(packed=[False, True], scheme=["none", "int8", "nf4", "nf4-double"])(
+    lambda packed, scheme: packed or scheme == "int8"
+)
 def test_a_step_with_8_bit_matmuls_equals_the_reference(load_step: Load, packed: bool, scheme: str) -> None:
     """A rounding difference can change a quantized value by one step, so the tolerance of gradients is large.
 

@@ -122,8 +122,7 @@ def dequantized(scheme: str, n: int = 9, k: int = 1111) -> Case:
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         parts = SCHEMES[scheme].quantize(torch.randn(n, k))
         out = columns(n, k, dtype)
-        names = {"int8": ("weight", "absmax"), "nf4": ("weight", "absmax"), "dynamic8": ("weight", "absmax", "code")}
-        return (*(parts[name] for name in names[scheme]), out), {}, out
+        return (*(parts[part] for part in parts), out), {}, out
 
     return make
 
@@ -357,8 +356,12 @@ CASES: dict[str, list[Case]] = {
     "quantize.int8_values_into": [int8_values(9, 1111, 1.0), int8_values(2, 4500, 2.0**-7)],
     "quantize.int8_into": [dequantized("int8"), dequantized("int8", 2, 4500)],
     "quantize.dynamic8_into": [dequantized("dynamic8"), dequantized("dynamic8", 2, 4500)],
-    "quantize.nf4_as_int8_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
-    "quantize.nf4_into": [dequantized("nf4"), dequantized("nf4", 2, 4500), dequantized("nf4", 1, 1)],
+    "quantize4.nf4_as_int8_into": [nf4_to_int8(3, 128), nf4_to_int8(2, 4544)],
+    "quantize4.nf4_into": [dequantized("nf4"), dequantized("nf4", 2, 4500), dequantized("nf4", 1, 1)],
+    "quantize4.nf4_double_into": [
+        dequantized("nf4-double"), dequantized("nf4-double", 4, 4500), dequantized("nf4-double", 1, 1),
+        dequantized("nf4-double", 5, 4544), dequantized("nf4-double", 3, 64),
+    ],
     "pointwise.norm_into": [
         norm(centred=True), norm(centred=False), norm(centred=False, plus_one=True, over=True),
         norm(centred=False, heads=3), norm(centred=False, heads=2, plus_one=True),

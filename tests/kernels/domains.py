@@ -114,10 +114,14 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "quantize.int8_values_into": {"weight": contiguous(I8), "out": OUT},
     "quantize.dynamic8_into": {"codes": contiguous(U8), "absmax": SCALES, "code": SCALES, "out": OUT},
     "quantize.int8_into": {"weight": contiguous(I8), "absmax": SCALES, "out": OUT},
-    "quantize.nf4_as_int8_into": {
+    "quantize4.nf4_as_int8_into": {
         "codes": contiguous(U8), "absmax": SCALES, "row_absmax": SCALES, "out": contiguous(I8),
     },
-    "quantize.nf4_into": {"codes": contiguous(U8), "absmax": SCALES, "out": OUT},
+    "quantize4.nf4_double_into": {
+        "codes": contiguous(U8), "absmax": contiguous(U8), "nested_absmax": SCALES, "nested_offset": SCALES,
+        "code": SCALES, "out": OUT,
+    },
+    "quantize4.nf4_into": {"codes": contiguous(U8), "absmax": SCALES, "out": OUT},
 }  # fmt: skip
 
 

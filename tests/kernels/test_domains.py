@@ -131,7 +131,13 @@ def test_a_training_step_stays_within_the_domains(
                 next_token_loss(model, inputs, ForwardOptions(save, matmul8=matmul8)).backward()
         optimizer.step(1e-3, gradient_norm=optimizer.gradient_norm())
     assert {name: found for name, found in recorded.items() if found} == {}
-    called = {"pointwise.norm_into", "loss.cross_entropy_", "matmul8.quantize_rows_into", "quantize.nf4_into"}
+    called = {
+        "pointwise.norm_into",
+        "loss.cross_entropy_",
+        "matmul8.quantize_rows_into",
+        "quantize4.nf4_into",
+        "quantize4.nf4_double_into",
+    }
     assert called <= recorded.keys()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.lora import put_
 from octavo.ops.quantize import SCHEMES, dequantize
+from octavo.runtime import dispatch
 
 CPU = torch.device("cpu")
 GROUP = {"q_proj": 6, "k_proj": 3, "v_proj": 5}
@@ -83,6 +84,34 @@ def test_filling_columns_of_a_wider_matrix_writes_all_names_rounded_once(
     exact = [dequantize(scheme, one, (len(w), columns)) for one, w in zip(parts, weights.values(), strict=True)]
     assert torch.equal(buffer[:, 2 : columns + 2], torch.cat(exact).to(dtype))
     assert (buffer[:, [0, 1, -3, -2, -1]] == 9).all()
+
+
+@pytest.fixture
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that are called on the meta device."""
+    names: list[str] = []
+    dispatch.OP_OBSERVERS.append(observer := lambda name, _: names.append(name))
+    yield names
+    dispatch.OP_OBSERVERS.remove(observer)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "columns", "launches"),
+    [({"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}, 4096, 1), ({"q_proj": 576, "k_proj": 192}, 576, 2)],
+    ids=["whole blocks", "parts of blocks"],
+)
+def test_a_stack_under_nf4_double_is_small_and_dequantized_without_a_copy(
+    outputs: dict[str, int], columns: int, launches: int, launched: list[str]
+) -> None:
+    matrix = FrozenMatrix(columns, outputs)
+    matrix.allocate(SCHEMES["nf4-double"], torch.bfloat16, torch.device("meta"))
+    values = sum(outputs.values()) * columns
+    exact = 4 + 8 / 64 + 64 / 16384  # bits a weight, and one code table for the stack
+    assert matrix.stored_bytes == pytest.approx(values * exact / 8 + 1024, abs=launches * 8)
+    unpacked, scale = matrix.unpack(torch.bfloat16)
+    assert (tuple(unpacked.shape), scale) == (matrix.shape, None)
+    matrix.fill(torch.empty(matrix.shape, dtype=torch.bfloat16, device="meta"))
+    assert launched == ["nf4_double_into"] * (2 * launches)
 
 
 def test_a_fused_linear_reads_a_layer_without_a_copy() -> None:

@@ -33,7 +33,8 @@ from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder, weight_entries
 from octavo.models.fused_blocks import FUSED
 from octavo.ops.attention import find_documents
-from octavo.ops.quantize import Scheme, scheme_named
+from octavo.ops.quantize import scheme_named
+from octavo.ops.scheme import Scheme
 from octavo.store.contents import scheme_at
 from octavo.store.weights import allocated
 

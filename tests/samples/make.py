@@ -6,7 +6,7 @@ Samples are inputs of tests/samples/test_samples.py: every later commit must ope
 numbers in expected.json. They are made again only when a format version increases, for the files of that format.
 
     model/                    a llama with random weights, float32, as transformers writes it
-    int8/  nf4/  dynamic8/    the same model as `octavo quantize` writes it
+    int8/  nf4/  dynamic8/  nf4-double/    the same model as `octavo quantize` writes it
     run/                      a run of STEPS steps, stopped after STOP; with adapter/ and checkpoints/step-00000005/
     text/                     what it is trained and evaluated on
     expected.json             losses, perplexities, and the SHA-256 of the quantized values
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SCHEMES = ("int8", "nf4", "dynamic8")
+SCHEMES = ("int8", "nf4", "dynamic8", "nf4-double")
 STEPS, STOP = 7, 5
 EVALUATION: dict[str, Any] = {"data": ["text/test.txt"], "seq_len": 32, "dtype": "float32", "device": "cpu"}
 # What is evaluated: the arguments of octavo.evaluate by the key in expected.json.

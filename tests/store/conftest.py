@@ -51,8 +51,8 @@ CONFIGS: dict[str, Any] = {
     "gemma3": Gemma3TextConfig(**LLAMA, **GEMMA, sliding_window_pattern=2),
     "neox": GPTNeoXConfig(**NEOX),
     "neox-tied": GPTNeoXConfig(**NEOX, tie_word_embeddings=True),
-    # The rows of q, k and v of a head are two whole blocks of dynamic8.
-    "neox-blocks": GPTNeoXConfig(**NEOX | {"hidden_size": 128, "num_attention_heads": 2}),
+    # The rows of q, k and v of a head are four whole blocks of dynamic8, and one block of scales of nf4-double.
+    "neox-blocks": GPTNeoXConfig(**NEOX | {"hidden_size": 256, "num_attention_heads": 4}),
     "gpt2": GPT2Config(
         vocab_size=300, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
         tie_word_embeddings=False,

@@ -28,6 +28,7 @@ SAME = [
     ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct"),
     ("owner/Qwen2.5-0.5B", "qwen2.5_0.5b-int8"),
     ("owner/Model", "models--owner--Model/snapshots/0123"),
+    ("owner/Qwen2.5-0.5B", "qwen2.5-0.5b-nf4-double"),
     ("", "anything"),
 ]
 OTHER = [

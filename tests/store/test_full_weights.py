@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_saving_an_adapter_again_keeps_its_full_weights(
     assert (logits(peft) - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4-double"])
 @pytest.mark.parametrize("case", ["both", "linears", "tied head", "tied embedding", "tied tokens", "gptj q"])
 def test_only_trained_weights_are_unquantized_under_a_scheme(
     case: str, scheme: str, families: dict[str, Path], written: Written
@@ -223,6 +224,18 @@ def test_weights_equal_to_the_base_are_ignored(
     apply_(alone, adapter)
     assert alone.embed.matrix.scheme.name == scheme_named(scheme).embedding_scheme
     assert alone.config == model.config
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8", "nf4", "nf4-double"])
+def test_a_linear_equal_to_the_base_keeps_its_scheme(scheme: str, families: dict[str, Path], written: Written) -> None:
+    folder, name = families["llama"], "model.layers.1.mlp.up_proj"
+    weight, adapter = FolderSource(folder).tensor(f"{name}.weight"), read(written("linears")[0])
+    for changed in (False, True):
+        model = model_of(folder, scheme)
+        apply_(model, replace(adapter, full={f"{name}.weight": weight.clone().mul_(2 if changed else 1)}))
+        matrix = weight_entries(model)[name].matrix
+        assert matrix is not None
+        assert matrix.scheme.name == ("none" if changed else scheme)
 
 
 @pytest.mark.parametrize("case", ["head", "resized", "tokens", "some biases", "gptj q", "tied embedding"])

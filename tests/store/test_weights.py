@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.forks import Forks
+from tests.store.conftest import NEOX, write_model
 from tests.store.watching import WATCHING
 from torch import Tensor
+from transformers import GPTNeoXConfig
 
 from octavo.errors import ModelError
 from octavo.models import Decoder, build, weight_entries
@@ -23,7 +25,7 @@ from octavo.store import weights as weights_module
 from octavo.store.contents import entries, items_of, stored_scheme
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
-from octavo.store.weights import full_rows, load, parts_of_rows, row_blocks
+from octavo.store.weights import full_rows, load, parts_of_rows, requantized, row_blocks
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "llama-tied", "gptj"]
@@ -60,7 +62,8 @@ def test_every_tensor_is_loaded_into_its_parameter(
             seen.add(name)
             if entry.matrix is not None and kind == "weight":
                 table = entry.key in ("embed_tokens", "wte", "lm_head")  # in 8 bits where all else is in 4
-                expected = scheme_named("int8" if table and scheme == "nf4" else scheme).quantize(stored[name])
+                under = scheme_named(scheme)
+                expected = (scheme_named(under.embedding_scheme) if table else under).quantize(stored[name])
                 parts = entry.matrix.of(entry.rows_key)
                 assert parts.keys() == expected.keys()
                 assert all(torch.equal(parts[part], expected[part]) for part in expected), name
@@ -85,14 +88,58 @@ def test_parts_of_row_blocks_concatenate_to_those_of_the_matrix(
     parts = {part: torch.zeros_like(tensor) for part, tensor in whole.items()}
     blocks = list(row_blocks(shape, under))
     for rows in blocks:
-        made = under.quantize(weight[rows])
         for part, block in parts_of_rows(parts, shape, rows, under).items():
-            block.copy_(made[part])
+            block.copy_(parts_of_rows(whole, shape, rows, under)[part])
+        if under.first_pass is under:
+            made = under.quantize(weight[rows])
+            assert all(
+                torch.equal(block, made[part]) for part, block in parts_of_rows(parts, shape, rows, under).items()
+            )
         assert torch.equal(full_rows(whole, shape, rows, under), dequantize(under, whole, shape)[rows])
     assert [row for rows in blocks for row in range(shape[0])[rows]] == list(range(shape[0]))
     assert all(torch.equal(parts[part], whole[part]) for part in whole)
     if scheme == "int8":
         assert len(blocks) == shape[0]
+    made = requantized({"weight": weight}, shape, scheme_named("none"), under, CPU)
+    assert all(torch.equal(made[part], whole[part]) for part in whole)
+
+
+QKV = "gpt_neox.layers.1.attention.query_key_value"
+
+
+def test_scales_of_the_whole_matrix_are_those_of_the_checkpoints_order_of_rows(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A mean depends on the order of its terms, and a folder is written in the checkpoint's order."""
+    folder, double = Path(shutil.copytree(folders["neox-blocks"], tmp_path / "copy")), scheme_named("nf4-double")
+    order = weight_entries(build(FolderSource(folder).config))[QKV].order
+    assert order is not None
+    for seed in range(200):  # about every third weight has another mean in the other order
+        weight = torch.randn(768, 256, generator=torch.Generator().manual_seed(seed))
+        written, reordered = (double.quantize(w)["nested_offset"] for w in (weight, order.from_checkpoint(weight)))
+        if not torch.equal(written, reordered):
+            break
+    change(folder, {f"{QKV}.weight": weight})
+    matrix = weight_entries(loaded(folder, "nf4-double"))[QKV].matrix
+    assert matrix is not None
+    assert torch.equal(matrix.parts["nested_offset"], written)
+    assert not torch.equal(matrix.parts["nested_offset"], reordered)
+
+
+def test_rows_that_are_reordered_within_blocks_are_quantized_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with their scales could not be read, so none is written; the scales are those of the decoder's order."""
+    monkeypatch.setattr(weights_module, "BLOCK_VALUES", 1)
+    folder = write_model(tmp_path / "neox", GPTNeoXConfig(**NEOX | {"hidden_size": 128}))
+    entry = weight_entries(loaded(folder, "nf4-double"))[QKV]
+    assert entry.matrix is not None
+    assert entry.order is not None
+    expected = scheme_named("nf4-double").quantize(
+        entry.order.from_checkpoint(load_file(folder / WEIGHTS)[f"{QKV}.weight"])
+    )
+    assert len(expected["nested_offset"]) == 3
+    assert all(torch.equal(entry.matrix.parts[part], expected[part]) for part in expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -249,7 +249,7 @@ def test_stored_transposed_weights_give_identical_gradients_without_a_transposit
     assert torch.equal(gradients, expected)
 
 
-@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4", "nf4-double"])
 def test_every_scheme_can_be_multiplied_in_8_bits(scheme: str, models_of: Callable[..., tuple[Any, Decoder]]) -> None:
     _, model = models_of(CONFIGS["llama"], scheme=scheme)
     adapters.create_(model, AdapterPlan(LoraSpec(rank=4, alpha=8)), seed=0)

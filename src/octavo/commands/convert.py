@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo._version import __version__
 from octavo.config import Config, ConvertOptions
 from octavo.errors import UsageError
-from octavo.ops.quantize import Scheme
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.store.contents import stored_scheme
 from octavo.store.embedded_adapter import base_of, split

@@ -34,7 +34,8 @@ from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.infer.loaded_model import LoadedModel
 from octavo.metrics import Score, score
 from octavo.models import Decoder, parse
-from octavo.ops.quantize import Scheme, scheme_named
+from octavo.ops.quantize import scheme_named
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.runs.events import ScoreRow
 from octavo.runtime.optional import bitsandbytes

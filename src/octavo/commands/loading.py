@@ -12,7 +12,8 @@ from octavo.config import Config, ModelOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
 from octavo.hardware import Hardware, pick
 from octavo.models import Decoder, parse
-from octavo.ops.quantize import Scheme, scheme_named
+from octavo.ops.quantize import scheme_named
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.runs import adapter as named_adapter
 from octavo.store.base_names import base_warning

@@ -10,7 +10,8 @@ from octavo.config import CheckOptions, Config
 from octavo.errors import UsageError
 from octavo.models import FAMILIES, build, family, weight_entries
 from octavo.models.fused_blocks import FUSED
-from octavo.ops.quantize import SCHEMES, Scheme
+from octavo.ops.quantize import SCHEMES
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.store.resolve import open_source
 from octavo.store.sources import Source

@@ -33,7 +33,8 @@ from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
 from octavo.hardware import GPUS, Hardware, Peak, peak, pick
 from octavo.layers.context import Save
-from octavo.ops.quantize import SCHEMES, Scheme
+from octavo.ops.quantize import SCHEMES
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source

@@ -23,7 +23,8 @@ from octavo.hardware import Hardware, Peak, free_memory_bytes, peak
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder, build
-from octavo.ops.quantize import SCHEMES, Scheme
+from octavo.ops.quantize import SCHEMES
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.runtime.dispatch import (
     Backends,

@@ -18,7 +18,7 @@ class ModelOptions(Section):
     panel = "Model"
 
     model: str = Field("smollm2", description="Base model: a folder, a .gguf file, a hub id, or smollm2.")
-    scheme: Literal["auto", "none", "int8", "dynamic8", "nf4"] = Field(
+    scheme: Literal["auto", "none", "int8", "dynamic8", "nf4", "nf4-double"] = Field(
         "auto",
         description="Quantization of the frozen weights; auto: as in the checkpoint, else int8.",
     )

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.ops.inference import BatchedLora
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 from octavo.ops.tiles import Phase
 
 PROGRAMS = 256  # programs that occupy a GPU: two for each multiprocessor of an H100

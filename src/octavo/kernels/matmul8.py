@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.hardware.capabilities import Capabilities, capabilities_of
 from octavo.ops.matmul8 import FP8_LARGEST, GROUP_SIZE, LowRankTerm
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 from octavo.runtime.dispatch import hopper_kernels_run_on
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from octavo.ops import matmul8
-from octavo.ops.quantize import INT8_LEVELS, Parts, Plain, Scheme, Shape, stored_bytes
+from octavo.ops.quantize import Plain
+from octavo.ops.scheme import INT8_LEVELS, Parts, Scheme, Shape
 from octavo.runtime.offload import on_device, on_host
 
 
@@ -41,8 +42,7 @@ class FrozenMatrix(nn.Module):
 
     @property
     def stored_bytes(self) -> int:
-        shapes = [(rows, self.in_features) for rows in self.outputs.values()]
-        return sum(stored_bytes(self.scheme, shape, dtype=self.dtype) for shape in shapes)
+        return sum(tensor.nbytes for tensor in self.parts.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -86,11 +86,9 @@ class FrozenMatrix(nn.Module):
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]
         if len(shapes) == 1 or all(self.scheme.stacks(shape) for shape in shapes):
             return self.scheme.unpack(self.parts, self.shape, dtype)
-        pieces = [
-            self.scheme.unpack(self.of(name), shape, dtype) for name, shape in zip(self.outputs, shapes, strict=True)
-        ]
-        assert all(scale is None for _, scale in pieces)  # schemes with a row scale always join
-        return torch.cat([matrix for matrix, _ in pieces]), None
+        matrix = self.parts["weight"].new_empty(self.shape, dtype=dtype)  # schemes with a row scale always stack
+        self.fill(matrix)
+        return matrix, None
 
     def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(weight (N, K), absmax (N,)): the int8 weight as it is stored, or a matrix in `dtype` and None."""

@@ -22,7 +22,7 @@ from octavo.ops import matmul8
 from octavo.ops.linear_spec import OUTLIERS, LinearSpec, Matmul8, Outliers, split_outliers
 from octavo.ops.lora_factors import stack_a
 from octavo.ops.matmul8 import LowRankTerm
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 
 
 def matmul_8bit(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 from octavo.ops.tiles import Phase, matmul_in_tiles
 from octavo.runtime.dispatch import kernel
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops.linear import LoraSlice
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 
 OUTLIERS = 16  # channels, the depth of one tensor-core step: a model has few outlier channels (arXiv 2208.07339)
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.hardware.capabilities import NVIDIA, Capabilities, capabilities_of
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 from octavo.runtime.dispatch import kernel
 
 FP8 = torch.float8_e4m3fn

@@ -6,12 +6,15 @@
 | int8     | int8              | one float32 absmax an output row         | 8 + 32/K              |
 | dynamic8 | uint8 code        | one float32 absmax a block of 4096       | 8 + 32/4096           |
 | nf4      | 4-bit code        | one float32 absmax a block of 64         | 4 + 32/64             |
+| nf4-     | 4-bit code        | one uint8 code a block of 64, and two    | 4 + 8/64 + 64/16384   |
+| double   |                   | float32 for 256 of these codes           |                       |
 
 Legend: a weight is (N, K), N output rows of K inputs. `parts` are its tensors: "weight" (the quantized values),
-"absmax" (the scales) and, for dynamic8, "code" (the 256 values of its data type). A scheme has no state. To add one: a
-class with the members of `Scheme`, and a row in `SCHEMES`.
+"absmax" (the scales), for dynamic8 and nf4-double "code" (the 256 values of the 8-bit data type), and for nf4-double
+"nested_absmax" and "nested_offset" (the scales of the scales). A scheme has no state. To add one: a class with the
+members of `Scheme` (ops/scheme.py), and a row in `SCHEMES`. Those of 4 bits are in ops/quantize4.py.
 
-With nf4, embedding and head are int8 (`embedding_scheme`).
+With nf4 and nf4-double, embedding and head are int8 (`embedding_scheme`).
 
 `unpack` dequantizes: it returns a matrix in the compute dtype and, if the scheme has one scale a row, that scale
 separately, so that W = scale[:, None] * matrix. int8 values are exact in bfloat16 and their multiples of a scale are
@@ -20,82 +23,22 @@ not, so a matmul that applies the scale to its result is both faster and more pr
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.errors import UsageError
 from octavo.ops.dynamic import dynamic_code
+from octavo.ops.quantize4 import Nf4, Nf4Double
+from octavo.ops.scheme import INT8_LEVELS, Layout, Parts, Scheme, Shape, SinglePass, flat_index, times_blocks_
 from octavo.runtime.dispatch import kernel
 from octavo.runtime.optional import bitsandbytes
 
-Parts = dict[str, Tensor]
-Shape = tuple[int, int]
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-INT8_LEVELS = 127  # symmetric: -127 .. 127, so that a negated row has negated quantized values
 DYNAMIC8_BLOCK = 4096  # hivemind/gpt-j-6B-8bit; one row of GPT-J's embedding is exactly one block
-NF4_BLOCK = 64  # bitsandbytes' default for 4 bits
-
-# The 16 values of NF4: quantiles of a standard normal, scaled to [-1, 1], with an exact zero
-# (QLoRA, arXiv 2305.14314, appendix E).
-NF4_CODE = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
-class Scheme(Protocol):
-    """The members of a scheme."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def embedding_scheme(self) -> str:
-        """The name of the scheme of embedding and head in a model with this scheme."""
-        ...
-
-    @property
-    def row_scaled(self) -> bool:
-        """Whether matmuls with few rows read the stored values (ops/inference.py), without a dequantized copy."""
-        ...
-
-    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
-        """Shape and dtype of each part of an (N, K) matrix; `dtype` is that of unquantized values."""
-        ...
-
-    def quantize(self, weight: Tensor) -> Parts:
-        """Parts of a floating-point (N, K) matrix."""
-        ...
-
-    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(matrix (N, K) in `dtype`, row scale (N,) float32 or None)."""
-        ...
-
-    def fill(self, parts: Parts, out: Tensor) -> None:
-        """Writes the matrix into `out` (N, K), rounded to its dtype; out may be columns of a wider matrix."""
-        ...
-
-    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
-        """(int8 (N, K), absmax (N,)) close to the matrix, for 8-bit matmuls; None: quantize the result of `fill`."""
-        ...
-
-    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids` (any shape) of the matrix, (*ids.shape, K); reads no other row."""
-        ...
-
-    def stacks(self, shape: Shape) -> bool:
-        """Whether the concatenated parts of matrices of this shape are the parts of the stacked matrix."""
-        ...
-
-
-class Plain:
+class Plain(SinglePass):
     """No quantization: the values in the dtype that they were loaded in."""
 
     name = embedding_scheme = "none"
@@ -123,7 +66,7 @@ class Plain:
         return True
 
 
-class Int8:
+class Int8(SinglePass):
     """Symmetric 8 bits, one scale an output row: W[n, k] = weight[n, k] * absmax[n] / 127.
 
     |W - dequantized| <= absmax / 254 everywhere: the quantized value is the nearest of evenly spaced levels.
@@ -162,7 +105,7 @@ class Int8:
         return True
 
 
-class Dynamic8:
+class Dynamic8(SinglePass):
     """The format of hivemind/gpt-j-6B-8bit: W flattened in rows, blocks of 4096, value = code[byte] * absmax.
 
     The data type is that of "8-Bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561); a file has its
@@ -201,59 +144,11 @@ class Dynamic8:
         return None
 
     def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        absmax = parts["absmax"][_flat_index(shape, ids) // DYNAMIC8_BLOCK]
+        absmax = parts["absmax"][flat_index(shape, ids) // DYNAMIC8_BLOCK]
         return (parts["code"][parts["weight"][ids].int()] * absmax).to(dtype)
 
     def stacks(self, shape: Shape) -> bool:
         return prod(shape) % DYNAMIC8_BLOCK == 0
-
-
-class Nf4:
-    """4-bit NormalFloat in the layout of bitsandbytes: W flattened in rows, blocks of 64, two values a byte.
-
-    The first value of a byte is in its high half. The scales are not quantized. Embedding and head stay in 8 bits:
-    every token uses both, and in GPT-J they are 7 % of the parameters.
-    """
-
-    name, embedding_scheme = "nf4", "int8"
-    row_scaled = False
-
-    def layout(self, shape: Shape, dtype: torch.dtype) -> Layout:
-        n = prod(shape)
-        return {"weight": ((-(-n // 2),), torch.uint8), "absmax": ((-(-n // NF4_BLOCK),), torch.float32)}
-
-    def quantize(self, weight: Tensor) -> Parts:
-        code = _nf4_code(weight.device)
-        scaled, absmax = _scaled_blocks(weight, NF4_BLOCK)
-        codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-        if codes.numel() % 2:
-            codes = torch.cat([codes, codes.new_full((1,), NF4_CODE.index(0.0))])
-        return {"weight": (codes[::2] << 4) | codes[1::2], "absmax": absmax}
-
-    def unpack(self, parts: Parts, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        matrix = parts["absmax"].new_empty(shape, dtype=dtype)
-        self.fill(parts, matrix)
-        return matrix, None
-
-    def fill(self, parts: Parts, out: Tensor) -> None:
-        nf4_into(parts["weight"], parts["absmax"], out)
-
-    def int8_weight(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor] | None:
-        if shape[1] % NF4_BLOCK:
-            return None
-        absmax = parts["absmax"].view(shape[0], -1).amax(dim=1)  # the largest magnitude of a block is its absmax
-        out = parts["weight"].new_empty(shape, dtype=torch.int8)
-        nf4_as_int8_into(parts["weight"], parts["absmax"], absmax, out)
-        return out, absmax
-
-    def rows(self, parts: Parts, shape: Shape, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        index = _flat_index(shape, ids)
-        byte = parts["weight"][index // 2]
-        codes = torch.where(index % 2 == 0, byte >> 4, byte & 0xF)
-        return (_nf4_code(byte.device)[codes.int()] * parts["absmax"][index // NF4_BLOCK]).to(dtype)
-
-    def stacks(self, shape: Shape) -> bool:
-        return prod(shape) % NF4_BLOCK == 0
 
 
 @kernel
@@ -278,28 +173,11 @@ def int8_values_into(weight: Tensor, step: float, out: Tensor) -> None:
 def dynamic8_into(codes: Tensor, absmax: Tensor, code: Tensor, out: Tensor) -> None:
     """out (N, K) = code[codes] * absmax by blocks of 4096 of the flattened matrix, rounded to the dtype of out."""
     values = code.index_select(0, codes.reshape(-1).int())
-    out.copy_(_times_blocks_(values, absmax, DYNAMIC8_BLOCK).view(out.shape))
+    out.copy_(times_blocks_(values, absmax, DYNAMIC8_BLOCK).view(out.shape))
 
 
-@kernel
-def nf4_into(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) = the 4-bit values * absmax by blocks of 64 of the flattened matrix, rounded to the dtype of out."""
-    out.copy_(_times_blocks_(_nf4_values(codes, out.numel()), absmax, NF4_BLOCK).view(out.shape))
-
-
-@kernel
-def nf4_as_int8_into(codes: Tensor, absmax: Tensor, row_absmax: Tensor, out: Tensor) -> None:
-    """out (N, K) int8 = the 4-bit values quantized with the scale row_absmax / 127 (N,); K is a multiple of 64.
-
-    The error is at most half a step of int8. In the largest block of a row the steps of NF4 are 10 to 35 times larger.
-    """
-    values = _times_blocks_(_nf4_values(codes, out.numel()), absmax, NF4_BLOCK).view(out.shape)
-    tiny = torch.finfo(torch.float32).tiny
-    levels = row_absmax.new_full((), INT8_LEVELS)  # a tensor: with a Python number PyTorch multiplies by the reciprocal
-    out.copy_((values * (levels / row_absmax.clamp_min(tiny))[:, None]).round_())
-
-
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Plain(), Int8(), Dynamic8(), Nf4())}
+_ALL: tuple[Scheme, ...] = (Plain(), Int8(), Dynamic8(), Nf4(), Nf4Double())
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ALL}
 
 
 def scheme_named(name: str) -> Scheme:
@@ -318,48 +196,3 @@ def dequantize(scheme: Scheme, parts: Parts, shape: Shape, *, dtype: torch.dtype
 def stored_bytes(scheme: Scheme, shape: Shape, *, dtype: torch.dtype) -> int:
     """Bytes of a matrix of this shape, with its scales."""
     return sum(prod(size) * kind.itemsize for size, kind in scheme.layout(shape, dtype).values())
-
-
-@cache
-def _nf4_code(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
-
-
-@cache
-def _nf4_pairs(device: torch.device) -> Tensor:
-    """(256,) for each byte its two float32 values, viewed as one 8-byte element."""
-    code = _nf4_code(device)
-    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1).view(torch.float64)[:, 0]
-
-
-def _nf4_values(codes: Tensor, count: int) -> Tensor:
-    """The first `count` values of 4-bit codes, float32."""
-    # On a CPU this takes a twelfth of the time of indexing a table of (256, 2).
-    return _nf4_pairs(codes.device).index_select(0, codes.reshape(-1).int()).view(torch.float32)[:count]
-
-
-def _scaled_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(values over the absmax of their block, flat; absmax of each block). The last block may be short."""
-    flat = weight.float().reshape(-1)
-    full = flat.numel() // block * block
-    blocks = flat[:full].view(-1, block)
-    absmax = blocks.abs().amax(dim=1)
-    if full < flat.numel():
-        absmax = torch.cat([absmax, flat[full:].abs().amax().view(1)])
-    tiny = torch.finfo(torch.float32).tiny  # a block of zeros is divided by this and stays zero
-    return _times_blocks_(flat.clone(), 1.0 / absmax.clamp_min(tiny), block), absmax
-
-
-def _times_blocks_(flat: Tensor, factor: Tensor, block: int) -> Tensor:
-    """flat (n,), multiplied in place by the factor of its block. The last block may be short."""
-    full = flat.numel() // block * block
-    flat[:full].view(-1, block).mul_(factor[: full // block, None])
-    if full < flat.numel():
-        flat[full:].mul_(factor[-1])
-    return flat
-
-
-def _flat_index(shape: Shape, ids: Tensor) -> Tensor:
-    """(*ids.shape, K): the indices of rows `ids` in the flattened matrix."""
-    columns = torch.arange(shape[1], device=ids.device)
-    return ids.long()[..., None] * shape[1] + columns

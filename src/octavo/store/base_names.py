@@ -18,7 +18,7 @@ from octavo.store.sources import FolderSource, Source, fingerprint
 
 # Words in a model's name for the format of its weights, or for the publisher of that format.
 STORED_AS = re.compile(
-    r"bnb|unsloth|gguf|gptq|awq|hf|fp?\d+|bf16|int[48]|nf4|dynamic8|[48]bits?|i?q\d\w*|k|m|s|l|xs|[01]"
+    r"bnb|unsloth|gguf|gptq|awq|hf|fp?\d+|bf16|int[48]|nf4|double|dynamic8|[48]bits?|i?q\d\w*|k|m|s|l|xs|[01]"
 )
 HUB_CACHE = re.compile(r"models--(.+)--(.+)")  # the folder of a hub id in huggingface_hub's cache
 

@@ -13,14 +13,15 @@ import torch
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, weight_entries
-from octavo.ops.quantize import SCHEMES, Scheme, Shape, scheme_named
+from octavo.ops.quantize import SCHEMES, scheme_named
+from octavo.ops.scheme import Scheme, Shape
 from octavo.store.files import check_format
 from octavo.store.foreign import refuse_tensors
 from octavo.store.manifest import OTHER_FORMAT
 from octavo.store.sources import Source
 
-FORMAT = 1  # of the tensors of int8, nf4 and dynamic8 folders; increase it when their layout changes
-SCALE_KINDS = ("absmax", "code")
+FORMAT = 1  # of the tensors of quantized folders; increase it when the layout of a scheme changes
+SCALE_KINDS = ("absmax", "code", "nested_absmax", "nested_offset")
 # Suffixes of the A and B of adapters that are embedded in a checkpoint; store/embedded_adapter.py reads them.
 ADAPTER_SUFFIXES = (".adapter.0.weight", ".adapter.1.weight")
 # Buffers in older checkpoints that octavo computes.
@@ -63,6 +64,14 @@ def stored_scheme(source: Source) -> Scheme:
         return scheme_named(name)
     has_code_tables = any(name.endswith(".code") for name in source.names())
     return scheme_named("dynamic8" if has_code_tables else "none")
+
+
+def stored_scheme_at(source: Source, entry: WeightEntry) -> Scheme:
+    """The scheme of one weight of the source. Other programs leave the embedding, the head and more unquantized."""
+    written = source.config.get("octavo")
+    if isinstance(written, dict) and entry.name in written.get("unquantized", ()):
+        return scheme_named("none")
+    return scheme_at(entry, stored_scheme(source))
 
 
 def scheme_at(entry: WeightEntry, scheme: Scheme) -> Scheme:
@@ -114,7 +123,6 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
 
     Reads no weights, so it can run before memory is allocated for a model of wrong sizes.
     """
-    stored = stored_scheme(source)
     for name, item in items.items():
         shape = source.shape(name)
         if not item.is_matrix:
@@ -122,11 +130,11 @@ def check_shapes(source: Source, items: Mapping[str, Item]) -> None:
             assert target is not None
             expected = tuple(target.shape)
         else:
-            scheme = scheme_at(item.entry, stored)
+            scheme = stored_scheme_at(source, item.entry)
             expected = tuple(scheme.layout(item.shape, torch.float32)["weight"][0])
             if is_transposed(item.entry, scheme):
                 expected = expected[::-1]
-            if scheme.name == "nf4":
+            if len(expected) == 1:
                 shape = (math.prod(shape),)  # bitsandbytes writes a column
         if shape != expected:
             raise misshapen(name, shape, expected)

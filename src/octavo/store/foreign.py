@@ -55,13 +55,20 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """
     for key in ("quantization_config", "quantization", "compression_config"):
         value = config.get(key)
-        if value:
+        if value and not (key == "quantization_config" and is_nf4(value)):
             raise ModelError(
                 f"{where} holds weights quantized with {_format(value, key)} ({key} in its config.json), a format that "
                 "octavo does not read.",
                 hint=_HINT,
             )
     parse(config)
+
+
+def is_nf4(value: object) -> bool:
+    """Whether a quantization_config is that of bitsandbytes' NF4, which store/bitsandbytes.py reads."""
+    if not isinstance(value, Mapping) or value.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return False
+    return value.get("load_in_4bit") is True and value.get("bnb_4bit_quant_type") == "nf4"
 
 
 def _format(value: object, key: str) -> str:

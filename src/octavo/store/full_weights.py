@@ -26,7 +26,8 @@ from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.models import Decoder, WeightEntry
-from octavo.ops.quantize import Scheme, dequantize, scheme_named
+from octavo.ops.quantize import dequantize, scheme_named
+from octavo.ops.scheme import Scheme
 from octavo.store.peft import Adapter
 from octavo.store.weights import full_rows, row_blocks
 
@@ -168,10 +169,13 @@ def _equals_quantized(entry: WeightEntry, tensor: Tensor, adapter: Adapter) -> b
     shape = (matrix.outputs[key], matrix.in_features)
     if tuple(tensor.shape) != shape:
         return False
-    if matrix.scheme.name == "dynamic8":  # only bitsandbytes can quantize it; a base layer that PEFT saved is frozen
+    in_two_passes = matrix.scheme.first_pass is not matrix.scheme
+    # Only bitsandbytes can quantize dynamic8, and nf4-double has the mean of the rows in the checkpoint's order. A base
+    # layer that PEFT saved is frozen.
+    if matrix.scheme.name == "dynamic8" or (in_two_passes and entry.order is not None):
         return f"{entry.name}.weight" in adapter.base_layers
     parts = matrix.of(key)
-    blocks = row_blocks(shape, matrix.scheme)
+    blocks = [slice(0, shape[0])] if in_two_passes else row_blocks(shape, matrix.scheme)
     return all(_same_block(tensor[block], parts, shape, block, matrix.scheme) for block in blocks)
 
 

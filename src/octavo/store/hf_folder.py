@@ -16,11 +16,20 @@ import torch
 
 from octavo._version import __version__
 from octavo.models import build, weight_entries
-from octavo.ops.quantize import Parts, Scheme, Shape, dequantize, stored_bytes
-from octavo.store.contents import FORMAT, check_shapes, entries, is_transposed, scheme_at, stored_scheme
+from octavo.ops.quantize import dequantize, stored_bytes
+from octavo.ops.scheme import Parts, Scheme, Shape
+from octavo.store.contents import (
+    FORMAT,
+    check_shapes,
+    entries,
+    is_transposed,
+    scheme_at,
+    stored_scheme,
+    stored_scheme_at,
+)
 from octavo.store.sinks import Header, Sink, check_free, folder_sink
 from octavo.store.sources import Source, fingerprint
-from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, row_blocks
+from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, requantized, row_blocks
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,6 @@ def write_tensors(
     Weights that are stored under the same scheme are copied bit for bit. `on_layer` is called for each frozen weight.
     """
     model = build(source.config)
-    stored = stored_scheme(source)
     items = entries(source, model)
     check_shapes(source, items)
     total = 0
@@ -78,7 +86,7 @@ def write_tensors(
         if not item.is_matrix:
             total += sink.put(module, {item.kind: source.tensor(name)})
             continue
-        shape, old, new = item.shape, scheme_at(item.entry, stored), scheme_at(item.entry, scheme)
+        shape, old, new = item.shape, stored_scheme_at(source, item.entry), scheme_at(item.entry, scheme)
         parts, error = matrix_parts(source, name, item.entry, old), 0.0
         if old is not new:
             parts, error = _requantized(parts, shape, old, new)
@@ -93,12 +101,21 @@ def write_tensors(
 
 def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> tuple[Parts, float]:
     """(parts under `scheme` of a matrix that is stored under `stored`, relative error ||W - W'|| / ||W||)."""
-    target = {part: torch.empty(size, dtype=kind) for part, (size, kind) in scheme.layout(shape, torch.float32).items()}
+    in_two_passes = scheme.first_pass is not scheme
+    if in_two_passes:
+        target = requantized(parts, shape, stored, scheme, torch.device("cpu"))
+    else:
+        target = {
+            part: torch.empty(size, dtype=kind) for part, (size, kind) in scheme.layout(shape, torch.float32).items()
+        }
     error, norm = 0.0, 0.0  # squared
     for rows in row_blocks(shape, stored, scheme):
         weight = full_rows(parts, shape, rows, stored).float()  # (rows, K)
-        block = put_rows_(target, shape, rows, scheme, weight)
-        restored = dequantize(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
+        if in_two_passes:
+            restored = full_rows(target, shape, rows, scheme)
+        else:  # the block is in the cache of a core
+            block = put_rows_(target, shape, rows, scheme, weight)
+            restored = dequantize(scheme, block, (rows.stop - rows.start, shape[1]))  # (rows, K)
         error += float(torch.linalg.vector_norm(weight - restored)) ** 2
         norm += float(torch.linalg.vector_norm(weight)) ** 2
     return target, math.sqrt(error / norm) if norm else 0.0

@@ -18,8 +18,9 @@ from octavo.bounded_json import shortened
 from octavo.errors import ModelError, UsageError
 from octavo.reporting import Report
 from octavo.store.adapter_file import newest_checkpoint
+from octavo.store.bitsandbytes import Nf4Source, with_scheme
 from octavo.store.builtin import open_smollm2
-from octavo.store.foreign import check_config, refuse_pointer
+from octavo.store.foreign import check_config, is_nf4, refuse_pointer
 from octavo.store.gguf import open_gguf
 from octavo.store.manifest import verify
 from octavo.store.peft_config import CONFIG as ADAPTER_CONFIG
@@ -65,23 +66,25 @@ def open_source(
     config = read_json(_fetched(model, lambda hub: hub.hf_hub_download(model, CONFIG, revision=revision)))
     check_config(config, model)  # before gigabytes of another family are downloaded
     if not weights:
-        return ConfigSource(config)
+        return ConfigSource(with_scheme(config))
     patterns = [*HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]
     folder = _fetched(model, lambda hub: hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
     return _open_folder(folder, allow_pickle=allow_pickle, weights=weights, report=report)
 
 
-def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> FolderSource:
+def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> Source:
     """The source in a folder. With `weights` the hashes of a folder that octavo wrote are verified."""
     if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in MODEL_FILES):
         raise _adapter_as_model(folder)
     if not (folder / CONFIG).is_file():
         raise _without_config(folder)
     refuse_pointer(folder / CONFIG)
-    check_config(read_json(folder / CONFIG), str(folder))
+    config = read_json(folder / CONFIG)
+    check_config(config, str(folder))
     if weights:
         verify(folder, say=report.say if report else None)
-    return FolderSource(folder, allow_pickle)
+    source = FolderSource(folder, allow_pickle)
+    return Nf4Source(source) if is_nf4(config.get("quantization_config")) else source
 
 
 def _adapter_as_model(folder: Path) -> ModelError:

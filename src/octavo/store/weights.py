@@ -2,8 +2,8 @@
 
 A folder that octavo writes under a scheme is a Hugging Face folder with one more entry in config.json,
 "octavo": {"format": .., "scheme": ..}. Its frozen tensors have the names of hivemind/gpt-j-6B-8bit: NAME.weight are
-the quantized values, NAME.absmax the scales, and NAME.code the code table of dynamic8. Under the scheme `none` it is a
-plain Hugging Face folder.
+the quantized values, NAME.absmax the scales, and NAME.code the code table of dynamic8 and nf4-double. nf4-double has
+NAME.nested_absmax and NAME.nested_offset too. Under the scheme `none` it is a plain Hugging Face folder.
 
 Legend: (N, K) of a matrix, N outputs and K inputs.
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
-from octavo.ops.quantize import Parts, Scheme, Shape, dequantize
-from octavo.store.contents import Item, check_shapes, entries, is_transposed, misshapen, scheme_at, stored_scheme
+from octavo.ops.quantize import dequantize
+from octavo.ops.scheme import Parts, Scheme, Shape
+from octavo.store.contents import Item, check_shapes, entries, is_transposed, misshapen, scheme_at, stored_scheme_at
 from octavo.store.sources import Source
 
 PLAIN_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of unquantized weights
@@ -45,13 +46,12 @@ def load(
     such as safetensors takes none). ModelError for a tensor that is missing, unknown, of a wrong shape or not finite.
     """
     model = build(source.config)
-    stored = stored_scheme(source)
     items = entries(source, model)
     check_shapes(source, items)
     _allocate_(model, scheme, dtype=dtype, device=device)
     for done, (name, item) in enumerate(items.items()):
         if item.is_matrix:
-            old, new = scheme_at(item.entry, stored), scheme_at(item.entry, scheme)
+            old, new = stored_scheme_at(source, item.entry), scheme_at(item.entry, scheme)
             _put_matrix(source, name, item.entry, stored=old, scheme=new, dtype=dtype, device=device)
         else:
             _put_parameter(name, item, source.tensor(name))
@@ -93,7 +93,7 @@ def matrix_parts(source: Source, name: str, entry: WeightEntry, stored: Scheme) 
         if key != name and key not in source.names():
             raise ModelError(f"The checkpoint {source.files[0].parent} lacks {key}.")
         tensor = source.tensor(key)
-        if part == "weight" and stored.name == "nf4":
+        if part == "weight" and len(size) == 1:  # bitsandbytes writes a column
             tensor = tensor.reshape(-1)
         if is_transposed(entry, stored) and tensor.ndim == 2:
             tensor = tensor.t()  # a view
@@ -150,6 +150,16 @@ def put_rows_(target: Parts, shape: Shape, rows: slice, scheme: Scheme, weight: 
     return quantized
 
 
+def requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme, device: torch.device) -> Parts:
+    """The parts under `scheme`, on `device`, of a matrix that is stored under `stored`, in blocks of rows."""
+    first = scheme.first_pass
+    layout = first.layout(shape, torch.float32)
+    target = {part: torch.empty(size, dtype=dtype, device=device) for part, (size, dtype) in layout.items()}
+    for rows in row_blocks(shape, stored, first):
+        put_rows_(target, shape, rows, first, full_rows(parts, shape, rows, stored).to(device))
+    return scheme.finish(target)
+
+
 def _put_matrix(
     source: Source,
     name: str,
@@ -163,9 +173,15 @@ def _put_matrix(
     assert entry.matrix is not None
     shape = (entry.matrix.outputs[entry.rows_key], entry.matrix.in_features)
     parts = matrix_parts(source, name, entry, stored)
+    # Scales of the whole matrix are computed in the checkpoint's order of rows, so that a folder has the same bits.
+    in_two_passes = stored is not scheme and scheme.first_pass is not scheme
+    if in_two_passes and (entry.order is None or scheme.stacks((entry.order.run, shape[1]))):
+        parts, stored = requantized(parts, shape, stored, scheme, device), scheme
     if entry.order is not None:
         check_row_order(name, entry, stored)
         parts = _reordered(parts, entry.order)
+    if in_two_passes and stored is not scheme:
+        parts, stored = requantized(parts, shape, stored, scheme, device), scheme
     if stored is scheme and scheme.name != "none":
         # The weights of one matrix share a code table, which the first of them has put into the matrix.
         shared = "code" in parts and entry.rows_key != next(iter(entry.matrix.outputs))

@@ -161,7 +161,7 @@ def test_the_adapter_loads_in_peft_and_gives_the_same_logits(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4"])
+@pytest.mark.parametrize("scheme", ["none", "int8", "dynamic8", "nf4", "nf4-double"])
 def test_every_scheme_trains(tune: Tune, tmp_path: Path, scheme: str) -> None:
     base, tuned = tune(tmp_path / "run", scheme=scheme)["rows"]
     assert base["scheme"] == tuned["scheme"] == scheme

@@ -21,7 +21,8 @@ from octavo.infer.generate import complete
 from octavo.infer.sample import Sampling
 from octavo.metrics import Score
 from octavo.models import Decoder
-from octavo.ops.quantize import Scheme, scheme_named
+from octavo.ops.quantize import scheme_named
+from octavo.ops.scheme import Scheme
 from octavo.runs import events
 from octavo.runs.events import ScoreRow
 from octavo.store import peft

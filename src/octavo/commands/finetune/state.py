@@ -27,7 +27,7 @@ from octavo.data.packing import Row
 from octavo.errors import AdapterError, CheckpointError
 from octavo.hardware import Hardware
 from octavo.models import Decoder, module_names
-from octavo.ops.quantize import Scheme
+from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
 from octavo.runs import checkpoint, events
 from octavo.runs.checkpoint_folder import DELETE, STATE

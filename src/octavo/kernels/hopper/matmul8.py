@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.hardware.capabilities import capabilities_of
 from octavo.ops.matmul8 import LowRankTerm
-from octavo.ops.quantize import INT8_LEVELS
+from octavo.ops.scheme import INT8_LEVELS
 
 ROWS, INPUTS = 128, 128  # rows of a tile (BM), inputs of a stage (BK)
 
