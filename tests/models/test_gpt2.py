@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.models.families import LENGTH, VOCABULARY, like_gpt2
 from torch import Tensor
-from transformers import GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from octavo.errors import ModelError
 from octavo.models import Decoder, build, parse, weight_entries
@@ -82,3 +83,39 @@ def test_buffers_of_older_files_are_ignored(models_of: ModelsOf, tmp_path: Path)
     buffers = {"bias": torch.ones(1, 1, 8, 8), "masked_bias": torch.tensor(-1e9)}
     old = {f"transformer.h.0.attn.{name}": tensor for name, tensor in buffers.items()}
     assert torch.equal(changed(tmp_path, lambda tensors: tensors | old)(IDS), ours(IDS))
+
+
+def older(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of OpenAI's files."""
+    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+
+
+def test_names_of_older_files_lack_their_first_part(models_of: ModelsOf, tmp_path: Path) -> None:
+    theirs, ours = models_of(GPT2Config(**like_gpt2(4)))
+    theirs.save_pretrained(tmp_path)
+    buffer = {"h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    assert torch.equal(changed(tmp_path, lambda tensors: older(tensors) | buffer)(IDS), ours(IDS))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("names", [older, dict])
+def test_a_head_is_tied_unless_the_stored_one_differs(names: Any, models_of: ModelsOf, tmp_path: Path) -> None:
+    """Older config.json files do not say whether it is tied. The name of the head is the same in all files."""
+    theirs, ours = models_of(GPT2Config(**like_gpt2(4)))
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head = theirs.lm_head.weight.detach().clone()
+    same = changed(tmp_path, lambda tensors: {**names(tensors), "lm_head.weight": head})
+    assert same.config.tied is True
+    assert torch.equal(same(IDS), ours(IDS))
+    own = changed(tmp_path, lambda tensors: {**tensors, "lm_head.weight": 2 * head})
+    assert own.config.tied is False
+    torch.testing.assert_close(own(IDS), 2 * ours(IDS))
+
+
+def test_older_names_that_do_not_fit_are_named_as_in_the_model(models_of: ModelsOf, tmp_path: Path) -> None:
+    models_of(GPT2Config(**like_gpt2(4)))[0].save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"lacks transformer\.h\.1\.ln_1\.weight"):
+        changed(tmp_path, lambda tensors: older({n: t for n, t in tensors.items() if "h.1.ln_1.weight" not in n}))

@@ -261,9 +261,9 @@ def test_a_config_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"architectures": ["GPT2LMHeadModel"]},
-        {"architectures": None, "model_type": "gpt2"},
-        {"model_type": "gpt2"},
+        {"architectures": ["OPTForCausalLM"]},
+        {"architectures": None, "model_type": "opt"},
+        {"model_type": "opt"},
         {"architectures": [], "model_type": None},
     ],
 )
@@ -271,7 +271,7 @@ def test_the_error_of_an_unknown_architecture_lists_the_known_ones(
     change: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     config = {**FolderSource(folders["llama"]).config, **change}
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel|gpt2|neither") as caught:
+    with pytest.raises(ModelError, match=r"OPTForCausalLM|opt|neither") as caught:
         build(config)
     assert "LlamaForCausalLM" in caught.value.hint
 

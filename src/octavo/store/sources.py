@@ -21,6 +21,7 @@ from torch import Tensor
 from octavo.bounded_json import read_object, shortened, shown
 from octavo.errors import ModelError
 from octavo.models import parse
+from octavo.store.base_model import full_names
 from octavo.store.foreign import refuse_pointer
 from octavo.store.manifest import read_manifest, sha256_of_state, verify
 from octavo.store.tied import has_own_head, names_of_head
@@ -112,10 +113,10 @@ class FolderSource:
     def config(self) -> dict[str, Any]:
         """config.json. Errors about weights or the model family are left to the code that reads those."""
         stored = self._stored_config
-        if stored.get("tie_word_embeddings") is True:
-            with suppress(ModelError):
-                if has_own_head(stored, self._file_of.keys(), self._stored):
-                    return {**stored, "tie_word_embeddings": False}
+        with suppress(ModelError):
+            names = self._checkpoint_names
+            if parse(stored).tied and has_own_head(stored, names, lambda name: self._stored(names[name])):
+                return {**stored, "tie_word_embeddings": False}
         return stored
 
     @cached_property
@@ -152,12 +153,20 @@ class FolderSource:
         return sorted(set(self._file_of.values()))
 
     @cached_property
+    def _checkpoint_names(self) -> dict[str, str]:
+        """The name of each tensor in transformers -> its name in the file."""
+        if not (self.folder / "config.json").is_file():
+            return {name: name for name in self._file_of}
+        return full_names(self._stored_config, self._file_of.keys())
+
+    @cached_property
     def _stored_name(self) -> dict[str, str]:
-        """Tensor name -> its name in the file."""
-        names = {name: name for name in self._file_of}
-        if (self.folder / "config.json").is_file() and self._stored_config.get("tie_word_embeddings") is True:
-            for name, stored in names_of_head(self._stored_config, self._file_of.keys()).items():
-                names[name] = names.pop(stored)
+        """Tensor name -> its name in the file; that of a tied head where the embedding is not stored."""
+        names = dict(self._checkpoint_names)
+        with suppress(ModelError):
+            if parse(self._stored_config).tied:
+                for name, stored in names_of_head(self._stored_config, names).items():
+                    names[name] = names.pop(stored)
         return names
 
     def names(self) -> list[str]:
