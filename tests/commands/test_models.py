@@ -37,7 +37,8 @@ def test_all_architectures_are_listed(octavo: Octavo) -> None:
         architecture: model_type for architecture, (model_type, _) in FAMILIES.items()
     }
     assert {row["model_type"] for row in listed if row["fused"]} >= {
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3",
+        "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj",
+        "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3",
     }  # fmt: skip
     assert all(architecture in octavo("models").out for architecture in FAMILIES)
 

@@ -92,7 +92,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> FaultsByKernel:
 
 @pytest.mark.parametrize(
     "case",
-    ["neox, in parallel", "qwen3, grouped heads", "olmo2, grouped heads", "granite, all multipliers"],
+    [
+        "neox, in parallel",
+        "qwen3, grouped heads",
+        "olmo2, grouped heads",
+        "granite, all multipliers",
+        "gemma2, no soft-cap of logits",
+        "gemma3, a full layer after five",
+    ],
 )
 @pytest.mark.parametrize("use_8bit", [False, True])
 def test_a_step_of_every_form_of_a_branch_stays_within_the_domains(

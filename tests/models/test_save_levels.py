@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -57,6 +59,8 @@ CONFIGS = {
         vocab_size=VOCABULARY, n_embd=WIDTH, n_inner=MLP_WIDTH, n_layer=LAYERS, n_head=4, n_positions=64,
         scale_attn_by_inverse_layer_idx=True,
     ),
+    "gemma2": Gemma2Config(**GROUPED, head_dim=8, attn_logit_softcapping=None, sliding_window=64, pad_token_id=None),
+    "gemma3": Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=64, pad_token_id=None),
     "granite": GraniteConfig(**GROUPED, residual_multiplier=0.4),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
     "olmo2": Olmo2Config(**GROUPED, eos_token_id=2, pad_token_id=None),
@@ -81,6 +85,8 @@ SAVED = {
     "gpt_neox, one after the other": Saved(32, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
     "gpt_neo": Saved(40, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
     "gpt2": Saved(32, 2 * WIDTH, 3 * WIDTH + MLP_WIDTH, ALL_HEADS),
+    "gemma2": Saved(40, post_norms=2 * WIDTH),
+    "gemma3": Saved(40, post_norms=2 * WIDTH),
     "granite": Saved(40),
     "qwen3": Saved(40),
     "olmo2": Saved(40, post_norms=2 * WIDTH),

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from octavo.fused.attention import Attention
 from octavo.fused.branch import residual_branch
-from octavo.fused.mixers import Gelu, Swiglu
+from octavo.fused.mixers import Geglu, Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
-from octavo.models import gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3
+from octavo.models import gemma2, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3
 from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED
 
 
@@ -64,6 +64,20 @@ def _olmo2(block: olmo2.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
     return residual_branch(x, None, block.gate_up, (mlp,), (block.down,), ctx, post_norm=block.norm_2)
 
 
+def _gemma2(block: gemma2.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
+    return _gemma(block, _attention(block), x, ctx)
+
+
+def _gemma3(block: gemma3.Block, x: Tensor, ctx: ForwardContext) -> Tensor:
+    return _gemma(block, _attention(block, block.q_norm, block.k_norm), x, ctx)
+
+
+def _gemma(block: gemma2.Block, attention: Attention, x: Tensor, ctx: ForwardContext) -> Tensor:
+    mlp = (Geglu(block.mlp_width),)
+    x = residual_branch(x, block.norm_1, block.qkv, (attention,), (block.out,), ctx, post_norm=block.norm_2)
+    return residual_branch(x, block.norm_3, block.gate_up, mlp, (block.down,), ctx, post_norm=block.norm_4)
+
+
 def _attention(block: llama.Block, *norms: RmsNorm) -> Attention:
     """The attention of a Llama's block, with norms of q and of k if given."""
     specs = (norms[0].spec(), norms[1].spec()) if norms else None
@@ -71,6 +85,8 @@ def _attention(block: llama.Block, *norms: RmsNorm) -> Attention:
 
 
 FUSED: dict[type[nn.Module], Callable[[Any, Tensor, ForwardContext], Tensor]] = {
+    gemma2.Block: _gemma2,
+    gemma3.Block: _gemma3,
     gptj.Block: _gptj,
     gpt2.Block: _gpt_neo,
     gpt_neo.Block: _gpt_neo,
