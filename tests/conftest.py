@@ -150,7 +150,7 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
     make any difference show. Gemma's norms multiply by 1 + weight: their weights are 0 +- 0.2.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from octavo.ops.quantize import scheme_named
     from octavo.store.sources import FolderSource
@@ -158,7 +158,8 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> ModelsOf:
 
     def make(config: Any, scheme: str = "none") -> tuple[Any, Decoder]:
         torch.manual_seed(0)
-        theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+        theirs = auto.from_config(config, dtype=torch.float32).eval()
         zero_centred = config.model_type.startswith("gemma")
         for name, parameter in theirs.named_parameters():
             is_norm = parameter.ndim == 1 and name.endswith("weight")

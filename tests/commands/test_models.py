@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Octavo
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, GraniteConfig, LlamaConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+)
 
-from octavo.models import FAMILIES
+from octavo.models import COMPOSITES, FAMILIES, parse
+from octavo.models.unread_keys import unread_keys
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -34,7 +42,7 @@ def folder_of(config: Any, folder: Path) -> Path:
 def test_all_architectures_are_listed(octavo: Octavo) -> None:
     listed = json.loads(octavo("models", "--json").out)["architectures"]
     assert {row["architecture"]: row["model_type"] for row in listed} == {
-        architecture: model_type for architecture, (model_type, _) in FAMILIES.items()
+        architecture: model_type for architecture, (model_type, _) in (FAMILIES | COMPOSITES).items()
     }
     assert {row["model_type"] for row in listed if row["fused"]} >= {
         "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj",
@@ -57,6 +65,23 @@ def test_a_config_alone_tells_the_parameters_of_the_model(case: str, octavo: Oct
         name.rpartition(".")[2] for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)
     }
     assert modules - set(facts["lora_targets"]) <= {"lm_head"}  # GPT-NeoX calls its head embed_out in files
+
+
+def test_keys_of_a_config_that_octavo_does_not_read_are_named(octavo: Octavo, tmp_path: Path) -> None:
+    folder = folder_of(CONFIGS["llama, tied"], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert json.loads(octavo("models", "check", folder, "--json").out)["unread_keys"] == []
+    config["rope_parameters"] |= {"temperature": 3.0}
+    (folder / "config.json").write_text(json.dumps({**config, "attention_gate": True, "hidden_dropout": 0.1}))
+    checked = octavo("models", "check", folder, "--json")
+    assert json.loads(checked.out)["unread_keys"] == ["attention_gate", "rope_parameters.temperature"]
+    assert "octavo does not read attention_gate of config.json" in checked.err
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_all_keys_of_the_default_config_of_transformers_are_read(architecture: str) -> None:
+    config = CONFIG_MAPPING[FAMILIES[architecture][0]]().to_dict()
+    assert unread_keys(config, parse) == []
 
 
 def test_what_is_not_supported_is_named(octavo: Octavo, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import (
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -17,8 +18,13 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -39,6 +45,14 @@ YARN_SETTINGS = {
     "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20.0, "beta_slow": 2.0, "truncate": False, "factor": 16.0,
 }  # fmt: skip
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+GROWTH = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 12}
+LONGROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+    },
+}  # fmt: skip
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}
 
 
@@ -101,6 +115,15 @@ def like_gpt2(heads: int, **changes: Any) -> dict[str, Any]:
     return shape | changes
 
 
+def composite(config: Any, vision: str, *, tied: bool = True, **text: Any) -> Any:
+    """A config of a model of text and images, with a vision part of one layer."""
+    image = {
+        "model_type": vision, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "intermediate_size": 16, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    return config(vision_config=image, text_config=text, tie_word_embeddings=tied)
+
+
 MULTIPLIERS = {
     "embedding_multiplier": 3.0, "logits_scaling": 0.7, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
@@ -152,6 +175,60 @@ CASES = {
             sliding_window=9,
             layer_types=["sliding_attention", "full_attention"],
         )
+    ),
+    "ministral, windows in given layers": MinistralConfig(
+        **like_llama(4, 2, head_dim=16, sliding_window=6, layer_types=["full_attention", "sliding_attention"])
+    ),
+    "ministral3, queries that grow": Ministral3Config(
+        **like_llama(4, 2, head_dim=16, pad_token_id=None, rope_parameters=YARN | GROWTH)
+    ),
+    "ministral3, no growth, tied": Ministral3Config(
+        **like_llama(3, 1, head_dim=24, tie_word_embeddings=True, pad_token_id=None)
+    ),
+    "ministral3, window": Ministral3Config(**like_llama(2, 2, head_dim=16, sliding_window=9, pad_token_id=None)),
+    "gemma3, text part": composite(
+        Gemma3Config,
+        "siglip_vision_model",
+        model_type="gemma3_text",
+        query_pre_attn_scalar=16,
+        pad_token_id=None,
+        **like_llama(4, 2, head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "mistral3, text part of ministral3": composite(
+        Mistral3Config,
+        "pixtral",
+        model_type="ministral3",
+        pad_token_id=None,
+        **like_llama(4, 2, head_dim=16, rope_parameters=YARN | GROWTH),
+    ),
+    "mistral3, text part of mistral, own head": composite(
+        Mistral3Config, "pixtral", tied=False, model_type="mistral", **like_llama(3, 1, sliding_window=None)
+    ),
+    "phi3, grouped heads": Phi3Config(**like_llama(4, 2, pad_token_id=None)),
+    "phi3, part of a head, tied, window": Phi3Config(
+        **like_llama(2, 2, partial_rotary_factor=0.75, tie_word_embeddings=True, sliding_window=8, pad_token_id=None)
+    ),
+    "phi3, longrope": Phi3Config(**like_llama(4, 4, pad_token_id=None, **LONGROPE)),
+    "phi3, longrope of shorter rows": Phi3Config(
+        **like_llama(4, 1, pad_token_id=None, **LONGROPE | {"original_max_position_embeddings": 1024})
+    ),
+    "olmo3, windows in three of four layers": Olmo3Config(
+        **like_llama(4, 2, num_hidden_layers=4, sliding_window=7, eos_token_id=2, pad_token_id=None)
+    ),
+    "olmo3, yarn in full layers, tied": Olmo3Config(
+        **like_llama(
+            3,
+            3,
+            sliding_window=5,
+            tie_word_embeddings=True,
+            eos_token_id=2,
+            pad_token_id=None,
+            rope_scaling=YARN,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "olmo3, one key head, biases": Olmo3Config(
+        **like_llama(4, 1, attention_bias=True, sliding_window=30, eos_token_id=2, pad_token_id=None)
     ),
     "smollm3, every third layer without rotary": SmolLM3Config(
         **like_llama(

@@ -11,6 +11,7 @@ from torch import nn
 
 from octavo.errors import ModelError
 from octavo.models import build, gpt_neox, llama
+from octavo.models.config_defaults import ConfigDefaults
 from octavo.models.rotary import Rotary
 from octavo.models.weight_map import RowOrder, WeightPath
 
@@ -140,7 +141,7 @@ def test_frequencies_for_more_values_than_a_head_has_are_an_error(monkeypatch: p
 
 
 def test_a_config_without_what_the_decoder_reads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(llama.Config, "head_bias")
+    monkeypatch.delattr(ConfigDefaults, "head_bias")
     with pytest.raises(ModelError, match=r"models\.llama\.Config lacks head_bias"):
         build(LLAMA)
 

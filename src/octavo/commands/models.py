@@ -8,8 +8,9 @@ import torch
 
 from octavo.config import CheckOptions, Config
 from octavo.errors import UsageError
-from octavo.models import FAMILIES, build, family, weight_entries
+from octavo.models import COMPOSITES, FAMILIES, build, family, parse, weight_entries
 from octavo.models.fused_blocks import FUSED
+from octavo.models.unread_keys import unread_keys
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
@@ -23,13 +24,24 @@ GIB = 2**30
 def list_models(report: Report) -> dict[str, Any]:
     """Prints the table of architectures; returns the JSON result."""
     rows = [
-        {"architecture": architecture, "model_type": model_type, "fused": module.Block in FUSED}
-        for architecture, (model_type, module) in sorted(FAMILIES.items())
+        {"architecture": architecture, "model_type": model_type, "fused": module.Block in FUSED, "text_part": False}
+        for architecture, (model_type, module) in FAMILIES.items()
     ]
-    cells = [[row["architecture"], row["model_type"], "yes" if row["fused"] else "no"] for row in rows]
+    rows += [
+        {"architecture": architecture, "model_type": model_type, "fused": False, "text_part": True}
+        for architecture, (model_type, _) in COMPOSITES.items()
+    ]
+    rows.sort(key=lambda row: str(row["architecture"]))
+    cells = [[str(row["architecture"]), str(row["model_type"]), _how(row)] for row in rows]
     report.table("Supported architectures", ["architecture", "model_type", "fused block"], cells, result=True)
     report.say("A fused block trains faster and gives the same results; all other commands have no such difference.")
     return {"architectures": rows}
+
+
+def _how(row: dict[str, Any]) -> str:
+    if row["text_part"]:
+        return "as its text part, which is read alone"
+    return "yes" if row["fused"] else "no"
 
 
 def check_model(config: Config, report: Report) -> dict[str, Any]:
@@ -44,8 +56,11 @@ def check_model(config: Config, report: Report) -> dict[str, Any]:
     report.table(options.model, ["config.json", ""], [[name, str(value)] for name, value in shown.items()], result=True)
     weights = {name: round(_weight_bytes(source, scheme) / GIB, 2) for name, scheme in SCHEMES.items()}
     report.table("Weights", ["scheme", "GiB"], [[name, f"{gib:.2f}"] for name, gib in weights.items()], result=True)
+    unread = unread_keys(source.config, parse)
+    for key in unread:
+        report.warn(f"octavo does not read {key} of config.json: if the model needs it, octavo is wrong.")
     report.say("A run also needs memory for activations, adapters and the optimizer: see `octavo plan`.")
-    return {**facts, "weights_gib": weights}
+    return {**facts, "weights_gib": weights, "unread_keys": unread}
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -62,6 +77,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "head_size": config.head_size,
         "vocabulary": config.vocabulary,
         "context": config.context,
+        "sliding_layers": sum(layer.spec.window is not None for layer in config.attention),
         "tied": config.tied,
         "lora_targets": list(dict.fromkeys(e.key for e in weight_entries(decoder).values() if e.matrix is not None)),
     }

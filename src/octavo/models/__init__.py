@@ -6,7 +6,8 @@ for each of its architectures in FAMILIES.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,8 +15,27 @@ import torch
 
 from octavo.bounded_json import shortened, shown
 from octavo.errors import ModelError
-from octavo.models import gemma2, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3, smollm3
+from octavo.models import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    granite,
+    llama,
+    ministral3,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen3,
+    smollm3,
+)
 from octavo.models.checks import check_config, check_entries, check_paths
+from octavo.models.composite import COMPOSITES as COMPOSITES
+from octavo.models.composite import TEXT_PREFIX as TEXT_PREFIX
+from octavo.models.composite import names_in as names_in
+from octavo.models.composite import text_config
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder
 from octavo.models.decoder import DecoderConfig as DecoderConfig
@@ -29,6 +49,8 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "GPTJForCausalLM": ("gptj", gptj),
     "LlamaForCausalLM": ("llama", llama),
     "MistralForCausalLM": ("mistral", llama),
+    "MinistralForCausalLM": ("ministral", llama),
+    "Ministral3ForCausalLM": ("ministral3", ministral3),
     "Qwen2ForCausalLM": ("qwen2", llama),
     "Qwen3ForCausalLM": ("qwen3", qwen3),
     "SmolLM3ForCausalLM": ("smollm3", smollm3),
@@ -36,6 +58,8 @@ FAMILIES: dict[str, tuple[str, ModuleType]] = {
     "Olmo2ForCausalLM": ("olmo2", olmo2),
     "Gemma2ForCausalLM": ("gemma2", gemma2),
     "Gemma3ForCausalLM": ("gemma3_text", gemma3),
+    "Olmo3ForCausalLM": ("olmo3", olmo3),
+    "Phi3ForCausalLM": ("phi3", phi3),
     "GPTNeoXForCausalLM": ("gpt_neox", gpt_neox),
     "GPTNeoForCausalLM": ("gpt_neo", gpt_neo),
 }
@@ -47,10 +71,10 @@ def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
     `model_type` decides, as in transformers, if `architectures` is missing or is one of the supported ones too;
     where `model_type` is missing, `architectures` decides.
     """
-    fields = ConfigFields(config)
+    fields = ConfigFields(text_config(config) or config)
     architectures, model_type = fields.texts("architectures"), fields.text("model_type", default="")
     known = [name for name in architectures if name in FAMILIES]
-    hint = f"octavo supports {', '.join(sorted(FAMILIES))}."
+    hint = _why_not([*architectures, model_type]) + "`octavo models` lists the architectures that octavo supports."
     if architectures and not known:
         raise ModelError(
             f"octavo does not support this model's architecture: {shortened(', '.join(architectures))}.", hint=hint
@@ -65,12 +89,33 @@ def family(config: Mapping[str, Any]) -> tuple[str, ModuleType]:
     return model_type, by_type[model_type]
 
 
+# Parts of the names of architectures and model types, and what octavo does not compute of them.
+REFUSED = {
+    "moe": "mixtures of experts", "mixtral": "mixtures of experts", "gptoss": "mixtures of experts",
+    "deepseek": "mixtures of experts", "qwen35": "layers with a recurrent state",
+    "qwen3next": "layers with a recurrent state", "mamba": "layers with a recurrent state",
+    "lfm": "layers with a recurrent state", "nemotronh": "layers with a recurrent state",
+    "falconh": "layers with a recurrent state", "hybrid": "layers with a recurrent state",
+    "gemma4": "keys and values shared between layers", "gemma3n": "keys and values shared between layers",
+}  # fmt: skip
+
+
+def _why_not(names: Sequence[str]) -> str:
+    for name in names:
+        plain = name.lower().replace("_", "")
+        for part, what in REFUSED.items():
+            if part in plain:
+                return f"octavo does not support {what} yet. "
+    return ""
+
+
 def parse(config: Mapping[str, Any]) -> DecoderConfig:
     """The sizes of a config.json, checked; ModelError names a field that is missing, mistyped or out of bounds."""
+    text = text_config(config)
     model_type, module = family(config)
-    parsed: DecoderConfig = module.Config.from_dict({**config, "model_type": model_type})
+    parsed: DecoderConfig = module.Config.from_dict({**(text or config), "model_type": model_type})
     check_config(parsed)
-    return parsed
+    return parsed if text is None else replace(parsed, text_prefix=TEXT_PREFIX)  # type: ignore[type-var]
 
 
 def build(config: Mapping[str, Any]) -> Decoder:
@@ -111,7 +156,8 @@ def head_keys() -> frozenset[str]:
 def weight_map(config: DecoderConfig) -> dict[str, WeightPath]:
     """The layer of every module of a checkpoint with this config, in the order of the layers."""
     paths: dict[str, WeightPath] = _family_of(config).weight_map(config)
-    return paths
+    own = f"model.{config.text_prefix}"
+    return {own + name.removeprefix("model.") if name.startswith("model.") else name: paths[name] for name in paths}
 
 
 def module_names(config: DecoderConfig) -> list[str]:

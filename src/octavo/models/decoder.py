@@ -52,6 +52,8 @@ class DecoderConfig(Protocol):
     @property
     def head(self) -> str: ...
     @property
+    def text_prefix(self) -> str: ...  # before the text part's names in a composite checkpoint; "" for a text model
+    @property
     def head_bias(self) -> bool: ...
     @property
     def embedding_scale(self) -> float: ...  # the embedding's output is multiplied by it

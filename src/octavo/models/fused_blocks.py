@@ -17,7 +17,7 @@ from octavo.fused.branch import residual_branch
 from octavo.fused.mixers import Geglu, Gelu, Swiglu
 from octavo.layers.context import ForwardContext
 from octavo.layers.norm import RmsNorm
-from octavo.models import gemma2, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, qwen3
+from octavo.models import gemma2, gemma3, gpt2, gpt_neo, gpt_neox, gptj, granite, llama, olmo2, phi3, qwen3
 from octavo.ops.rotary import ROTATE_HALF, ROTATE_INTERLEAVED
 
 
@@ -92,6 +92,7 @@ FUSED: dict[type[nn.Module], Callable[[Any, Tensor, ForwardContext], Tensor]] = 
     gpt_neo.Block: _gpt_neo,
     gpt_neox.Block: _gpt_neox,
     llama.Block: _llama,
+    phi3.Block: _llama,
     granite.Block: _granite,
     qwen3.Block: _qwen3,
     olmo2.Block: _olmo2,

@@ -24,6 +24,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
+from octavo.models.config_defaults import ConfigDefaults
 from octavo.models.config_fields import MAX_LAYERS, ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.weight_map import WeightPath
@@ -34,7 +35,7 @@ GLOBAL, LOCAL = "global", "local"  # the kinds of attention in a config.json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConfigDefaults):
     """The sizes and settings of a config.json."""
 
     vocabulary: int
@@ -50,10 +51,7 @@ class Config:
 
     embedding = "wte"
     head = "lm_head"
-    head_bias = False
     position_embedding = "wpe"
-    embedding_scale = output_scale = 1.0
-    logit_softcap = None
 
     @property
     def key_value_heads(self) -> int:

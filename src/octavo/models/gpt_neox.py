@@ -25,6 +25,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
+from octavo.models.config_defaults import ConfigDefaults
 from octavo.models.config_fields import ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, context_of, rotary_of
@@ -35,7 +36,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh"}  # hidde
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConfigDefaults):
     """The sizes and settings of a config.json."""
 
     vocabulary: int
@@ -53,10 +54,6 @@ class Config:
 
     embedding = "embed_in"
     head = "embed_out"
-    head_bias = False
-    position_embedding = ""
-    embedding_scale = output_scale = 1.0
-    logit_softcap = None
 
     @property
     def key_value_heads(self) -> int:

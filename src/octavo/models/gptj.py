@@ -25,6 +25,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
+from octavo.models.config_defaults import ConfigDefaults
 from octavo.models.config_fields import ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.rotary import DEFAULT_THETA, Rotary, default_frequencies
@@ -33,7 +34,7 @@ from octavo.ops.rotary import ROTATE_INTERLEAVED
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConfigDefaults):
     """The sizes and settings of a config.json."""
 
     vocabulary: int
@@ -62,9 +63,6 @@ class Config:
     embedding = "wte"
     head = "lm_head"
     head_bias = True
-    position_embedding = ""
-    embedding_scale = output_scale = 1.0
-    logit_softcap = None
 
     def new_norm(self) -> LayerNorm:
         return LayerNorm(self.width, self.norm_eps)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import RmsNorm
+from octavo.models.config_defaults import ConfigDefaults
 from octavo.models.config_fields import MAX_LAYERS, ConfigFields
 from octavo.models.layer_attention import LayerAttention, sliding_layers, window_of
 from octavo.models.rotary import DEFAULT_THETA, context_of, rotary_of
@@ -36,7 +37,7 @@ QWEN_FULL_LAYERS = 28  # the first layers of a Qwen have no window, where config
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConfigDefaults):
     """The sizes and settings of a config.json."""
 
     vocabulary: int
@@ -56,12 +57,9 @@ class Config:
 
     embedding = "embed_tokens"  # the last parts of their names in a checkpoint
     head = "lm_head"
-    head_bias = False
-    position_embedding = ""
-    embedding_scale = output_scale = 1.0
-    logit_softcap = None
     activation_key, activation = "hidden_act", "silu"  # the key of config.json, and its value that the block computes
     theta = DEFAULT_THETA  # of rotary positions, where config.json does not say
+    share: ClassVar[float | None] = None  # of a head that is rotated, by default; None: all, in any file
 
     def new_norm(self) -> RmsNorm:
         return RmsNorm(self.width, self.norm_eps)
@@ -86,7 +84,7 @@ class Config:
         layers = fields.layers()
         window = window_of(fields, WINDOW)
         spec = [AttentionSpec(window=window if slides else None) for slides in cls.sliding(fields, layers)]
-        rotary = rotary_of(fields, head_size, theta=cls.theta)
+        rotary = rotary_of(fields, head_size, theta=cls.theta, share=cls.share)
         return cls(
             vocabulary=fields.vocabulary(),
             width=width,
@@ -106,19 +104,18 @@ class Config:
 
     @classmethod
     def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
-        """Whether each layer has a sliding window: all of a Mistral, in a Qwen2 the last ones, if it has any."""
+        """Whether each layer has a sliding window: all of a Mistral, those that a Ministral names, a Qwen2's last."""
         kind = fields.text("model_type", default="")
-        if kind == "mistral":
-            return [True] * layers
+        if kind in ("mistral", "ministral"):
+            return sliding_layers(fields, [True] * layers) if kind == "ministral" else [True] * layers
         return qwen_sliding(fields, layers) if kind == "qwen2" else [False] * layers
 
 
 def qwen_sliding(fields: ConfigFields, layers: int) -> list[bool]:
     """Whether each layer of a Qwen2 or Qwen3 has a sliding window."""
-    if not fields.flag("use_sliding_window"):
-        return [False] * layers
     first = fields.size("max_window_layers", least=0, most=MAX_LAYERS, default=QWEN_FULL_LAYERS)
-    return sliding_layers(fields, [layer >= first for layer in range(layers)])
+    slides = sliding_layers(fields, [layer >= first for layer in range(layers)])
+    return slides if fields.flag("use_sliding_window") else [False] * layers
 
 
 def weight_map(config: Config) -> dict[str, WeightPath]:
@@ -145,16 +142,21 @@ class Block(nn.Module):
         c, d = config, config.width
         self.heads, self.key_value_heads, self.head_size = c.heads, c.key_value_heads, c.head_size
         self.mlp_width = c.mlp_width
-        queries, keys = c.heads * c.head_size, c.key_value_heads * c.head_size
-        qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        gate_up = {"gate_proj": c.mlp_width, "up_proj": c.mlp_width}
-        # q, k and v read the same input, and so do gate and up: one matmul each.
+        queries = c.heads * c.head_size
+        qkv, gate_up = self.rows(c)
         self.norm_1 = RmsNorm(d, c.norm_eps)
         self.qkv = FrozenLinear(FrozenMatrix(d, qkv), bias=list(qkv) if c.qkv_bias else ())
         self.out = FrozenLinear(FrozenMatrix(queries, {"o_proj": d}), bias=["o_proj"] if c.out_bias else ())
         self.norm_2 = RmsNorm(d, c.norm_eps)
         self.gate_up = FrozenLinear(FrozenMatrix(d, gate_up), bias=list(gate_up) if c.mlp_bias else ())
         self.down = FrozenLinear(FrozenMatrix(c.mlp_width, {"down_proj": d}), bias=["down_proj"] if c.mlp_bias else ())
+
+    @staticmethod
+    def rows(config: Config) -> tuple[dict[str, int], dict[str, int]]:
+        """The names and rows of the two stacked matrices: q, k and v read the same input, and so do gate and up."""
+        queries, keys = config.heads * config.head_size, config.key_value_heads * config.head_size
+        qkv = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return qkv, {"gate_proj": config.mlp_width, "up_proj": config.mlp_width}
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # (B, T, d) -> (B, T, d)
         heads, kv_heads = self.heads, self.key_value_heads

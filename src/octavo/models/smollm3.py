@@ -36,9 +36,8 @@ class Config(llama.Config):
     @classmethod
     def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
         """Whether each layer has a sliding window: those without rotary positions, if any."""
-        if not fields.flag("use_sliding_window"):
-            return [False] * layers
-        return sliding_layers(fields, [not rotated for rotated in _rotary_layers(fields, layers)])
+        slides = sliding_layers(fields, [not rotated for rotated in _rotary_layers(fields, layers)])
+        return slides if fields.flag("use_sliding_window") else [False] * layers
 
 
 def _rotary_layers(fields: ConfigFields, layers: int) -> list[bool]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from octavo.bounded_json import read_object, shown
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
-from octavo.models import embedding_keys, head_keys, layer_of
+from octavo.models import TEXT_PREFIX, embedding_keys, head_keys, layer_of
 from octavo.store.adapter_file import TENSORS as TENSORS
 from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
 from octavo.store.files import check_format, json_bytes, new_folder
@@ -215,7 +215,8 @@ def _lora(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> 
 
 def _config(adapter: Adapter, modules: Collection[str], *, biases: bool, base: str) -> dict[str, Any]:
     # In target_modules a last name selects all modules of that name; if some of them have no LoRA, full names are used.
-    without_lora = {_last(name) for name in modules if name not in adapter.lora}
+    # So they are for a composite model, whose other parts have modules of the same last names.
+    without_lora = {_last(name) for name in modules if name not in adapter.lora or f".{TEXT_PREFIX}" in name}
     in_full = [name for key in adapter.full if key.endswith(".weight") and (name := key.removesuffix(".weight"))]
     owners = {key.removesuffix(".bias") for key in adapter.full if key.endswith(".bias")}
     bias_only = owners - adapter.lora.keys() - set(in_full)  # modules of which only the bias is trained

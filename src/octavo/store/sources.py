@@ -20,7 +20,7 @@ from torch import Tensor
 
 from octavo.bounded_json import read_object, shortened, shown
 from octavo.errors import ModelError
-from octavo.models import parse
+from octavo.models import names_in, parse
 from octavo.store.base_model import full_names
 from octavo.store.foreign import refuse_pointer
 from octavo.store.manifest import read_manifest, sha256_of_state, verify
@@ -157,7 +157,8 @@ class FolderSource:
         """The name of each tensor in transformers -> its name in the file."""
         if not (self.folder / "config.json").is_file():
             return {name: name for name in self._file_of}
-        return full_names(self._stored_config, self._file_of.keys())
+        names = names_in(self._stored_config, self._file_of)
+        return {full: names[name] for full, name in full_names(self._stored_config, names).items()}
 
     @cached_property
     def _stored_name(self) -> dict[str, str]:

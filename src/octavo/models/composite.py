@@ -1,0 +1,55 @@
+"""Models of text and images, of which octavo reads the text part.
+
+Their config.json has the text model's settings in `text_config`. transformers names the text part's modules
+model.language_model.X and lm_head, and so do PEFT's files; checkpoints have language_model.model.X and
+language_model.lm_head. Both forms are read. The tensors of the other parts are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from octavo.models.config_fields import ConfigFields
+
+# The architectures of a config.json, each with its model_type and the default model_type of its text part.
+COMPOSITES = {
+    "Gemma3ForConditionalGeneration": ("gemma3", "gemma3_text"),
+    "Mistral3ForConditionalGeneration": ("mistral3", "mistral"),
+}
+TEXT_PREFIX = "language_model."  # after "model." in the names of the text part's modules
+# The beginnings of names in a checkpoint, and what transformers calls them.
+RENAMED = (("language_model.lm_head.", "lm_head."), ("language_model.model.", f"model.{TEXT_PREFIX}"))
+OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.", "audio_tower.", "embed_vision.")
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config of the text part, as a model of its own would have it; None if the model is no composite.
+
+    Whether head and embedding are tied is a setting of the whole model, True by default as in transformers.
+    """
+    fields = ConfigFields(config)
+    known = [COMPOSITES[name] for name in fields.texts("architectures") if name in COMPOSITES]
+    model_type = fields.text("model_type", default="")
+    known += [types for types in COMPOSITES.values() if types[0] == model_type]
+    if not known or (model_type and model_type != known[0][0]):
+        return None
+    text = fields.object("text_config")
+    if text is None:
+        raise fields.wrong("text_config is missing")
+    tied = fields.flag("tie_word_embeddings", default=True)
+    default = {"model_type": known[0][1], "tie_word_embeddings": tied}
+    own = {key: value for key, value in text.source.items() if key not in ("architectures", "tie_word_embeddings")}
+    return {**default, **own}
+
+
+def names_in(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
+    """The names that the tensors of a checkpoint have in transformers -> those in the file, without other parts."""
+    if text_config(config) is None:
+        return {name: name for name in stored}
+    names = {}
+    for name in stored:
+        start, new = next(((old, new) for old, new in RENAMED if name.startswith(old)), ("", ""))
+        if not name.removeprefix("model.").startswith(OTHER_PARTS):
+            names[new + name.removeprefix(start)] = name
+    return names
