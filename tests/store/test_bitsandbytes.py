@@ -12,7 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file, save_file
-from tests.store.conftest import LLAMA, write_model
+from tests.store.conftest import CONFIGS, LLAMA, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -107,6 +107,31 @@ def test_it_loads_under_every_scheme(double: bool, scheme: str, quantized: dict[
         parts = entry.matrix.of(entry.rows_key)
         expected = entry.matrix.scheme.quantize(weight)
         assert all(torch.equal(parts[part], expected[part]) for part in expected), name
+
+
+@every_scheme
+def test_linears_that_a_plain_checkpoint_has_transposed_are_not_when_quantized(double: bool, tmp_path: Path) -> None:
+    """transformers quantizes the (N, K) of GPT-2's Conv1D, and leaves the (K, N) of those that it skips."""
+    plain, skipped = write_model(tmp_path / "plain", CONFIGS["gpt2"]), "transformer.h.0.mlp.c_fc"
+    settings: Any = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
+        llm_int8_skip_modules=["lm_head", skipped],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    ).save_pretrained(tmp_path / "quantized")
+    states, entries = states_of(tmp_path / "quantized"), weight_entries(loaded(tmp_path / "quantized", "none"))
+    assert len(states) == 2 * 4 - 1
+    weights = {name: dequantize_4bit(*state) for name, state in states.items()}
+    weights[skipped] = load_file(plain / WEIGHTS)[f"{skipped}.weight"].t()
+    for name, weight in weights.items():
+        matrix = entries[name].matrix
+        assert matrix is not None
+        assert torch.equal(matrix.parts["weight"], weight)
+    if not double:  # octavo quantizes to the same bits
+        ours, theirs = (loaded(folder, "nf4").matrices for folder in (plain, tmp_path / "quantized"))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert all(torch.equal(mine.parts[part], other.parts[part]) for part in mine.parts)
 
 
 @every_scheme
