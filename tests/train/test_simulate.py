@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -21,9 +22,10 @@ from octavo.hardware import Peak
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, next_token_loss
-from octavo.ops.attention import causal_attention
+from octavo.ops.attention import AttentionSpec, causal_attention
 from octavo.ops.matmul8 import matmul_8bit_into
 from octavo.ops.quantize import scheme_named
+from octavo.ops.softcap import CHUNK
 from octavo.runtime.dispatch import KERNELS, OP_OBSERVERS, kernel
 from octavo.store.weights import allocated
 from octavo.train.simulate import PAGES, ROUND, SMALL, Arena, Forecast, simulate
@@ -319,6 +321,20 @@ def llama() -> Callable[[], None]:
     return lambda: next_token_loss(
         model, Inputs(ids, ids, ids.flatten(), None, None), ForwardOptions(Save.ATTENTION)
     ).backward()
+
+
+@pytest.mark.parametrize("length", [2048, 4096])
+def test_soft_capped_attention_has_the_memory_of_the_scores_of_one_chunk(length: int) -> None:
+    q, k, v = (torch.empty(1, length, 16, 32, device=META, requires_grad=True) for _ in range(3))
+
+    def step(spec: AttentionSpec) -> None:
+        torch.autograd.backward(causal_attention(q, k, v, spec).sum())
+
+    capped, plain = (simulate(partial(step, spec)) for spec in (AttentionSpec(softcap=50.0), AttentionSpec()))
+    scores = 4 * 16 * CHUNK * length  # bytes of those that exist at a time, in float32
+    assert 4 * scores < capped.peak_bytes < 8 * scores
+    assert capped.peak_bytes > plain.peak_bytes
+    assert capped.attention_flops == plain.attention_flops > 0
 
 
 def test_a_simulation_does_not_depend_on_garbage_collection() -> None:

@@ -102,7 +102,7 @@ def causal_attention(
     q is (B, T, H, D), k and v are (B, T, G, D). With `documents` a position sees only its own document; without them
     the whole row is one document. Over a cache: ops/cached_attention.py.
     """
-    if q.is_meta:
+    if q.is_meta and spec.softcap is None:
         simulated: Tensor = _Simulated.apply(q, k, v)  # type: ignore[no-untyped-call]
         return simulated
     spec = spec.bounded(documents.longest if documents is not None else q.shape[1])

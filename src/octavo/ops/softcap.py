@@ -13,11 +13,14 @@ Legend: B rows of a batch, T positions, H heads, D the size of a head, C the que
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from octavo.runtime.dispatch import observe
 
 CHUNK = 256  # queries whose scores exist at a time
 
@@ -45,8 +48,9 @@ class _Softcapped(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.spec, ctx.mask = (scale, softcap), mask
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for first in range(0, q.shape[1], CHUNK):
-            chunk = slice(first, first + CHUNK)
+        if q.is_meta:
+            observe("attention", [q, k, v, out])
+        for chunk in _chunks(q):
             queries, keys, values = _heads(q[:, chunk]), _heads(k), _heads(v)
             weights, _ = softcapped_weights(queries, keys, _seen(mask, chunk, q), scale, softcap)
             out[:, chunk] = (weights.to(v.dtype) @ values).transpose(1, 2)  # (B, C, H, D)
@@ -58,9 +62,10 @@ class _Softcapped(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         scale, softcap = ctx.spec
         dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+        if q.is_meta:
+            observe("attention_backward", [q, k, v, q, dq, dk, dv])
         keys, values = _heads(k).float(), _heads(v).float()  # (B, H, T, D)
-        for first in range(0, q.shape[1], CHUNK):
-            chunk = slice(first, first + CHUNK)
+        for chunk in _chunks(q):
             queries, g = _heads(q[:, chunk]).float(), _heads(grad[:, chunk]).float()  # (B, H, C, D)
             p, capped = softcapped_weights(queries, keys, _seen(ctx.mask, chunk, q), scale, softcap)
             dv += (p.transpose(-1, -2) @ g).transpose(1, 2)
@@ -69,6 +74,12 @@ class _Softcapped(torch.autograd.Function):
             dq[:, chunk] = (da @ keys).transpose(1, 2)
             dk += (da.transpose(-1, -2) @ queries).transpose(1, 2)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _chunks(q: Tensor) -> Iterator[slice]:
+    """The queries whose scores exist at a time. In a simulation of memory one chunk represents all: the peak is its."""
+    for first in range(0, min(q.shape[1], CHUNK) if q.is_meta else q.shape[1], CHUNK):
+        yield slice(first, first + CHUNK)
 
 
 def _heads(x: Tensor) -> Tensor:
