@@ -18,6 +18,7 @@ from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import ModelError
 from octavo.models import Decoder, build, gemma2, gemma3, parse
+from octavo.models.unread_keys import unread_keys
 from octavo.objective import batch_loss
 from octavo.ops.quantize import scheme_named
 from octavo.ops.tiles import Phase
@@ -69,6 +70,13 @@ def test_absent_keys_have_the_values_of_transformers() -> None:
     assert (defaults.context, defaults.logit_softcap, defaults.embedding_scale) == (8192, 30.0, 48.0)
     assert [layer.spec.window for layer in defaults.attention] == [4096, None] * 13
     assert {layer.spec.softcap for layer in defaults.attention} == {50.0}
+
+
+def test_all_keys_of_the_released_files_are_read() -> None:
+    one_name_more = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    assert unread_keys({"model_type": "gemma2", **one_name_more, **gemma2.DEFAULTS}, parse) == []
+    for rope in ROPES.values():
+        assert unread_keys({**GEMMA3_4B, "sliding_window_pattern": 6, **rope}, parse) == []
 
 
 ROPES: dict[str, dict[str, Any]] = {
