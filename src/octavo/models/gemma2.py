@@ -72,9 +72,7 @@ class Config(llama.Config):
                 "The model's config asks for attention in both directions: use_bidirectional_attention is true.",
                 hint="octavo supports causal attention. Embedding models with such attention are no language models.",
             )
-        fields.text(
-            "hidden_act", default=""
-        )  # files of Gemma 2 have it too: hidden_activation counts, as in transformers
+        fields.text("hidden_act", default="")  # in files of Gemma 2 too: hidden_activation counts, as in transformers
         base = super().from_dict(fields.source)
         scale = fields.number("query_pre_attn_scalar", least=1e-6, most=MAX_SCALAR) ** -0.5
         softcap = softcap_of(fields, "attn_logit_softcapping")
