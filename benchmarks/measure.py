@@ -143,6 +143,8 @@ def _measure_(row: Setting, result: dict[str, Any]) -> None:
         result["tokens_per_second"] = round(statistics.median(speeds), 1)
         result.update(p10=round(quantile(speeds, 0.1), 1), p90=round(quantile(speeds, 0.9), 1))
         result["first_loss"] = round(losses[0], 6)
+        if row.method.startswith("octavo"):
+            add_note_(result, import_module("octavo_method").flops_note(row, result["tokens_per_second"]))
         if not all(abs(loss) < float("inf") for loss in losses):
             add_note_(result, "a loss is not finite")
     result.update(memory(device, load_reserved))

@@ -9,12 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from measure import Setting
 from octavo.adapters import AdapterPlan, create_, trained
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import free_memory_bytes, peak, pick
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder
+from octavo.models.flops import model_flops
 from octavo.ops.quantize import scheme_named
 from octavo.store.contents import items_of
 from octavo.store.weights import allocated, put_rows_, row_blocks
@@ -27,6 +29,7 @@ from shapes import ALPHA, RANK, lora, shapes, weight
 
 ADAPTER = AdapterPlan(LoraSpec(RANK, ALPHA))
 MAX_STEPS = 10**6  # of the constant schedule
+META = torch.device("meta")
 
 
 def build(
@@ -40,13 +43,14 @@ def build(
     seq_len: int,
     cap_bytes: int | None,
 ) -> TrainableOctavo:
-    """octavo-SCHEME (none, int8, dynamic8, nf4) with the fastest plan within `cap_bytes` (None: the free memory).
+    """octavo-SCHEME (none, int8, dynamic8, nf4, nf4-double) with the fastest plan in `cap_bytes` (None: free memory).
 
     octavo-SCHEME-8bit uses 8-bit matmuls in all blocks; the others are exact. octavo-..-no-offload stores nothing in
     CPU memory; other plans may, where a cap makes that faster or necessary. octavo-..-plain runs all blocks as plain
     PyTorch (--no-fused).
     """
-    scheme, *options = method.removeprefix("octavo-").split("-")
+    scheme, *options = method.removeprefix("octavo-").replace("nf4-double", "nf4_double").split("-")
+    scheme = scheme.replace("_", "-")
     dtype = torch.bfloat16 if device.type == "cuda" or not tiny else torch.float32
     budget = cap_bytes or free_memory_bytes(device)
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
@@ -118,6 +122,16 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     flatten_(trained(model))
     model.train()
     return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(pick().name))
+
+
+def flops_note(row: Setting, tokens_per_second: float) -> str:
+    """The model TFLOP/s of a measured speed, and the shares of the head and of attention (models/flops.py)."""
+    model = allocated(shapes(row.model, tiny=row.tiny), scheme_named("none"), dtype=torch.bfloat16, device=META)
+    flops = model_flops(model, row.seq_len)
+    head, attention = (100 * part / flops.total for part in (flops.head, flops.attention))
+    return (
+        f"{tokens_per_second * flops.total / 1e12:.1f} model TFLOP/s (head {head:.1f} %, attention {attention:.1f} %)"
+    )
 
 
 def random_model(name: str, scheme: str, *, device: torch.device, dtype: torch.dtype, tiny: bool, seed: int) -> Decoder:

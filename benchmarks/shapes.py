@@ -18,15 +18,29 @@ STD = 0.02  # of the weights, as transformers initializes them
 # unit variance the low-rank term is alpha / r * 0.01 * sqrt(16) * |A x| = 8 % of the frozen matmul's output.
 LORA_STD = {"A": 0.02, "B": 0.01}
 RANK, ALPHA = 16, 32.0
-MODELS = ("gptj", "llama", "pythia", "qwen3")
+MODELS = (
+    "gptj",
+    "llama",
+    "pythia",
+    "qwen3",
+    "llama-128k",
+    "qwen3-8b",
+    "gemma3-12b",
+    "phi4",
+    "ministral-8b",
+    "neox-20b",
+)
 LINEARS = {
     "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "pythia": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-    "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "phi4": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
+LINEARS["neox-20b"] = LINEARS["pythia"]
+LINEARS |= dict.fromkeys(("qwen3", "llama-128k", "qwen3-8b", "gemma3-12b", "ministral-8b"), LINEARS["llama"])
 # EleutherAI/gpt-j-6B; Pythia-6.9B (arXiv 2304.01373, table 1); Llama-3-8B (2407.21783, table 3) and Qwen3-8B
-# (2505.09388, table 1), both with a vocabulary of 32,768.
+# (2505.09388, table 1), both with a vocabulary of 32,768. With their own vocabularies: llama-128k, qwen3-8b,
+# Gemma 3 12B (2503.19786), Phi-4 (2412.08905), Ministral-8B-Instruct-2410 and GPT-NeoX-20B (2204.06745).
 _FULL: dict[str, dict[str, Any]] = {
     "gptj": {
         "model_type": "gptj",
@@ -91,6 +105,71 @@ _FULL: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3ForCausalLM"],
     },
 }
+_FULL["llama-128k"] = {**_FULL["llama"], "vocab_size": 128256}
+_FULL["qwen3-8b"] = {**_FULL["qwen3"], "vocab_size": 151936}
+_FULL["gemma3-12b"] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "hidden_size": 3840,
+    "intermediate_size": 15360,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "tie_word_embeddings": True,
+    "architectures": ["Gemma3ForCausalLM"],
+}
+_FULL["phi4"] = {
+    "model_type": "phi3",
+    "vocab_size": 100352,
+    "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 10,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 250000.0,
+    "tie_word_embeddings": False,
+    "architectures": ["Phi3ForCausalLM"],
+}
+_FULL["ministral-8b"] = {
+    "model_type": "mistral",
+    "vocab_size": 131072,
+    "max_position_embeddings": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "sliding_window": 32768,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000000.0,
+    "tie_word_embeddings": False,
+    "architectures": ["MistralForCausalLM"],
+}
+_FULL["neox-20b"] = {
+    **_FULL["pythia"],
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "hidden_act": "gelu_fast",
+}
 _TINY: dict[str, dict[str, Any]] = {
     "gptj": {"vocab_size": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_inner": 512,
              "bos_token_id": 0, "eos_token_id": 0},
@@ -101,6 +180,10 @@ _TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
 }  # fmt: skip
+_TINY["gemma3-12b"] = {**_TINY["qwen3"], "query_pre_attn_scalar": 32, "sliding_window": 32}
+_TINY["phi4"] = _TINY["llama-128k"] = _TINY["llama"]
+_TINY["qwen3-8b"] = _TINY["ministral-8b"] = _TINY["qwen3"]
+_TINY["neox-20b"] = _TINY["pythia"]
 
 
 def shapes(model: str, *, tiny: bool = False) -> dict[str, Any]:

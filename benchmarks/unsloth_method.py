@@ -26,6 +26,7 @@ import peers
 from shapes import ALPHA, LINEARS, RANK, lora, shapes, weight
 
 METHODS = ("unsloth-bf16", "unsloth-nf4")
+MODELS = ("llama", "llama-128k", "qwen3", "qwen3-8b")
 MAX_SEQ_LEN = 2048  # Unsloth truncates longer rows without an error
 CHECKPOINTING = "unsloth"  # offloads the inputs of the blocks to page-locked CPU memory
 SHARD_BYTES = 2**30
@@ -55,8 +56,8 @@ def build(
 ) -> peers.Trainable:
     """A method of METHODS on random weights, ready for its first step. Rows have at most MAX_SEQ_LEN tokens."""
     scheme = scheme_of(method)
-    if model_name != "llama":
-        raise ValueError(f"{method} is measured on llama: Unsloth has no fast kernels for {model_name}")
+    if model_name not in MODELS:
+        raise ValueError(f"{method} is measured on {', '.join(MODELS)}: Unsloth has no fast kernels for {model_name}")
     device = torch.device(device)
     fast = _unsloth()
     with tempfile.TemporaryDirectory() as temporary:

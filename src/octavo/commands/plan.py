@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
 from octavo.hardware import GPUS, Hardware, Peak, peak, pick
 from octavo.layers.context import Save
+from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
@@ -81,6 +82,10 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         "least GiB: the smallest --gpu-memory with which the scheme fits. full layers: the layers that keep all "
         "activations for backward; the others recompute them."
     )
+    flops = rows[0]["flops_per_token"]
+    total = sum(flops.values())
+    shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
+    report.say(f"Each token of training is {total / 1e9:.1f} GFLOP ({shares}), without what is recomputed.")
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
         # A level of --recompute that is given is planned without a margin.
@@ -148,4 +153,5 @@ def _row(
         "weights_transposed": plan.transposed,
         "seconds": plan.seconds,
         "tokens_per_second": tokens / plan.seconds if plan.seconds else None,
+        "flops_per_token": asdict(model_flops(planner.model, planner.length)),
     }
