@@ -212,7 +212,11 @@ def test_dequantized_weights_are_within_half_a_step_and_writable(tmp_path: Path)
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, np.ndarray | None], str]] = {
     "scaling": ({"llama.rope.scaling.type": "yarn"}, {}, "yarn"),
-    "scaling factor": ({"llama.rope.scaling.factor": 8.0}, {}, "8.0"),
+    "two scalings": (
+        {"llama.rope.scaling.factor": 8.0},
+        {"rope_freqs.weight": np.ones(4, np.float32)},
+        "two rotary scalings",
+    ),
     "scaling tensor": ({}, {"rope_freqs.weight": np.array([1, 9, 2, 3], np.float32)}, "rope_freqs.weight"),
     "scaling tensor of another size": ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, "rope_freqs.weight"),
     "scaling tensor of nothing": ({}, {"rope_freqs.weight": np.full(4, np.nan, np.float32)}, "rope_freqs.weight"),
@@ -240,6 +244,19 @@ def test_the_error_of_an_unsupported_feature_names_it(case: str, tmp_path: Path)
 def test_explicit_metadata_for_no_scaling_is_accepted(tmp_path: Path) -> None:
     metadata = {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 128}
     open_gguf(write_gguf(tmp_path / "m.gguf", tiny_model("llama"), "llama", metadata=metadata))
+
+
+@pytest.mark.parametrize("metadata", [{"scaling.type": "linear", "scaling.factor": 4.0}, {"scale_linear": 4.0}])
+def test_linear_scaling_equals_that_of_transformers(metadata: dict[str, Any], tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0}
+    theirs = tiny_model("llama", rope_parameters=rope).eval()
+    keys = {f"llama.rope.{key}": value for key, value in metadata.items()}
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", theirs, "llama", metadata=keys))
+    assert source.config["rope_parameters"] == rope
+    ours = load(source, scheme_named("none"), dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_the_context_is_limited_to_the_sliding_window(tmp_path: Path) -> None:
@@ -344,8 +361,8 @@ def test_a_missing_renamed_or_foreign_part_is_an_error(parts: list[Path], tmp_pa
 
 
 def test_another_architecture_is_an_error_with_a_next_step(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), "gemma2")
-    with pytest.raises(ModelError, match=r"gemma2(.|\n)*Hugging Face folder"):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), "gemma")
+    with pytest.raises(ModelError, match=r"'gemma'(.|\n)*Hugging Face folder"):
         open_gguf(path)
 
 
