@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.gpu.cases import matrix
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from octavo.adapters import AdapterPlan, create_, save, trained
 from octavo.adapters.served import serve_
@@ -17,6 +17,7 @@ from octavo.infer.decoding import DecodeRunner
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
 from octavo.infer.sample import Sampling
+from octavo.layers import kv_store
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.lora import LoraSpec
 from octavo.layers.multi_lora import ServedAdapters
@@ -38,6 +39,10 @@ CONFIGS = {
     "gptj": GPTJConfig(
         vocab_size=VOCAB_SIZE, n_embd=256, n_inner=1024, n_layer=2, n_head=4, rotary_dim=32, initializer_range=0.1,
         n_positions=MAX_LEN,
+    ),
+    "mistral": MistralConfig(  # a window: each layer holds 48 + CHUNK positions
+        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.1, max_position_embeddings=MAX_LEN, sliding_window=48,
     ),
 }  # fmt: skip
 # Tolerance: largest difference of logits over the largest logit; the order of sums and the rounding differ.
@@ -65,6 +70,11 @@ def adapters(folder: Path, tmp_path: Path) -> list[Path]:
         folders[-1].mkdir()
         save(folders[-1], model, plan, base="base", origin={}, readme="")
     return folders
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_store, "CHUNK", 64)
 
 
 @pytest.fixture(autouse=True)

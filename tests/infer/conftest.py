@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -57,6 +58,7 @@ GEMMA: dict[str, Any] = {
 CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig(vocab_size=264, **LLAMA, attention_bias=True, tie_word_embeddings=False),
     "tied": LlamaConfig(vocab_size=264, **LLAMA, tie_word_embeddings=True),
+    "mistral": MistralConfig(vocab_size=264, **LLAMA, sliding_window=6, tie_word_embeddings=False, **NO_IDS),
     "qwen3": Qwen3Config(vocab_size=264, **LLAMA, head_dim=16),
     "smollm3": SmolLM3Config(vocab_size=264, **LLAMA, no_rope_layers=[1, 0], tie_word_embeddings=False, **NO_IDS),
     "olmo2": Olmo2Config(vocab_size=264, **LLAMA, **NO_IDS),
@@ -90,6 +92,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 EMBEDDINGS = {
     "llama": ("embed_tokens", "lm_head"),
+    "mistral": ("embed_tokens", "lm_head"),
     "qwen3": ("embed_tokens", "lm_head"),
     "smollm3": ("embed_tokens", "lm_head"),
     "olmo2": ("embed_tokens", "lm_head"),

@@ -238,8 +238,7 @@ def broken(adapter: Adapter, *, embedding: bool = False, column: int | None = No
 
 def finite(engine: Engine) -> bool:
     return all(
-        bool(tensor.isfinite().all())
-        for tensor in (engine.scheduler.slots.cache.keys, engine.scheduler.slots.cache.values)
+        bool(tensor.isfinite().all()) for group in engine.scheduler.slots.cache.groups.values() for tensor in group
     )
 
 
@@ -302,6 +301,6 @@ def test_a_model_with_an_applied_trainable_adapter_is_served_with_it(family: Fam
     family.run_out(engine)
     for stream in streams:
         assert family.answer(stream) == family.alone(replace(stream.request, adapter="norms"))
-    assert (
-        not engine.scheduler.slots.cache.keys.requires_grad
-    )  # else each step would keep the graphs of all previous ones
+    assert not engine.scheduler.slots.cache.keys(
+        0
+    ).requires_grad  # else each step would keep the graphs of all previous ones

@@ -76,7 +76,7 @@ class DecodeRunner:
     ) -> None:  # fmt: skip
         self.deterministic = deterministic
         self.model, self.cache, self.adapters, self.vocab_size = model, cache, adapters, vocab_size
-        self._graphs: Graphs[_DecodeGraph] = Graphs(adapters, cache.keys.device)
+        self._graphs: Graphs[_DecodeGraph] = Graphs(adapters, cache.device)
         self._pending: PendingStep | None = None
         # Whether the scheduler launches a step before it emits the tokens of the previous one. Without graphs a launch
         # is a whole step, so that would only delay the tokens.
@@ -85,7 +85,7 @@ class DecodeRunner:
     @property
     def uses_graphs(self) -> bool:
         """Whether steps are CUDA graphs: if the kernels run. References wait for the GPU; no graph can capture that."""
-        return kernels_run_on(self.cache.keys)
+        return kernels_run_on(self.cache.keys(0))
 
     def warmup_tasks(self) -> list[Callable[[], object]]:
         """Functions that capture the decode graphs and compile the prefill kernels, which would delay a request.
@@ -103,7 +103,7 @@ class DecodeRunner:
     @torch.no_grad()
     def _warm_up_prefill(self, length: int) -> None:
         """Prefills a prompt of `length` tokens in the first slot, and empties the slot."""
-        ids = torch.zeros(1, length, dtype=torch.long, device=self.cache.keys.device)  # (1, length)
+        ids = torch.zeros(1, length, dtype=torch.long, device=self.cache.device)  # (1, length)
         self.model.hidden(ids, cache=self.cache.slot(0))
         self.cache.lengths[0] = 0
 
@@ -115,7 +115,7 @@ class DecodeRunner:
             graph = self._graph(next(size for size in _graph_rows(len(self.cache.lengths)) if size >= rows))
             self._pending = graph.run([tokens, lengths, adapter_ids])
         else:
-            inputs = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.keys.device)  # (3, B)
+            inputs = torch.tensor([list(tokens), lengths, list(adapter_ids)], device=self.cache.device)  # (3, B)
             logits = self._logits(inputs, max(lengths), any(adapter_ids))  # (B, V)
             self._pending = PendingStep(logits, _summary(logits), rows)
         for slot in range(rows):
@@ -152,7 +152,7 @@ class _DecodeGraph:
     """A captured step of a fixed number of rows."""
 
     def __init__(self, runner: DecodeRunner, rows: int, pool: Any) -> None:
-        device = runner.cache.keys.device
+        device = runner.cache.device
         self._pinned = torch.tensor([[0], [IDLE], [BASE]]).repeat(1, rows).pin_memory()  # (3, B) int64
         self._inputs = self._pinned.to(device)  # (3, B): the graph reads its inputs at this address
         # A graph is replayed for any lengths and adapters: it gets the largest length, and adapters if any is loaded.

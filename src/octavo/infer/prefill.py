@@ -86,7 +86,7 @@ class Prefiller:
         return sum(len(prompt.ids) for prompt in prompts), logits
 
     def _prefill_chunk(self, active: ActiveRequest, chunk: list[int], slot: int) -> Tensor | None:
-        adapter_id, device = self.adapter_id(active), self.slots.cache.keys.device
+        adapter_id, device = self.adapter_id(active), self.slots.cache.device
         adapter_ids = None if adapter_id == BASE else torch.tensor([adapter_id], device=device)  # (1,)
         ids = torch.tensor([chunk], device=device)  # (1, T)
         hidden = self.model.hidden(ids, cache=self.slots.cache.slot(slot), adapter_ids=adapter_ids)[0]  # (T, d)

@@ -53,12 +53,12 @@ class PrefillGraphs:
     def __init__(self, model: Decoder, cache: SlotCache, adapters: ServedAdapters, vocab_size: int) -> None:
         self.model, self.cache, self.adapters, self.vocab_size = model, cache, adapters, vocab_size
         self.shapes: list[Shape] = []
-        self._graphs: Graphs[_PrefillGraph] = Graphs(adapters, cache.keys.device)
+        self._graphs: Graphs[_PrefillGraph] = Graphs(adapters, cache.device)
 
     @property
     def uses_graphs(self) -> bool:
         """Whether there are graphs: if the kernels run."""
-        return kernels_run_on(self.cache.keys)
+        return kernels_run_on(self.cache.keys(0))
 
     def shape_for(self, lengths: Sequence[int]) -> Shape | None:
         """The cheapest shape for prompts of these lengths; None if there is none."""
@@ -130,7 +130,7 @@ class _PrefillGraph:
     """The captured prefill of prompts of one shape."""
 
     def __init__(self, owner: PrefillGraphs, inputs: Inputs, shape: Shape, pool: Any) -> None:
-        device = owner.cache.keys.device
+        device = owner.cache.device
         self._pinned = torch.tensor(inputs).pin_memory()  # (B, T + 3) int64
         self._inputs = self._pinned.to(device)  # (B, T + 3): the graph reads its inputs at this address
         self.graph, self._logits = capture(lambda: owner.logits(self._inputs), device, pool)

@@ -2,6 +2,9 @@
 
 Only whole tiles of a prompt are reused (ops/tiles.py): prefill of the new prompt would compute the same bits. An
 incomplete last tile has other bits, and so have the tokens of an answer, which decode computes with other kernels.
+
+Layers with a sliding window hold the last positions of a slot only (layers/kv_cache.py). A prefix is reused as long as
+all of these layers hold what the next token sees: until its slot has about CHUNK more positions.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ class Slots:
         self._adapters: list[str | None] = [None] * len(cache.lengths)
         self._tokens: list[list[int]] = [[] for _ in cache.lengths]
         self._prefilled = [0] * len(cache.lengths)  # how many of the tokens, from the first on, prefill computed
+        # The most positions since the slot was last empty. A slot that continues from a shorter prefix keeps its rings.
+        self._written = [0] * len(cache.lengths)
 
     def reuse_prefix(self, slot: int, adapter: str | None, prompt: Sequence[int]) -> int:
         """Prepares a slot for a prompt: copies the longest prefix of it, in whole tiles, that any slot stores.
@@ -36,8 +41,10 @@ class Slots:
             if other_adapter == adapter:
                 tokens = tokens[: self._prefilled[other]]
                 common = _common_prefix(tokens, prompt) // tiles.PREFILL_TILE * tiles.PREFILL_TILE
-                source, length = (other, common) if common > length else (source, length)
+                if common > length and self.cache.can_continue(common, self._written[other]):
+                    source, length = other, common
         self.cache.copy_(source, slot, length)
+        self._written[slot] = self._written[source] if length else 0
         self._adapters[slot], self._tokens[slot], self._prefilled[slot] = adapter, list(prompt[:length]), length
         return length
 
@@ -47,13 +54,14 @@ class Slots:
             assert self._prefilled[slot] == len(self._tokens[slot]), "prefill after decode"
             self._prefilled[slot] += len(tokens)
         self._tokens[slot] += tokens
+        self._written[slot] = max(self._written[slot], len(self._tokens[slot]))
 
     def copy(self, source: int, target: int) -> None:
         """Copies the content of one slot to another."""
         if source != target:
             self.cache.copy_(source, target, self.cache.lengths[source])
             self._adapters[target], self._tokens[target] = self._adapters[source], list(self._tokens[source])
-            self._prefilled[target] = self._prefilled[source]
+            self._prefilled[target], self._written[target] = self._prefilled[source], self._written[source]
 
     def clear(self, slot: int) -> None:
         """Empties a slot whose keys and values may be NaN, and overwrites it with zeros.

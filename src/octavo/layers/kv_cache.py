@@ -5,20 +5,24 @@ the block's new keys and values and attends over all of them, and at the end the
 three views, for three kinds of passes: AppendView (any number of tokens after equally many in every row), PrefillView
 (entire prompts into empty slots) and DecodeView (one token in each of several slots of different lengths).
 
-Legend: L blocks, B rows of a batch, T new positions, S positions allocated (max_len), H query heads, G key/value heads,
-D the size of a head.
+The tensors are those of a KeyValueStore (layers/kv_store.py): a layer holds position p in cell p mod S.
+
+Legend: B rows of a batch, T new positions, S positions that a layer holds, H query heads, G key/value heads, D the size
+of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from octavo.layers.kv_store import KeyValueStore
 from octavo.ops.attention import PLAIN, AttentionSpec
-from octavo.ops.cached_attention import decode_attention, prefill_attention
+from octavo.ops.cached_attention import decode_attention, prefill_attention, ring_cells
 from octavo.ops.tiles import Phase
 
 
@@ -56,33 +60,31 @@ class Cache(Protocol):
     def next(self, count: int) -> CacheView: ...
 
 
-class KeyValueCache:
-    """Rows of equal length; keys and values of every block. The first `length` positions of each row are stored."""
+class KeyValueCache(KeyValueStore):
+    """Rows of equal length. The first `length` positions of each row are stored."""
 
-    def __init__(self, layers: int, *, batch: int, max_len: int, **shape: Any) -> None:
-        self.keys, self.values = _empty_cache(torch.empty, layers, batch, max_len, **shape)  # (L, B, S, G, D) each
-        self.max_len = max_len
+    def __init__(self, windows: Sequence[int | None], *, batch: int, max_len: int, **shape: Any) -> None:
+        super().__init__(torch.empty, windows, batch, max_len, **shape)
         self.length = 0
 
     def next(self, count: int) -> CacheView:
         phase = Phase.DECODE if self.length and count == 1 else Phase.PREFILL
-        return AppendView(self.keys, self.values, self.length, count, self._set_length, phase)
+        return AppendView(self, slice(None), self.length, count, self._set_length, phase)
 
     def _set_length(self, length: int) -> None:
         self.length = length
 
 
-class SlotCache:
+class SlotCache(KeyValueStore):
     """Many requests at once: a slot of `max_len` positions for each. `lengths` are the stored positions of each slot.
 
     It is no `Cache` itself: `slot`, `prefill` and `decode` give one for a forward pass over one slot, over several
     prompts in empty slots, or over one token in each of the first slots.
     """
 
-    def __init__(self, layers: int, *, slots: int, max_len: int, **shape: Any) -> None:
+    def __init__(self, windows: Sequence[int | None], *, slots: int, max_len: int, **shape: Any) -> None:
         # Attention multiplies masked values by 0, so none may be NaN.
-        self.keys, self.values = _empty_cache(torch.zeros, layers, slots, max_len, **shape)  # (L, slots, S, G, D) each
-        self.max_len = max_len
+        super().__init__(torch.zeros, windows, slots, max_len, **shape)
         self.lengths = [0] * slots
 
     def slot(self, number: int) -> Slot:
@@ -101,23 +103,32 @@ class SlotCache:
         return DecodeView(self, lengths, longest, phase)
 
     def copy_(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` positions of one slot to another and sets its length."""
+        """Copies the first `length` positions of one slot to another and sets its length.
+
+        The source may be longer, if it `can_continue` from there. Cells of later positions may be copied with a ring:
+        no query sees them before they are overwritten.
+        """
         if source != target:
-            self.keys[:, target, :length] = self.keys[:, source, :length]
-            self.values[:, target, :length] = self.values[:, source, :length]
+            for held, group in self.groups.items():
+                for tensor in group:
+                    tensor[:, target, : min(length, held)] = tensor[:, source, : min(length, held)]
         self.lengths[target] = length
 
     def keys_finite(self, slot: int, count: int) -> Tensor:
-        """() bool: whether the last `count` keys of a slot are finite.
+        """() bool: whether the last `count` keys of a slot are finite, as far as they are held.
 
         The output of attention does not show that: it may be finite although a key is NaN.
         """
-        end = self.lengths[slot]
-        return self.keys[:, slot, end - count : end].isfinite().all()
+        end, finite = self.lengths[slot], []
+        for held, group in self.groups.items():
+            cells = ring_cells(end - min(count, held), end, held, self.device)
+            finite.append(group.keys[:, slot, cells].isfinite().all())
+        return reduce(torch.logical_and, finite)
 
     def clear_(self, slot: int) -> None:
         """Empties a slot and overwrites it with zeros."""
-        self.keys[:, slot], self.values[:, slot] = 0, 0
+        for group in self.groups.values():
+            group.keys[:, slot], group.values[:, slot] = 0, 0
         self.lengths[slot] = 0
 
 
@@ -128,9 +139,8 @@ class Slot:
         self.cache, self.number = cache, number
 
     def next(self, count: int) -> CacheView:
-        row = slice(self.number, self.number + 1)
-        keys, values = self.cache.keys[:, row], self.cache.values[:, row]  # (L, 1, S, G, D)
-        return AppendView(keys, values, self.cache.lengths[self.number], count, self._set_length, Phase.PREFILL)
+        row, start = slice(self.number, self.number + 1), self.cache.lengths[self.number]
+        return AppendView(self.cache, row, start, count, self._set_length, Phase.PREFILL)
 
     def _set_length(self, length: int) -> None:
         self.cache.lengths[self.number] = length
@@ -139,9 +149,10 @@ class Slot:
 class PrefillView:
     """Entire prompts in empty slots, padded at their end to T positions. It is the `Cache` of this pass and its view.
 
-    The padding is stored as zeros: attention multiplies masked values by 0, so none may be NaN. A pass can be one CUDA
-    graph, since all that changes from call to call is in tensors; the caller sets `SlotCache.lengths`. After the pass
-    `finite` (B,) says whether all keys of a prompt are finite.
+    The padding is stored as zeros: attention multiplies masked values by 0, so none may be NaN. In a ring shorter than
+    T it changes no cell, since the cell may hold a position that is still visible. A pass can be one CUDA graph, since
+    all that changes from call to call is in tensors; the caller sets `SlotCache.lengths`. After the pass `finite` (B,)
+    says whether all keys of a prompt are finite.
     """
 
     phase = Phase.PREFILL
@@ -158,12 +169,27 @@ class PrefillView:
         return self
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
-        for store, new in ((self.cache.keys, k), (self.cache.values, v)):
-            padded = new.masked_fill(self._padding, 0)  # (B, T, G, D)
-            store[layer, :, : new.shape[1]].index_copy_(0, self.slots, padded)
         self.finite &= (k.isfinite() | self._padding).flatten(1).all(dim=1)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (slots, S, G, D) each
-        return prefill_attention(q, keys, values, self._starts, self.slots, spec)
+        stores = self.cache.keys(layer), self.cache.values(layer)  # (slots, S, G, D) each
+        results = []
+        for piece in _pieces(0, q.shape[1], stores[0].shape[1], spec):
+            for store, new in zip(stores, (k, v), strict=True):
+                self._store(store, new, piece)
+            starts = _shifted(self._starts, piece)  # (B,)
+            results.append(prefill_attention(q[:, piece], *stores, starts, self.slots, spec))
+        return _joined(results)
+
+    def _store(self, store: Tensor, new: Tensor, piece: slice) -> None:
+        """Stores the positions `piece` of `new` (B, T, G, D) in the slots of `store` (slots, S, G, D).
+
+        Two rows of one slot are equal (infer/prefill_graphs.py), so the order in which they are stored is irrelevant.
+        """
+        held, padding = store.shape[1], self._padding[:, piece]  # (B, t, 1, 1)
+        if new.shape[1] <= held:
+            store[:, piece].index_copy_(0, self.slots, new[:, piece].masked_fill(padding, 0))
+        else:
+            cells = self.slots[:, None], self.positions[:, piece] % held  # (B, 1), (1, t)
+            store[cells] = torch.where(padding, store[cells], new[:, piece])  # (B, t, G, D)
 
     def finish(self) -> None:
         return
@@ -190,7 +216,7 @@ class DecodeView:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         rows = len(self.lengths)
-        stored = self.cache.keys[layer, :rows], self.cache.values[layer, :rows]  # (B, S, G, D) each
+        stored = self.cache.keys(layer)[:rows], self.cache.values(layer)[:rows]  # (B, S, G, D) each
         return decode_attention(q[:, 0], k[:, 0], v[:, 0], *stored, self.lengths, self.longest, spec)[:, None]
 
     def finish(self) -> None:
@@ -198,34 +224,50 @@ class DecodeView:
 
 
 class AppendView:
-    """`count` new positions after `start` stored ones; both are the same for all rows."""
+    """`count` new positions after `start` stored ones, in `rows` of a store; both are the same for all rows."""
 
     def __init__(
-        self, keys: Tensor, values: Tensor, start: int, count: int, set_length: Callable[[int], None], phase: Phase
+        self, cache: KeyValueStore, rows: slice, start: int, count: int, set_length: Callable[[int], None], phase: Phase
     ) -> None:
         self.end = start + count
-        assert self.end <= keys.shape[2], f"{self.end} positions in a cache of {keys.shape[2]}"
-        self.keys, self.values, self.start, self.phase = keys, values, start, phase
-        self.max_len = keys.shape[2]
+        assert self.end <= cache.max_len, f"{self.end} positions in a cache of {cache.max_len}"
+        self.cache, self.rows, self.start, self.phase = cache, rows, start, phase
+        self.max_len = cache.max_len
         self._set_length = set_length
-        self.positions = torch.arange(start, self.end, device=keys.device)[None]  # (1, T)
-        self._starts = torch.full((keys.shape[1],), start, device=keys.device)  # (B,)
+        self.positions = torch.arange(start, self.end, device=cache.device)[None]  # (1, T)
+        self._starts = torch.full((len(cache.keys(0)[rows]),), start, device=cache.device)  # (B,)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]  # (B, S, G, D) each
+        keys, values = self.cache.keys(layer)[self.rows], self.cache.values(layer)[self.rows]  # (B, S, G, D) each
         if self.phase is Phase.DECODE:
             return decode_attention(q[:, 0], k[:, 0], v[:, 0], keys, values, self._starts, self.start, spec)[:, None]
-        keys[:, self.start : self.end] = k  # (B, T, G, D)
-        values[:, self.start : self.end] = v
-        return prefill_attention(q, keys, values, self._starts, spec=spec)
+        held, results = keys.shape[1], []
+        for piece in _pieces(self.start, q.shape[1], held, spec):
+            cells = ring_cells(self.start + piece.start, self.start + piece.stop, held, q.device)
+            keys[:, cells], values[:, cells] = k[:, piece], v[:, piece]  # (B, t, G, D)
+            results.append(prefill_attention(q[:, piece], keys, values, _shifted(self._starts, piece), spec=spec))
+        return _joined(results)
 
     def finish(self) -> None:
         self._set_length(self.end)
 
 
-def _empty_cache(
-    make: Callable[..., Tensor], layers: int, rows: int, max_len: int, *,
-    heads: int, head_size: int, dtype: torch.dtype, device: torch.device,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (layers, rows, max_len, heads, head_size)  # (L, rows, S, G, D)
-    return make(shape, dtype=dtype, device=device), make(shape, dtype=dtype, device=device)
+def _pieces(start: int, count: int, held: int, spec: AttentionSpec) -> list[slice]:
+    """Parts of `count` new positions after `start`, stored and attended one after the other.
+
+    One, if all positions are held. Else a part overwrites no position that its first query sees.
+    """
+    if start + count <= held:
+        return [slice(0, count)]
+    assert spec.window is not None, "a layer without a window in a ring"
+    size = held - spec.window  # CHUNK
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _shifted(starts: Tensor, piece: slice) -> Tensor:
+    return starts + piece.start if piece.start else starts
+
+
+def _joined(results: list[Tensor]) -> Tensor:
+    """Results (B, t, H, D) of pieces as (B, T, H, D)."""
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)

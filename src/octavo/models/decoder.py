@@ -161,11 +161,15 @@ class Decoder(nn.Module):
 
     def new_cache(self, *, batch: int, max_len: int) -> KeyValueCache:
         """An empty cache for `batch` sequences of up to `max_len` positions."""
-        return KeyValueCache(self.config.layers, batch=batch, max_len=max_len, **self._cache_shape)
+        return KeyValueCache(self._windows, batch=batch, max_len=max_len, **self._cache_shape)
 
     def new_slots(self, *, slots: int, max_len: int) -> SlotCache:
         """An empty cache of `slots` requests of up to `max_len` positions each."""
-        return SlotCache(self.config.layers, slots=slots, max_len=max_len, **self._cache_shape)
+        return SlotCache(self._windows, slots=slots, max_len=max_len, **self._cache_shape)
+
+    @property
+    def _windows(self) -> list[int | None]:
+        return [layer.spec.window for layer in self.config.attention]
 
     @property
     def _cache_shape(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def decode_attention(
             continue
         keys[row, length % held], values[row, length % held] = k[row], v[row]
         first = 0 if spec.window is None else max(0, length + 1 - spec.window)
-        cells = _cells(first, length + 1, held, q.device)
+        cells = ring_cells(first, length + 1, held, q.device)
         # Query heads that share a key head are queries of one head: no key is repeated.
         queries = q[row].unflatten(0, (keys.shape[2], -1))  # (G, H / G, D)
         out[row] = _attend(queries, keys[row, cells], values[row, cells], spec).flatten(0, 1)
@@ -69,14 +69,14 @@ def prefill_attention(
             seen = torch.ones(tile.shape[1], end - low, dtype=torch.bool, device=q.device).tril(start + begin - low)
             if spec.window is not None:
                 seen = seen.triu(start + begin - low + 1 - spec.window)
-            cells = _cells(low, end, held, q.device)
+            cells = ring_cells(low, end, held, q.device)
             result = _attend(tile, keys[slot, cells], values[slot, cells], spec, mask=seen, repeat=shared)
             out[row, begin : begin + tiles.PREFILL_TILE] = result.transpose(0, 1)
     return out
 
 
-def _cells(first: int, end: int, held: int, device: torch.device) -> slice | Tensor:
-    """Where the positions from `first` to before `end` are held: a slice, or int64 where they wrap around."""
+def ring_cells(first: int, end: int, held: int, device: torch.device) -> slice | Tensor:
+    """Where `held` cells hold the positions from `first` to before `end`: a slice, or int64 if they wrap around."""
     if end <= held:
         return slice(first, end)
     return torch.arange(first, end, device=device) % held
