@@ -18,6 +18,7 @@ from tests.kernels.cases import CASES, ON_GPU, TOLERANCES, matmul, prefill
 from torch import Tensor
 
 from octavo.hardware import Capabilities
+from octavo.layers import kv_cache, kv_store
 from octavo.ops import inference, matmul8
 from octavo.ops.attention import PLAIN, AttentionSpec
 from octavo.ops.tiles import Phase
@@ -131,6 +132,31 @@ def test_a_query_has_the_same_bits_in_any_chunk_and_batch(dtype: torch.dtype, sp
             one = slice(row, row + 1)
             found = kernel.prefill_attention(q[one, cut:], keys, values, starts[one] + cut, slots[one], spec)
             same_bits(found, whole[one, cut:], dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_ring_has_the_bits_of_a_cache_of_all_positions(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes of many windows and of single tokens, next to slots of other lengths."""
+    kernel = import_module("octavo.kernels.cached_attention")
+    for name in ("prefill_attention", "decode_attention"):
+        monkeypatch.setattr(kv_cache, name, getattr(kernel, name))
+    spec, outputs = AttentionSpec(window=21), []
+    for chunk in (64, 300):
+        monkeypatch.setattr(kv_store, "CHUNK", chunk)
+        torch.manual_seed(0)
+        shape = {"heads": 1, "head_size": 16, "dtype": dtype, "device": torch.empty(0).device}
+        cache = kv_cache.SlotCache([21], slots=2, max_len=300, **shape)
+        views = [(cache.slot(1).next(5), 5), (cache.slot(0).next(150), 150)]
+        views += [(cache.decode(torch.tensor([150 + n, 5 + n]), 300).next(1), 1) for n in range(2)]
+        cache.lengths[0] = 152
+        views += [(cache.slot(0).next(70), 70)]
+        for view, length in views:
+            rows = 2 if length == 1 else 1
+            q, k, v = (torch.randn(rows, length, heads, 16).to(dtype) for heads in (2, 1, 1))
+            with np.errstate(invalid="ignore"):  # rows after the last query, which are not stored, see no position
+                outputs.append(view.attend(0, q, k, v, spec))
+    for ring, whole in zip(outputs[: len(views)], outputs[len(views) :], strict=True):
+        same_bits(ring, whole, dtype)
 
 
 def matmul8_kernels() -> Any:
