@@ -75,8 +75,9 @@ def next_token_loss(decoder: Decoder, inputs: Inputs, options: ForwardOptions) -
     # The head as a spec, not applied here: the loss computes the logits in chunks.
     head = FusedLinear((decoder.head.spec(),))
     return cross_entropy_sum(
-        hidden, inputs.labels, head, options.dropout, inputs.weights, softcap=decoder.config.logit_softcap
-    )
+        hidden, inputs.labels, head, options.dropout, inputs.weights, softcap=decoder.config.logit_softcap,
+        tiled=options.tiled_head,
+    )  # fmt: skip
 
 
 def batch_loss(decoder: Decoder, batch: Batch, options: ForwardOptions | None = None) -> Tensor:

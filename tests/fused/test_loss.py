@@ -36,6 +36,10 @@ class Head:
     factors: list[Tensor] = field(default_factory=list)
     written: int = 0
 
+    def fill_rows(self, first: int, out: Tensor) -> None:
+        self.written += 1
+        out.copy_(self.weight[first : first + len(out)])
+
     def fill(self, out: Tensor) -> None:
         self.written += 1
         out.copy_(self.weight)
@@ -43,7 +47,8 @@ class Head:
     @property
     def linear(self) -> FusedLinear:
         lora = (LoraSlice(0, VOCABULARY, self.factors[0], self.factors[1], 0.5),) if self.factors else ()
-        return FusedLinear((LinearSpec(VOCABULARY, WIDTH, self.fill, self.bias, 0, lora),))
+        spec = LinearSpec(VOCABULARY, WIDTH, self.fill, self.bias, 0, lora, fill_rows=self.fill_rows)
+        return FusedLinear((spec,))
 
     @property
     def trained(self) -> list[Tensor]:
@@ -267,3 +272,23 @@ def test_dropout_of_the_heads_lora_draws_another_mask_for_every_chunk() -> None:
     total = cross_entropy_sum(same, labels[1:2].expand(8).contiguous(), dropping, Dropout())
     (gradient,) = torch.autograd.grad(total, same)
     assert len(gradient.unique(dim=0)) > CHUNK_ROWS
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@both
+def test_tiles_of_the_head_give_the_same_loss_and_gradients(
+    kind: str, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for tile_rows in (None, 1, 4, VOCABULARY + 5):
+        hidden, labels, head = batch(kind)
+        monkeypatch.setattr(loss, "TILE_ROWS", tile_rows)
+        total = cross_entropy_sum(hidden, labels, head.linear, Dropout(), softcap=softcap, tiled=tile_rows is not None)
+        torch.autograd.backward(total)
+        if tile_rows is not None:
+            chunks = -(-TOKENS // loss._chunk(hidden, head.linear, softcap))
+            assert head.written == 2 * chunks * -(-VOCABULARY // tile_rows)
+        results.append([total.detach(), *(tensor.grad for tensor in (hidden, *head.trained))])
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, other)

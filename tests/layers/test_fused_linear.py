@@ -143,15 +143,15 @@ def test_the_output_is_the_sum_of_all_parts(name: str, adding: bool) -> None:
 
 @every_case
 @pytest.mark.parametrize("grad_input", [False, True], ids=["factors alone", "input too"])
-@pytest.mark.parametrize("given", [False, True], ids=["matrix computed", "matrix given"])
+@pytest.mark.parametrize("given", [False, True], ids=["times the matrix", "result given"])
 def test_backward_gives_the_gradients_of_autograd(name: str, grad_input: bool, given: bool) -> None:
     linear, weights = fused_linear_of(CASES[name])
     x, dy = random(ROWS, linear.inputs).requires_grad_(), random(ROWS, OUT)
     with torch.no_grad():
         gemm_input = completed(linear, x)
-        matrix = linear.matrix(dy) if given else None
+        joined = dy @ linear.matrix(dy) if given else None
         dropout_seeds = seeds(0) * len(linear.parts)
-        dx, gradients = linear.backward(dy, gemm_input, dropout_seeds, wants_dx=grad_input, matrix=matrix)
+        dx, gradients = linear.backward(dy, gemm_input, dropout_seeds, wants_dx=grad_input, joined=joined)
     leaves = [x, *(tensor for tensor in linear.trained if tensor.requires_grad)]
     theirs = torch.autograd.grad(composed(linear, weights, x), leaves, dy)
     assert (dx is not None) == grad_input

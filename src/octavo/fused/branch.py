@@ -142,6 +142,8 @@ class _Branch(torch.autograd.Function):
             mixer.forward(part, gemm_input, context, save=saves_attention)
             for mixer, part in zip(this.mixers, this.columns_of_u(u), strict=True)
         ]
+        kept = u if save is Save.ALL else None
+        del u  # freed before the outer matmul, if it is not kept
         this.outer.complete_(gemm_input, seeds[1])
         added = rows if residual is None else residual.reshape(rows.shape)  # (M, d)
         z = None
@@ -159,7 +161,7 @@ class _Branch(torch.autograd.Function):
             ctx.this, ctx.context, ctx.seeds, ctx.shape = this, context, seeds, x.shape
             ctx.has_residual = residual is not None
             ctx.saved_attention = saved if saves_attention else None
-            ctx.u = u if save is Save.ALL else None
+            ctx.u = kept
             ctx.z = z if saves_attention and this.post_norm is not None else None
         return y.view(x.shape)
 

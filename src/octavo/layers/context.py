@@ -40,7 +40,7 @@ class ForwardOptions:
 
     `matmul8` has the linears of the blocks that are multiplied in 8 bits, by layer name. With `offload` the blocks'
     inputs are in CPU memory until backward. `dropout` gives the seeds of the masks on LoRA's inputs. Without `fused`
-    every block runs as plain PyTorch, which is the reference.
+    every block runs as plain PyTorch, which is the reference. With `tiled_head` the loss dequantizes the head in tiles.
     """
 
     save: SaveLevels = Save.ALL
@@ -48,6 +48,7 @@ class ForwardOptions:
     matmul8: Mapping[str, Matmul8] = field(default_factory=lambda: EXACT)
     dropout: Dropout = field(default_factory=Dropout)
     fused: bool = True
+    tiled_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class FrozenLinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return LinearSpec(
             rows, columns, fill=self.matrix.fill, bias=self.bias, bias_start=self.bias_start, lora=self.lora_slices(),
-            dropout=dropout, int8_weight=self.matrix.int8_weight, matmul8=matmul8,
+            dropout=dropout, int8_weight=self.matrix.int8_weight, matmul8=matmul8, fill_rows=self.matrix.fill_rows,
         )  # fmt: skip
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None, residual: Tensor | None = None) -> Tensor:

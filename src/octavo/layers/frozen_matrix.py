@@ -107,6 +107,17 @@ class FrozenMatrix(nn.Module):
         for name, rows in self.outputs.items():
             self.scheme.fill(self.of(name), out[self.starts[name] : self.starts[name] + rows])
 
+    def fill_rows(self, first: int, out: Tensor) -> None:
+        """Writes the rows from `first` on into `out` (n, K), of a matrix with one output: whole blocks of a scheme."""
+        assert len(self.outputs) == 1
+        before = self.scheme.layout((first, self.in_features), self.dtype)
+        block = self.scheme.layout((len(out), self.in_features), self.dtype)
+        parts = {
+            part: whole if part == "code" else whole.narrow(0, before[part][0][0], block[part][0][0])
+            for part, whole in self.parts.items()
+        }
+        self.scheme.fill(parts, out)
+
     def int8_weight(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 weight (N, K), absmax (N,)), for 8-bit matmuls: as stored, or quantized anew from the matrix."""
         shapes = [(rows, self.in_features) for rows in self.outputs.values()]

@@ -18,7 +18,7 @@ one for the bias if there is one, rounded up to ALIGNMENT.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -110,6 +110,24 @@ class FusedLinear:
                 matrix[part.bias_start : part.bias_start + part.bias.numel(), self.inputs + self.rank] += part.bias
         return matrix
 
+    def tiles(self, like: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the matrix, `matrix` of them (n, K + C)) one after the other, of a linear of one part.
+
+        `rows` is a multiple of the rows of any scheme's blocks. Only one tile exists at a time.
+        """
+        (part,) = self.parts
+        assert part.fill_rows is not None
+        extra = self.extra(like)  # (N, C)
+        if part.bias is not None:
+            extra[part.bias_start : part.bias_start + part.bias.numel(), self.rank] += part.bias
+        whole = like.new_empty(min(rows, part.rows), self.width)  # (n, K + C)
+        for first in range(0, part.rows, rows):
+            span = slice(first, min(first + rows, part.rows))
+            tile = whole[: span.stop - span.start]
+            part.fill_rows(first, tile[:, : self.inputs])
+            tile[:, self.inputs :] = extra[span]
+            yield span, tile
+
     def extra(self, like: Tensor) -> Tensor:
         """(N, C) in the dtype of `like`: the last C columns of `matrix`, without the bias."""
         b = like.new_empty(self.parts[0].rows, self.width - self.inputs)  # (N, C)
@@ -161,10 +179,13 @@ class FusedLinear:
         dropout_seeds: Seeds,
         *,
         wants_dx: bool,
-        matrix: Tensor | None = None,
+        joined: Tensor | None = None,
     ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-        """From dy (M, N): (with `wants_dx` the gradients to the parts of the input (M, K_i), those of `trained`)."""
-        dx, dt = self.grad_input(dy, dropout_seeds, matrix) if wants_dx else (None, self.grad_extra(dy))
+        """From dy (M, N): (with `wants_dx` the gradients to the parts of the input (M, K_i), those of `trained`).
+
+        `joined` as for `grad_input`.
+        """
+        dx, dt = self.grad_input(dy, dropout_seeds, joined) if wants_dx else (None, self.grad_extra(dy))
         return dx, self.grad_trained(dy, gemm_input.parts, gemm_input.extra, dt, dropout_seeds)
 
     def grad_extra(self, dy: Tensor, early: EarlyGrads | None = None) -> Tensor:
@@ -179,16 +200,17 @@ class FusedLinear:
         return dt
 
     def grad_input(
-        self, dy: Tensor, dropout_seeds: Seeds, matrix: Tensor | None = None, early: EarlyGrads | None = None
+        self, dy: Tensor, dropout_seeds: Seeds, joined: Tensor | None = None, early: EarlyGrads | None = None
     ) -> tuple[list[Tensor], Tensor]:
         """The gradients to the parts of the input (M, K_i) and to the extra columns (M, C).
 
-        `matrix` is the result of `matrix(dy)` if the caller has it.
+        `joined` is dy times `matrix(dy)`, (M, K + C), if the caller has it.
         """
         if self.use_8bit:
             dt = self.grad_extra(dy, early)  # (M, C)
             return self._grad_input_8bit(dy, dt, dropout_seeds), dt
-        joined = dy @ (self.matrix(dy) if matrix is None else matrix)  # (M, K + C)
+        if joined is None:
+            joined = dy @ self.matrix(dy)  # (M, K + C)
         *dx, dt = joined.split([*(part.columns for part in self.parts), self.width - self.inputs], dim=1)
         for part, dx_i, column, seed in self._spans(dx, dropout_seeds):
             if part.rank:

@@ -74,6 +74,7 @@ class LinearSpec(NamedTuple):
     dropout: float = 0.0  # on the input of LoRA; 0 in evaluation
     int8_weight: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None  # like -> int8 (N, K) and absmax (N,)
     matmul8: Matmul8 | None = None  # None: in the compute dtype
+    fill_rows: Callable[[int, Tensor], None] | None = None  # writes rows of the weight, from a first one on
 
     @property
     def rank(self) -> int:

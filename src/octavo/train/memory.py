@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,7 @@ class MemoryPlan:
     """What each block saves, rows of a micro-batch, and the forecast: peak device memory, seconds of an optimizer step.
 
     With `offload` the blocks' inputs and the embedding are in `host_bytes` of CPU memory. With `transposed` the weights
-    of 8-bit matmuls are stored transposed as well.
+    of 8-bit matmuls are stored transposed as well. With `tiled_head` the head is dequantized in tiles (fused/loss.py).
     """
 
     save: tuple[Save, ...]
@@ -45,6 +46,7 @@ class MemoryPlan:
     offload: bool = False
     host_bytes: int = 0
     transposed: bool = False
+    tiled_head: bool = False
 
     def describe(self) -> str:
         """For people: rows of a micro-batch, and what is saved in how many layers."""
@@ -57,6 +59,7 @@ class MemoryPlan:
             + ", ".join(counts)
             + self.offload * offload
             + self.transposed * transposed
+            + self.tiled_head * "; the head is dequantized in tiles"
         )
 
 
@@ -75,6 +78,7 @@ class Planner:
     precision: Precision = field(default_factory=Precision)
     objective: Objective = next_token_loss
     fused: bool = True
+    tiled_head: bool = False
     _forecasts: dict[tuple[int, tuple[Save, ...], bool, bool], Forecast] = field(init=False, default_factory=dict)
 
     @property
@@ -107,11 +111,25 @@ class Planner:
         weights = self.fixed_bytes - table + (transposed_bytes(self.model, self.precision) if transposed else 0)
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(
-            tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed
-        )
+            tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed,
+            self.tiled_head,
+        )  # fmt: skip
+
+    @cached_property
+    def least(self) -> Planner:
+        """The planner of plans whose head is dequantized in tiles: the same step is slower, with less memory."""
+        return replace(self, tiled_head=True)
 
     def best(self, budget_bytes: float) -> MemoryPlan | None:
         """The plan with the shortest step within the budget; None if there is none."""
+        found = self._best(budget_bytes)
+        full = found is not None and found.save == self._all(Save.ALL) and found.rows == self.row_counts[0]
+        if self.tiled_head or full or self.smallest().peak_bytes > MARGIN * budget_bytes:
+            return found
+        plans = [plan for plan in (found, self.least._best(budget_bytes)) if plan is not None]
+        return min(plans, key=self._cost, default=None)
+
+    def _best(self, budget_bytes: float) -> MemoryPlan | None:
         fitting: list[MemoryPlan] = []
         limit, use_8bit = MARGIN * budget_bytes, bool(self.precision.outliers)
         for rows in self.row_counts:
@@ -140,6 +158,8 @@ class Planner:
 
     def smallest(self) -> MemoryPlan:
         """The plan with the least device memory, within the CPU memory."""
+        if not self.tiled_head:
+            return self.least.smallest()
         rows = self.row_counts[-1]
         plans = [self.plan(self._all(Save.INPUT), rows, offload=offload) for offload in self.offloads]
         return min(self._able(plans), key=lambda plan: plan.peak_bytes)
@@ -194,6 +214,8 @@ class Planner:
         """Seconds of an optimizer step; for an unknown GPU, those on an RTX 3090."""
         if plan.seconds is not None:
             return plan.seconds
+        if plan.tiled_head != self.tiled_head:
+            return self.least._seconds(plan)
         forecast = self._forecast(plan.rows, plan.save, plan.offload, plan.transposed)
         return forecast.seconds(GPUS["RTX 3090"]) * math.ceil(self.batch_size / plan.rows)
 
@@ -201,7 +223,7 @@ class Planner:
         key = rows, save, offload, transposed
         if key not in self._forecasts:
             matmul8 = matmul8_of(self.model, self.precision, transposed=transposed)
-            options = ForwardOptions(save, offload, matmul8, fused=self.fused)
+            options = ForwardOptions(save, offload, matmul8, fused=self.fused, tiled_head=self.tiled_head)
             self._forecasts[key] = simulate(self._step(rows, options))
         return self._forecasts[key]
 

@@ -228,7 +228,9 @@ class PlannedStep:
     def _make(self) -> EagerStep | GraphStep:
         """The step of the plan, with its tensors."""
         matmul8 = matmul8_of(self.decoder, self.precision, transposed=self.plan.transposed)
-        options = ForwardOptions(self.plan.save, self.plan.offload, matmul8, fused=self.fused)
+        options = ForwardOptions(
+            self.plan.save, self.plan.offload, matmul8, fused=self.fused, tiled_head=self.plan.tiled_head
+        )
         eager = EagerStep(self.decoder, options, self.objective, self.plan.rows)
         return GraphStep(eager, self._seen) if self.graphs else eager
 
