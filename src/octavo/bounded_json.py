@@ -13,7 +13,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,6 +159,12 @@ def shown(value: object) -> str:
 def shortened(message: str, limit: int = SHOWN_CHARACTERS) -> str:
     """The text, truncated to `limit` characters."""
     return message if len(message) <= limit else message[:limit] + " .."
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    text = ", ".join(map(shortened, names[:most]))
+    return text + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

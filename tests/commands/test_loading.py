@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests import devices
 from tests.conftest import Octavo
 
@@ -197,3 +198,32 @@ def test_a_command_without_a_row_length_uses_the_context_and_says_so_once(
     done = octavo(*command, "--model", tiny_llama, plays / "test")
     assert done.code == 0, done.err
     assert done.err.count("Rows have 128 tokens, the model's context.") == 1
+
+
+LINEARS = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+def test_commands_say_once_on_which_modules_an_adapter_is(
+    tiny_llama: Path, adapter_folder: Path, plays: Path, octavo: Octavo
+) -> None:
+    line = f"The adapter has LoRA on 14 modules of 2 layers: {', '.join(LINEARS)}.\n"
+    common = ("--model", tiny_llama, "--adapter", adapter_folder)
+    generated = octavo("generate", *common, "--prompt", "the", "--max-new-tokens", 1)
+    evaluated = octavo("evaluate", *common, "--json", "--compare", "int8,none", "--rows", 1, plays / "test")
+    assert (generated.err.count(line), evaluated.err.count(line)) == (1, 1)
+    assert evaluated.json["attached"] == dict.fromkeys(LINEARS, 2)
+
+
+def test_commands_refuse_an_adapter_that_lacks_a_module(
+    tiny_llama: Path, adapter_folder: Path, plays: Path, tmp_path: Path, octavo: Octavo
+) -> None:
+    folder = Path(shutil.copytree(adapter_folder, tmp_path / "adapter"))
+    (folder / "octavo.json").unlink()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {key: t for key, t in tensors.items() if "1.mlp.up_proj" not in key}, folder / "adapter_model.safetensors"
+    )
+    for command, options in (("generate", ("--prompt", "the")), ("evaluate", (plays / "test",))):
+        refused = octavo(command, "--model", tiny_llama, "--adapter", folder, *options)
+        assert refused.code != 0
+        assert "lack what adapter_config.json selects: model.layers.1.mlp.up_proj." in refused.err

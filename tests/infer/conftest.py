@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -208,7 +209,8 @@ def llama(families: dict[str, Family]) -> Family:
 
 def _write_model(folder: Path, config: Any) -> tuple[Any, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
     zero_centred = config.model_type.startswith("gemma")  # norms multiply by 1 + weight
     for name, parameter in model.named_parameters():
         is_norm = parameter.ndim == 1 and name.endswith("weight")

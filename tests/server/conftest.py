@@ -60,7 +60,7 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.draining_adapters: dict[str, ServedAdapter] = {}
         hashes = {"king": KING_SHA, "queen": QUEEN_SHA}
-        self.loaded = {name: ServedAdapter(name, hashes[name], 1000.5) for name in self.names}
+        self.loaded = {name: ServedAdapter(name, hashes[name], 1000.5, attached={"q_proj": 2}) for name in self.names}
 
     def submit(self, request: Request) -> Stream:
         if request.adapter is not None and request.adapter not in self.loaded:

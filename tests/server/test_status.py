@@ -25,6 +25,7 @@ def test_models_lists_the_base_and_its_adapters(server: Any) -> None:
     ]  # fmt: skip
     assert all(model["object"] == "model" and model["max_model_len"] == 64 for model in document["data"])
     assert document["data"][1]["created"] == 1000
+    assert [model["attached"] for model in document["data"]] == [None, {"q_proj": 2}, {"q_proj": 2}]
     assert server.client.get("/v1/models/king").json() == document["data"][1]
     assert server.client.get("/v1/models/hamlet").status_code == 404
 

@@ -53,7 +53,8 @@ def put(out: Path, adapter: Adapter = QUERIES, *, biases: bool = False, base: st
 def change(out: Path, *, config: dict[str, Any] | None = None, tensors: dict[str, Tensor] | None = None) -> None:
     """Changes an adapter's files and removes octavo.json's hash, as if another program had written them."""
     origin = json.loads((out / "octavo.json").read_text())
-    origin.pop("sha256", None)
+    for key in ("sha256", "targets"):
+        origin.pop(key, None)
     (out / "octavo.json").write_text(json.dumps(origin))
     if config is not None:
         (out / "adapter_config.json").write_text(json.dumps(config))
@@ -419,6 +420,30 @@ def test_a_flipped_bit_of_a_tensor_or_a_changed_config_value_is_detected(tmp_pat
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
     save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors", metadata={"a": "b"})
     assert read(out).lora.keys() == LINEARS.lora.keys()
+
+
+TARGETS: dict[str, Any] = {
+    "a list": [],
+    "one less": {f"{BLOCKS[0]}.attn.q_proj": {"rank": 4, "scaling": 3.0}},
+    "one more": {f"{block}.attn.q_proj": {"rank": 4, "scaling": 3.0} for block in (*BLOCKS, "model.layers.2")},
+    "another rank": {f"{block}.attn.q_proj": {"rank": 5, "scaling": 3.0} for block in BLOCKS},
+    "another scaling": {f"{block}.attn.q_proj": {"rank": 4, "scaling": 3.1} for block in BLOCKS},
+    "no scaling": {f"{block}.attn.q_proj": {"rank": 4} for block in BLOCKS},
+    "names alone": {f"{block}.attn.q_proj": 4 for block in BLOCKS},
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_lora_that_octavo_json_does_not_list_is_refused(case: str, tmp_path: Path) -> None:
+    put(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "octavo.json"
+    origin = json.loads(path.read_bytes())
+    assert origin["targets"] == {f"{block}.attn.q_proj": {"rank": 4, "scaling": 3.0} for block in BLOCKS}
+    path.write_text(json.dumps({**origin, "targets": TARGETS[case]}))
+    with pytest.raises(AdapterError, match=r"octavo\.json lists: model\.layers\.\d\.attn\.q_proj.* is missing, not"):
+        read(tmp_path / "adapter")
+    path.write_text(json.dumps({key: value for key, value in origin.items() if key != "targets"}))
+    assert read(tmp_path / "adapter").lora.keys() == QUERIES.lora.keys()  # as written before there were targets
 
 
 def test_an_adapter_without_a_hash_is_read(tmp_path: Path) -> None:

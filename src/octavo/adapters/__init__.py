@@ -17,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.adapters.complete import attached as attached
+from octavo.adapters.complete import attached_text as attached_text
 from octavo.adapters.matching import frozen_layer, lora_for, matched
+from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
 from octavo.layers.lora import LoraSpec, attach_, put_
@@ -149,10 +152,12 @@ def copied(adapter: Adapter) -> Adapter:
 def restore_(model: Decoder, adapter: Adapter) -> None:
     """Copies a collected adapter into the trained parameters of `model`, which stay where they are.
 
-    They may be views of flat buffers. AdapterError if the adapter lacks one of them, or has it in another shape.
+    They may be views of flat buffers. AdapterError if the adapter lacks one of them, has it in another shape, or has
+    LoRA on a module that is not trained.
     """
-    entries = weight_entries(model)
-    adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
+    entries, adapter = matched(model, adapter)
+    if extra := [name for name in adapter.lora if _lora(entries[name]) is None]:
+        raise AdapterError(f"The adapter has LoRA on modules that are not trained: {some(extra)}.")
     for entry in entries.values():
         parts = [(key, target, adapter.full.get(key), entry.order) for key, target in _trained_in_full(entry)]
         if (lora := _lora(entry)) is not None:
@@ -191,7 +196,9 @@ def save(folder: Path, model: Decoder, plan: AdapterPlan, *, base: str, origin: 
 
 
 def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
-    """Applies an adapter to `model` and returns its plan. AdapterError if the model has no module for a tensor.
+    """Applies an adapter to `model` and returns its plan.
+
+    AdapterError if the model has no module for a tensor, or the adapter lacks one that its config asks for.
 
     Training continues on its LoRA matrices and norms, and on its biases if it has all biases of each matrix. Full
     weights of linears, embedding and head stay frozen.

@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from octavo.bounded_json import shortened, shown
+from octavo.adapters.complete import check_complete
+from octavo.bounded_json import shortened, shown, some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
-from octavo.models import Decoder, WeightEntry, layer_of, weight_entries
+from octavo.models import Decoder, WeightEntry, is_other_part, layer_of, weight_entries
 from octavo.store.peft import Adapter, renamed
 
 
 def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], Adapter]:
     """(the model's weight map, the adapter under the names of its checkpoint).
 
-    AdapterError if the model has no module for a tensor of the adapter.
+    AdapterError if the model has no module for a tensor of the adapter, or if the adapter is not complete.
     """
     entries = weight_entries(model)
     adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
@@ -27,6 +28,7 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
     unknown += [key for key in adapter.full if not _fits_full(entries, key)]
     unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
     if unknown:
+        _refuse_other_parts(model, unknown)
         reason = _reason(model, entries, unknown[0])
         raise AdapterError(
             f"The adapter does not belong to this model: there is no module for {some(unknown)} ({reason}).",
@@ -34,12 +36,19 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
             if adapter.base
             else "Give the model that it was trained on.",
         )
+    check_complete(entries, adapter)
     return entries, adapter
 
 
-def some(names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
-    return shortened(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+def _refuse_other_parts(model: Decoder, unknown: Sequence[str]) -> None:
+    """AdapterError if the model is the text part of a larger one, and a tensor belongs to the rest."""
+    others = [name for name in unknown if is_other_part(name)]
+    if model.config.text_prefix and others:
+        raise AdapterError(
+            f"The adapter has tensors outside the text part of the model: {some(others)}.",
+            hint="octavo computes the text part alone. Train the adapter without the other parts, with PEFT's "
+            'exclude_modules=".*vision_tower.*".',
+        )
 
 
 def _reason(model: Decoder, entries: Mapping[str, WeightEntry], key: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from octavo.adapters.matching import frozen_layer, lora_for, matched, some
+from octavo.adapters.matching import frozen_layer, lora_for, matched
+from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.multi_lora import AdapterBank, ServedAdapters

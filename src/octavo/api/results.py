@@ -42,9 +42,13 @@ class FinetuneResult(TypedDict):
 
 
 class EvaluateResult(TypedDict):
-    """Scores of the base and the tuned model; with `tasks` the results of lm-evaluation-harness too."""
+    """Scores of the base and the tuned model; with `tasks` the results of lm-evaluation-harness too.
+
+    `attached`: how many modules of each last name the adapter has LoRA on.
+    """
 
     rows: list[NamedScore]
+    attached: NotRequired[dict[str, int]]
     tasks: NotRequired[list[dict[str, Any]]]
 
 

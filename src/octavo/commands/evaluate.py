@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octavo.adapters import apply_
+from octavo.adapters import apply_, attached, attached_text
 from octavo.commands.data import read_documents, to_text
 from octavo.commands.loading import (
     check_context,
@@ -89,6 +89,8 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             folder = adapter_folder if name == "tuned" else None
             if folder and adapter:
                 apply_(model, adapter)
+                if candidate is candidates[-1]:
+                    report.say(attached_text(adapter))
             if (beyond := _largest_id(rows)) >= model.config.vocabulary:
                 report.warn(f"{name} is not evaluated: the text has the token id {beyond:,}, beyond its vocabulary.")
                 continue
@@ -107,7 +109,11 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
         show_scores(table, report)
     if tasks:
         show_tasks(task_rows, report)
-    return {"rows": [row.to_dict() for row in table], **({"tasks": task_rows} if tasks else {})}
+    return {
+        "rows": [row.to_dict() for row in table],
+        **({"attached": attached(adapter)} if adapter else {}),
+        **({"tasks": task_rows} if tasks else {}),
+    }
 
 
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from octavo.adapters import apply_
 from octavo.bounded_json import JsonError, encodable, parse
-from octavo.commands.loading import chosen_scheme, end_ids, load_model, opened, read_adapter, tokenizer_with
+from octavo.commands.loading import (
+    apply_adapter,
+    chosen_scheme,
+    end_ids,
+    load_model,
+    opened,
+    read_adapter,
+    tokenizer_with,
+)
 from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions
 from octavo.data.files import name_of, open_bytes, read_whole
 from octavo.data.prompt import encode_conversation, encode_prompt
@@ -44,7 +51,7 @@ def open_model(
         before(tokenizer)
     model = load_model(source, chosen_scheme(model_options, source), hardware, report)
     if adapter is not None:
-        apply_(model, adapter)
+        apply_adapter(model, adapter, report)
     return LoadedModel(model, tokenizer, stop_ids)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.adapters import apply_embedded_adapter_
+from octavo.adapters import apply_, apply_embedded_adapter_, attached_text
 from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
@@ -78,6 +78,12 @@ def read_adapter(path: Path, source: Source, report: Report, *, allow_pickle: bo
     if warning := base_warning(adapter, folder, source):
         report.warn(warning)
     return folder, adapter
+
+
+def apply_adapter(model: Decoder, adapter: Adapter, report: Report) -> None:
+    """Applies an adapter to `model`, and says on which modules."""
+    apply_(model, adapter)
+    report.say(attached_text(adapter))
 
 
 def tokenizer_with(

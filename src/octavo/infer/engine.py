@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from octavo.adapters import Adapter
+from octavo.adapters import Adapter, attached
 from octavo.adapters.served import remove_, serve_
 from octavo.errors import AdapterError
 from octavo.infer.generate import all_stop_ids
@@ -108,7 +108,7 @@ class Engine:
         with self._exclusive_access():
             self._check_name_is_free(name)  # again: another thread may have taken the name
             serve_(self.model, self.scheduler.adapters, adapter, name)
-            served = ServedAdapter(name, adapter.sha256, time(), adapter.trained_on)
+            served = ServedAdapter(name, adapter.sha256, time(), adapter.trained_on, attached(adapter))
             with self._condition:
                 self._adapters[name] = served
         return served

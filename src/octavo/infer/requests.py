@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -152,6 +152,7 @@ class ServedAdapter:
     sha256: str
     loaded_at: float
     trained_on: str | None = None
+    attached: Mapping[str, int] = field(default_factory=dict)  # modules with LoRA by last name
 
 
 @dataclass(frozen=True)

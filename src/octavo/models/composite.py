@@ -50,6 +50,11 @@ def names_in(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]
     names = {}
     for name in stored:
         start, new = next(((old, new) for old, new in RENAMED if name.startswith(old)), ("", ""))
-        if not name.removeprefix("model.").startswith(OTHER_PARTS):
+        if not is_other_part(name):
             names[new + name.removeprefix(start)] = name
     return names
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a name in a composite model belongs to another part than the text's."""
+    return name.removeprefix("model.").startswith(OTHER_PARTS)

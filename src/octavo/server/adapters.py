@@ -18,6 +18,7 @@ from typing import TypeVar
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
+from octavo.adapters import attached_text
 from octavo.errors import AdapterError
 from octavo.infer.requests import ServedAdapter
 from octavo.runs.adapter import NamedAdapter, adapter_folder, read_adapter
@@ -145,7 +146,7 @@ class AdapterManager:
             LOG.warning("the adapter in %s cannot be read", path, exc_info=error)
             message = "The adapter's files are corrupt."
             raise bad_request(message, code="adapter_refused", param="lora_path") from error
-        LOG.info("loaded the adapter %s from %s (%s)", name, folder, served.sha256)
+        LOG.info("loaded the adapter %s from %s (%s): %s", name, folder, served.sha256, attached_text(adapter))
         if served.trained_on in (None, self._engine.base_sha256):
             return _success(served, "added")
         LOG.warning("the adapter %s was trained on different base weights", name)

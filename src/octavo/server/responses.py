@@ -106,6 +106,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: Literal["octavo"] = "octavo"
     parent: str | None = None
+    attached: dict[str, int] | None = Field(None, description="Number of an adapter's modules by last name.")
     system_fingerprint: Fingerprint
     max_model_len: int = Field(description="Maximum number of prompt and generated tokens together.")
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from octavo.adapters import attached_text
 from octavo.commands.loading import chosen_scheme, end_ids, load_model, opened
 from octavo.config import Config, ModelOptions, ServeOptions
 from octavo.errors import AdapterError, OctavoError, UsageError
@@ -128,6 +129,7 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
             served = engine.load_adapter(name, adapter)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error.message}", hint=error.hint) from error
+        report.say(f"{name}: {attached_text(adapter)}")
         if served.trained_on not in (None, engine.base_sha256):
             report.warn(f"The adapter {name} was trained on different base weights.")
     return engine

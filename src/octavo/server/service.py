@@ -59,6 +59,7 @@ class Served:
     adapter: str | None  # its name in the engine; None for the base model
     fingerprint: str  # sha256 of its weights
     created: int  # Unix time
+    attached: dict[str, int] | None = None  # an adapter's modules with LoRA, by last name
 
 
 @dataclass
@@ -90,7 +91,8 @@ class Service:
         """The served models: the base model, then the adapters in the order of loading."""
         engine = self.engine
         base = Served(engine.base, None, engine.base_sha256, self.created)
-        return [base, *(Served(a.name, a.name, a.sha256, int(a.loaded_at)) for a in engine.adapters().values())]
+        adapters = engine.adapters().values()
+        return [base, *(Served(a.name, a.name, a.sha256, int(a.loaded_at), dict(a.attached)) for a in adapters)]
 
     def named(self, model: str | None) -> Served:
         """The served model named `model`. None: the first adapter, else the base model. 404 for an unknown name."""

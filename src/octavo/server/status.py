@@ -35,6 +35,7 @@ def router(service: Service) -> APIRouter:
             id=served.name,
             created=served.created,
             parent=None if served.adapter is None else engine.base,
+            attached=served.attached,
             system_fingerprint=served.fingerprint,
             max_model_len=engine.context,
         )

@@ -1,8 +1,8 @@
 """Adapter files in PEFT's format, read and written without a model.
 
 A folder contains adapter_config.json and adapter_model.safetensors, which `peft` loads as they are, and two files that
-it ignores: octavo.json (a format version, the base weights that the adapter was trained on, and the hash of its
-tensors) and README.md (the model card).
+it ignores: octavo.json (a format version, the base weights that the adapter was trained on, the rank and scaling of
+every module with LoRA, and the hash of the tensors) and README.md (the model card).
 
 NAME is a module's name in transformers, e.g. model.layers.0.self_attn.q_proj. All tensors of the file have the prefix
 base_model.model.NAME:
@@ -29,7 +29,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.bounded_json import read_object, shown
+from octavo.bounded_json import read_object, shown, some
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.models import TEXT_PREFIX, embedding_keys, head_keys, layer_of
@@ -65,6 +65,7 @@ class Adapter:
     separate: frozenset[str] = frozenset()  # modules with a weight of their own, untied (modules_to_save)
     base_layers: frozenset[str] = frozenset()  # keys of `full` that PEFT saved with a LoRA layer, not trained
     base: str = ""  # the name of its base (base_model_name_or_path)
+    config: PeftConfig | None = None  # adapter_config.json, if the adapter was read from a folder
     fan_in_fan_out: bool = False  # whether it has LoRA on weights that the base stores (K, N), as GPT-2 does
 
     @property
@@ -140,7 +141,8 @@ def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bo
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_bytes(json_bytes(config))
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes mode 0600, whatever the umask
-    origin = {"format": FORMAT, **adapter.origin, "sha256": tensors_sha256(tensors, config)}
+    origin = {"format": FORMAT, **adapter.origin, "targets": _targets_of(adapter)}
+    origin["sha256"] = tensors_sha256(tensors, config)
     (folder / ORIGIN).write_bytes(json_bytes(origin))
     (folder / "README.md").write_text(readme, encoding="utf-8", errors="replace")
 
@@ -155,12 +157,12 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
     config = read_config(folder)
     origin = _origin(folder)
     tensors, sha256 = read_tensors(folder, allow_pickle=allow_pickle)
-    expected = origin.pop("sha256", None)
+    expected, listed = origin.pop("sha256", None), origin.pop("targets", None)
     if expected is not None and expected != tensors_sha256(tensors, config.function):
         raise AdapterError(
             f"The adapter in {folder} has changed since it was written: its tensors or the values in {CONFIG} do not "
             f"have the hash in {ORIGIN}.",
-            hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" from {ORIGIN}.',
+            hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" and "targets" from {ORIGIN}.',
         )
     lora: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
@@ -187,10 +189,38 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
     if not lora and not full and not tokens:
         raise AdapterError(f"The adapter in {folder} holds nothing that was trained.")
     separate = frozenset(name for key in full if config.saves(name := key.rpartition(".")[0]))
-    return Adapter(
+    adapter = Adapter(
         config.spec, lora, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
-        config.base,
+        config.base, config,
     )  # fmt: skip
+    if listed is not None:
+        _check_targets(folder, adapter, listed)
+    return adapter
+
+
+def _targets_of(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """The modules with LoRA, as octavo.json lists them."""
+    return {name: {"rank": len(a), "scaling": scaling} for name, (a, _, scaling) in adapter.lora.items()}
+
+
+def _check_targets(folder: Path, adapter: Adapter, listed: Any) -> None:
+    """AdapterError if the modules with LoRA are not those of octavo.json, with their ranks and scalings."""
+    actual = _targets_of(adapter)
+    listed = listed if isinstance(listed, dict) else {}
+    different = [name for name in {**listed, **actual} if not _same_target(listed.get(name), actual.get(name))]
+    if different:
+        raise AdapterError(
+            f"The adapter in {folder} does not have the LoRA that {ORIGIN} lists: {some(different)} "
+            "is missing, not listed, or of another rank or scaling.",
+            hint=f'Restore it from a copy. If you changed it on purpose, remove "targets" from {ORIGIN}.',
+        )
+
+
+def _same_target(listed: Any, actual: dict[str, float] | None) -> bool:
+    if not isinstance(listed, dict) or actual is None or listed.get("rank") != actual["rank"]:
+        return False
+    scaling = listed.get("scaling")
+    return isinstance(scaling, int | float) and math.isclose(scaling, actual["scaling"], rel_tol=1e-6)
 
 
 def _origin(folder: Path) -> dict[str, Any]:

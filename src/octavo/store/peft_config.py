@@ -1,9 +1,9 @@
 """adapter_config.json of PEFT's format, as typed and bounded values.
 
-The tensors in the adapter file alone decide which modules are adapted. So the options that selected them in training
-(target_modules, which may be a regular expression or "all-linear", exclude_modules, layers_to_transform,
-layers_pattern) are not evaluated. In PEFT the keys of rank_pattern and alpha_pattern are regular expressions. Here they
-must be names: a regular expression of an untrusted file can run endlessly (catastrophic backtracking).
+The tensors in the adapter file must be those of the modules that the options select (store/peft_targets.py), which
+adapters/complete.py checks where the model is known. In PEFT the keys of rank_pattern and alpha_pattern are regular
+expressions. Here they must be names: a regular expression of an untrusted file can run endlessly (catastrophic
+backtracking). target_modules and exclude_modules may be one, which store/name_pattern.py matches in bounded time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from octavo.bounded_json import JsonError, flag, integer, number, read_object, s
 from octavo.errors import AdapterError
 from octavo.layers.lora import MAX_ALPHA, MAX_RANK, LoraSpec
 from octavo.models import embedding_keys
+from octavo.store.peft_targets import Targets, read_targets
 
 CONFIG = "adapter_config.json"
 # Options with which PEFT computes something else than W x + s B A x. Source: peft 0.21, LoraConfig.
@@ -45,7 +46,8 @@ class PeftConfig:
     modules_to_save: tuple[str, ...]
     token_indices: dict[str, tuple[int, ...]]
     base: str  # base_model_name_or_path, or ""
-    biases: bool  # whether biases were trained
+    bias: str  # whose biases were trained: "none", "all" or "lora_only"
+    targets: Targets | None  # the modules with LoRA; None if the file does not say
     function: dict[str, Any]  # the values of FUNCTION_KEYS
 
     def spec_of(self, name: str) -> LoraSpec:
@@ -84,7 +86,8 @@ def read_config(folder: Path) -> PeftConfig:
             _names(content, "modules_to_save"),
             _token_indices(content),
             text(content, "base_model_name_or_path", default=""),
-            text(content, "bias", default="none") != "none",
+            text(content, "bias", default="none"),
+            read_targets(content),
             function_of(content),
         )
     except JsonError as error:
@@ -163,4 +166,5 @@ def _token_indices(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _hint(error: JsonError) -> str:
     if "regular expression" not in str(error):
         return ""
-    return f"Write the modules' names into {CONFIG}, one key each: letters, digits, _ and dots."
+    each = "one key each" if "_pattern" in str(error) else "a list in place of the expression"
+    return f"Write the modules' names into {CONFIG}, {each}: letters, digits, _ and dots."
