@@ -114,7 +114,8 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
         )
     ]
     for text in (
-        "[default: 16]", "[auto|none|int8|dynamic8|nf4] [default: auto]", "[cosine|linear|constant] [default: cosine]",
+        "[default: 16]", "[auto|none|int8|dynamic8|nf4|nf4-double] [default: auto]",
+        "[cosine|linear|constant] [default: cosine]",
         "(needs octavo[clean])", "[default: on]", "the first GPU that PyTorch finds",
     ):  # fmt: skip
         assert text in help_text
