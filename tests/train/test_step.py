@@ -23,7 +23,7 @@ from octavo.models import Decoder
 from octavo.objective import Inputs, batch_loss, next_token_loss
 from octavo.ops.attention import find_documents
 from octavo.train.memory import MemoryPlan
-from octavo.train.step import EagerStep, PlannedStep, _document_slots, micro_batches
+from octavo.train.step import EagerStep, GraphStep, PlannedStep, _document_slots, micro_batches
 
 VOCAB_SIZE, SEQ_LEN, CPU = 61, 12, torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -155,6 +155,18 @@ def test_reduce_memory_selects_the_next_smaller_plan(model: Decoder) -> None:
             torch.testing.assert_close(actual, 0.5 * gradient, rtol=1e-4, atol=1e-5)
         assert step.reduce_memory() == (number < 2)
     assert "micro-batches of 2 sequences" in warnings[0]
+
+
+def test_without_a_cheaper_plan_the_run_continues_without_graphs(model: Decoder) -> None:
+    warnings: list[str] = []
+    plan = MemoryPlan((Save.INPUT,) * 2, 1, 2**30, None)
+    step = PlannedStep(model, plan, graphs=True, cheaper=lambda _: None, warn=warnings.append)
+    assert isinstance(step._make(), GraphStep)
+    assert step.reduce_memory()
+    assert "without CUDA graphs" in warnings[0]
+    assert isinstance(step._make(), EagerStep)
+    assert not step.reduce_memory()
+    assert step.plan == plan
 
 
 def test_rows_of_one_document_need_no_document_slots() -> None:

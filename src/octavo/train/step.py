@@ -249,9 +249,16 @@ class PlannedStep:
             self._step = None  # with the transposed weights, after the graphs that read them
 
     def reduce_memory(self) -> bool:
-        """After running out of memory: the next cheaper plan. False if there is none."""
+        """After running out of memory: the next cheaper plan, or the last one without CUDA graphs. False for neither.
+
+        A graph keeps the memory of its step to itself, so that recording it needs more than running the step.
+        """
         self.release()
         plan = self._cheaper(self.plan)
+        if plan is None and self.graphs:
+            self.graphs, self._seen = False, set()
+            self._warn("The GPU ran out of memory. The run continues without CUDA graphs, which need more of it.")
+            return True
         if plan is None:
             return False
         device = "The GPU" if self.decoder.embed.matrix.device.type == "cuda" else "The process"
