@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import pytest
+from tests.families_table import pytest_addoption as pytest_addoption
+from tests.families_table import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.families_table import pytest_runtest_logreport as pytest_runtest_logreport
+from tests.families_table import pytest_sessionfinish as pytest_sessionfinish
 from tests.forks import Forks
 
 FROM_OUTSIDE = (

@@ -73,6 +73,7 @@ def with_fewer_inputs(tensors: Tensors) -> Tensors:
     return {**tensors, a: tensors[a][:, :-1]}
 
 
+@pytest.mark.cell("ledger")
 @each_family
 def test_an_adapter_of_peft_is_complete_and_one_with_another_tensor_is_refused(family: Family, tmp_path: Path) -> None:
     whole = load_file(foreign(family) / TENSORS)
@@ -103,6 +104,7 @@ def test_an_adapter_of_peft_is_complete_and_one_with_another_tensor_is_refused(f
             apply_(family.ours(), read(changed(foreign(family), tmp_path / change.__name__, change)))
 
 
+@pytest.mark.cell("ledger")
 @each_family
 def test_all_modules_of_octavos_adapter_are_listed_and_each_changes_the_logits(family: Family, tmp_path: Path) -> None:
     saved = with_octavo(family, tmp_path / "adapter")
@@ -139,6 +141,7 @@ def with_rows_in(tensors: Tensors, *, key: str, order: Tensor) -> Tensors:
     return {**tensors, key: tensors[key][order]}
 
 
+@pytest.mark.cell("ledger")
 @each_family
 def test_an_adapter_of_octavo_whose_rows_have_another_order_is_refused(family: Family, tmp_path: Path) -> None:
     with_octavo(family, tmp_path / "adapter")

@@ -42,7 +42,12 @@ class Models(NamedTuple):
     ours: Decoder
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The first case of each model type is in `make test`.
+FIRST = {config.model_type: case for case, config in reversed(CASES.items())}.values()
+PARAMS = [case if case in FIRST else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def kernels(request: pytest.FixtureRequest, models_of: Callable[[Any], tuple[Any, Decoder]]) -> Models:
     return Models(*models_of(CASES[request.param]))
 
@@ -51,6 +56,7 @@ def some_ids(rows: int = 2, length: int = LENGTH) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.cell("logits")
 @torch.no_grad()
 def test_logits_are_transformers(kernels: Models) -> None:
     ids = some_ids()
@@ -59,6 +65,7 @@ def test_logits_are_transformers(kernels: Models) -> None:
     torch.testing.assert_close(kernels.ours(ids), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.cell("logits")
 @torch.no_grad()
 def test_logits_far_from_the_start_are_transformers(kernels: Models) -> None:
     # Angles are near 2000 there, so that a frequency that is off by one unit in the last place shows.
@@ -67,6 +74,7 @@ def test_logits_far_from_the_start_are_transformers(kernels: Models) -> None:
     torch.testing.assert_close(kernels.ours(ids, positions=positions), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.cell("packed")
 @torch.no_grad()
 def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Models) -> None:
     lengths, padding = [9, 1, 14, 6], 3
@@ -81,6 +89,7 @@ def test_packed_documents_are_what_transformers_makes_of_each_alone(kernels: Mod
         torch.testing.assert_close(packed[document == number][None], alone, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.cell("cache")
 @torch.no_grad()
 def test_a_cache_filled_in_chunks_gives_the_same_logits(kernels: Models) -> None:
     ids, model = some_ids(), kernels.ours
@@ -163,6 +172,7 @@ def in_checkpoint_order(place: WeightEntry, rows: Tensor | None) -> Tensor | Non
     return rows if rows is None or place.order is None else place.order.to_checkpoint(rows)
 
 
+@pytest.mark.cell("gradients")
 def test_gradients_are_those_of_transformers_and_peft(kernels: Models) -> None:
     theirs, ours = tuned(kernels)
     ids, labels = some_ids(), some_ids().roll(-1, dims=1)
