@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,26 @@ def test_a_file_written_by_the_gguf_library_gives_the_same_tokenizer(tmp_path: P
         assert ours(line)["input_ids"] == [1, *theirs.encode(line)]
 
 
+@given(text=TEXT)
+@example(text="a    b" + " " * 9 + "\n\n    c")
+def test_user_defined_pieces_of_spaces_may_be_stored_as_spaces(text: str) -> None:
+    """As convert_hf_to_gguf.py stores those of Gemma."""
+    theirs, ours = spaces_as_spaces()
+    ids = coder_of(ours).plain.encode(text, add_special_tokens=False).ids
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
+@cache
+def spaces_as_spaces() -> tuple[Any, Any]:
+    theirs = trained(byte_fallback=True, add_dummy_prefix=False)
+    entries = metadata(theirs, add_space_prefix=False)
+    entries["tokenizer.ggml.tokens"] = [
+        token.replace("\u2581", " ") if token in OWN else token for token in entries["tokenizer.ggml.tokens"]
+    ]
+    return theirs, build(entries)
+
+
 @pytest.mark.parametrize(("add_bos", "expected"), [(None, [1]), (True, [1]), (False, [])])
 def test_the_bos_token_comes_first_unless_the_file_disables_it(add_bos: bool | None, expected: list[int]) -> None:
     theirs = trained(byte_fallback=True)
@@ -162,7 +183,7 @@ def test_default_special_ids_are_sentencepieces() -> None:
     assert (ours.bos_token, ours.eos_token, ours.unk_token) == ("<s>", "</s>", "<unk>")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gemma3_text"])
 def test_a_saved_tokenizer_gives_the_same_ids(
     tokenizers: dict[str, tuple[Any, Any]], model_type: str, tmp_path: Path
 ) -> None:

@@ -154,6 +154,12 @@ def test_gpt2_and_qwen2_ids_equal_those_of_transformers(kernels: list[tuple[Any,
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("split", ["smollm", "starcoder", "refact"])
+def test_digits_are_single_tokens_in_the_splits_of_starcoder(split: str) -> None:
+    assert build(split).tokenize(" the 12") == ["\u0120the", "\u0120", "1", "2"]
+    assert build("gpt-2").tokenize(" the 12")[-1] == "12"
+
+
 def test_llama3_splits_as_transformers_converter_does() -> None:
     pattern = inspect.signature(TikTokenConverter.__init__).parameters["pattern"].default
     reference = pre_tokenizers.Split(Regex(pattern), behavior="isolated")

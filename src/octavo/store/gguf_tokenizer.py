@@ -57,6 +57,8 @@ def _words_split(digits: str) -> Any:
 PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2_split,
     "smollm": _smollm_split,
+    "starcoder": _smollm_split,
+    "refact": _smollm_split,  # StarCoder's tokenizer in Granite's files too
     "qwen2": lambda: _words_split(r"\p{N}"),
     "llama-bpe": lambda: _words_split(r"\p{N}{1,3}"),
 }
