@@ -176,6 +176,15 @@ CASES = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ),
+    "mistral, windows in given layers": MinistralConfig(  # AutoConfig reads a Mistral with layer_types so
+        **like_llama(4, 2, head_dim=16, sliding_window=6, layer_types=["full_attention", "sliding_attention"])
+    ),
+    "llama, llama3 rope, original context outside of it": LlamaConfig(
+        **like_llama(4, 2, original_max_position_embeddings=24, rope_parameters=LLAMA3_ROPE)
+    ),
+    "llama, yarn with beta_fast below beta_slow": LlamaConfig(
+        **like_llama(4, 2, rope_parameters=YARN | {"beta_fast": 1.0, "beta_slow": 32.0})
+    ),
     "ministral, windows in given layers": MinistralConfig(
         **like_llama(4, 2, head_dim=16, sliding_window=6, layer_types=["full_attention", "sliding_attention"])
     ),
@@ -242,6 +251,17 @@ CASES = {
             num_hidden_layers=3,
             no_rope_layers=[0, 1, 0],
             tie_word_embeddings=False,
+            pad_token_id=None,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "smollm3, windows that layer_types name": SmolLM3Config(
+        **like_llama(
+            4,
+            2,
+            sliding_window=5,
+            layer_types=["sliding_attention"] * 2,
             pad_token_id=None,
             bos_token_id=1,
             eos_token_id=2,

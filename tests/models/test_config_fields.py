@@ -134,3 +134,41 @@ def test_the_model_type_decides_between_supported_ones_as_in_transformers() -> N
     assert by_name == biased
     with pytest.raises(ModelError, match="gemma"):
         parse({**LLAMA, "model_type": "gemma"})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, "rope_theta"),
+        ({"rope_parameters": {**FACTORS, "original_max_position_embeddings": 1}}, "original_max_position_embeddings"),
+        ({"rope_parameters": {**FACTORS, "short_factor": [1.0] * 3}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "2 values of a head"),
+    ],
+)
+def test_rotary_settings_that_have_no_frequencies_are_errors(changes: dict[str, Any], key: str) -> None:
+    config = {name: value for name, value in LLAMA.items() if name not in ("rope_parameters", "rope_scaling")}
+    with pytest.raises(ModelError, match=key):
+        build({**config, **changes})
+
+
+def test_olmo3_settings_for_no_type_of_layers_are_an_error() -> None:
+    config = {**LLAMA, "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "rope_parameters": YARN}
+    with pytest.raises(ModelError, match="neither full_attention nor sliding_attention"):
+        build(config)
+
+
+def test_numbers_of_rotary_positions_outside_of_their_settings_have_no_effect_in_gpt_neox() -> None:
+    config = {"model_type": "gpt_neox", **SIZES, "rotary_pct": 0.5}
+    plain = parse(config).attention
+    assert parse({**config, "rope_theta": 77.0, "partial_rotary_factor": 0.5}).attention == plain
+    assert parse({**config, "rotary_emb_base": 77.0}).attention != plain
+
+
+def test_a_composite_gemma3_has_no_soft_cap() -> None:
+    text = {**SIZES, "model_type": "gemma3_text", "final_logit_softcapping": 2.0}
+    assert parse({"model_type": "gemma3", "text_config": text}).logit_softcap is None
+    assert parse({**text, "architectures": ["Gemma3ForCausalLM"]}).logit_softcap == 2.0

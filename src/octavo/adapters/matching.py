@@ -13,7 +13,7 @@ from octavo.adapters.complete import check_complete
 from octavo.bounded_json import shortened, shown, some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
-from octavo.models import Decoder, WeightEntry, is_other_part, layer_of, weight_entries
+from octavo.models import Decoder, WeightEntry, is_other_part, layer_of, old_name, weight_entries
 from octavo.store.peft import Adapter, renamed
 
 
@@ -23,6 +23,7 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
     AdapterError if the model has no module for a tensor of the adapter, or if the adapter is not complete.
     """
     entries = weight_entries(model)
+    adapter = renamed(adapter, {old_name(entry.module): entry.module for entry in entries.values()})
     adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
     unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
     unknown += [key for key in adapter.full if not _fits_full(entries, key)]

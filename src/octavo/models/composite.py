@@ -40,7 +40,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     tied = fields.flag("tie_word_embeddings", default=True)
     default = {"model_type": known[0][1], "tie_word_embeddings": tied}
     own = {key: value for key, value in text.source.items() if key not in ("architectures", "tie_word_embeddings")}
-    return {**default, **own}
+    # The head of a composite Gemma 3 has no soft-cap in transformers, whatever text_config says.
+    return {**default, **own, "final_logit_softcapping": None}
 
 
 def names_in(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]:
@@ -58,3 +59,10 @@ def names_in(config: Mapping[str, Any], stored: Iterable[str]) -> dict[str, str]
 def is_other_part(name: str) -> bool:
     """Whether a name in a composite model belongs to another part than the text's."""
     return name.removeprefix("model.").startswith(OTHER_PARTS)
+
+
+def old_name(module: str) -> str:
+    """The name that older versions of transformers and PEFT give a module; its own for a module of a text model."""
+    if module.startswith(f"model.{TEXT_PREFIX}"):
+        return module.replace(f"model.{TEXT_PREFIX}", "language_model.model.", 1)
+    return module

@@ -75,10 +75,11 @@ class Config(ConfigDefaults):
         width, heads = fields.width(), fields.heads()
         if width % heads:
             raise fields.wrong(f"hidden_size is {width}, which num_attention_heads {heads} does not divide")
-        # Older files have these two numbers, newer ones partial_rotary_factor and rope_theta.
+        # Older files have these two numbers, newer ones partial_rotary_factor and rope_theta in rope_parameters.
         share = fields.number("rotary_pct", least=0.0, most=1.0, default=0.25)
         theta = fields.number("rotary_emb_base", least=1.0, most=MAX_THETA, default=DEFAULT_THETA)
-        rotary = rotary_of(fields, width // heads, theta=theta, share=share)
+        others = {key: value for key, value in source.items() if key not in ("partial_rotary_factor", "rope_theta")}
+        rotary = rotary_of(ConfigFields(others), width // heads, theta=theta, share=share)
         return cls(
             vocabulary=fields.vocabulary(),
             width=width,

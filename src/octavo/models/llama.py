@@ -104,10 +104,10 @@ class Config(ConfigDefaults):
 
     @classmethod
     def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
-        """Whether each layer has a sliding window: all of a Mistral, those that a Ministral names, a Qwen2's last."""
+        """Whether each layer has a sliding window: those that a Mistral names, or all, a Qwen2's last."""
         kind = fields.text("model_type", default="")
-        if kind in ("mistral", "ministral"):
-            return sliding_layers(fields, [True] * layers) if kind == "ministral" else [True] * layers
+        if kind in ("mistral", "ministral"):  # transformers takes a Mistral with layer_types for a Ministral
+            return sliding_layers(fields, [True] * layers)
         return qwen_sliding(fields, layers) if kind == "qwen2" else [False] * layers
 
 

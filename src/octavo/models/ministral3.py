@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from octavo.models import llama
 from octavo.models.config_fields import ConfigFields
+from octavo.models.rotary import original_context
 
 HEAD_SIZE = 128  # where config.json names none
 YARN = {
@@ -39,7 +40,7 @@ class Config(llama.Config):
         rope = fields.object("rope_scaling") or fields.object("rope_parameters")
         assert rope is not None
         growth = rope.number("llama_4_scaling_beta", least=0.0, most=MAX_GROWTH, default=0.0)
-        original = rope.positions("original_max_position_embeddings", default=base.context)
+        original = original_context(fields, rope)
         layers = tuple(layer._replace(query_growth=(growth, original) if growth else None) for layer in base.attention)
         return cls(**{**vars(base), "attention": layers})
 

@@ -50,6 +50,8 @@ def _rotary_fields(fields: ConfigFields, kind: str) -> ConfigFields:
     `rope_parameters` has them by type; the older key `rope_scaling` is for the layers without a window.
     """
     by_type = fields.object("rope_parameters")
+    if by_type and not {FULL, SLIDING} & by_type.source.keys():
+        raise fields.wrong(f"rope_parameters has neither {FULL} nor {SLIDING}, the types of an OLMo 3's layers")
     own = by_type.object(kind) if by_type else None
     older = fields.object("rope_scaling") if kind == FULL else None
     rope = {**(own.source if own else {}), **(older.source if older else {})}

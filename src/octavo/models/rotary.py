@@ -45,7 +45,7 @@ class Rotary:
     scale: float = 1.0  # of cos and sin
     original: int = 0  # the original context, for the two types below
     long: tuple[float, ...] = ()  # longrope: the frequencies of sequences longer than `original`
-    dynamic: tuple[float, float] | None = None  # (theta, factor)
+    dynamic: tuple[float, float, int] | None = None  # (theta, factor, R)
 
     @property
     def depends_on_length(self) -> bool:
@@ -64,7 +64,7 @@ class Rotary:
 
     def _stretched(self, length: Tensor | int, device: torch.device) -> Tensor:
         assert self.dynamic is not None
-        (theta, factor), rotated = self.dynamic, 2 * len(self.frequencies)
+        theta, factor, rotated = self.dynamic
         lengths = torch.as_tensor(length, device=device).clamp_min(self.original)  # () or (B, T)
         growth = (factor * lengths / self.original - (factor - 1)) ** (rotated / (rotated - 2))
         exponents = torch.arange(0, rotated, 2, device=device).float() / rotated  # (R/2,)
@@ -108,13 +108,15 @@ def rotary_of(
     if kind == "linear":
         base = base / _factor(rope)
     elif kind == "llama3":
-        base = _llama3(base, rope, rope.positions("original_max_position_embeddings", default=context))
+        base = _llama3(base, rope, original_context(fields, rope))
     elif kind == "yarn":
-        return _yarn(base, theta, rope, _original(fields, rope, context), context)
+        return _yarn(base, theta, rope, original_context(fields, rope), context)
     elif kind == "longrope":
-        return _longrope(base, rope, _original(fields, rope, context), context)
+        return _longrope(base, rope, original_context(fields, rope), context)
     elif kind == "dynamic":
-        return Rotary(_values(base), original=context, dynamic=(theta, _factor(rope)))
+        if rotated <= 2:
+            raise rope.wrong(f"{rotated} values of a head are rotated; positions of type dynamic need more than 2")
+        return Rotary(_values(base), original=context, dynamic=(theta, _factor(rope), rotated))
     elif kind != "default":
         raise ModelError(
             f"The model's config asks for rotary positions of type {shown(kind)}.",
@@ -136,9 +138,9 @@ def _settings(fields: ConfigFields, layer_type: str) -> ConfigFields:
     return (rope.object(layer_type) if layer_type else None) or rope
 
 
-def _original(fields: ConfigFields, rope: ConfigFields, context: int) -> int:
-    """The original context: transformers reads it outside of the settings first (Phi-3's files)."""
-    inside = rope.positions("original_max_position_embeddings", default=context)
+def original_context(fields: ConfigFields, rope: ConfigFields) -> int:
+    """The original context: transformers reads it outside of the rotary settings first (Phi-3's files)."""
+    inside = rope.positions("original_max_position_embeddings", default=fields.positions())
     return fields.positions("original_max_position_embeddings", default=inside)
 
 
@@ -154,14 +156,16 @@ def _llama3(base: Tensor, rope: ConfigFields, original: int) -> Tensor:
     factor, low, high = _factor(rope), _factor(rope, "low_freq_factor"), _factor(rope, "high_freq_factor")
     if low >= high:
         raise rope.wrong(f"low_freq_factor is {low:g}; it must be less than high_freq_factor, {high:g}")
-    turns = original * base / (2 * math.pi)  # (R/2,) of each pair in the original context
+    turns = original / (2 * math.pi / base)  # (R/2,) of each pair in the original context; rounded as in transformers
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return base * kept + base / factor * (1 - kept)
+    return (1 - kept) * base / factor + kept * base
 
 
 def _yarn(base: Tensor, theta: float, rope: ConfigFields, original: int, context: int) -> Rotary:
     """Pairs up to `low` keep their frequencies, pairs from `high` on have them divided by the factor."""
     rotated, factor = 2 * len(base), _factor(rope, default=context / original)
+    if theta <= 1:
+        raise rope.wrong(f"rope_theta is {theta:g}; positions of type yarn need more than 1")
 
     def pair_of(turns: float) -> float:
         """The pair, a real number, that turns so many times in the original context."""
@@ -171,7 +175,7 @@ def _yarn(base: Tensor, theta: float, rope: ConfigFields, original: int, context
     if rope.flag("truncate", default=True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
-    divided = ((torch.arange(len(base)) - low) / max(high - low, 1e-3)).clamp(0, 1)  # (R/2,)
+    divided = ((torch.arange(len(base)) - low) / (high - low or 1e-3)).clamp(0, 1)  # (R/2,)
     scale = _factor(rope, "attention_factor", _yarn_scale(rope, factor))
     return Rotary(_values(base / factor * divided + base * (1 - divided)), scale)
 
@@ -189,6 +193,8 @@ def _yarn_scale(rope: ConfigFields, factor: float) -> float:
 
 def _longrope(base: Tensor, rope: ConfigFields, original: int, context: int) -> Rotary:
     factor = _factor(rope, default=context / original)
+    if original < 2:
+        raise rope.wrong("original_max_position_embeddings is 1; positions of type longrope need more")
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     scale = _factor(rope, "attention_factor", grown)
     short, long = (

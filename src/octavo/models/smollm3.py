@@ -36,8 +36,8 @@ class Config(llama.Config):
     @classmethod
     def sliding(cls, fields: ConfigFields, layers: int) -> list[bool]:
         """Whether each layer has a sliding window: those without rotary positions, if any."""
-        slides = sliding_layers(fields, [not rotated for rotated in _rotary_layers(fields, layers)])
-        return slides if fields.flag("use_sliding_window") else [False] * layers
+        flag = fields.flag("use_sliding_window")  # of the default alone: layer_types count without it too
+        return sliding_layers(fields, [flag and not rotated for rotated in _rotary_layers(fields, layers)])
 
 
 def _rotary_layers(fields: ConfigFields, layers: int) -> list[bool]:

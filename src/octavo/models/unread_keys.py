@@ -17,17 +17,18 @@ NESTED = ("text_config", "rope_parameters", "rope_scaling", "full_attention", "s
 # dropouts are left out: octavo has LoRA's alone.
 _NAMES = """
     _attn_implementation _commit_hash _name_or_path _sliding_window_pattern add_cross_attention architectures
-    attention_types auto_map bad_words_ids begin_suppress_tokens bos_token_id boi_token_index cache_implementation
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype early_stopping eoi_token_index
-    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    generation_config gradient_checkpointing id2label image_token_id image_token_index initializer_factor
-    initializer_range is_decoder is_encoder_decoder label2id language license max_position_embeddings
-    mm_tokens_per_image model_max_length multimodal_projector_bias num_return_sequences octavo output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
-    projector_hidden_act quantization quantization_config compression_config remove_invalid_values
+    attention_types auto_map bad_words_ids begin_suppress_tokens boi_token_index bos_token_id cache_implementation
+    chunk_size_feed_forward compression_config cross_attention_hidden_size decoder_start_token_id dtype
+    early_stopping eoi_token_index eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id generation_config gradient_checkpointing id2label image_token_id image_token_index
+    initializer_factor initializer_range is_decoder is_encoder_decoder label2id language license
+    max_position_embeddings mm_tokens_per_image model_max_length multimodal_projector_bias num_return_sequences
+    octavo output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
+    pretraining_tp problem_type projector_hidden_act quantization quantization_config remove_invalid_values
     reorder_and_upcast_attn return_dict return_dict_in_generate sep_token_id spatial_merge_size suppress_tokens
-    task_specific_params tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vision_config vision_feature_layer
+    task_specific_params tf_legacy_loss tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache vision_config
+    vision_feature_layer
 """
 NO_EFFECT = frozenset(_NAMES.split())
 NO_EFFECT_ENDS = ("_pdrop", "dropout", "_dropout", "_dropout_prob")

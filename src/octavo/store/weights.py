@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
-from octavo.ops.quantize import dequantize
+from octavo.ops.quantize import SCHEMES, dequantize
 from octavo.ops.scheme import Parts, Scheme, Shape
 from octavo.store.contents import Item, check_shapes, entries, is_transposed, misshapen, scheme_at, stored_scheme_at
 from octavo.store.sources import Source
@@ -207,8 +207,14 @@ def check_row_order(name: str, entry: WeightEntry, stored: Scheme) -> None:
     raise ModelError(
         f"{name} is reordered at load in runs of {entry.order.run:,} x {columns:,} values, which are not whole blocks "
         f"of the scheme {stored.name}.",
-        hint="Quantize the original model with --scheme int8, which has a scale for each row.",
+        hint=f"Write it with --scheme {' or '.join(_storable(entry.order, columns))}. A run, `octavo evaluate` and "
+        f"`octavo serve` can also quantize to {stored.name} while they load.",
     )
+
+
+def _storable(order: RowOrder, columns: int) -> list[str]:
+    """The schemes under which a matrix with this order of rows can be stored."""
+    return [name for name, scheme in SCHEMES.items() if name != "none" and scheme.stacks((order.run, columns))]
 
 
 def _reordered(parts: Parts, order: RowOrder) -> Parts:
