@@ -75,6 +75,7 @@ class PlanRow(TypedDict):
     weights_transposed: bool
     seconds: float | None
     tokens_per_second: float | None
+    flops_per_token: dict[str, float]  # of body, head and attention, without what is recomputed
 
 
 class PlanResult(TypedDict):
