@@ -60,7 +60,8 @@ class Prefiller:
         # graph, which computes a whole prompt in any case. Else all but the last token may be reused: its logits are
         # needed.
         whole = request.prompt_logprobs or self._fit_graph([request])
-        active.cached = self.slots.reuse_prefix(slot, active.adapter, () if whole else request.prompt[:-1])
+        extent = len(request.prompt) + active.limit
+        active.cached = self.slots.reuse_prefix(slot, active.adapter, () if whole else request.prompt[:-1], extent)
 
     def step(self, first_slot: int, max_tokens: int) -> tuple[int, Tensor | None]:
         """One pass over the model: all active prompts as a graph, or up to `max_tokens` of one prompt.

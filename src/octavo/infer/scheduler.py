@@ -54,7 +54,7 @@ class Scheduler:
     ) -> None:
         self.tokenizer, self.queue, self.limits, self.stop_ids = tokenizer, queue, limits, stop_ids
         self.vocab_size = min(len(tokenizer), model.config.vocabulary)
-        self.slots = Slots(model.new_slots(slots=limits.slots, max_len=limits.max_len))
+        self.slots = Slots(model.new_slots(slots=limits.slots, max_len=limits.max_len), model.length_regime)
         self.adapters = ServedAdapters()
         self.decoder = DecodeRunner(
             model, self.slots.cache, self.adapters, self.vocab_size, deterministic=limits.deterministic

@@ -9,7 +9,7 @@ all of these layers hold what the next token sees: until its slot has about CHUN
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from octavo.layers.kv_cache import SlotCache
 from octavo.ops import tiles
@@ -23,27 +23,31 @@ class Slots:
     after its request has finished, until another request gets the slot.
     """
 
-    def __init__(self, cache: SlotCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: SlotCache, regime: Callable[[int], Hashable] = lambda extent: None) -> None:
+        """`regime` of the most positions of a request is equal where keys have the same rotary positions."""
+        self.cache, self._regime = cache, regime
         self._adapters: list[str | None] = [None] * len(cache.lengths)
         self._tokens: list[list[int]] = [[] for _ in cache.lengths]
         self._prefilled = [0] * len(cache.lengths)  # how many of the tokens, from the first on, prefill computed
         # The most positions since the slot was last empty. A slot that continues from a shorter prefix keeps its rings.
         self._written = [0] * len(cache.lengths)
 
-    def reuse_prefix(self, slot: int, adapter: str | None, prompt: Sequence[int]) -> int:
+    def reuse_prefix(self, slot: int, adapter: str | None, prompt: Sequence[int], extent: int | None = None) -> int:
         """Prepares a slot for a prompt: copies the longest prefix of it, in whole tiles, that any slot stores.
 
-        Returns the number of reused tokens; the slot has this length. `slot` itself may be the source.
+        `extent` is the most positions that the request may have, by default those of a slot. Returns the number of
+        reused tokens; the slot has this length. `slot` itself may be the source.
         """
         source, length = slot, 0
+        regime = self._regime(extent := extent or self.cache.max_len)
         for other, (other_adapter, tokens) in enumerate(zip(self._adapters, self._tokens, strict=True)):
-            if other_adapter == adapter:
+            if other_adapter == adapter and self._regime(self.cache.extent_of[other]) == regime:
                 tokens = tokens[: self._prefilled[other]]
                 common = _common_prefix(tokens, prompt) // tiles.PREFILL_TILE * tiles.PREFILL_TILE
                 if common > length and self.cache.can_continue(common, self._written[other]):
                     source, length = other, common
         self.cache.copy_(source, slot, length)
+        self.cache.set_extent(slot, extent)
         self._written[slot] = self._written[source] if length else 0
         self._adapters[slot], self._tokens[slot], self._prefilled[slot] = adapter, list(prompt[:length]), length
         return length
@@ -60,6 +64,7 @@ class Slots:
         """Copies the content of one slot to another."""
         if source != target:
             self.cache.copy_(source, target, self.cache.lengths[source])
+            self.cache.set_extent(target, self.cache.extent_of[source])
             self._adapters[target], self._tokens[target] = self._adapters[source], list(self._tokens[source])
             self._prefilled[target], self._written[target] = self._prefilled[source], self._written[source]
 

@@ -44,6 +44,11 @@ class CacheView(Protocol):
         """The greatest number of positions of a row."""
         ...
 
+    @property
+    def extents(self) -> Tensor | int:
+        """(B, 1) int64, or one number for all rows: the most positions that the request of a row may have."""
+        ...
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """Stores k and v (B, T, G, D) of one block. Returns (B, T, H, D): causal attention of q (B, T, H, D) over the
         stored and the new positions of its row."""
@@ -69,7 +74,7 @@ class KeyValueCache(KeyValueStore):
 
     def next(self, count: int) -> CacheView:
         phase = Phase.DECODE if self.length and count == 1 else Phase.PREFILL
-        return AppendView(self, slice(None), self.length, count, self._set_length, phase)
+        return AppendView(self, slice(None), self.length, count, self._set_length, phase, self.max_len)
 
     def _set_length(self, length: int) -> None:
         self.length = length
@@ -86,6 +91,14 @@ class SlotCache(KeyValueStore):
         # Attention multiplies masked values by 0, so none may be NaN.
         super().__init__(torch.zeros, windows, slots, max_len, **shape)
         self.lengths = [0] * slots
+        self.extent_of = [max_len] * slots  # the most positions that the request of a slot may have
+        self.extents = torch.full((slots,), max_len, device=self.device)  # the same on the cache's device
+
+    def set_extent(self, slot: int, extent: int) -> None:
+        """Says how many positions the request of a slot may have: its rotary positions may depend on it."""
+        if self.extent_of[slot] != extent:
+            self.extent_of[slot] = extent
+            self.extents[slot] = extent
 
     def slot(self, number: int) -> Slot:
         """One slot as the cache of a batch of one row."""
@@ -140,7 +153,8 @@ class Slot:
 
     def next(self, count: int) -> CacheView:
         row, start = slice(self.number, self.number + 1), self.cache.lengths[self.number]
-        return AppendView(self.cache, row, start, count, self._set_length, Phase.PREFILL)
+        extent = self.cache.extent_of[self.number]
+        return AppendView(self.cache, row, start, count, self._set_length, Phase.PREFILL, extent)
 
     def _set_length(self, length: int) -> None:
         self.cache.lengths[self.number] = length
@@ -162,6 +176,10 @@ class PrefillView:
         self.max_len = cache.max_len
         self.finite = torch.ones_like(slots, dtype=torch.bool)  # (B,)
         self._starts = torch.zeros_like(slots)  # (B,): the slots are empty
+
+    @property
+    def extents(self) -> Tensor:
+        return self.cache.extents[self.slots][:, None]  # (B, 1)
 
     def next(self, count: int) -> CacheView:
         self.positions = torch.arange(count, device=self.slots.device)[None]  # (1, T)
@@ -206,6 +224,10 @@ class DecodeView:
         self.cache, self.lengths, self.longest, self.phase = cache, lengths, longest, phase
         self.max_len = cache.max_len
 
+    @property
+    def extents(self) -> Tensor:
+        return self.cache.extents[: len(self.lengths), None]  # (B, 1)
+
     def next(self, count: int) -> CacheView:
         assert count == 1
         return self
@@ -227,12 +249,13 @@ class AppendView:
     """`count` new positions after `start` stored ones, in `rows` of a store; both are the same for all rows."""
 
     def __init__(
-        self, cache: KeyValueStore, rows: slice, start: int, count: int, set_length: Callable[[int], None], phase: Phase
-    ) -> None:
+        self, cache: KeyValueStore, rows: slice, start: int, count: int, set_length: Callable[[int], None],
+        phase: Phase, extents: int,
+    ) -> None:  # fmt: skip
         self.end = start + count
         assert self.end <= cache.max_len, f"{self.end} positions in a cache of {cache.max_len}"
         self.cache, self.rows, self.start, self.phase = cache, rows, start, phase
-        self.max_len = cache.max_len
+        self.max_len, self.extents = cache.max_len, extents
         self._set_length = set_length
         self.positions = torch.arange(start, self.end, device=cache.device)[None]  # (1, T)
         self._starts = torch.full((len(cache.keys(0)[rows]),), start, device=cache.device)  # (B,)

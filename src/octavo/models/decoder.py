@@ -19,7 +19,7 @@ from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.kv_cache import Cache, KeyValueCache, SlotCache
 from octavo.layers.norm import LayerNorm, RmsNorm
 from octavo.layers.positions import LearnedPositions
-from octavo.models.layer_attention import LayerAttention, per_layer
+from octavo.models.layer_attention import LayerAttention, length_regime, per_layer
 from octavo.models.running import run_block
 from octavo.ops.attention import Documents
 from octavo.ops.tiles import Phase, elementwise_tiles
@@ -170,6 +170,10 @@ class Decoder(nn.Module):
     @property
     def _windows(self) -> list[int | None]:
         return [layer.spec.window for layer in self.config.attention]
+
+    def length_regime(self, extent: int) -> tuple[int, ...]:
+        """Equal for numbers of positions of a request with which keys have the same rotary positions."""
+        return length_regime(self.config.attention, extent)
 
     @property
     def _cache_shape(self) -> dict[str, Any]:

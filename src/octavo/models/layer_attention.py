@@ -56,7 +56,7 @@ def _table(rotary: Rotary, positions: Tensor, documents: Documents | None, view:
     """(cos, sin), each (B or 1, T, 1, R/2)."""
     length: Tensor | int = 0  # of the sequence of each position
     if rotary.depends_on_length:
-        length = _lengths(positions, documents) if view is None else view.max_len
+        length = _lengths(positions, documents) if view is None else view.extents
     # Over a cache the table's bits must not depend on the number of positions (ops/tiles.py).
     make = rotary_table if view is None else partial(cached_rotary_table, phase=view.phase)
     cos, sin = make(positions, rotary.at(length, positions.device))
@@ -75,6 +75,12 @@ def _query_scale(growth: float, original: int, positions: Tensor, view: CacheVie
     if (view.max_len if view is not None else positions.shape[1]) <= original:
         return None
     return (1 + growth * torch.log1p((positions // original).float()))[..., None, None]
+
+
+def length_regime(layers: Sequence[LayerAttention], extent: int) -> tuple[int, ...]:
+    """What the rotary positions of a request of up to `extent` positions depend on: equal for equal frequencies."""
+    rotaries = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
+    return tuple(rotary.regime(extent) for rotary in rotaries if rotary.depends_on_length)
 
 
 def sliding_layers(fields: ConfigFields, default: Sequence[bool]) -> list[bool]:

@@ -12,9 +12,10 @@ Pair i of the R rotated values of a head turns by the angle p f_i at position p:
     dynamic    in sequences of L positions, longer than the original context C, theta grows by the factor
                (factor L / C - factor + 1)^(R / (R - 2))
 
-The length that longrope and dynamic ask for is that of a document in training, and the greatest length that a request
-may have over a cache: keys that are stored once cannot turn by other angles later. transformers takes the longest
-sequence of a batch, and stores keys under angles that change while a sequence grows.
+The length that longrope and dynamic ask for is that of a document in training, and over a cache the most positions that
+a request may have, its prompt and its longest answer: keys that are stored once cannot turn by other angles later.
+transformers takes the longest sequence of a batch, and while an answer grows beyond the original context it stores keys
+under angles that change: an answer that crosses the original context differs from transformers'.
 
 Frequencies are computed on the CPU, as transformers does: the power function of a GPU rounds differently.
 """
@@ -62,13 +63,20 @@ class Rotary:
             return long
         return torch.where((length > self.original)[..., None], long, short)
 
+    def regime(self, length: int) -> int:
+        """A number that is equal for lengths with the same frequencies."""
+        if length <= self.original:
+            return 0
+        return 1 if self.long else length
+
     def _stretched(self, length: Tensor | int, device: torch.device) -> Tensor:
         assert self.dynamic is not None
         theta, factor, rotated = self.dynamic
-        lengths = torch.as_tensor(length, device=device).clamp_min(self.original)  # () or (B, T)
+        lengths = torch.as_tensor(length, device=device).clamp_min(self.original).reshape(-1, 1)  # (n, 1)
         growth = (factor * lengths / self.original - (factor - 1)) ** (rotated / (rotated - 2))
         exponents = torch.arange(0, rotated, 2, device=device).float() / rotated  # (R/2,)
-        return 1.0 / (theta * growth)[..., None] ** exponents
+        frequencies = 1.0 / (theta * growth) ** exponents  # (n, R/2)
+        return frequencies[0] if isinstance(length, int) else frequencies.view(*length.shape, -1)
 
 
 @cache

@@ -30,7 +30,9 @@ def cached_rotary_table(positions: Tensor, frequencies: Tensor, *, phase: Phase)
         return rotary_table(positions, frequencies)
     dim = 1 if phase is Phase.PREFILL else 0
     parts = positions.split(tiles.PREFILL_TILE if dim else 1, dim=dim)
-    tables = [rotary_table(part, frequencies) for part in parts]
+    # Frequencies (B, 1, R/2) of each row are split with the rows.
+    of_parts = frequencies.split(1) if dim == 0 and frequencies.ndim == 3 else [frequencies] * len(parts)
+    tables = [rotary_table(part, each) for part, each in zip(parts, of_parts, strict=True)]
     cos, sin = (torch.cat(each, dim=dim) for each in zip(*tables, strict=True))
     return cos, sin
 
