@@ -21,11 +21,12 @@ from transformers import GPTNeoXConfig
 from octavo.errors import ModelError
 from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import SCHEMES, dequantize, scheme_named
+from octavo.ops.scheme import parts_of_rows
 from octavo.store import weights as weights_module
 from octavo.store.contents import entries, items_of, stored_scheme
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
-from octavo.store.weights import full_rows, load, parts_of_rows, requantized, row_blocks
+from octavo.store.weights import full_rows, load, requantized, row_blocks
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "llama-tied", "gptj"]

@@ -53,7 +53,7 @@ class ForwardOptions:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The arguments of a forward pass. The last five are those of one block (`at`), the others are shared by all.
+    """The arguments of a forward pass. `rotary` and the last four are those of one block (`at`), the others are shared.
 
     `rotary` is None in a layer without rotary positions. `query_scale` multiplies the queries of each position.
     `documents` are the packed documents of training. `cache` and `adapter_ids`, 0 for the base, are those of inference.

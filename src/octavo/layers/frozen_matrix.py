@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.ops import matmul8
 from octavo.ops.quantize import Plain
-from octavo.ops.scheme import INT8_LEVELS, Parts, Scheme, Shape
+from octavo.ops.scheme import INT8_LEVELS, Parts, Scheme, Shape, parts_of_rows
 from octavo.runtime.offload import on_device, on_host
 
 
@@ -110,13 +110,8 @@ class FrozenMatrix(nn.Module):
     def fill_rows(self, first: int, out: Tensor) -> None:
         """Writes the rows from `first` on into `out` (n, K), of a matrix with one output: whole blocks of a scheme."""
         assert len(self.outputs) == 1
-        before = self.scheme.layout((first, self.in_features), self.dtype)
-        block = self.scheme.layout((len(out), self.in_features), self.dtype)
-        parts = {
-            part: whole if part == "code" else whole.narrow(0, before[part][0][0], block[part][0][0])
-            for part, whole in self.parts.items()
-        }
-        self.scheme.fill(parts, out)
+        rows = slice(first, first + len(out))
+        self.scheme.fill(parts_of_rows(self.parts, self.shape, rows, self.scheme), out)
 
     def int8_weight(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 weight (N, K), absmax (N,)), for 8-bit matmuls: as stored, or quantized anew from the matrix."""

@@ -110,8 +110,9 @@ class Decoder(nn.Module):
         )  # fmt: skip
         layers = per_layer(self.config.attention, positions, documents, view)
         x = self.embed(ids, adapter_ids)  # (B, T, d)
-        # Rounded to the type of x, as Gemma's is: 67.88 in float32 is 68 in bfloat16.
-        x = self._scaled(x, float(torch.tensor(self.config.embedding_scale, dtype=x.dtype)))
+        if (scale := self.config.embedding_scale) != 1:
+            # Rounded to the type of x, as Gemma's is: 67.88 in float32 is 68 in bfloat16.
+            x = x * float(torch.tensor(scale, dtype=x.dtype))
         if self.positions is not None:
             x = x + self.positions(positions, x.dtype)
         levels = [options.save] * len(self.blocks) if isinstance(options.save, Save) else options.save
@@ -119,11 +120,8 @@ class Decoder(nn.Module):
             x = run_block(block, x, context.at(layer, level, **attention))  # (B, T, d)
         if view is not None:
             view.finish()
-        return self._scaled(self.norm(x), self.config.output_scale)  # (B, T, d)
-
-    @staticmethod
-    def _scaled(x: Tensor, scale: float) -> Tensor:
-        return x if scale == 1 else x * scale
+        y: Tensor = self.norm(x)  # (B, T, d)
+        return y if self.config.output_scale == 1 else y * self.config.output_scale
 
     def forward(self, ids: Tensor, **context: Any) -> Tensor:
         """(B, T) ids -> (B, T, V) logits; `context` as for `hidden`."""

@@ -23,8 +23,7 @@ from octavo.layers.block import attention, gelu, split_heads
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
-from octavo.layers.norm import LayerNorm
-from octavo.models.config_defaults import ConfigDefaults
+from octavo.models.config_defaults import LayerNormConfig
 from octavo.models.config_fields import MAX_LAYERS, ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.weight_map import WeightPath
@@ -35,34 +34,15 @@ GLOBAL, LOCAL = "global", "local"  # the kinds of attention in a config.json
 
 
 @dataclass(frozen=True)
-class Config(ConfigDefaults):
+class Config(LayerNormConfig):
     """The sizes and settings of a config.json."""
 
-    vocabulary: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    norm_eps: float
     activation: str
-    tied: bool
-    context: int  # rows of wpe
     attention: tuple[LayerAttention, ...]
 
     embedding = "wte"
     head = "lm_head"
     position_embedding = "wpe"
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    def new_norm(self) -> LayerNorm:
-        return LayerNorm(self.width, self.norm_eps)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:

@@ -24,8 +24,7 @@ from octavo.layers.block import attention, gelu, rope, split_heads
 from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
-from octavo.layers.norm import LayerNorm
-from octavo.models.config_defaults import ConfigDefaults
+from octavo.models.config_defaults import LayerNormConfig
 from octavo.models.config_fields import ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.rotary import DEFAULT_THETA, MAX_THETA, context_of, rotary_of
@@ -36,35 +35,16 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_fast": "tanh"}  # hidde
 
 
 @dataclass(frozen=True)
-class Config(ConfigDefaults):
+class Config(LayerNormConfig):
     """The sizes and settings of a config.json."""
 
-    vocabulary: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    norm_eps: float
     activation: str
     parallel: bool
     bias: bool  # of attention's linears
-    tied: bool
-    context: int  # positions that the model was made for
     attention: tuple[LayerAttention, ...]
 
     embedding = "embed_in"
     head = "embed_out"
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
-
-    def new_norm(self) -> LayerNorm:
-        return LayerNorm(self.width, self.norm_eps)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:

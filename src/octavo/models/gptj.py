@@ -25,7 +25,7 @@ from octavo.layers.context import ForwardContext
 from octavo.layers.frozen import FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
 from octavo.layers.norm import LayerNorm
-from octavo.models.config_defaults import ConfigDefaults
+from octavo.models.config_defaults import LayerNormConfig
 from octavo.models.config_fields import ConfigFields
 from octavo.models.layer_attention import LayerAttention
 from octavo.models.rotary import DEFAULT_THETA, Rotary, default_frequencies
@@ -34,26 +34,10 @@ from octavo.ops.rotary import ROTATE_INTERLEAVED
 
 
 @dataclass(frozen=True)
-class Config(ConfigDefaults):
+class Config(LayerNormConfig):
     """The sizes and settings of a config.json."""
 
-    vocabulary: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
     rotary: int
-    norm_eps: float
-    tied: bool
-    context: int  # positions that the model was made for
-
-    @property
-    def key_value_heads(self) -> int:
-        return self.heads
-
-    @property
-    def head_size(self) -> int:
-        return self.width // self.heads
 
     @cached_property
     def attention(self) -> tuple[LayerAttention, ...]:
@@ -63,9 +47,6 @@ class Config(ConfigDefaults):
     embedding = "wte"
     head = "lm_head"
     head_bias = True
-
-    def new_norm(self) -> LayerNorm:
-        return LayerNorm(self.width, self.norm_eps)
 
     @classmethod
     def from_dict(cls, source: Mapping[str, Any]) -> Self:

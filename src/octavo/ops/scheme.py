@@ -104,3 +104,13 @@ def flat_index(shape: Shape, ids: Tensor) -> Tensor:
     """(*ids.shape, K): the indices of rows `ids` in the flattened matrix."""
     columns = torch.arange(shape[1], device=ids.device)
     return ids.long()[..., None] * shape[1] + columns
+
+
+def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Parts:
+    """The parts of some rows of an (N, K) matrix, as views; these and the rows before them are whole blocks."""
+    before = scheme.layout((rows.start, shape[1]), torch.float32)
+    block = scheme.layout((rows.stop - rows.start, shape[1]), torch.float32)
+    return {
+        part: whole if part == "code" else whole.narrow(0, before[part][0][0], block[part][0][0])
+        for part, whole in parts.items()
+    }

@@ -114,9 +114,10 @@ class FolderSource:
         """config.json. Errors about weights or the model family are left to the code that reads those."""
         stored = self._stored_config
         with suppress(ModelError):
-            names = self._checkpoint_names
-            if parse(stored).tied and has_own_head(stored, names, lambda name: self._stored(names[name])):
-                return {**stored, "tie_word_embeddings": False}
+            if parse(stored).tied:
+                names = self._checkpoint_names
+                if has_own_head(stored, names, lambda name: self._stored(names[name])):
+                    return {**stored, "tie_word_embeddings": False}
         return stored
 
     @cached_property

@@ -21,7 +21,7 @@ from octavo.errors import ModelError
 from octavo.models import Decoder, WeightEntry, build, weight_entries
 from octavo.models.weight_map import RowOrder
 from octavo.ops.quantize import SCHEMES, dequantize
-from octavo.ops.scheme import Parts, Scheme, Shape
+from octavo.ops.scheme import Parts, Scheme, Shape, parts_of_rows
 from octavo.store.contents import Item, check_shapes, entries, is_transposed, misshapen, scheme_at, stored_scheme_at
 from octavo.store.sources import Source
 
@@ -122,16 +122,6 @@ def row_blocks(shape: Shape, *schemes: Scheme) -> Iterator[slice]:
     step *= max(1, BLOCK_VALUES // (step * columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def parts_of_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Parts:
-    """The parts of a slice of `row_blocks`, as views."""
-    before = scheme.layout((rows.start, shape[1]), torch.float32)
-    block = scheme.layout((rows.stop - rows.start, shape[1]), torch.float32)
-    return {
-        part: whole if part == "code" else whole.narrow(0, before[part][0][0], block[part][0][0])
-        for part, whole in parts.items()
-    }
 
 
 def full_rows(parts: Parts, shape: Shape, rows: slice, scheme: Scheme) -> Tensor:
