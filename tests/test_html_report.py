@@ -127,6 +127,14 @@ def test_text_is_escaped(tmp_path: Path) -> None:
     assert malicious.text.count(shown) == harmless.text.count("plain")
 
 
+def test_repeated_bos_tokens_are_a_column_of_the_ledger_if_there_are_any(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    assert "repeated bos" not in parse_report(folder).text
+    repeated = {**ledger("a.txt"), "repeated_bos": 7}
+    (folder / "ledger.json").write_text(json.dumps({"train": repeated, "test": {**ledger("c"), "repeated_bos": 0}}))
+    assert parse_report(folder).text.count("repeated bos") == 1
+
+
 def test_the_folder_name_is_escaped(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "<script>&")
     page = parse_report(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPTJConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GPTJConfig, LlamaConfig
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
@@ -31,6 +31,11 @@ CONFIGS = {
     ),
     "gptj": GPTJConfig(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
 }
+BOS = 2
+GEMMA = Gemma3TextConfig(
+    vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+)  # fmt: skip
 LENGTHS = (70, 3, 25, 2, 24, 11, 49, 5)
 
 
@@ -81,6 +86,30 @@ def test_perplexity_is_that_of_transformers_weighted_by_tokens(models: tuple[Any
     result = scored(ours)
     assert result.tokens == tokens
     assert result.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["llama"], GEMMA], ids=["llama", "gemma3"])
+@torch.no_grad()
+def test_every_window_of_a_long_document_is_read_after_the_bos_token(
+    models_of: Callable[[Any], tuple[Any, Decoder]], config: Any
+) -> None:
+    """As llama.cpp computes perplexity: the loss of transformers over [BOS] and a chunk of the text."""
+    theirs, ours = models_of(config)
+    text = np.random.default_rng(1).integers(3, VOCAB_SIZE, 150).astype(np.int32)
+    document = Tokens("f", 1, np.concatenate([[np.int32(BOS)], text]), np.arange(151) >= 1, 150)
+    rows, _ = pack([document], seq_len=SEQ_LEN, pad_id=0, bos_ids=[BOS])
+    nats, tokens = 0.0, 0
+    while tokens < len(text):
+        last = text[max(0, tokens - 1) : tokens].tolist()  # the token that the window before ends with
+        chunk = text[tokens : tokens + SEQ_LEN - len(last)].tolist()
+        labels = torch.tensor([[-100] * (1 + len(last)) + chunk])
+        nats += float(theirs(torch.tensor([[BOS, *last, *chunk]]), labels=labels).loss) * len(chunk)
+        tokens += len(chunk)
+    result = score(ours, rows, n_bytes=1, batch_size=3)
+    assert result.tokens == tokens == len(text)
+    assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
+    without = score(ours, pack([document], seq_len=SEQ_LEN, pad_id=0)[0], n_bytes=1, batch_size=3)
+    assert abs(without.loss - result.loss) > 1e-3
 
 
 def test_perplexity_differs_from_unweighted_means_of_windows(models: tuple[Any, Decoder]) -> None:

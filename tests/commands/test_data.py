@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, to_text
+from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, show_ledger, to_text
 from octavo.config import Config, DataOptions, ModelOptions, TextOptions
 from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import IGNORE_INDEX
@@ -49,6 +50,48 @@ def test_the_ledger_accounts_for_every_token_of_every_file(
     expected = sum(len(tokenizer.encode(path.read_text())) + 1 for path in (plays / "train").iterdir())
     if "split_on" not in options:
         assert text.ledger.tokens == expected, "all tokens of the files and an end token per file"
+
+
+BOS = "<|im_start|>"
+
+
+@pytest.fixture
+def beginning(tiny_llama: Path) -> Any:
+    """A tokenizer that puts the BOS token before every text, as Gemma's and Llama's do."""
+    tokenizer = load_tokenizer(tiny_llama)
+    numbers = [(BOS, tokenizer.convert_tokens_to_ids(BOS))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=numbers)
+    tokenizer.bos_token = BOS
+    return tokenizer
+
+
+def test_every_row_of_a_long_text_begins_with_the_bos_token(
+    plays: Path, tokenizer: Any, beginning: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = plays / "train" / "play0.txt"
+    text = text_of([path], beginning, seq_len=32)
+    assert len(text.rows) > 3
+    assert all(row.ids[0] == beginning.bos_token_id for row in text.rows)
+    assert [row.labels[0] == IGNORE_INDEX for row in text.rows] == [False] + [True] * (len(text.rows) - 1)
+    assert text.ledger.repeated_bos == len(text.rows) - 1
+    plain = text_of([path], tokenizer, seq_len=32).ledger
+    assert (text.ledger.tokens, text.ledger.trained) == (plain.tokens + 1, plain.trained + 1)
+    with Report() as report:
+        show_ledger(text.ledger, "Tokens", report)
+        show_ledger(plain, "Tokens", report)
+    shown = capsys.readouterr().err
+    assert f", {text.ledger.repeated_bos} repeated BOS tokens" in " ".join(shown.split())
+    assert shown.count("BOS") == 1, "a model without one has no such count"
+
+
+def test_every_row_of_a_long_conversation_begins_with_the_bos_token_of_its_template(
+    beginning: Any, tmp_path: Path
+) -> None:
+    beginning.chat_template = BOS + "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}"
+    turns = [{"role": role, "content": "the king and the queen " * 9} for role in ("user", "assistant")]
+    text = text_of([records(tmp_path, {"messages": turns})], beginning, seq_len=32)
+    assert len(text.rows) > 2
+    assert [row.ids[:2].tolist().count(beginning.bos_token_id) for row in text.rows] == [1] * len(text.rows)
 
 
 def test_no_paths_is_a_usage_error() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
 PAD = 3
+BOS = (1, 2)  # some tokenizers put two tokens before a text
 TraceFunction = Callable[[FrameType, str, Any], Any]
 
 
@@ -50,6 +52,94 @@ DOCUMENTS = st.builds(
     st.lists(st.integers(0, 40), min_size=1, max_size=25),
     st.none() | st.lists(st.booleans(), min_size=1, max_size=7),
 )
+
+
+def beginning(documents: list[Tokens], begins: list[bool], bos: tuple[int, ...]) -> list[Tokens]:
+    """The documents, those that `begins` selects with `bos` in place of their first ids."""
+    for one, begin in zip(documents, begins, strict=False):
+        if begin and len(one.ids) > len(bos):
+            one.ids[: len(bos)] = bos
+    return documents
+
+
+def read_back(rows: list[Row], documents: list[Tokens]) -> list[list[tuple[list[int], list[int]]]]:
+    """(ids, labels) of each piece of each document, in the document's order."""
+    pieces: list[list[tuple[list[int], list[int]]]] = [[] for _ in documents]
+    for row in rows:
+        parts = segments(row)
+        assert len(parts) == len(row.documents)
+        for number, (ids, labels, positions) in zip(row.documents, parts, strict=True):
+            assert positions == list(range(len(ids)))
+            pieces[number].append((ids, labels))
+    # Without BOS tokens the ids of a document increase, and its first piece alone has its first id.
+    return [
+        sorted(found, key=lambda piece: (piece[0] != one.ids[: len(piece[0])].tolist(), piece[0][-1]))
+        for found, one in zip(pieces, documents, strict=True)
+    ]
+
+
+@given(
+    documents=DOCUMENTS,
+    begins=st.lists(st.booleans(), min_size=25, max_size=25),
+    count=st.integers(0, 2),
+    seq_len=st.integers(1, 16),
+)
+def test_each_document_is_read_back_from_rows_that_repeat_its_bos_token(
+    documents: list[Tokens], begins: list[bool], count: int, seq_len: int
+) -> None:
+    bos = BOS[:count]
+    documents = beginning(documents, begins, bos)
+    starts = [bool(bos) and tuple(one.ids[:count].tolist()) == bos for one in documents]
+    continued = [start and len(one.ids) - 1 > seq_len for start, one in zip(starts, documents, strict=True)]
+    if seq_len <= count and any(continued):
+        with pytest.raises(UsageError, match=f"rows of {seq_len} token.* cannot continue") as raised:
+            pack(documents, seq_len=seq_len, pad_id=PAD, bos_ids=bos)
+        assert f"at least {count + 1};" in raised.value.hint
+        return
+    rows, ledger = pack(documents, seq_len=seq_len, pad_id=PAD, bos_ids=bos)
+    ledger.check(seq_len=seq_len)
+    repeated = 0
+    for one, start, pieces in zip(documents, starts, read_back(rows, documents), strict=True):
+        inputs: list[int] = []
+        labels: list[int] = []
+        for number, (ids, following) in enumerate(pieces):
+            own = count if start and number else 0
+            assert ids[:own] == list(bos[:own])
+            assert following[:own] == [IGNORE_INDEX] * own
+            inputs, labels, repeated = inputs + ids[own:], labels + following[own:], repeated + own
+        assert inputs == one.ids[:-1].tolist()
+        assert labels == np.where(one.trained, one.ids, IGNORE_INDEX)[1:].tolist()
+    assert ledger.repeated_bos == repeated == sum(file.repeated_bos for file in ledger.files)
+    kept = [one for one in documents if len(one.ids) > 1]
+    assert len(rows) * seq_len == sum(len(one.ids) - 1 for one in kept) + repeated + ledger.padding
+
+
+@given(documents=DOCUMENTS, seq_len=st.integers(1, 16), truncate=st.booleans())
+def test_rows_of_documents_that_do_not_begin_with_the_bos_token_do_not_change(
+    documents: list[Tokens], seq_len: int, truncate: bool
+) -> None:
+    rows, ledger = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate)
+    again, same = pack(documents, seq_len=seq_len, pad_id=PAD, truncate=truncate, bos_ids=BOS)
+    assert ledger == same
+    for name in ("ids", "labels", "positions", "piece"):
+        assert [getattr(row, name).tolist() for row in rows] == [getattr(row, name).tolist() for row in again]
+
+
+def test_a_continued_row_begins_with_the_bos_token_which_predicts_nothing() -> None:
+    documents = beginning(numbered([8]), [True], (1,))
+    rows, ledger = pack(documents, seq_len=3, pad_id=PAD, bos_ids=[1])
+    assert [row.ids.tolist() for row in rows] == [[1, 101, 102], [1, 103, 104], [1, 105, 106]]
+    assert [row.labels.tolist() for row in rows] == [
+        [101, 102, 103],
+        [IGNORE_INDEX, 104, 105],
+        [IGNORE_INDEX, 106, 107],
+    ]
+    assert [row.positions.tolist() for row in rows] == [[0, 1, 2]] * 3
+    assert (ledger.tokens, ledger.trained, ledger.masked, ledger.left_out) == (8, 7, 1, 0)
+    assert (ledger.repeated_bos, ledger.padding) == (2, 0)
+    truncated, ledger = pack(documents, seq_len=3, pad_id=PAD, bos_ids=[1], truncate=True)
+    assert [row.ids.tolist() for row in truncated] == [[1, 101, 102]]
+    assert (ledger.left_out, ledger.repeated_bos) == (4, 0)
 
 
 @given(documents=DOCUMENTS, seq_len=st.integers(1, 16))
@@ -108,7 +198,7 @@ def test_the_ledger_counts_what_is_in_the_rows(
         min_unique_tokens=min_unique,
         skipped=skipped,
     )
-    ledger.check()
+    ledger.check(seq_len=seq_len)
     padded = sum(int(np.count_nonzero(row.piece == -1)) for row in rows)
     trained = sum(int(np.count_nonzero(row.labels != IGNORE_INDEX)) for row in rows)
     assert (ledger.padding, ledger.trained, ledger.rows) == (padded, trained, len(rows))
@@ -193,7 +283,15 @@ def test_the_ledger_is_json_and_its_check_detects_a_lost_token() -> None:
     again = json.loads(json.dumps(ledger.to_dict()))
     assert (again["tokens"], again["rows"], again["files"][1]["source"]) == (9, 2, "file1")
     with pytest.raises(AssertionError, match="accounted for"):
-        total([FileLedger("f", tokens=3, trained=1, masked=1)], rows=1).check()
+        total([FileLedger("f", tokens=3, trained=1, masked=1)], rows=1).check(seq_len=2)
+
+
+def test_the_check_of_the_ledger_detects_a_position_of_the_rows_that_is_not_counted() -> None:
+    file = FileLedger("f", tokens=3, trained=2, masked=1, padding=1, repeated_bos=1, documents=1)
+    total([file], rows=2).check(seq_len=2)
+    for wrong in (replace(file, repeated_bos=0), replace(file, padding=2)):
+        with pytest.raises(AssertionError, match="2 rows of 2 tokens hold"):
+            total([wrong], rows=2).check(seq_len=2)
 
 
 def test_a_row_length_of_zero_is_refused() -> None:

@@ -18,6 +18,7 @@ from octavo.config import Config, DataOptions, TextOptions
 from octavo.data import documents, packing, tokens
 from octavo.data.bytes import token_bytes
 from octavo.data.documents import Reading, ReadOptions, Skipped
+from octavo.data.encoding import bos_ids
 from octavo.data.finding import counted
 from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import Row
@@ -120,13 +121,13 @@ def to_rows(
         [*encoded.tokens, *excluded_tokens],
         seq_len=options.seq_len,
         pad_id=_pad_id(tokenizer),
+        bos_ids=bos_ids(tokenizer),
         truncate=options.truncate,
         deduplicate=options.deduplicate,
         min_unique_tokens=options.min_unique_tokens,
         skipped=[*encoded.skipped, *(excluded.skipped if excluded else [])],
         excluded=range(len(encoded.tokens), len(encoded.tokens) + len(excluded_tokens)),
     )
-    ledger.check()
     ledger = replace(ledger, not_read=dict(encoded.not_read), unused=dict(encoded.unused))
     return Text(rows, ledger, encoded.documents)
 
@@ -151,7 +152,8 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
 def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
     """Prints one line a file (the largest MAX_FILES - 1 of many), the sum, and the files that were not read.
 
-    All columns count tokens of the text: text = trained + masked + left out. The title has the padding.
+    All columns count tokens of the text: text = trained + masked + left out. The title has the padding and
+    the repeated BOS tokens.
     """
     files = list(ledger.files)
     smaller: list[FileLedger] = []
@@ -171,6 +173,7 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
         rows.append(["all", *(getattr(ledger, name) for name in LEDGER_COLUMNS.values())])
     first = f"file in {folder}" if folder else "file"
     padding = f", {ledger.padding:,} padding tokens" if ledger.padding else ""
+    padding += f", {ledger.repeated_bos:,} repeated BOS tokens" if ledger.repeated_bos else ""
     count = f"{ledger.rows:,} row{'' if ledger.rows == 1 else 's'}"
     report.table(f"{title}: {count}{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
     if ledger.not_read:

@@ -1,5 +1,7 @@
 """Accounts for every token of the data: tokens = trained + masked + left_out, for each file and in total.
 
+The rows hold nothing else but padding and repeated BOS tokens (`Ledger.check`).
+
 A trained token has a loss. A masked token is in a row but has none: it is read only. A token that is left out is in no
 row.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-COUNTS = ("tokens", "trained", "masked", "left_out", "padding", "documents", "dropped", "skipped")
+COUNTS = ("tokens", "trained", "masked", "left_out", "padding", "repeated_bos", "documents", "dropped", "skipped")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class FileLedger:
     masked: int = 0  # without a loss: prompts, user turns, and the first token of each document
     left_out: int = 0  # tokens that are in no packed row
     padding: int = 0  # padding of the packed rows whose last document is of this file; not in `tokens`
+    repeated_bos: int = 0  # BOS tokens before the parts of long documents but the first; not in `tokens`
     documents: int = 0  # documents that were read
     dropped: int = 0  # documents left out whole: too short, copies, held out too, or with too few distinct tokens
     skipped: int = 0  # records that could not be read, or the file itself; they are in no other count
@@ -56,6 +59,7 @@ class Ledger:
     masked: int
     left_out: int
     padding: int
+    repeated_bos: int
     documents: int
     dropped: int
     skipped: int
@@ -69,14 +73,18 @@ class Ledger:
         """Plain numbers, lists and dicts, for JSON."""
         return {**asdict(self), "files": [asdict(file) for file in self.files]}
 
-    def check(self) -> None:
-        """Asserts that every token is accounted for, in each file and in total."""
+    def check(self, *, seq_len: int) -> None:
+        """Asserts that every token is accounted for, in each file and in total, and every position of the rows."""
         ledgers: list[FileLedger | Ledger] = [*self.files, self]
         for ledger in ledgers:
             parts = ledger.trained + ledger.masked + ledger.left_out
             assert ledger.tokens == parts, f"{ledger}: {ledger.tokens} tokens, but {parts} accounted for"
         for name in COUNTS:
             assert getattr(self, name) == sum(getattr(file, name) for file in self.files), name
+        # A document's last token is no input.
+        inputs = self.trained + self.masked - (self.documents - self.dropped)
+        positions = inputs + self.repeated_bos + self.padding
+        assert self.rows * seq_len == positions, f"{self}: {self.rows} rows of {seq_len} tokens hold {positions}"
 
 
 def total(files: Iterable[FileLedger], *, rows: int) -> Ledger:

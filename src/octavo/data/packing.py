@@ -6,6 +6,10 @@ numbers the pieces of a row and `positions` restart with each piece, so that att
 Every token but the first of a document is the next token of another one, which predicts it. Of these next tokens the
 trained ones have a loss; the others, such as those of a prompt, have none.
 
+A model that was trained with a BOS token before every text predicts badly without it: on one text Gemma has a loss of
+5.44 in place of 4.11. So each part of a document that begins with the BOS token begins with it too. A repeated BOS
+token has no label: the token after it is already the label of the last input of the preceding part.
+
 Legend: R packed rows, T row length (seq_len), n tokens of one document.
 """
 
@@ -35,6 +39,7 @@ class Row:
     positions: npt.NDArray[np.int32]  # (T,) position within the piece; 0 on padding
     piece: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
     sources: tuple[str, ...]  # "file:line" of each document in the row, once, in order
+    documents: tuple[int, ...] = ()  # of each piece, its document's index in the sequence that was packed
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class _Piece:
     index: int  # of its document in the sequence that is packed
     start: int
     length: int
+    repeated_bos: int  # BOS tokens before the inputs: 0 at the beginning of a document, which has its own
+
+    @property
+    def size(self) -> int:
+        """Positions that it takes in a row."""
+        return self.repeated_bos + self.length
 
 
 def pack(
@@ -51,6 +62,7 @@ def pack(
     *,
     seq_len: int,
     pad_id: int,
+    bos_ids: Sequence[int] = (),
     truncate: bool = False,
     deduplicate: bool = False,
     min_unique_tokens: int = 0,
@@ -61,9 +73,10 @@ def pack(
 
     A document of n tokens takes n - 1 inputs: its first token is no next token, its last no input. A document
     longer than a row is split so that the last next token of a piece is the first input of the following piece, and
-    every token but the first is a next token exactly once. With `truncate` the rest is dropped instead. Pieces go, the
-    longest first, into the fullest row with enough space (best-fit decreasing). Rows are ordered by their first
-    documents, and the same input gives the same rows.
+    every token but the first is a next token exactly once. If the document begins with `bos_ids`, the following pieces
+    do too, and have as many inputs fewer. With `truncate` the rest is dropped instead. Pieces go, the longest first,
+    into the fullest row with enough space (best-fit decreasing). Rows are ordered by their first documents, and the
+    same input gives the same rows.
 
     Dropped whole are documents of fewer than two tokens, those with an index in `excluded`, with `deduplicate` copies
     of earlier documents, and documents of fewer than `min_unique_tokens` distinct tokens.
@@ -78,16 +91,17 @@ def pack(
         kept[index] = False
     if deduplicate:
         _drop_copies(tokens, kept)
+    begin = np.array(bos_ids, dtype=np.int32)
     pieces = [
         piece
         for index, document in enumerate(tokens)
         if kept[index]
-        for piece in _pieces(index, len(document.ids) - 1, seq_len, truncate=truncate)
+        for piece in _pieces(index, document.ids, seq_len, begin=begin, truncate=truncate)
     ]
     rows = _best_fit(pieces, seq_len)
     ledger = _ledger(tokens, rows, seq_len=seq_len, skipped=skipped)
-    ledger.check()
-    return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id), ledger
+    ledger.check(seq_len=seq_len)
+    return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id, begin=begin), ledger
 
 
 def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
@@ -103,11 +117,24 @@ def _drop_copies(tokens: Sequence[Tokens], kept: list[bool]) -> None:
         seen.add(digest)
 
 
-def _pieces(index: int, n_inputs: int, seq_len: int, *, truncate: bool) -> list[_Piece]:
-    """The pieces of a document: all of it, or with `truncate` the first piece alone."""
-    if truncate:
-        return [_Piece(index, 0, min(seq_len, n_inputs))]
-    return [_Piece(index, start, min(seq_len, n_inputs - start)) for start in range(0, n_inputs, seq_len)]
+def _pieces(
+    index: int, ids: npt.NDArray[np.int32], seq_len: int, *, begin: npt.NDArray[np.int32], truncate: bool
+) -> list[_Piece]:
+    """The pieces of a document: all of it, or with `truncate` the first piece alone. `begin` are the BOS ids."""
+    n_inputs = len(ids) - 1
+    first = _Piece(index, 0, min(seq_len, n_inputs), 0)
+    if truncate or n_inputs <= seq_len:
+        return [first]
+    repeated = len(begin) if np.array_equal(ids[: len(begin)], begin) else 0
+    space = seq_len - repeated
+    if space < 1:
+        raise UsageError(
+            f"rows of {seq_len} token{'s' * (seq_len > 1)} cannot continue a document: each of them begins with the "
+            "BOS token of this model.",
+            hint=f"--seq-len must be at least {repeated + 1}; 512 is usual.",
+        )
+    starts = range(seq_len, n_inputs, space)
+    return [first, *(_Piece(index, start, min(space, n_inputs - start), repeated) for start in starts)]
 
 
 def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
@@ -118,14 +145,14 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
     """
     rows: list[list[int]] = []  # indices into `pieces`
     # rows_by_space[s] are the indices of the rows with s free tokens, and bit s of the integer `spaces` is set if there
-    # are any. Shifted right by a piece's length, it has only the bits of enough space: the lowest is the best fit.
+    # are any. Shifted right by a piece's size, it has only the bits of enough space: the lowest is the best fit.
     rows_by_space: list[list[int]] = [[] for _ in range(seq_len + 1)]
     spaces = 0
-    for number in sorted(range(len(pieces)), key=lambda number: (-pieces[number].length, number)):
-        length = pieces[number].length
-        fitting = spaces >> length
+    for number in sorted(range(len(pieces)), key=lambda number: (-pieces[number].size, number)):
+        size = pieces[number].size
+        fitting = spaces >> size
         if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
+            space = size + (fitting & -fitting).bit_length() - 1
             index = rows_by_space[space].pop()
             if not rows_by_space[space]:
                 spaces ^= 1 << space
@@ -133,14 +160,21 @@ def _best_fit(pieces: Sequence[_Piece], seq_len: int) -> list[list[_Piece]]:
         else:
             space, index = seq_len, len(rows)
             rows.append([number])
-        free = space - length
+        free = space - size
         if free:
             rows_by_space[free].append(index)
             spaces |= 1 << free
     return [[pieces[number] for number in row] for row in sorted(map(sorted, rows))]
 
 
-def _fill(rows: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len: int, pad_id: int) -> list[Row]:
+def _fill(
+    rows: Sequence[Sequence[_Piece]],
+    tokens: Sequence[Tokens],
+    *,
+    seq_len: int,
+    pad_id: int,
+    begin: npt.NDArray[np.int32],
+) -> list[Row]:
     """The arrays of all rows from the pieces of each."""
     shape = (len(rows), seq_len)
     ids = np.full(shape, pad_id, dtype=np.int32)  # (R, T)
@@ -153,17 +187,19 @@ def _fill(rows: Sequence[Sequence[_Piece]], tokens: Sequence[Tokens], *, seq_len
         at = 0  # the next free position of the row
         for number, piece in enumerate(pieces):
             document = tokens[piece.index]
-            span = slice(at, at + piece.length)
+            whole, span = slice(at, at + piece.size), slice(at + piece.repeated_bos, at + piece.size)
             inputs = slice(piece.start, piece.start + piece.length)
             following = slice(inputs.start + 1, inputs.stop + 1)  # the next tokens
+            ids[row, at : span.start] = begin[: piece.repeated_bos]
             ids[row, span] = document.ids[inputs]
             labels[row, span] = np.where(document.trained[following], document.ids[following], IGNORE_INDEX)
-            positions[row, span] = arange[: piece.length]
-            numbers[row, span] = number
-            at += piece.length
+            positions[row, whole] = arange[: piece.size]
+            numbers[row, whole] = number
+            at += piece.size
         places = (f"{tokens[piece.index].source}:{tokens[piece.index].line}" for piece in pieces)
         sources = tuple(dict.fromkeys(places))
-        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources))
+        documents = tuple(piece.index for piece in pieces)
+        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents))
     return filled
 
 
@@ -181,8 +217,11 @@ def _ledger(
             next_tokens[piece.index] += piece.length
             mask = tokens[piece.index].trained[piece.start + 1 : piece.start + piece.length + 1]
             trained[piece.index] += int(np.count_nonzero(mask))
+            if piece.repeated_bos:
+                source = tokens[piece.index].source
+                files[source] = files[source].plus(repeated_bos=piece.repeated_bos)
         last = tokens[pieces[-1].index].source
-        files[last] = files[last].plus(padding=seq_len - sum(piece.length for piece in pieces))
+        files[last] = files[last].plus(padding=seq_len - sum(piece.size for piece in pieces))
     for index, document in enumerate(tokens):
         # A document that is in the rows has one token more than next tokens: its first token is an input only.
         input_only = 1 if next_tokens[index] else 0

@@ -233,6 +233,7 @@ def _ledger(path: Path) -> str:
         if not side:
             continue
         keys = [key for key in ("documents", "tokens", "trained", "masked", "left_out", "padding") if key in side]
+        keys += ["repeated_bos"] if side.get("repeated_bos") else []
         files = sorted(side.get("files", ()), key=lambda file: -file.get("tokens", 0))
         rows = [[file.get("source", ""), *(file.get(key, "") for key in keys)] for file in files[:MAX_FILES]]
         if len(files) > MAX_FILES:
