@@ -95,9 +95,9 @@ class TrainableOctavo:
     def trainable_parameters(self) -> int:
         return sum(p.numel() for p in self.trainer.parameters.values())
 
-    def step(self, ids: Tensor) -> Tensor:
-        """One optimizer step of the loop; the loss before the update."""
-        self._batch_queue.append(make_batch(ids))
+    def step(self, ids: Tensor, *, document: int | None = None) -> Tensor:
+        """One optimizer step of the loop; the loss before the update. `document`: see `make_batch`."""
+        self._batch_queue.append(make_batch(ids, document=document))
         self.last = next(self._steps)
         return torch.tensor(self.last.loss)
 
@@ -162,10 +162,16 @@ def with_adapters_(model: Decoder, *, seed: int, zero_b: bool = False) -> None:
             parameter.data.copy_(lora(peft, tuple(parameter.shape), parameter.device, torch.float32, seed=seed))
 
 
-def make_batch(ids: Tensor) -> Batch:
-    """A batch with one document per row; every token except the first is a label. ids: (B, T)."""
-    ids = ids.cpu()
+def make_batch(ids: Tensor, *, document: int | None = None) -> Batch:
+    """A batch with one document per row, or with documents of `document` tokens. ids: (B, T).
+
+    Every token except the first of a document is a label.
+    """
+    ids, length = ids.cpu(), document or ids.shape[1]
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, :-1] = ids[:, 1:]
-    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
-    return Batch(ids, labels, positions, torch.zeros_like(ids), (("random ids",),) * len(ids), epoch=0, index=0)
+    labels[:, length - 1 :: length] = IGNORE_INDEX  # the last of each document
+    piece = positions // length
+    sources = (("random ids",),) * len(ids)
+    return Batch(ids, labels, (positions % length).contiguous(), piece.contiguous(), sources, epoch=0, index=0)

@@ -2,7 +2,7 @@
 
 A tensor is a function of the seed and its checkpoint name, so all methods have the same values in any order of
 creation, without a file. The device's generator draws them, and a CPU and a GPU draw different values: compare on one
-device. Importing this module imports torch only.
+device. Importing this module imports torch only. family_shapes.py has more models: one of every family.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from family_shapes import FAMILY_SHAPES, tiny_config
 
 STD = 0.02  # of the weights, as transformers initializes them
 # B is not zero, so that A has a gradient in the first step and the first loss depends on the adapters. With inputs of
@@ -187,7 +189,9 @@ _TINY["neox-20b"] = _TINY["pythia"]
 
 
 def shapes(model: str, *, tiny: bool = False) -> dict[str, Any]:
-    """The config.json of `model` (one of MODELS). Tiny: two narrow layers."""
+    """The config.json of `model` (of MODELS or FAMILY_SHAPES). Tiny: two narrow layers."""
+    if model in FAMILY_SHAPES:
+        return tiny_config(FAMILY_SHAPES[model]) if tiny else FAMILY_SHAPES[model]
     return {**_FULL[model], **(_TINY[model] if tiny else {})}
 
 
@@ -201,7 +205,7 @@ def weight(
     parts = name.split(".")
     if parts[-1] == "bias":
         return torch.zeros(shape, device=device, dtype=dtype)
-    if any(part.endswith(("norm", "ln_1", "ln_f")) for part in parts):
+    if any(part.endswith(("norm", "ln_1", "ln_2", "ln_f")) for part in parts):
         return torch.ones(shape, device=device, dtype=dtype)
     return _normal(name, shape, STD, device, dtype, seed)
 
@@ -220,7 +224,9 @@ def batch_ids(
     padding.
     """
     rows = torch.Generator().manual_seed(_seed("ids", seed))
-    ids = torch.randint(shapes(model, tiny=tiny)["vocab_size"], (batch, seq_len), generator=rows)
+    config = shapes(model, tiny=tiny)
+    vocab_size = config.get("text_config", config)["vocab_size"]
+    ids = torch.randint(vocab_size, (batch, seq_len), generator=rows)
     return ids.to(device)
 
 

@@ -6,6 +6,8 @@ import csv
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from runpy import run_path
@@ -14,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from octavo.models import FAMILIES
+from octavo.models.composite import COMPOSITES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text("utf-8"))
@@ -182,6 +187,62 @@ def test_a_row_with_a_low_gradient_cosine_has_a_note(
     measure.note_gradients_(result, comparison)
     assert result["note"] == note
     assert result["cosine"] == cosine
+
+
+@pytest.fixture(scope="module")
+def plan() -> ModuleType:
+    return import_module("plan")
+
+
+def test_the_memory_benchmark_has_four_settings_of_every_family(plan: ModuleType) -> None:
+    settings = list(plan.family_settings())
+    shapes = import_module("shapes")
+    types = [shapes.shapes(setting.model)["model_type"] for setting in settings]
+    composites = {composite[0] for composite in COMPOSITES.values()}
+    assert {kind: types.count(kind) for kind in types} == dict.fromkeys(
+        composites | {kind for kind, _ in FAMILIES.values()}, 4
+    )
+    assert len(set(settings)) == len(settings)
+
+
+def test_the_memory_benchmark_continues_after_a_failure_and_saves_its_rows(
+    plan: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three families: learned positions, windows with soft-capped scores, and the text part of a composite."""
+    models = {"gpt2-xl-20", "gemma-2-2b-8", "gemma-3-4b-6"}
+    settings = [replace(each, seq_len=16, document=each.document and 6) for each in plan.family_settings()]
+    settings = [each for each in settings if each.model in models]
+    settings.insert(1, replace(settings[0], model="nonsense"))
+    with ThreadPoolExecutor(1) as pool:
+        rows = plan.measure_all(settings, pool, tiny=True, out=tmp_path / "plan.csv")
+    printed = capsys.readouterr()
+    assert printed.out.count("\nmodel=") + printed.out.startswith("model=") == len(rows) == len(settings) - 1
+    assert "model='nonsense'" in printed.out
+    assert "KeyError: 'nonsense'" in printed.err
+    assert [row["error_percent"] for row in rows] == ["unmeasured"] * len(rows)
+    saved = [[row[level] for level in ("all", "attention", "input")] for row in rows]
+    assert saved == [[2, 0, 0], [0, 0, 2]] * (len(rows) // 2)  # also those that recompute
+    with (tmp_path / "plan.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [tuple(row) for row in written] == [plan.COLUMNS] * len(rows)
+
+
+def test_the_memory_benchmark_names_the_settings_with_large_errors(plan: ModuleType) -> None:
+    row = dict.fromkeys(plan.COLUMNS, "") | {"model": "a", "error_percent": -5.01}
+    others = [row | {"model": "b", "error_percent": 5.0}, row | {"model": "c", "error_percent": "unmeasured"}]
+    assert plan.summary([row, *others], failed=2).splitlines() == [
+        "3 settings, 2 failed, 2 measured",
+        "largest error -5.01 % (model=a error_percent=-5.01)",
+        "1 beyond 5 %: model=a error_percent=-5.01",
+    ]
+    assert plan.summary([], failed=1) == "0 settings, 1 failed, 0 measured\n"
+
+
+def test_a_batch_of_packed_documents(plan: ModuleType) -> None:
+    batch = import_module("octavo_method").make_batch(torch.arange(7)[None], document=3)
+    assert batch.piece.tolist() == [[0, 0, 0, 1, 1, 1, 2]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 0]]
+    assert batch.labels.tolist() == [[1, 2, -100, 4, 5, -100, -100]]
 
 
 def test_the_table_of_the_readme_shows_the_newest_row() -> None:
