@@ -137,7 +137,7 @@ def no_synchronization() -> Iterator[None]:
 
 def eager(
     model: Decoder, save: Save = Save.ALL, *, rows: int = ROWS, offload: bool = False, int8_matmuls: bool = False,
-    transposed: bool = False, objective: Objective = next_token_loss,
+    transposed: int = 0, objective: Objective = next_token_loss,
 ) -> EagerStep:  # fmt: skip
     """An eager step; `int8_matmuls`: 8 bits in all supported matmuls."""
     matmul8 = matmul8_of(model, all_8bit(model), transposed=transposed) if int8_matmuls else {}
@@ -313,7 +313,7 @@ def test_an_8_bit_graph_step_equals_the_eager_step_and_does_not_synchronize(load
 def test_stored_transposed_weights_do_not_change_results(load_step: Load) -> None:
     step, batch = load_step(torch.bfloat16, GPU, "int8"), batch_of(0, packed=True)
     expected = step.run(eager(step.model, int8_matmuls=True), batch)
-    graph_step = graph(step.model, int8_matmuls=True, transposed=True)
+    graph_step = graph(step.model, int8_matmuls=True, transposed=1)
     for _ in range(3):
         assert_close(step.run(graph_step, batch), expected, 1e-3)
 

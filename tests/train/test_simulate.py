@@ -266,12 +266,24 @@ def test_attention_needs_the_memory_of_cudnn_attention(key_heads: int, backward:
 
 
 def test_the_time_of_a_gpu_is_the_sum_over_kinds_of_work() -> None:
-    gpu = Peak(half_flops_per_second=1e12, int8_ops_per_second=2e12, bytes_per_second=1e9, compute_capability=(9, 0))
+    gpu = Peak(
+        half_flops_per_second=1e12,
+        int8_ops_per_second=2e12,
+        bytes_per_second=1e9,
+        bus_bytes_per_second=1e8,
+        compute_capability=(9, 0),
+    )
     kinds = ((1e12, 0, 0, 0), (0, 1e12, 0, 0), (0, 0, 1e9, 0), (0, 0, 0, 2e12))
     alone = [Forecast(0, *parts).seconds(gpu) for parts in kinds]
     assert all(1 < seconds < 3 for seconds in alone)  # no GPU reaches its peak throughput
     assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(gpu) == pytest.approx(sum(alone))
-    faster = Peak(half_flops_per_second=2e12, int8_ops_per_second=4e12, bytes_per_second=2e9, compute_capability=(9, 0))
+    faster = Peak(
+        half_flops_per_second=2e12,
+        int8_ops_per_second=4e12,
+        bytes_per_second=2e9,
+        bus_bytes_per_second=2e8,
+        compute_capability=(9, 0),
+    )
     assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(faster) == pytest.approx(sum(alone) / 2)
 
 

@@ -72,7 +72,7 @@ class PlanRow(TypedDict):
     micro_batch_size: int
     layers_all: int
     layers_attention: int
-    weights_transposed: bool
+    layers_transposed: int  # whose 8-bit weights are stored transposed too
     seconds: float | None
     tokens_per_second: float | None
     flops_per_token: dict[str, float]  # of body, head and attention, without what is recomputed

@@ -150,7 +150,7 @@ def _row(
         "micro_batch_size": plan.rows,
         "layers_all": plan.save.count(Save.ALL),
         "layers_attention": plan.save.count(Save.ATTENTION),
-        "weights_transposed": plan.transposed,
+        "layers_transposed": plan.transposed,
         "seconds": plan.seconds,
         "tokens_per_second": tokens / plan.seconds if plan.seconds else None,
         "flops_per_token": asdict(model_flops(planner.model, planner.length)),

@@ -35,8 +35,9 @@ MARGIN = 0.98  # share of the budget that plans may use: the error of the foreca
 class MemoryPlan:
     """What each block saves, rows of a micro-batch, and the forecast: peak device memory, seconds of an optimizer step.
 
-    With `offload` the blocks' inputs and the embedding are in `host_bytes` of CPU memory. With `transposed` the weights
-    of 8-bit matmuls are stored transposed as well. With `tiled_head` the head is dequantized in tiles (fused/loss.py).
+    With `offload` the blocks' inputs and the embedding are in `host_bytes` of CPU memory. The weights of
+    8-bit matmuls of the last `transposed` layers are stored transposed as well. With `tiled_head` the head is
+    dequantized in tiles (fused/loss.py).
     """
 
     save: tuple[Save, ...]
@@ -45,7 +46,7 @@ class MemoryPlan:
     seconds: float | None  # None: the GPU's peak throughput is unknown
     offload: bool = False
     host_bytes: int = 0
-    transposed: bool = False
+    transposed: int = 0
     tiled_head: bool = False
 
     def describe(self) -> str:
@@ -53,12 +54,12 @@ class MemoryPlan:
         names = {Save.ALL: "all activations", Save.ATTENTION: "attention's output", Save.INPUT: "the input"}
         counts = [f"{self.save.count(level)} save {names[level]}" for level in sorted(set(self.save), reverse=True)]
         offload = f"; their inputs and the embedding are in {self.host_bytes / 2**30:.2f} GiB of CPU memory"
-        transposed = "; 8-bit weights are stored transposed too"
+        transposed = f"; the 8-bit weights of {self.transposed} are stored transposed too"
         return (
             f"micro-batches of {self.rows} sequence{'s' * (self.rows != 1)}, of {len(self.save)} layers "
             + ", ".join(counts)
             + self.offload * offload
-            + self.transposed * transposed
+            + (self.transposed > 0) * transposed
             + self.tiled_head * "; the head is dequantized in tiles"
         )
 
@@ -79,7 +80,7 @@ class Planner:
     objective: Objective = next_token_loss
     fused: bool = True
     tiled_head: bool = False
-    _forecasts: dict[tuple[int, tuple[Save, ...], bool, bool], Forecast] = field(init=False, default_factory=dict)
+    _forecasts: dict[tuple[int, tuple[Save, ...], bool, int], Forecast] = field(init=False, default_factory=dict)
 
     @property
     def fixed_bytes(self) -> int:
@@ -102,13 +103,13 @@ class Planner:
         """The candidates for the rows of a micro-batch, the largest first."""
         return list(_halvings(self.batch_size)) if self.micro_batch_size is None else [self.micro_batch_size]
 
-    def plan(self, save: Sequence[Save], rows: int, *, offload: bool = False, transposed: bool = False) -> MemoryPlan:
+    def plan(self, save: Sequence[Save], rows: int, *, offload: bool = False, transposed: int = 0) -> MemoryPlan:
         """One plan, forecast."""
         forecast = self._forecast(rows, tuple(save), offload, transposed)
         micro_batches = math.ceil(self.batch_size / rows)
         seconds = forecast.seconds(self.gpu) * micro_batches if self.gpu else None
         table = self.model.untied_embedding.weight_bytes if offload and self.model.untied_embedding is not None else 0
-        weights = self.fixed_bytes - table + (transposed_bytes(self.model, self.precision) if transposed else 0)
+        weights = self.fixed_bytes - table + transposed_bytes(self.model, self.precision, transposed)
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(
             tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed,
@@ -139,22 +140,26 @@ class Planner:
                     continue
                 fitting.append(plan)
                 if plan.save == self._all(Save.ALL):
-                    transposed = self._transposed(plan, limit) if use_8bit else []
-                    fitting += transposed
-                    if transposed or not use_8bit:  # fewer rows, or offload, could only be slower
+                    stored = self._transposed(plan, limit) if use_8bit else plan
+                    fitting.append(stored)
+                    if not use_8bit or stored.transposed == len(plan.save):  # fewer rows, or offload, are only slower
                         return min(fitting, key=self._cost)
-                    break  # with fewer rows the transposed weights may fit
+                    break  # with fewer rows more of the transposed weights may fit
             # Each row count takes three simulations an offload mode: one more spares those of a run that cannot fit.
             if not fitting and rows == self.row_counts[0] and self.smallest().peak_bytes > limit:
                 return None
         return min(fitting, key=self._cost, default=None)
 
-    def _transposed(self, plan: MemoryPlan, limit: float) -> list[MemoryPlan]:
-        """The plan, in which every layer keeps all, with weights kept transposed as well, if that fits."""
-        if plan.offload:
-            return []
-        transposed = self.plan(plan.save, plan.rows, transposed=True)
-        return [transposed] if transposed.peak_bytes <= limit else []
+    def _transposed(self, plan: MemoryPlan, limit: float) -> MemoryPlan:
+        """The plan, in which every layer keeps all, with the transposed weights of as many layers as fit."""
+        layers = 0 if plan.offload else len(plan.save)
+        each = transposed_bytes(self.model, self.precision, len(plan.save)) / len(plan.save)
+        # One more than fits by these bytes: with all layers, a step needs no memory for a transposition.
+        for count in range(min(layers, int((limit - plan.peak_bytes) / each) + 1), 0, -1):
+            stored = self.plan(plan.save, plan.rows, transposed=count)
+            if stored.peak_bytes <= limit:
+                return stored
+        return plan
 
     def smallest(self) -> MemoryPlan:
         """The plan with the least device memory, within the CPU memory."""
@@ -219,7 +224,7 @@ class Planner:
         forecast = self._forecast(plan.rows, plan.save, plan.offload, plan.transposed)
         return forecast.seconds(GPUS["RTX 3090"]) * math.ceil(self.batch_size / plan.rows)
 
-    def _forecast(self, rows: int, save: tuple[Save, ...], offload: bool = False, transposed: bool = False) -> Forecast:
+    def _forecast(self, rows: int, save: tuple[Save, ...], offload: bool = False, transposed: int = 0) -> Forecast:
         key = rows, save, offload, transposed
         if key not in self._forecasts:
             matmul8 = matmul8_of(self.model, self.precision, transposed=transposed)

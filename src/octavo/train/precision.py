@@ -105,11 +105,11 @@ def chosen_precision(errors: Mapping[str, QuantError], *, forced: bool = False) 
     )
 
 
-def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: bool = False) -> dict[str, Matmul8]:
+def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: int = 0) -> dict[str, Matmul8]:
     """The 8-bit matmuls of a decoder by layer name, with their tensors on its device, for `ForwardOptions`.
 
-    With `transposed` the weights are stored transposed too, for backward: one byte more per weight, and no transpose in
-    each step.
+    The weights of the last `transposed` blocks are stored transposed too, for backward: one byte more per weight, and
+    no transpose in each step.
     """
     made: dict[str, Matmul8] = {}
     for name, layer in layers(decoder):
@@ -119,13 +119,23 @@ def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: bool = Fal
         if channels := precision.outliers[name]:
             outliers = split_outliers(torch.tensor(channels, device=matrix.device), matrix.in_features)
         like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-        made[name] = Matmul8(outliers, transposed_weight(matrix.int8_weight, like) if transposed else None)
+        stored = _is_in_last(transposed, name, decoder)
+        made[name] = Matmul8(outliers, transposed_weight(matrix.int8_weight, like) if stored else None)
     return made
 
 
-def transposed_bytes(decoder: Decoder, precision: Precision) -> int:
-    """Bytes of the transposed weights of all layers in 8 bits."""
-    return sum(prod(layer.matrix.shape) for name, layer in layers(decoder) if name in precision)
+def transposed_bytes(decoder: Decoder, precision: Precision, blocks: int) -> int:
+    """Bytes of the transposed weights of the linears in 8 bits of the last `blocks` blocks."""
+    return sum(
+        prod(layer.matrix.shape)
+        for name, layer in layers(decoder)
+        if name in precision and _is_in_last(blocks, name, decoder)
+    )
+
+
+def _is_in_last(blocks: int, name: str, decoder: Decoder) -> bool:
+    """Whether a linear ("3.qkv") is in one of the last `blocks` blocks."""
+    return int(name.partition(".")[0]) >= len(decoder.blocks) - blocks
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from octavo.runtime.offload import pinned_bytes
 MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
 # Share of the int8 peak: within 8 % for seven settings of 2,048 tokens (rows of 128 tokens: within a third).
 MATMUL8_SHARE = 0.70
-BUS_BYTES_PER_SECOND = 2e10  # between CPU and GPU, one direction: PCIe 4 has 25 GB/s, an H100 measured 55
+BUS_SHARE = 0.63  # of the peak of the bus between CPU and GPU: an H100 and an H200 measured 0.8
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to ROUND; up to SMALL they are allocated from separate pages
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # bytes by which an arena grows: of small blocks, of others
 
@@ -51,7 +51,7 @@ class Forecast:
 
         Offload copies overlap with computing.
         """
-        return max(self._computing(gpu), self.bus_bytes / BUS_BYTES_PER_SECOND)
+        return max(self._computing(gpu), self.bus_bytes / (BUS_SHARE * gpu.bus_bytes_per_second))
 
     def _computing(self, gpu: Peak) -> float:
         return (
