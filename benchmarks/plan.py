@@ -182,6 +182,7 @@ def planner_for(setting: Setting, gpu: str, dtype: torch.dtype, *, tiny: bool) -
         offloads=(False, True) if setting.offload else (False,),
         # With fewer rows at once most plans would fit halfway, and none would recompute.
         micro_batch_size=setting.batch if setting.budget_gib == HALFWAY else None,
+        documents=math.ceil(setting.seq_len / setting.document) if setting.document else 1,
         precision=all_8bit(planner.model) if setting.matmul == "8bit" else planner.precision,
     )
 

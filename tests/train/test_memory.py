@@ -19,12 +19,14 @@ from octavo.adapters import AdapterPlan
 from octavo.hardware import GPUS
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
+from octavo.ops.attention import find_documents
 from octavo.ops.quantize import scheme_named
 from octavo.runtime.offload import pinned_bytes
 from octavo.store.weights import allocated
-from octavo.train.memory import MARGIN, MemoryPlan, Planner, _halvings
+from octavo.train.memory import MARGIN, MemoryPlan, Planner, _halvings, document_slots
 from octavo.train.precision import Precision, all_8bit
-from octavo.train.simulate import BUS_SHARE, Forecast
+from octavo.train.simulate import BUS_SHARE, PAGES, Forecast
+from octavo.train.step import _document_slots
 
 GIB = 2**30
 ALL, ATTENTION, INPUT = Save.ALL, Save.ATTENTION, Save.INPUT
@@ -357,3 +359,24 @@ def test_outlier_channels_are_part_of_the_forecast() -> None:
     )
     assert split.moved_bytes > plain.moved_bytes
     assert split.matmul8_flops == plain.matmul8_flops > 0
+
+
+def test_packed_documents_are_part_of_the_forecast() -> None:
+    """Expected: 128 positions of dq in float32 for each document slot of a CUDA graph."""
+    this = small_planner("gptj-4")
+    alone, one, *packed = (
+        replace(this, documents=documents)._forecast(8, all_of(ALL)) for documents in (0, 1, 20, 40, 80)
+    )
+    assert alone == one == this._forecast(8, all_of(ALL))
+    for (fewer, more), slots in zip(pairwise(packed), (512, 1024), strict=True):
+        assert more.peak_bytes - fewer.peak_bytes == pytest.approx(4 * 128 * slots * 4096, abs=1.5 * PAGES[False])
+        assert fewer.peak_bytes > alone.peak_bytes
+        assert more.attention_flops == alone.attention_flops
+
+
+def test_a_graph_of_packed_rows_has_no_more_document_slots_than_the_forecast() -> None:
+    for rows, most in ((1, 2), (3, 5), (8, 40), (8, 4)):
+        document = torch.arange(40).expand(rows, 40) * most // 40
+        assert _document_slots(find_documents(document, torch.device("cpu"))) == document_slots(rows * most)
+        assert document_slots(rows * (most - 1)) <= document_slots(rows * most)
+    assert document_slots(0) == 0

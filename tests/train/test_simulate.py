@@ -22,7 +22,7 @@ from octavo.hardware import Peak
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, next_token_loss
-from octavo.ops.attention import AttentionSpec, causal_attention
+from octavo.ops.attention import AttentionSpec, Documents, causal_attention
 from octavo.ops.matmul8 import matmul_8bit_into
 from octavo.ops.quantize import scheme_named
 from octavo.ops.softcap import CHUNK
@@ -263,6 +263,34 @@ def test_attention_needs_the_memory_of_cudnn_attention(key_heads: int, backward:
     assert simulate(lambda: causal_attention(q, k, v)).peak_bytes == PAGE + log_sum_exp
     # The output, dq in float32 (two pages), dq, dk and dv (one page each; grouped: a quarter, and one of all heads).
     assert simulate(lambda: causal_attention(q, k, v).sum().backward()).peak_bytes == backward * PAGE + log_sum_exp
+
+
+@pytest.mark.parametrize(
+    ("sequences", "size", "window", "mebibytes"),
+    [
+        # The output, dq in float32 (two pages), dq, dk and dv; each of these sequences adds 128 positions of dq.
+        (0, 64, None, 120),
+        (0, 64, 20480, 120),  # a window that covers the row
+        (0, 64, 20479, 140),
+        (80, 64, None, 140),
+        (81, 64, None, 160),
+        # 15 MiB instead of 20, but FlashAttention rounds the size of a head of dq in float32 up to 64.
+        (0, 48, None, 100),
+        (80, 48, None, 120),
+        (81, 48, None, 140),
+    ],
+)
+def test_attention_over_documents_or_a_window_needs_the_memory_of_flash_attention(
+    sequences: int, size: int, window: int | None, mebibytes: int
+) -> None:
+    q, k, v = (torch.empty(1, 20480, 8, size, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in range(3))
+    number, offsets = torch.empty(1, 20480, device=META), torch.empty(sequences + 1, device=META)
+    documents = Documents(number, offsets, 20480) if sequences else None
+
+    def step() -> None:
+        causal_attention(q, k, v, AttentionSpec(window=window), documents=documents).sum().backward()
+
+    assert simulate(step).peak_bytes == mebibytes * 2**20 + PAGES[True]  # log-sum-exp, row sums and the loss are small
 
 
 def test_the_time_of_a_gpu_is_the_sum_over_kinds_of_work() -> None:

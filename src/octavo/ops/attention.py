@@ -46,6 +46,7 @@ class AttentionSpec(NamedTuple):
 
 
 PLAIN = AttentionSpec()
+FLASH_ROWS = 128  # the positions of a tile of queries in FlashAttention's backward
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ def causal_attention(
     q is (B, T, H, D), k and v are (B, T, G, D). With `documents` a position sees only its own document; without them
     the whole row is one document. Over a cache: ops/cached_attention.py.
     """
-    if q.is_meta and spec.softcap is None:
-        simulated: Tensor = _Simulated.apply(q, k, v)  # type: ignore[no-untyped-call]
-        return simulated
     spec = spec.bounded(documents.longest if documents is not None else q.shape[1])
-    call = capabilities_of(q.device), q.dtype, backends().attention
     masked = spec.window is not None or documents is not None
+    if q.is_meta and spec.softcap is None:
+        sequences = 0 if not masked else q.shape[0] if documents is None else len(documents.offsets) - 1
+        simulated: Tensor = _Simulated.apply(q, k, v, sequences)  # type: ignore[no-untyped-call]
+        return simulated
+    call = capabilities_of(q.device), q.dtype, backends().attention
     if masked and spec.softcap is None and supports_varlen(*call, windows=spec.window is not None):
         return _varlen(q, k, v, spec, documents)
     groups = q.shape[2] // k.shape[2]
@@ -201,21 +203,30 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 class _Simulated(torch.autograd.Function):
-    """Attention on the meta device with the memory of cuDNN's: forward saves the log-sums; backward makes dq in float32
-    first and, if key heads are shared, dk and dv for every query head."""
+    """Attention on the meta device with the memory of the GPU's: forward saves the log-sums; backward makes dq in
+    float32 first and, if key heads are shared, dk and dv for every query head.
+
+    `sequences` is 0 for cuDNN's attention, else the number of sequences of FlashAttention's, empty ones included, whose
+    dq in float32 and row sums have `FLASH_ROWS` more positions for each (PyTorch 2.11, flash_api.cpp, mha_varlen_bwd).
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
         observe("attention", [q, k, v, q])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.sequences = sequences
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *_ = ctx.saved_tensors
         observe("attention_backward", [q, k, v, q, q, k, v, q])
+        batch, length, heads, size = q.shape
         wide = [q.new_empty(q.shape, dtype=torch.float32)]
-        if k.shape[2] != q.shape[2]:
+        if ctx.sequences:
+            positions, size = batch * length + FLASH_ROWS * ctx.sequences, 256 if size > 192 else -(-size // 32) * 32
+            wide = [q.new_empty(positions, heads, columns, dtype=torch.float32) for columns in (size, 1)]
+        if k.shape[2] != heads:
             wide += [q.new_empty(q.shape) for _ in range(2)]
-        return tuple(x.new_empty(x.shape) for x in (q, k, v))
+        return *(x.new_empty(x.shape) for x in (q, k, v)), None

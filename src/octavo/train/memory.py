@@ -20,6 +20,7 @@ from octavo.hardware import GPUS, Peak
 from octavo.layers.context import ForwardOptions, Save
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
+from octavo.ops.attention import Documents
 from octavo.runtime.offload import pinned_bytes
 from octavo.train.precision import Precision, matmul8_of, transposed_bytes
 from octavo.train.simulate import Forecast, simulate
@@ -80,6 +81,7 @@ class Planner:
     objective: Objective = next_token_loss
     fused: bool = True
     tiled_head: bool = False
+    documents: int = 1  # the most documents of a row, a row's padding included
     _forecasts: dict[tuple[int, tuple[Save, ...], bool, int], Forecast] = field(init=False, default_factory=dict)
 
     @property
@@ -234,8 +236,23 @@ class Planner:
 
     def _step(self, rows: int, options: ForwardOptions) -> Callable[[], None]:
         ids = torch.zeros(rows, self.length, dtype=torch.int64, device="meta")  # (B, T)
-        inputs = Inputs(ids, ids, ids.flatten(), None, None)
+        documents = None
+        if slots := document_slots(rows * self.documents if self.documents > 1 else 0):
+            offsets = torch.zeros(slots + 1, dtype=torch.int32, device="meta")  # (slots + 1,)
+            documents = Documents(ids, offsets, self.length)
+        inputs = Inputs(ids, ids, ids.flatten(), None, documents)
         return lambda: self.objective(self.model, inputs, options).backward()
+
+
+def document_slots(documents: int) -> int:
+    """The document slots of a CUDA graph for packed rows: 64, 128, 256, ..; 0 for rows of one document each.
+
+    More than twice the documents of the micro-batch, so that few graphs serve all.
+    """
+    slots = 64 if documents else 0
+    while slots < 2 * (documents + 1) and documents:
+        slots *= 2
+    return slots
 
 
 def _halvings(batch: int) -> Iterator[int]:

@@ -26,7 +26,7 @@ from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, inputs_of, next_token_loss
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import join
-from octavo.train.memory import MemoryPlan
+from octavo.train.memory import MemoryPlan, document_slots
 from octavo.train.precision import Precision, matmul8_of
 
 Kind = tuple[int, bool]  # of a graph: document slots, 0 for rows of one document each; whether labels have weights
@@ -187,16 +187,8 @@ class _Graph:
 
 
 def _document_slots(documents: Documents | None, *, missing: int = 0) -> int:
-    """0 for rows of one document each; else the document slots of a graph: 64, 128, 256, ..
-
-    At least twice the documents of the micro-batch, so that few graphs serve all; each of the `missing` rows is one.
-    """
-    if documents is None:
-        return 0
-    slots = 64
-    while slots < 2 * (len(documents.offsets) + missing):
-        slots *= 2
-    return slots
+    """The document slots of a micro-batch: each of its `missing` rows is one document too."""
+    return 0 if documents is None else document_slots(len(documents.offsets) - 1 + missing)
 
 
 class PlannedStep:
