@@ -74,8 +74,8 @@ SETTINGS = (
 )
 COLUMNS = (
     "model", "scheme", "matmul", "batch", "seq_len", "document", "budget_gib", "rows", "all", "attention", "input",
-    "offload", "tiled_head", "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds", "seconds", "gpu",
-    "torch",
+    "offload", "transposed", "tiled_head", "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds", "seconds",
+    "gpu", "torch",
 )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def plan_of(
     The plans of tiny models hardly differ in memory: halfway is then the smallest one.
     """
     planner = planner_for(setting, gpu, dtype, tiny=tiny)
-    budget: float = math.inf if total_bytes is None else total_bytes
+    budget: float = total_bytes or sys.maxsize
     if setting.budget_gib == HALFWAY:
         smallest, fastest = planner.smallest(), planner.best(budget)
         if tiny:
@@ -209,8 +209,9 @@ def measured(setting: Setting, plan: MemoryPlan, budget: float, *, tiny: bool = 
     return {
         "model": setting.model, "scheme": setting.scheme, "matmul": setting.matmul, "batch": setting.batch,
         "seq_len": setting.seq_len, "document": setting.document or "",
-        "budget_gib": round(budget / GIB, 3) if math.isfinite(budget) and setting.budget_gib else "",
-        "rows": plan.rows, **levels, "offload": int(plan.offload), "tiled_head": int(plan.tiled_head),
+        "budget_gib": round(budget / GIB, 3) if setting.budget_gib and is_gpu else "",
+        "rows": plan.rows, **levels, "offload": int(plan.offload),
+        "transposed": int(plan.transposed), "tiled_head": int(plan.tiled_head),
         "forecast_gib": round(plan.peak_bytes / GIB, 3),
         "reserved_gib": round(peak_bytes / GIB, 3) if is_gpu else "unmeasured",
         "error_percent": error, "forecast_seconds": round(plan.seconds or 0.0, 4),
