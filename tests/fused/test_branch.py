@@ -329,6 +329,28 @@ def test_only_matmuls_whose_output_is_needed_run_again(kind: str, save: Save) ->
     assert backward.counts[ROWS, case.inner_rows, built.inner.width] == 1
 
 
+class AllocationCounter(TorchDispatchMode):
+    """Counts new tensors of a shape that no operation has computed."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.empty_like, torch.ops.aten.new_empty):
+            self.count += result.shape == self.shape
+        return result
+
+
+@every_save
+def test_a_post_norm_overwrites_its_input_unless_backward_reads_it(save: Save) -> None:
+    case = Case("attention, post-norm")
+    with AllocationCounter((ROWS, WIDTH)) as allocations:
+        case.run(*case.leaves, save=save)
+    assert allocations.count == (save is not Save.INPUT)
+
+
 @every_kind
 @every_save
 def test_no_matmul_computes_the_gradient_of_an_x_that_needs_none(kind: str, save: Save) -> None:

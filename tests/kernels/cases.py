@@ -45,13 +45,28 @@ def norm(*, centred: bool, heads: int = 1, plus_one: bool = False, over: bool = 
     return make
 
 
-def norm_backward(*, centred: bool, heads: int = 1, plus_one: bool = False, residual: str = "", over: str = "") -> Case:
+def add_norm(*, centred: bool, plus_one: bool = False, scale: float = 1.0, over: str = "") -> Case:
+    """`over` says which operand the result overwrites: "x", "residual" or none."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, residual, out = (columns(7, 100, dtype) for _ in range(3))
+        out = {"x": x, "residual": residual}.get(over, out)
+        bias = torch.randn(100) if centred else None
+        named: dict[str, object] = {"scale": scale, "zero_centred_weight": plus_one}
+        return (x, torch.randn(100), bias, 1e-5, residual, out), named, out
+
+    return make
+
+
+def norm_backward(
+    *, centred: bool, heads: int = 1, plus_one: bool = False, scale: float = 1.0, residual: str = "", over: str = ""
+) -> Case:
     """`residual` is "given" or ""; `over` says which operand the result overwrites: "x", "residual" or none."""
 
     def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
         x, dy, added, out = (columns(7, heads * 100, dtype) for _ in range(4))
         out = {"x": x, "residual": added}.get(over, out)
-        named: dict[str, object] = {"centred": centred, "zero_centred_weight": plus_one}
+        named: dict[str, object] = {"centred": centred, "zero_centred_weight": plus_one, "scale": scale}
         return (x, torch.randn(100), 1e-5, dy, added if residual else None, out), named, out
 
     return make
@@ -383,11 +398,17 @@ CASES: dict[str, list[Case]] = {
         activation(70, 70, backward=True, large=True, approximate="none"),
         pitches(2048, 2048, over="x"), pitches(2048, 2048, over="dy"),
     ],
+    "pointwise.add_norm_into": [
+        add_norm(centred=True, scale=0.3), add_norm(centred=False), add_norm(centred=False, plus_one=True, over="x"),
+        add_norm(centred=False, plus_one=True, scale=0.3, over="residual"),
+    ],
     "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
     "pointwise.swiglu_backward_": [
         activation(4200, 2100, backward=True), activation(70, 35, backward=True, large=True),
         pitches(4096, 2048, over="x"), pitches(4096, 2048, over="dy"),
     ],
+        norm_backward(centred=False, plus_one=True, scale=0.3, over="x"),
+        norm_backward(centred=True, residual="given", scale=3.0),
     "pointwise.geglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
     "pointwise.geglu_backward_": [
         # Its reference has 1 + tanh(z), which loses digits where the gate is under -4: times `up` they would show.

@@ -104,6 +104,7 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "pointwise.geglu_backward_": {"x": X, "dy": X},
     "pointwise.geglu_into": {"x": X, "out": OUT},
     "pointwise.gelu_backward_": {"x": X, "dy": X},
+    "pointwise.add_norm_into": {"x": X, "weight": SCALES, "bias": SCALES_OR_NONE, "residual": X, "out": OUT},
     "pointwise.gelu_into": {"x": X, "out": OUT},
     "pointwise.norm_backward_into": {
         "x": X, "weight": SCALES, "dy": X, "residual": rows(*COMPUTE, optional=True), "out": OUT,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.ops.pointwise import (
+    add_norm_into,
     geglu_backward_,
     geglu_into,
     gelu_backward_,
@@ -75,6 +76,37 @@ def test_a_norm_is_its_formula(centred: bool, plus_one: bool, heads: int) -> Non
         assert (surroundings(out) == 9).all()
         norm_into(x, weight, bias, EPS, x, zero_centred_weight=plus_one)  # over its own input
         torch.testing.assert_close(x, expected)
+
+
+@every_norm
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_the_sum_of_a_residual_and_a_norm_is_its_formula(centred: bool, plus_one: bool, scale: float) -> None:
+    x, weight, bias = norm_case(centred, 1)
+    out, residual = columns(torch.zeros(ROWS, WIDTH, dtype=torch.float64)), random(ROWS, WIDTH, seed=4)
+    named: dict[str, Any] = {"scale": scale, "zero_centred_weight": plus_one}
+    with torch.no_grad():
+        expected = residual + scale * plain_norm(x, weight + plus_one, bias)
+        add_norm_into(columns(x), weight, bias, EPS, columns(residual), out, **named)
+        torch.testing.assert_close(out, expected)
+        assert (surroundings(out) == 9).all()
+        for over in (residual, x):
+            given = residual.clone()
+            add_norm_into(x, weight, bias, EPS, given, x if over is x else given, **named)
+            torch.testing.assert_close(x if over is x else given, expected)
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_a_norm_is_rounded_before_it_is_added(plus_one: bool) -> None:
+    """And its gradient, scale * dy, before the norm's backward: the bits of a block under autograd."""
+    x, residual, dy = (random(ROWS, WIDTH, seed=seed, dtype=torch.bfloat16) for seed in (0, 3, 4))
+    weight, out, dx, scaled = random(WIDTH, seed=1, dtype=torch.float32), *(torch.empty_like(x) for _ in range(3))
+    add_norm_into(x, weight, None, EPS, residual, out, scale=0.3, zero_centred_weight=plus_one)
+    normed = norm(x, weight, None, EPS, zero_centred_weight=plus_one)
+    assert torch.equal(out, torch.add(residual, normed, alpha=0.3))
+    named = {"centred": False, "zero_centred_weight": plus_one}
+    norm_backward_into(x, weight, EPS, dy, None, dx, scale=0.3, **named)
+    norm_backward_into(x, weight, EPS, dy * 0.3, None, scaled, **named)
+    assert torch.equal(dx, scaled)
 
 
 @every_norm

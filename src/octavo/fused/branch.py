@@ -151,7 +151,7 @@ class _Branch(torch.autograd.Function):
             y = this.outer.matmul(gemm_input, residual=added)  # (M, d)
         else:
             z = this.outer.matmul(gemm_input)  # (M, d)
-            y = _add(added, z, this)  # (M, d)
+            y = _add(added, z, this, keeps_z=saves_attention)  # (M, d)
         if save is not None:
             # A stored x is freed when backward takes it, so without a backward it is not stored.
             offloads = context.offload is not None and any(ctx.needs_input_grad)
@@ -223,13 +223,13 @@ def _norm_input(rows: Tensor, this: Branch, extra_or_seeds: Seeds | Tensor) -> G
     return gemm_input
 
 
-def _add(residual: Tensor, z: Tensor, this: Branch) -> Tensor:
-    """residual + scale * post_norm(z), (M, d). z is overwritten if there is no post_norm."""
-    out = z
-    if this.post_norm is not None:
-        out = torch.empty_like(z)  # (M, d)
-        this.post_norm.write(z, out)
-    return torch.add(residual, out, alpha=this.scale, out=out)
+def _add(residual: Tensor, z: Tensor, this: Branch, *, keeps_z: bool) -> Tensor:
+    """residual + scale * post_norm(z), (M, d), in one pass. z is overwritten, unless backward of post_norm reads it."""
+    if this.post_norm is None:
+        return torch.add(residual, z, alpha=this.scale, out=z)
+    out = torch.empty_like(z) if keeps_z else z  # (M, d)
+    this.post_norm.write_sum(z, residual, out, scale=this.scale)
+    return out
 
 
 def _recompute_z(
@@ -247,13 +247,11 @@ def _recompute_z(
 
 def _grad_z(dy: Tensor, z: Tensor | None, this: Branch) -> tuple[Tensor, list[Tensor | None]]:
     """(the gradient to z (M, d), written over z; the gradients of post_norm)."""
-    if this.scale != 1:
-        dy = dy * this.scale
     if this.post_norm is None:
-        return dy, []
+        return dy if this.scale == 1 else dy * this.scale, []
     assert z is not None
-    gradients = this.post_norm.grad_trained(z, dy)
-    this.post_norm.backward(z, dy, None, z)
+    gradients = this.post_norm.grad_trained(z, dy, scale=this.scale)
+    this.post_norm.backward(z, dy, None, z, scale=this.scale)
     return z, gradients
 
 

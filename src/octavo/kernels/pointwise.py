@@ -18,17 +18,33 @@ GELU_FORMS = {"tanh": "gelu", "none": "gelu_erf"}
 def norm_into(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor, *, zero_centred_weight: bool = False
 ) -> None:
+    _launch_norm(x, weight, bias, eps, None, out, 1.0, zero_centred_weight)
+
+
+def add_norm_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor, out: Tensor, *,
+    scale: float = 1.0, zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    _launch_norm(x, weight, bias, eps, residual, out, scale, zero_centred_weight)
+
+
+def _launch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None, out: Tensor, scale: float,
+    zero_centred_weight: bool,
+) -> None:  # fmt: skip
     m, d = len(x), weight.numel()
+    added = x if residual is None else residual  # without one not read by the kernel, which needs an argument
     _norm[(m, x.shape[1] // d)](
-        x, weight, bias if bias is not None else weight, out, d, x.stride(0), out.stride(0), eps,
-        bias is not None, zero_centred_weight, triton.next_power_of_2(d), num_warps=_warps(d),
+        x, weight, bias if bias is not None else weight, added, out, d, x.stride(0), added.stride(0), out.stride(0),
+        eps, scale, bias is not None, zero_centred_weight, residual is not None, triton.next_power_of_2(d),
+        num_warps=_warps(d),
     )  # fmt: skip
 
 
 @triton.jit
 def _norm(
-    x, weight, bias, out, d, x_stride, out_stride, eps,
-    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, bias, residual, out, d, x_stride, residual_stride, out_stride, eps, scale,
+    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * d
     column = tl.arange(0, WIDTH)
@@ -37,14 +53,18 @@ def _norm(
     if CENTRED:  # LayerNorm; RMSNorm has neither mean nor bias
         value = tl.where(inside, value - tl.sum(value) / d, 0)
     value *= tl.rsqrt(tl.sum(value * value) / d + eps)
-    value *= _scale(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
+    value *= _factors(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
     if CENTRED:
         value += tl.load(bias + column, mask=inside, other=0).to(x.dtype.element_ty).to(tl.float32)
+    if RESIDUAL:  # the norm is rounded before the sum, as autograd adds two tensors of this dtype
+        value = value.to(x.dtype.element_ty).to(tl.float32) * scale
+        value += tl.load(residual + row * residual_stride + start + column, mask=inside, other=0).to(tl.float32)
+    # Out may be x: the sums need the elements of all threads, so all of x is loaded before the first store.
     tl.store(out + row * out_stride + start + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _scale(weight, column, inside, kind: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr):
+def _factors(weight, column, inside, kind: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr):
     """The factors of a norm: 1 + weight, or the float32 weight rounded to the dtype of x, as in the reference."""
     value = tl.load(weight + column, mask=inside, other=0)
     return 1 + value.to(tl.float32) if ZERO_CENTRED_WEIGHT else value.to(kind).to(tl.float32)
@@ -52,19 +72,19 @@ def _scale(weight, column, inside, kind: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.c
 
 def norm_backward_into(
     x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor | None, out: Tensor, *,
-    centred: bool, zero_centred_weight: bool = False,
+    centred: bool, zero_centred_weight: bool = False, scale: float = 1.0,
 ) -> None:  # fmt: skip
     m, d = len(x), weight.numel()
     added = dy if residual is None else residual  # without one not read by the kernel, which needs an argument
     _norm_backward[(m, x.shape[1] // d)](
-        x, weight, dy, added, out, d, x.stride(0), dy.stride(0), added.stride(0), out.stride(0), eps,
+        x, weight, dy, added, out, d, x.stride(0), dy.stride(0), added.stride(0), out.stride(0), eps, scale,
         centred, zero_centred_weight, residual is not None, triton.next_power_of_2(d), num_warps=_warps(d),
     )  # fmt: skip
 
 
 @triton.jit
 def _norm_backward(
-    x, weight, dy, residual, out, d, x_stride, dy_stride, residual_stride, out_stride, eps,
+    x, weight, dy, residual, out, d, x_stride, dy_stride, residual_stride, out_stride, eps, scale,
     CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * d
@@ -76,7 +96,8 @@ def _norm_backward(
     inverse = tl.rsqrt(tl.sum(value * value) / d + eps)
     value *= inverse
     g = tl.load(dy + row * dy_stride + start + column, mask=inside, other=0).to(tl.float32)
-    g *= _scale(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
+    g = (g * scale).to(dy.dtype.element_ty).to(tl.float32)  # rounded, as autograd multiplies a tensor of this dtype
+    g *= _factors(weight, column, inside, x.dtype.element_ty, ZERO_CENTRED_WEIGHT)
     # With n = (x - mean) / std and g = dL/dn: dx = (g - n mean(g n) - mean(g)) / std; RMSNorm lacks the last mean.
     dx = g - value * (tl.sum(g * value) / d)
     if CENTRED:
@@ -85,7 +106,7 @@ def _norm_backward(
     dx = (dx * inverse).to(out.dtype.element_ty).to(tl.float32)
     if RESIDUAL:
         dx += tl.load(residual + row * residual_stride + start + column, mask=inside, other=0).to(tl.float32)
-    # Out may be x: the sums need the elements of all threads, so all of x is loaded before the first store.
+    # Out may be x, as in _norm.
     tl.store(out + row * out_stride + start + column, dx.to(out.dtype.element_ty), mask=inside)
 
 

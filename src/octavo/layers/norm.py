@@ -35,19 +35,30 @@ class NormSpec(NamedTuple):
         """out = the norm of each group of d columns of x; both (M, n d)."""
         pointwise.norm_into(x, self.weight, self.bias, self.eps, out, zero_centred_weight=self.zero_centred_weight)
 
-    def backward(self, x: Tensor, dy: Tensor, residual: Tensor | None, out: Tensor) -> None:
-        """out = residual + dx for the gradient dy of the output; all (M, n d)."""
-        pointwise.norm_backward_into(
-            x, self.weight, self.eps, dy, residual, out,
-            centred=self.centred, zero_centred_weight=self.zero_centred_weight,
+    def write_sum(self, x: Tensor, residual: Tensor, out: Tensor, *, scale: float) -> None:
+        """out = residual + scale * the norm of x, all (M, d)."""
+        pointwise.add_norm_into(
+            x, self.weight, self.bias, self.eps, residual, out,
+            scale=scale, zero_centred_weight=self.zero_centred_weight,
         )  # fmt: skip
 
-    def grad_trained(self, x: Tensor, dy: Tensor | None) -> list[Tensor | None]:
-        """The gradients (d,) of `trained`, None for those that need none; dy (M, n d) may be None if all are."""
+    def backward(self, x: Tensor, dy: Tensor, residual: Tensor | None, out: Tensor, *, scale: float = 1.0) -> None:
+        """out = residual + dx for the gradient scale * dy of the output; all (M, n d)."""
+        pointwise.norm_backward_into(
+            x, self.weight, self.eps, dy, residual, out,
+            centred=self.centred, zero_centred_weight=self.zero_centred_weight, scale=scale,
+        )  # fmt: skip
+
+    def grad_trained(self, x: Tensor, dy: Tensor | None, *, scale: float = 1.0) -> list[Tensor | None]:
+        """The gradients (d,) of `trained` for the gradient scale * dy of the output, None for those that need none.
+
+        dy (M, n d) may be None if all are.
+        """
         wanted = [tensor.requires_grad for tensor in self.trained]
         if not any(wanted):
             return [None] * len(wanted)
         assert dy is not None
+        dy = dy if scale == 1 else dy * scale
         x, dy = (matrix.unflatten(1, (-1, self.weight.numel())) for matrix in (x, dy))  # (M, n, d) each
         gradients = pointwise.norm_parameters_backward(x, self.eps, dy, centred=self.centred)
         return [gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=False)]

@@ -44,18 +44,34 @@ def norm_into(
 
 
 @kernel
+def add_norm_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor, out: Tensor, *,
+    scale: float = 1.0, zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    """out = residual + scale * norm(x), all (M, d), for a norm after a branch. out may be x or residual.
+
+    The norm is rounded to the dtype of x, and the sum to that of out, as by a norm and an addition.
+    """
+    normed = norm(x, weight, bias, eps, zero_centred_weight=zero_centred_weight)
+    torch.add(residual, normed, alpha=scale, out=out)
+
+
+@kernel
 def norm_backward_into(
     x: Tensor, weight: Tensor, eps: float, dy: Tensor, residual: Tensor | None, out: Tensor, *,
-    centred: bool, zero_centred_weight: bool = False,
+    centred: bool, zero_centred_weight: bool = False, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """out = residual + dx for a norm whose output has the gradient dy; all (M, n d), the weight is (d,).
+    """out = residual + dx for a norm whose output has the gradient scale * dy, which is rounded to the dtype of dy.
 
-    `centred`: LayerNorm, which subtracts the mean; else RMSNorm. out may be residual or x. Without residual out = dx.
+    All matrices are (M, n d), the weight is (d,). `centred`: LayerNorm, which subtracts the mean; else RMSNorm. out may
+    be residual or x. Without residual out = dx.
     """
-    scale = 1 + weight.float() if zero_centred_weight else weight.to(x.dtype).float()
+    if scale != 1:
+        dy = dy * scale
+    factors = 1 + weight.float() if zero_centred_weight else weight.to(x.dtype).float()  # (d,)
     target = _grouped(out, weight)  # (M, n, d)
     xhat, inverse = _standardized(_grouped(x, weight), eps, centred=centred)  # (M, n, d), (M, n, 1)
-    g = _grouped(dy, weight).float() * scale
+    g = _grouped(dy, weight).float() * factors
     dx = g - xhat * (g * xhat).mean(dim=-1, keepdim=True)
     if centred:
         dx = dx - g.mean(dim=-1, keepdim=True)
