@@ -21,10 +21,13 @@ BATCH, LENGTH = 2, 6
 ROWS = BATCH * LENGTH
 
 
-def norms_of(q: int, k: int, *, plus_one: bool = False) -> tuple[NormSpec, NormSpec]:
+def norms_of(
+    q: int, k: int, *, plus_one: bool = False, trained: bool = True, centred: bool = False
+) -> tuple[NormSpec, NormSpec]:
     """Norms of groups of q and of k columns."""
-    weights = [torch.linspace(0.5, 2, width, dtype=torch.float64, requires_grad=True) for width in (q, k)]
-    return NormSpec(weights[0], None, 1e-2, plus_one), NormSpec(weights[1], None, 1e-2, plus_one)
+    weights = [torch.linspace(0.5, 2, width, dtype=torch.float64, requires_grad=trained) for width in (q, k)]
+    biases = [weight.detach() - 1 if centred else None for weight in weights]
+    return NormSpec(weights[0], biases[0], 1e-2, plus_one), NormSpec(weights[1], biases[1], 1e-2, plus_one)
 
 
 MIXERS: dict[str, Any] = {
@@ -33,6 +36,17 @@ MIXERS: dict[str, Any] = {
     "attention, halves, one key head": (Attention(3, 1, 4, ROTATE_HALF), 2),
     "attention, norms of heads": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 3),
     "attention, norms of heads with 1 + w": (Attention(3, 1, 4, ROTATE_HALF, norms_of(4, 4, plus_one=True)), 2),
+    "attention, frozen norms of heads": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6, trained=False)), 3),
+    "attention, frozen norms of all heads": (
+        Attention(4, 2, 6, ROTATE_INTERLEAVED, norms_of(24, 12, plus_one=True, trained=False)), 3,
+    ),
+    "attention, frozen norms of heads, part of a head": (
+        Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6, trained=False)), 2,
+    ),
+    "attention, norms of heads, part of a head": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 2),
+    "attention, frozen LayerNorms of heads": (
+        Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6, trained=False, centred=True)), 3,
+    ),
     "attention, no rotary positions": (Attention(4, 2, 6, ROTATE_HALF), 0),
     "attention, norms of heads, no rotary positions": (Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6)), 0),
     "attention, norms of all heads": (Attention(4, 2, 6, ROTATE_INTERLEAVED, norms_of(24, 12)), 3),
@@ -40,7 +54,7 @@ MIXERS: dict[str, Any] = {
     "gelu with erf": (Gelu(5, "none"), 1),
     "swiglu": (Swiglu(5), 1),
     "geglu": (Geglu(5), 1),
-}  # -> (the mixer, rotary pairs of a head)
+}  # fmt: skip  # -> (the mixer, rotary pairs of a head)
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 both = pytest.mark.parametrize("packed", [False, True], ids=["a document a row", "packed"])
 
@@ -110,7 +124,8 @@ def test_backward_writes_the_gradient_over_u_and_returns_the_output(name: str, p
         y = plain_of(mixer, plain, context)
         dout = torch.full((ROWS, mixer.outputs + 5), 9.0, dtype=torch.float64)[:, 2 : mixer.outputs + 2]
         dout.copy_(torch.randn(ROWS, mixer.outputs, dtype=torch.float64))
-        expected, *expected_trained = torch.autograd.grad(y, [plain, *mixer.trained], dout)
+        trained = [tensor for tensor in mixer.trained if tensor.requires_grad]
+        expected, *expected_trained = torch.autograd.grad(y, [plain, *trained], dout)
     saved = mixer.forward(u, gemm_input_for(mixer), context, save=how != "all recomputed")
     if how != "saved by forward":
         u = u._base.clone()[:, 2 : mixer.inputs + 2]  # type: ignore[union-attr]
@@ -122,7 +137,25 @@ def test_backward_writes_the_gradient_over_u_and_returns_the_output(name: str, p
     assert isinstance(output, Tensor)
     torch.testing.assert_close(u, expected, rtol=1e-6, atol=1e-6)  # the rotary table is float32
     torch.testing.assert_close(output, y.detach(), rtol=1e-6, atol=1e-6)
-    for found, wanted in zip(saved.grad_trained if saved is not None else [], expected_trained, strict=True):
+    gradients = saved.grad_trained if saved is not None else []
+    assert [gradient is not None for gradient in gradients] == [tensor.requires_grad for tensor in mixer.trained]
+    for found, wanted in zip([each for each in gradients if each is not None], expected_trained, strict=True):
         torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-5)
     assert surroundings_are_unchanged(u)
     assert surroundings_are_unchanged(dout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_whether_norms_are_trained_changes_no_bit(dtype: torch.dtype) -> None:
+    """The gradients of trained norms need a pass of their own, between the rotation and the norm."""
+    torch.manual_seed(0)
+    context, u, dout = context_of(3, packed=False), torch.randn(ROWS, 48).to(dtype), torch.randn(ROWS, 24).to(dtype)
+    found = []
+    for trained in (False, True):
+        mixer, own = Attention(4, 2, 6, ROTATE_HALF, norms_of(6, 6, trained=trained)), u.clone()
+        output = mixer.backward_(own, dout, mixer.save(own, context), context)
+        assert isinstance(output, Tensor)
+        found.append((own, output))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

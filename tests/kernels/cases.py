@@ -119,6 +119,23 @@ def rotation(form: str, rotary: int, *, heads: int = 3, rows: int = 1, over: boo
     return make
 
 
+def norm_rotation(
+    form: str, *, of_all: bool = False, heads: int = 3, size: int = 24, rows: int = 1, plus_one: bool = False,
+    backward: bool = False, over: bool = False,
+) -> Case:  # fmt: skip
+    """`of_all`: one norm of all heads. `over`: the gradient overwrites x."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        x, dy, out = (columns(10, heads * size, dtype) for _ in range(3))
+        out = x if over else out
+        positions = torch.tensor([[9, 10, 11, 12, 13], [0, 1, 0, 1, 2]])[:rows]
+        weight, table = torch.randn(heads * size if of_all else size), rotary_table(positions, torch.rand(size // 2))
+        given = (x, weight, 1e-5, *table, size, form, *((dy, out) if backward else (out,)))
+        return given, {"zero_centred_weight": plus_one}, out
+
+    return make
+
+
 def packed_b(n: int, c: int, spans: list[tuple[int, int, int, float]]) -> Case:
     """Adapters by (start, stop, rank, scaling)."""
 
@@ -381,11 +398,17 @@ CASES: dict[str, list[Case]] = {
         norm(centred=True), norm(centred=False), norm(centred=False, plus_one=True, over=True),
         norm(centred=False, heads=3), norm(centred=False, heads=2, plus_one=True),
     ],
+    "pointwise.add_norm_into": [
+        add_norm(centred=True, scale=0.3), add_norm(centred=False), add_norm(centred=False, plus_one=True, over="x"),
+        add_norm(centred=False, plus_one=True, scale=0.3, over="residual"),
+    ],
     "pointwise.norm_backward_into": [
         norm_backward(centred=True, residual="given"), norm_backward(centred=False, residual="given"),
         norm_backward(centred=True, residual="given", over="residual"), norm_backward(centred=False, plus_one=True),
         norm_backward(centred=False, heads=3, over="x"),
         norm_backward(centred=False, heads=2, plus_one=True, residual="given"),
+        norm_backward(centred=False, plus_one=True, scale=0.3, over="x"),
+        norm_backward(centred=True, residual="given", scale=3.0),
     ],
     "pointwise.copy_into": [activation(2100, 2100)],
     "pointwise.gelu_into": [
@@ -398,17 +421,11 @@ CASES: dict[str, list[Case]] = {
         activation(70, 70, backward=True, large=True, approximate="none"),
         pitches(2048, 2048, over="x"), pitches(2048, 2048, over="dy"),
     ],
-    "pointwise.add_norm_into": [
-        add_norm(centred=True, scale=0.3), add_norm(centred=False), add_norm(centred=False, plus_one=True, over="x"),
-        add_norm(centred=False, plus_one=True, scale=0.3, over="residual"),
-    ],
     "pointwise.swiglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
     "pointwise.swiglu_backward_": [
         activation(4200, 2100, backward=True), activation(70, 35, backward=True, large=True),
         pitches(4096, 2048, over="x"), pitches(4096, 2048, over="dy"),
     ],
-        norm_backward(centred=False, plus_one=True, scale=0.3, over="x"),
-        norm_backward(centred=True, residual="given", scale=3.0),
     "pointwise.geglu_into": [activation(4200, 2100), activation(4200, 2100, large=True)],
     "pointwise.geglu_backward_": [
         # Its reference has 1 + tanh(z), which loses digits where the gate is under -4: times `up` they would show.
@@ -419,6 +436,19 @@ CASES: dict[str, list[Case]] = {
         rotation("interleaved", 8), rotation("half", 24), rotation("interleaved", 24, heads=11, rows=2, over=True),
         rotation("half", 24, heads=9, rows=2, over=True), rotation("interleaved", 8, heads=9, over=True, back=True),
         rotation("interleaved", 12, rows=2, back=True), rotation("half", 24, over=True, back=True),
+    ],
+    "rotary.norm_rotate_into": [
+        norm_rotation("half", heads=5), norm_rotation("half", heads=3, size=160, rows=2, plus_one=True),
+        norm_rotation("half", of_all=True, rows=2), norm_rotation("interleaved", heads=11, rows=2),
+        norm_rotation("interleaved", of_all=True, plus_one=True), norm_rotation("half", heads=19, size=128),
+    ],
+    "rotary.norm_rotate_backward_into": [
+        norm_rotation("half", heads=5, backward=True, over=True),
+        norm_rotation("half", heads=3, size=160, rows=2, plus_one=True, backward=True),
+        norm_rotation("half", of_all=True, rows=2, backward=True, over=True),
+        norm_rotation("interleaved", heads=11, rows=2, backward=True),
+        norm_rotation("interleaved", of_all=True, plus_one=True, backward=True, over=True),
+        norm_rotation("half", heads=19, size=128, backward=True, over=True),
     ],
     "lora_backward.gelu_lora_backward_": [
         lora_backward(1, 200, rank=16, rank_after=8), lora_backward(1, 200, rank=5, rank_after=40, to_t=False),

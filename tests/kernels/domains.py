@@ -69,6 +69,10 @@ DOMAINS: dict[str, dict[str, Operand]] = {
         "values": SCALES, "gradient": SCALES, "moments.first": contiguous(U8), "moments.second": contiguous(U8),
         "moments.first_absmax": SCALES, "moments.second_absmax": SCALES, "factor": SCALES,
     },
+    "rotary.norm_rotate_backward_into": {
+        "x": X, "weight": SCALES, "cos": SCALES, "sin": SCALES, "dy": X, "out": OUT,
+    },
+    "rotary.norm_rotate_into": {"x": X, "weight": SCALES, "cos": SCALES, "sin": SCALES, "out": OUT},
     "rotary.rotate_into": {"x": X, "cos": SCALES, "sin": SCALES, "out": OUT},
     "cached_attention.decode_attention": {
         "q": X, "k": X, "v": X, "keys": contiguous(*COMPUTE), "values": contiguous(*COMPUTE),
@@ -100,11 +104,11 @@ DOMAINS: dict[str, dict[str, Operand]] = {
         "x": X, "quantized": contiguous(I8, FP8), "scale": SCALES, "prescale": SCALES_OR_NONE,
     },
     "matmul8.transpose_into": {"weight": contiguous(I8), "out": contiguous(I8, FP8)},
+    "pointwise.add_norm_into": {"x": X, "weight": SCALES, "bias": SCALES_OR_NONE, "residual": X, "out": OUT},
     "pointwise.copy_into": {"x": X, "out": OUT},
     "pointwise.geglu_backward_": {"x": X, "dy": X},
     "pointwise.geglu_into": {"x": X, "out": OUT},
     "pointwise.gelu_backward_": {"x": X, "dy": X},
-    "pointwise.add_norm_into": {"x": X, "weight": SCALES, "bias": SCALES_OR_NONE, "residual": X, "out": OUT},
     "pointwise.gelu_into": {"x": X, "out": OUT},
     "pointwise.norm_backward_into": {
         "x": X, "weight": SCALES, "dy": X, "residual": rows(*COMPUTE, optional=True), "out": OUT,

@@ -102,17 +102,22 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> FaultsByKernel:
     ],
 )
 @pytest.mark.parametrize("use_8bit", [False, True])
+@pytest.mark.parametrize("norms", [False, True], ids=["frozen norms", "trained norms"])
 def test_a_step_of_every_form_of_a_branch_stays_within_the_domains(
-    case: str, use_8bit: bool, models_of: Callable[[Any], tuple[Any, Decoder]], recorded: FaultsByKernel
+    case: str, use_8bit: bool, norms: bool, models_of: Callable[[Any], tuple[Any, Decoder]], recorded: FaultsByKernel
 ) -> None:
     _, model = models_of(FAMILY_CASES[case])
-    adapters.create_(model.train(), AdapterPlan(LoraSpec(3, 6.0), norms=True, biases=True), seed=0)
+    adapters.create_(model.train(), AdapterPlan(LoraSpec(3, 6.0), norms=norms, biases=True), seed=0)
     ids, matmul8 = torch.arange(60).view(2, 30), matmul8_of(model, all_8bit(model) if use_8bit else Precision())
     for save in Save:
         inputs = Inputs(ids, ids, ids.flatten(), None, None)
         next_token_loss(model, inputs, ForwardOptions(save, matmul8=matmul8)).backward()
     assert {name: found for name, found in recorded.items() if found} == {}
     assert "pointwise.norm_backward_into" in recorded
+    assert ("rotary.norm_rotate_into" in recorded) == case.startswith(("qwen3", "olmo2", "gemma3"))
+    # The gradients of trained norms need that between the norm and the rotation, in a pass of its own.
+    assert ("rotary.norm_rotate_backward_into" in recorded) == ("rotary.norm_rotate_into" in recorded and not norms)
+    assert ("pointwise.add_norm_into" in recorded) == case.startswith(("olmo2", "gemma"))
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -21,6 +21,7 @@ from octavo.hardware import Capabilities
 from octavo.layers import kv_cache, kv_store
 from octavo.ops import inference, matmul8
 from octavo.ops.attention import PLAIN, AttentionSpec
+from octavo.ops.rotary import rotary_table
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import KERNELS
 
@@ -201,3 +202,43 @@ def test_a_zero_centred_weight_is_not_rounded() -> None:
     kernel = import_module("octavo.kernels.pointwise")
     kernel.norm_into(x, weight, None, 1e-5, found, zero_centred_weight=True)
     assert (found != wanted).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.375])  # of float16: a CPU's torch.add rounds alpha to the dtype, a GPU's not
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_a_norm_in_one_pass_with_its_sum_rounds_as_in_two(scale: float, plus_one: bool) -> None:
+    """The norm before it is added, and scale * dy before the norm's backward: in float16 the bits of two passes."""
+    torch.manual_seed(0)
+    x, residual, dy = (torch.randn(64, 100).half() for _ in range(3))
+    weight, kernel = torch.randn(100), import_module("octavo.kernels.pointwise")
+    two, one, two_back, one_back = (torch.empty_like(x) for _ in range(4))
+    kernel.norm_into(x, weight, None, 1e-5, two, zero_centred_weight=plus_one)
+    torch.add(residual, two, alpha=scale, out=two)
+    kernel.add_norm_into(x, weight, None, 1e-5, residual, one, scale=scale, zero_centred_weight=plus_one)
+    assert torch.equal(one, two)
+    named = {"centred": False, "zero_centred_weight": plus_one}
+    kernel.norm_backward_into(x, weight, 1e-5, dy * scale, None, two_back, **named)
+    kernel.norm_backward_into(x, weight, 1e-5, dy, None, one_back, scale=scale, **named)
+    assert torch.equal(one_back, two_back)
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("form", ["half", "interleaved"])
+def test_a_norm_in_one_pass_with_its_rotation_rounds_as_in_two(form: str, plus_one: bool) -> None:
+    """The norm before it is rotated, and the rotated gradient before the norm's backward: in float16 the bits of two
+    passes but where sums in another order change the last bit, as they do for few values."""
+    torch.manual_seed(0)
+    x, dy = (torch.randn(40, 4 * 96).half() for _ in range(2))
+    weight, table = torch.randn(96), rotary_table(torch.arange(20)[None], torch.rand(48))
+    norms, rotations = import_module("octavo.kernels.pointwise"), import_module("octavo.kernels.rotary")
+    two, one, two_back, one_back = (torch.empty_like(x) for _ in range(4))
+    norms.norm_into(x, weight, None, 1e-5, two, zero_centred_weight=plus_one)
+    rotations.rotate_into(two, *table, 96, form, two)
+    rotations.norm_rotate_into(x, weight, 1e-5, *table, 96, form, one, zero_centred_weight=plus_one)
+    assert (one != two).float().mean() < 0.01
+    rotations.rotate_into(dy, *table, 96, form, two_back, back=True)
+    named = {"centred": False, "zero_centred_weight": plus_one}
+    norms.norm_backward_into(x, weight, 1e-5, two_back, None, two_back, **named)
+    given = x, weight, 1e-5, *table, 96, form, dy, one_back
+    rotations.norm_rotate_backward_into(*given, zero_centred_weight=plus_one)
+    assert (one_back != two_back).float().mean() < 0.01

@@ -6,8 +6,8 @@ With norms of q and k (Qwen3 and Gemma 3: of each head; OLMo 2: of all heads tog
 
 and k' alike. Backward needs q: a rotation can be undone, a norm cannot, since q' does not have the length of q. Without
 norms q' is written over q in u, with the rotation undone on the gradient alone. With norms u keeps q and k, which are
-saved or recomputed with u as before; q' and k' are temporary matrices, and backward computes them again: two passes
-over (H + G) D values of a token, where saving them too would cost 2 (H + G) D bytes of each token and block.
+saved or recomputed with u as before; q' and k' are temporary matrices, and backward computes them again: one pass over
+(H + G) D values of a token, where saving them too would cost 2 (H + G) D bytes of each token and block.
 
 Legend: B sequences, T positions, M = B T rows, H query heads, G key/value heads, D the size of a head.
 """
@@ -28,7 +28,7 @@ from octavo.layers.gemm_input import GemmInput
 from octavo.layers.norm import NormSpec
 from octavo.ops.lora_backward import LoraGrads, LoraOperands
 from octavo.ops.pointwise import copy_into
-from octavo.ops.rotary import rotate_into
+from octavo.ops.rotary import Table, norm_rotate_backward_into, norm_rotate_into, rotate_into
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ class Attention:
         else:
             buffers = saved.sources[0].split(self._sizes[:2], dim=1)  # q' and k' are not needed any more
             for gradient, x, norm, dn in zip(dqk, qk, self.norms, buffers, strict=True):
-                self._rotate(gradient, dn, context, back=True)
-                saved.grad_trained += norm.grad_trained(x, dn)
-                norm.backward(x, dn, None, x)
+                saved.grad_trained += self._norm_rotate_backward_(norm, x, gradient, dn, context)
         copy_into(dv, v)
         return saved.out.detach()
 
@@ -132,9 +130,41 @@ class Attention:
         sizes = self._sizes[:2]
         qk = u.new_empty(len(u), sum(sizes))  # (M, (H + G) D)
         for norm, x, out in zip(self.norms, u.split(self._sizes, dim=1), qk.split(sizes, dim=1), strict=False):
-            norm.write(x, out)
-        self._rotate(qk, qk, context)
+            self._norm_rotate(norm, x, out, context)
         return [qk, u]
+
+    def _norm_rotate(self, norm: NormSpec, x: Tensor, out: Tensor, context: ForwardContext) -> None:
+        """out = rotate(norm(x)), both (M, n D)."""
+        if (table := self._table_of_one_pass(norm, context)) is None:
+            norm.write(x, out)
+            self._rotate(out, out, context)
+            return
+        norm_rotate_into(
+            x, norm.weight, norm.eps, *table, self.head_size, self.form, out,
+            zero_centred_weight=norm.zero_centred_weight,
+        )  # fmt: skip
+
+    def _norm_rotate_backward_(
+        self, norm: NormSpec, x: Tensor, gradient: Tensor, dn: Tensor, context: ForwardContext
+    ) -> list[Tensor | None]:
+        """Writes the gradient to x over x, from that to rotate(norm(x)), all (M, n D). Returns those of the norm's
+        parameters, which read the gradient to norm(x): then it is written to dn, in a pass of its own."""
+        table = self._table_of_one_pass(norm, context)
+        if table is None or any(tensor.requires_grad for tensor in norm.trained):
+            self._rotate(gradient, dn, context, back=True)
+            gradients = norm.grad_trained(x, dn)
+            norm.backward(x, dn, None, x)
+            return gradients
+        norm_rotate_backward_into(
+            x, norm.weight, norm.eps, *table, self.head_size, self.form, gradient, x,
+            zero_centred_weight=norm.zero_centred_weight,
+        )  # fmt: skip
+        return norm.grad_trained(x, None)
+
+    def _table_of_one_pass(self, norm: NormSpec, context: ForwardContext) -> Table | None:
+        """The rotary table if one kernel does the norm and the rotation: an RMSNorm, and heads rotated as a whole."""
+        table = context.rotary
+        return table if table is not None and not norm.centred and 2 * table[0].shape[-1] == self.head_size else None
 
     def _heads(self, sources: list[Tensor], context: ForwardContext) -> list[Tensor]:
         """q (B, T, H, D), k and v (B, T, G, D): views of `sources`."""

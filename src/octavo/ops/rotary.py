@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
 from octavo.ops import tiles
+from octavo.ops.pointwise import norm_backward_into, norm_into
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import kernel
 
@@ -71,3 +72,33 @@ def rotate_into(
     )  # (n, rows, heads, D)
     table = cos.flatten(0, 1)[None], (-sin if back else sin).flatten(0, 1)[None]
     target.copy_(rotate(heads, table, form))
+
+
+@kernel
+def norm_rotate_into(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, head_size: int, form: str, out: Tensor, *,
+    zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    """out = rotate(norm(x)), both (M, heads * D), for an RMSNorm of each head, or of all heads together.
+
+    The weight is (D,) or (heads * D,). Heads are rotated as a whole: R = D. The norm is rounded to the dtype before it
+    is rotated. out is another matrix than x.
+    """
+    assert 2 * cos.shape[-1] == head_size
+    norm_into(x, weight, None, eps, out, zero_centred_weight=zero_centred_weight)
+    rotate_into(out, cos, sin, head_size, form, out)
+
+
+@kernel
+def norm_rotate_backward_into(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, head_size: int, form: str, dy: Tensor, out: Tensor,
+    *, zero_centred_weight: bool = False,
+) -> None:  # fmt: skip
+    """out = the gradient to x of `norm_rotate_into`, whose output has the gradient dy; all (M, heads * D).
+
+    out may be x. The gradient between the rotation and the norm is rounded to the dtype.
+    """
+    assert 2 * cos.shape[-1] == head_size
+    dn = torch.empty_like(dy)
+    rotate_into(dy, cos, sin, head_size, form, dn, back=True)
+    norm_backward_into(x, weight, eps, dn, None, out, centred=False, zero_centred_weight=zero_centred_weight)
