@@ -243,7 +243,7 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     assert done.code == 0
     rows = done.json["rows"]
     assert [row["name"] for row in rows] == ["base", "quantized", "tuned"]
-    keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes"}
+    keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes", "loss", "interval"}
     assert all(row.keys() == keys for row in rows)
 
 
@@ -413,9 +413,11 @@ def test_control_characters_of_arguments_do_not_reach_the_terminal(octavo: Octav
 def test_a_perplexity_that_is_not_finite_is_null_and_exit_code_1(
     octavo: Octavo, tiny_llama: Path, plays: Path, monkeypatch: pytest.MonkeyPatch, broken: float
 ) -> None:
+    import torch
+
     from octavo import metrics
 
-    monkeypatch.setattr(metrics, "batch_loss", lambda *_: broken)
+    monkeypatch.setattr(metrics, "token_losses", lambda _, batch: torch.full((batch.trained_tokens,), broken))
     done = octavo("evaluate", plays / "test", "--model", tiny_llama, "--seq-len", 32, "--no-base", "--json")
     assert done.code == 1
     assert [row["perplexity"] for row in done.json["rows"]] == [None]

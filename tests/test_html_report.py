@@ -72,9 +72,11 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
         events.Sample(9, f"PROMPT {text}", f"midway {text}", "training").write(report)
         events.HeldOut(10, 3.9, 49.4).write(report)
         events.Sample(30, f"PROMPT {text}", f"PROMPT {text} last", "tuned").write(report)
-        before = events.ScoreRow(f"base {text}", "int8", None, 80.0, 1.5, 52123)
+        bounds = events.Interval(4.25, 4.5, 20, "documents")
+        before = events.ScoreRow(f"base {text}", "int8", None, 80.0, 1.5, 52123, loss=4.382, interval=bounds)
         after = events.ScoreRow(f"tuned {text}", "int8", text, 60.0, 1.5, 52123)
-        events.Evaluation(30, (before, after)).write(report)
+        gain = events.Difference("base", "tuned", "int8", 0.288, events.Interval(0.25, 0.31, 20, "documents"))
+        events.Evaluation(30, (before, after), (gain, events.Difference("a", "b", "int8", 0.5))).write(report)
     (folder / "ledger.json").write_text(json.dumps({"train": ledger(text, "b.txt"), "test": ledger("c.txt")}))
     (folder / "config.yaml").write_text(f"model: {text}\n")
     return folder
@@ -108,6 +110,13 @@ def test_summary(tmp_path: Path) -> None:
     assert "30 steps, training loss 3.0" in text
     assert "perplexity 60.00 (tuned plain), 25.0 % under base plain" in text
     assert "\N{MINUS SIGN}25.0 %" in text
+
+
+def test_the_interval_of_the_loss_and_of_its_difference_are_shown(tmp_path: Path) -> None:
+    text = parse_report(run_folder(tmp_path / "run")).text
+    assert "4.250 to 4.500" in text
+    minus = "\N{MINUS SIGN}"
+    assert f"loss of base {minus} loss of tuned: 0.288 nats per token (95 % interval 0.250 to 0.310, over 20 do" in text
 
 
 def test_the_overlap_is_shown(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.packing import Row, pack
 from octavo.data.tokens import Tokens
+from octavo.intervals import DOCUMENTS
 from octavo.layers.lora import LoraSpec
 from octavo.metrics import Score, score
 from octavo.models import Decoder
@@ -156,6 +157,21 @@ def test_evaluation_does_not_change_the_training_mode_and_gradients(
     assert scored(model.train()) == evaluated  # dropout is off
     assert all(module.training for module in model.modules())
     assert all(p.grad is not None and bool((p.grad == 3.0).all()) for p in parameters.values())
+
+
+def test_the_losses_of_each_document_are_those_of_the_document_alone(models: tuple[Any, Decoder]) -> None:
+    """Also of those that are split over rows: each of them is scored in rows of its own length."""
+    documents = [*texts(), *texts()[:3]]
+    packed, _ = pack(documents, seq_len=SEQ_LEN, pad_id=0)
+    result = score(models[1], packed, n_bytes=1, batch_size=3)
+    assert result.units is not None
+    assert (result.units.over, result.units.documents, result.units.rows) == (DOCUMENTS, 11, len(packed))
+    assert (result.units.nats.sum(), result.units.tokens.sum()) == pytest.approx((result.nats, result.tokens))
+    for number, document in enumerate(documents):
+        own, _ = pack([document], seq_len=SEQ_LEN, pad_id=0)
+        alone = score(models[1], [row for row in own if (row.labels >= 0).any()], n_bytes=1, batch_size=1)
+        assert result.units.tokens[number] == alone.tokens
+        assert result.units.nats[number] == pytest.approx(alone.nats, rel=1e-5)
 
 
 def test_progress_counts_every_row(models: tuple[Any, Decoder]) -> None:

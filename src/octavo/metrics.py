@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.data.loader import batches
-from octavo.data.packing import Row
+from octavo.data.packing import IGNORE_INDEX, Row
+from octavo.intervals import Units, units_of
 from octavo.models import Decoder
-from octavo.objective import batch_loss
+from octavo.objective import token_losses
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Score:
     nats: float  # -log p(text), the sum over its tokens
     tokens: int  # predicted tokens
     n_bytes: int  # UTF-8 bytes of their text
+    units: Units | None = field(default=None, compare=False)  # the losses by document, for intervals
 
     @property
     def loss(self) -> float:
@@ -53,12 +57,29 @@ def score(
     """The score of all labelled tokens of `rows`, in eval mode. `progress(n)` is called after each batch of n rows."""
     was_training = model.training
     model.eval()
-    nats, tokens = 0.0, 0
+    losses: list[npt.NDArray[np.float64]] = []  # one of each label, in the order of the rows
     with torch.no_grad():
         for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
-            nats += float(batch_loss(model, batch))
-            tokens += batch.trained_tokens
+            losses.append(token_losses(model, batch).double().cpu().numpy())
             if progress:
                 progress(len(batch.ids))
     model.train(was_training)
-    return Score(nats, tokens, n_bytes)
+    each = np.concatenate(losses)  # (N,)
+    return Score(float(each.sum()), len(each), n_bytes, _units(rows, each))
+
+
+def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> Units:
+    """The losses (N,) of all labels of the rows by document, or by block of rows."""
+    nats: list[npt.NDArray[np.float64]] = []  # of each row: the sums over its pieces
+    tokens: list[npt.NDArray[np.int64]] = []
+    start = 0
+    for row in rows:
+        pieces = row.piece[row.labels != IGNORE_INDEX]  # (labels of the row,)
+        stop = start + len(pieces)
+        sums = np.bincount(pieces, weights=losses[start:stop], minlength=len(row.documents))
+        nats.append(sums.astype(np.float64))
+        tokens.append(np.bincount(pieces, minlength=len(row.documents)).astype(np.int64))
+        start = stop
+    documents = np.concatenate([np.array(row.documents, dtype=np.int64) for row in rows])
+    numbers = np.repeat(np.arange(len(rows)), [len(row.documents) for row in rows])
+    return units_of(np.concatenate(nats), np.concatenate(tokens), documents, numbers)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
-from octavo.fused.loss import cross_entropy_sum
+from octavo.fused.loss import cross_entropy_each, cross_entropy_sum
 from octavo.layers.context import ForwardOptions
 from octavo.layers.fused_linear import FusedLinear
 from octavo.models import Decoder
@@ -67,17 +67,31 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
 
 def next_token_loss(decoder: Decoder, inputs: Inputs, options: ForwardOptions) -> Tensor:
     """Supervised fine-tuning: the sum over labels of weight times -log p(label), in nats, a float32 scalar."""
+    hidden, head = _labelled_hidden(decoder, inputs, options)
+    return cross_entropy_sum(
+        hidden, inputs.labels, head, options.dropout, inputs.weights, softcap=decoder.config.logit_softcap,
+        tiled=options.tiled_head,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def token_losses(decoder: Decoder, batch: Batch, options: ForwardOptions | None = None) -> Tensor:
+    """(n,) float32: -log p of each label of a batch in nats, in the order of its flattened (B T,) positions."""
+    inputs, options = inputs_of(batch, decoder.embed.matrix.device), options or ForwardOptions()
+    hidden, head = _labelled_hidden(decoder, inputs, options)
+    return cross_entropy_each(
+        hidden, inputs.labels, head, options.dropout, softcap=decoder.config.logit_softcap, tiled=options.tiled_head
+    )
+
+
+def _labelled_hidden(decoder: Decoder, inputs: Inputs, options: ForwardOptions) -> tuple[Tensor, FusedLinear]:
+    """(hidden states (n, d) of the positions with a label, the head). The loss computes the logits, in chunks."""
     hidden = decoder.hidden(
         inputs.ids, positions=inputs.positions, documents=inputs.documents, options=options
     ).flatten(0, 1)  # (B T, d)
     if inputs.labelled is not None:
         hidden = hidden[inputs.labelled]  # (n, d)
-    # The head as a spec, not applied here: the loss computes the logits in chunks.
-    head = FusedLinear((decoder.head.spec(),))
-    return cross_entropy_sum(
-        hidden, inputs.labels, head, options.dropout, inputs.weights, softcap=decoder.config.logit_softcap,
-        tiled=options.tiled_head,
-    )  # fmt: skip
+    return hidden, FusedLinear((decoder.head.spec(),))
 
 
 def batch_loss(decoder: Decoder, batch: Batch, options: ForwardOptions | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_the_table_has_rows_for_base_quantized_and_tuned(evaluate: Evaluate, ada
     assert abs(tuned - quantized) > 0.1
     sizes = [row["size_bytes"] for row in rows]
     assert sizes[0] > 2 * sizes[1] == 2 * sizes[2]
+
+
+def test_the_tuned_model_is_compared_with_the_same_weights_without_the_adapter(
+    tiny_llama: Path, plays: Path, adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(tiny_llama), "data": [str(plays / "test")], "seq_len": 16, "split_on": "lines"}
+    with Report() as report:
+        config = Config.read(EVALUATE, {**values, "adapter": str(adapter_folder)})
+        result = evaluate.evaluate(config, report)
+    rows, [gain] = result["rows"], result["differences"]
+    assert (gain["before"], gain["after"], gain["scheme"]) == ("quantized", "tuned", rows[2]["scheme"])
+    assert gain["loss"] == pytest.approx(rows[1]["loss"] - rows[2]["loss"])
+    assert gain["interval"]["low"] < gain["loss"] < gain["interval"]["high"]
+    assert gain["interval"]["over"] == "documents"
+    for row in rows:
+        assert math.exp(row["loss"]) == pytest.approx(row["perplexity"])
+        assert row["interval"]["low"] < row["loss"] < row["interval"]["high"]
+    assert "The loss of tuned is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

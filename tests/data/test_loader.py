@@ -22,7 +22,7 @@ def rows(count: int) -> list[Row]:
         ids = np.array([number, number], dtype=np.int32)
         labels = np.array([number, IGNORE_INDEX], dtype=np.int32)
         zeros = np.zeros(2, dtype=np.int32)
-        return Row(ids, labels, zeros, zeros, (f"f:{number}", "f:0"))
+        return Row(ids, labels, zeros, zeros, (f"f:{number}", "f:0"), (0,))
 
     return [row(number) for number in range(count)]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from octavo.data.packing import IGNORE_INDEX
 from octavo.fused import loss
-from octavo.fused.loss import cross_entropy_sum
+from octavo.fused.loss import cross_entropy_each, cross_entropy_sum
 from octavo.layers.dropout import Dropout
 from octavo.layers.fused_linear import FusedLinear
 from octavo.ops.linear import LoraSlice
@@ -21,6 +21,7 @@ from octavo.ops.loss import cross_entropy_
 
 TOKENS, WIDTH, VOCABULARY = 23, 6, 10  # M, d, V
 CHUNK_ROWS = 4
+WITHOUT_GRADIENT = [(None, False), (3.0, False), (None, True), (3.0, True)]
 KINDS = ["frozen", "trained"]
 both = pytest.mark.parametrize("kind", KINDS)
 
@@ -292,3 +293,20 @@ def test_tiles_of_the_head_give_the_same_loss_and_gradients(
     for found in results[1:]:
         for one, other in zip(found, results[0], strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("softcap", "tiled"), WITHOUT_GRADIENT)
+@both
+def test_the_loss_of_each_position(
+    kind: str, softcap: float | None, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 3 * VOCABULARY * CHUNK_ROWS)
+    hidden, labels, head = batch(kind)
+    each = cross_entropy_each(hidden, labels, head.linear, Dropout(), softcap=softcap, tiled=tiled)
+    logits = head.plain(hidden)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    torch.testing.assert_close(each, expected.detach())
+    assert not each.requires_grad
+    total = cross_entropy_sum(hidden, labels, head.linear, Dropout(), softcap=softcap, tiled=tiled)
+    torch.testing.assert_close(each.sum(), total.detach())

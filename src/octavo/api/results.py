@@ -13,18 +13,39 @@ class Score(TypedDict):
     tokens: int
 
 
+class Interval(TypedDict):
+    """The bounds of a 95 % interval, from `units` documents or blocks of rows (`over`)."""
+
+    low: float
+    high: float
+    units: int
+    over: str
+
+
 class NamedScore(Score):
     """A row of the table of scores: "base", "quantized" or "tuned" under a scheme, the latter with its adapter.
 
-    `size_bytes` are the frozen weights; `also_in_training` is the fraction of the held-out text that also occurs in
-    the training text.
+    `loss` is in nats a token, with its interval. `size_bytes` are the frozen weights; `also_in_training` is the
+    fraction of the held-out text that also occurs in the training text.
     """
 
     name: str
     scheme: str
     adapter: str | None
+    loss: float
+    interval: Interval | None
     size_bytes: NotRequired[int]
     also_in_training: NotRequired[float]
+
+
+class Difference(TypedDict):
+    """The loss of the row `before` minus that of the row `after`, of one scheme, on the same text."""
+
+    before: str
+    after: str
+    scheme: str
+    loss: float | None
+    interval: Interval | None
 
 
 class FinetuneResult(TypedDict):
@@ -37,6 +58,7 @@ class FinetuneResult(TypedDict):
     loss: float | None
     best_step: int | None
     rows: list[NamedScore]
+    differences: list[Difference]
     held_out: dict[str, Any] | None
     peak_memory_bytes: int
 
@@ -48,6 +70,7 @@ class EvaluateResult(TypedDict):
     """
 
     rows: list[NamedScore]
+    differences: list[Difference]
     attached: NotRequired[dict[str, int]]
     tasks: NotRequired[list[dict[str, Any]]]
 

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +24,19 @@ from octavo.commands.loading import (
     tokenizer_with,
     with_fitting_rows,
 )
+from octavo.commands.scores import ScoreTable, loss_difference, score_row, score_rows, show_scores
 from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
-from octavo.data.bytes import trained_bytes
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
 from octavo.harness.tasks import load_tasks, run_tasks, show_tasks
 from octavo.infer.loaded_model import LoadedModel
-from octavo.metrics import Score, score
-from octavo.models import Decoder, parse
+from octavo.intervals import Units
+from octavo.models import parse
 from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
-from octavo.runs.events import ScoreRow
+from octavo.runs.events import Difference, ScoreRow
 from octavo.runtime.optional import bitsandbytes
 from octavo.store.contents import stored_scheme
 from octavo.store.embedded_adapter import base_of, has_embedded_adapter
@@ -76,6 +75,8 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
     table: list[ScoreRow] = []
+    differences: list[Difference] = []
+    units: Units | None = None  # of the last row
     task_rows: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
     if stored_scheme(source).name != "dynamic8" and any(
@@ -97,7 +98,11 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             label = f"Evaluating {name} ({candidate.scheme.name})"
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch_size, label=label, report=report)
-                table.append(replace(score_row(name, candidate.scheme, folder, result), size_bytes=size))
+                row = replace(score_row(name, candidate.scheme, folder, result), size_bytes=size)
+                if name == "tuned" and name != candidate.names[0]:
+                    differences.append(loss_difference(table[-1], row, units, result.units))
+                table.append(row)
+                units = result.units
             if tasks:
                 report.say(f"{label} on tasks")
                 loaded = LoadedModel(model, tokenizer, end_ids(source))
@@ -106,11 +111,12 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
                 del loaded
         del model  # frees its memory before the next one is loaded
     if rows:
-        show_scores(table, report)
+        show_scores(ScoreTable(table, differences, units), report)
     if tasks:
         show_tasks(task_rows, report)
     return {
         "rows": [row.to_dict() for row in table],
+        "differences": [asdict(one) for one in differences],
         **({"attached": attached(adapter)} if adapter else {}),
         **({"tasks": task_rows} if tasks else {}),
     }
@@ -168,50 +174,9 @@ def _candidates(schemes: Sequence[Scheme], source: Source, config: Config, hardw
     ]
 
 
-def score_rows(
-    model: Decoder,
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    batch: int,
-    label: str,
-    report: Report,
-) -> Score:
-    """The score of packed rows, with a progress bar."""
-    with report.progress(len(rows), label) as bar:
-        return score(model, rows, n_bytes=trained_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
-
-
 def _named(name: str, scheme: Scheme, folder: Path | None) -> dict[str, Any]:
     """The columns that identify the model of a row."""
     return {"name": name, "scheme": scheme.name, "adapter": str(folder) if folder else None}
-
-
-def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> ScoreRow:
-    """One row of the perplexity table."""
-    adapter = str(folder) if folder else None
-    return ScoreRow(name, scheme.name, adapter, result.perplexity, result.bits_per_byte, result.tokens)
-
-
-def show_scores(rows: Sequence[ScoreRow], report: Report) -> None:
-    """Prints the perplexity table, with the size of the frozen weights if all rows have one."""
-    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
-    cells = [[getattr(row, column) for column in columns] for row in rows]
-    shares = [row.also_in_training for row in rows if row.also_in_training is not None]
-    if len(shares) == len(rows):
-        columns = [*columns, "also in training"]
-        cells = [[*line, f"{share:.1%}"] for line, share in zip(cells, shares, strict=True)]
-    sizes = [row.size_bytes for row in rows if row.size_bytes is not None]
-    if len(sizes) == len(rows):
-        columns = [*columns, "MiB"]
-        cells = [[*line, size / 2**20] for line, size in zip(cells, sizes, strict=True)]
-    report.table("Perplexity", columns, cells, result=True)
-    for row in rows:
-        if row.perplexity is None or not math.isfinite(row.perplexity):
-            report.warn(
-                f"The perplexity of {row.name} ({row.scheme}) is not finite (null in JSON): its weights or its "
-                "adapter are broken, or the scheme is too coarse."
-            )
 
 
 def full_precision(hardware: Hardware) -> Hardware:

@@ -39,7 +39,7 @@ class Row:
     positions: npt.NDArray[np.int32]  # (T,) position within the piece; 0 on padding
     piece: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
     sources: tuple[str, ...]  # "file:line" of each document in the row, once, in order
-    documents: tuple[int, ...] = ()  # of each piece, its document's index in the sequence that was packed
+    documents: tuple[int, ...]  # of each piece, its document's index in the sequence that was packed
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from octavo.layers.dropout import Dropout
-from octavo.layers.fused_linear import FusedLinear
+from octavo.layers.fused_linear import FusedLinear, Seeds
+from octavo.layers.gemm_input import GemmInput
 from octavo.ops.loss import cross_entropy_
 from octavo.runtime.dispatch import kernels_run_on
 
@@ -50,6 +51,24 @@ def cross_entropy_sum(
     return total
 
 
+@torch.no_grad()
+def cross_entropy_each(
+    hidden: Tensor, labels: Tensor, head: FusedLinear, dropout: Dropout, *, softcap: float | None = None,
+    tiled: bool = False,
+) -> Tensor:  # fmt: skip
+    """(M,) float32: the loss of each position, of which `cross_entropy_sum` is the sum; without gradients."""
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    matrix = None if tiled else head.matrix(hidden)  # (V, d + C)
+    size = _chunk(hidden, head, softcap)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
+        gemm_input, _ = _head_input(hidden[chunk], head, dropout)
+        logits = _times_head(gemm_input.whole, head, matrix)  # (m, V)
+        losses[chunk] = cross_entropy_(logits, labels[chunk], gradient=False, softcap=softcap)
+        del logits  # before those of the next chunk are allocated
+    return losses
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,10 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(trained)  # of the gradients of LoRA and bias over the chunks
         size, wants_gradient = _chunk(hidden, head, softcap), to_hidden or any_trained
         for start in range(0, len(hidden), size):
-            rows, dropout_seeds = hidden[start : start + size], head.dropout_seeds(dropout)
-            gemm_input = head.gemm_input(len(rows), hidden)  # (m, d + C)
-            gemm_input.put(rows)
-            head.complete_(gemm_input, dropout_seeds)
+            gemm_input, dropout_seeds = _head_input(hidden[start : start + size], head, dropout)
             logits = _times_head(gemm_input.whole, head, matrix)  # (m, V), the gradient after the next line
             losses = cross_entropy_(
                 logits, labels[start : start + size], gradient=wants_gradient, softcap=softcap
@@ -94,6 +110,15 @@ class _CrossEntropy(torch.autograd.Function):
         gradient, *sums = (None if one is None else (one * grad).to(one.dtype) for one in ctx.gradients)
         ctx.gradients = []
         return gradient, *[None] * 7, *sums
+
+
+def _head_input(rows: Tensor, head: FusedLinear, dropout: Dropout) -> tuple[GemmInput, Seeds]:
+    """The input (m, d + C) of the head's matmul for `rows` (m, d), and the seeds of its dropout masks."""
+    dropout_seeds = head.dropout_seeds(dropout)
+    gemm_input = head.gemm_input(len(rows), rows)
+    gemm_input.put(rows)
+    head.complete_(gemm_input, dropout_seeds)
+    return gemm_input, dropout_seeds
 
 
 def _times_head(x: Tensor, head: FusedLinear, matrix: Tensor | None) -> Tensor:

@@ -163,10 +163,28 @@ def _perplexities(events: Sequence[Event]) -> str:
     for row in rows:
         perplexity = _number(row.perplexity)
         change = _change(perplexity, base) if perplexity and base and row is not rows[0] else ""
-        cells = [row.name, row.scheme, row.adapter, row.perplexity, row.bits_per_byte, row.tokens]
-        table.append([*("" if cell is None else cell for cell in cells), change])
-    columns = ("model", "scheme", "adapter", "perplexity", "bits per byte", "tokens", "against the first")
-    return _section("Held-out perplexity", _table(columns, table, text_columns=3) + _overlap(events))
+        cells = [row.name, row.scheme, row.adapter, row.perplexity, row.bits_per_byte, row.tokens, row.loss]
+        bounds = f"{shown(row.interval.low)} to {shown(row.interval.high)}" if row.interval else ""
+        table.append([*("" if cell is None else cell for cell in cells), bounds, change])
+    columns = (
+        "model", "scheme", "adapter", "perplexity", "bits per byte", "tokens", "loss", "95 % interval",
+        "against the first",
+    )  # fmt: skip
+    return _section(
+        "Held-out perplexity", _table(columns, table, text_columns=3) + _differences(events) + _overlap(events)
+    )
+
+
+def _differences(events: Sequence[Event]) -> str:
+    """How much lower the loss of the tuned model is."""
+    evaluation = last(events, Evaluation)
+    sentences = [
+        f"loss of {one.before} \N{MINUS SIGN} loss of {one.after}: {shown(one.loss)} nats per token (95 % interval "
+        f"{shown(one.interval.low)} to {shown(one.interval.high)}, over {one.interval.units:,} {one.interval.over})"
+        for one in (evaluation.differences if evaluation else ())
+        if one.loss is not None and one.interval is not None
+    ]
+    return f'<p class="lead">{_text("; ".join(sentences))}.</p>' if sentences else ""
 
 
 def _overlap(events: Sequence[Event]) -> str:

@@ -78,6 +78,16 @@ class Sample(Event):
 
 
 @dataclass(frozen=True)
+class Interval:
+    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py)."""
+
+    low: float
+    high: float
+    units: int
+    over: str
+
+
+@dataclass(frozen=True)
 class ScoreRow:
     """A row of the perplexity table, also in the JSON result (`--json`) and in checkpoints."""
 
@@ -89,6 +99,8 @@ class ScoreRow:
     tokens: int | None = None
     also_in_training: float | None = None  # fraction of the held-out text
     size_bytes: int | None = None  # of the frozen weights
+    loss: float | None = None  # nats a token
+    interval: Interval | None = None  # of the loss
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> ScoreRow:
@@ -99,9 +111,20 @@ class ScoreRow:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object. The last two columns are left out where a table does not have them."""
+        """The JSON object. `also_in_training` and `size_bytes` are left out where a table does not have them."""
         left_out = {name for name in ("also_in_training", "size_bytes") if getattr(self, name) is None}
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much lower the loss of one row of the perplexity table is than that of another, on the same text."""
+
+    before: str = ""  # the names of the rows
+    after: str = ""
+    scheme: str = ""
+    loss: float | None = None  # before - after, in nats a token
+    interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class Evaluation(Event):
     kind = "evaluation"
     step: int | None = None
     rows: tuple[ScoreRow, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
     @property
     def ends_run(self) -> bool:
@@ -276,6 +300,8 @@ def _plain(value: object) -> object:
     """The value of a field for JSON."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Difference):
+        return asdict(value)
     return value.to_dict() if isinstance(value, ScoreRow) else value
 
 

@@ -171,7 +171,7 @@ def kinds() -> Kinds:
         ids, document = np.arange(8, dtype=np.int32), np.array(documents, dtype=np.int32)
         silent = np.full(8, IGNORE_INDEX, dtype=np.int32)
         loud = np.where(document < 0, IGNORE_INDEX, ids)
-        return Row(ids, silent, ids, document, ("f:1",)), Row(ids, loud, ids, document, ("f:2",))
+        return Row(ids, silent, ids, document, ("f:1",), (0,)), Row(ids, loud, ids, document, ("f:2",), (0, 1))
 
     return Kinds(rows_of([0] * 8), rows_of([0] * 5 + [-1] * 3), rows_of([0, 0, 0, 1, 1, 1, 1, -1]))
 

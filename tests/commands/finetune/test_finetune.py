@@ -89,6 +89,21 @@ def test_every_step_is_recorded_and_the_loss_decreases(finished: tuple[Path, dic
     assert tuned["perplexity"] < 0.75 * quantized["perplexity"]
 
 
+def test_the_gain_on_the_held_out_text_has_an_interval_also_in_a_resumed_run(tune: Tune, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = tune(out, seq_len=12)  # 12 rows of the one play
+    (base, tuned), [gain] = result["rows"], result["differences"]
+    assert (gain["before"], gain["after"], gain["scheme"]) == ("quantized", "tuned", "int8")
+    assert gain["loss"] == base["loss"] - tuned["loss"] > 0
+    assert 0 < gain["interval"]["low"] < gain["loss"] < gain["interval"]["high"]
+    assert gain["interval"]["over"] == "blocks of rows", "the held-out text is one play"
+    assert events(out, "evaluation")[-1]["differences"] == [gain]
+    assert "loss of quantized" in (out / "report.html").read_text()
+    stopped = tmp_path / "stopped"
+    assert tune(stopped, seq_len=12, stop_after=3)["differences"] == []
+    assert tune(stopped, seq_len=12, resume=True)["differences"] == [gain]
+
+
 def test_the_overlap_of_held_out_and_training_text_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:
     out, result = finished
     (event,) = events(out, "overlap")

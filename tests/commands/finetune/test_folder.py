@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo.commands.finetune as package
 from octavo.commands.finetune import measure
+from octavo.commands.scores import ScoreTable
 from octavo.config import Config
 from octavo.errors import CheckpointError, TrainingError, UsageError
 from octavo.metrics import Score
@@ -232,7 +233,7 @@ def worse_and_worse(steps: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "score_rows", lambda *_, **__: Score(nats=float(next(losses)), tokens=1, n_bytes=1))
         patch.setattr(package, "measure_base", lambda *_, **__: None)
-        patch.setattr(package, "measure_tuned", lambda _: [])
+        patch.setattr(package, "measure_tuned", lambda _: ScoreTable())
         yield
 
 

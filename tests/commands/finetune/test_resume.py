@@ -268,6 +268,7 @@ def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
         again = tune(run, **LONG, resume=True)
     assert json.loads(json.dumps(again["rows"]).replace(str(run), str(uninterrupted[0]))) == first["rows"]
     assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
+    assert again["differences"] == first["differences"]
     assert outcome(run) == in_one_go
 
 

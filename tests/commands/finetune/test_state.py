@@ -45,6 +45,7 @@ def filled(run: Run, *, step: int) -> Run:
         parameter.data.normal_(generator=generator)
     run.state.done, run.state.position = step, Position(2, 5)
     run.state.base_rows = [ScoreRow("base", "int8", perplexity=1 / 3, also_in_training=0.25)]
+    run.state.base_losses = {"nats": torch.rand(12, generator=generator).double(), "tokens": torch.arange(12)}
     run.state.reference_logits = torch.rand(4, 300, generator=generator)
     run.trainer.scaler.load_state({"scale": 2.0**step, "good_steps": step})
     return run
@@ -66,6 +67,10 @@ def test_the_state_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:
     assert resume(fresh)
     assert (fresh.state.done, fresh.state.position) == (7, Position(2, 5))
     assert fresh.state.base_rows == saved.state.base_rows
+    assert saved.state.base_losses is not None
+    assert fresh.state.base_losses is not None
+    for name, tensor in saved.state.base_losses.items():
+        assert torch.equal(fresh.state.base_losses[name], tensor), name
     assert fresh.trainer.scaler.state() == {"scale": 2.0**7, "good_steps": 7}
     assert torch.equal(torch.as_tensor(fresh.state.reference_logits), torch.as_tensor(saved.state.reference_logits))
     for name, parameter in saved.trainer.parameters.items():

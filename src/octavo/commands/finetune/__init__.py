@@ -13,7 +13,6 @@ from dataclasses import asdict
 from typing import Any
 
 from octavo import html_report
-from octavo.commands.evaluate import show_scores
 from octavo.commands.finetune.dry_run import dry_run
 from octavo.commands.finetune.folder import rewrite_lost_files, run_folder, write_settings
 from octavo.commands.finetune.measure import (
@@ -28,6 +27,7 @@ from octavo.commands.finetune.measure import (
 from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
+from octavo.commands.scores import ScoreTable, show_scores
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.errors import StoppedError, TrainingError
@@ -190,25 +190,25 @@ def _finish(run: Run) -> dict[str, Any]:
     """Saves the adapter and reads it back, evaluates the tuned model, writes report.html; returns the JSON."""
     report, state = run.report, run.state
     finished = state.done >= run.total
-    rows = list(state.base_rows)
+    table = ScoreTable(list(state.base_rows))
     if finished:
         if state.best is None:
             save_adapter(run)
         ensure_best_adapter(run)
         read_back(run)
-        rows = measure_tuned(run)
+        table = measure_tuned(run)
         if state.best is not None and state.best["step"] != state.done:
             report.say(f"The adapter of step {state.best['step']:,}, the best on the held-out text, is kept.")
         sample(run, which="tuned", step=state.done)
-        events.Evaluation(state.done, tuple(rows)).write(report)
+        events.Evaluation(state.done, tuple(table.rows), tuple(table.differences)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
     events.Memory(state.done, memory).write(report)
     rewrite_lost_files(run)
     written = html_report.write(run.folder.path)
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
-        if rows:
-            show_scores(rows, report)
+        if table.rows:
+            show_scores(table, report)
         report.result(f"adapter  {run.folder.adapter}\nmetrics  {run.folder.metrics}\nreport   {written}")
     return {
         "out": str(run.folder.path),
@@ -217,7 +217,8 @@ def _finish(run: Run) -> dict[str, Any]:
         "steps": state.done,
         "loss": state.last.loss if state.last else _recorded_loss(run),
         "best_step": state.best["step"] if state.best else None,
-        "rows": [row.to_dict() for row in rows],
+        "rows": [row.to_dict() for row in table.rows],
+        "differences": [asdict(one) for one in table.differences],
         "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,
         "peak_memory_bytes": memory,
     }

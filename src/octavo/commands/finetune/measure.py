@@ -11,9 +11,10 @@ from torch import Tensor
 
 from octavo import adapters
 from octavo.atomic import new_folder
-from octavo.commands.evaluate import full_precision, score_row, score_rows
+from octavo.commands.evaluate import full_precision
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
 from octavo.commands.loading import end_ids, load_model
+from octavo.commands.scores import ScoreTable, loss_difference, score_row, score_rows
 from octavo.config import RunOptions
 from octavo.data.prompt import encode_prompt
 from octavo.errors import AdapterError
@@ -46,16 +47,25 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
         run.state.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
     if run.test_rows:
         name, label = ("quantized", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
-        run.state.base_rows.append(table_row(run, name, run.scheme, _score(run, run.model, label)))
+        result = _score(run, run.model, label)
+        run.state.base_rows.append(table_row(run, name, run.scheme, result))
+        if result.units:
+            arrays = {"nats": result.units.nats, "tokens": result.units.tokens}
+            run.state.base_losses = {key: torch.from_numpy(array) for key, array in arrays.items()}
     sample(run, which="base", step=0)
 
 
-def measure_tuned(run: Run) -> list[ScoreRow]:
-    """The complete perplexity table, with the tuned model as last row."""
+def measure_tuned(run: Run) -> ScoreTable:
+    """The complete perplexity table, with the tuned model as last row and its difference from the row before it."""
     if not run.test_rows:
-        return []
-    tuned = table_row(run, "tuned", run.scheme, _score(run, run.model, "Evaluating the tuned model"))
-    return [*run.state.base_rows, tuned]
+        return ScoreTable()
+    result, base_rows = _score(run, run.model, "Evaluating the tuned model"), run.state.base_rows
+    tuned, units, before = table_row(run, "tuned", run.scheme, result), result.units, None
+    if units and run.state.base_losses:
+        saved = run.state.base_losses
+        before = replace(units, nats=saved["nats"].numpy(), tokens=saved["tokens"].numpy())
+    differences = [loss_difference(base_rows[-1], tuned, before, units)] if base_rows else []
+    return ScoreTable([*base_rows, tuned], differences, units)
 
 
 def evaluate_held_out(run: Run) -> bool:

@@ -61,6 +61,7 @@ class RunState:
     done: int = 0  # optimizer steps
     position: Position = field(default_factory=Position)  # of the next batch in the data
     base_rows: list[ScoreRow] = field(default_factory=list)  # the perplexity table before training
+    base_losses: dict[str, Tensor] | None = None  # before training: nats and tokens of each unit of metrics.Score
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
@@ -139,6 +140,8 @@ def contents_of(run: Run) -> checkpoint.Contents:
     tensors = {"optimizer": run.trainer.optimizer.state()}
     if state.reference_logits is not None:
         tensors["probe"] = {"logits": state.reference_logits}
+    if state.base_losses is not None:
+        tensors["base_losses"] = state.base_losses
     values = {
         "step": state.done,
         "identity": run.identity,
@@ -246,6 +249,8 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise _wrong_state(saved, f"base_rows: {error}") from error
     state.done = saved.step
     state.reference_logits = saved.tensors.get("probe", {}).get("logits")
+    if {"nats", "tokens"} == (base_losses := saved.tensors.get("base_losses", {})).keys():
+        state.base_losses = base_losses  # a run of an earlier version has none
     if run.config[RunOptions].keep == "last":
         state.best = None
     if state.best is not None:

@@ -1,0 +1,129 @@
+"""The perplexity table of `octavo evaluate` and `octavo finetune`, with 95 % intervals of the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.data.bytes import trained_bytes
+from octavo.data.packing import Row
+from octavo.intervals import MIN_UNITS, Units, difference, interval
+from octavo.metrics import Score, score
+from octavo.models import Decoder
+from octavo.ops.scheme import Scheme
+from octavo.reporting import Report, shown
+from octavo.runs.events import Difference, Interval, ScoreRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The rows, the differences between some of them, and the units of the text; None if no row was computed now."""
+
+    rows: Sequence[ScoreRow] = ()
+    differences: Sequence[Difference] = ()
+    units: Units | None = None
+
+
+def score_rows(
+    model: Decoder,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: int,
+    label: str,
+    report: Report,
+) -> Score:
+    """The score of packed rows, with a progress bar."""
+    with report.progress(len(rows), label) as bar:
+        return score(model, rows, n_bytes=trained_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
+
+
+def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> ScoreRow:
+    """One row of the perplexity table."""
+    return ScoreRow(
+        name,
+        scheme.name,
+        str(folder) if folder else None,
+        result.perplexity,
+        result.bits_per_byte,
+        result.tokens,
+        loss=result.loss,
+        interval=interval(result.units) if result.units else None,
+    )
+
+
+def loss_difference(
+    before: ScoreRow, after: ScoreRow, units_before: Units | None, units_after: Units | None
+) -> Difference:
+    """How much lower the loss of the row `after` is. Without the units of both there is no interval."""
+    loss = None if before.loss is None or after.loss is None else before.loss - after.loss
+    paired = difference(units_before, units_after) if units_before and units_after else None
+    return Difference(before.name, after.name, after.scheme, loss, paired)
+
+
+def show_scores(table: ScoreTable, report: Report) -> None:
+    """Prints the perplexity table, with the size of the frozen weights if all rows have one, and the losses."""
+    rows = table.rows
+    columns = ["name", "scheme", "perplexity", "bits_per_byte", "tokens"]
+    cells = [[getattr(row, column) for column in columns] for row in rows]
+    shares = [row.also_in_training for row in rows if row.also_in_training is not None]
+    if len(shares) == len(rows):
+        columns = [*columns, "also in training"]
+        cells = [[*line, f"{share:.1%}"] for line, share in zip(cells, shares, strict=True)]
+    sizes = [row.size_bytes for row in rows if row.size_bytes is not None]
+    if len(sizes) == len(rows):
+        columns = [*columns, "MiB"]
+        cells = [[*line, size / 2**20] for line, size in zip(cells, sizes, strict=True)]
+    report.table("Perplexity", columns, cells, result=True)
+    _show_losses(table, report)
+    for row in rows:
+        if row.perplexity is None or not math.isfinite(row.perplexity):
+            report.warn(
+                f"The perplexity of {row.name} ({row.scheme}) is not finite (null in JSON): its weights or its "
+                "adapter are broken, or the scheme is too coarse."
+            )
+
+
+def _show_losses(table: ScoreTable, report: Report) -> None:
+    """Prints the losses with their intervals, or why there are none, and the differences."""
+    rows = [row for row in table.rows if row.loss is not None]
+    if not rows or table.units is None:
+        return
+    units = table.units
+    has_intervals = any(row.interval for row in rows)
+    title = f"Loss in nats per token{f'; intervals by bootstrap over {units.described}' * has_intervals}"
+    columns = ["name", "scheme", "loss", *(["95% interval"] if has_intervals else [])]
+    cells = [[row.name, row.scheme, row.loss, *([_bounds(row.interval)] if has_intervals else [])] for row in rows]
+    report.table(title, columns, cells, result=True)
+    if len(units.nats) < MIN_UNITS:
+        documents = f"{units.documents:,} document{'s' * (units.documents != 1)}"
+        report.result(
+            f"There is no 95% interval: it needs {MIN_UNITS} documents or rows, and the text has {documents} in "
+            f"{units.rows:,} row{'s' * (units.rows != 1)}."
+        )
+    for one in table.differences:
+        if one.loss is not None and math.isfinite(one.loss):
+            report.result(difference_text(one, units))
+
+
+def difference_text(one: Difference, units: Units) -> str:
+    """A difference as a sentence."""
+    assert one.loss is not None
+    sign, word = (-1, "higher") if one.loss < 0 else (1, "lower")
+    text = f"The loss of {one.after} is {shown(abs(one.loss))} nats per token {word} than that of {one.before}"
+    if one.interval is None:
+        reason = "the losses before training are not in the checkpoint"
+        return f"{text}." if len(units.nats) < MIN_UNITS else f"{text}; it has no interval: {reason}."
+    low, high = sorted((sign * one.interval.low, sign * one.interval.high))
+    text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {units.described})."
+    return text if low > 0 else f"{text} The interval contains 0: this text does not show which is better."
+
+
+def _bounds(bounds: Interval | None) -> str:
+    return f"{shown(bounds.low)} to {shown(bounds.high)}" if bounds else ""
