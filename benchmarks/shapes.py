@@ -27,6 +27,7 @@ MODELS = (
     "qwen3",
     "llama-128k",
     "qwen3-8b",
+    "gemma2-9b",
     "gemma3-12b",
     "phi4",
     "ministral-8b",
@@ -39,10 +40,13 @@ LINEARS = {
     "phi4": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 }
 LINEARS["neox-20b"] = LINEARS["pythia"]
-LINEARS |= dict.fromkeys(("qwen3", "llama-128k", "qwen3-8b", "gemma3-12b", "ministral-8b"), LINEARS["llama"])
+LINEARS |= dict.fromkeys(
+    ("qwen3", "llama-128k", "qwen3-8b", "gemma2-9b", "gemma3-12b", "ministral-8b"), LINEARS["llama"]
+)
 # EleutherAI/gpt-j-6B; Pythia-6.9B (arXiv 2304.01373, table 1); Llama-3-8B (2407.21783, table 3) and Qwen3-8B
 # (2505.09388, table 1), both with a vocabulary of 32,768. With their own vocabularies: llama-128k, qwen3-8b,
-# Gemma 3 12B (2503.19786), Phi-4 (2412.08905), Ministral-8B-Instruct-2410 and GPT-NeoX-20B (2204.06745).
+# Gemma 2 9B (2408.00118, whose loss has soft-capped logits), Gemma 3 12B (2503.19786), Phi-4 (2412.08905),
+# Ministral-8B-Instruct-2410 and GPT-NeoX-20B (2204.06745).
 _FULL: dict[str, dict[str, Any]] = {
     "gptj": {
         "model_type": "gptj",
@@ -109,6 +113,26 @@ _FULL: dict[str, dict[str, Any]] = {
 }
 _FULL["llama-128k"] = {**_FULL["llama"], "vocab_size": 128256}
 _FULL["qwen3-8b"] = {**_FULL["qwen3"], "vocab_size": 151936}
+_FULL["gemma2-9b"] = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "hidden_size": 3584,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "architectures": ["Gemma2ForCausalLM"],
+}
 _FULL["gemma3-12b"] = {
     "model_type": "gemma3_text",
     "vocab_size": 262208,
@@ -182,7 +206,7 @@ _TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
 }  # fmt: skip
-_TINY["gemma3-12b"] = {**_TINY["qwen3"], "query_pre_attn_scalar": 32, "sliding_window": 32}
+_TINY["gemma2-9b"] = _TINY["gemma3-12b"] = {**_TINY["qwen3"], "query_pre_attn_scalar": 32, "sliding_window": 32}
 _TINY["phi4"] = _TINY["llama-128k"] = _TINY["llama"]
 _TINY["qwen3-8b"] = _TINY["ministral-8b"] = _TINY["qwen3"]
 _TINY["neox-20b"] = _TINY["pythia"]

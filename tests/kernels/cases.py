@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo import ops
-from octavo.ops import adam, inference, matmul8
-from octavo.ops.attention import PLAIN, AttentionSpec
+from octavo.ops import adam, inference, matmul8, softcap
+from octavo.ops.attention import PLAIN, AttentionSpec, find_documents
 from octavo.ops.linear import LoraSlice
 from octavo.ops.lora_backward import LoraOperands
 from octavo.ops.quantize import SCHEMES
@@ -318,6 +319,38 @@ def prefill(
     return make
 
 
+def softcapped(
+    lengths: list[list[int]], *, heads: int, groups: int, size: int, spec: softcap.CappedSpec, backward: bool = False
+) -> Case:
+    """Soft-capped attention over rows of documents with these lengths; q, k and v are columns of one matrix."""
+
+    def make(dtype: torch.dtype) -> tuple[tuple[object, ...], dict[str, object], Tensor]:
+        rows, length = len(lengths), sum(lengths[0])
+        sizes = [heads * size, groups * size, groups * size]
+        u = columns(rows * length, sum(sizes), dtype)
+        parts = [x.unflatten(1, (-1, size)).unflatten(0, (rows, length)) for x in u.split(sizes, dim=1)]
+        numbers = [[n for n, count in enumerate(row) for _ in range(count)] for row in lengths]
+        documents = find_documents(torch.tensor(numbers), u.device)
+        extents = None if documents is None else documents.extents
+        if not backward:
+            return (*parts, spec, extents), {}, u
+        saved = softcap.softcapped_forward.__wrapped__(*parts, spec, extents)  # type: ignore[attr-defined]
+        grad = columns(rows * length, heads * size, dtype).mul_(0.3)  # sums that cancel have a larger relative error
+        grad = grad.unflatten(1, (heads, size)).unflatten(0, (rows, length))
+        return (*parts, *saved, grad, spec, extents), {}, u
+
+    return make
+
+
+# Attention over one document and over several: of one position, of the sizes of blocks, and after their ends.
+SOFTCAPPED: list[tuple[list[list[int]], dict[str, Any]]] = [
+    ([[70], [70]], {"heads": 2, "groups": 1, "size": 16, "spec": softcap.CappedSpec(0.5, 2.0)}),
+    ([[1, 31, 33, 5], [64, 6]], {"heads": 4, "groups": 2, "size": 24, "spec": softcap.CappedSpec(0.2, 5.0)}),
+    ([[1, 31, 33, 5], [64, 6]], {"heads": 4, "groups": 1, "size": 16, "spec": softcap.CappedSpec(0.5, 2.0, 17)}),
+    ([[40]], {"heads": 1, "groups": 1, "size": 136, "spec": softcap.CappedSpec(0.1, 0.7, 1)}),
+]
+
+
 def step_of_adam(n: int) -> Case:
     """A step from moments that are not zero; the parameters are columns of a wider row."""
 
@@ -366,6 +399,8 @@ CASES: dict[str, list[Case]] = {
         decode([70, -1, 63, 64], 90, heads=2 * HEADS, groups=2, size=8), decode([600], 640, heads=2, groups=1, size=8),
         decode([130, 127, 128], 150, heads=15 if ON_GPU else 3, groups=3 if ON_GPU else 1, size=8),
     ],
+    "softcap.softcapped_forward": [softcapped(lengths, **named) for lengths, named in SOFTCAPPED],
+    "softcap.softcapped_backward": [softcapped(lengths, backward=True, **named) for lengths, named in SOFTCAPPED],
     "matmul8.quantize_rows_into": [
         quantized(5, 100, torch.int8), quantized(3, 2100, torch.int8, prescale=True),
         quantized(3, 2100, torch.int8, outliers=True), quantized(5, 100, matmul8.FP8),

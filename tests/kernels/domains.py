@@ -64,6 +64,11 @@ LORA_BACKWARD = {
     "operands.after": X,
 }
 
+SOFTCAPPED = {
+    "q": X, "k": X, "v": X, "extents": Operand((), optional=True), "extents.start": contiguous(torch.int32),
+    "extents.stop": contiguous(torch.int32),
+}  # fmt: skip
+
 DOMAINS: dict[str, dict[str, Operand]] = {
     "adam.adam8_": {
         "values": SCALES, "gradient": SCALES, "moments.first": contiguous(U8), "moments.second": contiguous(U8),
@@ -116,6 +121,8 @@ DOMAINS: dict[str, dict[str, Operand]] = {
     "pointwise.norm_into": {"x": X, "weight": SCALES, "bias": SCALES_OR_NONE, "out": OUT},
     "pointwise.swiglu_backward_": {"x": X, "dy": X},
     "pointwise.swiglu_into": {"x": X, "out": OUT},
+    "softcap.softcapped_forward": SOFTCAPPED,
+    "softcap.softcapped_backward": {**SOFTCAPPED, "out": contiguous(*COMPUTE), "lse": contiguous(F32), "grad": X},
     "quantize.int8_values_into": {"weight": contiguous(I8), "out": OUT},
     "quantize.dynamic8_into": {"codes": contiguous(U8), "absmax": SCALES, "code": SCALES, "out": OUT},
     "quantize.int8_into": {"weight": contiguous(I8), "absmax": SCALES, "out": OUT},

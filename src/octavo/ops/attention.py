@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.hardware.capabilities import Capabilities, capabilities_of
-from octavo.ops.softcap import softcapped_attention
+from octavo.ops.softcap import CappedSpec, Extents, softcapped_attention
 from octavo.runtime.dispatch import backends, observe
 from octavo.runtime.transfer import to_device
 
@@ -68,6 +68,15 @@ class Documents:
         spans = self.offsets.diff().long()
         return spans.repeat_interleave(spans, output_size=self.number.numel()).view(self.number.shape)
 
+    @cached_property
+    def extents(self) -> Extents:
+        """The first position of the document of each position in its row, and the position after its last one."""
+        (rows, length), starts = self.number.shape, self.offsets[:-1]
+        starts = starts.repeat_interleave(self.offsets.diff().long(), output_size=self.number.numel())
+        row = torch.arange(rows, dtype=torch.int32, device=starts.device) * length
+        start = starts.view(rows, length) - row[:, None]  # (B, T)
+        return Extents(start, start + self.lengths.int())
+
 
 def seen_mask(length: int, window: int | None, documents: Documents | None, device: torch.device) -> Tensor:
     """(B or 1, 1, T, T), true where a query sees a key of its row."""
@@ -104,21 +113,22 @@ def causal_attention(
     the whole row is one document. Over a cache: ops/cached_attention.py.
     """
     spec = spec.bounded(documents.longest if documents is not None else q.shape[1])
+    if spec.softcap is not None:
+        capped = CappedSpec(spec.scale_of(q.shape[3]), spec.softcap, spec.window)
+        return softcapped_attention(q, k, v, capped, documents.extents if documents is not None else None)
     masked = spec.window is not None or documents is not None
-    if q.is_meta and spec.softcap is None:
+    if q.is_meta:
         sequences = 0 if not masked else q.shape[0] if documents is None else len(documents.offsets) - 1
         simulated: Tensor = _Simulated.apply(q, k, v, sequences)  # type: ignore[no-untyped-call]
         return simulated
     call = capabilities_of(q.device), q.dtype, backends().attention
-    if masked and spec.softcap is None and supports_varlen(*call, windows=spec.window is not None):
+    if masked and supports_varlen(*call, windows=spec.window is not None):
         return _varlen(q, k, v, spec, documents)
     groups = q.shape[2] // k.shape[2]
-    shared = groups > 1 and not masked and spec.softcap is None and supports_shared_keys(*call)
+    shared = groups > 1 and not masked and supports_shared_keys(*call)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     mask = seen_mask(q.shape[1], spec.window, documents, q.device) if masked else None
-    if spec.softcap is not None:
-        return softcapped_attention(q, k, v, spec.scale_of(q.shape[3]), spec.softcap, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
     causal = mask is None and q.shape[2] > 1
     with _sdpa_backends(q):
