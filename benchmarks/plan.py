@@ -74,8 +74,8 @@ SETTINGS = (
 )
 COLUMNS = (
     "model", "scheme", "matmul", "batch", "seq_len", "document", "budget_gib", "rows", "all", "attention", "input",
-    "offload", "transposed", "tiled_head", "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds", "seconds",
-    "gpu", "torch",
+    "offload", "transposed", "tiled_head", "forecast_gib", "reserved_gib", "error_percent", "forecast_seconds",
+    "seconds", "gpu", "torch",
 )  # fmt: skip
 
 
