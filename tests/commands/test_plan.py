@@ -95,6 +95,26 @@ def test_plan_reads_only_the_headers_of_the_weights(hollow: Path, monkeypatch: p
     assert [row["fits"] for row in plan_result(hollow)["plans"]] == [True, True]
 
 
+def test_config_json_is_enough_for_a_plan(octavo: Octavo, hollow: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((hollow / "config.json").read_bytes())
+    assert plan_result(tmp_path) == plan_result(hollow)
+    assert octavo("models", "check", tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"n_embd": "wide"}, "n_embd is 'wide'"), ({"architectures": ["FooForCausalLM"]}, "FooForCausalLM")],
+)
+def test_an_error_of_the_model_comes_before_the_question_for_a_gpu(
+    octavo: Octavo, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, **change}))
+    done = octavo("plan", "--model", tmp_path)
+    assert (done.code, done.out) == (1, "")
+    assert message in done.err
+    assert "GPU" not in done.err
+
+
 def test_shards_of_an_index_may_be_incomplete(hollow: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((hollow / "config.json").read_bytes())
     files = dict.fromkeys(FolderSource(hollow).names(), "one.safetensors")

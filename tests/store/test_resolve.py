@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from octavo.errors import ModelError, UsageError
 from octavo.store import resolve
+from octavo.store.contents import stored_scheme
 from octavo.store.resolve import HUB_PATTERNS, open_source
 from octavo.store.sources import FolderSource
 
@@ -155,10 +156,34 @@ def test_without_weights_only_the_config_is_downloaded(llama_folder: Path, monke
     assert not source.names()
     assert not source.files
     for lacking in (lambda: source.tensor("x"), source.tokenizer):
-        with pytest.raises(ModelError, match="not fetched"):
+        with pytest.raises(ModelError, match="was not read"):
             lacking()
     # A local folder is opened with its weights.
     assert open_source(str(llama_folder), weights=False).names()
+
+
+@pytest.mark.parametrize("shards", [None, 0, 1])
+def test_without_weights_a_folder_needs_its_config_alone(shards: int | None, llama_folder: Path) -> None:
+    """Neither an index without its files nor one of two files is an error: the model can be planned."""
+    (llama_folder / "model.safetensors").rename(llama_folder / "model-00001-of-00002.safetensors")
+    if shards is not None:
+        files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        (llama_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    if not shards:
+        (llama_folder / "model-00001-of-00002.safetensors").unlink()
+    source = open_source(str(llama_folder), weights=False)
+    assert source.config == json.loads((llama_folder / "config.json").read_text())
+    assert not source.names()
+    with pytest.raises(ModelError, match="holds no weights|lacks"):
+        open_source(str(llama_folder)).names()
+
+
+def test_without_weights_the_config_of_nf4_names_the_scheme(llama_folder: Path) -> None:
+    (llama_folder / "model.safetensors").unlink()
+    config = json.loads((llama_folder / "config.json").read_text())
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (llama_folder / "config.json").write_text(json.dumps({**config, "quantization_config": nf4}))
+    assert stored_scheme(open_source(str(llama_folder), weights=False)).name == "nf4"
 
 
 @pytest.mark.parametrize("model", ["octavo-tests/no-such-model", "not a/valid id"])

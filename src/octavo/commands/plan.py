@@ -51,12 +51,13 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     gpu = peak(name)
     if config[PlanOptions].gpu and gpu is None:
         raise UsageError(f"octavo has no data of the GPU {name!r}.", hint=f"Supported are {', '.join(GPUS)}.")
+    source = open_model(model_options, report, weights=False)
+    config = with_fitting_rows(config, source, report)
     is_present = hardware.capabilities.is_gpu and gpu == peak(hardware.name)
     if size_in_bytes(options.gpu_memory) is None and not is_present:
         fault = f"The memory of the {name} is not known" if gpu else "There is no GPU to plan for"
         raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
-    source, budget = open_model(model_options, report, weights=False), budget_bytes(options, hardware)
-    config = with_fitting_rows(config, source, report)
+    budget = budget_bytes(options, hardware)
     if not hardware.capabilities.is_gpu:  # the plan is for a GPU, whose compute dtype has 2 bytes
         dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
         hardware = replace(hardware, dtype=dtype)

@@ -45,7 +45,7 @@ def open_source(
 ) -> Source:
     """The source that `--model` names; UsageError if there is none. Long work is reported to `report`.
 
-    Without `weights` only the config of a model on the hub is downloaded.
+    Without `weights` only the config of a model on the hub is downloaded, and a folder needs no weights.
     """
     path = Path(model).expanduser() if model.startswith("~/") else Path(model)
     if model == "smollm2" and not path.exists():
@@ -73,7 +73,10 @@ def open_source(
 
 
 def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Report | None) -> Source:
-    """The source in a folder. With `weights` the hashes of a folder that octavo wrote are verified."""
+    """The source in a folder. With `weights` the hashes of a folder that octavo wrote are verified.
+
+    Without `weights` the config is enough, also while files of the weights are missing.
+    """
     if (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in MODEL_FILES):
         raise _adapter_as_model(folder)
     if not (folder / CONFIG).is_file():
@@ -83,8 +86,22 @@ def _open_folder(folder: Path, *, allow_pickle: bool, weights: bool, report: Rep
     check_config(config, str(folder))
     if weights:
         verify(folder, say=report.say if report else None)
+    if not weights and not _holds_weights(folder):
+        return ConfigSource(with_scheme(config))
     source = FolderSource(folder, allow_pickle)
     return Nf4Source(source) if is_nf4(config.get("quantization_config")) else source
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether the files of the weights are in a model's folder: all that the index names, if there is one."""
+    for index, _, suffix in WEIGHT_FILES:
+        if (folder / index).is_file():
+            files = read_json(folder / index).get("weight_map")
+            named = set(map(str, files.values())) if isinstance(files, dict) else set()
+            return all("\0" in file or (folder / file).is_file() for file in named)  # a bad name is an error later
+        if any(folder.glob(f"*{suffix}")):
+            return True
+    return False
 
 
 def _adapter_as_model(folder: Path) -> ModelError:

@@ -78,7 +78,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """A model of which only the config was downloaded, for planning. It has no weights and no tokenizer."""
+    """A model of which only the config is here, for planning. It has no weights and no tokenizer."""
 
     config: dict[str, Any]
     generation_config: dict[str, Any] = field(default_factory=dict)
@@ -91,13 +91,13 @@ class ConfigSource:
         return []
 
     def shape(self, name: str) -> tuple[int, ...]:
-        raise ModelError(f"{name} was not fetched: the config alone was.")
+        raise ModelError(f"{name} was not read: only the model's config.json was.")
 
     def tensor(self, name: str) -> Tensor:
-        raise ModelError(f"{name} was not fetched: the config alone was.")
+        raise ModelError(f"{name} was not read: only the model's config.json was.")
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        raise ModelError("The tokenizer was not fetched: the config alone was.")
+        raise ModelError("The tokenizer was not read: only the model's config.json was.")
 
 
 @dataclass
