@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import Octavo
+from tests.models.families import CASES
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma3TextConfig,
     GPTNeoXConfig,
     GraniteConfig,
@@ -19,7 +21,9 @@ from transformers import (
 )
 
 from octavo.models import COMPOSITES, FAMILIES, parse
+from octavo.models.composite import is_other_part
 from octavo.models.unread_keys import unread_keys
+from octavo.ops.quantize import SCHEMES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -39,6 +43,12 @@ def folder_of(config: Any, folder: Path) -> Path:
     return folder
 
 
+def on_meta(config: Any) -> Any:
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
 def test_all_architectures_are_listed(octavo: Octavo) -> None:
     listed = json.loads(octavo("models", "--json").out)["architectures"]
     assert {row["architecture"]: row["model_type"] for row in listed} == {
@@ -51,20 +61,37 @@ def test_all_architectures_are_listed(octavo: Octavo) -> None:
     assert all(architecture in octavo("models").out for architecture in FAMILIES)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_config_alone_tells_the_parameters_of_the_model(case: str, octavo: Octavo, tmp_path: Path) -> None:
+    """As transformers counts them, of a composite those of its text part."""
+    CASES[case].save_pretrained(tmp_path)
+    facts = json.loads(octavo("models", "check", tmp_path, "--json").out)
+    theirs = on_meta(CASES[case])
+    sizes = [parameter.numel() for name, parameter in theirs.named_parameters() if not is_other_part(name)]
+    assert facts["parameters"] == sum(sizes)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_alone_tells_the_memory_and_the_targets_of_lora(case: str, octavo: Octavo, tmp_path: Path) -> None:
     facts = json.loads(octavo("models", "check", folder_of(CONFIGS[case], tmp_path), "--json").out)
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(CONFIGS[case])
+    theirs = on_meta(CONFIGS[case])
     matrices = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim == 2)
     others = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim == 1)
-    assert facts["parameters"] == matrices
     assert facts["layers"] == 3
+    assert facts["weights_bytes"]["none"] == 2 * matrices + 4 * others
     assert facts["weights_gib"]["none"] == round((2 * matrices + 4 * others) / 2**30, 2)
     modules = {
         name.rpartition(".")[2] for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)
     }
     assert modules - set(facts["lora_targets"]) <= {"lm_head"}  # GPT-NeoX calls its head embed_out in files
+
+
+@pytest.mark.parametrize(("width", "unit"), [(64, "MiB"), (4096, "GiB")])
+def test_the_memory_of_a_small_model_is_in_mib(width: int, unit: str, octavo: Octavo, tmp_path: Path) -> None:
+    folder = folder_of(LlamaConfig(**SIZES | {"hidden_size": width}), tmp_path)
+    checked = octavo("models", "check", folder)
+    assert checked.out.count(unit) == len(SCHEMES)
+    assert " 0.00 " not in checked.out
 
 
 def test_keys_of_a_config_that_octavo_does_not_read_are_named(octavo: Octavo, tmp_path: Path) -> None:

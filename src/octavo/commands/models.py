@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 
 from octavo.config import CheckOptions, Config
 from octavo.errors import UsageError
-from octavo.models import COMPOSITES, FAMILIES, build, family, parse, weight_entries
+from octavo.models import COMPOSITES, FAMILIES, Decoder, build, family, parse, weight_entries
 from octavo.models.fused_blocks import FUSED
 from octavo.models.unread_keys import unread_keys
 from octavo.ops.quantize import SCHEMES
@@ -18,7 +19,7 @@ from octavo.store.resolve import open_source
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def list_models(report: Report) -> dict[str, Any]:
@@ -54,13 +55,15 @@ def check_model(config: Config, report: Report) -> dict[str, Any]:
     shown = {**facts, "parameters": f"{facts['parameters']:,}", "lora_targets": ", ".join(facts["lora_targets"])}
     shown |= {name: "yes" if value else "no" for name, value in facts.items() if isinstance(value, bool)}
     report.table(options.model, ["config.json", ""], [[name, str(value)] for name, value in shown.items()], result=True)
-    weights = {name: round(_weight_bytes(source, scheme) / GIB, 2) for name, scheme in SCHEMES.items()}
-    report.table("Weights", ["scheme", "GiB"], [[name, f"{gib:.2f}"] for name, gib in weights.items()], result=True)
+    weights = {name: _weight_bytes(source, scheme) for name, scheme in SCHEMES.items()}
+    cells = [[name, _size_text(size)] for name, size in weights.items()]
+    report.table("Weights", ["scheme", "memory"], cells, result=True)
     unread = unread_keys(source.config, parse)
     for key in unread:
         report.warn(f"octavo does not read {key} of config.json: if the model needs it, octavo is wrong.")
     report.say("A run also needs memory for activations, adapters and the optimizer: see `octavo plan`.")
-    return {**facts, "weights_gib": weights, "unread_keys": unread}
+    gib = {name: round(size / GIB, 2) for name, size in weights.items()}
+    return {**facts, "weights_bytes": weights, "weights_gib": gib, "unread_keys": unread}
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def _facts(source: Source) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "fused": module.Block in FUSED,
-        "parameters": sum(matrix.shape[0] * matrix.shape[1] for matrix in decoder.matrices),
+        "parameters": _parameter_count(decoder),
         "layers": config.layers,
         "width": config.width,
         "key_value_heads": config.key_value_heads,
@@ -81,6 +84,15 @@ def _facts(source: Source) -> dict[str, Any]:
         "tied": config.tied,
         "lora_targets": list(dict.fromkeys(e.key for e in weight_entries(decoder).values() if e.matrix is not None)),
     }
+
+
+def _parameter_count(decoder: Decoder) -> int:
+    """All parameters, as transformers counts them: a tied head once, with norms, biases and learned positions."""
+    return sum(prod(matrix.shape) for matrix in decoder.matrices) + sum(p.numel() for p in decoder.parameters())
+
+
+def _size_text(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.2f} MiB"
 
 
 def _weight_bytes(source: Source, scheme: Scheme) -> int:
