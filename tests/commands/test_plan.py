@@ -140,7 +140,8 @@ def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
     assert (done.json["budget_bytes"], done.json["gpu"]) == (4 * GIB, "RTX 3060")
     assert [row["scheme"] for row in done.json["plans"]] == ["int8", "nf4"]
     for row in done.json["plans"]:
-        assert row["least_gib"] * GIB <= row["peak_bytes"] + GIB / 100 <= 4 * GIB
+        assert row["least_bytes"] * MARGIN <= row["peak_bytes"] <= 4 * GIB
+        assert row["least_gib"] - 0.01 <= row["least_bytes"] / GIB <= row["least_gib"]
         assert row["peak_gib"] == round(row["peak_bytes"] / GIB, 2)
         assert row["tokens_per_second"] == pytest.approx(2 * 1024 / row["seconds"])
         assert (row["micro_batch_size"], row["layers_all"], row["layers_attention"]) == (2, LAYERS, 0)
@@ -150,7 +151,7 @@ def test_the_table_ends_with_a_command_that_runs(octavo: Octavo, hollow: Path) -
     done = octavo("plan", "--model", hollow, "--gpu-memory", "4GiB", "--seq-len", 640, "--batch-size", 3)
     assert done.code == 0
     assert "3 x 640 in 4.0 GiB" in done.out
-    assert "least GiB: the smallest --gpu-memory" in done.err
+    assert "least --gpu-memory: the smallest limit, in GiB, with which the scheme fits: the peak of its" in done.err
     assert {"int8", "nf4", "yes"} <= set(done.out.replace("│", " ").split())
     assert "None" not in done.out  # unknown time of an unknown GPU
     command = done.out.strip().splitlines()[-1]
@@ -274,6 +275,19 @@ def test_recompute_sets_the_save_level_of_all_layers(hollow: Path, recompute: st
     row = plan_result(hollow, recompute=recompute)["plans"][0]
     expected = {"none": (LAYERS, 0), "selective": (0, LAYERS), "full": (0, 0)}
     assert (row["layers_all"], row["layers_attention"]) == expected[recompute]
+
+
+@pytest.mark.parametrize("recompute", ["auto", "none", "full"])
+def test_least_is_the_smallest_limit_that_fits(hollow: Path, recompute: str) -> None:
+    """It is the peak of the smallest plan and, unless --recompute fixes the plan, the margin of the forecast."""
+    requested = {"scheme": "int8", "seq_len": 4096, "recompute": recompute}
+    least = plan_result(hollow, **requested, gpu_memory="40GiB")["plans"][0]["least_bytes"]
+    row = plan_result(hollow, **requested, gpu_memory=f"{least / 2**20}MiB")["plans"][0]
+    margin = MARGIN if recompute == "auto" else 1
+    assert row["fits"]
+    assert row["least_bytes"] == least == math.ceil(row["peak_bytes"] / margin)
+    with pytest.raises(UsageError, match="are available"):
+        plan_result(hollow, **requested, gpu_memory=f"{least / 2**20 - 0.01}MiB")
 
 
 def test_a_plan_fits_only_if_a_run_would_take_it(hollow: Path) -> None:

@@ -90,6 +90,7 @@ class PlanRow(TypedDict):
     fits: bool
     peak_bytes: int
     peak_gib: float
+    least_bytes: int
     least_gib: float
     host_gib: float
     micro_batch_size: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -69,7 +68,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         "scheme",
         "fits",
         "peak GiB",
-        "least GiB",
+        "least --gpu-memory",
         "CPU GiB",
         "micro-batch",
         "full layers",
@@ -80,8 +79,9 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     title = f"{model_options.model}: {shape} in {budget / GIB:.1f} GiB"
     report.table(title, titles, [[_cell(row[key]) for key in _COLUMNS] for row in rows], result=True)
     report.say(
-        "least GiB: the smallest --gpu-memory with which the scheme fits. full layers: the layers that keep all "
-        "activations for backward; the others recompute them."
+        "peak GiB: the forecast of the plan. least --gpu-memory: the smallest limit, in GiB, with which the scheme "
+        f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
+        "recompute them."
     )
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
@@ -89,11 +89,16 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     report.say(f"Each token of training is {total / 1e9:.1f} GFLOP ({shares}), without what is recomputed.")
     first = next((row for row in rows if row["fits"]), None)
     if first is None:
-        # A level of --recompute that is given is planned without a margin.
-        needed = rows[0]["peak_bytes"] / (MARGIN if options.recompute == "auto" else 1)
-        raise too_small(config, source, SCHEMES[chosen], hardware, gpu, math.ceil(needed), budget)
+        raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+
+
+def _margin(options: MemoryOptions) -> str:
+    """Why the smallest limit is more than the peak of the smallest plan."""
+    if options.recompute != "auto":
+        return ""
+    return f": the peak of its smallest plan and {100 * (1 - MARGIN):.0f} % of the limit for the error of the forecast"
 
 
 def _cell(value: object) -> object:
@@ -135,9 +140,10 @@ def _row(
     level = config[MemoryOptions].recompute
     if level == "auto":
         best = planner.best(budget)
-        plan, fits = best or planner.smallest(), best is not None
-    else:
-        plan = planner.fixed((LEVELS[level],) * len(planner.model.blocks), budget)
+        plan, fits, least = best or planner.smallest(), best is not None, least_bytes(planner)
+    else:  # a level that is given is planned without a margin
+        levels = (LEVELS[level],) * len(planner.model.blocks)
+        plan, least = planner.fixed(levels, budget), planner.fixed(levels, 0).peak_bytes
         fits = plan.peak_bytes <= budget
     check_cpu_memory(plan, planner)
     tokens = training.batch_size * planner.length
@@ -146,7 +152,8 @@ def _row(
         "fits": fits,
         "peak_bytes": plan.peak_bytes,
         "peak_gib": round(plan.peak_bytes / GIB, 2),
-        "least_gib": float(gib_text(least_bytes(planner))),
+        "least_bytes": least,
+        "least_gib": float(gib_text(least)),
         "host_gib": round(plan.host_bytes / GIB, 2),
         "micro_batch_size": plan.rows,
         "layers_all": plan.save.count(Save.ALL),
