@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from octavo import hardware
@@ -21,6 +23,18 @@ from octavo import hardware
         ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 2080 Ti", "RTX 2080 Ti"),
+        ("NVIDIA GeForce RTX 3080 Ti", "RTX 3080 Ti"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti Super"),
+        ("NVIDIA GeForce RTX 2060 SUPER", "RTX 2060 Super"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060"),
+        ("NVIDIA GeForce GTX 1080 Ti", "GTX 1080 Ti"),
+        ("Tesla P100-PCIE-16GB", "P100"),
+        ("Tesla P100-SXM2-16GB", "P100 SXM2"),
+        ("Quadro RTX 5000", "Quadro RTX 5000"),
+        ("RTX 3060 8GB", "RTX 3060 8GB"),
+        ("rtx4060ti", "RTX 4060 Ti"),
+        ("RTX4070TiSuper", "RTX 4070 Ti Super"),
+        ("GTX1080Ti", "GTX 1080 Ti"),
     ],
 )
 def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None:
@@ -30,7 +44,9 @@ def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None
 @pytest.mark.parametrize(
     "name",
     [
-        "NVIDIA GeForce RTX 3080 Ti",
+        "NVIDIA GeForce RTX 3080 Ti Laptop GPU",
+        "Quadro RTX 5000 with Max-Q Design",
+        "NVIDIA RTX 5000 Ada Generation",
         "NVIDIA GeForce RTX 4060 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA L40S",
@@ -45,8 +61,28 @@ def test_a_gpu_with_a_similar_name_is_unknown(name: str) -> None:
 
 def test_int8_has_twice_the_rate_of_half_precision_on_server_gpus_and_four_times_on_geforce() -> None:
     for key, row in hardware.GPUS.items():
-        times = 4 if key.startswith("RTX ") and key != "RTX A6000" else 2
+        geforce = key.startswith(("RTX ", "GTX ")) and key != "RTX A6000"
+        times = 1 if key.startswith("P100") else 4 if geforce else 2
         assert row.int8_ops_per_second / row.half_flops_per_second == pytest.approx(times, rel=0.02), key
+
+
+def test_a_gpu_without_one_usual_memory_has_keys_with_sizes() -> None:
+    for key, row in hardware.GPUS.items():
+        sizes = [hardware.GPUS[other].memory_gib for other in hardware.other_sizes(key)]
+        assert row.memory_gib is not None or len(sizes) > 1, key
+        assert row.memory_gib not in sizes, key
+        if size := re.search(r"(\d+)GB", key):
+            assert row.memory_gib == int(size[1])
+    assert hardware.other_sizes("NVIDIA GeForce RTX 3060") == ["RTX 3060 8GB"]
+    assert hardware.other_sizes("RTX 4060 Ti") == ["RTX 4060 Ti 16GB", "RTX 4060 Ti 8GB"]
+    assert hardware.other_sizes("RTX 3060 8GB") == hardware.other_sizes("no GPU") == []
+
+
+def test_a_run_can_count_on_less_than_the_memory_of_the_data_sheet() -> None:
+    t4, unknown = hardware.GPUS["T4"], hardware.GPUS["RTX 4060 Ti"]
+    assert t4.usable_bytes is not None
+    assert t4.usable_bytes < 15 * 2**30  # of 16 GB: the other 1/16 is for ECC
+    assert unknown.usable_bytes is None
 
 
 @pytest.mark.parametrize(("name", "expected"), [("T4", False), ("A100 80GB", True), ("H200", True)])

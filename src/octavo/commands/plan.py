@@ -30,7 +30,7 @@ from octavo.config import (
 )
 from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
-from octavo.hardware import GPUS, Hardware, Peak, peak, pick
+from octavo.hardware import GPUS, USABLE, Hardware, Peak, other_sizes, peak, pick
 from octavo.layers.context import Save
 from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
@@ -52,11 +52,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         raise UsageError(f"octavo has no data of the GPU {name!r}.", hint=f"Supported are {', '.join(GPUS)}.")
     source = open_model(model_options, report, weights=False)
     config = with_fitting_rows(config, source, report)
-    is_present = hardware.capabilities.is_gpu and gpu == peak(hardware.name)
-    if size_in_bytes(options.gpu_memory) is None and not is_present:
-        fault = f"The memory of the {name} is not known" if gpu else "There is no GPU to plan for"
-        raise UsageError(f"{fault}.", hint="Give its memory: --gpu-memory 11GiB.")
-    budget = budget_bytes(options, hardware)
+    budget = _budget_bytes(options, hardware, name, report)
     if not hardware.capabilities.is_gpu:  # the plan is for a GPU, whose compute dtype has 2 bytes
         dtype = torch.bfloat16 if model_options.dtype == "auto" else hardware.dtype
         hardware = replace(hardware, dtype=dtype)
@@ -92,6 +88,34 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+
+
+def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report: Report) -> int:
+    """--gpu-memory, else the free memory of this machine's GPU, else the known memory of the GPU `name`, and says so.
+
+    UsageError if the memory is not known.
+    """
+    gpu = peak(name)
+    is_present = hardware.capabilities.is_gpu and gpu == peak(hardware.name)
+    if size_in_bytes(options.gpu_memory) is not None or is_present:
+        return budget_bytes(options, hardware)
+    if gpu is None:
+        raise UsageError(
+            "There is no GPU to plan for.", hint="Name one: --gpu 'RTX 3060'. Or give its memory: --gpu-memory 11GiB."
+        )
+    others = other_sizes(name)
+    if gpu.usable_bytes is None:
+        raise UsageError(
+            f"The memory of the {name} is not known: it is sold with several sizes.",
+            hint=f"Use --gpu with one of {', '.join(others)}, or give its memory: --gpu-memory 11GiB.",
+        )
+    also = f" It is sold with another size too: --gpu '{others[0]}'." if others else ""
+    usable = f"{100 * USABLE:.0f} % of it, {gpu.usable_bytes / GIB:.1f} GiB"
+    report.say(
+        f"The {name} has {gpu.memory_gib} GB; the plan counts on {usable}, since the driver and libraries take some. "
+        f"--gpu-memory sets another limit.{also}"
+    )
+    return gpu.usable_bytes
 
 
 def _margin(options: MemoryOptions) -> str:

@@ -279,7 +279,9 @@ class PlanOptions(Section):
 
     panel = "Plan"
 
-    gpu: str | None = Field(None, description="GPU to predict the time for, as 'RTX 3060'; default: this machine's.")
+    gpu: str | None = Field(
+        None, description="GPU to plan for, as 'RTX 3060': its speed and memory; default: this machine's."
+    )
 
 
 class QuantizeOptions(Section):

@@ -1,4 +1,4 @@
-"""Peak throughput of known GPUs, for plans of runs and to judge measurements."""
+"""Peak throughput and memory of known GPUs, for plans of runs and to judge measurements."""
 
 from __future__ import annotations
 
@@ -7,21 +7,34 @@ from dataclasses import dataclass
 
 from octavo.hardware.capabilities import AMPERE
 
+# The share of the memory that a plan counts on if the GPU is not here: ECC takes up to 1/16 of it, and the driver,
+# CUDA's context and the kernels of its libraries take some hundred MiB.
+USABLE = 0.9
+
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak throughput of a GPU without sparsity: an upper bound, for plans and to judge measurements."""
+    """Peak throughput of a GPU without sparsity: an upper bound, for plans and to judge measurements; its memory.
+
+    `memory_gib` is None if GPUs of the same name are sold with several sizes and none is the usual one.
+    """
 
     half_flops_per_second: float
     int8_ops_per_second: float
     bytes_per_second: float  # of its memory
     bus_bytes_per_second: float  # between CPU and GPU, in one direction
     compute_capability: tuple[int, int]
+    memory_gib: int | None = None
 
     @property
     def matmul_8bit(self) -> bool:
         """Whether the kernels of 8-bit matmuls run on it."""
         return self.compute_capability >= AMPERE
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """The memory that a run can count on."""
+        return None if self.memory_gib is None else int(USABLE * self.memory_gib * 2**30)
 
 
 PCIE = {3: 15.75, 4: 31.5, 5: 63.0}  # GB/s in one direction of 16 lanes, by generation
@@ -33,33 +46,71 @@ def _peak(
     gigabytes: float,
     compute_capability: tuple[int, int],
     pcie: int,
+    memory_gib: int | None = None,
+    *,
     lanes: int = 16,
 ) -> Peak:
     bus = PCIE[pcie] * lanes / 16
-    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, bus * 1e9, compute_capability)
+    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, bus * 1e9, compute_capability, memory_gib)
 
 
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
-# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe. GeForce GPUs have half rate with float32
-# accumulation, so their int8 rate is four times the first value; elsewhere it is twice. A key matches a driver's GPU
-# name that has all words of the key; the longest matching key is used.
+# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GB. GeForce GPUs have half rate with float32 accumulation, so their int8
+# rate is four times the first value; elsewhere it is twice. GPUs without tensor cores (P100, GTX 1080 Ti) accumulate in
+# float32 at their float32 rate; the P100 has no int8 instructions, so int8 has that rate too.
+# A key matches a driver's GPU name that has all words of the key; the longest matching key is used. Keys with a size,
+# as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have no size.
 GPUS: dict[str, Peak] = {
-    "H200": _peak(989, 1979, 4800, (9, 0), 5),
-    "H100": _peak(989, 1979, 3350, (9, 0), 5),
-    "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5),
-    "A100 40GB": _peak(312, 624, 1555, (8, 0), 4),
-    "A100 80GB": _peak(312, 624, 2039, (8, 0), 4),
-    "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4),
-    "L4": _peak(121, 242, 300, (8, 9), 4),
-    "T4": _peak(65, 130, 320, (7, 5), 3),
-    "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4),
-    "RTX 4090": _peak(165, 661, 1008, (8, 9), 4),
-    "RTX 4060": _peak(30.2, 121, 272, (8, 9), 4, lanes=8),
-    "RTX 3090": _peak(71, 284, 936, (8, 6), 4),
-    "RTX 3080": _peak(59.5, 238, 760, (8, 6), 4),
-    "RTX 3070": _peak(40.6, 163, 448, (8, 6), 4),
-    "RTX 3060": _peak(25.5, 102, 360, (8, 6), 4),
-    "RTX 2080 Ti": _peak(53.8, 215, 616, (7, 5), 3),
+    "H200": _peak(989, 1979, 4800, (9, 0), 5, 141),
+    "H100": _peak(989, 1979, 3350, (9, 0), 5, 80),
+    "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5, 80),
+    "A100 40GB": _peak(312, 624, 1555, (8, 0), 4, 40),
+    "A100 80GB": _peak(312, 624, 2039, (8, 0), 4, 80),
+    "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4, 80),
+    "L4": _peak(121, 242, 300, (8, 9), 4, 24),
+    "T4": _peak(65, 130, 320, (7, 5), 3, 16),
+    "P100": _peak(9.3, 9.3, 732, (6, 0), 3, 16),
+    "P100 SXM2": _peak(10.6, 10.6, 732, (6, 0), 3, 16),
+    "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48),
+    "Quadro RTX 5000": _peak(89.2, 178.4, 448, (7, 5), 3, 16),
+    "RTX 5090": _peak(209.5, 838, 1792, (12, 0), 5, 32),
+    "RTX 5080": _peak(112.6, 450.2, 960, (12, 0), 5, 16),
+    "RTX 5070 Ti": _peak(87.9, 351.5, 896, (12, 0), 5, 16),
+    "RTX 5070": _peak(61.7, 246.9, 672, (12, 0), 5, 12),
+    "RTX 5060 Ti": _peak(47.4, 189.6, 448, (12, 0), 5, lanes=8),
+    "RTX 5060 Ti 16GB": _peak(47.4, 189.6, 448, (12, 0), 5, 16, lanes=8),
+    "RTX 5060 Ti 8GB": _peak(47.4, 189.6, 448, (12, 0), 5, 8, lanes=8),
+    "RTX 5060": _peak(38.4, 153.4, 448, (12, 0), 5, 8, lanes=8),
+    "RTX 4090": _peak(165, 661, 1008, (8, 9), 4, 24),
+    "RTX 4080 Super": _peak(104.4, 417.8, 736, (8, 9), 4, 16),
+    "RTX 4080": _peak(97.5, 389.9, 717, (8, 9), 4, 16),
+    "RTX 4070 Ti Super": _peak(88.2, 352.8, 672, (8, 9), 4, 16),
+    "RTX 4070 Ti": _peak(80.2, 320.7, 504, (8, 9), 4, 12),
+    "RTX 4070 Super": _peak(71, 283.9, 504, (8, 9), 4, 12),
+    "RTX 4070": _peak(58.3, 233.2, 504, (8, 9), 4, 12),
+    "RTX 4060 Ti": _peak(44.1, 176.5, 288, (8, 9), 4, lanes=8),
+    "RTX 4060 Ti 16GB": _peak(44.1, 176.5, 288, (8, 9), 4, 16, lanes=8),
+    "RTX 4060 Ti 8GB": _peak(44.1, 176.5, 288, (8, 9), 4, 8, lanes=8),
+    "RTX 4060": _peak(30.2, 121, 272, (8, 9), 4, 8, lanes=8),
+    "RTX 3090 Ti": _peak(80, 320, 1008, (8, 6), 4, 24),
+    "RTX 3090": _peak(71, 284, 936, (8, 6), 4, 24),
+    "RTX 3080 Ti": _peak(68.2, 272.8, 912, (8, 6), 4, 12),
+    "RTX 3080": _peak(59.5, 238, 760, (8, 6), 4, 10),
+    "RTX 3080 12GB": _peak(61.3, 245, 912, (8, 6), 4, 12),
+    "RTX 3070 Ti": _peak(43.5, 174, 608, (8, 6), 4, 8),
+    "RTX 3070": _peak(40.6, 163, 448, (8, 6), 4, 8),
+    "RTX 3060 Ti": _peak(32.4, 129.6, 448, (8, 6), 4, 8),
+    "RTX 3060": _peak(25.5, 102, 360, (8, 6), 4, 12),
+    "RTX 3060 8GB": _peak(25.5, 102, 240, (8, 6), 4, 8),
+    "RTX 2080 Ti": _peak(53.8, 215, 616, (7, 5), 3, 11),
+    "RTX 2080 Super": _peak(44.6, 178.4, 496, (7, 5), 3, 8),
+    "RTX 2080": _peak(40.3, 161.1, 448, (7, 5), 3, 8),
+    "RTX 2070 Super": _peak(36.3, 145, 448, (7, 5), 3, 8),
+    "RTX 2070": _peak(29.9, 119.4, 448, (7, 5), 3, 8),
+    "RTX 2060 Super": _peak(28.7, 114.9, 448, (7, 5), 3, 8),
+    "RTX 2060": _peak(25.8, 103.2, 336, (7, 5), 3, 6),
+    "RTX 2060 12GB": _peak(28.7, 114.9, 336, (7, 5), 3, 12),
+    "GTX 1080 Ti": _peak(11.3, 45.4, 484, (6, 1), 3, 11),
 }
 
 # Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
@@ -68,10 +119,25 @@ _VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "nvl", "mi
 
 def peak(name: str) -> Peak | None:
     """The row of GPUS for a GPU name of the driver ("NVIDIA A100-SXM4-80GB"); None for an unknown GPU."""
+    key = _key(name)
+    return None if key is None else GPUS[key]
+
+
+def other_sizes(name: str) -> list[str]:
+    """The keys of GPUs that have the name of `name` and another memory."""
+    key = _key(name)
+    if key is None:
+        return []
+    return [other for other in GPUS if re.fullmatch(rf"{key} \d+GB", other)]
+
+
+def _key(name: str) -> str | None:
     words = _words(name)
     matches = [key for key in GPUS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)]
-    return GPUS[max(matches, key=lambda key: len(_words(key)))] if matches else None
+    return max(matches, key=lambda key: len(_words(key)), default=None)
 
 
 def _words(name: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z0-9]+", name.lower()))
+    """The words of a name in lower case; RTX4060Ti is RTX 4060 Ti."""
+    spaced = re.sub(r"(?<=[rg]tx)(?=\d)|(?<=\d)(?=ti|super)|(?<=\dti)(?=super)", " ", name.lower())
+    return frozenset(re.findall(r"[a-z0-9]+", spaced))
