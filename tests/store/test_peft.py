@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -278,7 +279,7 @@ def test_lora_that_is_not_two_matrices_is_refused(shape: tuple[int, ...], tmp_pa
     tensors = load_file(out / "adapter_model.safetensors")
     key = next(key for key in tensors if "lora_A" in key)
     change(out, tensors={**tensors, key: torch.zeros(shape)})
-    with pytest.raises(AdapterError, match="not two matrices"):
+    with pytest.raises(AdapterError, match=rf"{re.escape(key)} is no matrix, its shape is {re.escape(str(shape))}"):
         read(out)
 
 
@@ -420,6 +421,61 @@ def test_a_flipped_bit_of_a_tensor_or_a_changed_config_value_is_detected(tmp_pat
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "owner/name"}))
     save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors", metadata={"a": "b"})
     assert read(out).lora.keys() == LINEARS.lora.keys()
+
+
+def test_the_error_of_a_changed_adapter_names_its_tensors(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    config = put(out, LINEARS)
+    file = out / "adapter_model.safetensors"
+    tensors = load_file(file)
+    first, second, third, *_ = sorted(tensors)
+    rest = {key: tensor for key, tensor in tensors.items() if key != second}
+    changes: dict[str, tuple[dict[str, Tensor], str]] = {
+        "missing": (rest, f"adapter_model.safetensors lacks {second}."),
+        "extra": ({**tensors, "other": torch.ones(2)}, "adapter_model.safetensors has, and should not have, other."),
+        "renamed": ({**rest, "x": tensors[second]}, f"lacks {second}; it has, and should not have, x."),
+        "value": ({**tensors, third: tensors[third] + 1}, f"has other values or another shape in {third}."),
+        "shape": ({**tensors, first: tensors[first][:-1]}, f"has other values or another shape in {first}."),
+        "all": (
+            {key: tensor + 1 for key, tensor in tensors.items()},
+            f"in {first}, {second}, {third} and {len(tensors) - 3} more.",
+        ),
+    }
+    for changed, message in changes.values():
+        save_file(changed, file)
+        with pytest.raises(AdapterError, match=re.escape(message)) as caught:
+            read(out)
+        assert str(out) in caught.value.message
+        assert caught.value.hint.startswith("Restore it from a copy.")
+    save_file(tensors, file)
+    (out / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 13.0}))
+    with pytest.raises(AdapterError, match=r"the values in adapter_config\.json are others"):
+        read(out)
+    origin = json.loads((out / "octavo.json").read_text())  # as earlier versions wrote it
+    (out / "octavo.json").write_text(json.dumps({key: value for key, value in origin.items() if key != "tensors"}))
+    with pytest.raises(AdapterError, match=r"do not have the hash in octavo\.json"):
+        read(out)
+
+
+def test_the_error_of_another_programs_adapter_names_all_its_damaged_tensors(tmp_path: Path) -> None:
+    """It has no hash, and none is mentioned."""
+    out = tmp_path / "adapter"
+    put(out, LINEARS)
+    (out / "octavo.json").unlink()
+    tensors = load_file(out / "adapter_model.safetensors")
+    a, b, *_ = sorted(key for key in tensors if "lora_A" in key)
+    renamed = {key.replace("lora_A", "lora_C") if key in (a, b) else key: tensor for key, tensor in tensors.items()}
+    lacking = {key: tensor for key, tensor in tensors.items() if key not in (a, b)}
+    for changed, message in (
+        (renamed, f"holds {a.replace('lora_A', 'lora_C')}, {b.replace('lora_A', 'lora_C')}, which octavo does not"),
+        (lacking, f"lacks {a}, {b}: it has only one of the two matrices"),
+    ):
+        save_file(changed, out / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=re.escape(message)) as caught:
+            read(out)
+        assert str(out) in caught.value.message
+        assert "from a copy" in caught.value.hint
+        assert "hash" not in str(caught.value)
 
 
 TARGETS: dict[str, Any] = {

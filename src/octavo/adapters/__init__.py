@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from octavo.adapters.complete import attached as attached
 from octavo.adapters.complete import attached_text as attached_text
-from octavo.adapters.matching import frozen_layer, lora_for, matched
+from octavo.adapters.matching import check_shapes, frozen_layer, lora_for, matched
 from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
@@ -205,6 +205,7 @@ def apply_(model: Decoder, adapter: Adapter) -> AdapterPlan:
     """
     entries, adapter = matched(model, adapter)
     put_weights_(model, adapter, entries)
+    check_shapes(entries, adapter)
     for name in adapter.lora:
         entry = entries[name]
         put_(frozen_layer(entry), entry.rows_key, lora_for(entry, adapter), dropout=adapter.spec.dropout)

@@ -36,12 +36,12 @@ def check_complete(entries: Entries, adapter: Adapter) -> None:
         ) from error
     if missing:
         raise AdapterError(
-            f"The adapter is incomplete: its tensors lack what {CONFIG} selects: {some(missing)}.",
+            f"{adapter.named} is incomplete: its tensors lack what {CONFIG} selects: {some(missing)}.",
             hint="Was the file cut, or made for another model? Restore it, or select only what it has.",
         )
     if extra:
         raise AdapterError(
-            f"The adapter has LoRA that {CONFIG} does not select: {some(extra)}.",
+            f"{adapter.named} has LoRA that {CONFIG} does not select: {some(extra)}.",
             hint=f"Select these modules in {CONFIG}, or remove their tensors.",
         )
 

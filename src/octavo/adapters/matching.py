@@ -6,6 +6,7 @@ Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 
 import torch
 
@@ -30,15 +31,55 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
     unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
     if unknown:
         _refuse_other_parts(model, unknown)
-        reason = _reason(model, entries, unknown[0])
-        raise AdapterError(
-            f"The adapter does not belong to this model: there is no module for {some(unknown)} ({reason}).",
-            hint=f"It names {shown(adapter.base)} as its base: give that with --model."
-            if adapter.base
-            else "Give the model that it was trained on.",
-        )
+        raise _unknown(model, entries, adapter, unknown)
     check_complete(entries, adapter)
     return entries, adapter
+
+
+def _unknown(
+    model: Decoder, entries: Mapping[str, WeightEntry], adapter: Adapter, unknown: Sequence[str]
+) -> AdapterError:
+    """The error for tensors that the model has no module for: of another model, or renamed."""
+    reason = f"there is no module for {some(unknown)} ({_reason(model, entries, unknown[0])})"
+    if 2 * len(unknown) <= len(adapter.lora) + len(adapter.full) + len(adapter.tokens):
+        near = get_close_matches(unknown[0], [entry.module for entry in entries.values()], n=1, cutoff=0.9)
+        similar = f" This model has {near[0]}." if near else ""
+        return AdapterError(
+            f"{adapter.named} does not fit this model: {reason}, and there is one for its other tensors.",
+            hint=f"Was a tensor renamed or added?{similar} Restore the file from a copy, or remove these tensors.",
+        )
+    return AdapterError(
+        f"{adapter.named} does not belong to this model: {reason}.",
+        hint=f"It names {shown(adapter.base)} as its base: give that with --model."
+        if adapter.base
+        else "Give the model that it was trained on.",
+    )
+
+
+def check_shapes(entries: Mapping[str, WeightEntry], adapter: Adapter) -> None:
+    """AdapterError that names the LoRA matrices whose shapes are not those of the model's layers.
+
+    The adapter may resize the vocabulary, so its full weights come first.
+    """
+    wrong = []
+    for name, (a, b, _) in adapter.lora.items():
+        shapes = _lora_shapes(entries[name], len(a))
+        for end, matrix, shape in zip(("lora_A", "lora_B"), (a, b), shapes, strict=True):
+            if tuple(matrix.shape) != shape:
+                wrong.append(f"{entries[name].module}.{end} is {tuple(matrix.shape)}, not {shape}")
+    if wrong:
+        raise AdapterError(
+            f"{adapter.named} does not fit this model: the LoRA matrix {some(wrong)}.",
+            hint="Give the model that it was trained on. If that is this one, restore the file from a copy.",
+        )
+
+
+def _lora_shapes(entry: WeightEntry, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B: (r, K), (N, r) of a linear; (r, V), (d, r) of an embedding."""
+    layer = frozen_layer(entry)
+    rows, columns = layer.matrix.outputs[entry.rows_key], layer.matrix.in_features
+    inputs, outputs = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
+    return (rank, inputs), (outputs, rank)
 
 
 def _refuse_other_parts(model: Decoder, unknown: Sequence[str]) -> None:
@@ -67,17 +108,9 @@ def _reason(model: Decoder, entries: Mapping[str, WeightEntry], key: str) -> str
 
 
 def lora_for(entry: WeightEntry, adapter: Adapter) -> Lora:
-    """The adapter's A and B of one module, on the model's device. AdapterError for another layer's shape."""
+    """The adapter's A and B of one module, on the model's device. `check_shapes` has checked it."""
     a, b, scaling = adapter.lora[entry.name]  # linear: (r, K), (N, r); embedding: (r, V), (d, r)
-    layer, key = frozen_layer(entry), entry.rows_key
-    rows, columns, rank = layer.matrix.outputs[key], layer.matrix.in_features, a.shape[0]
-    outer = (rows, columns) if isinstance(layer, FrozenEmbedding) else (columns, rows)
-    if tuple(a.shape) != (rank, outer[0]) or tuple(b.shape) != (outer[1], rank):
-        raise AdapterError(
-            f"The adapter's LoRA for {entry.name} is {tuple(a.shape)} and {tuple(b.shape)}; this model's layer "
-            f"has {columns} inputs and {rows} outputs.",
-            hint="Give the model that it was trained on.",
-        )
+    layer = frozen_layer(entry)
     device = layer.matrix.device
     b = b if entry.order is None else entry.order.from_checkpoint(b)
     return Lora(a.to(device, torch.float32), b.to(device, torch.float32), scaling)

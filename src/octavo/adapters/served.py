@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.adapters.matching import frozen_layer, lora_for, matched
+from octavo.adapters.matching import check_shapes, frozen_layer, lora_for, matched
 from octavo.bounded_json import some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
@@ -26,6 +26,7 @@ def serve_(model: Decoder, served: ServedAdapters, adapter: Adapter, name: str) 
             hint="Use `octavo generate --adapter`, or merge it into its base with PEFT and serve that. An adapter "
             "trained without --train-norms, --train-biases and modules_to_save can be served.",
         )
+    check_shapes(entries, adapter)
     loras = {module: lora_for(entries[module], adapter) for module in adapter.lora}
     before = _bank_addresses(model)
     _take_off_(model, served, name)

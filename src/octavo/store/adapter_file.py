@@ -18,13 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from octavo.bounded_json import some
 from octavo.errors import AdapterError, ModelError
 from octavo.store.peft_config import CONFIG, function_of
 from octavo.store.sources import load_pickle
 
 TENSORS = "adapter_model.safetensors"
+ORIGIN = "octavo.json"
+HASH_DIGITS = 16  # of a tensor in octavo.json: enough to name damaged tensors; the hash of all has 64
 PICKLE = "adapter_model.bin"  # written by PEFT before 0.7 and by alpaca-lora
 EXPECTED = "Give the folder of an adapter or of a run, or RUN@STEP for the adapter of a checkpoint."
+DAMAGED = "Is the file complete? Fetch it again, or restore it from a copy."
 LFS_START = b"version https://git-lfs"
 
 
@@ -56,7 +60,7 @@ def read_tensors(folder: Path, *, allow_pickle: bool) -> tuple[dict[str, Tensor]
     except OSError as error:
         raise AdapterError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (SafetensorError, ModelError) as error:
-        raise AdapterError(f"The adapter in {folder} cannot be read: {error}", hint="Is the file complete?") from error
+        raise AdapterError(f"The adapter in {folder} cannot be read: {path.name}: {error}", hint=DAMAGED) from error
     for key, tensor in tensors.items():
         _check(folder, key, tensor)
     return tensors, hashlib.sha256(data).hexdigest()
@@ -85,8 +89,43 @@ def tensors_sha256(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     digest = hashlib.sha256(json.dumps(function_of(config), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(_bytes_of(tensor))
     return digest.hexdigest()
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The hash of each tensor, with its type and shape, so that an error can name those that changed."""
+    return {
+        name: hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode() + _bytes_of(tensor)).hexdigest()[
+            :HASH_DIGITS
+        ]
+        for name, tensor in tensors.items()
+    }
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().tobytes() if tensor.numel() else b""
+
+
+def changed(folder: Path, tensors: Mapping[str, Tensor], recorded: object) -> AdapterError:
+    """The error for an adapter of octavo that is not as it was written.
+
+    `recorded` are the hashes of the tensors in octavo.json; octavo.json of earlier versions has none.
+    """
+    found = f"its tensors or the values in {CONFIG} do not have the hash in {ORIGIN}"
+    if isinstance(recorded, dict) and recorded:
+        actual = tensor_hashes(tensors)
+        faults = {
+            "lacks": [name for name in recorded if name not in actual],
+            "has, and should not have,": [name for name in actual if name not in recorded],
+            "has other values or another shape in": [k for k in actual if recorded.get(k, actual[k]) != actual[k]],
+        }
+        parts = [f"{fault} {some(sorted(names))}" for fault, names in faults.items() if names]
+        found = f"{TENSORS} " + "; it ".join(parts) if parts else f"the values in {CONFIG} are others"
+    return AdapterError(
+        f"The adapter in {folder} has changed since it was written: {found}.",
+        hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" and "targets" from {ORIGIN}.',
+    )
 
 
 def no_adapter(folder: Path) -> AdapterError:

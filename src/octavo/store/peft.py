@@ -19,7 +19,6 @@ Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d widt
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,26 +28,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.bounded_json import read_object, shown, some
+from octavo.bounded_json import read_object, some
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
 from octavo.models import TEXT_PREFIX, embedding_keys, head_keys, layer_of
+from octavo.store.adapter_file import DAMAGED, changed, no_adapter, read_tensors, tensor_hashes, tensors_sha256
+from octavo.store.adapter_file import ORIGIN as ORIGIN
 from octavo.store.adapter_file import TENSORS as TENSORS
-from octavo.store.adapter_file import no_adapter, read_tensors, tensors_sha256
 from octavo.store.files import check_format, json_bytes, new_folder
 from octavo.store.peft_config import CONFIG as CONFIG
 from octavo.store.peft_config import PeftConfig, read_config
+from octavo.store.peft_names import PREFIX as PREFIX
+from octavo.store.peft_names import TOKENS, parsed
 
-PREFIX = "base_model.model."
-ORIGIN = "octavo.json"
 FORMAT = 1  # of octavo.json; increase it when its content changes. The other files have PEFT's format
-TOKENS = ".token_adapter.trainable_tokens_delta"
-COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
-COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
-ENDS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", TOKENS: "tokens"}
-ENDS |= {f".{kind}": kind for kind in ("lora_embedding_A", "lora_embedding_B")}
-# PEFT's wrappers around a module. Their content is the module's own parameter or a trained copy of it.
-WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|token_adapter\.base_layer)\.")
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,13 @@ class Adapter:
     base_layers: frozenset[str] = frozenset()  # keys of `full` that PEFT saved with a LoRA layer, not trained
     base: str = ""  # the name of its base (base_model_name_or_path)
     config: PeftConfig | None = None  # adapter_config.json, if the adapter was read from a folder
+    folder: Path | None = None  # the one that it was read from
     fan_in_fan_out: bool = False  # whether it has LoRA on weights that the base stores (K, N), as GPT-2 does
+
+    @property
+    def named(self) -> str:
+        """The adapter as errors name it."""
+        return f"The adapter in {self.folder}" if self.folder else "The adapter"
 
     @property
     def vocabulary(self) -> int | None:
@@ -141,7 +140,8 @@ def fill(folder: Path, adapter: Adapter, *, modules: Collection[str], biases: bo
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_bytes(json_bytes(config))
     shutil.copymode(folder / CONFIG, folder / TENSORS)  # safetensors writes mode 0600, whatever the umask
-    origin = {"format": FORMAT, **adapter.origin, "targets": _targets_of(adapter)}
+    hashes = tensor_hashes(tensors)
+    origin = {"format": FORMAT, **adapter.origin, "targets": _targets_of(adapter), "tensors": hashes}
     origin["sha256"] = tensors_sha256(tensors, config)
     (folder / ORIGIN).write_bytes(json_bytes(origin))
     (folder / "README.md").write_text(readme, encoding="utf-8", errors="replace")
@@ -157,32 +157,24 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
     config = read_config(folder)
     origin = _origin(folder)
     tensors, sha256 = read_tensors(folder, allow_pickle=allow_pickle)
-    expected, listed = origin.pop("sha256", None), origin.pop("targets", None)
+    expected, listed, recorded = (origin.pop(key, None) for key in ("sha256", "targets", "tensors"))
     if expected is not None and expected != tensors_sha256(tensors, config.function):
-        raise AdapterError(
-            f"The adapter in {folder} has changed since it was written: its tensors or the values in {CONFIG} do not "
-            f"have the hash in {ORIGIN}.",
-            hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" and "targets" from {ORIGIN}.',
-        )
+        raise changed(folder, tensors, recorded)
     lora: dict[str, tuple[Tensor, Tensor, float]] = {}
     full: dict[str, Tensor] = {}
     tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
     embeddings, base_layers = set(), set()
-    for key, tensor in tensors.items():
-        if ".original_module." in key:
-            continue  # the untrained weight of a modules_to_save module, which PEFT saves too
-        name, kind = _parse(folder, key)
-        if kind in COUNTERPARTS and (other := key.replace(kind, COUNTERPARTS[kind])) not in tensors:
-            raise AdapterError(f"The adapter in {folder} lacks {other}.")
+    for key, (name, kind, other) in parsed(folder, tensors).items():
+        tensor = tensors[key]
         if kind in ("lora_A", "lora_embedding_A"):
-            lora[name] = _lora(folder, config, name, tensor, tensors[other])
+            lora[name] = _lora(folder, config, name, {key: tensor, other: tensors[other]})
             if kind == "lora_embedding_A":
                 embeddings.add(name)
         elif kind == "tokens":
             if (indices := config.indices_of(name)) is None:
                 raise AdapterError(f"The adapter in {folder} trains tokens of {name}, and {CONFIG} does not say which.")
             tokens[name] = (indices, tensor)
-        elif kind not in COUNTERPARTS:
+        elif not other:
             full[f"{name}.{kind}"] = tensor
             if ".base_layer." in key:
                 base_layers.add(f"{name}.{kind}")
@@ -191,7 +183,7 @@ def read(folder: Path, *, allow_pickle: bool = False) -> Adapter:
     separate = frozenset(name for key in full if config.saves(name := key.rpartition(".")[0]))
     adapter = Adapter(
         config.spec, lora, full, origin, frozenset(embeddings), sha256, tokens, separate, frozenset(base_layers),
-        config.base, config,
+        config.base, config, folder=folder,
     )  # fmt: skip
     if listed is not None:
         _check_targets(folder, adapter, listed)
@@ -234,12 +226,19 @@ def _origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
-def _lora(folder: Path, config: PeftConfig, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+def _lora(folder: Path, config: PeftConfig, name: str, matrices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    """(A, B, scaling) of a module from its two tensors by their names in the file."""
+    a, b = matrices.values()
     spec = config.spec_of(name)
-    if a.ndim != 2 or b.ndim != 2:
-        raise AdapterError(f"{folder}: the LoRA of {name} is not two matrices.")
+    for key, tensor in matrices.items():
+        if tensor.ndim != 2:
+            shape = tuple(tensor.shape)
+            raise AdapterError(f"{folder / TENSORS}: {key} is no matrix, its shape is {shape}.", hint=DAMAGED)
     if spec.rank != a.shape[0]:
-        raise AdapterError(f"{folder}: {name} has rank {a.shape[0]}, {CONFIG} says {spec.rank}.")
+        raise AdapterError(
+            f"{folder / TENSORS}: {next(iter(matrices))} has rank {a.shape[0]}, {CONFIG} says {spec.rank}.",
+            hint=f"Restore the file and {CONFIG} from one copy.",
+        )
     return a, b, spec.scaling
 
 
@@ -286,19 +285,3 @@ def _patterns(adapter: Adapter) -> dict[str, dict[str, float]]:
         if not math.isclose(alpha, spec.alpha):
             alphas[name] = alpha
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
-
-
-def _parse(folder: Path, key: str) -> tuple[str, str]:
-    """(module name, kind) of a tensor name in the file. A kind is weight, bias, tokens or one of COUNTERPARTS."""
-    name = key.removeprefix(PREFIX)
-    for end, kind in ENDS.items():
-        if name.endswith(end):
-            return name.removesuffix(end), kind
-    name = WRAPPERS.sub(".", name)
-    module, _, kind = name.rpartition(".")
-    if not key.startswith(PREFIX) or not module or kind not in ("weight", "bias") or ".lora_" in name:
-        raise AdapterError(
-            f"The adapter in {folder} holds {shown(key)}, which octavo does not read.",
-            hint="It reads the LoRA matrices, weights, biases and trained tokens that PEFT writes for LoRA.",
-        )
-    return module, kind

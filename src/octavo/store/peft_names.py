@@ -1,0 +1,69 @@
+"""The names of tensors in PEFT's files.
+
+All have the prefix base_model.model. and the name of a module in transformers; store/peft.py lists the ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from octavo.bounded_json import some
+from octavo.errors import AdapterError
+
+PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"
+COUNTERPARTS = {"lora_A": "lora_B", "lora_B": "lora_A"}
+COUNTERPARTS |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
+ENDS = {".lora_A.weight": "lora_A", ".lora_B.weight": "lora_B", TOKENS: "tokens"}
+ENDS |= {f".{kind}": kind for kind in ("lora_embedding_A", "lora_embedding_B")}
+# PEFT's wrappers around a module. Their content is the module's own parameter or a trained copy of it.
+WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?|token_adapter\.base_layer)\.")
+
+
+class Name(NamedTuple):
+    """The name of a tensor, read: its module, and weight, bias, tokens or one of COUNTERPARTS.
+
+    `other` is the name of the second matrix of a LoRA.
+    """
+
+    module: str
+    kind: str
+    other: str = ""
+
+
+def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
+    """The tensor names of a file, read. AdapterError that names those that octavo does not read or that are missing.
+
+    The untrained weights of modules_to_save, which PEFT saves too, are left out.
+    """
+    trained = [key for key in keys if ".original_module." not in key]
+    names = {key: name for key in trained if (name := _parse(key)) is not None}
+    if unread := [key for key in trained if key not in names]:
+        raise AdapterError(
+            f"The adapter in {folder} holds {some(sorted(unread))}, which octavo does not read.",
+            hint="It reads the LoRA matrices, weights, biases and trained tokens that PEFT writes for LoRA. Was a "
+            "tensor renamed? Restore the file from a copy, or remove these tensors from it.",
+        )
+    if missing := [name.other for name in names.values() if name.other and name.other not in names]:
+        raise AdapterError(
+            f"The adapter in {folder} lacks {some(sorted(missing))}: it has only one of the two matrices of "
+            "these modules.",
+            hint="Was the file cut, or a tensor renamed? Restore it from a copy.",
+        )
+    return names
+
+
+def _parse(key: str) -> Name | None:
+    name = key.removeprefix(PREFIX)
+    for end, kind in ENDS.items():
+        if name.endswith(end):
+            other = key.replace(kind, COUNTERPARTS[kind]) if kind in COUNTERPARTS else ""
+            return Name(name.removesuffix(end), kind, other)
+    name = WRAPPERS.sub(".", name)
+    module, _, kind = name.rpartition(".")
+    if not key.startswith(PREFIX) or not module or kind not in ("weight", "bias") or ".lora_" in name:
+        return None
+    return Name(module, kind)
