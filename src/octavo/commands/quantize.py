@@ -10,6 +10,7 @@ from octavo.errors import UsageError
 from octavo.hardware import pick
 from octavo.reporting import Report
 from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder
+from octavo.store.text_part import text_model_config
 
 
 def quantize(config: Config, report: Report) -> dict[str, Any]:
@@ -20,6 +21,9 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
     pick(options.device, options.dtype)  # an unavailable device is an error, although weights are quantized on the CPU
     source = open_model(options, report)
     scheme = chosen_scheme(options, source)
+    if (text := text_model_config(source.config)) is not None:
+        folder = f"as a {text['architectures'][0]}" if scheme.name == "none" else "under the config of the whole model"
+        report.say(f"{options.model} is a model of text and images: the folder holds its text part alone, {folder}.")
     layers: list[WrittenLayer] = []
     with report.progress(len(weight_names(source)), f"Writing {out} ({scheme.name})") as bar:
 

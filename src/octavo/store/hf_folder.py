@@ -29,6 +29,7 @@ from octavo.store.contents import (
 )
 from octavo.store.sinks import Header, Sink, check_free, folder_sink
 from octavo.store.sources import Source, fingerprint
+from octavo.store.text_part import text_model_config, text_module
 from octavo.store.weights import check_row_order, full_rows, matrix_parts, put_rows_, requantized, row_blocks
 
 
@@ -75,14 +76,15 @@ def write_tensors(
 ) -> int:
     """Streams all tensors of `source` into `sink`, with the frozen weights under `scheme`; returns their bytes.
 
-    Weights that are stored under the same scheme are copied bit for bit. `on_layer` is called for each frozen weight.
+    Weights that are stored under the same scheme are copied bit for bit. Under none the text part of a composite model
+    has the names of a text model, as in `header_of`. `on_layer` is called for each frozen weight.
     """
     model = build(source.config)
     items = entries(source, model)
     check_shapes(source, items)
     total = 0
     for name, item in items.items():
-        module = item.entry.name
+        module = text_module(item.entry.name) if scheme.name == "none" else item.entry.name
         if not item.is_matrix:
             total += sink.put(module, {item.kind: source.tensor(name)})
             continue
@@ -122,7 +124,8 @@ def _requantized(parts: Parts, shape: Shape, stored: Scheme, scheme: Scheme) -> 
 
 
 def _config(source: Source, scheme: Scheme) -> dict[str, Any]:
-    config = {key: value for key, value in source.config.items() if key != "octavo"}
+    text = text_model_config(source.config) if scheme.name == "none" else None
+    config = text or {key: value for key, value in source.config.items() if key != "octavo"}
     if scheme.name != "none":
         config["octavo"] = {"format": FORMAT, "scheme": scheme.name, "version": __version__}
     elif stored_scheme(source).name != "none":
