@@ -99,6 +99,9 @@ octavo reads the text part.
 | column | what the tests compare |
 |---|---|
 {names}
+
+Rows in another order are recognized in adapters that octavo wrote, which carry a hash. In an adapter of another program
+the order of the rows of a tensor cannot be checked: octavo takes that of transformers.
 """
 
 
