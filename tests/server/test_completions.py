@@ -309,6 +309,28 @@ def test_prompt_length_limits(open_server: OpenServer) -> None:
     assert narrow.error(PATH, prompt="the", max_tokens=5)[1]["param"] == "max_tokens"
 
 
+@pytest.mark.parametrize(("prompt", "max_tokens", "generated"), [(60, 4, 4), (60, 5, 4), (60, 100, 4), (63, 100, 1)])
+def test_an_answer_ends_with_the_context_and_says_so(
+    prompt: int, max_tokens: int, generated: int, open_server: OpenServer
+) -> None:
+    """max_tokens may be more than the context has left, as in clients that always send a large number."""
+    body = open_server().post(PATH, prompt=[5] * prompt, max_tokens=max_tokens)
+    assert body["usage"]["completion_tokens"] == generated
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_answer_that_the_context_shortens_is_logged_once(
+    open_server: OpenServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="octavo.server")
+    server = open_server()
+    server.post(PATH, prompt=[5] * 60, max_tokens=4)
+    assert "finish_reason" not in caplog.text
+    for _ in range(2):
+        server.post(PATH, prompt=[5] * 60, max_tokens=100)
+    assert caplog.text.count("A prompt of 60 tokens and max_tokens 100 are more than the context of 64 tokens") == 1
+
+
 def test_an_unknown_model_is_404(server: Any) -> None:
     status, error = server.error(PATH, model="hamlet", prompt="the")
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")

@@ -24,6 +24,7 @@ MAX_TEXT_LENGTH = 2**22  # characters; the limit of the body is usually reached 
 MAX_IDS = 2**20
 SEED_LIMIT = 2**63
 MAX_TOKENS = 2**20
+ENDS = "The answer ends with the context at the latest, with the finish_reason `length`."
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}"
 
 UNSUPPORTED = {
@@ -132,7 +133,7 @@ class CompletionRequest(GenerationRequest):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
-    max_tokens: MaxTokens | None = Field(None, description="Maximum number of new tokens; null: 16.")
+    max_tokens: MaxTokens | None = Field(None, description=f"Maximum number of new tokens; null: 16. {ENDS}")
     logprobs: LogprobCount | None = None
     echo: Flag | None = None
     best_of: Annotated[int, Field(ge=1, le=1), INTEGER] | None = None
@@ -199,7 +200,9 @@ class ChatRequest(GenerationRequest):
     """Body of OpenAI's /v1/chat/completions: a conversation, formatted with the model's chat template."""
 
     messages: Messages
-    max_tokens: MaxTokens | None = Field(None, description="Maximum number of new tokens; null: the server's limit.")
+    max_tokens: MaxTokens | None = Field(
+        None, description=f"Maximum number of new tokens; null: the server's limit. {ENDS}"
+    )
     max_completion_tokens: MaxTokens | None = Field(None, description="The newer name of max_tokens; takes precedence.")
     logprobs: Flag | None = None
     top_logprobs: LogprobCount | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,6 +52,9 @@ class Engine(Protocol):
     def stats(self) -> Stats: ...
 
 
+LOG = logging.getLogger("octavo.server")
+
+
 @dataclass(frozen=True)
 class Served:
     """A model of /v1/models: the base model or an adapter on it."""
@@ -72,6 +76,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time()))
     draining: bool = False
     unknown_fields: UnknownFieldLog = field(default_factory=UnknownFieldLog)
+    has_shortened: bool = False  # whether a request asked for more tokens than the context had space for
 
     def __post_init__(self) -> None:
         self.vocabulary = Vocabulary(self.engine.tokenizer)
@@ -212,8 +217,10 @@ class Service:
     def begin(self, requests: Sequence[Request], receive: Receive) -> Generation:
         """Submits all requests or none. ApiError with 400, 404, 429 or 503 if the engine refuses one.
 
-        `receive` is the ASGI function of the HTTP request: it reports when the client disconnects.
+        `receive` is the ASGI function of the HTTP request: it reports when the client disconnects. An answer ends where
+        the context does, with the finish_reason "length", although `max_tokens` may be more.
         """
+        self._log_shortened(requests)
         streams = self._submit(requests)
         adapter = streams[0].adapter  # the adapter at submission: the name may be reloaded meanwhile
         return Generation(
@@ -223,6 +230,17 @@ class Service:
             metrics=self.metrics,
             seconds=self.options.request_seconds,
         )
+
+    def _log_shortened(self, requests: Sequence[Request]) -> None:
+        """Logs once that the context has less space than a request asked for: clients send large defaults."""
+        beyond = (r for r in requests if len(r.prompt) + r.sampling.max_new_tokens > self.engine.context)
+        if not self.has_shortened and (request := next(beyond, None)) is not None:
+            self.has_shortened = True
+            LOG.info(
+                "A prompt of %d tokens and max_tokens %d are more than the context of %d tokens: the answer ends "
+                'there, with the finish_reason "length". Later requests are not logged.',
+                len(request.prompt), request.sampling.max_new_tokens, self.engine.context,
+            )  # fmt: skip
 
     def _submit(self, requests: Sequence[Request]) -> list[Stream]:
         self.check_open()
