@@ -18,12 +18,13 @@ from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.weights import load
 
+WINDOWS: dict[str, Any] = {**SHAPE, **LAYERS}
 COMPOSITES: dict[str, tuple[Any, str, str]] = {
     "gemma3": (CONFIGS["gemma3"], "gemma3_text", "Gemma3ForCausalLM"),
     "gemma3, tied, soft-cap of the text part": (
         composite(
             Gemma3Config, "siglip_vision_model", model_type="gemma3_text", query_pre_attn_scalar=16, head_dim=16,
-            final_logit_softcapping=1.0, **SHAPE, **LAYERS,
+            final_logit_softcapping=1.0, **WINDOWS,
         ),
         "gemma3_text",
         "Gemma3ForCausalLM",

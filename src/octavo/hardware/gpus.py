@@ -55,9 +55,10 @@ def _peak(
 
 
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
-# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GB. GeForce GPUs have half rate with float32 accumulation, so their int8
-# rate is four times the first value; elsewhere it is twice. GPUs without tensor cores (P100, GTX 1080 Ti) accumulate in
-# float32 at their float32 rate; the P100 has no int8 instructions, so int8 has that rate too.
+# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GB. GeForce GPUs have half rate
+# with float32 accumulation, so their int8 rate is four times the first value; elsewhere it is twice. GPUs without
+# tensor cores (P100, GTX 1080 Ti) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
+# int8 has that rate too.
 # A key matches a driver's GPU name that has all words of the key; the longest matching key is used. Keys with a size,
 # as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have no size.
 GPUS: dict[str, Peak] = {
