@@ -347,7 +347,7 @@ SOFTCAPPED: list[tuple[list[list[int]], dict[str, Any]]] = [
     ([[70], [70]], {"heads": 2, "groups": 1, "size": 16, "spec": softcap.CappedSpec(0.5, 2.0)}),
     ([[1, 31, 33, 5], [64, 6]], {"heads": 4, "groups": 2, "size": 24, "spec": softcap.CappedSpec(0.2, 5.0)}),
     ([[1, 31, 33, 5], [64, 6]], {"heads": 4, "groups": 1, "size": 16, "spec": softcap.CappedSpec(0.5, 2.0, 17)}),
-    ([[40]], {"heads": 1, "groups": 1, "size": 136, "spec": softcap.CappedSpec(0.1, 0.7, 1)}),
+    ([[40]], {"heads": 1, "groups": 1, "size": 104, "spec": softcap.CappedSpec(0.1, 0.7, 1)}),
 ]
 
 

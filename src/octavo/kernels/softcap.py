@@ -1,11 +1,11 @@
 """Attention with soft-capped scores, as FlashAttention (arXiv 2205.14135, 2307.08691). Reference: ops/softcap.py.
 
 The forward pass has a program for some queries of a head, which iterates over blocks of the keys that they see and
-saves lse. The backward has two passes, without atomic additions, so that its results are deterministic: one for dq over
-blocks of keys, which also saves delta = sum(g o) for the second one, for dk and dv over blocks of the queries of all
-heads that share a key head. A pass visits only blocks with a query that sees a key: a query's first key `oldest` and a
-key's last query `newest` never decrease along a row, so the first and the last of a block bound those between. Only
-blocks in which some query does not see some key have a mask.
+saves lse. The backward has no atomic additions, so its results are deterministic: a pass for dq over blocks of keys,
+which also saves delta = sum(g o), and one or two passes for dk and dv over blocks of the queries of all heads that
+share a key head. A pass visits only blocks with a query that sees a key: a query's first key `oldest` and a key's last
+query `newest` never decrease along a row, so the first and the last of a block bound those between. Only blocks in
+which some query does not see some key have a mask.
 
 Exponents are powers of 2: scores are multiplied by log2(e). Legend as in the reference; a program has BM queries, BN
 keys; `*_row`, `*_position` and `*_head` are strides in elements.
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
 from octavo.ops.softcap import CappedSpec, Extents
-from octavo.runtime.dispatch import observe
+from octavo.runtime.dispatch import KERNELS, observe
 
 LOG2E = 1.4426950408889634
 # Shared memory of a program: of H100 and B200; of RTX 30 and 40, less than an A100 has. Tiles for less: T4.
 LARGE_BYTES, MEDIUM_BYTES = 227 * 1024, 99 * 1024
+WIDE_FLOAT_BYTES = 66 * 1024  # that the smallest tiles need in float32 with heads of 256, more than a T4 has
 
 
 class Tile(NamedTuple):
@@ -39,29 +40,43 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three passes."""
+    """The tiles of the passes. Without one for dv, that for dk computes both.
+
+    With heads of 256 both sums for 128 keys do not fit into registers, and for 64 keys each of two groups of 4 warps
+    would compute all scores, as Hopper's instructions have 64 rows. Passes of their own need 8 matmuls instead of 7.
+    """
 
     forward: Tile
     dq: Tile
-    dkv: Tile
+    dk: Tile
+    dv: Tile | None = None
 
 
-def tiles_for(shared_bytes: int, head_size: int, itemsize: int) -> Tiles:
-    """The tiles for a head size and dtype on a GPU with so many bytes of shared memory a program."""
+def tiles_for(shared_bytes: int, head_size: int, itemsize: int) -> Tiles | None:
+    """The tiles for a head size and dtype on a GPU with so many bytes of shared memory a program; None: none fit."""
     wide = head_size > 128
     if itemsize > 2:  # float32 has no tensor cores here: small tiles, whose sums fit into registers
+        if wide and shared_bytes < WIDE_FLOAT_BYTES:
+            return None
         side = 32 if head_size <= 64 and shared_bytes >= MEDIUM_BYTES else 16
         return Tiles(*[Tile(side, side, 8, 1)] * 3)
     if shared_bytes >= LARGE_BYTES:
         if wide:
-            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2))
-        return Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
+            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))
+        return Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64 if head_size <= 64 else 32, 128, 8, 2))
     if shared_bytes >= MEDIUM_BYTES:
         if wide:
             return Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
         return Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2))
     side = 16 if wide else 32
     return Tiles(*[Tile(side, side, 8, 1)] * 3)
+
+
+def kv_passes(tiles: Tiles) -> list[tuple[Tile, dict[str, bool]]]:
+    """The passes for dk and dv, each with the outputs that it computes."""
+    if tiles.dv is None:
+        return [(tiles.dk, {"DK": True, "DV": True})]
+    return [(tiles.dk, {"DK": True, "DV": False}), (tiles.dv, {"DK": False, "DV": True})]
 
 
 def softcapped_forward(
@@ -72,7 +87,10 @@ def softcapped_forward(
     if q.is_meta:
         observe("attention", [q, k, v, out, lse])
         return out, lse
-    tile = _tiles(q).forward
+    if (tiles := _tiles(q)) is None:
+        results: tuple[Tensor, Tensor] = KERNELS["softcap.softcapped_forward"](q, k, v, spec, extents)
+        return results
+    tile = tiles.forward
     _forward[(triton.cdiv(t, tile.queries), h, b)](
         q, k, v, out, lse, extents.start if extents is not None else lse,
         *_numbers(spec), t, h // g, *_strides(q, k, v, out),
@@ -85,13 +103,18 @@ def softcapped_forward(
 def softcapped_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, spec: CappedSpec, extents: Extents | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tiles = _tiles(q)
+    if tiles is None and not q.is_meta:
+        results: tuple[Tensor, Tensor, Tensor] = KERNELS["softcap.softcapped_backward"](
+            q, k, v, out, lse, grad, spec, extents
+        )
+        return results
     (b, t, h, d), g = q.shape, k.shape[2]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)  # (B, H, T)
-    if q.is_meta:
+    if q.is_meta or tiles is None:
         observe("attention_backward", [q, k, v, q, k, v, out, grad, grad, lse, lse, delta, delta, dq, dk, dv])
         return dq, dk, dv
-    tiles = _tiles(q)
     flags = extents is not None, spec.window is not None, q.dtype == torch.float32, d, _width(d)
     tile = tiles.dq
     _backward_q[(triton.cdiv(t, tile.queries), h, b)](
@@ -99,16 +122,16 @@ def softcapped_backward(
         *_numbers(spec), t, h // g, *_strides(q, k, v, out, grad, dq), *flags, tile.queries, tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    tile = tiles.dkv
-    _backward_kv[(triton.cdiv(t, tile.keys), g, b)](
-        q, k, v, grad, dk, dv, lse, delta, extents.stop if extents is not None else lse,
-        *_numbers(spec), t, h // g, *_strides(q, k, v, grad, dk, dv), *flags, tile.queries, tile.keys,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    for tile, outputs in kv_passes(tiles):
+        _backward_kv[(triton.cdiv(t, tile.keys), g, b)](
+            q, k, v, grad, dk, dv, lse, delta, extents.stop if extents is not None else lse,
+            *_numbers(spec), t, h // g, *_strides(q, k, v, grad, dk, dv), *flags, tile.queries, tile.keys, **outputs,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return dq, dk, dv
 
 
-def _tiles(q: Tensor) -> Tiles:
+def _tiles(q: Tensor) -> Tiles | None:
     return tiles_for(capabilities_of(q.device).shared_memory_bytes, q.shape[3], q.itemsize)
 
 
@@ -317,25 +340,30 @@ def _backward_q(
 
 @triton.jit
 def _add_dkv(
-    key, value, q, grad, lse, delta, dk, dv, at, newest, begin, end, factor, ceiling, length, q_position,
-    grad_position,
-    MASKED: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    key, value, q, grad, lse, delta, dk, dv, at, newest, begin, end, factor, ceiling, length, shared,
+    q_position, q_head, grad_position, grad_head,
+    MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """(dk / scale, dv) with the terms of the queries of [begin, end) of a head."""
-    for first in range(begin, end, BM):
+    """(dk / scale, dv) with the terms of the queries of [begin, end) of all heads that share the key head."""
+    blocks = tl.cdiv(end - begin, BM)
+    for index in range(shared * blocks):  # one loop: loads of the next head begin in the last block of a head
+        head, first = index // blocks, begin + index % blocks * BM
         row = first + tl.arange(0, BM)
-        query = _load(q, first, q_position, length, D, WIDTH, BM)
-        g = _load(grad, first, grad_position, length, D, WIDTH, BM)
-        log_sum = tl.load(lse + row, mask=row < length, other=0) * 1.4426950408889634  # log2(e)
-        dot = tl.load(delta + row, mask=row < length, other=0)
+        query = _load(q + head * q_head, first, q_position, length, D, WIDTH, BM)
+        g = _load(grad + head * grad_head, first, grad_position, length, D, WIDTH, BM)
+        log_sum = tl.load(lse + head * length + row, mask=row < length, other=0) * 1.4426950408889634  # log2(e)
         capped = _tanh(tl.dot(key, tl.trans(query), input_precision="ieee") * factor, PRECISE)  # (BN, BM)
         p = tl.exp2(capped * ceiling - log_sum[None, :])
         if MASKED:
             p = tl.where((at[:, None] <= row[None, :]) & (newest[:, None] >= row[None, :]), p, 0.0)
-        dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")  # (BN, WIDTH)
-        dp = tl.dot(value, tl.trans(g), input_precision="ieee")
-        da = p * (dp - dot[None, :]) * (1 - capped * capped)
-        dk = tl.dot(da.to(query.dtype), query, dk, input_precision="ieee")
+        if DV:
+            dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")  # (BN, WIDTH)
+        if DK:
+            dot = tl.load(delta + head * length + row, mask=row < length, other=0)
+            dp = tl.dot(value, tl.trans(g), input_precision="ieee")
+            da = p * (dp - dot[None, :]) * (1 - capped * capped)
+            dk = tl.dot(da.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -345,7 +373,7 @@ def _backward_kv(
     q_row, q_position, q_head, k_row, k_position, k_head, v_row, v_position, v_head,
     grad_row, grad_position, grad_head, dk_row, dk_position, dk_head, dv_row, dv_position, dv_head,
     DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BN
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -353,7 +381,9 @@ def _backward_kv(
     at = first + tl.arange(0, BN)
     newest = _newest(stops, tl.minimum(at, length - 1), window, length, DOCUMENTS, WINDOW)
     key = _load(k + batch * k_row + group * k_head, first, k_position, length, D, WIDTH, BN)
-    value = _load(v + batch * v_row + group * v_head, first, v_position, length, D, WIDTH, BN)
+    value = key
+    if DK:
+        value = _load(v + batch * v_row + group * v_head, first, v_position, length, D, WIDTH, BN)
     dkey, dvalue = tl.zeros((BN, WIDTH), dtype=tl.float32), tl.zeros((BN, WIDTH), dtype=tl.float32)
     # Blocks of queries: [begin, full) have some before the last key, [full, masked) see all keys, up to `end` some.
     last = tl.minimum(first + BN, length) - 1
@@ -363,22 +393,24 @@ def _backward_kv(
     masked = end
     if DOCUMENTS or WINDOW:
         masked = tl.maximum((_newest(stops, first, window, length, DOCUMENTS, WINDOW) + 1) // BM * BM, full)
-    for share in range(shared):
-        head = group * shared + share
-        q_at, g_at = q + batch * q_row + head * q_head, grad + batch * grad_row + head * grad_head
-        sums = (batch * tl.num_programs(1) * shared + head) * length
+    head = group * shared  # the first of those that share the key head
+    q, grad = q + batch * q_row + head * q_head, grad + batch * grad_row + head * grad_head
+    sums = (batch * tl.num_programs(1) * shared + head) * length
+    lse, delta = lse + sums, delta + sums
+    dkey, dvalue = _add_dkv(
+        key, value, q, grad, lse, delta, dkey, dvalue, at, newest, begin, full, factor, ceiling, length, shared,
+        q_position, q_head, grad_position, grad_head, True, DK, DV, PRECISE, D, WIDTH, BM,
+    )  # fmt: skip
+    dkey, dvalue = _add_dkv(
+        key, value, q, grad, lse, delta, dkey, dvalue, at, newest, full, masked, factor, ceiling, length, shared,
+        q_position, q_head, grad_position, grad_head, False, DK, DV, PRECISE, D, WIDTH, BM,
+    )  # fmt: skip
+    if DOCUMENTS or WINDOW:
         dkey, dvalue = _add_dkv(
-            key, value, q_at, g_at, lse + sums, delta + sums, dkey, dvalue, at, newest, begin, full, factor, ceiling,
-            length, q_position, grad_position, True, PRECISE, D, WIDTH, BM,
+            key, value, q, grad, lse, delta, dkey, dvalue, at, newest, masked, end, factor, ceiling, length, shared,
+            q_position, q_head, grad_position, grad_head, True, DK, DV, PRECISE, D, WIDTH, BM,
         )  # fmt: skip
-        dkey, dvalue = _add_dkv(
-            key, value, q_at, g_at, lse + sums, delta + sums, dkey, dvalue, at, newest, full, masked, factor, ceiling,
-            length, q_position, grad_position, False, PRECISE, D, WIDTH, BM,
-        )  # fmt: skip
-        if DOCUMENTS or WINDOW:
-            dkey, dvalue = _add_dkv(
-                key, value, q_at, g_at, lse + sums, delta + sums, dkey, dvalue, at, newest, masked, end, factor,
-                ceiling, length, q_position, grad_position, True, PRECISE, D, WIDTH, BM,
-            )  # fmt: skip
-    _store(dk + batch * dk_row + group * dk_head, dkey * scale, first, dk_position, length, D, WIDTH, BN)
-    _store(dv + batch * dv_row + group * dv_head, dvalue, first, dv_position, length, D, WIDTH, BN)
+    if DK:
+        _store(dk + batch * dk_row + group * dk_head, dkey * scale, first, dk_position, length, D, WIDTH, BN)
+    if DV:
+        _store(dv + batch * dv_row + group * dv_head, dvalue, first, dv_position, length, D, WIDTH, BN)
