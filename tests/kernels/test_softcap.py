@@ -142,9 +142,9 @@ def test_a_smaller_gpu_has_no_larger_tiles(device: Any, itemsize: int, size: int
         assert tile.queries * tile.keys <= most.queries * most.keys
 
 
-# Prints the shared memory of each pass in bytes, and how many matmul instructions of Hopper each has.
+# Prints of each pass the shared memory in bytes, its matmul instructions of Hopper, and 1 if ptxas does not overlap them.
 COMPILED = """
-import os
+import os, subprocess, tempfile
 os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
@@ -171,7 +171,13 @@ for function, tile, flags in passes:
     source = ASTSource(function, signature, {{(names.index(n),): v for n, v in constants.items()}}, aligned)
     options = {{"num_warps": tile.warps, "num_stages": tile.stages}}
     made = compile(source, target=GPUTarget("cuda", {capability}, 32), options=options)
-    print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"))
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        suffix = "a" if {capability} >= 90 else ""
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{capability}{{suffix}}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print(made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"), int("are serialized" in log))
 """
 
 
@@ -194,6 +200,7 @@ def test_they_compile_and_fit_into_shared_memory(device: Any, size: int, kind: s
     lines = out.splitlines()
     assert len(lines) in (3, 4)
     for line in lines:
-        shared, instructions = map(int, line.split())
+        shared, instructions, serialized = map(int, line.split())
         assert shared <= device.shared_memory_bytes
         assert (instructions > 0) == (major == 9 and kind != "fp32")  # dots run on Hopper's tensor cores
+        assert not serialized

@@ -7,6 +7,9 @@ share a key head. A pass visits only blocks with a query that sees a key: a quer
 query `newest` never decrease along a row, so the first and the last of a block bound those between. Only blocks in
 which some query does not see some key have a mask.
 
+Loops count blocks. With a loop over positions ptxas 12.8 found that the matmuls of Hopper overlap nothing ("wgmma
+instructions are serialized").
+
 Exponents are powers of 2: scores are multiplied by log2(e). Legend as in the reference; a program has BM queries, BN
 keys; `*_row`, `*_position` and `*_head` are strides in elements.
 """
@@ -223,7 +226,8 @@ def _attend(
     MASKED: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of [begin, end) to the sums of the online softmax: when the maximum rises, they are scaled down."""
-    for first in range(begin, end, BN):
+    for index in range(0, tl.cdiv(end - begin, BN)):
+        first = begin + index * BN
         key = _load(k, first, k_position, length, D, WIDTH, BN)
         score = _tanh(tl.dot(query, tl.trans(key), input_precision="ieee") * factor, PRECISE) * ceiling  # (BM, BN)
         if MASKED:
@@ -284,7 +288,8 @@ def _add_dq(
     MASKED: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq / scale with the terms of the keys of [begin, end)."""
-    for first in range(begin, end, BN):
+    for index in range(0, tl.cdiv(end - begin, BN)):
+        first = begin + index * BN
         key = _load(k, first, k_position, length, D, WIDTH, BN)
         value = _load(v, first, v_position, length, D, WIDTH, BN)
         capped = _tanh(tl.dot(query, tl.trans(key), input_precision="ieee") * factor, PRECISE)  # (BM, BN)
