@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octavo.kernels import softcap as kernels
-from octavo.kernels.softcap import Tile, Tiles
+from octavo.kernels.softcap_tiles import Tile, Tiles
 from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents
 from octavo.runtime.dispatch import Backends, set_backends
 

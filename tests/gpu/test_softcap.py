@@ -11,7 +11,7 @@ from tests.gpu.cases import matrix
 from tests.kernels.softcap_bounds import bounded_attention
 from torch import Tensor
 
-from octavo.kernels.softcap import tiles_for
+from octavo.kernels.softcap_tiles import tiles_for
 from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents
 from octavo.runtime.dispatch import Backends, kernels_run_on, set_backends
 

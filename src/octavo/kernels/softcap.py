@@ -16,70 +16,17 @@ keys; `*_row`, `*_position` and `*_head` are strides in elements.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
+from octavo.kernels.softcap_tiles import Tiles, kv_passes, tiles_for, width_of
 from octavo.ops.softcap import CappedSpec, Extents
 from octavo.runtime.dispatch import KERNELS, observe
 
 LOG2E = 1.4426950408889634
-# Shared memory of a program: of H100 and B200; of RTX 30 and 40, less than an A100 has. Tiles for less: T4.
-LARGE_BYTES, MEDIUM_BYTES = 227 * 1024, 99 * 1024
-WIDE_FLOAT_BYTES = 66 * 1024  # that the smallest tiles need in float32 with heads of 256, more than a T4 has
-
-
-class Tile(NamedTuple):
-    """Queries and keys of a block, and how a program runs."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-class Tiles(NamedTuple):
-    """The tiles of the passes. Without one for dv, that for dk computes both.
-
-    With heads of 256 both sums for 128 keys do not fit into registers, and for 64 keys each of two groups of 4 warps
-    would compute all scores, as Hopper's instructions have 64 rows. Passes of their own need 8 matmuls instead of 7.
-    """
-
-    forward: Tile
-    dq: Tile
-    dk: Tile
-    dv: Tile | None = None
-
-
-def tiles_for(shared_bytes: int, head_size: int, itemsize: int) -> Tiles | None:
-    """The tiles for a head size and dtype on a GPU with so many bytes of shared memory a program; None: none fit."""
-    wide = head_size > 128
-    if itemsize > 2:  # float32 has no tensor cores here: small tiles, whose sums fit into registers
-        if wide and shared_bytes < WIDE_FLOAT_BYTES:
-            return None
-        side = 32 if head_size <= 64 and shared_bytes >= MEDIUM_BYTES else 16
-        return Tiles(*[Tile(side, side, 8, 1)] * 3)
-    if shared_bytes >= LARGE_BYTES:
-        if wide:
-            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2))
-        return Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64 if head_size <= 64 else 32, 128, 8, 2))
-    if shared_bytes >= MEDIUM_BYTES:
-        if wide:
-            return Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
-        return Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2))
-    side = 16 if wide else 32
-    return Tiles(*[Tile(side, side, 8, 1)] * 3)
-
-
-def kv_passes(tiles: Tiles) -> list[tuple[Tile, dict[str, bool]]]:
-    """The passes for dk and dv, each with the outputs that it computes."""
-    if tiles.dv is None:
-        return [(tiles.dk, {"DK": True, "DV": True})]
-    return [(tiles.dk, {"DK": True, "DV": False}), (tiles.dv, {"DK": False, "DV": True})]
 
 
 def softcapped_forward(
@@ -97,7 +44,7 @@ def softcapped_forward(
     _forward[(triton.cdiv(t, tile.queries), h, b)](
         q, k, v, out, lse, extents.start if extents is not None else lse,
         *_numbers(spec), t, h // g, *_strides(q, k, v, out),
-        extents is not None, spec.window is not None, q.dtype == torch.float32, d, _width(d), tile.queries, tile.keys,
+        extents is not None, spec.window is not None, q.dtype == torch.float32, d, width_of(d), tile.queries, tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, lse
@@ -118,7 +65,7 @@ def softcapped_backward(
     if q.is_meta or tiles is None:
         observe("attention_backward", [q, k, v, q, k, v, out, grad, grad, lse, lse, delta, delta, dq, dk, dv])
         return dq, dk, dv
-    flags = extents is not None, spec.window is not None, q.dtype == torch.float32, d, _width(d)
+    flags = extents is not None, spec.window is not None, q.dtype == torch.float32, d, width_of(d)
     tile = tiles.dq
     _backward_q[(triton.cdiv(t, tile.queries), h, b)](
         q, k, v, out, grad, dq, lse, delta, extents.start if extents is not None else lse,
@@ -136,10 +83,6 @@ def softcapped_backward(
 
 def _tiles(q: Tensor) -> Tiles | None:
     return tiles_for(capabilities_of(q.device).shared_memory_bytes, q.shape[3], q.itemsize)
-
-
-def _width(d: int) -> int:
-    return max(16, int(triton.next_power_of_2(d)))
 
 
 def _numbers(spec: CappedSpec) -> tuple[float, float, float, int]:
@@ -226,7 +169,7 @@ def _attend(
     MASKED: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys of [begin, end) to the sums of the online softmax: when the maximum rises, they are scaled down."""
-    for index in range(0, tl.cdiv(end - begin, BN)):
+    for index in range(tl.cdiv(end - begin, BN)):
         first = begin + index * BN
         key = _load(k, first, k_position, length, D, WIDTH, BN)
         score = _tanh(tl.dot(query, tl.trans(key), input_precision="ieee") * factor, PRECISE) * ceiling  # (BM, BN)
@@ -288,7 +231,7 @@ def _add_dq(
     MASKED: tl.constexpr, PRECISE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq / scale with the terms of the keys of [begin, end)."""
-    for index in range(0, tl.cdiv(end - begin, BN)):
+    for index in range(tl.cdiv(end - begin, BN)):
         first = begin + index * BN
         key = _load(k, first, k_position, length, D, WIDTH, BN)
         value = _load(v, first, v_position, length, D, WIDTH, BN)
