@@ -330,7 +330,7 @@ def softcapped(
         u = columns(rows * length, sum(sizes), dtype)
         parts = [x.unflatten(1, (-1, size)).unflatten(0, (rows, length)) for x in u.split(sizes, dim=1)]
         numbers = [[n for n, count in enumerate(row) for _ in range(count)] for row in lengths]
-        documents = find_documents(torch.tensor(numbers), u.device)
+        documents = find_documents(torch.tensor(numbers, device="cpu"), u.device)  # as a loader passes it
         extents = None if documents is None else documents.extents
         if not backward:
             return (*parts, spec, extents), {}, u

@@ -58,6 +58,20 @@ def test_the_smallest_sufficient_free_block_is_allocated(size: int, address: int
     assert arena.allocate(size) == address
 
 
+def test_the_free_block_at_the_end_counts_as_the_largest() -> None:
+    arena = holes(5, 8)  # at 0 and 6
+    arena.free_block(14)  # the last one: the free block from 6 on is at the end
+    arena.allocate(4)
+    assert arena.free == [(1, 4), (9, 6)]
+    end = arena.end
+    arena = Arena(page=1)
+    for size in (9, 1, 5):
+        arena.allocate(size)
+    arena.free_block(0)
+    arena.free_block(10)  # 5 at the end, which would fit more tightly
+    assert (arena.allocate(5), arena.end) == (0, end)
+
+
 def test_the_rest_of_a_block_is_allocated_next() -> None:
     arena = holes(8)
     end = arena.end

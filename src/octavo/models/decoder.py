@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from octavo.fused.norm import fused_norm
 from octavo.layers.context import ForwardContext, ForwardOptions, Save
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear
 from octavo.layers.frozen_matrix import FrozenMatrix
@@ -120,7 +121,8 @@ class Decoder(nn.Module):
             x = run_block(block, x, context.at(layer, level, **attention))  # (B, T, d)
         if view is not None:
             view.finish()
-        y: Tensor = self.norm(x)  # (B, T, d)
+        fused = options.fused and view is None and torch.is_grad_enabled()
+        y: Tensor = fused_norm(x, self.norm.spec()) if fused else self.norm(x)  # (B, T, d)
         return y if self.config.output_scale == 1 else y * self.config.output_scale
 
     def forward(self, ids: Tensor, **context: Any) -> Tensor:
