@@ -363,6 +363,13 @@ def test_outlier_channels_are_part_of_the_forecast() -> None:
     assert split.matmul8_flops == plain.matmul8_flops > 0
 
 
+def test_without_a_limit_the_transposed_weights_of_every_layer_are_stored() -> None:
+    this = small_planner("gptj-4")
+    best = replace(this, precision=all_8bit(this.model)).best(math.inf)
+    assert best is not None
+    assert (best.save, best.rows, best.transposed) == (all_of(ALL), this.batch_size, LAYERS)
+
+
 def test_packed_documents_are_part_of_the_forecast() -> None:
     """Expected: 128 positions of dq in float32 for each document slot of a CUDA graph."""
     this = small_planner("gptj-4")

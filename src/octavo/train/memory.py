@@ -157,7 +157,7 @@ class Planner:
         layers = 0 if plan.offload else len(plan.save)
         each = transposed_bytes(self.model, self.precision, len(plan.save)) / len(plan.save)
         # One more than fits by these bytes: with all layers, a step needs no memory for a transposition.
-        for count in range(min(layers, int((limit - plan.peak_bytes) / each) + 1), 0, -1):
+        for count in range(int(min(layers, (limit - plan.peak_bytes) / each + 1)), 0, -1):  # the limit may be infinite
             stored = self.plan(plan.save, plan.rows, transposed=count)
             if stored.peak_bytes <= limit:
                 return stored
