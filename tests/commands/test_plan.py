@@ -131,6 +131,20 @@ def test_the_error_for_a_truncated_file_names_it(hollow: Path, tmp_path: Path) -
         plan_result(tmp_path)
 
 
+@pytest.mark.parametrize("hardware", [CPU, RTX_3060])
+def test_8bit_matmuls_are_an_error_for_a_gpu_that_has_none(
+    octavo: Octavo, hollow: Path, monkeypatch: pytest.MonkeyPatch, hardware: Hardware
+) -> None:
+    monkeypatch.setattr(plan, "pick", lambda device, dtype: hardware)
+    arguments = ("plan", "--model", hollow, "--seq-len", 256, "--batch-size", 1, "--gpu-memory", "4GiB")
+    done = octavo(*arguments, "--gpu", "T4", "--matmul", "8bit")
+    assert (done.code, done.out) == (2, "")
+    assert "The T4 has no 8-bit matmuls: they need an NVIDIA GPU of compute capability 8.0." in done.err
+    assert "Use --matmul exact." in done.err
+    assert octavo(*arguments, "--gpu", "T4").code == 0
+    assert octavo(*arguments, "--gpu", "RTX 3060", "--matmul", "8bit").code == 0
+
+
 def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
     arguments = ("--seq-len", 1024, "--batch-size", 2, "--rank", 4, "--gpu-memory", "4GiB", "--gpu", "RTX 3060")
     done = octavo("plan", "--model", hollow, *arguments, "--json")

@@ -19,7 +19,7 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.errors import AdapterError, UsageError
-from octavo.hardware import Hardware, Peak, free_memory_bytes, peak
+from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder, build
@@ -140,20 +140,26 @@ def planner_for(
 def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
     """Whether to use 8-bit matmuls. UsageError if --matmul 8bit is given and the GPU does not support them.
 
-    `gpu` is the GPU to plan for on a machine without one.
+    `gpu` is the GPU to plan for, which need not be that of this machine.
     """
     if options.matmul == "exact":
         return False
     device = hardware.capabilities
-    supported = device.matmul_8bit if device.is_gpu else gpu is not None and gpu.matmul_8bit
+    is_here = device.is_gpu and (gpu is None or gpu == peak(hardware.name))
+    supported = device.matmul_8bit if is_here else gpu is not None and gpu.matmul_8bit
     if options.matmul == "8bit":
-        if device.is_gpu and not supported:
+        if not supported and (is_here or gpu is not None):
             raise UsageError(
-                f"{hardware.name} has no 8-bit matmuls: they need an NVIDIA GPU of compute capability 8.0.",
+                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need an NVIDIA "
+                "GPU of compute capability 8.0.",
                 hint="Use --matmul exact.",
             )
         return True
-    return supported and options.kernels and not (device.is_gpu and kernels_disabled_reason(device))
+    return supported and options.kernels and not (is_here and kernels_disabled_reason(device))
+
+
+def _name_of(gpu: Peak) -> str:
+    return "The " + next(name for name, row in GPUS.items() if row == gpu)
 
 
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:

@@ -185,6 +185,14 @@ def test_matmul_8bit_is_an_error_on_an_old_gpu_but_not_on_a_cpu() -> None:
     assert wants_8bit(MemoryOptions(matmul="8bit"), NEW)
 
 
+@pytest.mark.parametrize("hardware", [NEW, CPU])
+def test_a_plan_has_the_matmuls_of_the_gpu_that_it_is_for(hardware: Hardware) -> None:
+    """Not those of the GPU of this machine."""
+    assert wants_8bit(MemoryOptions(), hardware, GPUS["RTX 4090"])
+    assert not wants_8bit(MemoryOptions(), hardware, GPUS["T4"])
+    assert wants_8bit(MemoryOptions(), OLD, GPUS["RTX 4090"])
+
+
 def test_a_plan_with_8bit_matmuls_takes_no_more_memory(settings: Settings, tiny_llama: Path) -> None:
     plans = {}
     for matmul in ("exact", "8bit"):
