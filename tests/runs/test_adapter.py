@@ -13,12 +13,15 @@ import torch
 
 from octavo.errors import AdapterError
 from octavo.layers.lora import LoraSpec
+from octavo.reporting import Report
 from octavo.runs import checkpoint, checkpoint_folder
 from octavo.runs.adapter import adapter_folder, read_adapter
 from octavo.runs.checkpoint import Contents
+from octavo.runs.events import Step
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
 from octavo.store.peft import Adapter
+from octavo.system import quoted
 
 
 def fill_with(step: int) -> Callable[[Path], None]:
@@ -97,6 +100,21 @@ def test_a_step_without_a_checkpoint_is_an_error_that_lists_the_steps(run: RunFo
         (run.checkpoints / f"step-{step:08d}").rename(run.path / str(step))
     assert "The run has no checkpoint." in refused(run.path.with_name("x@80"))
     assert "has no adapter and no checkpoint yet" in refused(run.path)
+
+
+def test_the_error_for_a_run_without_an_adapter_says_how_far_it_came_and_what_resuming_does(tmp_path: Path) -> None:
+    """A run that failed before its first step fails again, unless its cause is removed."""
+    run = RunFolder(tmp_path / "a run")
+    run.path.mkdir()
+    run.begin("steps: 9")
+    told = refused(run.path)
+    assert f"The run {run.path} has no adapter and no checkpoint yet: it has done no step." in told
+    assert f"finetune --resume {quoted(['--out', run.path])}` starts it from the beginning" in told
+    assert "If an error ended it, remove its cause first: the same settings fail again." in told
+    with Report(console=False, metrics=run.metrics) as report:
+        for number in (1, 2):
+            Step(number).write(report)
+    assert "has no adapter and no checkpoint yet: its last recorded step is 2." in refused(run.path)
 
 
 def test_a_damaged_checkpoint_is_named_and_not_read(run: RunFolder) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.errors import AdapterError, CheckpointError
+from octavo.runs import events
 from octavo.runs.checkpoint_folder import folder_of, newest_valid, step_of, verify
 from octavo.runs.folder import RunFolder
 from octavo.store import peft
 from octavo.store.peft import Adapter
 from octavo.store.peft_config import CONFIG
+from octavo.system import own_command, quoted
 
 _AT_STEP = re.compile(r"(?P<run>.*[^.].*)@(?P<step>[0-9]{1,12})")  # the name of a folder is not "." or ".."
 _STEP_ALONE = re.compile(r"@(?P<step>[0-9]{1,12})")
@@ -81,11 +83,21 @@ def adapter_folder(path: Path, *, say: Callable[[str], None], warn: Callable[[st
     except CheckpointError as error:
         raise AdapterError(error.message, hint=error.hint) from error
     if newest is None:
-        raise AdapterError(
-            f"The run {run.path} has no adapter and no checkpoint yet.", hint="Resume it, or give another adapter."
-        )
+        raise _without_adapter(run)
     say(f"The run {run.path} has no adapter yet: that of its newest checkpoint, step {step_of(newest):,}, is used.")
     return newest / ADAPTER
+
+
+def _without_adapter(run: RunFolder) -> AdapterError:
+    """The error for a run that has neither an adapter nor a checkpoint: it trains now, was killed, or failed."""
+    step = events.last(events.read(run.metrics), events.Step)
+    done = f"its last recorded step is {step.step:,}" if step else "it has done no step"
+    command = f"{own_command()} finetune --resume {quoted(['--out', run.path])}"
+    return AdapterError(
+        f"The run {run.path} has no adapter and no checkpoint yet: {done}.",
+        hint=f"If it trains now, wait for its first checkpoint. If it has ended, `{command}` starts it from the "
+        "beginning. If an error ended it, remove its cause first: the same settings fail again.",
+    )
 
 
 def _check_step(path: Path) -> None:
