@@ -79,6 +79,7 @@ class TrainableOctavo:
             warn=print,
             precision=planner.precision,
             fused=planner.fused,
+            documents=planner.documents,
         )
         self.trainer = Trainer(
             model, parameters, Adam(flatten_(parameters), OptimizerSettings()),

@@ -604,3 +604,26 @@ def test_a_plan_that_does_not_fit_with_its_exact_layers_gets_a_warning(fixed: An
     made = MemoryPlan((Save.INPUT,), 1, peak, None)
     fitting = run_plan.FittedPlan(made, 100, planner=None, fixed=None if fixed is None else (fixed,))  # type: ignore[arg-type]
     assert (text in fitting.warning()) if text else fitting.warning() == ""
+
+
+def test_the_plan_of_a_run_counts_the_documents_of_its_rows(octavo: Octavo, hollow: Path) -> None:
+    """`octavo plan` reads no data, and says what it assumes."""
+    packed, alone = (
+        run_plan.fit(config_of(hollow), FolderSource(hollow), SCHEMES["int8"], RTX_3060, rows=2, documents=documents)
+        for documents in (200, 1)
+    )
+    assert packed.plan.peak_bytes > alone.plan.peak_bytes
+    assert alone.plan == fitted(hollow, RTX_3060).plan
+    done = octavo("plan", "--model", hollow, "--seq-len", 256, "--batch-size", 1, "--gpu-memory", "4GiB")
+    assert "The plan is of rows with one document each" in done.err
+
+
+def test_the_error_for_a_run_that_does_not_fit_counts_the_documents_of_its_rows(hollow: Path) -> None:
+    needed = []
+    for documents in (1, 200):
+        config = config_of(hollow, gpu_memory="0.05GiB")
+        with pytest.raises(UsageError, match=r"needs at least [\d.]+ GiB") as caught:
+            run_plan.fit(config, FolderSource(hollow), SCHEMES["int8"], RTX_3060, rows=2, documents=documents)
+        needed.append([float(gib) for gib in re.findall(r"([\d.]+) GiB", f"{caught.value} {caught.value.hint}")])
+    assert needed[1][0] > needed[0][0]
+    assert needed[1][-1] > needed[0][-1]  # of the cheapest settings, in the hint

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from octavo.data.documents import Skipped
 from octavo.data.ledger import FileLedger, total
-from octavo.data.packing import IGNORE_INDEX, Row, pack
+from octavo.data.packing import IGNORE_INDEX, Row, most_documents, pack
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
@@ -326,3 +326,19 @@ def test_the_work_of_packing_grows_with_the_documents_and_not_with_their_square(
         return seen
 
     assert 2 < work(2000) / work(500) < 4.5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([8, 8], 1),
+        ([8, 5], 1),  # padding after one document changes nothing
+        ([5, 3], 2),
+        ([5, 2], 3),  # two documents and padding
+        ([8, 4, 2, 2, 6], 3),
+        ([20], 1),
+    ],
+)
+def test_the_most_documents_of_a_row_count_its_padding_as_one(lengths: list[int], expected: int) -> None:
+    rows, _ = pack(numbered([length + 1 for length in lengths]), seq_len=8, pad_id=PAD)
+    assert most_documents(rows) == expected

@@ -77,7 +77,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     report.say(
         "peak GiB: the forecast of the plan. least --gpu-memory: the smallest limit, in GiB, with which the scheme "
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
-        "recompute them."
+        "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())

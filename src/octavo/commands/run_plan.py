@@ -108,11 +108,19 @@ def check_targets(model: Decoder, options: LoraOptions) -> None:
 
 
 def planner_for(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, *, rows: int | None = None
+    config: Config,
+    source: Source,
+    scheme: Scheme,
+    hardware: Hardware,
+    gpu: Peak | None,
+    *,
+    rows: int | None = None,
+    documents: int = 1,
 ) -> Planner:
     """The planner of a run. UsageError for unknown LoRA targets and for rows longer than the model's context.
 
-    `rows` is the number of rows of the data, if it is known: no step has more.
+    `rows` is the number of rows of the data, if it is known: no step has more. `documents` are the most of a row, its
+    padding counted as one.
     """
     training, length = config[TrainOptions], config[TextOptions].seq_len
     batch_size = training.batch_size if rows is None else min(training.batch_size, rows)
@@ -134,6 +142,7 @@ def planner_for(
         micro_batch_size=min(micro, batch_size) if (micro := training.micro_batch_size) else None,
         precision=all_8bit(model) if wants_8bit(options, hardware, gpu) else Precision(),
         fused=options.fused,
+        documents=documents,
     )
 
 
@@ -178,15 +187,16 @@ def fit(
     hardware: Hardware,
     *,
     rows: int | None = None,
+    documents: int = 1,
     resumed: bool = False,
 ) -> FittedPlan:
     """The fastest plan that fits; if none does, a UsageError with settings that would fit.
 
-    `rows` are those of the data. The settings of a resumed run have the micro-batch size of its start; if that does not
-    fit, another is chosen.
+    `rows` are those of the data, `documents` the most of a row, its padding counted as one. The settings of a resumed
+    run have the micro-batch size of its start; if that does not fit, another is chosen.
     """
     options = config[MemoryOptions]
-    planner = planner_for(config, source, scheme, hardware, peak(hardware.name), rows=rows)
+    planner = planner_for(config, source, scheme, hardware, peak(hardware.name), rows=rows, documents=documents)
     budget = budget_bytes(options, hardware)
     if hardware.device.type == "cpu":
         if options.offload == "on":
@@ -207,7 +217,8 @@ def fit(
     if hardware.device.type == "cpu":  # the simulation is of a GPU's allocator: no reason for an error on a CPU
         return FittedPlan(planner.smallest(), budget, planner)
     check_cpu_memory(planner.smallest(), planner)
-    raise too_small(config, source, scheme, hardware, planner.gpu, least_bytes(planner), budget)
+    needed = least_bytes(planner)
+    raise too_small(config, source, scheme, hardware, planner.gpu, needed, budget, documents=documents)
 
 
 def least_bytes(planner: Planner) -> int:
@@ -263,9 +274,20 @@ def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
 
 
 def too_small(
-    config: Config, source: Source, scheme: Scheme, hardware: Hardware, gpu: Peak | None, needed: int, budget: int
+    config: Config,
+    source: Source,
+    scheme: Scheme,
+    hardware: Hardware,
+    gpu: Peak | None,
+    needed: int,
+    budget: int,
+    *,
+    documents: int = 1,
 ) -> UsageError:
-    """The error for a run that does not fit. Its hint has the longest rows that fit for each scheme."""
+    """The error for a run that does not fit. Its hint has the longest rows that fit for each scheme.
+
+    `documents` are the most of a row. Shorter rows are counted with as many, although they have fewer.
+    """
     names = [scheme.name]
     if stored_scheme(source).name == "none":
         names += [name for name in ("int8", "nf4") if name != scheme.name]
@@ -278,7 +300,7 @@ def too_small(
     for name in names:
         for length in lengths:
             shorter = config.replace(seq_len=length)
-            planner = planner_for(shorter, source, SCHEMES[name], hardware, gpu)
+            planner = planner_for(shorter, source, SCHEMES[name], hardware, gpu, documents=documents)
             smallest, least = planner.smallest().peak_bytes, least_bytes(planner)
             if least <= budget:
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")

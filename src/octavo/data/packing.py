@@ -104,6 +104,14 @@ def pack(
     return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id, begin=begin), ledger
 
 
+def most_documents(rows: Sequence[Row]) -> int:
+    """The most documents of a row, its padding counted as one. 1 if no row has several, whether padded or not."""
+    changes = [np.diff(row.piece) for row in rows]  # (T - 1,) each; positive where a document follows another one
+    if not any((change > 0).any() for change in changes):
+        return 1
+    return 1 + max(int(np.count_nonzero(change)) for change in changes)
+
+
 def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
     return min_unique_tokens <= 1 or len(np.unique(ids)) >= min_unique_tokens
 

@@ -239,22 +239,28 @@ class Planner:
     def _step(self, rows: int, options: ForwardOptions) -> Callable[[], None]:
         ids = torch.zeros(rows, self.length, dtype=torch.int64, device="meta")  # (B, T)
         documents = None
-        if slots := document_slots(rows * self.documents if self.documents > 1 else 0):
+        if slots := most_documents(rows, self.documents):  # a graph has no more of them
             offsets = torch.zeros(slots + 1, dtype=torch.int32, device="meta")  # (slots + 1,)
             documents = Documents(ids, offsets, self.length)
         inputs = Inputs(ids, ids, ids.flatten(), None, documents)
         return lambda: self.objective(self.model, inputs, options).backward()
 
 
-def document_slots(documents: int) -> int:
-    """The document slots of a CUDA graph for packed rows: 64, 128, 256, ..; 0 for rows of one document each.
+def most_documents(rows: int, documents: int) -> int:
+    """The most documents of a micro-batch, if a row has up to `documents`. 0 if each row is one document."""
+    return rows * documents if documents > 1 else 0
 
-    More than twice the documents of the micro-batch, so that few graphs serve all.
+
+def document_slots(documents: int, most: int | None = None) -> int:
+    """The document slots of a CUDA graph for a micro-batch of packed rows: 64, 128, 256, .., so that few graphs serve
+    all. 0 for rows of one document each.
+
+    Slots without a document take memory too, so there are no more than `most`, the most documents of a micro-batch.
     """
-    slots = 64 if documents else 0
-    while slots < 2 * (documents + 1) and documents:
-        slots *= 2
-    return slots
+    if not documents:
+        return 0
+    slots = max(64, 1 << (documents - 1).bit_length())
+    return slots if most is None else max(documents, min(slots, most))
 
 
 def _halvings(batch: int) -> Iterator[int]:

@@ -26,7 +26,7 @@ from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, inputs_of, next_token_loss
 from octavo.ops.attention import Documents, find_documents
 from octavo.runtime.offload import join
-from octavo.train.memory import MemoryPlan, document_slots
+from octavo.train.memory import MemoryPlan, document_slots, most_documents
 from octavo.train.precision import Precision, matmul8_of
 
 Kind = tuple[int, bool]  # of a graph: document slots, 0 for rows of one document each; whether labels have weights
@@ -87,17 +87,19 @@ class GraphStep:
 
     The first micro-batch of a kind runs eagerly, in which libraries choose their kernels; the next one is captured.
     Missing rows are filled with padding, so that all micro-batches have one shape. A replay draws new dropout masks
-    (layers/dropout.py).
+    (layers/dropout.py). `most_documents` are those of a packed micro-batch, if the number is known: no graph has more
+    document slots.
     """
 
-    def __init__(self, eager: EagerStep, seen: set[Kind]) -> None:
-        self.eager, self.rows = eager, eager.rows
+    def __init__(self, eager: EagerStep, seen: set[Kind], most_documents: int | None = None) -> None:
+        self.eager, self.rows, self.most_documents = eager, eager.rows, most_documents
         self._seen = seen  # kinds that have run eagerly
         self._graphs: dict[Kind, _Graph] = {}
 
     def __call__(self, batch: Batch, loss_scale: float, generator: torch.Generator | None = None) -> Tensor:
         documents = find_documents(batch.piece, torch.device("cpu"))
-        kind = _document_slots(documents, missing=self.rows - len(batch.ids)), batch.weights is not None
+        slots = _document_slots(documents, self.most_documents, missing=self.rows - len(batch.ids))
+        kind = slots, batch.weights is not None
         if kind not in self._seen:
             self._seen.add(kind)
             self.release()  # an eager pass uses as much memory as the graphs hold
@@ -186,13 +188,16 @@ class _Graph:
         return self.loss.clone()
 
 
-def _document_slots(documents: Documents | None, *, missing: int = 0) -> int:
+def _document_slots(documents: Documents | None, most: int | None = None, *, missing: int = 0) -> int:
     """The document slots of a micro-batch: each of its `missing` rows is one document too."""
-    return 0 if documents is None else document_slots(len(documents.offsets) - 1 + missing)
+    return 0 if documents is None else document_slots(len(documents.offsets) - 1 + missing, most)
 
 
 class PlannedStep:
-    """Micro-steps by a memory plan. After running out of memory a plan for less memory replaces it."""
+    """Micro-steps by a memory plan. After running out of memory a plan for less memory replaces it.
+
+    `documents` are the most of a row, its padding counted as one; None if they are not known.
+    """
 
     def __init__(
         self,
@@ -205,8 +210,9 @@ class PlannedStep:
         precision: Precision | None = None,
         objective: Objective = next_token_loss,
         fused: bool = True,
+        documents: int | None = None,
     ) -> None:
-        self.decoder, self.plan, self.graphs = decoder, plan, graphs
+        self.decoder, self.plan, self.graphs, self.documents = decoder, plan, graphs, documents
         self.precision, self.objective, self.fused = precision or Precision(), objective, fused
         self._cheaper, self._warn = cheaper, warn
         self._step: EagerStep | GraphStep | None = None
@@ -224,7 +230,9 @@ class PlannedStep:
             self.plan.save, self.plan.offload, matmul8, fused=self.fused, tiled_head=self.plan.tiled_head
         )
         eager = EagerStep(self.decoder, options, self.objective, self.plan.rows)
-        return GraphStep(eager, self._seen) if self.graphs else eager
+        if not self.graphs:
+            return eager
+        return GraphStep(eager, self._seen, most_documents(self.plan.rows, self.documents or 0) or None)
 
     def _place_embedding(self) -> None:
         if self.decoder.untied_embedding is not None:

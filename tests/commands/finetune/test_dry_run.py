@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
     steps = [("step", 4)] * 2  # of rows with one document each, and of packed ones
     assert done == [*steps, ("score", (False, min(4, len(prepared_run.test_rows)))), ("save", ".dry_run")]
     done.clear()
-    monkeypatch.setattr(step, "GraphStep", lambda eager, seen: eager)
+    monkeypatch.setattr(step, "GraphStep", lambda eager, *_: eager)
     prepared_run.micro_step.graphs = True  # a step runs eagerly once, then is captured
     dry_run(prepared_run)
     assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]
@@ -194,6 +194,19 @@ def test_rows_of_one_document_and_packed_rows_are_both_run(prepared_run: Run, ki
             assert all(torch.equal(batch.labels[0], row) for row in batch.labels)
         tried = [batch.piece[0].tolist() for batch in batches]
         assert sorted(tried) == sorted(row.piece.tolist() for row in expected)
+
+
+def test_the_packed_rows_of_a_dry_run_have_the_most_documents(prepared_run: Run, kinds: Kinds) -> None:
+    """Each takes memory in the backward of attention; a row without targets would skip backward."""
+    two, ids = kinds.packed[1], np.arange(8, dtype=np.int32)
+    four = np.array([0, 1, 2, 2, 3, 3, 3, -1], dtype=np.int32)
+    one_target, none = (np.where(ids == at, ids, IGNORE_INDEX).astype(np.int32) for at in (3, -1))
+    more, silent = (replace(two, piece=four, labels=labels) for labels in (one_target, none))
+    for rows in ([two, more, silent], [silent, more, two]):
+        prepared_run.train.rows[:] = rows
+        (batch,) = module.batch_of_each_kind(prepared_run)
+        assert batch.piece[0].tolist() == four.tolist()
+        assert batch.trained_tokens == len(batch.ids)
 
 
 def test_a_dry_run_saves_all_contents_of_a_checkpoint(prepared_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from octavo.commands.finetune.state import (
 )
 from octavo.config import Config, TrainOptions
 from octavo.data.loader import Position
+from octavo.data.packing import most_documents
 from octavo.errors import CheckpointError
 from octavo.reporting import Report
 from octavo.runs import checkpoint
@@ -58,6 +59,16 @@ def run_with_best(config: Config, report: Report) -> Run:
     run.state.best, run.state.best_adapter = {"step": 1, "loss": 2.0}, copied(trained_adapter(run))
     run.state.done, run.state.reference_logits = 2, torch.ones(3, 4)
     return run
+
+
+def test_the_plan_of_a_run_counts_the_documents_of_its_rows(settings: Settings, tmp_path: Path) -> None:
+    with Report(console=False) as report:
+        run = prepare(settings(tmp_path / "run"), report)
+        again = prepare(settings(tmp_path / "run", resume=True), report)
+    most = most_documents(run.train.rows)
+    assert most > 1
+    assert run.fit.planner.documents == run.micro_step.documents == most
+    assert again.fit.plan == run.fit.plan
 
 
 def test_the_state_is_restored_bit_for_bit(begin: Callable[[], Run]) -> None:

@@ -1,7 +1,8 @@
 """The dry run before training: one micro-batch, one evaluation and one checkpoint, so that errors appear at once.
 
-All rows of a run have one length, so all batches take the same memory. Rows with one document and rows with several
-use different attention kernels, so both kinds are run. The dry run changes nothing.
+Rows with one document and rows with several use different attention kernels, so both kinds are run. All rows of a run
+have one length, so batches of one kind take the same memory, but for the documents of packed rows: each takes some in
+the backward of attention. The dry run changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from octavo.commands.finetune.state import Run, contents_of
 from octavo.config import TrainOptions
 from octavo.data.loader import Batch, batches
-from octavo.data.packing import IGNORE_INDEX, Row
+from octavo.data.packing import IGNORE_INDEX, Row, most_documents
 from octavo.metrics import score
 from octavo.runs import checkpoint
 from octavo.train.loop import accumulate_gradients
@@ -48,14 +49,16 @@ def dry_run(run: Run) -> None:
 def batch_of_each_kind(run: Run) -> Iterator[Batch]:
     """A batch of rows with one document and a batch of rows with several, as far as the data have both kinds.
 
-    Each repeats the row with the most targets of its kind: a row without targets would skip backward.
+    Each repeats one row of its kind, with targets, since a row without them would skip backward: the packed row with
+    the most documents, and the other one with the most targets.
     """
     size = min(run.micro_step.rows, run.config[TrainOptions].batch_size)
-    best: dict[bool, tuple[int, Row]] = {}
+    best: dict[bool, tuple[tuple[bool, int, int], Row]] = {}
     for row in run.train.rows:
-        packed = bool(row.piece.max() > row.piece[0])  # the numbers of pieces increase along a row; padding is -1
+        documents = most_documents([row])
         targets = int((row.labels != IGNORE_INDEX).sum())
-        if packed not in best or targets > best[packed][0]:
-            best[packed] = targets, row
+        packed, key = documents > 1, (targets > 0, documents, targets)
+        if packed not in best or key > best[packed][0]:
+            best[packed] = key, row
     for _, row in best.values():
         yield from batches([row] * size, batch_size=size, seed=0, epochs=1)

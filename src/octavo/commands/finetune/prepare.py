@@ -12,6 +12,7 @@ from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitt
 from octavo.commands.run_plan import FittedPlan, adapter_plan, check_run, configure_backends, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
+from octavo.data.packing import most_documents
 from octavo.data.prompt import writes_date
 from octavo.hardware import Hardware
 from octavo.layers.lora import flatten_
@@ -35,7 +36,8 @@ def prepare(config: Config, report: Report) -> Run:
         config = config.replace(template_date=date.today().isoformat())
     text, held_out = read_sides(config, tokenizer, report)
     rows = len(text.rows)
-    fitting = fit(config, source, scheme, hardware, rows=rows, resumed=config[RunOptions].resume)
+    resumed, documents = config[RunOptions].resume, most_documents(text.rows)
+    fitting = fit(config, source, scheme, hardware, rows=rows, documents=documents, resumed=resumed)
     config = _with_micro_batch_size(config, fitting.plan.rows, rows, report)
     base_sha256 = fingerprint_of(source, report)
     model = load_model(source, scheme, hardware, report)
@@ -69,6 +71,7 @@ def planned_step(
         precision=fitting.planner.precision,
         objective=fitting.planner.objective,
         fused=options.fused,
+        documents=fitting.planner.documents,
     )
 
 
