@@ -19,16 +19,17 @@ from octavo.store.peft_targets import Targets
 Entries = Mapping[str, WeightEntry]  # the weight map by names in the checkpoint, which the adapter's tensors have too
 
 
-def check_complete(entries: Entries, adapter: Adapter) -> None:
+def check_complete(entries: Entries, adapter: Adapter, in_file: Mapping[str, str]) -> None:
     """AdapterError that names modules which adapter_config.json targets and the tensors lack, or the reverse.
 
     Nothing is checked if the adapter was not read from a folder. All modules of the tensors exist in `entries`.
+    `in_file` are the names of the modules in the file, which the config has too.
     """
     config = adapter.config
     if config is None:
         return
     try:
-        missing, extra = _compared(entries, adapter, config)
+        missing, extra = _compared(entries, adapter, config, in_file)
     except JsonError as error:  # of a regular expression
         raise AdapterError(
             f"The {CONFIG} of the adapter is not usable: {error}.",
@@ -46,16 +47,18 @@ def check_complete(entries: Entries, adapter: Adapter) -> None:
         )
 
 
-def _compared(entries: Entries, adapter: Adapter, config: PeftConfig) -> tuple[list[str], list[str]]:
+def _compared(
+    entries: Entries, adapter: Adapter, config: PeftConfig, in_file: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
     """(what the tensors lack, the LoRA that is not selected), by names in transformers."""
-    missing = [*_missing_saved(entries, adapter, config), *_missing_biases(entries, adapter, config)]
+    missing = [*_missing_saved(entries, adapter, config, in_file), *_missing_biases(entries, adapter, config)]
     extra = []
     for entry in entries.values():
         if entry.matrix is None:
             continue
-        has = entry.name in adapter.lora
-        selected = has if config.targets is None else _selected(entry, config.targets)
-        other = _saves(entry, config) or config.indices_of(entry.module) is not None
+        has, names = entry.name in adapter.lora, _names(entry, in_file)
+        selected = has if config.targets is None else _selected(entry, names, config.targets)
+        other = any(map(config.saves, names)) or config.indices_of(in_file[entry.module]) is not None
         if selected and not has and not other:
             missing.append(entry.module)
         if has and (not selected or (entry.name in adapter.embeddings) is not isinstance(entry.layer, FrozenEmbedding)):
@@ -63,29 +66,30 @@ def _compared(entries: Entries, adapter: Adapter, config: PeftConfig) -> tuple[l
     return missing, extra
 
 
-def _selected(entry: WeightEntry, targets: Targets) -> bool:
-    """Whether the config selects a module for LoRA, under its name in transformers or in the checkpoint."""
+def _names(entry: WeightEntry, in_file: Mapping[str, str]) -> set[str]:
+    """The names that the config may have for a module: that of the file, and that of the checkpoint if it differs."""
+    return {in_file[entry.module]} | ({entry.name} if entry.name != entry.module else set())
+
+
+def _selected(entry: WeightEntry, names: set[str], targets: Targets) -> bool:
+    """Whether the config selects a module for LoRA."""
     linear = entry.is_linear and not entry.is_head
-    return any(targets.includes(name, is_block_linear=linear) for name in {entry.module, entry.name})
+    return any(targets.includes(name, is_block_linear=linear) for name in names)
 
 
-def _saves(entry: WeightEntry, config: PeftConfig) -> bool:
-    return config.saves(entry.module) or config.saves(entry.name)
-
-
-def _missing_saved(entries: Entries, adapter: Adapter, config: PeftConfig) -> Iterator[str]:
+def _missing_saved(entries: Entries, adapter: Adapter, config: PeftConfig, in_file: Mapping[str, str]) -> Iterator[str]:
     """The weights and biases of modules_to_save, and the trained tokens, that the tensors lack."""
     embeddings = [entry for entry in entries.values() if entry.matrix is not None and entry.is_embedding]
     tied = len({id(entry.matrix) for entry in embeddings}) == 1
     either = tied and any(f"{entry.name}.weight" in adapter.full for entry in embeddings)  # PEFT may write one of them
     for entry in entries.values():
-        if _saves(entry, config):
+        if any(map(config.saves, _names(entry, in_file))):
             for kind in ("weight", "bias"):
                 has = f"{entry.name}.{kind}" in adapter.full
                 owed = entry.parameter(kind) is not None or (kind == "weight" and entry.matrix is not None)
                 if owed and not has and not (either and entry.is_embedding and kind == "weight"):
                     yield f"{entry.module}.{kind}"
-        elif config.indices_of(entry.module) is not None and not (tied and entry.is_head):
+        elif config.indices_of(in_file[entry.module]) is not None and not (tied and entry.is_head):
             yield from [] if entry.name in adapter.tokens else [f"the trained tokens of {entry.module}"]
 
 

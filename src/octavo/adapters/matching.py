@@ -14,7 +14,7 @@ from octavo.adapters.complete import check_complete
 from octavo.bounded_json import shortened, shown, some
 from octavo.errors import AdapterError
 from octavo.layers.frozen import FrozenEmbedding, FrozenLinear, Lora
-from octavo.models import Decoder, WeightEntry, is_other_part, layer_of, old_name, weight_entries
+from octavo.models import Decoder, WeightEntry, is_other_part, layer_of, names_in_file, weight_entries
 from octavo.store.peft import Adapter, renamed
 
 
@@ -24,15 +24,17 @@ def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], A
     AdapterError if the model has no module for a tensor of the adapter, or if the adapter is not complete.
     """
     entries = weight_entries(model)
-    adapter = renamed(adapter, {old_name(entry.module): entry.module for entry in entries.values()})
+    given = {*adapter.lora, *adapter.tokens, *(key.rpartition(".")[0] for key in adapter.full)}
+    in_file = names_in_file([entry.module for entry in entries.values()], given)
+    adapter = renamed(adapter, {name: module for module, name in in_file.items()})
     adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
     unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
     unknown += [key for key in adapter.full if not _fits_full(entries, key)]
     unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]
     if unknown:
-        _refuse_other_parts(model, unknown)
+        _refuse_other_parts(unknown)
         raise _unknown(model, entries, adapter, unknown)
-    check_complete(entries, adapter)
+    check_complete(entries, adapter, in_file)
     return entries, adapter
 
 
@@ -82,10 +84,10 @@ def _lora_shapes(entry: WeightEntry, rank: int) -> tuple[tuple[int, int], tuple[
     return (rank, inputs), (outputs, rank)
 
 
-def _refuse_other_parts(model: Decoder, unknown: Sequence[str]) -> None:
-    """AdapterError if the model is the text part of a larger one, and a tensor belongs to the rest."""
+def _refuse_other_parts(unknown: Sequence[str]) -> None:
+    """AdapterError if the adapter is of a composite model, and a tensor belongs to another part than the text's."""
     others = [name for name in unknown if is_other_part(name)]
-    if model.config.text_prefix and others:
+    if others:
         raise AdapterError(
             f"The adapter has tensors outside the text part of the model: {some(others)}.",
             hint="octavo computes the text part alone. Train the adapter without the other parts, with PEFT's "

@@ -36,7 +36,7 @@ from octavo.models.composite import COMPOSITES as COMPOSITES
 from octavo.models.composite import TEXT_PREFIX as TEXT_PREFIX
 from octavo.models.composite import is_other_part as is_other_part
 from octavo.models.composite import names_in as names_in
-from octavo.models.composite import old_name as old_name
+from octavo.models.composite import names_in_file as names_in_file
 from octavo.models.composite import text_config as text_config
 from octavo.models.config_fields import ConfigFields
 from octavo.models.decoder import Decoder as Decoder

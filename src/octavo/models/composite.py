@@ -7,7 +7,7 @@ language_model.lm_head. Both forms are read. The tensors of the other parts are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from octavo.models.config_fields import ConfigFields
@@ -20,6 +20,7 @@ COMPOSITES = {
 TEXT_PREFIX = "language_model."  # after "model." in the names of the text part's modules
 # The beginnings of names in a checkpoint, and what transformers calls them.
 RENAMED = (("language_model.lm_head.", "lm_head."), ("language_model.model.", f"model.{TEXT_PREFIX}"))
+STARTS = (TEXT_PREFIX, f"model.{TEXT_PREFIX}")  # of names in a composite model: in older versions, now
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.", "audio_tower.", "embed_vision.")
 
 
@@ -61,8 +62,21 @@ def is_other_part(name: str) -> bool:
     return name.removeprefix("model.").startswith(OTHER_PARTS)
 
 
-def old_name(module: str) -> str:
-    """The name that older versions of transformers and PEFT give a module; its own for a module of a text model."""
-    if module.startswith(f"model.{TEXT_PREFIX}"):
-        return module.replace(f"model.{TEXT_PREFIX}", "language_model.model.", 1)
-    return module
+def names_in_file(modules: Iterable[str], given: Collection[str]) -> dict[str, str]:
+    """The modules of a model -> their names in a file with the names `given`, of PEFT or of octavo.
+
+    A module is model.X in a text model, model.language_model.X in a composite one, and language_model.model.X in a
+    composite one of older versions, whose head is language_model.lm_head. All three are read for each of the models,
+    since octavo writes the text part of a composite model as a text model.
+    """
+    start = next((one for one in (*STARTS, "model.") if any(name.startswith(one) for name in given)), None)
+    if start is None:
+        return {module: module for module in modules}
+    return {module: _with_start(module, start) for module in modules}
+
+
+def _with_start(module: str, start: str) -> str:
+    if module.startswith("model."):
+        prefix = "language_model.model." if start == STARTS[0] else start
+        return prefix + module.removeprefix("model.").removeprefix(TEXT_PREFIX)
+    return start + module if start == STARTS[0] else module
