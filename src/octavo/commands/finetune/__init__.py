@@ -21,11 +21,11 @@ from octavo.commands.finetune.measure import (
     measure_base,
     measure_tuned,
     read_back,
-    sample,
     save_adapter,
 )
 from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
+from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
 from octavo.commands.scores import ScoreTable, show_scores
 from octavo.config import Config, RunOptions, TrainOptions

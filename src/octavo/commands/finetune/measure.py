@@ -1,4 +1,4 @@
-"""Evaluation in a run: the perplexity table, held-out losses, samples, and the check of the saved adapter."""
+"""Evaluation in a run: the perplexity table, held-out losses, and the check of the saved adapter."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from torch import Tensor
 from octavo import adapters
 from octavo.atomic import new_folder
 from octavo.commands.evaluate import full_precision
+from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
-from octavo.commands.loading import end_ids, load_model
+from octavo.commands.loading import load_model
 from octavo.commands.scores import ScoreTable, loss_difference, score_row, score_rows
 from octavo.config import RunOptions
-from octavo.data.prompt import encode_prompt
 from octavo.errors import AdapterError
-from octavo.infer.generate import complete
-from octavo.infer.sample import Sampling
 from octavo.metrics import Score
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
@@ -30,7 +28,6 @@ from octavo.store import peft
 from octavo.store.peft import Adapter
 
 REFERENCE_TOKENS = 64  # on which the logits with the saved adapter are compared with those of the trained model
-PROMPT_WORDS = 12  # words of the held-out text that are the default prompt of samples
 
 
 def measure_base(run: Run, *, compare_full: bool) -> None:
@@ -131,18 +128,6 @@ def read_back(run: Run) -> None:
         )
 
 
-def sample(run: Run, *, which: str, step: int) -> None:
-    """Continues each prompt; records and prints the text."""
-    options = run.config[RunOptions]
-    run.micro_step.release()
-    sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=options.sample_tokens, seed=0)
-    for prompt in options.sample_prompt or _default_prompts(run):
-        ids = encode_prompt(prompt, run.tokenizer)
-        text = complete(run.model, run.tokenizer, ids, sampling, stop_ids=end_ids(run.source)).text
-        events.Sample(step, prompt, text, which).write(run.report)
-        run.report.say(f"\nSample of the {which} model for {prompt!r}:\n{text}\n")
-
-
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     """A row of the perplexity table."""
     folder: Path | None = run.folder.adapter if name == "tuned" else None
@@ -165,9 +150,3 @@ def _reference_logits(run: Run) -> Tensor:
         logits: Tensor = run.model(ids.to(run.hardware.device))[0]
     run.model.train(was_training)
     return logits.float().cpu()
-
-
-def _default_prompts(run: Run) -> list[str]:
-    first = (run.test or run.train).documents[0]
-    text = first.prompt or " ".join(first.text.split()[:PROMPT_WORDS])
-    return [text] if text else []

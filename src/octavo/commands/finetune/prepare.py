@@ -6,6 +6,7 @@ import math
 from datetime import date
 
 from octavo import adapters
+from octavo.commands.finetune.samples import check_prompts
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
@@ -16,7 +17,7 @@ from octavo.data.packing import most_documents
 from octavo.data.prompt import writes_date
 from octavo.hardware import Hardware
 from octavo.layers.lora import flatten_
-from octavo.models import Decoder
+from octavo.models import Decoder, parse
 from octavo.reporting import Report
 from octavo.train.loop import Trainer
 from octavo.train.optim import Adam, LossScaler, OptimizerSettings, Schedule
@@ -34,6 +35,7 @@ def prepare(config: Config, report: Report) -> Run:
     if config[TextOptions].template_date is None and writes_date(tokenizer):
         # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
+    check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
     text, held_out = read_sides(config, tokenizer, report)
     rows = len(text.rows)
     resumed, documents = config[RunOptions].resume, most_documents(text.rows)
