@@ -136,7 +136,7 @@ class Report:
         """
         table = Table(title=printable(title), title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            is_numeric = bool(rows) and all(isinstance(row[index], int | float) or row[index] == "" for row in rows)
+            is_numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
             table.add_column(printable(column), justify="right" if is_numeric else "left", overflow="fold")
         for row in rows:
             table.add_row(*(shown(cell) for cell in row))
@@ -194,8 +194,12 @@ class Progress:
         elif monotonic() - self._printed_at >= (FIRST_LINE_SECONDS if self._printed_done < 0 else LINE_SECONDS):
             self.finish()
 
-    def reach(self, done: int) -> None:
-        """Sets the number of steps done; it may decrease if the task restarts."""
+    def reach(self, done: int, total: int | None = None) -> None:
+        """Sets the number of steps done, which may decrease if the task restarts, and with `total` that of all."""
+        if total is not None:
+            self._total = total
+            if self._bar:
+                self._bar.update(self._task, total=total)
         self._done_at_start = min(self._done_at_start, done)
         self.advance(done - self._done)
 
@@ -261,6 +265,11 @@ def shown(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return printable(str(value))
+
+
+def _is_number(cell: object) -> bool:
+    """Whether a cell is a number; empty cells and dashes are of missing numbers."""
+    return isinstance(cell, int | float) or cell in ("", "-")
 
 
 def printable(text: str) -> str:

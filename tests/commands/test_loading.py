@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from octavo.models import Decoder, build, weight_entries
 from octavo.ops.quantize import scheme_named
 from octavo.reporting import Report
 from octavo.store import base_names, peft
+from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
 from octavo.store.tokenizer_files import load_tokenizer
 
@@ -178,6 +180,21 @@ def test_rows_have_the_context_of_the_model_if_the_default_is_more(tiny_llama: P
         saved = Config.read(kinds, {"seq_len": 512, "resume": True})  # of a run that was killed before its plan
         assert loading.with_fitting_rows(saved, source, report)[TextOptions].seq_len == 128
     assert (tmp_path / "said").read_text().count("Rows have 128 tokens, the model's context.") == 2
+
+
+@pytest.mark.parametrize("scheme", ["none", "nf4-double"])
+def test_the_progress_of_loading_ends_at_its_total(
+    tiny_llama: Path, tmp_path: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quantized folder has several tensors of one weight."""
+    write_folder(FolderSource(tiny_llama), tmp_path / "written", scheme_named(scheme))
+    source, cpu = FolderSource(tmp_path / "written"), devices.hardware(devices.CPU, torch.float32)
+    with Report() as report:
+        loading.load_model(source, scheme_named(scheme), cpu, report)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Loading weights")]
+    steps = re.search(r": (\d+)/(\d+)", line)
+    assert steps
+    assert steps[1] == steps[2] != "0"
 
 
 def test_chat_needs_a_chat_template(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:

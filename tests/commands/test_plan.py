@@ -329,7 +329,7 @@ def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -
     [
         ({"lora_targets": ["q_porj"]}, UsageError, "--lora-targets.*'q_porj'.*\n.*q_proj"),
         ({"seq_len": 4097}, UsageError, "--seq-len 4096"),
-        ({"gpu": "RTX 9999"}, UsageError, "RTX 4060, RTX 3090 Ti, RTX 3090"),
+        ({"gpu": "RTX 9999"}, UsageError, "Similar names are RTX 5090, RTX 4090, RTX 3090"),
         ({"gpu": "RTX 3080 Laptop"}, UsageError, "no data of the GPU 'RTX 3080 Laptop'"),
         ({"model": "absent"}, UsageError, "absent"),
     ],
@@ -353,6 +353,28 @@ def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gp
     assert "--gpu-memory" in done.err
 
 
+@pytest.mark.parametrize(("gpu", "names"), [("3060", "RTX 3060, RTX 3060 "), ("RTX 4090 48GB", "RTX 4090. ")])
+def test_an_unknown_gpu_is_answered_with_similar_names(octavo: Octavo, hollow: Path, gpu: str, names: str) -> None:
+    done = octavo("plan", "--model", hollow, "--gpu", gpu)
+    assert (done.code, done.out) == (2, "")
+    assert f"Similar names are {names}" in done.err
+    assert "GTX" not in done.err
+    assert "--gpu-memory" in done.err
+
+
+def test_a_scheme_that_does_not_fit_has_no_time_in_the_table(octavo: Octavo, hollow: Path) -> None:
+    arguments = ("--seq-len", 1024, "--batch-size", 2, "--rank", 4, "--gpu", "RTX 3060", "--gpu-memory")
+    least = [row["least_gib"] for row in plan_result(hollow)["plans"]]
+    done = octavo("plan", "--model", hollow, *arguments, f"{(least[0] + least[1]) / 2}GiB")
+    assert done.code == 0
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if "│ " in line]
+    rows = {line[0]: line for line in cells}
+    assert rows["int8"][1] == "no"
+    assert rows["int8"][-2:] == ["-", "-"]
+    assert rows["nf4"][1] == "yes"
+    assert all(float(cell.replace(",", "")) > 0 for cell in rows["nf4"][-2:])
+
+
 @pytest.mark.parametrize(
     ("gpu", "size", "others"), [("RTX 3060", 12, "RTX 3060 8GB"), ("RTX 3060 8GB", 8, ""), ("T4", 16, "")]
 )
@@ -362,7 +384,7 @@ def test_the_memory_of_a_known_gpu_is_assumed_and_said(
     done = octavo("plan", "--model", hollow, "--gpu", gpu, "--json")
     assert done.code == 0
     assert done.json["budget_bytes"] == int(0.9 * size * GIB)
-    assert f"The {gpu} has {size} GB; the plan counts on 90 % of it, {0.9 * size:.1f} GiB" in done.err
+    assert f"The {gpu} has {size} GiB; the plan counts on 90 % of it, {0.9 * size:.1f} GiB" in done.err
     assert "--gpu-memory" in done.err
     assert (f"--gpu '{others}'" in done.err) if others else "another size" not in done.err
 

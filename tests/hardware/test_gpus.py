@@ -35,6 +35,11 @@ from octavo import hardware
         ("rtx4060ti", "RTX 4060 Ti"),
         ("RTX4070TiSuper", "RTX 4070 Ti Super"),
         ("GTX1080Ti", "GTX 1080 Ti"),
+        ("RTX 4070 TiSuper", "RTX 4070 Ti Super"),
+        ("RTX 3080 12 GB", "RTX 3080 12GB"),
+        ("RTX 3080 12GiB", "RTX 3080 12GB"),
+        ("RTX 3060 12GB", "RTX 3060"),
+        ("H200 141GB", "H200"),
     ],
 )
 def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None:
@@ -51,6 +56,19 @@ def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA L40S",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "RTX 2080 MaxQ",
+        "NVIDIA H100 64GB HBM2",
+        "NVIDIA H100 96GB HBM3",
+        "Tesla P100-PCIE-12GB",
+        "NVIDIA GeForce RTX 4090 48GB",
+        "NVIDIA GeForce RTX 3080 20GB",
+        "NVIDIA GeForce RTX 2080 Ti 22 GB",
+        "RTX 4060 Ti 12GB",
+        "GRID T4-4Q",
+        "NVIDIA L4-2B",
+        "NVIDIA RTX A6000-8Q",
+        "NVIDIA L4-1C",
+        "NVIDIA L4-4A",
         "AMD EPYC",
         "",
     ],
@@ -83,6 +101,21 @@ def test_a_run_can_count_on_less_than_the_memory_of_the_data_sheet() -> None:
     assert t4.usable_bytes is not None
     assert t4.usable_bytes < 15 * 2**30  # of 16 GB: the other 1/16 is for ECC
     assert unknown.usable_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("3060", ["RTX 3060", "RTX 3060 Ti", "RTX 3060 8GB"]),
+        ("RTX 4090 48GB", ["RTX 4090"]),
+        ("A100", ["A100 40GB", "A100 80GB", "A100 80GB PCIe"]),
+        ("RXT A600", ["RTX A6000"]),
+        ("MI300X", []),
+    ],
+)
+def test_the_nearest_names_of_an_unknown_gpu_share_its_number(name: str, keys: list[str]) -> None:
+    assert sorted(hardware.nearest(name)[: len(keys) or None]) == sorted(keys)
+    assert hardware.nearest(name)[:1] == keys[:1]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("T4", False), ("A100 80GB", True), ("H200", True)])

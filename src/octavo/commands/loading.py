@@ -63,7 +63,7 @@ def load_model(source: Source, scheme: Scheme, hardware: Hardware, report: Repor
     """Loads the model with a progress bar, and applies the adapters that its checkpoint contains."""
     base = base_of(source)
     with report.progress(len(base.names()), f"Loading weights ({scheme.name})") as bar:
-        model = load(base, scheme, dtype=hardware.dtype, device=hardware.device, progress=lambda *_: bar.advance())
+        model = load(base, scheme, dtype=hardware.dtype, device=hardware.device, progress=bar.reach)
     apply_embedded_adapter_(model, source, say=report.say)
     return model
 

@@ -30,7 +30,7 @@ from octavo.config import (
 )
 from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
-from octavo.hardware import GPUS, USABLE, Hardware, Peak, other_sizes, peak, pick
+from octavo.hardware import GPUS, USABLE, Hardware, Peak, nearest, other_sizes, peak, pick
 from octavo.layers.context import Save
 from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
@@ -49,7 +49,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     name = config[PlanOptions].gpu or hardware.name
     gpu = peak(name)
     if config[PlanOptions].gpu and gpu is None:
-        raise UsageError(f"octavo has no data of the GPU {name!r}.", hint=f"Supported are {', '.join(GPUS)}.")
+        raise _unknown_gpu(name)
     source = open_model(model_options, report, weights=False)
     config = with_fitting_rows(config, source, report)
     budget = _budget_bytes(options, hardware, name, report)
@@ -73,7 +73,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     ]
     shape = f"{config[TrainOptions].batch_size} x {config[TextOptions].seq_len}"
     title = f"{model_options.model}: {shape} in {budget / GIB:.1f} GiB"
-    report.table(title, titles, [[_cell(row[key]) for key in _COLUMNS] for row in rows], result=True)
+    report.table(title, titles, [_cells(row) for row in rows], result=True)
     report.say(
         "peak GiB: the forecast of the plan. least --gpu-memory: the smallest limit, in GiB, with which the scheme "
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
@@ -88,6 +88,15 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+
+
+def _unknown_gpu(name: str) -> UsageError:
+    near = nearest(name)
+    names = f"Similar names are {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
+    return UsageError(
+        f"octavo has no data of the GPU {name!r}.",
+        hint=f"{names} For a GPU with another memory size, give that too: --gpu-memory 11GiB.",
+    )
 
 
 def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report: Report) -> int:
@@ -112,7 +121,7 @@ def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report:
     also = f" It is sold with another size too: --gpu '{others[0]}'." if others else ""
     usable = f"{100 * USABLE:.0f} % of it, {gpu.usable_bytes / GIB:.1f} GiB"
     report.say(
-        f"The {name} has {gpu.memory_gib} GB; the plan counts on {usable}, since the driver and libraries take some. "
+        f"The {name} has {gpu.memory_gib} GiB; the plan counts on {usable}, since the driver and libraries take some. "
         f"--gpu-memory sets another limit.{also}"
     )
     return gpu.usable_bytes
@@ -125,11 +134,12 @@ def _margin(options: MemoryOptions) -> str:
     return f": the peak of its smallest plan and {100 * (1 - MARGIN):.0f} % of the limit for the error of the forecast"
 
 
-def _cell(value: object) -> object:
-    """A value of the table for people."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else value
+def _cells(row: dict[str, Any]) -> list[object]:
+    """A row of the table for people. A plan that does not fit is never run, so it has no time."""
+    cells = {**row, "fits": "yes" if row["fits"] else "no"}
+    if not row["fits"]:
+        cells |= dict.fromkeys(("seconds", "tokens_per_second"), "-")
+    return ["" if cells[key] is None else cells[key] for key in _COLUMNS]
 
 
 def _arguments(config: Config, scheme: str) -> list[str]:

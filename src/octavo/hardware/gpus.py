@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from octavo.hardware.capabilities import AMPERE
 
@@ -55,14 +56,15 @@ def _peak(
 
 
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
-# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GB. GeForce GPUs have half rate
+# TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GiB. GeForce GPUs have half rate
 # with float32 accumulation, so their int8 rate is four times the first value; elsewhere it is twice. GPUs without
 # tensor cores (P100, GTX 1080 Ti) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
 # int8 has that rate too.
-# A key matches a driver's GPU name that has all words of the key; the longest matching key is used. Keys with a size,
-# as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have no size.
+# Data sheets write GB for memory and mean GiB, before the part for ECC; of the H200's 141 GB about 139 GiB are usable.
+# A key matches a driver's GPU name that has all words of the key, and no other memory size than its row; the longest
+# matching key is used. Keys with a size, as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have none.
 GPUS: dict[str, Peak] = {
-    "H200": _peak(989, 1979, 4800, (9, 0), 5, 141),
+    "H200": _peak(989, 1979, 4800, (9, 0), 5, 139),
     "H100": _peak(989, 1979, 3350, (9, 0), 5, 80),
     "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5, 80),
     "A100 40GB": _peak(312, 624, 1555, (8, 0), 4, 40),
@@ -115,7 +117,11 @@ GPUS: dict[str, Peak] = {
 }
 
 # Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
-_VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "nvl", "mig"})
+_VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig"})
+# The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q".
+_VIRTUAL = re.compile(r"\d+[abcq]")
+_SIZE = re.compile(r"(\d+)gb")
+_SIZE_TOLERANCE = 0.02  # names have the size of the data sheet: 141GB for an H200
 
 
 def peak(name: str) -> Peak | None:
@@ -132,13 +138,36 @@ def other_sizes(name: str) -> list[str]:
     return [other for other in GPUS if re.fullmatch(rf"{key} \d+GB", other)]
 
 
+def nearest(name: str, most: int = 4) -> list[str]:
+    """The keys of GPUS that resemble an unknown name, the nearest first: RTX 3060 for 3060. Empty if none does."""
+    words = _words(name)
+    numbers = {word for word in words if re.search(r"\d", word) and not _SIZE.fullmatch(word)}
+    similar = [key for key in GPUS if numbers & _words(key)]
+    if similar:
+        return sorted(similar, key=lambda key: len(words ^ _words(key)))[:most]
+    keys = {key.lower(): key for key in GPUS}
+    return [keys[match] for match in get_close_matches(name.lower(), keys, n=most)]
+
+
 def _key(name: str) -> str | None:
     words = _words(name)
-    matches = [key for key in GPUS if _words(key) <= words and not (words - _words(key)).intersection(_VARIANTS)]
+    if any(_VIRTUAL.fullmatch(word) for word in words):
+        return None
+    matches = [key for key in GPUS if _matches(key, words)]
     return max(matches, key=lambda key: len(_words(key)), default=None)
 
 
+def _matches(key: str, words: frozenset[str]) -> bool:
+    """Whether a name of these words is of the GPU `key`: all words of the key, no variant, and no other memory size."""
+    of_key, memory = _words(key), GPUS[key].memory_gib
+    if not of_key <= words or (words - of_key).intersection(_VARIANTS):
+        return False
+    sizes = [int(match[1]) for word in words if (match := _SIZE.fullmatch(word))]
+    return all(memory is not None and abs(size - memory) <= _SIZE_TOLERANCE * memory for size in sizes)
+
+
 def _words(name: str) -> frozenset[str]:
-    """The words of a name in lower case; RTX4060Ti is RTX 4060 Ti."""
-    spaced = re.sub(r"(?<=[rg]tx)(?=\d)|(?<=\d)(?=ti|super)|(?<=\dti)(?=super)", " ", name.lower())
-    return frozenset(re.findall(r"[a-z0-9]+", spaced))
+    """The words of a name in lower case: RTX4060Ti is RTX 4060 Ti, and 12 GB is 12GB."""
+    spaced = re.sub(r"(?<=[rg]tx)(?=\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)", " ", name.lower())
+    joined = re.sub(r"\b(\d{1,3})\s*gi?b\b", r"\1gb", spaced)
+    return frozenset(re.findall(r"[a-z0-9]+", joined))
