@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from octavo.models.weight_map import RowOrder
+from octavo.models.weight_map import RowOrder, layer_of
 
 ORDERS = {
     "q, k, v of a head after each other": (RowOrder((5, 3, 4), (1, 0, 2)), 4),
@@ -43,3 +43,18 @@ def test_the_order_of_runs_is_the_order_of_their_rows(case: str) -> None:
     count = torch.Size(order.shape).numel()
     rows = torch.arange(count)
     assert torch.equal(order.of_runs.from_checkpoint(rows.view(-1, run)).flatten(), order.from_checkpoint(rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.0.mlp.up_proj", 0),
+        ("transformer.h.27.attn.q_proj.weight", 27),
+        ("model.embed_tokens", None),
+        ("model.layers.3", None),
+        ("model.layers.\N{ARABIC-INDIC DIGIT THREE}.mlp.up_proj", None),
+        (f"model.layers.{'9' * 5000}.mlp.up_proj", None),  # Python does not read as many digits
+    ],
+)
+def test_the_layer_of_a_name_is_a_number_of_a_few_ascii_digits(name: str, layer: int | None) -> None:
+    assert layer_of(name) == layer

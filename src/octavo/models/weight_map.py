@@ -19,7 +19,7 @@ from octavo.layers.frozen_matrix import FrozenMatrix
 
 def layer_of(name: str) -> int | None:
     """The index of the block that a checkpoint name belongs to, or None."""
-    match = re.search(r"\.(\d+)\.", name)
+    match = re.search(r"\.([0-9]{1,9})\.", name)  # names of adapters are untrusted: int() refuses 5,000 digits
     return int(match[1]) if match else None
 
 
