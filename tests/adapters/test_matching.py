@@ -133,3 +133,15 @@ def test_an_adapter_of_the_vision_part_too_is_refused_by_both(
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
     with pytest.raises(AdapterError, match=r"tensors outside the text part of the model: .*vision_tower"):
         apply_(pair[one].ours(), read(tmp_path))
+
+
+@pytest.mark.parametrize("one", PREFIXES)
+def test_two_names_of_one_module_are_refused_by_both(pair: dict[str, Family], one: str, tmp_path: Path) -> None:
+    """The name in the composite model, and that in its text part as a model of its own."""
+    with_peft(pair["whole"], tmp_path, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / TENSORS)
+    again = {key.replace("language_model.", ""): 9 * one for key, one in tensors.items() if ".layers.0." in key}
+    assert again.keys().isdisjoint(tensors)
+    save_file({**tensors, **again}, tmp_path / TENSORS)
+    with pytest.raises(AdapterError, match=r"(twice:|no module for) model\.(language_model\.)?layers\.0\..*q_proj"):
+        apply_(pair[one].ours(), read(tmp_path))

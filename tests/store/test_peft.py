@@ -388,7 +388,23 @@ def test_values_that_are_not_finite_are_refused(value: float, dtype: torch.dtype
         damaged = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
         damaged[key].view(-1)[-1] = value
         change(tmp_path / "adapter", tensors=damaged)
-        with pytest.raises(AdapterError, match="not finite, in " + key):
+        with pytest.raises(AdapterError, match="not finite in float32, in " + key):
+            read(tmp_path / "adapter")
+
+
+def test_float64_values_beyond_float32_are_refused(tmp_path: Path) -> None:
+    """They would be infinite in the model, whose adapters are float32."""
+    put(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    change(tmp_path / "adapter", tensors=wide)
+    assert read(tmp_path / "adapter").lora.keys() == QUERIES.lora.keys()
+    for value in (1e39, -1e300):
+        key = next(iter(wide))
+        damaged = {name: tensor.clone() for name, tensor in wide.items()}
+        damaged[key][0, 0] = value
+        change(tmp_path / "adapter", tensors=damaged)
+        with pytest.raises(AdapterError, match=f"not finite in float32, in {key}"):
             read(tmp_path / "adapter")
 
 
@@ -567,4 +583,15 @@ def test_a_git_lfs_pointer_and_a_file_that_is_not_regular_are_refused(tmp_path: 
     tensors.unlink()
     os.mkfifo(tensors)
     with pytest.raises(AdapterError, match="not a regular file"):
+        read(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("target", ["/nowhere/octavo.json", "octavo.json", "/dev/null", "."])
+def test_an_octavo_json_that_is_not_a_regular_file_is_refused(target: str, tmp_path: Path) -> None:
+    """Read as absent, it would leave the tensors unchecked."""
+    put(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "octavo.json"
+    path.unlink()
+    path.symlink_to(target)
+    with pytest.raises(AdapterError, match=r"octavo\.json (cannot be read|is not a regular file)"):
         read(tmp_path / "adapter")

@@ -21,13 +21,23 @@ from octavo.store.peft import Adapter, renamed
 def matched(model: Decoder, adapter: Adapter) -> tuple[dict[str, WeightEntry], Adapter]:
     """(the model's weight map, the adapter under the names of its checkpoint).
 
-    AdapterError if the model has no module for a tensor of the adapter, or if the adapter is not complete.
+    AdapterError if the model has no module for a tensor of the adapter, if two names of the adapter are one module of
+    the model, or if the adapter is not complete.
     """
     entries = weight_entries(model)
     given = {*adapter.lora, *adapter.tokens, *(key.rpartition(".")[0] for key in adapter.full)}
     in_file = names_in_file([entry.module for entry in entries.values()], given)
-    adapter = renamed(adapter, {name: module for module, name in in_file.items()})
-    adapter = renamed(adapter, {entry.module: entry.name for entry in entries.values()})
+    modules = {name: module for module, name in in_file.items()}
+    names = {entry.module: entry.name for entry in entries.values()}
+    found: dict[str, str] = {}
+    for name in sorted(given):
+        module = modules.get(name, name)
+        if (other := found.setdefault(names.get(module, module), name)) != name:
+            raise AdapterError(
+                f"{adapter.named} holds one module twice: {some([other, name])}.",
+                hint="Only one of them can be used. Restore the file from a copy, or remove the other from it.",
+            )
+    adapter = renamed(renamed(adapter, modules), names)
     unknown = [name for name in adapter.lora if name not in entries or entries[name].matrix is None]
     unknown += [key for key in adapter.full if not _fits_full(entries, key)]
     unknown += [name for name in adapter.tokens if name not in entries or not entries[name].is_embedding]

@@ -19,6 +19,7 @@ Legend: r rank, K inputs and N outputs of a linear, V vocabulary size and d widt
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -218,7 +219,7 @@ def _same_target(listed: Any, actual: dict[str, float] | None) -> bool:
 def _origin(folder: Path) -> dict[str, Any]:
     """The content of octavo.json without its format version, {} if there is none."""
     path = folder / ORIGIN
-    if not path.is_file():
+    if not os.path.lexists(path):  # a link to nowhere is damage: the tensors would not be checked
         return {}
     origin = read_object(path, error=AdapterError)
     hint = f"Use the octavo that wrote it. Without {ORIGIN} the folder is read as any other adapter in PEFT's format."

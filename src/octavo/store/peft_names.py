@@ -6,7 +6,7 @@ All have the prefix base_model.model. and the name of a module in transformers; 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,17 +35,28 @@ class Name(NamedTuple):
 
 
 def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
-    """The tensor names of a file, read. AdapterError that names those that octavo does not read or that are missing.
+    """The tensor names of a file, read. AdapterError that names those that octavo does not read or that are missing,
+    and two tensors of one parameter.
 
     The untrained weights of modules_to_save, which PEFT saves too, are left out.
     """
     trained = [key for key in keys if ".original_module." not in key]
     names = {key: name for key in trained if (name := _parse(key)) is not None}
+    if bare := [key for key in trained if not key.startswith(PREFIX) and _parse(PREFIX + key) is not None]:
+        raise AdapterError(
+            f"The adapter in {folder} holds {some(sorted(bare))} without the prefix of PEFT's names.",
+            hint=f"PEFT ignores such tensors: its output is that of the base. Add {PREFIX} to their names.",
+        )
     if unread := [key for key in trained if key not in names]:
         raise AdapterError(
             f"The adapter in {folder} holds {some(sorted(unread))}, which octavo does not read.",
             hint="It reads the LoRA matrices, weights, biases and trained tokens that PEFT writes for LoRA. Was a "
             "tensor renamed? Restore the file from a copy, or remove these tensors from it.",
+        )
+    if several := _of_one_parameter(names):
+        raise AdapterError(
+            f"The adapter in {folder} holds {names[several[0]].module} twice: {some(several)}.",
+            hint="Only one of them can be used. Restore the file from a copy, or remove the other tensors from it.",
         )
     if missing := [name.other for name in names.values() if name.other and name.other not in names]:
         raise AdapterError(
@@ -56,14 +67,27 @@ def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
     return names
 
 
+def _of_one_parameter(names: Mapping[str, Name]) -> list[str]:
+    """The tensors of the first parameter that has several; [] if there is none. A of an embedding is an A."""
+    first: dict[tuple[str, str], str] = {}
+    for key, name in names.items():
+        other = first.setdefault((name.module, name.kind.replace("lora_embedding_", "lora_")), key)
+        if other != key:
+            return [other, key]
+    return []
+
+
 def _parse(key: str) -> Name | None:
+    if not key.startswith(PREFIX):
+        return None
     name = key.removeprefix(PREFIX)
     for end, kind in ENDS.items():
         if name.endswith(end):
-            other = key.replace(kind, COUNTERPARTS[kind]) if kind in COUNTERPARTS else ""
-            return Name(name.removesuffix(end), kind, other)
+            module = name.removesuffix(end)
+            other = PREFIX + module + end.replace(kind, COUNTERPARTS[kind]) if kind in COUNTERPARTS else ""
+            return Name(module, kind, other) if module else None
     name = WRAPPERS.sub(".", name)
     module, _, kind = name.rpartition(".")
-    if not key.startswith(PREFIX) or not module or kind not in ("weight", "bias") or ".lora_" in name:
+    if not module or kind not in ("weight", "bias") or ".lora_" in name:
         return None
     return Name(module, kind)
