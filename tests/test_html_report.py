@@ -144,6 +144,13 @@ def test_repeated_bos_tokens_are_a_column_of_the_ledger_if_there_are_any(tmp_pat
     assert parse_report(folder).text.count("repeated bos") == 1
 
 
+def test_held_out_tokens_are_scored_not_trained(tmp_path: Path) -> None:
+    text = parse_report(run_folder(tmp_path / "run")).text
+    ledgers = text[text.index("Token ledger") :]
+    assert ledgers.index("trained") < ledgers.index("test file") < ledgers.index("scored")
+    assert "trained" not in ledgers[ledgers.index("test file") : ledgers.index("scored")]
+
+
 def test_the_folder_name_is_escaped(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "<script>&")
     page = parse_report(folder)

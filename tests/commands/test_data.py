@@ -81,7 +81,33 @@ def test_every_row_of_a_long_text_begins_with_the_bos_token(
         show_ledger(plain, "Tokens", report)
     shown = capsys.readouterr().err
     assert f", {text.ledger.repeated_bos} repeated BOS tokens" in " ".join(shown.split())
-    assert shown.count("BOS") == 1, "a model without one has no such count"
+    explained = "each row that continues a document begins with BOS again"
+    assert shown.count(explained) == shown.count("repeated BOS tokens") == 1, "a model without one has no such count"
+
+
+def test_very_short_rows_of_mostly_bos_tokens_are_a_warning(
+    plays: Path, tokenizer: Any, beginning: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {}
+    for name, coder, length in (("short", beginning, 8), ("long", beginning, 64), ("none", tokenizer, 8)):
+        config = Config.read(KINDS, {"model": "unused", "seq_len": length})
+        with Report() as report:
+            show_data(config, read_documents([str(plays / "train" / "play0.txt")], config[TextOptions]), coder, report)
+        said[name] = " ".join(capsys.readouterr().err.split())
+    assert "of the rows are repeated BOS tokens" in said["short"]
+    assert not any("of the rows" in said[name] for name in ("long", "none"))
+    assert "with a BOS and an EOS token of each document" in said["short"]
+    assert "with an EOS token of each document" in said["none"]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_held_out_tokens_are_scored_not_trained(
+    plays: Path, tokenizer: Any, held_out: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Report() as report:
+        show_ledger(text_of([plays / "test"], tokenizer).ledger, "Tokens", report, held_out=held_out)
+    shown = capsys.readouterr().err
+    assert ("trained" in shown, "scored" in shown) == (not held_out, held_out)
 
 
 def test_every_row_of_a_long_conversation_begins_with_the_bos_token_of_its_template(

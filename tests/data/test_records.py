@@ -267,6 +267,21 @@ def test_turns_in_the_cells_of_a_table_are_turns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "fields"),
+    [
+        ("m/config.json", {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}),
+        ("m/generation_config.json", {"transformers_version": "4.40", "cache_implementation": "hybrid"}),
+        ("renamed.json", {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}),
+    ],
+)
+def test_a_file_of_a_model_has_no_suggested_columns(source: str, fields: dict[str, object]) -> None:
+    with pytest.raises(DataError) as caught:
+        from_fields(fields, source=source, line=1)
+    assert "--columns" not in caught.value.hint
+    assert "name that folder with --model" in caught.value.hint
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {" q ": "A question", " r ": "An answer"},

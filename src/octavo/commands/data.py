@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LEDGER_COLUMNS = {"text": "tokens", "trained": "trained", "masked": "masked", "left out": "left_out"}  # -> fields
 MAX_FILES = 11  # rows of the printed table; the other files are summed up in one row (ledger.json and --json have all)
 LARGE_BYTES = 20_000_000  # reading takes seconds from this size on
+MAX_REPEATED_SHARE = 1 / 16  # of the rows that are repeated BOS tokens, from which on there is a warning
 MAX_SKIPPED = 20  # skipped records that are listed one by one
 
 
@@ -149,11 +150,11 @@ def _warn_of_lost_bytes(encoded: Sequence[tokens.Tokens], tokenizer: PreTrainedT
         report.warn(f"{source}: {count:,} bytes of text have no token in this model's vocabulary and are left out.")
 
 
-def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False) -> None:
+def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = False, held_out: bool = False) -> None:
     """Prints one line a file (the largest MAX_FILES - 1 of many), the sum, and the files that were not read.
 
-    All columns count tokens of the text: text = trained + masked + left out. The title has the padding and
-    the repeated BOS tokens.
+    All columns count tokens of the text: text = trained + masked + left out. Of `held_out` text the trained ones are
+    scored. The title has the padding and the repeated BOS tokens.
     """
     files = list(ledger.files)
     smaller: list[FileLedger] = []
@@ -175,7 +176,10 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
     padding = f", {ledger.padding:,} padding tokens" if ledger.padding else ""
     padding += f", {ledger.repeated_bos:,} repeated BOS tokens" if ledger.repeated_bos else ""
     count = f"{ledger.rows:,} row{'' if ledger.rows == 1 else 's'}"
-    report.table(f"{title}: {count}{padding}", [first, *LEDGER_COLUMNS], rows, result=result)
+    columns = ["scored" if held_out and name == "trained" else name for name in LEDGER_COLUMNS]
+    report.table(f"{title}: {count}{padding}", [first, *columns], rows, result=result)
+    if ledger.repeated_bos:
+        report.say("Repeated BOS tokens: each row that continues a document begins with BOS again.")
     if ledger.not_read:
         (report.result if result else report.say)(f"Not read: {counted(ledger.not_read)}.")
 
@@ -196,6 +200,8 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
     options = config[DataOptions]
     text = to_text(reading, config[TextOptions], tokenizer, report)
     show_ledger(text.ledger, "Tokens", report, result=True)
+    report.say(_what_is_counted(tokenizer))
+    _warn_of_short_rows(text, report)
     lengths = sorted(int((row.piece >= 0).sum()) for row in text.rows)
     if lengths:
         filled = sum(lengths) / (len(lengths) * config[TextOptions].seq_len)
@@ -205,6 +211,19 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
     for row in text.rows[: options.samples]:
         report.result(f"\n{row.sources[0]} ([[..]] is masked, not trained on):\n{marked(row, tokenizer)}")
     return text.ledger.to_dict()
+
+
+def _what_is_counted(tokenizer: PreTrainedTokenizerFast) -> str:
+    added = "a BOS and an EOS token" if bos_ids(tokenizer) else "an EOS token"
+    return f"text: all tokens, with {added} of each document; it is the sum of trained, masked and left out."
+
+
+def _warn_of_short_rows(text: Text, report: Report) -> None:
+    """Warns if a large part of the rows is repeated BOS tokens."""
+    size = sum(len(row.ids) for row in text.rows)
+    if text.ledger.repeated_bos > MAX_REPEATED_SHARE * size:
+        share = f"{text.ledger.repeated_bos / size:.0%}"
+        report.warn(f"{share} of the rows are repeated BOS tokens: --seq-len is small. 512 is usual.")
 
 
 def marked(row: Row, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 200) -> str:

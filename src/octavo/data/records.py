@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import PurePath
 
 from octavo.bounded_json import shortened
 from octavo.data.fields import Record, is_blank
@@ -203,6 +204,14 @@ class _Shape:
 ALPACA_HEADINGS = ("### Instruction:", "### Input:", "### Response:")
 _KNOWN = "messages; prompt + completion; instruction + output; text"
 _MAP_HINT = "Name the fields to use with --columns, as in --columns prompt=question,completion=answer."
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "adapter_config.json",
+)
+_MODEL_HINT = "The file seems to be of a model's folder: name that folder with --model, and texts as the data."
 _PROMPTS = ("prompt", "question", "query", "input", "inputs", "problem")
 _ANSWERS = ("completion", "response", "answer", "output", "outputs", "target", "targets", "solution")
 SHAPES = (
@@ -277,7 +286,13 @@ def _unknown(record: Record, fields: Mapping[str, object], columns: Mapping[str,
     if null is not None:
         return record.error(f"field `{shortened(null)}` is null: there is nothing to train on.")
     present = shortened(", ".join(fields)) or "none"
-    return record.error(f"no field that octavo reads; the record has: {present}.", hint=_suggestion(fields))
+    hint = _MODEL_HINT if _is_of_model(record.source, fields) else _suggestion(fields)
+    return record.error(f"no field that octavo reads; the record has: {present}.", hint=hint)
+
+
+def _is_of_model(source: str, fields: Mapping[str, object]) -> bool:
+    """Whether a record is a settings file of a model's folder: its values are no texts."""
+    return PurePath(source).name in _MODEL_FILES or not {"model_type", "architectures"}.isdisjoint(fields)
 
 
 def _suggestion(fields: Mapping[str, object]) -> str:

@@ -262,7 +262,9 @@ def _ledger(path: Path) -> str:
             rows.append([f"not read: {counts}", *("" for _ in keys)])
         rows.append(["all", *(side[key] for key in keys)])
         header = "file" if not name else f"{name} file"
-        blocks.append(_table([header, *(key.replace("_", " ") for key in keys)], rows, text_columns=1, total=True))
+        # Held-out tokens with a loss are not trained.
+        titles = ["scored" if (name, key) == ("test", "trained") else key.replace("_", " ") for key in keys]
+        blocks.append(_table([header, *titles], rows, text_columns=1, total=True))
     return _section("Token ledger", "".join(blocks))
 
 

@@ -88,6 +88,17 @@ def test_a_document_on_both_sides_is_removed_from_training(tmp_path: Path, token
     assert "Removed" not in alone.messages
 
 
+def test_the_table_of_the_held_out_text_counts_scored_tokens(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data", a_txt="where is my lord of york and the duke of the sea\n" * 9)
+    with Report() as report:
+        read_sides(Config.read(KINDS, {"seq_len": 64, "data": [str(data)], "test_fraction": 0.2}), tokenizer, report)
+    training, _, held_out = capsys.readouterr().err.partition("Held-out text (")
+    assert ("trained" in training, "scored" in training) == (True, False)
+    assert ("trained" in held_out, "scored" in held_out) == (False, True)
+
+
 def test_conversations_on_both_sides_are_found(tmp_path: Path, tokenizer: Any) -> None:
     def talk(answer: str) -> str:
         turns = [{"role": "user", "content": "where is my lord"}, {"role": "assistant", "content": answer}]

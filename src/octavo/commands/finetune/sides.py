@@ -56,7 +56,8 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     held_out = to_rows(sides.test, options, tokenizer)
     overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
-    show_ledger(held_out.ledger, f"Held-out text ({overlap.share:.1%} of it also in the training text)", report)
+    title = f"Held-out text ({overlap.share:.1%} of it also in the training text)"
+    show_ledger(held_out.ledger, title, report, held_out=True)
     if held_out.ledger.trained == 0:
         report.warn("The held-out text has no token to evaluate: give other text with --test-data.")
         return text, None
