@@ -103,8 +103,6 @@ def generate(config: Config, as_json: bool) -> None:
         document = generate_text(config, report, write=_write if not as_json else lambda _: None)
     if as_json:
         _print_json(document, as_json)
-    else:
-        _write("\n")
 
 
 @command(app, CHAT, usual=(*GENERATION, "system"))

@@ -44,6 +44,20 @@ def test_answers_are_in_order_and_equal_those_of_single_prompts(
         assert {key: answer[key] for key in alone} == alone
 
 
+def test_a_text_that_the_context_ends_is_noted(octavo: Octavo, tiny_llama: Path, tmp_path: Path) -> None:
+    common = ["generate", "--model", tiny_llama, "--scheme", "none", "--temperature", 0, "--max-new-tokens"]
+    ended = octavo(*common, 500, "--prompt", "the king")
+    assert ended.code == 0
+    assert ended.out.endswith("\n")
+    note = "The text ends where the model's context of 128 tokens does, before --max-new-tokens 500"
+    assert ended.err.count(note) == 1
+    assert "model's context" not in octavo(*common, 3, "--prompt", "the king").err
+    file = write(tmp_path / "prompts.jsonl", [{"prompt": "the king"}, {"prompt": "the", "max_new_tokens": 3}])
+    assert (
+        "1 of 2 texts end where the model's context of 128 tokens does" in octavo(*common, 500, "--prompts", file).err
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

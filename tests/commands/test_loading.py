@@ -40,6 +40,22 @@ def int8_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return out
 
 
+def test_quantize_ends_with_both_sizes_and_the_next_command(
+    octavo: Octavo, tiny_llama: Path, int8_folder: Path, tmp_path: Path
+) -> None:
+    done = octavo("quantize", "--model", tiny_llama, "--scheme", "int8", "--out", tmp_path / "a b")
+    last = done.out.strip().splitlines()[-1]
+    before = (tiny_llama / "model.safetensors").stat().st_size
+    assert re.match(rf"{before / 2**20:.1f} MiB of weight files before, [\d.]+ MiB now\. Next: ", last)
+    assert last.endswith(f"octavo finetune --model '{tmp_path / 'a b'}' --data YOUR_TEXTS")
+    assert "the errors are against" not in done.err
+    again = octavo("quantize", "--model", int8_folder, "--scheme", "nf4", "--out", tmp_path / "again")
+    assert "is quantized to int8 already: the errors are against its dequantized weights" in again.err
+    copied = octavo("quantize", "--model", int8_folder, "--scheme", "int8", "--out", tmp_path / "copied", "--json")
+    assert "the errors are against" not in copied.err, "the weights are copied"
+    assert copied.json["bytes_before"] == sum(path.stat().st_size for path in int8_folder.glob("*.safetensors"))
+
+
 def test_quantize_returns_the_size_and_the_error_of_every_layer(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     with Report(console=False) as report:

@@ -24,6 +24,8 @@ from octavo.models import COMPOSITES, FAMILIES, parse
 from octavo.models.composite import is_other_part
 from octavo.models.unread_keys import unread_keys
 from octavo.ops.quantize import SCHEMES
+from octavo.store.hf_folder import write_folder
+from octavo.store.sources import FolderSource
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -79,7 +81,7 @@ def test_a_config_alone_tells_the_memory_and_the_targets_of_lora(case: str, octa
     others = sum(parameter.numel() for parameter in theirs.parameters() if parameter.ndim == 1)
     assert facts["layers"] == 3
     assert facts["weights_bytes"]["none"] == 2 * matrices + 4 * others
-    assert facts["weights_gib"]["none"] == round((2 * matrices + 4 * others) / 2**30, 2)
+    assert "weights_gib" not in facts, "0.0 for a small model"
     modules = {
         name.rpartition(".")[2] for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)
     }
@@ -87,11 +89,29 @@ def test_a_config_alone_tells_the_memory_and_the_targets_of_lora(case: str, octa
 
 
 @pytest.mark.parametrize(("width", "unit"), [(64, "MiB"), (4096, "GiB")])
-def test_the_memory_of_a_small_model_is_in_mib(width: int, unit: str, octavo: Octavo, tmp_path: Path) -> None:
+def test_the_memory_of_all_schemes_is_in_one_unit(width: int, unit: str, octavo: Octavo, tmp_path: Path) -> None:
     folder = folder_of(LlamaConfig(**SIZES | {"hidden_size": width}), tmp_path)
     checked = octavo("models", "check", folder)
-    assert checked.out.count(unit) == len(SCHEMES)
-    assert " 0.00 " not in checked.out
+    assert checked.out.count(f"memory in {unit}") == checked.out.count("iB") == 1
+    assert " 0.000 " not in checked.out
+    assert "none: weights in bfloat16, 2 bytes each" in checked.err
+
+
+def test_a_quantized_folder_names_its_scheme_and_how_others_are_loaded(
+    octavo: Octavo, tiny_llama: Path, tmp_path: Path
+) -> None:
+    plain = octavo("models", "check", tiny_llama)
+    assert plain.out.count("quantized at load") == len(SCHEMES) - 1
+    assert "as stored" in plain.out
+    assert "The weights are stored in" not in plain.err
+    write_folder(FolderSource(tiny_llama), tmp_path / "nf4", SCHEMES["nf4"])
+    checked = octavo("models", "check", tmp_path / "nf4")
+    lines = {
+        cells[1].strip(): cells[3].strip() for line in checked.out.splitlines() if len(cells := line.split("│")) > 4
+    }
+    assert (lines["nf4"], lines["none"], lines["int8"]) == ("as stored", "dequantized", "dequantized, then quantized")
+    assert "The weights are stored in nf4. --scheme auto loads them as they are" in checked.err
+    assert json.loads(octavo("models", "check", tmp_path / "nf4", "--json").out)["stored_scheme"] == "nf4"
 
 
 def test_keys_of_a_config_that_octavo_does_not_read_are_named(octavo: Octavo, tmp_path: Path) -> None:

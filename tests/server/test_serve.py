@@ -160,6 +160,16 @@ def test_a_loopback_server_does_not_look_up_host_names(
         assert len(look_ups) == (1 if arguments else 0)
 
 
+def test_a_limit_of_new_tokens_over_the_context_is_a_warning(
+    octavo: Octavo, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.server.process.run", lambda *_, **__: None)
+    for arguments, is_warned in (([], False), (["--max-new-tokens", 500], True), (["--max-new-tokens", 64], False)):
+        done = octavo("serve", "--model", tiny_llama, "--port", 0, "--slots", 1, *arguments)
+        assert done.code == 0
+        assert ("prompt and answer have at most 128 tokens together" in done.err) == is_warned
+
+
 def test_options_are_checked_before_the_model_is_loaded(octavo: Octavo, tmp_path: Path, tiny_llama: Path) -> None:
     for arguments, code, expected_message in (
         (["--host", "0.0.0.0"], 2, KEY_VARIABLE),

@@ -215,7 +215,7 @@ def show_data(config: Config, reading: Reading, tokenizer: PreTrainedTokenizerFa
 
 def _what_is_counted(tokenizer: PreTrainedTokenizerFast) -> str:
     added = "a BOS and an EOS token" if bos_ids(tokenizer) else "an EOS token"
-    return f"text: all tokens, with {added} of each document; it is the sum of trained, masked and left out."
+    return f"text: all tokens, with {added} of each document; the other columns are its parts."
 
 
 def _warn_of_short_rows(text: Text, report: Report) -> None:

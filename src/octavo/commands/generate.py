@@ -79,7 +79,7 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerFast, *, chat: bool) -> 
 
 
 def generate_text(config: Config, report: Report, *, write: Callable[[str], None]) -> dict[str, Any]:
-    """Continues the prompt; `write` gets the text token by token."""
+    """Continues the prompt; `write` gets the text token by token, then a newline."""
     options, sampling = config[PromptOptions], sampling_of(config[GenerateOptions])
     prompt = options.prompt
     assert prompt is not None
@@ -89,7 +89,19 @@ def generate_text(config: Config, report: Report, *, write: Callable[[str], None
         ids.extend(prompt_ids(prompt, tokenizer, chat=options.chat))
         check_prompt(ids, max_len=len(ids) + 1)
 
-    return continuation(open_model(config, report, before=encode), ids, sampling, write=write)
+    loaded = open_model(config, report, before=encode)
+    document = continuation(loaded, ids, sampling, write=write)
+    write("\n")
+    if _ended_by_context(document, sampling):
+        report.say(
+            f"The text ends where the model's context of {loaded.model.config.context:,} tokens does, before "
+            f"--max-new-tokens {sampling.max_new_tokens:,}: the prompt has {len(ids):,} tokens."
+        )
+    return document
+
+
+def _ended_by_context(document: Mapping[str, Any], sampling: Sampling) -> bool:
+    return document["finish_reason"] == "length" and len(document["token_ids"]) < sampling.max_new_tokens
 
 
 def continuation(
@@ -132,9 +144,9 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
     for request, place in zip(requests, places, strict=True):
         with _located(place):
             streams.append(engine.submit(request))
-    total = failed = 0
+    total = failed = ended = 0
     with report.progress(len(streams), "Generating") as bar:
-        for line, stream in zip(lines, streams, strict=True):
+        for line, request, stream in zip(lines, requests, streams, strict=True):
             tokens = until_finished(engine, stream)
             if tokens[-1].finish_reason == "error":
                 failed += 1
@@ -142,8 +154,15 @@ def generate_many(config: Config, report: Report, *, write: Callable[[str], None
             else:
                 total += len(tokens)
                 document = _document(tokens)
+                ended += _ended_by_context(document, request.sampling)
             write(json.dumps({**line, **document}, ensure_ascii=False) + "\n")
             bar.advance()
+    if ended:
+        context = loaded.model.config.context
+        report.say(
+            f"{ended:,} of {len(lines):,} texts end where the model's context of {context:,} tokens does, before their "
+            "max_new_tokens."
+        )
     if failed:
         raise ModelError(
             f"{failed:,} of {len(lines):,} prompts failed.", hint='The field "error" of their lines has the reason.'

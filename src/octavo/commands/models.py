@@ -15,6 +15,7 @@ from octavo.models.unread_keys import unread_keys
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
+from octavo.store.contents import stored_scheme
 from octavo.store.resolve import open_source
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
@@ -56,14 +57,34 @@ def check_model(config: Config, report: Report) -> dict[str, Any]:
     shown |= {name: "yes" if value else "no" for name, value in facts.items() if isinstance(value, bool)}
     report.table(options.model, ["config.json", ""], [[name, str(value)] for name, value in shown.items()], result=True)
     weights = {name: _weight_bytes(source, scheme) for name, scheme in SCHEMES.items()}
-    cells = [[name, _size_text(size)] for name, size in weights.items()]
-    report.table("Weights", ["scheme", "memory"], cells, result=True)
+    unit, size = ("GiB", GIB) if max(weights.values()) >= GIB / 10 else ("MiB", MIB)
+    stored = stored_scheme(source).name
+    report.table(
+        "Weights",
+        ["scheme", f"memory in {unit}", "from the checkpoint"],
+        [[name, weights[name] / size, _origin_of(name, stored)] for name in SCHEMES],
+        result=True,
+    )
+    report.say("none: weights in bfloat16, 2 bytes each. Norms and biases are in float32 under all schemes.")
+    if stored != "none":
+        report.say(
+            f"The weights are stored in {stored}. --scheme auto loads them as they are; any other scheme loads too, "
+            "from the dequantized weights, with the errors of both."
+        )
     unread = unread_keys(source.config, parse)
     for key in unread:
         report.warn(f"octavo does not read {key} of config.json: if the model needs it, octavo is wrong.")
     report.say("A run also needs memory for activations, adapters and the optimizer: see `octavo plan`.")
-    gib = {name: round(size / GIB, 2) for name, size in weights.items()}
-    return {**facts, "weights_bytes": weights, "weights_gib": gib, "unread_keys": unread}
+    return {**facts, "stored_scheme": stored, "weights_bytes": weights, "unread_keys": unread}
+
+
+def _origin_of(scheme: str, stored: str) -> str:
+    """How a run under `scheme` gets the weights of a folder that has them under `stored`."""
+    if scheme == stored:
+        return "as stored"
+    if scheme == "none":
+        return "dequantized"
+    return "quantized at load" if stored == "none" else "dequantized, then quantized"
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -89,10 +110,6 @@ def _facts(source: Source) -> dict[str, Any]:
 def _parameter_count(decoder: Decoder) -> int:
     """All parameters, as transformers counts them: a tied head once, with norms, biases and learned positions."""
     return sum(prod(matrix.shape) for matrix in decoder.matrices) + sum(p.numel() for p in decoder.parameters())
-
-
-def _size_text(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.2f} MiB"
 
 
 def _weight_bytes(source: Source, scheme: Scheme) -> int:

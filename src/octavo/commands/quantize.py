@@ -9,8 +9,10 @@ from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import UsageError
 from octavo.hardware import pick
 from octavo.reporting import Report
+from octavo.store.contents import stored_scheme
 from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder
 from octavo.store.text_part import text_model_config
+from octavo.system import own_command, quoted
 
 
 def quantize(config: Config, report: Report) -> dict[str, Any]:
@@ -38,9 +40,21 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
         [[x.name, f"{x.shape[0]} x {x.shape[1]}", x.stored_bytes / 2**20, x.error] for x in layers],
         result=True,
     )
+    stored = stored_scheme(source)
+    if stored.name != "none" and any(layer.error for layer in layers):
+        report.say(
+            f"{options.model} is quantized to {stored.name} already: the errors are against its dequantized weights, "
+            "not against the weights that it was made from."
+        )
+    before = sum(path.stat().st_size for path in source.files)
+    report.result(
+        f"{before / 2**20:,.1f} MiB of weight files before, {total / 2**20:,.1f} MiB now. Next: "
+        f"{own_command()} finetune {quoted(['--model', out])} --data YOUR_TEXTS"
+    )
     return {
         "out": str(out),
         "scheme": scheme.name,
         "bytes": total,
+        "bytes_before": before,
         "layers": [{"name": x.name, "shape": list(x.shape), "bytes": x.stored_bytes, "error": x.error} for x in layers],
     }

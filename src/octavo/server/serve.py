@@ -122,6 +122,11 @@ def open_engine(config: Config, report: Report, *, adapters: dict[str, Path]) ->
             slots=options.slots, max_len=options.max_model_len, queue=options.queue, deterministic=options.deterministic
         ),
     )  # fmt: skip
+    if "max_new_tokens" in options.model_fields_set and options.max_new_tokens >= engine.context:
+        report.warn(
+            f"--max-new-tokens {options.max_new_tokens:,} is never reached: prompt and answer have at most "
+            f"{engine.context:,} tokens together (the model's context or --max-model-len)."
+        )
     find = partial(adapter_folder, say=report.say, warn=report.warn)
     for name, folder in adapters.items():
         try:
