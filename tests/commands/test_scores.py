@@ -58,10 +58,21 @@ def test_a_difference_that_the_text_does_not_show_is_named(capsys: pytest.Captur
     assert text.endswith("The interval contains 0: this text does not show which is better.")
 
 
-def test_one_long_document_has_intervals_over_blocks_of_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(units(LOSSES, one_document=True), units(LOSSES - 0.1, one_document=True), capsys)
-    assert "intervals by bootstrap over 10 blocks of rows" in text
-    assert "over the same 10 blocks of rows)" in text
+@pytest.mark.parametrize(
+    ("rows", "blocks"),
+    [
+        (20, "10 blocks of 2 consecutive rows"),
+        (25, "12 blocks of 2 or 3 consecutive rows"),
+        (10, "10 blocks of 1 consecutive row"),
+    ],
+)
+def test_one_long_document_has_intervals_over_blocks_of_its_rows(
+    rows: int, blocks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = np.resize(LOSSES, rows)
+    text = printed(units(losses, one_document=True), units(losses - 0.1, one_document=True), capsys)
+    assert f"intervals by bootstrap over {blocks}" in text
+    assert f"over the same {blocks})" in text
 
 
 def test_a_short_text_has_no_interval_and_the_output_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from octavo.data.bytes import trained_bytes
 from octavo.data.packing import Row
-from octavo.intervals import MIN_UNITS, Units, difference, interval
+from octavo.intervals import BLOCKS, MIN_UNITS, Units, difference, interval
 from octavo.metrics import Score, score
 from octavo.models import Decoder
 from octavo.ops.scheme import Scheme
@@ -97,7 +97,7 @@ def _show_losses(table: ScoreTable, report: Report) -> None:
         return
     units = table.units
     has_intervals = any(row.interval for row in rows)
-    title = f"Loss in nats per token{f'; intervals by bootstrap over {units.described}' * has_intervals}"
+    title = f"Loss in nats per token{f'; intervals by bootstrap over {_described(units)}' * has_intervals}"
     columns = ["name", "scheme", "loss", *(["95% interval"] if has_intervals else [])]
     cells = [[row.name, row.scheme, row.loss, *([_bounds(row.interval)] if has_intervals else [])] for row in rows]
     report.table(title, columns, cells, result=True)
@@ -121,8 +121,18 @@ def difference_text(one: Difference, units: Units) -> str:
         reason = "the losses before training are not in the checkpoint"
         return f"{text}." if len(units.nats) < MIN_UNITS else f"{text}; it has no interval: {reason}."
     low, high = sorted((sign * one.interval.low, sign * one.interval.high))
-    text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {units.described})."
+    text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {_described(units)})."
     return text if low > 0 else f"{text} The interval contains 0: this text does not show which is better."
+
+
+def _described(units: Units) -> str:
+    """The units of an interval in words, and how many rows a block has."""
+    if units.over != BLOCKS:
+        return units.described
+    count = len(units.nats)
+    least, most = units.rows // count, -(-units.rows // count)
+    size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+    return f"{count:,} blocks of {size} consecutive row{'s' * (most > 1)}"
 
 
 def _bounds(bounds: Interval | None) -> str:

@@ -125,7 +125,7 @@ def changed(folder: Path, tensors: Mapping[str, Tensor], recorded: object) -> Ad
         found = f"{TENSORS} " + "; it ".join(parts) if parts else f"the values in {CONFIG} are others"
     return AdapterError(
         f"The adapter in {folder} has changed since it was written: {found}.",
-        hint=f'Restore it from a copy. If you changed it on purpose, remove "sha256" and "targets" from {ORIGIN}.',
+        hint="Restore it from a copy.",
     )
 
 

@@ -205,7 +205,7 @@ def _check_targets(folder: Path, adapter: Adapter, listed: Any) -> None:
         raise AdapterError(
             f"The adapter in {folder} does not have the LoRA that {ORIGIN} lists: {some(different)} "
             "is missing, not listed, or of another rank or scaling.",
-            hint=f'Restore it from a copy. If you changed it on purpose, remove "targets" from {ORIGIN}.',
+            hint="Restore it from a copy.",
         )
 
 

@@ -209,6 +209,9 @@ def test_the_kept_adapter_is_the_best_on_held_out_text_or_the_last(tune: Tune, t
     expected_step = best if keep == "best" else 8
     assert result["best_step"] == (best if keep == "best" else None)
     assert json.loads((tmp_path / "run" / "adapter" / "octavo.json").read_text())["step"] == expected_step
+    said = [event["text"] for event in events(tmp_path / "run", "say")]
+    sentence = f"The adapter is that of step {best} of 8: the best on the held-out text."
+    assert said[-2:].count(sentence) == (keep == "best"), "just before the paths"
     tuned = result["rows"][-1]["perplexity"]
     assert tuned == pytest.approx(torch.tensor(losses[expected_step]).double().exp().item(), rel=1e-5)
 

@@ -270,6 +270,9 @@ def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
     assert (again["steps"], again["best_step"]) == (first["steps"], first["best_step"])
     assert again["differences"] == first["differences"]
     assert outcome(run) == in_one_go
+    complete = [event for event in events(run, "say") if "The run is complete: all 8 steps are done" in event["text"]]
+    assert complete
+    assert not any("is complete" in event["text"] for event in events(uninterrupted[0], "say"))
 
 
 def test_resuming_a_finished_run_returns_its_last_loss(tune: Tune, tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def _prepared_run(config: Config, report: Report) -> Run:
     write_settings(run)
     if resumed:
         ensure_best_adapter(run)
+        if run.state.done >= run.total:
+            report.say(
+                f"The run is complete: all {run.total:,} steps are done, and nothing is trained. The adapter is "
+                "checked, the tuned model is evaluated again, and the report is written again. To train longer, raise "
+                "--steps or --epochs."
+            )
     return run
 
 
@@ -197,8 +203,6 @@ def _finish(run: Run) -> dict[str, Any]:
         ensure_best_adapter(run)
         read_back(run)
         table = measure_tuned(run)
-        if state.best is not None and state.best["step"] != state.done:
-            report.say(f"The adapter of step {state.best['step']:,}, the best on the held-out text, is kept.")
         sample(run, which="tuned", step=state.done)
         events.Evaluation(state.done, tuple(table.rows), tuple(table.differences)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
@@ -209,6 +213,10 @@ def _finish(run: Run) -> dict[str, Any]:
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if table.rows:
             show_scores(table, report)
+        if state.best is not None and state.best["step"] != state.done:
+            report.result(
+                f"The adapter is that of step {state.best['step']:,} of {state.done:,}: the best on the held-out text."
+            )
         report.result(f"adapter  {run.folder.adapter}\nmetrics  {run.folder.metrics}\nreport   {written}")
     return {
         "out": str(run.folder.path),
