@@ -6,9 +6,12 @@ All have the prefix base_model.model. and the name of a module in transformers; 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from octavo.bounded_json import some
 from octavo.errors import AdapterError
@@ -34,13 +37,14 @@ class Name(NamedTuple):
     other: str = ""
 
 
-def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
+def parsed(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Name]:
     """The tensor names of a file, read. AdapterError that names those that octavo does not read or that are missing,
-    and two tensors of one parameter.
+    and two tensors of one parameter that differ.
 
-    The untrained weights of modules_to_save, which PEFT saves too, are left out.
+    PEFT writes an embedding of a resized vocabulary twice, with and without its wrapper. The untrained weights of
+    modules_to_save, which PEFT saves too, are left out.
     """
-    trained = [key for key in keys if ".original_module." not in key]
+    trained = [key for key in tensors if ".original_module." not in key]
     names = {key: name for key in trained if (name := _parse(key)) is not None}
     if bare := [key for key in trained if not key.startswith(PREFIX) and _parse(PREFIX + key) is not None]:
         raise AdapterError(
@@ -53,7 +57,7 @@ def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
             hint="It reads the LoRA matrices, weights, biases and trained tokens that PEFT writes for LoRA. Was a "
             "tensor renamed? Restore the file from a copy, or remove these tensors from it.",
         )
-    if several := _of_one_parameter(names):
+    if several := _of_one_parameter(names, tensors):
         raise AdapterError(
             f"The adapter in {folder} holds {names[several[0]].module} twice: {some(several)}.",
             hint="Only one of them can be used. Restore the file from a copy, or remove the other tensors from it.",
@@ -67,12 +71,12 @@ def parsed(folder: Path, keys: Collection[str]) -> dict[str, Name]:
     return names
 
 
-def _of_one_parameter(names: Mapping[str, Name]) -> list[str]:
-    """The tensors of the first parameter that has several; [] if there is none. A of an embedding is an A."""
+def _of_one_parameter(names: Mapping[str, Name], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Two tensors of one parameter that differ; [] if there are none. A of an embedding is an A."""
     first: dict[tuple[str, str], str] = {}
     for key, name in names.items():
         other = first.setdefault((name.module, name.kind.replace("lora_embedding_", "lora_")), key)
-        if other != key:
+        if other != key and not (name.kind == names[other].kind and torch.equal(tensors[other], tensors[key])):
             return [other, key]
     return []
 
