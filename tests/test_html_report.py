@@ -75,8 +75,8 @@ def run_folder(folder: Path, *, text: str = "plain", steps: int = 30) -> Path:
         bounds = events.Interval(4.25, 4.5, 20, "documents")
         before = events.ScoreRow(f"base {text}", "int8", None, 80.0, 1.5, 52123, loss=4.382, interval=bounds)
         after = events.ScoreRow(f"tuned {text}", "int8", text, 60.0, 1.5, 52123)
-        gain = events.Difference("base", "tuned", "int8", 0.288, events.Interval(0.25, 0.31, 20, "documents"))
-        events.Evaluation(30, (before, after), (gain, events.Difference("a", "b", "int8", 0.5))).write(report)
+        gain = events.Difference("base", "int8", "tuned", "int8", 0.288, events.Interval(0.25, 0.31, 20, "documents"))
+        events.Evaluation(30, (before, after), (gain, events.Difference("a", "int8", "b", "int8", 0.5))).write(report)
     (folder / "ledger.json").write_text(json.dumps({"train": ledger(text, "b.txt"), "test": ledger("c.txt")}))
     (folder / "config.yaml").write_text(f"model: {text}\n")
     return folder

@@ -105,6 +105,13 @@ def test_blocks_widen_the_interval_of_rows_that_depend_on_their_neighbours() -> 
     assert blocks.high - blocks.low > 1.5 * (rows.high - rows.low)
 
 
+def test_losses_that_are_infinite_under_both_models_have_no_difference_and_warn_of_nothing() -> None:
+    """The tests make numpy's RuntimeWarning of inf - inf an error."""
+    nats, tokens = losses(np.random.default_rng(1), 30)
+    nats[3] = math.inf
+    assert difference(by_document(nats, tokens), by_document(nats, tokens)) is None
+
+
 def test_the_interval_is_the_same_again() -> None:
     units = by_document(*losses(np.random.default_rng(1), 30))
     assert interval(units) == interval(units)

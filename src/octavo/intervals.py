@@ -80,13 +80,15 @@ def interval(units: Units) -> Interval | None:
         means.append(units.nats[drawn].sum(axis=1) / units.tokens[drawn].sum(axis=1))
     tail = _tail(n)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(low), float(high), n, units.over)
+    return Interval(float(low), float(high), n, units.over, CONFIDENCE)
 
 
 def difference(before: Units, after: Units) -> Interval | None:
     """The interval of the mean loss before minus that after. None if the units are not the same, or as `interval`."""
     if not np.array_equal(before.tokens, after.tokens):
         return None
+    if not (np.isfinite(before.nats).all() and np.isfinite(after.nats).all()):
+        return None  # numpy warns of inf - inf
     units = Units(after.over, before.nats - after.nats, after.tokens, after.documents, after.rows)
     return interval(units)
 

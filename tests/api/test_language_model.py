@@ -94,6 +94,12 @@ def test_perplexity_is_that_of_the_command(
     assert found["tokens"] == wanted["tokens"]
     assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], rel=1e-5)
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert (found["interval"] is None) == (wanted["interval"] is None) == (seq_len is None)
+    if found["interval"] and wanted["interval"]:
+        assert found["interval"] == {**wanted["interval"], **found["interval"]}
+        for bound in ("low", "high"):
+            assert found["interval"][bound] == pytest.approx(wanted["interval"][bound], rel=1e-4)
     assert model.perplexity(texts, seq_len=seq_len) == found["perplexity"]
     assert model.perplexity(texts[0]) != found["perplexity"]
 

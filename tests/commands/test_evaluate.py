@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests import devices
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from octavo.commands import evaluate, loading, quantize
 from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions
@@ -83,14 +85,60 @@ def test_the_tuned_model_is_compared_with_the_same_weights_without_the_adapter(
         config = Config.read(EVALUATE, {**values, "adapter": str(adapter_folder)})
         result = evaluate.evaluate(config, report)
     rows, [gain] = result["rows"], result["differences"]
-    assert (gain["before"], gain["after"], gain["scheme"]) == ("quantized", "tuned", rows[2]["scheme"])
-    assert gain["loss"] == pytest.approx(rows[1]["loss"] - rows[2]["loss"])
-    assert gain["interval"]["low"] < gain["loss"] < gain["interval"]["high"]
-    assert gain["interval"]["over"] == "documents"
+    assert (gain["before"], gain["after"]) == ("quantized", "tuned")
+    assert gain["before_scheme"] == gain["after_scheme"] == rows[2]["scheme"]
+    assert gain["lower_by"] == pytest.approx(rows[1]["loss"] - rows[2]["loss"])
+    assert gain["interval"]["low"] < gain["lower_by"] < gain["interval"]["high"]
+    assert (gain["interval"]["level"], gain["interval"]["over"]) == (0.95, "documents")
     for row in rows:
         assert math.exp(row["loss"]) == pytest.approx(row["perplexity"])
         assert row["interval"]["low"] < row["loss"] < row["interval"]["high"]
     assert "The loss of tuned is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_compared_schemes_are_paired_with_the_first(
+    tiny_llama: Path, plays: Path, adapter_folder: Path, tuned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": str(tiny_llama), "data": [str(plays / "test")], "seq_len": 16, "split_on": "lines"}
+    values |= {"compare": "none,nf4,int8", **({"adapter": str(adapter_folder)} if tuned else {})}
+    with Report() as report:
+        result = evaluate.evaluate(Config.read(EVALUATE, values), report)
+    first, *others = result["rows"]
+    assert len(others) == len(result["differences"]) == 2
+    for row, difference in zip(others, result["differences"], strict=True):
+        assert (difference["before"], difference["before_scheme"]) == (first["name"], "none")
+        assert (difference["after"], difference["after_scheme"]) == (row["name"], row["scheme"])
+        assert difference["lower_by"] == pytest.approx(first["loss"] - row["loss"])
+        assert difference["interval"]["low"] < difference["lower_by"] < difference["interval"]["high"]
+    printed, name = capsys.readouterr().err, "tuned" if tuned else "quantized"
+    for scheme in ("nf4", "int8"):
+        assert f" of {name} ({scheme}) " in printed
+    assert f" {first['name']} (none)" in printed
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("base", [False, True])
+def test_text_with_a_token_that_only_the_adapter_has_is_evaluated_with_it_alone(
+    tiny_llama: Path, tmp_path: Path, base: bool, event_file: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_tokens([AddedToken("QZX", special=False)])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    full = ["embed_tokens", "lm_head"]
+    tuned = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=full, task_type="CAUSAL_LM")
+    )
+    for part in (tuned, tokenizer):
+        part.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("the QZX king and QZX\n" * 30)
+    values = {"model": str(tiny_llama), "data": [str(tmp_path / "text.txt")], "seq_len": 16, "base": base}
+    with Report(console=False, metrics=event_file) as report:
+        result = evaluate.evaluate(Config.read(EVALUATE, {**values, "adapter": str(tmp_path / "adapter")}), report)
+    assert named(result["rows"]) == [("tuned", "int8")]
+    assert result["differences"] == []
+    assert event_file.read_text().count("is not evaluated") == 1 + base
 
 
 @pytest.mark.parametrize(

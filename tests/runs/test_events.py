@@ -15,6 +15,7 @@ from octavo.runs import events
 from octavo.runs.events import Difference, Event, Interval, ScoreRow
 
 INTERVAL = Interval(4.25, 4.5, 20, "documents")
+DIFFERENCE = Difference("base", "int8", "tuned", "int8", 0.5, INTERVAL)
 ROWS = (
     ScoreRow("base", "none", None, 80.5, 1.5, 52123, size_bytes=7, loss=4.38, interval=INTERVAL),
     ScoreRow("tuned", "int8", "runs/x/adapter", math.inf, 1.25, 52123, also_in_training=0.5),
@@ -31,7 +32,7 @@ WRITTEN: list[Event] = [
     events.HeldOut(2, 2.25, 9.5),
     events.Say("said"),
     events.Warn("warned"),
-    events.Evaluation(2, ROWS, (Difference("base", "tuned", "int8", 0.5, INTERVAL), Difference("a", "b"))),
+    events.Evaluation(2, ROWS, (DIFFERENCE, Difference("a", after="b"))),
     events.Memory(2, 2**40),
 ]
 
@@ -75,7 +76,8 @@ def test_a_row_has_only_the_columns_of_its_table(tmp_path: Path) -> None:
     base, tuned = (row.to_dict() for row in ROWS)
     assert base == {
         "name": "base", "scheme": "none", "adapter": None, "perplexity": 80.5, "bits_per_byte": 1.5, "tokens": 52123,
-        "size_bytes": 7, "loss": 4.38, "interval": {"low": 4.25, "high": 4.5, "units": 20, "over": "documents"},
+        "size_bytes": 7, "loss": 4.38,
+        "interval": {"low": 4.25, "high": 4.5, "units": 20, "over": "documents", "level": 0.95},
     }  # fmt: skip
     assert tuned.keys() == {*base, "also_in_training"} - {"size_bytes"}
     assert [ScoreRow.read(row) for row in (base, tuned)] == list(ROWS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from octavo.api.options import described_options, document, options_of, signature_of
-from octavo.api.results import GenerateResult, Score
+from octavo.api.results import GenerateResult, Interval, Score
 from octavo.bounded_json import encodable, shortened
 from octavo.commands.data import to_text
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
@@ -19,6 +19,7 @@ from octavo.data.records import from_text
 from octavo.errors import UsageError
 from octavo.infer.generate import check_prompt
 from octavo.infer.loaded_model import LoadedModel
+from octavo.intervals import interval
 from octavo.metrics import score
 from octavo.models import Decoder
 from octavo.reporting import Report
@@ -63,7 +64,7 @@ class LanguageModel:
         return cast(GenerateResult, continuation(loaded, ids, sampling_of(chosen)))
 
     def evaluate(self, text: str | Sequence[str], *, seq_len: int | None = None) -> Score:
-        """Perplexity and bits per byte of a text, or of several documents, packed into rows of `seq_len` tokens.
+        """How well the model predicts a text, or several documents, packed into rows of `seq_len` tokens.
 
         The default is that of `octavo evaluate`, at most the model's context. UsageError without a token to predict.
         """
@@ -87,7 +88,14 @@ class LanguageModel:
         if not rows or not (n_bytes := trained_bytes(rows, self.tokenizer)):
             raise UsageError("The text has no token to evaluate.", hint="Give a longer text, or a list of texts.")
         result = score(self.decoder, rows, n_bytes=n_bytes, batch_size=ROWS)
-        return {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, "tokens": result.tokens}
+        bounds = interval(result.units) if result.units else None
+        return {
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+            "loss": result.loss,
+            "interval": cast(Interval, asdict(bounds)) if bounds else None,
+        }
 
     def perplexity(self, text: str | Sequence[str], *, seq_len: int | None = None) -> float:
         """e to the mean loss of a token of a text or of several documents; see `evaluate`."""

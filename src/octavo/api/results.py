@@ -5,57 +5,68 @@ from __future__ import annotations
 from typing import Any, NotRequired, TypedDict
 
 
-class Score(TypedDict):
-    """How well a model predicts a text. `tokens` are those that were predicted."""
-
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-
-
 class Interval(TypedDict):
-    """The bounds of a 95 % interval, from `units` documents or blocks of rows (`over`)."""
+    """The bounds of an interval of the `level` 0.95, from `units` documents or blocks of rows (`over`)."""
 
     low: float
     high: float
     units: int
     over: str
+    level: float
+
+
+class Score(TypedDict):
+    """How well a model predicts a text. `tokens` are those that were predicted, `loss` is in nats a token.
+
+    `interval` is that of the loss; None for a text that is too short for one (fewer than 10 documents or rows).
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    loss: float | None
+    interval: Interval | None
 
 
 class NamedScore(Score):
     """A row of the table of scores: "base", "quantized" or "tuned" under a scheme, the latter with its adapter.
 
-    `loss` is in nats a token, with its interval. `size_bytes` are the frozen weights; `also_in_training` is the
-    fraction of the held-out text that also occurs in the training text.
+    `loss` is None in rows of runs before it was recorded. `size_bytes` are the frozen weights; `also_in_training` is
+    the fraction of the held-out text that also occurs in the training text.
     """
 
     name: str
     scheme: str
     adapter: str | None
-    loss: float
-    interval: Interval | None
     size_bytes: NotRequired[int]
     also_in_training: NotRequired[float]
 
 
 class Difference(TypedDict):
-    """The loss of the row `before` minus that of the row `after`, of one scheme, on the same text."""
+    """`lower_by`: the loss of the row `before` minus that of the row `after`, on the same text, in nats a token.
+
+    It is positive if `after` is better. `interval` is that of `lower_by`.
+    """
 
     before: str
+    before_scheme: str
     after: str
-    scheme: str
-    loss: float | None
+    after_scheme: str
+    lower_by: float | None
     interval: Interval | None
 
 
 class FinetuneResult(TypedDict):
-    """A run. `adapter` is None, and `rows` are those of the base, if it stopped before its last step."""
+    """A run. `adapter` is None, and `rows` are those of the base, if it stopped before its last step.
+
+    `train_loss` is that of the last step, `differences` has the tuned model against the untuned one.
+    """
 
     out: str
     adapter: str | None
     report: str
     steps: int
-    loss: float | None
+    train_loss: float | None
     best_step: int | None
     rows: list[NamedScore]
     differences: list[Difference]
@@ -66,6 +77,7 @@ class FinetuneResult(TypedDict):
 class EvaluateResult(TypedDict):
     """Scores of the base and the tuned model; with `tasks` the results of lm-evaluation-harness too.
 
+    `differences`: the tuned model against the untuned one, or with `compare` each scheme against the first.
     `attached`: how many modules of each last name the adapter has LoRA on.
     """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,15 @@ class Candidate:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A row of the table, and what its differences from other rows are computed from."""
+
+    row: ScoreRow
+    units: Units | None
+    candidate: Candidate
+
+
 def evaluate(config: Config, report: Report) -> dict[str, Any]:
     """Perplexity, bits per byte and size of the base, the quantized base and the tuned model, or of some schemes."""
     options, model_options = config[EvaluateOptions], config[ModelOptions]
@@ -74,9 +84,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
-    table: list[ScoreRow] = []
-    differences: list[Difference] = []
-    units: Units | None = None  # of the last row
+    table: list[Scored] = []
     task_rows: list[dict[str, Any]] = []
     candidates = _candidates(schemes, source, config, hardware)
     if stored_scheme(source).name != "dynamic8" and any(
@@ -99,10 +107,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch_size, label=label, report=report)
                 row = replace(score_row(name, candidate.scheme, folder, result), size_bytes=size)
-                if name == "tuned" and name != candidate.names[0]:
-                    differences.append(loss_difference(table[-1], row, units, result.units))
-                table.append(row)
-                units = result.units
+                table.append(Scored(row, result.units, candidate))
             if tasks:
                 report.say(f"{label} on tasks")
                 loaded = LoadedModel(model, tokenizer, end_ids(source))
@@ -110,16 +115,25 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
                 task_rows += [{**_named(name, candidate.scheme, folder), **row} for row in results]
                 del loaded
         del model  # frees its memory before the next one is loaded
-    if rows:
-        show_scores(ScoreTable(table, differences, units), report)
+    differences = _differences(table, compared=bool(schemes))
+    if table:
+        show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
     if tasks:
         show_tasks(task_rows, report)
     return {
-        "rows": [row.to_dict() for row in table],
+        "rows": [one.row.to_dict() for one in table],
         "differences": [asdict(one) for one in differences],
         **({"attached": attached(adapter)} if adapter else {}),
         **({"tasks": task_rows} if tasks else {}),
     }
+
+
+def _differences(table: Sequence[Scored], *, compared: bool) -> list[Difference]:
+    """Of compared schemes, from the first to each other one; else from each model without the adapter to it with."""
+    pairs = [(table[0], one) for one in table[1:]]
+    if not compared:
+        pairs = [(before, after) for before, after in pairwise(table) if before.candidate is after.candidate]
+    return [loss_difference(before.row, after.row, before.units, after.units) for before, after in pairs]
 
 
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:

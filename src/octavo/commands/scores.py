@@ -64,7 +64,7 @@ def loss_difference(
     """How much lower the loss of the row `after` is. Without the units of both there is no interval."""
     loss = None if before.loss is None or after.loss is None else before.loss - after.loss
     paired = difference(units_before, units_after) if units_before and units_after else None
-    return Difference(before.name, after.name, after.scheme, loss, paired)
+    return Difference(before.name, before.scheme, after.name, after.scheme, loss, paired)
 
 
 def show_scores(table: ScoreTable, report: Report) -> None:
@@ -108,21 +108,30 @@ def _show_losses(table: ScoreTable, report: Report) -> None:
             f"{units.rows:,} row{'s' * (units.rows != 1)}."
         )
     for one in table.differences:
-        if one.loss is not None and math.isfinite(one.loss):
+        if one.lower_by is not None and math.isfinite(one.lower_by):
             report.result(difference_text(one, units))
 
 
 def difference_text(one: Difference, units: Units) -> str:
     """A difference as a sentence."""
-    assert one.loss is not None
-    sign, word = (-1, "higher") if one.loss < 0 else (1, "lower")
-    text = f"The loss of {one.after} is {shown(abs(one.loss))} nats per token {word} than that of {one.before}"
+    assert one.lower_by is not None
+    sign, word = (-1, "higher") if one.lower_by < 0 else (1, "lower")
+    same_scheme = one.before_scheme == one.after_scheme
+    before, after = (
+        name if same_scheme else f"{name} ({scheme})"
+        for name, scheme in ((one.before, one.before_scheme), (one.after, one.after_scheme))
+    )
+    text = f"The loss of {after} is {shown(abs(one.lower_by))} nats per token {word} than that of {before}"
+    if no_difference := abs(one.lower_by) < 5e-4:
+        digits = " to three decimals" if one.lower_by else ""
+        sign, text = 1, f"There is no difference between the losses of {after} and {before}{digits}"
     if one.interval is None:
         reason = "the losses before training are not in the checkpoint"
         return f"{text}." if len(units.nats) < MIN_UNITS else f"{text}; it has no interval: {reason}."
     low, high = sorted((sign * one.interval.low, sign * one.interval.high))
     text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {_described(units)})."
-    return text if low > 0 else f"{text} The interval contains 0: this text does not show which is better."
+    clear = no_difference or low > 0
+    return text if clear else f"{text} The interval contains 0: this text does not show which is better."
 
 
 def _described(units: Units) -> str:

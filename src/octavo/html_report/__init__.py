@@ -179,10 +179,10 @@ def _differences(events: Sequence[Event]) -> str:
     """How much lower the loss of the tuned model is."""
     evaluation = last(events, Evaluation)
     sentences = [
-        f"loss of {one.before} \N{MINUS SIGN} loss of {one.after}: {shown(one.loss)} nats per token (95 % interval "
+        f"loss of {one.before} \N{MINUS SIGN} loss of {one.after}: {shown(one.lower_by)} nats per token (95 % interval "
         f"{shown(one.interval.low)} to {shown(one.interval.high)}, over {one.interval.units:,} {one.interval.over})"
         for one in (evaluation.differences if evaluation else ())
-        if one.loss is not None and one.interval is not None
+        if one.lower_by is not None and one.interval is not None
     ]
     return f'<p class="lead">{_text("; ".join(sentences))}.</p>' if sentences else ""
 

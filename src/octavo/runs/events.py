@@ -79,12 +79,16 @@ class Sample(Event):
 
 @dataclass(frozen=True)
 class Interval:
-    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py)."""
+    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py).
+
+    `level` is the share of such intervals that contain the mean.
+    """
 
     low: float
     high: float
     units: int
     over: str
+    level: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,12 @@ class ScoreRow:
 class Difference:
     """How much lower the loss of one row of the perplexity table is than that of another, on the same text."""
 
-    before: str = ""  # the names of the rows
+    before: str = ""  # the name of a row
+    before_scheme: str = ""
     after: str = ""
-    scheme: str = ""
-    loss: float | None = None  # before - after, in nats a token
-    interval: Interval | None = None
+    after_scheme: str = ""
+    lower_by: float | None = None  # loss before - loss after in nats a token: positive if `after` is better
+    interval: Interval | None = None  # of lower_by
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_every_step_is_recorded_and_the_loss_decreases(finished: tuple[Path, dic
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
     assert {"loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "tokens_per_second"} <= steps[0].keys()
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
-    assert result["loss"] == steps[-1]["loss"]
+    assert result["train_loss"] == steps[-1]["loss"]
     quantized, tuned = result["rows"]
     assert tuned["perplexity"] < 0.75 * quantized["perplexity"]
 
@@ -93,9 +93,10 @@ def test_the_gain_on_the_held_out_text_has_an_interval_also_in_a_resumed_run(tun
     out = tmp_path / "run"
     result = tune(out, seq_len=12)  # 12 rows of the one play
     (base, tuned), [gain] = result["rows"], result["differences"]
-    assert (gain["before"], gain["after"], gain["scheme"]) == ("quantized", "tuned", "int8")
-    assert gain["loss"] == base["loss"] - tuned["loss"] > 0
-    assert 0 < gain["interval"]["low"] < gain["loss"] < gain["interval"]["high"]
+    assert (gain["before"], gain["after"]) == ("quantized", "tuned")
+    assert gain["before_scheme"] == gain["after_scheme"] == "int8"
+    assert gain["lower_by"] == base["loss"] - tuned["loss"] > 0
+    assert 0 < gain["interval"]["low"] < gain["lower_by"] < gain["interval"]["high"]
     assert gain["interval"]["over"] == "blocks of rows", "the held-out text is one play"
     assert events(out, "evaluation")[-1]["differences"] == [gain]
     assert "loss of quantized" in (out / "report.html").read_text()

@@ -382,7 +382,7 @@ def test_steps_without_a_target_have_no_loss(tune: Tune, tmp_path: Path) -> None
     steps = [event for event in read_events(tmp_path / "run" / "metrics.jsonl")[0] if event["event"] == "step"]
     assert {event["loss"] is None for event in steps if event["trained_tokens"] == 0} == {True}
     assert [event["loss"] > 1 for event in steps if event["trained_tokens"]] == [True]
-    assert answer["loss"] is None or answer["loss"] > 1
+    assert answer["train_loss"] is None or answer["train_loss"] > 1
     assert "had no token to train on" in warnings(tmp_path / "run")
     assert f"{11} steps had no token to train on" in warnings(tmp_path / "run")
     assert "training loss 0.000" not in (tmp_path / "run" / "report.html").read_text()

@@ -277,8 +277,8 @@ def test_resuming_a_finished_run_gives_the_same_table_and_changes_nothing(
 
 def test_resuming_a_finished_run_returns_its_last_loss(tune: Tune, tmp_path: Path) -> None:
     first = tune(tmp_path / "run")
-    assert first["loss"] is not None
-    assert tune(tmp_path / "run", resume=True)["loss"] == first["loss"]
+    assert first["train_loss"] is not None
+    assert tune(tmp_path / "run", resume=True)["train_loss"] == first["train_loss"]
 
 
 def test_a_finished_run_can_be_made_longer(tune: Tune, tmp_path: Path) -> None:

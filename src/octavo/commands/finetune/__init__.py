@@ -223,7 +223,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "adapter": str(run.folder.adapter) if finished else None,
         "report": str(written),
         "steps": state.done,
-        "loss": state.last.loss if state.last else _recorded_loss(run),
+        "train_loss": state.last.loss if state.last else _recorded_loss(run),
         "best_step": state.best["step"] if state.best else None,
         "rows": [row.to_dict() for row in table.rows],
         "differences": [asdict(one) for one in table.differences],
