@@ -329,7 +329,7 @@ def test_the_time_of_a_step_is_proportional_to_its_micro_batches(hollow: Path) -
     [
         ({"lora_targets": ["q_porj"]}, UsageError, "--lora-targets.*'q_porj'.*\n.*q_proj"),
         ({"seq_len": 4097}, UsageError, "--seq-len 4096"),
-        ({"gpu": "RTX 9999"}, UsageError, "Similar names are RTX 5090, RTX 4090, RTX 3090"),
+        ({"gpu": "RTX 9999"}, UsageError, "Similar names: RTX 5090, RTX 4090, RTX 3090"),
         ({"gpu": "RTX 3080 Laptop"}, UsageError, "no data of the GPU 'RTX 3080 Laptop'"),
         ({"model": "absent"}, UsageError, "absent"),
     ],
@@ -357,7 +357,7 @@ def test_without_a_memory_size_plan_asks_for_it(octavo: Octavo, hollow: Path, gp
 def test_an_unknown_gpu_is_answered_with_similar_names(octavo: Octavo, hollow: Path, gpu: str, names: str) -> None:
     done = octavo("plan", "--model", hollow, "--gpu", gpu)
     assert (done.code, done.out) == (2, "")
-    assert f"Similar names are {names}" in done.err
+    assert f"Similar names: {names}" in done.err
     assert "GTX" not in done.err
     assert "--gpu-memory" in done.err
 

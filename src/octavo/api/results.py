@@ -137,4 +137,5 @@ class QuantizeResult(TypedDict):
     out: str
     scheme: str
     bytes: int
+    bytes_before: int  # of the weight files of the input
     layers: list[WrittenWeight]

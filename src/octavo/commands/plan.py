@@ -92,7 +92,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
 
 def _unknown_gpu(name: str) -> UsageError:
     near = nearest(name)
-    names = f"Similar names are {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
+    names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
     return UsageError(
         f"octavo has no data of the GPU {name!r}.",
         hint=f"{names} For a GPU with another memory size, give that too: --gpu-memory 11GiB.",
