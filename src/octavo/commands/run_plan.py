@@ -256,8 +256,10 @@ def configure_backends(options: MemoryOptions, hardware: Hardware, report: Repor
 
 
 def _triton(hardware: Hardware) -> str:
-    """ "Triton", with the reason if the Hopper kernels are disabled on a Hopper GPU."""
+    """ "Triton", with the reason if some kernels are disabled."""
     device = hardware.capabilities
+    if not device.triton_dots:
+        return "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
     reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
     return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
 

@@ -24,9 +24,9 @@ NVIDIA, AMD, APPLE, CPU, OTHER = "nvidia", "amd", "apple", "cpu", "other"  # ven
 X86_FLAGS = ("amx_bf16", "avx512_bf16")
 BFLOAT16_FLAGS = (*X86_FLAGS, "bf16")
 
-# CUDA compute capabilities: 7.0 is V100, 7.5 is T4 (RTX 20), 8.0 is A100 (8.6 RTX 30), 8.9 is RTX 40 and L4, 9.0 is
-# H100 and H200, 10.0 is B200, 12.0 is RTX 50.
-TRITON_FROM = (7, 0)  # as torch.compile requires it; octavo's kernels were run on 9.0
+# CUDA compute capabilities: 6.0 is P100, 6.1 is GTX 10, 7.0 is V100, 7.5 is T4 (RTX 20), 8.0 is A100 (8.6 RTX 30), 8.9
+# is RTX 40 and L4, 9.0 is H100 and H200, 10.0 is B200, 12.0 is RTX 50.
+TRITON_FROM = (6, 0)  # every kernel is compiled from there on in tests; they were run on 9.0
 AMPERE = (8, 0)  # tensor cores for bfloat16, FlashAttention 2, the kernels of 8-bit matmuls
 FP8_FROM = (8, 9)
 HOPPER = 9  # major
@@ -63,6 +63,11 @@ class Capabilities:
     def triton(self) -> bool:
         """Whether octavo's Triton kernels run: they are compiled and tested for NVIDIA GPUs only."""
         return self._from(TRITON_FROM)
+
+    @property
+    def triton_dots(self) -> bool:
+        """Whether Triton compiles dots of matrices for tensor cores; on older GPUs into single multiplications."""
+        return self.compute_capability is None or self._from(AMPERE)
 
     @property
     def matmul_8bit(self) -> bool:

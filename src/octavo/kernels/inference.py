@@ -19,18 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.hardware.capabilities import capabilities_of
+from octavo.kernels import inference_dotless
+from octavo.kernels.inference_epilogue import EXACT, add_parts, epilogue_of, finish
 from octavo.ops.inference import BatchedLora
-from octavo.ops.scheme import INT8_LEVELS
 from octavo.ops.tiles import Phase
 
 PROGRAMS = 256  # programs that occupy a GPU: two for each multiprocessor of an H100
 STRIP, WIDTH = 64, 128  # outputs and inputs of a tile of the weight
-# With fusion a multiplication and the addition after it may become one instruction (FMA) with one rounding, but only in
-# variants of a kernel with no operation between the two: adapters in the batch would change the bits of base rows.
-EXACT = {"enable_fp_fusion": False}
 WGMMA_FROM = 33  # rows from which `wgmma` is the faster one (one H200)
 SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # tile of A in a program of `shrink`
-ADD_WIDTH = 128  # outputs of a program of `_add_parts`: one a thread, so that loads of adapters overlap
 
 
 def matmul(
@@ -45,32 +43,22 @@ def matmul(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    if not capabilities_of(x.device).triton_dots:
+        return inference_dotless.matmul(x, weight, absmax, phase, bias, bias_start, lora, residual, dtype)
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n, dtype=dtype or x.dtype)
     tile = tile_for(m, x.dtype, phase, lora=lora is not None)
     parts, span = parts_for(n, k, tile.strip if _any_order(m, phase) else STRIP)
     sums = x.new_empty(parts, m, n, dtype=torch.float32) if parts > 1 else out
-    assert lora is None or lora.adapter_ids.is_contiguous()
-    assert lora is None or lora.b.numel() < 2**31  # offsets in B are 32-bit integers: 64-bit offsets spill registers
-    after = (
-        absmax if absmax is not None else x, bias if bias is not None else x, bias_start,
-        bias_start + (bias.numel() if bias is not None else 0),
-        *((lora.t, lora.b, lora.adapter_ids, lora.names) if lora is not None else (x,) * 4),
-        residual if residual is not None else x, lora.t.shape[1] if lora is not None else 0,
-        len(lora.b) if lora is not None else 0, n, residual.stride(0) if residual is not None else 0,
-    )  # fmt: skip
-    levels = INT8_LEVELS if absmax is not None else 0
+    after = epilogue_of(x, n, absmax, bias, bias_start, lora, residual)
     between = triton.next_power_of_2(max(16, lora.t.shape[1])) if lora is not None else 0
-    has = bias is not None, lora.b.shape[1] if lora is not None else 0, residual is not None
     _matmul[(triton.cdiv(n, tile.strip), parts, triton.cdiv(m, tile.rows * tile.halves))](
-        x, weight, sums, out, *after, m, k, span, x.stride(0), weight.stride(0),
-        *has, parts > 1, levels, tile.rows, tile.halves, tile.strip, tile.width, between,
+        x, weight, sums, out, *after.arguments, m, k, span, x.stride(0), weight.stride(0),
+        *after.has, parts > 1, after.levels, tile.rows, tile.halves, tile.strip, tile.width, between,
         num_warps=tile.warps, num_stages=tile.stages, **EXACT,
     )  # fmt: skip
     if parts > 1:
-        _add_parts[(m, triton.cdiv(n, ADD_WIDTH))](
-            sums, out, *after, m, parts, *has, levels, ADD_WIDTH, num_warps=4, **EXACT
-        )
+        add_parts(sums, out, after)
     return out
 
 
@@ -145,81 +133,15 @@ def _matmul(
             there = (row[:, None] + ROWS < m) & (column[None, :] < last)
             inputs = tl.load(source + ROWS * x_stride, mask=there, other=0)
             lower = tl.dot(inputs, value, lower, input_precision="ieee")
-    _finish(
+    finish(
         total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
         j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
     )  # fmt: skip
     if HALVES == 2:
-        _finish(
+        finish(
             lower, row + ROWS, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids,
             names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, PARTED, LEVELS, BETWEEN,
         )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    total, row, strip, sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
-    j, adapters, m, n, residual_stride,
-    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, PARTED: tl.constexpr, LEVELS: tl.constexpr,
-    BETWEEN: tl.constexpr,
-):  # fmt: skip
-    # Stores a tile: a partial sum, or the result with scale, bias, adapters and residual.
-    at = row[:, None].to(tl.int64) * n + strip[None, :]
-    inside = (row[:, None] < m) & (strip[None, :] < n)
-    if PARTED:
-        tl.store(sums + tl.program_id(1).to(tl.int64) * m * n + at, total, mask=inside)
-    else:
-        total = _add_terms(
-            total, row[:, None], strip[None, :], inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids,
-            names, residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, BETWEEN,
-        )  # fmt: skip
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["m", "j", "adapters", "parts", "bias_start", "bias_stop"])
-def _add_parts(
-    sums, out, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
-    j, adapters, n, residual_stride, m, parts,
-    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)[:, None]
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    inside = column < n
-    total = tl.zeros((1, WIDTH), dtype=tl.float32)
-    for part in range(parts):
-        total += tl.load(sums + (part * m + row) * n + column, mask=inside, other=0)
-    total = _add_terms(
-        total, row, column, inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names,
-        residual, j, adapters, m, n, residual_stride, BIAS, R, RESIDUAL, LEVELS, 0,
-    )  # fmt: skip
-    tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_terms(
-    total, row, column, inside, absmax, bias, bias_start, bias_stop, lora_t, b, adapter_ids, names, residual,
-    j, adapters, m, n, residual_stride,
-    BIAS: tl.constexpr, R: tl.constexpr, RESIDUAL: tl.constexpr, LEVELS: tl.constexpr, BETWEEN: tl.constexpr,
-):  # fmt: skip
-    if LEVELS:
-        total *= tl.load(absmax + column, mask=column < n, other=0) / LEVELS
-    if BIAS:
-        total += tl.load(bias + column - bias_start, mask=(column >= bias_start) & (column < bias_stop), other=0)
-    if BETWEEN:
-        total = _add_lora(total, row, column, lora_t, b, adapter_ids, names, j, adapters, m, n, R, BETWEEN)
-    elif R:
-        number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
-        name = tl.load(names + column, mask=column < n, other=0)
-        live = inside & (number > 0)
-        for start in range(0, R, 16):
-            for step in tl.static_range(16):  # unrolled, so that the loads overlap
-                r = start + step
-                t = tl.load(lora_t + row * j + name * R + r, mask=live & (r < R), other=0)
-                factor = tl.load(b + (number * R + r) * n + column, mask=live & (r < R), other=0)
-                total += t * factor.to(tl.float32)
-    if RESIDUAL:
-        total += tl.load(residual + row * residual_stride + column, mask=inside, other=0).to(tl.float32)
-    return total
 
 
 def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
@@ -230,27 +152,6 @@ def shrink(x: Tensor, a: Tensor, adapter_ids: Tensor, phase: Phase) -> Tensor:
         x, a, adapter_ids, out, j, k, x.stride(0), SHRINK_ROWS, SHRINK_WIDTH, num_warps=8
     )
     return out
-
-
-@triton.jit
-def _add_lora(
-    total, row, column, lora_t, b, adapter_ids, names, j, adapters, m, n, R: tl.constexpr, BETWEEN: tl.constexpr
-):  # fmt: skip
-    # One low-rank GEMM for each adapter of the tile's rows, with zeros in the rows of other adapters.
-    line = tl.arange(0, BETWEEN)
-    number = tl.load(adapter_ids + row, mask=row < m, other=0).to(tl.int32)
-    t = tl.load(lora_t + row * j + line[None, :], mask=(row < m) & (line[None, :] < j), other=0)
-    reads = (line[:, None] // R == tl.load(names + column, mask=column < n, other=-1)) & (column < n)
-    lowest = tl.min(tl.min(tl.where(number > 0, number, adapters), axis=1), axis=0)  # 0 is the base
-    highest = tl.max(tl.max(number, axis=1), axis=0)
-    for adapter in range(lowest, highest + 1):
-        through = number == adapter
-        if tl.max(tl.max(through.to(tl.int32), axis=1), axis=0) > 0:
-            factor = tl.load(b + (adapter * R + line[:, None] % R) * n + column, mask=reads, other=0)
-            part = tl.where(through, t, 0).to(factor.dtype)
-            # 0 * inf is NaN: an adapter with values that are not finite must not change rows of other adapters.
-            total = tl.where(through, tl.dot(part, factor, total, input_precision="ieee"), total)
-    return total
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def decode_attention(
     return out
 
 
-@kernel
+@kernel(dots=True)
 def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, slots: Tensor | None = None, spec: AttentionSpec = PLAIN
 ) -> Tensor:

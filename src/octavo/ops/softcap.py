@@ -73,7 +73,7 @@ class _Softcapped(torch.autograd.Function):
         return *softcapped_backward(q, k, v, out, lse, _with_rows(grad), ctx.spec, ctx.extents), None, None
 
 
-@kernel(on_meta="kernel")
+@kernel(on_meta="kernel", dots=True)
 def softcapped_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: CappedSpec, extents: Extents | None
 ) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def softcapped_forward(
     return out, lse
 
 
-@kernel(on_meta="kernel")
+@kernel(on_meta="kernel", dots=True)
 def softcapped_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, spec: CappedSpec, extents: Extents | None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,8 +115,15 @@ def observe(name: str, tensors: list[Tensor]) -> None:
 @overload
 def kernel(reference: Operation) -> Operation: ...
 @overload
-def kernel(*, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"]) -> Callable[[Operation], Operation]: ...
-def kernel(reference: Any = None, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None = None) -> Any:
+def kernel(
+    *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None = None, dots: bool = False
+) -> Callable[[Operation], Operation]: ...
+def kernel(
+    reference: Any = None,
+    *,
+    on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None = None,
+    dots: bool = False,
+) -> Any:
     """Marks a reference that has a kernel. The device of its first argument decides which of the two runs.
 
     On the meta device, where tensors have shapes and no values, neither computes anything. A training step is simulated
@@ -127,13 +134,18 @@ def kernel(reference: Any = None, *, on_meta: Callable[[Tensor], Tensor] | Liter
     - a function: it returns this function of the first argument.
     - "kernel": it calls the kernel's Python function, which allocates its tensors, calls `observe` and launches nothing
       on the meta device. If the folder kernels/ was deleted, it calls the reference.
+
+    With `dots` the kernel is made of Triton's dots: GPUs on which these do not run on tensor cores take the reference,
+    whose matmuls are cuBLAS's.
     """
     if reference is None:
-        return functools.partial(_dispatched, on_meta=on_meta)
-    return _dispatched(reference, on_meta=None)
+        return functools.partial(_dispatched, on_meta=on_meta, dots=dots)
+    return _dispatched(reference, on_meta=None, dots=False)
 
 
-def _dispatched(reference: Operation, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None) -> Operation:
+def _dispatched(
+    reference: Operation, *, on_meta: Callable[[Tensor], Tensor] | Literal["kernel"] | None, dots: bool
+) -> Operation:
     file, name = reference.__module__.rpartition(".")[2], reference.__name__
     KERNELS[f"{file}.{name}"] = reference
 
@@ -142,7 +154,8 @@ def _dispatched(reference: Operation, *, on_meta: Callable[[Tensor], Tensor] | L
         if first.is_meta and on_meta != "kernel":
             observe(name, [first, *_tensors(rest)])
             return on_meta(first) if on_meta is not None else None
-        if kernels_run_on(first) or (first.is_meta and find_spec("octavo.kernels") is not None):
+        runs = kernels_run_on(first) and (not dots or capabilities_of(first.device).triton_dots)
+        if runs or (first.is_meta and find_spec("octavo.kernels") is not None):
             return getattr(import_module(f"octavo.kernels.{file}"), name)(first, *rest, **named)
         return reference(first, *rest, **named)
 
