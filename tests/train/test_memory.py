@@ -224,6 +224,57 @@ def test_micro_batch_sizes_are_halved_to_one(batch: int, rows: list[int]) -> Non
     assert list(_halvings(batch)) == rows
 
 
+class LinearPlanner(Planner):
+    """A planner whose forecasts are linear in the tokens and layers, so that many plans take no time."""
+
+    def _forecast(self, rows: int, save: tuple[Save, ...], offload: bool = False, transposed: int = 0) -> Forecast:
+        tokens = rows * self.length
+        saved = {INPUT: 2, ATTENTION: 5, ALL: 24}  # KiB a token and layer
+        work = {INPUT: 4.0, ATTENTION: 3.8, ALL: 3.0}  # forwards of a layer
+        moved = 2**31 - transposed * 2**27 * bool(self.precision.outliers)  # the weights, once for each micro-batch
+        return Forecast(
+            2**10
+            * tokens
+            * (sum(saved[level] for level in save) - 2 * len(save) * offload + 16 - 12 * self.tiled_head),
+            tokens * (4e8 * sum(work[level] for level in save) + 5e8 + 3e7 * self.tiled_head),
+            0.0,
+            moved + 2e5 * tokens,
+            host_bytes=2**11 * tokens * len(save) * offload,
+            bus_bytes=2**11 * tokens * len(save) * offload * 12.0,
+        )
+
+
+@pytest.mark.parametrize("batch", [3, 5, 6, 7, 9])
+@pytest.mark.parametrize("use_8bit", [False, True])
+def test_no_row_count_is_left_out_that_is_faster(batch: int, use_8bit: bool) -> None:
+    """Of 5 rows, micro-batches of 3 compute 6, and micro-batches of 1 compute 5. Expected: the search over all plans
+    of one save level for all layers, and plans that are not slower with a larger budget or with the choice to offload.
+    """
+    model = planner("llama-4", length=2048).model
+    precision = all_8bit(model) if use_8bit else Precision()
+    without = LinearPlanner(model, 2048, batch, 2, GPUS["T4"], precision=precision)
+    both = replace(without, offloads=(False, True))
+    plans = [
+        head.plan(all_of(save), rows, offload=offload)
+        for head in (both, both.least)
+        for save in Save
+        for rows in both.row_counts
+        for offload in both.offloads
+    ]
+    low = 0.99 * both.smallest().peak_bytes / MARGIN
+    high = 1.01 * without.plan(all_of(ALL), batch, transposed=LAYERS * use_8bit).peak_bytes / MARGIN
+    before = {False: math.inf, True: math.inf}  # the cost within the last budget, without and with offload
+    for share in range(41):
+        budget = low + share / 40 * (high - low)
+        for offload, this in ((False, without), (True, both)):
+            best = this.best(budget)
+            cost = math.inf if best is None else this._cost(best)
+            fitting = [plan for plan in plans if plan.peak_bytes <= MARGIN * budget and plan.offload <= offload]
+            assert cost <= (1 + 1e-12) * min([before[offload], *map(this._cost, fitting)])
+            before[offload] = cost
+        assert before[True] <= before[False]
+
+
 def test_an_unknown_gpu_has_the_plan_of_a_known_one() -> None:
     known = small_planner("gptj-4")
     unknown = Planner(known.model, known.length, known.batch_size, known.optimizer_bytes)

@@ -127,6 +127,7 @@ class Planner:
         """The plan with the shortest step within the budget; None if there is none."""
         found = self._best(budget_bytes)
         full = found is not None and found.save == self._all(Save.ALL) and found.rows == self.row_counts[0]
+        full = full and found is not None and not found.offload
         if self.tiled_head or full or self.smallest().peak_bytes > MARGIN * budget_bytes:
             return found
         plans = [plan for plan in (found, self.least._best(budget_bytes)) if plan is not None]
@@ -144,9 +145,11 @@ class Planner:
                 if plan.save == self._all(Save.ALL):
                     stored = self._transposed(plan, limit) if use_8bit else plan
                     fitting.append(stored)
-                    if not use_8bit or stored.transposed == len(plan.save):  # fewer rows, or offload, are only slower
+                    # The fastest of all: fewer rows are slower, unless they divide the batch and these do not.
+                    divides = rows * math.ceil(self.batch_size / rows) == self.batch_size
+                    if divides and not offload and (not use_8bit or stored.transposed == len(plan.save)):
                         return min(fitting, key=self._cost)
-                    break  # with fewer rows more of the transposed weights may fit
+                    break  # offload is slower; with fewer rows more of the transposed weights may fit
             # Each row count takes three simulations an offload mode: one more spares those of a run that cannot fit.
             if not fitting and rows == self.row_counts[0] and self.smallest().peak_bytes > limit:
                 return None
