@@ -46,9 +46,9 @@ def inputs(m: int, *, n: int = 70, k: int = 1300, rank: int = 3) -> tuple[tuple[
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("n", "k"), [(70, 2100), (1300, 300)], ids=["split sums", "whole sums"])
+@pytest.mark.parametrize(("n", "k"), [(70, 2100), (70, 300)], ids=["split sums", "whole sums"])
 def test_the_bits_of_a_row_do_not_depend_on_the_others(n: int, k: int) -> None:
-    assert (inference_dotless.parts_for(n, k)[0] > 1) == (n == 70)
+    assert (inference_dotless.parts_for(n, k)[0] > 1) == (k == 2100)
     given, named = inputs(9, n=n, k=k)
     together = inference.matmul(*given, phase=Phase.DECODE, **named)
     for m in (1, 3, 4, 5):
