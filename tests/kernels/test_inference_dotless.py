@@ -27,6 +27,7 @@ def on_a_t4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "capabilities_of", lambda _: devices.T4)
 
 
+@pytest.mark.exhaustive  # 16 s in the interpreter
 def test_it_is_the_reference() -> None:
     assert len(CASES["inference.matmul"]) > 10
     check_parity("inference.matmul", torch.float16)

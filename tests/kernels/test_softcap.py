@@ -78,7 +78,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.float16], ids=["float32", "float16"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_are_the_formula(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = Tile(*case.tile, 4, 1)

@@ -129,7 +129,13 @@ def peak(config: dict[str, Any], device: str, options: ForwardOptions, packed: b
 
 
 @pytest.mark.parametrize(
-    ("fused", "packed"), [(True, False), (True, True), (False, False)], ids=["fused", "fused, packed", "plain"]
+    ("fused", "packed"),
+    [
+        (True, False),
+        pytest.param(True, True, marks=pytest.mark.exhaustive),
+        pytest.param(False, False, marks=pytest.mark.exhaustive),
+    ],
+    ids=["fused", "fused, packed", "plain"],
 )
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FIRST else pytest.mark.exhaustive) for c in CASES])
 def test_the_simulated_peak_is_that_of_a_step(case: str, fused: bool, packed: bool, as_on_gpu: LiveBytes) -> None:
