@@ -39,7 +39,7 @@ GPUS = {
     86: devices.RTX_3060, 89: devices.RTX_4090, 90: devices.H200, 100: devices.B200, 120: devices.RTX_5090,
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-DOT = re.compile(r"^\s*(?:mma|wgmma|tcgen05\.mma)\S*", re.MULTILINE)
+DOT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 
 
 class Absent:
