@@ -24,7 +24,7 @@ BELOW_AMPERE = {
     "matmul8.matmul_8bit_into", "matmul8.quantize_rows_into", "matmul8.transpose_into",
 }  # fmt: skip
 
-# Bytes of stack a thread. The general 8-bit matmul runs on Hopper only under a version of Triton without its own kernel.
+# Bytes of stack a thread. On Hopper the general 8-bit matmul runs only under a Triton without the kernel for Hopper.
 SPILLS = {("_matmul", 80): 16, ("_matmul_8bit", 90): 40, ("_matmul_8bit", 100): 136}
 
 
