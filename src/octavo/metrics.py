@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from octavo.data.loader import batches
 from octavo.data.packing import IGNORE_INDEX, Row
@@ -58,11 +57,10 @@ def score(
     was_training = model.training
     model.eval()
     losses: list[npt.NDArray[np.float64]] = []  # one of each label, in the order of the rows
-    with torch.no_grad():
-        for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
-            losses.append(token_losses(model, batch).double().cpu().numpy())
-            if progress:
-                progress(len(batch.ids))
+    for batch in batches(rows, batch_size=batch_size, seed=0, epochs=1, shuffle=False):
+        losses.append(token_losses(model, batch).double().cpu().numpy())
+        if progress:
+            progress(len(batch.ids))
     model.train(was_training)
     each = np.concatenate(losses)  # (N,)
     return Score(float(each.sum()), len(each), n_bytes, _units(rows, each))

@@ -109,10 +109,10 @@ def pretended(device: Capabilities) -> Iterator[None]:
 def _resources(kernel: Any, result: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(result.asm["cubin"])
-        told = subprocess.run(
+        listing = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", told)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (int(re.search(rf"{key}:(\d+)", listing)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     has_dot = "tl.dot(" in kernel.src or "tt.dot" in result.asm["ttir"]
     dot = ("mma" if DOT.search(result.asm["ptx"]) else "fma") if has_dot else ""
     return {"registers": registers, "stack": stack, "shared": result.metadata.shared, "dot": dot}

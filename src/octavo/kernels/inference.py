@@ -21,7 +21,7 @@ from torch import Tensor
 
 from octavo.hardware.capabilities import capabilities_of
 from octavo.kernels import inference_dotless
-from octavo.kernels.inference_epilogue import EXACT, add_parts, epilogue_of, finish
+from octavo.kernels.inference_epilogue import EXACT, add_parts, epilogue_of, finish, split
 from octavo.ops.inference import BatchedLora
 from octavo.ops.tiles import Phase
 
@@ -69,9 +69,7 @@ def _any_order(m: int, phase: Phase) -> bool:
 
 def parts_for(n: int, k: int, strip: int = STRIP) -> tuple[int, int]:
     """(number of partial sums, inputs of each) for a weight (n, k): a function of the weight's shape alone."""
-    parts = max(1, min(PROGRAMS // triton.cdiv(n, strip), k // (4 * WIDTH)))
-    span = triton.cdiv(triton.cdiv(k, parts), WIDTH) * WIDTH
-    return triton.cdiv(k, span), span
+    return split(n, k, strip=strip, width=WIDTH, programs=PROGRAMS)
 
 
 class Tile(NamedTuple):

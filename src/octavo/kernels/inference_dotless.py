@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.inference_epilogue import EXACT, add_parts, epilogue_of, finish
+from octavo.kernels.inference_epilogue import EXACT, add_parts, epilogue_of, finish, split
 from octavo.ops.inference import BatchedLora
 from octavo.ops.tiles import Phase
 from octavo.runtime.dispatch import KERNELS
@@ -56,9 +56,7 @@ def matmul(
 
 def parts_for(n: int, k: int) -> tuple[int, int]:
     """(number of partial sums, inputs of each) for a weight (n, k): a function of the weight's shape alone."""
-    parts = max(1, min(PROGRAMS // triton.cdiv(n, STRIP), k // (4 * WIDTH)))
-    span = triton.cdiv(triton.cdiv(k, parts), WIDTH) * WIDTH
-    return triton.cdiv(k, span), span
+    return split(n, k, strip=STRIP, width=WIDTH, programs=PROGRAMS)
 
 
 @triton.jit(do_not_specialize=["m", "j", "adapters", "bias_start", "bias_stop"])

@@ -46,6 +46,16 @@ def epilogue_of(
     return Epilogue(arguments, has, INT8_LEVELS if absmax is not None else 0)
 
 
+def split(n: int, k: int, *, strip: int, width: int, programs: int) -> tuple[int, int]:
+    """(number of partial sums, inputs of each) of a weight (n, k), in strips of outputs and tiles of `width` inputs.
+
+    A function of the weight's shape alone; as many as give the GPU `programs` to run.
+    """
+    parts = max(1, min(programs // triton.cdiv(n, strip), k // (4 * width)))
+    span = triton.cdiv(triton.cdiv(k, parts), width) * width
+    return triton.cdiv(k, span), span
+
+
 def add_parts(sums: Tensor, out: Tensor, after: Epilogue) -> None:
     """out (M, N) from partial sums (parts, M, N), in the order of the parts."""
     parts, m, n = sums.shape
