@@ -62,13 +62,13 @@ def build(
     plan = planner.best(budget) or planner.smallest()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)
-    return TrainableOctavo(model, plan, planner)
+    return TrainableOctavo(model, plan, planner, limited=cap_bytes is not None)
 
 
 class TrainableOctavo:
-    """A model that octavo's training loop trains, one batch per call of `step`."""
+    """A model that octavo's training loop trains, one batch per call of `step`. `limited`: see PlannedStep."""
 
-    def __init__(self, model: Decoder, plan: MemoryPlan, planner: Planner) -> None:
+    def __init__(self, model: Decoder, plan: MemoryPlan, planner: Planner, *, limited: bool = False) -> None:
         parameters = trained(model)
         self.plan = plan
         self.micro_step = PlannedStep(
@@ -80,6 +80,7 @@ class TrainableOctavo:
             precision=planner.precision,
             fused=planner.fused,
             documents=planner.documents,
+            limited=limited,
         )
         self.trainer = Trainer(
             model, parameters, Adam(flatten_(parameters), OptimizerSettings()),

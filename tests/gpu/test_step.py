@@ -32,8 +32,10 @@ from octavo.runtime import offload
 from octavo.runtime.dispatch import Backends, set_backends
 from octavo.store.sources import FolderSource
 from octavo.store.weights import allocated, load
+from octavo.train.memory import MemoryPlan
 from octavo.train.precision import all_8bit, matmul8_of
-from octavo.train.step import EagerStep, GraphStep, MicroStep
+from octavo.train.simulate import PAGES
+from octavo.train.step import EagerStep, GraphStep, MicroStep, PlannedStep
 
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of libraries are no failures
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -384,6 +386,54 @@ def test_a_capture_that_runs_out_of_memory_before_any_copy_raises_that_error(loa
     out_of_memory[0] = False
     graph_step.release()
     assert_close(step.run(graph_step, batch), expected, 1e-3)
+
+
+def test_a_graph_with_reserved_memory_is_captured_in_as_much_as_it_takes_without_a_limit(load_step: Load) -> None:
+    """Without it, PyTorch would need the last growth of the pool once more (PlannedStep)."""
+    step, batch = load_step(torch.bfloat16, GPU, "int8"), batch_of(0, packed=False)
+    plain = graph(step.model, Save.INPUT, rows=ROWS)
+    expected = step.run(plain, batch)
+    plain.release()
+    before = torch.cuda.memory_reserved()
+    step.run(plain, batch)
+    taken = torch.cuda.memory_reserved() - before
+    plain.release()
+    assert torch.cuda.memory_reserved() <= before
+    limit = before + taken
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory, GPU)
+    try:
+        reserving = GraphStep(
+            eager(step.model, Save.INPUT, rows=ROWS), {(0, False)}, reserved_bytes=taken // PAGES[False] * PAGES[False]
+        )
+        assert_close(step.run(reserving, batch), expected, 1e-3)
+        assert torch.cuda.memory_reserved() <= limit
+        reserving.release()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+
+
+def test_memory_of_a_capture_that_fails_under_a_limit_is_free_afterwards(load_step: Load) -> None:
+    """As in `accumulate_gradients`: the exception is gone when `reduce_memory` is called."""
+    step, batch = load_step(torch.bfloat16, GPU, "int8"), batch_of(0, packed=False)
+    plan = MemoryPlan((Save.INPUT,) * len(step.model.blocks), ROWS, 2**30, None)
+    planned = PlannedStep(step.model, plan, graphs=True, cheaper=lambda _: None, warn=lambda _: None)
+    expected = step.run(planned, batch)
+    planned.release()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(
+        (before + 2**20) / torch.cuda.get_device_properties(GPU).total_memory, GPU
+    )
+    failed = False
+    try:
+        planned(batch, 0.1)  # captured, since the kind has been seen
+    except torch.OutOfMemoryError:
+        failed = True
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, GPU)
+    assert failed
+    assert planned.reduce_memory()
+    assert torch.cuda.memory_reserved() <= before
+    assert_close(step.run(planned, batch), expected, 1e-3)
 
 
 def test_offloaded_inputs_need_no_gpu_memory(load_step: Load) -> None:

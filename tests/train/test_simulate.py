@@ -102,6 +102,30 @@ def test_memory_grows_at_its_end_by_the_smallest_number_of_pages() -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@given(steps=st.lists(st.integers(-20, 100).filter(bool), max_size=60))
+@example(steps=[9, 1, 5, -3, -1, 5, 9])
+def test_memory_reserved_at_the_start_is_enough_and_changes_no_address(steps: list[int]) -> None:
+    """So a graph may reserve the forecast of its blocks. A positive step allocates, a negative one frees a block."""
+
+    def addresses(arena: Arena) -> list[int]:
+        made: list[int] = []
+        for step in steps:
+            if step > 0:
+                made.append(arena.allocate(step))
+            elif arena.taken:
+                arena.free_block(list(arena.taken)[step % len(arena.taken)])
+        return made
+
+    grown = Arena(page=7)
+    expected = addresses(grown)
+    reserved = Arena(page=7)
+    if grown.end:
+        reserved.free_block(reserved.allocate(grown.end))
+    assert addresses(reserved) == expected
+    assert reserved.end == grown.end
+
+
+@settings(max_examples=200, deadline=None)
 @given(page=st.sampled_from([1, 7, 64]), steps=st.lists(st.integers(-20, 100).filter(bool), max_size=60))
 @example(page=7, steps=[3, 3, 3, -1, -2, 6, 1])
 def test_blocks_do_not_overlap_and_are_merged_at_the_end(page: int, steps: list[int]) -> None:

@@ -206,6 +206,14 @@ def test_a_graph_has_no_more_slots_than_its_plan_has_documents(model: Decoder) -
         assert step.most_documents == most
 
 
+@pytest.mark.parametrize("limited", [False, True])
+def test_under_a_limit_a_graph_reserves_the_forecast_of_its_blocks(model: Decoder, limited: bool) -> None:
+    plan = MemoryPlan((Save.INPUT,) * 2, 3, 2**30, None, large_bytes=2**28)
+    step = PlannedStep(model, plan, graphs=True, cheaper=lambda _: None, warn=lambda _: None, limited=limited)._make()
+    assert isinstance(step, GraphStep)
+    assert step.reserved_bytes == (2**28 if limited else 0)
+
+
 def test_the_kind_of_a_micro_batch_has_the_slots_of_its_graph(model: Decoder) -> None:
     for most, slots in ((None, 64), (12, 12)):
         seen: set[Any] = set()

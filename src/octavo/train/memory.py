@@ -38,7 +38,7 @@ class MemoryPlan:
 
     With `offload` the blocks' inputs and the embedding are in `host_bytes` of CPU memory. The weights of
     8-bit matmuls of the last `transposed` layers are stored transposed as well. With `tiled_head` the head is
-    dequantized in tiles (fused/loss.py).
+    dequantized in tiles (fused/loss.py). `large_bytes` of the peak are the step's blocks of over 1 MiB.
     """
 
     save: tuple[Save, ...]
@@ -49,6 +49,7 @@ class MemoryPlan:
     host_bytes: int = 0
     transposed: int = 0
     tiled_head: bool = False
+    large_bytes: int = 0
 
     def describe(self) -> str:
         """For people: rows of a micro-batch, and what is saved in how many layers."""
@@ -115,7 +116,7 @@ class Planner:
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(
             tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed,
-            self.tiled_head,
+            self.tiled_head, forecast.large_bytes,
         )  # fmt: skip
 
     @cached_property

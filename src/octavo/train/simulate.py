@@ -46,6 +46,7 @@ class Forecast:
     matmul8_flops: float = 0.0
     host_bytes: int = 0  # of pinned CPU memory, for offload
     bus_bytes: float = 0.0  # copied to CPU memory and back
+    large_bytes: int = 0  # of peak_bytes, those of the arena of all blocks over SMALL
 
     def seconds(self, gpu: Peak) -> float:
         """Time on a GPU, at the shares of its peak throughput that an H100 reached (docs/log.md).
@@ -75,7 +76,7 @@ def simulate(step: Callable[[], Any]) -> Forecast:
     peak = sum(arena.end for arena in recorder.arenas.values())
     return Forecast(
         peak, recorder.flops, recorder.attention_flops, recorder.moved, recorder.matmul8_flops,
-        recorder.host_bytes, recorder.bus_bytes,
+        recorder.host_bytes, recorder.bus_bytes, recorder.arenas[False].end,
     )  # fmt: skip
 
 

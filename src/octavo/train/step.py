@@ -9,6 +9,7 @@ Legend: B rows of a micro-batch, T positions; the loss scale is the scaler's sca
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -88,11 +89,14 @@ class GraphStep:
     The first micro-batch of a kind runs eagerly, in which libraries choose their kernels; the next one is captured.
     Missing rows are filled with padding, so that all micro-batches have one shape. A replay draws new dropout masks
     (layers/dropout.py). `most_documents` are those of a packed micro-batch, if the number is known: no graph has more
-    document slots.
+    document slots. The pool starts with one free block of `reserved_bytes`.
     """
 
-    def __init__(self, eager: EagerStep, seen: set[Kind], most_documents: int | None = None) -> None:
+    def __init__(
+        self, eager: EagerStep, seen: set[Kind], most_documents: int | None = None, *, reserved_bytes: int = 0
+    ) -> None:
         self.eager, self.rows, self.most_documents = eager, eager.rows, most_documents
+        self.reserved_bytes = reserved_bytes
         self._seen = seen  # kinds that have run eagerly
         self._graphs: dict[Kind, _Graph] = {}
 
@@ -107,7 +111,7 @@ class GraphStep:
         if kind not in self._graphs:
             shape = (self.rows, batch.ids.shape[1])
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[kind] = _Graph(self.eager, shape, kind, pool)
+            self._graphs[kind] = _Graph(self.eager, shape, kind, pool, 0 if self._graphs else self.reserved_bytes)
         return self._graphs[kind].replay(batch, documents, loss_scale, generator)
 
     def release(self) -> None:
@@ -127,7 +131,7 @@ class GraphStep:
 class _Graph:
     """One captured micro-step with the tensors that it reads and writes."""
 
-    def __init__(self, eager: EagerStep, shape: tuple[int, int], kind: Kind, pool: Any) -> None:
+    def __init__(self, eager: EagerStep, shape: tuple[int, int], kind: Kind, pool: Any, reserved_bytes: int) -> None:
         (slots, weighted), device, labels = kind, eager.device, shape[0] * shape[1]
         self.ids, self.positions, self.number = (  # (B, T) each
             torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3)
@@ -144,6 +148,8 @@ class _Graph:
         options = replace(eager.options, dropout=self.dropout)
         torch.cuda.empty_cache()  # cached blocks of eager passes would add to the memory of the graph
         with torch.cuda.graph(self.graph, pool=pool):
+            if reserved_bytes:
+                torch.empty(reserved_bytes, dtype=torch.uint8, device=device)  # freed at once, for the step's blocks
             try:
                 loss = eager.objective(eager.decoder, inputs, options)
                 loss.backward(gradient=self.loss_scale)
@@ -196,7 +202,9 @@ def _document_slots(documents: Documents | None, most: int | None = None, *, mis
 class PlannedStep:
     """Micro-steps by a memory plan. After running out of memory a plan for less memory replaces it.
 
-    `documents` are the most of a row, its padding counted as one; None if they are not known.
+    `documents` are the most of a row, its padding counted as one; None if they are not known. `limited`: the process
+    has a limit of GPU memory (`torch.cuda.set_per_process_memory_fraction`). A graph reserves the forecast of its
+    blocks then, since PyTorch would need their last growth once more (docs/design/memory.md).
     """
 
     def __init__(
@@ -211,8 +219,10 @@ class PlannedStep:
         objective: Objective = next_token_loss,
         fused: bool = True,
         documents: int | None = None,
+        limited: bool = False,
     ) -> None:
         self.decoder, self.plan, self.graphs, self.documents = decoder, plan, graphs, documents
+        self.limited = limited
         self.precision, self.objective, self.fused = precision or Precision(), objective, fused
         self._cheaper, self._warn = cheaper, warn
         self._step: EagerStep | GraphStep | None = None
@@ -232,7 +242,10 @@ class PlannedStep:
         eager = EagerStep(self.decoder, options, self.objective, self.plan.rows)
         if not self.graphs:
             return eager
-        return GraphStep(eager, self._seen, most_documents(self.plan.rows, self.documents or 0) or None)
+        return GraphStep(
+            eager, self._seen, most_documents(self.plan.rows, self.documents or 0) or None,
+            reserved_bytes=self.plan.large_bytes if self.limited else 0,
+        )  # fmt: skip
 
     def _place_embedding(self) -> None:
         if self.decoder.untied_embedding is not None:
@@ -253,6 +266,7 @@ class PlannedStep:
 
         A graph keeps the memory of its step to itself, so that recording it needs more than running the step.
         """
+        gc.collect()  # contexts of autograd functions may be in reference cycles with tensors of the failed pass
         self.release()
         plan = self._cheaper(self.plan)
         if plan is None and self.graphs:

@@ -74,6 +74,7 @@ def planned_step(
         objective=fitting.planner.objective,
         fused=options.fused,
         documents=fitting.planner.documents,
+        limited=options.gpu_memory is not None,
     )
 
 
