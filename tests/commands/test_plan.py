@@ -7,11 +7,10 @@ import math
 import re
 import shlex
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,15 +19,13 @@ import yaml
 from tests import devices
 
 from octavo import cli
-from octavo.commands import plan, run_plan
+from octavo.commands import loading, plan, run_plan
 from octavo.config import Config, MemoryOptions
 from octavo.errors import ModelError, UsageError
-from octavo.hardware import GPUS, Capabilities, Hardware
+from octavo.hardware import GPUS, Hardware
 from octavo.layers.context import Save
 from octavo.ops.quantize import SCHEMES, scheme_named
 from octavo.reporting import Report
-from octavo.runtime import dispatch
-from octavo.runtime.dispatch import Backends
 from octavo.store.contents import items_of
 from octavo.store.hf_folder import write_folder
 from octavo.store.sources import FolderSource
@@ -85,7 +82,7 @@ def plan_result(folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulates an RTX 3060 with 3 GiB of free memory."""
-    monkeypatch.setattr(plan, "pick", lambda device, dtype: RTX_3060)
+    monkeypatch.setattr(loading, "pick", lambda device, dtype: RTX_3060)
     monkeypatch.setattr(run_plan, "free_memory_bytes", lambda device: 3 * GIB)
 
 
@@ -135,7 +132,7 @@ def test_the_error_for_a_truncated_file_names_it(hollow: Path, tmp_path: Path) -
 def test_8bit_matmuls_are_an_error_for_a_gpu_that_has_none(
     octavo: Octavo, hollow: Path, monkeypatch: pytest.MonkeyPatch, hardware: Hardware
 ) -> None:
-    monkeypatch.setattr(plan, "pick", lambda device, dtype: hardware)
+    monkeypatch.setattr(loading, "pick", lambda device, dtype: hardware)
     arguments = ("plan", "--model", hollow, "--seq-len", 256, "--batch-size", 1, "--gpu-memory", "4GiB")
     done = octavo(*arguments, "--gpu", "T4", "--matmul", "8bit")
     assert (done.code, done.out) == (2, "")
@@ -514,110 +511,6 @@ def test_the_planner_has_the_settings_of_the_run(hollow: Path, optimizer: str, s
     assert sum(p.numel() for p in trained) == LAYERS * 4 * 2 * 2048 + 4 * (2048 + 16384) + (LAYERS + 1) * 2 * 2048
     assert all(tensor.is_meta for tensor in (*trained, *made.model.embed.matrix.parts.values()))
     assert made.smallest().peak_bytes > made.fixed_bytes + WORKSPACE_BYTES
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """Resets the backends after a test."""
-    yield
-    dispatch.set_backends(Backends())
-
-
-@pytest.fixture
-def with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton 3.7 and the kernels are installed, whatever this machine has."""
-    dispatch.kernels_disabled_reason.cache_clear()
-    dispatch.hopper_kernels_disabled_reason.cache_clear()
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
-    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="3.7.1"))
-    yield
-    dispatch.kernels_disabled_reason.cache_clear()
-    dispatch.hopper_kernels_disabled_reason.cache_clear()
-
-
-def reported(folder: Path, capabilities: Capabilities, **options: Any) -> str:
-    """What a run on this device reports of its backends."""
-    with Report(console=False, metrics=folder / "said") as report:
-        run_plan.configure_backends(MemoryOptions.model_validate(options), devices.hardware(capabilities), report)
-    return (folder / "said").read_text()
-
-
-def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
-    assert reported(tmp_path, devices.CPU, attention="math", kernels=False) == ""
-    assert dispatch.backends() == Backends(kernels=False, attention="math")
-
-
-EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
-GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
-NO_DOTS = "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
-AUTO_8BIT = "8 bits where faster and precise enough"
-
-
-@pytest.mark.usefixtures("with_triton")
-@pytest.mark.parametrize(
-    ("device", "kernels", "steps", "matmuls"),
-    [
-        (devices.MI300X, "off (they are tested on NVIDIA GPUs only; this is an AMD GPU)", EAGER, EXACT),
-        (devices.TESLA_M60, "off (compute capability 5.2; they need 6.0)", GRAPHS, EXACT),
-        (devices.GTX_1080_TI, NO_DOTS, GRAPHS, EXACT),
-        (devices.T4, NO_DOTS, GRAPHS, EXACT),
-        (devices.A100, "Triton", GRAPHS, AUTO_8BIT),
-        (devices.H200, "Triton", GRAPHS, AUTO_8BIT),
-        (devices.UNKNOWN_GPU, "Triton", GRAPHS, AUTO_8BIT),
-    ],
-    ids=lambda value: value.name if isinstance(value, Capabilities) else "",
-)
-def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
-    tmp_path: Path, device: Capabilities, kernels: str, steps: str, matmuls: str
-) -> None:
-    message = reported(tmp_path, device)
-    assert message.count("Kernels: ") == 1
-    assert f"Kernels: {kernels}. Attention: auto. Steps: {steps}. Matmuls: {matmuls}." in message
-
-
-@pytest.mark.usefixtures("with_triton")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kernels": False}, "Kernels: off (--no-kernels)."),
-        ({"cuda_graphs": False, "attention": "flash"}, "Attention: flash. Steps: eager (--no-cuda-graphs)."),
-        ({"matmul": "exact"}, "Matmuls: exact (--matmul exact)."),
-        ({"matmul": "8bit"}, "Matmuls: 8 bits (--matmul 8bit)."),
-        ({"kernels": False}, "Matmuls: exact (8 bits need the kernels)."),
-    ],
-)
-def test_options_decide_the_backends(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    assert message in reported(tmp_path, devices.RTX_3060, **options)
-
-
-@pytest.mark.usefixtures("with_triton")
-def test_a_gpu_without_triton_reports_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    message = reported(tmp_path, devices.RTX_3060)
-    assert "Kernels: off (Triton is not installed)." in message
-    assert "Matmuls: exact (8 bits need the kernels)." in message
-
-
-@pytest.mark.usefixtures("with_triton")
-def test_disabled_hopper_kernels_are_reported_on_a_hopper_gpu_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="9.9.0"))
-    assert "Kernels: Triton (without the Hopper kernels: Triton 9.9.0; they are tested with 3.6 and 3.7)." in reported(
-        tmp_path, devices.H200
-    )
-    assert "Kernels: Triton. " in reported(tmp_path, devices.A100)
-
-
-def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shares: list[float] = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
-    reported(tmp_path, devices.RTX_3060)
-    reported(tmp_path, devices.RTX_3060, gpu_memory="3GiB")
-    reported(tmp_path, devices.RTX_3060, gpu_memory="30GiB")
-    assert shares == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(("fixed", "peak", "text"), [

@@ -10,7 +10,7 @@ from octavo.adapters import apply_, apply_embedded_adapter_, attached_text
 from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.hardware import Hardware, pick
+from octavo.hardware import Hardware, notice, pick, pretend_
 from octavo.models import Decoder, parse
 from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
@@ -44,9 +44,19 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
     return source
 
 
+def chosen_hardware(options: ModelOptions, report: Report) -> Hardware:
+    """The device and the dtype of --device and --dtype, as the GPU of --pretend if that is given, which is reported."""
+    if options.pretend is None:
+        return pick(options.device, options.dtype)
+    here = pick(options.device)
+    hardware = pretend_(options.pretend, here, options.dtype)
+    report.warn(notice(options.pretend, here, hardware))
+    return hardware
+
+
 def opened(options: ModelOptions, report: Report, *, own_adapters: bool = False) -> tuple[Hardware, Source]:
     """(the hardware, after reporting it; the source of the base model, as from `open_model`)."""
-    hardware = pick(options.device, options.dtype)
+    hardware = chosen_hardware(options, report)
     report.say(hardware.reason)
     return hardware, open_model(options, report, own_adapters=own_adapters)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from octavo.commands.loading import chosen_scheme, open_model, with_fitting_rows
+from octavo.commands.loading import chosen_hardware, chosen_scheme, open_model, with_fitting_rows
 from octavo.commands.run_plan import (
     GIB,
     LEVELS,
@@ -30,7 +30,7 @@ from octavo.config import (
 )
 from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
-from octavo.hardware import GPUS, USABLE, Hardware, Peak, nearest, other_sizes, peak, pick
+from octavo.hardware import GPUS, USABLE, Hardware, Peak, nearest, other_sizes, peak
 from octavo.layers.context import Save
 from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
@@ -45,7 +45,7 @@ from octavo.train.memory import MARGIN
 def plan(config: Config, report: Report) -> dict[str, Any]:
     """`octavo plan`: the memory and time of a run, without reading weights."""
     model_options, options = config[ModelOptions], config[MemoryOptions]
-    hardware = pick(model_options.device, model_options.dtype)
+    hardware = chosen_hardware(model_options, report)
     name = config[PlanOptions].gpu or hardware.name
     gpu = peak(name)
     if config[PlanOptions].gpu and gpu is None:

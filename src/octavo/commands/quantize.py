@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from octavo.commands.loading import chosen_scheme, open_model
+from octavo.commands.loading import chosen_hardware, chosen_scheme, open_model
 from octavo.config import Config, ModelOptions, QuantizeOptions
 from octavo.errors import UsageError
-from octavo.hardware import pick
 from octavo.reporting import Report
 from octavo.store.contents import stored_scheme
 from octavo.store.hf_folder import WrittenLayer, weight_names, write_folder
@@ -20,7 +19,7 @@ def quantize(config: Config, report: Report) -> dict[str, Any]:
     options, out = config[ModelOptions], config[QuantizeOptions].out
     if out is None:
         raise UsageError("The output folder is missing.", hint="Name a new folder with --out.")
-    pick(options.device, options.dtype)  # an unavailable device is an error, although weights are quantized on the CPU
+    chosen_hardware(options, report)  # an unavailable device is an error, although weights are quantized on the CPU
     source = open_model(options, report)
     scheme = chosen_scheme(options, source)
     if (text := text_model_config(source.config)) is not None:

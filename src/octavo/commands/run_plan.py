@@ -9,6 +9,7 @@ import torch
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
+from octavo.commands.backends import wants_8bit
 from octavo.commands.loading import check_context
 from octavo.config import (
     Config,
@@ -19,19 +20,12 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.errors import AdapterError, UsageError
-from octavo.hardware import GPUS, Hardware, Peak, free_memory_bytes, peak
+from octavo.hardware import Hardware, Peak, free_memory_bytes, peak
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder, build
 from octavo.ops.quantize import SCHEMES
 from octavo.ops.scheme import Scheme
-from octavo.reporting import Report
-from octavo.runtime.dispatch import (
-    Backends,
-    hopper_kernels_disabled_reason,
-    kernels_disabled_reason,
-    set_backends,
-)
 from octavo.store.contents import stored_scheme
 from octavo.store.sources import Source
 from octavo.store.weights import allocated
@@ -146,31 +140,6 @@ def planner_for(
     )
 
 
-def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
-    """Whether to use 8-bit matmuls. UsageError if --matmul 8bit is given and the GPU does not support them.
-
-    `gpu` is the GPU to plan for, which need not be that of this machine.
-    """
-    if options.matmul == "exact":
-        return False
-    device = hardware.capabilities
-    is_here = device.is_gpu and (gpu is None or gpu == peak(hardware.name))
-    supported = device.matmul_8bit if is_here else gpu is not None and gpu.matmul_8bit
-    if options.matmul == "8bit":
-        if not supported and (is_here or gpu is not None):
-            raise UsageError(
-                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need an NVIDIA "
-                "GPU of compute capability 8.0.",
-                hint="Use --matmul exact.",
-            )
-        return True
-    return supported and options.kernels and not (is_here and kernels_disabled_reason(device))
-
-
-def _name_of(gpu: Peak) -> str:
-    return "The " + next(name for name, row in GPUS.items() if row == gpu)
-
-
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
     """The memory budget of a run: --gpu-memory, else all free device memory, or half of the free RAM on a CPU."""
     limit = size_in_bytes(options.gpu_memory)
@@ -234,45 +203,6 @@ def check_cpu_memory(plan: MemoryPlan, planner: Planner) -> None:
             f"{planner.host_bytes / GIB:.2f} GiB, half of the free CPU memory.",
             hint="Use --offload off, fewer or shorter rows, or free CPU memory.",
         )
-
-
-def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
-    """Sets the kernels and the attention backend of this process, and reports the choices and their reasons."""
-    set_backends(Backends(options.kernels, options.attention))
-    if not hardware.capabilities.is_gpu:
-        return
-    disabled = kernels_disabled_reason(hardware.capabilities) if options.kernels else "--no-kernels"
-    kernels = f"off ({disabled})" if disabled else _triton(hardware)
-    steps = "CUDA graphs" if options.cuda_graphs else "eager (--no-cuda-graphs)"
-    if not hardware.capabilities.cuda_graphs:
-        steps = "eager (CUDA graphs are tested on NVIDIA GPUs only)"
-    report.say(
-        f"Kernels: {kernels}. Attention: {options.attention}. Steps: {steps}. Matmuls: {_matmuls(options, hardware)}."
-    )
-    limit = size_in_bytes(options.gpu_memory)
-    if limit is not None:
-        share = min(1.0, limit / hardware.capabilities.memory_bytes)
-        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
-
-
-def _triton(hardware: Hardware) -> str:
-    """ "Triton", with the reason if some kernels are disabled."""
-    device = hardware.capabilities
-    if not device.triton_dots:
-        return "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
-    reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
-    return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
-
-
-def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
-    """The precision of matmuls with frozen weights, and the reason."""
-    if wants_8bit(options, hardware):
-        return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
-    if options.matmul == "exact":
-        return "exact (--matmul exact)"
-    if hardware.capabilities.matmul_8bit:
-        return "exact (8 bits need the kernels)"
-    return "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
 
 
 def too_small(

@@ -33,6 +33,11 @@ class ModelOptions(Section):
         "auto",
         description="Compute dtype; auto: bfloat16 if supported, else float16 (GPU) or float32 (CPU).",
     )
+    pretend: str | None = Field(
+        None,
+        description="Run as on this GPU, with its types, kernels and memory: "
+        "T4, P100, 1080Ti, RTX5000, A6000, 3060, 4090 or 5090.",
+    )
 
 
 class TextOptions(Section):

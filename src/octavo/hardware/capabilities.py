@@ -32,6 +32,9 @@ FP8_FROM = (8, 9)
 HOPPER = 9  # major
 
 
+_replaced: dict[torch.device, Capabilities] = {}
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What one device can compute.
@@ -84,6 +87,10 @@ class Capabilities:
         """Whether PyTorch's FlashAttention 2 runs, also for packed documents and for shared key heads."""
         return self._from(AMPERE)
 
+    def cudnn_attention(self, head_size: int) -> bool:
+        """Whether cuDNN has attention for heads of this size, forward and backward."""
+        return self._from(AMPERE) and (head_size <= 128 or self.compute_capability in ((9, 0), (10, 0)))
+
     @property
     def tma(self) -> bool:
         """Whether a copy engine loads tiles of matrices into shared memory (Tensor Memory Accelerator)."""
@@ -114,7 +121,12 @@ def capabilities_of(device: torch.device) -> Capabilities:
         import torch
 
         device = torch.device("cuda", torch.cuda.current_device())
-    return _capabilities(device)
+    return _replaced.get(device) or _capabilities(device)
+
+
+def replace_capabilities_(device: torch.device, capabilities: Capabilities) -> None:
+    """Gives a device other capabilities, for this process (hardware/pretend.py)."""
+    _replaced[device] = capabilities
 
 
 @functools.cache

@@ -12,13 +12,31 @@ if TYPE_CHECKING:
     import torch
 
 
+_limits: dict[str, int] = {}  # bytes that PyTorch may reserve in this process, by device
+
+
+def limit_memory_(device: torch.device, limit_bytes: int) -> None:
+    """Limits the bytes of a GPU's memory that PyTorch may reserve in this process. A lower limit from before stays."""
+    import torch
+
+    _limits[str(device)] = limit = min(limit_bytes, _limits.get(str(device), limit_bytes))
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def memory_limit_bytes(device: torch.device) -> int | None:
+    """The limit that `limit_memory_` has set; None without one."""
+    return _limits.get(str(device))
+
+
 def free_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """Free bytes: of device memory, or of RAM within the limit of this process's cgroup."""
+    """Free bytes: of device memory within the limit of this process, or of RAM within that of its cgroup."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, limit = int(torch.cuda.mem_get_info(device)[0]), memory_limit_bytes(device)
+        return free if limit is None else min(free, limit - int(torch.cuda.memory_reserved(device)))
     return free_ram_bytes()
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from octavo.hardware.capabilities import Capabilities, capabilities_of
+from octavo.hardware.capabilities import NVIDIA, Capabilities, capabilities_of
 from octavo.ops.softcap import CappedSpec, Extents, softcapped_attention
 from octavo.runtime.dispatch import backends, observe
 from octavo.runtime.transfer import to_device
@@ -149,12 +149,26 @@ _ORDER = {
 
 
 def _sdpa_backends(q: Tensor) -> Any:
+    """For q (B, H, T, D)."""
     if not capabilities_of(q.device).is_gpu:
         return nullcontext()
     wanted = backends().attention
     if wanted != "auto":
         return sdpa_kernel([_ORDER[wanted], SDPBackend.MATH] if q.shape[2] == 1 else _ORDER[wanted])
-    return sdpa_kernel(list(_ORDER.values()), set_priority=True)
+    order = implementations(capabilities_of(q.device), q.shape[3])
+    return sdpa_kernel([_ORDER[name] for name in order], set_priority=True)
+
+
+def implementations(capabilities: Capabilities, head_size: int) -> list[str]:
+    """PyTorch's implementations of attention that a GPU has kernels of, the fastest first.
+
+    FlashAttention and cuDNN begin with compute capability 8.0, cuDNN's heads of 256 with 9.0. PyTorch would refuse the
+    others by itself, except on a newer GPU that runs in place of this one (hardware/pretend.py).
+    """
+    if capabilities.vendor != NVIDIA:
+        return list(_ORDER)
+    names = {"cudnn": capabilities.cudnn_attention(head_size), "flash": capabilities.flash_attention}
+    return [name for name in _ORDER if names.get(name, True)]
 
 
 def supports_shared_keys(capabilities: Capabilities, dtype: torch.dtype, wanted: str) -> bool:

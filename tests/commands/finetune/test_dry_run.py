@@ -150,7 +150,7 @@ def test_a_dry_run_is_a_step_an_evaluation_and_a_checkpoint_in_this_order(
     steps = [("step", 4)] * 2  # of rows with one document each, and of packed ones
     assert done == [*steps, ("score", (False, min(4, len(prepared_run.test_rows)))), ("save", ".dry_run")]
     done.clear()
-    monkeypatch.setattr(step, "GraphStep", lambda eager, *_: eager)
+    monkeypatch.setattr(step, "GraphStep", lambda eager, *_, **__: eager)
     prepared_run.micro_step.graphs = True  # a step runs eagerly once, then is captured
     dry_run(prepared_run)
     assert [name for name, _ in done] == [*["step"] * 4, "score", "save"]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tests import devices
 
+from octavo.commands.backends import wants_8bit
 from octavo.commands.finetune.precision import _measured
 from octavo.commands.finetune.prepare import prepare
-from octavo.commands.run_plan import planner_for, wants_8bit
+from octavo.commands.run_plan import planner_for
 from octavo.config import Config, MemoryOptions
 from octavo.errors import CheckpointError, UsageError
 from octavo.hardware import GPUS, Hardware
@@ -167,14 +168,14 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
 def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
     hardware: Hardware, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("octavo.commands.run_plan.kernels_disabled_reason", lambda _: "")
+    monkeypatch.setattr("octavo.commands.backends.kernels_disabled_reason", lambda _: "")
     assert wants_8bit(MemoryOptions(), hardware, GPUS[gpu] if gpu else None) is expected
     assert not wants_8bit(MemoryOptions(matmul="exact"), hardware, GPUS[gpu] if gpu else None)
 
 
 def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not wants_8bit(MemoryOptions(kernels=False), NEW)
-    monkeypatch.setattr("octavo.commands.run_plan.kernels_disabled_reason", lambda _: "Triton is not installed")
+    monkeypatch.setattr("octavo.commands.backends.kernels_disabled_reason", lambda _: "Triton is not installed")
     assert not wants_8bit(MemoryOptions(), NEW)
 
 

@@ -6,16 +6,17 @@ import math
 from datetime import date
 
 from octavo import adapters
+from octavo.commands.backends import configure_backends
 from octavo.commands.finetune.samples import check_prompts
 from octavo.commands.finetune.sides import read_sides
 from octavo.commands.finetune.state import Run, RunState, fingerprint_of
 from octavo.commands.loading import chosen_scheme, load_model, opened, with_fitting_rows
-from octavo.commands.run_plan import FittedPlan, adapter_plan, check_run, configure_backends, fit
+from octavo.commands.run_plan import FittedPlan, adapter_plan, check_run, fit
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.data.loader import batches_per_epoch
 from octavo.data.packing import most_documents
 from octavo.data.prompt import writes_date
-from octavo.hardware import Hardware
+from octavo.hardware import Hardware, memory_limit_bytes
 from octavo.layers.lora import flatten_
 from octavo.models import Decoder, parse
 from octavo.reporting import Report
@@ -74,7 +75,7 @@ def planned_step(
         objective=fitting.planner.objective,
         fused=options.fused,
         documents=fitting.planner.documents,
-        limited=options.gpu_memory is not None,
+        limited=memory_limit_bytes(hardware.device) is not None,
     )
 
 

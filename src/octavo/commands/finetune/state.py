@@ -17,9 +17,10 @@ from octavo import adapters
 from octavo._version import __version__
 from octavo.adapters import AdapterPlan
 from octavo.bounded_json import JsonError, integer, number, shown
+from octavo.commands.backends import wants_8bit
 from octavo.commands.data import Text
 from octavo.commands.finetune.model_card import model_card
-from octavo.commands.run_plan import FittedPlan, wants_8bit
+from octavo.commands.run_plan import FittedPlan
 from octavo.config import Config, LoraOptions, MemoryOptions, ModelOptions, RunOptions, TextOptions, TrainOptions
 from octavo.config.settings import parse_settings
 from octavo.data.loader import Position

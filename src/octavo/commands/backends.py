@@ -1,0 +1,91 @@
+"""The kernels, the attention backend and the precision of matmuls of a run, each with its reason."""
+
+from __future__ import annotations
+
+from octavo.config import MemoryOptions, size_in_bytes
+from octavo.errors import UsageError
+from octavo.hardware import GPUS, Hardware, Peak, limit_memory_, peak
+from octavo.hardware.capabilities import NVIDIA
+from octavo.reporting import Report
+from octavo.runtime.dispatch import (
+    Backends,
+    hopper_kernels_disabled_reason,
+    kernels_disabled_reason,
+    set_backends,
+)
+
+
+def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
+    """Sets the kernels and the attention backend of this process, and reports the choices and their reasons.
+
+    UsageError for an attention backend that the GPU has no kernels of.
+    """
+    attention = _attention(options, hardware)
+    set_backends(Backends(options.kernels, options.attention))
+    if not hardware.capabilities.is_gpu:
+        return
+    disabled = kernels_disabled_reason(hardware.capabilities) if options.kernels else "--no-kernels"
+    kernels = f"off ({disabled})" if disabled else _triton(hardware)
+    steps = "CUDA graphs" if options.cuda_graphs else "eager (--no-cuda-graphs)"
+    if not hardware.capabilities.cuda_graphs:
+        steps = "eager (CUDA graphs are tested on NVIDIA GPUs only)"
+    report.say(f"Kernels: {kernels}. Attention: {attention}. Steps: {steps}. Matmuls: {_matmuls(options, hardware)}.")
+    limit = size_in_bytes(options.gpu_memory)
+    if limit is not None:
+        limit_memory_(hardware.device, limit)
+
+
+def _attention(options: MemoryOptions, hardware: Hardware) -> str:
+    """The attention backend, and the reason if the GPU has none of the fastest."""
+    wanted, device = options.attention, hardware.capabilities
+    if device.vendor != NVIDIA or device.flash_attention:
+        return wanted
+    need = "FlashAttention and cuDNN need compute capability 8.0"
+    if wanted in ("flash", "cudnn"):
+        raise UsageError(f"--attention {wanted} does not run on {hardware.name}: {need}.", hint="Use --attention auto.")
+    return f"memory-efficient ({need})" if wanted == "auto" else wanted
+
+
+def _triton(hardware: Hardware) -> str:
+    """ "Triton", with the reason if some kernels are disabled."""
+    device = hardware.capabilities
+    if not device.triton_dots:
+        return "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
+    reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
+    return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
+
+
+def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
+    """The precision of matmuls with frozen weights, and the reason."""
+    if wants_8bit(options, hardware):
+        return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
+    if options.matmul == "exact":
+        return "exact (--matmul exact)"
+    if hardware.capabilities.matmul_8bit:
+        return "exact (8 bits need the kernels)"
+    return "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
+
+
+def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
+    """Whether to use 8-bit matmuls. UsageError if --matmul 8bit is given and the GPU does not support them.
+
+    `gpu` is the GPU to plan for, which need not be that of this machine.
+    """
+    if options.matmul == "exact":
+        return False
+    device = hardware.capabilities
+    is_here = device.is_gpu and (gpu is None or gpu == peak(hardware.name))
+    supported = device.matmul_8bit if is_here else gpu is not None and gpu.matmul_8bit
+    if options.matmul == "8bit":
+        if not supported and (is_here or gpu is not None):
+            raise UsageError(
+                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need an NVIDIA "
+                "GPU of compute capability 8.0.",
+                hint="Use --matmul exact.",
+            )
+        return True
+    return supported and options.kernels and not (is_here and kernels_disabled_reason(device))
+
+
+def _name_of(gpu: Peak) -> str:
+    return "The " + next(name for name, row in GPUS.items() if row == gpu)

@@ -1,0 +1,93 @@
+"""Runs on a GPU as if it were an older or a smaller one, for tests of what octavo chooses there.
+
+The GPU that is there keeps its speed, and its compiler makes other instructions. The types, the kernels with their
+tiles, the implementation of attention and the memory are those of the other GPU, since each is a function of
+`Capabilities`. A newer GPU than the one that is there has instructions that it lacks, so only its memory and its tiles
+can be had.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from octavo.errors import UsageError
+from octavo.hardware.capabilities import AMPERE, NVIDIA, Capabilities, replace_capabilities_
+from octavo.hardware.memory import limit_memory_
+from octavo.hardware.selection import Hardware, hardware_for
+
+# KiB of shared memory that a program may use, by compute capability. Source: CUDA C++ Programming Guide, section
+# "Features and Technical Specifications".
+SHARED_KIB = {
+    (6, 0): 48, (6, 1): 48, (7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227,
+    (12, 0): 99,
+}  # fmt: skip
+
+
+class Model(NamedTuple):
+    """A GPU: its name by the driver, compute capability, streaming multiprocessors, and GiB for PyTorch.
+
+    These GiB are what PyTorch reports as the total memory (14.56 on a T4, 15.89 on a P100, 10.91 on a GTX 1080 Ti, by
+    its messages in public issues) less 0.5 for CUDA's context and libraries, and less what a display takes of a GPU for
+    desktops.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    processors: int
+    memory_gib: float
+
+
+MODELS = {
+    "T4": Model("Tesla T4", (7, 5), 40, 14.06),
+    "P100": Model("Tesla P100-PCIE-16GB", (6, 0), 56, 15.0),
+    "1080Ti": Model("NVIDIA GeForce GTX 1080 Ti", (6, 1), 28, 10.3),
+    "RTX5000": Model("Quadro RTX 5000", (7, 5), 48, 15.0),
+    "A6000": Model("NVIDIA RTX A6000", (8, 6), 84, 46.9),
+    "3060": Model("NVIDIA GeForce RTX 3060", (8, 6), 28, 11.2),
+    "4090": Model("NVIDIA GeForce RTX 4090", (8, 9), 128, 23.0),
+    "5090": Model("NVIDIA GeForce RTX 5090", (12, 0), 170, 30.8),
+}
+
+
+def capabilities_like(name: str) -> Capabilities:
+    """The capabilities of a GPU of MODELS. UsageError for another name."""
+    if name not in MODELS:
+        raise UsageError(f"--pretend does not have the GPU {name!r}.", hint=f"Choose {', '.join(MODELS)}.")
+    model = MODELS[name]
+    half = {"float16", "bfloat16"} if model.compute_capability >= AMPERE else {"float16"}
+    return Capabilities(
+        NVIDIA, model.name, frozenset({"float32", *half}), compute_capability=model.compute_capability,
+        memory_bytes=int(model.memory_gib * 2**30), processors=model.processors,
+        shared_memory_bytes=SHARED_KIB[model.compute_capability] * 2**10,
+    )  # fmt: skip
+
+
+def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
+    """From now on the device of `here` has the capabilities and the memory of the GPU `name`, in this process.
+
+    Returns its hardware, with `dtype` as in `pick`. UsageError without an NVIDIA GPU with as much memory.
+    """
+    wanted, real = capabilities_like(name), here.capabilities
+    if real.compute_capability is None:
+        raise UsageError(
+            f"--pretend {name} needs an NVIDIA GPU that runs in place of it; this is {real.name}.",
+            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+        )
+    if real.memory_bytes < wanted.memory_bytes:
+        gib = [f"{each.memory_bytes / 2**30:.1f} GiB" for each in (wanted, real)]
+        raise UsageError(
+            f"--pretend {name} needs {gib[0]} of GPU memory; {real.name} has {gib[1]}.",
+            hint=f"`octavo plan --gpu {name}` needs no GPU.",
+        )
+    replace_capabilities_(here.device, wanted)
+    limit_memory_(here.device, wanted.memory_bytes)
+    return hardware_for(here.device, wanted, dtype)
+
+
+def notice(name: str, here: Hardware, pretended: Hardware) -> str:
+    """What `pretend_` has changed, for people."""
+    return (
+        f"--pretend {name}: {here.name} runs with the types, kernels, attention and memory "
+        f"({pretended.capabilities.memory_bytes / 2**30:.1f} GiB) of the {pretended.name}. Speeds are those of "
+        f"{here.name}, not of a {pretended.name}."
+    )

@@ -1,0 +1,139 @@
+"""The kernels, the attention backend and the precision of matmuls that a run reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests import devices
+
+from octavo.commands.backends import configure_backends
+from octavo.config import MemoryOptions
+from octavo.errors import UsageError
+from octavo.hardware import Capabilities, memory
+from octavo.hardware.capabilities import NVIDIA
+from octavo.reporting import Report
+from octavo.runtime import dispatch
+from octavo.runtime.dispatch import Backends
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Resets the backends after a test."""
+    yield
+    dispatch.set_backends(Backends())
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton 3.7 and the kernels are installed, whatever this machine has."""
+    dispatch.kernels_disabled_reason.cache_clear()
+    dispatch.hopper_kernels_disabled_reason.cache_clear()
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="3.7.1"))
+    yield
+    dispatch.kernels_disabled_reason.cache_clear()
+    dispatch.hopper_kernels_disabled_reason.cache_clear()
+
+
+def reported(folder: Path, capabilities: Capabilities, **options: Any) -> str:
+    """What a run on this device reports of its backends."""
+    with Report(console=False, metrics=folder / "said") as report:
+        configure_backends(MemoryOptions.model_validate(options), devices.hardware(capabilities), report)
+    return (folder / "said").read_text()
+
+
+def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
+    assert reported(tmp_path, devices.CPU, attention="math", kernels=False) == ""
+    assert dispatch.backends() == Backends(kernels=False, attention="math")
+
+
+EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
+GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
+NO_DOTS = "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
+OLD_ATTENTION = "memory-efficient (FlashAttention and cuDNN need compute capability 8.0)"
+AUTO_8BIT = "8 bits where faster and precise enough"
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    ("device", "kernels", "steps", "matmuls"),
+    [
+        (devices.MI300X, "off (they are tested on NVIDIA GPUs only; this is an AMD GPU)", EAGER, EXACT),
+        (devices.TESLA_M60, "off (compute capability 5.2; they need 6.0)", GRAPHS, EXACT),
+        (devices.GTX_1080_TI, NO_DOTS, GRAPHS, EXACT),
+        (devices.T4, NO_DOTS, GRAPHS, EXACT),
+        (devices.A100, "Triton", GRAPHS, AUTO_8BIT),
+        (devices.H200, "Triton", GRAPHS, AUTO_8BIT),
+        (devices.UNKNOWN_GPU, "Triton", GRAPHS, AUTO_8BIT),
+    ],
+    ids=lambda value: value.name if isinstance(value, Capabilities) else "",
+)
+def test_the_backends_of_a_device_are_reported_once_with_their_reasons(
+    tmp_path: Path, device: Capabilities, kernels: str, steps: str, matmuls: str
+) -> None:
+    message = reported(tmp_path, device)
+    assert message.count("Kernels: ") == 1
+    attention = OLD_ATTENTION if device.vendor == NVIDIA and not device.flash_attention else "auto"
+    assert f"Kernels: {kernels}. Attention: {attention}. Steps: {steps}. Matmuls: {matmuls}." in message
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": False}, "Kernels: off (--no-kernels)."),
+        ({"cuda_graphs": False, "attention": "flash"}, "Attention: flash. Steps: eager (--no-cuda-graphs)."),
+        ({"matmul": "exact"}, "Matmuls: exact (--matmul exact)."),
+        ({"matmul": "8bit"}, "Matmuls: 8 bits (--matmul 8bit)."),
+        ({"kernels": False}, "Matmuls: exact (8 bits need the kernels)."),
+    ],
+)
+def test_options_decide_the_backends(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    assert message in reported(tmp_path, devices.RTX_3060, **options)
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_gpu_without_triton_reports_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    message = reported(tmp_path, devices.RTX_3060)
+    assert "Kernels: off (Triton is not installed)." in message
+    assert "Matmuls: exact (8 bits need the kernels)." in message
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_disabled_hopper_kernels_are_reported_on_a_hopper_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(__version__="9.9.0"))
+    assert "Kernels: Triton (without the Hopper kernels: Triton 9.9.0; they are tested with 3.6 and 3.7)." in reported(
+        tmp_path, devices.H200
+    )
+    assert "Kernels: Triton. " in reported(tmp_path, devices.A100)
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_attention_that_the_gpu_has_no_kernels_of_is_an_error(tmp_path: Path, attention: str) -> None:
+    for device in (devices.T4, devices.P100):
+        with pytest.raises(UsageError, match=f"--attention {attention} does not run on {device.name}"):
+            reported(tmp_path, device, attention=attention)
+    assert f"Attention: {attention}." in reported(tmp_path, devices.A100, attention=attention)
+    assert "Attention: efficient." in reported(tmp_path, devices.T4, attention="efficient")
+
+
+def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(memory, "_limits", {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 12 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share))
+    reported(tmp_path, devices.RTX_3060)
+    reported(tmp_path, devices.RTX_3060, gpu_memory="30GiB")
+    reported(tmp_path, devices.RTX_3060, gpu_memory="3GiB")
+    assert shares == [1.0, 0.25]

@@ -1,0 +1,104 @@
+"""Running on a GPU as if it were an older or a smaller one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests import devices
+
+from octavo.errors import UsageError
+from octavo.hardware import capabilities, capabilities_of, free_memory_bytes, memory, memory_limit_bytes
+from octavo.hardware.pretend import MODELS, SHARED_KIB, capabilities_like, notice, pretend_
+from octavo.ops.attention import implementations
+
+GIB, GPU = 2**30, torch.device("cuda", 0)
+SAME = {
+    "T4": devices.T4, "P100": devices.P100, "1080Ti": devices.GTX_1080_TI, "3060": devices.RTX_3060,
+    "4090": devices.RTX_4090, "5090": devices.RTX_5090,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The shares of an H200's 140 GiB that the process is limited to; 100 GiB are free, 1 GiB is reserved."""
+    found: list[float] = []
+    monkeypatch.setattr(capabilities, "_replaced", {})
+    monkeypatch.setattr(memory, "_limits", {})
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: found.append(share))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    return found
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_capabilities_are_those_of_the_properties_that_pytorch_reports(name: str) -> None:
+    expected, made = SAME[name], capabilities_like(name)
+    for field in ("vendor", "name", "dtypes", "compute_capability", "processors", "shared_memory_bytes"):
+        assert getattr(made, field) == getattr(expected, field), field
+    assert 0.85 * expected.memory_bytes < made.memory_bytes <= expected.memory_bytes - GIB / 2
+
+
+def test_the_shared_memory_is_that_of_the_devices_of_tests() -> None:
+    known = [each for each in vars(devices).values() if isinstance(each, capabilities.Capabilities)]
+    by_capability = {each.compute_capability: each.shared_memory_bytes // 1024 for each in known}
+    assert {each: by_capability[each] for each in SHARED_KIB} == SHARED_KIB
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_with_more_memory_runs_as_the_named_one(name: str, shares: list[float]) -> None:
+    here = devices.hardware(devices.H200)
+    made = pretend_(name, SimpleNamespace(device=GPU, name=here.name, capabilities=here.capabilities))  # type: ignore[arg-type]
+    assert capabilities_of(GPU) == made.capabilities == capabilities_like(name)
+    old = MODELS[name].compute_capability < (8, 0)
+    assert made.dtype == (torch.float16 if old else torch.bfloat16)
+    assert shares == [made.capabilities.memory_bytes / (140 * GIB)]
+    assert memory_limit_bytes(GPU) == made.capabilities.memory_bytes
+    assert free_memory_bytes(GPU) == made.capabilities.memory_bytes - GIB
+    memory.limit_memory_(GPU, 200 * GIB)  # a --gpu-memory that the pretended GPU does not have
+    assert memory_limit_bytes(GPU) == made.capabilities.memory_bytes
+    memory.limit_memory_(GPU, 2 * GIB)
+    assert memory_limit_bytes(GPU) == 2 * GIB
+    said = notice(name, here, made)
+    assert made.name in said
+    assert "Speeds are those of NVIDIA H200" in said
+
+
+def test_bfloat16_is_refused_on_a_pretended_gpu_without_it() -> None:
+    here = SimpleNamespace(device=GPU, name="NVIDIA H200", capabilities=devices.H200)
+    with pytest.raises(UsageError, match="Tesla T4 has no bfloat16 instructions"):
+        pretend_("T4", here, "bfloat16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", [devices.CPU, devices.MI300X])
+def test_pretending_needs_an_nvidia_gpu(device: capabilities.Capabilities, shares: list[float]) -> None:
+    with pytest.raises(UsageError, match=f"needs an NVIDIA GPU .* this is {device.name}") as caught:
+        pretend_("T4", devices.hardware(device))
+    assert "octavo plan --gpu T4" in str(caught.value.hint)
+    assert shares == []
+    assert capabilities._replaced == {}
+
+
+def test_a_gpu_with_less_memory_cannot_run_in_place_of_another(shares: list[float]) -> None:
+    with pytest.raises(UsageError, match=r"--pretend A6000 needs 46\.9 GiB .* RTX 4090 has 24\.0 GiB"):
+        pretend_("A6000", devices.hardware(devices.RTX_4090))
+    assert shares == []
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
+    with pytest.raises(UsageError, match="'t4'") as caught:
+        pretend_("t4", devices.hardware(devices.H200))
+    assert "T4, P100, 1080Ti" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("device", "head_size", "expected"), [
+    (devices.H200, 256, "cudnn flash efficient math"), (devices.A100, 128, "cudnn flash efficient math"),
+    (devices.A100, 256, "flash efficient math"), (devices.RTX_5090, 256, "flash efficient math"),
+    (devices.T4, 64, "efficient math"), (devices.P100, 256, "efficient math"),
+    (devices.MI300X, 256, "cudnn flash efficient math"),
+])  # fmt: skip
+def test_attention_has_the_implementations_of_the_gpu(
+    device: capabilities.Capabilities, head_size: int, expected: str
+) -> None:
+    assert " ".join(implementations(device, head_size)) == expected
