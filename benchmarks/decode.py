@@ -189,7 +189,7 @@ def profiled(engine: Engine, requests: list[Request]) -> None:
 def transformers_generate(weights: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[tuple[int, Row]]:
     """Yields (batch, measured columns) of transformers' `generate`."""
     device = hardware.device
-    model = peers.frozen_model(weights, args.model, seed=0, device=device, tiny=args.tiny).eval()
+    model = peers.frozen_model(weights, args.model, seed=0, device=device, tiny=args.tiny, dtype=torch.bfloat16).eval()
     model.config.use_cache = True
     vocab_size = shapes(args.model, tiny=args.tiny)["vocab_size"]
 

@@ -23,15 +23,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import table
-from measure import GIB, REFERENCE, Setting, blank, compare_gradients, run_one
+from measure import GIB, Setting, blank, compare_gradients, run_one
 from shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
 TINY_TOKENS = 64
+RESTRICTED = ROOT / "benchmarks" / "restricted.csv"  # rows of --pretend, which are no rows of the GPUs that they name
 __all__ = ["SUITES", "Setting", "article_job", "compare_gradients", "main"]
+
+
+class Reference(NamedTuple):
+    """A reference that a row needs: its method, its file, and the file that it is compared with."""
+
+    method: str
+    file: str
+    original: str | None
 
 
 def settings(model: str, batch: int, seq_len: int, cap_gib: float | None, *methods: str) -> list[Setting]:
@@ -65,6 +74,7 @@ def main() -> None:
     if args.one:
         run_one(Setting(**json.loads(args.one)), wait=args.wait)
         return
+    args.out = args.out or (RESTRICTED if args.pretend else table.RESULTS)
     table.check(args.out)
     commit = args.commit if args.commit is not None else commit_of(ROOT)
     if args.job:
@@ -77,7 +87,7 @@ def main() -> None:
     rows = selected_rows(args) * args.repeat
     with tempfile.TemporaryDirectory() as folder:
         if args.gate:
-            rows = with_references(rows, Path(folder))
+            rows = with_references(rows, Path(folder), dequantized=args.gate == "dequantized")
         run_all(rows, args, commit)
 
 
@@ -99,12 +109,20 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=1, help="number of passes over all rows")
     add("--seed", type=int, default=0)
     add("--tiny", action="store_true", help=f"two narrow layers, at most {TINY_TOKENS} tokens: a test of this script")
-    add("--gate", action="store_true", help="first compare loss and gradients of each method with a float32 reference")
+    add(
+        "--gate",
+        nargs="?",
+        const="original",
+        choices=["original", "dequantized"],
+        help="first compare loss and gradients of each method with a float32 reference: of the original weights "
+        "(default), or of the dequantized ones, for the error of arithmetic alone",
+    )
+    add("--pretend", help="run as on this GPU, with its types, kernels, attention and memory: T4, 1080Ti, ..")
     add("--limit-s", type=float, default=150.0, help="time limit of a row in seconds")
     add("--budget-s", type=float, default=float("inf"), help="time limit of all rows; later rows are omitted")
     add("--alloc", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF of all methods")
     add("--no-prefetch", action="store_true", help="do not import the next row's libraries while a row runs")
-    add("--out", type=Path, default=table.RESULTS)
+    add("--out", type=Path, help="default: results.csv beside this script; with --pretend: restricted.csv")
     add("--commit", help="octavo's commit for the row; default: from git")
     add("--job", choices=["article"], help="the fine-tuning job of the article, from files to a saved adapter")
     add("--model-dir", type=Path)
@@ -130,19 +148,25 @@ def selected_rows(args: argparse.Namespace) -> list[Setting]:
         rows = settings(args.model or "gptj", args.batch, args.seq_len, args.cap_gib, *methods)
     if not rows:
         raise SystemExit("No rows selected: use --suite or --rows (see --help).")
-    same = {"steps": args.steps, "warmup": args.warmup, "seed": args.seed, "tiny": args.tiny}
+    same = {"steps": args.steps, "warmup": args.warmup, "seed": args.seed, "tiny": args.tiny, "pretend": args.pretend}
     rows = [replace(row, **same) for row in rows]
     return [replace(row, seq_len=min(row.seq_len, TINY_TOKENS), cap_gib=None) for row in rows] if args.tiny else rows
 
 
-def with_references(rows: Sequence[Setting], folder: Path) -> list[Setting]:
-    """Inserts the reference of every (model, batch, seq_len) before its first row."""
+def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool = False) -> list[Setting]:
+    """Inserts the reference of every (model, batch, seq_len) before its first row, with `dequantized` weights too."""
     listed: list[Setting] = []
     for row in rows:
-        file = str(folder / f"{row.model}-{row.batch}-{row.seq_len}.pt")
-        if file not in {earlier.reference for earlier in listed}:
-            listed.append(replace(row, method=REFERENCE, cap_gib=None, steps=0, warmup=0, reference=file))
-        listed.append(replace(row, reference=file))
+        file = original = str(folder / f"{row.model}-{row.batch}-{row.seq_len}.pt")
+        needed = [Reference("reference", file, None)]
+        if dequantized:
+            method = f"reference-{'nf4' if 'nf4' in row.method else 'int8'}"
+            needed.append(Reference(method, file := f"{original}-{method}", original))
+        for name, path, before in needed:
+            if path not in {earlier.reference for earlier in listed}:
+                made = replace(row, method=name, reference=path, original=before, cap_gib=None, pretend=None)
+                listed.append(replace(made, steps=0, warmup=0))
+        listed.append(replace(row, reference=file, original=needed[-1].original))
     return listed
 
 
@@ -163,8 +187,9 @@ def run_all(rows: Sequence[Setting], args: argparse.Namespace, commit: str) -> N
             result = process.result(min(args.limit_s, left))
             known = {name: result[name] or value for name, value in known.items()}
             result.update(known)
-            if row.method == REFERENCE:
-                say(f"reference {row.model} {row.batch} x {row.seq_len}: loss {result['first_loss']} {result['note']}")
+            if row.is_reference:
+                loss = f"loss {result['first_loss']} {result['note']}"
+                say(f"{row.method} {row.model} {row.batch} x {row.seq_len}: {loss}")
             elif left < args.limit_s and "stopped after" in result["note"]:
                 say(f"Time budget used up: {row.method} was stopped and has no row.")
             else:

@@ -35,13 +35,18 @@ GIB = 2**30
 # NF4 weights have an error of 9 %; on the tiny model the minimum over the adapters is 0.96.
 MIN_COSINES = {"nf4": (0.9, 0.9), "nf4-8bit": (0.9, 0.9), "int8-8bit": (0.99, 0.98)}
 MIN_COSINES_DEFAULT = (0.99, 0.99)
-REFERENCE = "reference"
+REFERENCE = "reference"  # in float32 with the original weights; reference-int8: with int8's dequantized weights
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row to measure. `reference`: file of loss and gradients; the method "reference" writes it, others read it."""
+    """One row to measure.
+
+    `reference`: file of loss and gradients; a reference writes it, the other methods are compared with it. `original`:
+    that of the weights before quantization, with which a reference of dequantized weights is compared. `pretend`: the
+    GPU whose types, kernels, attention and memory are used (hardware/pretend.py).
+    """
 
     method: str
     model: str = "gptj"
@@ -53,6 +58,12 @@ class Setting:
     tiny: bool = False
     seed: int = 0
     reference: str | None = None
+    original: str | None = None
+    pretend: str | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        return self.method.startswith(REFERENCE)
 
     @property
     def command(self) -> str:
@@ -62,7 +73,10 @@ class Setting:
         parts += ["--steps", str(self.steps), "--warmup", str(self.warmup)]
         parts += ["--cap-gib", str(self.cap_gib)] if self.cap_gib else []
         parts += ["--seed", str(self.seed)] if self.seed else []
-        return shlex.join(parts) + (" --gate" if self.reference else "") + (" --tiny" if self.tiny else "")
+        parts += ["--pretend", self.pretend] if self.pretend else []
+        if self.reference:
+            parts += ["--gate", "dequantized" if self.original else "original"]
+        return shlex.join(parts) + (" --tiny" if self.tiny else "")
 
 
 def run_one(row: Setting, *, wait: bool) -> None:
@@ -120,13 +134,15 @@ def add_note_(result: dict[str, Any], note: str) -> None:
 def _measure_(row: Setting, result: dict[str, Any]) -> None:
     import torch
 
+    from octavo.hardware import limit_memory_
     from shapes import batch_ids
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     result.update(gpu=device_name(device), octavo=import_module("octavo").__version__)
+    if row.pretend and not row.is_reference:
+        result["gpu"] += f" restricted to {_restrict_(row.pretend)}"
     if device.type == "cuda" and row.cap_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, row.cap_gib * GIB / total), torch.cuda.current_device())
+        limit_memory_(device, int(row.cap_gib * GIB))
     trainable = _build(row, device, result)
     result["trainable_parameters"] = trainable.trainable_parameters
     load_reserved = reserved_gib(device)
@@ -150,12 +166,29 @@ def _measure_(row: Setting, result: dict[str, Any]) -> None:
     result.update(memory(device, load_reserved))
 
 
+def _restrict_(gpu: str) -> str:
+    """The types, kernels, attention and memory of a GPU from now on, for peers too; its name."""
+    import torch
+
+    from octavo.hardware import capabilities_of, pick, pretend_
+
+    hardware = pretend_(gpu, pick())
+    if not capabilities_of(hardware.device).flash_attention:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return hardware.name
+
+
 def _build(row: Setting, device: torch.device, result: dict[str, Any]) -> Trainable:
     """Loads the method of a row from octavo_method.py, unsloth_method.py or peers.py, by the prefix of its name."""
+    import torch
+
+    from octavo.hardware import capabilities_of, memory_limit_bytes
+
     if row.method.startswith("octavo"):
         ours = import_module("octavo_method")
         result["scheme"] = row.method.removeprefix("octavo").strip("-")
-        cap = int(row.cap_gib * GIB) if row.cap_gib else None
+        cap = memory_limit_bytes(device)
         options = {"device": device, "tiny": row.tiny, "batch": row.batch, "seq_len": row.seq_len, "cap_bytes": cap}
         trainable: Trainable = ours.build(row.method, row.model, seed=row.seed, **options)
         return trainable
@@ -170,7 +203,9 @@ def _build(row: Setting, device: torch.device, result: dict[str, Any]) -> Traina
     import peers
 
     result["scheme"] = peers.scheme_of(row.method)
-    return peers.build(row.method, row.model, seed=row.seed, device=device, tiny=row.tiny)
+    old = device.type == "cuda" and "bfloat16" not in capabilities_of(device).dtypes
+    half = torch.float16 if old else torch.bfloat16
+    return peers.build(row.method, row.model, seed=row.seed, device=device, tiny=row.tiny, half=half)
 
 
 def timed(
@@ -209,16 +244,25 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def _gate_(row: Setting, result: dict[str, Any], trainable: Trainable, ids: Tensor) -> None:
-    """Writes the reference's loss and gradients, or compares with them; adds a note if they differ too much."""
+    """Writes the reference's loss and gradients, or compares with them; adds a note if they differ too much.
+
+    The file of dequantized weights has their difference from the original weights, which is noted for every row.
+    """
     import torch
 
     assert row.reference
     file = Path(row.reference)
     loss, gradients = trainable.gradients(ids)
     result["first_loss"] = round(float(loss), 6)
-    if row.method == REFERENCE:
-        saved = {name: gradient.float().cpu() for name, gradient in gradients.items()}
-        torch.save({"loss": float(loss), "gradients": saved}, file)
+    if row.is_reference:
+        saved: dict[str, Any] = {name: gradient.float().cpu() for name, gradient in gradients.items()}
+        difference = ""
+        if row.original:
+            original = torch.load(row.original, weights_only=True)
+            cosine = compare_gradients(original["gradients"], saved)["cosine"]
+            difference = f"quantization alone: cosine {cosine:.5f}, loss {float(loss) / original['loss'] - 1:+.2e}"
+            add_note_(result, difference)
+        torch.save({"loss": float(loss), "gradients": saved, "difference": difference}, file)
         return
     if not file.is_file():
         add_note_(result, "the reference failed: not compared")
@@ -226,6 +270,8 @@ def _gate_(row: Setting, result: dict[str, Any], trainable: Trainable, ids: Tens
     reference = torch.load(file, weights_only=True)
     comparison = compare_gradients(reference["gradients"], gradients)
     result["loss_gap"] = round(float(loss) / reference["loss"] - 1, 6)
+    if reference["difference"]:
+        add_note_(result, reference["difference"])
     note_gradients_(result, comparison)
 
 

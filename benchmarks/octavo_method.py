@@ -51,7 +51,9 @@ def build(
     """
     scheme, *options = method.removeprefix("octavo-").replace("nf4-double", "nf4_double").split("-")
     scheme = scheme.replace("_", "-")
-    dtype = torch.bfloat16 if device.type == "cuda" or not tiny else torch.float32
+    dtype = torch.float32 if device.type == "cpu" and tiny else torch.bfloat16
+    if device.type == "cuda":
+        dtype = pick().dtype  # float16 on a GPU without bfloat16
     budget = cap_bytes or free_memory_bytes(device)
     planner = planner_of(model_name, scheme, dtype=dtype, tiny=tiny, batch=batch, seq_len=seq_len)
     if device.type == "cuda" and "offload" not in options:
@@ -107,9 +109,10 @@ class TrainableOctavo:
         """(mean loss, its gradients by PEFT's names). Zeroes the gradients afterwards."""
         batch = make_batch(ids)
         self.trainer.model.train()
-        losses, _ = accumulate_gradients(self.trainer, batch, 1, loss_scale=1 / batch.trained_tokens)
+        scale = self.trainer.scaler.scale  # in float16, gradients that are not scaled would round to zero
+        losses, _ = accumulate_gradients(self.trainer, batch, 1, loss_scale=scale / batch.trained_tokens)
         by_name = {
-            f"base_model.model.{n}.weight": p.grad.clone()
+            f"base_model.model.{n}.weight": p.grad / scale
             for n, p in self.trainer.parameters.items()
             if p.grad is not None
         }

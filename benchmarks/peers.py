@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shapes import ALPHA, LINEARS, RANK, lora, shapes, weight
 
 MAX_GRAD_NORM = 1.0
+FLOAT16_LOSS_SCALE = 1024.0  # constant: gradients of random weights need no other
 LEARNING_RATE = 2e-4
 ARTICLE_LEARNING_RATE = 1e-5
 BLOCK_SIZE = 4096  # weights with one absolute maximum in the article's checkpoint
@@ -57,6 +58,7 @@ class Recipe:
     checkpointing: bool = True
     strong: bool = False
     autocast: bool = True
+    rounded: str | None = None  # the scheme of octavo through which float32 weights are quantized and dequantized
 
 
 PEFT_METHODS = {
@@ -69,6 +71,8 @@ PEFT_METHODS = {
     "peft-int8-sdpa": Recipe("int8", strong=True),
     "peft-nf4-sdpa": Recipe("nf4", strong=True),
     "reference": Recipe("float32", autocast=False),
+    "reference-int8": Recipe("float32", autocast=False, rounded="int8"),
+    "reference-nf4": Recipe("float32", autocast=False, rounded="nf4"),
 }
 ARTICLE = "article"
 METHODS = (*PEFT_METHODS, ARTICLE)
@@ -90,6 +94,7 @@ class Peer:
     device: torch.device
 
     def __post_init__(self) -> None:
+        self.loss_scale = FLOAT16_LOSS_SCALE if self.autocast_dtype == torch.float16 else 1.0
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
@@ -98,6 +103,8 @@ class Peer:
 
     def step(self, ids: Tensor) -> Tensor:
         loss = self._backward(ids)
+        if self.loss_scale != 1:
+            torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], self.loss_scale)
         nn.utils.clip_grad_norm_(self.trained, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -108,33 +115,46 @@ class Peer:
         gradients = {}
         for name, (parameter, factor) in self.adapters.items():
             assert parameter.grad is not None, f"{name} has no gradient"
-            gradients[name] = (parameter.grad.float() * factor).cpu()
+            gradients[name] = (parameter.grad.float() * (factor / self.loss_scale)).cpu()
         self.optimizer.zero_grad()
         return loss, gradients
 
     def _backward(self, ids: Tensor) -> Tensor:
         with self._autocast():
             loss: Tensor = self.model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        (loss * self.loss_scale).backward()
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
 
-def build(method: str, model_name: str, *, seed: int, device: torch.device | str, tiny: bool = False) -> Trainable:
-    """A method of METHODS on random weights, ready for its first step."""
+def build(
+    method: str,
+    model_name: str,
+    *,
+    seed: int,
+    device: torch.device | str,
+    tiny: bool = False,
+    half: torch.dtype = torch.bfloat16,
+) -> Trainable:
+    """A method of METHODS on random weights, ready for its first step. `half`: the type of 16 bits of PEFT methods."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a cast in every matmul
     device = torch.device(device)
     if method == ARTICLE:
         return _build_article(model_name, seed=seed, device=device, tiny=tiny)
-    return _build_peft(PEFT_METHODS[method], model_name, seed=seed, device=device, tiny=tiny)
+    return _build_peft(PEFT_METHODS[method], model_name, seed=seed, device=device, tiny=tiny, half=half)
 
 
-def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Peer:
+def _build_peft(
+    recipe: Recipe, model_name: str, *, seed: int, device: torch.device, tiny: bool, half: torch.dtype
+) -> Peer:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    model = frozen_model(recipe.weights, model_name, seed=seed, device=device, tiny=tiny)
+    dtype = torch.float32 if recipe.weights == "float32" else half
+    model = frozen_model(recipe.weights, model_name, seed=seed, device=device, tiny=tiny, dtype=dtype)
+    if recipe.rounded:
+        _round_(model, recipe.rounded)
     if recipe.strong and model_name == "gptj":
         _use_sdpa_(model)
     if recipe.weights in ("int8", "nf4"):
@@ -154,13 +174,14 @@ def _build_peft(recipe: Recipe, model_name: str, *, seed: int, device: torch.dev
             peft_name = name.replace(".default", "")
             parameter.data.copy_(lora(peft_name, tuple(parameter.shape), device, parameter.dtype, seed=seed))
             adapters[peft_name] = (parameter, 1.0)
-    autocast_dtype = torch.bfloat16 if recipe.autocast else None
+    autocast_dtype = half if recipe.autocast else None
     return Peer(tuned, _optimizer("AdamW8bit", adapters, LEARNING_RATE), adapters, autocast_dtype, device)
 
 
-def frozen_model(weights: str, model_name: str, *, seed: int, device: torch.device, tiny: bool) -> Any:
-    """transformers' model with the weights of `shapes`, stored as bf16, int8, nf4 or float32."""
-    dtype = torch.float32 if weights == "float32" else torch.bfloat16
+def frozen_model(
+    weights: str, model_name: str, *, seed: int, device: torch.device, tiny: bool, dtype: torch.dtype
+) -> Any:
+    """transformers' model with the weights of `shapes`, stored as bf16, int8, nf4 or float32; `dtype`: of the rest."""
     # GPT-J has only eager attention in transformers; Llama uses SDPA, except in the reference.
     eager = model_name == "gptj" or weights == "float32"
     model = _empty_model(model_name, tiny=tiny, dtype=dtype, attention="eager" if eager else "sdpa")
@@ -172,6 +193,18 @@ def frozen_model(weights: str, model_name: str, *, seed: int, device: torch.devi
         model.set_submodule(name, layer)
     _fill_rest_(model, device, dtype, seed)
     return model
+
+
+def _round_(model: Any, name: str) -> None:
+    """Replaces every matrix by its values after quantization under a scheme of octavo."""
+    from octavo.ops.quantize import dequantize, scheme_named
+
+    inside, ends = scheme_named(name), scheme_named(scheme_named(name).embedding_scheme)
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            scheme = ends if isinstance(module, nn.Embedding) or key == "lm_head" else inside
+            matrix = module.weight.data
+            matrix.copy_(dequantize(scheme, scheme.quantize(matrix), (matrix.shape[0], matrix.shape[1])))
 
 
 def _optimizer(kind: str, adapters: dict[str, tuple[nn.Parameter, float]], learning_rate: float) -> Any:
@@ -232,7 +265,7 @@ def _nf4_linear(linear: nn.Linear, values: tuple[Tensor, Tensor | None]) -> nn.M
 
     matrix, bias = values
     layer: Any = Linear4bit(
-        linear.in_features, linear.out_features, bias is not None, compute_dtype=torch.bfloat16,
+        linear.in_features, linear.out_features, bias is not None, compute_dtype=matrix.dtype,
         compress_statistics=True, quant_type="nf4", device="meta",
     )  # fmt: skip
     layer.support_avx512bf16_for_cpu = False  # prevents repacking of the weights for inference on a CPU

@@ -75,6 +75,26 @@ def test_a_peer_has_the_loss_and_gradients_of_the_reference_and_a_complete_row(
     assert float(written["p10"]) <= float(written["tokens_per_second"]) <= float(written["p90"])
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("model", ["gptj", "llama"])
+def test_octavo_has_the_gradients_of_float32_over_its_dequantized_weights(
+    measure: ModuleType, references: dict[str, str], tmp_path: Path, scheme: str, model: str
+) -> None:
+    """All of what remains without quantization is the arithmetic, here float32; quantization alone is far more."""
+    finetune = import_module("finetune")
+    rows = finetune.with_references([setting(measure, f"octavo-{scheme}", model)], tmp_path, dequantized=True)
+    assert [row.method for row in rows] == ["reference", f"reference-{scheme}", f"octavo-{scheme}"]
+    rounded, row = (
+        measure.measured(replace(row, original=references[model] if row.original else None)) for row in rows[1:]
+    )
+    assert rounded["note"].startswith("quantization alone: cosine 0.9")
+    assert row["note"].startswith(rounded["note"])
+    assert row["cosine_min"] > 0.99999
+    assert abs(row["loss_gap"]) < 1e-6
+    cosine = float(rounded["note"].split()[3].rstrip(","))
+    assert 1 - cosine > 10 * (1 - row["cosine"])
+
+
 @pytest.mark.parametrize(("method", "kind"), [("peft-int8", "Linear8bitLt"), ("peft-nf4", "Linear4bit")])
 def test_a_quantized_peer_uses_the_bitsandbytes_layers_of_peft(method: str, kind: str) -> None:
     peer = import_module("peers").build(method, "gptj", seed=0, device="cpu", tiny=True)
