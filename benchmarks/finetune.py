@@ -122,7 +122,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--budget-s", type=float, default=float("inf"), help="time limit of all rows; later rows are omitted")
     add("--alloc", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF of all methods")
     add("--no-prefetch", action="store_true", help="do not import the next row's libraries while a row runs")
-    add("--out", type=Path, help="default: results.csv beside this script; with --pretend: restricted.csv")
+    add("--out", type=Path, help="default: results.csv of this folder; with --pretend: restricted.csv")
     add("--commit", help="octavo's commit for the row; default: from git")
     add("--job", choices=["article"], help="the fine-tuning job of the article, from files to a saved adapter")
     add("--model-dir", type=Path)
