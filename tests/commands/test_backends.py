@@ -52,11 +52,12 @@ def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
     assert dispatch.backends() == Backends(kernels=False, attention="math")
 
 
-EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
+EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 7.5)"
 GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
 NO_DOTS = "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
 OLD_ATTENTION = "memory-efficient (FlashAttention and cuDNN need compute capability 8.0)"
 AUTO_8BIT = "8 bits where faster and precise enough"
+FORWARD_8BIT = AUTO_8BIT + ", in backward exact (8 bits need compute capability 8.0)"
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -66,7 +67,8 @@ AUTO_8BIT = "8 bits where faster and precise enough"
         (devices.MI300X, "off (they are tested on NVIDIA GPUs only; this is an AMD GPU)", EAGER, EXACT),
         (devices.TESLA_M60, "off (compute capability 5.2; they need 6.0)", GRAPHS, EXACT),
         (devices.GTX_1080_TI, NO_DOTS, GRAPHS, EXACT),
-        (devices.T4, NO_DOTS, GRAPHS, EXACT),
+        (devices.V100, NO_DOTS, GRAPHS, EXACT),
+        (devices.T4, NO_DOTS, GRAPHS, FORWARD_8BIT),
         (devices.A100, "Triton", GRAPHS, AUTO_8BIT),
         (devices.H200, "Triton", GRAPHS, AUTO_8BIT),
         (devices.UNKNOWN_GPU, "Triton", GRAPHS, AUTO_8BIT),

@@ -30,6 +30,7 @@ class Expected:
     tma: bool = False
     hopper_kernels: bool = False
     cuda_graphs: bool = False
+    backward_8bit: bool = False
 
 
 EXPECTED = {
@@ -38,12 +39,13 @@ EXPECTED = {
     devices.MI300X: Expected(AMD, torch.bfloat16),
     devices.TESLA_M60: Expected(NVIDIA, torch.float16, cuda_graphs=True),
     devices.GTX_1080_TI: Expected(NVIDIA, torch.float16, triton=True, cuda_graphs=True),
-    devices.T4: Expected(NVIDIA, torch.float16, triton=True, cuda_graphs=True),
-    devices.A100: Expected(NVIDIA, torch.bfloat16, True, True, False, True, cuda_graphs=True),
-    devices.RTX_4090: Expected(NVIDIA, torch.bfloat16, True, True, True, True, cuda_graphs=True),
-    devices.H200: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, True, True),
-    devices.B200: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, False, True),
-    devices.UNKNOWN_GPU: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, False, True),
+    devices.V100: Expected(NVIDIA, torch.float16, triton=True, cuda_graphs=True),
+    devices.T4: Expected(NVIDIA, torch.float16, triton=True, matmul_8bit=True, cuda_graphs=True),
+    devices.A100: Expected(NVIDIA, torch.bfloat16, True, True, False, True, cuda_graphs=True, backward_8bit=True),
+    devices.RTX_4090: Expected(NVIDIA, torch.bfloat16, True, True, True, True, cuda_graphs=True, backward_8bit=True),
+    devices.H200: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, True, True, True),
+    devices.B200: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, False, True, True),
+    devices.UNKNOWN_GPU: Expected(NVIDIA, torch.bfloat16, True, True, True, True, True, False, True, True),
 }
 
 
@@ -52,7 +54,7 @@ def test_what_follows_from_the_capabilities_of_a_device(device: Capabilities) ->
     chosen = hardware_for(GPU if device.is_gpu else torch.device("cpu"), device)
     found = Expected(
         device.vendor, chosen.dtype, device.triton, device.matmul_8bit, device.fp8, device.flash_attention, device.tma,
-        device.hopper_kernels, device.cuda_graphs,
+        device.hopper_kernels, device.cuda_graphs, device.backward_8bit,
     )  # fmt: skip
     assert found == EXPECTED[device]
     assert device.name in chosen.reason

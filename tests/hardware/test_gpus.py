@@ -118,6 +118,10 @@ def test_the_nearest_names_of_an_unknown_gpu_share_its_number(name: str, keys: l
     assert hardware.nearest(name)[:1] == keys[:1]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("T4", False), ("A100 80GB", True), ("H200", True)])
-def test_8bit_matmuls_are_planned_from_compute_capability_8_on(name: str, expected: bool) -> None:
-    assert hardware.GPUS[name].matmul_8bit is expected
+@pytest.mark.parametrize(
+    ("name", "forward", "backward"),
+    [("P100", False, False), ("GTX 1080 Ti", False, False), ("T4", True, False), ("A100 80GB", True, True)],
+)
+def test_8bit_matmuls_are_planned_for_the_passes_that_have_them(name: str, forward: bool, backward: bool) -> None:
+    gpu = hardware.GPUS[name]
+    assert (gpu.matmul_8bit, gpu.backward_8bit) == (forward, backward)

@@ -421,6 +421,16 @@ def test_without_a_limit_the_transposed_weights_of_every_layer_are_stored() -> N
     assert (best.save, best.rows, best.transposed) == (all_of(ALL), this.batch_size, LAYERS)
 
 
+def test_with_8_bits_in_forward_only_no_weights_are_stored_transposed() -> None:
+    this = small_planner("gptj-4")
+    forward, both = (replace(this, precision=all_8bit(this.model, forward_only=only)) for only in (True, False))
+    best = forward.best(math.inf)
+    assert best is not None
+    assert (best.save, best.rows, best.transposed) == (all_of(ALL), this.batch_size, 0)
+    flops = [planner._forecast(8, all_of(ALL)).matmul8_flops for planner in (forward, both)]
+    assert 0 < flops[0] < 0.6 * flops[1]
+
+
 def test_packed_documents_are_part_of_the_forecast() -> None:
     """Expected: 128 positions of dq in float32 for each document: the graphs have no more slots than there can be."""
     this = small_planner("gptj-4")

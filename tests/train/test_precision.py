@@ -15,6 +15,7 @@ from transformers import GPTJConfig, LlamaConfig
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.data.loader import Batch
+from octavo.layers import linear8
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
@@ -199,6 +200,33 @@ def test_gradients_with_8_bit_matmuls_are_close_to_exact(model: Decoder, save: S
     assert float(abs(loss_8bit / loss - 1)) < 0.01
     assert float(torch.cosine_similarity(gradients_8bit, exact, dim=0)) > 0.98
     assert float(gradients_8bit.norm() / exact.norm()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("save", list(Save))
+def test_with_8_bits_in_forward_only_backward_is_exact(
+    model: Decoder, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of the same loss, closer to the exact one than with 8 bits in both."""
+    _, exact = loss_and_gradients(model, save)
+    loss, both = loss_and_gradients(model, save, all_8bit(model))
+    monkeypatch.setattr(linear8, "grad_input_8bit", lambda *_: pytest.fail("8 bits in backward"))
+    precision = all_8bit(model, forward_only=True)
+    forward_loss, forward = loss_and_gradients(model, save, precision, transposed=3)
+    assert torch.equal(forward_loss, loss)
+    assert (forward - exact).norm() < (both - exact).norm()
+    assert transposed_bytes(model, precision, 3) == 0
+
+
+def test_with_8_bits_in_forward_only_no_error_of_backward_is_measured(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = measure_8bit_error(model, batch_of(), next_token_loss)
+    monkeypatch.setattr(linear8, "grad_input_8bit", lambda *_: pytest.fail("8 bits in backward"))
+    errors = measure_8bit_error(model, batch_of(), next_token_loss, forward_only=True)
+    assert {name: error.forward for name, error in errors.items()} == {n: error.forward for n, error in both.items()}
+    assert all(error.backward is None for error in errors.values())
+    assert any(error.backward is not None for error in both.values())
+    assert chosen_precision(errors, forward_only=True).forward_only
 
 
 def test_a_pass_is_exact_unless_it_is_given_a_precision(model: Decoder) -> None:

@@ -14,6 +14,8 @@ from octavo.runtime.dispatch import (
     set_backends,
 )
 
+_NEEDED = "an NVIDIA GPU of compute capability 7.5"
+
 
 def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
     """Sets the kernels and the attention backend of this process, and reports the choices and their reasons.
@@ -58,12 +60,14 @@ def _triton(hardware: Hardware) -> str:
 def _matmuls(options: MemoryOptions, hardware: Hardware) -> str:
     """The precision of matmuls with frozen weights, and the reason."""
     if wants_8bit(options, hardware):
-        return "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
+        chosen = "8 bits (--matmul 8bit)" if options.matmul == "8bit" else "8 bits where faster and precise enough"
+        exact = ", in backward exact (8 bits need compute capability 8.0)"
+        return chosen if backward_8bit(hardware) else chosen + exact
     if options.matmul == "exact":
         return "exact (--matmul exact)"
     if hardware.capabilities.matmul_8bit:
         return "exact (8 bits need the kernels)"
-    return "exact (8 bits need an NVIDIA GPU of compute capability 8.0)"
+    return f"exact (8 bits need {_NEEDED})"
 
 
 def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None) -> bool:
@@ -73,18 +77,28 @@ def wants_8bit(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = No
     """
     if options.matmul == "exact":
         return False
-    device = hardware.capabilities
-    is_here = device.is_gpu and (gpu is None or gpu == peak(hardware.name))
+    device, is_here = hardware.capabilities, _is_here(hardware, gpu)
     supported = device.matmul_8bit if is_here else gpu is not None and gpu.matmul_8bit
     if options.matmul == "8bit":
         if not supported and (is_here or gpu is not None):
             raise UsageError(
-                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need an NVIDIA "
-                "GPU of compute capability 8.0.",
+                f"{_name_of(gpu) if gpu and not is_here else hardware.name} has no 8-bit matmuls: they need {_NEEDED}.",
                 hint="Use --matmul exact.",
             )
         return True
     return supported and options.kernels and not (is_here and kernels_disabled_reason(device))
+
+
+def backward_8bit(hardware: Hardware, gpu: Peak | None = None) -> bool:
+    """Whether backward has 8-bit matmuls too, if forward has, on the GPU to plan for. On a CPU it has."""
+    if gpu is not None and not _is_here(hardware, gpu):
+        return gpu.backward_8bit
+    return hardware.capabilities.backward_8bit or not hardware.capabilities.is_gpu
+
+
+def _is_here(hardware: Hardware, gpu: Peak | None) -> bool:
+    """Whether the GPU to plan for is that of this machine."""
+    return hardware.capabilities.is_gpu and (gpu is None or gpu == peak(hardware.name))
 
 
 def _name_of(gpu: Peak) -> str:

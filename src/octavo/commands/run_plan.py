@@ -9,7 +9,7 @@ import torch
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.commands.backends import wants_8bit
+from octavo.commands.backends import backward_8bit, wants_8bit
 from octavo.commands.loading import check_context
 from octavo.config import (
     Config,
@@ -124,7 +124,7 @@ def planner_for(
     adapters.create_(model, adapter_plan(config[LoraOptions]), seed=training.seed)
     flatten_(adapters.trained(model))
     model.train()  # so that dropout is simulated too
-    options = config[MemoryOptions]
+    options, forward_only = config[MemoryOptions], not backward_8bit(hardware, gpu)
     return Planner(
         model,
         length,
@@ -134,7 +134,7 @@ def planner_for(
         offloads={"off": (False,), "on": (True,), "auto": (False, True)}[options.offload],
         host_bytes=free_memory_bytes("cpu") / 2,
         micro_batch_size=min(micro, batch_size) if (micro := training.micro_batch_size) else None,
-        precision=all_8bit(model) if wants_8bit(options, hardware, gpu) else Precision(),
+        precision=all_8bit(model, forward_only=forward_only) if wants_8bit(options, hardware, gpu) else Precision(),
         fused=options.fused,
         documents=documents,
     )

@@ -186,7 +186,7 @@ class _Branch(torch.autograd.Function):
         wants_dx, wants_dresidual = ctx.needs_input_grad[:2]
         wants_dn = wants_dx or (this.norm is not None and any(tensor.requires_grad for tensor in this.norm.trained))
         # An exact matmul for dn gives dt as well (layers/fused_linear.py); else the activation's backward computes it.
-        lora_input = LoraInput(inner_extra, wants_dt=this.inner.use_8bit or not wants_dn)
+        lora_input = LoraInput(inner_extra, wants_dt=(this.inner.use_8bit and this.inner.backward_8bit) or not wants_dn)
         du, early, outer_gradients = _outer_backward(
             dz, u, saved_attention, this, context, outer_seeds, outer_extra, lora_input
         )

@@ -27,6 +27,7 @@ BFLOAT16_FLAGS = (*X86_FLAGS, "bf16")
 # CUDA compute capabilities: 6.0 is P100, 6.1 is GTX 10, 7.0 is V100, 7.5 is T4 (RTX 20), 8.0 is A100 (8.6 RTX 30), 8.9
 # is RTX 40 and L4, 9.0 is H100 and H200, 10.0 is B200, 12.0 is RTX 50.
 TRITON_FROM = (6, 0)  # every kernel is compiled from there on in tests; they were run on 9.0
+TURING = (7, 5)  # tensor cores for int8
 AMPERE = (8, 0)  # tensor cores for bfloat16, FlashAttention 2, the kernels of 8-bit matmuls
 FP8_FROM = (8, 9)
 HOPPER = 9  # major
@@ -74,7 +75,12 @@ class Capabilities:
 
     @property
     def matmul_8bit(self) -> bool:
-        """Whether the kernels of 8-bit matmuls run: int8 on tensor cores."""
+        """Whether 8-bit matmuls run on tensor cores, at least in forward."""
+        return self._from(TURING)
+
+    @property
+    def backward_8bit(self) -> bool:
+        """Whether 8-bit matmuls run in backward too. Its kernel needs Triton's dots; cuBLAS has forward's alone."""
         return self._from(AMPERE)
 
     @property

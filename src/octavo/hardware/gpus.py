@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from octavo.hardware.capabilities import AMPERE
+from octavo.hardware.capabilities import AMPERE, TURING
 
 # The share of the memory that a plan counts on if the GPU is not here: ECC takes up to 1/16 of it, and the driver,
 # CUDA's context and the kernels of its libraries take some hundred MiB.
@@ -29,7 +29,12 @@ class Peak:
 
     @property
     def matmul_8bit(self) -> bool:
-        """Whether the kernels of 8-bit matmuls run on it."""
+        """Whether 8-bit matmuls run on its tensor cores, at least in forward."""
+        return self.compute_capability >= TURING
+
+    @property
+    def backward_8bit(self) -> bool:
+        """Whether they run in backward too."""
         return self.compute_capability >= AMPERE
 
     @property

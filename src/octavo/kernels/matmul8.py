@@ -3,7 +3,7 @@
 The matmul is a persistent kernel: a program computes several tiles, and the copy engine (TMA) loads the next inputs
 while the tensor cores work. Low-rank term, scales, bias and residual are added before a tile is rounded, so no (M, N)
 tensor is read or written twice. GPUs without TMA load by address, which Triton pipelines as well. Hopper has
-a separate kernel, hopper/matmul8.py.
+a separate kernel, hopper/matmul8.py; Turing multiplies by cuBLAS, matmul8_cublas.py.
 
 Legend as in the reference; a tile is (BM, BN) of the result, with BK inputs a stage.
 """
@@ -19,9 +19,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.hardware.capabilities import Capabilities, capabilities_of
+from octavo.kernels import matmul8_cublas
 from octavo.ops.matmul8 import FP8_LARGEST, GROUP_SIZE, LowRankTerm
 from octavo.ops.scheme import INT8_LEVELS
-from octavo.runtime.dispatch import hopper_kernels_run_on
+from octavo.runtime.dispatch import KERNELS, hopper_kernels_run_on
 
 
 class Tile(NamedTuple):
@@ -67,9 +68,16 @@ def matmul_8bit_into(
         if matmul8.fits(out, scale):
             matmul8.matmul_8bit_into(quantized, scale, weight, out, absmax, bias, bias_start, low_rank, residual)
             return
+    capabilities = capabilities_of(out.device)
+    if not capabilities.triton_dots:
+        arguments = quantized, scale, weight, out, absmax, bias, bias_start, low_rank, residual
+        if matmul8_cublas.fits(capabilities, quantized, scale):
+            matmul8_cublas.matmul_8bit_into(*arguments)
+        else:
+            KERNELS["matmul8.matmul_8bit_into"](*arguments)
+        return
     (m, k), n = quantized.shape, len(weight)
     groups = scale.ndim == 2
-    capabilities = capabilities_of(out.device)
     tile, tma = tile_for(capabilities, out.itemsize, groups=groups), capabilities.tma
     # The last two matrices are placeholders without a low-rank term.
     read, count, width = [quantized, weight, quantized, weight], 0, tile.inputs

@@ -98,6 +98,11 @@ class FusedLinear:
         """Whether the result is computed in 8 bits. With a probe it is not: the exact result is used, and compared."""
         return self.probe is None and all(part.matmul8 is not None for part in self.parts)
 
+    @cached_property
+    def backward_8bit(self) -> bool:
+        """Whether backward multiplies in 8 bits, or measures the error of that."""
+        return not any(part.matmul8 is None or part.matmul8.forward_only for part in self.parts)
+
     def matrix(self, like: Tensor) -> Tensor:
         """(N, K + C) in the dtype and on the device of `like`, dequantized anew."""
         matrix = like.new_empty(self.parts[0].rows, self.width)  # (N, K + C)
@@ -206,7 +211,7 @@ class FusedLinear:
 
         `joined` is dy times `matrix(dy)`, (M, K + C), if the caller has it.
         """
-        if self.use_8bit:
+        if self.use_8bit and self.backward_8bit:
             dt = self.grad_extra(dy, early)  # (M, C)
             return self._grad_input_8bit(dy, dt, dropout_seeds), dt
         if joined is None:
@@ -215,7 +220,7 @@ class FusedLinear:
         for part, dx_i, column, seed in self._spans(dx, dropout_seeds):
             if part.rank:
                 linear8.add_lora_gradient_(dx_i, dt[:, column : column + part.rank], part, seed)
-        if self.probe is not None:
+        if self.probe is not None and self.backward_8bit:
             dx8 = self._grad_input_8bit(dy, dt, dropout_seeds)
             linear8.probe_backward(self.parts, dx8, joined[:, : self.inputs])
         return dx, dt

@@ -54,12 +54,13 @@ class Matmul8(NamedTuple):
     """A linear that training multiplies in 8 bits, with the tensors for that.
 
     `transposed` is the weight as backward reads it, (K, N) with absmax (N,), if it is kept. With a `probe` the matmul
-    is exact, and its errors in 8 bits are written there.
+    is exact, and its errors in 8 bits are written there. `forward_only`: backward is exact.
     """
 
     outliers: Outliers | None = None
     transposed: tuple[Tensor, Tensor] | None = None
     probe: QuantErrorProbe | None = None
+    forward_only: bool = False
 
 
 class LinearSpec(NamedTuple):

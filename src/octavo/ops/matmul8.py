@@ -102,7 +102,7 @@ def transpose_into(weight: Tensor, out: Tensor) -> None:
     out.copy_(weight.T.float())
 
 
-@kernel(dots=True)
+@kernel
 def matmul_8bit_into(
     quantized: Tensor,
     scale: Tensor,

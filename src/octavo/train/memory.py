@@ -136,7 +136,7 @@ class Planner:
 
     def _best(self, budget_bytes: float) -> MemoryPlan | None:
         fitting: list[MemoryPlan] = []
-        limit, use_8bit = MARGIN * budget_bytes, bool(self.precision.outliers)
+        limit, transposes = MARGIN * budget_bytes, bool(self.precision.outliers) and not self.precision.forward_only
         for rows in self.row_counts:
             for offload in self.offloads:
                 plan = self._fullest(rows, limit, offload)
@@ -144,11 +144,11 @@ class Planner:
                     continue
                 fitting.append(plan)
                 if plan.save == self._all(Save.ALL):
-                    stored = self._transposed(plan, limit) if use_8bit else plan
+                    stored = self._transposed(plan, limit) if transposes else plan
                     fitting.append(stored)
                     # The fastest of all: fewer rows are slower, unless they divide the batch and these do not.
                     divides = rows * math.ceil(self.batch_size / rows) == self.batch_size
-                    if divides and not offload and (not use_8bit or stored.transposed == len(plan.save)):
+                    if divides and not offload and (not transposes or stored.transposed == len(plan.save)):
                         return min(fitting, key=self._cost)
                     break  # offload is slower; with fewer rows more of the transposed weights may fit
             # Each row count takes three simulations an offload mode: one more spares those of a run that cannot fit.

@@ -40,21 +40,23 @@ TIMED_TOKENS = 4096  # at which the time per token of a matmul no longer falls
 class Precision:
     """The layers that training multiplies in 8 bits, by name ("3.qkv"), each with the outlier channels of its input.
 
-    All other matmuls are exact: in the compute dtype. The planner and the run use the same value.
+    All other matmuls are exact: in the compute dtype. With `forward_only` those of backward are too. The planner and
+    the run use the same value.
     """
 
     outliers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    forward_only: bool = False
 
     def __contains__(self, name: str) -> bool:
         return name in self.outliers
 
     def to_json(self) -> dict[str, list[int]]:
-        """For checkpoints."""
+        """For checkpoints: what was measured on the data. Whether backward is in 8 bits is a property of the GPU."""
         return {name: list(channels) for name, channels in self.outliers.items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, list[int]]) -> Precision:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`, with backward in 8 bits."""
         return cls({name: tuple(channels) for name, channels in content.items()})
 
 
@@ -89,19 +91,22 @@ def layers(decoder: Decoder) -> Iterator[tuple[str, FrozenLinear]]:
             yield layer.path, layer
 
 
-def all_8bit(decoder: Decoder) -> Precision:
+def all_8bit(decoder: Decoder, *, forward_only: bool = False) -> Precision:
     """Every supported layer in 8 bits, without outlier channels."""
-    return Precision({name: () for name, _ in layers(decoder)})
+    return Precision({name: () for name, _ in layers(decoder)}, forward_only)
 
 
-def chosen_precision(errors: Mapping[str, QuantError], *, forced: bool = False) -> Precision:
+def chosen_precision(
+    errors: Mapping[str, QuantError], *, forced: bool = False, forward_only: bool = False
+) -> Precision:
     """The precision by measured errors: exact over LIMIT, unless `forced`; with outlier channels if that pays."""
     return Precision(
         {
             name: error.channels if error.splits_outliers else ()
             for name, error in errors.items()
             if forced or error.acceptable
-        }
+        },
+        forward_only,
     )
 
 
@@ -119,13 +124,16 @@ def matmul8_of(decoder: Decoder, precision: Precision, *, transposed: int = 0) -
         if channels := precision.outliers[name]:
             outliers = split_outliers(torch.tensor(channels, device=matrix.device), matrix.in_features)
         like = torch.empty(0, dtype=matrix.dtype, device=matrix.device)
-        stored = _is_in_last(transposed, name, decoder)
-        made[name] = Matmul8(outliers, transposed_weight(matrix.int8_weight, like) if stored else None)
+        stored = _is_in_last(transposed, name, decoder) and not precision.forward_only
+        weight = transposed_weight(matrix.int8_weight, like) if stored else None
+        made[name] = Matmul8(outliers, weight, forward_only=precision.forward_only)
     return made
 
 
 def transposed_bytes(decoder: Decoder, precision: Precision, blocks: int) -> int:
     """Bytes of the transposed weights of the linears in 8 bits of the last `blocks` blocks."""
+    if precision.forward_only:
+        return 0
     return sum(
         prod(layer.matrix.shape)
         for name, layer in layers(decoder)
@@ -139,7 +147,7 @@ def _is_in_last(blocks: int, name: str, decoder: Decoder) -> bool:
 
 
 @torch.no_grad()
-def speedup(decoder: Decoder, tokens: int) -> float:
+def speedup(decoder: Decoder, tokens: int, *, forward_only: bool = False) -> float:
     """Time of the exact over time of the 8-bit matmul, forward and backward, of the largest layer, on a GPU."""
     layer = max((layer for _, layer in layers(decoder)), key=lambda layer: prod(layer.matrix.shape), default=None)
     if layer is None:
@@ -147,7 +155,8 @@ def speedup(decoder: Decoder, tokens: int) -> float:
     shape = min(tokens, TIMED_TOKENS), layer.matrix.in_features
     x = torch.randn(shape, dtype=layer.matrix.dtype, device=layer.matrix.device)  # (M, K)
     try:
-        exact, fast = (_seconds(FusedLinear((layer.spec(matmul8),)), x) for matmul8 in (None, Matmul8()))
+        specs = (None, Matmul8(forward_only=forward_only))
+        exact, fast = (_seconds(FusedLinear((layer.spec(matmul8),)), x) for matmul8 in specs)
     finally:
         torch.cuda.empty_cache()
     return exact / fast
@@ -170,7 +179,9 @@ def _seconds(linear: FusedLinear, x: Tensor) -> float:
     return shortest
 
 
-def measure_8bit_error(decoder: Decoder, batch: Batch, objective: Objective) -> dict[str, QuantError]:
+def measure_8bit_error(
+    decoder: Decoder, batch: Batch, objective: Objective, *, forward_only: bool = False
+) -> dict[str, QuantError]:
     """The errors of every layer in 8 bits on the first row of a batch. Adds to the gradients of the parameters."""
     row = replace(
         batch, ids=batch.ids[:1, :TOKENS], labels=batch.labels[:1, :TOKENS], positions=batch.positions[:1, :TOKENS],
@@ -178,7 +189,8 @@ def measure_8bit_error(decoder: Decoder, batch: Batch, objective: Objective) -> 
     )  # fmt: skip
     probes = {name: QuantErrorProbe() for name, _ in layers(decoder)}
     options = ForwardOptions(
-        matmul8={name: Matmul8(probe=probe) for name, probe in probes.items()}, dropout=Dropout(torch.Generator())
+        matmul8={name: Matmul8(probe=probe, forward_only=forward_only) for name, probe in probes.items()},
+        dropout=Dropout(torch.Generator()),
     )
     loss = objective(decoder, inputs_of(row, decoder.embed.matrix.device), options)
     if loss.requires_grad:

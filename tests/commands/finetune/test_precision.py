@@ -19,6 +19,7 @@ from octavo.commands.run_plan import planner_for
 from octavo.config import Config, MemoryOptions
 from octavo.errors import CheckpointError, UsageError
 from octavo.hardware import GPUS, Hardware
+from octavo.models import Decoder
 from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 from octavo.runs import checkpoint
@@ -27,7 +28,7 @@ from octavo.train.precision import Precision, QuantError, all_8bit, layers
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
-CPU, OLD, NEW = (devices.hardware(device) for device in (devices.CPU, devices.T4, devices.H200))
+CPU, OLD, TURING, NEW = (devices.hardware(device) for device in (devices.CPU, devices.V100, devices.T4, devices.H200))
 
 
 def events(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -73,6 +74,10 @@ def test_on_a_cpu_auto_is_exact(exact: Path) -> None:
     assert events(exact, "matmul") == []
 
 
+def measured_again(*_: Any, **__: Any) -> None:
+    pytest.fail("the error is measured again")
+
+
 @pytest.fixture
 def no_layer_acceptable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enables 8-bit matmuls as on a GPU, with an error limit that no layer is under."""
@@ -92,34 +97,42 @@ def test_layers_over_the_limit_stay_exact_and_a_resumed_run_does_not_measure_aga
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
     assert saved.state["precision"] == {}
-    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(
+        "octavo.commands.finetune.precision.measure_8bit_error", lambda *_, **__: pytest.fail("tried again")
+    )
     tune(tmp_path / "parts", scheme="int8", checkpoint_every=2, resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("times", "message"), [(2.5, "2.50 times as fast"), (0.8, "1.25 times as long")])
+@pytest.mark.parametrize(
+    ("hardware", "times", "message"),
+    [(NEW, 2.5, "2.50 times as fast"), (NEW, 0.8, "1.25 times as long"), (TURING, 2.5, "2.50 times as fast")],
+)
 def test_matmuls_are_exact_on_a_gpu_where_8_bits_are_not_faster(
-    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, message: str
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hardware: Hardware, times: float, message: str
 ) -> None:
     """The GPU is simulated: only the timing and the measurement are called, both replaced here."""
-    monkeypatch.setattr(
-        "octavo.commands.finetune.precision.speedup", lambda model, tokens: times if tokens == 4 * 32 else 0
-    )
-    tried: list[Any] = []
+    forward_only, tried = hardware is TURING, list[Any]()
 
-    def measure_error(*arguments: Any) -> dict[str, Any]:
+    def measure_speed(model: Decoder, tokens: int, **named: bool) -> float:
+        assert (tokens, named) == (4 * 32, {"forward_only": forward_only})
+        return times
+
+    def measure_error(*arguments: Any, **named: bool) -> dict[str, Any]:
+        assert named == {"forward_only": forward_only}
         tried.append(arguments)
         return {name: QuantError(0.01, 0.01) for name, _ in layers(arguments[0])}
 
+    monkeypatch.setattr("octavo.commands.finetune.precision.speedup", measure_speed)
     monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", measure_error)
     monkeypatch.setattr("octavo.commands.finetune.precision.gradient_type", lambda _: torch.int8)
     with Report(console=False, metrics=tmp_path / "metrics") as report:
         run = prepare(settings(tmp_path / "run", scheme="int8", seq_len=32, batch_size=4), report)
-        run = replace(run, hardware=NEW)
+        run = replace(run, hardware=hardware)
         precision = _measured(run)
     assert message in (tmp_path / "metrics").read_text()
     assert len(tried) == (1 if times > 1 else 0)
-    assert precision == (all_8bit(run.model) if times > 1 else Precision())
+    assert precision == (all_8bit(run.model, forward_only=forward_only) if times > 1 else Precision())
 
 
 @pytest.mark.usefixtures("no_layer_acceptable")
@@ -136,7 +149,9 @@ def test_a_resumed_run_keeps_its_outlier_channels(tune: Tune, tmp_path: Path, mo
     saved = checkpoint.newest(tmp_path / "parts" / "checkpoints", warn=pytest.fail)
     assert saved is not None
     assert saved.state["precision"] == event["outliers"]
-    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(
+        "octavo.commands.finetune.precision.measure_8bit_error", lambda *_, **__: pytest.fail("tried again")
+    )
     tune(tmp_path / "parts", scheme="int8", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
@@ -162,8 +177,8 @@ def test_matmul_is_part_of_the_identity_of_a_run(tune: Tune, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("hardware", "gpu", "expected"), [
-    (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", False), (OLD, None, False),
-    (NEW, None, True),
+    (CPU, None, False), (CPU, "RTX 4090", True), (CPU, "RTX 3090", True), (CPU, "T4", True),
+    (CPU, "P100", False), (OLD, None, False), (NEW, None, True),
 ])  # fmt: skip
 def test_auto_uses_8bit_matmuls_on_gpus_that_support_them(
     hardware: Hardware, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
@@ -180,7 +195,7 @@ def test_without_kernels_auto_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_matmul_8bit_is_an_error_on_an_old_gpu_but_not_on_a_cpu() -> None:
-    with pytest.raises(UsageError, match="Tesla T4 has no 8-bit matmuls"):
+    with pytest.raises(UsageError, match="Tesla V100-SXM2-16GB has no 8-bit matmuls"):
         wants_8bit(MemoryOptions(matmul="8bit"), OLD)
     assert wants_8bit(MemoryOptions(matmul="8bit"), CPU)
     assert wants_8bit(MemoryOptions(matmul="8bit"), NEW)
@@ -190,7 +205,7 @@ def test_matmul_8bit_is_an_error_on_an_old_gpu_but_not_on_a_cpu() -> None:
 def test_a_plan_has_the_matmuls_of_the_gpu_that_it_is_for(hardware: Hardware) -> None:
     """Not those of the GPU of this machine."""
     assert wants_8bit(MemoryOptions(), hardware, GPUS["RTX 4090"])
-    assert not wants_8bit(MemoryOptions(), hardware, GPUS["T4"])
+    assert not wants_8bit(MemoryOptions(), hardware, GPUS["P100"])
     assert wants_8bit(MemoryOptions(), OLD, GPUS["RTX 4090"])
 
 

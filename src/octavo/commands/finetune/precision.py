@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from octavo.commands.backends import backward_8bit
 from octavo.commands.finetune.prepare import planned_step
 from octavo.commands.finetune.state import Run
 from octavo.config import MemoryOptions, TextOptions, TrainOptions
@@ -30,6 +31,8 @@ def choose_precision(run: Run, *, resumed: bool) -> Run:
         state.precision = None
     elif not resumed or state.precision is None:
         state.precision = _measured(run)
+    else:
+        state.precision = replace(state.precision, forward_only=not backward_8bit(run.hardware))
     fit = run.fit.with_precision(state.precision or Precision())
     if fit is run.fit:
         return run
@@ -45,11 +48,11 @@ def _measured(run: Run) -> Precision:
     forced = run.config[MemoryOptions].matmul == "8bit"
     if not forced and run.hardware.capabilities.is_gpu and not _is_faster(run):
         return Precision()
-    seed = run.config[TrainOptions].seed
+    seed, forward_only = run.config[TrainOptions].seed, not backward_8bit(run.hardware)
     batch = next(iter(batches(run.train.rows, batch_size=1, seed=seed, epochs=1)))
-    errors = measure_8bit_error(run.model, batch, run.fit.planner.objective)
+    errors = measure_8bit_error(run.model, batch, run.fit.planner.objective, forward_only=forward_only)
     run.trainer.optimizer.zero_gradients()
-    precision = chosen_precision(errors, forced=forced)
+    precision = chosen_precision(errors, forced=forced, forward_only=forward_only)
     exact = [name for name, _ in layers(run.model) if name not in precision]
     outliers = {name: list(channels) for name, channels in precision.outliers.items() if channels}
     _show(run, errors, precision)
@@ -60,7 +63,8 @@ def _measured(run: Run) -> Precision:
 
 def _is_faster(run: Run) -> bool:
     """Times the largest matmul both ways and reports whether 8 bits are faster on this GPU."""
-    times = speedup(run.model, run.fit.plan.rows * run.config[TextOptions].seq_len)
+    tokens = run.fit.plan.rows * run.config[TextOptions].seq_len
+    times = speedup(run.model, tokens, forward_only=not backward_8bit(run.hardware))
     events.MatmulSpeed(times).write(run.report)
     if times > 1:
         run.report.say(f"8-bit matmuls: the largest one is {times:.2f} times as fast on this GPU.")
@@ -81,10 +85,11 @@ def _show(run: Run, errors: Mapping[str, QuantError], precision: Precision) -> N
         forward = [errors[name].outliers if name in outliers else errors[name].forward for name in names]
         backward = [error for name in names if (error := errors[name].backward) is not None]
         counts = (sum(name not in exact for name in names), sum(name in outliers for name in names), len(names))
-        rows.append([kind, *counts, _percent(forward), _percent(backward)])
+        rows.append([kind, *counts, _percent(forward), "exact" if precision.forward_only else _percent(backward)])
     columns = ["layer", "in 8 bits", "with outliers", "of", "error of the output", "of the input gradient"]
     kind = "fp8" if gradient_type(run.hardware.device) == FP8 else "int8"
-    title = f"8-bit matmuls: int8 forward, {kind} backward; exact if the error is over {LIMIT:.0%}"
+    in_backward = "exact" if precision.forward_only else kind
+    title = f"8-bit matmuls: int8 forward, {in_backward} backward; exact if the error is over {LIMIT:.0%}"
     run.report.table(title, columns, rows)
     if outliers:
         run.report.say(
