@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import pytest
 import torch
@@ -127,3 +128,44 @@ def test_long_texts_are_truncated() -> None:
     explanation = explained(OSError("y" * 5000))
     assert explanation is not None
     assert len(explanation.message) < 300
+
+
+class PTXASError(Exception):
+    """As Triton's: its own class, derived from Exception alone."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (
+            RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors"),
+            "no code for this GPU", "build of PyTorch for this GPU",
+        ),
+        (
+            PTXASError("PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\nptxas fatal   : Value 'sm_60' "
+            "is not defined for option 'gpu-name'\nRepro command: ptxas"),
+            "cannot compile for this GPU: ptxas fatal   : Value 'sm_60'", "--no-kernels",
+        ),
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable or set "),
+            "needs a C compiler", "gcc",
+        ),
+        *(
+            (
+                CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/main.c", "-o", f"/tmp/x/{name}.cpython-311.so"]),
+                "cannot compile Triton's code", "python3-dev",
+            )
+            for name in ("cuda_utils", "__triton_launcher")
+        ),
+        (
+            RuntimeError("CUDA error: CUDA driver version is insufficient for CUDA runtime version"),
+            "driver is too old", "Update the driver",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_machine_lacks_for_its_gpu_is_explained(error: Exception, message: str, hint: str) -> None:
+    explanation = explained(error)
+    assert explanation is not None
+    assert message in explanation.message
+    assert hint in explanation.hint
+    assert explanation.exit_code == 1

@@ -35,6 +35,41 @@ _MEMORY_HINT = (
     "Try a smaller --batch-size or --seq-len, or --scheme nf4, close other programs, or raise the limit (`ulimit -v`); "
     + _AGAIN
 )
+# Texts with which CUDA and Triton report that the machine lacks something for its GPU: (text, message, hint).
+_NO_KERNELS = "--no-kernels uses PyTorch's functions in place of octavo's kernels."
+_GPU_SETUP = (
+    (
+        "no kernel image is available for execution on the device",
+        "A library has no code for this GPU",
+        "Install the build of PyTorch for this GPU (README.md, Install) and that of the library, if it is another "
+        f"one. {_NO_KERNELS}",
+    ),
+    (
+        "is not defined for option 'gpu-name'",
+        "The installed Triton cannot compile for this GPU",
+        f"Install a version of PyTorch whose Triton supports it. {_NO_KERNELS}",
+    ),
+    (
+        "Failed to find C compiler",
+        "Triton needs a C compiler to start kernels",
+        f"Install one (`apt install gcc`) or set CC to its path. {_NO_KERNELS}",
+    ),
+    (
+        "__triton_launcher",  # a file that Triton compiles, with Python's headers; the compiler's message is on stderr
+        "The C compiler cannot compile Triton's code",
+        f"Install Python's headers (`apt install python3-dev`). {_NO_KERNELS}",
+    ),
+    (
+        "cuda_utils",  # another one
+        "The C compiler cannot compile Triton's code",
+        f"Install Python's headers (`apt install python3-dev`). {_NO_KERNELS}",
+    ),
+    (
+        "driver version is insufficient for CUDA runtime version",
+        "The NVIDIA driver is too old for the installed PyTorch",
+        "Update the driver, or install PyTorch's build for an older CUDA version (README.md, Install).",
+    ),
+)
 _SYSTEM: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", f"Free disk space (see `df -h` and `df -i`), {_AGAIN}"),
     errno.EDQUOT: ("your quota on this disk is used up", f"Free disk space, {_AGAIN}"),
@@ -92,11 +127,21 @@ def _explained(error: BaseException, *, first: bool) -> OctavoError | None:
         return _system(error, code)
     if isinstance(error, RuntimeError | ImportError | SystemError) and out_of_memory(error):
         return OctavoError(f"Memory ran out: {cut(_first_line(error))}", hint=_MEMORY_HINT)
+    if isinstance(error, Exception) and (explanation := _gpu_setup(error)) is not None:
+        return explanation
     if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _TOO_MANY_THREADS):
         return OctavoError(
             f"The system allows no further threads or processes: {cut(_first_line(error))}",
             hint=f"Close other programs or raise the limit (`ulimit -u`), {_AGAIN}",
         )
+    return None
+
+
+def _gpu_setup(error: Exception) -> OctavoError | None:
+    """An error of CUDA or Triton about what the machine lacks. Triton's errors are of its own class."""
+    for phrase, message, hint in _GPU_SETUP:
+        if line := next((line.strip() for line in str(error).splitlines() if phrase in line), ""):
+            return OctavoError(f"{message}: {cut(line)}", hint=hint)
     return None
 
 

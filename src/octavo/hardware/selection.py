@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from octavo.errors import UsageError
+from octavo.hardware import installation
 from octavo.hardware.capabilities import BFLOAT16_FLAGS, CPU, Capabilities, capabilities_of
+from octavo.hardware.installation import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +38,7 @@ def pick(device: str = "auto", dtype: str = "auto") -> Hardware:
 
     `device` is "auto", "cpu", "cuda" or "cuda:N"; `dtype` is "auto" or one of DTYPES. Auto is the first GPU if there
     is one, and bfloat16 if the hardware has instructions for it, else float16 on a GPU and float32 on a CPU. Raises
-    UsageError for a device or a dtype that is not available.
+    UsageError for a device or a dtype that is not available, and for a GPU for which PyTorch has no code.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Choose auto, {', '.join(DTYPES)}.")
@@ -45,14 +48,40 @@ def pick(device: str = "auto", dtype: str = "auto") -> Hardware:
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"Unknown device {device!r}.", hint="Choose auto, cpu, cuda or cuda:N.")
+    if device == "cpu":
+        return _cpu(dtype, where="--device")
+    with warnings.catch_warnings():  # PyTorch's about the driver and the GPU: octavo's messages replace them
+        warnings.simplefilter("ignore")
+        return _pick(device, dtype)
+
+
+def _pick(device: str, dtype: str) -> Hardware:
+    """The hardware of the device "auto", "cuda" or "cuda:N"."""
     import torch
 
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        chosen = torch.device("cpu")
-        return hardware_for(chosen, capabilities_of(chosen), dtype, where="--device" if device == "cpu" else _no_gpu())
+    if not torch.cuda.is_available():
+        build, gpu = installation.installed_build(), installation.nvidia_gpu()
+        problem = installation.unused_gpu(build, gpu, installation.visible_devices())
+        if device != "auto":
+            raise _no_gpu_error(device, problem, build)
+        if problem is None:
+            return _cpu(dtype, where=_no_gpu())
+        found = _cpu(dtype, where="PyTorch cannot use the NVIDIA GPU")
+        return replace(found, reason=f"{found.reason} {problem.fault}. {problem.remedy}.")
     chosen = _cuda_device(device)
     torch.cuda.set_device(chosen)  # streams, graphs and kernels use the current device
-    return hardware_for(chosen, capabilities_of(chosen), dtype)
+    capabilities = capabilities_of(chosen)
+    _check_code(capabilities)
+    found = hardware_for(chosen, capabilities, dtype)
+    return found if ":" in device else replace(found, reason=found.reason + _other_gpus(torch.cuda.device_count()))
+
+
+def _cpu(dtype: str, *, where: str) -> Hardware:
+    """The CPU. `where` is why a run is on it."""
+    import torch
+
+    device = torch.device("cpu")
+    return hardware_for(device, capabilities_of(device), dtype, where=where)
 
 
 def hardware_for(device: torch.device, capabilities: Capabilities, dtype: str = "auto", *, where: str = "") -> Hardware:
@@ -96,11 +125,6 @@ def _cuda_device(device: str) -> torch.device:
     """The GPU of "auto", "cuda" or "cuda:N"; UsageError if PyTorch does not find it."""
     import torch
 
-    if not torch.cuda.is_available():
-        build = torch.backends.cuda.is_built()  # also of a ROCm build
-        fault = "PyTorch finds no GPU" if build else "this PyTorch is a CPU-only build"
-        remedy = "Check that nvidia-smi lists a GPU" if build else "Install a CUDA build of PyTorch"
-        raise UsageError(f"Device {device!r}: {fault}.", hint=f"{remedy}, or use --device cpu.")
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise UsageError(
@@ -110,8 +134,47 @@ def _cuda_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _check_code(capabilities: Capabilities) -> None:
+    """UsageError if the installed PyTorch has no code for an NVIDIA GPU: its first kernel would fail."""
+    import torch
+
+    if capabilities.compute_capability is None:
+        return
+    architectures = torch.cuda.get_arch_list()
+    if not architectures or installation.has_code(architectures, capabilities.compute_capability):
+        return
+    gpu = installation.nvidia_gpu()
+    problem = installation.missing_code(
+        capabilities.name, capabilities.compute_capability,
+        architectures=architectures, version=torch.__version__, driver=gpu.driver if gpu else "",
+    )  # fmt: skip
+    raise UsageError(f"{problem.fault}.", hint=f"{problem.remedy}, or use --device cpu.")
+
+
+def _no_gpu_error(device: str, problem: Problem | None, build: installation.Build) -> UsageError:
+    """Why "cuda" or "cuda:N" is not available."""
+    import torch
+
+    if problem is None:
+        compiled = bool(build.cuda) or torch.backends.cuda.is_built()  # the second is also true of a ROCm build
+        problem = (
+            Problem("PyTorch finds no GPU", "Check that nvidia-smi lists a GPU")
+            if compiled
+            else Problem("this PyTorch is a CPU-only build", "Install a CUDA build of PyTorch")
+        )
+    return UsageError(f"Device {device!r}: {problem.fault}.", hint=f"{problem.remedy}, or use --device cpu.")
+
+
 def _no_gpu() -> str:
-    """Why auto is the CPU."""
+    """Why auto is the CPU of a machine without an NVIDIA GPU."""
     import torch
 
     return "octavo does not support Apple GPUs" if torch.backends.mps.is_available() else "PyTorch finds no GPU"
+
+
+def _other_gpus(count: int) -> str:
+    """That octavo uses one of several GPUs; "" if there is one."""
+    if count < 2:
+        return ""
+    which = "cuda:1 selects the other" if count == 2 else "cuda:N selects another"
+    return f" {count} GPUs found; octavo uses one, cuda:0. --device {which}."
