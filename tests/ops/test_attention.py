@@ -310,6 +310,33 @@ def test_the_table_over_a_cache_is_that_of_all_positions_at_once(phase: Phase) -
         torch.testing.assert_close(found, wanted, rtol=0, atol=2**-23)
 
 
+def varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+    """The parameters of FlashAttention for packed documents in PyTorch 2.10."""
+
+
+def varlen_of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    """The same in PyTorch 2.13."""
+
+
+@pytest.mark.parametrize(
+    ("function", "plain", "windows", "scaled"),
+    [(None, False, False, False), (varlen_of_2_10, True, False, False), (varlen_of_2_13, True, True, True)],
+)
+def test_flash_attention_for_packed_documents_is_used_where_this_pytorch_has_its_options(
+    function: object, plain: bool, windows: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_varlen_function", lambda: function)
+    attention._varlen_parameters.cache_clear()
+    call = devices.A100, torch.bfloat16, "auto"
+    try:
+        assert attention.supports_varlen(*call) is plain
+        assert attention.supports_varlen(*call, windows=True) is windows
+        assert attention.supports_varlen(*call, scaled=True) is scaled
+        assert attention.supports_varlen(*call, windows=True, scaled=True) is (windows and scaled)
+    finally:
+        attention._varlen_parameters.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [

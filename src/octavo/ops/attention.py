@@ -122,7 +122,7 @@ def causal_attention(
         simulated: Tensor = _Simulated.apply(q, k, v, sequences)  # type: ignore[no-untyped-call]
         return simulated
     call = capabilities_of(q.device), q.dtype, backends().attention
-    if masked and supports_varlen(*call, windows=spec.window is not None):
+    if masked and supports_varlen(*call, windows=spec.window is not None, scaled=spec.scale is not None):
         return _varlen(q, k, v, spec, documents)
     groups = q.shape[2] // k.shape[2]
     shared = groups > 1 and not masked and supports_shared_keys(*call)
@@ -176,10 +176,18 @@ def supports_shared_keys(capabilities: Capabilities, dtype: torch.dtype, wanted:
     return capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "cudnn", "flash")
 
 
-def supports_varlen(capabilities: Capabilities, dtype: torch.dtype, wanted: str, *, windows: bool = False) -> bool:
-    """Whether FlashAttention runs on packed documents, and on sliding `windows`; else attention has a mask."""
-    supported = capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "flash")
-    return supported and _varlen_function() is not None and (not windows or "window_size" in _varlen_parameters())
+def supports_varlen(
+    capabilities: Capabilities, dtype: torch.dtype, wanted: str, *, windows: bool = False, scaled: bool = False
+) -> bool:
+    """Whether FlashAttention runs on packed documents, with sliding `windows`, and `scaled` by another number than
+    1 / sqrt(D); else attention has a mask. PyTorch 2.8 has no such function, that of 2.10 neither of the two options.
+    """
+    if not (capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "flash")):
+        return False
+    if _varlen_function() is None:
+        return False
+    options = {"window_size": windows, "scale": scaled}
+    return all(name in _varlen_parameters() for name, needed in options.items() if needed)
 
 
 @cache
