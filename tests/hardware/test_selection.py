@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests import devices
 
 from octavo import hardware
 from octavo.errors import UsageError
@@ -138,6 +139,12 @@ def test_a_gpu_for_which_pytorch_has_no_code_ends_the_command_before_any_work(mo
         assert "NVIDIA GeForce GTX 1080 Ti has compute capability 6.1" in caught.value.message
         assert "whl/cu126`, or use --device cpu." in caught.value.hint
     assert hardware.pick("cpu").device == torch.device("cpu")
+
+
+def test_a_gpu_that_runs_as_an_older_one_needs_no_code_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda(monkeypatch, name="NVIDIA H200", bfloat16=True, capability=(9, 0))
+    monkeypatch.setattr(capabilities, "_replaced", {torch.device("cuda", 0): devices.GTX_1080_TI})
+    assert hardware.pick().capabilities == devices.GTX_1080_TI
 
 
 def test_the_driver_decides_which_wheels_a_gpu_without_code_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,11 @@ def capabilities_of(device: torch.device) -> Capabilities:
     return _replaced.get(device) or _capabilities(device)
 
 
+def actual_capabilities(device: torch.device) -> Capabilities:
+    """Those of the device itself, whether they were replaced or not. `device` has an index, if it is a GPU."""
+    return _capabilities(device)
+
+
 def replace_capabilities_(device: torch.device, capabilities: Capabilities) -> None:
     """Gives a device other capabilities, for this process (hardware/pretend.py)."""
     _replaced[device] = capabilities

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from octavo.errors import UsageError
 from octavo.hardware import installation
-from octavo.hardware.capabilities import BFLOAT16_FLAGS, CPU, Capabilities, capabilities_of
+from octavo.hardware.capabilities import BFLOAT16_FLAGS, CPU, Capabilities, actual_capabilities, capabilities_of
 from octavo.hardware.installation import Problem
 
 if TYPE_CHECKING:
@@ -70,9 +70,8 @@ def _pick(device: str, dtype: str) -> Hardware:
         return replace(found, reason=f"{found.reason} {problem.fault}. {problem.remedy}.")
     chosen = _cuda_device(device)
     torch.cuda.set_device(chosen)  # streams, graphs and kernels use the current device
-    capabilities = capabilities_of(chosen)
-    _check_code(capabilities)
-    found = hardware_for(chosen, capabilities, dtype)
+    _check_code(actual_capabilities(chosen))
+    found = hardware_for(chosen, capabilities_of(chosen), dtype)
     return found if ":" in device else replace(found, reason=found.reason + _other_gpus(torch.cuda.device_count()))
 
 
