@@ -126,7 +126,9 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     create_(model, ADAPTER, seed=0)
     flatten_(trained(model))
     model.train()
-    return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(pick().name))
+    hardware = pick()
+    flash = hardware.capabilities.flash_attention or not hardware.capabilities.is_gpu
+    return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(hardware.name), flash_attention=flash)
 
 
 def flops_note(row: Setting, tokens_per_second: float) -> str:

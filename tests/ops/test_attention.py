@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import devices
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from octavo.hardware import Capabilities
 from octavo.ops import attention, softcap
-from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents
+from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents, seen_mask
 from octavo.ops.cached_attention import prefill_attention
 from octavo.ops.rotary import (
     ROTATE_HALF,
@@ -356,3 +357,28 @@ def test_flash_attention_for_packed_documents_and_shared_keys_needs_compute_capa
         assert not attention.supports_shared_keys(device, dtype, "efficient")
     assert not attention.supports_varlen(device, torch.float32, "auto")
     assert not attention.supports_shared_keys(device, torch.float32, "auto")
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_added_mask_is_minus_infinity_where_the_mask_is_false_and_is_made_once(window: int | None) -> None:
+    """In place of the mask, with memory-efficient attention: the same results."""
+    documents = find_documents(torch.tensor([[0] * 5 + [1] * 3, [2] * 8]), torch.device("cpu"))
+    assert documents is not None
+    seen = seen_mask(8, window, documents, torch.device("cpu"))
+    added = documents.added_mask(window, torch.float32)
+    assert torch.equal(added, torch.where(seen, 0.0, -torch.inf))
+    assert documents.added_mask(window, torch.float32) is added
+    assert documents.added_mask(window, torch.float16).dtype == torch.float16
+    q, k, v = torch.randn(3, 2, 4, 8, 16)
+    results = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in (seen, added)]
+    torch.testing.assert_close(*results)
+
+
+def test_a_gpu_without_flash_attention_is_given_the_added_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = find_documents(torch.tensor([[0] * 5 + [1] * 3]), torch.device("cpu"))
+    assert documents is not None
+    q = torch.randn(1, 8, 2, 16)
+    for device, added in ((devices.CPU, False), (devices.T4, True), (devices.A100, False)):
+        monkeypatch.setattr(attention, "capabilities_of", lambda _, device=device: device)
+        assert attention._mask(q, None, documents).is_floating_point() == added
+    assert not attention._mask(q, 3, None).is_floating_point()

@@ -1,7 +1,7 @@
 """The live bytes of a simulated step are those of a real one, for every family.
 
 A step with real tensors runs on the CPU as a GPU runs it: an operation that has a kernel allocates its result alone,
-and attention allocates what `_Simulated` says. All else, and soft-capped attention, is the code of a run.
+and attention allocates what `simulated_attention` says. All else, and soft-capped attention, is the code of a run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from octavo.objective import Inputs, next_token_loss
 from octavo.ops import attention
 from octavo.ops.attention import AttentionSpec, Documents
 from octavo.ops.quantize import scheme_named
+from octavo.ops.simulated_attention import flash_attention
 from octavo.runtime.dispatch import KERNELS
 from octavo.store.weights import allocated
 
@@ -84,8 +85,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
             return attention.causal_attention(q, k, v, spec, documents=documents)
         bounded = spec.bounded(q.shape[1])
         sequences = len(documents.offsets) - 1 if documents else len(q) if bounded.window is not None else 0
-        out: Tensor = attention._Simulated.apply(q, k, v, sequences)  # type: ignore[no-untyped-call]
-        return out
+        return flash_attention(q, k, v, sequences)
 
     monkeypatch.setattr("octavo.runtime.dispatch.kernels_run_on", lambda _: True)
     monkeypatch.setattr("octavo.fused.loss.kernels_run_on", lambda _: True)

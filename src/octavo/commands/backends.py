@@ -96,6 +96,13 @@ def backward_8bit(hardware: Hardware, gpu: Peak | None = None) -> bool:
     return hardware.capabilities.backward_8bit or not hardware.capabilities.is_gpu
 
 
+def has_flash_attention(hardware: Hardware, gpu: Peak | None = None) -> bool:
+    """Whether the GPU to plan for has FlashAttention. That of a machine without one, and not named, has."""
+    if gpu is not None and not _is_here(hardware, gpu):
+        return gpu.flash_attention
+    return hardware.capabilities.flash_attention or hardware.capabilities.vendor != NVIDIA
+
+
 def _is_here(hardware: Hardware, gpu: Peak | None) -> bool:
     """Whether the GPU to plan for is that of this machine."""
     return hardware.capabilities.is_gpu and (gpu is None or gpu == peak(hardware.name))

@@ -38,6 +38,11 @@ class Peak:
         return self.compute_capability >= AMPERE
 
     @property
+    def flash_attention(self) -> bool:
+        """Whether PyTorch's FlashAttention, or cuDNN's attention, runs on it."""
+        return self.compute_capability >= AMPERE
+
+    @property
     def usable_bytes(self) -> int | None:
         """The memory that a run can count on."""
         return None if self.memory_gib is None else int(USABLE * self.memory_gib * 2**30)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.hardware.capabilities import NVIDIA, Capabilities, capabilities_of
+from octavo.ops.simulated_attention import efficient_attention, flash_attention, simulates_flash_attention
 from octavo.ops.softcap import CappedSpec, Extents, softcapped_attention
-from octavo.runtime.dispatch import backends, observe
+from octavo.runtime.dispatch import backends
 from octavo.runtime.transfer import to_device
 
 
@@ -46,7 +47,6 @@ class AttentionSpec(NamedTuple):
 
 
 PLAIN = AttentionSpec()
-FLASH_ROWS = 128  # the positions of a tile of queries in FlashAttention's backward
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,18 @@ class Documents:
     def mask(self) -> Tensor:
         """(B, 1, T, T), true where a query sees a key: its own position and those before it in its document."""
         return (self.number[:, None, :, None] == self.number[:, None, None, :]).tril()
+
+    def added_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, T, T): 0 where a query sees a key, else -inf. All layers with this window share it."""
+        if (window, dtype) not in self._added_masks:
+            seen = self.mask if window is None else self.mask.triu(1 - window)
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            self._added_masks[window, dtype] = zeros.masked_fill_(~seen, float("-inf"))
+        return self._added_masks[window, dtype]
+
+    @cached_property
+    def _added_masks(self) -> dict[tuple[int | None, torch.dtype], Tensor]:
+        return {}
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -117,10 +129,9 @@ def causal_attention(
         capped = CappedSpec(spec.scale_of(q.shape[3]), spec.softcap, spec.window)
         return softcapped_attention(q, k, v, capped, documents.extents if documents is not None else None)
     masked = spec.window is not None or documents is not None
-    if q.is_meta:
+    if q.is_meta and simulates_flash_attention():
         sequences = 0 if not masked else q.shape[0] if documents is None else len(documents.offsets) - 1
-        simulated: Tensor = _Simulated.apply(q, k, v, sequences)  # type: ignore[no-untyped-call]
-        return simulated
+        return flash_attention(q, k, v, sequences)
     call = capabilities_of(q.device), q.dtype, backends().attention
     if masked and supports_varlen(*call, windows=spec.window is not None, scaled=spec.scale is not None):
         return _varlen(q, k, v, spec, documents)
@@ -128,7 +139,9 @@ def causal_attention(
     shared = groups > 1 and not masked and supports_shared_keys(*call)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    mask = seen_mask(q.shape[1], spec.window, documents, q.device) if masked else None
+    mask = _mask(q, spec.window, documents) if masked else None
+    if q.is_meta:
+        return efficient_attention(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
     causal = mask is None and q.shape[2] > 1
     with _sdpa_backends(q):
@@ -136,6 +149,17 @@ def causal_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared, scale=spec.scale
         )
     return out.transpose(1, 2)
+
+
+def _mask(q: Tensor, window: int | None, documents: Documents | None) -> Tensor:
+    """The mask for q (B, T, H, D). On a GPU for which PyTorch has no FlashAttention it is added to the scores.
+
+    PyTorch would make that of a mask of booleans in every layer, and save each for backward.
+    """
+    if documents is None:
+        return seen_mask(q.shape[1], window, documents, q.device)
+    added = q.is_meta or (capabilities_of(q.device).is_gpu and not capabilities_of(q.device).flash_attention)
+    return documents.added_mask(window, q.dtype) if added else seen_mask(q.shape[1], window, documents, q.device)
 
 
 # cuDNN is the fastest on Hopper, head size 256 included. It does not support one query over a cache, nor that head size
@@ -232,33 +256,3 @@ def _varlen_parameters() -> frozenset[str]:
     import inspect
 
     return frozenset(inspect.signature(_varlen_function() or _varlen).parameters)
-
-
-class _Simulated(torch.autograd.Function):
-    """Attention on the meta device with the memory of the GPU's: forward saves the log-sums; backward makes dq in
-    float32 first and, if key heads are shared, dk and dv for every query head.
-
-    `sequences` is 0 for cuDNN's attention, else the number of sequences of FlashAttention's, empty ones included, whose
-    dq in float32 and row sums have `FLASH_ROWS` more positions for each (PyTorch 2.11, flash_api.cpp, mha_varlen_bwd).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
-        observe("attention", [q, k, v, q])
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        ctx.sequences = sequences
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        observe("attention_backward", [q, k, v, q, q, k, v, q])
-        batch, length, heads, size = q.shape
-        wide = [q.new_empty(q.shape, dtype=torch.float32)]
-        if ctx.sequences:
-            positions, size = batch * length + FLASH_ROWS * ctx.sequences, 256 if size > 192 else -(-size // 32) * 32
-            wide = [q.new_empty(positions, heads, columns, dtype=torch.float32) for columns in (size, 1)]
-        if k.shape[2] != heads:
-            wide += [q.new_empty(q.shape) for _ in range(2)]
-        return *(x.new_empty(x.shape) for x in (q, k, v)), None
