@@ -7,6 +7,7 @@ import re
 import pytest
 
 from octavo import hardware
+from octavo.hardware.pretend import MODELS
 
 
 @pytest.mark.parametrize(
@@ -125,3 +126,52 @@ def test_the_nearest_names_of_an_unknown_gpu_share_its_number(name: str, keys: l
 def test_8bit_matmuls_are_planned_for_the_passes_that_have_them(name: str, forward: bool, backward: bool) -> None:
     gpu = hardware.GPUS[name]
     assert (gpu.matmul_8bit, gpu.backward_8bit) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("names", "key"),
+    [
+        (("T4", "t4", "Tesla T4"), "T4"),
+        (("P100", "p100", "Tesla P100"), "P100"),
+        (("1080Ti", "1080 ti", "GTX1080Ti", "NVIDIA GeForce GTX 1080 Ti"), "GTX 1080 Ti"),
+        (("RTX5000", "rtx 5000", "5000", "Quadro RTX 5000", "QuadroRTX5000"), "Quadro RTX 5000"),
+        (("A6000", "RTXA6000", "rtx a6000"), "RTX A6000"),
+        (("3060", "RTX3060", "GeForce 3060", "3060 12GB"), "RTX 3060"),
+        (("3060 8GB",), "RTX 3060 8GB"),
+        (("4090", "RTX4090"), "RTX 4090"),
+        (("5090", "rtx 5090"), "RTX 5090"),
+        (("4070TiSuper",), "RTX 4070 Ti Super"),
+        (("4060ti 16gb",), "RTX 4060 Ti 16GB"),
+    ],
+)
+def test_a_person_may_leave_out_the_brand_blanks_and_case(names: tuple[str, ...], key: str) -> None:
+    assert [hardware.gpu_named(name) for name in names] == [key] * len(names)
+
+
+def test_the_names_of_pretend_are_names_of_the_same_gpus() -> None:
+    for name, model in MODELS.items():
+        key = hardware.gpu_named(name)
+        assert key is not None, name
+        assert hardware.GPUS[key] is hardware.peak(model.name)
+        assert hardware.GPUS[key].compute_capability == model.compute_capability
+
+
+def test_every_key_is_a_name() -> None:
+    assert [hardware.gpu_named(key) for key in hardware.GPUS] == list(hardware.GPUS)
+    assert [hardware.peak(key) for key in hardware.GPUS] == list(hardware.GPUS.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RTX 5000 Ada", "5000 Ada", "4090 Laptop", "4090 D", "4090 48GB", "GTX 4090", "Quadro 4090", "1080", "6000",
+        "RTX", "", "A100", "T4-4Q",
+    ],
+)  # fmt: skip
+def test_a_name_of_another_gpu_or_of_several_is_none(name: str) -> None:
+    assert hardware.gpu_named(name) is None
+
+
+def test_the_gpus_of_an_ambiguous_name() -> None:
+    assert hardware.gpus_with("a100") == ["A100 40GB", "A100 80GB", "A100 80GB PCIe"]
+    assert hardware.gpus_with("RTX") == hardware.gpus_with("RTX 5000 Ada") == []

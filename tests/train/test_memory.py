@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from octavo import adapters
 from octavo.adapters import AdapterPlan
 from octavo.hardware import GPUS
+from octavo.hardware.rates import BUS_SHARE
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.ops.attention import find_documents
@@ -25,7 +26,7 @@ from octavo.runtime.offload import pinned_bytes
 from octavo.store.weights import allocated
 from octavo.train.memory import MARGIN, MemoryPlan, Planner, _halvings, document_slots
 from octavo.train.precision import Precision, all_8bit
-from octavo.train.simulate import BUS_SHARE, PAGES, Forecast
+from octavo.train.simulate import PAGES, Forecast
 from octavo.train.step import _document_slots
 
 GIB = 2**30
@@ -176,7 +177,7 @@ def test_no_plan_is_faster_by_more_than_one_layer() -> None:
         plan = this.best(budget)
         assert (plan is None) == (not fitting)
         if plan is not None:
-            assert this._seconds(plan) < min(fitting) + (seconds[1] - seconds[2]) / LAYERS + 1e-9
+            assert this._seconds(plan) < min(fitting) + (seconds[0] - seconds[2]) / LAYERS + 1e-9
 
 
 def test_the_largest_and_smallest_budgets() -> None:
@@ -282,7 +283,7 @@ def test_an_unknown_gpu_has_the_plan_of_a_known_one() -> None:
     ours, theirs = (this.best(budget) for this in (known, unknown))
     assert ours is not None
     assert ours.rows < 8
-    assert theirs == replace(ours, seconds=None)
+    assert theirs == replace(ours, seconds=None, seconds_range=None)
     for planner_, other in ((known, unknown), (known.least, unknown.least)):
         plan = planner_.plan(all_of(INPUT), 2)
         assert other._seconds(replace(plan, seconds=None)) == plan.seconds

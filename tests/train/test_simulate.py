@@ -18,7 +18,8 @@ from torch import Tensor
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.hardware import Peak
+from octavo.hardware import Measured, Peak
+from octavo.hardware.rates import BUS_SHARE, PUBLISHED, STEPS_ERROR, WIDE_ERROR
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, next_token_loss
@@ -330,26 +331,42 @@ def test_attention_over_documents_or_a_window_needs_the_memory_of_flash_attentio
     assert simulate(step).peak_bytes == mebibytes * 2**20 + PAGES[True]  # log-sum-exp, row sums and the loss are small
 
 
+KINDS = ((1e12, 0, 0, 0), (0, 1e12, 0, 0), (0, 0, 1e9, 0), (0, 0, 0, 2e12))
+HOPPER = Measured(steps=True)
+OTHERS = Measured((9e11, 9e11), 0.9)  # published of a GPU on which octavo never ran
+
+
+def gpu_of(times: float, capability: tuple[int, int] = (9, 0), measured: Measured = HOPPER) -> Peak:
+    """A GPU `times` as fast as one with round numbers."""
+    return Peak(1e12 * times, 2e12 * times, 1e9 * times, 1e8 * times, capability, measured=measured)
+
+
 def test_the_time_of_a_gpu_is_the_sum_over_kinds_of_work() -> None:
-    gpu = Peak(
-        half_flops_per_second=1e12,
-        int8_ops_per_second=2e12,
-        bytes_per_second=1e9,
-        bus_bytes_per_second=1e8,
-        compute_capability=(9, 0),
-    )
-    kinds = ((1e12, 0, 0, 0), (0, 1e12, 0, 0), (0, 0, 1e9, 0), (0, 0, 0, 2e12))
-    alone = [Forecast(0, *parts).seconds(gpu) for parts in kinds]
+    alone = [Forecast(0, *parts).seconds(gpu_of(1)) for parts in KINDS]
     assert all(1 < seconds < 3 for seconds in alone)  # no GPU reaches its peak throughput
-    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(gpu) == pytest.approx(sum(alone))
-    faster = Peak(
-        half_flops_per_second=2e12,
-        int8_ops_per_second=4e12,
-        bytes_per_second=2e9,
-        bus_bytes_per_second=2e8,
-        compute_capability=(9, 0),
-    )
-    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(faster) == pytest.approx(sum(alone) / 2)
+    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(gpu_of(1)) == pytest.approx(sum(alone))
+    assert Forecast(5, 1e12, 1e12, 1e9, 2e12).seconds(gpu_of(2)) == pytest.approx(sum(alone) / 2)
+
+
+@pytest.mark.parametrize("work", [*KINDS, (1e12, 1e12, 1e9, 2e12)])
+def test_the_range_of_a_time_is_around_its_middle_and_wider_for_a_gpu_that_was_not_measured(
+    work: tuple[float, float, float, float],
+) -> None:
+    forecast = Forecast(5, *work)
+    widths = []
+    for gpu in (gpu_of(1), gpu_of(1, (8, 6), OTHERS), gpu_of(1, (7, 5), OTHERS)):
+        low, high = forecast.seconds_range(gpu)
+        assert low < forecast.seconds(gpu) < high
+        widths.append(high / low)
+    assert widths[0] == pytest.approx(STEPS_ERROR[1] / STEPS_ERROR[0])
+    assert min(widths[1:]) > 2 > widths[0]
+
+
+def test_copies_that_take_longer_than_computing_are_the_time_at_both_ends() -> None:
+    forecast = Forecast(0, 1e6, 0, 0, bus_bytes=1e9)
+    low, high = forecast.seconds_range(gpu_of(1, (8, 6), OTHERS))
+    assert low == pytest.approx(WIDE_ERROR[0] * 1e9 / (BUS_SHARE * 1e8 * PUBLISHED))
+    assert high == pytest.approx(WIDE_ERROR[1] * 1e9 / (BUS_SHARE * 1e8 / PUBLISHED))
 
 
 def test_an_8_bit_matmul_needs_no_memory_and_has_its_own_throughput() -> None:

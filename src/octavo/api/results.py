@@ -96,7 +96,10 @@ class GenerateResult(TypedDict):
 
 
 class PlanRow(TypedDict):
-    """The plan of a scheme: its memory (`least_gib`: the smallest limit that fits), and time if the GPU is known."""
+    """The plan of a scheme: its memory (`least_gib`: the smallest limit that fits), and time if the GPU is known.
+
+    Times are computed, not measured, so they are ranges: [low, high].
+    """
 
     scheme: str
     fits: bool
@@ -109,8 +112,8 @@ class PlanRow(TypedDict):
     layers_all: int
     layers_attention: int
     layers_transposed: int  # whose 8-bit weights are stored transposed too
-    seconds: float | None
-    tokens_per_second: float | None
+    seconds: list[float] | None  # of an optimizer step
+    tokens_per_second: list[float] | None
     flops_per_token: dict[str, float]  # of body, head and attention, without what is recomputed
 
 

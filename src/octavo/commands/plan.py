@@ -16,6 +16,7 @@ from octavo.commands.run_plan import (
     gib_text,
     least_bytes,
     planner_for,
+    range_text,
     too_small,
 )
 from octavo.config import (
@@ -30,7 +31,18 @@ from octavo.config import (
 )
 from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
-from octavo.hardware import GPUS, USABLE, Hardware, Peak, nearest, other_sizes, peak
+from octavo.hardware import (
+    GPUS,
+    USABLE,
+    Hardware,
+    Peak,
+    basis,
+    gpu_named,
+    gpus_with,
+    nearest,
+    other_sizes,
+    peak,
+)
 from octavo.layers.context import Save
 from octavo.models.flops import model_flops
 from octavo.ops.quantize import SCHEMES
@@ -46,10 +58,8 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     """`octavo plan`: the memory and time of a run, without reading weights."""
     model_options, options = config[ModelOptions], config[MemoryOptions]
     hardware = chosen_hardware(model_options, report)
-    name = config[PlanOptions].gpu or hardware.name
+    name = _gpu_name(config[PlanOptions].gpu) or hardware.name
     gpu = peak(name)
-    if config[PlanOptions].gpu and gpu is None:
-        raise _unknown_gpu(name)
     source = open_model(model_options, report, weights=False)
     config = with_fitting_rows(config, source, report)
     budget = _budget_bytes(options, hardware, name, report)
@@ -79,6 +89,8 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
         "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
+    if gpu is not None:
+        report.say(basis(gpu, name))
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
@@ -90,7 +102,19 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
 
 
+def _gpu_name(asked: str | None) -> str | None:
+    """The key of the GPU that --gpu names, None without the option. UsageError for an unknown or ambiguous name."""
+    if asked is None:
+        return None
+    key = gpu_named(asked)
+    if key is None:
+        raise _unknown_gpu(asked)
+    return key
+
+
 def _unknown_gpu(name: str) -> UsageError:
+    if len(several := gpus_with(name)) > 1:
+        return UsageError(f"--gpu {name!r} can be several GPUs.", hint=f"Use one of {', '.join(several)}.")
     near = nearest(name)
     names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
     return UsageError(
@@ -137,8 +161,8 @@ def _margin(options: MemoryOptions) -> str:
 def _cells(row: dict[str, Any]) -> list[object]:
     """A row of the table for people. A plan that does not fit is never run, so it has no time."""
     cells = {**row, "fits": "yes" if row["fits"] else "no"}
-    if not row["fits"]:
-        cells |= dict.fromkeys(("seconds", "tokens_per_second"), "-")
+    for time in ("seconds", "tokens_per_second"):
+        cells[time] = "-" if not row["fits"] else range_text(*row[time]) if row[time] else None
     return ["" if cells[key] is None else cells[key] for key in _COLUMNS]
 
 
@@ -180,7 +204,7 @@ def _row(
         plan, least = planner.fixed(levels, budget), planner.fixed(levels, 0).peak_bytes
         fits = plan.peak_bytes <= budget
     check_cpu_memory(plan, planner)
-    tokens = training.batch_size * planner.length
+    tokens, seconds = training.batch_size * planner.length, plan.seconds_range
     return {
         "scheme": scheme.name,
         "fits": fits,
@@ -193,7 +217,7 @@ def _row(
         "layers_all": plan.save.count(Save.ALL),
         "layers_attention": plan.save.count(Save.ATTENTION),
         "layers_transposed": plan.transposed,
-        "seconds": plan.seconds,
-        "tokens_per_second": tokens / plan.seconds if plan.seconds else None,
+        "seconds": list(seconds) if seconds else None,
+        "tokens_per_second": [tokens / end for end in reversed(seconds)] if seconds else None,
         "flops_per_token": asdict(model_flops(planner.model, planner.length)),
     }

@@ -60,7 +60,8 @@ class FittedPlan:
 
     def describe(self) -> str:
         """The plan for people."""
-        plan, time = self.plan, f", {self.plan.seconds:.3g} s a step" if self.plan.seconds else ""
+        plan, ends = self.plan, self.plan.seconds_range
+        time = f", {range_text(*ends)} s a step (computed)" if ends else ""
         return (
             f"Plan: {plan.describe()}; {plan.peak_bytes / GIB:.2f} of "
             f"{self.budget_bytes / GIB:.2f} GiB predicted{time}."
@@ -256,3 +257,14 @@ def too_small(
 def gib_text(budget: int) -> str:
     """A memory budget in GiB, rounded up: with the shown value the run fits."""
     return f"{math.ceil(budget / GIB * 100) / 100:.2f}"
+
+
+def range_text(low: float, high: float) -> str:
+    """A range with two digits of each end: "310 to 620", or one number if both are the same."""
+    ends = [_two_digits(end) for end in (low, high)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _two_digits(number: float) -> str:
+    places = 1 - math.floor(math.log10(number)) if number > 0 else 0
+    return f"{round(number, places):,.{max(0, places)}f}"

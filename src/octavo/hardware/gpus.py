@@ -14,6 +14,19 @@ USABLE = 0.9
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was measured of a GPU. docs/design/gpu-times.md has the source of every figure.
+
+    `half_flops_per_second` are the lowest and the highest published figure for large 16-bit matmuls, `memory_share` is
+    the share of the peak bandwidth of its memory that a memory-bound program reached. None: no figure was found.
+    """
+
+    half_flops_per_second: tuple[float, float] | None = None
+    memory_share: float | None = None
+    steps: bool = False  # octavo's own training steps were measured on it
+
+
+@dataclass(frozen=True)
 class Peak:
     """Peak throughput of a GPU without sparsity: an upper bound, for plans and to judge measurements; its memory.
 
@@ -26,6 +39,7 @@ class Peak:
     bus_bytes_per_second: float  # between CPU and GPU, in one direction
     compute_capability: tuple[int, int]
     memory_gib: int | None = None
+    measured: Measured = Measured()
 
     @property
     def matmul_8bit(self) -> bool:
@@ -60,33 +74,42 @@ def _peak(
     memory_gib: int | None = None,
     *,
     lanes: int = 16,
+    measured: Measured | None = None,
 ) -> Peak:
     bus = PCIE[pcie] * lanes / 16
-    return Peak(half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, bus * 1e9, compute_capability, memory_gib)
+    rates = (half_tflops * 1e12, int8_tops * 1e12, gigabytes * 1e9, bus * 1e9)
+    return Peak(*rates, compute_capability, memory_gib, measured or Measured())
+
+
+def _measured(
+    tflops: tuple[float, float] | None = None, memory: float | None = None, *, steps: bool = False
+) -> Measured:
+    """Published TFLOP/s, lowest and highest, and share of the memory's bandwidth."""
+    return Measured(tflops and (tflops[0] * 1e12, tflops[1] * 1e12), memory, steps)
 
 
 # Vendors' data sheets: dense float16/bfloat16 matmuls with float32 accumulation in TFLOP/s, dense int8 matmuls in
 # TOP/s, memory bandwidth in GB/s, compute capability, generation of PCIe, memory in GiB. GeForce GPUs have half rate
 # with float32 accumulation, so their int8 rate is four times the first value; elsewhere it is twice. GPUs without
 # tensor cores (P100, GTX 1080 Ti) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
-# int8 has that rate too.
+# int8 has that rate too. `measured`: docs/design/gpu-times.md.
 # Data sheets write GB for memory and mean GiB, before the part for ECC; of the H200's 141 GB about 139 GiB are usable.
 # A key matches a driver's GPU name that has all words of the key, and no other memory size than its row; the longest
 # matching key is used. Keys with a size, as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have none.
 GPUS: dict[str, Peak] = {
-    "H200": _peak(989, 1979, 4800, (9, 0), 5, 139),
-    "H100": _peak(989, 1979, 3350, (9, 0), 5, 80),
-    "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5, 80),
-    "A100 40GB": _peak(312, 624, 1555, (8, 0), 4, 40),
-    "A100 80GB": _peak(312, 624, 2039, (8, 0), 4, 80),
-    "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4, 80),
-    "L4": _peak(121, 242, 300, (8, 9), 4, 24),
-    "T4": _peak(65, 130, 320, (7, 5), 3, 16),
-    "P100": _peak(9.3, 9.3, 732, (6, 0), 3, 16),
+    "H200": _peak(989, 1979, 4800, (9, 0), 5, 139, measured=_measured(steps=True)),
+    "H100": _peak(989, 1979, 3350, (9, 0), 5, 80, measured=_measured((794.5, 821.2), 0.80, steps=True)),
+    "H100 PCIe": _peak(756, 1513, 2000, (9, 0), 5, 80, measured=_measured((499.5, 499.5), 0.85)),
+    "A100 40GB": _peak(312, 624, 1555, (8, 0), 4, 40, measured=_measured((230, 271.2), 0.84)),
+    "A100 80GB": _peak(312, 624, 2039, (8, 0), 4, 80, measured=_measured((230, 271.2), 0.77)),
+    "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4, 80, measured=_measured((252.9, 256.4), 0.76)),
+    "L4": _peak(121, 242, 300, (8, 9), 4, 24, measured=_measured((91.4, 91.4), 0.76)),
+    "T4": _peak(65, 130, 320, (7, 5), 3, 16, measured=_measured((24, 39), 0.65)),
+    "P100": _peak(9.3, 9.3, 732, (6, 0), 3, 16, measured=_measured((8.5, 9.1), 0.69)),
     "P100 SXM2": _peak(10.6, 10.6, 732, (6, 0), 3, 16),
-    "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48),
-    "Quadro RTX 5000": _peak(89.2, 178.4, 448, (7, 5), 3, 16),
-    "RTX 5090": _peak(209.5, 838, 1792, (12, 0), 5, 32),
+    "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48, measured=_measured((95, 131.2), 0.88)),
+    "Quadro RTX 5000": _peak(89.2, 178.4, 448, (7, 5), 3, 16, measured=_measured(memory=0.80)),
+    "RTX 5090": _peak(209.5, 838, 1792, (12, 0), 5, 32, measured=_measured((254, 254), 0.81)),
     "RTX 5080": _peak(112.6, 450.2, 960, (12, 0), 5, 16),
     "RTX 5070 Ti": _peak(87.9, 351.5, 896, (12, 0), 5, 16),
     "RTX 5070": _peak(61.7, 246.9, 672, (12, 0), 5, 12),
@@ -94,7 +117,7 @@ GPUS: dict[str, Peak] = {
     "RTX 5060 Ti 16GB": _peak(47.4, 189.6, 448, (12, 0), 5, 16, lanes=8),
     "RTX 5060 Ti 8GB": _peak(47.4, 189.6, 448, (12, 0), 5, 8, lanes=8),
     "RTX 5060": _peak(38.4, 153.4, 448, (12, 0), 5, 8, lanes=8),
-    "RTX 4090": _peak(165, 661, 1008, (8, 9), 4, 24),
+    "RTX 4090": _peak(165, 661, 1008, (8, 9), 4, 24, measured=_measured((172, 179), 0.85)),
     "RTX 4080 Super": _peak(104.4, 417.8, 736, (8, 9), 4, 16),
     "RTX 4080": _peak(97.5, 389.9, 717, (8, 9), 4, 16),
     "RTX 4070 Ti Super": _peak(88.2, 352.8, 672, (8, 9), 4, 16),
@@ -105,27 +128,29 @@ GPUS: dict[str, Peak] = {
     "RTX 4060 Ti 16GB": _peak(44.1, 176.5, 288, (8, 9), 4, 16, lanes=8),
     "RTX 4060 Ti 8GB": _peak(44.1, 176.5, 288, (8, 9), 4, 8, lanes=8),
     "RTX 4060": _peak(30.2, 121, 272, (8, 9), 4, 8, lanes=8),
-    "RTX 3090 Ti": _peak(80, 320, 1008, (8, 6), 4, 24),
-    "RTX 3090": _peak(71, 284, 936, (8, 6), 4, 24),
+    "RTX 3090 Ti": _peak(80, 320, 1008, (8, 6), 4, 24, measured=_measured((81, 86), 0.87)),
+    "RTX 3090": _peak(71, 284, 936, (8, 6), 4, 24, measured=_measured((78, 78), 0.89)),
     "RTX 3080 Ti": _peak(68.2, 272.8, 912, (8, 6), 4, 12),
     "RTX 3080": _peak(59.5, 238, 760, (8, 6), 4, 10),
     "RTX 3080 12GB": _peak(61.3, 245, 912, (8, 6), 4, 12),
     "RTX 3070 Ti": _peak(43.5, 174, 608, (8, 6), 4, 8),
     "RTX 3070": _peak(40.6, 163, 448, (8, 6), 4, 8),
-    "RTX 3060 Ti": _peak(32.4, 129.6, 448, (8, 6), 4, 8),
-    "RTX 3060": _peak(25.5, 102, 360, (8, 6), 4, 12),
+    "RTX 3060 Ti": _peak(32.4, 129.6, 448, (8, 6), 4, 8, measured=_measured(memory=0.90)),
+    "RTX 3060": _peak(25.5, 102, 360, (8, 6), 4, 12, measured=_measured(memory=0.90)),
     "RTX 3060 8GB": _peak(25.5, 102, 240, (8, 6), 4, 8),
-    "RTX 2080 Ti": _peak(53.8, 215, 616, (7, 5), 3, 11),
+    "RTX 2080 Ti": _peak(53.8, 215, 616, (7, 5), 3, 11, measured=_measured((53.4, 53.4), 0.79)),
     "RTX 2080 Super": _peak(44.6, 178.4, 496, (7, 5), 3, 8),
-    "RTX 2080": _peak(40.3, 161.1, 448, (7, 5), 3, 8),
+    "RTX 2080": _peak(40.3, 161.1, 448, (7, 5), 3, 8, measured=_measured((36.2, 36.2), 0.79)),
     "RTX 2070 Super": _peak(36.3, 145, 448, (7, 5), 3, 8),
     "RTX 2070": _peak(29.9, 119.4, 448, (7, 5), 3, 8),
     "RTX 2060 Super": _peak(28.7, 114.9, 448, (7, 5), 3, 8),
     "RTX 2060": _peak(25.8, 103.2, 336, (7, 5), 3, 6),
     "RTX 2060 12GB": _peak(28.7, 114.9, 336, (7, 5), 3, 12),
-    "GTX 1080 Ti": _peak(11.3, 45.4, 484, (6, 1), 3, 11),
+    "GTX 1080 Ti": _peak(11.3, 45.4, 484, (6, 1), 3, 11, measured=_measured((10.3, 10.8), 0.83)),
 }
 
+# Words of a name that people leave out.
+_BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "rtx", "gtx"})
 # Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
 _VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig"})
 # The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q".
@@ -138,6 +163,34 @@ def peak(name: str) -> Peak | None:
     """The row of GPUS for a GPU name of the driver ("NVIDIA A100-SXM4-80GB"); None for an unknown GPU."""
     key = _key(name)
     return None if key is None else GPUS[key]
+
+
+def gpu_named(name: str) -> str | None:
+    """The key of GPUS that a person means: its name from the driver, or the key in any case, with or without blanks and
+    brand. 4090, RTX4090 and "rtx 4090" are the RTX 4090; 1080Ti is the GTX 1080 Ti.
+
+    None for an unknown name and for one of several GPUs: A100. RTX5000 is the Quadro RTX 5000 of 2018: the RTX 5000 Ada
+    is another GPU.
+    """
+    if (key := _key(name)) is not None:
+        return key
+    words = _words(name)
+    brands = words & _BRANDS
+    if any(_VIRTUAL.fullmatch(word) for word in words):
+        return None
+    for key in sorted(GPUS, key=lambda key: -len(_words(key))):  # the longest first, as for a driver's name
+        of_key = _words(key)
+        surplus = {word for word in words - of_key - _BRANDS if not _SIZE.fullmatch(word)}
+        of_another = brands - of_key - {"nvidia", "geforce", "tesla"}
+        if not surplus and not of_another and _matches(key, words | (of_key & _BRANDS)):
+            return key
+    return None
+
+
+def gpus_with(name: str) -> list[str]:
+    """The keys of GPUS that have all words of `name` but its brand: three for A100."""
+    words = _words(name) - _BRANDS
+    return [key for key in GPUS if words and words <= _words(key)]
 
 
 def other_sizes(name: str) -> list[str]:
@@ -178,6 +231,10 @@ def _matches(key: str, words: frozenset[str]) -> bool:
 
 def _words(name: str) -> frozenset[str]:
     """The words of a name in lower case: RTX4060Ti is RTX 4060 Ti, and 12 GB is 12GB."""
-    spaced = re.sub(r"(?<=[rg]tx)(?=\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)", " ", name.lower())
+    spaced = re.sub(
+        r"(?<=quadro)(?=rtx)|(?<=[rg]tx)(?=a?\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)",
+        " ",
+        name.lower(),
+    )
     joined = re.sub(r"\b(\d{1,3})\s*gi?b\b", r"\1gb", spaced)
     return frozenset(re.findall(r"[a-z0-9]+", joined))

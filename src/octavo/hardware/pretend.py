@@ -89,5 +89,5 @@ def notice(name: str, here: Hardware, pretended: Hardware) -> str:
     return (
         f"--pretend {name}: {here.name} runs with the types, kernels, attention and memory "
         f"({pretended.capabilities.memory_bytes / 2**30:.1f} GiB) of the {pretended.name}. Speeds are those of "
-        f"{here.name}, not of a {pretended.name}."
+        f"{here.name}, but the time of the plan is that of the {pretended.name}."
     )

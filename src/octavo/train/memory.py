@@ -45,12 +45,13 @@ class MemoryPlan:
     save: tuple[Save, ...]
     rows: int
     peak_bytes: int
-    seconds: float | None  # None: the GPU's peak throughput is unknown
+    seconds: float | None  # the middle of the range; None: the GPU's peak throughput is unknown
     offload: bool = False
     host_bytes: int = 0
     transposed: int = 0
     tiled_head: bool = False
     large_bytes: int = 0
+    seconds_range: tuple[float, float] | None = None  # the shortest and the longest time
 
     def describe(self) -> str:
         """For people: rows of a micro-batch, and what is saved in how many layers."""
@@ -113,12 +114,14 @@ class Planner:
         forecast = self._forecast(rows, tuple(save), offload, transposed)
         micro_batches = math.ceil(self.batch_size / rows)
         seconds = forecast.seconds(self.gpu) * micro_batches if self.gpu else None
+        low, high = forecast.seconds_range(self.gpu) if self.gpu else (0.0, 0.0)
+        seconds_range = (low * micro_batches, high * micro_batches) if self.gpu else None
         table = self.model.untied_embedding.weight_bytes if offload and self.model.untied_embedding is not None else 0
         weights = self.fixed_bytes - table + transposed_bytes(self.model, self.precision, transposed)
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
         return MemoryPlan(
             tuple(save), rows, peak, seconds, offload, pinned_bytes(table) + forecast.host_bytes, transposed,
-            self.tiled_head, forecast.large_bytes,
+            self.tiled_head, forecast.large_bytes, seconds_range,
         )  # fmt: skip
 
     @cached_property

@@ -20,16 +20,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.hardware import Peak
+from octavo.hardware import Peak, Rates, rates_of
 from octavo.runtime.dispatch import OP_OBSERVERS
 from octavo.runtime.offload import pinned_bytes
 
-# Shares of an H100's peak throughput that matmuls, attention and memory-bound operations reached: fitted to the seconds
-# of 14 settings with int8 weights and 512 tokens or more, within 5 %. For nf4 the forecast is up to a third too short.
-MATMUL_SHARE, ATTENTION_SHARE, MEMORY_SHARE = 0.70, 0.59, 0.44
-# Share of the int8 peak: within 8 % for seven settings of 2,048 tokens (rows of 128 tokens: within a third).
-MATMUL8_SHARE = 0.70
-BUS_SHARE = 0.63  # of the peak of the bus between CPU and GPU: an H100 and an H200 measured 0.8
 CUBLAS_BYTES = 32 * 2**20  # cuBLAS's workspace of a CUDA graph on Hopper, from the first matmul on; 8 MiB elsewhere
 ROUND, SMALL = 512, 2**20  # bytes: sizes are rounded up to ROUND; up to SMALL they are allocated from separate pages
 PAGES = {True: 2 * 2**20, False: 20 * 2**20}  # bytes by which an arena grows: of small blocks, of others
@@ -49,19 +43,23 @@ class Forecast:
     large_bytes: int = 0  # of peak_bytes, those of the arena of all blocks over SMALL
 
     def seconds(self, gpu: Peak) -> float:
-        """Time on a GPU, at the shares of its peak throughput that an H100 reached (docs/log.md).
+        """The time on a GPU, the middle of its range. Offload copies overlap with computing."""
+        return self._seconds(rates_of(gpu), 0)
 
-        Offload copies overlap with computing.
-        """
-        return max(self._computing(gpu), self.bus_bytes / (BUS_SHARE * gpu.bus_bytes_per_second))
+    def seconds_range(self, gpu: Peak) -> tuple[float, float]:
+        """The shortest and the longest time on a GPU: all rates at their fast or slow end, and the forecast's error."""
+        rates = rates_of(gpu)
+        low, high = rates.error
+        return self._seconds(rates, 1) * low, self._seconds(rates, -1) * high
 
-    def _computing(self, gpu: Peak) -> float:
-        return (
-            self.matmul_flops / (MATMUL_SHARE * gpu.half_flops_per_second)
-            + self.matmul8_flops / (MATMUL8_SHARE * gpu.int8_ops_per_second)
-            + self.attention_flops / (ATTENTION_SHARE * gpu.half_flops_per_second)
-            + self.moved_bytes / (MEMORY_SHARE * gpu.bytes_per_second)
+    def _seconds(self, rates: Rates, end: int) -> float:
+        computing = (
+            self.matmul_flops / rates.matmul.at(end)
+            + self.matmul8_flops / rates.matmul8.at(end)
+            + self.attention_flops / rates.attention.at(end)
+            + self.moved_bytes / rates.memory.at(end)
         )
+        return max(computing, self.bus_bytes / rates.bus.at(end))
 
 
 def simulate(step: Callable[[], Any]) -> Forecast:

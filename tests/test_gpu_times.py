@@ -1,0 +1,54 @@
+"""docs/design/gpu-times.md: its tables are those that benchmarks/gpu_times.py makes now."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module("gpu_times")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def page(script: ModuleType) -> str:
+    return str(script.PAGE.read_text(encoding="utf-8"))
+
+
+def test_the_rates_of_the_page_are_current(script: ModuleType, page: str) -> None:
+    assert f"<!-- rates -->\n{script.rates_table()}\n<!-- end of rates -->" in page
+
+
+def test_the_page_has_a_row_of_the_job_for_every_gpu(script: ModuleType, page: str) -> None:
+    table = page.partition("<!-- job -->\n")[2].partition("\n<!-- end of job -->")[0]
+    assert table.startswith(script.JOB)
+    assert [line.split(" | ")[0][2:] for line in table.removeprefix(script.JOB).splitlines()] == [*script.NAMES]
+
+
+@pytest.mark.parametrize("name", ["RTX 5090", "RTX A6000"])
+def test_the_job_of_the_page_is_current(script: ModuleType, page: str, name: str) -> None:
+    """The GPUs on which the plan takes the fewest simulations."""
+    assert f"\n{script.job_row(name)}\n" in page
+
+
+@pytest.mark.exhaustive
+def test_all_tables_of_the_page_are_current(script: ModuleType, page: str) -> None:
+    job = script.JOB + "\n".join(script.job_row(name) for name in script.NAMES)
+    assert script.with_tables(page, {"steps": script.steps_table(), "job": job}) == page
+
+
+def test_a_table_is_written_between_its_markers(script: ModuleType) -> None:
+    page = "before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n"
+    assert script.with_tables(page, {"a": "new"}) == "before\n<!-- a -->\nnew\n<!-- end of a -->\nafter\n"
+    with pytest.raises(AssertionError):
+        script.with_tables(page, {"b": "new"})
