@@ -25,7 +25,8 @@ BELOW_AMPERE = {
 }  # fmt: skip
 
 # Bytes of stack a thread. On Hopper the general 8-bit matmul runs only under a Triton without the kernel for Hopper.
-SPILLS = {("_matmul", 80): 16, ("_matmul_8bit", 90): 40, ("_matmul_8bit", 100): 136}
+# `_forward`: ptxas keeps a variant for heads of 16 at 80 registers; with heads of 64, 128 and 256 nothing is spilled.
+SPILLS = {("_matmul", 80): 16, ("_forward", 80): 8, ("_matmul_8bit", 90): 40, ("_matmul_8bit", 100): 136}
 
 
 @pytest.mark.exhaustive
