@@ -36,11 +36,11 @@ class Tile(NamedTuple):
 
 
 SHORT = Tile(128, 256, 128, 8, 3)  # 2-byte results: the fastest of 14 on GPT-J's shapes (one H100, docs/log.md)
-# 2-byte results with a scale for each group, which needs two accumulators; and GPUs with 99 KiB of shared memory a
-# program, of which it takes 96. For those it is compiled in tests, but was not measured.
+# 2-byte results with a scale for each group, which needs two accumulators; and all GPUs but Hopper, for which it is
+# compiled in tests, but was not measured. It takes 96 KiB of the 99 of shared memory that a program of RTX 30 to 50
+# has. For B200 Triton 3.7.1 compiles SHORT with fp8 into nothing but a trap, and with int8 registers spill.
 LITTLE = Tile(128, 128, 128, 8, 3)
 LONG = Tile(64, 64, 128, 4, 3)  # float32 results, which only tests use
-SHORT_BYTES = 227 * 1024  # shared memory that SHORT needs: that of H100 and B200
 LOW_RANK_BYTES = 128  # bytes of a row of the low-rank term in shared memory, in addition to three stages of the matmul
 GROUP_M = 8  # consecutive tiles of one column, so that they read the same weights from cache
 LONGEST_ROW = 16384  # elements of a row in registers; GPT-J's 28,672: 0.72 ms that way, 0.55 read twice (H100, fp8)
@@ -114,7 +114,7 @@ def tile_for(capabilities: Capabilities, itemsize: int, *, groups: bool) -> Tile
     """The tile for results of so many bytes an element; `groups`: rows have a scale for each group."""
     if itemsize > 2:
         return LONG
-    return LITTLE if groups or capabilities.shared_memory_bytes < SHORT_BYTES else SHORT
+    return SHORT if capabilities.hopper_kernels and not groups else LITTLE
 
 
 @triton.jit
