@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.hardware.capabilities import Capabilities, capabilities_of
 from octavo.ops.attention import PLAIN, AttentionSpec
 
 SPAN, DECODE_TILE = 32, 32  # positions of a span (one decode program), and of a tile in registers
 CHUNK = 16  # spans of a slot that `_join` loads at once
+WGMMA_BYTES = 227 * 1024  # shared memory of a program, of GPUs whose dots read operands there: H100 and B200
 
 
 def decode_attention(
@@ -39,10 +41,15 @@ def decode_attention(
     _attend[(m, h, spans)](
         q, k, v, keys, values, lengths, partial, weights, spec.scale_of(d), spec.softcap or 0.0, window, held, h // g,
         d, spans, q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1),
-        bool(window), spec.softcap is not None, SPAN, DECODE_TILE, width, num_warps=2,
+        bool(window), spec.softcap is not None, SPAN, DECODE_TILE, width, num_warps=decode_warps(q),
     )  # fmt: skip
     _join[(m, h)](partial, weights, lengths, out, window, d, spans, bool(window), SPAN, CHUNK, width, num_warps=4)
     return out
+
+
+def decode_warps(q: Tensor) -> int:
+    """The warps of `_attend`. Compiled for GPUs below 8.0, heads of 256 spill registers with two."""
+    return 4 if q.shape[2] > 128 and not capabilities_of(q.device).triton_dots else 2
 
 
 @triton.jit
@@ -149,7 +156,7 @@ def prefill_attention(
 ) -> Tensor:
     (b, t, h, d), (held, g) = q.shape, keys.shape[1:3]
     out = q.new_empty(b, t, h, d)
-    tile = prefill_tile(d, q.dtype)
+    tile = prefill_tile(d, q.dtype, capabilities_of(q.device))
     _prefill[(triton.cdiv(t, tile.rows), h, b)](
         q, keys, values, starts, slots if slots is not None else starts, out, spec.scale_of(d), spec.softcap or 0.0,
         spec.window or 0, held, h // g, d, t,
@@ -170,11 +177,16 @@ class PrefillTile(NamedTuple):
     warps: int
 
 
-def prefill_tile(head_size: int, dtype: torch.dtype) -> PrefillTile:
-    """The tile for a head size, such that queries, keys, values and sums fit into registers and shared memory."""
+def prefill_tile(head_size: int, dtype: torch.dtype, capabilities: Capabilities) -> PrefillTile:
+    """The tile for a head size, such that queries, keys, values and sums fit into registers and shared memory.
+
+    Other GPUs than Hopper and B200 hold operands of dots in registers too: heads of 256 would spill with 4 warps.
+    """
     if dtype == torch.float32:
         return PrefillTile(16, 16, 4)
-    return PrefillTile(64, 64 if head_size <= 128 else 32, 4)
+    if head_size <= 128:
+        return PrefillTile(64, 64, 4)
+    return PrefillTile(64, 32, 4 if capabilities.shared_memory_bytes >= WGMMA_BYTES else 8)
 
 
 @triton.jit
