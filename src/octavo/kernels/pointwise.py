@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.hardware.capabilities import capabilities_of
+
 WIDTH = 2048  # columns of an activation in one program
 # The function f of an activation, in kernels the constant FUNCTION: "silu", "gelu" (its tanh form) or "gelu_erf".
 GELU_FORMS = {"tanh": "gelu", "none": "gelu_erf"}
@@ -78,14 +80,32 @@ def norm_backward_into(
     added = dy if residual is None else residual  # without one not read by the kernel, which needs an argument
     _norm_backward[(m, x.shape[1] // d)](
         x, weight, dy, added, out, d, x.stride(0), dy.stride(0), added.stride(0), out.stride(0), eps, scale,
-        centred, zero_centred_weight, residual is not None, triton.next_power_of_2(d), num_warps=_warps(d),
+        centred, zero_centred_weight, residual is not None, slow_float16(x), triton.next_power_of_2(d),
+        num_warps=_warps(d),
     )  # fmt: skip
+
+
+def slow_float16(x: Tensor) -> bool:
+    """Whether the GPU may compute in float16 at a fraction of the rate of float32: a GTX 10 has 1/64 of it."""
+    return not capabilities_of(x.device).triton_dots
+
+
+@triton.jit
+def as_float32(value, SLOW_FLOAT16: tl.constexpr):
+    """`value` in float32. SLOW_FLOAT16: by an instruction that LLVM does not know.
+
+    Else LLVM adds or compares in float16 what was float16 before and is rounded to float16 after: the bits are equal.
+    """
+    if SLOW_FLOAT16 and value.dtype == tl.float16:
+        value = tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=r,h", [value], tl.float32, is_pure=True, pack=1)
+    return value.to(tl.float32)
 
 
 @triton.jit
 def _norm_backward(
     x, weight, dy, residual, out, d, x_stride, dy_stride, residual_stride, out_stride, eps, scale,
-    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr,
+    CENTRED: tl.constexpr, ZERO_CENTRED_WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr, SLOW_FLOAT16: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * d
     column = tl.arange(0, WIDTH)
@@ -105,7 +125,8 @@ def _norm_backward(
     # Rounded before the residual's gradient is added, as autograd adds two tensors of this dtype.
     dx = (dx * inverse).to(out.dtype.element_ty).to(tl.float32)
     if RESIDUAL:
-        dx += tl.load(residual + row * residual_stride + start + column, mask=inside, other=0).to(tl.float32)
+        more = tl.load(residual + row * residual_stride + start + column, mask=inside, other=0)
+        dx += as_float32(more, SLOW_FLOAT16)
     # Out may be x, as in _norm.
     tl.store(out + row * out_stride + start + column, dx.to(out.dtype.element_ty), mask=inside)
 
