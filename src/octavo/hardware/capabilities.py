@@ -74,6 +74,11 @@ class Capabilities:
         return self.compute_capability is None or self._from(AMPERE)
 
     @property
+    def shared_operands(self) -> bool:
+        """Whether dots read their operands in shared memory (wgmma, tcgen05); elsewhere registers hold them."""
+        return self.compute_capability in ((9, 0), (10, 0))
+
+    @property
     def matmul_8bit(self) -> bool:
         """Whether 8-bit matmuls run on tensor cores, at least in forward."""
         return self._from(TURING)

@@ -23,7 +23,6 @@ from octavo.ops.attention import PLAIN, AttentionSpec
 
 SPAN, DECODE_TILE = 32, 32  # positions of a span (one decode program), and of a tile in registers
 CHUNK = 16  # spans of a slot that `_join` loads at once
-WGMMA_BYTES = 227 * 1024  # shared memory of a program, of GPUs whose dots read operands there: H100 and B200
 
 
 def decode_attention(
@@ -186,7 +185,7 @@ def prefill_tile(head_size: int, dtype: torch.dtype, capabilities: Capabilities)
         return PrefillTile(16, 16, 4)
     if head_size <= 128:
         return PrefillTile(64, 64, 4)
-    return PrefillTile(64, 32, 4 if capabilities.shared_memory_bytes >= WGMMA_BYTES else 8)
+    return PrefillTile(64, 32, 4 if capabilities.shared_operands else 8)
 
 
 @triton.jit

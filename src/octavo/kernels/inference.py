@@ -28,7 +28,6 @@ from octavo.ops.tiles import Phase
 PROGRAMS = 256  # programs that occupy a GPU: two for each multiprocessor of an H100
 STRIP, WIDTH = 64, 128  # outputs and inputs of a tile of the weight
 WGMMA_FROM = 33  # rows from which `wgmma` is the faster one (one H200)
-WGMMA_BYTES = 227 * 1024  # shared memory of a program, of GPUs whose dots read operands there: H100 and B200
 SHRINK_ROWS, SHRINK_WIDTH = 2, 2048  # tile of A in a program of `shrink`
 
 
@@ -49,7 +48,7 @@ def matmul(
     (m, k), n = x.shape, len(weight)
     out = x.new_empty(m, n, dtype=dtype or x.dtype)
     tile = tile_for(m, x.dtype, phase, lora=lora is not None)
-    if _any_order(m, phase) and tile.rows == 128 and capabilities_of(x.device).shared_memory_bytes < WGMMA_BYTES:
+    if _any_order(m, phase) and tile.rows == 128 and not capabilities_of(x.device).shared_operands:
         # Fewer sums a thread: with `mma` the operands are in registers too, and would spill.
         tile = tile._replace(rows=64) if lora is not None else tile._replace(warps=8)
     parts, span = parts_for(n, k, tile.strip if _any_order(m, phase) else STRIP)
