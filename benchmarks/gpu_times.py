@@ -90,7 +90,7 @@ def steps_table() -> str:
     lines = []
     for name, scheme, method, published in PEERS:
         planner = planner_of("llama-128k", scheme, dtype=torch.bfloat16, tiny=False, batch=2, seq_len=LENGTH)
-        planner = replace(planner, gpu=GPUS[name], flash_attention=GPUS[name].flash_attention)
+        planner = replace(planner, gpu=GPUS[name], ampere=GPUS[name].ampere)
         plan = planner.plan((Save.INPUT,) * len(planner.model.blocks), 2)
         assert plan.seconds_range is not None
         low, high = (2 * LENGTH / end for end in reversed(plan.seconds_range))
@@ -133,7 +133,7 @@ def job_plan(name: str) -> tuple[str, MemoryPlan]:
 def job_planner(name: str, scheme: str) -> Planner:
     gpu = GPUS[name]
     planner = planner_of("gptj", scheme, dtype=torch.float16, tiny=False, batch=BATCH, seq_len=LENGTH)
-    planner = replace(planner, gpu=gpu, offloads=(False, True), flash_attention=gpu.flash_attention)
+    planner = replace(planner, gpu=gpu, offloads=(False, True), ampere=gpu.ampere)
     if not gpu.matmul_8bit:
         return planner
     return replace(planner, precision=all_8bit(planner.model, forward_only=not gpu.backward_8bit))

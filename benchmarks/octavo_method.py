@@ -127,8 +127,8 @@ def planner_of(model_name: str, scheme: str, *, dtype: torch.dtype, tiny: bool, 
     flatten_(trained(model))
     model.train()
     hardware = pick()
-    flash = hardware.capabilities.flash_attention or not hardware.capabilities.is_gpu
-    return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(hardware.name), flash_attention=flash)
+    ampere = hardware.capabilities.flash_attention or not hardware.capabilities.is_gpu
+    return Planner(model, seq_len, batch, optimizer_bytes=2, gpu=peak(hardware.name), ampere=ampere)
 
 
 def flops_note(row: Setting, tokens_per_second: float) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from octavo.ops.attention import AttentionSpec, Documents, causal_attention
-from octavo.ops.simulated_attention import simulated_gpu, simulates_flash_attention
+from octavo.runtime.dispatch import simulated_gpu, simulates_ampere
 from octavo.train.simulate import simulate
 
 B, T, H, G, D = 8, 4096, 16, 4, 256
@@ -36,7 +36,7 @@ def peak(
         for out in results if backward else ():
             torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
-    with simulated_gpu(has_flash_attention=flash):
+    with simulated_gpu(ampere=flash):
         return simulate(step).peak_bytes
 
 
@@ -63,12 +63,24 @@ def test_without_flash_attention_packed_documents_have_one_mask_for_all_layers()
     assert two <= one
 
 
+def test_without_kernels_made_of_dots_soft_capped_attention_is_the_reference() -> None:
+    """It has the scores of 256 queries in float32 at a time."""
+    q, k, v = heads(H), heads(G), heads(G)
+    peaks = []
+    for ampere in (True, False):
+        with simulated_gpu(ampere=ampere):
+            spec = AttentionSpec(softcap=50.0)
+            peaks.append(simulate(lambda: causal_attention(q, k, v, spec)).peak_bytes)  # noqa: B023
+    scores = B * H * 256 * T * 4
+    assert peaks[1] - peaks[0] >= 2 * scores
+
+
 def test_the_simulated_gpu_is_that_of_the_thread() -> None:
     seen: list[bool] = []
-    with simulated_gpu(has_flash_attention=False):
-        thread = threading.Thread(target=lambda: seen.append(simulates_flash_attention()))
+    with simulated_gpu(ampere=False):
+        thread = threading.Thread(target=lambda: seen.append(simulates_ampere()))
         thread.start()
         thread.join()
-        assert not simulates_flash_attention()
-    assert simulates_flash_attention()
+        assert not simulates_ampere()
+    assert simulates_ampere()
     assert seen == [True]

@@ -96,10 +96,10 @@ def backward_8bit(hardware: Hardware, gpu: Peak | None = None) -> bool:
     return hardware.capabilities.backward_8bit or not hardware.capabilities.is_gpu
 
 
-def has_flash_attention(hardware: Hardware, gpu: Peak | None = None) -> bool:
-    """Whether the GPU to plan for has FlashAttention. That of a machine without one, and not named, has."""
+def is_ampere(hardware: Hardware, gpu: Peak | None = None) -> bool:
+    """Whether the GPU to plan for has compute capability 8.0 or higher. One that is neither here nor named has."""
     if gpu is not None and not _is_here(hardware, gpu):
-        return gpu.flash_attention
+        return gpu.ampere
     return hardware.capabilities.flash_attention or hardware.capabilities.vendor != NVIDIA
 
 

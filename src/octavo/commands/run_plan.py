@@ -9,7 +9,7 @@ import torch
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.commands.backends import backward_8bit, has_flash_attention, wants_8bit
+from octavo.commands.backends import backward_8bit, is_ampere, wants_8bit
 from octavo.commands.loading import check_context
 from octavo.config import (
     Config,
@@ -138,7 +138,7 @@ def planner_for(
         precision=all_8bit(model, forward_only=forward_only) if wants_8bit(options, hardware, gpu) else Precision(),
         fused=options.fused,
         documents=documents,
-        flash_attention=has_flash_attention(hardware, gpu),
+        ampere=is_ampere(hardware, gpu),
     )
 
 

@@ -52,8 +52,8 @@ class Peak:
         return self.compute_capability >= AMPERE
 
     @property
-    def flash_attention(self) -> bool:
-        """Whether PyTorch's FlashAttention, or cuDNN's attention, runs on it."""
+    def ampere(self) -> bool:
+        """Whether it has FlashAttention and all of octavo's kernels (`runtime.dispatch.simulated_gpu`)."""
         return self.compute_capability >= AMPERE
 
     @property

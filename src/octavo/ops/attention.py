@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from octavo.hardware.capabilities import NVIDIA, Capabilities, capabilities_of
-from octavo.ops.simulated_attention import efficient_attention, flash_attention, simulates_flash_attention
+from octavo.ops.simulated_attention import efficient_attention, flash_attention
 from octavo.ops.softcap import CappedSpec, Extents, softcapped_attention
-from octavo.runtime.dispatch import backends
+from octavo.runtime.dispatch import backends, simulates_ampere
 from octavo.runtime.transfer import to_device
 
 
@@ -129,7 +129,7 @@ def causal_attention(
         capped = CappedSpec(spec.scale_of(q.shape[3]), spec.softcap, spec.window)
         return softcapped_attention(q, k, v, capped, documents.extents if documents is not None else None)
     masked = spec.window is not None or documents is not None
-    if q.is_meta and simulates_flash_attention():
+    if q.is_meta and simulates_ampere():
         sequences = 0 if not masked else q.shape[0] if documents is None else len(documents.offsets) - 1
         return flash_attention(q, k, v, sequences)
     call = capabilities_of(q.device), q.dtype, backends().attention

@@ -6,9 +6,6 @@ ops/attention.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,23 +15,6 @@ from octavo.runtime.dispatch import observe
 
 FLASH_ROWS = 128  # the positions of a tile of queries in FlashAttention's backward
 LSE_ROWS = 32  # the memory-efficient implementation rounds the positions of the log-sums up to a multiple
-
-# A context variable: another thread may train on a GPU meanwhile, or simulate another one.
-_flash = ContextVar("_flash", default=True)
-
-
-@contextmanager
-def simulated_gpu(*, has_flash_attention: bool) -> Iterator[None]:
-    """Attention on the meta device is that of a GPU with or without FlashAttention and cuDNN's."""
-    token = _flash.set(has_flash_attention)
-    try:
-        yield
-    finally:
-        _flash.reset(token)
-
-
-def simulates_flash_attention() -> bool:
-    return _flash.get()
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:

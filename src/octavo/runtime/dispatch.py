@@ -11,7 +11,9 @@ decide that, as functions of the device's `Capabilities`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,6 +48,8 @@ class Backends:
 
 
 _backends = Backends()
+# A context variable: another thread may train on a GPU meanwhile, or simulate another one.
+_ampere = ContextVar("_ampere", default=True)
 
 
 def backends() -> Backends:
@@ -57,6 +61,23 @@ def set_backends(wanted: Backends) -> None:
     """Changes the setting of this process."""
     global _backends
     _backends = wanted
+
+
+@contextmanager
+def simulated_gpu(*, ampere: bool) -> Iterator[None]:
+    """Operations on the meta device allocate what they do on a GPU of compute capability 8.0 or higher, or below it.
+
+    Below it there is no FlashAttention, and references run in place of kernels that are made of dots.
+    """
+    token = _ampere.set(ampere)
+    try:
+        yield
+    finally:
+        _ampere.reset(token)
+
+
+def simulates_ampere() -> bool:
+    return _ampere.get()
 
 
 @functools.cache
@@ -133,7 +154,8 @@ def kernel(
     - None: it allocates nothing and returns None, as an in-place operation.
     - a function: it returns this function of the first argument.
     - "kernel": it calls the kernel's Python function, which allocates its tensors, calls `observe` and launches nothing
-      on the meta device. If the folder kernels/ was deleted, it calls the reference.
+      on the meta device. If the folder kernels/ was deleted, or the GPU of the simulation does not run the kernel, it
+      calls the reference.
 
     With `dots` the kernel is made of Triton's dots: GPUs on which these do not run on tensor cores take the reference,
     whose matmuls are cuBLAS's.
@@ -155,7 +177,8 @@ def _dispatched(
             observe(name, [first, *_tensors(rest)])
             return on_meta(first) if on_meta is not None else None
         runs = kernels_run_on(first) and (not dots or capabilities_of(first.device).triton_dots)
-        if runs or (first.is_meta and find_spec("octavo.kernels") is not None):
+        has_kernel = not dots or simulates_ampere()
+        if runs or (first.is_meta and has_kernel and find_spec("octavo.kernels") is not None):
             return getattr(import_module(f"octavo.kernels.{file}"), name)(first, *rest, **named)
         return reference(first, *rest, **named)
 

@@ -21,7 +21,7 @@ from octavo.layers.context import ForwardOptions, Save
 from octavo.models import Decoder
 from octavo.objective import Inputs, Objective, next_token_loss
 from octavo.ops.attention import Documents
-from octavo.ops.simulated_attention import simulated_gpu
+from octavo.runtime.dispatch import simulated_gpu
 from octavo.runtime.offload import pinned_bytes
 from octavo.train.precision import Precision, matmul8_of, transposed_bytes
 from octavo.train.simulate import Forecast, simulate
@@ -85,7 +85,7 @@ class Planner:
     fused: bool = True
     tiled_head: bool = False
     documents: int = 1  # the most documents of a row, a row's padding included
-    flash_attention: bool = True  # whether the GPU has it, or cuDNN's (Capabilities)
+    ampere: bool = True  # whether the GPU has compute capability 8.0: FlashAttention and all kernels (simulated_gpu)
     _forecasts: dict[tuple[int, tuple[Save, ...], bool, int], Forecast] = field(init=False, default_factory=dict)
 
     @property
@@ -242,7 +242,7 @@ class Planner:
         if key not in self._forecasts:
             matmul8 = matmul8_of(self.model, self.precision, transposed=transposed)
             options = ForwardOptions(save, offload, matmul8, fused=self.fused, tiled_head=self.tiled_head)
-            with simulated_gpu(has_flash_attention=self.flash_attention):
+            with simulated_gpu(ampere=self.ampere):
                 self._forecasts[key] = simulate(self._step(rows, options))
         return self._forecasts[key]
 
