@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import devices
 from torch import Tensor
+from transformers import LlamaConfig
 
 from octavo.hardware import Capabilities
+from octavo.models import Decoder
 from octavo.ops import attention, softcap
-from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents, seen_mask
+from octavo.ops.attention import (
+    AddedMasks,
+    AttentionSpec,
+    Documents,
+    causal_attention,
+    find_documents,
+    seen_mask,
+)
 from octavo.ops.cached_attention import prefill_attention
 from octavo.ops.rotary import (
     ROTATE_HALF,
@@ -328,7 +339,7 @@ def test_flash_attention_for_packed_documents_is_used_where_this_pytorch_has_its
 ) -> None:
     monkeypatch.setattr(attention, "_varlen_function", lambda: function)
     attention._varlen_parameters.cache_clear()
-    call = devices.A100, torch.bfloat16, "auto"
+    call = True, torch.bfloat16, "auto"
     try:
         assert attention.supports_varlen(*call) is plain
         assert attention.supports_varlen(*call, windows=True) is windows
@@ -350,35 +361,57 @@ def test_flash_attention_for_packed_documents_and_shared_keys_needs_compute_capa
 ) -> None:
     monkeypatch.setattr(attention, "_varlen_function", lambda: object())
     for dtype in (torch.bfloat16, torch.float16):
-        assert attention.supports_varlen(device, dtype, "auto") is expected
-        assert attention.supports_shared_keys(device, dtype, "auto") is expected
-        assert attention.supports_varlen(device, dtype, "flash") is expected
-        assert not attention.supports_varlen(device, dtype, "cudnn")
-        assert not attention.supports_shared_keys(device, dtype, "efficient")
-    assert not attention.supports_varlen(device, torch.float32, "auto")
-    assert not attention.supports_shared_keys(device, torch.float32, "auto")
+        flash = device.flash_attention
+        assert attention.supports_varlen(flash, dtype, "auto") is expected
+        assert attention.supports_shared_keys(flash, dtype, "auto") is expected
+        assert attention.supports_varlen(flash, dtype, "flash") is expected
+        assert not attention.supports_varlen(flash, dtype, "cudnn")
+        assert not attention.supports_shared_keys(flash, dtype, "efficient")
+    assert not attention.supports_varlen(flash, torch.float32, "auto")
+    assert not attention.supports_shared_keys(flash, torch.float32, "auto")
 
 
+@pytest.mark.parametrize("length", [8, 33])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-def test_the_added_mask_is_minus_infinity_where_the_mask_is_false_and_is_made_once(window: int | None) -> None:
-    """In place of the mask, with memory-efficient attention: the same results."""
-    documents = find_documents(torch.tensor([[0] * 5 + [1] * 3, [2] * 8]), torch.device("cpu"))
-    assert documents is not None
-    seen = seen_mask(8, window, documents, torch.device("cpu"))
-    added = documents.added_mask(window, torch.float32)
+def test_an_added_mask_is_minus_infinity_where_a_query_sees_no_key_and_is_made_once(
+    window: int | None, packed: bool, length: int
+) -> None:
+    """Used in place of the mask of booleans it gives the same results; its rows start at multiples of 16 values."""
+    number = torch.tensor([[0] * 5 + [1] * (length - 5), [2] * length])
+    documents = find_documents(number, CPU) if packed else None
+    masks, (q, k, v) = AddedMasks(), torch.randn(3, 2, length, 4, 16)
+    seen, added = seen_mask(length, window, documents, CPU), masks.get(q, window, documents)
     assert torch.equal(added, torch.where(seen, 0.0, -torch.inf))
-    assert documents.added_mask(window, torch.float32) is added
-    assert documents.added_mask(window, torch.float16).dtype == torch.float16
-    q, k, v = torch.randn(3, 2, 4, 8, 16)
+    assert all(stride % 16 == 0 for stride in added.stride()[:3])
+    assert masks.get(q, window, documents) is added
+    assert masks.get(q, 2, documents) is not added
+    assert masks.get(q.half(), window, documents).dtype == torch.float16
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     results = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in (seen, added)]
     torch.testing.assert_close(*results)
 
 
-def test_a_gpu_without_flash_attention_is_given_the_added_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = find_documents(torch.tensor([[0] * 5 + [1] * 3]), torch.device("cpu"))
-    assert documents is not None
-    q = torch.randn(1, 8, 2, 16)
-    for device, added in ((devices.CPU, False), (devices.T4, True), (devices.A100, False)):
-        monkeypatch.setattr(attention, "capabilities_of", lambda _, device=device: device)
-        assert attention._mask(q, None, documents).is_floating_point() == added
-    assert not attention._mask(q, 3, None).is_floating_point()
+def test_a_gpu_without_flash_attention_adds_one_mask_in_all_layers(
+    models_of: Callable[[Any], tuple[Any, Decoder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits are those of the masks of booleans on a CPU."""
+    _, model = models_of(LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1,
+    ))  # fmt: skip
+    ids, number = torch.arange(16).view(2, 8), torch.tensor([[0] * 5 + [1] * 3, [2] * 8])
+    expected = model(ids, documents=find_documents(number, CPU))
+    given: list[Tensor] = []
+    attend = F.scaled_dot_product_attention
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **named: Any) -> Tensor:
+        given.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(attention, "capabilities_of", lambda _: devices.T4)
+    monkeypatch.setattr(attention, "_sdpa_backends", lambda _: nullcontext())
+    torch.testing.assert_close(model(ids, documents=find_documents(number, CPU)), expected)
+    assert len(given) == 3
+    assert all(mask is given[0] and mask.is_floating_point() for mask in given)

@@ -23,7 +23,7 @@ from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.objective import Inputs, next_token_loss
 from octavo.ops import attention
-from octavo.ops.attention import AttentionSpec, Documents
+from octavo.ops.attention import AddedMasks, AttentionSpec, Documents
 from octavo.ops.quantize import scheme_named
 from octavo.ops.simulated_attention import flash_attention
 from octavo.runtime.dispatch import KERNELS
@@ -79,7 +79,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
         })  # fmt: skip
 
     def attention_of_gpu(
-        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, documents: Documents | None = None
+        q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, *, documents: Documents | None = None, masks: AddedMasks
     ) -> Tensor:
         if q.is_meta or spec.softcap is not None:
             return attention.causal_attention(q, k, v, spec, documents=documents)
@@ -91,6 +91,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> LiveBytes:
     monkeypatch.setattr("octavo.fused.loss.kernels_run_on", lambda _: True)
     monkeypatch.setattr("octavo.runtime.dispatch.import_module", module)
     monkeypatch.setattr("octavo.layers.block.causal_attention", attention_of_gpu)
+    monkeypatch.setattr(attention, "supports_varlen", lambda flash, *_, **__: flash)  # also in float32
     # These kernels allocate other tensors than their references: tests/kernels/test_lora_tiles.py.
     monkeypatch.setattr("octavo.fused.lora_operands._in_front", lambda *_: None)
     return bytes_

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,10 @@ from octavo.data.packing import IGNORE_INDEX
 from octavo.layers.context import ForwardOptions, Save
 from octavo.layers.lora import LoraSpec
 from octavo.models import Decoder
-from octavo.objective import Inputs, batch_loss, next_token_loss
+from octavo.objective import Inputs, batch_loss, inputs_of, next_token_loss
 from octavo.ops.attention import find_documents
 from octavo.train.memory import MemoryPlan
-from octavo.train.step import EagerStep, GraphStep, PlannedStep, _document_slots, micro_batches
+from octavo.train.step import EagerStep, GraphStep, PlannedStep, _document_slots, _Graph, micro_batches
 
 VOCAB_SIZE, SEQ_LEN, CPU = 61, 12, torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -212,6 +213,15 @@ def test_under_a_limit_a_graph_reserves_the_forecast_of_its_blocks(model: Decode
     step = PlannedStep(model, plan, graphs=True, cheaper=lambda _: None, warn=lambda _: None, limited=limited)._make()
     assert isinstance(step, GraphStep)
     assert step.reserved_bytes == (2**28 if limited else 0)
+
+
+def test_counting_dropout_masks_derives_nothing_from_the_documents_of_the_graph(model: Decoder) -> None:
+    """A replay would read what was derived from the documents before the capture."""
+    inputs = inputs_of(batch_of(), CPU)
+    assert inputs.documents is not None
+    graph: Any = SimpleNamespace(loss_scale=torch.zeros(()))
+    assert _Graph._count_masks(graph, EagerStep(model.train()), inputs) > 0
+    assert set(vars(inputs.documents)) == {"number", "offsets", "longest"}
 
 
 def test_the_kind_of_a_micro_batch_has_the_slots_of_its_graph(model: Decoder) -> None:

@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         q = q * ctx.query_scale.to(q.dtype)
     if ctx.cache is not None:
         return ctx.cache.attend(ctx.layer, q, k, v, ctx.attention).reshape(*q.shape[:2], -1)
-    return causal_attention(q, k, v, ctx.attention, documents=ctx.documents).flatten(2)
+    return causal_attention(q, k, v, ctx.attention, documents=ctx.documents, masks=ctx.masks).flatten(2)
 
 
 def gelu(x: Tensor, ctx: ForwardContext, approximate: str = "tanh") -> Tensor:

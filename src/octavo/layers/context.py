@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.layers.dropout import Dropout
 from octavo.layers.kv_cache import CacheView
-from octavo.ops.attention import PLAIN, AttentionSpec, Documents
+from octavo.ops.attention import PLAIN, AddedMasks, AttentionSpec, Documents
 from octavo.ops.linear_spec import Matmul8
 from octavo.ops.tiles import Phase
 from octavo.runtime.offload import ActivationOffload
@@ -57,7 +57,8 @@ class ForwardContext:
 
     `rotary` is None in a layer without rotary positions. `query_scale` multiplies the queries of each position.
     `documents` are the packed documents of training. `cache` and `adapter_ids`, 0 for the base, are those of inference.
-    `offload` takes the blocks' inputs to CPU memory. The rest is that of ForwardOptions.
+    `offload` takes the blocks' inputs to CPU memory. `masks` are made by the first layers that need them. The rest is
+    that of ForwardOptions.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class ForwardContext:
     save: Save = Save.ALL
     attention: AttentionSpec = PLAIN
     query_scale: Tensor | None = None  # (B or 1, T, 1, 1)
+    masks: AddedMasks = field(default_factory=AddedMasks)
 
     @property
     def phase(self) -> Phase:

@@ -62,18 +62,6 @@ class Documents:
         """(B, 1, T, T), true where a query sees a key: its own position and those before it in its document."""
         return (self.number[:, None, :, None] == self.number[:, None, None, :]).tril()
 
-    def added_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(B, 1, T, T): 0 where a query sees a key, else -inf. All layers with this window share it."""
-        if (window, dtype) not in self._added_masks:
-            seen = self.mask if window is None else self.mask.triu(1 - window)
-            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            self._added_masks[window, dtype] = zeros.masked_fill_(~seen, float("-inf"))
-        return self._added_masks[window, dtype]
-
-    @cached_property
-    def _added_masks(self) -> dict[tuple[int | None, torch.dtype], Tensor]:
-        return {}
-
     @cached_property
     def lengths(self) -> Tensor:
         """(B, T): the length of the document of each position."""
@@ -99,6 +87,26 @@ def seen_mask(length: int, window: int | None, documents: Documents | None, devi
     return seen if window is None else seen.triu(1 - window)
 
 
+class AddedMasks:
+    """The masks that are added to scores on a GPU: each is made once in a pass, for all layers with its window.
+
+    PyTorch would make one of a mask of booleans in every layer, and save it for backward. Its kernels need rows that
+    start at multiples of 16 values; others it would copy in every layer.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def get(self, q: Tensor, window: int | None, documents: Documents | None) -> Tensor:
+        """(B or 1, 1, T, T) for q (B, T, H, D): 0 where a query sees a key, else -inf."""
+        if (window, q.dtype) not in self._made:
+            length = q.shape[1]
+            seen = seen_mask(length, window, documents, q.device)
+            rows = q.new_zeros(*seen.shape[:3], -(-length // 16) * 16)[..., :length]  # (B or 1, 1, T, T)
+            self._made[window, q.dtype] = rows.masked_fill_(~seen, float("-inf"))
+        return self._made[window, q.dtype]
+
+
 def find_documents(document: Tensor | None, device: torch.device) -> Documents | None:
     """The documents of rows (B, T) numbered by `document`, for attention on `device`.
 
@@ -117,29 +125,41 @@ def find_documents(document: Tensor | None, device: torch.device) -> Documents |
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec = PLAIN, *, documents: Documents | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec = PLAIN,
+    *,
+    documents: Documents | None = None,
+    masks: AddedMasks | None = None,
 ) -> Tensor:
     """softmax(s) v, (B, T, H, D), with the scores s and the window of `spec`.
 
     q is (B, T, H, D), k and v are (B, T, G, D). With `documents` a position sees only its own document; without them
-    the whole row is one document. Over a cache: ops/cached_attention.py.
+    the whole row is one document. `masks` are those of the pass. Over a cache: ops/cached_attention.py.
     """
     spec = spec.bounded(documents.longest if documents is not None else q.shape[1])
     if spec.softcap is not None:
         capped = CappedSpec(spec.scale_of(q.shape[3]), spec.softcap, spec.window)
         return softcapped_attention(q, k, v, capped, documents.extents if documents is not None else None)
     masked = spec.window is not None or documents is not None
-    if q.is_meta and simulates_ampere():
-        sequences = 0 if not masked else q.shape[0] if documents is None else len(documents.offsets) - 1
-        return flash_attention(q, k, v, sequences)
-    call = capabilities_of(q.device), q.dtype, backends().attention
+    flash = simulates_ampere() if q.is_meta else capabilities_of(q.device).flash_attention
+    call = flash, q.dtype, backends().attention
     if masked and supports_varlen(*call, windows=spec.window is not None, scaled=spec.scale is not None):
+        if q.is_meta:
+            return flash_attention(q, k, v, len(q) if documents is None else len(documents.offsets) - 1)
         return _varlen(q, k, v, spec, documents)
+    if q.is_meta and flash and not masked:
+        return flash_attention(q, k, v, 0)
     groups = q.shape[2] // k.shape[2]
     shared = groups > 1 and not masked and supports_shared_keys(*call)
     if groups > 1 and not shared:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-    mask = _mask(q, spec.window, documents) if masked else None
+    mask = None
+    if masked and (q.is_meta or capabilities_of(q.device).is_gpu):
+        mask = (masks or AddedMasks()).get(q, spec.window, documents)
+    elif masked:
+        mask = seen_mask(q.shape[1], spec.window, documents, q.device)
     if q.is_meta:
         return efficient_attention(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
@@ -149,17 +169,6 @@ def causal_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared, scale=spec.scale
         )
     return out.transpose(1, 2)
-
-
-def _mask(q: Tensor, window: int | None, documents: Documents | None) -> Tensor:
-    """The mask for q (B, T, H, D). On a GPU for which PyTorch has no FlashAttention it is added to the scores.
-
-    PyTorch would make that of a mask of booleans in every layer, and save each for backward.
-    """
-    if documents is None:
-        return seen_mask(q.shape[1], window, documents, q.device)
-    added = q.is_meta or (capabilities_of(q.device).is_gpu and not capabilities_of(q.device).flash_attention)
-    return documents.added_mask(window, q.dtype) if added else seen_mask(q.shape[1], window, documents, q.device)
 
 
 # cuDNN is the fastest on Hopper, head size 256 included. It does not support one query over a cache, nor that head size
@@ -195,18 +204,21 @@ def implementations(capabilities: Capabilities, head_size: int) -> list[str]:
     return [name for name in _ORDER if names.get(name, True)]
 
 
-def supports_shared_keys(capabilities: Capabilities, dtype: torch.dtype, wanted: str) -> bool:
-    """Whether the implementations for a call accept fewer key heads than query heads; else key heads are repeated."""
-    return capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "cudnn", "flash")
+def supports_shared_keys(flash: bool, dtype: torch.dtype, wanted: str) -> bool:
+    """Whether the implementations for a call accept fewer key heads than query heads; else key heads are repeated.
+
+    `flash`: the GPU has FlashAttention (Capabilities).
+    """
+    return flash and dtype != torch.float32 and wanted in ("auto", "cudnn", "flash")
 
 
 def supports_varlen(
-    capabilities: Capabilities, dtype: torch.dtype, wanted: str, *, windows: bool = False, scaled: bool = False
+    flash: bool, dtype: torch.dtype, wanted: str, *, windows: bool = False, scaled: bool = False
 ) -> bool:
     """Whether FlashAttention runs on packed documents, with sliding `windows`, and `scaled` by another number than
     1 / sqrt(D); else attention has a mask. PyTorch 2.8 has no such function, that of 2.10 neither of the two options.
     """
-    if not (capabilities.flash_attention and dtype != torch.float32 and wanted in ("auto", "flash")):
+    if not (flash and dtype != torch.float32 and wanted in ("auto", "flash")):
         return False
     if _varlen_function() is None:
         return False

@@ -163,9 +163,11 @@ class _Graph:
         if not any(layer.lora and layer.dropout for layer in layers):
             return 0
         counting = CountingDropout()
-        eager.objective(eager.decoder, inputs, replace(eager.options, dropout=counting)).backward(
-            gradient=self.loss_scale
-        )
+        # What is derived from `documents` is stored in them: the captured pass must derive it again in each replay.
+        documents = None if inputs.documents is None else replace(inputs.documents)
+        eager.objective(
+            eager.decoder, replace(inputs, documents=documents), replace(eager.options, dropout=counting)
+        ).backward(gradient=self.loss_scale)
         return counting.count
 
     def replay(
