@@ -51,13 +51,13 @@ class Precision:
         return name in self.outliers
 
     def to_json(self) -> dict[str, list[int]]:
-        """For checkpoints: what was measured on the data. Whether backward is in 8 bits is a property of the GPU."""
+        """For checkpoints, without `forward_only`."""
         return {name: list(channels) for name, channels in self.outliers.items()}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, list[int]]) -> Precision:
-        """The inverse of `to_json`, with backward in 8 bits."""
-        return cls({name: tuple(channels) for name, channels in content.items()})
+    def from_json(cls, content: Mapping[str, list[int]], *, forward_only: bool = False) -> Precision:
+        """The inverse of `to_json`."""
+        return cls({name: tuple(channels) for name, channels in content.items()}, forward_only)
 
 
 @dataclass(frozen=True)

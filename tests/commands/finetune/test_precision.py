@@ -24,7 +24,7 @@ from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 from octavo.runs import checkpoint
 from octavo.store.sources import FolderSource
-from octavo.train.precision import Precision, QuantError, all_8bit, layers
+from octavo.train.precision import Precision, QuantError, all_8bit, layers, measure_8bit_error
 
 Tune = Callable[..., dict[str, Any]]
 Settings = Callable[..., Config]
@@ -154,6 +154,28 @@ def test_a_resumed_run_keeps_its_outlier_channels(tune: Tune, tmp_path: Path, mo
     )
     tune(tmp_path / "parts", scheme="int8", resume=True)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after", "measured"), [(False, True, 1), (True, False, 0), (False, False, 0)])
+def test_a_run_resumed_where_backward_has_8_bits_too_measures_its_errors(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool, measured: int
+) -> None:
+    """`before`, `after`: whether backward has 8-bit matmuls where the run begins, and where it is resumed."""
+    out, calls, measure = tmp_path / "run", list[bool](), measure_8bit_error
+
+    def counted(*arguments: Any, forward_only: bool) -> Any:
+        calls.append(forward_only)
+        return measure(*arguments, forward_only=forward_only)
+
+    monkeypatch.setattr("octavo.commands.finetune.precision.measure_8bit_error", counted)
+    for has_backward, options in ((before, {"stop_after": 3}), (after, {"resume": True})):
+        for module in ("finetune.precision", "run_plan"):
+            monkeypatch.setattr(f"octavo.commands.{module}.backward_8bit", lambda *_, value=has_backward: value)
+        tune(out, matmul="8bit", scheme="int8", **options)
+        saved = checkpoint.newest(out / "checkpoints", warn=pytest.fail)
+        assert saved is not None
+        assert saved.state["forward_only"] == (not has_backward)
+    assert calls == [not before] + [not after] * measured
 
 
 def test_a_stopped_run_with_8bit_matmuls_resumes_bit_for_bit(tune: Tune, tmp_path: Path, use_8bit: Path) -> None:

@@ -201,6 +201,7 @@ def test_a_checkpoint_that_lacks_a_part_is_an_error_that_names_it(
         {"precision": []},
         {"precision": {"no layer": []}},
         {"precision": {"0.qkv": 3}},
+        {"forward_only": 1},
         {"config": 3},
         {"identity": []},
         {"base_rows": {}},

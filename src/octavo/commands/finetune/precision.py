@@ -31,6 +31,9 @@ def choose_precision(run: Run, *, resumed: bool) -> Run:
         state.precision = None
     elif not resumed or state.precision is None:
         state.precision = _measured(run)
+    elif state.precision.forward_only and backward_8bit(run.hardware):
+        run.report.say("The run began on a GPU without 8-bit matmuls in backward: their errors are measured again.")
+        state.precision = _measured(run)
     else:
         state.precision = replace(state.precision, forward_only=not backward_8bit(run.hardware))
     fit = run.fit.with_precision(state.precision or Precision())

@@ -151,6 +151,7 @@ def contents_of(run: Run) -> checkpoint.Contents:
         "base_rows": [row.to_dict() for row in state.base_rows],
         "best": state.best,
         "precision": state.precision.to_json() if state.precision is not None else None,
+        "forward_only": state.precision is not None and state.precision.forward_only,
         "config": run.config.to_yaml(),
         "versions": asdict(versions()),
     }
@@ -241,7 +242,7 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
         if state.best is not None:
             _count(state.best, "best", "step")
             _field(number, state.best, "best", "loss", least=0, most=float("inf"))
-        state.precision = _precision(saved.state["precision"], [name for name, _ in layers(run.model)])
+        state.precision = _precision(saved.state, [name for name, _ in layers(run.model)])
     except JsonError as error:
         raise _wrong_state(saved, str(error)) from error
     try:
@@ -277,14 +278,17 @@ def _count(source: Mapping[str, Any], name: str, key: str) -> int:
     return _field(integer, source, name, key, least=0, most=MAX_COUNT)
 
 
-def _precision(value: Mapping[str, Any] | None, names: Collection[str]) -> Precision | None:
+def _precision(state: Mapping[str, Any], names: Collection[str]) -> Precision | None:
     """The precision of the matmuls of the layers `names`. JsonError if it is of other layers or types."""
+    value, forward_only = state["precision"], state.get("forward_only", False)  # a run of an earlier version has none
+    if not isinstance(forward_only, bool):
+        raise JsonError(f"forward_only is {shown(forward_only)}; it must be true or false")
     for name, channels in (value or {}).items():
         if name not in names:
             raise JsonError(f"precision: there is no layer {shown(name)}")
         if not isinstance(channels, list) or not all(type(channel) is int and channel >= 0 for channel in channels):
             raise JsonError(f"precision: the channels of {name} are {shown(channels)}; they must be a list of integers")
-    return None if value is None else Precision.from_json(value)
+    return None if value is None else Precision.from_json(value, forward_only=forward_only)
 
 
 def _report_changes(run: Run, state: dict[str, Any]) -> None:
