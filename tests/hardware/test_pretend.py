@@ -87,9 +87,15 @@ def test_a_gpu_with_less_memory_cannot_run_in_place_of_another(shares: list[floa
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
-    with pytest.raises(UsageError, match="'t4'") as caught:
-        pretend_("t4", devices.hardware(devices.H200))
-    assert "T4, P100, 1080Ti" in str(caught.value.hint)
+    for name in ("T5", "A100", "3090", ""):
+        with pytest.raises(UsageError, match=f"'{name}'") as caught:
+            pretend_(name, devices.hardware(devices.H200))
+        assert "T4, P100, 1080Ti" in str(caught.value.hint)
+
+
+def test_a_gpu_is_named_as_for_a_plan() -> None:
+    for name, key in (("t4", "T4"), ("Tesla T4", "T4"), ("GTX 1080 Ti", "1080Ti"), ("rtx a6000", "A6000")):
+        assert capabilities_like(name) == capabilities_like(key)
 
 
 @pytest.mark.parametrize(("device", "head_size", "expected"), [

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from octavo.errors import UsageError
 from octavo.hardware.capabilities import AMPERE, NVIDIA, Capabilities, replace_capabilities_
+from octavo.hardware.gpus import gpu_named
 from octavo.hardware.memory import limit_memory_
 from octavo.hardware.selection import Hardware, hardware_for
 
@@ -50,10 +51,11 @@ MODELS = {
 
 
 def capabilities_like(name: str) -> Capabilities:
-    """The capabilities of a GPU of MODELS. UsageError for another name."""
-    if name not in MODELS:
+    """The capabilities of a GPU of MODELS, named as for `octavo plan --gpu`. UsageError for another one."""
+    key = next((key for key in MODELS if gpu_named(key) == gpu_named(name)), None)
+    if key is None:
         raise UsageError(f"--pretend does not have the GPU {name!r}.", hint=f"Choose {', '.join(MODELS)}.")
-    model = MODELS[name]
+    model = MODELS[key]
     half = {"float16", "bfloat16"} if model.compute_capability >= AMPERE else {"float16"}
     return Capabilities(
         NVIDIA, model.name, frozenset({"float32", *half}), compute_capability=model.compute_capability,
