@@ -32,6 +32,21 @@ from shapes import MODELS
 ROOT = Path(__file__).parents[1]
 TINY_TOKENS = 64
 RESTRICTED = ROOT / "benchmarks" / "restricted.csv"  # rows of --pretend, which are no rows of the GPUs that they name
+# A program that prints the result of `gpu_and_version`; its argument is the GPU of --pretend.
+GPU_AND_VERSION = """
+import json, sys
+import octavo
+from octavo.errors import UsageError
+from octavo.hardware import pick, pretend_
+try:
+    here = pick()
+    gpu = here.name
+    for name in sys.argv[1:]:
+        gpu += f" restricted to {pretend_(name, here).name}"
+except UsageError as error:
+    raise SystemExit(str(error))
+print(json.dumps({"gpu": gpu, "octavo": octavo.__version__}))
+"""
 __all__ = ["SUITES", "Setting", "article_job", "compare_gradients", "main"]
 
 
@@ -76,6 +91,8 @@ def main() -> None:
         return
     args.out = args.out or (RESTRICTED if args.pretend else table.RESULTS)
     table.check(args.out)
+    if args.pretend:
+        gpu_and_version(args.pretend)
     commit = args.commit if args.commit is not None else commit_of(ROOT)
     if args.job:
         if not args.model_dir:
@@ -326,13 +343,15 @@ def job_memory(peak_bytes: int) -> dict[str, float]:
     return {"peak_reserved_gib": peak, "load_reserved_gib": peak}
 
 
-def gpu_and_version() -> dict[str, str]:
-    """The GPU and octavo's version, from a subprocess: this process does not initialize CUDA."""
-    program = (
-        "import json, torch, octavo; from octavo.hardware import pick;"
-        "print(json.dumps({'gpu': pick().name, 'octavo': octavo.__version__}))"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment({}))
+def gpu_and_version(pretend: str | None = None) -> dict[str, str]:
+    """The GPU, as in the rows of `pretend`, and octavo's version; SystemExit if the GPU cannot run as `pretend`.
+
+    From a subprocess: this process does not initialize CUDA.
+    """
+    command = [sys.executable, "-c", GPU_AND_VERSION, *([pretend] if pretend else [])]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment({}))
+    if ran.returncode and pretend:
+        raise SystemExit(ran.stderr.strip()[-2000:])
     result: dict[str, str] = json.loads(ran.stdout.strip().splitlines()[-1]) if ran.returncode == 0 else {}
     return result
 

@@ -284,6 +284,23 @@ def test_the_readme_is_current() -> None:
     assert table.put(text, table.brief(rows)) == text
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("NOPE", "'NOPE'.*T4, P100"), ("T4", "--pretend T4 needs an NVIDIA GPU")]
+)
+@pytest.mark.parametrize("job", [[], ["--job", "article", "--model-dir", "."]])
+def test_a_gpu_that_cannot_be_pretended_is_an_error_before_any_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, message: str, job: list[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    finetune, out = import_module("finetune"), tmp_path / "rows.csv"
+    options = ["--rows", "octavo-int8", "--tiny", "--pretend", name, "--commit", "", "--out", str(out), *job]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
+    with pytest.raises(SystemExit, match=f"(?s){message}") as ended:
+        finetune.main()
+    assert isinstance(ended.value.code, str)  # a message and exit status 1
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_prints_its_help(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
