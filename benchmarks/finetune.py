@@ -91,15 +91,17 @@ def main() -> None:
         return
     args.out = args.out or (RESTRICTED if args.pretend else table.RESULTS)
     table.check(args.out)
-    if args.pretend:
-        gpu_and_version(args.pretend)
+    if any(option.split("=")[0] == "--pretend" for option in args.extra):
+        raise SystemExit("Give --pretend before --extra, so that the row says on which GPU the job ran.")
+    known = gpu_and_version(args.pretend) if args.pretend or args.job else {}
     commit = args.commit if args.commit is not None else commit_of(ROOT)
     if args.job:
         if not args.model_dir:
             raise SystemExit("--job needs --model-dir, a model's folder as full_size.py writes it.")
         size = {"model": args.model or "gptj", "batch": args.batch, "seq_len": args.seq_len}
-        row = article_job(args.model_dir, args.text_dir, **size, extra=args.extra, limit_s=args.limit_s)
-        write_row(row | {"commit": commit}, args.out)
+        extra = [*(["--pretend", args.pretend] if args.pretend else []), *args.extra]
+        row = article_job(args.model_dir, args.text_dir, **size, extra=extra, limit_s=args.limit_s)
+        write_row(row | known | {"commit": commit}, args.out)
         return
     rows = selected_rows(args) * args.repeat
     with tempfile.TemporaryDirectory() as folder:
@@ -331,9 +333,7 @@ def article_job(
     tokens = sum(event["tokens"] for event in steps)
     row["note"] += f", {tokens:,} tokens"
     row.update(seconds=round(seconds, 1), steps=output["steps"], first_loss=round(steps[0]["loss"], 6))
-    row.update(
-        tokens_per_second=round(tokens / seconds, 1), **job_memory(output["peak_memory_bytes"]), **gpu_and_version()
-    )
+    row.update(tokens_per_second=round(tokens / seconds, 1), **job_memory(output["peak_memory_bytes"]))
     return row
 
 

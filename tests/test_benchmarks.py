@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from runpy import run_path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,6 +299,47 @@ def test_a_gpu_that_cannot_be_pretended_is_an_error_before_any_row(
         finetune.main()
     assert isinstance(ended.value.code, str)  # a message and exit status 1
     assert not out.exists()
+
+
+def outcome(ran: Any) -> Any:
+    """A replacement of subprocess.run that always has the outcome `ran`, and notes the commands in `ran.commands`."""
+    ran.commands = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        ran.commands.append(command)
+        return ran
+
+    return run
+
+
+RESTRICTED_GPU = {"gpu": "NVIDIA H200 restricted to Tesla T4", "octavo": "7"}
+
+
+def test_the_job_as_on_another_gpu_runs_and_is_labelled_as_such(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also if it fails."""
+    finetune = import_module("finetune")
+    failed = SimpleNamespace(returncode=1, stderr="out of memory", stdout="")
+    monkeypatch.setattr(finetune.subprocess, "run", outcome(failed))
+    monkeypatch.setattr(finetune, "gpu_and_version", {"T4": RESTRICTED_GPU}.__getitem__)
+    out = tmp_path / "restricted.csv"
+    options = ["--job", "article", "--model-dir", str(tmp_path), "--pretend", "T4", "--commit", "", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
+    finetune.main()
+    (row,) = import_module("table").read(out)
+    assert row["gpu"] == RESTRICTED_GPU["gpu"]
+    assert "--pretend T4" in row["command"]
+    assert "--pretend T4" in " ".join(failed.commands[-1])
+
+
+def test_the_options_of_finetune_cannot_have_the_other_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its row would be one of the GPU that is there."""
+    options = ["--job", "article", "--model-dir", str(tmp_path), "--out", str(tmp_path / "rows.csv")]
+    options += ["--extra", "--pretend=T4"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
+    with pytest.raises(SystemExit, match="--pretend before --extra"):
+        import_module("finetune").main()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
