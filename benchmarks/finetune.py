@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -107,7 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.gate:
             rows = with_references(rows, Path(folder), dequantized=args.gate == "dequantized")
-        run_all(rows, args, commit)
+        run_all(rows, args, commit, known=known)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -189,11 +189,17 @@ def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool 
     return listed
 
 
-def run_all(rows: Sequence[Setting], args: argparse.Namespace, commit: str) -> None:
-    """Measures all rows in order. While a row runs, the process of the next row imports its libraries and waits."""
+def run_all(
+    rows: Sequence[Setting], args: argparse.Namespace, commit: str, *, known: Mapping[str, str] | None = None
+) -> None:
+    """Measures all rows in order. While a row runs, the process of the next row imports its libraries and waits.
+
+    `known`: the GPU and the version of all rows with `pretend`. The process of a row may die or be stopped without a
+    result; without `pretend` its row has the GPU and the version of the row before it.
+    """
     began = time.monotonic()
     waiting: Process | None = None
-    known = {"gpu": "", "octavo": ""}  # for the rows of processes that died
+    latest = {"gpu": "", "octavo": ""}  # of the rows without `pretend`, as references are
     try:
         for number, row in enumerate(rows):
             left = args.budget_s - (time.monotonic() - began)
@@ -204,8 +210,11 @@ def run_all(rows: Sequence[Setting], args: argparse.Namespace, commit: str) -> N
             if not args.no_prefetch and number + 1 < len(rows):
                 waiting = Process(rows[number + 1], args.alloc)
             result = process.result(min(args.limit_s, left))
-            known = {name: result[name] or value for name, value in known.items()}
-            result.update(known)
+            if row.pretend:
+                result.update(known or {})
+            else:
+                latest = {name: result[name] or value for name, value in latest.items()}
+                result.update(latest)
             if row.is_reference:
                 loss = f"loss {result['first_loss']} {result['note']}"
                 say(f"{row.method} {row.model} {row.batch} x {row.seq_len}: {loss}")

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
@@ -340,6 +341,29 @@ def test_the_options_of_finetune_cannot_have_the_other_gpu(monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
     with pytest.raises(SystemExit, match="--pretend before --extra"):
         import_module("finetune").main()
+
+
+def test_rows_without_a_result_have_the_gpu_of_their_restriction(
+    measure: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The reference, which runs without the restriction, does not change it."""
+    finetune, table = import_module("finetune"), import_module("table")
+
+    class Process:
+        def __init__(self, row: Any, alloc: str) -> None:
+            self.row = row
+
+        def result(self, limit_s: float) -> dict[str, Any]:
+            measured = {"gpu": "NVIDIA H200", "octavo": "7", "first_loss": 1.0}
+            return measure.blank(self.row) | (measured if self.row.is_reference else {"note": "stopped after 9 s"})
+
+    monkeypatch.setattr(finetune, "Process", Process)
+    args = Namespace(budget_s=float("inf"), limit_s=9.0, alloc="", no_prefetch=True, out=tmp_path / "rows.csv")
+    for pretend, known in (("T4", RESTRICTED_GPU), (None, {})):
+        rows = [setting(measure, f"octavo-{scheme}", "gptj", pretend=pretend) for scheme in ("int8", "nf4")]
+        finetune.run_all(finetune.with_references(rows, tmp_path), args, "", known=known)
+    gpus = [(row["gpu"], row["octavo"]) for row in table.read(args.out)]
+    assert gpus == [(RESTRICTED_GPU["gpu"], "7")] * 2 + [("NVIDIA H200", "7")] * 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
