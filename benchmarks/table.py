@@ -2,8 +2,9 @@
 
     python benchmarks/table.py [--results benchmarks/results.csv] [--readme benchmarks/README.md]
 
-Prints the newest row of each (method, model, batch, seq_len, cap). Writes the main columns between the two lines
-`<!-- benchmark table -->` of the README, in order of speed within a setting. Imports neither torch nor octavo.
+Prints the newest row of each (method, model, batch, seq_len, cap), and of each GPU as which rows ran. Writes the main
+columns between the two lines `<!-- benchmark table -->` of the README, in order of speed within a setting; the rows of
+another file than results.csv only into the README that --readme names. Imports neither torch nor octavo.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.csv"
+README = ROOT / "benchmarks" / "README.md"
 MARKER = "<!-- benchmark table -->"
 COLUMNS = (
     "date", "method", "model", "scheme", "batch", "seq_len", "tokens_per_second", "p10", "p90", "seconds",
@@ -25,6 +27,7 @@ COLUMNS = (
     "torch", "transformers", "peft", "bitsandbytes", "octavo", "commit", "command", "note",
 )  # fmt: skip
 KEY = ("method", "model", "batch", "seq_len", "cap_gib")
+RESTRICTED = " restricted to "  # in the column gpu of rows of --pretend, between the GPU and the one as which it ran
 VERSIONS = ("gpu", "torch", "transformers", "peft", "bitsandbytes")
 TITLES = (
     "model", "method", "batch x tokens", "cap GiB", "tokens/s", "p10-p90", "allocated GiB", "reserved GiB",
@@ -48,13 +51,17 @@ Row = Mapping[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "benchmarks" / "README.md")
+    parser.add_argument("--readme", type=Path, help="default: the one of this folder, for its results.csv only")
     args = parser.parse_args()
     rows = read(args.results)
     sys.stdout.write(markdown(rows))
-    if args.readme.is_file() and args.readme.read_text("utf-8").count(MARKER) == 2:
-        args.readme.write_text(put(args.readme.read_text("utf-8"), brief(rows)), "utf-8")
-        sys.stdout.write(f"\nwritten to {args.readme}\n")
+    readme = args.readme or (README if args.results.resolve() == RESULTS.resolve() else None)
+    if readme is not None:
+        text = readme.read_text("utf-8")
+        if text.count(MARKER) != 2:
+            raise SystemExit(f"{readme} needs two lines {MARKER}, between which the table is written.")
+        readme.write_text(put(text, brief(rows)), "utf-8")
+        sys.stdout.write(f"\nwritten to {readme}\n")
 
 
 def check(path: Path) -> None:
@@ -88,8 +95,14 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     """The last row of each key, in the order of the keys' first rows."""
     last: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        last[tuple(str(row[name]) for name in KEY)] = row
+        last[*(str(row[name]) for name in KEY), restriction(row)] = row
     return list(last.values())
+
+
+def restriction(row: Row) -> str:
+    """The GPU and the one as which it ran, "" for a row without a restriction: a newer one on any GPU replaces that."""
+    gpu = str(row["gpu"])
+    return gpu if RESTRICTED in gpu else ""
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -106,12 +119,21 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def brief(rows: Sequence[Row]) -> str:
-    """The table of the README: speed, memory and first loss, without rows that only compare gradients."""
+    """The table of the README: speed, memory and first loss, without rows that only compare gradients.
+
+    Another table follows for each GPU as which rows ran.
+    """
     shown = [
         row for row in newest(rows) if row["tokens_per_second"] not in ("", None) or "out of memory" in row["note"]
     ]
     shown = [row for row in shown if not row["seconds"]]  # the speed of a job includes its loading
     shown.sort(key=lambda row: (*_setting(row), -float(row["tokens_per_second"] or 0)))
+    restrictions = dict.fromkeys(sorted(map(restriction, shown))) or [""]
+    return "\n".join(_brief([row for row in shown if restriction(row) == each]) for each in restrictions)
+
+
+def _brief(shown: Sequence[Row]) -> str:
+    """The table of rows in their order, under the names of their GPUs."""
     lines = []
     for row in shown:
         speed = _whole(row["tokens_per_second"]) or "out of memory"

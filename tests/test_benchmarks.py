@@ -366,6 +366,43 @@ def test_rows_without_a_result_have_the_gpu_of_their_restriction(
     assert gpus == [(RESTRICTED_GPU["gpu"], "7")] * 2 + [("NVIDIA H200", "7")] * 2
 
 
+def test_the_table_shows_rows_as_on_every_gpu(measure: ModuleType) -> None:
+    """In a table for each; rows of another real GPU replace older ones."""
+    table = import_module("table")
+    row = dict.fromkeys(table.COLUMNS, "") | {"method": "octavo-int8", "model": "gptj", "batch": "1", "seq_len": "128"}
+    gpus = ["H100", "H200", "H200 restricted to Tesla T4", "H200 restricted to RTX A6000"]
+    rows = [row | {"gpu": gpu, "tokens_per_second": str(n)} for n, gpu in enumerate(gpus, start=111)]
+    assert table.newest(rows) == rows[1:]
+    tables = table.brief(rows).split("\n\n")
+    assert [text.splitlines()[-1] for text in tables[::2]] == [f"{gpu}:" for gpu in gpus[1:2] + gpus[:1:-1]]
+
+
+def test_only_the_results_of_real_gpus_are_written_into_the_readme(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = import_module("table")
+    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "results.csv")
+    old = f"{table.MARKER}\nold\n{table.MARKER}\n"
+    row = {"method": "octavo-int8", "model": "gptj", "batch": 1, "seq_len": 128, "tokens_per_second": 10}
+    other, another = tmp_path / "restricted.csv", tmp_path / "OTHER.md"
+    for path in (table.RESULTS, other):
+        table.append(path, row)
+    for path in (table.README, another):
+        path.write_text(old)
+
+    def run(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["table.py", *options])
+        table.main()
+
+    run("--results", str(other))
+    assert table.README.read_text() == old
+    run("--results", str(other), "--readme", str(another))
+    assert (table.README.read_text() == old, "octavo-int8" in another.read_text()) == (True, True)
+    run()
+    assert "octavo-int8" in table.README.read_text()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_prints_its_help(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
