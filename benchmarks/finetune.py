@@ -31,6 +31,7 @@ from shapes import MODELS
 
 ROOT = Path(__file__).parents[1]
 TINY_TOKENS = 64
+DEQUANTIZED = ("nf4-double", "nf4", "int8")  # octavo's schemes with a reference of peers.py, the longest name first
 RESTRICTED = ROOT / "benchmarks" / "restricted.csv"  # rows of --pretend, which are no rows of the GPUs that they name
 # A program that prints the result of `gpu_and_version`; its argument is the GPU of --pretend.
 GPU_AND_VERSION = """
@@ -134,7 +135,8 @@ def argument_parser() -> argparse.ArgumentParser:
         const="original",
         choices=["original", "dequantized"],
         help="first compare loss and gradients of each method with a float32 reference: of the original weights "
-        "(default), or of the dequantized ones, for the error of arithmetic alone",
+        "(default), or of the dequantized ones, for the error of arithmetic alone (octavo's int8, nf4 and nf4-double; "
+        "the other methods are compared with the original weights)",
     )
     add("--pretend", help="run as on this GPU, with its types, kernels, attention and memory: T4, 1080Ti, ..")
     add("--limit-s", type=float, default=150.0, help="time limit of a row in seconds")
@@ -173,13 +175,15 @@ def selected_rows(args: argparse.Namespace) -> list[Setting]:
 
 
 def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool = False) -> list[Setting]:
-    """Inserts the reference of every (model, batch, seq_len) before its first row, with `dequantized` weights too."""
+    """Inserts the reference of every (model, batch, seq_len) before its first row.
+
+    `dequantized`: also that of the dequantized weights, for the methods that have one.
+    """
     listed: list[Setting] = []
     for row in rows:
         file = original = str(folder / f"{row.model}-{row.batch}-{row.seq_len}.pt")
         needed = [Reference("reference", file, None)]
-        if dequantized:
-            method = f"reference-{'nf4' if 'nf4' in row.method else 'int8'}"
+        if dequantized and (method := dequantized_reference(row.method)):
             needed.append(Reference(method, file := f"{original}-{method}", original))
         for name, path, before in needed:
             if path not in {earlier.reference for earlier in listed}:
@@ -187,6 +191,16 @@ def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool 
                 listed.append(replace(made, steps=0, warmup=0))
         listed.append(replace(row, reference=file, original=needed[-1].original))
     return listed
+
+
+def dequantized_reference(method: str) -> str | None:
+    """The reference with the dequantized weights of a method, None if there is none.
+
+    Peers have none: PEFT and Unsloth do not quantize embedding and head, as octavo's schemes do, and the article's 8-bit
+    type rounds other values.
+    """
+    scheme = next((each for each in DEQUANTIZED if f"{method}-".startswith(f"octavo-{each}-")), None)
+    return scheme and f"reference-{scheme}"
 
 
 def run_all(

@@ -73,6 +73,7 @@ PEFT_METHODS = {
     "reference": Recipe("float32", autocast=False),
     "reference-int8": Recipe("float32", autocast=False, rounded="int8"),
     "reference-nf4": Recipe("float32", autocast=False, rounded="nf4"),
+    "reference-nf4-double": Recipe("float32", autocast=False, rounded="nf4-double"),
 }
 ARTICLE = "article"
 METHODS = (*PEFT_METHODS, ARTICLE)

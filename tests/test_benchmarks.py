@@ -76,7 +76,7 @@ def test_a_peer_has_the_loss_and_gradients_of_the_reference_and_a_complete_row(
     assert float(written["p10"]) <= float(written["tokens_per_second"]) <= float(written["p90"])
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "nf4-double"])
 @pytest.mark.parametrize("model", ["gptj", "llama"])
 def test_octavo_has_the_gradients_of_float32_over_its_dequantized_weights(
     measure: ModuleType, references: dict[str, str], tmp_path: Path, scheme: str, model: str
@@ -401,6 +401,32 @@ def test_only_the_results_of_real_gpus_are_written_into_the_readme(
     assert (table.README.read_text() == old, "octavo-int8" in another.read_text()) == (True, True)
     run()
     assert "octavo-int8" in table.README.read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "references"),
+    [
+        ("octavo-int8-8bit-no-offload", ["reference", "reference-int8"]),
+        ("octavo-nf4-8bit", ["reference", "reference-nf4"]),
+        ("octavo-nf4-double-8bit", ["reference", "reference-nf4-double"]),
+        ("octavo-none", ["reference"]),
+        ("octavo-dynamic8", ["reference"]),
+        ("peft-bf16", ["reference"]),
+        ("peft-int8", ["reference"]),  # does not quantize the head
+        ("peft-nf4", ["reference"]),  # double quantization, and so is unsloth-nf4
+        ("unsloth-nf4", ["reference"]),
+        ("article", ["reference"]),
+    ],
+)
+def test_only_the_weights_of_a_method_are_its_dequantized_reference(
+    measure: ModuleType, tmp_path: Path, method: str, references: list[str]
+) -> None:
+    finetune = import_module("finetune")
+    *made, row = finetune.with_references([setting(measure, method, "llama")], tmp_path, dequantized=True)
+    assert [reference.method for reference in made] == references
+    assert row.reference == made[-1].reference
+    assert row.original == (made[0].reference if len(made) == 2 else None)
+    assert f"--gate {'dequantized' if len(made) == 2 else 'original'}" in row.command
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
