@@ -196,8 +196,8 @@ def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool 
 def dequantized_reference(method: str) -> str | None:
     """The reference with the dequantized weights of a method, None if there is none.
 
-    Peers have none: PEFT and Unsloth do not quantize embedding and head, as octavo's schemes do, and the article's 8-bit
-    type rounds other values.
+    Peers have none: PEFT and Unsloth do not quantize embedding and head, as octavo's schemes do, and the article's
+    8-bit type rounds other values.
     """
     scheme = next((each for each in DEQUANTIZED if f"{method}-".startswith(f"octavo-{each}-")), None)
     return scheme and f"reference-{scheme}"
