@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from octavo.commands.run_plan import GIB, range_text
-from octavo.hardware import GPUS, gpu_named, rates_of
+from octavo.hardware import GPUS, gpu_named, gpus_with, nearest, other_sizes, rates_of
 from octavo.hardware.rates import Rate
 from octavo.layers.context import Save
 from octavo.train.memory import MemoryPlan, Planner
@@ -51,12 +51,31 @@ def main() -> None:
     args = parser.parse_args()
     if args.write and args.only:
         parser.error("--write writes all GPUs: leave --only out.")
-    names = [key for name in args.only or NAMES if (key := gpu_named(name))]
+    try:
+        names = [gpu_key(name) for name in args.only or NAMES]
+    except ValueError as error:
+        parser.error(str(error))
     tables = {"rates": rates_table(), "steps": steps_table(), "job": JOB + "\n".join(job_row(name) for name in names)}
     if args.write:
         PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables), encoding="utf-8")
     else:
         sys.stdout.write("\n\n".join(tables.values()) + "\n")
+
+
+def gpu_key(name: str) -> str:
+    """The key of GPUS that `name` means. ValueError for an unknown or ambiguous name, or if its memory is not known."""
+    key = gpu_named(name)
+    if key is None:
+        several = gpus_with(name)
+        if len(several) > 1:
+            raise ValueError(f"--only: {name!r} can be several GPUs. Use one of {', '.join(several)}.")
+        near = nearest(name)
+        names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
+        raise ValueError(f"--only: octavo has no data of the GPU {name!r}. {names}")
+    if GPUS[key].memory_gib is None:
+        sizes = ", ".join(other_sizes(key))
+        raise ValueError(f"--only: the memory of the {key} is not known, as it has several sizes. Use one of {sizes}.")
+    return key
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:

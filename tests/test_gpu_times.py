@@ -52,3 +52,39 @@ def test_a_table_is_written_between_its_markers(script: ModuleType) -> None:
     assert script.with_tables(page, {"a": "new"}) == "before\n<!-- a -->\nnew\n<!-- end of a -->\nafter\n"
     with pytest.raises(AssertionError):
         script.with_tables(page, {"b": "new"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FOO", "octavo has no data of the GPU 'FOO'. Supported are H200, "),
+        ("RTX 3061", "octavo has no data of the GPU 'RTX 3061'. Similar names: RTX 3060"),
+        ("A100", "'A100' can be several GPUs. Use one of A100 40GB, A100 80GB, A100 80GB PCIe."),
+        (
+            "5060 Ti",
+            "the RTX 5060 Ti is not known, as it has several sizes. Use one of RTX 5060 Ti 16GB, ",
+        ),
+    ],
+)
+def test_a_gpu_without_a_row_of_the_job_is_an_error(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    message: str,
+) -> None:
+    """Also together with a GPU that has one, and before any table is made."""
+    monkeypatch.setattr(script, "rates_table", lambda: pytest.fail("a table was made"))
+    monkeypatch.setattr(sys, "argv", ["gpu_times.py", "--only", "T4", name])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "--only: " in error
+    assert message in error
+
+
+def test_a_gpu_with_a_row_of_the_job_has_any_of_its_names(script: ModuleType) -> None:
+    assert [script.gpu_key(name) for name in ("5060ti 16gb", "1080Ti", *script.NAMES)] == [
+        "RTX 5060 Ti 16GB", "GTX 1080 Ti", *script.NAMES,
+    ]  # fmt: skip
