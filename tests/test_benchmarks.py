@@ -355,7 +355,8 @@ def test_rows_without_a_result_have_the_gpu_of_their_restriction(
 
         def result(self, limit_s: float) -> dict[str, Any]:
             measured = {"gpu": "NVIDIA H200", "octavo": "7", "first_loss": 1.0}
-            return measure.blank(self.row) | (measured if self.row.is_reference else {"note": "stopped after 9 s"})
+            row: dict[str, Any] = measure.blank(self.row)
+            return row | (measured if self.row.is_reference else {"note": "stopped after 9 s"})
 
     monkeypatch.setattr(finetune, "Process", Process)
     args = Namespace(budget_s=float("inf"), limit_s=9.0, alloc="", no_prefetch=True, out=tmp_path / "rows.csv")
