@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +11,12 @@ import pytest
 import torch
 from tests import devices
 
+from octavo.commands import loading
 from octavo.commands.backends import configure_backends
-from octavo.config import MemoryOptions
+from octavo.commands.run_plan import budget_bytes
+from octavo.config import MemoryOptions, ModelOptions
 from octavo.errors import UsageError
-from octavo.hardware import Capabilities, memory
+from octavo.hardware import Capabilities, capabilities, memory
 from octavo.hardware.capabilities import NVIDIA
 from octavo.reporting import Report
 from octavo.runtime import dispatch
@@ -52,6 +54,7 @@ def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
     assert dispatch.backends() == Backends(kernels=False, attention="math")
 
 
+GIB = 2**30
 EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 7.5)"
 GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
 NO_DOTS = "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
@@ -139,3 +142,49 @@ def test_a_limit_of_gpu_memory_is_a_share_of_the_memory_of_the_gpu(
     reported(tmp_path, devices.RTX_3060, gpu_memory="30GiB")
     reported(tmp_path, devices.RTX_3060, gpu_memory="3GiB")
     assert shares == [1.0, 0.25]
+
+
+Call = Callable[..., tuple[str, float, float | None]]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The GPU, the budget and the limit in GiB of a call in Python, on an H200 of which 138 of 140 GiB are free."""
+    monkeypatch.setattr(memory, "_limits", {})
+    monkeypatch.setattr(capabilities, "_replaced", {})
+    monkeypatch.setattr(capabilities, "_capabilities", lambda device: devices.H200)
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda device: None,
+        "get_arch_list": lambda: ["sm_90"], "mem_get_info": lambda device: (138 * GIB, 140 * GIB),
+        "memory_reserved": lambda device: 0, "set_per_process_memory_fraction": lambda share, device: None,
+    }  # fmt: skip
+    for name, function in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+    def called(pretend: str | None = None, gpu_memory: str = "auto", dtype: str = "auto") -> Any:
+        options = MemoryOptions.model_validate({"gpu_memory": gpu_memory})
+        with Report(console=False, metrics=tmp_path / "said") as report:
+            model = ModelOptions.model_validate({"pretend": pretend, "dtype": dtype})
+            hardware = loading.chosen_hardware(model, report)
+            configure_backends(options, hardware, report)
+        limit = memory.memory_limit_bytes(hardware.device)
+        return hardware.name, round(budget_bytes(options, hardware) / GIB, 2), limit and round(limit / GIB, 2)
+
+    return called
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_a_call_has_its_own_gpu_and_its_own_limit_of_memory(call: Call, tmp_path: Path) -> None:
+    assert call() == ("NVIDIA H200", 137.61, None)
+    assert call("T4", "40GiB") == ("Tesla T4", 14.06, 14.06)
+    assert call("T4", "8GiB") == ("Tesla T4", 8, 8)
+    assert call("T4") == ("Tesla T4", 13.67, 14.06)
+    assert "--pretend T4: NVIDIA H200 runs with" in (tmp_path / "said").read_text()
+    assert call() == ("NVIDIA H200", 137.61, None)
+    assert call("4090") == ("NVIDIA GeForce RTX 4090", 22.61, 23)
+    assert call("3060", "11.5GiB") == ("NVIDIA GeForce RTX 3060", 11.2, 11.2)
+    assert call(None, "8GiB") == ("NVIDIA H200", 8, 8)
+    assert call(None, "20GiB") == ("NVIDIA H200", 20, 20)
+    with pytest.raises(UsageError, match="Tesla T4 has no bfloat16 instructions"):
+        call("T4", dtype="bfloat16")
+    assert call() == ("NVIDIA H200", 137.61, None)

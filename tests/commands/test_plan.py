@@ -595,3 +595,12 @@ def test_the_error_for_a_run_that_does_not_fit_counts_the_documents_of_its_rows(
         needed.append([float(gib) for gib in re.findall(r"([\d.]+) GiB", f"{caught.value} {caught.value.hint}")])
     assert needed[1][0] > needed[0][0]
     assert needed[1][-1] > needed[0][-1]  # of the cheapest settings, in the hint
+
+
+def test_the_budget_of_another_gpu_is_not_cut_to_the_memory_of_the_gpu_here(
+    hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "pick", lambda device, dtype: RTX_3060)
+    monkeypatch.setattr(run_plan, "memory_limit_bytes", lambda device: 2 * GIB)
+    assert plan_result(hollow, gpu="RTX 3060", gpu_memory="4GiB")["budget_bytes"] == 2 * GIB
+    assert plan_result(hollow, gpu="RTX 4090", gpu_memory="4GiB")["budget_bytes"] == 4 * GIB

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from tests import devices
 
 from octavo.errors import UsageError
-from octavo.hardware import capabilities, capabilities_of, free_memory_bytes, memory, memory_limit_bytes
+from octavo.hardware import (
+    Hardware,
+    capabilities,
+    capabilities_of,
+    free_memory_bytes,
+    memory,
+    memory_limit_bytes,
+    restore_,
+)
 from octavo.hardware.pretend import MODELS, SHARED_KIB, capabilities_like, notice, pretend_
 from octavo.ops.attention import implementations
 
 GIB, GPU = 2**30, torch.device("cuda", 0)
+On = Callable[[capabilities.Capabilities], Hardware]
 SAME = {
     "T4": devices.T4, "P100": devices.P100, "1080Ti": devices.GTX_1080_TI, "3060": devices.RTX_3060,
     "4090": devices.RTX_4090, "5090": devices.RTX_5090,
@@ -32,6 +42,17 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> On:
+    """The hardware of this machine with the given GPU, which is cuda:0."""
+
+    def made(real: capabilities.Capabilities) -> Hardware:
+        monkeypatch.setattr(capabilities, "_capabilities", lambda device: real)
+        return replace(devices.hardware(real), device=GPU)
+
+    return made
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_the_capabilities_are_those_of_the_properties_that_pytorch_reports(name: str) -> None:
     expected, made = SAME[name], capabilities_like(name)
@@ -47,9 +68,9 @@ def test_the_shared_memory_is_that_of_the_devices_of_tests() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_gpu_with_more_memory_runs_as_the_named_one(name: str, shares: list[float]) -> None:
-    here = devices.hardware(devices.H200)
-    made = pretend_(name, SimpleNamespace(device=GPU, name=here.name, capabilities=here.capabilities))  # type: ignore[arg-type]
+def test_a_gpu_with_more_memory_runs_as_the_named_one(name: str, shares: list[float], on: On) -> None:
+    here = on(devices.H200)
+    made = pretend_(name, here)
     assert capabilities_of(GPU) == made.capabilities == capabilities_like(name)
     old = MODELS[name].compute_capability < (8, 0)
     assert made.dtype == (torch.float16 if old else torch.bfloat16)
@@ -60,29 +81,50 @@ def test_a_gpu_with_more_memory_runs_as_the_named_one(name: str, shares: list[fl
     assert memory_limit_bytes(GPU) == made.capabilities.memory_bytes
     memory.limit_memory_(GPU, 2 * GIB)
     assert memory_limit_bytes(GPU) == 2 * GIB
+    memory.limit_memory_(GPU, 3 * GIB)
+    assert memory_limit_bytes(GPU) == 3 * GIB
     said = notice(name, here, made)
     assert made.name in said
     assert "Speeds are those of NVIDIA H200" in said
 
 
-def test_bfloat16_is_refused_on_a_pretended_gpu_without_it() -> None:
-    here = SimpleNamespace(device=GPU, name="NVIDIA H200", capabilities=devices.H200)
+def test_bfloat16_is_refused_on_a_pretended_gpu_without_it_and_nothing_changes(shares: list[float], on: On) -> None:
     with pytest.raises(UsageError, match="Tesla T4 has no bfloat16 instructions"):
-        pretend_("T4", here, "bfloat16")  # type: ignore[arg-type]
+        pretend_("T4", on(devices.H200), "bfloat16")
+    assert shares == []
+    assert capabilities_of(GPU) == devices.H200
+    assert memory_limit_bytes(GPU) is None
+
+
+def test_another_gpu_in_place_of_the_pretended_one_is_compared_with_the_actual_gpu(on: On) -> None:
+    small = pretend_("T4", on(devices.H200))
+    assert pretend_("4090", small).capabilities == capabilities_of(GPU) == capabilities_like("4090")
+    assert memory_limit_bytes(GPU) == capabilities_like("4090").memory_bytes
+
+
+def test_after_restoring_the_gpu_is_the_actual_one_without_a_limit(shares: list[float], on: On) -> None:
+    pretend_("T4", on(devices.H200))
+    memory.limit_memory_(GPU, 2 * GIB)
+    restore_()
+    assert capabilities_of(GPU) == devices.H200
+    assert memory_limit_bytes(GPU) is None
+    assert shares[-1] == 1.0
+    restore_()
+    assert len(shares) == 3, "a process without a limit is left as it is"
 
 
 @pytest.mark.parametrize("device", [devices.CPU, devices.MI300X])
-def test_pretending_needs_an_nvidia_gpu(device: capabilities.Capabilities, shares: list[float]) -> None:
+def test_pretending_needs_an_nvidia_gpu(device: capabilities.Capabilities, shares: list[float], on: On) -> None:
     with pytest.raises(UsageError, match=f"needs an NVIDIA GPU .* this is {device.name}") as caught:
-        pretend_("T4", devices.hardware(device))
+        pretend_("T4", on(device))
     assert "octavo plan --gpu T4" in str(caught.value.hint)
     assert shares == []
     assert capabilities._replaced == {}
 
 
-def test_a_gpu_with_less_memory_cannot_run_in_place_of_another(shares: list[float]) -> None:
+def test_a_gpu_with_less_memory_cannot_run_in_place_of_another(shares: list[float], on: On) -> None:
     with pytest.raises(UsageError, match=r"--pretend A6000 needs 46\.9 GiB .* RTX 4090 has 24\.0 GiB"):
-        pretend_("A6000", devices.hardware(devices.RTX_4090))
+        pretend_("A6000", on(devices.RTX_4090))
     assert shares == []
 
 

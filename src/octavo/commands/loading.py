@@ -10,7 +10,7 @@ from octavo.adapters import apply_, apply_embedded_adapter_, attached_text
 from octavo.bounded_json import shown
 from octavo.config import Config, ModelOptions, RunOptions, TextOptions
 from octavo.errors import AdapterError, ModelError, UsageError
-from octavo.hardware import Hardware, notice, pick, pretend_
+from octavo.hardware import Hardware, notice, pick, pretend_, restore_
 from octavo.models import Decoder, parse
 from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
@@ -45,7 +45,11 @@ def open_model(options: ModelOptions, report: Report, *, own_adapters: bool = Fa
 
 
 def chosen_hardware(options: ModelOptions, report: Report) -> Hardware:
-    """The device and the dtype of --device and --dtype, as the GPU of --pretend if that is given, which is reported."""
+    """The device and the dtype of --device and --dtype, as the GPU of --pretend if that is given, which is reported.
+
+    First ends the --pretend and the --gpu-memory of an earlier call in this process.
+    """
+    restore_()
     if options.pretend is None:
         return pick(options.device, options.dtype)
     here = pick(options.device)

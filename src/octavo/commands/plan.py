@@ -130,8 +130,11 @@ def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report:
     """
     gpu = peak(name)
     is_present = hardware.capabilities.is_gpu and gpu == peak(hardware.name)
-    if size_in_bytes(options.gpu_memory) is not None or is_present:
+    requested = size_in_bytes(options.gpu_memory)
+    if is_present:
         return budget_bytes(options, hardware)
+    if requested is not None:
+        return requested
     if gpu is None:
         raise UsageError(
             "There is no GPU to plan for.", hint="Name one: --gpu 'RTX 3060'. Or give its memory: --gpu-memory 11GiB."

@@ -20,7 +20,7 @@ from octavo.config import (
     size_in_bytes,
 )
 from octavo.errors import AdapterError, UsageError
-from octavo.hardware import Hardware, Peak, free_memory_bytes, peak
+from octavo.hardware import Hardware, Peak, free_memory_bytes, memory_limit_bytes, peak
 from octavo.layers.context import Save
 from octavo.layers.lora import LoraSpec, flatten_
 from octavo.models import Decoder, build
@@ -143,10 +143,13 @@ def planner_for(
 
 
 def budget_bytes(options: MemoryOptions, hardware: Hardware) -> int:
-    """The memory budget of a run: --gpu-memory, else all free device memory, or half of the free RAM on a CPU."""
-    limit = size_in_bytes(options.gpu_memory)
-    if limit is not None:
-        return limit
+    """The memory budget of a run: --gpu-memory, else all free device memory, or half of the free RAM on a CPU.
+
+    A --gpu-memory beyond the memory of the GPU of --pretend is cut to that.
+    """
+    requested, limit = size_in_bytes(options.gpu_memory), memory_limit_bytes(hardware.device)
+    if requested is not None:
+        return requested if limit is None else min(requested, limit)
     free = free_memory_bytes(hardware.device)
     return free - LIBRARIES_BYTES if hardware.capabilities.is_gpu else free // 2
 
@@ -240,7 +243,7 @@ def too_small(
                 hints.append(f"--scheme {name} --seq-len {length}{auto} takes {smallest / GIB:.1f} GiB")
                 break
             tried[f"--scheme {name} --seq-len {length}{auto}"] = least
-    is_limited = size_in_bytes(config[MemoryOptions].gpu_memory) is not None
+    is_limited = size_in_bytes(config[MemoryOptions].gpu_memory) == budget
     more = "raise --gpu-memory" if is_limited else "free device memory"
     if hints:
         hint = f"This fits: {'; '.join(hints)}."

@@ -12,7 +12,7 @@ from octavo.hardware.memory import (
     memory_limit_bytes,
     peak_memory_bytes,
 )
-from octavo.hardware.pretend import notice, pretend_
+from octavo.hardware.pretend import notice, pretend_, restore_
 from octavo.hardware.rates import Rates, basis, rates_of
 from octavo.hardware.selection import DTYPES, Hardware, hardware_for, pick
 
@@ -20,5 +20,5 @@ __all__ = [
     "DTYPES", "GPUS", "USABLE", "Capabilities", "Hardware", "Measured", "Peak", "Rates", "basis", "capabilities_of",
     "free_memory_bytes", "free_ram_bytes", "gpu_named", "gpus_with", "hardware_for", "limit_memory_",
     "memory_limit_bytes", "nearest", "notice", "other_sizes", "peak", "peak_memory_bytes", "pick", "pretend_",
-    "rates_of", "read_cpu",
+    "rates_of", "read_cpu", "restore_",
 ]  # fmt: skip

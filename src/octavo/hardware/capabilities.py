@@ -145,6 +145,11 @@ def replace_capabilities_(device: torch.device, capabilities: Capabilities) -> N
     _replaced[device] = capabilities
 
 
+def restore_capabilities_() -> None:
+    """Gives all devices their own capabilities again."""
+    _replaced.clear()
+
+
 @functools.cache
 def _capabilities(device: torch.device) -> Capabilities:
     import torch

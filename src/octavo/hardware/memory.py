@@ -12,21 +12,35 @@ if TYPE_CHECKING:
     import torch
 
 
-_limits: dict[str, int] = {}  # bytes that PyTorch may reserve in this process, by device
+REQUESTED, PRETENDED = "requested", "pretended"  # by --gpu-memory; the memory of the GPU of --pretend
+_limits: dict[tuple[str, str], int] = {}  # bytes that PyTorch may reserve in this process, by device and reason
 
 
-def limit_memory_(device: torch.device, limit_bytes: int) -> None:
-    """Limits the bytes of a GPU's memory that PyTorch may reserve in this process. A lower limit from before stays."""
+def limit_memory_(device: torch.device, limit_bytes: int, *, reason: str = REQUESTED) -> None:
+    """Limits the bytes of a GPU's memory that PyTorch may reserve in this process.
+
+    Replaces the limit for the same reason. Of both reasons the lower limit applies.
+    """
     import torch
 
-    _limits[str(device)] = limit = min(limit_bytes, _limits.get(str(device), limit_bytes))
-    total = torch.cuda.mem_get_info(device)[1]
+    _limits[str(device), reason] = limit_bytes
+    limit, total = memory_limit_bytes(device), torch.cuda.mem_get_info(device)[1]
+    assert limit is not None
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
+def remove_memory_limits_() -> None:
+    """Removes the limits of `limit_memory_` from all devices."""
+    import torch
+
+    for device in {device for device, _ in _limits}:
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.device(device))
+    _limits.clear()
+
+
 def memory_limit_bytes(device: torch.device) -> int | None:
-    """The limit that `limit_memory_` has set; None without one."""
-    return _limits.get(str(device))
+    """The lowest limit that `limit_memory_` has set; None without one."""
+    return min((limit for (name, _), limit in _limits.items() if name == str(device)), default=None)
 
 
 def free_memory_bytes(device: torch.device | str = "cpu") -> int:

@@ -11,9 +11,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from octavo.errors import UsageError
-from octavo.hardware.capabilities import AMPERE, NVIDIA, Capabilities, replace_capabilities_
+from octavo.hardware.capabilities import (
+    AMPERE,
+    NVIDIA,
+    Capabilities,
+    actual_capabilities,
+    replace_capabilities_,
+    restore_capabilities_,
+)
 from octavo.hardware.gpus import gpu_named
-from octavo.hardware.memory import limit_memory_
+from octavo.hardware.memory import PRETENDED, limit_memory_, remove_memory_limits_
 from octavo.hardware.selection import Hardware, hardware_for
 
 # KiB of shared memory that a program may use, by compute capability. Source: CUDA C++ Programming Guide, section
@@ -67,9 +74,10 @@ def capabilities_like(name: str) -> Capabilities:
 def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
     """From now on the device of `here` has the capabilities and the memory of the GPU `name`, in this process.
 
-    Returns its hardware, with `dtype` as in `pick`. UsageError without an NVIDIA GPU with as much memory.
+    Returns its hardware, with `dtype` as in `pick`. UsageError without an NVIDIA GPU with as much memory, and for a
+    dtype that the GPU `name` does not have; then nothing is changed.
     """
-    wanted, real = capabilities_like(name), here.capabilities
+    wanted, real = capabilities_like(name), actual_capabilities(here.device)
     if real.compute_capability is None:
         raise UsageError(
             f"--pretend {name} needs an NVIDIA GPU that runs in place of it; this is {real.name}.",
@@ -81,9 +89,16 @@ def pretend_(name: str, here: Hardware, dtype: str = "auto") -> Hardware:
             f"--pretend {name} needs {gib[0]} of GPU memory; {real.name} has {gib[1]}.",
             hint=f"`octavo plan --gpu {name}` needs no GPU.",
         )
+    pretended = hardware_for(here.device, wanted, dtype)
     replace_capabilities_(here.device, wanted)
-    limit_memory_(here.device, wanted.memory_bytes)
-    return hardware_for(here.device, wanted, dtype)
+    limit_memory_(here.device, wanted.memory_bytes, reason=PRETENDED)
+    return pretended
+
+
+def restore_() -> None:
+    """Ends `pretend_` and removes the limits of memory, so that a call in Python has its own settings alone."""
+    restore_capabilities_()
+    remove_memory_limits_()
 
 
 def notice(name: str, here: Hardware, pretended: Hardware) -> str:
