@@ -40,6 +40,7 @@ from octavo.hardware.pretend import MODELS
         ("RTX 3080 12 GB", "RTX 3080 12GB"),
         ("RTX 3080 12GiB", "RTX 3080 12GB"),
         ("RTX 3060 12GB", "RTX 3060"),
+        ("80 GB A100 PCIe", "A100 80GB PCIe"),
         ("H200 141GB", "H200"),
     ],
 )
@@ -70,6 +71,17 @@ def test_a_gpu_is_found_by_the_name_from_its_driver(name: str, key: str) -> None
         "NVIDIA RTX A6000-8Q",
         "NVIDIA L4-1C",
         "NVIDIA L4-4A",
+        "GRID T4-2B4",
+        "NVIDIA H100-1-10CME",
+        "NVIDIA H100 CNX",
+        "NVIDIA RTX A6000 Ada Generation",
+        "Quadro RTX 5000 Ada",
+        "NVIDIA RTX 5090 Blackwell",
+        "2x RTX 4090",
+        "2 x RTX 4090",
+        "2 RTX 4090",
+        "2\u00d7 RTX 4090",
+        "RTX 4090 x2",
         "AMD EPYC",
         "",
     ],
@@ -165,7 +177,8 @@ def test_every_key_is_a_name() -> None:
     "name",
     [
         "RTX 5000 Ada", "5000 Ada", "4090 Laptop", "4090 D", "4090 48GB", "GTX 4090", "Quadro 4090", "1080", "6000",
-        "RTX", "", "A100", "T4-4Q",
+        "RTX", "", "A100", "T4-4Q", "RTX A6000 Ada", "Quadro RTX 5000 Ada", "RTX 5000 Blackwell", "GRID T4-2B4",
+        "2x 4090", "2x4090", "4090 x2", "2 4090",
     ],
 )  # fmt: skip
 def test_a_name_of_another_gpu_or_of_several_is_none(name: str) -> None:

@@ -152,9 +152,14 @@ GPUS: dict[str, Peak] = {
 # Words of a name that people leave out.
 _BRANDS = frozenset({"nvidia", "geforce", "tesla", "quadro", "rtx", "gtx"})
 # Words for a different GPU with the same number: an RTX 3080 Ti is not an RTX 3080.
-_VARIANTS = frozenset({"ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig"})
-# The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q".
-_VIRTUAL = re.compile(r"\d+[abcq]")
+_VARIANTS = frozenset({
+    "ti", "super", "d", "laptop", "mobile", "max", "maxq", "nvl", "mig", "ada", "blackwell", "cnx",
+})  # fmt: skip
+# The profile of a virtual GPU, which has a part of the memory and throughput: the 4Q of "GRID T4-4Q", the 2B4 of
+# "GRID T4-2B4", the 10CME of "NVIDIA H100-1-10CME". Source: NVIDIA, Virtual GPU Software User Guide, "Virtual GPU
+# Types". Or a number of GPUs: the 2x of "2x RTX 4090".
+_NOT_ONE_GPU = re.compile(r"\d+[abcq]\d*|\d+cme|\d*x\d*")
+_NUMBER_BEFORE = re.compile(r"\W*\d{1,3}\b(?!\s*gi?b)")  # "2 RTX 4090", but "80 GB A100" is one GPU
 _SIZE = re.compile(r"(\d+)gb")
 _SIZE_TOLERANCE = 0.02  # names have the size of the data sheet: 141GB for an H200
 
@@ -174,10 +179,10 @@ def gpu_named(name: str) -> str | None:
     """
     if (key := _key(name)) is not None:
         return key
+    if not _is_one_gpu(name):
+        return None
     words = _words(name)
     brands = words & _BRANDS
-    if any(_VIRTUAL.fullmatch(word) for word in words):
-        return None
     for key in sorted(GPUS, key=lambda key: -len(_words(key))):  # the longest first, as for a driver's name
         of_key = _words(key)
         surplus = {word for word in words - of_key - _BRANDS if not _SIZE.fullmatch(word)}
@@ -214,10 +219,16 @@ def nearest(name: str, most: int = 4) -> list[str]:
 
 def _key(name: str) -> str | None:
     words = _words(name)
-    if any(_VIRTUAL.fullmatch(word) for word in words):
+    if not _is_one_gpu(name):
         return None
     matches = [key for key in GPUS if _matches(key, words)]
     return max(matches, key=lambda key: len(_words(key)), default=None)
+
+
+def _is_one_gpu(name: str) -> bool:
+    """Whether a name is not that of a part of a GPU or of several GPUs."""
+    is_one = _NUMBER_BEFORE.match(name.lower()) is None
+    return is_one and not any(_NOT_ONE_GPU.fullmatch(word) for word in _words(name))
 
 
 def _matches(key: str, words: frozenset[str]) -> bool:
@@ -234,7 +245,7 @@ def _words(name: str) -> frozenset[str]:
     spaced = re.sub(
         r"(?<=quadro)(?=rtx)|(?<=[rg]tx)(?=a?\d)|(?<=\d)(?=ti|super)|(?<=\bti)(?=super)|(?<=\dti)(?=super)",
         " ",
-        name.lower(),
+        name.lower().replace("\u00d7", "x"),
     )
     joined = re.sub(r"\b(\d{1,3})\s*gi?b\b", r"\1gb", spaced)
     return frozenset(re.findall(r"[a-z0-9]+", joined))
