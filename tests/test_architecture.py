@@ -46,6 +46,7 @@ LEVEL_OF = {package: level for level, packages in LEVELS.items() for package in 
 # Imports within a level. Every other one is an error, train <-> infer above all.
 SIDEWAYS = {
     ("hardware", "errors"),
+    ("hardware", "failures"),
     ("hardware", "system"),
     ("reporting", "streams"),
     ("reporting", "metrics_file"),

@@ -604,3 +604,13 @@ def test_the_budget_of_another_gpu_is_not_cut_to_the_memory_of_the_gpu_here(
     monkeypatch.setattr(run_plan, "memory_limit_bytes", lambda device: 2 * GIB)
     assert plan_result(hollow, gpu="RTX 3060", gpu_memory="4GiB")["budget_bytes"] == 2 * GIB
     assert plan_result(hollow, gpu="RTX 4090", gpu_memory="4GiB")["budget_bytes"] == 4 * GIB
+
+
+@pytest.mark.parametrize(
+    "name", ["4090 " + "9" * 5000 + "GB", "RTX 4090 " + "9" * 5000 + "GB", "A100 " * 6000, "x" * 30_000]
+)
+def test_a_long_name_of_a_gpu_is_an_error_of_a_few_lines(hollow: Path, name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_result(hollow, gpu=name)
+    assert name[:100] in caught.value.message
+    assert len(caught.value.message) < 300

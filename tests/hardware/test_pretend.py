@@ -133,6 +133,9 @@ def test_an_unknown_name_is_an_error_that_lists_the_others() -> None:
         with pytest.raises(UsageError, match=f"'{name}'") as caught:
             pretend_(name, devices.hardware(devices.H200))
         assert "T4, P100, 1080Ti" in str(caught.value.hint)
+    with pytest.raises(UsageError) as long:
+        pretend_("T4" * 10_000, devices.hardware(devices.H200))
+    assert len(long.value.message) < 300
 
 
 def test_a_gpu_is_named_as_for_a_plan() -> None:

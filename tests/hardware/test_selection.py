@@ -215,3 +215,11 @@ def test_the_error_with_which_cuda_does_not_start_is_read(monkeypatch: pytest.Mo
     assert build == Build(torch.__version__, "13.0", "Found no NVIDIA driver on your system.")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert installation.installed_build() == Build(torch.__version__, "")
+
+
+@pytest.mark.parametrize("device", ["cuda:" + "9" * 5000, "x" * 30_000])
+def test_a_long_name_of_a_device_is_an_error_of_a_few_lines(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    fake_cuda(monkeypatch, name="NVIDIA H200", bfloat16=True)
+    with pytest.raises(UsageError, match="Unknown device") as caught:
+        hardware.pick(device)
+    assert len(caught.value.message) < 300

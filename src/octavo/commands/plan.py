@@ -31,6 +31,7 @@ from octavo.config import (
 )
 from octavo.config.section import arguments_of, flag_of
 from octavo.errors import UsageError
+from octavo.failures import cut
 from octavo.hardware import (
     GPUS,
     USABLE,
@@ -114,11 +115,11 @@ def _gpu_name(asked: str | None) -> str | None:
 
 def _unknown_gpu(name: str) -> UsageError:
     if len(several := gpus_with(name)) > 1:
-        return UsageError(f"--gpu {name!r} can be several GPUs.", hint=f"Use one of {', '.join(several)}.")
+        return UsageError(f"--gpu {cut(name)!r} can be several GPUs.", hint=f"Use one of {', '.join(several)}.")
     near = nearest(name)
     names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
     return UsageError(
-        f"octavo has no data of the GPU {name!r}.",
+        f"octavo has no data of the GPU {cut(name)!r}.",
         hint=f"{names} For a GPU with another memory size, give that too: --gpu-memory 11GiB.",
     )
 

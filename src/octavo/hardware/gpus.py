@@ -236,7 +236,7 @@ def _matches(key: str, words: frozenset[str]) -> bool:
     of_key, memory = _words(key), GPUS[key].memory_gib
     if not of_key <= words or (words - of_key).intersection(_VARIANTS):
         return False
-    sizes = [int(match[1]) for word in words if (match := _SIZE.fullmatch(word))]
+    sizes = [float(match[1]) for word in words if (match := _SIZE.fullmatch(word))]
     return all(memory is not None and abs(size - memory) <= _SIZE_TOLERANCE * memory for size in sizes)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from octavo.errors import UsageError
+from octavo.failures import cut
 from octavo.hardware.capabilities import (
     AMPERE,
     NVIDIA,
@@ -61,7 +62,7 @@ def capabilities_like(name: str) -> Capabilities:
     """The capabilities of a GPU of MODELS, named as for `octavo plan --gpu`. UsageError for another one."""
     key = next((key for key in MODELS if gpu_named(key) == gpu_named(name)), None)
     if key is None:
-        raise UsageError(f"--pretend does not have the GPU {name!r}.", hint=f"Choose {', '.join(MODELS)}.")
+        raise UsageError(f"--pretend does not have the GPU {cut(name)!r}.", hint=f"Choose {', '.join(MODELS)}.")
     model = MODELS[key]
     half = {"float16", "bfloat16"} if model.compute_capability >= AMPERE else {"float16"}
     return Capabilities(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from octavo.errors import UsageError
+from octavo.failures import cut
 from octavo.hardware import installation
 from octavo.hardware.capabilities import BFLOAT16_FLAGS, CPU, Capabilities, actual_capabilities, capabilities_of
 from octavo.hardware.installation import Problem
@@ -44,10 +45,10 @@ def pick(device: str = "auto", dtype: str = "auto") -> Hardware:
         raise UsageError(f"Unknown dtype {dtype!r}.", hint=f"Choose auto, {', '.join(DTYPES)}.")
     if re.fullmatch(r"mps(:\d+)?", device):
         raise UsageError(
-            f"Device {device!r}: octavo does not support Apple GPUs.", hint="Use --device cpu, which needs no GPU."
+            f"Device {cut(device)!r}: octavo does not support Apple GPUs.", hint="Use --device cpu, which needs no GPU."
         )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"Unknown device {device!r}.", hint="Choose auto, cpu, cuda or cuda:N.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
+        raise UsageError(f"Unknown device {cut(device)!r}.", hint="Choose auto, cpu, cuda or cuda:N.")
     if device == "cpu":
         return _cpu(dtype, where="--device")
     with warnings.catch_warnings():  # PyTorch's about the driver and the GPU: octavo's messages replace them
