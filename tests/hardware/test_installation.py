@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,31 @@ def test_an_old_driver_is_found_from_pytorch_alone_and_from_the_driver_alone() -
     assert "needs the NVIDIA driver 580 or newer" in by_driver.fault
 
 
+@pytest.mark.parametrize("capability", [(5, 2), (6, 1), (7, 0)])
+def test_a_newer_driver_is_no_advice_if_the_installed_build_has_no_code_for_the_gpu(
+    capability: tuple[int, int],
+) -> None:
+    gpu, build = NvidiaGpu("535.104.05", "old", capability), Build("2.13.0+cu130", "13.0", TOO_OLD)
+    problem = unused_gpu(build, gpu, None)
+    assert problem is not None
+    assert f"{INDEX}cu126`" in problem.remedy
+    assert "580" not in problem.remedy
+    too_old = unused_gpu(build, replace(gpu, driver="470.82.01"), None)
+    assert too_old is not None
+    assert "Update the NVIDIA driver to 525 or newer" in too_old.remedy
+    assert f"{INDEX}cu126`" in too_old.remedy, "with this driver the installed build runs on no such GPU"
+    cu126 = unused_gpu(Build("2.13.0+cu126", "12.6", TOO_OLD), replace(gpu, driver="470.82.01"), None)
+    assert cu126 is not None
+    assert cu126.remedy == "Update the NVIDIA driver to 525 or newer"
+
+
+def test_a_build_without_cuda_and_a_driver_too_old_for_every_wheel_need_both() -> None:
+    problem = unused_gpu(Build("2.13.0+cpu", ""), NvidiaGpu("470.82.01", "Tesla T4", (7, 5)), None)
+    assert problem is not None
+    assert "Update the NVIDIA driver to 580 or newer" in problem.remedy
+    assert f"{INDEX}cu130`" in problem.remedy
+
+
 def test_a_build_without_cuda_on_a_machine_with_an_nvidia_gpu_is_reported() -> None:
     problem = unused_gpu(Build("2.13.0+cpu", ""), T4, None)
     assert problem is not None
@@ -174,6 +200,18 @@ def test_gpus_that_the_environment_hides_are_no_fault_of_the_installation(hidden
     assert "CUDA_VISIBLE_DEVICES" not in shown.fault
 
 
+@pytest.mark.parametrize("value", ["-1,0", "7", "none", "NoDevFiles", "GPU-abc", "9" * 5000])
+def test_a_value_of_the_environment_that_may_hide_gpus_is_named_where_cuda_does_not_start(value: str) -> None:
+    build = Build("2.13.0+cu126", "12.6", "No CUDA GPUs are available")
+    problem = unused_gpu(build, T4, value)
+    assert problem is not None
+    assert f"CUDA_VISIBLE_DEVICES={value[:20]}" in problem.remedy.replace("'", "")
+    assert len(problem.remedy) < 500
+    without = unused_gpu(build, T4, None)
+    assert without is not None
+    assert "CUDA_VISIBLE_DEVICES" not in without.remedy
+
+
 def test_a_machine_without_an_nvidia_gpu_has_no_problem() -> None:
     no_driver = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
     assert unused_gpu(Build("2.13.0+cu130", "13.0", no_driver), None, None) is None
@@ -183,6 +221,14 @@ def test_a_machine_without_an_nvidia_gpu_has_no_problem() -> None:
 def test_nvidia_smi_answers_are_read() -> None:
     assert parse_nvidia_smi("Tesla T4, 7.5, 535.104.05\nTesla T4, 7.5, 535.104.05\n") == T4
     assert parse_nvidia_smi("Tesla T4, [N/A], 470.82\n") == NvidiaGpu("470.82", "Tesla T4", None)
+    several = "Quadro K600, [N/A], 535.1\nTesla P100, 6.0, 535.1\nTesla T4, 7.5, 535.1\nTesla V100, 7.0, 535.1\n"
+    assert parse_nvidia_smi(several) == NvidiaGpu("535.1", "Tesla T4", (7, 5))
+    digits = "9" * 5000
+    long = parse_nvidia_smi(f"{'T4 ' * 10_000}, {digits}.{digits}, 535.{digits}\n")
+    assert long is not None
+    assert len(long.name) < 300
+    assert len(long.driver) < 100
+    assert parse_nvidia_smi(f"T4, 7.5, {digits}\n") is None
     for answer in ("", "No devices were found\n", "NVIDIA-SMI has failed, it could not, communicate\n"):
         assert parse_nvidia_smi(answer) is None
 
@@ -210,6 +256,7 @@ def test_the_driver_of_linux_is_found_without_nvidia_smi(
         ("echo 'Tesla T4, 7.5, 535.104.05'", T4),
         ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", None),
         ("echo 'Tesla T4, 7.5, 535.104.05'; exit 9", None),
+        (r"printf 'Tesla T4\377, 7.5, 535.104.05\n'", replace(T4, name="Tesla T4\ufffd")),
     ],
 )
 def test_nvidia_smi_is_asked_and_its_failure_is_not_an_error(

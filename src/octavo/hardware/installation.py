@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.failures import cut
+
 Capability = tuple[int, int]
 
 DRIVER_FOR = {13: 580, 12: 525, 11: 450}  # major version of CUDA -> lowest major version of the NVIDIA driver
 NVIDIA_SMI_SECONDS = 10  # it takes up to some seconds on a machine that was idle
 _HIDDEN = ("", "-1")  # values of CUDA_VISIBLE_DEVICES with which CUDA reports no GPU
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-_TOO_OLD = re.compile(r"driver on your system is too old \(found version (\d+)\)")
+_TOO_OLD = re.compile(r"driver on your system is too old \(found version (\d{1,9})\)")
+_VERSION_CHARACTERS = 40  # of a driver's version that are shown
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Wheels:
     end: Capability
     driver: int
     last: str = ""
+
+    @property
+    def title(self) -> str:
+        last = f" (PyTorch {self.last} is the last version with it)" if self.last else ""
+        return f"PyTorch's CUDA {self.cuda} build{last}"
 
     @property
     def command(self) -> str:
@@ -141,7 +149,7 @@ def unused_gpu(build: Build, gpu: NvidiaGpu | None, visible: str | None) -> Prob
         return None
     gpu = gpu or NvidiaGpu()
     if visible is not None and visible.strip() in _HIDDEN:
-        return Problem(f"CUDA_VISIBLE_DEVICES={visible!r} hides the {gpu.title}", "Unset CUDA_VISIBLE_DEVICES")
+        return Problem(f"CUDA_VISIBLE_DEVICES={cut(visible)!r} hides the {gpu.title}", "Unset CUDA_VISIBLE_DEVICES")
     driver = _major(gpu.driver)
     if not build.cuda:
         fault = f"PyTorch {build.version} is built without CUDA and cannot use the {gpu.title}"
@@ -155,10 +163,17 @@ def unused_gpu(build: Build, gpu: NvidiaGpu | None, visible: str | None) -> Prob
         newer = f"the NVIDIA driver {needed} or newer" if needed else "a newer NVIDIA driver"
         fault = f"PyTorch {build.version} needs {newer}, but {has}{supports}"
         remedy = _remedy(gpu.capability, driver)
-        return Problem(fault, remedy if remedy.startswith("Update") else f"{remedy}, or install {newer}")
+        if not _wheels_have_code(build.cuda, gpu.capability):
+            return Problem(fault, remedy)
+        if wheels_for(gpu.capability, driver) is None:
+            return Problem(fault, f"Update the NVIDIA driver to {needed} or newer")
+        return Problem(fault, f"{remedy}, or install {newer}")
     fault = f"PyTorch {build.version} cannot start CUDA on the {gpu.title} (driver {gpu.driver})"
-    reason = next(iter(build.error.strip().splitlines()), "").rstrip(".")
+    reason = cut(next(iter(build.error.strip().splitlines()), "").rstrip("."))
     remedy = "Restart the machine if its driver was updated; start a container with its GPUs (docker run --gpus all)"
+    if visible is not None:
+        unset = f"Unset CUDA_VISIBLE_DEVICES={cut(visible)!r} if its first entry is not the number or UUID of a GPU"
+        remedy = f"{unset}; r{remedy[1:]}"
     return Problem(f"{fault}: {reason}" if reason else fault, remedy)
 
 
@@ -179,11 +194,13 @@ def installed_build() -> Build:
 
 
 def nvidia_gpu(driver_file: Path = Path("/proc/driver/nvidia/version")) -> NvidiaGpu | None:
-    """The first NVIDIA GPU, from nvidia-smi or the file of its driver on Linux; None if there is no sign of one."""
+    """The NVIDIA GPU of the highest compute capability, from nvidia-smi or the file of its driver on Linux; None if there is no sign of one."""
     if (program := shutil.which("nvidia-smi")) is not None:
         query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
         try:
-            answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
+            answer = subprocess.run(
+                query, capture_output=True, encoding="utf-8", errors="replace", timeout=NVIDIA_SMI_SECONDS
+            )
         except (OSError, subprocess.SubprocessError):
             answer = None
         if answer is not None and answer.returncode == 0 and (gpu := parse_nvidia_smi(answer.stdout)) is not None:
@@ -193,17 +210,22 @@ def nvidia_gpu(driver_file: Path = Path("/proc/driver/nvidia/version")) -> Nvidi
     except OSError:
         return None
     found = re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)", text)  # "for x86_64" precedes the version of open modules
-    return NvidiaGpu(found[1]) if found else None
+    return NvidiaGpu(cut(found[1], _VERSION_CHARACTERS)) if found else None
 
 
 def parse_nvidia_smi(answer: str) -> NvidiaGpu | None:
-    """The first GPU of nvidia-smi's lines "name, compute capability, driver version"."""
+    """The GPU of the highest compute capability in nvidia-smi's lines "name, compute capability, driver version".
+
+    The others may be too old for PyTorch, as one for a display. Of several equal ones it is the first.
+    """
+    gpus = []
     for line in answer.splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 3 and _major(fields[2]):
-            numbers = re.fullmatch(r"(\d+)\.(\d+)", fields[1])
-            return NvidiaGpu(fields[2], fields[0], (int(numbers[1]), int(numbers[2])) if numbers else None)
-    return None
+            numbers = re.fullmatch(r"(\d{1,3})\.(\d{1,3})", fields[1])
+            capability = (int(numbers[1]), int(numbers[2])) if numbers else None
+            gpus.append(NvidiaGpu(cut(fields[2], _VERSION_CHARACTERS), cut(fields[0]), capability))
+    return max(gpus, key=lambda gpu: gpu.capability or (0, 0), default=None)
 
 
 def visible_devices() -> str | None:
@@ -214,12 +236,19 @@ def visible_devices() -> str | None:
 def _remedy(capability: Capability | None, driver: int) -> str:
     """How to get a PyTorch that uses a GPU of this capability with this major version of the driver (0: unknown)."""
     if (wheels := wheels_for(capability, driver)) is not None:
-        last = f" (PyTorch {wheels.last} is the last version with it)" if wheels.last else ""
-        return f"Install PyTorch's CUDA {wheels.cuda} build{last}: `{wheels.command}`"
+        return f"Install {wheels.title}: `{wheels.command}`"
     if (newer := wheels_for(capability)) is not None:
-        return f"Update the NVIDIA driver to {newer.driver} or newer"
+        return f"Update the NVIDIA driver to {newer.driver} or newer, then install {newer.title}: `{newer.command}`"
     lowest = min(wheels.lowest for wheels in WHEELS)
     return f"Use a GPU of compute capability {_dotted(lowest)} or later, the lowest of PyTorch's builds"
+
+
+def _wheels_have_code(cuda: str, capability: Capability | None) -> bool:
+    """Whether wheels of this CUDA version have code for a GPU of this capability. A version that is not in WHEELS has
+    that of the same major version, one without such wheels is taken to have it."""
+    built = [wheels for wheels in WHEELS if wheels.cuda == cuda]
+    built = built or [wheels for wheels in WHEELS if _major(wheels.cuda) == _major(cuda)]
+    return not built or any(wheels.lowest <= (capability or (7, 5)) < wheels.end for wheels in built)
 
 
 def _dotted(capability: Capability) -> str:
@@ -233,5 +262,5 @@ def _parsed(architecture: str) -> tuple[str, int, int, str]:
 
 
 def _major(version: str) -> int:
-    found = re.match(r"\d+", version)
+    found = re.match(r"\d{1,6}(?!\d)", version)
     return int(found[0]) if found else 0
