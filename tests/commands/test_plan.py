@@ -614,3 +614,19 @@ def test_a_long_name_of_a_gpu_is_an_error_of_a_few_lines(hollow: Path, name: str
         plan_result(hollow, gpu=name)
     assert name[:100] in caught.value.message
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("hardware", [CPU, RTX_3060, devices.hardware(devices.T4)])
+def test_what_finetune_refuses_on_a_gpu_is_refused_in_a_plan_for_it(
+    hollow: Path, monkeypatch: pytest.MonkeyPatch, hardware: Hardware
+) -> None:
+    monkeypatch.setattr(loading, "pick", lambda device, dtype: hardware)
+    for attention in ("flash", "cudnn"):
+        with pytest.raises(UsageError, match=f"T4 does not run --attention {attention}: .* compute capability 8.0"):
+            plan_result(hollow, gpu="T4", attention=attention)
+    with pytest.raises(UsageError, match="T4 has no bfloat16 instructions") as caught:
+        plan_result(hollow, gpu="T4", dtype="bfloat16")
+    assert caught.value.hint == "Use --dtype float16 or float32."
+    for values in ({"attention": "efficient"}, {"dtype": "float16"}, {"attention": "auto", "dtype": "auto"}):
+        assert plan_result(hollow, gpu="T4", **values)["gpu"] == "T4"
+    assert plan_result(hollow, gpu="RTX 4090", attention="flash", dtype="bfloat16")["gpu"] == "RTX 4090"

@@ -15,6 +15,7 @@ from octavo.runtime.dispatch import (
 )
 
 _NEEDED = "an NVIDIA GPU of compute capability 7.5"
+_NEED_AMPERE = "FlashAttention and cuDNN need compute capability 8.0"
 
 
 def configure_backends(options: MemoryOptions, hardware: Hardware, report: Report) -> None:
@@ -22,6 +23,7 @@ def configure_backends(options: MemoryOptions, hardware: Hardware, report: Repor
 
     UsageError for an attention backend that the GPU has no kernels of.
     """
+    check_gpu(options, hardware)
     attention = _attention(options, hardware)
     set_backends(Backends(options.kernels, options.attention))
     if not hardware.capabilities.is_gpu:
@@ -37,15 +39,24 @@ def configure_backends(options: MemoryOptions, hardware: Hardware, report: Repor
         limit_memory_(hardware.device, limit)
 
 
+def check_gpu(options: MemoryOptions, hardware: Hardware, gpu: Peak | None = None, *, dtype: str = "auto") -> None:
+    """UsageError for an attention backend or a --dtype that the GPU to plan for does not have."""
+    if is_ampere(hardware, gpu):
+        return
+    name = hardware.name if gpu is None or _is_here(hardware, gpu) else _name_of(gpu)
+    if options.attention in ("flash", "cudnn"):
+        raise UsageError(
+            f"{name} does not run --attention {options.attention}: {_NEED_AMPERE}.", hint="Use --attention auto."
+        )
+    if dtype == "bfloat16":
+        raise UsageError(f"{name} has no bfloat16 instructions.", hint="Use --dtype float16 or float32.")
+
+
 def _attention(options: MemoryOptions, hardware: Hardware) -> str:
     """The attention backend, and the reason if the GPU has none of the fastest."""
-    wanted, device = options.attention, hardware.capabilities
-    if device.vendor != NVIDIA or device.flash_attention:
-        return wanted
-    need = "FlashAttention and cuDNN need compute capability 8.0"
-    if wanted in ("flash", "cudnn"):
-        raise UsageError(f"--attention {wanted} does not run on {hardware.name}: {need}.", hint="Use --attention auto.")
-    return f"memory-efficient ({need})" if wanted == "auto" else wanted
+    if is_ampere(hardware) or options.attention != "auto":
+        return options.attention
+    return f"memory-efficient ({_NEED_AMPERE})"
 
 
 def _triton(hardware: Hardware) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from octavo.commands.backends import check_gpu
 from octavo.commands.loading import chosen_hardware, chosen_scheme, open_model, with_fitting_rows
 from octavo.commands.run_plan import (
     GIB,
@@ -61,6 +62,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     hardware = chosen_hardware(model_options, report)
     name = _gpu_name(config[PlanOptions].gpu) or hardware.name
     gpu = peak(name)
+    check_gpu(options, hardware, gpu, dtype=model_options.dtype)
     source = open_model(model_options, report, weights=False)
     config = with_fitting_rows(config, source, report)
     budget = _budget_bytes(options, hardware, name, report)

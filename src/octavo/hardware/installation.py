@@ -194,7 +194,10 @@ def installed_build() -> Build:
 
 
 def nvidia_gpu(driver_file: Path = Path("/proc/driver/nvidia/version")) -> NvidiaGpu | None:
-    """The NVIDIA GPU of the highest compute capability, from nvidia-smi or the file of its driver on Linux; None if there is no sign of one."""
+    """The NVIDIA GPU of the highest compute capability, from nvidia-smi or the file of its driver on Linux.
+
+    None if there is no sign of one.
+    """
     if (program := shutil.which("nvidia-smi")) is not None:
         query = [program, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
         try:
