@@ -169,3 +169,11 @@ def test_what_a_machine_lacks_for_its_gpu_is_explained(error: Exception, message
     assert message in explanation.message
     assert hint in explanation.hint
     assert explanation.exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["cuda_utils", "__triton_launcher"])
+@pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError, ModuleNotFoundError])
+def test_an_error_that_only_has_the_name_of_a_file_of_triton_is_not_of_the_c_compiler(
+    kind: type[Exception], name: str
+) -> None:
+    assert explained(kind(f"/home/me/{name}/x.jinja is no template")) is None

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from subprocess import CalledProcessError
 
 from octavo.errors import OctavoError
 
@@ -55,21 +56,13 @@ _GPU_SETUP = (
         f"Install one (`apt install gcc`) or set CC to its path. {_NO_KERNELS}",
     ),
     (
-        "__triton_launcher",  # a file that Triton compiles, with Python's headers; the compiler's message is on stderr
-        "The C compiler cannot compile Triton's code",
-        f"Install Python's headers (`apt install python3-dev`). {_NO_KERNELS}",
-    ),
-    (
-        "cuda_utils",  # another one
-        "The C compiler cannot compile Triton's code",
-        f"Install Python's headers (`apt install python3-dev`). {_NO_KERNELS}",
-    ),
-    (
         "driver version is insufficient for CUDA runtime version",
         "The NVIDIA driver is too old for the installed PyTorch",
         "Update the driver, or install PyTorch's build for an older CUDA version (README.md, Install).",
     ),
 )
+# Files that Triton compiles with Python's headers. The compiler's message is on stderr, its command in the error.
+_TRITON_FILES = ("__triton_launcher", "cuda_utils")
 _SYSTEM: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", f"Free disk space (see `df -h` and `df -i`), {_AGAIN}"),
     errno.EDQUOT: ("your quota on this disk is used up", f"Free disk space, {_AGAIN}"),
@@ -139,6 +132,11 @@ def _explained(error: BaseException, *, first: bool) -> OctavoError | None:
 
 def _gpu_setup(error: Exception) -> OctavoError | None:
     """An error of CUDA or Triton about what the machine lacks. Triton's errors are of its own class."""
+    if isinstance(error, CalledProcessError) and any(name in str(error) for name in _TRITON_FILES):
+        return OctavoError(
+            f"The C compiler cannot compile Triton's code: {cut(_first_line(error))}",
+            hint=f"Install Python's headers (`apt install python3-dev`). {_NO_KERNELS}",
+        )
     for phrase, message, hint in _GPU_SETUP:
         if line := next((line.strip() for line in str(error).splitlines() if phrase in line), ""):
             return OctavoError(f"{message}: {cut(line)}", hint=hint)
