@@ -186,11 +186,12 @@ def check(config: Config, as_json: bool) -> None:
 @command(app, DATA, usual=("data", "model", "seq_len", "samples", "split_on"), positional="data")
 def data(config: Config, as_json: bool) -> None:
     """Inspect text files before training: token ledger, document lengths, decoded samples."""
-    from octavo.commands.data import read_documents, show_data
+    from octavo.commands.data import check_device, read_documents, show_data
     from octavo.commands.loading import open_model, with_fitting_rows
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:
+        check_device(config[ModelOptions], report)
         source = open_model(config[ModelOptions], report, own_adapters=True)
         config = with_fitting_rows(config, source, report)  # as a run: the ledger has the same rows
         # Files are read before the tokenizer is loaded, because importing its library takes seconds without output.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Octavo
 from tokenizers.processors import TemplateProcessing
 
 from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, show_ledger, to_text
@@ -215,3 +216,19 @@ def test_the_size_is_reported_before_many_megabytes_are_read(
         with Report() as report:
             assert len(read_documents([str(tmp_path)], options, report).documents) == 1
         assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("name", ["T4", "NOPE"])
+def test_a_pretended_gpu_is_an_error_since_text_is_read_on_the_cpu(octavo: Octavo, plays: Path, name: str) -> None:
+    done = octavo("data", plays / "train", "--model", "no model", "--pretend", name)
+    assert (done.code, done.out) == (2, "")
+    assert "octavo data runs on the CPU" in done.err
+    assert f"--pretend {name}" in done.err
+
+
+def test_a_device_that_is_not_used_is_reported(octavo: Octavo, plays: Path, tiny_llama: Path) -> None:
+    arguments = ("data", plays / "train", "--model", tiny_llama, "--seq-len", 32)
+    for device, is_reported in (("cuda:1", True), ("auto", False), ("cpu", False)):
+        done = octavo(*arguments, "--device", device)
+        assert done.code == 0
+        assert (f"octavo data runs on the CPU; --device {device} is not used" in done.err) is is_reported

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from octavo.config import Config, DataOptions, TextOptions
+from octavo.config import Config, DataOptions, ModelOptions, TextOptions
 from octavo.data import documents, packing, tokens
 from octavo.data.bytes import token_bytes
 from octavo.data.documents import Reading, ReadOptions, Skipped
@@ -24,6 +24,7 @@ from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import Row
 from octavo.data.records import Document
 from octavo.errors import UsageError
+from octavo.failures import cut
 from octavo.reporting import Report
 
 if TYPE_CHECKING:
@@ -59,6 +60,17 @@ class Text:
         """The first `most` rows (0: all) that have trained tokens; the others have no loss."""
         rows = [row for row in self.rows if (row.labels != packing.IGNORE_INDEX).any()]
         return rows[: most or None]
+
+
+def check_device(options: ModelOptions, report: Report) -> None:
+    """UsageError for --pretend, since `octavo data` needs no GPU. Reports a --device that is not used."""
+    if options.pretend is not None:
+        raise UsageError(
+            f"octavo data runs on the CPU: --pretend {cut(options.pretend)} has no effect.",
+            hint="Leave the option out.",
+        )
+    if options.device not in ("auto", "cpu"):
+        report.say(f"octavo data runs on the CPU; --device {cut(options.device)} is not used.")
 
 
 def read_documents(paths: Sequence[str], options: TextOptions, report: Report | None = None) -> Reading:
