@@ -8,6 +8,7 @@ import re
 import shlex
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -143,12 +144,35 @@ def test_8bit_matmuls_are_an_error_for_a_gpu_that_has_none(
     assert octavo(*arguments, "--gpu", "RTX 3060", "--matmul", "8bit").code == 0
 
 
+def test_what_the_times_rest_on_is_said_also_without_any(octavo: Octavo, hollow: Path) -> None:
+    arguments = ("plan", "--model", hollow, "--seq-len", 256, "--gpu-memory", "14GiB")
+    none, t4, plain, too_much = (
+        octavo(*arguments, *more)
+        for more in ((), ("--gpu", "T4"), ("--gpu", "T4", "--no-kernels", "--no-cuda-graphs"), ("--gpu", "3060"))
+    )
+    assert "No time is computed, since no GPU is named" in none.err
+    assert "slower than that" not in t4.err
+    assert "With --no-kernels and --no-cuda-graphs steps are slower than that." in " ".join(plain.err.split())
+    warning = "--gpu-memory 14GiB is more than the 12 GiB of the RTX 3060."
+    assert (warning in " ".join(too_much.err.split()), warning in t4.err) == (True, False)
+
+
+def test_without_a_gpu_the_error_says_why_there_is_none(
+    octavo: Octavo, hollow: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "PyTorch is built without CUDA and cannot use the Tesla T4."
+    monkeypatch.setattr(loading, "pick", lambda device, dtype: replace(CPU, reason=reason))
+    done = octavo("plan", "--model", hollow, "--seq-len", 256)
+    assert done.code == 2
+    assert f"There is no GPU to plan for. {reason}" in done.err
+
+
 def test_json_of_plan(octavo: Octavo, hollow: Path) -> None:
     arguments = ("--seq-len", 1024, "--batch-size", 2, "--rank", 4, "--gpu-memory", "4GiB", "--gpu", "RTX 3060")
     done = octavo("plan", "--model", hollow, *arguments, "--json")
     assert done.code == 0
     assert done.json == plan_result(hollow)
-    assert done.json.keys() == {"budget_bytes", "gpu", "plans"}
+    assert done.json.keys() == {"budget_bytes", "gpu", "time_basis", "plans"}
     assert (done.json["budget_bytes"], done.json["gpu"]) == (4 * GIB, "RTX 3060")
     assert [row["scheme"] for row in done.json["plans"]] == ["int8", "nf4"]
     for row in done.json["plans"]:
@@ -256,22 +280,24 @@ def test_if_nothing_fits_the_hint_has_settings_that_fit(octavo: Octavo, hollow: 
     assert message is not None
     assert [float(number) for number in message.groups()] == pytest.approx([smallest["int8"], budget], abs=0.011)
     offers = done.err.partition("This fits: ")[2].strip().rstrip(".").split("; ")
-    assert len(offers) == 2
+    assert len(offers) == 3
     for offer in offers:
         flags = offer.partition(" takes ")[0].split()
         again = octavo(*requested, *flags)
         assert again.code == 0, offer
         assert again.json["plans"][0]["fits"], offer
-        assert int(flags[3]) < 4096
+        assert int(flags[3]) < 4096 or flags[1] == "nf4-double"
 
 
 def test_if_no_setting_fits_the_hint_says_so(hollow: Path) -> None:
-    with pytest.raises(UsageError, match="smaller model, or raise --gpu-memory: --scheme nf4 --seq-len ") as caught:
+    with pytest.raises(
+        UsageError, match="smaller model, or raise --gpu-memory: --scheme nf4-double --seq-len "
+    ) as caught:
         plan_result(hollow, gpu_memory="100MiB")
     enough = re.search(r"--seq-len (\d+) needs (\d+\.\d+) GiB", caught.value.hint)
     assert enough is not None
     assert int(enough[1]) < 1024
-    wanted = {"scheme": "nf4", "seq_len": int(enough[1]), "gpu_memory": f"{enough[2]}GiB"}
+    wanted = {"scheme": "nf4-double", "seq_len": int(enough[1]), "gpu_memory": f"{enough[2]}GiB"}
     assert plan_result(hollow, **wanted)["plans"][0]["least_gib"] == float(enough[2])
 
 
@@ -376,7 +402,7 @@ def test_a_scheme_that_does_not_fit_has_no_time_in_the_table(octavo: Octavo, hol
 
 
 @pytest.mark.parametrize(
-    ("gpu", "size", "others"), [("RTX 3060", 12, "RTX 3060 8GB"), ("RTX 3060 8GB", 8, ""), ("T4", 16, "")]
+    ("gpu", "size", "others"), [("RTX 3060", 12, "RTX 3060 8GB"), ("RTX 3060 8GB", 8, ""), ("T4", 15, "")]
 )
 def test_the_memory_of_a_known_gpu_is_assumed_and_said(
     octavo: Octavo, hollow: Path, gpu: str, size: int, others: str

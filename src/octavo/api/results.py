@@ -121,6 +121,7 @@ class PlanResult(TypedDict):
     """The memory budget and the plan of each scheme."""
 
     budget_bytes: int
+    time_basis: str  # what the times rest on
     gpu: str | None
     plans: list[PlanRow]
 

@@ -92,8 +92,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
         "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
-    if gpu is not None:
-        report.say(basis(gpu, name))
+    report.say(_time_basis(gpu, name, options))
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
@@ -102,7 +101,20 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     if first is None:
         raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
-    return {"budget_bytes": budget, "gpu": name if gpu else None, "plans": rows}
+    return {
+        "budget_bytes": budget, "gpu": name if gpu else None, "time_basis": _time_basis(gpu, name, options),
+        "plans": rows,
+    }  # fmt: skip
+
+
+def _time_basis(gpu: Peak | None, name: str, options: MemoryOptions) -> str:
+    """What the times rest on, for people."""
+    if gpu is None:
+        return "No time is computed, since no GPU is named: --gpu T4, --gpu 'RTX 3060' or another."
+    without = [flag for flag, used in (("--no-kernels", options.kernels), ("--no-fused", options.fused)) if not used]
+    without += [] if options.cuda_graphs else ["--no-cuda-graphs"]
+    slower = f" With {' and '.join(without)} steps are slower than that." if without else ""
+    return basis(gpu, name) + slower
 
 
 def _gpu_name(asked: str | None) -> str | None:
@@ -122,7 +134,8 @@ def _unknown_gpu(name: str) -> UsageError:
     names = f"Similar names: {', '.join(near)}." if near else f"Supported are {', '.join(GPUS)}."
     return UsageError(
         f"octavo has no data of the GPU {cut(name)!r}.",
-        hint=f"{names} For a GPU with another memory size, give that too: --gpu-memory 11GiB.",
+        hint=f"{names} For a GPU with another memory size, give that too: "
+        f"--gpu {quoted([near[0] if near else 'NAME'])} --gpu-memory 11GiB.",
     )
 
 
@@ -137,10 +150,13 @@ def _budget_bytes(options: MemoryOptions, hardware: Hardware, name: str, report:
     if is_present:
         return budget_bytes(options, hardware)
     if requested is not None:
+        if gpu is not None and gpu.memory_gib is not None and requested > gpu.memory_gib * GIB:
+            report.warn(f"--gpu-memory {options.gpu_memory} is more than the {gpu.memory_gib} GiB of the {name}.")
         return requested
     if gpu is None:
         raise UsageError(
-            "There is no GPU to plan for.", hint="Name one: --gpu 'RTX 3060'. Or give its memory: --gpu-memory 11GiB."
+            f"There is no GPU to plan for. {hardware.reason}",
+            hint="Name one: --gpu 'RTX 3060'. Or give its memory: --gpu-memory 11GiB.",
         )
     others = other_sizes(name)
     if gpu.usable_bytes is None:

@@ -227,7 +227,7 @@ def too_small(
     """
     names = [scheme.name]
     if stored_scheme(source).name == "none":
-        names += [name for name in ("int8", "nf4") if name != scheme.name]
+        names += [name for name in ("int8", "nf4", "nf4-double") if name != scheme.name]
     lengths = [config[TextOptions].seq_len]
     while lengths[-1] > SHORTEST:
         lengths.append(lengths[-1] // 2)

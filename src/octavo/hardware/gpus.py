@@ -94,6 +94,7 @@ def _measured(
 # tensor cores (P100, GTX 1080 Ti) accumulate in float32 at their float32 rate; the P100 has no int8 instructions, so
 # int8 has that rate too. `measured`: docs/design/gpu-times.md.
 # Data sheets write GB for memory and mean GiB, before the part for ECC; of the H200's 141 GB about 139 GiB are usable.
+# A T4's driver reports 15 of its 16 GiB, and PyTorch 14.56.
 # A key matches a driver's GPU name that has all words of the key, and no other memory size than its row; the longest
 # matching key is used. Keys with a size, as "RTX 3060 8GB", are for `--gpu`: drivers' names of GeForce GPUs have none.
 GPUS: dict[str, Peak] = {
@@ -104,7 +105,7 @@ GPUS: dict[str, Peak] = {
     "A100 80GB": _peak(312, 624, 2039, (8, 0), 4, 80, measured=_measured((230, 271.2), 0.77)),
     "A100 80GB PCIe": _peak(312, 624, 1935, (8, 0), 4, 80, measured=_measured((252.9, 256.4), 0.76)),
     "L4": _peak(121, 242, 300, (8, 9), 4, 24, measured=_measured((91.4, 91.4), 0.76)),
-    "T4": _peak(65, 130, 320, (7, 5), 3, 16, measured=_measured((24, 39), 0.65)),
+    "T4": _peak(65, 130, 320, (7, 5), 3, 15, measured=_measured((24, 39), 0.65)),
     "P100": _peak(9.3, 9.3, 732, (6, 0), 3, 16, measured=_measured((8.5, 9.1), 0.69)),
     "P100 SXM2": _peak(10.6, 10.6, 732, (6, 0), 3, 16),
     "RTX A6000": _peak(154.8, 309.7, 768, (8, 6), 4, 48, measured=_measured((95, 131.2), 0.88)),
