@@ -47,10 +47,15 @@ class Forecast:
         return self._seconds(rates_of(gpu), 0)
 
     def seconds_range(self, gpu: Peak) -> tuple[float, float]:
-        """The shortest and the longest time on a GPU: all rates at their fast or slow end, and the forecast's error."""
+        """The shortest and the longest time on a GPU: all rates at their fast or slow end, and the forecast's error.
+
+        The shortest is no shorter than the matmuls and attention take at the GPU's peak, or at what programs reached.
+        """
         rates = rates_of(gpu)
         low, high = rates.error
-        return self._seconds(rates, 1) * low, self._seconds(rates, -1) * high
+        half = max(gpu.half_flops_per_second, *(gpu.measured.half_flops_per_second or (0.0,)))
+        least = (self.matmul_flops + self.attention_flops) / half + self.matmul8_flops / gpu.int8_ops_per_second
+        return max(self._seconds(rates, 1) * low, least), self._seconds(rates, -1) * high
 
     def _seconds(self, rates: Rates, end: int) -> float:
         computing = (
