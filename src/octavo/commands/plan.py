@@ -92,7 +92,8 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
         f"fits{_margin(options)}. full layers: the layers that keep all activations for backward; the others "
         "recompute them. The plan is of rows with one document each: rows of several short documents take more."
     )
-    report.say(_time_basis(gpu, name, options))
+    time_basis = _time_basis(gpu, name, options)
+    report.say(time_basis)
     flops = rows[0]["flops_per_token"]
     total = sum(flops.values())
     shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in flops.items())
@@ -101,10 +102,7 @@ def plan(config: Config, report: Report) -> dict[str, Any]:
     if first is None:
         raise too_small(config, source, SCHEMES[chosen], hardware, gpu, rows[0]["least_bytes"], budget)
     report.result(f"octavo finetune {quoted(_arguments(config, first['scheme']))} --data YOUR_TEXTS")
-    return {
-        "budget_bytes": budget, "gpu": name if gpu else None, "time_basis": _time_basis(gpu, name, options),
-        "plans": rows,
-    }  # fmt: skip
+    return {"budget_bytes": budget, "gpu": name if gpu else None, "time_basis": time_basis, "plans": rows}
 
 
 def _time_basis(gpu: Peak | None, name: str, options: MemoryOptions) -> str:

@@ -188,7 +188,7 @@ def installed_build() -> Build:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error has the same text
             torch.cuda.init()
-    except Exception as error:
+    except Exception as error:  # of any kind: it is the reason that is reported
         return Build(torch.__version__, cuda, str(error))
     return Build(torch.__version__, cuda)
 

@@ -113,9 +113,11 @@ class Planner:
         """One plan, forecast."""
         forecast = self._forecast(rows, tuple(save), offload, transposed)
         micro_batches = math.ceil(self.batch_size / rows)
-        seconds = forecast.seconds(self.gpu) * micro_batches if self.gpu else None
-        low, high = forecast.seconds_range(self.gpu) if self.gpu else (0.0, 0.0)
-        seconds_range = (low * micro_batches, high * micro_batches) if self.gpu else None
+        seconds, seconds_range = None, None
+        if self.gpu is not None:
+            low, high = forecast.seconds_range(self.gpu)
+            seconds = forecast.seconds(self.gpu) * micro_batches
+            seconds_range = low * micro_batches, high * micro_batches
         table = self.model.untied_embedding.weight_bytes if offload and self.model.untied_embedding is not None else 0
         weights = self.fixed_bytes - table + transposed_bytes(self.model, self.precision, transposed)
         peak = weights + forecast.peak_bytes + WORKSPACE_BYTES
