@@ -190,8 +190,10 @@ def _build(row: Setting, device: torch.device, result: dict[str, Any]) -> Traina
         result["scheme"] = row.method.removeprefix("octavo").strip("-")
         cap = memory_limit_bytes(device)
         options = {"device": device, "tiny": row.tiny, "batch": row.batch, "seq_len": row.seq_len, "cap_bytes": cap}
-        trainable: Trainable = ours.build(row.method, row.model, seed=row.seed, **options)
-        return trainable
+        trainable = ours.build(row.method, row.model, seed=row.seed, **options)
+        add_note_(result, f"forecast {trainable.plan.peak_bytes / GIB:.3f} GiB")
+        octavo: Trainable = trainable
+        return octavo
     if row.method.startswith("unsloth"):
         theirs = import_module("unsloth_method")
         result["scheme"] = theirs.scheme_of(row.method)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from measure import Setting
 from octavo.adapters import AdapterPlan, create_, trained
+from octavo.commands.backends import backward_8bit
 from octavo.data.loader import Batch
 from octavo.data.packing import IGNORE_INDEX
 from octavo.hardware import free_memory_bytes, peak, pick
@@ -45,9 +46,9 @@ def build(
 ) -> TrainableOctavo:
     """octavo-SCHEME (none, int8, dynamic8, nf4, nf4-double) with the fastest plan in `cap_bytes` (None: free memory).
 
-    octavo-SCHEME-8bit uses 8-bit matmuls in all blocks; the others are exact. octavo-..-no-offload stores nothing in
-    CPU memory; other plans may, where a cap makes that faster or necessary. octavo-..-plain runs all blocks as plain
-    PyTorch (--no-fused).
+    octavo-SCHEME-8bit uses 8-bit matmuls in all blocks, on Turing in forward only; the others are exact.
+    octavo-..-no-offload stores nothing in CPU memory; other plans may, where a cap makes that faster or necessary.
+    octavo-..-plain runs all blocks as plain PyTorch (--no-fused).
     """
     scheme, *options = method.removeprefix("octavo-").replace("nf4-double", "nf4_double").split("-")
     scheme = scheme.replace("_", "-")
@@ -60,7 +61,8 @@ def build(
         planner.offloads = (False, True)
     planner = replace(planner, fused="plain" not in options)
     if "8bit" in options:
-        planner = replace(planner, precision=all_8bit(planner.model))
+        forward_only = not backward_8bit(pick())
+        planner = replace(planner, precision=all_8bit(planner.model, forward_only=forward_only))
     plan = planner.best(budget) or planner.smallest()
     model = random_model(model_name, scheme, device=device, dtype=dtype, tiny=tiny, seed=seed)
     with_adapters_(model, seed=seed)

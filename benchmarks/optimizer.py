@@ -7,7 +7,6 @@ AdamW on the same parameters. Prints milliseconds, the median of 50 runs, measur
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from torch import nn
 
 from octavo.layers.lora import flatten_
 from octavo.train.optim import Adam, OptimizerSettings
+from timing import milliseconds
 
 
 def main() -> None:
@@ -41,22 +41,7 @@ def main() -> None:
         "octavo zeroing": ours.zero_gradients,
     }
     for name, run in operations.items():
-        sys.stdout.write(f"{name:24} {milliseconds(run):7.3f} ms\n")
-
-
-def milliseconds(run: Callable[[], object], repetitions: int = 50) -> float:
-    """Median GPU time of `run`."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repetitions):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return float(statistics.median(times))
+        sys.stdout.write(f"{name:24} {milliseconds(run, 50):7.3f} ms\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ fastest last; a tile that does not fit the GPU is reported.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from octavo.kernels import softcap as kernels
 from octavo.kernels.softcap_tiles import Tile, Tiles
 from octavo.ops.attention import AttentionSpec, Documents, causal_attention, find_documents
 from octavo.runtime.dispatch import Backends, set_backends
+from timing import milliseconds
 
 CAP = 50.0
 # (queries, keys, warps, stages) of a program, to be measured for each pass.
@@ -168,21 +168,6 @@ def fastest(
             sys.stdout.write(f"{name:8}   failed    {tile}: {str(error).strip().splitlines()[0][:100]}\n")
         sys.stdout.flush()
     return min(times, key=lambda tile: times[tile])
-
-
-def milliseconds(run: Callable[[], object], repetitions: int = 20) -> float:
-    """Median GPU time of `run`."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repetitions):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return float(statistics.median(times))
 
 
 if __name__ == "__main__":
