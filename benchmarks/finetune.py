@@ -105,9 +105,11 @@ def main() -> None:
         write_row(row | known | {"commit": commit}, args.out)
         return
     rows = selected_rows(args) * args.repeat
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         if args.gate:
-            rows = with_references(rows, Path(folder), dequantized=args.gate == "dequantized")
+            folder = args.references or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = with_references(rows, folder, dequantized=args.gate == "dequantized")
         run_all(rows, args, commit, known=known)
 
 
@@ -138,6 +140,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "(default), or of the dequantized ones, for the error of arithmetic alone (octavo's int8, nf4 and nf4-double; "
         "the other methods are compared with the original weights)",
     )
+    add("--references", type=Path, help="folder that keeps the references of --gate for other runs")
     add("--pretend", help="run as on this GPU, with its types, kernels, attention and memory: T4, 1080Ti, ..")
     add("--limit-s", type=float, default=150.0, help="time limit of a row in seconds")
     add("--budget-s", type=float, default=float("inf"), help="time limit of all rows; later rows are omitted")
@@ -175,18 +178,18 @@ def selected_rows(args: argparse.Namespace) -> list[Setting]:
 
 
 def with_references(rows: Sequence[Setting], folder: Path, *, dequantized: bool = False) -> list[Setting]:
-    """Inserts the reference of every (model, batch, seq_len) before its first row.
+    """Inserts the reference of every (model, batch, seq_len), if `folder` does not have it, before its first row.
 
     `dequantized`: also that of the dequantized weights, for the methods that have one.
     """
     listed: list[Setting] = []
     for row in rows:
-        file = original = str(folder / f"{row.model}-{row.batch}-{row.seq_len}.pt")
+        file = original = str(folder / f"{row.model}-{row.batch}-{row.seq_len}-{row.seed}{'-tiny' * row.tiny}.pt")
         needed = [Reference("reference", file, None)]
         if dequantized and (method := dequantized_reference(row.method)):
             needed.append(Reference(method, file := f"{original}-{method}", original))
         for name, path, before in needed:
-            if path not in {earlier.reference for earlier in listed}:
+            if path not in {earlier.reference for earlier in listed} and not Path(path).exists():
                 made = replace(row, method=name, reference=path, original=before, cap_gib=None, pretend=None)
                 listed.append(replace(made, steps=0, warmup=0))
         listed.append(replace(row, reference=file, original=needed[-1].original))
