@@ -4,8 +4,8 @@
 
 Trains on src/octavo/shakespeare once without a restriction and once as on each GPU, with the same seed, and evaluates
 on the held-out play. Then serves the adapter of the unrestricted run, in float32 and as on each GPU, and compares
-greedy answers. Prints a JSON line for each GPU: held-out loss, its relative difference, peak memory, equal answers,
-equal tokens. A GPU "cpu" runs on the CPU without a restriction, to test this script.
+greedy answers. Prints two JSON lines for each GPU: held-out loss, its relative difference and peak memory; equal
+answers and tokens. A GPU "cpu" runs on the CPU without a restriction, to test this script.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -40,6 +41,7 @@ def main() -> None:
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=8)
     add("--seq-len", type=int, default=512)
+    add("--jobs", type=int, default=1, help="GPUs that are compared at the same time")
     add("--max-tokens", type=int, default=24, help="of an answer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,14 +49,15 @@ def main() -> None:
         adapter = Path(folder) / "unrestricted"
         expected = answers(args, adapter, ["--dtype", "float32"])
         say({"gpu": "unrestricted", **unrestricted})
-        for gpu in args.gpus.split(","):
+
+        def compared(gpu: str) -> None:
             options = ["--device", "cpu"] if gpu == "cpu" else ["--pretend", gpu]
             result = trained(args, Path(folder) / gpu, options)
-            given = answers(args, adapter, options)
-            say({
-                "gpu": gpu, **result, "loss_difference": round(result["loss"] / unrestricted["loss"] - 1, 6),
-                **agreement(expected, given),
-            })  # fmt: skip
+            say({"gpu": gpu, **result, "loss_difference": round(result["loss"] / unrestricted["loss"] - 1, 6)})
+            say({"gpu": gpu, **agreement(expected, answers(args, adapter, options))})
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(compared, args.gpus.split(",")))
 
 
 def trained(args: argparse.Namespace, out: Path, options: list[str]) -> dict[str, Any]:

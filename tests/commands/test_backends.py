@@ -57,7 +57,7 @@ def test_a_run_on_a_cpu_reports_no_kernels(tmp_path: Path) -> None:
 GIB = 2**30
 EXACT = "exact (8 bits need an NVIDIA GPU of compute capability 7.5)"
 GRAPHS, EAGER = "CUDA graphs", "eager (CUDA graphs are tested on NVIDIA GPUs only)"
-NO_DOTS = "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
+NO_DOTS = "Triton (prompts by cuBLAS, without CUDA graphs: Triton's matmuls need compute capability 8.0)"
 OLD_ATTENTION = "memory-efficient (FlashAttention and cuDNN need compute capability 8.0)"
 AUTO_8BIT = "8 bits where faster and precise enough"
 FORWARD_8BIT = AUTO_8BIT + ", in backward exact (8 bits need compute capability 8.0)"

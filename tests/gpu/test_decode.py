@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, MistralC
 
 from octavo.adapters import AdapterPlan, create_, save, trained
 from octavo.adapters.served import serve_
+from octavo.hardware import pick, pretend_, restore_
 from octavo.infer.decoding import DecodeRunner
 from octavo.infer.engine import Engine
 from octavo.infer.requests import Limits, Request, Stream
@@ -188,6 +189,42 @@ def test_concurrent_requests_have_the_answers_of_single_requests(folder: Path, a
     same = sum(concurrent == alone for concurrent, alone in zip(*answers, strict=True))
     assert same >= len(requests) - 1
     assert len(set(answers[0])) == len(requests)
+
+
+@pytest.mark.parametrize("gpu", ["T4", "1080Ti"])
+def test_an_engine_answers_as_on_a_gpu_whose_tensor_cores_triton_does_not_use(
+    folder: Path, adapters: list[Path], gpu: str
+) -> None:
+    """Its decode steps are CUDA graphs, also of more rows than the kernels without dots multiply; its prompts are not.
+
+    In float32, where the order of sums rarely changes a token.
+    """
+    requests = [
+        Request(
+            tuple(range(1 + n % 5, 3 + 11 * n % 170)),
+            Sampling(temperature=0.0, max_new_tokens=8),
+            (None, "a", "b")[n % 3],
+        )
+        for n in range(33)
+    ]
+    answers = []
+    for restricted in (False, True):
+        if restricted:
+            pretend_(gpu, pick())
+        try:
+            engine = Engine(
+                load_model(folder, "int8", torch.float32), numbered_tokenizer(), base="base",
+                limits=Limits(slots=40, max_len=MAX_LEN, chunk=64),
+            )  # fmt: skip
+            for name, path in zip("ab", adapters, strict=True):
+                engine.load_adapter(name, read(path))
+            for task in engine.warmup_tasks():
+                task()
+            answers.append(run_to_end(engine, requests))
+        finally:
+            restore_()
+    same = sum(restricted == unrestricted for restricted, unrestricted in zip(*answers, strict=True))
+    assert same >= len(requests) - 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -36,7 +36,7 @@ def test_the_sums_of_cublas_are_exact(rows: int, k: int, n: int, piece: int, mon
     out = torch.full((rows, n), torch.nan, device=GPU)
     matmul_8bit_into(quantized, torch.full((rows,), 0.5, device=GPU), weight, out)
     expected = (quantized.double() @ weight.double().T) * 0.5
-    # An int32 sum of 16,384 products is below 2^29: float32 rounds it once.
+    # An int32 sum of 16,384 terms is below 2^29: float32 rounds it once.
     torch.testing.assert_close(out.double(), expected, rtol=2.0**-24, atol=0)
 
 

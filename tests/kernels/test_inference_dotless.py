@@ -10,6 +10,7 @@ from tests import devices
 from tests.kernels.cases import CASES, ON_GPU
 from tests.kernels.test_parity import test_a_kernel_is_its_reference as check_parity
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.hardware import Capabilities
 from octavo.kernels import inference, inference_dotless
@@ -69,6 +70,26 @@ def test_prompts_and_many_rows_in_any_order_are_left_to_cublas(
     monkeypatch.setitem(dispatch.KERNELS, "inference.matmul", lambda *_, **__: answer)
     y = inference.matmul(torch.randn(rows, 40), torch.randn(24, 40), phase=phase)
     assert (y is not answer) == here
+
+
+class Waiting(TorchDispatchMode):
+    """Raises at operations for which the CPU waits for a GPU: no CUDA graph can capture them."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "_unique2"), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE_ANY_ORDER, Phase.DECODE])
+def test_adapters_do_not_wait_for_the_gpu(phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured decode step has up to 64 rows, with adapters."""
+    monkeypatch.setattr(inference_dotless, "MOST_ROWS", 4)
+    given, named = inputs(9)
+    with Waiting():  # type: ignore[no-untyped-call]
+        y = inference.matmul(*given, phase=phase, **named)
+    expected = dispatch.KERNELS["inference.matmul"](*given, phase=Phase.PREFILL, **named)
+    # Each sum is rounded to float16 at most four times: after the matmul, the bias, the LoRA terms and the residual.
+    torch.testing.assert_close(y, expected, rtol=4 * 2.0**-11, atol=4 * 2.0**-11 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("device", "runs"), [(devices.T4, False), (devices.A100, True)], ids=["T4", "A100"])

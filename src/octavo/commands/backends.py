@@ -63,7 +63,7 @@ def _triton(hardware: Hardware) -> str:
     """ "Triton", with the reason if some kernels are disabled."""
     device = hardware.capabilities
     if not device.triton_dots:
-        return "Triton (matmuls of prompts by cuBLAS: Triton's need compute capability 8.0)"
+        return "Triton (prompts by cuBLAS, without CUDA graphs: Triton's matmuls need compute capability 8.0)"
     reason = hopper_kernels_disabled_reason(device) if device.hopper_kernels else ""
     return f"Triton (without the Hopper kernels: {reason})" if reason else "Triton"
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from octavo.layers.multi_lora import ServedAdapters
+from octavo.runtime.capture import capturing
 
 
 class Captured(Protocol):
@@ -59,6 +60,6 @@ def capture(run: Callable[[], T], device: torch.device, pool: Any) -> tuple[torc
         run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capturing(graph, pool, device):
         result = run()
     return graph, result

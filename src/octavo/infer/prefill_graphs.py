@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from octavo.hardware import capabilities_of
 from octavo.infer.graphs import Graphs, capture
 from octavo.layers.kv_cache import SlotCache
 from octavo.layers.multi_lora import ServedAdapters
@@ -57,8 +58,8 @@ class PrefillGraphs:
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether there are graphs: if the kernels run."""
-        return kernels_run_on(self.cache.keys(0))
+        """Whether there are graphs: if all kernels run. References wait for the GPU; no graph can capture that."""
+        return kernels_run_on(self.cache.keys(0)) and capabilities_of(self.cache.device).triton_dots
 
     def shape_for(self, lengths: Sequence[int]) -> Shape | None:
         """The cheapest shape for prompts of these lengths; None if there is none."""

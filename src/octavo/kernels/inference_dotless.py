@@ -7,8 +7,8 @@ element, and sums at the end. A T4 multiplies 12 pairs in the time in which it r
 than one.
 
 The order of the sums of a row is a function of the shape of the weight: a program has ROWS rows for any number of rows,
-and missing ones are zeros. Prompts, and more than MOST_ROWS rows whose sums may have any order, go to cuBLAS: the
-reference.
+and missing ones are zeros. Prompts, and more than MOST_ROWS rows whose sums may have any order, are multiplied by
+cuBLAS, in the reference; a kernel adds bias, LoRA terms and residual.
 
 Legend as in kernels/inference.py.
 """
@@ -37,9 +37,10 @@ def matmul(
     """`ops.inference.matmul`."""
     (m, k), n = x.shape, len(weight)
     if phase is Phase.PREFILL or (phase is Phase.DECODE_ANY_ORDER and m > MOST_ROWS):
-        y: Tensor = KERNELS["inference.matmul"](
-            x, weight, absmax, phase=phase, bias=bias, bias_start=bias_start, lora=lora, residual=residual, dtype=dtype
-        )
+        y: Tensor = KERNELS["inference.matmul"](x, weight, absmax, phase=phase, dtype=dtype)  # (M, N)
+        if bias is not None or lora is not None or residual is not None:
+            # For LoRA terms the reference would wait for the GPU, to learn which adapters the rows have.
+            add_parts(y[None], y, epilogue_of(x, n, None, bias, bias_start, lora, residual))
         return y
     out = x.new_empty(m, n, dtype=dtype or x.dtype)
     after = epilogue_of(x, n, absmax, bias, bias_start, lora, residual)

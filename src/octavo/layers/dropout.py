@@ -19,6 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from octavo.runtime.capture import register
+
 Seed = Callable[[torch.device], torch.Generator]  # of one mask: a generator on the device, the same at every call
 
 
@@ -82,8 +84,7 @@ class GraphDropout(Dropout):
     def __init__(self, graph: torch.cuda.CUDAGraph, count: int, device: torch.device) -> None:
         self._unused = [torch.Generator(device) for _ in range(count)]
         self._masks: list[list[torch.Generator]] = []  # the generators of each mask, in the order of the seeds
-        for generator in self._unused:
-            graph.register_generator_state(generator)
+        register(graph, self._unused, device)
 
     def seed(self) -> Seed:
         uses: list[torch.Generator] = []
