@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests import devices
 
+from octavo.hardware import Capabilities
 from octavo.infer import prefill_graphs
 from octavo.infer.engine import Engine
 from octavo.infer.prefill_graphs import PrefillGraphs, Shape
@@ -198,3 +200,17 @@ def test_an_engine_without_references_is_freed_at_once(llama: Family) -> None:
         assert [reference() for reference in references] == [None] * 4
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("device", "used"), [(devices.A100, True), (devices.T4, False)], ids=["A100", "T4"])
+def test_a_gpu_that_runs_references_for_prompts_has_no_graphs(
+    device: Capabilities, used: bool, family: Family, monkeypatch: pytest.MonkeyPatch, runs: list[Shape]
+) -> None:
+    """These references read numbers in the GPU's memory, which no graph can capture."""
+    monkeypatch.setattr(prefill_graphs, "capabilities_of", lambda _: device)
+    engine, request = serving_engine(family), Request(PROMPT[:7], GREEDY, adapter="blocks")
+    runs.clear()
+    stream = engine.submit(request)
+    family.run_out(engine)
+    assert family.answer(stream) == family.alone(request)
+    assert bool(runs) == used

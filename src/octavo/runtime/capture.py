@@ -40,4 +40,5 @@ def register(graph: torch.cuda.CUDAGraph, generators: list[torch.Generator], dev
 def require_memory(device: torch.device, size: int = 2 * STATE_BYTES) -> None:
     """Allocates and frees `size` bytes for small tensors on the current stream. OutOfMemoryError if there are none."""
     blocks = -(-size // BLOCK) + 1  # one more: the tensors need not fit into the rest of a segment that is in use
-    del [torch.empty(BLOCK, dtype=torch.uint8, device=device) for _ in range(blocks)][:]
+    held = [torch.empty(BLOCK, dtype=torch.uint8, device=device) for _ in range(blocks)]
+    del held
