@@ -414,11 +414,11 @@ def test_a_graph_with_reserved_memory_is_captured_in_as_much_as_it_takes_without
         remove_memory_limits_()
 
 
-@pytest.mark.parametrize("free_mib", [1, 3, 30])
+@pytest.mark.parametrize("free_mib", [1, 3])
 def test_memory_of_a_capture_that_fails_under_a_limit_is_free_afterwards(load_step: Load, free_mib: int) -> None:
     """As in `accumulate_gradients`: the exception is gone when `reduce_memory` is called.
 
-    1 MiB is not enough for the capture to begin, 3 MiB for the rotary table, 30 MiB for the first block.
+    1 MiB is not enough for the capture to begin, 3 MiB for its first tensors.
     """
     step, batch = load_step(torch.bfloat16, GPU, "int8"), batch_of(0, packed=False)
     plan = MemoryPlan((Save.INPUT,) * len(step.model.blocks), ROWS, 2**30, None)
