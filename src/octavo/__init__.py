@@ -20,7 +20,7 @@ from octavo.errors import (
 )
 
 if TYPE_CHECKING:
-    from octavo.api import evaluate, finetune, generate, load, plan, quantize, serve
+    from octavo.api import Run, evaluate, finetune, generate, load, plan, quantize, serve
     from octavo.api.language_model import LanguageModel
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "LanguageModel",
     "ModelError",
     "OctavoError",
+    "Run",
     "StoppedError",
     "TrainingError",
     "UnknownOptionError",

@@ -59,6 +59,8 @@ class Report:
         width = None if not results or sys.stdout.isatty() or "COLUMNS" in os.environ else UNLIMITED_WIDTH
         self._results = Console(width=width, **console_options) if results else self._console
         self._metrics = MetricsFile(metrics, append=append) if metrics else None
+        # Called with each event as it is recorded, also without a metrics file.
+        self.observer: Callable[[Mapping[str, Any]], None] | None = None
         # The number of events in the file that earlier calls recorded.
         self.earlier_events = len(read_events(metrics)[0]) if metrics and append else 0
 
@@ -104,9 +106,11 @@ class Report:
         The line is written without buffering.
         """
         assert not fields.keys() & {"event", "time"}, "event and time are reserved"
+        record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
         if self._metrics is not None:
-            record = {"event": name, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
             self._metrics.write(_line(record))
+        if self.observer is not None:
+            self.observer(record)
 
     @contextmanager
     def progress(self, total: int, label: str, *, done: int = 0, unit: str = "") -> Iterator[Progress]:

@@ -21,12 +21,12 @@ def test_the_code_of_the_document_runs(
     shutil.copy(next((plays / "test").iterdir()), tmp_path / "held-out.txt")
     blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     code = "".join(blocks)
-    assert code.count('"smollm2"') == 6
+    assert code.count('"smollm2"') == 7
     names: dict[str, Any] = {"__name__": "document"}
     exec(compile(code.replace('"smollm2"', repr(str(tiny_llama))), str(DOCUMENT), "exec"), names)  # noqa: S102
     run = names["run"]
-    assert (run["steps"], run["adapter"]) == (10, str(Path("runs", "mine", "adapter")))
-    base, tuned = (row["perplexity"] for row in run["rows"][-2:])
+    assert (run.steps, run.adapter) == (10, Path("runs", "mine", "adapter"))
+    base, tuned = (row["perplexity"] for row in run.rows[-2:])
     assert tuned < base
     assert len(names["answer"]["token_ids"]) <= 20
     assert names["logits"].shape == (*names["ids"].shape, 300)

@@ -51,7 +51,12 @@ def test_the_options_of_load_are_the_defaults_of_generate(model: LanguageModel, 
         "the king", model=tiny_llama, scheme="none", dtype="float32", chat=True, max_new_tokens=6, temperature=0,
         quiet=True,
     )  # fmt: skip
-    assert model.generate("the king", chat=True) == chat != first
+    assert model.chat("the king") == chat != first
+    turns = [{"role": "user", "content": "the king"}]
+    assert model.chat(turns) == chat
+    assert model.chat([*turns, {"role": "assistant", "content": "spoke"}, *turns]) != chat
+    assert "".join(model.stream("the king")) == first["text"]
+    assert "".join(model.stream_chat("the king")) == chat["text"]
 
 
 def test_wrong_options_of_generate_are_errors(model: LanguageModel) -> None:
@@ -68,7 +73,10 @@ def test_values_of_other_types_are_errors_that_name_the_parameter(model: Languag
     for method, text, options, message in (
         ("generate", ["x"], {}, r"^prompt: must be a string, not \['x'\]"),
         ("generate", b"x", {}, r"^prompt: must be a string, not b'x'"),
-        ("generate", "x", {"chat": 1}, r"^chat: must be True or False, not 1"),
+        ("stream", 7, {}, r"^prompt: must be a string, not 7"),
+        ("chat", [], {}, r"^messages: must be a string, or a list of .*, not \[\]"),
+        ("chat", [{"role": "user"}], {}, r"^messages: must be a string, or a list of"),
+        ("stream_chat", [{"role": "user", "content": "\ud800"}], {}, r"^messages: must be Unicode text"),
         ("generate", "x", {"max_new_tokens": True}, r"^max_new_tokens: must be a number, not True"),
         ("evaluate", b"x", {}, r"^text: must be a string, or a list of strings, not b'x'"),
         ("perplexity", ["x", 3], {}, r"^text: must be a string, or a list of strings"),

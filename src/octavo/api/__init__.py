@@ -9,43 +9,33 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, overload
+from typing import Any, Protocol, cast, overload
 
+from octavo.api.loading import load as load
 from octavo.api.options import with_options
-from octavo.api.results import EvaluateResult, FinetuneResult, GenerateResult, PlanResult, QuantizeResult
-from octavo.config import Config, GenerateOptions, ModelOptions, PromptOptions, RunOptions
+from octavo.api.results import EvaluateResult, GenerateResult, PlanResult, QuantizeResult
+from octavo.api.run import Run as Run
+from octavo.api.run import watched
+from octavo.config import Config, PromptOptions, RunOptions
 from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
+from octavo.runs.events import Event
 from octavo.runs.folder import RunFolder
 from octavo.stopping import StopRequest
 
-if TYPE_CHECKING:
-    from octavo.api.language_model import LanguageModel
 
-
-@with_options((ModelOptions, GenerateOptions), positional="model")
-def load(config: Config, quiet: bool) -> LanguageModel:
-    """Loads a model, with an adapter applied if one is given, to generate and to measure in this process.
-
-    The options of generation are the defaults of `LanguageModel.generate`.
-    """
-    from octavo.api.language_model import LanguageModel
-    from octavo.commands.generate import open_model
-
-    with Report(console=not quiet) as report:
-        loaded = open_model(config, report)
-    return LanguageModel(loaded.model, loaded.tokenizer, loaded.stop_ids, config[GenerateOptions])
-
-
-@with_options(FINETUNE)
-def finetune(config: Config, quiet: bool) -> FinetuneResult:
+@with_options(FINETUNE, callbacks={"on_event": "A function that gets each event (octavo.runs.events) at once."})
+def finetune(config: Config, quiet: bool, on_event: Callable[[Event], object] | None = None) -> Run:
     """Fine-tunes a model on text files. Writes a run folder with the adapter, metrics and a report."""
     from octavo.commands.finetune import finetune as run
 
     try:
-        return cast(FinetuneResult, run(config, console=not quiet))
+        run(config, console=not quiet, observer=on_event and partial(watched, on_event))
+        return Run(config[RunOptions].out)
     except StopRequest as error:
         message, hint = _stopped(config[RunOptions].out)
         raise StoppedError(message, number=error.number, hint=hint) from error

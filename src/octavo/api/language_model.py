@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +16,13 @@ from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
 from octavo.data.bytes import trained_bytes
 from octavo.data.documents import Reading
+from octavo.data.prompt import encode_conversation
 from octavo.data.records import from_text
+from octavo.data.turns import Message
 from octavo.errors import UsageError
 from octavo.infer.generate import check_prompt
-from octavo.infer.loaded_model import LoadedModel
+from octavo.infer.loaded_model import LoadedModel, answer
+from octavo.infer.sample import Sampling
 from octavo.intervals import interval
 from octavo.metrics import score
 from octavo.models import Decoder
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _HINT = "help(octavo.LanguageModel.generate) lists the options."
+_CHAT_HINT = 'A conversation is a list such as [{"role": "user", "content": "Who are you?"}].'
 _EVALUATE_HINT = "help(octavo.LanguageModel.evaluate) describes the parameters."
 ROWS = 8  # packed rows that are scored at once
 
@@ -49,19 +54,53 @@ class LanguageModel:
         family, c = type(self.decoder.config).__module__.rpartition(".")[2], self.decoder.config
         return f"LanguageModel({family}, {c.layers} layers, width {c.width}, vocabulary {c.vocabulary:,})"
 
-    def generate(self, prompt: str, *, chat: bool = False, **options: Any) -> GenerateResult:
-        """Continues a text, or answers it as a user's message with `chat`."""
+    def generate(self, prompt: str, **options: Any) -> GenerateResult:
+        """Continues a text."""
+        ids, sampling = self._prompt(prompt), self._sampling(options, "generate")
+        return cast(GenerateResult, continuation(self._loaded, ids, sampling))
+
+    def stream(self, prompt: str, **options: Any) -> Generator[str]:
+        """The text of `generate`, piece by piece. Closing the generator ends the answer."""
+        return _pieces(self._loaded, self._prompt(prompt), self._sampling(options, "stream"))
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> GenerateResult:
+        """The answer to a message, or to a conversation: {"role": "user", "content": ..}, .., by the chat template.
+
+        UsageError for a model without one, and for a conversation that is longer than its context.
+        """
+        ids, sampling = self._conversation(messages), self._sampling(options, "chat")
+        return cast(GenerateResult, continuation(self._loaded, ids, sampling))
+
+    def stream_chat(self, messages: str | Sequence[Mapping[str, str]], **options: Any) -> Generator[str]:
+        """The text of `chat`, piece by piece."""
+        return _pieces(self._loaded, self._conversation(messages), self._sampling(options, "stream_chat"))
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        return LoadedModel(self.decoder, self.tokenizer, self.stop_ids)
+
+    def _sampling(self, options: Mapping[str, Any], method: str) -> Sampling:
+        """The options of one answer over those of `octavo.load`."""
+        named = options_of(options, [name for name, _ in _OPTIONS], function=f"LanguageModel.{method}")
+        values = {**self.options.model_dump(), **named}
+        return sampling_of(Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions])
+
+    def _prompt(self, prompt: object) -> list[int]:
         if not isinstance(prompt, str):
             raise _mistyped("prompt", "a string", prompt, hint=_HINT)
-        if not isinstance(chat, bool):
-            raise _mistyped("chat", "True or False", chat, hint=_HINT)
-        named = options_of(options, [name for name, _ in _OPTIONS], function="LanguageModel.generate")
-        values = {**self.options.model_dump(), **named}
-        chosen = Config.read((GenerateOptions,), values, shown=str, hint=_HINT)[GenerateOptions]
-        ids = prompt_ids(prompt, self.tokenizer, chat=chat)
-        check_prompt(ids, max_len=len(ids) + 1)
-        loaded = LoadedModel(self.decoder, self.tokenizer, self.stop_ids)
-        return cast(GenerateResult, continuation(loaded, ids, sampling_of(chosen)))
+        return _checked(prompt_ids(prompt, self.tokenizer, chat=False))
+
+    def _conversation(self, messages: object) -> list[int]:
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        expected = 'a string, or a list of {"role": .., "content": ..}'
+        if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+            raise _mistyped("messages", expected, messages, hint=_CHAT_HINT)
+        if not all(isinstance(each, Mapping) and each.keys() == {"role", "content"} for each in given):
+            raise _mistyped("messages", expected, messages, hint=_CHAT_HINT)
+        if not all(isinstance(part, str) and encodable(part) for each in given for part in each.values()):
+            raise _mistyped("messages", "Unicode text", messages, hint=_CHAT_HINT)
+        turns = [Message(each["role"], each["content"]) for each in given]
+        return _checked(encode_conversation(turns, self.tokenizer))
 
     def evaluate(self, text: str | Sequence[str], *, seq_len: int | None = None) -> Score:
         """How well the model predicts a text, or several documents, packed into rows of `seq_len` tokens.
@@ -102,11 +141,27 @@ class LanguageModel:
         return self.evaluate(text, seq_len=seq_len)["perplexity"]
 
 
+def _checked(ids: list[int]) -> list[int]:
+    """The ids of a prompt. UsageError if there are none."""
+    check_prompt(ids, max_len=len(ids) + 1)
+    return ids
+
+
+def _pieces(loaded: LoadedModel, ids: list[int], sampling: Sampling) -> Generator[str]:
+    """The text of an answer, without empty pieces."""
+    with closing(answer(loaded.engine(max_len=len(ids) + sampling.max_new_tokens), ids, sampling)) as tokens:
+        for token in tokens:
+            if token.text:
+                yield token.text
+
+
 def _mistyped(name: str, expected: str, value: object, *, hint: str) -> UsageError:
     return UsageError(f"{name}: must be {expected}, not {shortened(repr(value))}.", hint=hint)
 
 
 _OPTIONS = [(name, field) for name, field in GenerateOptions.model_fields.items() if name != "adapter"]
-_OWN = list(inspect.signature(LanguageModel.generate).parameters.values())[:3]  # self, prompt, chat
-_GENERATE = signature_of(_OPTIONS, before=_OWN, returns=GenerateResult)
-document(LanguageModel.generate, _GENERATE, described_options(_OPTIONS))
+for _method in (LanguageModel.generate, LanguageModel.stream, LanguageModel.chat, LanguageModel.stream_chat):
+    _parameters = inspect.signature(_method)
+    _own = list(_parameters.parameters.values())[:2]  # self, and prompt or messages
+    _signature = signature_of(_OPTIONS, before=_own, returns=_parameters.return_annotation)
+    document(_method, _signature, described_options(_OPTIONS))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from pydantic.fields import FieldInfo
 
 from octavo.bounded_json import shortened
-from octavo.config import Config, Section, fields
+from octavo.config import Section, fields
 from octavo.config.commands import configure
 from octavo.errors import OctavoError, UnknownOptionError, UsageError
 
@@ -32,16 +32,22 @@ CONFIG = "A YAML file with these options; keyword arguments have precedence."
 
 
 def with_options(
-    sections: tuple[type[Section], ...], *, positional: str = "", name: str = ""
-) -> Callable[[Callable[[Config, bool], Result]], Callable[..., Result]]:
+    sections: tuple[type[Section], ...],
+    *,
+    positional: str = "",
+    name: str = "",
+    callbacks: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Makes a function of (configuration, quiet) one of the options of `sections` as keyword arguments.
 
     The option `positional` can be given without its name, `name` is that of the function if its own is another. Each
-    function also takes `config` and `quiet`. Calls raise UnknownOptionError for an unknown option and UsageError for an
-    invalid value.
+    function also takes `config` and `quiet`, and functions as the keywords `callbacks` (name: description), which are
+    no options: they are passed on. Calls raise UnknownOptionError for an unknown option and UsageError for an invalid
+    value.
     """
+    callbacks = callbacks or {}
 
-    def decorate(run: Callable[[Config, bool], Result]) -> Callable[..., Result]:
+    def decorate(run: Callable[..., Result]) -> Callable[..., Result]:
         function = name or run.__name__
         names = [option for option, _ in fields(sections)]
 
@@ -52,7 +58,13 @@ def with_options(
             if len(values) > bool(positional) or (values and positional in given):
                 accepted = f"only {positional} without its name" if positional else "options by their names only"
                 raise TypeError(f"octavo.{function} takes {accepted}, once.")
-            options = options_of({**given, **dict(zip([positional], values, strict=False))}, names, function=function)
+            called = {each: given.pop(each) for each in callbacks if each in given}
+            for each, value in called.items():
+                if value is not None and not callable(value):
+                    raise UsageError(f"{each}: must be a function, not {shortened(repr(value))}.", hint=_hint(function))
+            options = options_of(
+                {**given, **dict(zip([positional], values, strict=False))}, [*names, *callbacks], function=function
+            )
             if not isinstance(config, str | Path | None):
                 raise UsageError(
                     f"config: must be a path, not {shortened(repr(config))}.",
@@ -60,19 +72,24 @@ def with_options(
                 )
             file = None if config is None else Path(config)
             try:
-                return run(configure(sections, options, file, shown=str, hint=_hint(function)), quiet)
+                return run(configure(sections, options, file, shown=str, hint=_hint(function)), quiet, **called)
             except OctavoError as error:
                 name_keywords_(error)
                 raise
 
         call.__name__ = call.__qualname__ = function
+        keyword = inspect.Parameter.KEYWORD_ONLY
         extra = [
-            inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | Path | None"),
-            inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+            *(
+                inspect.Parameter(each, keyword, default=None, annotation="Callable[[Any], object] | None")
+                for each in callbacks
+            ),
+            inspect.Parameter("config", keyword, default=None, annotation="str | Path | None"),
+            inspect.Parameter("quiet", keyword, default=False, annotation=bool),
         ]
         returns = inspect.signature(run).return_annotation
         signature = signature_of(fields(sections), first=positional, extra=extra, returns=returns)
-        described = [*described_options(fields(sections)), ("config", CONFIG), ("quiet", QUIET)]
+        described = [*described_options(fields(sections)), *callbacks.items(), ("config", CONFIG), ("quiet", QUIET)]
         document(call, signature, described)
         return call
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -43,11 +44,17 @@ DEFAULT_EVALUATIONS = 5  # on held-out text in a run without --eval-every
 
 
 def finetune(
-    config: Config, *, console: bool = True, results: bool = False, compare_full: bool = False
+    config: Config,
+    *,
+    console: bool = True,
+    results: bool = False,
+    compare_full: bool = False,
+    observer: Callable[[Report], Callable[[Mapping[str, Any]], None]] | None = None,
 ) -> dict[str, Any]:
     """Trains from the start or from the newest checkpoint; returns the JSON result (`--json`).
 
-    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too. A signal
+    With `results` the final table goes to stdout. With `compare_full` the unquantized base is evaluated too.
+    `observer(report)` is called with each event as it is recorded. A signal
     (Ctrl-C, SIGTERM) during the training loop ends it after the current step, with a checkpoint and a StoppedError. A
     second signal, or one at any other time, raises StopRequest at once. Other errors are those of errors.py.
     """
@@ -57,6 +64,7 @@ def finetune(
                 run_folder(config) as folder,
                 Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
             ):
+                report.observer = observer and observer(report)
                 run = _prepared_run(config, report)
                 if run.state.done == 0:
                     measure_base(run, compare_full=compare_full)
