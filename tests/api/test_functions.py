@@ -24,7 +24,7 @@ import octavo as api
 from octavo.api import results
 from octavo.api.options import name_keywords_
 from octavo.config import Config, GenerateOptions, ModelOptions, fields
-from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+from octavo.config.commands import CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
 
 FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "finetune": FINETUNE,
@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "generate": GENERATE,
     "plan": PLAN,
     "quantize": QUANTIZE,
+    "convert": CONVERT,
     "serve": SERVE,
     "load": (ModelOptions, GenerateOptions),
 }

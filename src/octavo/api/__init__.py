@@ -16,11 +16,11 @@ from typing import Any, Protocol, cast, overload
 
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
-from octavo.api.results import EvaluateResult, GenerateResult, PlanResult, QuantizeResult
+from octavo.api.results import ConvertResult, EvaluateResult, GenerateResult, PlanResult, QuantizeResult
 from octavo.api.run import Run as Run
 from octavo.api.run import watched
 from octavo.config import Config, PromptOptions, RunOptions
-from octavo.config.commands import EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+from octavo.config.commands import CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
 from octavo.runs.events import Event
@@ -106,6 +106,15 @@ def quantize(config: Config, quiet: bool) -> QuantizeResult:
 
     with Report(console=not quiet) as report:
         return cast(QuantizeResult, run(config, report))
+
+
+@with_options(CONVERT)
+def convert(config: Config, quiet: bool) -> ConvertResult:
+    """Splits a model with frozen weights and trained adapters in one file into a base and an adapter of PEFT."""
+    from octavo.commands.convert import convert as run
+
+    with Report(console=not quiet) as report:
+        return cast(ConvertResult, run(config, report))
 
 
 @with_options(SERVE)

@@ -143,3 +143,12 @@ class QuantizeResult(TypedDict):
     bytes: int
     bytes_before: int  # of the weight files of the input
     layers: list[WrittenWeight]
+
+
+class ConvertResult(TypedDict):
+    """A model that was split. `contents` has a row for the frozen weights, LoRA matrices, and norms and biases."""
+
+    out: str
+    base: str
+    adapter: str
+    contents: list[dict[str, Any]]
