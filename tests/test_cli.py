@@ -23,7 +23,20 @@ import octavo as package
 
 Octavo = Callable[..., Any]
 
-COMMANDS = ("finetune", "evaluate", "generate", "chat", "quantize", "convert", "data", "demo", "plan", "serve")
+COMMANDS = (
+    "finetune",
+    "evaluate",
+    "generate",
+    "chat",
+    "quantize",
+    "convert",
+    "data",
+    "demo",
+    "plan",
+    "serve",
+    "runs",
+    "compare",
+)
 DOCUMENTED_OPTIONS = {
     "finetune": "model data test-data out scheme rank alpha lora-targets seq-len batch-size micro-batch-size epochs "
     "steps lr seed checkpoint-every resume config print-config json",
@@ -37,6 +50,8 @@ DOCUMENTED_OPTIONS = {
     "plan": "model gpu-memory seq-len batch-size scheme gpu json",
     "data": "model seq-len split-on skip-bad json",
     "demo": "out steps json",
+    "runs": "folders sort depth json",
+    "compare": "runs report json",
 }
 GREEDY = ("--temperature", 0, "--max-new-tokens", 8, "--scheme", "none", "--dtype", "float32")
 

@@ -38,6 +38,8 @@ KINDS: dict[str, tuple[type[Section], ...]] = {
     "quantize": cli.QUANTIZE,
     "convert": cli.CONVERT,
     "data": cli.DATA,
+    "runs": cli.RUNS,
+    "compare": cli.COMPARE,
 }
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 

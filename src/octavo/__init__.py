@@ -20,7 +20,7 @@ from octavo.errors import (
 )
 
 if TYPE_CHECKING:
-    from octavo.api import Run, convert, evaluate, finetune, generate, load, plan, quantize, serve
+    from octavo.api import Run, compare, convert, evaluate, finetune, generate, list_runs, load, plan, quantize, serve
     from octavo.api.language_model import LanguageModel
 
 __all__ = [
@@ -36,10 +36,12 @@ __all__ = [
     "UnknownOptionError",
     "UsageError",
     "__version__",
+    "compare",
     "convert",
     "evaluate",
     "finetune",
     "generate",
+    "list_runs",
     "load",
     "plan",
     "quantize",

@@ -19,6 +19,7 @@ from octavo._version import __version__
 from octavo.config import DEMO, Config, DataOptions, ModelOptions, PromptOptions, TextOptions
 from octavo.config.commands import CHAT as CHAT
 from octavo.config.commands import CHECK as CHECK
+from octavo.config.commands import COMPARE as COMPARE
 from octavo.config.commands import CONVERT as CONVERT
 from octavo.config.commands import DATA as DATA
 from octavo.config.commands import EVALUATE as EVALUATE
@@ -26,6 +27,7 @@ from octavo.config.commands import FINETUNE as FINETUNE
 from octavo.config.commands import GENERATE as GENERATE
 from octavo.config.commands import PLAN as PLAN
 from octavo.config.commands import QUANTIZE as QUANTIZE
+from octavo.config.commands import RUNS as RUNS
 from octavo.config.commands import SERVE as SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.exits import EXIT_CODES, exit_with
@@ -149,6 +151,26 @@ def quantize(config: Config, as_json: bool) -> None:
 def convert(config: Config, as_json: bool) -> None:
     """Split a model fine-tuned from hivemind/gpt-j-6B-8bit into a base model and a PEFT adapter."""
     from octavo.commands.convert import convert as run
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(run(config, report), as_json)
+
+
+@command(app, RUNS, usual=("folders", "sort", "depth"), positional="folders")
+def runs(config: Config, as_json: bool) -> None:
+    """List the runs in a folder: model, data, steps, state, held-out perplexity before and after, speed, date."""
+    from octavo.commands.run_list import list_runs
+    from octavo.reporting import Report
+
+    with Report(results=not as_json) as report:
+        _print_json(list_runs(config, report), as_json)
+
+
+@command(app, COMPARE, usual=("runs", "report"), positional="runs")
+def compare(config: Config, as_json: bool) -> None:
+    """Compare runs: settings that differ, results, differences with intervals, loss curves, samples."""
+    from octavo.commands.compare import compare as run
     from octavo.reporting import Report
 
     with Report(results=not as_json) as report:

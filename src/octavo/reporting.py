@@ -151,6 +151,11 @@ class Report:
             self._results.print(table)
 
     @property
+    def width(self) -> int:
+        """The columns of the terminal that results are printed on; very many for a file or a pipe."""
+        return self._results.width
+
+    @property
     def metrics(self) -> Path | None:
         """The metrics file, if events are recorded."""
         return self._metrics.path if self._metrics else None

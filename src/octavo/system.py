@@ -67,6 +67,25 @@ def unlock_file(file: IO[Any], path: Path) -> None:
         _pid_path(path).unlink(missing_ok=True)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of the file at `path`. False if the file is missing or cannot be opened."""
+    fcntl = optional_module("fcntl")
+    try:
+        file = path.open("rb" if fcntl else "r+b")
+    except OSError:
+        return False
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: readers do not see each other's lock
+            else:
+                _lock_now(file, path)
+        except OSError as error:
+            return fcntl is None or isinstance(error, BlockingIOError)  # others: the file system has no locks
+        unlock_file(file, path)
+    return False
+
+
 def _lock_now(file: IO[Any], path: Path) -> None:
     """Locks without fcntl. OSError if another process holds the lock."""
     if msvcrt := optional_module("msvcrt"):

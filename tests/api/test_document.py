@@ -26,6 +26,9 @@ def test_the_code_of_the_document_runs(
     exec(compile(code.replace('"smollm2"', repr(str(tiny_llama))), str(DOCUMENT), "exec"), names)  # noqa: S102
     run = names["run"]
     assert (run.steps, run.adapter) == (10, Path("runs", "mine", "adapter"))
+    assert names["comparison"]["settings"] == {"lr": [0.002, 0.001]}
+    assert names["comparison"]["differences"][0]["comparable"] == "loss"
+    assert (tmp_path / "compare.html").is_file()
     base, tuned = (row["perplexity"] for row in run.rows[-2:])
     assert tuned < base
     assert len(names["answer"]["token_ids"]) <= 20

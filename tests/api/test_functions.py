@@ -24,7 +24,7 @@ import octavo as api
 from octavo.api import results
 from octavo.api.options import name_keywords_
 from octavo.config import Config, GenerateOptions, ModelOptions, fields
-from octavo.config.commands import CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, RUNS, SERVE
 
 FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "finetune": FINETUNE,
@@ -34,6 +34,8 @@ FUNCTIONS: dict[str, tuple[type[Any], ...]] = {
     "quantize": QUANTIZE,
     "convert": CONVERT,
     "serve": SERVE,
+    "list_runs": RUNS,
+    "compare": COMPARE,
     "load": (ModelOptions, GenerateOptions),
 }
 OWN = {"config": None, "quiet": False}

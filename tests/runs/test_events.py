@@ -33,14 +33,16 @@ WRITTEN: list[Event] = [
     events.Say("said"),
     events.Warn("warned"),
     events.Evaluation(2, ROWS, (DIFFERENCE, Difference("a", after="b"))),
+    events.HeldOutLosses(2, "tuned", "documents", "AACAPw==", "AwAAAA==", 1, 1, 9, "a1", "b2"),
+    events.Failure("the disk is full"),
     events.Memory(2, 2**40),
 ]
 
 
 # The kinds in the files of all versions: a kind that is renamed is a new one, and its lines of earlier runs are lost.
 RECORDED = {
-    "evaluation", "hardware", "heldout", "matmul", "matmul_speed", "memory", "overlap", "sample", "say", "step",
-    "versions", "warn",
+    "evaluation", "failure", "hardware", "heldout", "heldout_losses", "matmul", "matmul_speed", "memory", "overlap",
+    "sample", "say", "step", "versions", "warn",
 }  # fmt: skip
 
 

@@ -16,11 +16,19 @@ from typing import Any, Protocol, cast, overload
 
 from octavo.api.loading import load as load
 from octavo.api.options import with_options
-from octavo.api.results import ConvertResult, EvaluateResult, GenerateResult, PlanResult, QuantizeResult
+from octavo.api.results import (
+    CompareResult,
+    ConvertResult,
+    EvaluateResult,
+    GenerateResult,
+    PlanResult,
+    QuantizeResult,
+    RunsResult,
+)
 from octavo.api.run import Run as Run
 from octavo.api.run import watched
 from octavo.config import Config, PromptOptions, RunOptions
-from octavo.config.commands import CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, SERVE
+from octavo.config.commands import COMPARE, CONVERT, EVALUATE, FINETUNE, GENERATE, PLAN, QUANTIZE, RUNS, SERVE
 from octavo.errors import StoppedError, UsageError
 from octavo.reporting import Report
 from octavo.runs.events import Event
@@ -115,6 +123,25 @@ def convert(config: Config, quiet: bool) -> ConvertResult:
 
     with Report(console=not quiet) as report:
         return cast(ConvertResult, run(config, report))
+
+
+# Not `runs`, as the command: `octavo.runs` is the package of run folders, and its import would replace the function.
+@with_options(RUNS, positional="folders")
+def list_runs(config: Config, quiet: bool) -> RunsResult:
+    """Lists the runs in folders: settings, state, steps, held-out perplexity before and after training, speed."""
+    from octavo.commands.run_list import list_runs as run
+
+    with Report(console=not quiet) as report:
+        return cast(RunsResult, run(config, report))
+
+
+@with_options(COMPARE, positional="runs")
+def compare(config: Config, quiet: bool) -> CompareResult:
+    """Compares runs: settings that differ, results, differences of the held-out loss with intervals, samples."""
+    from octavo.commands.compare import compare as run
+
+    with Report(console=not quiet) as report:
+        return cast(CompareResult, run(config, report))
 
 
 @with_options(SERVE)

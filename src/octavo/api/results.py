@@ -152,3 +152,75 @@ class ConvertResult(TypedDict):
     base: str
     adapter: str
     contents: list[dict[str, Any]]
+
+
+class RunRow(TypedDict):
+    """A run folder. `state` is finished, running, stopped, failed or unreadable; `problem` says why.
+
+    `difference` is that of the tuned model from the untuned one. `started` is in UTC (ISO 8601).
+    """
+
+    path: str
+    state: str
+    problem: str | None
+    model: str | None
+    data: list[str]
+    steps: int
+    planned_steps: int | None
+    perplexity_before: float | None
+    perplexity_after: float | None
+    difference: Difference | None
+    tokens_per_second: float | None
+    started: str | None
+    device: str | None
+
+
+class RunsResult(TypedDict):
+    """The runs that were found, in the order of `sort`."""
+
+    runs: list[RunRow]
+
+
+class ComparedRun(RunRow):
+    """A compared run. `rows` is its table of scores, `held_out` has pairs of a step and the held-out loss after it."""
+
+    letter: str
+    rows: list[NamedScore]
+    train_loss: float | None  # at the end, smoothed
+    training_tokens: int | None
+    training_seconds: float | None
+    peak_memory_bytes: int | None
+    held_out: list[list[float]]
+
+
+class RunDifference(TypedDict):
+    """The run `after` against the run `before`; `lower_by` is positive if `after` is better.
+
+    `comparable` is loss, bits_per_byte (the same text under another tokenizer) or nothing; `unit` is that of
+    `lower_by`, and `text` is the difference, or why there is none, in words.
+    """
+
+    before: str
+    after: str
+    comparable: str
+    lower_by: float | None
+    unit: str | None
+    interval: Interval | None
+    text: str
+
+
+class SamplesOfPrompt(TypedDict):
+    """What each run generated for a prompt, in the order of the runs; None for a run without a sample of it."""
+
+    prompt: str
+    texts: list[str | None]
+
+
+class CompareResult(TypedDict):
+    """The compared runs, the settings that differ with their value in each run, and the others against the first."""
+
+    runs: list[ComparedRun]
+    settings: dict[str, list[Any]]
+    differences: list[RunDifference]
+    samples: list[SamplesOfPrompt]
+    report: str | None

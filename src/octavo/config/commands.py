@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from octavo.config import (
     ChatOptions,
     CheckOptions,
+    CompareOptions,
     Config,
     ConvertOptions,
     DataOptions,
@@ -23,6 +24,7 @@ from octavo.config import (
     PromptOptions,
     QuantizeOptions,
     RunOptions,
+    RunsOptions,
     ServeOptions,
     TextOptions,
     TrainingData,
@@ -45,6 +47,8 @@ CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
 SERVE: Sections = (ModelOptions, ServeOptions)
 QUANTIZE: Sections = (ModelOptions, QuantizeOptions)
 CONVERT: Sections = (ConvertOptions,)
+RUNS: Sections = (RunsOptions,)
+COMPARE: Sections = (CompareOptions,)
 CHECK: Sections = (CheckOptions,)
 DATA: Sections = (ModelOptions, DataOptions, TextOptions)
 

@@ -309,6 +309,27 @@ class ConvertOptions(Section):
     out: Path | None = Field(None, description="New folder to write, with base/ and adapter/.")
 
 
+class RunsOptions(Section):
+    """The folders to search for runs, and the order of the list."""
+
+    panel = "Runs"
+
+    folders: Paths = Field([], description="Folder that contains runs; may be repeated; default: the current folder.")
+    sort: Literal["date", "name", "perplexity", "gain", "steps", "speed"] = Field(
+        "date", description="Order: the newest, lowest perplexity, largest gain, most steps or fastest first."
+    )
+    depth: int = Field(3, ge=0, le=20, description="Levels of folders to search.")
+
+
+class CompareOptions(Section):
+    """The runs to compare, and the report to write."""
+
+    panel = "Comparison"
+
+    runs: Paths = Field([], description="Run folder, 2 to 8 of them; the others are compared with the first.")
+    report: Path | None = Field(None, description="Also write the comparison to this HTML file.")
+
+
 class CheckOptions(Section):
     """The model whose config.json is checked."""
 

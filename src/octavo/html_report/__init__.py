@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 
 from octavo.atomic import atomic_write
 from octavo.bounded_json import JsonError, parse
 from octavo.errors import DataError, UsageError
 from octavo.html_report.chart import Points, Series, dots, draw, line, marks, smooth
-from octavo.reporting import printable, shown
+from octavo.html_report.elements import page
+from octavo.html_report.elements import section as _section
+from octavo.html_report.elements import table as _table
+from octavo.html_report.elements import text as _text
+from octavo.reporting import shown
 from octavo.runs.events import (
     Evaluation,
     Event,
@@ -35,46 +38,6 @@ from octavo.runs.events import (
 from octavo.runs.folder import RunFolder
 
 MAX_FILES = 60  # rows of the ledger's table; the largest files come first
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fbfaf7; --ink: #23272e; --dim: #6a7079; --line: #e0ddd5;
-  --card: #ffffff; --train: #2f6f9f; --held: #c2571a; }
-@media (prefers-color-scheme: dark) { :root { --page: #15171b; --ink: #e3e5e9; --dim: #969ca6;
-  --line: #30343b; --card: #1c1f24; --train: #6cb2e6; --held: #f0a35e; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--page);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0; }
-h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem; }
-h3 { font-size: .95rem; margin: 0 0 .4rem; }
-.lead { font-size: 1.1rem; color: var(--dim); margin: .5rem 0 0; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
-  overflow-x: auto; }
-.card + .card { margin-top: 1rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17.5rem, 100%), 1fr)); gap: 1rem; }
-.pair .card + .card { margin-top: 0; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .85rem; color: var(--dim); }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .4em; }
-svg { display: block; width: 100%; height: auto; margin-top: .4rem; font: 12px system-ui, sans-serif; }
-svg text { fill: var(--dim); }
-.grid { stroke: var(--line); }
-.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.dots { fill: none; stroke-width: 3.5; stroke-linecap: round; opacity: .4; }
-.tight { padding: .3rem 1.1rem; }
-.tight td:first-child { min-width: 9rem; }
-.facts td:first-child { color: var(--dim); white-space: nowrap; width: 1%; padding-right: 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--dim); white-space: nowrap; }
-th.number, td.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: .9rem; }
-tbody tr:last-child td { border-bottom: 0; }
-tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
-pre { margin: 0; white-space: pre-wrap; font: .85rem/1.5 ui-monospace, monospace; }
-.prompt { color: var(--dim); }
-details { margin-top: 1rem; } summary { cursor: pointer; color: var(--dim); margin-bottom: .6rem; }
-ul { margin: 0; padding-left: 1.1rem; }
-"""
 
 
 def write(folder: Path) -> Path:
@@ -100,15 +63,8 @@ def write(folder: Path) -> Path:
         _facts("Versions", last(events, Versions)),
     ]
     name = _text(folder.resolve().name)
-    html = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name} · octavo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{name}</h1>\n<p class="lead">{_text(summary(events))}</p>\n'
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
+    lead = f'<h1>{name}</h1>\n<p class="lead">{_text(summary(events))}</p>'
+    html = page(f"{name} · octavo", [lead, *sections])
     atomic_write(run.report, html.encode("utf-8", "replace"))
     return run.report
 
@@ -281,33 +237,6 @@ def _facts(title: str, event: Event | None) -> str:
     """A table of the fields of an event and their values."""
     rows = [[key.replace("_", " "), value] for key, value in (asdict(event) if event else {}).items() if value]
     return _section(title, _table((), rows, text_columns=2) if rows else "")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{body}\n</section>" if body else ""
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int, total: bool = False) -> str:
-    rows = list(rows)
-
-    def cells_of(tag: str, cells: Sequence[object]) -> str:
-        css_classes = ["" if index < text_columns else ' class="number"' for index in range(len(cells))]
-        return "".join(
-            f"<{tag}{css_class}>{_text(cell)}</{tag}>" for css_class, cell in zip(css_classes, cells, strict=True)
-        )
-
-    css_class = "tight" if columns else "tight facts"
-    header = f"<thead><tr>{cells_of('th', columns)}</tr></thead>" if columns else ""
-    row_tags = ["<tr>" for _ in rows]
-    if total:
-        row_tags[-1] = '<tr class="total">'
-    body = "".join(f"{open_row}{cells_of('td', row)}</tr>" for open_row, row in zip(row_tags, rows, strict=True))
-    return f'<div class="card {css_class}"><table>{header}<tbody>{body}</tbody></table></div>'
-
-
-def _text(value: object) -> str:
-    """A value as escaped HTML text; numbers are formatted."""
-    return escape(printable(value) if isinstance(value, str) else shown(value))
 
 
 def _number(value: float | None) -> float | None:

@@ -15,7 +15,10 @@ MAX_POINTS = 1500
 
 @dataclass(frozen=True)
 class Series:
-    """One curve of a chart: points (x, y), the CSS variable of its color, and the function that draws it."""
+    """One curve of a chart: points (x, y), the CSS variable of its color, and the function that draws it.
+
+    A curve without a name is not in the legend.
+    """
 
     name: str
     points: Points
@@ -57,6 +60,7 @@ def draw(title: str, series: Sequence[Series], *, width: int, height: int) -> st
         f'<span><i style="background:var(--{curve.color});opacity:{0.4 if curve.draw is dots else 1}"></i>'
         f"{escape(curve.name)}</span>"
         for curve in series
+        if curve.name
     )
     shown_legend = f'<div class="legend">{legend}</div>' if len(series) > 1 else ""
     return f'<div class="card"><h3>{escape(title)}</h3>{shown_legend}{"".join(parts)}</svg></div>'

@@ -147,6 +147,39 @@ class Evaluation(Event):
 
 
 @dataclass(frozen=True)
+class HeldOutLosses(Event):
+    """The held-out losses of one row of the perplexity table by unit (intervals.py), so that runs can be compared.
+
+    `nats` and `tokens` have the sums over each unit, as runs/packed_numbers.py writes them. Two runs with equal
+    `labels` were measured on the same tokens of the same documents.
+    """
+
+    kind = "heldout_losses"
+    step: int
+    row: str = ""  # the name of the row
+    over: str = ""  # the kind of the units
+    nats: str = ""
+    tokens: str = ""
+    documents: int = 0
+    rows: int = 0
+    bytes: int = 0  # of the text of the tokens in UTF-8
+    labels: str = ""  # SHA-256 of the tokens of each document
+    text: str = ""  # SHA-256 of the held-out documents, whichever part of them was measured
+
+    @property
+    def ends_run(self) -> bool:
+        return self.row == "tuned"
+
+
+@dataclass(frozen=True)
+class Failure(Event):
+    """The error that ended a call. A run that was resumed after it has later events."""
+
+    kind = "failure"
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Memory(Event):
     """The peak memory of a call: of the device, or of the process on a CPU."""
 
@@ -226,7 +259,8 @@ class Warn(Event):
 KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
-        Step, HeldOut, Sample, Evaluation, Memory, Hardware, Versions, Overlap, Matmul, MatmulSpeed, Say, Warn,
+        Step, HeldOut, Sample, Evaluation, HeldOutLosses, Failure, Memory, Hardware, Versions, Overlap, Matmul,
+        MatmulSpeed, Say, Warn,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from octavo.html_report import POLICY, STYLE
+from octavo.html_report.elements import POLICY, STYLE
 from octavo.server.unsupported import REJECTED_MARK
 
 Schema = Mapping[str, Any]

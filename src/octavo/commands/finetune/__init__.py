@@ -15,7 +15,7 @@ from typing import Any
 
 from octavo import html_report
 from octavo.commands.finetune.dry_run import dry_run
-from octavo.commands.finetune.folder import rewrite_lost_files, run_folder, write_settings
+from octavo.commands.finetune.folder import failure_recorded, rewrite_lost_files, run_folder, write_settings
 from octavo.commands.finetune.measure import (
     ensure_best_adapter,
     evaluate_held_out,
@@ -63,6 +63,7 @@ def finetune(
             with (
                 run_folder(config) as folder,
                 Report(console=console, results=results, metrics=folder.metrics, append=True) as report,
+                failure_recorded(report),
             ):
                 report.observer = observer and observer(report)
                 run = _prepared_run(config, report)

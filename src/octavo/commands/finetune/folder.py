@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from octavo.commands.finetune.state import Run
 from octavo.config import Config, RunOptions, TrainingData
+from octavo.errors import StoppedError
+from octavo.failures import cut, explained
+from octavo.reporting import Report
+from octavo.runs import events
 from octavo.runs.folder import RunFolder, held
 
 
@@ -19,6 +23,21 @@ def run_folder(config: Config) -> Iterator[RunFolder]:
     startable = bool(config[TrainingData].data)
     with held(folder, settings=_settings(config), resume=options.resume, startable=startable):
         yield folder
+
+
+@contextmanager
+def failure_recorded(report: Report) -> Iterator[None]:
+    """Records the error that ends the block; a signal is none. `octavo runs` shows such a run as failed."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except Exception as error:
+        known = explained(error)
+        text = known.message if known else f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # of a full disk: the error itself is what the user must see
+            events.Failure(cut(text)).write(report)
+        raise
 
 
 def write_settings(run: Run) -> None:

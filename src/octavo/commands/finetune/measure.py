@@ -12,6 +12,7 @@ from torch import Tensor
 from octavo import adapters
 from octavo.atomic import new_folder
 from octavo.commands.evaluate import full_precision
+from octavo.commands.finetune.losses import record_losses
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
 from octavo.commands.loading import load_model
@@ -49,6 +50,7 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
         if result.units:
             arrays = {"nats": result.units.nats, "tokens": result.units.tokens}
             run.state.base_losses = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        _record_losses(run, name, result)
     sample(run, which="base", step=0)
 
 
@@ -58,6 +60,7 @@ def measure_tuned(run: Run) -> ScoreTable:
         return ScoreTable()
     result, base_rows = _score(run, run.model, "Evaluating the tuned model"), run.state.base_rows
     tuned, units, before = table_row(run, "tuned", run.scheme, result), result.units, None
+    _record_losses(run, tuned.name, result)
     if units and run.state.base_losses:
         saved = run.state.base_losses
         before = replace(units, nats=saved["nats"].numpy(), tokens=saved["tokens"].numpy())
@@ -133,6 +136,11 @@ def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     folder: Path | None = run.folder.adapter if name == "tuned" else None
     row = score_row(name, scheme, folder, result)
     return replace(row, also_in_training=run.test.ledger.overlap.share) if run.test and run.test.ledger.overlap else row
+
+
+def _record_losses(run: Run, name: str, result: Score) -> None:
+    documents = run.test.documents if run.test else []
+    record_losses(name, result, run.test_rows, documents, step=run.state.done, report=run.report)
 
 
 def _score(run: Run, model: Decoder, label: str) -> Score:
