@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from tokenizers.processors import TemplateProcessing
 
 from octavo.commands.data import LEDGER_COLUMNS, Text, marked, read_documents, show_data, show_ledger, to_text
 from octavo.config import Config, DataOptions, ModelOptions, TextOptions
+from octavo.data.holdout import cut
 from octavo.data.ledger import FileLedger, Ledger
 from octavo.data.packing import IGNORE_INDEX
+from octavo.data.tokens import encode
 from octavo.errors import DataError, UsageError
 from octavo.reporting import Report
 from octavo.store.tokenizer_files import load_tokenizer
@@ -232,3 +235,57 @@ def test_a_device_that_is_not_used_is_reported(octavo: Octavo, plays: Path, tiny
         done = octavo(*arguments, "--device", device)
         assert done.code == 0
         assert (f"octavo data runs on the CPU; --device {device} is not used" in done.err) is is_reported
+
+
+@pytest.fixture
+def two_chapters(tmp_path: Path) -> Path:
+    """A Word document of two chapters, with a header."""
+    path = tmp_path / "book.docx"
+    heading = '<w:pPr><w:pStyle w:val="Heading1"/></w:pPr>'
+    paragraphs = [
+        (heading, "The Tide"),
+        ("", "It came in. " * 40),
+        (heading, "The Ebb — é"),
+        ("", "It went out. " * 40),
+    ]
+    body = "".join(f"<w:p>{style}<w:r><w:t>{text}</w:t></w:r></w:p>" for style, text in paragraphs)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", f'<w:document xmlns:w="w"><w:body>{body}</w:body></w:document>')
+        archive.writestr("word/header1.xml", '<w:hdr xmlns:w="w"><w:p><w:r><w:t>Head</w:t></w:r></w:p></w:hdr>')
+        archive.writestr("word/styles.xml", "<s><style styleId='Heading1'><name val='heading 1'/></style></s>")
+    return path
+
+
+def test_rows_of_a_document_with_chapters_name_the_chapter_that_they_begin_in(
+    two_chapters: Path, tokenizer: Any
+) -> None:
+    text = text_of([two_chapters], tokenizer, seq_len=16)
+    chapters = [f"{two_chapters}: chapter {name}" for name in ("1 (The Tide)", "2 (The Ebb — é)")]
+    (document,) = text.documents
+    n_first = len(tokenizer.encode(document.text[: document.text.index("The Ebb")]))
+    sources = [row.sources[0] for row in text.rows]
+    assert sorted(set(sources)) == chapters
+    assert abs(sources.count(chapters[0]) - n_first / 16) <= 1
+
+
+def test_positions_are_the_tokens_of_the_text_there_also_after_a_cut(two_chapters: Path, tokenizer: Any) -> None:
+    (document,) = read_documents([str(two_chapters)], TextOptions()).documents
+    encoded = encode(document, tokenizer)
+    (_, first), (at, second) = encoded.positions
+    assert tokenizer.decode(encoded.ids[at:]).startswith("The Ebb")
+    assert (encoded.where(at - 1), encoded.where(at)) == (f"{two_chapters}: {first}", f"{two_chapters}: {second}")
+    _, rest = cut(encoded, at - 5, tokenizer)
+    ebb = next(index for index in range(len(rest.ids)) if rest.where(index).endswith(second))
+    assert tokenizer.decode(rest.ids[ebb:]).startswith("The Ebb")
+    assert rest.where(0) == f"{two_chapters}: {first}"
+
+
+def test_what_was_removed_from_documents_is_in_the_ledger_and_is_printed(
+    two_chapters: Path, tmp_path: Path, octavo: Octavo, tiny_llama: Path
+) -> None:
+    result = octavo("data", two_chapters, "--model", tiny_llama, "--seq-len", 32, "--samples", 1)
+    assert f"Removed from {two_chapters}: 1 header." in " ".join(result.out.split())
+    assert f"{two_chapters}: chapter 1 (The Tide)" in " ".join(result.out.split())
+    ledger = octavo("data", two_chapters, "--model", tiny_llama, "--seq-len", 32, "--json").json
+    assert ledger["removed"] == {str(two_chapters): {"header": 1}}
+    assert ledger["unread"] == {}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from octavo.data.bytes import token_bytes, trained_bytes
-from octavo.data.packing import Row, pack
+from octavo.data.bytes import token_bytes
+from octavo.data.packing import Row, pack, trained_bytes
 from octavo.data.records import Document
 from octavo.data.tokens import Tokens, encode_all
 from octavo.data.turns import Message

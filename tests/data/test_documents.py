@@ -125,10 +125,10 @@ def test_a_record_nested_too_deep_is_an_error(tmp_path: Path) -> None:
 def test_unused_fields_and_files_are_counted_over_all_files(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "t", "id": 1}\n{"text": "t", "id": 2, "more": 3}\n')
     write(tmp_path / "b.csv", "text,id\nt,1\n")
-    write(tmp_path / "c.docx", "PK")
+    write(tmp_path / "c.doc", "PK")
     reading = read([str(tmp_path)])
     assert reading.unused == {"id": 3, "more": 1}
-    assert reading.not_read == {".docx": 1}
+    assert reading.not_read == {".doc": 1}
 
 
 def test_a_column_in_no_record_is_an_error_and_one_in_some_records_is_not(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from octavo.bounded_json import encodable, shortened
 from octavo.commands.data import to_text
 from octavo.commands.generate import continuation, prompt_ids, sampling_of
 from octavo.config import Config, GenerateOptions, TextOptions
-from octavo.data.bytes import trained_bytes
 from octavo.data.documents import Reading
+from octavo.data.packing import trained_bytes
 from octavo.data.prompt import encode_conversation
 from octavo.data.records import from_text
 from octavo.data.turns import Message

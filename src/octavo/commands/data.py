@@ -46,6 +46,8 @@ class Encoded:
     skipped: list[Skipped]
     not_read: Counter[str]
     unused: Counter[str]
+    removed: dict[str, Counter[str]]
+    unread: dict[str, Counter[str]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def encode(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenize
         more = f" and {len(unused) - MAX_SKIPPED:,} more" if len(unused) > MAX_SKIPPED else ""
         report.say(f"Fields of the records that are not used: {named}{more}.")
     _warn_of_lost_bytes(encoded, tokenizer, report)
-    return Encoded(list(reading.documents), encoded, skipped, reading.not_read, unused)
+    return Encoded(list(reading.documents), encoded, skipped, reading.not_read, unused, reading.removed, reading.unread)
 
 
 def to_rows(
@@ -141,7 +143,13 @@ def to_rows(
         skipped=[*encoded.skipped, *(excluded.skipped if excluded else [])],
         excluded=range(len(encoded.tokens), len(encoded.tokens) + len(excluded_tokens)),
     )
-    ledger = replace(ledger, not_read=dict(encoded.not_read), unused=dict(encoded.unused))
+    ledger = replace(
+        ledger,
+        not_read=dict(encoded.not_read),
+        unused=dict(encoded.unused),
+        removed={source: dict(counts) for source, counts in encoded.removed.items()},
+        unread={source: dict(counts) for source, counts in encoded.unread.items()},
+    )
     return Text(rows, ledger, encoded.documents)
 
 
@@ -194,6 +202,12 @@ def show_ledger(ledger: Ledger, title: str, report: Report, *, result: bool = Fa
         report.say("Repeated BOS tokens: each row that continues a document begins with BOS again.")
     if ledger.not_read:
         (report.result if result else report.say)(f"Not read: {counted(ledger.not_read)}.")
+    for title, counts in (("Removed from", ledger.removed), ("Not read in", ledger.unread)):
+        for source, kinds in list(counts.items())[: MAX_FILES - 1]:
+            (report.result if result else report.say)(f"{title} {source.removeprefix(folder)}: {counted(kinds)}.")
+        if len(counts) >= MAX_FILES:
+            rest = sum((Counter(kinds) for kinds in list(counts.values())[MAX_FILES - 1 :]), Counter())
+            report.say(f"{title} {len(counts) - MAX_FILES + 1:,} more files: {counted(rest)}.")
 
 
 def _common_folder(sources: Sequence[str]) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.data.bytes import trained_bytes
-from octavo.data.packing import Row
+from octavo.data.packing import Row, trained_bytes
 from octavo.intervals import BLOCKS, MIN_UNITS, Units, difference, interval
 from octavo.metrics import Score, score
 from octavo.models import Decoder

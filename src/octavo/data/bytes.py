@@ -1,18 +1,15 @@
-"""UTF-8 bytes of the text of the trained tokens: the denominator of bits per byte.
+"""UTF-8 bytes of the text of each token: bits per byte count them, and positions in a text are found by them.
 
-Legend: V vocabulary size, T row length.
+Legend: V vocabulary size.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-from octavo.data.packing import IGNORE_INDEX, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,12 +34,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
         content = added.content.replace(SPACE, " ") if added.normalized and not byte_level else added.content
         lengths[token_id] = 0 if added.special else len(content.encode())
     return lengths
-
-
-def trained_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
-    """UTF-8 bytes of the text of all trained tokens of `rows`: labels other than IGNORE_INDEX."""
-    lengths = token_bytes(tokenizer)
-    return int(sum(lengths[row.labels[row.labels != IGNORE_INDEX]].sum() for row in rows))
 
 
 def _length(token: str) -> int:

@@ -6,6 +6,7 @@ a whole only if it is one document.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
@@ -20,9 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
+from octavo.data.zstd import ZstdError, open_zstd
 from octavo.errors import DataError
 
-COMPRESSIONS: dict[str, Callable[..., object]] = {".gz": gzip.open, ".xz": lzma.open}
+COMPRESSIONS: dict[str, Callable[..., object]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+    ".zst": open_zstd,
+}
+_SHORT = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2", ".tzst": ".zst"}  # of compressed tar archives
 
 CHUNK_BYTES = 2**20
 SAMPLE_BYTES = 4096
@@ -46,7 +54,7 @@ _BINARY = (
     (b"PK\x03\x04", "a zip archive or an office document"),
     (b"\x1f\x8b", "gzip data whose name does not end in .gz"),
     (b"\xfd7zXZ\x00", "xz data whose name does not end in .xz"),
-    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"\x28\xb5\x2f\xfd", "zstd data whose name does not end in .zst"),
     (b"PAR1", "parquet data whose name does not end in .parquet"),
     (b"{\\rtf", "RTF"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document of the old kind"),
@@ -73,6 +81,8 @@ class FileSection:
 
 def suffix(path: Path) -> str:
     """The suffix that names the format: `.jsonl` for `a.JSONL.gz`."""
+    if path.suffix.lower() in _SHORT:
+        return ".tar"
     uncompressed = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
     return uncompressed.suffix.lower()
 
@@ -102,7 +112,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     MAX_RATIO times their compressed size, as no text does.
     """
     source, compression = name_of(path), path.suffix.lower()
-    opener = COMPRESSIONS.get(compression)
+    opener = COMPRESSIONS.get(_SHORT.get(compression, compression))
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -114,12 +124,12 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             else:
                 with cast(BinaryIO, opener(raw, "rb")) as stream:
                     yield cast(BinaryIO, _Bounded(stream, raw, source))
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ZstdError) as error:
         hint = "The file was cut short or damaged: fetch or compress it again."
         raise DataError(f"cannot be decompressed: {error}", source=source, hint=hint) from error
     except OSError as error:
         hint = "Check that it is a file and that you may read it."
-        raise DataError(f"cannot be read: {error.strerror}", source=source, hint=hint) from error
+        raise DataError(f"cannot be read: {error.strerror or error}", source=source, hint=hint) from error
 
 
 class _Bounded:

@@ -10,16 +10,24 @@ import codecs
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from octavo.bounded_json import shortened
+from octavo.data.extract.docx import read_docx
+from octavo.data.extract.epub import read_epub
+from octavo.data.extract.front_matter import MAX_FRONT_MATTER_BYTES, front_matter
+from octavo.data.extract.odt import read_odt
+from octavo.data.extract.pdf import read_pdf
+from octavo.data.extract.rst import read_rst
 from octavo.data.files import (
     CHUNK_BYTES,
     MAX_RATIO,
     SAMPLE_BYTES,
     SURE_BYTES,
     decode,
+    line_ends,
     name_of,
     open_bytes,
     read_whole,
@@ -71,17 +79,34 @@ def _root(path: Path) -> bytes:
     return tag if tag.startswith((b"<!doctype html", b"<html")) else head[:5]
 
 
-def read_text(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+def read_markdown(path: Path, split_on: str | None) -> Iterator[RawRecord]:
+    """Markdown as plain text, without the front matter: settings in YAML or TOML before the text."""
+    with open_bytes(path) as stream:
+        n_bytes = front_matter(stream.read(MAX_FRONT_MATTER_BYTES))
+    records = read_text(path, split_on, start=n_bytes)
+    if not n_bytes:
+        yield from records
+        return
+    first = next(records, RawRecord(1, "", 0))
+    yield replace(first, removed={"front matter": 1})
+    yield from records
+
+
+def read_text(path: Path, split_on: str | None, *, start: int = 0) -> Iterator[RawRecord]:
     """Plain text; `\\r\\n` and `\\r` become `\\n`. Blank sections between separators are left out.
 
-    Line breaks next to a separator belong to the separator, not to the documents. Raises DataError for a file of JSON
-    records.
+    Line breaks next to a separator belong to the separator, not to the documents. The first `start` bytes of the file
+    are left out. Raises DataError for a file of JSON records.
     """
     _refuse_json(path)
     by_line = split_on == "lines"
     separator = b"\n" if by_line else split_on.encode() if split_on else None
     source = name_of(path)
     for section in sections(path, separator):
+        if section.offset < start:
+            cut = start - section.offset
+            number = section.line + line_ends(section.data, 0, cut)
+            section = replace(section, offset=start, line=number, data=section.data[cut:])
         try:
             text = decode(section, source).replace("\r\n", "\n").replace("\r", "\n")
         except DataError as error:
@@ -89,9 +114,9 @@ def read_text(path: Path, split_on: str | None) -> Iterator[RawRecord]:
             continue
         line = section.line
         if separator:
-            start = text.lstrip("\n")
-            line += len(text) - len(start)
-            text = start.rstrip("\n")
+            text_start = text.lstrip("\n")
+            line += len(text) - len(text_start)
+            text = text_start.rstrip("\n")
         if text.strip():
             yield RawRecord(line, text, len(section.data))
 
@@ -226,7 +251,8 @@ def _check_groups(metadata: object, source: str) -> None:
 
 READERS: dict[str, Reader] = {
     ".txt": read_text,
-    ".md": read_text,
+    ".md": read_markdown,
+    ".rst": read_rst,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".jsonlines": read_jsonl,
@@ -236,6 +262,10 @@ READERS: dict[str, Reader] = {
     ".tsv": read_tsv,
     ".tab": read_tsv,
     ".parquet": read_parquet,
+    ".docx": read_docx,
+    ".odt": read_odt,
+    ".pdf": read_pdf,
+    ".epub": read_epub,
     ".html": read_html,
     ".htm": read_html,
     ".xhtml": read_html,

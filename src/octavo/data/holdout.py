@@ -101,7 +101,9 @@ def cut(tokens: Tokens, at: int, tokenizer: PreTrainedTokenizerFast) -> tuple[To
     rest = np.concatenate([begin, tokens.ids[at:]])
     trained = np.arange(len(rest)) >= max(1, len(begin))
     first = replace(tokens, ids=tokens.ids[:at], trained=tokens.trained[:at])
-    second = replace(tokens, ids=rest, trained=trained)
+    before = len(tokens.ids) - len(rest)
+    positions = tuple((max(0, index - before), name) for index, name in tokens.positions)
+    second = replace(tokens, ids=rest, trained=trained, positions=positions)
     sides = (replace(side, n_bytes=int(lengths[side.ids[side.trained]].sum())) for side in (first, second))
     return next(sides), next(sides)
 

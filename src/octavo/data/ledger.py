@@ -67,6 +67,8 @@ class Ledger:
     files: tuple[FileLedger, ...]
     not_read: Mapping[str, int] = field(default_factory=dict)  # kind of file in a folder -> number not read
     unused: Mapping[str, int] = field(default_factory=dict)  # field that is not used -> number of records
+    removed: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # file -> kind left out on purpose -> number
+    unread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # file -> kind of part without text -> number
     overlap: Overlap | None = None  # of held-out text
 
     def to_dict(self) -> dict[str, object]:

@@ -1,21 +1,23 @@
-"""The visible text of HTML, one line per block.
-
-The time is linear in the length of any page. The parser of the standard library is quadratic: it scans the rest of the
-page again for each tag that is never closed.
-"""
+"""The visible text of HTML, one line per block, without navigation, cookie banners and other boilerplate."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from html import unescape
 from pathlib import Path
 
+from octavo.data.boilerplate import boilerplate
+from octavo.data.extract.text import clean
 from octavo.data.files import decode, name_of, sections
+from octavo.data.html_tokens import tokens
 from octavo.data.raw_records import RawRecord
 from octavo.errors import DataError
 
+_NO_SPAN = (sys.maxsize, sys.maxsize)
 # Suffixes of files whose markup would be trained on as if it were text.
 REFUSED = {
     **dict.fromkeys((".rtf",), "RTF"),
@@ -40,7 +42,6 @@ _HIDDEN = {
     "select",
     "textarea",
 }
-_RAW = {"script", "style", "title", "textarea", "iframe"}  # their content is not parsed as markup
 _OF_HEAD = {"meta", "link", "base"}
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 _INLINE = {
@@ -105,9 +106,10 @@ def read_html(path: Path, split_on: str | None) -> Iterator[RawRecord]:
     """The text of a page as one document: without tags, scripts, styles and head, each block on a line of its own."""
     source = name_of(path)
     for section in sections(path, None):
-        text = text_of_html(decode(section, source))
+        page = page_of_html(decode(section, source))
+        text = "\n\n".join(filter(None, (page.text, page.notes)))
         if text:
-            yield RawRecord(1, text, len(section.data))
+            yield RawRecord(1, clean(text), len(section.data), removed=page.removed)
 
 
 def refuse_markup(path: Path, ending: str) -> None:
@@ -117,11 +119,47 @@ def refuse_markup(path: Path, ending: str) -> None:
         raise DataError(f"is {REFUSED[ending]}, not plain text.", source=name_of(path), hint=hint)
 
 
-def text_of_html(html: str) -> str:
-    """The visible text of a page. A hidden element that is never closed, such as <select>, hides nothing."""
+@dataclass(frozen=True)
+class HtmlPage:
+    """The text of a page."""
+
+    text: str
+    notes: str = ""  # its footnotes
+    removed: Mapping[str, int] = field(default_factory=dict)  # kind of boilerplate -> number
+
+
+def page_of_html(html: str) -> HtmlPage:
+    """The visible text of a page, apart from it its footnotes, and what was removed.
+
+    A page of which nothing would remain without boilerplate keeps it. A hidden element that is never closed, such as
+    <select>, hides nothing.
+    """
     closed = _closed(html)
+    marked = boilerplate(tokens(html))
+    text = _text(html, closed, marked.without_notes())
+    notes = _text(html, closed, marked.only_notes()) if marked.notes else ""
+    if not text and not notes:
+        return HtmlPage(_text(html, closed, iter(())))
+    return HtmlPage(text, notes, dict(marked.removed))
+
+
+def text_of_html(html: str) -> str:
+    """The visible text of a page, its footnotes last."""
+    page = page_of_html(html)
+    return "\n\n".join(filter(None, (page.text, page.notes)))
+
+
+def _text(html: str, closed: Collection[int], dropped: Iterator[tuple[int, int]]) -> str:
+    """The text of a page without the tokens of the spans `dropped`, which are in order."""
     page = _Text()
-    for number, (kind, name) in enumerate(_tokens(html)):
+    begin, end = next(dropped, _NO_SPAN)
+    for number, (kind, name, _) in enumerate(tokens(html)):
+        if number >= begin:
+            if number < end:
+                continue
+            begin, end = next(dropped, _NO_SPAN)
+            if begin <= number < end:
+                continue
         if kind == "text":
             page.text(name)
         elif kind == "end":
@@ -139,7 +177,7 @@ def _closed(html: str) -> set[int]:
     closed: set[int] = set()
     opened: list[tuple[str, int]] = []
     counts: Counter[str] = Counter()
-    for number, (kind, name) in enumerate(_tokens(html)):
+    for number, (kind, name, _) in enumerate(tokens(html)):
         if kind == "start" and name in _HIDDEN:
             opened.append((name, number))
             counts[name] += 1
@@ -152,73 +190,6 @@ def _closed(html: str) -> set[int]:
     return closed
 
 
-_NAME = re.compile(r"[a-zA-Z][^\s/>]*")
-_STOP = re.compile(r"""=\s*["']|>""")
-
-
-def _tokens(html: str) -> Iterator[tuple[str, str]]:
-    """("text", characters) and ("start" | "end" | "empty", tag name), in the order of the page.
-
-    Linear time: every search continues from the end of the last one, and a search that found nothing is not repeated.
-    `quotes` and `comments` are False once the rest of the page has no end of a quoted tag or of a comment.
-    """
-    at, quotes, comments = 0, True, True
-    closings: dict[str, int] = {}
-    while (begin := html.find("<", at)) >= 0:
-        if at < begin:
-            yield "text", html[at:begin]
-        at = begin
-        if comments and html.startswith("<!--", at):
-            short = next((mark for mark in ("<!-->", "<!--->") if html.startswith(mark, at)), "")
-            end = html.find("-->", at + 4) if not short else at
-            comments = end >= 0
-            at = at + len(short) if short else end + 3 if comments else at + 4
-            continue
-        is_end = html.startswith("</", at)
-        name = _NAME.match(html, at + 1 + is_end)
-        if name is None and html[at + 1 : at + 2] not in ("!", "?", "/"):
-            yield "text", "<"
-            at += 1
-            continue
-        end = _tag_end(html, name.end()) if name and quotes and not is_end else -1
-        if end < 0:
-            quotes = quotes and (name is None or is_end)
-            end = html.find(">", at) + 1
-        if not end:
-            break  # no further tag is closed
-        tag, at, begin = (name[0].lower() if name else ""), end, at
-        if not tag:
-            continue
-        if is_end or html[end - 2] == "/":
-            yield "end" if is_end else "empty", tag
-            continue
-        if tag in _RAW:
-            if 0 <= closings.get(tag, 0) < end:
-                closings[tag] = _closing(html, tag, end)
-            if closings[tag] < 0 and tag in ("script", "style"):
-                return  # the rest is script or style
-            at = max(end, closings[tag])
-        yield "start", tag
-    if at < len(html):
-        yield "text", html[at:]
-
-
-def _tag_end(html: str, at: int) -> int:
-    """The index after the `>` that ends a tag; a `>` in a quoted value does not. -1 for none."""
-    while stop := _STOP.search(html, at):
-        if stop[0] == ">":
-            return stop.end()
-        closing = html.find(stop[0][-1], stop.end())
-        at = closing + 1 if closing >= 0 else stop.end()
-    return -1
-
-
-def _closing(html: str, tag: str, at: int) -> int:
-    """The index of the next end tag of this name; -1 for none."""
-    match = re.compile(rf"</{tag}(?=[\s/>])", re.IGNORECASE).search(html, at)
-    return match.start() if match else -1
-
-
 class _Text:
     """Collects text in `parts`, with at most one space or line break between words, except in <pre>."""
 
@@ -228,6 +199,8 @@ class _Text:
         self._pre = 0
         self._cells = 0  # cells of the current row
         self._row_has_text = False
+        self._cell_begins = 0  # number of parts before the current cell
+        self._cell_has_blocks = False  # the current cell has text on several lines
 
     def start(self, tag: str) -> None:
         if self.hidden == ["head"] and tag not in _OF_HEAD and tag not in _HIDDEN:
@@ -253,8 +226,20 @@ class _Text:
             if not self.parts or self.parts[-1].endswith((" ", "\n", "\t")):
                 data = data.removeprefix(" ")
         if data:
+            if self._cells and not data.isspace():
+                self._cell_has_blocks = self._cell_has_blocks or self._ends_a_block()
             self.parts.append(data)
             self._row_has_text = self._row_has_text or not data.isspace()
+
+    def _ends_a_block(self) -> bool:
+        """Whether the current cell has text, and a line break after it."""
+        return len(self.parts) > self._cell_begins + 1 and self.parts[-1].endswith("\n")
+
+    def _join_block(self) -> None:
+        """Removes the line breaks after the only block of a cell, so that its row stays one line."""
+        if self._cells and not self._cell_has_blocks:
+            while len(self.parts) > self._cell_begins and not self.parts[-1].strip("\n"):
+                self.parts.pop()
 
     def _break(self, tag: str) -> None:
         """The line breaks of a tag: a block starts a line, a paragraph leaves a blank one, cells are separated."""
@@ -264,7 +249,10 @@ class _Text:
             self._cell()
             return
         if tag == "tr":
-            self._cells, self._row_has_text = 0, False
+            self._join_block()
+            self._cells, self._row_has_text, self._cell_has_blocks = 0, False, False
+        elif self._cells and len(self.parts) == self._cell_begins:
+            return  # the first block of a cell
         required = 1 if tag == "br" else 2 if tag in _PARAGRAPHS else 1
         ends = "".join(part[-2:] for part in self.parts[-2:])
         present = len(ends) - len(ends.rstrip("\n"))
@@ -272,11 +260,13 @@ class _Text:
             self.parts.append("\n" * (1 if tag == "br" else required - present))
 
     def _cell(self) -> None:
-        """A tab before each cell but the first, also after empty cells. A block within a cell ends its own line."""
+        """A tab before each cell but the first, also after empty cells. Of several blocks in a cell each has a line."""
+        self._join_block()
         self._cells += 1
+        self._cell_has_blocks = False
         last = self.parts[-1] if self.parts else ""
-        if self._cells == 1 or (self._row_has_text and last.endswith("\n")):
-            return
-        if last == " ":
-            self.parts.pop()
-        self.parts.append("\t")
+        if self._cells > 1 and not (self._row_has_text and last.endswith("\n")):
+            if last == " ":
+                self.parts.pop()
+            self.parts.append("\t")
+        self._cell_begins = len(self.parts)

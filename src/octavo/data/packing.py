@@ -18,14 +18,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from octavo.data.bytes import token_bytes
 from octavo.data.documents import Skipped
 from octavo.data.ledger import FileLedger, Ledger, total
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IGNORE_INDEX = -100  # the label of a token without a loss: the default of torch's cross_entropy
 
@@ -38,7 +43,7 @@ class Row:
     labels: npt.NDArray[np.int32]  # (T,) already shifted: the token that follows ids[t]; IGNORE_INDEX if not trained
     positions: npt.NDArray[np.int32]  # (T,) position within the piece; 0 on padding
     piece: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
-    sources: tuple[str, ...]  # "file:line" of each document in the row, once, in order
+    sources: tuple[str, ...]  # "file:line" or "file: page 3" of each piece in the row, once, in order
     documents: tuple[int, ...]  # of each piece, its document's index in the sequence that was packed
 
 
@@ -102,6 +107,12 @@ def pack(
     ledger = _ledger(tokens, rows, seq_len=seq_len, skipped=skipped)
     ledger.check(seq_len=seq_len)
     return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id, begin=begin), ledger
+
+
+def trained_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
+    """UTF-8 bytes of the text of all trained tokens of `rows`: labels other than IGNORE_INDEX."""
+    lengths = token_bytes(tokenizer)
+    return int(sum(lengths[row.labels[row.labels != IGNORE_INDEX]].sum() for row in rows))
 
 
 def most_documents(rows: Sequence[Row]) -> int:
@@ -204,7 +215,7 @@ def _fill(
             positions[row, whole] = arange[: piece.size]
             numbers[row, whole] = number
             at += piece.size
-        places = (f"{tokens[piece.index].source}:{tokens[piece.index].line}" for piece in pieces)
+        places = (tokens[piece.index].where(piece.start) for piece in pieces)
         sources = tuple(dict.fromkeys(places))
         documents = tuple(piece.index for piece in pieces)
         filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents))

@@ -31,6 +31,7 @@ class Document:
     messages: tuple[Message, ...] = ()  # a conversation; only the assistant's turns are trained
     tools: str = ""  # of a conversation: the tools for the chat template, a JSON list
     now: datetime | None = None  # of a conversation: the time for the chat template; None: the current time
+    positions: tuple[tuple[int, str], ...] = ()  # of `text`: (character, name of the page or chapter that begins there)
 
     @property
     def where(self) -> str:
@@ -38,9 +39,9 @@ class Document:
         return f"{self.source}:{self.line}"
 
 
-def from_text(text: str, *, source: str, line: int) -> Document:
+def from_text(text: str, *, source: str, line: int, positions: tuple[tuple[int, str], ...] = ()) -> Document:
     """A document of plain text."""
-    return Document(source, line, text=text)
+    return Document(source, line, text=text, positions=positions)
 
 
 def from_fields(

@@ -9,15 +9,18 @@ Legend: n tokens of one document.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from octavo.data.bytes import token_bytes
 from octavo.data.chat import encode_chat
 from octavo.data.documents import Skipped, skipped_of
 from octavo.data.encoding import Coder, EncodedText, bos_ids, coder_of, encode_plain
@@ -41,6 +44,12 @@ class Tokens:
     trained: npt.NDArray[np.bool_]  # (n,)
     n_bytes: int  # UTF-8 bytes of the text of the trained tokens, for bits per byte; the EOS token counts 0
     n_after: int = 0  # a conversation's tokens after the last trained turn: none is trained, so not in `ids`
+    positions: tuple[tuple[int, str], ...] = ()  # (index of a token, name of the page or chapter that begins there)
+
+    def where(self, index: int) -> str:
+        """`file:line` of the document; `file: page 3` of the token `index` if the format has pages or chapters."""
+        number = bisect_right(self.positions, index, key=itemgetter(0))
+        return f"{self.source}: {self.positions[number - 1][1]}" if number else f"{self.source}:{self.line}"
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Tokens:
@@ -81,7 +90,8 @@ def encode_all(
             if document.messages:
                 encoded.append(_chat_tokens(document, tokenizer, coder, end_id=end_id, unused=unused))
             else:
-                encoded.append(_text_tokens(document, texts[-1], own, begin=begin, end_id=end_id))
+                found = _text_tokens(document, texts[-1], own, begin=begin, end_id=end_id)
+                encoded.append(replace(found, positions=_positions(document, found, tokenizer)))
         except DataError as error:
             if skipped is None:
                 raise
@@ -127,6 +137,18 @@ def _text_tokens(
     # Without a prompt the first token of the text is not trained, so its characters are not counted.
     counted = trained_text if len(prompt) else trained_text[last.first_token_length :]
     return Tokens(document.source, document.line, ids, trained, n_bytes=len(counted.encode()))
+
+
+def _positions(document: Document, encoded: Tokens, tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, str], ...]:
+    """The tokens at which the pages or chapters of a text begin, found by the bytes of the tokens before them."""
+    if not document.positions:
+        return ()
+    ends = np.cumsum(token_bytes(tokenizer)[encoded.ids])  # (n,) bytes of the text up to and with each token
+    positions, n_bytes, at = [], 0, 0
+    for character, name in document.positions:
+        n_bytes, at = n_bytes + len(document.text[at:character].encode()), character
+        positions.append((int(np.searchsorted(ends, n_bytes, side="right")), name))
+    return tuple(positions)
 
 
 def characters(document: Document) -> int:

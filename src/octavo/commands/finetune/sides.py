@@ -114,8 +114,8 @@ def _tail(encoded: Encoded, fraction: float, tokenizer: PreTrainedTokenizerFast,
         return _Sides(encoded, None, None, "nothing")
     first, rest = holdout.cut(tokens, at, tokenizer)
     report.say(f"Held out: the last {count - at:,} of {count:,} tokens of {document.source}, its only document.")
-    ending = replace(document, text=str(tokenizer.decode(tokens.ids[at:-1].tolist())))
-    test = Encoded([ending], [rest], [], Counter(), Counter())
+    ending = replace(document, text=str(tokenizer.decode(tokens.ids[at:-1].tolist())), positions=())
+    test = Encoded([ending], [rest], [], Counter(), Counter(), {}, {})
     return _Sides(replace(encoded, tokens=[first]), test, None, "the end of the one document")
 
 
