@@ -108,7 +108,17 @@ def test_help_shows_usual_options_then_panels_with_defaults_and_choices(
     monkeypatch.setenv("COLUMNS", "200")
     help_text = octavo("finetune", "--help").out
     panels = re.findall(r"^╭─ ([\w ]+) ─", help_text, re.MULTILINE)
-    assert panels == ["Options", "Model", "Data", "Adapter", "Training", "Memory", "Run", "Settings and output"]
+    assert panels == [
+        "Options",
+        "Model",
+        "Data",
+        "Adapter",
+        "Training",
+        "Memory",
+        "Evaluation",
+        "Run",
+        "Settings and output",
+    ]
     first = help_text.split("╭─ Model")[0]
     assert re.findall(r"│ (--[a-z-]+)", first) == [
         *(
@@ -259,6 +269,7 @@ def test_json_of_evaluate(octavo: Octavo, tiny_llama: Path, plays: Path, run_fol
     rows = done.json["rows"]
     assert [row["name"] for row in rows] == ["base", "quantized", "tuned"]
     keys = {"name", "scheme", "adapter", "perplexity", "bits_per_byte", "tokens", "size_bytes", "loss", "interval"}
+    keys |= {"context", "stride"}
     assert all(row.keys() == keys for row in rows)
 
 

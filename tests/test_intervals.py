@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy import stats
 
-from octavo.intervals import BLOCKS, DOCUMENTS, MIN_UNITS, Units, difference, interval, units_of
+from octavo.intervals import DOCUMENTS, MIN_UNITS, ROWS, Units, difference, interval, t_quantile, units_of
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEAN = 3.0
 Arrays = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
@@ -83,26 +87,70 @@ def test_the_parts_of_a_document_are_one_unit() -> None:
     assert units.tokens.tolist() == units.nats.tolist() == [1 + 2 + 13, *range(3, 13)]
 
 
-@pytest.mark.parametrize(("rows", "blocks"), [(3, 3), (10, 10), (19, 19), (27, 13), (40, 13), (64, 16), (1000, 100)])
-def test_few_documents_are_drawn_in_blocks_of_consecutive_rows(rows: int, blocks: int) -> None:
+@pytest.mark.parametrize("rows", [3, 10, 64])
+def test_the_units_of_few_documents_are_their_rows_in_order(rows: int) -> None:
     numbers = np.arange(rows)
-    units = units_of(np.ones(rows), np.full(rows, 5), numbers * 3 // rows, numbers)
-    assert (units.over, units.rows, len(units.nats)) == (BLOCKS, rows, blocks)
-    assert (units.nats.sum(), units.tokens.sum()) == (rows, 5 * rows)
-    assert np.ptp(units.nats) <= 1, "of one length, to within a row"
+    units = units_of(numbers.astype(float), np.full(rows, 5), numbers * 3 // rows, numbers)
+    assert (units.over, units.documents, units.rows) == (ROWS, 3, rows)
+    assert units.nats.tolist() == numbers.tolist()
+    assert units.tokens.tolist() == [5] * rows
 
 
-def test_blocks_widen_the_interval_of_rows_that_depend_on_their_neighbours() -> None:
-    """An autoregressive series: its mean varies more than that of independent rows."""
+def test_the_interval_of_rows_is_wider_if_they_depend_on_their_neighbours() -> None:
+    """An autoregressive series: its mean varies more than that of the same values in another order."""
     generator, values = np.random.default_rng(0), [0.0]
     for _ in range(999):
         values.append(0.7 * values[-1] + generator.standard_normal())
-    nats, tokens, numbers = np.array(values) + MEAN, np.ones(1000, dtype=np.int64), np.arange(1000)
-    blocks = interval(units_of(nats, tokens, np.zeros(1000, dtype=np.int64), numbers))
-    rows = interval(by_document(nats, tokens))
-    assert blocks is not None
-    assert rows is not None
-    assert blocks.high - blocks.low > 1.5 * (rows.high - rows.low)
+    in_order = np.array(values) + MEAN
+    tokens, one, numbers = np.ones(1000, dtype=np.int64), np.zeros(1000, dtype=np.int64), np.arange(1000)
+    ordered = interval(units_of(in_order, tokens, one, numbers))
+    shuffled = interval(units_of(generator.permutation(in_order), tokens, one, numbers))
+    assert ordered is not None
+    assert shuffled is not None
+    assert ordered.high - ordered.low > 1.5 * (shuffled.high - shuffled.low)
+
+
+def test_the_variance_of_documents_is_that_of_the_whole_matrix() -> None:
+    """The sums in closed form against Bell and McCaffrey's with matrices (n, n)."""
+    generator = np.random.default_rng(0)
+    tokens = np.exp(5 + generator.standard_normal(15)).astype(np.int64)
+    nats = tokens * generator.standard_normal(15)
+    found = interval(by_document(nats, tokens))
+    assert found is not None
+    shares, mean = tokens / tokens.sum(), nats.sum() / tokens.sum()
+    assumed = np.diag(shares**1.3)
+    residual = np.eye(15) - np.outer(shares, np.ones(15))
+    covariance = residual @ assumed @ residual.T
+    scale = np.diag(assumed) / np.diag(covariance)
+    variance = float((scale * (nats - mean * tokens) ** 2).sum()) / tokens.sum() ** 2
+    scaled = np.sqrt(np.outer(scale, scale)) * covariance
+    degrees = np.trace(scaled) ** 2 / (scaled**2).sum()
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(variance)
+    assert (found.low, found.high) == pytest.approx((mean - half, mean + half), rel=1e-9)
+
+
+@pytest.mark.parametrize("degrees", [1, 1.3, 2.7, 9, 63.5, 1e5])
+@pytest.mark.parametrize("p", [0.6, 0.975, 0.999])
+def test_the_quantile_is_scipys(p: float, degrees: float) -> None:
+    assert t_quantile(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=1e-7)
+
+
+def test_a_document_with_nearly_all_tokens_has_a_finite_interval() -> None:
+    tokens = np.array([10**9, *[1] * (MIN_UNITS - 1)])
+    found = interval(by_document(tokens * np.linspace(2, 3, MIN_UNITS), tokens))
+    assert found is not None
+    assert math.isfinite(found.high - found.low)
+
+
+@pytest.mark.parametrize(
+    ("pool", "size"),
+    [("documents", 20), ("documents", 50), ("documents", 200), ("rows", 50), ("rows", 100), ("rows", 200)],
+)
+def test_intervals_of_test_sets_contain_the_difference_of_the_pool(pool: str, size: int) -> None:
+    """500 test sets, as benchmarks/interval_coverage.py measures them."""
+    benchmark = run_path(str(BENCHMARKS / "interval_coverage.py"))
+    found = benchmark["coverage"](benchmark[pool](), size, sets=500)
+    assert found.as_promised, found
 
 
 def test_losses_that_are_infinite_under_both_models_have_no_difference_and_warn_of_nothing() -> None:

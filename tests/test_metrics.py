@@ -13,7 +13,7 @@ from transformers import Gemma3TextConfig, GPTJConfig, LlamaConfig
 
 from octavo import adapters
 from octavo.adapters import AdapterPlan
-from octavo.data.packing import Row, pack
+from octavo.data.packing import Row, pack, pack_windows
 from octavo.data.tokens import Tokens
 from octavo.intervals import DOCUMENTS
 from octavo.layers.lora import LoraSpec
@@ -179,3 +179,27 @@ def test_progress_counts_every_row(models: tuple[Any, Decoder]) -> None:
     score(models[1], rows(), n_bytes=1, batch_size=4, progress=done.append)
     assert sum(done) == len(rows())
     assert max(done) == 4
+
+
+@pytest.mark.parametrize(("window", "stride"), [(16, 4), (24, 24), (30, 11)])
+def test_a_sliding_window_has_the_losses_of_the_loop_in_transformers_documentation(
+    models: tuple[Any, Decoder], window: int, stride: int
+) -> None:
+    """The loop over end positions, with every label before the new ones ignored; its windows have the last label."""
+    theirs, ours = models
+    text = Tokens("f", 1, np.random.default_rng(3).integers(0, VOCAB_SIZE, 83).astype(np.int32), np.arange(83) > 0, 83)
+    ids, total, counted, previous = torch.from_numpy(text.ids.astype(np.int64))[None], 0.0, 0, 0
+    for begin in range(0, 83, stride):
+        end = min(begin + window + 1, 83)
+        labels = ids[:, begin:end].clone()
+        labels[:, : -(end - previous)] = -100
+        with torch.no_grad():
+            loss = float(theirs(ids[:, begin:end], labels=labels).loss)
+        new = int((labels[:, 1:] != -100).sum())
+        total, counted, previous = total + loss * new, counted + new, end
+        if end == 83:
+            break
+    windows = pack_windows([text], window=window, stride=stride, pad_id=0)
+    result = score(ours, windows, n_bytes=1, batch_size=2)
+    assert result.tokens == counted == 82
+    assert result.loss == pytest.approx(total / counted, rel=1e-5)

@@ -28,6 +28,7 @@ class Score:
     tokens: int  # predicted tokens
     n_bytes: int  # UTF-8 bytes of their text
     units: Units | None = field(default=None, compare=False)  # the losses by document, for intervals
+    files: dict[str, Units] = field(default_factory=dict, compare=False)  # of each file, if there are several
 
     @property
     def loss(self) -> float:
@@ -63,11 +64,12 @@ def score(
             progress(len(batch.ids))
     model.train(was_training)
     each = np.concatenate(losses)  # (N,)
-    return Score(float(each.sum()), len(each), n_bytes, _units(rows, each))
+    units, files = _units(rows, each)
+    return Score(float(each.sum()), len(each), n_bytes, units, files)
 
 
-def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> Units:
-    """The losses (N,) of all labels of the rows by document, or by block of rows."""
+def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> tuple[Units, dict[str, Units]]:
+    """The losses (N,) of all labels of the rows by document, or by row; and the same of each of several files."""
     nats: list[npt.NDArray[np.float64]] = []  # of each row: the sums over its pieces
     tokens: list[npt.NDArray[np.int64]] = []
     start = 0
@@ -80,4 +82,8 @@ def _units(rows: Sequence[Row], losses: npt.NDArray[np.float64]) -> Units:
         start = stop
     documents = np.concatenate([np.array(row.documents, dtype=np.int64) for row in rows])
     numbers = np.repeat(np.arange(len(rows)), [len(row.documents) for row in rows])
-    return units_of(np.concatenate(nats), np.concatenate(tokens), documents, numbers)
+    parts = np.concatenate(nats), np.concatenate(tokens), documents, numbers  # (P,) each
+    names = np.array([name for row in rows for name in row.files], dtype=object)  # (P,), or () in rows without files
+    several = sorted(set(names[parts[1] > 0])) if len(names) == len(documents) else []
+    files = {name: units_of(*(part[names == name] for part in parts)) for name in several} if len(several) > 1 else {}
+    return units_of(*parts), files

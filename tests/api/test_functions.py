@@ -156,7 +156,7 @@ def test_a_signal_while_text_is_read_is_a_stopped_error(
     number: signal.Signals, short_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = import_module("octavo.commands.finetune.prepare")
-    monkeypatch.setattr(prepare, "read_sides", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(prepare, "read_sides", lambda *_, **__: signal.raise_signal(number))
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
     with pytest.raises(api.StoppedError, match="there is no checkpoint yet") as caught:
         api.finetune(**short_run, quiet=True)

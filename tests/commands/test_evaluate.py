@@ -17,13 +17,13 @@ from tests import devices
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from octavo.commands import evaluate, loading, quantize
-from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions
+from octavo.config import Config, EvaluateOptions, ModelOptions, QuantizeOptions, TextOptions, WindowOptions
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
 from octavo.ops.quantize import SCHEMES
 from octavo.reporting import Report
 
-EVALUATE = (ModelOptions, EvaluateOptions, TextOptions)
+EVALUATE = (ModelOptions, EvaluateOptions, WindowOptions, TextOptions)
 QUANTIZE = (ModelOptions, QuantizeOptions)
 CPU = devices.hardware(devices.CPU)
 Evaluate = Callable[..., list[dict[str, Any]]]
@@ -302,3 +302,34 @@ def test_full_precision_on_a_cpu_is_float32() -> None:
     assert evaluate.full_precision(devices.hardware(devices.CPU, torch.bfloat16)).dtype == torch.float32
     gpu = devices.hardware(devices.A100)
     assert evaluate.full_precision(gpu) is gpu
+
+
+def test_a_sliding_window_gives_the_same_scores_with_every_row_length(evaluate: Evaluate) -> None:
+    scores = [evaluate(seq_len=length, window=48, stride=16, rows=0)[0] for length in (12, 32)]
+    assert scores[0] == scores[1]
+    assert (scores[0]["context"], scores[0]["stride"]) == (48, 16)
+    plain = [evaluate(seq_len=length)[0] for length in (12, 32)]
+    assert plain[0]["perplexity"] != pytest.approx(plain[1]["perplexity"], rel=1e-6)
+    assert (plain[0]["context"], plain[0]["stride"]) == (12, None)
+    assert scores[0]["tokens"] == plain[0]["tokens"]
+
+
+def test_the_table_names_the_window(tiny_llama: Path, plays: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"model": str(tiny_llama), "data": [str(plays / "test")], "window": 48, "stride": 24, "base": False}
+    with Report() as report:
+        evaluate.evaluate(Config.read(EVALUATE, values), report)
+    assert "Perplexity with a sliding window of 48 tokens, stride 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 16}, "only for a sliding window"),
+        ({"stride": 17, "window": 16}, "a stride of 17"),
+        ({"stride": 8, "window": 10**6}, "more than the model's context"),
+        ({"stride": 8, "truncate": True}, "--truncate"),
+    ],
+)
+def test_a_window_that_cannot_be_is_an_error(evaluate: Evaluate, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate(**options)

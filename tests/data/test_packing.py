@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from octavo.data.documents import Skipped
 from octavo.data.ledger import FileLedger, total
-from octavo.data.packing import IGNORE_INDEX, Row, most_documents, pack
+from octavo.data.packing import IGNORE_INDEX, Row, most_documents, pack, pack_windows
 from octavo.data.tokens import Tokens
 from octavo.errors import UsageError
 
@@ -342,3 +342,33 @@ def test_the_work_of_packing_grows_with_the_documents_and_not_with_their_square(
 def test_the_most_documents_of_a_row_count_its_padding_as_one(lengths: list[int], expected: int) -> None:
     rows, _ = pack(numbered([length + 1 for length in lengths]), seq_len=8, pad_id=PAD)
     assert most_documents(rows) == expected
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    window=st.integers(4, 20),
+    part=st.floats(0, 1),
+    bos=st.booleans(),
+)
+def test_sliding_windows_predict_each_token_once_from_enough_tokens(
+    lengths: list[int], window: int, part: float, bos: bool
+) -> None:
+    documents = numbered(lengths)
+    if bos:
+        for document in documents:
+            document.ids[: len(BOS)] = BOS[: len(document.ids)]
+    stride = 1 + round(part * (window - len(BOS) - 1))
+    rows = pack_windows(documents, window=window, stride=stride, pad_id=PAD, bos_ids=BOS if bos else ())
+    predicted: list[tuple[int, int]] = []
+    for row in rows:
+        for at in np.flatnonzero(row.labels != IGNORE_INDEX):
+            index = row.documents[row.piece[at]]
+            ids = documents[index].ids
+            place = int(np.flatnonzero(ids == row.labels[at])[0])
+            before = row.ids[row.piece == row.piece[at]][: row.positions[at] + 1]
+            assert len(before) >= min(place, window - stride)
+            own, source = ([token for token in some.tolist() if token not in BOS] for some in (before, ids[:place]))
+            assert own == source[len(source) - len(own) :]
+            predicted.append((index, place))
+    expected = [(index, place) for index, length in enumerate(lengths) for place in range(1, length) if length >= 2]
+    assert sorted(predicted) == expected

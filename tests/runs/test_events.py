@@ -12,12 +12,14 @@ import pytest
 
 from octavo.reporting import Report
 from octavo.runs import events
-from octavo.runs.events import Difference, Event, Interval, ScoreRow
+from octavo.runs.events import Difference, Event, FileDifference, Interval, ScoreRow
 
 INTERVAL = Interval(4.25, 4.5, 20, "documents")
 DIFFERENCE = Difference("base", "int8", "tuned", "int8", 0.5, INTERVAL)
 ROWS = (
-    ScoreRow("base", "none", None, 80.5, 1.5, 52123, size_bytes=7, loss=4.38, interval=INTERVAL),
+    ScoreRow(
+        "base", "none", None, 80.5, 1.5, 52123, size_bytes=7, loss=4.38, interval=INTERVAL, context=512, stride=128
+    ),
     ScoreRow("tuned", "int8", "runs/x/adapter", math.inf, 1.25, 52123, also_in_training=0.5),
 )
 WRITTEN: list[Event] = [
@@ -29,10 +31,11 @@ WRITTEN: list[Event] = [
     events.Sample(0, "the king", "the king \N{CROWN}", "base"),
     events.Step(1, 2.5, 1e-4, 0.5, 512, 500, 800.5),
     events.Step(2, None, 2e-4, math.inf, 512, 0, None),
-    events.HeldOut(2, 2.25, 9.5),
+    events.HeldOut(2, 2.25, 9.5, 0.5, 0.25, INTERVAL, INTERVAL, 1),
+    events.QuantizationCost(DIFFERENCE),
     events.Say("said"),
     events.Warn("warned"),
-    events.Evaluation(2, ROWS, (DIFFERENCE, Difference("a", after="b"))),
+    events.Evaluation(2, ROWS, (DIFFERENCE, Difference("a", after="b")), (FileDifference("a.txt", 9, 0.5, INTERVAL),)),
     events.HeldOutLosses(2, "tuned", "documents", "AACAPw==", "AwAAAA==", 1, 1, 9, "a1", "b2"),
     events.Failure("the disk is full"),
     events.Memory(2, 2**40),
@@ -42,7 +45,7 @@ WRITTEN: list[Event] = [
 # The kinds in the files of all versions: a kind that is renamed is a new one, and its lines of earlier runs are lost.
 RECORDED = {
     "evaluation", "failure", "hardware", "heldout", "heldout_losses", "matmul", "matmul_speed", "memory", "overlap",
-    "sample", "say", "step", "versions", "warn",
+    "quantization_cost", "sample", "say", "step", "versions", "warn",
 }  # fmt: skip
 
 
@@ -80,6 +83,7 @@ def test_a_row_has_only_the_columns_of_its_table(tmp_path: Path) -> None:
         "name": "base", "scheme": "none", "adapter": None, "perplexity": 80.5, "bits_per_byte": 1.5, "tokens": 52123,
         "size_bytes": 7, "loss": 4.38,
         "interval": {"low": 4.25, "high": 4.5, "units": 20, "over": "documents", "level": 0.95},
+        "context": 512, "stride": 128,
     }  # fmt: skip
     assert tuned.keys() == {*base, "also_in_training"} - {"size_bytes"}
     assert [ScoreRow.read(row) for row in (base, tuned)] == list(ROWS)

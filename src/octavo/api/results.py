@@ -6,7 +6,7 @@ from typing import Any, NotRequired, TypedDict
 
 
 class Interval(TypedDict):
-    """The bounds of an interval of the `level` 0.95, from `units` documents or blocks of rows (`over`)."""
+    """The bounds of an interval of the `level` 0.95, from `units` documents or rows in order (`over`)."""
 
     low: float
     high: float
@@ -31,13 +31,18 @@ class Score(TypedDict):
 class NamedScore(Score):
     """A row of the table of scores: "base", "quantized" or "tuned" under a scheme, the latter with its adapter.
 
-    `loss` is None in rows of runs before it was recorded. `size_bytes` are the frozen weights; `also_in_training` is
+    `loss` and `context` are None in rows of runs before they were recorded. `context` is the most tokens that a
+    prediction reads: of a packed row, or with a `stride` of the sliding window.
+
+    `size_bytes` are the frozen weights; `also_in_training` is
     the fraction of the held-out text that also occurs in the training text.
     """
 
     name: str
     scheme: str
     adapter: str | None
+    context: int | None
+    stride: int | None
     size_bytes: NotRequired[int]
     also_in_training: NotRequired[float]
 
@@ -56,6 +61,25 @@ class Difference(TypedDict):
     interval: Interval | None
 
 
+class Verdict(TypedDict):
+    """What the held-out text shows, in `sentences` and as values.
+
+    `change`: "better", "worse", "unclear" or "not measured", by `gain` bits per byte, whose 95 % interval is
+    +- `plus_minus`. `trend` of the held-out loss: "falling" (by `percent_a_pass`), "flat", "overfits" (since
+    `best_step`), "rising" (from the start) or "not measured". `files`: the gain in nats a
+    token in the files that changed most.
+    """
+
+    change: str
+    gain: float | None
+    plus_minus: float | None
+    trend: str
+    percent_a_pass: float | None
+    best_step: int | None
+    files: list[dict[str, Any]]
+    sentences: list[str]
+
+
 class FinetuneResult(TypedDict):
     """A run. `adapter` is None, and `rows` are those of the base, if it stopped before its last step.
 
@@ -70,6 +94,7 @@ class FinetuneResult(TypedDict):
     best_step: int | None
     rows: list[NamedScore]
     differences: list[Difference]
+    verdict: Verdict
     held_out: dict[str, Any] | None
     peak_memory_bytes: int
 
@@ -83,6 +108,7 @@ class EvaluateResult(TypedDict):
 
     rows: list[NamedScore]
     differences: list[Difference]
+    verdict: Verdict
     attached: NotRequired[dict[str, int]]
     tasks: NotRequired[list[dict[str, Any]]]
 

@@ -14,12 +14,13 @@ import yaml
 
 from octavo import html_report
 from octavo.api.loading import load
-from octavo.api.results import Difference, FinetuneResult, NamedScore
+from octavo.api.results import Difference, FinetuneResult, NamedScore, Verdict
 from octavo.config import ModelOptions
 from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder
+from octavo.runs.verdict import verdict_of
 
 if TYPE_CHECKING:
     from octavo.api.language_model import LanguageModel
@@ -34,9 +35,10 @@ class Run:
 
     out: the folder. adapter: the folder of the adapter; None if the run stopped before its last step. report:
     report.html. steps: those that are done. train_loss: the loss of the last one, in nats a token. best_step: the step
-    of the adapter, if held-out text chose it. rows, differences: the table of scores (octavo.api.results). held_out:
-    the overlap of held-out and training text. peak_memory_bytes: of the last call. settings: all options of the run.
-    events: all events in order (octavo.runs.events).
+    of the adapter, if held-out text chose it. rows, differences: the table of scores (octavo.api.results). verdict:
+    what the held-out text shows, in sentences (octavo.runs.verdict). held_out: the overlap of held-out and training
+    text. peak_memory_bytes: of the last call. settings: all options of the run. events: all events in order
+    (octavo.runs.events).
     """
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
@@ -58,6 +60,7 @@ class Run:
         self.held_out: dict[str, Any] | None = asdict(overlap) if overlap else None
         memory = events.last(self.events, events.Memory)
         self.peak_memory_bytes: int = (memory and memory.peak_bytes) or 0
+        self.verdict = verdict_of(self.events if finished else [])
         self.settings: dict[str, Any] = _settings(folder.settings)
         kept = self.settings.get("keep", "best") == "best"
         self.best_step: int | None = _best_step(events.only(self.events, events.HeldOut)) if kept else None
@@ -109,6 +112,7 @@ class Run:
             "best_step": self.best_step,
             "rows": self.rows,
             "differences": self.differences,
+            "verdict": cast(Verdict, self.verdict.to_dict()),
             "held_out": self.held_out,
             "peak_memory_bytes": self.peak_memory_bytes,
         }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from octavo.config import Config, DataOptions, ModelOptions, TextOptions
+from octavo.config import Config, DataOptions, ModelOptions, TextOptions, WindowOptions
 from octavo.data import documents, packing, tokens
 from octavo.data.bytes import token_bytes
 from octavo.data.documents import Reading, ReadOptions, Skipped
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LEDGER_COLUMNS = {"text": "tokens", "trained": "trained", "masked": "masked", "left out": "left_out"}  # -> fields
+WINDOW = 1024  # tokens of a sliding window by default
 MAX_FILES = 11  # rows of the printed table; the other files are summed up in one row (ledger.json and --json have all)
 LARGE_BYTES = 20_000_000  # reading takes seconds from this size on
 MAX_REPEATED_SHARE = 1 / 16  # of the rows that are repeated BOS tokens, from which on there is a warning
@@ -57,10 +58,12 @@ class Text:
     rows: list[Row]
     ledger: Ledger
     documents: list[Document]
+    windows: list[Row] | None = None  # what is evaluated in place of the rows
 
     def measurable(self, most: int) -> list[Row]:
         """The first `most` rows (0: all) that have trained tokens; the others have no loss."""
-        rows = [row for row in self.rows if (row.labels != packing.IGNORE_INDEX).any()]
+        scored = self.rows if self.windows is None else self.windows
+        rows = [row for row in scored if (row.labels != packing.IGNORE_INDEX).any()]
         return rows[: most or None]
 
 
@@ -151,6 +154,36 @@ def to_rows(
         unread={source: dict(counts) for source, counts in encoded.unread.items()},
     )
     return Text(rows, ledger, encoded.documents)
+
+
+def with_windows(
+    text: Text, encoded: Encoded, config: Config, tokenizer: PreTrainedTokenizerFast, *, context: int
+) -> Text:
+    """The text with the windows of --stride, if it is given. UsageError if they are longer than the model's context."""
+    options, text_options = config[WindowOptions], config[TextOptions]
+    if options.stride is None:
+        if options.window is not None:
+            raise UsageError(
+                "--window is only for a sliding window.", hint="Add --stride, half of --window for example."
+            )
+        return text
+    if text_options.truncate:
+        raise UsageError(
+            "--truncate cuts documents at --seq-len; --stride evaluates all of them.", hint="Leave one out."
+        )
+    window = options.window or min(WINDOW, context)
+    if window > context:
+        raise UsageError(f"--window {window:,} is more than the model's context of {context:,} tokens.")
+    windows = packing.pack_windows(
+        encoded.tokens,
+        window=window,
+        stride=options.stride,
+        pad_id=_pad_id(tokenizer),
+        bos_ids=bos_ids(tokenizer),
+        deduplicate=text_options.deduplicate,
+        min_unique_tokens=text_options.min_unique_tokens,
+    )
+    return replace(text, windows=windows)
 
 
 def to_text(reading: Reading, options: TextOptions, tokenizer: PreTrainedTokenizerFast, report: Report) -> Text:

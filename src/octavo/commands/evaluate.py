@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.adapters import apply_, attached, attached_text
-from octavo.commands.data import read_documents, to_text
+from octavo.commands.data import encode, read_documents, to_rows, with_windows
 from octavo.commands.loading import (
     check_context,
     chosen_scheme,
@@ -25,8 +25,16 @@ from octavo.commands.loading import (
     tokenizer_with,
     with_fitting_rows,
 )
-from octavo.commands.scores import ScoreTable, loss_difference, score_row, score_rows, show_scores
-from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions
+from octavo.commands.scores import (
+    ScoreTable,
+    file_differences,
+    loss_difference,
+    score_row,
+    score_rows,
+    show_scores,
+    show_verdict,
+)
+from octavo.config import Config, EvaluateOptions, ModelOptions, TextOptions, WindowOptions
 from octavo.data.packing import Row
 from octavo.errors import UsageError
 from octavo.hardware import Hardware
@@ -37,7 +45,8 @@ from octavo.models import parse
 from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report
-from octavo.runs.events import Difference, ScoreRow
+from octavo.runs.events import Difference, Evaluation, Event, QuantizationCost, ScoreRow
+from octavo.runs.verdict import Verdict, verdict_of
 from octavo.runtime.optional import bitsandbytes
 from octavo.store.contents import stored_scheme
 from octavo.store.embedded_adapter import base_of, has_embedded_adapter
@@ -64,6 +73,7 @@ class Scored:
     row: ScoreRow
     units: Units | None
     candidate: Candidate
+    files: Mapping[str, Units]
 
 
 def evaluate(config: Config, report: Report) -> dict[str, Any]:
@@ -81,6 +91,7 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     adapter_folder, adapter = named or (None, None)
     tokenizer = tokenizer_with(adapter, adapter_folder, source, report)
     rows = _rows(with_fitting_rows(config, source, report), source, tokenizer, report) if options.data else []
+    stride = config[WindowOptions].stride
     stored = stored_scheme(source)
     if stored.name != "none" and any(scheme is not stored for scheme in schemes):
         report.warn(f"The weights are stored in {stored.name}: other schemes quantize its dequantized weights.")
@@ -106,8 +117,9 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
             label = f"Evaluating {name} ({candidate.scheme.name})"
             if rows:
                 result = score_rows(model, rows, tokenizer, batch=options.batch_size, label=label, report=report)
-                row = replace(score_row(name, candidate.scheme, folder, result), size_bytes=size)
-                table.append(Scored(row, result.units, candidate))
+                row = score_row(name, candidate.scheme, folder, result, context=len(rows[0].ids), stride=stride)
+                row = replace(row, size_bytes=size)
+                table.append(Scored(row, result.units, candidate, result.files))
             if tasks:
                 report.say(f"{label} on tasks")
                 loaded = LoadedModel(model, tokenizer, end_ids(source))
@@ -118,11 +130,14 @@ def evaluate(config: Config, report: Report) -> dict[str, Any]:
     differences = _differences(table, compared=bool(schemes))
     if table:
         show_scores(ScoreTable([one.row for one in table], differences, table[-1].units), report)
+    verdict = _verdict(table, differences) if not schemes else Verdict()
+    show_verdict(verdict, report)
     if tasks:
         show_tasks(task_rows, report)
     return {
         "rows": [one.row.to_dict() for one in table],
         "differences": [asdict(one) for one in differences],
+        "verdict": verdict.to_dict(),
         **({"attached": attached(adapter)} if adapter else {}),
         **({"tasks": task_rows} if tasks else {}),
     }
@@ -136,15 +151,30 @@ def _differences(table: Sequence[Scored], *, compared: bool) -> list[Difference]
     return [loss_difference(before.row, after.row, before.units, after.units) for before, after in pairs]
 
 
+def _verdict(table: Sequence[Scored], differences: Sequence[Difference]) -> Verdict:
+    """The verdict on the tuned model, with what the scheme of its base costs if the unquantized base has a row."""
+    if not differences or len(table) < 2:
+        return Verdict()
+    first, before, after = table[0], table[-2], table[-1]
+    files = tuple(file_differences(before.files, after.files))
+    events: list[Event] = [Evaluation(None, tuple(one.row for one in table), tuple(differences), files)]
+    if first is not before:
+        events.append(QuantizationCost(loss_difference(first.row, before.row, first.units, before.units)))
+    return verdict_of(events)
+
+
 def _rows(config: Config, source: Source, tokenizer: PreTrainedTokenizerFast, report: Report) -> list[Row]:
     """The packed rows for perplexity. UsageError if there are none, or they are longer than the model's context."""
-    check_context(parse(source.config).context, config[TextOptions].seq_len)
-    text = to_text(
+    context = parse(source.config).context
+    check_context(context, config[TextOptions].seq_len)
+    encoded = encode(
         read_documents(config[EvaluateOptions].data, config[TextOptions], report),
         config[TextOptions],
         tokenizer,
         report,
     )
+    text = to_rows(encoded, config[TextOptions], tokenizer)
+    text = with_windows(text, encoded, config, tokenizer, context=context)
     rows = text.measurable(config[EvaluateOptions].rows)
     if not rows:
         raise UsageError("The text has no token to evaluate.", hint="Inspect it with `octavo data`.")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.data.packing import Row, trained_bytes
-from octavo.intervals import BLOCKS, MIN_UNITS, Units, difference, interval
+from octavo.intervals import MIN_UNITS, Units, difference, interval
 from octavo.metrics import Score, score
 from octavo.models import Decoder
 from octavo.ops.scheme import Scheme
 from octavo.reporting import Report, shown
-from octavo.runs.events import Difference, Interval, ScoreRow
+from octavo.runs.events import Difference, FileDifference, Interval, ScoreRow
+from octavo.runs.verdict import Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+MAX_FILES = 1000  # whose differences are recorded
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class ScoreTable:
     rows: Sequence[ScoreRow] = ()
     differences: Sequence[Difference] = ()
     units: Units | None = None
+    files: Sequence[FileDifference] = ()  # of the last difference
 
 
 def score_rows(
@@ -43,8 +48,16 @@ def score_rows(
         return score(model, rows, n_bytes=trained_bytes(rows, tokenizer), batch_size=batch, progress=bar.advance)
 
 
-def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> ScoreRow:
-    """One row of the perplexity table."""
+def score_row(
+    name: str,
+    scheme: Scheme,
+    folder: Path | None,
+    result: Score,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+) -> ScoreRow:
+    """One row of the perplexity table; `context` is the length of the rows that were scored."""
     return ScoreRow(
         name,
         scheme.name,
@@ -54,6 +67,8 @@ def score_row(name: str, scheme: Scheme, folder: Path | None, result: Score) -> 
         result.tokens,
         loss=result.loss,
         interval=interval(result.units) if result.units else None,
+        context=context,
+        stride=stride,
     )
 
 
@@ -64,6 +79,28 @@ def loss_difference(
     loss = None if before.loss is None or after.loss is None else before.loss - after.loss
     paired = difference(units_before, units_after) if units_before and units_after else None
     return Difference(before.name, before.scheme, after.name, after.scheme, loss, paired)
+
+
+def file_differences(before: Mapping[str, Units], after: Mapping[str, Units]) -> list[FileDifference]:
+    """How much lower the loss is in each file, the largest MAX_FILES files. Empty if the files are not the same."""
+    if before.keys() != after.keys():
+        return []
+    differences = [
+        FileDifference(
+            name,
+            int(units.tokens.sum()),
+            float((before[name].nats.sum() - units.nats.sum()) / units.tokens.sum()),
+            difference(before[name], units),
+        )
+        for name, units in after.items()
+    ]
+    return sorted(differences, key=lambda one: -one.tokens)[:MAX_FILES]
+
+
+def show_verdict(verdict: Verdict, report: Report) -> None:
+    """Prints the sentences of the verdict, one a line."""
+    for sentence in verdict.sentences:
+        report.result(sentence)
 
 
 def show_scores(table: ScoreTable, report: Report) -> None:
@@ -79,7 +116,7 @@ def show_scores(table: ScoreTable, report: Report) -> None:
     if len(sizes) == len(rows):
         columns = [*columns, "MiB"]
         cells = [[*line, size / 2**20] for line, size in zip(cells, sizes, strict=True)]
-    report.table("Perplexity", columns, cells, result=True)
+    report.table(f"Perplexity{context_text(rows)}", columns, cells, result=True)
     _show_losses(table, report)
     for row in rows:
         if row.perplexity is None or not math.isfinite(row.perplexity):
@@ -89,6 +126,15 @@ def show_scores(table: ScoreTable, report: Report) -> None:
             )
 
 
+def context_text(rows: Sequence[ScoreRow]) -> str:
+    """How much of the text a prediction reads: " in rows of 512 tokens"; "" if the rows differ or do not have it."""
+    if len({(row.context, row.stride) for row in rows}) != 1 or (context := rows[0].context) is None:
+        return ""
+    if (stride := rows[0].stride) is None:
+        return f" in rows of {context:,} tokens"
+    return f" with a sliding window of {context:,} tokens, stride {stride:,}"
+
+
 def _show_losses(table: ScoreTable, report: Report) -> None:
     """Prints the losses with their intervals, or why there are none, and the differences."""
     rows = [row for row in table.rows if row.loss is not None]
@@ -96,7 +142,7 @@ def _show_losses(table: ScoreTable, report: Report) -> None:
         return
     units = table.units
     has_intervals = any(row.interval for row in rows)
-    title = f"Loss in nats per token{f'; intervals by bootstrap over {_described(units)}' * has_intervals}"
+    title = f"Loss in nats per token{f'; intervals over {units.described}' * has_intervals}"
     columns = ["name", "scheme", "loss", *(["95% interval"] if has_intervals else [])]
     cells = [[row.name, row.scheme, row.loss, *([_bounds(row.interval)] if has_intervals else [])] for row in rows]
     report.table(title, columns, cells, result=True)
@@ -128,19 +174,9 @@ def difference_text(one: Difference, units: Units) -> str:
         reason = "the losses before training are not in the checkpoint"
         return f"{text}." if len(units.nats) < MIN_UNITS else f"{text}; it has no interval: {reason}."
     low, high = sorted((sign * one.interval.low, sign * one.interval.high))
-    text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {_described(units)})."
+    text = f"{text} (95% interval {shown(low)} to {shown(high)}, over the same {units.described})."
     clear = no_difference or low > 0
     return text if clear else f"{text} The interval contains 0: this text does not show which is better."
-
-
-def _described(units: Units) -> str:
-    """The units of an interval in words, and how many rows a block has."""
-    if units.over != BLOCKS:
-        return units.described
-    count = len(units.nats)
-    least, most = units.rows // count, -(-units.rows // count)
-    size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
-    return f"{count:,} blocks of {size} consecutive row{'s' * (most > 1)}"
 
 
 def _bounds(bounds: Interval | None) -> str:

@@ -39,6 +39,7 @@ from octavo.config.options import (
     TextOptions,
     TrainingData,
     TrainOptions,
+    WindowOptions,
 )
 from octavo.config.section import Section, fields, flag_of, size_in_bytes
 from octavo.config.settings import read_settings
@@ -67,6 +68,7 @@ __all__ = [
     "TextOptions",
     "TrainOptions",
     "TrainingData",
+    "WindowOptions",
     "fields",
     "size_in_bytes",
 ]

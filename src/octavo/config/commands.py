@@ -29,6 +29,7 @@ from octavo.config import (
     TextOptions,
     TrainingData,
     TrainOptions,
+    WindowOptions,
 )
 from octavo.config.section import Section, flag_of
 from octavo.config.settings import read_settings
@@ -38,10 +39,10 @@ from octavo.runs.folder import RunFolder
 Sections = tuple[type[Section], ...]
 
 FINETUNE: Sections = (
-    ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, RunOptions,
+    ModelOptions, TrainingData, TextOptions, LoraOptions, TrainOptions, MemoryOptions, WindowOptions, RunOptions,
 )  # fmt: skip
 PLAN: Sections = (ModelOptions, TextOptions, LoraOptions, TrainOptions, MemoryOptions, PlanOptions)
-EVALUATE: Sections = (ModelOptions, EvaluateOptions, TextOptions)
+EVALUATE: Sections = (ModelOptions, EvaluateOptions, WindowOptions, TextOptions)
 GENERATE: Sections = (ModelOptions, GenerateOptions, PromptOptions)
 CHAT: Sections = (ModelOptions, GenerateOptions, ChatOptions)
 SERVE: Sections = (ModelOptions, ServeOptions)

@@ -146,6 +146,21 @@ class MemoryOptions(Section):
     cuda_graphs: bool = Field(True, description="Capture training steps as CUDA graphs and replay them.")
 
 
+class WindowOptions(Section):
+    """Evaluation with a sliding window."""
+
+    panel = "Evaluation"
+
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluate with a sliding window that moves by so many tokens: independent of --seq-len.",
+    )
+    window: int | None = Field(
+        None, ge=2, description="Tokens of the sliding window; default: 1024, at most the model's context."
+    )
+
+
 class RunOptions(Section):
     """The run folder, checkpoints, held-out evaluation and samples."""
 

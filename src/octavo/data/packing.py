@@ -45,6 +45,7 @@ class Row:
     piece: npt.NDArray[np.int32]  # (T,) number of the piece within the row; -1 on padding
     sources: tuple[str, ...]  # "file:line" or "file: page 3" of each piece in the row, once, in order
     documents: tuple[int, ...]  # of each piece, its document's index in the sequence that was packed
+    files: tuple[str, ...] = ()  # of each piece, its document's file
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ def pack(
     """
     if seq_len < 1:
         raise UsageError(f"rows of {seq_len} tokens.", hint="--seq-len must be at least 1; 512 is usual.")
-    kept = [len(document.ids) >= 2 and _enough(document.ids, min_unique_tokens) for document in tokens]
-    for index in excluded:
-        kept[index] = False
-    if deduplicate:
-        _drop_copies(tokens, kept)
+    kept = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate, excluded=excluded)
     begin = np.array(bos_ids, dtype=np.int32)
     pieces = [
         piece
@@ -107,6 +104,48 @@ def pack(
     ledger = _ledger(tokens, rows, seq_len=seq_len, skipped=skipped)
     ledger.check(seq_len=seq_len)
     return _fill(rows, tokens, seq_len=seq_len, pad_id=pad_id, begin=begin), ledger
+
+
+def pack_windows(
+    tokens: Sequence[Tokens],
+    *,
+    window: int,
+    stride: int,
+    pad_id: int,
+    bos_ids: Sequence[int] = (),
+    deduplicate: bool = False,
+    min_unique_tokens: int = 0,
+) -> list[Row]:
+    """Rows of length `window` for evaluation: overlapping windows of each document, every `stride` tokens.
+
+    The labels of a window are the next tokens that no earlier window has. So each token is predicted once, from at
+    least window - stride tokens before it, or from all if there are fewer, and its loss does not depend on any row
+    length. As in `pack`, windows after the first repeat the BOS token, and windows of short documents share a row.
+    UsageError unless the stride is at most the window without the BOS token.
+    """
+    begin = np.array(bos_ids, dtype=np.int32)
+    if not 1 <= stride <= window - len(begin):
+        raise UsageError(
+            f"a sliding window of {window:,} tokens with a stride of {stride:,}.",
+            hint=f"--stride must be at least 1 and at most {window - len(begin):,}; half of --window is usual.",
+        )
+    kept = _kept(tokens, min_unique_tokens=min_unique_tokens, deduplicate=deduplicate)
+    pieces, seen = [], {}  # seen: (document, start of a window) -> its inputs that an earlier window has
+    for index, document in enumerate(tokens):
+        if kept[index]:
+            stop = 0  # of the inputs of the windows so far
+            for piece in _windows(index, document.ids, window, stride, begin=begin):
+                pieces.append(piece)
+                seen[index, piece.start] = stop - piece.start if stop else 0
+                stop = piece.start + piece.length
+    rows = _best_fit(pieces, window)
+    filled = _fill(rows, tokens, seq_len=window, pad_id=pad_id, begin=begin)
+    for row, pieces_of_row in zip(filled, rows, strict=True):
+        at = 0
+        for piece in pieces_of_row:
+            row.labels[at : at + piece.repeated_bos + seen[piece.index, piece.start]] = IGNORE_INDEX
+            at += piece.size
+    return filled
 
 
 def trained_bytes(rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast) -> int:
@@ -121,6 +160,32 @@ def most_documents(rows: Sequence[Row]) -> int:
     if not any((change > 0).any() for change in changes):
         return 1
     return 1 + max(int(np.count_nonzero(change)) for change in changes)
+
+
+def _kept(
+    tokens: Sequence[Tokens], *, min_unique_tokens: int, deduplicate: bool, excluded: Collection[int] = ()
+) -> list[bool]:
+    """Of each document whether it is packed."""
+    kept = [len(document.ids) >= 2 and _enough(document.ids, min_unique_tokens) for document in tokens]
+    for index in excluded:
+        kept[index] = False
+    if deduplicate:
+        _drop_copies(tokens, kept)
+    return kept
+
+
+def _windows(
+    index: int, ids: npt.NDArray[np.int32], window: int, stride: int, *, begin: npt.NDArray[np.int32]
+) -> list[_Piece]:
+    """The windows of a document, the last of which ends with it."""
+    n_inputs = len(ids) - 1
+    windows = [_Piece(index, 0, min(window, n_inputs), 0)]
+    repeated = len(begin) if np.array_equal(ids[: len(begin)], begin) else 0
+    while (stop := windows[-1].start + windows[-1].length) < n_inputs:
+        # The first new input is `stop`: window - repeated - stride inputs before it are read again.
+        start = stop - (window - repeated - stride)
+        windows.append(_Piece(index, start, min(window - repeated, n_inputs - start), repeated))
+    return windows
 
 
 def _enough(ids: npt.NDArray[np.int32], min_unique_tokens: int) -> bool:
@@ -218,7 +283,8 @@ def _fill(
         places = (tokens[piece.index].where(piece.start) for piece in pieces)
         sources = tuple(dict.fromkeys(places))
         documents = tuple(piece.index for piece in pieces)
-        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents))
+        files = tuple(tokens[piece.index].source for piece in pieces)
+        filled.append(Row(ids[row], labels[row], positions[row], numbers[row], sources, documents, files))
     return filled
 
 

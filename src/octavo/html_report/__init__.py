@@ -36,6 +36,7 @@ from octavo.runs.events import (
     read,
 )
 from octavo.runs.folder import RunFolder
+from octavo.runs.verdict import verdict_of
 
 MAX_FILES = 60  # rows of the ledger's table; the largest files come first
 
@@ -53,6 +54,7 @@ def write(folder: Path) -> Path:
     run.check_format()
     events = read(run.metrics)
     sections = [
+        _verdict(events),
         _curves(events),
         _perplexities(events),
         _samples(events),
@@ -86,6 +88,12 @@ def summary(events: Sequence[Event]) -> str:
     elif not rows:
         parts.append("not evaluated yet: the run is still in progress or was interrupted")
     return "; ".join(parts)
+
+
+def _verdict(events: Sequence[Event]) -> str:
+    """The sentences of the verdict."""
+    items = "".join(f"<li>{_text(sentence)}</li>" for sentence in verdict_of(events).sentences)
+    return _section("Verdict", f'<div class="card"><ul>{items}</ul></div>' if items else "")
 
 
 def _curves(events: Sequence[Event]) -> str:

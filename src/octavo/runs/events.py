@@ -8,18 +8,16 @@ fields that it does not have, so that it also reads the files of a newer octavo.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 from octavo.data.ledger import Overlap as OverlapValues
 from octavo.reporting import SAY, WARN, Report, read_events
+from octavo.runs.json_fields import read_fields
 
 E = TypeVar("E", bound="Event")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,32 @@ class Step(Event):
 
 
 @dataclass(frozen=True)
+class Interval:
+    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py).
+
+    `level` is the share of such intervals that contain the mean.
+    """
+
+    low: float
+    high: float
+    units: int
+    over: str
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
 class HeldOut(Event):
-    """An evaluation on the held-out text during training."""
+    """An evaluation on the held-out text during training. Its intervals are of paired differences of the loss."""
 
     kind = "heldout"
     step: int
     loss: float | None = None
     perplexity: float | None = None
+    passes: float | None = None  # over the training text up to this step
+    passes_before: float | None = None  # up to the evaluation before; the first one is before training
+    fall: Interval | None = None  # the loss of the evaluation before minus this one
+    rise: Interval | None = None  # this loss minus the lowest one before
+    lowest_step: int | None = None  # of the lowest one before; 0 is before training
 
 
 @dataclass(frozen=True)
@@ -78,20 +95,6 @@ class Sample(Event):
 
 
 @dataclass(frozen=True)
-class Interval:
-    """The bounds of a mean, and how many units of which kind it was computed from (intervals.py).
-
-    `level` is the share of such intervals that contain the mean.
-    """
-
-    low: float
-    high: float
-    units: int
-    over: str
-    level: float = 0.95
-
-
-@dataclass(frozen=True)
 class ScoreRow:
     """A row of the perplexity table, also in the JSON result (`--json`) and in checkpoints."""
 
@@ -105,11 +108,13 @@ class ScoreRow:
     size_bytes: int | None = None  # of the frozen weights
     loss: float | None = None  # nats a token
     interval: Interval | None = None  # of the loss
+    context: int | None = None  # the most tokens that a prediction reads: of a packed row or of a sliding window
+    stride: int | None = None  # of the sliding window; None: packed rows
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> ScoreRow:
         """A row from its JSON object. ValueError if it has no name."""
-        row = _read(cls, values)
+        row = read_fields(cls, values)
         if row is None:
             raise ValueError("a row of the perplexity table has no name")
         return row
@@ -133,6 +138,24 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class FileDifference:
+    """How much lower the loss of the tuned model is on one file, as `Difference`."""
+
+    source: str = ""
+    tokens: int = 0
+    lower_by: float | None = None
+    interval: Interval | None = None  # None with too few documents or rows
+
+
+@dataclass(frozen=True)
+class QuantizationCost(Event):
+    """The loss of the unquantized base against that of the quantized one, before training."""
+
+    kind = "quantization_cost"
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class Evaluation(Event):
     """The perplexity table at the end of a run."""
 
@@ -140,6 +163,7 @@ class Evaluation(Event):
     step: int | None = None
     rows: tuple[ScoreRow, ...] = ()
     differences: tuple[Difference, ...] = ()
+    files: tuple[FileDifference, ...] = ()  # of the last difference
 
     @property
     def ends_run(self) -> bool:
@@ -260,7 +284,7 @@ KINDS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         Step, HeldOut, Sample, Evaluation, HeldOutLosses, Failure, Memory, Hardware, Versions, Overlap, Matmul,
-        MatmulSpeed, Say, Warn,
+        MatmulSpeed, Say, Warn, QuantizationCost,
     )
 }  # fmt: skip
 
@@ -279,7 +303,7 @@ def of_record(record: Mapping[str, Any]) -> Event | None:
     """The event of one line, or None if it is not one of a known kind."""
     kind = record.get("event")
     cls = KINDS.get(kind) if isinstance(kind, str) else None
-    return None if cls is None else _read(cls, record)
+    return None if cls is None else read_fields(cls, record)
 
 
 def only(events: Iterable[Event], cls: type[E]) -> list[E]:
@@ -339,47 +363,6 @@ def _plain(value: object) -> object:
     """The value of a field for JSON."""
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Difference):
+    if isinstance(value, Difference | FileDifference | Interval):
         return asdict(value)
     return value.to_dict() if isinstance(value, ScoreRow) else value
-
-
-def _read(cls: type[T], record: Mapping[str, Any]) -> T | None:
-    """A dataclass from its JSON object. None if a field without a default is missing or has another type."""
-    values = {}
-    known: dict[str, tuple[Any, bool]] = _fields(cls)  # type: ignore[arg-type]  # a class is hashable
-    for name, (kind, has_default) in known.items():
-        try:
-            values[name] = _value(kind, record[name])
-        except (KeyError, ValueError):
-            if not has_default:
-                return None
-    return cls(**values)
-
-
-@cache
-def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
-    """The fields of a dataclass: name -> (type, whether it has a default)."""
-    hints = get_type_hints(cls)
-    return {
-        field.name: (hints[field.name], (field.default, field.default_factory) != (MISSING, MISSING))
-        for field in fields(cls)
-    }
-
-
-def _value(kind: Any, value: object) -> Any:
-    """A JSON value as a field of the type `kind`. ValueError if it is of another type."""
-    if get_origin(kind) is UnionType:  # X | None
-        return None if value is None else _value(next(arg for arg in get_args(kind) if arg is not NoneType), value)
-    if kind is float and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return float(value)  # "nan" and "inf" are written as strings
-    if get_origin(kind) in (tuple, Sequence) and isinstance(value, list):
-        return tuple(_value(get_args(kind)[0], item) for item in value)
-    if get_origin(kind) is not None and isinstance(value, Mapping):
-        return {key: _value(get_args(kind)[1], item) for key, item in value.items()}
-    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
-        if (found := _read(kind, value)) is not None:
-            return found
-    elif isinstance(kind, type) and type(value) is kind:  # not a bool for an int
-        return value
-    raise ValueError(f"{value!r} is no {kind}")

@@ -97,12 +97,43 @@ def test_the_gain_on_the_held_out_text_has_an_interval_also_in_a_resumed_run(tun
     assert gain["before_scheme"] == gain["after_scheme"] == "int8"
     assert gain["lower_by"] == base["loss"] - tuned["loss"] > 0
     assert 0 < gain["interval"]["low"] < gain["lower_by"] < gain["interval"]["high"]
-    assert gain["interval"]["over"] == "blocks of rows", "the held-out text is one play"
+    assert gain["interval"]["over"] == "rows in order", "the held-out text is one play"
     assert events(out, "evaluation")[-1]["differences"] == [gain]
     assert "loss of quantized" in (out / "report.html").read_text()
     stopped = tmp_path / "stopped"
     assert tune(stopped, seq_len=12, stop_after=3)["differences"] == []
-    assert tune(stopped, seq_len=12, resume=True)["differences"] == [gain]
+    resumed = tune(stopped, seq_len=12, resume=True)
+    assert resumed["differences"] == [gain]
+    assert resumed["verdict"] == result["verdict"]
+    assert [{**event, "time": ""} for event in events(stopped, "heldout")] == [
+        {**event, "time": ""} for event in events(out, "heldout")
+    ]
+
+
+def test_the_verdict_is_in_the_result_and_on_top_of_the_report(tune: Tune, tmp_path: Path) -> None:
+    result = tune(tmp_path / "run", seq_len=12)
+    [gain], verdict = result["differences"], result["verdict"]
+    assert verdict["change"] == "better"
+    assert verdict["sentences"][0].startswith("Better by ")
+    assert verdict["gain"] == pytest.approx(result["rows"][0]["bits_per_byte"] - result["rows"][1]["bits_per_byte"])
+    half = (gain["interval"]["high"] - gain["interval"]["low"]) / 2
+    assert verdict["plus_minus"] / verdict["gain"] == pytest.approx(half / gain["lower_by"])
+    assert verdict["trend"] in ("falling", "flat")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.index("Better by ") < page.index("<h2>Training</h2>")
+    first, second, third = events(tmp_path / "run", "heldout")
+    assert (first["passes_before"], first["lowest_step"]) == (0, 0)
+    assert second["passes_before"] == first["passes"] == pytest.approx(third["passes"] / 3)
+    middle = (second["fall"]["high"] + second["fall"]["low"]) / 2
+    assert middle == pytest.approx(first["loss"] - second["loss"])
+
+
+def test_held_out_losses_with_a_sliding_window_do_not_depend_on_the_row_length(tune: Tune, tmp_path: Path) -> None:
+    bases = [
+        tune(tmp_path / str(length), seq_len=length, window=40, stride=20, steps=1)["rows"][0] for length in (12, 24)
+    ]
+    assert bases[0] == bases[1]
+    assert (bases[0]["context"], bases[0]["stride"]) == (40, 20)
 
 
 def test_the_overlap_of_held_out_and_training_text_is_recorded_once(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -13,14 +13,14 @@ import pytest
 
 from octavo.commands.data import Text
 from octavo.commands.finetune.sides import read_sides
-from octavo.config import Config, TextOptions, TrainingData, TrainOptions
+from octavo.config import Config, TextOptions, TrainingData, TrainOptions, WindowOptions
 from octavo.data.packing import IGNORE_INDEX
 from octavo.errors import UsageError
 from octavo.reporting import Report
 from octavo.store.resolve import open_source
 from octavo.store.tokenizer_files import load_tokenizer
 
-KINDS = (TrainingData, TextOptions, TrainOptions)
+KINDS = (TrainingData, TextOptions, TrainOptions, WindowOptions)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ class Outcome:
         metrics = folder / "events.jsonl"
         metrics.unlink(missing_ok=True)
         with Report(console=False, metrics=metrics) as report:
-            self.train, self.test = read_sides(Config.read(KINDS, {"seq_len": 64, **options}), tokenizer, report)
+            self.train, self.test = read_sides(
+                Config.read(KINDS, {"seq_len": 64, **options}), tokenizer, report, context=2048
+            )
         self.events = [json.loads(line) for line in metrics.read_text().splitlines()]
         self.messages = "\n".join(event["text"] for event in self.events if event["event"] in ("say", "warn"))
 
@@ -93,7 +95,12 @@ def test_the_table_of_the_held_out_text_counts_scored_tokens(
 ) -> None:
     data = write(tmp_path / "data", a_txt="where is my lord of york and the duke of the sea\n" * 9)
     with Report() as report:
-        read_sides(Config.read(KINDS, {"seq_len": 64, "data": [str(data)], "test_fraction": 0.2}), tokenizer, report)
+        read_sides(
+            Config.read(KINDS, {"seq_len": 64, "data": [str(data)], "test_fraction": 0.2}),
+            tokenizer,
+            report,
+            context=2048,
+        )
     training, _, held_out = capsys.readouterr().err.partition("Held-out text (")
     assert ("trained" in training, "scored" in training) == (True, False)
     assert ("trained" in held_out, "scored" in held_out) == (False, True)

@@ -28,7 +28,7 @@ from octavo.commands.finetune.precision import choose_precision
 from octavo.commands.finetune.prepare import prepare
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, resume, save_checkpoint
-from octavo.commands.scores import ScoreTable, show_scores
+from octavo.commands.scores import ScoreTable, show_scores, show_verdict
 from octavo.config import Config, RunOptions, TrainOptions
 from octavo.data.loader import batches
 from octavo.errors import StoppedError, TrainingError
@@ -36,6 +36,7 @@ from octavo.hardware import peak_memory_bytes
 from octavo.reporting import Report
 from octavo.runs import events
 from octavo.runs.folder import RunFolder
+from octavo.runs.verdict import verdict_of
 from octavo.stopping import StopRequest, StopSignals, stop_signals
 from octavo.system import own_command, quoted
 from octavo.train.loop import Step, train
@@ -213,15 +214,17 @@ def _finish(run: Run) -> dict[str, Any]:
         read_back(run)
         table = measure_tuned(run)
         sample(run, which="tuned", step=state.done)
-        events.Evaluation(state.done, tuple(table.rows), tuple(table.differences)).write(report)
+        events.Evaluation(state.done, tuple(table.rows), tuple(table.differences), tuple(table.files)).write(report)
     memory = peak_memory_bytes(run.hardware.device)
     events.Memory(state.done, memory).write(report)
     rewrite_lost_files(run)
     written = html_report.write(run.folder.path)
+    verdict = verdict_of(events.read(run.folder.metrics) if finished else [])
     if finished:  # results last: stdout may be closed, and the run folder must be complete in that case too
         report.say(f"Peak memory: {memory / 2**30:.2f} GiB.")
         if table.rows:
             show_scores(table, report)
+            show_verdict(verdict, report)
         if state.best is not None and state.best["step"] != state.done:
             report.result(
                 f"The adapter is that of step {state.best['step']:,} of {state.done:,}: the best on the held-out text."
@@ -236,6 +239,7 @@ def _finish(run: Run) -> dict[str, Any]:
         "best_step": state.best["step"] if state.best else None,
         "rows": [row.to_dict() for row in table.rows],
         "differences": [asdict(one) for one in table.differences],
+        "verdict": verdict.to_dict(),
         "held_out": asdict(run.test.ledger.overlap) if run.test and run.test.ledger.overlap else None,
         "peak_memory_bytes": memory,
     }

@@ -15,16 +15,18 @@ from octavo.commands.evaluate import full_precision
 from octavo.commands.finetune.losses import record_losses
 from octavo.commands.finetune.samples import sample
 from octavo.commands.finetune.state import Run, adapter_files, trained_adapter, versions
+from octavo.commands.finetune.unit_losses import base_losses, next_of_curve, start_of_curve, units_before
 from octavo.commands.loading import load_model
-from octavo.commands.scores import ScoreTable, loss_difference, score_row, score_rows
-from octavo.config import RunOptions
+from octavo.commands.scores import ScoreTable, file_differences, loss_difference, score_row, score_rows
+from octavo.config import RunOptions, TextOptions, TrainOptions, WindowOptions
+from octavo.data.loader import batches_per_epoch
 from octavo.errors import AdapterError
 from octavo.metrics import Score
 from octavo.models import Decoder
 from octavo.ops.quantize import scheme_named
 from octavo.ops.scheme import Scheme
 from octavo.runs import events
-from octavo.runs.events import ScoreRow
+from octavo.runs.events import FileDifference, ScoreRow
 from octavo.store import peft
 from octavo.store.peft import Adapter
 
@@ -38,18 +40,23 @@ def measure_base(run: Run, *, compare_full: bool) -> None:
     versions().write(report)
     if run.test and run.test.ledger.overlap:
         events.Overlap(**asdict(run.test.ledger.overlap)).write(report)
-    quantized = run.scheme.name != "none"
+    quantized, full = run.scheme.name != "none", None
     if run.test_rows and compare_full and quantized:
         plain = scheme_named("none")
         model = load_model(run.source, plain, full_precision(hardware), report)
-        run.state.base_rows.append(table_row(run, "base", plain, _score(run, model, "Evaluating the base")))
+        full = _score(run, model, "Evaluating the base")
+        run.state.base_rows.append(table_row(run, "base", plain, full))
     if run.test_rows:
         name, label = ("quantized", "Evaluating the quantized base") if quantized else ("base", "Evaluating the base")
         result = _score(run, run.model, label)
-        run.state.base_rows.append(table_row(run, name, run.scheme, result))
+        rows = run.state.base_rows
+        rows.append(table_row(run, name, run.scheme, result))
+        if full:
+            cost = loss_difference(rows[-2], rows[-1], full.units, result.units)
+            events.QuantizationCost(cost).write(report)
         if result.units:
-            arrays = {"nats": result.units.nats, "tokens": result.units.tokens}
-            run.state.base_losses = {key: torch.from_numpy(array) for key, array in arrays.items()}
+            run.state.base_losses = base_losses(result.units, result.files)
+            run.state.curve = start_of_curve(result.units)
         _record_losses(run, name, result)
     sample(run, which="base", step=0)
 
@@ -61,11 +68,12 @@ def measure_tuned(run: Run) -> ScoreTable:
     result, base_rows = _score(run, run.model, "Evaluating the tuned model"), run.state.base_rows
     tuned, units, before = table_row(run, "tuned", run.scheme, result), result.units, None
     _record_losses(run, tuned.name, result)
+    files: list[FileDifference] = []
     if units and run.state.base_losses:
-        saved = run.state.base_losses
-        before = replace(units, nats=saved["nats"].numpy(), tokens=saved["tokens"].numpy())
+        before, files_before = units_before(run.state.base_losses, units, result.files)
+        files = file_differences(files_before, result.files)
     differences = [loss_difference(base_rows[-1], tuned, before, units)] if base_rows else []
-    return ScoreTable([*base_rows, tuned], differences, units)
+    return ScoreTable([*base_rows, tuned], differences, units, files)
 
 
 def evaluate_held_out(run: Run) -> bool:
@@ -74,7 +82,10 @@ def evaluate_held_out(run: Run) -> bool:
         return False
     state = run.state
     result = _score(run, run.model, f"Held-out loss after step {state.done}")
-    events.HeldOut(state.done, result.loss, result.perplexity).write(run.report)
+    event = events.HeldOut(state.done, result.loss, result.perplexity, passes=passes(run))
+    if result.units and state.curve:
+        event, state.curve = next_of_curve(event, state.curve, result.units)
+    event.write(run.report)
     better = math.isfinite(result.loss) and (state.best is None or result.loss < state.best["loss"])
     improved = better and run.config[RunOptions].keep == "best"
     if improved:
@@ -82,6 +93,11 @@ def evaluate_held_out(run: Run) -> bool:
         state.best_adapter = adapters.copied(trained_adapter(run))
         save_adapter(run)
     return improved
+
+
+def passes(run: Run) -> float:
+    """Over the training text, up to the step that is done."""
+    return run.state.done / batches_per_epoch(len(run.train.rows), run.config[TrainOptions].batch_size)
 
 
 def save_adapter(run: Run) -> None:
@@ -134,7 +150,8 @@ def read_back(run: Run) -> None:
 def table_row(run: Run, name: str, scheme: Scheme, result: Score) -> ScoreRow:
     """A row of the perplexity table."""
     folder: Path | None = run.folder.adapter if name == "tuned" else None
-    row = score_row(name, scheme, folder, result)
+    context, stride = len(run.test_rows[0].ids), run.config[WindowOptions].stride
+    row = score_row(name, scheme, folder, result, context=context, stride=stride)
     return replace(row, also_in_training=run.test.ledger.overlap.share) if run.test and run.test.ledger.overlap else row
 
 
@@ -145,7 +162,8 @@ def _record_losses(run: Run, name: str, result: Score) -> None:
 
 def _score(run: Run, model: Decoder, label: str) -> Score:
     run.micro_step.release()  # frees the memory of captured graphs for the evaluation
-    batch = run.micro_step.plan.rows
+    # A window may be longer than the rows that the memory plan is for.
+    batch = max(1, run.micro_step.plan.rows * run.config[TextOptions].seq_len // len(run.test_rows[0].ids))
     return score_rows(model, run.test_rows, run.tokenizer, batch=batch, label=label, report=run.report)
 
 

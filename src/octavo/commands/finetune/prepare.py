@@ -37,7 +37,7 @@ def prepare(config: Config, report: Report) -> Run:
         # Otherwise the run could not be resumed on another day: its texts would differ.
         config = config.replace(template_date=date.today().isoformat())
     check_prompts(config[RunOptions], tokenizer, parse(source.config).context)
-    text, held_out = read_sides(config, tokenizer, report)
+    text, held_out = read_sides(config, tokenizer, report, context=parse(source.config).context)
     rows = len(text.rows)
     resumed, documents = config[RunOptions].resume, most_documents(text.rows)
     fitting = fit(config, source, scheme, hardware, rows=rows, documents=documents, resumed=resumed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from octavo.commands.data import Encoded, Text, encode, read_documents, show_ledger, to_rows
+from octavo.commands.data import Encoded, Text, encode, read_documents, show_ledger, to_rows, with_windows
 from octavo.config import Config, RunOptions, TextOptions, TrainingData, TrainOptions
 from octavo.data import holdout
 from octavo.data.documents import Reading
@@ -32,12 +32,14 @@ class _Sides:
     how: str  # description of the split, for the ledger
 
 
-def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Report) -> tuple[Text, Text | None]:
+def read_sides(
+    config: Config, tokenizer: PreTrainedTokenizerFast, report: Report, *, context: int
+) -> tuple[Text, Text | None]:
     """The training text and the held-out text; prints their ledgers.
 
     Training documents with a copy in the held-out text are counted in the training ledger as left out, and are not
     packed. The held-out ledger's `overlap` has their number, and the share of the held-out text that the training text
-    still contains. UsageError if there is nothing to train on.
+    still contains. `context` is the model's: the longest sliding window. UsageError if there is nothing to train on.
     """
     sides = _sides(config, tokenizer, report)
     options = config[TextOptions]
@@ -53,7 +55,7 @@ def read_sides(config: Config, tokenizer: PreTrainedTokenizerFast, report: Repor
     if sides.test is None:
         report.warn("There is no held-out text to evaluate the tuned model on: give --test-data.")
         return text, None
-    held_out = to_rows(sides.test, options, tokenizer)
+    held_out = with_windows(to_rows(sides.test, options, tokenizer), sides.test, config, tokenizer, context=context)
     overlap = _overlap(sides, tokenizer, report)
     held_out = replace(held_out, ledger=replace(held_out.ledger, overlap=overlap))
     title = f"Held-out text ({overlap.share:.1%} of it also in the training text)"

@@ -63,6 +63,9 @@ class RunState:
     position: Position = field(default_factory=Position)  # of the next batch in the data
     base_rows: list[ScoreRow] = field(default_factory=list)  # the perplexity table before training
     base_losses: dict[str, Tensor] | None = None  # before training: nats and tokens of each unit of metrics.Score
+    # Of held-out evaluations: the nats of each unit at the "newest" one and at that with the "lowest" loss, the
+    # "passes" of the former and the step of the latter.
+    curve: dict[str, Tensor] | None = None
     best: dict[str, Any] | None = None  # {"step", "loss"} of the adapter in the folder
     best_adapter: Adapter | None = None  # a copy of it on the CPU
     reference_logits: Tensor | None = None  # (T, V) of the model with the adapter in the folder
@@ -143,6 +146,8 @@ def contents_of(run: Run) -> checkpoint.Contents:
         tensors["probe"] = {"logits": state.reference_logits}
     if state.base_losses is not None:
         tensors["base_losses"] = state.base_losses
+    if state.curve is not None:
+        tensors["curve"] = state.curve
     values = {
         "step": state.done,
         "identity": run.identity,
@@ -251,7 +256,9 @@ def _restore_state(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise _wrong_state(saved, f"base_rows: {error}") from error
     state.done = saved.step
     state.reference_logits = saved.tensors.get("probe", {}).get("logits")
-    if {"nats", "tokens"} == (base_losses := saved.tensors.get("base_losses", {})).keys():
+    if {"newest", "lowest", "passes", "lowest_step"} == (curve := saved.tensors.get("curve", {})).keys():
+        state.curve = curve
+    if {"nats", "tokens"} <= (base_losses := saved.tensors.get("base_losses", {})).keys():
         state.base_losses = base_losses  # a run of an earlier version has none
     if run.config[RunOptions].keep == "last":
         state.best = None

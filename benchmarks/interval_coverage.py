@@ -1,0 +1,182 @@
+"""Measures how often the 95 % intervals of a mean loss contain the truth: `python benchmarks/interval_coverage.py`.
+
+A pool of texts has a known mean difference of two losses. From it `--sets` test sets are drawn, each with its interval.
+A row of the table is the share of intervals that contain the pool's difference, and their mean width over the spread
+of the estimates, 2 x 1.96 standard deviations: the width of a perfect interval. Exits with 1 if a share is outside 93
+to 97 % (20 documents: below 90 %), or a width above 1.3.
+
+The pools: documents with lengths spread as exp(N(0, 1)), whose losses have an effect of the document and noise of the
+tokens, before and after correlated; the same with gains that are skewed; rows of a long text whose gains depend on
+their neighbours. With `--model` also paragraphs of the plays in src/octavo/shakespeare, with the losses of the model in
+full precision and under `--scheme` (many minutes on a CPU; `--losses` keeps them in an .npz file, and reads it if it
+exists).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.intervals import DOCUMENTS, ROWS, Units, difference
+
+PLAYS = Path(__file__).parents[1] / "src" / "octavo" / "shakespeare"
+SIZES = {DOCUMENTS: (20, 50, 200), ROWS: (50, 100, 200)}
+LEAST, MOST, WIDEST = 0.93, 0.97, 1.3
+LEAST_OF_FEW, FEW = 0.90, 20  # documents
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The losses (P,) in nats before and after of texts of so many tokens, in order if `over` is ROWS."""
+
+    name: str
+    over: str
+    before: Floats
+    after: Floats
+    tokens: npt.NDArray[np.int64]
+
+    @property
+    def gain(self) -> float:
+        """The mean difference of a token."""
+        return float((self.before - self.after).sum() / self.tokens.sum())
+
+    def test_set(self, n: int, generator: np.random.Generator) -> tuple[Units, Units]:
+        """The units before and after of n documents, or of n rows in order from a random one on."""
+        if self.over == ROWS:
+            chosen = generator.integers(0, len(self.tokens) - n) + np.arange(n)
+        else:
+            chosen = generator.choice(len(self.tokens), n, replace=False)
+        tokens = self.tokens[chosen]
+        before, after = (Units(self.over, nats[chosen], tokens, n, n) for nats in (self.before, self.after))
+        return before, after
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Of the intervals of many test sets of one size."""
+
+    pool: str
+    over: str
+    size: int
+    share: float  # of the intervals that contain the pool's difference
+    width: float  # mean, over the spread of the estimates
+
+    @property
+    def as_promised(self) -> bool:
+        few = self.over == DOCUMENTS and self.size <= FEW
+        return (LEAST_OF_FEW if few else LEAST) <= self.share <= (1 if few else MOST) and self.width <= WIDEST
+
+
+def documents(n: int = 6000, *, seed: int = 0, skewed: bool = False) -> Pool:
+    """Documents of 8 to 16,000 tokens; longer ones are easier, and difficult ones gain more."""
+    generator = np.random.default_rng(seed)
+    normal = generator.standard_normal
+    size = normal(n)
+    tokens = np.clip(250 * np.exp(size), 8, 16_000).astype(np.int64)
+    difficulty = 0.5 * normal(n) - 0.15 * size
+    before = 3.2 + difficulty + 2.7 / np.sqrt(tokens) * normal(n)
+    gain = (
+        0.05 + 0.025 * difficulty + 0.03 * size + 0.06 * generator.standard_t(5, n) + 0.5 / np.sqrt(tokens) * normal(n)
+    )
+    if skewed:
+        gain += 0.05 * np.exp(normal(n))
+    return Pool("skewed gains" if skewed else "documents", DOCUMENTS, before * tokens, (before - gain) * tokens, tokens)
+
+
+def rows(n: int = 400_000, *, seed: int = 0, correlation: float = 0.5) -> Pool:
+    """Rows of 512 tokens of one text: gains are an autoregressive series and noise, half of its deviation."""
+    generator = np.random.default_rng(seed)
+    kernel = correlation ** np.arange(60) * (1 - correlation**2) ** 0.5
+
+    def series() -> Floats:
+        return np.convolve(generator.standard_normal(n + len(kernel) - 1), kernel, "valid")
+
+    tokens = np.full(n, 512)
+    before = 3.2 + 0.3 * series()
+    gain = 0.05 + 0.03 * series() + 0.015 * generator.standard_normal(n)
+    return Pool(f"correlation {correlation:g}", ROWS, before * tokens, (before - gain) * tokens, tokens)
+
+
+def coverage(pool: Pool, size: int, *, sets: int = 500, seed: int = 1) -> Coverage:
+    """Draws test sets of one size and compares their intervals with the difference of the pool."""
+    generator = np.random.default_rng([seed, size])
+    covered, widths, estimates = 0, [], []
+    for _ in range(sets):
+        before, after = pool.test_set(size, generator)
+        found = difference(before, after)
+        assert found is not None
+        covered += found.low <= pool.gain <= found.high
+        widths.append(found.high - found.low)
+        estimates.append((before.nats - after.nats).sum() / after.tokens.sum())
+    return Coverage(pool.name, pool.over, size, covered / sets, float(np.mean(widths) / (3.92 * np.std(estimates))))
+
+
+def paragraphs(model: str, scheme: str, losses: Path | None) -> Iterator[Pool]:
+    """The paragraphs of the plays, scored in full precision and under `scheme`."""
+    if losses is None or not losses.is_file():
+        arrays = score_paragraphs(model, scheme)
+        if losses:
+            np.savez(losses, **arrays)  # type: ignore[arg-type]
+    else:
+        arrays = dict(np.load(losses))
+    yield Pool(f"paragraphs, {model} {scheme}", DOCUMENTS, arrays["before"], arrays["after"], arrays["tokens"])
+
+
+def score_paragraphs(model: str, scheme: str) -> dict[str, npt.NDArray[Any]]:
+    """{"before", "after": nats (P,), "tokens": (P,)} of all paragraphs of more than 20 characters."""
+    from octavo.commands.data import to_text
+    from octavo.commands.loading import load_model, opened
+    from octavo.config import ModelOptions, TextOptions
+    from octavo.data.documents import Reading
+    from octavo.data.records import from_text
+    from octavo.metrics import score
+    from octavo.ops.quantize import scheme_named
+    from octavo.reporting import Report
+
+    texts = [part for file in sorted(PLAYS.glob("*/*.txt")) for part in file.read_text("utf-8").split("\n\n")]
+    named = [from_text(text, source=f"paragraph {i}", line=0) for i, text in enumerate(texts) if len(text.strip()) > 20]
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    with Report() as report:
+        hardware, source = opened(ModelOptions(model=model), report)
+        packed = to_text(Reading(named), TextOptions(seq_len=256), source.tokenizer(), report).measurable(0)
+        for name, chosen in (("before", "none"), ("after", scheme)):
+            loaded = load_model(source, scheme_named(chosen), hardware, report)
+            with report.progress(len(packed), f"Scoring ({chosen})") as bar:
+                units = score(loaded, packed, n_bytes=1, batch_size=8, progress=bar.advance).units
+            assert units is not None
+            arrays |= {name: units.nats, "tokens": units.tokens}
+    return arrays
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=int, default=2000, help="test sets of each size")
+    parser.add_argument("--model", help="also measure on paragraphs scored by this model, as smollm2")
+    parser.add_argument("--scheme", default="nf4", help="the scheme of the second losses")
+    parser.add_argument("--losses", type=Path, help="file that keeps the losses of --model")
+    args = parser.parse_args()
+    pools = [documents(), documents(skewed=True), rows(), rows(correlation=0.3)]
+    if args.model:
+        pools += paragraphs(args.model, args.scheme, args.losses)
+    failed = False
+    sys.stdout.write(f"{'pool':<26} {'units':>20} {'coverage':>9} {'width / spread':>15}\n")
+    for pool in pools:
+        for size in SIZES[pool.over]:
+            found = coverage(pool, size, sets=args.sets)
+            failed |= not found.as_promised
+            mark = "" if found.as_promised else "  outside"
+            units = f"{size} {pool.over}"
+            sys.stdout.write(f"{pool.name:<26} {units:>20} {found.share:>9.1%} {found.width:>15.2f}{mark}\n")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The verdict on a run: what its held-out text shows, as data and in sentences.
+
+Every decision is one of an interval at 95 %, never of a constant:
+
+- better or worse: the interval of the paired difference before - after excludes 0;
+- overfits: the interval of the rise above the lowest held-out loss excludes 0, widened for the choice of the lowest one
+  among k earlier evaluations, that before training included (Bonferroni: each tail is 0.025 / k);
+- still falling: the interval of the fall at the last evaluation excludes 0, and one more pass at that rate would change
+  the loss by more than the uncertainty of the gain.
+
+Bits per byte are nats per token times a factor of the text, so intervals of one are intervals of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from statistics import NormalDist
+from typing import Any, Literal
+
+from octavo.runs.events import (
+    Difference,
+    Evaluation,
+    Event,
+    FileDifference,
+    HeldOut,
+    Interval,
+    QuantizationCost,
+    ScoreRow,
+    last,
+    only,
+)
+
+MAX_FILES = 5  # that the verdict names
+Change = Literal["better", "worse", "unclear", "not measured"]
+Trend = Literal["falling", "flat", "overfits", "rising", "not measured"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the held-out text shows. `gain` is in bits per byte, positive if the tuned model is better."""
+
+    change: Change = "not measured"
+    gain: float | None = None
+    plus_minus: float | None = None  # half the width of the 95 % interval of `gain`
+    trend: Trend = "not measured"
+    percent_a_pass: float | None = None  # of the held-out loss, while it falls
+    best_step: int | None = None  # of the lowest held-out loss, if the run overfits
+    files: tuple[FileDifference, ...] = ()  # that changed most
+    sentences: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {**asdict(self), "files": [asdict(one) for one in self.files], "sentences": list(self.sentences)}
+
+
+def verdict_of(events: Sequence[Event]) -> Verdict:
+    """The verdict on a run, or on one table of `octavo evaluate`. Without a comparison it has no sentences."""
+    evaluation = last(events, Evaluation)
+    difference = evaluation.differences[-1] if evaluation and evaluation.differences else None
+    rows = evaluation.rows if evaluation else ()
+    before, after = (_row(rows, difference, side) for side in ("before", "after"))
+    if evaluation is None or difference is None or before is None or after is None or difference.lower_by is None:
+        return Verdict()
+    factor = _bits_per_nat(before)
+    gain = None if factor is None else difference.lower_by * factor
+    if gain is None or not math.isfinite(gain):
+        return Verdict()
+    half = _half(difference.interval)
+    change: Change = "not measured"
+    if half is not None:
+        change = "unclear" if abs(difference.lower_by) <= half else "better" if gain > 0 else "worse"
+    plus_minus = None if half is None or factor is None else half * factor
+    trend, percent, best, about_trend = _trend(only(events, HeldOut), half or 0.0)
+    files = tuple(sorted((one for one in evaluation.files if one.lower_by is not None), key=_size)[:MAX_FILES])
+    sentences = [_change_sentence(change, gain, plus_minus, difference, (before, after))]
+    sentences += [about_trend] if about_trend else []
+    if (cost := last(events, QuantizationCost)) and (sentence := _cost_sentence(cost.difference, rows)):
+        sentences.append(sentence)
+    if factor is not None and len(evaluation.files) > 1:
+        folder = _folder([one.source for one in evaluation.files])
+        sentences += [_file_sentence(one, one.source.removeprefix(folder), factor) for one in files]
+    return Verdict(change, gain, plus_minus, trend, percent, best, files, tuple(sentences))
+
+
+def _row(rows: Sequence[ScoreRow], difference: Difference | None, side: str) -> ScoreRow | None:
+    """The row of the table that a difference names."""
+    if difference is None:
+        return None
+    named = getattr(difference, side), getattr(difference, f"{side}_scheme")
+    return next((row for row in rows if (row.name, row.scheme) == named), None)
+
+
+def _bits_per_nat(row: ScoreRow) -> float | None:
+    """Bits per byte of a nat per token, a factor of the text: tokens / (bytes log 2)."""
+    return row.bits_per_byte / row.loss if row.bits_per_byte is not None and row.loss else None
+
+
+def _middle(bounds: Interval) -> float:
+    return (bounds.high + bounds.low) / 2
+
+
+def _half(bounds: Interval | None) -> float | None:
+    return (bounds.high - bounds.low) / 2 if bounds else None
+
+
+def _change_sentence(
+    change: Change, gain: float, half: float | None, difference: Difference, rows: tuple[ScoreRow, ScoreRow]
+) -> str:
+    before, after = rows
+    perplexities = f"perplexity {_number(before.perplexity)} -> {_number(after.perplexity)}"
+    if half is None:
+        word = "lower" if gain > 0 else "higher"
+        return (
+            f"Bits per byte are {abs(gain):.4g} {word} ({perplexities}), without an interval: the text is too short "
+            "for one, or the losses before training are not saved."
+        )
+    bounds = difference.interval
+    on = f" on {bounds.units:,} {bounds.over}" if bounds else ""
+    if change == "unclear":
+        times = (half / gain) ** 2 if gain else math.inf
+        more = f" A change of this size shows on about {times:.2g} times as much text." if 1.05 < times < 100 else ""
+        size = f"{_plus_minus(gain, half)} bits per byte{on} ({perplexities})"
+        return f"No difference can be told: the gain is {size}.{more}"
+    return f"{change.capitalize()} by {_plus_minus(abs(gain), half)} bits per byte ({perplexities}){on}."
+
+
+def _trend(curve: Sequence[HeldOut], uncertainty: float) -> tuple[Trend, float | None, int | None, str]:
+    """(trend, percent a pass, best step, sentence) of the held-out losses during training.
+
+    `uncertainty` is half the interval of the gain, in nats a token.
+    """
+    newest = curve[-1] if curve else None
+    if newest is None or newest.loss is None or newest.fall is None or newest.rise is None:
+        return "not measured", None, None, ""
+    rise, half = _middle(newest.rise), (_half(newest.rise) or 0.0) * _widened(len(curve))
+    if rise > half:
+        higher = f"{_plus_minus(rise, half)} nats per token"
+        if not newest.lowest_step:
+            sentence = f"The held-out loss at step {newest.step:,} is higher than before training, by {higher}: "
+            return "rising", None, None, f"{sentence}a lower --lr may help."
+        best = next((one for one in curve if one.step == newest.lowest_step), None)
+        part = f": --epochs {best.passes:.2g}" if best and best.passes else ""
+        sentence = f"Overfits since step {newest.lowest_step:,}: the held-out loss is higher by {higher} at step "
+        return "overfits", None, newest.lowest_step, f"{sentence}{newest.step:,}. Fewer epochs are enough{part}."
+    fall = _middle(newest.fall)
+    passes = (newest.passes or 0.0) - (newest.passes_before or 0.0)
+    if newest.fall.low > 0 and passes > 0 and fall / passes > uncertainty:
+        percent, epochs = 100 * fall / passes / (newest.loss + fall), math.ceil(2 * (newest.passes or 0.0))
+        return "falling", percent, None, f"Still falling by {percent:.2g} % a pass: --epochs {epochs} may be better."
+    return "flat", None, None, "The held-out loss no longer falls by more than this text can show."
+
+
+def _widened(earlier: int) -> float:
+    """How many times as wide an interval is whose lowest point was chosen among so many earlier evaluations."""
+    normal = NormalDist()
+    return normal.inv_cdf(1 - 0.025 / max(1, earlier)) / normal.inv_cdf(0.975)
+
+
+def _cost_sentence(cost: Difference, rows: Sequence[ScoreRow]) -> str:
+    """What the quantization cost."""
+    before, half = _row(rows, cost, "before"), _half(cost.interval)
+    factor = _bits_per_nat(before) if before else None
+    if factor is None or cost.lower_by is None or half is None:
+        return ""
+    change, half = -cost.lower_by * factor, half * factor
+    if abs(change) <= half:
+        return f"What {cost.after_scheme} costs cannot be told: {_plus_minus(change, half)} bits per byte."
+    word = "costs" if change > 0 else "gains"
+    return f"{cost.after_scheme} {word} {_plus_minus(abs(change), half)} bits per byte against full precision."
+
+
+def _folder(sources: Sequence[str]) -> str:
+    """The common folder of files, with a trailing separator, which sentences leave out."""
+    folders = [source.rpartition("/")[0].split("/") for source in sources]
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))]
+    return "/".join(shared) + "/" if any(folders[0]) and shared else ""
+
+
+def _file_sentence(one: FileDifference, name: str, factor: float) -> str:
+    assert one.lower_by is not None
+    half = _half(one.interval)
+    if half is None:
+        size = f"{one.lower_by * factor:+.3f} bits per byte, without an interval"
+        return f"{name}: gain {size} (too few documents or rows)."
+    unclear = " (not clear)" if abs(one.lower_by) <= half else ""
+    return f"{name}: gain {_plus_minus(one.lower_by * factor, half * factor)} bits per byte{unclear}."
+
+
+def _size(one: FileDifference) -> float:
+    """Sorts files: what changed most for sure first, those without an interval last."""
+    assert one.lower_by is not None
+    half = _half(one.interval)
+    return math.inf if half is None else half - abs(one.lower_by)
+
+
+def _plus_minus(value: float, half: float) -> str:
+    """The value and half of its interval, to two digits of the latter."""
+    digits = 3 if half <= 0 else max(0, min(6, 1 - math.floor(math.log10(half))))
+    return f"{value:.{digits}f} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"
